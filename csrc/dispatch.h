@@ -1,0 +1,58 @@
+// Which instruction-set tiers this machine can run, and why not the others.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <string>
+
+namespace klfast {
+
+// Ascending: a machine that runs a tier runs an op's kernel of any lower one that it can run.
+enum class Tier : int { scalar, avx2, avxvnni, avx512vnni, amx };
+inline constexpr std::size_t kTiers = 5;
+inline constexpr std::array<const char*, kTiers> kTierNames{"scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
+
+// Empty when the tier can run here, else one sentence that says why not: not built by the compiler,
+// not in CPUID, its registers not saved by the OS (XCR0), or tile permission not granted (AMX).
+const std::string& why_not(Tier tier);
+
+// An op's kernels by tier, nullptr where it has none. Every op has a scalar kernel.
+template <class Fn>
+using KernelTable = std::array<Fn*, kTiers>;
+
+// The best tier not above `limit` that the op has and the machine runs.
+template <class Fn>
+Tier best_tier(const KernelTable<Fn>& table, Tier limit) {
+    for (int t = static_cast<int>(limit); t > 0; --t)
+        if (table[t] != nullptr && why_not(static_cast<Tier>(t)).empty()) return static_cast<Tier>(t);
+    return Tier::scalar;
+}
+
+template <class Fn>
+Fn* pick(const KernelTable<Fn>& table, Tier limit) {
+    return table[static_cast<int>(best_tier(table, limit))];
+}
+
+}  // namespace klfast
+
+// KLFAST_IF_<TIER>(f): the kernel where the compiler built its tier, nullptr elsewhere; for kernel tables.
+#ifdef KLFAST_BUILT_AVX2
+#define KLFAST_IF_AVX2(f) (f)
+#else
+#define KLFAST_IF_AVX2(f) nullptr
+#endif
+#ifdef KLFAST_BUILT_AVXVNNI
+#define KLFAST_IF_AVXVNNI(f) (f)
+#else
+#define KLFAST_IF_AVXVNNI(f) nullptr
+#endif
+#ifdef KLFAST_BUILT_AVX512VNNI
+#define KLFAST_IF_AVX512VNNI(f) (f)
+#else
+#define KLFAST_IF_AVX512VNNI(f) nullptr
+#endif
+#ifdef KLFAST_BUILT_AMX
+#define KLFAST_IF_AMX(f) (f)
+#else
+#define KLFAST_IF_AMX(f) nullptr
+#endif

@@ -1,0 +1,36 @@
+"""klfast: KL-guided mixed-precision quantization and fast kernels for SSM-Transformer language models."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module. Modules load on first use: `import klfast` costs no more than torch.
+_PUBLIC = {
+    "Divergence": "types",
+    "Layout": "types",
+    "Plan": "types",
+    "QuantSpec": "types",
+    "QuantizedTensor": "types",
+    "quantize": "quantization",
+    "dequant_matmul": "ops",
+    "QuantLinear": "nn",
+    "using": "runtime",
+    "KlfastError": "errors",
+    "SlowPathWarning": "errors",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'klfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"klfast.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_PUBLIC))

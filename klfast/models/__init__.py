@@ -1,0 +1,1 @@
+"""What model families look like: linear layers, chains of blocks, native SSM functions."""

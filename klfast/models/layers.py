@@ -1,0 +1,74 @@
+"""The linear layers of a causal language model: which can be quantized, and what identifies a model."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from klfast.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
+from klfast.types import Fingerprint
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by module name, in module order, lm_head included.
+
+    A layer counts as linear if it is an ``nn.Linear`` or klfast's ``QuantLinear``; convolutions, embeddings and norms
+    are never quantized.
+    """
+    from klfast.nn import QuantLinear
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, QuantLinear))}
+
+
+def linear(model: nn.Module, name: str) -> nn.Module:
+    """The linear layer of that name.
+
+    Raises:
+        UnknownLayerError: there is none; the message names the closest.
+    """
+    found = linears(model)
+    if name not in found:
+        close = difflib.get_close_matches(name, found, 1)
+        raise UnknownLayerError(f"the model has no linear layer {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return found[name]
+
+
+def head_name(model: nn.Module) -> str:
+    """Module name of the output projection (lm_head)."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head:
+            return name
+    raise InvalidInputError(f"{type(model).__name__} has no output embeddings; klfast needs a causal language model")
+
+
+def is_head_tied(model: nn.Module) -> bool:
+    """Whether the head and the input embedding share one weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """What identifies ``model`` to sensitivities and plans."""
+    layers = linears(model)
+    shapes = [(name, module.out_features, module.in_features) for name, module in layers.items()]
+    structure = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    return Fingerprint(structure, tuple(_norm(module) for module in layers.values()))
+
+
+def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
+    """Raise ModelMismatchError unless ``what``, with the fingerprint ``expected``, was made for ``model``."""
+    found = fingerprint(model)
+    if expected.structure != found.structure:
+        raise ModelMismatchError(f"{what} was made for a model with other layers; make it anew for this one")
+    if any(abs(a - b) > 0.01 * max(a, b) for a, b in zip(expected.norms, found.norms, strict=True)):
+        raise ModelMismatchError(f"{what} was made for other weights of this architecture; make it anew for these")
+
+
+@torch.no_grad()
+def _norm(module: nn.Module) -> float:
+    return float(torch.linalg.vector_norm(module.weight.float()))

@@ -1,0 +1,1 @@
+"""Mixed-precision plans: a spec for each layer under a budget."""

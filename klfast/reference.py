@@ -1,0 +1,61 @@
+"""The truth: each op as one plain-torch function, written for clarity; kernels are tested against it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from klfast.types import QuantizedTensor, QuantSpec
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Signed values of int32 [R, ceil(count * bits / 32)]: int8 [R, count] (q - q_min is stored, low bits first)."""
+    rows, columns = words.shape
+    stored = words.reshape(-1).view(torch.uint8).view(rows, 4 * columns)
+    if bits == 4:
+        stored = torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(-2)
+    return (stored[:, :count].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of ``unpack``: int8 [R, C] to int32 [R, ceil(C * bits / 32)], unused high bits zero."""
+    stored = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    stored = F.pad(stored, (0, -stored.shape[1] % (32 // bits)))
+    if bits == 4:
+        stored = stored[:, 0::2] | (stored[:, 1::2] << 4)
+    rows, columns = stored.shape
+    return stored.reshape(-1).view(torch.int32).view(rows, columns // 4)
+
+
+def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(q - zero_point) * scale as [N, K], computed in ``dtype`` (the scale's by default)."""
+    dtype = dtype or qt.scale.dtype
+    n, k = qt.shape
+    length = qt.spec.group_length(k)
+    values = unpack(qt.packed, qt.spec.bits, k).to(dtype)
+    if qt.zero_point is not None:
+        zero_point = unpack(qt.zero_point.T, qt.spec.bits, n).T.to(dtype)
+        values = values - zero_point.repeat_interleave(length, 1)[:, :k]
+    return values * qt.scale.to(dtype).repeat_interleave(length, 1)[:, :k]
+
+
+def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact") -> torch.Tensor:
+    """x [..., K] times the dequantized [N, K] transposed, plus bias [N]: [..., N] in x's dtype, accumulated in float32.
+
+    "int8" first rounds x per row and group of the weight: x ~ q * s with s = max|x| / 127 and q = round(x / s).
+    """
+    x32 = x.float()
+    if activation == "int8":
+        x32 = fake_quantize_rows(x32, qt.spec)
+    y = x32 @ dequantize(qt, torch.float32).T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def fake_quantize_rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """float32 [..., K] rounded to int8 per row and group, symmetric, and multiplied out again."""
+    k = x.shape[-1]
+    length = spec.group_length(k)
+    groups = F.pad(x, (0, -k % length)).unflatten(-1, (-1, length)) if k else x.unsqueeze(-2)
+    scale = groups.abs().amax(-1, keepdim=True) / 127 if k else groups
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return ((groups * inverse).round().clamp(-127, 127) * scale).flatten(-2)[..., :k]

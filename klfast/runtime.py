@@ -1,0 +1,80 @@
+"""Which implementation of an op runs: pins, the environment, and the rule against silent slow paths."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from klfast.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
+
+CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")  # ascending, as csrc/dispatch.h has them
+IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
+
+_pin: ContextVar[str | None] = ContextVar("klfast_pin", default=None)
+_warned: set[tuple[str, str]] = set()
+
+
+def why_not(tier: str) -> str:
+    """Why a CPU tier cannot run on this machine, one sentence; empty if it can."""
+    try:
+        from klfast import _C
+    except ImportError as error:
+        return f"the extension klfast._C cannot be imported ({error})."
+    return _C.why_not(CPU_TIERS.index(tier))
+
+
+def _check(name: str, source: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise InvalidInputError(f"{source}: no implementation is called {name!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+    if name in CPU_TIERS and (reason := why_not(name)):
+        raise KernelUnavailableError(f"{source}: {name} cannot run here: {reason}")
+    return name
+
+
+def pinned() -> str | None:
+    """The implementation pinned by ``using`` or, for the process, by KLFAST_ISA; None if none is."""
+    pin = _pin.get()
+    if pin is None and (name := os.environ.get("KLFAST_ISA")):
+        pin = _check(name, "KLFAST_ISA")
+    return pin
+
+
+@contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Pin the implementation of every op in this block (and thread): ``"reference"``, a CPU tier or ``"triton"``.
+
+    An op that has no kernel of the pinned tier runs its best one below it.
+
+    Raises:
+        InvalidInputError: an unknown name.
+        KernelUnavailableError: this machine cannot run it; the message says why.
+    """
+    token = _pin.set(_check(implementation, "using"))
+    try:
+        yield
+    finally:
+        _pin.reset(token)
+
+
+def available_tiers() -> list[str]:
+    """The CPU tiers that this machine runs, ascending."""
+    return [tier for tier in CPU_TIERS if not why_not(tier)]
+
+
+def cpu_tier_limit() -> int:
+    """Index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
+    pin = pinned()
+    return len(CPU_TIERS) - 1 if pin is None else CPU_TIERS.index(pin)
+
+
+def slow_path(op: str, shape: object, reason: str) -> None:
+    """Say once per (op, reason) that the reference runs; an error under KLFAST_STRICT=1."""
+    message = f"{op} {shape} runs the slow plain-torch reference: {reason}"
+    if os.environ.get("KLFAST_STRICT") == "1":
+        raise KernelUnavailableError(f"{message} (KLFAST_STRICT=1 forbids it)")
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(message, SlowPathWarning, stacklevel=3)

@@ -1,0 +1,202 @@
+"""Value types shared by every stage: what a quantization is, and what a quantized tensor holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from klfast.errors import InvalidInputError
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, order=True)
+class QuantSpec:
+    """How a weight matrix is quantized: round to nearest on a uniform grid, one scale per row and group.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: consecutive input features that share a scale; -1 for one group per output channel. Where it
+            does not divide the number of input features, the last group is shorter.
+        symmetric: True for w = q * scale; False for w = (q - zero_point) * scale.
+
+    ``str(spec)`` is for instance ``"int4-g64-sym"``, and ``QuantSpec.parse`` reads it back.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise InvalidInputError(f"bits must be 4 or 8, got {self.bits!r}")
+        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
+            raise InvalidInputError(f"group_size must be a positive integer, or -1 for one group a row, got {self.group_size!r}")
+
+    def __str__(self) -> str:
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """The spec that prints as ``text``; ``int4`` alone stands for the default group and symmetry."""
+        match = re.fullmatch(r"int([48])(?:-(channel|g[1-9]\d*))?(?:-(sym|asym))?", text)
+        if match is None:
+            raise InvalidInputError(f"{text!r} is no quantization spec; write for instance int4-g64-sym or int8-channel-asym")
+        bits, group, symmetry = match.groups()
+        size = cls.group_size if group is None else -1 if group == "channel" else int(group[1:])
+        return cls(int(bits), size, symmetry != "asym")
+
+    @property
+    def q_min(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def q_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def group_length(self, in_features: int) -> int:
+        """Input features in each group but a shorter last one."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def n_groups(self, in_features: int) -> int:
+        length = self.group_length(in_features)
+        return -(-in_features // length) if in_features else 0
+
+    def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
+        """Bytes of a quantized [N, K] weight: packed values, scales, packed zero points."""
+        n, k = shape
+        groups = self.n_groups(k)
+        words = n * packed_words(k, self.bits)
+        if not self.symmetric:
+            words += packed_words(n, self.bits) * groups
+        return 4 * words + scale_bytes * n * groups
+
+
+def packed_words(count: int, bits: int) -> int:
+    """int32 words that hold ``count`` values of ``bits`` bits each."""
+    return -(-count * bits // 32)
+
+
+class Layout(Enum):
+    """Where the values of a QuantizedTensor lie in memory.
+
+    PLAIN is the ``pack-quantized`` layout of compressed-tensors, the only one that is saved. Values are stored as
+    q - q_min (unsigned), the first in the lowest bits of an int32:
+        packed      int32 [N, ceil(K * bits / 32)]
+        scale       float [N, G]
+        zero_point  int32 [ceil(N * bits / 32), G], packed along N; absent if symmetric
+    """
+
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A quantized [N, K] weight matrix; see ``Layout`` for the shapes of its parts."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    shape: tuple[int, int]
+    spec: QuantSpec
+    layout: Layout = Layout.PLAIN
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        groups = self.spec.n_groups(k)
+        _expect("packed", self.packed, (n, packed_words(k, self.spec.bits)), (torch.int32,))
+        _expect("scale", self.scale, (n, groups), FLOAT_DTYPES)
+        if self.spec.symmetric != (self.zero_point is None):
+            raise InvalidInputError(f"{self.spec} {'takes no' if self.spec.symmetric else 'needs a'} zero_point")
+        if self.zero_point is not None:
+            _expect("zero_point", self.zero_point, (packed_words(n, self.spec.bits), groups), (torch.int32,))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.zero_point) if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same tensor on another device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return QuantizedTensor(self.packed.to(device), self.scale.to(device), zero_point, self.shape, self.spec, self.layout)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The [N, K] float matrix, computed in ``dtype`` (the scale's by default: bit for bit what
+        compressed-tensors decompresses)."""
+        from klfast import reference
+
+        return reference.dequantize(self, dtype)
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InvalidInputError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise InvalidInputError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A precision for each linear layer.
+
+    Attributes:
+        specs: layer name -> spec. A layer that is not named keeps its full precision.
+        method: "optimal", "greedy" or "uniform".
+        fingerprint: the model that the plan was made for; None if made from published files.
+        predicted: what the plan should cost, as far as known: "bytes" of the whole model, "mean_bits" per quantizable
+            weight (scales and zero points included), "kl" in nats per token (the sum over layers).
+        notes: anything that the planner changed or found, one sentence each.
+    """
+
+    specs: Mapping[str, QuantSpec]
+    method: str
+    fingerprint: Fingerprint | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What sensitivities and plans remember of their model (made by klfast.models.layers.fingerprint).
+
+    Attributes:
+        structure: SHA-256 of the names and shapes of all linear layers.
+        norms: Frobenius norm of each linear layer, in order. Compared to 1 %, so that a model matches itself in
+            another dtype, but not another training run.
+    """
+
+    structure: str
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """Per-token comparison of a student's next-token distribution with a teacher's; each a 1-D float32 tensor [T].
+
+    With p the teacher's probabilities, q the student's, d = student - teacher logits:
+        kl_teacher_student  KL(p || q), nats
+        kl_student_teacher  KL(q || p), nats
+        jsd                 Jensen-Shannon divergence, nats (at most log 2)
+        mse                 mean of d^2 over the vocabulary
+        sqnr_db             10 log10(sum teacher^2 / sum d^2), dB (inf where the logits are equal)
+        ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets
+        top1_agree          1.0 where both have the same most likely token (the lowest index among equals)
+    """
+
+    kl_teacher_student: torch.Tensor
+    kl_student_teacher: torch.Tensor
+    jsd: torch.Tensor
+    mse: torch.Tensor
+    sqnr_db: torch.Tensor
+    ce_teacher: torch.Tensor | None
+    ce_student: torch.Tensor | None
+    top1_agree: torch.Tensor
