@@ -1,0 +1,28 @@
+"""Check that the wheel holds the package klfast alone, whole and under 30 MB, and that the sdist can rebuild it."""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+MAX_WHEEL_BYTES = 30_000_000
+IN_WHEEL = ("klfast/_C.", "klfast/kernels/__init__.py", "klfast/assets/models/mamba/model.safetensors", "klfast/assets/models/mamba2/model.safetensors", "klfast/assets/text/evaluation.txt")
+IN_SDIST = ("csrc/module.cpp", "csrc/dispatch.h", "kernels/triton/__init__.py", "klfast/__init__.py", "tests/conftest.py", "Makefile", "constraints.txt", "LICENSE")
+
+
+def main(folder: Path) -> None:
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    names = zipfile.ZipFile(wheel).namelist()
+    foreign = {name.split("/")[0] for name in names} - {"klfast"}
+    assert all(top.endswith(".dist-info") for top in foreign), f"the wheel holds more than klfast: {sorted(foreign)}"
+    missing = [prefix for prefix in IN_WHEEL if not any(name.startswith(prefix) for name in names)]
+    assert not missing, f"missing from the wheel: {missing}"
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES, f"the wheel has {wheel.stat().st_size:,} bytes"
+    packed = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
+    missing = [name for name in IN_SDIST if name not in packed]
+    assert not missing, f"missing from the sdist: {missing}"
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(names)} files; {sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
