@@ -24,7 +24,7 @@ TIER_FLAGS = {  # file name without suffix -> flags
     "amx": [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
-COMMON_FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 
 
 class BuildPerTier(build_ext):
