@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -80,6 +80,23 @@ class QuantSpec:
 def packed_words(count: int, bits: int) -> int:
     """int32 words that hold ``count`` values of ``bits`` bits each."""
     return -(-count * bits // 32)
+
+
+def storable_spec(spec: QuantSpec, in_features: int) -> QuantSpec:
+    """The spec nearest to ``spec`` that a saved [N, in_features] weight can have.
+
+    The file format (``pack-quantized``; compressed-tensors 0.20 raises "tensor column shape must be divisble by the
+    given group_size") has no shorter last group: a group size must divide ``in_features``; any divisor will do, down
+    to 1. The result's group is the largest such size that is not above the one asked for, so that its error is no
+    larger: 1600 inputs in groups of 128 become groups of 100. A group as long as the row, or longer, becomes -1,
+    which is the same numbers. In memory (``quantize``, the kernels) every group size is allowed.
+    """
+    size = spec.group_size
+    if size == -1 or in_features == 0:
+        return spec
+    if size >= in_features:
+        return replace(spec, group_size=-1)
+    return replace(spec, group_size=next(g for g in range(size, 0, -1) if in_features % g == 0))
 
 
 class Layout(Enum):
