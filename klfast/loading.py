@@ -1,0 +1,177 @@
+"""Models and tokenizers by name: a bundled model, a local folder or a hub id. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from klfast.errors import CheckpointError, InvalidInputError
+
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with klfast."""
+    folder = ASSETS / "models"
+    return sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file()) if folder.is_dir() else []
+
+
+def load_model(
+    name_or_path: str | os.PathLike,
+    dtype: str = "float32",
+    *,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A causal language model in evaluation mode on the CPU.
+
+    Args:
+        name_or_path: the name of a bundled model ("mamba", "mamba2"; write "./mamba2" for a folder of that name), a
+            local folder, or a hub id. A folder written by ``klfast.save_quantized`` gives the quantized model.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
+            folder are cast likewise.
+        local_files_only: take a hub id from the local cache only.
+        trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
+
+    Raises:
+        InvalidInputError: an unknown dtype, no such folder, an unknown architecture.
+        CheckpointError: a file is missing, truncated or does not fit the model, or the hub cannot be reached.
+    """
+    if dtype not in DTYPES:
+        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = _resolve(name_or_path)
+    if _is_quantized(source):
+        from klfast.checkpoint import load_quantized
+
+        model = load_quantized(source)
+        return (model if dtype == "auto" else cast_unquantized(model, DTYPES[dtype])).eval()
+
+    from transformers import AutoModelForCausalLM
+
+    with _one_line_errors(source, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
+        raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
+    return model.eval()
+
+
+def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
+    """The tokenizer of a model; arguments and errors as for ``load_model``."""
+    from transformers import AutoTokenizer
+
+    source = _resolve(name_or_path)
+    if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
+    with _one_line_errors(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+
+
+def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast, in place, the float parameters and buffers of ``model`` but for the parts of its QuantLinears, whose
+    scales stay as stored."""
+    from klfast.nn import QuantLinear
+
+    for module in model.modules():
+        tensors = list(module._parameters.items()) if isinstance(module, QuantLinear) else [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in tensors:
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+                continue
+            if name in module._parameters:
+                tensor.data = tensor.data.to(dtype)  # in place, so that tied parameters stay tied
+            else:
+                module._buffers[name] = tensor.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _resolve(name_or_path: str | os.PathLike) -> str:
+    """The folder or hub id that a name stands for."""
+    name = os.fspath(name_or_path)
+    if not name:
+        raise InvalidInputError("the model's name is empty; give a folder, a hub id or a bundled name")
+    if name in bundled_models():
+        return str(ASSETS / "models" / name)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise CheckpointError(f"{name} holds no config.json; give the folder of a transformers model")
+        return path
+    if os.path.exists(path):
+        raise InvalidInputError(f"{name} is a file; give the folder of a transformers model")
+    if name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or "\\" in name or "/" not in name:
+        hint = f"the bundled models are {', '.join(bundled_models()) or 'not installed'}; a hub id reads owner/name"
+        raise InvalidInputError(f"there is no model folder {name!r} ({hint})")
+    return name
+
+
+def _is_quantized(source: str) -> bool:
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config} is no valid configuration ({error}); fetch or save the model again") from None
+    return quantization is not None and quantization.get("format") == "pack-quantized"
+
+
+@contextmanager
+def _one_line_errors(source: str, what: str) -> Iterator[None]:
+    """transformers' own progress bars and reports off, its many-line errors turned into klfast's."""
+    from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"a weight file of {source} is damaged ({error}); fetch or save it again") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        causes = {type(e) for e in _chain(error)}
+        text = str(error)
+        if causes & {GatedRepoError}:
+            reason = "the hub grants access to it only after you accepted its terms and logged in"
+        elif causes & {RepositoryNotFoundError}:
+            reason = "the hub has no such model; check the id, or log in if it is private"
+        elif causes & {LocalEntryNotFoundError} or "couldn't connect" in text:
+            reason = "it is neither in the local cache nor can the hub be reached; give a local folder instead"
+        elif "trust_remote_code" in text:
+            reason = "it needs Python code of its own; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"
+        elif "does not recognize this architecture" in text:
+            reason = "this version of transformers does not know its architecture"
+        elif "Unrecognized configuration class" in text:
+            reason = "it is no causal language model"
+        elif "safetensors" in text:
+            reason = "it has no model.safetensors; convert its weights to safetensors, since klfast never unpickles"
+        elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
+            reason = "its tensors have other shapes than its config.json says; fetch or save it again"
+        else:
+            reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"cannot load the {what} of {source}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

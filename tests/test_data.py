@@ -1,0 +1,111 @@
+"""Text and token files as batches."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from klfast.data import token_batches
+from klfast.errors import InvalidInputError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tmp_path_factory):
+    return tiny.save_tokenizer(tmp_path_factory.mktemp("bos"), bos=True)
+
+
+def write(folder, content, name="text.txt"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_text_is_cut_from_its_start_and_the_rest_dropped(tmp_path, tokenizer):
+    text = "The quick brown fox jumps over it."
+    batches = token_batches(write(tmp_path, text), tokenizer, vocab_size=257, length=10, batch_size=2)
+    assert [tuple(b.shape) for b in batches] == [(2, 10), (1, 10)]
+    assert all(b.dtype == torch.int64 for b in batches)
+    assert tokenizer.decode(torch.cat(batches).flatten()) == text[:30]
+
+
+def test_windows_limits_and_reads_no_more_than_needed(tmp_path, tokenizer):
+    path = write(tmp_path, b"abcdefgh" * 5000 + b"\xff")  # the end is no UTF-8
+    (batch,) = token_batches(path, tokenizer, vocab_size=257, length=8, windows=3, batch_size=4)
+    assert tokenizer.batch_decode(batch) == ["abcdefgh"] * 3
+
+
+def test_reads_on_where_a_token_takes_many_characters(tmp_path):
+    class Words:  # one token for 200 characters
+        bos_token_id = None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [7] * (len(text) // 200)}
+
+    batches = token_batches(write(tmp_path, "a" * 20_000), Words(), vocab_size=8, length=10, windows=9, batch_size=9)
+    assert tuple(batches[0].shape) == (9, 10)
+
+
+def test_short_text_makes_one_short_window(tmp_path, tokenizer):
+    (batch,) = token_batches(write(tmp_path, "abc"), tokenizer, vocab_size=257, length=512)
+    assert tuple(batch.shape) == (1, 3)
+
+
+def test_each_window_starts_with_bos_where_the_tokenizer_adds_one(tmp_path, bos_tokenizer):
+    (batch,) = token_batches(write(tmp_path, "abcdefg"), bos_tokenizer, vocab_size=257, length=4)
+    assert batch[:, 0].tolist() == [256, 256]
+    assert bos_tokenizer.batch_decode(batch[:, 1:]) == ["abc", "def"]
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "ids.json"])
+def test_token_files(tmp_path, name):
+    for ids, length, expected in (([1, 2, 3, 4, 5], 2, [[1, 2], [3, 4]]), ([[1, 2, 3], [4, 5, 6]], 2, [[1, 2, 3], [4, 5, 6]])):
+        path = tmp_path / name
+        np.save(path, np.array(ids, dtype=np.uint16)) if name.endswith("npy") else path.write_text(json.dumps(ids))
+        assert torch.cat(token_batches(path, vocab_size=7, length=length)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("", "text.txt", "is empty"),
+        (" \n\t ", "text.txt", "is empty"),
+        ("a", "text.txt", "holds 1 tokens"),
+        (b"abc\xff\xfe", "text.txt", "not UTF-8"),
+        ("[]", "ids.json", "is empty"),
+        ("[1, 2", "ids.json", "cannot be read"),
+        ("[[1, 2], [3]]", "ids.json", "cannot be read"),
+        ("[1.5, 2.5]", "ids.json", "must hold integers"),
+        ('{"ids": [1, 2]}', "ids.json", "must hold integers"),
+        ("[1, 300]", "ids.json", "token id 300"),
+        ("[1, -1]", "ids.json", "token id -1"),
+        (b"\x93NUMPY", "ids.npy", "cannot be read"),
+    ],
+)
+def test_bad_content(tmp_path, tokenizer, content, name, message):
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        token_batches(write(tmp_path, content, name), tokenizer, vocab_size=257)
+    assert "\n" not in str(caught.value)
+
+
+def test_never_unpickles(tmp_path):
+    np.save(tmp_path / "ids.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(InvalidInputError, match="allow_pickle"):
+        token_batches(tmp_path / "ids.npy", vocab_size=257)
+
+
+def test_bad_arguments(tmp_path, tokenizer):
+    path = write(tmp_path, "abc")
+    for arguments in ({"length": 1}, {"windows": 0}, {"batch_size": 0}):
+        with pytest.raises(InvalidInputError, match=f"{next(iter(arguments))} must be at least"):
+            token_batches(path, tokenizer, vocab_size=257, **arguments)
+    with pytest.raises(InvalidInputError, match="no file"):
+        token_batches(tmp_path / "none.txt", tokenizer, vocab_size=257)
+    with pytest.raises(InvalidInputError, match="no tokenizer"):
+        token_batches(path, vocab_size=257)

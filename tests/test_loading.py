@@ -1,0 +1,127 @@
+"""Models and tokenizers by name, and what is said when that fails."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from klfast.errors import CheckpointError, InvalidInputError, KlfastError
+from klfast.loading import bundled_models, cast_unquantized, load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_local_folder(original, dtype):
+    model = load_model(original, dtype)
+    assert model.dtype == getattr(torch, dtype) and not model.training
+    assert load_tokenizer(original).decode(load_tokenizer(original)("Hello")["input_ids"]) == "Hello"
+
+
+def test_bundled_models_load_in_their_stored_precision():
+    for name in bundled_models():
+        model = load_model(name, "auto")
+        assert model.dtype == torch.bfloat16
+        assert len(load_tokenizer(name)) <= model.config.vocab_size
+
+
+def test_cast_keeps_ties():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    model.config = type("Config", (), {})()
+    cast_unquantized(model, torch.bfloat16)
+    assert model["b"].weight is model["a"].weight and model["b"].weight.dtype == torch.bfloat16
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["backbone.layers.0.mixer.in_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reshape_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.layers.0.mixer.in_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def only_a_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def config_with(**entries):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(entries))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "damaged"),
+        (drop_a_tensor, "lacks 1 of the model's tensors.*in_proj"),
+        (reshape_a_tensor, "other shapes"),
+        (only_a_pickle, "never unpickles"),
+        (break_config, "no valid configuration"),
+        (config_with(model_type="unheard-of"), "does not know its architecture"),
+        (config_with(model_type="clip"), "no causal language model"),
+        (config_with(model_type="x", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}), "--trust-remote-code"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    ],
+)
+def test_damaged_folder(folder, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "nowhere", "a/b/c", ""])
+def test_no_such_folder(name):
+    with pytest.raises(InvalidInputError):
+        load_model(name)
+
+
+def test_file_instead_of_folder(tmp_path):
+    (tmp_path / "model").touch()
+    with pytest.raises(InvalidInputError, match="is a file"):
+        load_model(tmp_path / "model")
+
+
+def test_hub_id_that_is_not_in_the_cache(monkeypatch, tmp_path):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(CheckpointError, match="local cache") as caught:
+            load("klfast-test/absent", local_files_only=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(KlfastError, match="no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_unknown_dtype(original):
+    with pytest.raises(InvalidInputError, match="float64"):
+        load_model(original, "float64")
