@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+import tiny_folder as tiny
 import torch
 
 from klfast.data import token_batches

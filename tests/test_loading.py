@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-import tiny
+import tiny_folder as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
