@@ -14,6 +14,7 @@ _PUBLIC = {
     "QuantSpec": "types",
     "QuantizedTensor": "types",
     "quantize": "quantization",
+    "quantize_model": "convert",
     "dequant_matmul": "ops",
     "QuantLinear": "nn",
     "using": "runtime",

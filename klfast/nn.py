@@ -1,12 +1,13 @@
-"""QuantLinear: a drop-in nn.Linear whose weight is quantized."""
+"""Drop-in modules with a quantized weight: QuantLinear, and QuantEmbedding for an embedding tied to a quantized head."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from klfast import ops
+from klfast import ops, reference
 from klfast.errors import InvalidInputError
+from klfast.lazy_weight import LazyWeight
 from klfast.quantization import quantize
 from klfast.types import QuantizedTensor, QuantSpec, packed_words
 
@@ -15,13 +16,16 @@ class QuantLinear(nn.Module):
     """``y = x W^T + b`` with W quantized; x [..., in_features] to [..., out_features].
 
     Its buffers bear the names of compressed-tensors' ``pack-quantized`` format: weight_packed, weight_scale,
-    weight_zero_point (asymmetric only) and weight_shape; ``bias`` stays a float parameter.
+    weight_zero_point (asymmetric only) and weight_shape; ``bias`` stays a float parameter. ``dtype`` is what
+    ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
     """
 
-    def __init__(self, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact") -> None:
+    def __init__(self, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact", *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        if activation not in ("exact", "int8"):
+            raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
         self.out_features, self.in_features = qt.shape
-        self.spec, self.layout, self.activation = qt.spec, qt.layout, activation
+        self.spec, self.layout, self.activation, self.dtype = qt.spec, qt.layout, activation, dtype
         self.register_buffer("weight_packed", qt.packed)
         self.register_buffer("weight_scale", qt.scale)
         self.register_buffer("weight_zero_point", qt.zero_point)
@@ -33,17 +37,21 @@ class QuantLinear(nn.Module):
         """Quantize a linear layer's weight; its bias is kept as it is. ``scale`` as in ``klfast.quantize``."""
         if not isinstance(linear, nn.Linear):
             raise InvalidInputError(f"QuantLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
-        return cls(quantize(linear.weight, spec, scale=scale), linear.bias, activation)
+        return cls(quantize(linear.weight, spec, scale=scale), linear.bias, activation, dtype=linear.weight.dtype)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: QuantSpec, *, bias_dtype: torch.dtype | None = None, scale_dtype: torch.dtype = torch.float16, device: torch.device | str = "meta") -> QuantLinear:
+    def empty(
+        cls, shape: tuple[int, int], spec: QuantSpec, *, bias_dtype: torch.dtype | None = None, scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "meta", activation: str = "exact", dtype: torch.dtype = torch.float32,
+    ) -> QuantLinear:
         """A layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
         n, k = shape
         groups = spec.n_groups(k)
         zero_point = None if spec.symmetric else torch.empty(packed_words(n, spec.bits), groups, dtype=torch.int32, device=device)
         packed = torch.empty(n, packed_words(k, spec.bits), dtype=torch.int32, device=device)
         qt = QuantizedTensor(packed, torch.empty(n, groups, dtype=scale_dtype, device=device), zero_point, (n, k), spec)
-        return cls(qt, None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device=device))
+        bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device=device)
+        return cls(qt, bias, activation, dtype=dtype)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -52,11 +60,49 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight, made anew at each access: code that reads ``.weight`` works, at a price."""
-        return self.quantized.dequantize(None if self.bias is None else self.bias.dtype)
+        """Stands for the dequantized weight, which is made only when something computes with it."""
+        if torch.compiler.is_compiling():  # cannot trace the stand-in, but drops a matrix that nobody uses
+            return self.quantized.dequantize(torch.float32).to(self.dtype)
+        return LazyWeight(self.quantized, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.dequant_matmul(x, self.quantized, self.bias, activation=self.activation)
 
+    def _apply(self, fn, recurse=True):
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        if self.weight_scale.dtype != scale.dtype:  # values were rounded with the scale as it is stored
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, activation={self.activation}"
+
+
+class QuantEmbedding(nn.Module):
+    """The input embedding of a model whose quantized head it is tied to: it reads its rows from the head's tensor.
+
+    ids int64 [...] to [..., in_features of the head] in the model's dtype. It has no tensors of its own: the head holds
+    them, is saved for both, and takes the embedding along when it moves to another device.
+    """
+
+    def __init__(self, head: QuantLinear) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
+        self._head = (head,)  # in a tuple: no submodule, lest the head be listed twice
+
+    @property
+    def head(self) -> QuantLinear:
+        return self._head[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.head.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = reference.take_rows(self.head.quantized, ids.reshape(-1))
+        return rows.dequantize(torch.float32).to(self.head.dtype).view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, spec={self.head.spec}"

@@ -48,7 +48,11 @@ def head_name(model: nn.Module) -> str:
 
 def is_head_tied(model: nn.Module) -> bool:
     """Whether the head and the input embedding share one weight."""
+    from klfast.nn import QuantEmbedding
+
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(embedding, QuantEmbedding):
+        return embedding.head is head
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 

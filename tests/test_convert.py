@@ -1,0 +1,172 @@
+"""quantize_model, QuantEmbedding and LazyWeight: the right layers, the right numbers, and nothing half converted."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, batch, tiny
+
+import klfast
+from klfast import Plan, QuantSpec, errors, nn, reference, runtime
+from klfast.lazy_weight import LazyWeight
+from klfast.models.layers import fingerprint, head_name, is_head_tied, linears
+
+SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
+
+
+@pytest.fixture(autouse=True)
+def _reference_kernels():
+    with runtime.using("reference"):
+        yield
+
+
+def mixed_plan(model, head=True):
+    """The specs in turn, over every second layer and the head."""
+    names = [name for name in list(linears(model))[::2] if name != head_name(model)] + [head_name(model)] * head
+    return Plan({name: SPECS[i % len(SPECS)] for i, name in enumerate(names)}, "uniform", fingerprint(model))
+
+
+def fake_quantized(model, plan):
+    """The truth: the same model with each weight rounded and put back as floats."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, spec in plan.specs.items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(klfast.quantize(weight, spec).dequantize(torch.float32))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_rounded_weights(family, tied):
+    model, ids = tiny(family, tied), batch()
+    plan = mixed_plan(model)
+    expected = fake_quantized(model, plan)(ids).logits
+    assert klfast.quantize_model(model, plan) is model
+    assert {name for name, module in linears(model).items() if isinstance(module, nn.QuantLinear)} == set(plan.specs)
+    assert all(model.get_submodule(name).spec == spec for name, spec in plan.specs.items())
+    assert is_head_tied(model) == tied and isinstance(model.get_input_embeddings(), nn.QuantEmbedding) == tied
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keeps_the_dtype(dtype):
+    model, ids = tiny("mamba", tied=True, dtype=dtype), batch()
+    expected = fake_quantized(model, plan := mixed_plan(model))(ids).logits
+    klfast.quantize_model(model, plan)
+    assert model.lm_head.weight.dtype == model.get_input_embeddings()(ids).dtype == dtype
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
+
+
+def test_int8_activations_reach_the_layers():
+    model = klfast.quantize_model(tiny("llama"), Plan({"lm_head": QuantSpec(8, 32)}, "uniform"), activation="int8")
+    assert model.lm_head.activation == "int8"
+
+
+def test_mse_scale_is_used():
+    model = tiny("llama")
+    weight = model.lm_head.weight.detach().clone()
+    klfast.quantize_model(model, Plan({"lm_head": QuantSpec(4, 64)}, "uniform"), scale="mse")
+    assert torch.equal(model.lm_head.weight_scale, klfast.quantize(weight, QuantSpec(4, 64), scale="mse").scale)
+
+
+def unchanged(model, plan, error, match, **options):
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(error, match=match):
+        klfast.quantize_model(model, plan, **options)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_refuses_without_changing_anything():
+    model, spec = tiny("mamba", tied=True), QuantSpec()
+    unchanged(model, Plan({"lm_head": spec, "backbone.layers.0.mixer.in_prj": spec}, "uniform"), errors.UnknownLayerError, "did you mean .*in_proj")
+    unchanged(model, Plan({"backbone.layers.0.mixer.conv1d": spec}, "uniform"), errors.UnknownLayerError, "conv1d")
+    unchanged(model, mixed_plan(tiny("mamba", seed=5)), errors.ModelMismatchError, "the plan was made for other weights")
+    unchanged(model, mixed_plan(tiny("llama")), errors.ModelMismatchError, "other layers")
+    unchanged(model, {"lm_head": spec}, errors.InvalidInputError, "takes a Plan")
+    unchanged(model, Plan({"lm_head": spec}, "uniform"), errors.InvalidInputError, "activation", activation="int4")
+    unchanged(model, Plan({"lm_head": spec}, "uniform"), errors.InvalidInputError, "scale must be", scale="max")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.out_proj.weight[3, 4] = torch.nan
+    plan = Plan({"lm_head": spec, "backbone.layers.1.mixer.out_proj": spec}, "uniform")
+    unchanged(model, plan, errors.InvalidInputError, r"layers\.1\.mixer\.out_proj: .*NaN")
+
+
+def test_refuses_a_second_time():
+    model = tiny("llama")
+    klfast.quantize_model(model, plan := Plan({"lm_head": QuantSpec()}, "uniform"))
+    unchanged(model, plan, errors.InvalidInputError, "lm_head is quantized already")
+
+
+def test_refuses_an_embedding_that_computes():
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 2
+
+    model = tiny("llama", tied=True)
+    weight = model.lm_head.weight
+    model.set_input_embeddings(Scaled(*weight.shape))
+    model.get_input_embeddings().weight = weight
+    unchanged(model, Plan({"lm_head": QuantSpec()}, "uniform"), errors.InvalidInputError, "Scaled")
+
+
+@pytest.mark.parametrize("spec", [*SPECS, QuantSpec(4, 7, symmetric=False)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 63), (61, 100)])
+def test_rows_equal_the_dequantized_matrix(spec, shape):
+    head = nn.QuantLinear(klfast.quantize(torch.randn(shape), spec))
+    ids = torch.randint(0, shape[0], (3, 5))
+    assert torch.equal(nn.QuantEmbedding(head)(ids), head.quantized.dequantize(torch.float32)[ids])
+    assert nn.QuantEmbedding(head)(ids[:0]).shape == (0, 5, shape[1])
+
+
+def test_embedding_follows_its_head():
+    model = copy.deepcopy(klfast.quantize_model(tiny("mamba", tied=True), Plan({"lm_head": QuantSpec()}, "uniform")))
+    embedding = model.get_input_embeddings()
+    assert embedding.head is model.lm_head
+    assert not any("embeddings" in name for name in model.state_dict())
+    scale = model.lm_head.weight_scale.clone()
+    model.to(torch.bfloat16)
+    assert embedding.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.lm_head.weight_scale, scale)
+
+
+@pytest.fixture
+def lazy():
+    return nn.QuantLinear(klfast.quantize(torch.randn(6, 16), QuantSpec(4, 8)), dtype=torch.float32)
+
+
+def test_lazy_weight_metadata_is_free(lazy, monkeypatch):
+    monkeypatch.setattr(reference, "dequantize", lambda *args: pytest.fail("dequantized"))
+    weight = lazy.weight
+    assert (weight.dtype, weight.shape, weight.device, weight.dim(), weight.numel()) == (torch.float32, (6, 16), torch.device("cpu"), 2, 96)
+    assert not weight.requires_grad and weight.size(0) == 6 and weight.is_floating_point()
+    with pytest.raises(errors.InvalidInputError, match="no memory"):
+        weight.data_ptr()
+
+
+def test_lazy_weight_products_use_the_kernel(lazy, monkeypatch):
+    dense, x = lazy.quantized.dequantize(torch.float32), torch.randn(2, 16, 5)
+    calls = []
+    monkeypatch.setattr("klfast.lazy_weight.ops.dequant_matmul", lambda *args: calls.append(1) or klfast.ops.reference.dequant_matmul(*args))
+    torch.testing.assert_close(lazy.weight @ x, dense @ x)
+    torch.testing.assert_close(torch.matmul(lazy.weight, x[0]), dense @ x[0])
+    torch.testing.assert_close(torch.nn.functional.linear(x.mT, lazy.weight, torch.ones(6)), x.mT @ dense.T + 1)
+    assert len(calls) == 3
+    torch.testing.assert_close(x.mT @ lazy.weight.T, x.mT @ dense.T)  # the others see the dense matrix
+    torch.testing.assert_close(lazy.weight @ x[0, :, 0], dense @ x[0, :, 0])
+    torch.testing.assert_close(lazy.weight.float().norm(), dense.norm())
+    torch.testing.assert_close(copy.deepcopy(lazy.weight), dense)
+    assert not isinstance(lazy.weight + 0, LazyWeight) and len(calls) == 3
+
+
+def test_lazy_weight_compiles(lazy):
+    class Mixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = lazy
+
+        def forward(self, x):
+            return self.proj.weight @ x.to(self.proj.weight.dtype).transpose(1, 2), self.proj(x), self.proj.weight.sum()
+
+    x = torch.randn(2, 3, 16)
+    torch.testing.assert_close(torch.compile(Mixer(), fullgraph=True, backend="aot_eager")(x), Mixer()(x))
