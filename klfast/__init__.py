@@ -18,6 +18,7 @@ _PUBLIC = {
     "dequant_matmul": "ops",
     "QuantLinear": "nn",
     "using": "runtime",
+    "Sensitivities": "sensitivity.results",
     "KlfastError": "errors",
     "SlowPathWarning": "errors",
 }

@@ -56,6 +56,26 @@ def is_head_tied(model: nn.Module) -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
+def weight_bytes(layer: nn.Module) -> int:
+    """Bytes of a linear layer's weight as it is now: its float matrix, or packed values, scales and zero points."""
+    quantized = getattr(layer, "quantized", None)
+    return layer.weight.numel() * layer.weight.element_size() if quantized is None else quantized.nbytes
+
+
+def other_bytes(model: nn.Module) -> int:
+    """Bytes of everything that a saved model holds beside the weights of its linear layers.
+
+    Shared tensors count once, and an embedding tied to the head not at all: it is counted with the head.
+    """
+    weights = {id(tensor) for layer in linears(model).values() for name, tensor in _own_tensors(layer) if name.startswith("weight")}
+    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in weights)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
 def fingerprint(model: nn.Module) -> Fingerprint:
     """What identifies ``model`` to sensitivities and plans."""
     layers = linears(model)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
+from klfast.errors import CheckpointError, KlfastError
+from klfast.files import write_atomic
+from klfast.models import layers as model_layers
 from klfast.types import Fingerprint, QuantSpec
 
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
+SCHEMA = "klfast-sensitivities/1"
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A linear layer as plans see it: out_features, in_features, and its bytes if left alone."""
+    """A linear layer as plans see it: (out_features, in_features), and the bytes of its weight if left alone."""
 
     shape: tuple[int, int]
     float_bytes: int
@@ -19,7 +29,11 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One candidate's metrics, each a mean over ``tokens`` tokens with its standard error (both keyed as METRICS)."""
+    """One candidate's metrics, each a mean over ``tokens`` tokens with its standard error (both keyed as METRICS).
+
+    The standard error is that of a mean over windows, since the tokens of a window are correlated; NaN where there is
+    but one window. ``below_noise``: the KL is so near the noise floor that it ranks nothing.
+    """
 
     mean: dict[str, float]
     stderr: dict[str, float]
@@ -37,8 +51,8 @@ class Sensitivities:
         other_bytes: bytes of all that is never quantized (embedding unless tied to the head, norms, convolutions,
             biases ...). A tied embedding is counted with the head alone.
         measurements: by (layer name, spec).
-        noise_floor: the metrics that mere rounding makes (the teacher against itself in other summation order).
-        provenance: free-form facts (model, calibration text, tokens, versions, seconds).
+        noise_floor: the metrics that mere rounding makes (the teacher against itself, rounded differently).
+        provenance: free-form facts (model, calibration text, tokens, versions ...).
     """
 
     fingerprint: Fingerprint | None
@@ -47,3 +61,118 @@ class Sensitivities:
     measurements: dict[tuple[str, QuantSpec], Measurement] = field(default_factory=dict)
     noise_floor: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sensitivities:
+        """Those of ``model`` before anything is measured: its fingerprint, layers and bytes."""
+        found = {
+            name: LayerInfo((module.out_features, module.in_features), model_layers.weight_bytes(module))
+            for name, module in model_layers.linears(model).items()
+        }
+        return cls(model_layers.fingerprint(model), found, model_layers.other_bytes(model))
+
+    def to_json(self, path: str | os.PathLike[str] | None = None, *, extra: Mapping[str, object] | None = None) -> str:
+        """The sensitivities as JSON text, written to ``path`` if given (beside it first, then renamed over it).
+
+        ``extra`` adds top-level entries that ``from_json`` passes over: the state of an unfinished sweep.
+        """
+        fingerprint = self.fingerprint and {"structure": self.fingerprint.structure, "norms": list(self.fingerprint.norms)}
+        data = {
+            "schema": SCHEMA,
+            "fingerprint": fingerprint,
+            "layers": {name: {"shape": list(info.shape), "float_bytes": info.float_bytes} for name, info in self.layers.items()},
+            "other_bytes": self.other_bytes,
+            "measurements": [
+                {
+                    "layer": name,
+                    "spec": str(spec),
+                    "tokens": m.tokens,
+                    "below_noise": m.below_noise,
+                    "mean": numbers_to_json(m.mean),
+                    "stderr": numbers_to_json(m.stderr),
+                }
+                for (name, spec), m in self.measurements.items()
+            ],
+            "noise_floor": numbers_to_json(self.noise_floor),
+            "provenance": self.provenance,
+            **(extra or {}),
+        }
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        if path is not None:
+            write_atomic(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Sensitivities:
+        """Read back what ``to_json`` wrote, or the published kl-ssm-quant results.
+
+        Args:
+            source: a path, or the JSON text itself (recognized by its opening brace or bracket).
+
+        Raises:
+            CheckpointError: no such file, truncated, or neither of these formats.
+        """
+        data, origin = read_json(source)
+        if not isinstance(data, dict) or "schema" not in data:
+            from klfast.sensitivity import published
+
+            return published.read(data)
+        return cls._from_data(data, origin)
+
+    @classmethod
+    def _from_data(cls, data: dict, origin: str) -> Sensitivities:
+        if data["schema"] != SCHEMA:
+            raise CheckpointError(f"{origin} has schema {data['schema']!r}; this klfast reads {SCHEMA!r}")
+        try:
+            fingerprint = data["fingerprint"]
+            layers = {
+                name: LayerInfo((int(info["shape"][0]), int(info["shape"][1])), int(info["float_bytes"]))
+                for name, info in data["layers"].items()
+            }
+            measurements = {
+                (entry["layer"], QuantSpec.parse(entry["spec"])): Measurement(
+                    _numbers(entry["mean"]), _numbers(entry["stderr"]), int(entry["tokens"]), bool(entry["below_noise"])
+                )
+                for entry in data["measurements"]
+            }
+            if unknown := [name for name, _ in measurements if name not in layers]:
+                raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; sweep anew")
+            return cls(
+                fingerprint and Fingerprint(str(fingerprint["structure"]), tuple(map(float, fingerprint["norms"]))),
+                layers,
+                int(data["other_bytes"]),
+                measurements,
+                _numbers(data["noise_floor"]),
+                dict(data["provenance"]),
+            )
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, KlfastError) as error:
+            raise CheckpointError(f"{origin} is damaged ({type(error).__name__}: {error}); sweep anew") from error
+
+
+def read_json(source: str | os.PathLike[str]) -> tuple[object, str]:
+    """The data in a JSON file or text, and how to call it in messages."""
+    if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
+        text, origin = source, "the JSON text"
+    else:
+        origin = os.fspath(source)
+        try:
+            with open(origin, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise CheckpointError(f"cannot read sensitivities from {origin}: {reason}") from error
+    try:
+        return json.loads(text), origin
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin} is truncated or no JSON ({error}); sweep anew") from error
+
+
+def numbers_to_json(numbers: Mapping[str, float]) -> dict[str, float | str]:
+    """Numbers as JSON has them; infinities and NaN, which it lacks, as strings that ``float`` reads."""
+    return {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
+
+
+def _numbers(data: Mapping[str, float | str]) -> dict[str, float]:
+    return {key: float(value) for key, value in data.items()}

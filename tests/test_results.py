@@ -1,0 +1,98 @@
+"""Sensitivities as JSON: a round trip that loses nothing, and files that are not what they should be."""
+
+import json
+import math
+import os
+import stat
+
+import pytest
+
+from klfast.errors import CheckpointError
+from klfast.sensitivity.results import METRICS, LayerInfo, Measurement, Sensitivities
+from klfast.types import Fingerprint, QuantSpec
+
+
+@pytest.fixture
+def sensitivities():
+    mean = {metric: 0.1 * i + 1e-17 for i, metric in enumerate(METRICS)} | {"sqnr_db": math.inf}
+    stderr = dict.fromkeys(METRICS, math.nan)
+    layers = {"b.in_proj": LayerInfo((6, 5), 120), "a.out_proj": LayerInfo((5, 3), 60), "lm_head": LayerInfo((9, 5), 180)}
+    return Sensitivities(
+        Fingerprint("abc", (0.1, 1 / 3, 2.0)),
+        layers,
+        other_bytes=77,
+        measurements={
+            ("b.in_proj", QuantSpec(4)): Measurement(mean, stderr, 510),
+            ("lm_head", QuantSpec(8, -1, False)): Measurement(mean, {m: 1e-300 for m in METRICS}, 510, below_noise=True),
+        },
+        noise_floor={"kl_teacher_student": 3e-12},
+        provenance={"model": "tiny", "windows": 2},
+    )
+
+
+def test_round_trip(sensitivities, tmp_path):
+    path = tmp_path / "s.json"
+    text = sensitivities.to_json(path)
+    assert path.read_text() == text
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+    for source in (path, str(path), text):
+        back = Sensitivities.from_json(source)
+        assert list(back.layers) == list(sensitivities.layers)  # module order, not the alphabet's
+        assert repr(back) == repr(sensitivities)  # not ==: NaN differs from itself
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_extra_entries_are_passed_over(sensitivities):
+    text = sensitivities.to_json(extra={"sweep": {"done": 3}})
+    assert json.loads(text)["sweep"] == {"done": 3}
+    assert repr(Sensitivities.from_json(text)) == repr(sensitivities)
+
+
+def test_a_failed_write_leaves_the_old_file(sensitivities, tmp_path, monkeypatch):
+    path = tmp_path / "s.json"
+    sensitivities.to_json(path)
+    before = path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    sensitivities.other_bytes = 1
+    with pytest.raises(OSError, match="disk full"):
+        sensitivities.to_json(path)
+    assert path.read_text() == before and os.listdir(tmp_path) == ["s.json"]
+
+
+@pytest.mark.parametrize("cut", [1, 50, 400, -3])
+def test_truncated(sensitivities, tmp_path, cut):
+    path = tmp_path / "s.json"
+    path.write_text(sensitivities.to_json()[:cut])
+    with pytest.raises(CheckpointError, match=r"s\.json is truncated or no JSON"):
+        Sensitivities.from_json(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot read sensitivities from .*nothing.json: No such file"):
+        Sensitivities.from_json(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(schema="klfast-sensitivities/9"), "has schema 'klfast-sensitivities/9'"),
+        (lambda d: d.pop("layers"), "damaged"),
+        (lambda d: d.update(layers=[1]), "damaged"),
+        (lambda d: d["measurements"][0].update(spec="int3"), "damaged .*int3"),
+        (lambda d: d["measurements"][0].update(layer="nowhere"), "'nowhere'"),
+        (lambda d: d["measurements"][0]["mean"].update(jsd=None), "damaged"),
+        (lambda d: d.update(other_bytes="many"), "damaged"),
+        (lambda d: d.update(fingerprint={"structure": "x"}), "damaged"),
+    ],
+)
+def test_foreign_or_damaged(sensitivities, damage, message):
+    data = json.loads(sensitivities.to_json())
+    damage(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Sensitivities.from_json(json.dumps(data))
+    assert "\n" not in str(caught.value)
