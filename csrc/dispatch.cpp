@@ -103,4 +103,9 @@ const std::string& why_not(Tier tier) {
     return reasons[static_cast<int>(tier)];
 }
 
+std::map<std::string, std::set<std::string>>& Announce::announced() {
+    static std::map<std::string, std::set<std::string>> ops;  // in a function: made before its first user
+    return ops;
+}
+
 }  // namespace klfast

@@ -3,6 +3,8 @@
 
 #include <array>
 #include <cstddef>
+#include <map>
+#include <set>
 #include <string>
 
 namespace klfast {
@@ -32,6 +34,18 @@ template <class Fn>
 Fn* pick(const KernelTable<Fn>& table, Tier limit) {
     return table[static_cast<int>(best_tier(table, limit))];
 }
+
+// Tells klfast.explain which tiers an op has kernels for. One beside each kernel table:
+//     const Announce announce{"dequant_matmul", kKernels};
+struct Announce {
+    template <class Fn>
+    Announce(const char* op, const KernelTable<Fn>& table) {
+        for (std::size_t t = 0; t < kTiers; ++t)
+            if (table[t] != nullptr) announced()[op].insert(kTierNames[t]);
+    }
+    // Op -> names of its tiers.
+    static std::map<std::string, std::set<std::string>>& announced();
+};
 
 }  // namespace klfast
 

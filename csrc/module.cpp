@@ -22,4 +22,5 @@ PYBIND11_MODULE(_C, m) {
     using namespace klfast;
     m.attr("tiers") = py::cast(std::vector<std::string>(kTierNames.begin(), kTierNames.end()));
     m.def("why_not", [](int tier) { return why_not(static_cast<Tier>(tier)); }, "Why a tier cannot run here; empty if it can.");
+    m.def("kernel_tiers", &Announce::announced, "Op -> the tiers that it has kernels for.");
 }

@@ -14,6 +14,17 @@ from klfast.errors import InvalidInputError
 
 LIBRARY = torch.library.Library("klfast", "DEF")
 _references: dict[str, Callable] = {}
+_kernels: set[tuple[str, str]] = set()
+
+
+def op_names() -> list[str]:
+    """Every op, in order of definition."""
+    return list(_references)
+
+
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether a device ("CPU", "CUDA", "XPU") has a kernel of an op."""
+    return (name, dispatch_key) in _kernels
 
 
 def define(schema: str, *, fake: Callable, reference: Callable) -> None:
@@ -35,6 +46,7 @@ def define(schema: str, *, fake: Callable, reference: Callable) -> None:
 def register_kernel(name: str, dispatch_key: str, kernel: Callable) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still goes past it."""
     plain = _references[name]
+    _kernels.add((name, dispatch_key))
 
     def dispatched(*args):
         return plain(*args) if runtime.pinned() == "reference" else kernel(*args)
