@@ -16,6 +16,8 @@ _PUBLIC = {
     "quantize": "quantization",
     "quantize_model": "convert",
     "dequant_matmul": "ops",
+    "linear_divergence": "ops",
+    "logit_divergence": "ops",
     "QuantLinear": "nn",
     "using": "runtime",
     "Sensitivities": "sensitivity.results",

@@ -12,6 +12,7 @@ import torch
 from klfast.errors import InvalidInputError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True, order=True)
@@ -205,7 +206,7 @@ class Divergence:
         jsd                 Jensen-Shannon divergence, nats (at most log 2)
         mse                 mean of d^2 over the vocabulary
         sqnr_db             10 log10(sum teacher^2 / sum d^2), dB (inf where the logits are equal)
-        ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets
+        ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets, NaN where ignored (-100)
         top1_agree          1.0 where both have the same most likely token (the lowest index among equals)
     """
 
