@@ -1,0 +1,167 @@
+"""The chain view of transformers models: step by step it is the model, and what is no chain is refused."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from klfast.errors import InvalidInputError
+from klfast.models.chain import Carry, Chain
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3}
+ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4}
+
+FAMILIES = {
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
+    "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8)),
+    "falcon_mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**SMALL, state_size=4)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, num_key_value_heads=2)),
+    "llama-eager": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, attn_implementation="eager")),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **ATTENTION)),
+}
+
+
+def llama():
+    return FAMILIES["llama"]().eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_steps_add_up_to_the_model(family):
+    model = FAMILIES[family]().eval()
+    ids = torch.randint(0, 61, (3, 11))
+    expected = model(ids).logits
+    chain = Chain(model)
+    passage = chain.enter(ids)
+    torch.testing.assert_close(chain.head(chain.run(passage.entry, passage)), expected)
+
+    # Any suffix, with two carries stacked: one as it was, one changed on the way.
+    carry = chain.step(0, passage.entry, passage)
+    changed = Carry(carry.hidden * 1.5)
+    wide = chain.enter(ids.repeat(2, 1))
+    stacked = chain.head(chain.run(Carry.stack([carry, changed]), wide, start=1)).split(3)
+    torch.testing.assert_close(stacked[0], expected)
+    torch.testing.assert_close(stacked[1], chain.head(chain.run(changed, passage, start=1)))
+    assert (stacked[1] - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_leaves_the_model_alone():
+    model = llama()
+    before = {name: (set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()}
+    ids = torch.randint(0, 61, (1, 5))
+    expected = model(ids).logits
+    chain = Chain(model)
+    passage = chain.enter(ids)
+    chain.run(passage.entry, passage)
+    with pytest.raises(IndexError):
+        chain.enter(torch.tensor([[61]]))  # fails inside the bypassed forward
+    assert {name: (set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()} == before
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_keeps_a_forward_that_somebody_else_replaced():
+    model = llama()
+    block = model.model.layers[1]
+    calls = []
+    original = block.forward
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = watched
+    chain = Chain(model)
+    del calls[:]
+    passage = chain.enter(torch.randint(0, 61, (1, 5)))
+    assert not calls
+    chain.run(passage.entry, passage)
+    assert calls == [1] and block.forward is watched
+
+
+def test_block_of():
+    chain = Chain(FAMILIES["mamba"]().eval())
+    assert chain.block_of("backbone.layers.2.mixer.x_proj") == 2
+    assert chain.block_of("lm_head") is None
+
+
+class PairBlock(nn.Module):
+    """Returns a tuple, as older transformers blocks do."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs), None
+
+
+@torch.no_grad()
+def test_blocks_that_return_tuples():
+    model = FAMILIES["mamba"]().eval()
+    model.backbone.layers = nn.ModuleList(PairBlock(block) for block in model.backbone.layers)
+    ids = torch.randint(0, 61, (2, 6))
+
+    def forward(input_ids, use_cache=False, **kwargs):
+        hidden = model.backbone.embeddings(input_ids)
+        for block in model.backbone.layers:
+            hidden, nothing = block(hidden)
+            assert nothing is None
+        return (model.backbone.norm_f(hidden),)
+
+    model.backbone.forward = forward
+    model.forward = lambda input_ids, **_: type("Output", (), {"logits": model.lm_head(forward(input_ids)[0])})
+    chain = Chain(model)
+    passage = chain.enter(ids)
+    torch.testing.assert_close(chain.head(chain.run(passage.entry, passage)), model(ids).logits)
+
+
+def test_refuses_skip_connections_between_blocks():
+    model = FAMILIES["mamba"]().eval()
+    backbone = model.backbone
+
+    def forward(input_ids, use_cache=False, **kwargs):
+        hidden, before = backbone.embeddings(input_ids), 0
+        for block in backbone.layers:
+            hidden, before = block(hidden) + before, hidden
+        return (backbone.norm_f(hidden),)
+
+    backbone.forward = forward
+    model.forward = lambda input_ids, **_: type("Output", (), {"logits": model.lm_head(forward(input_ids)[0])})
+    with pytest.raises(InvalidInputError, match="MambaForCausalLM's blocks do not form a chain"):
+        Chain(model)
+
+
+def test_refuses_a_block_used_twice():
+    model = llama()
+    model.model.layers[2] = model.model.layers[0]
+    with pytest.raises(InvalidInputError, match="one block is used several times"):
+        Chain(model)
+
+
+def test_refuses_capped_logits():
+    config = Gemma2Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)
+    with pytest.raises(InvalidInputError, match="Gemma2ForCausalLM's logits are not those of its linear head"):
+        Chain(Gemma2ForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: FAMILIES["mamba"]().backbone])
+def test_refuses_what_is_no_causal_language_model(make):
+    with pytest.raises(InvalidInputError, match="has no linear head without bias"):
+        Chain(make())
