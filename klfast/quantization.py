@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 
 from klfast import reference
 from klfast.errors import InvalidInputError
 from klfast.types import FLOAT_DTYPES, QuantizedTensor, QuantSpec
 
 _CLIP_RATIOS = torch.linspace(1.0, 0.5, 26).tolist()
+_TILE = 1 << 18  # weights rounded at a time on a CPU: the passes over them stay in cache
 
 
 def quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> QuantizedTensor:
-    """Quantize a weight matrix, round to nearest.
+    """Quantize a weight matrix, round to nearest (half to even).
 
     Args:
-        weight: float32, bfloat16 or float16 [N, K], finite.
+        weight: float32, bfloat16 or float16 [N, K], finite, with at least one row and column.
         spec: bits, group and symmetry.
-        scale: "absmax" (the largest magnitude, or the range min..max if asymmetric, maps to the end of the grid) or
-            "mse" (that range shrunk by the ratio, of 26 from 1 to 0.5, with the least squared error per group).
+        scale: "absmax" (the largest magnitude maps to q_max; if asymmetric, the range min..max, extended to take in
+            0, maps to q_min..q_max) or "mse" (that range shrunk by the ratio, of 26 from 1 to 0.5, with the least
+            squared error per group).
         scale_dtype: what scales are stored as. Values are rounded with the stored scale, so its rounding costs
             next to nothing.
 
@@ -28,55 +31,94 @@ def quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", sc
     """
     _check(weight, scale, scale_dtype)
     n, k = weight.shape
+    n_groups = spec.n_groups(k)
+    q = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    s = torch.empty(n, n_groups, dtype=scale_dtype, device=weight.device)
+    z = None if spec.symmetric else torch.empty(n, n_groups, dtype=torch.int8, device=weight.device)
+    for rows, columns, groups, (tile_q, tile_s, tile_z) in _rounded_tiles(weight, spec, scale, scale_dtype):
+        q[rows, columns] = tile_q.flatten(1)
+        s[rows, groups] = tile_s.squeeze(-1)
+        if z is not None:
+            z[rows, groups] = tile_z.squeeze(-1)
+    zero_point = None if z is None else reference.pack(z.T, spec.bits).T.contiguous()
+    return QuantizedTensor(reference.pack(q, spec.bits), s, zero_point, (n, k), spec)
+
+
+def fake_quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """float32 [N, K], bit for bit ``quantize(...).dequantize(torch.float32)`` with the same arguments, nothing packed."""
+    _check(weight, scale, scale_dtype)
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    for rows, columns, _, (q, s, z) in _rounded_tiles(weight, spec, scale, scale_dtype):
+        out[rows, columns] = q.sub_(z).mul_(s.float()).flatten(1)
+    return out
+
+
+_Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]  # q float32 [N, G, L]; scale and zero point [N, G, 1]
+
+
+def _rounded_tiles(weight: torch.Tensor, spec: QuantSpec, scale: str, scale_dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice, _Rounded]]:
+    """(rows, columns, groups) of each tile with its rounded values; a ragged last group makes tiles of its own."""
+    n, k = weight.shape
     length = spec.group_length(k)
-    ragged = -k % length if k else 0
-    # [N, G, length]; the padding repeats the last column, so that it changes no group's range.
-    if weight.numel():
-        groups = F.pad(weight.detach().float().unsqueeze(0), (0, ragged), mode="replicate").view(n, -1, length)
-    else:
-        groups = weight.new_zeros(n, spec.n_groups(k), max(length, 1), dtype=torch.float32)
+    whole = k // length
+    parts = [(slice(0, whole * length), slice(0, whole), length)]
+    if k % length:
+        parts.append((slice(whole * length, k), slice(whole, whole + 1), k % length))
+    step = max(1, _TILE // k) if weight.device.type == "cpu" else n
     ratios = [1.0] if scale == "absmax" else _CLIP_RATIOS
-    best = None
-    for ratio in ratios:
-        trial = _round(groups, spec, ratio, scale_dtype)
-        q, s, z = trial
-        error = ((q - z) * s.float() - groups).square().sum(-1, keepdim=True)
-        if best is None:
-            best, least = trial, error
-        else:
-            better = error < least
-            best = tuple(torch.where(better, new, old) for new, old in zip(trial, best, strict=True))
-            least = torch.where(better, error, least)
-    q, s, z = best
-    if not torch.isfinite(s).all():
-        raise InvalidInputError(f"a scale does not fit {scale_dtype}; pass scale_dtype=torch.bfloat16 or torch.float32")
-    packed = reference.pack(q.flatten(1)[:, :k].to(torch.int8), spec.bits)
-    zero_point = None if spec.symmetric else reference.pack(z.squeeze(-1).T.to(torch.int8), spec.bits).T.contiguous()
-    return QuantizedTensor(packed, s.squeeze(-1).contiguous(), zero_point, (n, k), spec)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        for columns, groups, part_length in parts:
+            tile = weight.detach()[rows, columns].float().unflatten(1, (-1, part_length))
+            rounded = _round_best(tile, spec, ratios, scale_dtype)
+            if not torch.isfinite(rounded[1]).all():  # a NaN or infinity of the weight reaches its scale
+                raise InvalidInputError(_why_not_finite(weight, scale_dtype))
+            yield rows, columns, groups, rounded
 
 
-def _round(groups: torch.Tensor, spec: QuantSpec, ratio: float, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(q, scale, zero point) of [N, G, length] with the range shrunk by ``ratio``; scale and zero point [N, G, 1]."""
+def _round_best(groups: torch.Tensor, spec: QuantSpec, ratios: list[float], scale_dtype: torch.dtype) -> _Rounded:
+    """float32 [N, G, L] rounded with, for each group, the ratio of the least squared error (the first among equals)."""
     if spec.symmetric:
-        span, steps = groups.abs().amax(-1, keepdim=True) * ratio, spec.q_max
+        low, span = None, groups.abs().amax(-1, keepdim=True)
     else:  # the range takes in 0, so that 0 is exact and the zero point is on the grid
-        low = groups.amin(-1, keepdim=True).clamp(max=0) * ratio
-        span, steps = groups.amax(-1, keepdim=True).clamp(min=0) * ratio - low, spec.q_max - spec.q_min
+        low = groups.amin(-1, keepdim=True).clamp_(max=0)
+        span = groups.amax(-1, keepdim=True).clamp_(min=0) - low
+    if len(ratios) == 1:
+        return _round(groups, low, span, ratios[0], spec, scale_dtype)
+    least = torch.full_like(span, torch.inf)
+    best = torch.full_like(span, ratios[0])
+    for ratio in ratios:
+        q, s, z = _round(groups, low, span, ratio, spec, scale_dtype)
+        error = q.sub_(z).mul_(s.float()).sub_(groups).square_().sum(-1, keepdim=True)
+        best.masked_fill_(error < least, ratio)
+        least = torch.minimum(error, least)
+    return _round(groups, low, span, best, spec, scale_dtype)
+
+
+def _round(groups: torch.Tensor, low: torch.Tensor | None, span: torch.Tensor, ratio: float | torch.Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> _Rounded:
+    """Groups rounded on the grid of ``span * ratio``; ``low``, the range's lower end, only if asymmetric."""
     tiny = max(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps, 1e-30)  # float16: a subnormal
-    s = (span / steps).clamp(min=tiny).to(scale_dtype)  # an all-zero group keeps a scale that divides
-    z = torch.zeros_like(s, dtype=torch.float32) if spec.symmetric else (spec.q_min - low / s.float()).round().clamp(spec.q_min, spec.q_max)
-    q = (groups / s.float() + z).round().clamp(spec.q_min, spec.q_max)
-    return q, s, z
+    steps = spec.q_max if spec.symmetric else spec.q_max - spec.q_min
+    s = (span * ratio / steps).clamp_(min=tiny).to(scale_dtype)  # an all-zero group keeps a scale that divides
+    q = groups / s.float()
+    if low is None:
+        return q.round_().clamp_(spec.q_min, spec.q_max), s, 0.0
+    z = (spec.q_min - low * ratio / s.float()).round_().clamp_(spec.q_min, spec.q_max)
+    return q.add_(z).round_().clamp_(spec.q_min, spec.q_max), s, z
+
+
+def _why_not_finite(weight: torch.Tensor, scale_dtype: torch.dtype) -> str:
+    if not torch.isfinite(weight).all():
+        return "the weight holds a NaN or an infinity; repair the checkpoint before quantizing it"
+    return f"a scale does not fit {scale_dtype}; pass scale_dtype=torch.bfloat16 or torch.float32"
 
 
 def _check(weight: torch.Tensor, scale: str, scale_dtype: torch.dtype) -> None:
-    if weight.dim() != 2:
-        raise InvalidInputError(f"quantize takes a matrix [N, K], got shape {list(weight.shape)}")
+    if weight.dim() != 2 or not weight.numel():
+        raise InvalidInputError(f"quantize takes a matrix [N, K] with N and K at least 1, got shape {list(weight.shape)}")
     if weight.dtype not in FLOAT_DTYPES:
         raise InvalidInputError(f"quantize takes float32, bfloat16 or float16 weights, got {weight.dtype}")
     if scale not in ("absmax", "mse"):
         raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
     if scale_dtype not in FLOAT_DTYPES:
         raise InvalidInputError(f"scale_dtype must be float32, bfloat16 or float16, got {scale_dtype}")
-    if not torch.isfinite(weight).all():
-        raise InvalidInputError("the weight holds a NaN or an infinity; repair the checkpoint before quantizing it")
