@@ -1,0 +1,95 @@
+"""The scans of examples/training_scan.py against a step-by-step loop: outputs and gradients."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import training_scan  # noqa: E402
+
+
+def loop_scan(u, step, A, B, C, D, z):
+    delta = F.softplus(step)
+    h = torch.zeros(u.shape[0], *A.shape, dtype=u.dtype)
+    outputs = []
+    for t in range(u.shape[1]):
+        h = torch.exp(delta[:, t, :, None] * A) * h + (delta * u)[:, t, :, None] * B[:, t, None]
+        outputs.append((h * C[:, t, None]).sum(-1))
+    return (torch.stack(outputs, dim=1) + D * u) * F.silu(z)
+
+
+def scan_inputs(length, channels=32, state=16, batch=2):
+    torch.manual_seed(length)
+    rates = -torch.arange(1.0, state + 1).repeat(channels, 1) * torch.rand(channels, 1)
+    shapes = [(batch, length, channels), (batch, length, state), (batch, length, state), (channels,), (batch, length, channels)]
+    u, B, C, D, z = (torch.randn(shape) for shape in shapes)
+    return [t.requires_grad_() for t in (u, torch.randn(batch, length, channels) * 2, rates, B, C, D, z)]
+
+
+def agree(function, expected, inputs, tolerance=2e-5):
+    """Outputs and the gradient of every input, relative to the largest entry."""
+    weight = torch.randn_like(expected(*inputs))
+    results = []
+    for f in (function, expected):
+        out = f(*inputs)
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), inputs)])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        assert (got - want).abs().max() <= tolerance * want.abs().max(), f"result {i}"
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 100])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_selective_scan(length, compiled):
+    if compiled and training_scan.kernels(16) is None:
+        pytest.skip("no C++ compiler")
+    agree(training_scan.CompiledScan.apply if compiled else training_scan.selective_scan, loop_scan, scan_inputs(length))
+
+
+def test_compiled_scan_in_bfloat16():
+    if training_scan.kernels(16) is None:
+        pytest.skip("no C++ compiler")
+
+    def rounded(u, step, A, B, C, D, z):
+        return training_scan.CompiledScan.apply(u.bfloat16(), step, A, B, C, D, z.bfloat16()).float()
+
+    agree(rounded, loop_scan, scan_inputs(50), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 30])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ssd_scan(length, groups):
+    heads, width, state = 4, 5, 6
+    torch.manual_seed(length)
+    x, delta = torch.randn(2, length, heads, width), torch.rand(2, length, heads) * 2
+    A, D = -torch.rand(heads) * 4, torch.randn(heads)
+    B, C = torch.randn(2, 2, length, groups, state)
+
+    def loop(x, delta, A, B, C, D):
+        share = heads // groups
+        B, C = (t.repeat_interleave(share, dim=2) for t in (B, C))
+        h, outputs = torch.zeros(2, heads, width, state), []
+        for t in range(length):
+            h = torch.exp(delta[:, t] * A)[..., None, None] * h + (delta[..., None] * x)[:, t, ..., None] * B[:, t, :, None]
+            outputs.append((h * C[:, t, :, None]).sum(-1))
+        return torch.stack(outputs, dim=1) + D[:, None] * x
+
+    inputs = [t.requires_grad_() for t in (x, delta, A, B, C, D)]
+    agree(lambda *tensors: training_scan.ssd_scan(*tensors, chunk=8), loop, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_compiled_convolution(length):
+    if training_scan.kernels(16) is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(length)
+    wide = torch.randn(2, length, 64)
+    inputs = [t.requires_grad_() for t in (wide, torch.randn(32, 4), torch.randn(32))]
+
+    def expected(wide, weight, bias):
+        x = F.pad(wide[..., :32].transpose(1, 2), (3, 0))
+        return F.silu(F.conv1d(x, weight[:, None], bias, groups=32)).transpose(1, 2)
+
+    agree(lambda wide, weight, bias: training_scan.CompiledConv.apply(wide[..., :32], weight, bias), expected, inputs)
