@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -180,6 +181,23 @@ class Plan:
     fingerprint: Fingerprint | None = None
     predicted: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
+        from klfast import plan_file
+
+        return plan_file.write(self, path)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read back what ``to_json`` wrote.
+
+        Raises:
+            CheckpointError: no such file, truncated, or no plan.
+        """
+        from klfast import plan_file
+
+        return plan_file.read(path)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,12 @@ def test_token_files(tmp_path, name):
         assert torch.cat(token_batches(path, vocab_size=7, length=length)).tolist() == expected
 
 
+def test_bundled_texts_differ(tokenizer):
+    calibration, evaluation = (torch.cat(token_batches(n, tokenizer, vocab_size=257, length=64, windows=8)) for n in ("calibration", "evaluation"))
+    assert calibration.shape == evaluation.shape == (8, 64)
+    assert not torch.equal(calibration, evaluation)
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
