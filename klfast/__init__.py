@@ -15,6 +15,8 @@ _PUBLIC = {
     "QuantizedTensor": "types",
     "quantize": "quantization",
     "quantize_model": "convert",
+    "load_quantized": "checkpoint",
+    "save_quantized": "checkpoint",
     "dequant_matmul": "ops",
     "linear_divergence": "ops",
     "logit_divergence": "ops",

@@ -1,9 +1,12 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files and folders so that nobody ever sees half of one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -38,3 +41,40 @@ def _mode(path: Path) -> int:
         mask = os.umask(0)
         os.umask(mask)
         return 0o666 & ~mask
+
+
+@contextmanager
+def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside ``path`` to write into; it takes the place of ``path`` when the block ends without an error.
+
+    What stood at ``path`` stays until then; after an error nothing of the new folder is left. Files are flushed to disk
+    first. Whether an existing folder may be replaced is for the caller to decide.
+    """
+    path = Path(path).absolute()
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    old = beside.with_suffix(".old")
+    try:
+        os.chmod(beside, _mode(path) if path.is_dir() else _mode(beside / "new") | 0o111)
+        yield beside
+        for entry in [*beside.rglob("*"), beside]:
+            _flush(entry)
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(beside, path)
+        except BaseException:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
