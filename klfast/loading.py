@@ -50,8 +50,7 @@ def load_model(
     if _is_quantized(source):
         from klfast.checkpoint import load_quantized
 
-        model = load_quantized(source)
-        return (model if dtype == "auto" else cast_unquantized(model, DTYPES[dtype])).eval()
+        return load_quantized(source, dtype=None if dtype == "auto" else DTYPES[dtype])
 
     from transformers import AutoModelForCausalLM
 
@@ -78,24 +77,6 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
         raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
     with _one_line_errors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
-
-
-def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast, in place, the float parameters and buffers of ``model`` but for the parts of its QuantLinears, whose
-    scales stay as stored."""
-    from klfast.nn import QuantLinear
-
-    for module in model.modules():
-        tensors = list(module._parameters.items()) if isinstance(module, QuantLinear) else [*module._parameters.items(), *module._buffers.items()]
-        for name, tensor in tensors:
-            if tensor is None or not tensor.is_floating_point() or tensor.dtype == dtype:
-                continue
-            if name in module._parameters:
-                tensor.data = tensor.data.to(dtype)  # in place, so that tied parameters stay tied
-            else:
-                module._buffers[name] = tensor.to(dtype)
-    model.config.dtype = dtype
-    return model
 
 
 def _resolve(name_or_path: str | os.PathLike) -> str:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klfast.errors import CheckpointError, InvalidInputError, KlfastError
-from klfast.loading import bundled_models, cast_unquantized, load_model, load_tokenizer
+from klfast.loading import bundled_models, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,19 @@ def test_bundled_models_load_in_their_stored_precision():
         assert len(load_tokenizer(name)) <= model.config.vocab_size
 
 
-def test_cast_keeps_ties():
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
-    model["b"].weight = model["a"].weight
-    model.config = type("Config", (), {})()
-    cast_unquantized(model, torch.bfloat16)
-    assert model["b"].weight is model["a"].weight and model["b"].weight.dtype == torch.bfloat16
+def test_a_quantized_folder_is_loaded_as_such(original, tmp_path):
+    import klfast
+    from klfast.models.layers import linears
+
+    model = load_model(original)
+    name = next(iter(linears(model)))
+    plan = klfast.Plan({name: klfast.QuantSpec()}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(model, plan), tmp_path / "quantized")
+    for dtype in ("float32", "bfloat16"):
+        loaded = load_model(tmp_path / "quantized", dtype)
+        assert isinstance(loaded.get_submodule(name), klfast.QuantLinear)
+        assert loaded.get_input_embeddings().weight.dtype == getattr(torch, dtype)
+        assert loaded.get_submodule(name).weight_scale.dtype == torch.float16
 
 
 def truncate(folder):
