@@ -23,6 +23,7 @@ _PUBLIC = {
     "QuantLinear": "nn",
     "using": "runtime",
     "Sensitivities": "sensitivity.results",
+    "plan": "planner",
     "KlfastError": "errors",
     "SlowPathWarning": "errors",
 }

@@ -172,7 +172,8 @@ class Plan:
         method: "optimal", "greedy" or "uniform".
         fingerprint: the model that the plan was made for; None if made from published files.
         predicted: what the plan should cost, as far as known: "bytes" of the whole model, "mean_bits" per quantizable
-            weight (scales and zero points included), "kl" in nats per token (the sum over layers).
+            weight (scales and zero points included), "kl" in nats per token (the sum over layers),
+            "perplexity" = exp(the teacher's cross-entropy + kl), if the sweep recorded that cross-entropy.
         notes: anything that the planner changed or found, one sentence each.
     """
 
@@ -189,15 +190,18 @@ class Plan:
         return plan_file.write(self, path)
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read back what ``to_json`` wrote.
+    def from_json(cls, source: str | os.PathLike[str]) -> Plan:
+        """Read back what ``to_json`` wrote. Layer names and the model are checked when the plan is applied.
+
+        Args:
+            source: a path, or the JSON text itself (recognized by its opening brace).
 
         Raises:
             CheckpointError: no such file, truncated, or no plan.
         """
         from klfast import plan_file
 
-        return plan_file.read(path)
+        return plan_file.read(source)
 
 
 @dataclass(frozen=True)

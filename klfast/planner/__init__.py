@@ -1,1 +1,85 @@
 """Mixed-precision plans: a spec for each layer under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from klfast.errors import InvalidInputError
+from klfast.planner.greedy import plan_greedy, plan_greedy_evaluated
+from klfast.planner.optimal import plan_optimal
+from klfast.planner.problem import Budget, Problem
+from klfast.planner.uniform import plan_uniform
+from klfast.sensitivity.results import Sensitivities
+from klfast.types import Plan, QuantSpec
+
+__all__ = ["plan"]
+
+METHODS = ("optimal", "greedy", "uniform")
+
+
+def plan(
+    sensitivities: Sensitivities,
+    max_bytes: float | None = None,
+    mean_bits: float | None = None,
+    max_kl: float | None = None,
+    method: str = "optimal",
+    *,
+    metric: str | None = None,
+    evaluate: Callable[[Plan], float] | None = None,
+    gamma: float = 1.10,
+    spec: QuantSpec | None = None,
+    time_limit: float = 60.0,
+) -> Plan:
+    """Choose a precision for each layer: full precision, or one of the specs that the sweep measured on it.
+
+    Give one budget:
+        max_bytes: of the whole model: packed weights, scales (2 bytes each), packed zero points, layers left alone,
+            and everything that is never quantized; a tied head once.
+        mean_bits: per weight of the quantizable layers, scales and zero points included.
+        max_kl: summed KL over the layers, nats per token; the plan is then the smallest that stays within.
+
+    Args:
+        sensitivities: from klfast.sweep, or the published files (klfast.sensitivity.published).
+        method:
+            "optimal": the least summed cost within the budget, a knapsack solved to proven optimality.
+            "greedy": candidates (layer, spec) by rising cost. With ``evaluate``, as in the paper: a candidate whose
+                perplexity is above ``gamma`` times that of the full-precision model is taken back; ends with the list,
+                or once max_bytes or mean_bits (optional) is met. Without it: until the budget is met.
+            "uniform": ``spec`` on all layers; without ``spec``, the measured one that meets the budget best.
+        metric: what the cost is made of, any metric that the sweep measured. By default KL(teacher || student): what
+            quantization adds to the cross-entropy on the teacher's own text distribution, so that its sum predicts
+            the growth of log-perplexity, and the KL that klfast.evaluate reports; KL(student || teacher) if only that was
+            measured. "sqnr_db" counts as noise power 10^(-dB/10), "top1_agree" as 1 - agreement.
+        evaluate: for "greedy": plan -> perplexity of the model so quantized. Called first with an empty plan.
+        gamma: for "greedy" with ``evaluate``.
+        spec: for "uniform".
+        time_limit: seconds for "optimal"; a note says so if it was reached. It takes well under a second as a rule.
+
+    Returns:
+        Plan, its ``predicted`` holding "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, where the sweep
+        recorded the teacher's cross-entropy, "perplexity" = exp(cross-entropy + kl). Where a file cannot hold a
+        measured group size (``storable_spec``) the plan has the storable one and a note. Ties go to fewer bytes.
+
+    Raises:
+        InvalidInputError: no budget or more than one, an unknown method or metric, nothing measured.
+        InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
+    """
+    if not isinstance(sensitivities, Sensitivities):
+        raise InvalidInputError(f"plan takes Sensitivities (from klfast.sweep), got {type(sensitivities).__name__}")
+    if method not in METHODS:
+        raise InvalidInputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if evaluate is not None and method != "greedy":
+        raise InvalidInputError(f"evaluate belongs to method='greedy', not {method!r}")
+    if spec is not None and method != "uniform":
+        raise InvalidInputError(f"spec belongs to method='uniform', not {method!r}; leave it out")
+    problem = Problem(sensitivities, metric)
+    budget = Budget.of(problem, max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    if method == "uniform":
+        return plan_uniform(problem, budget, spec)
+    if evaluate is not None:
+        return plan_greedy_evaluated(problem, budget, evaluate, gamma)
+    if budget is None:
+        raise InvalidInputError("give a budget: max_bytes (of the model), mean_bits (per weight) or max_kl (nats per token)")
+    if method == "greedy":
+        return plan_greedy(problem, budget)
+    return plan_optimal(problem, budget, time_limit)

@@ -1,0 +1,66 @@
+"""Candidates (layer, spec) one by one, the cheapest first: the paper's allocation, and a budgeted one.
+
+The paper's (arXiv 2604.13440) quantizes a candidate, measures the perplexity and takes the candidate back if it rose
+above gamma times the baseline. Two differences: here the baseline is the full-precision model's throughout (the
+paper's code resets it after each accepted layer, so that its 10 % compounds), and a layer that moves from 8 bits to 4
+is rounded from its original weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from klfast.errors import InvalidInputError
+from klfast.planner.problem import Budget, Choice, Problem
+from klfast.types import Plan
+
+
+def plan_greedy(problem: Problem, budget: Budget) -> Plan:
+    """Without measuring: candidates in order until the bytes are within the budget, or while the KL is."""
+    picks = _full_precision(problem)
+    for name, choice in _candidates(problem):
+        if budget.of_bytes and budget.met(picks):
+            break
+        trial = {**picks, name: choice}
+        if choice.nbytes < picks[name].nbytes and (budget.of_bytes or budget.met(trial)):
+            picks = trial
+    budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits")
+    return problem.plan(picks, "greedy")
+
+
+def plan_greedy_evaluated(problem: Problem, budget: Budget | None, evaluate: Callable[[Plan], float], gamma: float) -> Plan:
+    """The paper's: a candidate stays if the perplexity that ``evaluate`` measures stays within gamma x baseline."""
+    if budget is not None and not budget.of_bytes:
+        raise InvalidInputError("greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl")
+    if not gamma >= 1.0 or not math.isfinite(gamma):
+        raise InvalidInputError(f"gamma must be a finite number, at least 1 (1.10 allows 10 % more perplexity), got {gamma!r}")
+    picks = _full_precision(problem)
+    baseline = perplexity = float(evaluate(problem.plan(picks, "greedy")))
+    if not math.isfinite(baseline) or baseline <= 0:
+        raise InvalidInputError(f"evaluate gave {baseline} for the full-precision model; it must return a perplexity")
+    accepted = tried = 0
+    for name, choice in _candidates(problem):
+        if budget is not None and budget.met(picks):
+            break
+        if choice.nbytes >= picks[name].nbytes:
+            continue
+        trial = {**picks, name: choice}
+        result = float(evaluate(problem.plan(trial, "greedy")))
+        tried += 1
+        if result <= gamma * baseline:  # a NaN is turned down too
+            picks, perplexity, accepted = trial, result, accepted + 1
+    if budget is not None:
+        budget.require(problem, picks, f"raise {budget.name} or gamma")
+    note = f"accepted {accepted} of {tried} candidates tried; perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
+    return problem.plan(picks, "greedy", [note])
+
+
+def _full_precision(problem: Problem) -> dict[str, Choice]:
+    return {name: choices[0] for name, choices in problem.layers.items()}
+
+
+def _candidates(problem: Problem) -> list[tuple[str, Choice]]:
+    """(layer, choice) by rising cost; of equals, more bytes first, then in module order."""
+    pairs = [(name, choice) for name, choices in problem.layers.items() for choice in choices[1:]]
+    return sorted(pairs, key=lambda pair: (pair[1].cost, -pair[1].nbytes))
