@@ -1,10 +1,376 @@
 """klfast.plan and what it is made of: storable groups, the three methods, budgets, plans on disk."""
 
+import itertools
+import json
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import klfast
+from klfast.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError
+from klfast.planner import optimal, plan
 from klfast.quantization import quantize
-from klfast.types import QuantSpec, storable_spec
+from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
+from klfast.types import Fingerprint, Plan, QuantSpec, storable_spec
+
+INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
+OTHER_BYTES = 1000
+
+
+def sensitivities(kl, shapes=None, specs=(INT8, INT4), metric="kl_teacher_student", **fields):
+    """Sensitivities of fp16 layers; ``kl`` holds a row a layer, in it a figure a spec (None: not measured)."""
+    shapes = shapes or [(64 * (n + 1), 64) for n in range(len(kl))]
+    layers = {f"layers.{n}.proj": LayerInfo(shape, 2 * math.prod(shape)) for n, shape in enumerate(shapes)}
+    measurements = {
+        (name, spec): Measurement({metric: value}, {metric: 0.0}, 100)
+        for name, row in zip(layers, kl, strict=True)
+        for spec, value in zip(specs, row, strict=True)
+        if value is not None
+    }
+    return Sensitivities(Fingerprint("x", (1.0,)), layers, OTHER_BYTES, measurements, **fields)
+
+
+def layer_bytes(found, name, spec):
+    info = found.layers[name]
+    return info.float_bytes if spec is None else spec.nbytes(info.shape)
+
+
+def every_plan(found, metric="kl_teacher_student"):
+    """(bytes, cost) of every assignment."""
+    per_layer = [
+        [
+            (layer_bytes(found, name, spec), 0.0 if spec is None else found.measurements[name, spec].mean[metric])
+            for spec in (None, INT8, INT4)
+            if spec is None or (name, spec) in found.measurements
+        ]
+        for name in found.layers
+    ]
+    for assignment in itertools.product(*per_layer):
+        yield OTHER_BYTES + sum(b for b, _ in assignment), math.fsum(c for _, c in assignment)
+
+
+def check(found, made):
+    """A plan's predictions are what its specs add up to."""
+    specs = {name: made.specs.get(name) for name in found.layers}
+    total = sum(layer_bytes(found, name, spec) for name, spec in specs.items())
+    assert made.predicted["bytes"] == total + OTHER_BYTES
+    assert made.predicted["mean_bits"] == 8 * total / sum(math.prod(info.shape) for info in found.layers.values())
+    kl = math.fsum(found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in specs.items() if spec)
+    assert made.predicted["kl"] == pytest.approx(kl, rel=1e-12, abs=1e-300)
+    assert made.fingerprint == found.fingerprint
+
+
+# KL as sweeps find it: from 1e-8 to 1e2, 4 bits mostly worse than 8, now and then not
+costs = st.floats(-8, 2).map(lambda exponent: 10.0**exponent)
+rows = st.tuples(costs, costs).map(lambda pair: (min(pair), max(pair))) | st.tuples(costs, costs)
+problems = st.builds(
+    lambda rows, sizes: sensitivities(rows, [(64 * n, 64 * k) for (n, k), _ in zip(sizes, rows, strict=False)]),
+    st.lists(rows, min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 8)), min_size=6, max_size=6),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems, st.floats(0, 1))
+def test_optimal_is_the_best_of_all_plans(found, position):
+    plans = sorted(every_plan(found))
+    # a budget that some plan meets exactly: the boundary belongs to it
+    max_bytes, max_kl = plans[int(position * (len(plans) - 1))]
+    made = plan(found, max_bytes=max_bytes)
+    check(found, made)
+    assert made.predicted["bytes"] <= max_bytes
+    assert made.predicted["kl"] == pytest.approx(min(c for b, c in plans if b <= max_bytes), rel=1e-7, abs=1e-15)
+    made = plan(found, max_kl=max_kl)
+    check(found, made)
+    assert made.predicted["kl"] <= max_kl
+    assert made.predicted["bytes"] == min(b for b, c in plans if c <= max_kl)
+    if max_bytes > plans[0][0]:
+        tighter = plan(found, max_bytes=max_bytes - 1)
+        assert tighter.predicted["kl"] == pytest.approx(min(c for b, c in plans if b < max_bytes), rel=1e-7, abs=1e-15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems, st.sampled_from(["optimal", "greedy", "uniform"]), st.floats(4.0, 17.0))
+def test_never_above_the_budget(found, method, mean_bits):
+    try:
+        made = plan(found, mean_bits=mean_bits, method=method)
+    except InfeasibleBudgetError:
+        smallest = 8 * sum(INT4.nbytes(info.shape) for info in found.layers.values())
+        least = 8.5 if mean_bits >= 8 else smallest / sum(math.prod(info.shape) for info in found.layers.values())
+        assert mean_bits < least
+        return
+    check(found, made)
+    assert made.predicted["mean_bits"] <= mean_bits
+    again = plan(found, mean_bits=made.predicted["mean_bits"], method=method)  # its own figure is budget enough
+    assert again.predicted["mean_bits"] <= made.predicted["mean_bits"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems, st.floats(0, 1), st.floats(0, 1))
+def test_more_budget_is_never_worse(found, a, b):
+    smallest = plan(found, max_kl=1e9).predicted["bytes"]
+    largest = OTHER_BYTES + sum(info.float_bytes for info in found.layers.values())
+    low, high = (smallest + int(x * (largest - smallest)) for x in sorted((a, b)))
+    low, high = plan(found, max_bytes=low), plan(found, max_bytes=high)
+    assert high.predicted["kl"] <= low.predicted["kl"] * (1 + 1e-7)
+    assert plan(found, max_kl=low.predicted["kl"]).predicted["bytes"] <= low.predicted["bytes"]
+    for method in ("greedy", "uniform"):
+        try:
+            other = plan(found, max_bytes=low.predicted["bytes"], method=method)
+        except InfeasibleBudgetError:
+            continue
+        assert low.predicted["kl"] <= other.predicted["kl"] * (1 + 1e-7)
+
+
+def test_solver_is_exact_where_greedy_is_not():
+    # Densest item first fills the room badly: the two others fit exactly.
+    options = [[(60.0, 0), (0.0, 10)], [(100.0, 0), (0.0, 20)], [(120.0, 0), (0.0, 30)]]
+    solution = optimal.solve(options, 50)
+    assert solution.picks == [0, 1, 1] and solution.gap == 0
+
+
+def test_many_layers_with_equal_sizes_are_planned_to_the_end():
+    """200 layers, as in a 1.4B model; the optimum known by construction: the worst layers get the bits."""
+    kl = [(1e-6 * (n + 1), 1e-4 * (n + 1)) for n in range(200)]
+    found = sensitivities(kl, [(64, 64)] * 200)
+    small, large = INT4.nbytes((64, 64)), INT8.nbytes((64, 64))
+    made = plan(found, max_bytes=OTHER_BYTES + 150 * small + 50 * large)
+    assert {name for name, spec in made.specs.items() if spec == INT8} == {f"layers.{n}.proj" for n in range(150, 200)}
+
+
+def test_ties_go_to_fewer_bytes_and_are_repeatable():
+    found = sensitivities([(0.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+    made = plan(found, mean_bits=16)
+    assert made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8}  # the third costs nothing in full precision
+    assert made == plan(found, mean_bits=16)
+
+
+def test_solver_prints_nothing(capfd):
+    generator = torch.Generator().manual_seed(3)
+    kl = (10 ** torch.empty(60, 2).uniform_(-6, 0, generator=generator)).sort().values.tolist()
+    for bits in (5.0, 5.7, 6.5, 9.1):
+        plan(sensitivities(kl), mean_bits=bits)
+    print("end")
+    assert capfd.readouterr() == ("end\n", "")
+
+
+def test_time_limit_keeps_the_budget_and_says_so(monkeypatch):
+    monkeypatch.setattr(optimal, "_milp", lambda *_: (None, False))
+    kl = [(1e-3 * (n + 1), 0.1 / (n + 1)) for n in range(12)]
+    made = plan(sensitivities(kl), mean_bits=6.1, time_limit=1.0)
+    assert made.predicted["mean_bits"] <= 6.1
+    assert "stopped after 1 s" in made.notes[-1]
+
+
+def test_infeasible_budgets_name_what_can_be_reached():
+    found = sensitivities([(0.1, 1.0), (0.2, 2.0)])
+    smallest = OTHER_BYTES + sum(INT4.nbytes(info.shape) for info in found.layers.values())
+    assert plan(found, max_bytes=smallest).specs == dict.fromkeys(found.layers, INT4)
+    for method in ("optimal", "greedy", "uniform"):
+        with pytest.raises(InfeasibleBudgetError, match=f"smallest reachable is {smallest:,} bytes"):
+            plan(found, max_bytes=smallest - 1, method=method)
+        with pytest.raises(InfeasibleBudgetError, match=r"smallest reachable is 4\.5000"):
+            plan(found, mean_bits=4.49, method=method)
+    with pytest.raises(InfeasibleBudgetError, match=r"smallest reachable is 0\.3;"):
+        plan(found, max_kl=0.29, method="uniform")
+    assert plan(found, max_kl=0.0).specs == {}
+
+
+def test_uniform():
+    found = sensitivities([(0.1, 1.0), (0.2, 2.0)])
+    assert plan(found, method="uniform", spec=INT4).specs == dict.fromkeys(found.layers, INT4)
+    assert plan(found, max_kl=3.0, method="uniform").specs == dict.fromkeys(found.layers, INT4)
+    assert plan(found, max_kl=2.9, method="uniform").specs == dict.fromkeys(found.layers, INT8)
+    assert plan(found, mean_bits=9, method="uniform").specs == dict.fromkeys(found.layers, INT8)
+    unmeasured = plan(found, method="uniform", spec=QuantSpec(4, 16, False))
+    assert "kl" not in unmeasured.predicted and unmeasured.predicted["mean_bits"] == 4 + 16 / 16 + 4 / 16
+
+
+def test_tensors_count_as_the_quantized_tensor_does():
+    spec = QuantSpec(4, 32, False)
+    found = sensitivities([(0.1,), (0.2,)], [(63, 100), (7, 64)], [spec])
+    made = plan(found, method="uniform", spec=spec)
+    stored = {name: quantize(torch.randn(info.shape), made.specs[name]) for name, info in found.layers.items()}
+    assert made.predicted["bytes"] == OTHER_BYTES + sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_storable_groups_are_planned_and_reported():
+    g128 = QuantSpec(4, 128)
+    found = sensitivities([(0.1,), (0.2,), (0.3,)], [(64, 1600), (64, 1600), (64, 256)], [g128])
+    made = plan(found, mean_bits=5)
+    assert list(made.specs.values()) == [QuantSpec(4, 100), QuantSpec(4, 100), g128]
+    assert made.notes == ("int4-g128-sym became int4-g100-sym on 2 layers with 1600 inputs: a saved group size must divide the inputs",)
+    assert made.predicted["bytes"] == OTHER_BYTES + 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256))
+    # with a prime number of inputs only groups of 1 are left, larger than fp16: the layer keeps its precision
+    found = sensitivities([(0.1,), (0.2,)], [(64, 1601), (64, 256)], [g128])
+    for made in (plan(found, max_kl=1.0), plan(found, method="uniform", spec=g128)):
+        assert list(made.specs) == ["layers.1.proj"]
+    assert "layers.0.proj keeping full precision" in made.notes[0]
+
+
+def test_metrics():
+    db = sensitivities([(40.0, 10.0), (30.0, 20.0), (math.inf, 0.0)], [(64, 64)] * 3, metric="sqnr_db")
+    room = 2 * INT8.nbytes((64, 64)) + INT4.nbytes((64, 64))
+    made = plan(db, max_bytes=OTHER_BYTES + room, metric="sqnr_db")
+    # noise power: 1e-4 and 0.1, 1e-3 and 0.01, 0 and 1
+    assert [spec.bits for spec in made.specs.values()] == [8, 4, 8]
+    assert "kl" not in made.predicted
+    agree = sensitivities([(0.99, 0.5), (0.98, 0.9)], [(64, 64)] * 2, metric="top1_agree")
+    made = plan(agree, max_bytes=OTHER_BYTES + room - INT8.nbytes((64, 64)), metric="top1_agree")
+    assert [spec.bits for spec in made.specs.values()] == [8, 4]
+    reverse = sensitivities([(0.1, 0.2)], metric="kl_student_teacher")
+    made = plan(reverse, max_kl=0.1)
+    assert made.predicted["kl"] == 0.1 and "kl_teacher_student was not measured" in made.notes[0]
+
+
+def test_doubtful_measurements_are_noted():
+    found = sensitivities([(-1e-9, 0.1), (math.nan, 0.2), (None, None)])
+    found.measurements["layers.0.proj", INT4] = Measurement({"kl_teacher_student": 0.1}, {}, 100, below_noise=True)
+    made = plan(found, max_kl=0.5)
+    assert made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT4}
+    text = " | ".join(made.notes)
+    assert "layers.2.proj keeping full precision" in text and "1 negative measurements" in text
+    assert "1 measurements lie below the noise floor" in text and "layers.1.proj at int8-g32-sym left out" in text
+    assert plan(found, max_kl=0.0).predicted["kl"] == 0.0
+
+
+def test_predicted_perplexity():
+    found = sensitivities([(0.1, 0.3)], provenance={"ce_teacher": 2.0})
+    assert plan(found, mean_bits=4.5).predicted["perplexity"] == pytest.approx(math.exp(2.3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give a budget: max_bytes"),
+        ({"max_bytes": 10**6, "max_kl": 1}, "one budget, not max_bytes and max_kl"),
+        ({"max_bytes": 10**6, "method": "best"}, "unknown method 'best'"),
+        ({"max_bytes": 10**6, "metric": "kl"}, "unknown metric 'kl'"),
+        ({"max_bytes": 10**6, "metric": "jsd"}, "jsd was not measured for layers.0.proj at int8-g32-sym"),
+        ({"max_kl": -1.0}, "max_kl must be a finite number"),
+        ({"mean_bits": math.nan}, "mean_bits must be a finite number"),
+        ({"max_bytes": "1 GB"}, "max_bytes must be a finite number"),
+        ({"max_bytes": 10**6, "spec": INT4}, "spec belongs to method='uniform'"),
+        ({"max_bytes": 10**6, "evaluate": len}, "evaluate belongs to method='greedy'"),
+        ({"method": "uniform"}, "needs spec="),
+        ({"method": "uniform", "spec": QuantSpec(4, 16), "max_kl": 1.0}, "int4-g16-sym was not measured"),
+        ({"method": "greedy"}, "give a budget"),
+        ({"method": "greedy", "evaluate": lambda _: 1.0, "max_kl": 1.0}, "not max_kl"),
+        ({"method": "greedy", "evaluate": lambda _: 1.0, "gamma": 0.9}, "gamma must be"),
+        ({"method": "greedy", "evaluate": lambda _: math.nan}, "evaluate gave nan"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(InvalidInputError, match=message):
+        plan(sensitivities([(0.1, 0.2)]), **arguments)
+
+
+def test_wrong_sensitivities():
+    with pytest.raises(InvalidInputError, match="hold no measurements"):
+        plan(sensitivities([(None, None)]), mean_bits=8)
+    with pytest.raises(InvalidInputError, match="plan takes Sensitivities"):
+        plan({"layers": 1}, mean_bits=8)
+    with pytest.raises(InvalidInputError, match="max_kl limits a KL"):
+        plan(sensitivities([(0.1, 0.2)], metric="mse"), max_kl=1.0, metric="mse")
+
+
+class Perplexity:
+    """A model in which log-perplexity rises by the KL of each layer; remembers what it was asked."""
+
+    def __init__(self, found, start=10.0):
+        self.found, self.start, self.asked = found, start, []
+
+    def __call__(self, made):
+        self.asked.append(dict(made.specs))
+        kl = sum(self.found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in made.specs.items())
+        return self.start * math.exp(kl)
+
+
+def test_greedy_keeps_its_baseline():
+    # each step is within 10 % of the one before, but only the first two within 10 % of the full-precision model
+    found = sensitivities([(0.04,), (0.041,), (0.042,), (0.043,)], specs=[INT8])
+    evaluate = Perplexity(found)
+    made = plan(found, method="greedy", evaluate=evaluate, gamma=1.10)
+    assert list(made.specs) == ["layers.0.proj", "layers.1.proj"]
+    assert evaluate.asked[0] == {} and len(evaluate.asked) == 5  # the list is walked to its end
+    assert "accepted 2 of 4" in made.notes[-1]
+
+
+def test_greedy_moves_layers_from_8_to_4_bits_and_takes_back():
+    found = sensitivities([(0.001, 0.01), (0.002, 5.0), (0.02, 0.03)])
+    evaluate = Perplexity(found)
+    made = plan(found, method="greedy", evaluate=evaluate, gamma=1.05)
+    assert made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8, "layers.2.proj": INT4}
+    assert {"layers.0.proj": INT8} in evaluate.asked
+    assert all(spec in (INT4, INT8) for asked in evaluate.asked for spec in asked.values())
+    check(found, made)
+    # a candidate larger than what the layer has is not tried
+    found = sensitivities([(0.02, 0.01)])
+    evaluate = Perplexity(found)
+    assert plan(found, method="greedy", evaluate=evaluate).specs == {"layers.0.proj": INT4}
+    assert len(evaluate.asked) == 2
+
+
+def test_greedy_with_evaluation_stops_at_its_budget_or_fails():
+    found = sensitivities([(0.001, 0.01), (0.002, 5.0)])
+    evaluate = Perplexity(found)
+    made = plan(found, mean_bits=13, method="greedy", evaluate=evaluate)
+    assert made.specs == {"layers.0.proj": INT8, "layers.1.proj": INT8} and len(evaluate.asked) == 3
+    with pytest.raises(InfeasibleBudgetError, match="raise mean_bits or gamma"):
+        plan(found, mean_bits=5, method="greedy", evaluate=evaluate)
+    reject = plan(found, method="greedy", evaluate=lambda made: math.nan if made.specs else 10.0)
+    assert reject.specs == {}
+
+
+def test_greedy_without_evaluation():
+    found = sensitivities([(0.001, 0.01), (0.002, 5.0)])
+    assert plan(found, max_kl=0.0125, method="greedy").specs == {"layers.0.proj": INT4, "layers.1.proj": INT8}
+    assert plan(found, mean_bits=13, method="greedy").specs == {"layers.0.proj": INT8, "layers.1.proj": INT8}
+
+
+def test_plan_survives_json(tmp_path):
+    made = plan(sensitivities([(0.1, 0.2), (0.3, 0.4)], [(64, 1600), (64, 64)]), mean_bits=6.5)
+    path = tmp_path / "plan.json"
+    text = made.to_json(path)
+    assert Plan.from_json(path) == Plan.from_json(text) == made
+    assert list(Plan.from_json(path).specs) == list(made.specs)
+    bare = Plan({}, "uniform")
+    assert Plan.from_json(bare.to_json()) == bare
+    assert klfast.plan is plan
+
+
+def test_damaged_plans(tmp_path):
+    text = plan(sensitivities([(0.1, 0.2)]), mean_bits=8.5).to_json()
+    for cut in range(0, len(text) - 2, 7):
+        path = tmp_path / "cut.json"
+        path.write_text(text[:cut])
+        with pytest.raises(CheckpointError, match="cut.json"):
+            Plan.from_json(path)
+    data = json.loads(text)
+    damages = [
+        {"schema": "klfast-plan/0"},
+        {"specs": {"a": "int3"}},
+        {"specs": {"a": 4}},
+        {"specs": []},
+        {"predicted": {"bytes": "many"}},
+        {"notes": "one"},
+        {"fingerprint": {"structure": "x"}},
+        {"fingerprint": {"structure": "x", "norms": [None]}},
+        {"method": None},
+    ]
+    for damage in damages:
+        with pytest.raises(CheckpointError, match="the JSON text"):
+            Plan.from_json(json.dumps({**data, **damage}))
+    for key in data:
+        with pytest.raises(CheckpointError, match="the JSON text"):
+            Plan.from_json(json.dumps({k: v for k, v in data.items() if k != key}))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for path in ("binary", "absent"):
+        with pytest.raises(CheckpointError, match=f"{path}: "):
+            Plan.from_json(tmp_path / path)
 
 
 @pytest.mark.parametrize(
