@@ -81,6 +81,6 @@ def _is(value: object, kind: type, what: str) -> object:
 
 
 def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{what} is {value!r}, not a finite number")
     return value

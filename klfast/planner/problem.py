@@ -61,7 +61,8 @@ class Problem:
                 continue
             negative += cost < 0
             noise += measurement.below_noise
-            kl = None if self.kl_metric is None else max(measurement.mean[self.kl_metric], 0.0)
+            kl = None if self.kl_metric is None else measurement.mean[self.kl_metric]
+            kl = max(kl, 0.0) if kl is not None and math.isfinite(kl) else None
             shape = sensitivities.layers[name].shape
             spec = storable_spec(measured, shape[1])
             self.layers[name].append(Choice(spec, spec.nbytes(shape), max(cost, 0.0), kl, measured))
@@ -148,7 +149,7 @@ class Budget:
         if len(given) > 1:
             raise InvalidInputError(f"give one budget, not {' and '.join(given)}")
         [(name, value)] = given.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise InvalidInputError(f"{name} must be a finite number, at least 0, got {value!r}")
         if name == "max_bytes":
             return cls(name, value, math.floor(value) - problem.other_bytes)
