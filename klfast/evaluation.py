@@ -1,0 +1,123 @@
+"""How good a model is on a text, and how far it has moved from a teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from klfast import ops
+from klfast.errors import InvalidInputError
+from klfast.models.forward import check_ids, check_plain_head, evaluation_mode, head_inputs, plain_head
+from klfast.nn import QuantLinear
+from klfast.types import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` measured; nats unless said otherwise, means over all predicted tokens.
+
+    Attributes:
+        tokens: predicted tokens, T - 1 of each row.
+        perplexity: exp(nll).
+        nll: negative log-likelihood of the text's own next token.
+        bits_per_token: nll / log 2.
+        kl: KL(teacher || model) of the next-token distributions.
+        kl_stderr: its standard error, the tokens taken for independent.
+        kl_student_teacher: KL(model || teacher).
+        jsd: Jensen-Shannon divergence.
+        top1_agreement: share of the tokens for which both hold the same next token likeliest.
+        teacher_perplexity: as perplexity.
+
+    What compares with a teacher is None without one.
+    """
+
+    tokens: int
+    perplexity: float
+    nll: float
+    bits_per_token: float
+    kl: float | None = None
+    kl_stderr: float | None = None
+    kl_student_teacher: float | None = None
+    jsd: float | None = None
+    top1_agreement: float | None = None
+    teacher_perplexity: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[torch.Tensor], teacher: nn.Module | None = None, progress: Callable[[int, int, str], None] | None = None
+) -> Evaluation:
+    """Perplexity of ``model`` on token batches and, with a teacher, how far its next-token distributions are from the teacher's.
+
+    Each row is a text of its own: its first token has no context and is not predicted. Logits are never whole: memory
+    goes with a batch's hidden states, [B, T, H].
+
+    Args:
+        model: a causal language model (transformers), quantized or not, whose logits are a plain product of the last
+            hidden states with the head's weight.
+        batches: int64 [B, T] token ids with T >= 2, without padding; T may differ from batch to batch.
+        teacher: a model with the same vocabulary, on the same device.
+        progress: called after each batch with (batches done, batches in all, "").
+
+    Raises:
+        InvalidInputError: no batch at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
+            whose logits are not such a product; a NaN or infinite logit.
+    """
+    batches = list(batches)
+    if not batches:
+        raise InvalidInputError("there is nothing to evaluate on: no batch was given")
+    head = _weight(plain_head(model))
+    teacher_head = head if teacher is None else _weight(plain_head(teacher))
+    if teacher_head.shape[0] != head.shape[0]:
+        raise InvalidInputError(f"the teacher has {teacher_head.shape[0]} tokens, the model {head.shape[0]}; they need one vocabulary")
+    for ids in batches:
+        check_ids(ids, head.shape[0], minimum=2)
+
+    sums = dict.fromkeys(("nll", "teacher_nll", "kl", "kl_squared", "kl_student_teacher", "jsd", "top1"), 0.0)
+    tokens = 0
+    with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher):
+        for one in (model, teacher):
+            if one is not None:
+                check_plain_head(one, batches[0][:1, :8])
+        for done, ids in enumerate(batches, 1):
+            hidden = head_inputs(model, ids[:, :-1])
+            teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
+            found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
+            kl = found.kl_teacher_student.double()
+            for name, values in (
+                ("nll", found.ce_student), ("teacher_nll", found.ce_teacher), ("kl", kl), ("kl_squared", kl.square()),
+                ("kl_student_teacher", found.kl_student_teacher), ("jsd", found.jsd), ("top1", found.top1_agree),
+            ):
+                sums[name] += float(values.double().sum())
+            tokens += kl.numel()
+            if progress is not None:
+                progress(done, len(batches), "")
+
+    mean = {name: total / tokens for name, total in sums.items()}
+    if not math.isfinite(mean["nll"]):
+        raise InvalidInputError("the model's logits hold a NaN or an infinity; its weights are damaged")
+    plain = Evaluation(tokens, _exp(mean["nll"]), mean["nll"], mean["nll"] / math.log(2))
+    if teacher is None:
+        return plain
+    variance = max(mean["kl_squared"] - mean["kl"] ** 2, 0.0)
+    return replace(
+        plain,
+        kl=mean["kl"],
+        kl_stderr=math.sqrt(variance / max(tokens - 1, 1)),
+        kl_student_teacher=mean["kl_student_teacher"],
+        jsd=mean["jsd"],
+        top1_agreement=mean["top1"],
+        teacher_perplexity=_exp(mean["teacher_nll"]),
+    )
+
+
+def _weight(head: nn.Module) -> torch.Tensor | QuantizedTensor:
+    return head.quantized if isinstance(head, QuantLinear) else head.weight.detach()
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

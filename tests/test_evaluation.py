@@ -1,0 +1,130 @@
+"""evaluate against float64 softmaxes of whole logits."""
+
+import math
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, batch, tiny
+
+import klfast
+from klfast import Plan, QuantSpec, errors, runtime
+from klfast.models.layers import linears
+
+
+@pytest.fixture(autouse=True)
+def _reference_kernels():
+    with runtime.using("reference"):
+        yield
+
+
+def quantized(family, spec, activation="exact", **options):
+    model = tiny(family, **options)
+    return klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), spec), "uniform"), activation=activation)
+
+
+@torch.no_grad()
+def truth(model, batches, teacher):
+    log_p, log_q, targets = [], [], []
+    for ids in batches:
+        log_p.append(teacher(ids).logits[:, :-1].double().log_softmax(-1).flatten(0, 1))
+        log_q.append(model(ids).logits[:, :-1].double().log_softmax(-1).flatten(0, 1))
+        targets.append(ids[:, 1:].flatten())
+    p, q, y = torch.cat(log_p), torch.cat(log_q), torch.cat(targets)
+    kl = (p.exp() * (p - q)).sum(-1)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    nll = -q.gather(1, y[:, None]).mean().item()
+    return {
+        "tokens": len(y), "nll": nll, "perplexity": math.exp(nll), "bits_per_token": nll / math.log(2),
+        "kl": kl.mean().item(), "kl_stderr": (kl.std() / len(y) ** 0.5).item(), "kl_student_teacher": (q.exp() * (q - p)).sum(-1).mean().item(),
+        "jsd": (0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)).mean().item(),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+        "teacher_perplexity": math.exp(-p.gather(1, y[:, None]).mean().item()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_whole_softmaxes(family, tied):
+    teacher, model = tiny(family, tied), quantized(family, QuantSpec(4, 16), tied=tied)
+    batches = [batch(3, 12), batch(1, 2, seed=2), batch(2, 7, seed=3)]
+    found, expected = klfast.evaluate(model, batches, teacher), truth(model, batches, teacher)
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
+    alone = klfast.evaluate(model, batches)
+    assert (alone.perplexity, alone.nll, alone.bits_per_token, alone.tokens) == pytest.approx((found.perplexity, found.nll, found.bits_per_token, 33 + 1 + 12))
+    assert (alone.kl, alone.top1_agreement, alone.teacher_perplexity) == (None, None, None)
+
+
+def test_int8_activations_count():
+    model, teacher = quantized("llama", QuantSpec(4, 16), activation="int8"), tiny("llama")
+    expected = truth(model, [batch()], teacher)
+    assert klfast.evaluate(model, [batch()], teacher).kl == pytest.approx(expected["kl"], rel=1e-4)
+
+
+def test_a_model_against_itself():
+    model = tiny("mamba", dtype=torch.bfloat16)
+    found = klfast.evaluate(model, [batch()], model)
+    assert (found.kl, found.kl_stderr, found.top1_agreement) == (0, 0, 1) and found.jsd < 1e-12
+    assert found.perplexity == found.teacher_perplexity
+
+
+def test_logits_are_never_whole_and_modes_are_kept():
+    model, teacher, done = tiny("mamba").train(), tiny("mamba"), []
+    rows = []
+    for one in (model, teacher):
+        one.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[:-1].numel()))
+    klfast.evaluate(model, (ids for ids in [batch(2, 40), batch(4, 40)]), teacher, progress=lambda *args: done.append(args))
+    assert max(rows) <= 8 and done == [(1, 2, ""), (2, 2, "")]
+    assert model.training and not teacher.training
+
+
+def test_perplexity_beyond_floats_is_infinite():
+    model = tiny("mamba")
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+    assert klfast.evaluate(model, [batch()]).perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [
+        ([], "no batch"),
+        ([batch().int()], r"int64 tensor \[B, T\], got torch.int32"),
+        ([batch()[0]], r"got torch.int64 \[12\]"),
+        ([[1, 2]], "got list"),
+        ([batch(), batch()[:, :1]], "2 columns"),
+        ([batch()[:0]], "at least one row"),
+        ([batch() + VOCABULARY], r"must lie in 0\.\.60.*another tokenizer"),
+        ([batch() - VOCABULARY], "must lie in"),
+    ],
+)
+def test_refuses_batches(batches, match):
+    with pytest.raises(errors.InvalidInputError, match=match):
+        klfast.evaluate(tiny("mamba"), batches)
+
+
+def test_refuses_models():
+    import transformers
+
+    def refuses(match, *args):
+        with pytest.raises(errors.InvalidInputError, match=match):
+            klfast.evaluate(*args)
+
+    model = tiny("mamba")
+    refuses("no linear head", model.backbone, [batch()])
+    other = tiny("mamba")
+    other.lm_head = torch.nn.Linear(64, VOCABULARY + 3, bias=False)
+    refuses("one vocabulary", model, [batch()], other)
+    with torch.no_grad():
+        other = tiny("mamba")
+        other.backbone.norm_f.weight[3] = torch.nan
+    refuses("NaN", other, [batch()])
+    refuses("NaN", model, [batch()], other)
+    config = transformers.Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, final_logit_softcapping=0.5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    capped = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        capped.lm_head.weight.normal_()
+    refuses("more to its logits than multiply", capped, [batch()])

@@ -1,0 +1,120 @@
+"""generate: greedily the same tokens as transformers, and draws from the right distribution."""
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, batch, tiny
+
+import klfast
+from klfast import Plan, QuantSpec, errors, runtime
+from klfast.models.layers import linears
+
+
+@pytest.fixture(autouse=True)
+def _reference_kernels():
+    with runtime.using("reference"):
+        yield
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return tiny(request.param)
+
+
+def left_padded(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, :1] = 0, 0
+    return mask
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_greedy_equals_transformers(model, tokens):
+    ids = batch(3, tokens)
+    assert torch.equal(klfast.generate(model, ids, max_new_tokens=12), model.generate(ids, do_sample=False, max_new_tokens=12))
+
+
+def test_greedy_equals_transformers_quantized(model):
+    klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), QuantSpec(4, 16)), "uniform"))
+    ids = batch(2, 9)
+    assert torch.equal(klfast.generate(model, ids, max_new_tokens=8), model.generate(ids, do_sample=False, max_new_tokens=8))
+
+
+def test_left_padding_changes_nothing(model):
+    ids, mask = batch(3, 9), left_padded(batch(3, 9))
+    found = klfast.generate(model, ids, 12, attention_mask=mask)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12))
+    assert torch.equal(found[:1, 4:], klfast.generate(model, ids[:1, 4:], 12))
+    assert torch.equal(found[2:], klfast.generate(model, ids[2:], 12))
+
+
+def test_end_tokens(model):
+    ids = batch(3, 9)
+    free = klfast.generate(model, ids, 20)
+    ends = {int(free[0, 9 + 2]), int(free[1, 9 + 5])}
+    found = klfast.generate(model, ids, 20, eos_token_id=ends, pad_token_id=60)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=list(ends), pad_token_id=60)
+    assert torch.equal(found, expected)
+    one = int(free[0, 9])
+    alone = klfast.generate(model, ids[:1], 20, eos_token_id=one)
+    assert alone[0].tolist() == [*ids[0].tolist(), one]  # every row done: it stops
+
+
+def test_callback_modes_and_result(model):
+    seen, ids = [], batch(2, 5)
+    model.train()
+    found = klfast.generate(model, ids, max_new_tokens=4, callback=seen.append)
+    assert torch.equal(torch.stack(seen, 1), found[:, 5:]) and torch.equal(found[:, :5], ids)
+    assert model.training and found.dtype == torch.int64
+    found += 1  # an ordinary tensor
+    assert torch.equal(klfast.generate(model, ids, max_new_tokens=0), ids)
+
+
+def test_draws():
+    model, ids = tiny("llama"), batch(1, 2)
+    
+    def draw(rows, **options):
+        return klfast.generate(model, ids.expand(rows, -1), 1, generator=torch.Generator().manual_seed(3), **options)[:, -1]
+
+    with torch.no_grad():
+        p = (model(ids).logits[0, -1] / 1.5).softmax(-1)
+    counts = torch.bincount(draw(4000, temperature=1.5), minlength=VOCABULARY) / 4000
+    assert (counts - p).abs().max() < 5 * (p.max() / 4000).sqrt()
+    assert torch.equal(draw(50, temperature=1.5), draw(50, temperature=1.5)) and len(set(draw(50, temperature=1.5).tolist())) > 1
+    order = p.argsort(descending=True)
+    assert set(draw(1000, temperature=1.5, top_k=3).tolist()) == set(order[:3].tolist())
+    kept = int((p[order].cumsum(0) < 0.5).sum()) + 1
+    assert set(draw(1000, temperature=1.5, top_p=0.5).tolist()) == set(order[:kept].tolist())
+    assert set(draw(50, temperature=1.5, top_p=1e-9).tolist()) == set(draw(50, top_k=1, temperature=2).tolist()) == {int(order[0])}
+    assert set(draw(50, temperature=1e-6).tolist()) == {int(order[0])}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"ids": batch().int()}, "int64"),
+        ({"ids": batch()[:, :0]}, "1 columns"),
+        ({"ids": batch() + VOCABULARY}, "another tokenizer"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask must have the shape"),
+        ({"attention_mask": 1 - left_padded(batch(2, 12))}, "padding must be on the left"),
+        ({"attention_mask": left_padded(batch(2, 12)).flip(1)}, "padding must be on the left"),
+    ],
+)
+def test_refuses_arguments(changes, match):
+    with pytest.raises(errors.InvalidInputError, match=match):
+        klfast.generate(tiny("mamba"), **{"ids": batch(2, 12), "max_new_tokens": 3, **changes})
+
+
+def test_refuses_models():
+    model = tiny("mamba")
+    with pytest.raises(errors.InvalidInputError, match="no output embeddings"):
+        klfast.generate(model.backbone, batch(), 3)
+    with torch.no_grad():
+        model.backbone.norm_f.weight[0] = torch.nan
+    with pytest.raises(errors.InvalidInputError, match="logits hold a NaN"):
+        klfast.generate(model, batch(), 3)
