@@ -11,6 +11,13 @@ import torch
 from klfast import reference
 from klfast.errors import InvalidInputError
 from klfast.ops_divergence import linear_divergence, logit_divergence  # noqa: F401 (ops is the list of all ops)
+from klfast.ops_ssm import (  # noqa: F401
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    mamba_chunk_scan_combined,
+    selective_scan_fn,
+    selective_state_update,
+)
 from klfast.registry import define as _define
 from klfast.registry import register_kernel, same_device  # noqa: F401 (register_kernel: for klfast.backends)
 from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec

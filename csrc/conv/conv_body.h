@@ -1,0 +1,76 @@
+// Causal convolution over Vec: blocks of channels, time in tiles of floats whose first width - 1 rows are the past.
+//   out[t] = act(bias + sum_k w[k] seq[t + k])
+#pragma once
+
+#include <cstdint>
+
+#include "conv/conv.h"
+#include "parallel.h"
+#include "vec/tile.h"
+
+namespace klfast {
+namespace {
+
+// Shifts the state of one block of channels; x and the old state are at hand in memory, so a row at a time.
+inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, int n) {
+    const std::int64_t total = a.initial_length + a.length;  // initial then x
+    for (int c = 0; c < n; ++c)
+        for (std::int64_t j = 0; j < a.final_length; ++j) {  // ascending: reads stay ahead of writes where final is initial
+            const std::int64_t i = total - a.final_length + j;
+            const std::int64_t channel = c0 + c, from_x = i - a.initial_length;
+            float v = 0.0f;
+            if (from_x >= 0) v = load_one(a.x.data, b * a.x.stride[0] + channel * a.x.stride[1] + from_x * a.x.stride[2], a.x.dtype);
+            else if (i >= 0 && a.initial) v = load_one(a.initial.data, b * a.initial.stride[0] + channel * a.initial.stride[1] + i * a.initial.stride[2], a.initial.dtype);
+            store(a.final.data, b * a.final.stride[0] + channel * a.final.stride[1] + j * a.final.stride[2], a.final.dtype, 1, set(v));
+        }
+}
+
+// Rows t of the tile become act(bias + sum_k w[k] tile[t + k]), t < n_t; row t is read last when it is written.
+inline void convolve(float* tile, int pitch, const float* weight, const float* bias, int width, int n_t, bool silu_after) {
+    for (int c = 0; c < pitch; c += Vec::width) {
+        const Vec b = load(bias + c);
+        for (int t = 0; t < n_t; ++t) {
+            Vec y = b;
+            for (int k = 0; k < width; ++k) y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
+            store(tile + t * pitch + c, silu_after ? silu(y) : y);
+        }
+    }
+}
+
+inline void run(const ConvArgs& a) {
+    constexpr int kChannels = 64, kTime = 32;
+    const int past = static_cast<int>(a.width - 1);
+    const std::int64_t blocks = (a.channels + kChannels - 1) / kChannels;
+    parallel_for(a.batch * blocks, 1, a.n_threads, [&](std::int64_t begin, std::int64_t end) {
+        const Scratch scratch((kTime + 2 * past + a.width + 1) * kChannels);
+        float* const tile = scratch.data;                            // [past + kTime, pitch]
+        float* const kept = tile + (kTime + past) * kChannels;       // [past, pitch]
+        float* const weight = kept + past * kChannels;               // [width, pitch]
+        float* const bias = weight + a.width * kChannels;            // [pitch]
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t b = item / blocks, c0 = item % blocks * kChannels;
+            const int n = static_cast<int>(a.channels - c0 < kChannels ? a.channels - c0 : kChannels), pitch = round_up(n);
+            load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n, static_cast<int>(a.width));
+            if (a.bias) load_tile(bias, pitch, a.bias, c0 * a.bias.stride[0], a.bias.stride[0], 0, n, 1);
+            else for (int c = 0; c < pitch; ++c) bias[c] = 0.0f;
+            if (a.initial) {
+                const std::int64_t base = b * a.initial.stride[0] + c0 * a.initial.stride[1] + (a.initial_length - past) * a.initial.stride[2];
+                load_tile(tile, pitch, a.initial, base, a.initial.stride[1], a.initial.stride[2], n, past);
+            } else {
+                for (int i = 0; i < past * pitch; ++i) tile[i] = 0.0f;
+            }
+            if (a.final) carry(a, b, c0, n);
+            for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
+                const int n_t = static_cast<int>(a.length - t0 < kTime ? a.length - t0 : kTime);
+                load_tile(tile + past * pitch, pitch, a.x, b * a.x.stride[0] + c0 * a.x.stride[1] + t0 * a.x.stride[2], a.x.stride[1], a.x.stride[2], n, n_t);
+                for (int i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
+                convolve(tile, pitch, weight, bias, static_cast<int>(a.width), n_t, a.silu);
+                store_tile(tile, pitch, a.out, b * a.out.stride[0] + c0 * a.out.stride[1] + t0 * a.out.stride[2], a.out.stride[1], a.out.stride[2], n, n_t);
+                for (int i = 0; i < past * pitch; ++i) tile[i] = kept[i];
+            }
+        }
+    });
+}
+
+}  // namespace
+}  // namespace klfast

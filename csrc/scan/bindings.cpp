@@ -1,0 +1,60 @@
+// A tensor comes as (address, element type, strides), or None; shapes come from klfast/backends/cpu_ssm.py, which also
+// allocates. No arithmetic.
+#include "scan/bindings.h"
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "conv/conv.h"
+#include "scan/scan.h"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<klfast::View> {
+    PYBIND11_TYPE_CASTER(klfast::View, const_name("tuple[int, int, tuple[int, ...]] | None"));
+
+    bool load(handle source, bool) {
+        if (source.is_none()) return true;
+        const auto parts = reinterpret_borrow<tuple>(source);
+        value.data = reinterpret_cast<void*>(parts[0].cast<std::uintptr_t>());
+        value.dtype = static_cast<klfast::DType>(parts[1].cast<int>());
+        const auto strides = parts[2].cast<tuple>();
+        if (strides.size() > 4) throw std::invalid_argument("a view has at most 4 dimensions");
+        for (std::size_t i = 0; i < strides.size(); ++i) value.stride[i] = strides[i].cast<std::int64_t>();
+        return true;
+    }
+};
+
+}  // namespace pybind11::detail
+
+namespace klfast {
+
+void bind_ssm(py::module_& m) {
+    using Int = std::int64_t;
+    m.def("selective_scan", [](View u, View delta, View a, View b, View c, View d, View z, View delta_bias, View out, View state, Int batch,
+                               Int channels, Int length, Int groups, Int states, bool softplus, int n_threads, int limit) {
+        const py::gil_scoped_release release;
+        selective_scan({u, delta, z, out, a, b, c, d, delta_bias, state, batch, channels, length, groups, states, softplus, n_threads}, static_cast<Tier>(limit));
+    });
+    m.def("selective_state_update", [](View state, View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View out, Int batch,
+                                       Int heads, Int dim, Int groups, Int states, bool softplus, int n_threads, int limit) {
+        const py::gil_scoped_release release;
+        selective_state_update({state, x, dt, z, out, a, b, c, d, dt_bias, batch, heads, dim, groups, states, softplus, n_threads}, static_cast<Tier>(limit));
+    });
+    m.def("mamba_chunk_scan", [](View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View initial, View final, View out, Int batch,
+                           Int length, Int heads, Int dim, Int groups, Int states, bool softplus, float dt_min, float dt_max, int n_threads, int limit) {
+        const py::gil_scoped_release release;
+        mamba_chunk_scan({x, z, out, dt, a, dt_bias, b, c, d, initial, final, batch, length, heads, dim, groups, states, softplus, dt_min, dt_max, n_threads},
+                   static_cast<Tier>(limit));
+    });
+    m.def("causal_conv1d", [](View x, View weight, View bias, View initial, View final, View out, Int batch, Int channels, Int length, Int width,
+                              Int initial_length, Int final_length, bool silu, int n_threads, int limit) {
+        const py::gil_scoped_release release;
+        causal_conv1d({x, out, weight, bias, initial, final, batch, channels, length, width, initial_length, final_length, silu, n_threads}, static_cast<Tier>(limit));
+    });
+}
+
+}  // namespace klfast

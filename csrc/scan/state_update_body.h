@@ -1,0 +1,69 @@
+// One step of the recurrences over Vec: states lie side by side in memory, so lanes are states; what has one value a
+// channel (dt, x, D, z) is prepared for a vector of channels at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "scan/scan.h"
+#include "vec/tile.h"
+
+namespace klfast {
+namespace {
+
+inline void run(const StateUpdateArgs& s) {
+    constexpr int W = Vec::width;
+    const int n_states = static_cast<int>(s.states), pitch = round_up(s.states);
+    const std::int64_t blocks = (s.dim + W - 1) / W, per_group = s.heads / s.groups;
+    const bool shared_rate = s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
+    parallel_for(s.batch * s.heads * blocks, 1, s.n_threads, [&](std::int64_t begin, std::int64_t end) {
+        const Scratch scratch(4 * pitch);
+        float* const a = scratch.data;  // [pitch] each
+        float* const h = a + pitch;
+        float* const b = h + pitch;
+        float* const c = b + pitch;
+        alignas(64) float dt[W], x[W], y[W], rate[W], d[W];
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads, c0 = item % blocks * W;
+            const int n = static_cast<int>(s.dim - c0 < W ? s.dim - c0 : W);
+            const auto channels = [&](float* to, const View& v, int head_dim) {  // head_dim: which of v's dimensions is the head
+                const std::int64_t base = head_dim * batch * v.stride[0] + head * v.stride[head_dim] + c0 * v.stride[head_dim + 1];
+                load_tile(to, W, v, base, v.stride[head_dim + 1], 0, n, 1);
+            };
+            const auto states = [&](float* to, const View& v, std::int64_t base, int dim) { load_tile(to, pitch, v, base, v.stride[dim], 0, n_states, 1); };
+            channels(dt, s.dt, 1);
+            channels(x, s.x, 1);
+            Vec step = load(dt);
+            if (s.dt_bias) channels(y, s.dt_bias, 0), step = step + load(y);
+            if (s.softplus) step = softplus(step);
+            store(dt, step);
+            if (shared_rate) channels(rate, s.a, 0), store(rate, exp(step * load(rate)));
+            store(d, set(0.0f));
+            if (s.d) channels(d, s.d, 0);
+            const std::int64_t g = head / per_group;
+            states(b, s.b, batch * s.b.stride[0] + g * s.b.stride[1], 2);
+            states(c, s.c, batch * s.c.stride[0] + g * s.c.stride[1], 2);
+            for (int i = 0; i < n; ++i) {
+                const std::int64_t base = batch * s.state.stride[0] + head * s.state.stride[1] + (c0 + i) * s.state.stride[2];
+                states(h, s.state, base, 3);
+                if (!shared_rate) states(a, s.a, head * s.a.stride[0] + (c0 + i) * s.a.stride[1], 2);
+                const Vec input = set(dt[i] * x[i]), tau = set(dt[i]);
+                Vec decay = set(rate[i]), dot = set(0.0f);
+                for (int k = 0; k < pitch; k += W) {
+                    if (!shared_rate) decay = exp(tau * load(a + k));
+                    const Vec next = fma(decay, load(h + k), input * load(b + k));
+                    dot = fma(next, load(c + k), dot);
+                    store(h + k, next);
+                }
+                store_tile(h, pitch, s.state, base, s.state.stride[3], 0, n_states, 1);
+                y[i] = sum(dot) + d[i] * x[i];
+            }
+            for (int i = n; i < W; ++i) y[i] = 0.0f;
+            if (s.z) channels(x, s.z, 1), store(y, load(y) * silu(load(x)));
+            store_tile(y, W, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2], s.out.stride[2], 0, n, 1);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace klfast

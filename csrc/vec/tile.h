@@ -1,0 +1,75 @@
+// Rectangles of a strided tensor as rows of floats: tile[t * pitch + c], c padded with zeros to whole vectors.
+// Included after one of vec/{scalar,avx2,avx512}.h; local to the including translation unit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "view.h"
+
+namespace klfast {
+namespace {
+
+inline int round_up(std::int64_t n) { return static_cast<int>((n + Vec::width - 1) / Vec::width * Vec::width); }
+
+// Scratch of `n` floats, aligned to a cache line, not initialised.
+struct Scratch {
+    float* data;
+    explicit Scratch(std::size_t n) : data(static_cast<float*>(::operator new((n ? n : 1) * sizeof(float), std::align_val_t{64}))) {}
+    ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
+inline float load_one(const void* p, std::int64_t i, DType t) {
+    float lanes[Vec::width];
+    store(lanes, load(p, i, t, 1));
+    return lanes[0];
+}
+
+// Elements base + c stride_c + t stride_t of `from`, c < n_c, t < n_t. Memory is read along whichever stride is 1.
+inline void load_tile(float* tile, int pitch, const View& from, std::int64_t base, std::int64_t stride_c, std::int64_t stride_t, int n_c, int n_t) {
+    constexpr int W = Vec::width;
+    const int padded = round_up(n_c);
+    if (stride_c == 1) {
+        for (int t = 0; t < n_t; ++t)
+            for (int c = 0; c < padded; c += W)
+                store(tile + t * pitch + c, load(from.data, base + t * stride_t + c, from.dtype, n_c - c < W ? n_c - c : W));
+        return;
+    }
+    const int run = stride_t == 1 ? W : 1;
+    float lanes[W];
+    for (int t = 0; t < n_t; t += run) {
+        const int n = n_t - t < run ? n_t - t : run;
+        for (int c = 0; c < n_c; ++c) {
+            store(lanes, load(from.data, base + c * stride_c + t * stride_t, from.dtype, n));
+            for (int i = 0; i < n; ++i) tile[(t + i) * pitch + c] = lanes[i];
+        }
+        for (int i = 0; i < n; ++i)
+            for (int c = n_c; c < padded; ++c) tile[(t + i) * pitch + c] = 0.0f;
+    }
+}
+
+// The inverse: writes n_c x n_t elements.
+inline void store_tile(const float* tile, int pitch, const View& to, std::int64_t base, std::int64_t stride_c, std::int64_t stride_t, int n_c, int n_t) {
+    constexpr int W = Vec::width;
+    if (stride_c == 1) {
+        for (int t = 0; t < n_t; ++t)
+            for (int c = 0; c < n_c; c += W)
+                store(to.data, base + t * stride_t + c, to.dtype, n_c - c < W ? n_c - c : W, load(tile + t * pitch + c));
+        return;
+    }
+    const int run = stride_t == 1 ? W : 1;
+    float lanes[W] = {};
+    for (int t = 0; t < n_t; t += run) {
+        const int n = n_t - t < run ? n_t - t : run;
+        for (int c = 0; c < n_c; ++c) {
+            for (int i = 0; i < n; ++i) lanes[i] = tile[(t + i) * pitch + c];
+            store(to.data, base + c * stride_c + t * stride_t, to.dtype, n, load(lanes));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace klfast

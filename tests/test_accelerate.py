@@ -1,0 +1,152 @@
+"""klfast.accelerate against the plain transformers models, tiny and random."""
+
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, tiny
+
+import klfast
+from klfast.errors import InvalidInputError, KernelUnavailableError
+from klfast.models.native_ssm import is_accelerated
+
+
+@pytest.fixture(params=[family for family in FAMILIES if "mamba" in family])
+def model(request):
+    return tiny(request.param)
+
+
+def ids(batch, length):
+    return torch.randint(2, VOCABULARY, (batch, length))
+
+
+def mixers(model):
+    return [m for m in model.modules() if type(m).__name__.endswith("Mixer")]
+
+
+@torch.inference_mode()
+def logits(model, *args, **kwargs):
+    return model(*args, **kwargs).logits
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 63), (3, 100)])
+def test_logits_in_float32(model, shape, tier):
+    x = ids(*shape)
+    plain = logits(model, x)
+    assert all(is_accelerated(m) for m in mixers(klfast.accelerate(model)))
+    torch.testing.assert_close(logits(model, x), plain, atol=2e-5, rtol=2e-5)
+
+
+def test_logits_in_bfloat16_are_no_further_from_the_truth(model, tier):
+    x = ids(2, 100)
+    truth = logits(model, x)
+    model.to(torch.bfloat16)
+    plain = logits(model, x)
+    fast = logits(klfast.accelerate(model), x)
+    assert (fast - truth).square().mean().sqrt() <= 1.05 * (plain - truth).square().mean().sqrt() + 1e-4
+
+
+def generate(model, x, **kwargs):
+    with torch.inference_mode():
+        return model.generate(x, max_new_tokens=20, do_sample=False, **kwargs)
+
+
+def test_generates_the_same_tokens(model):
+    prompts = [ids(1, 1), ids(1, 2), ids(2, 17), ids(3, 70)]
+    plain = [generate(model, x) for x in prompts]
+    klfast.accelerate(model)
+    for x, expected in zip(prompts, plain, strict=True):
+        torch.testing.assert_close(generate(model, x), expected, rtol=0, atol=0)
+
+
+def test_generates_the_same_tokens_after_left_padding(model):
+    x = ids(3, 12)
+    mask = torch.ones_like(x)
+    for row, padding in enumerate((0, 4, 11)):
+        x[row, :padding], mask[row, :padding] = 0, 0
+    plain = generate(model, x, attention_mask=mask)
+    torch.testing.assert_close(generate(klfast.accelerate(model), x, attention_mask=mask), plain, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def in_chunks(model, x, lengths):
+    cache, results = None, []
+    for piece in x.split(lengths, dim=1):
+        out = model(piece, cache_params=cache, use_cache=True)
+        cache = out.cache_params
+        results.append(out.logits)
+    layer = cache.layers[-1]
+    return torch.cat(results, 1), layer.conv_states[0], layer.recurrent_states[0]
+
+
+@pytest.mark.parametrize("lengths", [[2, 1, 1, 1], [20, 1, 7, 1], [64, 65, 3]])
+def test_logits_and_states_of_chunked_prefill(model, lengths):
+    x = ids(2, sum(lengths))
+    plain = in_chunks(model, x, lengths)
+    for fast, expected in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, strict=True):
+        torch.testing.assert_close(fast, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_states_in_bfloat16_keep_their_dtypes(model):
+    model.to(torch.bfloat16)
+    x = ids(2, 9)
+    plain = in_chunks(model, x, [6, 1, 2])
+    for fast, expected in zip(in_chunks(klfast.accelerate(model), x, [6, 1, 2]), plain, strict=True):
+        assert fast.dtype == expected.dtype and fast.shape == expected.shape
+
+
+def test_unaccelerate_restores_and_both_are_idempotent(model):
+    x = ids(2, 9)
+    plain = logits(model, x)
+    assert klfast.accelerate(klfast.accelerate(model)) is model
+    assert klfast.unaccelerate(model) is model
+    assert not any(is_accelerated(m) or "forward" in vars(m) for m in mixers(model))
+    assert torch.equal(logits(klfast.unaccelerate(model), x), plain)
+
+
+def test_other_models_of_the_class_stay_plain(model):
+    other = type(model)(model.config)
+    klfast.accelerate(model)
+    assert not any(is_accelerated(m) for m in mixers(other))
+
+
+def test_a_model_without_state_space_layers_is_returned_unchanged():
+    llama = tiny("llama")
+    before = {name: type(m) for name, m in llama.named_modules()}
+    assert klfast.accelerate(llama) is llama and klfast.unaccelerate(llama) is llama
+    assert {name: type(m) for name, m in llama.named_modules()} == before
+    with pytest.raises(InvalidInputError, match="transformers model"):
+        klfast.accelerate("mamba")
+
+
+def test_gradients_take_the_plain_path_and_say_so(model, monkeypatch):
+    x = ids(1, 5)
+    model(x).logits.sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    monkeypatch.setattr("klfast.runtime._warned", set())
+    with pytest.warns(klfast.SlowPathWarning, match="gradients"):
+        klfast.accelerate(model)(x).logits.sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected.get(name))
+    monkeypatch.setenv("KLFAST_STRICT", "1")
+    with pytest.raises(KernelUnavailableError, match="inference_mode"):
+        model(x)
+
+
+def test_threads_share_an_accelerated_model(model):
+    x = ids(2, 33)
+    klfast.accelerate(model)
+    expected, results = logits(model, x), [None] * 4
+
+    def work(i):
+        torch.set_num_threads(1)
+        results[i] = logits(model, x)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
