@@ -32,6 +32,7 @@ _PUBLIC = {
     "unaccelerate": "models.native_ssm",
     "QuantLinear": "nn",
     "using": "runtime",
+    "sweep": "sensitivity.sweeping",
     "Sensitivities": "sensitivity.results",
     "plan": "planner",
     "KlfastError": "errors",

@@ -15,6 +15,7 @@ from klfast.files import write_atomic
 from klfast.models import layers as model_layers
 from klfast.types import Fingerprint, QuantSpec
 
+# As in klfast.Divergence (a token's SQNR counts as at most 150 dB); delta_ce = ce_student - ce_teacher.
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 SCHEMA = "klfast-sensitivities/1"
 

@@ -1,0 +1,46 @@
+"""A model made ready to be measured, and left as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """In evaluation mode, without gradients, computing in ``dtype`` (None: as it is)."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_evaluating(model))
+        if dtype is not None:
+            stack.enter_context(_lifted(model, dtype))
+        yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Floating-point tensors smaller than ``dtype`` are held in it for a while; then each gets its own storage back."""
+    before = []
+    try:
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+            if tensor.is_floating_point() and tensor.element_size() < dtype.itemsize:
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data

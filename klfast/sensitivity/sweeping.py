@@ -1,0 +1,255 @@
+"""``klfast.sweep``: how much each linear layer's quantization changes what the model predicts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from klfast import __version__
+from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
+from klfast.models.chain import Chain
+from klfast.models.layers import is_head_tied, linears
+from klfast.progress import Progress, reporter
+from klfast.sensitivity import inputs
+from klfast.sensitivity.engine import Candidate, Engine, Teacher
+from klfast.sensitivity.prepared import prepared
+from klfast.sensitivity.results import METRICS, Measurement, Sensitivities, read_json
+from klfast.sensitivity.tally import Tally
+from klfast.types import QuantSpec
+
+NOISE_MULTIPLE = 10  # a KL below this many noise floors is more than a tenth noise
+_KL = METRICS[0]
+_SAVE_SECONDS = 10.0
+_STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several candidates run as one batch
+
+
+def sweep(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor] | torch.Tensor,
+    specs: Sequence[QuantSpec | str] = ("int4-g64-sym", "int8-g64-sym"),
+    metrics: Sequence[str] = METRICS,
+    resume: str | os.PathLike[str] | None = None,
+    *,
+    layers: Iterable[str] | None = None,
+    scale: str = "absmax",
+    max_batch_tokens: int = 8192,
+    dtype: torch.dtype | None = torch.float32,
+    progress: Progress = None,
+) -> Sensitivities:
+    """Measure each linear layer under each spec, alone, against the full-precision model; forward passes only.
+
+    Every metric is a mean over the same tokens: all of a window but its last, which has no next token. Memory is
+    bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, also after an error.
+
+    Args:
+        model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Llama and
+            its like).
+        batches: calibration text: int64 tensors [B, T] of token ids, windows of T >= 2 tokens; or one tensor [N, T].
+            How windows are grouped into batches makes no difference.
+        specs: the precisions to try.
+        metrics: which to report (of ``METRICS``); kl_teacher_student, which plans go by, is reported in any case.
+        resume: a file that keeps the state of the sweep, rewritten every few seconds. If it exists, the sweep goes on
+            from there and ends with the measurements, bit for bit, of one that was never interrupted.
+            ``Sensitivities.from_json`` reads it, finished or not.
+        layers: names of the linear layers to measure; all of them by default, the head included. If the head is tied
+            to the embedding, quantizing it changes the embedding, too.
+        scale: how scales are chosen, as in ``klfast.quantize``.
+        max_batch_tokens: at most so many tokens go through a block at a time (but at least one window).
+        dtype: what a model with smaller floating-point weights computes in meanwhile. None for the model's own dtype,
+            which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
+        progress: True or False for a progress bar on stderr or none, None for one on a terminal; or a function that
+            is called with (done, total, what was just measured).
+
+    Raises:
+        InvalidInputError: no or unfit batches, specs, metrics or layers; a model that is no chain, is quantized
+            already, or shares a weight between layers; a NaN or infinity, with the layer that makes it; a resume
+            file of a sweep with other arguments.
+        UnknownLayerError: ``layers`` names none of the model's.
+        ModelMismatchError: a resume file of another model.
+        CheckpointError: a damaged resume file, or a file that is none.
+    """
+    specs = inputs.parse_specs(specs)
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
+    if scale not in ("absmax", "mse"):
+        raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
+    blank = Sensitivities.of(model)  # its bytes are those of the model as it came
+    names = inputs.choose_layers(model, layers)
+    inputs.refuse_shared(model, names)
+    windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // _STACKED)
+
+    with prepared(model, dtype):
+        chain = Chain(model)
+        settings = {
+            "specs": [str(spec) for spec in specs],
+            "layers": names,
+            "calibration": inputs.digest(windows),
+            "scale": scale,
+            "max_batch_tokens": max_batch_tokens,
+            "dtype": str(chain.head.weight.dtype),
+        }
+        reported = [name for name in METRICS if name == _KL or name in metrics]
+        run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, _groups(chain, names, specs), settings, reported, resume)
+        return run.finish(progress)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Candidates that are measured together, between two saves.
+
+    Attributes:
+        place: the block that their layers lie in, or "head"; "noise" for the noise floor, which has no candidates.
+        first: their first row in the tally.
+    """
+
+    place: int | str
+    candidates: tuple[Candidate, ...]
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.candidates) or 1
+
+    @property
+    def name(self) -> str:
+        return f"block {self.place}" if isinstance(self.place, int) else self.place
+
+
+def _groups(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec]) -> list[_Group]:
+    """The noise floor, then the candidates of each block, then those of the head."""
+    modules = linears(chain.model)
+    at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
+    for name in names:
+        place = "head" if modules[name] is chain.head else chain.block_of(name)
+        if place is None:
+            raise InvalidInputError(f"{name} lies in no block and is not the head; leave it out of `layers`")
+        at[place] += [Candidate(name, modules[name], spec) for spec in specs]
+    groups = [_Group("noise", (), 0)]
+    for place, candidates in at.items():
+        if candidates:
+            groups.append(_Group(place, tuple(candidates), groups[-1].first + groups[-1].rows))
+    return groups
+
+
+class _Run:
+    """The loop over micro-batches and groups, and what it has found so far."""
+
+    def __init__(
+        self,
+        blank: Sensitivities,
+        engine: Engine,
+        windows: Sequence[torch.Tensor],
+        groups: Sequence[_Group],
+        settings: dict[str, object],
+        reported: Sequence[str],
+        path: str | os.PathLike[str] | None,
+    ) -> None:
+        self.blank, self.engine, self.windows, self.groups = blank, engine, windows, groups
+        self.settings, self.reported, self.path = settings, reported, path
+        self.rows = groups[-1].first + groups[-1].rows
+        self.tally = Tally(self.rows, len(METRICS))
+        self.micro_batch, self.group = 0, 0  # what comes next
+        if path is not None and os.path.exists(path):
+            self._load()
+
+    def finish(self, progress: Progress) -> Sensitivities:
+        self._save()  # a path that cannot be written is better found out now
+        done = self.micro_batch * self.rows + (self.groups[self.group].first if self.micro_batch < len(self.windows) else 0)
+        with reporter(progress, "sweep", len(self.windows) * self.rows, done) as advance:
+            while self.micro_batch < len(self.windows):
+                self._measure_micro_batch(advance)
+        return self._result()
+
+    def _measure_micro_batch(self, advance) -> None:
+        ids = self.windows[self.micro_batch].to(self.engine.chain.head.weight.device)
+        teacher = self.engine.teach(ids)
+        saved = time.monotonic()
+        for group in self.groups[self.group :]:
+            self.tally.add(group.first, self._measure(teacher, group), ids.shape[1] - 1)
+            self.group += 1
+            if time.monotonic() > saved + _SAVE_SECONDS and self.group < len(self.groups):
+                self._save()
+                saved = time.monotonic()
+            if self.group == len(self.groups):
+                self.micro_batch, self.group = self.micro_batch + 1, 0
+                self._save()
+            advance(group.rows, group.name)
+
+    def _measure(self, teacher: Teacher, group: _Group) -> torch.Tensor:
+        if group.place == "noise":
+            return self.engine.measure_noise(teacher, seed=self.micro_batch)
+        if group.place == "head":
+            return self.engine.measure_head(teacher, group.candidates, is_head_tied(self.engine.chain.model))
+        return self.engine.measure_block(teacher, group.place, group.candidates)
+
+    def _result(self) -> Sensitivities:
+        """What has been measured so far."""
+        floor = self._metrics(self.tally.mean(0)) if self.tally.tokens(0) else {}
+        measurements = {}
+        for group in self.groups:
+            for row, candidate in enumerate(group.candidates, group.first):
+                if tokens := self.tally.tokens(row):
+                    mean = self._metrics(self.tally.mean(row))
+                    below = mean[_KL] < NOISE_MULTIPLE * floor[_KL]
+                    measurements[candidate.name, candidate.spec] = Measurement(mean, self._metrics(self.tally.stderr(row)), tokens, below)
+        return replace(self.blank, measurements=measurements, noise_floor=floor, provenance=self._provenance())
+
+    def _metrics(self, values: Sequence[float]) -> dict[str, float]:
+        return {name: value for name, value in zip(METRICS, values, strict=True) if name in self.reported}
+
+    def _provenance(self) -> dict[str, object]:
+        model = self.engine.chain.model
+        return {
+            "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+            "family": type(model).__name__,
+            "windows": sum(len(ids) for ids in self.windows),
+            "micro_batches": [self.micro_batch, len(self.windows)],
+            "calibration_sha256": self.settings["calibration"],
+            "scale": self.settings["scale"],
+            "dtype": self.settings["dtype"],
+            "klfast": __version__,
+            "torch": torch.__version__,
+            # Seconds by stage, and what ran, in tokens through the whole network (without the head).
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.engine.seconds.items()},
+            "token_forwards": round(self.engine.block_tokens / len(self.engine.chain.blocks)),
+        }
+
+    def _save(self) -> None:
+        if self.path is not None:
+            state = {
+                "settings": self.settings,
+                "next": [self.micro_batch, self.group],
+                "sums": self.tally.to_data(),
+                "seconds": self.engine.seconds,
+                "block_tokens": self.engine.block_tokens,
+            }
+            self._result().to_json(self.path, extra={"sweep": state})
+
+    def _load(self) -> None:
+        """Go on where the resume file stopped, if it is that of a sweep with the same arguments."""
+        remedy = "give `resume` another path, or delete it to start anew"
+        before = Sensitivities.from_json(self.path)
+        state = read_json(self.path)[0].get("sweep")
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{self.path} is not the resume file of a sweep; {remedy}")
+        if before.fingerprint != self.blank.fingerprint:
+            raise ModelMismatchError(f"{self.path} is the resume file of another model's sweep; {remedy}")
+        try:
+            for name, value in self.settings.items():
+                if state["settings"][name] != value:
+                    raise InvalidInputError(f"{self.path} is the resume file of a sweep with other {name}; {remedy}")
+            self.micro_batch, self.group = map(int, state["next"])
+            if not (0 <= self.micro_batch <= len(self.windows) and 0 <= self.group < len(self.groups)):
+                raise CheckpointError(f"it stops at step {state['next']}")
+            self.tally.load(state["sums"])
+            self.engine.seconds.update({stage: float(state["seconds"][stage]) for stage in self.engine.seconds})
+            self.engine.block_tokens = int(state["block_tokens"])
+        except (KeyError, TypeError, ValueError, CheckpointError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise CheckpointError(f"{self.path} is damaged ({error}); {remedy}") from error
