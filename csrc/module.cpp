@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "divergence/bindings.h"
 #include "scan/bindings.h"
 
 namespace py = pybind11;
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
     using namespace klfast;
     m.attr("tiers") = py::cast(std::vector<std::string>(kTierNames.begin(), kTierNames.end()));
     m.def("why_not", [](int tier) { return why_not(static_cast<Tier>(tier)); }, "Why a tier cannot run here; empty if it can.");
+    bind_divergence(m);
     bind_ssm(m);
     m.def("kernel_tiers", &Announce::announced, "Op -> the tiers that it has kernels for.");
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from klfast.errors import InvalidInputError
 from klfast.types import IGNORED_TARGET, QuantizedTensor
@@ -48,8 +49,9 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
 def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
     """[8, T] of float64 logits [T, V]."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    jsd = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+    x = log_q - log_p
+    half = torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=1e3) - math.log(2))  # log(m / p), m = (p + q) / 2
+    jsd = (log_q.exp() * (x - half) - log_p.exp() * half).sum(-1) / 2
     d = student - teacher
     noise = d.square().sum(-1)
     sqnr = torch.where(noise > 0, 10 * torch.log10(teacher.square().sum(-1) / noise), math.inf)

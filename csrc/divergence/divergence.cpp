@@ -1,0 +1,149 @@
+#include "divergence/divergence.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "parallel.h"
+
+namespace klfast::divergence {
+namespace {
+
+const KernelTable<const Kernels> kTable{
+    &scalar::kDivergence, KLFAST_IF_AVX2(&avx2::kDivergence), nullptr, KLFAST_IF_AVX512VNNI(&avx512vnni::kDivergence), nullptr};
+const Announce announce_logits{"logit_divergence", kTable}, announce_linear{"linear_divergence", kTable};
+
+// n logits from column `column` of a row as contiguous floats: in place, or in `buffer`.
+const float* floats(const Matrix& m, std::int64_t row, std::int64_t column, int n, float* buffer, const Kernels& kernels) {
+    const std::int64_t offset = row * m.row_stride + column * m.column_stride;
+    if (m.column_stride != 1) {
+        for (int i = 0; i < n; ++i) buffer[i] = load_float(m.data, offset + i * m.column_stride, m.dtype);
+        return buffer;
+    }
+    const void* from = static_cast<const char*>(m.data) + offset * size_of(m.dtype);
+    if (m.dtype == DType::f32) return static_cast<const float*>(from);
+    kernels.widen(from, m.dtype, n, buffer);
+    return buffer;
+}
+
+int find(const float* values, int n, float wanted) {
+    for (int i = 0; i < n; ++i)
+        if (values[i] == wanted) return i;
+    return 0;
+}
+
+// The first logit that is not finite, or whose square is not; see State::fault.
+std::int64_t find_fault(const float* a, const float* b, int n, std::int64_t first_column) {
+    constexpr float kLimit = 1e17f;
+    for (int i = 0; i < n; ++i)
+        for (int student = 0; student < 2; ++student)
+            if (!(std::abs(student ? b[i] : a[i]) <= kLimit)) return 1 + 2 * (first_column + i) + student;
+    return 0;
+}
+
+void set_reference(State& state, const Scan& scan) {
+    const double needed = std::max<double>(scan.max_a, static_cast<float>(scan.max_b - state.anchor));
+    if (state.columns == 0) {
+        state.reference = static_cast<float>(needed);
+    } else if (needed > state.reference) {
+        state.sums = state.sums * std::exp(state.reference - static_cast<float>(needed));
+        state.reference = static_cast<float>(needed);
+    }
+}
+
+Sums block_sums(const State& state, const float* a, const float* b, int n, const Scan& scan, const Kernels& kernels) {
+    const auto anchor = static_cast<float>(state.anchor), reference = static_cast<float>(state.reference);
+    if (std::max(scan.max_d - anchor, anchor - scan.min_d) <= kSmall) {
+        Moments moments;
+        kernels.moments(a, b, n, anchor, reference, moments);
+        return from_moments(moments);
+    }
+    Sums sums;
+    kernels.sums(a, b, n, anchor, reference, sums);
+    return sums;
+}
+
+// At most kColumns columns into one state.
+void add(State& state, const float* a, const float* b, int n, std::int64_t first_column, const Kernels& kernels) {
+    Scan scan;
+    kernels.scan(a, b, n, scan);
+    if (!std::isfinite(scan.sum_a2 + scan.sum_d2)) {
+        state.fault = find_fault(a, b, n, first_column);
+        return;
+    }
+    state.sum_a2 += scan.sum_a2;
+    state.sum_d2 += scan.sum_d2;
+    if (state.columns == 0 || scan.max_a > state.max_a) {
+        state.argmax_a = first_column + find(a, n, scan.max_a);
+        state.max_a = scan.max_a;
+    }
+    if (state.columns == 0 || scan.max_b > state.max_b) {
+        state.argmax_b = first_column + find(b, n, scan.max_b);
+        state.max_b = scan.max_b;
+    }
+    if (!state.has_anchor) {  // first the difference at the likeliest token, then what that yields for these columns
+        const auto top = state.argmax_a - first_column;
+        state.anchor = b[top] - a[top];
+        state.has_anchor = 1;
+        set_reference(state, scan);
+        state.sums = block_sums(state, a, b, n, scan, kernels);
+        state.anchor = static_cast<float>(better_anchor(state));
+        state.sums = Sums{};
+    }
+    set_reference(state, scan);
+    state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
+    state.columns += n;
+}
+
+void add_row(State& state, const BlockArgs& args, std::int64_t token, const Kernels& kernels) {
+    if (state.fault) return;
+    alignas(64) float a_buffer[kColumns], b_buffer[kColumns];
+    for (std::int64_t start = 0; start < args.columns && !state.fault; start += kColumns) {
+        const int n = static_cast<int>(std::min<std::int64_t>(kColumns, args.columns - start));
+        const float* a = floats(args.teacher, token, start, n, a_buffer, kernels);
+        const float* b = floats(args.student, token, start, n, b_buffer, kernels);
+        add(state, a, b, n, args.first_column + start, kernels);
+    }
+    if (args.targets == nullptr) return;
+    const std::int64_t column = args.targets[token] - args.first_column;
+    if (column < 0 || column >= args.columns) return;
+    const auto logit = [&](const Matrix& m) { return load_float(m.data, token * m.row_stride + column * m.column_stride, m.dtype); };
+    state.target_a = logit(args.teacher);
+    state.target_b = logit(args.student);
+    state.has_target = 1;
+}
+
+}  // namespace
+
+void accumulate(const BlockArgs& args, Tier limit) {
+    const Kernels& kernels = *pick(kTable, limit);
+    parallel_for(args.tokens, 1, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t token = begin; token < end; ++token) add_row(args.states[token], args, token, kernels);
+    });
+}
+
+std::int64_t finish(State* states, std::int64_t tokens, std::int64_t vocab, float* out, std::int64_t* fault, bool* rerun) {
+    std::int64_t left = 0;
+    for (std::int64_t token = 0; token < tokens; ++token) {
+        fault[token] = states[token].fault;
+        rerun[token] = !fault[token] && !metrics(states[token], vocab, out + token, tokens);
+        if (rerun[token]) restart(states[token], better_anchor(states[token]));
+        left += rerun[token];
+    }
+    return left;
+}
+
+void logit_divergence(const BlockArgs& args, float* out, std::int64_t* fault, Tier limit) {
+    const Kernels& kernels = *pick(kTable, limit);
+    parallel_for(args.tokens, 1, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t token = begin; token < end; ++token) {
+            State state{};
+            for (add_row(state, args, token, kernels); !state.fault && !metrics(state, args.columns, out + token, args.tokens);) {
+                restart(state, better_anchor(state));
+                add_row(state, args, token, kernels);
+            }
+            fault[token] = state.fault;
+        }
+    });
+}
+
+}  // namespace klfast::divergence

@@ -1,0 +1,111 @@
+"""CPU kernels of the divergence ops."""
+
+from __future__ import annotations
+
+import torch
+
+from klfast import _C, ops_divergence, registry, runtime
+from klfast.reference_divergence import check_targets, raise_not_finite
+from klfast.types import QuantizedTensor
+
+_BLOCK_ROWS, _BLOCK_COLUMNS = 256, 1024  # of the two scratch blocks of logits: 1 MB each
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.h
+
+
+def register() -> None:
+    registry.register_kernel("logit_divergence", "CPU", logit_divergence)
+    registry.register_kernel("linear_divergence", "CPU", linear_divergence)
+
+
+def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    tokens, vocab = teacher.shape
+    check_targets(targets, vocab)
+    targets = None if targets is None else targets.contiguous()
+    out = torch.empty(8, tokens)
+    fault = torch.zeros(tokens, dtype=torch.int64)
+    _C.logit_divergence(_matrix(teacher), _matrix(student), tokens, vocab, _address(targets), out.data_ptr(), fault.data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
+    _raise_fault(fault, torch.arange(tokens))
+    return out
+
+
+def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
+    t_head = ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
+    s_head = ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
+    teacher, student = (hidden.detach().reshape(-1, hidden.shape[-1]).float() for hidden in (teacher, student))
+    tokens, vocab = student.shape[0], t_weight.shape[0]
+    check_targets(targets, vocab)
+    if targets is not None:
+        targets = ops_divergence.flat_targets(targets, tokens).contiguous()
+    out = torch.empty(8, tokens)
+    states = torch.zeros(tokens, _C.divergence_state_bytes, dtype=torch.uint8)
+    rows = torch.arange(tokens)
+    if tokens:
+        _accumulate(teacher, t_head, student, s_head, targets, states)
+    while rows.numel():
+        metrics = torch.empty(8, rows.numel())
+        fault = torch.empty(rows.numel(), dtype=torch.int64)
+        again = torch.empty(rows.numel(), dtype=torch.bool)
+        _C.divergence_finish(states.data_ptr(), rows.numel(), vocab, metrics.data_ptr(), fault.data_ptr(), again.data_ptr())
+        _raise_fault(fault, rows)
+        out[:, rows] = metrics
+        rows, states = rows[again], states[again]  # states that now hold a better anchor and nothing else
+        if rows.numel():
+            some_targets = None if targets is None else targets[rows]
+            _accumulate(teacher[rows % teacher.shape[0]], t_head, student[rows], s_head, some_targets, states)
+    return out
+
+
+def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, student: torch.Tensor, s_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None, states: torch.Tensor) -> None:
+    """Add the whole vocabulary to each student token's state, a block of columns and teacher tokens at a time; the
+    teacher's logits of a block serve all S students."""
+    n_teacher, vocab = teacher.shape[0], t_head.shape[0]
+    students = student.shape[0] // n_teacher
+    rows = min(_BLOCK_ROWS, n_teacher)
+    scratch = torch.empty(2, rows, min(_BLOCK_COLUMNS, vocab))
+    for first in range(0, vocab, _BLOCK_COLUMNS):
+        columns = min(_BLOCK_COLUMNS, vocab - first)
+        t_block = _block(t_head, first, columns)
+        s_block = t_block if s_head is t_head else _block(s_head, first, columns)
+        for start in range(0, n_teacher, rows):
+            stop = min(start + rows, n_teacher)
+            t_logits = _logits(teacher[start:stop], t_block, scratch[0])
+            for s in range(students):
+                some = slice(s * n_teacher + start, s * n_teacher + stop)
+                s_logits = _logits(student[some], s_block, scratch[1])
+                some_targets = None if targets is None else targets[some]
+                _C.divergence_accumulate(_matrix(t_logits), _matrix(s_logits), stop - start, columns, first, _address(some_targets), states[some].data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
+
+
+def _block(head: torch.Tensor | QuantizedTensor, first: int, columns: int) -> torch.Tensor:
+    """Rows of a head as float32: the operands keep every digit, and so do the logits."""
+    if isinstance(head, QuantizedTensor):
+        return _rows(head, first, columns).dequantize(torch.float32)
+    return head[first : first + columns].detach().float()
+
+
+def _rows(qt: QuantizedTensor, first: int, count: int) -> QuantizedTensor:
+    """Rows of a plain QuantizedTensor; ``first`` is a multiple of 8, so that no word of zero points is cut."""
+    words = 32 // qt.spec.bits
+    zero_point = None if qt.zero_point is None else qt.zero_point[first // words : -(-(first + count) // words)]
+    return QuantizedTensor(qt.packed[first : first + count], qt.scale[first : first + count], zero_point, (count, qt.shape[1]), qt.spec, qt.layout)
+
+
+def _logits(hidden: torch.Tensor, head: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    out = scratch.flatten()[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
+    return torch.mm(hidden, head.T, out=out)
+
+
+def _matrix(t: torch.Tensor) -> tuple[int, int, int, int]:
+    return t.data_ptr(), _DTYPE_CODES[t.dtype], *t.stride()
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _raise_fault(fault: torch.Tensor, rows: torch.Tensor) -> None:
+    if not fault.any():
+        return
+    token = int(fault.nonzero()[0])
+    code = int(fault[token]) - 1
+    raise_not_finite("student" if code % 2 else "teacher", int(rows[token]), code // 2)
