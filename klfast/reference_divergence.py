@@ -50,7 +50,7 @@ def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor
     """[8, T] of float64 logits [T, V]."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     x = log_q - log_p
-    half = torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=1e3) - math.log(2))  # log(m / p), m = (p + q) / 2
+    half = torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=40) - math.log(2))  # log(m / p), m = (p + q) / 2
     jsd = (log_q.exp() * (x - half) - log_p.exp() * half).sum(-1) / 2
     d = student - teacher
     noise = d.square().sum(-1)
