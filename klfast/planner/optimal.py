@@ -1,35 +1,33 @@
-"""The best plan under a budget: a multiple-choice knapsack, solved to proven optimality.
+"""The best plan under a budget: a multiple-choice knapsack, solved exactly.
 
 One choice a layer; minimise the sum of values while the sum of weights stays within a limit. (For a byte budget the
 value is the cost and the weight the bytes; for a KL budget the other way round.)
 
-Values span ten orders of magnitude (KL from 1e-8 to 1e2), which a MILP solver with absolute tolerances would not see
-through. So the problem is first cut down, exactly: choices that another choice of the layer beats in both value and
-weight go; a greedy solution along the convex hulls gives an upper bound, the Lagrangian at its last step a lower one;
-a choice that would lift the lower bound above the upper is in no better solution and goes too. What is left, a few
-choices of like size, goes to scipy's HiGHS.
+First the problem is cut down: choices that another choice of the layer beats in both value and weight go; a greedy
+solution along the convex hulls gives an upper bound, the Lagrangian at its last step a lower one; a choice that would
+lift the lower bound above the upper is in no better solution and goes too. Then layers are added one by one to the list
+of all partial plans that are worth keeping: those that no other beats in both sums, and that can still end within the
+limit and below the upper bound (dynamic programming by Pareto lists; Nemhauser and Ullmann 1969, with Pisinger's 1995
+bounds). On the sensitivities of real models that list stays below a few thousand entries, and a plan of 200 layers
+takes less than 0.1 s. Should it outgrow memory, which needs costs contrived in proportion to bytes, HiGHS takes over.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from klfast.planner.milp import solve_milp
 from klfast.planner.problem import Budget, Choice, Problem
 from klfast.types import Plan
 
 Option = tuple[float, float]  # value, weight
 
-_SCALE = 1e4  # of objective and constraint as HiGHS sees them, against its absolute tolerances of 1e-6
-_TIE_BREAK = 1e-8  # of the objective goes to the weights: of equally good solutions, the one that uses less of the budget
-_MAX_CUTS = 50
+_MAX_PARTIAL_PLANS = 300_000
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,18 @@ def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
 def solve(options: Sequence[Sequence[Option]], limit: float, time_limit: float = 60.0) -> Solution:
     """Minimise the summed value within ``limit``; the least weights must fit. Values and weights are finite and >= 0.
 
-    Proven to a relative 1e-8 of the value above what no solution can avoid. Sums are checked without rounding error
-    (math.fsum), so that the limit holds exactly.
+    The limit holds for the sum without rounding error (math.fsum). Of equally good solutions the one of least weight.
     """
+    start = time.monotonic()
     fronts = [_front(layer) for layer in options]
     picks, price = _greedy(options, fronts, limit)
     value = _total(options, picks, 0)
     lower, kept = _reduce(options, fronts, limit, price, value)
     if value <= lower or all(len(front) == 1 for front in kept):
         return Solution(picks, 0.0)
-    found, proven = _milp(options, kept, limit, value, time_limit)
+    found, proven = _by_partial_plans(options, kept, limit, price, value, start + time_limit)
+    if found is None and not proven:
+        found, proven = solve_milp(options, kept, limit, value, max(time_limit - (time.monotonic() - start), 1.0))
     if found is not None and (_total(options, found, 0), _total(options, found, 1)) < (value, _total(options, picks, 1)):
         picks, value = found, _total(options, found, 0)
     return Solution(picks, 0.0 if proven else max(value - lower, 0.0))
@@ -138,73 +138,43 @@ def _reduce(
     return lower, kept
 
 
-def _milp(
-    options: Sequence[Sequence[Option]], kept: list[list[int]], limit: float, upper: float, time_limit: float
+def _by_partial_plans(
+    options: Sequence[Sequence[Option]], kept: list[list[int]], limit: float, price: float, upper: float, deadline: float
 ) -> tuple[list[int] | None, bool]:
-    """The best solution found among the kept options (None if none), and whether it is proven."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    owner = np.array([n for n, front in enumerate(kept) for _ in front])
-    index = [i for front in kept for i in front]
-    value, weight = np.array([options[n][i] for n, i in zip(owner, index, strict=True)], dtype=np.float64).T
-    # Only differences within a layer matter: with the least of each layer taken off, sums lose no digits.
-    base_value = [min(options[n][i][0] for i in front) for n, front in enumerate(kept)]
-    base_weight = [min(options[n][i][1] for i in front) for n, front in enumerate(kept)]
-    value, weight = value - np.array(base_value)[owner], weight - np.array(base_weight)[owner]
-    room = math.fsum([limit, *(-w for w in base_weight)])
-    spread = math.fsum([upper, *(-v for v in base_value)])
-    if spread <= 0 or room < 0:
-        return None, True
-    load = weight * (_SCALE / room) if room > 0 else np.where(weight > 0, _SCALE, 0.0)
-    objective = value * (_SCALE / spread) + load * _TIE_BREAK
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(kept), len(owner)))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(load[None], -np.inf, _SCALE if room > 0 else 0.0)]
-    for _ in range(_MAX_CUTS):
-        with _silent_stdout():
-            result = milp(
-                objective,
-                integrality=np.ones(len(owner)),
-                bounds=Bounds(0, 1),
-                constraints=constraints,
-                options={"mip_rel_gap": 0.0, "time_limit": time_limit},
-            )
-        if result.x is None:
-            return None, result.status == 2  # 2: infeasible, which only cuts can bring about
-        chosen = np.array([max(np.flatnonzero(owner == n), key=lambda j: result.x[j]) for n in range(len(kept))])
-        picks = [index[j] for j in chosen]
+    """The best solution among the kept options (None if there is none below ``upper``), and whether it is proven."""
+    # Extended precision where the machine has it: sums of doubles then decide at the limit as math.fsum does.
+    tables = [np.array([options[n][i] for i in front], dtype=np.longdouble).T for n, front in enumerate(kept)]
+    order = sorted(range(len(kept)), key=lambda n: np.ptp(tables[n][1]), reverse=True)  # what decides most comes first
+    # What the layers from the t-th on add at least: weight, and value priced with it.
+    rest_weight = _sums_from([tables[n][1].min() for n in order])
+    rest_priced = _sums_from([(tables[n][0] + price * tables[n][1]).min() for n in order])
+    slack = 1e-12 * (upper + rest_priced[0] + price * limit)
+    value = weight = np.zeros(1, dtype=np.longdouble)
+    steps = []
+    for t, n in enumerate(order):
+        trial_value = np.add.outer(value, tables[n][0]).ravel()
+        trial_weight = np.add.outer(weight, tables[n][1]).ravel()
+        fits = trial_weight + rest_weight[t + 1] <= limit * (1 + 1e-15)
+        promises = trial_value + price * (trial_weight - limit) + rest_priced[t + 1] <= upper + slack
+        alive = np.flatnonzero(fits & promises)
+        alive = alive[np.lexsort((trial_value[alive], trial_weight[alive]))]
+        if not alive.size:
+            return None, True
+        least = np.minimum.accumulate(trial_value[alive])
+        alive = alive[np.append(True, least[1:] < least[:-1])]
+        if alive.size > _MAX_PARTIAL_PLANS or time.monotonic() > deadline:
+            return None, False
+        value, weight = trial_value[alive], trial_weight[alive]
+        steps.append(np.divmod(alive, len(kept[n])))
+    for last in range(len(value) - 1, -1, -1):  # values fall along the list
+        picks, at = [0] * len(kept), last
+        for n, (parent, option) in zip(reversed(order), reversed(steps), strict=True):
+            picks[n], at = kept[n][option[at]], parent[at]
         if _total(options, picks, 1) <= limit:
-            return picks, result.status == 0
-        # Over the limit by less than the solver's tolerance: exclude this very solution and go on.
-        cut = np.zeros(len(owner))
-        cut[chosen] = 1.0
-        constraints.append(LinearConstraint(cut[None], -np.inf, len(kept) - 1))
-    return None, False
+            return picks, True
+    return None, True
 
 
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep C's stdout shut: the HiGHS of scipy 1.17 prints a debugging line there whatever its options say, into the
-    midst of a caller's JSON."""
-    try:
-        saved = os.dup(1)
-    except OSError:  # no stdout, nothing to keep clean
-        yield
-        return
-    _flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        _flush()
-        os.dup2(saved, 1)
-        os.close(nowhere)
-        os.close(saved)
-
-
-def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # the C library's own buffers
-        ctypes.CDLL(None).fflush(None)
+def _sums_from(numbers: list[np.longdouble]) -> np.ndarray:
+    """sums[t] = numbers[t] + numbers[t + 1] + ...; one longer than ``numbers``."""
+    return np.append(np.cumsum(numbers[::-1])[::-1], np.longdouble(0))
