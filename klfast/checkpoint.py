@@ -50,7 +50,7 @@ def save_quantized(
     layers = {name: module for name, module in linears(model).items() if isinstance(module, QuantLinear)}
     if not layers:
         raise InvalidInputError("no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained")
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()
     _check_target(target, overwrite)
     config = copy.deepcopy(model.config)
     config.quantization_config = quantization_config(
@@ -152,8 +152,8 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         del config.quantization_config  # it describes the files, not the model in memory
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # transformers raises anything on a configuration that it cannot use
+        reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder / 'config.json'} describes no model that this transformers can build ({reason}); save the model again") from error
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)

@@ -50,7 +50,7 @@ def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     What stood at ``path`` stays until then; after an error nothing of the new folder is left. Files are flushed to disk
     first. Whether an existing folder may be replaced is for the caller to decide.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     old = beside.with_suffix(".old")
     try:

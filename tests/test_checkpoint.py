@@ -244,8 +244,14 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
         sign(damaged)
 
     group = config["quantization_config"]["config_groups"]["group_0"]
-    rewrite(model_type="nothing")
-    refused(damaged, "config.json describes no model that this transformers can build")
+    for changes in ({"model_type": "nothing"}, {"hidden_size": "wide"}, {"hidden_size": -3}, {"dtype": "float9"}, {"hidden_act": "none"}):
+        rewrite(**changes)
+        refused(damaged, "config.json describes no model that this transformers can build")
+    rewrite(hidden_size=128)
+    refused(damaged, r"weight_shape is not \[128, 128\]")
+    rewrite(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (damaged / "evil.py").write_text("raise SystemExit('ran')")
+    refused(damaged, "custom code")
     rewrite(quantization_config={"config_groups": {"group_0": {**group, "targets": ["lm_head", "lm_tail"]}}})
     refused(damaged, "quantizes lm_tail, which the model does not have")
     rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}})

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from klfast.files import write_atomic
+from klfast.files import folder_atomic, write_atomic
 
 
 @pytest.mark.parametrize("content", ["text with an é\n", b"\x00bytes", ""])
@@ -52,3 +52,48 @@ def test_follows_a_symlink(tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "absent" / "file", "x")
+
+
+def build(path):
+    with folder_atomic(path) as folder:
+        (folder / "new").write_text("x")
+        (folder / "inner").mkdir()
+        assert not (path / "new").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_appears_whole(tmp_path, old):
+    path = tmp_path / "folder"
+    (tmp_path / "plain").mkdir()
+    if old:
+        path.mkdir()
+        (path / "old").write_text("x")
+    build(path)
+    assert sorted(p.name for p in path.iterdir()) == ["inner", "new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "plain"]
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("failing", ["fsync", "rename"])
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("x")
+    real = getattr(os, failing)
+
+    def full(*args):
+        if failing == "fsync" or (args[1] == path and args[0].suffix == ".tmp"):
+            raise OSError("no space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="no space"):
+        build(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"] and [p.name for p in path.iterdir()] == ["old"]
+
+
+def test_a_folder_behind_a_symlink(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    build(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target" / "new").is_file()
