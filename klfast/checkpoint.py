@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import klfast
+from klfast import __version__, registry
 from klfast.checkpoint_format import MANIFEST, quantization_config, read_json, read_manifest, read_specs, write_manifest
 from klfast.convert import embedding_name
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import folder_atomic, write_atomic
 from klfast.models.layers import head_name, is_head_tied, linears
+from klfast.models.native_ssm import accelerate
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.types import QuantizedTensor, QuantSpec
 
@@ -67,7 +68,7 @@ def save_quantized(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         facts = {name: {"dtype": _dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
-        write_manifest(folder, files, klfast_version=klfast.__version__, torch_version=torch.__version__, layers=facts)
+        write_manifest(folder, files, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
 
 
 def load_quantized(
@@ -86,7 +87,8 @@ def load_quantized(
         verify: compare each file's SHA-256 with the saved one.
 
     Returns:
-        The transformers model, with QuantLinear layers and klfast's native SSM functions.
+        The transformers model, with QuantLinear layers and klfast's native SSM functions (``klfast.accelerate``); its
+        parameters take no gradients.
 
     Raises:
         CheckpointError: a file or tensor that is missing, superfluous, truncated or altered, or a folder that
@@ -104,7 +106,7 @@ def load_quantized(
     if left := tensors.names():
         raise CheckpointError(f"{folder} holds {len(left)} tensors that the model does not have, such as {min(left)}; save the model again")
     _initialise_buffers(model, torch.device(device))
-    if accelerate := getattr(klfast, "accelerate", None):
+    if registry.has_kernel("selective_scan", "CPU"):  # without the extension a model is slow, but loads
         accelerate(model)
     return model.eval()
 

@@ -14,7 +14,8 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str = "absmax", activ
     """Replace each linear layer that ``plan`` names by a QuantLinear, in place.
 
     If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads its
-    rows from the head's tensor. Nothing is replaced unless every layer could be quantized.
+    rows from the head's tensor. Nothing is replaced unless every layer could be quantized. No parameter of the model takes
+    gradients afterwards: dequant_matmul has none.
 
     Args:
         model: a transformers causal language model, with its weights on any device.
@@ -52,7 +53,7 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str = "absmax", activ
         modules[embedding_name(model)] = QuantEmbedding(modules[head])
     for name, module in modules.items():
         model.set_submodule(name, module.train(model.training))
-    return model
+    return model.requires_grad_(False)
 
 
 def embedding_name(model: nn.Module) -> str:

@@ -26,11 +26,11 @@ def _reference_kernels():
 
 
 def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="exact", head=True):
-    """A tiny model with every layer but one quantized, the specs in turn."""
+    """A tiny model with every layer but one quantized, the specs in turn; accelerated, as loaded ones are."""
     model = tiny(family, tied, dtype)
     names = [name for name in list(linears(model))[1:] if head or name != head_name(model)]
     plan = {name: klfast.types.storable_spec(specs[i % len(specs)], linears(model)[name].in_features) for i, name in enumerate(names)}
-    return klfast.quantize_model(model, Plan(plan, "uniform"), activation=activation)
+    return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform"), activation=activation))
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def test_logits_are_those_of_rounded_weights(family, tied):
     assert klfast.quantize_model(model, plan) is model
     assert {name for name, module in linears(model).items() if isinstance(module, nn.QuantLinear)} == set(plan.specs)
     assert all(model.get_submodule(name).spec == spec for name, spec in plan.specs.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert is_head_tied(model) == tied and isinstance(model.get_input_embeddings(), nn.QuantEmbedding) == tied
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
