@@ -73,7 +73,7 @@ problems = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(problems, st.floats(0, 1))
 def test_optimal_is_the_best_of_all_plans(found, position):
     plans = sorted(every_plan(found))
@@ -92,7 +92,7 @@ def test_optimal_is_the_best_of_all_plans(found, position):
         assert tighter.predicted["kl"] == pytest.approx(min(c for b, c in plans if b < max_bytes), rel=1e-12, abs=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems, st.sampled_from(["optimal", "greedy", "uniform"]), st.floats(4.0, 17.0))
 def test_never_above_the_budget(found, method, mean_bits):
     try:
@@ -108,7 +108,7 @@ def test_never_above_the_budget(found, method, mean_bits):
     assert again.predicted["mean_bits"] <= made.predicted["mean_bits"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems, st.floats(0, 1), st.floats(0, 1))
 def test_more_budget_is_never_worse(found, a, b):
     smallest = plan(found, max_kl=1e9).predicted["bytes"]
