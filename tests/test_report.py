@@ -1,0 +1,115 @@
+"""klfast.report: the tables' figures, and their renderings."""
+
+import io
+import json
+import math
+
+import pytest
+
+from klfast import report
+from klfast.errors import InvalidInputError
+from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
+from klfast.types import Plan, QuantSpec
+
+INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
+NAMES = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.1.mixer.in_proj",
+         "backbone.layers.1.mixer.x_proj", "lm_head"]
+
+
+@pytest.fixture
+def found():
+    """KL 1 to 5 hundredths at 4 bits, a hundredth of that at 8; the SQNR ranks alike but for one pair."""
+    measurements = {}
+    for n, name in enumerate(NAMES):
+        for spec, scale in ((INT4, 1e-2), (INT8, 1e-4)):
+            mean = {"kl_teacher_student": scale * (n + 1), "sqnr_db": 30.0 - [0, 2, 1, 3, 4][n]}
+            measurements[name, spec] = Measurement(mean, {"kl_teacher_student": 1e-5, "sqnr_db": math.nan}, 10, below_noise=scale < 1e-3)
+    return Sensitivities(None, {name: LayerInfo((64, 64), 8192) for name in NAMES}, 100, measurements)
+
+
+def table(tables, start):
+    return next(t for t in tables if t.title.startswith(start))
+
+
+def test_sweep_figures(found):
+    tables = report.sweep_tables(found, top=2)
+    assert table(tables, "Most").rows[:2] == (
+        ("int4-g32-sym", "lm_head", 0.05, 1e-5, ""), ("int4-g32-sym", "backbone.layers.1.mixer.x_proj", 0.04, 1e-5, ""),
+    )
+    assert [row[4] for row in table(tables, "Most").rows] == ["", "", "below", "below"]
+    kinds = {row[0]: row[1:] for row in table(tables, "By kind").rows}
+    assert kinds["in_proj"] == pytest.approx((0.02, 0.0002)) and kinds["x_proj"] == pytest.approx((0.03, 0.0003))
+    assert list(kinds) == ["in_proj", "x_proj", "lm_head"]
+    depths = {row[0]: row[1:] for row in table(tables, "By depth").rows}
+    assert list(depths) == ["0", "1"] and depths["1"] == pytest.approx((0.035, 0.00035))
+    # four layers in blocks, one of six pairs the other way round: (5 - 1) / 6
+    assert table(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
+
+
+def test_metrics_where_more_is_better_are_ranked_from_below(found):
+    assert [row[1] for row in report.ranking(found, "sqnr_db", 5).rows[:5]] == [NAMES[i] for i in (4, 3, 1, 2, 0)]
+    with pytest.raises(InvalidInputError, match="jsd was not measured.*choose one of kl_teacher_student, sqnr_db"):
+        report.sweep_tables(found, "jsd")
+    with pytest.raises(InvalidInputError, match="no measurements"):
+        report.sweep_tables(Sensitivities(None, {}, 0))
+
+
+def test_unfinished_sweeps_leave_cells_empty(found):
+    del found.measurements[NAMES[4], INT8]
+    kinds = report.by_kind(found, "kl_teacher_student")
+    assert kinds.rows[2] == ("lm_head", 0.05, None)
+    assert "| lm_head | 0.05 |  |" in kinds.markdown()
+
+
+def test_published_perplexity_is_compared(found):
+    found.provenance["perplexity"] = {"int4-g32-sym": {name: 20.0 + n for n, name in enumerate(NAMES)}}
+    rows = report.agreement(found, "kl_teacher_student").rows
+    assert ("int4-g32-sym", "perplexity", pytest.approx(1.0), 4) in rows
+    assert not any(row[:2] == ("int8-g32-sym", "perplexity") for row in rows)
+
+
+def test_plan_tables(found):
+    plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[4]: INT8}, "optimal", None, {"bytes": 1234567, "kl": 0.0123456}, ("a | note",))
+    facts, layers = report.plan_tables(plan, found)
+    assert layers.headings == ("kind", "int4-g32-sym", "int8-g32-sym", "full precision")
+    assert layers.rows == (("in_proj", 1, 1, 0), ("x_proj", 0, 0, 2), ("lm_head", 0, 1, 0))
+    assert ("kl", 0.0123456) in facts.rows
+    assert "| bytes | 1,234,567 |" in facts.markdown() and "a \\| note" in facts.markdown()
+    assert report.plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
+
+
+def test_renderings(found, tmp_path):
+    from rich.console import Console
+
+    tables = report.sweep_tables(found)
+    console = Console(record=True, width=120, file=io.StringIO())
+    for one in tables:
+        console.print(one.rich())
+    text = console.export_text()
+    assert "backbone.layers.1.mixer.x_proj" in text and "0.05" in text
+    report.write(tmp_path / "report.md", tables)
+    assert "| spec | layer | kl_teacher_student | standard error | noise floor |\n| --- | --- | ---: | ---: | --- |" in (
+        tmp_path / "report.md"
+    ).read_text()
+    report.write(tmp_path / "report.json", tables)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert [entry["title"] for entry in data] == [one.title for one in tables]
+    assert data[0]["rows"][0][2] == 0.05
+    json.dumps(report.ranking(found, "sqnr_db", 1).data(), allow_nan=False)  # a NaN standard error is null
+    with pytest.raises(InvalidInputError, match=r"written as .md or .json"):
+        report.write(tmp_path / "report.html", tables)
+
+
+def test_plot(found, tmp_path):
+    with pytest.raises(InvalidInputError, match=r"written as .png"):
+        report.plot(found, tmp_path / "plot.gif")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"pip install klfast\[plot\]"):
+            report.plot(found, tmp_path / "plot.svg")
+        assert not list(tmp_path.iterdir())
+        return
+    report.plot(found, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in text and [p.name for p in tmp_path.iterdir()] == ["plot.svg"]
