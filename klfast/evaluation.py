@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from klfast import ops
 from klfast.errors import InvalidInputError
 from klfast.models.forward import check_ids, check_plain_head, evaluation_mode, head_inputs, plain_head
 from klfast.nn import QuantLinear
+from klfast.progress import Progress, reporter
 from klfast.types import QuantizedTensor
 
 
@@ -49,7 +50,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[torch.Tensor], teacher: nn.Module | None = None, progress: Callable[[int, int, str], None] | None = None
+    model: nn.Module, batches: Iterable[torch.Tensor], teacher: nn.Module | None = None, progress: Progress = False
 ) -> Evaluation:
     """Perplexity of ``model`` on token batches and, with a teacher, how far its next-token distributions are from the teacher's.
 
@@ -61,7 +62,8 @@ def evaluate(
             hidden states with the head's weight.
         batches: int64 [B, T] token ids with T >= 2, without padding; T may differ from batch to batch.
         teacher: a model with the same vocabulary, on the same device.
-        progress: called after each batch with (batches done, batches in all, "").
+        progress: True or False for a progress bar on stderr or none, None for one on a terminal; or a function that is
+            called with (batches done, batches in all, "").
 
     Raises:
         InvalidInputError: no batch at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
@@ -79,11 +81,11 @@ def evaluate(
 
     sums = dict.fromkeys(("nll", "teacher_nll", "kl", "kl_squared", "kl_student_teacher", "jsd", "top1"), 0.0)
     tokens = 0
-    with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher):
+    with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(batches)) as advance:
         for one in (model, teacher):
             if one is not None:
                 check_plain_head(one, batches[0][:1, :8])
-        for done, ids in enumerate(batches, 1):
+        for ids in batches:
             hidden = head_inputs(model, ids[:, :-1])
             teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
             found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
@@ -94,8 +96,7 @@ def evaluate(
             ):
                 sums[name] += float(values.double().sum())
             tokens += kl.numel()
-            if progress is not None:
-                progress(done, len(batches), "")
+            advance(1, "")
 
     mean = {name: total / tokens for name, total in sums.items()}
     if not math.isfinite(mean["nll"]):
