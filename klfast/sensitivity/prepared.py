@@ -8,15 +8,20 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from klfast import runtime
+from klfast.errors import KernelUnavailableError
+from klfast.models.native_ssm import accelerate, is_accelerated, unaccelerate
+
 
 @contextmanager
 def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """In evaluation mode, without gradients, computing in ``dtype`` (None: as it is)."""
+    """In evaluation mode, without gradients, computing in ``dtype`` (None: as it is), with klfast's state-space kernels."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
         if dtype is not None:
             stack.enter_context(_lifted(model, dtype))
+        stack.enter_context(_accelerated(model))
         yield
 
 
@@ -44,3 +49,17 @@ def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for tensor, data in before:
             tensor.data = data
+
+
+@contextmanager
+def _accelerated(model: nn.Module) -> Iterator[None]:
+    before = any(is_accelerated(module) for module in model.modules())
+    try:
+        accelerate(model)
+    except KernelUnavailableError as error:
+        runtime.slow_path("sweep", type(model).__name__, str(error))
+    try:
+        yield
+    finally:
+        if not before:
+            unaccelerate(model)
