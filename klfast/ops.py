@@ -20,29 +20,34 @@ from klfast.ops_ssm import (  # noqa: F401
 )
 from klfast.registry import define as _define
 from klfast.registry import register_kernel, same_device  # noqa: F401 (register_kernel: for klfast.backends)
-from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec
+from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, check_parts
 
 # dequant_matmul ---------------------------------------------------------------------------------------------------
 
 
-def _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+def check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+    """Raise InvalidInputError unless the op can take these arguments; the fake, the reference and every kernel begin with it."""
     if x.dtype not in FLOAT_DTYPES:
         raise InvalidInputError(f"dequant_matmul: x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise InvalidInputError(f"dequant_matmul: x must be [..., {k}] for a [{n}, {k}] weight, got {list(x.shape)}")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise InvalidInputError(f"dequant_matmul: bias must have shape [{n}], got {list(bias.shape)}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOAT_DTYPES):
+        raise InvalidInputError(f"dequant_matmul: bias must be float32, bfloat16 or float16 [{n}], got {bias.dtype} {list(bias.shape)}")
     if activation not in ("exact", "int8"):
         raise InvalidInputError(f'dequant_matmul: activation must be "exact" or "int8", got {activation!r}')
+    if bits not in (4, 8) or group_size == 0 or group_size < -1 or layout != Layout.PLAIN.value:
+        raise InvalidInputError(f"dequant_matmul: bits={bits}, group_size={group_size}, layout={layout!r} is no quantization that it knows")
+    check_parts(packed, scale, zero_point, n, k, bits, 1 if group_size == -1 and k else -(-k // abs(group_size)))
     same_device("dequant_matmul", x, packed, scale, zero_point, bias)
 
 
 def _fake_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation)
+    check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _reference_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+    check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation)
     spec = QuantSpec(bits, group_size, zero_point is None)
     return reference.dequant_matmul(x, QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)), bias, activation)
 
@@ -53,6 +58,7 @@ _define(
     fake=_fake_dequant_matmul,
     reference=_reference_dequant_matmul,
 )
+_dequant_matmul = torch.ops.klfast.dequant_matmul.default
 
 
 def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, *, activation: str = "exact") -> torch.Tensor:
@@ -70,9 +76,10 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
     Raises:
         InvalidInputError: a wrong dtype, shape, device or activation.
     """
-    args = (x, qt.packed, qt.scale, qt.zero_point, bias, *qt.shape, qt.spec.bits, qt.spec.group_size, qt.layout.value, activation)
-    _check_dequant_matmul(*args)
-    return torch.ops.klfast.dequant_matmul.default(*args)
+    spec = qt.spec
+    return _dequant_matmul(
+        x, qt.packed, qt.scale, qt.zero_point, bias, *qt.shape, spec.bits, spec.group_size, qt.layout.value, activation
+    )
 
 
 # Kernels by device. The extension may be missing (a source tree that was not built): the reference then runs, with a

@@ -67,5 +67,5 @@ def fake_quantize_rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     length = spec.group_length(k)
     groups = F.pad(x, (0, -k % length)).unflatten(-1, (-1, length)) if k else x.unsqueeze(-2)
     scale = groups.abs().amax(-1, keepdim=True) / 127 if k else groups
-    inverse = torch.where(scale > 0, 1 / scale, 0)
+    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)  # below it, 1 / scale overflows
     return ((groups * inverse).round().clamp(-127, 127) * scale).flatten(-2)[..., :k]

@@ -126,14 +126,9 @@ class QuantizedTensor:
     layout: Layout = Layout.PLAIN
 
     def __post_init__(self) -> None:
-        n, k = self.shape
-        groups = self.spec.n_groups(k)
-        _expect("packed", self.packed, (n, packed_words(k, self.spec.bits)), (torch.int32,))
-        _expect("scale", self.scale, (n, groups), FLOAT_DTYPES)
         if self.spec.symmetric != (self.zero_point is None):
             raise InvalidInputError(f"{self.spec} {'takes no' if self.spec.symmetric else 'needs a'} zero_point")
-        if self.zero_point is not None:
-            _expect("zero_point", self.zero_point, (packed_words(n, self.spec.bits), groups), (torch.int32,))
+        check_parts(self.packed, self.scale, self.zero_point, *self.shape, self.spec.bits, self.spec.n_groups(self.shape[1]))
 
     @property
     def nbytes(self) -> int:
@@ -156,8 +151,16 @@ class QuantizedTensor:
         return reference.dequantize(self, dtype)
 
 
+def check_parts(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, bits: int, groups: int) -> None:
+    """Raise InvalidInputError unless the parts of an [n, k] tensor have the shapes and dtypes of ``Layout.PLAIN``."""
+    _expect("packed", packed, (n, packed_words(k, bits)), (torch.int32,))
+    _expect("scale", scale, (n, groups), FLOAT_DTYPES)
+    if zero_point is not None:
+        _expect("zero_point", zero_point, (packed_words(n, bits), groups), (torch.int32,))
+
+
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise InvalidInputError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise InvalidInputError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

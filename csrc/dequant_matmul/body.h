@@ -1,0 +1,26 @@
+// The op over Vec and Ints, included by each tier after its vectors; local to the including translation unit.
+#pragma once
+
+#include "dequant_matmul/exact_large.h"
+#include "dequant_matmul/exact_small.h"
+#include "dequant_matmul/int8.h"
+
+namespace klfast {
+namespace {
+
+template <int Bits>
+void run_bits(const DequantMatmulArgs& args) {
+    const Segments segments(args);
+    if (args.int8_activation) run_int8<Bits>(args, segments);
+    else if (args.m <= kSmallM) run_exact_small<Bits>(args, segments);
+    else run_exact_large<Bits>(args, segments);
+}
+
+inline void run(const DequantMatmulArgs& args) {
+    if (args.m == 0 || args.n == 0) return;
+    if (args.bits == 4) run_bits<4>(args);
+    else run_bits<8>(args);
+}
+
+}  // namespace
+}  // namespace klfast

@@ -1,0 +1,18 @@
+#include "dequant_matmul/dequant_matmul.h"
+
+namespace klfast {
+
+namespace {
+constexpr KernelTable<DequantMatmulKernel> kKernels{
+    &scalar::dequant_matmul,
+    KLFAST_IF_AVX2(&avx2::dequant_matmul),
+    nullptr,
+    KLFAST_IF_AVX512VNNI(&avx512vnni::dequant_matmul),
+    nullptr,
+};
+const Announce announce{"dequant_matmul", kKernels};
+}  // namespace
+
+void dequant_matmul(const DequantMatmulArgs& args, Tier limit) { pick(kKernels, limit)(args); }
+
+}  // namespace klfast

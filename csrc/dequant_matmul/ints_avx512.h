@@ -1,0 +1,89 @@
+// Sixteen int32 in a zmm register, beside vec/avx512.h: AVX-512 F and BW, vpternlogd, and VNNI's vpdpbusd (unsigned by
+// signed bytes, four products added to an int32, without saturation).
+// Everything is local to the including translation unit, for its flags are its own.
+#pragma once
+
+#include <cstdint>
+
+#include <immintrin.h>
+
+namespace klfast {
+namespace {
+
+struct Ints {
+    __m512i v;
+};
+
+// Accumulators: 14 x 2 of 32 registers for floats, 12 for integers.
+constexpr int kTileRows = 14, kDotRows = 12;
+
+inline Ints set_int(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
+inline Ints read(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+// The first n values, zeros behind them (all zeros for n <= 0).
+inline Ints read(const std::int32_t* p, std::int64_t n) {
+    const auto mask = static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0);
+    return {_mm512_maskz_loadu_epi32(mask, p)};
+}
+inline void write(std::int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints shift_right(Ints a, int bits) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
+inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints bits_of(Vec a) { return {_mm512_castps_si512(a.v)}; }
+// The float whose bits are (a & mask) | base.
+inline Vec masked_float(Ints a, Ints mask, Ints base) {
+    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(a.v, mask.v, base.v, 0xea))};
+}
+
+inline void transpose(Ints (&r)[16]) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {  // pairs of rows
+        a[i] = _mm512_unpacklo_epi32(r[i].v, r[i + 1].v);
+        a[i + 1] = _mm512_unpackhi_epi32(r[i].v, r[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4)  // b[i + c], 128-bit lane l: column 4 l + c of rows i .. i + 3
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+        }
+    for (int c = 0; c < 4; ++c) {  // gather lane l of the four quads
+        const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
+        const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44), high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
+        r[c].v = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        r[4 + c].v = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        r[8 + c].v = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        r[12 + c].v = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+}
+
+template <int Bits>
+struct DotOperand;
+
+template <>
+struct DotOperand<4> {
+    static constexpr int offset = 0;
+    __m512i even, odd;
+    explicit DotOperand(Ints word) {
+        const __m512i low = _mm512_set1_epi8(0xf);
+        even = _mm512_and_si512(word.v, low);
+        odd = _mm512_and_si512(_mm512_srli_epi16(word.v, 4), low);
+    }
+};
+
+template <>
+struct DotOperand<8> {
+    static constexpr int offset = 0;
+    __m512i stored;
+    explicit DotOperand(Ints word) : stored(word.v) {}
+};
+
+inline Ints dot(Ints sum, const DotOperand<4>& w, const std::int32_t* x) {
+    sum.v = _mm512_dpbusd_epi32(sum.v, w.even, _mm512_set1_epi32(x[0]));
+    return {_mm512_dpbusd_epi32(sum.v, w.odd, _mm512_set1_epi32(x[1]))};
+}
+
+inline Ints dot(Ints sum, const DotOperand<8>& w, const std::int32_t* x) {
+    return {_mm512_dpbusd_epi32(sum.v, w.stored, _mm512_set1_epi32(*x))};
+}
+
+}  // namespace
+}  // namespace klfast

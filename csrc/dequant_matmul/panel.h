@@ -1,0 +1,121 @@
+// A panel: as many rows of W as a vector has lanes, one row a lane. Words, scales and zero points of Layout.PLAIN lie
+// row by row and are transposed here on the way in; all else works on panels and never sees the layout.
+// Included by the tiers only; local to the including translation unit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "dequant_matmul/dequant_matmul.h"
+
+namespace klfast {
+namespace {
+
+constexpr int W = Vec::width;
+// Values of a row handled at a time. Sums of 256 products of stored values (at most 255) and int8 stay below 2^24, so
+// that they are exact as floats too.
+constexpr int kBlock = 256;
+
+inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// Memory for the length of a call: `size` elements, aligned to a cache line, not initialised.
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(std::size_t size) : data(static_cast<T*>(::operator new((size + 1) * sizeof(T), std::align_val_t{64}))) {}
+    ~Buffer() { ::operator delete(data, std::align_val_t{64}); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T& operator[](std::int64_t i) const { return data[i]; }
+};
+
+// A run of values in one group and one block. Every sum is taken segment by segment, at every tier.
+struct Segment {
+    std::int64_t begin, end, group;
+};
+
+struct Segments {
+    Buffer<Segment> list;
+    std::int64_t count = 0;
+    explicit Segments(const DequantMatmulArgs& a) : list(a.groups() + (a.k + kBlock - 1) / kBlock) {
+        for (std::int64_t begin = 0; begin < a.k;) {
+            const std::int64_t group = begin / a.group;
+            const std::int64_t end = smaller(smaller((group + 1) * a.group, (begin / kBlock + 1) * kBlock), a.k);
+            list[count++] = {begin, end, group};
+            begin = end;
+        }
+    }
+};
+
+// Words of `count` columns from `first` on, rows n0.., as out[column * W + lane]; zeros for rows behind the last.
+// `out` has room for count rounded up to a multiple of W.
+inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count, std::int32_t* out) {
+    const std::int64_t words = a.words(), valid = smaller(W, a.n - n0);
+    const std::int32_t* base = a.packed + n0 * words + first;
+    for (std::int64_t c = 0; c < count; c += W) {
+        Ints rows[W];
+        if (valid == W && count - c >= W)
+            for (int lane = 0; lane < W; ++lane) rows[lane] = read(base + lane * words + c);
+        else
+            for (int lane = 0; lane < W; ++lane) rows[lane] = read(base + (lane < valid ? lane * words + c : 0), lane < valid ? count - c : 0);
+        transpose(rows);
+        for (int i = 0; i < W; ++i) write(out + (c + i) * W, rows[i]);
+    }
+}
+
+// Scales and zero points (as stored: q - q_min) of a panel as floats [group][lane].
+struct Grid {
+    Buffer<float> scale, zero;
+
+    explicit Grid(const DequantMatmulArgs& a) : scale(round_up_to(a.groups(), W) * W), zero(round_up_to(a.groups(), W) * W) {
+        const Vec middle = set(static_cast<float>(1 << (a.bits - 1)));
+        if (a.zero_point == nullptr)
+            for (std::int64_t g = 0; g < a.groups(); ++g) store(zero.data + g * W, middle);
+    }
+
+    void load_panel(const DequantMatmulArgs& a, std::int64_t n0) {
+        const std::int64_t groups = a.groups();
+        const int per_word = 32 / a.bits;
+        const Ints mask = set_int((1 << a.bits) - 1);
+        for (std::int64_t g = 0; g < groups; g += W) {
+            const int count = static_cast<int>(smaller(W, groups - g));
+            Ints rows[W];
+            for (int lane = 0; lane < W; ++lane) {
+                const std::int64_t n = smaller(n0 + lane, a.n - 1);
+                rows[lane] = bits_of(load(a.scale, n * groups + g, a.scale_type, count));
+            }
+            transpose_to(rows, scale.data + g * W);
+            if (a.zero_point == nullptr) continue;
+            for (int lane = 0; lane < W; ++lane) {
+                const std::int64_t n = smaller(n0 + lane, a.n - 1);
+                const Ints word = read(a.zero_point + n / per_word * groups + g, count);
+                rows[lane] = bits_of(to_float(shift_right(word, static_cast<int>(n % per_word) * a.bits) & mask));
+            }
+            transpose_to(rows, zero.data + g * W);
+        }
+    }
+
+private:
+    static void transpose_to(Ints (&rows)[W], float* out) {
+        transpose(rows);
+        for (int i = 0; i < W; ++i) write(reinterpret_cast<std::int32_t*>(out + i * W), rows[i]);
+    }
+};
+
+// Writes total + bias to y[m, n0 ..].
+inline void store_panel(const DequantMatmulArgs& a, std::int64_t m, std::int64_t n0, Vec total) {
+    const int valid = static_cast<int>(smaller(W, a.n - n0));
+    if (a.bias != nullptr) total = total + load(a.bias, n0, a.bias_type, valid);
+    store(a.y, m * a.n + n0, a.x_type, valid, total);
+}
+
+// Threads that the work of `macs` multiplications keeps busy.
+inline int useful_threads(const DequantMatmulArgs& a, std::int64_t macs) {
+    return static_cast<int>(smaller(a.n_threads, 1 + macs / 65536));
+}
+
+}  // namespace
+}  // namespace klfast

@@ -1,0 +1,253 @@
+"""dequant_matmul at every tier: against float64, its bounds in memory, threads, compile, bad input."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from guarded_memory import guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klfast import QuantizedTensor, QuantSpec, dequant_matmul, quantize, reference, runtime, using
+from klfast.errors import InvalidInputError
+from klfast.types import FLOAT_DTYPES
+
+EPS = torch.finfo(torch.float32).eps
+SPECS = [QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 32, 64, 96, 128) for symmetric in (True, False)]
+TIERS = runtime.available_tiers()
+
+
+def operands(m, n, k, spec, *, x_dtype=torch.float32, scale_dtype=torch.float16, bias=True):
+    """x, a quantized weight whose zero points vary, and a bias."""
+    weight = torch.randn(n, k) + torch.randn(n, 1)
+    qt = quantize(weight, spec, scale_dtype=scale_dtype)
+    return torch.randn(m, k).to(x_dtype), qt, torch.randn(n) if bias else None
+
+
+def check_exact(x, qt, bias, got):
+    """No further from float64 than eager float32, but for the last bit of the sum of magnitudes (and of x's dtype)."""
+    weight = qt.dequantize(torch.float32)
+    plus = 0 if bias is None else bias.double()
+    truth = x.double() @ weight.double().T + plus
+    eager = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+    magnitude = x.double().abs() @ weight.double().abs().T + abs(plus)
+    allowed = (eager - truth).abs().amax() + 2 * EPS * magnitude
+    if x.dtype != torch.float32:
+        allowed = allowed + torch.finfo(x.dtype).eps * truth.abs() + torch.finfo(x.dtype).smallest_normal
+    assert got.dtype == x.dtype and got.shape == truth.shape
+    assert ((got.double() - truth).abs() <= allowed).all()
+
+
+def check_int8(x, qt, bias, got):
+    rounded = reference.fake_quantize_rows(x.float(), qt.spec).double()
+    weight = qt.dequantize(torch.float32).double()
+    truth = rounded @ weight.T + (0 if bias is None else bias.double())
+    # One unit of rounding of x moves a result by about magnitude / 127 / k, which is far more than is allowed here.
+    magnitude = rounded.abs() @ weight.abs().T + truth.abs()
+    allowed = 1e-6 * magnitude + (0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps * truth.abs())
+    assert ((got.double() - truth).abs() <= allowed).all()
+
+
+CHECKS = {"exact": check_exact, "int8": check_int8}
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_against_float64(tier, spec, activation):
+    for m, n, k in [(1, 48, 100), (1, 132, 1600), (2, 100, 63), (5, 1, 1600), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515)]:
+        x, qt, bias = operands(m, n, k, spec)
+        CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+@pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
+def test_dtypes(tier, x_dtype, scale_dtype, activation):
+    for spec in (QuantSpec(4, 32), QuantSpec(8, 64, False)):
+        for m in (3, 20):
+            x, qt, bias = operands(m, 50, 130, spec, x_dtype=x_dtype, scale_dtype=scale_dtype)
+            for b in (None, bias, bias.to(torch.bfloat16), bias.to(torch.float16)):
+                CHECKS[activation](x, qt, b, dequant_matmul(x, qt, b, activation=activation))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_int8_is_the_same_at_every_tier(spec):
+    for m, n, k in [(1, 48, 100), (14, 33, 700)]:
+        x, qt, bias = operands(m, n, k, spec)
+        results = []
+        for tier in TIERS:
+            with using(tier):
+                results.append(dequant_matmul(x, qt, bias, activation="int8"))
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(TIERS), st.integers(1, 40), st.integers(1, 70), st.integers(1, 600), st.sampled_from([4, 8]),
+    st.one_of(st.just(-1), st.integers(1, 300)), st.booleans(), st.sampled_from(list(CHECKS)),
+)
+def test_any_shape(tier, m, n, k, bits, group, symmetric, activation):
+    x, qt, bias = operands(m, n, k, QuantSpec(bits, group, symmetric))
+    with using(tier):
+        CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+def test_ties_of_x_round_to_even(tier, activation):
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -126.5]])  # scale 1
+    weight = torch.eye(8)
+    got = dequant_matmul(x, quantize(weight, QuantSpec(8, -1), scale_dtype=torch.float32), activation=activation)
+    want = x if activation == "exact" else torch.tensor([[127.0, 0, 2, 2, 0, -2, 126, -126]])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+@pytest.mark.parametrize("m", [1, 30])
+def test_not_finite_x_stays_in_its_row(tier, activation, m):
+    x, qt, _ = operands(m, 40, 200, QuantSpec(4, 64, False))
+    for value in (torch.nan, torch.inf, 1e-42, -torch.inf):
+        bad = x.clone()
+        bad[0, 70] = value
+        got = dequant_matmul(bad, qt, activation=activation)
+        assert torch.isfinite(got[0]).any() == (value == 1e-42)
+        assert torch.equal(got[1:], dequant_matmul(x, qt, activation=activation)[1:])
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+def test_x_of_tiny_or_zero_magnitude(tier, activation):
+    _, qt, bias = operands(1, 40, 200, QuantSpec(4, 64))
+    for value in (0.0, 1e-38, 1e-43):
+        got = dequant_matmul(torch.full((2, 200), value).index_fill(1, torch.tensor(3), 0), qt, bias, activation=activation)
+        torch.testing.assert_close(got, bias.expand(2, -1), rtol=0, atol=1e-35)
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+def test_strides_and_dimensions(tier, activation):
+    spec = QuantSpec(4, 32, False)
+    x, qt, bias = operands(24, 50, 130, spec)
+    want = dequant_matmul(x, qt, bias, activation=activation)
+
+    def expect(x, want, qt=qt):
+        torch.testing.assert_close(dequant_matmul(x, qt, bias, activation=activation), want, rtol=1e-5, atol=1e-4)
+
+    expect(x.view(2, 3, 4, 130), want.view(2, 3, 4, 50))
+    expect(x.T.contiguous().T, want)
+    expect(torch.cat([x, x], 1)[:, :130], want)
+    expect(torch.cat([x, x], 1)[:2, 65:195], dequant_matmul(torch.cat([x[:2, 65:], x[:2, :65]], 1), qt, bias, activation=activation))
+    expect(x.view(4, 6, 130).transpose(0, 1), want.view(4, 6, 50).transpose(0, 1))
+    expect(x[0], want[0])
+    expect(x[:1].expand(9, 130), want[:1].expand(9, 50))
+    expect(x[:0], want[:0])
+    expect(x.view(2, 12, 130)[:, :0], want.view(2, 12, 50)[:, :0])
+    parts = [torch.empty(2 * t.shape[0], 2 * t.shape[1], dtype=t.dtype)[::2, ::2].copy_(t) for t in (qt.packed, qt.scale, qt.zero_point)]
+    expect(x, want, QuantizedTensor(*parts, qt.shape, spec))
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+def test_empty_weights(tier, activation):
+    none = QuantizedTensor(torch.zeros(0, 8, dtype=torch.int32), torch.ones(0, 1), None, (0, 64), QuantSpec())
+    assert dequant_matmul(torch.randn(3, 64), none, activation=activation).shape == (3, 0)
+    narrow = QuantizedTensor(torch.zeros(20, 0, dtype=torch.int32), torch.ones(20, 0), None, (20, 0), QuantSpec())
+    for m in (3, 20):
+        bias = torch.randn(20)
+        assert torch.equal(dequant_matmul(torch.randn(m, 0), narrow, bias, activation=activation), bias.expand(m, -1))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("activation", CHECKS)
+def test_touches_nothing_outside(tier, activation):
+    """Each operand ends where the memory does: the next byte belongs to a page that cannot be read or written."""
+    for spec in SPECS[::3]:
+        for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
+            for x_dtype in (torch.float32, torch.float16):
+                x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
+                zero_point = None if qt.zero_point is None else guarded(qt.zero_point)
+                inside = QuantizedTensor(guarded(qt.packed), guarded(qt.scale), zero_point, qt.shape, spec)
+                with using(tier):
+                    got = dequant_matmul(guarded(x), inside, guarded(bias), activation=activation)
+                CHECKS[activation](x, qt, bias, got)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("m", [1, 6, 20])
+def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
+    from klfast.backends import cpu
+
+    n, guard, buffers = 37, 64, []
+
+    class NaNs(torch.Tensor):
+        """x whose new_empty lies inside a larger buffer of NaN."""
+
+        @staticmethod
+        def new_empty(shape):
+            buffers.append(torch.full((2 * guard + m * n,), torch.nan))
+            return buffers[-1][guard : guard + m * n].view(shape)
+
+    for activation in CHECKS:
+        x, qt, bias = operands(m, n, 200, QuantSpec(4, 64))
+        with using(tier):
+            y = cpu.dequant_matmul(x.as_subclass(NaNs), qt.packed, qt.scale, None, bias, n, 200, 4, 64, "plain", activation)
+        assert torch.isfinite(y).all()
+        assert buffers[-1][:guard].isnan().all() and buffers[-1][-guard:].isnan().all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("activation", CHECKS)
+def test_any_number_of_threads_gives_the_same_bits(tier, activation):
+    before = torch.get_num_threads()
+    try:
+        for m, n, k in [(1, 500, 700), (30, 70, 600), (600, 40, 130)]:
+            x, qt, bias = operands(m, n, k, QuantSpec(4, 64, False))
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                with using(tier):
+                    results.append(dequant_matmul(x, qt, bias, activation=activation))
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_several_python_threads():
+    cases = [operands(m, 200, 600, spec) for m in (1, 12) for spec in SPECS[:4]]
+    want = [dequant_matmul(*case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda case: dequant_matmul(*case), cases))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(8, -1, False)], ids=str)
+def test_opcheck(spec):
+    x, qt, bias = operands(3, 20, 100, spec)
+    for b in (bias, None):
+        args = (x, qt.packed, qt.scale, qt.zero_point, b, 20, 100, spec.bits, spec.group_size, "plain", "exact")
+        torch.library.opcheck(torch.ops.klfast.dequant_matmul.default, args)
+
+
+def test_bad_input(tier):
+    x, qt, bias = operands(3, 20, 100, QuantSpec(4, 32, False))
+    for message, call in {
+        "float32, bfloat16 or float16": lambda: dequant_matmul(x.double(), qt),
+        r"\[..., 100\]": lambda: dequant_matmul(x[:, :99], qt),
+        r"got \[\]": lambda: dequant_matmul(torch.tensor(1.0), qt),
+        r"\[20\], got torch.float32 \[19\]": lambda: dequant_matmul(x, qt, bias[:19]),
+        r"\[20\], got torch.float64": lambda: dequant_matmul(x, qt, bias.double()),
+        '"exact" or "int8"': lambda: dequant_matmul(x, qt, activation="int4"),
+        "one device": lambda: dequant_matmul(x.to("meta"), qt),
+    }.items():
+        with pytest.raises(InvalidInputError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_the_op_itself_checks_its_parts(tier):
+    x, qt, _ = operands(3, 20, 100, QuantSpec(4, 32, False))
+    good = dict(x=x, packed=qt.packed, scale=qt.scale, zero_point=qt.zero_point, bias=None, n=20, k=100, bits=4, group_size=32, layout="plain", activation="exact")
+    torch.ops.klfast.dequant_matmul(**good)
+    for change in (
+        {"packed": qt.packed[:, 1:]}, {"packed": qt.packed.long()}, {"scale": qt.scale[:19]}, {"scale": qt.scale.double()},
+        {"zero_point": qt.zero_point[1:]}, {"bits": 3}, {"group_size": 0}, {"group_size": -2}, {"group_size": 16}, {"layout": "other"}, {"n": 21},
+    ):
+        with pytest.raises(InvalidInputError):
+            torch.ops.klfast.dequant_matmul(**good | change)
