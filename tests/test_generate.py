@@ -46,6 +46,18 @@ def test_left_padding_changes_nothing(model):
     assert torch.equal(found[2:], klfast.generate(model, ids[2:], 12))
 
 
+def test_left_padding_shifts_absolute_positions():
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight)  # rotary positions would not mind a shift
+    ids = batch(3, 9)
+    found = klfast.generate(model, ids, 12, attention_mask=left_padded(ids))
+    assert torch.equal(found, model.generate(ids, attention_mask=left_padded(ids), do_sample=False, max_new_tokens=12))
+    assert torch.equal(found[:1, 4:], klfast.generate(model, ids[:1, 4:], 12))
+
+
 def test_end_tokens(model):
     ids = batch(3, 9)
     free = klfast.generate(model, ids, 20)
