@@ -13,16 +13,10 @@ from families import FAMILIES, batch, tiny
 from safetensors.torch import load_file, save_file
 
 import klfast
-from klfast import Plan, QuantSpec, errors, nn, runtime
+from klfast import Plan, QuantSpec, errors, nn
 from klfast.models.layers import head_name, is_head_tied, linears
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False), QuantSpec(8, 32, symmetric=False))
-
-
-@pytest.fixture(autouse=True)
-def _reference_kernels():
-    with runtime.using("reference"):
-        yield
 
 
 def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="exact", head=True):

@@ -7,17 +7,11 @@ import torch
 from families import FAMILIES, batch, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, errors, nn, reference, runtime
+from klfast import Plan, QuantSpec, errors, nn, reference
 from klfast.lazy_weight import LazyWeight
 from klfast.models.layers import fingerprint, head_name, is_head_tied, linears
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
-
-
-@pytest.fixture(autouse=True)
-def _reference_kernels():
-    with runtime.using("reference"):
-        yield
 
 
 def mixed_plan(model, head=True):

@@ -7,14 +7,8 @@ import torch
 from families import FAMILIES, VOCABULARY, batch, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, errors, runtime
+from klfast import Plan, QuantSpec, errors
 from klfast.models.layers import linears
-
-
-@pytest.fixture(autouse=True)
-def _reference_kernels():
-    with runtime.using("reference"):
-        yield
 
 
 def quantized(family, spec, activation="exact", **options):

@@ -5,14 +5,8 @@ import torch
 from families import FAMILIES, VOCABULARY, batch, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, errors, runtime
+from klfast import Plan, QuantSpec, errors
 from klfast.models.layers import linears
-
-
-@pytest.fixture(autouse=True)
-def _reference_kernels():
-    with runtime.using("reference"):
-        yield
 
 
 @pytest.fixture(params=FAMILIES)
