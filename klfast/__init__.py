@@ -33,6 +33,8 @@ _PUBLIC = {
     "QuantLinear": "nn",
     "using": "runtime",
     "sweep": "sensitivity.sweeping",
+    "doctor": "diagnostics",
+    "explain": "diagnostics",
     "Sensitivities": "sensitivity.results",
     "plan": "planner",
     "KlfastError": "errors",

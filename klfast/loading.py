@@ -17,6 +17,13 @@ ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
+def as_dtype(name: str) -> torch.dtype | str:
+    """The torch dtype of that name; "auto" stays "auto"."""
+    if name not in DTYPES:
+        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
 def bundled_models() -> list[str]:
     """Names of the models that come with klfast."""
     folder = ASSETS / "models"
@@ -44,20 +51,19 @@ def load_model(
         InvalidInputError: an unknown dtype, no such folder, an unknown architecture.
         CheckpointError: a file is missing, truncated or does not fit the model, or the hub cannot be reached.
     """
-    if dtype not in DTYPES:
-        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = as_dtype(dtype)
     source = _resolve(name_or_path)
     if _is_quantized(source):
         from klfast.checkpoint import load_quantized
 
-        return load_quantized(source, dtype=None if dtype == "auto" else DTYPES[dtype])
+        return load_quantized(source, dtype=None if target == "auto" else target)
 
     from transformers import AutoModelForCausalLM
 
     with _one_line_errors(source, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=DTYPES[dtype],
+            dtype=target,
             use_safetensors=True,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,

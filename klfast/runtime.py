@@ -67,7 +67,7 @@ def available_tiers() -> list[str]:
 def cpu_tier_limit() -> int:
     """Index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
     pin = pinned()
-    return len(CPU_TIERS) - 1 if pin is None else CPU_TIERS.index(pin)
+    return CPU_TIERS.index(pin) if pin in CPU_TIERS else len(CPU_TIERS) - 1  # "triton" says nothing of CPU tensors
 
 
 def slow_path(op: str, shape: object, reason: str) -> None:

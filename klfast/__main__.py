@@ -1,0 +1,5 @@
+"""``python -m klfast``: the command line."""
+
+from klfast.cli import main
+
+main()

@@ -1,0 +1,64 @@
+"""The command line ``klfast``. Commands import what they need when they run, so that ``--help`` is quick.
+
+Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+import klfast
+from klfast.errors import KlfastError
+
+
+class _Group(TyperGroup):
+    """Commands in the order of their work; klfast's own errors and the system's end as one line and exit code 1."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # typer ends quietly
+        except (KlfastError, OSError) as error:
+            print(f"klfast: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"klfast {klfast.__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _klfast(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """KL-guided mixed-precision quantization of SSM-Transformer language models.
+
+    Start with `klfast demo`. For a model of your own: sweep, plan, quantize, then eval and generate.
+    """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+from klfast.cli import info, pipeline, run  # noqa: E402 (they need app's class of options only)
+
+for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, run.generate, info.report, info.doctor):
+    app.command("eval" if command is run.evaluate else command.__name__)(command)
+
+
+def main() -> None:
+    """Entry point of the ``klfast`` script."""
+    app(prog_name="klfast")

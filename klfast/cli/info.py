@@ -1,0 +1,93 @@
+"""klfast demo, report, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klfast.cli import options
+from klfast.cli.console import emit, say, table
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="A local folder, a hub id, or a bundled model: mamba, mamba2.")] = "mamba2",
+    quick: Annotated[bool, typer.Option("--quick", help="Less text: some seconds instead of about two minutes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Save the mixed model here instead of in a temporary folder.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")] = None,
+    threads: options.Threads = None,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Run the whole pipeline on a small bundled model, offline: sweep, plan, quantize, compare, save, load, generate."""
+    if out is not None:
+        options.require_free(out, force=False)
+    if results is not None:
+        options.require_free(results / "demo.md", force=True)
+    from klfast import demo as pipeline
+    from klfast.cli.session import prepare
+
+    prepare(threads)
+    found = pipeline.run(
+        model, effort=pipeline.QUICK if quick else pipeline.FULL, out=out, say=lambda sentence: say(sentence, as_json),
+        local_files_only=local_files_only, trust_remote_code=trust_remote_code,
+    )
+    if results is not None:
+        pipeline.write_results(found, results)
+    emit(found.as_dict(), table(pipeline.HEADINGS, map(pipeline.cells, found.rows)), as_json)
+    say(f"The mixed model goes on from {found.prompt!r}:\n{found.prompt}{found.continuation}\n", as_json)
+    say("For a model of your own (a folder, or a hub id):", as_json)
+    for line in (
+        "klfast sweep MODEL --out sensitivities.json",
+        "klfast plan sensitivities.json --max-bytes SIZE --out plan.json",
+        "klfast quantize MODEL plan.json --out FOLDER",
+        "klfast eval FOLDER --teacher MODEL",
+        f'klfast generate {found.saved} "{pipeline.PROMPT}"',
+    ):
+        say(f"  {line}", as_json)
+
+
+def report(
+    sensitivities: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged.")],
+    plan: Annotated[Path | None, typer.Option(help="Report this plan instead, which klfast plan wrote from these files.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Rank layers by it, such as kl_teacher_student or sqnr_db.")] = None,
+    top: Annotated[int, typer.Option(help="Layers to list for each spec.", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this .md or .json file instead.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw sensitivity over depth into this .png, .svg or .pdf file.")] = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a sweep found (which layers, kinds and depths are sensitive), or what a plan does."""
+    for path in (out, plot):
+        if path is not None:
+            options.require_free(path, force)
+    import klfast
+    from klfast import report as reports
+    from klfast.errors import InvalidInputError
+    from klfast.sensitivity import files
+
+    found = files.read(sensitivities)
+    tables = reports.sweep_tables(found, metric, top) if plan is None else reports.plan_tables(klfast.Plan.from_json(plan), found)
+    if out is not None:
+        reports.write(out, tables)
+    if plot is not None:
+        try:
+            reports.plot(found, plot, metric)
+        except ImportError as error:  # matplotlib is optional
+            raise InvalidInputError(str(error)) from None
+    if out is None or as_json:
+        emit({"tables": [one.data() for one in tables]}, [one.rich() for one in tables], as_json)
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Show what this machine can run and why not the rest, and check every op against its reference."""
+    import klfast
+
+    found = klfast.doctor()
+    emit(found.as_dict(), str(found), as_json)
+    if not found.passed:
+        print("klfast: a check failed; the report names it", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,59 @@
+"""Arguments and options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klfast.errors import InvalidInputError
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "3200000", "3.2MB" (powers of 1000) or "1.5GiB" (of 1024)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
+    if unit is None:
+        raise typer.BadParameter(f"{text!r} is no size; write for instance 3200000, 3.2MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def parse_spec(text: str):
+    """A QuantSpec; a wrong one is wrong usage."""
+    from klfast.types import QuantSpec
+
+    try:
+        return QuantSpec.parse(text)
+    except InvalidInputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a bundled model: mamba, mamba2.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
+Scale = Annotated[str, typer.Option(help="absmax, or mse: clip each group as gives the least squared error.")]
+Dtype = Annotated[str, typer.Option(help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+
+
+def require_free(out: Path, force: bool) -> None:
+    """Raise, before the work begins, if ``out`` exists and must not be replaced or cannot be written."""
+    if out.exists() and not force:
+        raise InvalidInputError(f"{out} exists; name another --out or pass --force to replace it")
+    if not out.absolute().parent.is_dir():
+        raise InvalidInputError(f"the folder {out.absolute().parent} does not exist; make it or name another --out")
+
+
+def exactly_one(**options: object) -> None:
+    """Wrong usage unless one, and only one, of the options is given."""
+    if sum(value is not None for value in options.values()) != 1:
+        names = [name if name.isupper() else f"--{name.replace('_', '-')}" for name in options]
+        raise typer.BadParameter(f"give exactly one of {', '.join(names)}")

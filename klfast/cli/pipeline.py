@@ -1,0 +1,122 @@
+"""klfast sweep, plan, quantize: from a model to a smaller one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klfast.cli import options
+from klfast.cli.console import emit, megabytes, say
+
+
+def sweep(
+    model: options.Model,
+    spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = ["int4-g64-sym", "int8-g64-sym"],  # noqa: B006
+    calibration: Annotated[str, typer.Option(help='A text file, a token file (.npy, .json), or "calibration", the bundled text.')] = "calibration",
+    windows: Annotated[int, typer.Option(help="Windows of calibration text, the first ones.", min=1)] = 32,
+    length: options.Length = 512,
+    scale: options.Scale = "absmax",
+    out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was stopped.")] = False,
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
+    force: options.Force = False,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure how much each linear layer suffers from each quantization.
+
+    A killed sweep leaves what it has measured in OUT.partial; --resume starts from there.
+    """
+    specs = [options.parse_spec(text) for text in spec]
+    options.require_free(out, force)
+    import klfast
+    from klfast import report
+    from klfast.cli.session import count, open_batches, prepare
+    from klfast.loading import as_dtype, load_model
+
+    prepare(threads)
+    loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    computed = as_dtype(dtype)
+    network = load_model(model, "auto", **loading)  # as it is stored: plans count its bytes
+    batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
+    partial = out.with_name(out.name + ".partial")
+    if not resume:
+        partial.unlink(missing_ok=True)
+    found = klfast.sweep(network, batches, specs=specs, resume=partial, scale=scale, dtype=None if computed == "auto" else computed)
+    found.provenance.update(model=model, calibration=calibration)
+    found.to_json(out)
+    partial.unlink(missing_ok=True)
+    ranking = report.ranking(found, "kl_teacher_student", 5)
+    data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "noise_floor": found.noise_floor, "ranking": ranking.data()}
+    emit(data, ranking.rich(), as_json)
+    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: klfast plan {out} --max-bytes SIZE", as_json)
+
+
+def plan(
+    sensitivities: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged.")],
+    max_bytes: Annotated[int | None, typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Of the whole model: 3200000, 3.2MB, 1.5GiB.")] = None,
+    mean_bits: Annotated[float | None, typer.Option(help="Per weight of the linear layers, scales included.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Summed over the layers, nats per token.")] = None,
+    method: Annotated[str, typer.Option(help="optimal, greedy or uniform.")] = "optimal",
+    metric: Annotated[str | None, typer.Option(help="What to keep small, such as kl_teacher_student or sqnr_db.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Choose a precision for each layer under one budget: --max-bytes, --mean-bits or --max-kl."""
+    options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    options.require_free(out, force)
+    import klfast
+    from klfast import report
+    from klfast.sensitivity import files
+
+    found = files.read(sensitivities)
+    made = klfast.plan(found, max_bytes, mean_bits, max_kl, method, metric=metric)
+    made.to_json(out)
+    by_spec = Counter(str(made.specs.get(name, report.FULL)) for name in found.layers)
+    emit(
+        {"out": str(out), "method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes)},
+        [one.rich() for one in report.plan_tables(made, found)], as_json,
+    )
+    say(f"The plan is in {out}. Next: klfast quantize MODEL {out} --out FOLDER", as_json)
+
+
+def quantize(
+    model: options.Model,
+    plan: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="What klfast plan wrote.", show_default=False)] = None,
+    uniform: Annotated[str | None, typer.Option(metavar="SPEC", help="Without a plan: every linear layer in this one, such as int4-g64-sym.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = ...,
+    scale: options.Scale = "absmax",
+    dtype: Annotated[str, typer.Option(help="What the rest of the model is stored in: float32, bfloat16, float16, or auto to leave it.")] = "auto",
+    force: options.Force = False,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write the model quantized, with its tokenizer, in the compressed-tensors format."""
+    options.exactly_one(PLAN=plan, uniform=uniform)
+    spec = None if uniform is None else options.parse_spec(uniform)
+    options.require_free(out, force)
+    import klfast
+    from klfast.cli.session import prepare
+    from klfast.loading import load_model, load_tokenizer
+    from klfast.models.layers import linears
+    from klfast.types import storable_spec
+
+    prepare()
+    loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    made = None if plan is None else klfast.Plan.from_json(plan)
+    tokenizer = load_tokenizer(model, **loading)
+    network = load_model(model, dtype, **loading)
+    if made is None:
+        made = klfast.Plan({name: storable_spec(spec, layer.in_features) for name, layer in linears(network).items()}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(network, made, scale=scale), out, tokenizer, overwrite=force)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    data = {"out": str(out), "quantized_layers": len(made.specs), "layers": len(linears(network)), "weight_file_bytes": size}
+    emit(data, f"{len(made.specs)} of {data['layers']} linear layers are quantized; {megabytes(size)} of weights are in {out}.", as_json)
+    say(f"Next: klfast eval {out} --teacher {model}, klfast generate {out} PROMPT", as_json)

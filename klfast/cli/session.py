@@ -1,0 +1,70 @@
+"""What every command that runs a model does first."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+import klfast
+from klfast.data import token_batches
+from klfast.loading import load_model, load_tokenizer
+from klfast.progress import reporter
+
+
+def prepare(threads: int | None = None) -> None:
+    """Set the thread count, and show warnings as one line each."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
+
+
+def open_model(name: str, dtype: str, **loading: bool) -> nn.Module:
+    """The model, ready to run."""
+    return klfast.accelerate(load_model(name, dtype, **loading))
+
+
+def open_batches(source: str, model_name: str, model: nn.Module, *, length: int, windows: int | None, batch_size: int = 4, **loading: bool) -> list[torch.Tensor]:
+    """Batches of a text or token file; the latter needs no tokenizer."""
+    tokenizer = None if os.path.splitext(source)[1] in (".npy", ".json") else load_tokenizer(model_name, **loading)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return token_batches(source, tokenizer, vocab_size=vocabulary, length=length, windows=windows, batch_size=batch_size)
+
+
+def count(batches: list[torch.Tensor]) -> int:
+    """Tokens in all batches."""
+    return sum(batch.numel() for batch in batches)
+
+
+def evaluate(model: nn.Module, batches: list[torch.Tensor], teacher: nn.Module | None = None):
+    """``klfast.evaluate`` with a progress bar on a terminal."""
+    with reporter(None, "evaluate", len(batches)) as advance:
+        return klfast.evaluate(model, batches, teacher, progress=lambda *_: advance(1, ""))
+
+
+class Stream:
+    """The text of tokens that come one at a time; shown as it grows, but for characters that still lack bytes."""
+
+    def __init__(self, tokenizer, prompt: list[int], show: bool) -> None:
+        self.ids: list[int] = []
+        self._tokenizer, self._prompt, self._show, self._shown = tokenizer, prompt, show, 0
+
+    def __call__(self, token: torch.Tensor) -> None:
+        self.ids.append(int(token))
+        text = self.text
+        if self._show and not text.endswith("\ufffd"):
+            print(text[self._shown :], end="", flush=True)
+            self._shown = len(text)
+
+    @property
+    def text(self) -> str:
+        # After the prompt: on its own, a tokenizer like Llama's would drop the space before the first word.
+        before, whole = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._prompt, self._prompt + self.ids))
+        return whole[len(before) :]
+
+    def rest(self) -> str:
+        """What has not been shown yet."""
+        return self.text[self._shown :]

@@ -1,0 +1,179 @@
+"""The whole pipeline on one model: sweep, plan, quantize, compare, save, load back, generate. ``klfast demo``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import klfast
+from klfast import loading
+from klfast.data import token_batches
+from klfast.diagnostics import cpu_name, explain
+from klfast.files import write_atomic
+from klfast.models.layers import linears, other_bytes, weight_bytes
+from klfast.types import QuantSpec
+
+PROMPT = "It was a fine morning, and the old man"
+HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
+INT4, INT8 = QuantSpec(4, 64), QuantSpec(8, 64)
+BASELINE, MIXED = "full precision", "KL-planned mixed"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much text the demo uses: windows of calibration and of evaluation text, tokens in each, tokens to generate."""
+
+    calibration_windows: int
+    evaluation_windows: int
+    length: int
+    new_tokens: int
+
+
+FULL = Effort(calibration_windows=32, evaluation_windows=64, length=256, new_tokens=80)
+QUICK = Effort(calibration_windows=4, evaluation_windows=16, length=256, new_tokens=40)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: bytes of the saved tensors, bits per weight of the linear layers (scales included), and on the
+    evaluation text perplexity, mean KL(full precision || variant) in nats, and how often both have the same first token."""
+
+    variant: str
+    bytes: int
+    bits_per_weight: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table, where the mixed model is, what it wrote, and under which conditions."""
+
+    model: str
+    rows: tuple[Row, ...]
+    saved: str
+    prompt: str
+    continuation: str
+    conditions: dict[str, object]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike | None = None, say: Callable[[str], None] = print, **loading_options: bool) -> DemoResult:
+    """Run the pipeline on the model ``name`` (bundled, folder or hub id).
+
+    Args:
+        effort: FULL or QUICK.
+        out: the folder to save the mixed model in, which must not exist; None for one in a new temporary folder.
+        say: takes each sentence about what goes on.
+        loading_options: local_files_only and trust_remote_code, as for ``klfast.loading.load_model``.
+    """
+    tokenizer = loading.load_tokenizer(name, **loading_options)
+    model = klfast.accelerate(loading.load_model(name, "auto", **loading_options))
+    dtype, vocabulary = model.dtype, model.get_input_embeddings().weight.shape[0]
+
+    def text(which: str, windows: int) -> list[torch.Tensor]:
+        return token_batches(which, tokenizer, vocab_size=vocabulary, length=effort.length, windows=windows)
+
+    calibration, evaluation = text("calibration", effort.calibration_windows), text("evaluation", effort.evaluation_windows)
+    say(
+        f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {_short(dtype)}. "
+        f"Everything is computed in float32 on {torch.get_num_threads()} threads; sizes are those of the stored tensors."
+    )
+    say(f"Sweep: each layer alone in {INT4} and {INT8}, on {_tokens(calibration)} tokens of calibration text.")
+    swept = klfast.sweep(model, calibration, specs=[INT4, INT8])
+    uniform4 = klfast.plan(swept, method="uniform", spec=INT4)
+    budget = int(HEADROOM * uniform4.predicted["bytes"])
+    plans = {
+        BASELINE: None,
+        "uniform INT8": klfast.plan(swept, method="uniform", spec=INT8),
+        "uniform INT4": uniform4,
+        MIXED: klfast.plan(swept, max_bytes=budget),
+        "SQNR-planned mixed": klfast.plan(swept, max_bytes=budget, metric="sqnr_db"),
+    }
+    wide = sum(spec.bits == 8 for spec in plans[MIXED].specs.values())
+    say(f"Plan: at most {budget / 1e6:.3f} MB, which is uniform INT4 plus {HEADROOM - 1:.0%}; by KL, {wide} layers get 8 bits, {len(plans[MIXED].specs) - wide} get 4.")
+    say(f"Compare on {_tokens(evaluation)} tokens of other text.")
+    saved = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="klfast-demo-"), "mixed")
+    rows = []
+    teacher = model.float()
+    for variant, plan in plans.items():
+        model = loading.load_model(name, "auto", **loading_options)
+        if plan is not None:
+            klfast.quantize_model(model, plan)
+        if variant == MIXED:
+            klfast.save_quantized(model, saved, tokenizer)
+            model = klfast.load_quantized(saved)
+        rows.append(_measure(variant, model, teacher, evaluation))
+    say(f"The KL-planned model is in {saved}; its row was measured on the model as loaded back from there.")
+    mixed = klfast.load_quantized(saved, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    new = klfast.generate(mixed, ids, effort.new_tokens, temperature=0.8, generator=torch.Generator().manual_seed(0))
+    continuation = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+    return DemoResult(name, tuple(rows), str(saved), PROMPT, continuation, _conditions(effort, calibration, evaluation, dtype))
+
+
+def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]) -> Row:
+    layers = linears(model).values()
+    nbytes = [weight_bytes(layer) for layer in layers]
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    total = sum(nbytes) + other_bytes(model)  # before the cast: as it is stored
+    found = klfast.evaluate(klfast.accelerate(model.float()), batches, teacher=teacher)
+    return Row(variant, total, 8 * sum(nbytes) / weights, found.perplexity, found.kl, found.top1_agreement)
+
+
+def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "specs": f"{INT4}, {INT8}",
+        "stored_as": _short(dtype),
+        "calibration_tokens": _tokens(calibration),
+        "evaluation_tokens": _tokens(evaluation),
+        "window": effort.length,
+        "machine": cpu_name(),
+        "tier": explain("dequant_matmul").chosen,
+        "threads": torch.get_num_threads(),
+        "klfast": klfast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_results(result: DemoResult, folder: str | os.PathLike) -> None:
+    """Write the table as demo.md and demo.csv, the conditions with it, into an existing folder."""
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.conditions.items())
+    lines = [f"`klfast demo` on the model {result.model}.", "", "| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in result.rows]
+    write_atomic(Path(folder, "demo.md"), "\n".join([*lines, "", f"Conditions: {facts}.", ""]))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["model", *(field.name for field in fields(Row)), *result.conditions])
+    for row in result.rows:
+        table.writerow([result.model, *asdict(row).values(), *result.conditions.values()])
+    write_atomic(Path(folder, "demo.csv"), text.getvalue())
+
+
+HEADINGS = ("variant", "MB", "bits/weight", "perplexity", "KL (nats)", "top-1 agreement")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as the table shows it, in the order of HEADINGS."""
+    return (row.variant, f"{row.bytes / 1e6:.3f}", f"{row.bits_per_weight:.2f}", f"{row.perplexity:.3f}", f"{row.kl:.5f}", f"{row.top1_agreement:.2%}")
+
+
+def _tokens(batches: list[torch.Tensor]) -> int:
+    return sum(batch.numel() for batch in batches)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

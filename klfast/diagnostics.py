@@ -1,0 +1,196 @@
+"""What would run on this machine and why not the rest: ``klfast.explain`` and ``klfast.doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import klfast
+from klfast import registry, runtime
+from klfast.errors import InvalidInputError, KlfastError
+from klfast.types import QuantizedTensor
+
+TOLERANCE = 1e-4  # largest error of a kernel against the reference, relative to the reference's largest value
+# Public functions that bear another name than their op: that of the CUDA original.
+_OPS_OF = {"causal_conv1d_fn": "causal_conv1d", "selective_scan_fn": "selective_scan", "mamba_chunk_scan_combined": "mamba_chunk_scan"}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run an op, and for every other implementation why it would not (one sentence each)."""
+
+    op: str
+    device: str
+    chosen: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.chosen}"]
+        return "\n".join([*lines, *(f"  not {name}: {reason}" for name, reason in self.rejected.items())])
+
+
+def explain(op: str | Callable, *args: object) -> Explanation:
+    """Say which implementation of an op would run now, and why the others would not.
+
+    Args:
+        op: an op's name ("dequant_matmul") or its public function (``klfast.dequant_matmul``).
+        args: what the op would be called with; only the device of the tensors among them matters, CPU without any.
+
+    Raises:
+        InvalidInputError: no such op.
+    """
+    from klfast import ops  # noqa: F401 (defines the ops)
+
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    name = _OPS_OF.get(name, name)
+    if name not in registry.op_names():
+        raise InvalidInputError(f"klfast has no op {name!r}; its ops are {', '.join(registry.op_names())}")
+    device = next((a.device.type for a in args if isinstance(a, (torch.Tensor, QuantizedTensor))), "cpu")
+    pin = runtime.pinned()
+    reasons = {tier: _why_not(name, tier, device, pin) for tier in (*reversed(runtime.CPU_TIERS), "triton")}
+    chosen = next((tier for tier, reason in reasons.items() if not reason), "reference")
+    better = f"{chosen} comes before it."
+    rejected = {tier: reason or better for tier, reason in reasons.items() if tier != chosen}
+    if chosen != "reference":
+        rejected["reference"] = "a kernel runs instead."
+    return Explanation(name, device, chosen, rejected)
+
+
+def _why_not(op: str, tier: str, device: str, pin: str | None) -> str:
+    if pin == "reference":
+        return "klfast.using or KLFAST_ISA asks for the reference."
+    if tier == "triton":
+        if device == "cpu":
+            return "the tensors are on the CPU."
+        return "" if registry.has_kernel(op, device.upper()) else f"klfast has no {device} kernel of this op."
+    if device != "cpu":
+        return f"the tensors are on {device}."
+    if reason := runtime.why_not(tier):
+        return reason
+    if not registry.has_kernel(op, "CPU"):
+        return "this op has no CPU kernel."
+    from klfast import _C
+
+    if tier not in _C.kernel_tiers().get(op, ()):
+        return f"this op has no {tier} kernel."
+    if runtime.CPU_TIERS.index(tier) > runtime.cpu_tier_limit():
+        return f"klfast.using or KLFAST_ISA asks for {pin}."
+    return ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op at one tier against the reference: the largest error relative to the reference's largest value."""
+
+    op: str
+    tier: str
+    error: float
+    passed: bool
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``doctor`` found. ``tiers`` maps each CPU tier to the reason why it cannot run, empty where it can."""
+
+    versions: dict[str, str]
+    cpu: str
+    cores: int
+    threads: int
+    tiers: dict[str, str]
+    environment: dict[str, str]
+    extension: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
+        lines.append(f"{self.cpu}; {self.cores} cores, {self.threads} threads")
+        lines.append(f"extension: {self.extension}")
+        lines += [f"{name}={value}" for name, value in self.environment.items()]
+        lines.append("CPU tiers:")
+        lines += [f"  {tier:<11} {'no: ' + reason if reason else 'yes'}" for tier, reason in self.tiers.items()]
+        lines.append("Ops against the reference (largest error, relative to the largest value):")
+        for op in dict.fromkeys(check.op for check in self.checks):
+            results = (f"{c.tier} {c.error:.0e}" + ("" if c.passed else f" FAILED {c.message}") for c in self.checks if c.op == op)
+            lines.append(f"  {op}: {', '.join(results)}")
+        lines.append("All is well." if self.passed else "Something is wrong; see above.")
+        return "\n".join(lines)
+
+
+def doctor() -> Report:
+    """Look at this machine and run every op on a small case at every CPU tier that it has. Takes a few seconds."""
+    from klfast import ops  # noqa: F401 (defines the ops)
+
+    return Report(
+        versions={"klfast": klfast.__version__, "python": platform.python_version(), **{name: _version(name) for name in ("torch", "transformers", "triton")}},
+        cpu=cpu_name(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        tiers={tier: runtime.why_not(tier) for tier in runtime.CPU_TIERS},
+        environment={name: os.environ.get(name, "") for name in ("KLFAST_ISA", "KLFAST_STRICT")},
+        extension=_extension(),
+        checks=tuple(_check(op, tier) for op in registry.op_names() for tier in runtime.available_tiers()),
+    )
+
+
+def cpu_name() -> str:
+    """The CPU's model as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _extension() -> str:
+    try:
+        from klfast import _C
+    except ImportError as error:
+        return f"missing ({error}); build it with pip install ."
+    return str(_C.__file__)
+
+
+def _check(op: str, tier: str) -> Check:
+    from klfast.selfcheck import CASES
+
+    if op not in CASES or not registry.has_kernel(op, "CPU"):
+        lack = "klfast.selfcheck has no case for it" if op not in CASES else "it has no CPU kernel, the slow reference would run"
+        return Check(op, tier, float("nan"), False, lack)
+    try:
+        torch.manual_seed(0)
+        case = CASES[op]()
+        with runtime.using("reference"):
+            expected = case()
+        with runtime.using(tier):
+            found = case()
+        error = max((_distance(a, b) for a, b in zip(found, expected, strict=True)), key=lambda e: (e != e, e))  # NaN is worst
+    except KlfastError as failure:
+        return Check(op, tier, float("nan"), False, str(failure))
+    return Check(op, tier, error, error <= TOLERANCE)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((found.float() - expected.float()).abs().max()) / scale

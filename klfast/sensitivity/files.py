@@ -1,0 +1,36 @@
+"""Several files of sensitivities of one model, read as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from klfast.errors import InvalidInputError, ModelMismatchError
+from klfast.sensitivity import published
+from klfast.sensitivity.results import Sensitivities
+
+
+def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
+    """What all of ``paths`` hold: sweeps of one model with different specs or layers, or its published files.
+
+    Raises:
+        InvalidInputError: no path, or one candidate measured in two files.
+        ModelMismatchError: files of different models.
+        CheckpointError: a file that is absent or damaged.
+    """
+    if not paths:
+        raise InvalidInputError("no file of sensitivities was given")
+    found = Sensitivities.from_json(paths[0])
+    if found.fingerprint is None:
+        return published.read_files(paths)
+    merged = replace(found, measurements=dict(found.measurements))
+    for path in paths[1:]:
+        other = Sensitivities.from_json(path)
+        if (other.fingerprint, other.layers, other.other_bytes) != (found.fingerprint, found.layers, found.other_bytes):
+            raise ModelMismatchError(f"{os.fspath(path)} and {os.fspath(paths[0])} are of different models; give files of one model")
+        if twice := other.measurements.keys() & merged.measurements.keys():
+            name, spec = min(twice)
+            raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out")
+        merged.measurements.update(other.measurements)
+    return merged

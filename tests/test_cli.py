@@ -1,0 +1,255 @@
+"""The command line on files: the whole pipeline, its JSON, its exit codes, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_folder
+from typer.testing import CliRunner
+
+import klfast
+from klfast.cli import app, options
+
+TEXT = "A small text, said over and over, is enough to see how the commands hang together. " * 12
+FEW = ["--windows", "4", "--length", "64"]
+
+
+def klf(*arguments, code=0):
+    """Run a command in this process."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result
+
+
+def fails(*arguments, code=1):
+    """The one line on standard error of a command that fails."""
+    result = klf(*arguments, code=code)
+    lines = result.stderr.strip().splitlines()
+    if code == 1:
+        assert len(lines) == 1 and lines[0].startswith("klfast: "), result.stderr
+        assert result.stdout == ""
+    return " ".join(line.strip(" │╭╰─╮╯") for line in lines)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model, another one, a text, sensitivities, a plan and the model quantized by it."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_folder.save_model(folder / "model")
+    tiny_folder.save_model(folder / "other", layers=3)
+    (folder / "text.txt").write_text(TEXT)
+    klf("sweep", folder / "model", "--calibration", folder / "text.txt", *FEW, "--out", folder / "sens.json")
+    klf("plan", folder / "sens.json", "--mean-bits", 6, "--out", folder / "plan.json")
+    klf("quantize", folder / "model", folder / "plan.json", "--out", folder / "small")
+    return folder
+
+
+def test_the_pipeline_leaves_only_finished_files(work):
+    assert sorted(p.name for p in work.iterdir()) == ["model", "other", "plan.json", "sens.json", "small", "text.txt"]
+    found = klfast.Sensitivities.from_json(work / "sens.json")
+    assert found.provenance["model"] == str(work / "model")
+    assert {str(spec) for _, spec in found.measurements} == {"int4-g64-sym", "int8-g64-sym"}
+
+
+def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
+    import torch
+    from klfast.loading import load_model
+
+    load_model(work / "model").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    tiny_folder.save_tokenizer(tmp_path / "half")
+    klf("sweep", tmp_path / "half", "--calibration", work / "text.txt", *FEW, "--out", tmp_path / "sens.json")
+    full, half = (klfast.Sensitivities.from_json(folder / "sens.json") for folder in (work, tmp_path))
+    assert full.other_bytes == 2 * half.other_bytes
+    assert all(full.layers[name].float_bytes == 2 * info.float_bytes for name, info in half.layers.items())
+    klf("plan", tmp_path / "sens.json", "--mean-bits", 6, "--out", tmp_path / "plan.json")
+    predicted = json.loads((tmp_path / "plan.json").read_text())["predicted"]["bytes"]
+    made = json.loads(klf("quantize", tmp_path / "half", tmp_path / "plan.json", "--out", tmp_path / "small", "--json").stdout)
+    assert predicted <= made["weight_file_bytes"] <= predicted + 8192  # the file's header
+
+
+def test_eval_and_teacher(work):
+    data = json.loads(klf("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout)
+    assert data["tokens"] == 4 * 63 and 0 < data["kl"] < 1 and data["perplexity"] > 1 and 0 < data["top1_agreement"] <= 1
+    alone = json.loads(klf("eval", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout)
+    assert "kl" not in alone
+    assert "perplexity" in klf("eval", work / "model", "--text", work / "text.txt", *FEW).stdout
+
+
+def test_generate_is_repeatable_and_its_text_follows_the_prompt(work):
+    arguments = ("generate", work / "small", "Once", "--max-new-tokens", 6)
+    data = json.loads(klf(*arguments, "--json").stdout)
+    assert len(data["token_ids"]) <= 6
+    assert klf(*arguments).stdout.strip() == (data["prompt"] + data["text"]).strip()
+    drawn = [klf(*arguments, "--temperature", 1.0, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_json_is_all_that_is_on_standard_output(work, tmp_path):
+    for arguments in (
+        ("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--spec", "int4-g32-sym", "--out", tmp_path / "s.json"),
+        ("plan", work / "sens.json", "--max-bytes", "1MB", "--out", tmp_path / "p.json"),
+        ("quantize", work / "model", "--uniform", "int8-g64-sym", "--out", tmp_path / "q"),
+        ("doctor",),
+    ):
+        assert isinstance(json.loads(klf(*arguments, "--json").stdout), dict)
+
+
+def test_report_of_a_sweep_and_of_a_plan(work, tmp_path):
+    tables = json.loads(klf("report", work / "sens.json", "--top", 3, "--json").stdout)["tables"]
+    assert tables[0]["title"] == "Most sensitive layers" and len(tables[0]["rows"]) == 6
+    assert "in_proj" in klf("report", work / "sens.json", "--plan", work / "plan.json").stdout
+    assert klf("report", work / "sens.json", "--out", tmp_path / "report.md", "--plot", tmp_path / "plot.svg").stdout == ""
+    assert "| lm_head |" in (tmp_path / "report.md").read_text() and (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_several_files_are_merged(work, tmp_path):
+    whole = klfast.Sensitivities.from_json(work / "sens.json")
+    for bits in (4, 8):
+        part = {key: m for key, m in whole.measurements.items() if key[1].bits == bits}
+        replace(whole, measurements=part).to_json(tmp_path / f"{bits}.json")
+    both = (tmp_path / "4.json", tmp_path / "8.json")
+    klf("plan", *both, "--mean-bits", 6, "--out", tmp_path / "plan.json")
+    assert klfast.Plan.from_json(tmp_path / "plan.json") == klfast.Plan.from_json(work / "plan.json")
+    assert "once more" in fails("plan", *both, both[0], "--mean-bits", 6, "--out", tmp_path / "none.json")
+    replace(whole, other_bytes=1).to_json(tmp_path / "other.json")
+    assert "different models" in fails("plan", both[0], tmp_path / "other.json", "--mean-bits", 6, "--out", tmp_path / "none.json")
+
+
+def test_uniform_quantizes_every_linear_layer(work, tmp_path):
+    data = json.loads(klf("quantize", work / "model", "--uniform", "int4", "--out", tmp_path / "q", "--json").stdout)
+    assert data["quantized_layers"] == data["layers"]
+
+
+def test_resume_goes_on_from_the_partial_file(work, tmp_path, monkeypatch):
+    out = tmp_path / "sens.json"
+    arguments = ("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--out", out)
+    to_json, seen = klfast.Sensitivities.to_json, []
+
+    def interrupted(self, path=None, **rest):
+        text = to_json(self, path, **rest)
+        seen.append(len(self.measurements))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return text
+
+    monkeypatch.setattr(klfast.Sensitivities, "to_json", interrupted)
+    assert CliRunner().invoke(app, [str(a) for a in arguments]).exit_code in (1, 130)
+    assert [p.name for p in tmp_path.iterdir()] == ["sens.json.partial"]
+    klf(*arguments, "--resume")
+    assert [p.name for p in tmp_path.iterdir()] == ["sens.json"]
+    resumed, whole = (klfast.Sensitivities.from_json(p) for p in (out, work / "sens.json"))
+    assert resumed.measurements == whole.measurements
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sweep", "{work}/nowhere"), "no model folder"),
+        (("sweep", "{work}/model", "--calibration", "{tmp}/empty.txt"), "empty.txt is empty"),
+        (("sweep", "{work}/model", "--calibration", "{tmp}/none.txt"), "no file"),
+        (("sweep", "{work}/model", "--out", "{tmp}/no/folder/s.json"), "does not exist"),
+        (("plan", "{work}/sens.json", "--max-bytes", "1kB"), "budget|smallest"),
+        (("plan", "{tmp}/none.json", "--mean-bits", "5"), "none.json"),
+        (("plan", "{tmp}/cut.json", "--mean-bits", "5"), "cut.json"),
+        (("plan", "{work}/sens.json", "--mean-bits", "5", "--metric", "beauty"), "beauty"),
+        (("plan", "{work}/sens.json", "--mean-bits", "5", "--out", "{work}/plan.json"), "exists.*--force"),
+        (("quantize", "{work}/other", "{work}/plan.json", "--out", "{tmp}/q"), "made for a model with other layers|no linear layer"),
+        (("quantize", "{work}/model", "{tmp}/cut.json", "--out", "{tmp}/q"), "cut.json"),
+        (("quantize", "{work}/model", "{tmp}/strange.json", "--out", "{tmp}/q"), "backbone.layers.9.nothing"),
+        (("eval", "{tmp}/damaged"), "damaged"),
+        (("generate", "{tmp}/damaged", "Hello"), "damaged"),
+        (("generate", "{work}/model", ""), "prompt"),
+    ],
+)
+def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, arguments, message):
+    import re
+    import shutil
+
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "cut.json").write_text((work / "plan.json").read_text()[:-20])
+    plan = json.loads((work / "plan.json").read_text())
+    plan["fingerprint"] = None
+    plan["specs"]["backbone.layers.9.nothing"] = "int4-g64-sym"
+    (tmp_path / "strange.json").write_text(json.dumps(plan))
+    shutil.copytree(work / "small", tmp_path / "damaged")
+    weights = next((tmp_path / "damaged").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-64])
+    monkeypatch.chdir(tmp_path)  # where default outputs would go
+    before = {p: p.stat().st_mtime_ns for folder in (work, tmp_path) for p in folder.rglob("*")}
+    line = fails(*(a.format(work=work, tmp=tmp_path) for a in arguments))
+    assert re.search(message, line), line
+    assert before == {p: p.stat().st_mtime_ns for folder in (work, tmp_path) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bogus",), "No such command"),
+        (("sweep",), "Missing argument"),
+        (("sweep", "mamba2", "--spec", "int3"), "no quantization spec"),
+        (("sweep", "mamba2", "--windows", "0"), "windows"),
+        (("plan", "s.json"), "exactly one of"),
+        (("plan", "s.json", "--mean-bits", "5", "--max-kl", "1"), "exactly one of"),
+        (("plan", "s.json", "--max-bytes", "3 elephants"), "no size"),
+        (("quantize", "mamba2", "--out", "x"), "exactly one of"),
+        (("quantize", "mamba2", "plan.json", "--uniform", "int4", "--out", "x"), "exactly one of"),
+        (("quantize", "mamba2", "plan.json"), "Missing option"),
+        (("demo", "--no-such-option"), "No such option"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments, message):
+    assert message in fails(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("3200000", 3_200_000), ("3.2MB", 3_200_000), ("1.5GiB", 1_610_612_736), ("500kb", 500_000), ("2 KiB", 2048), ("7B", 7), ("1TB", 10**12)],
+)
+def test_sizes(text, size):
+    assert options.parse_bytes(text) == size
+
+
+COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "generate", "report", "doctor")
+
+
+def run(*arguments, **environment):
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "klfast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+def test_help_of_every_command_without_torch():
+    for command in COMMANDS:
+        assert "--help" in klf(command, "--help").stdout
+        assert f" {command} " in klf("--help").stdout
+    code = "import sys, runpy; sys.argv = ['klfast', '--help']\ntry: runpy.run_module('klfast', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_as_a_process(work, tmp_path):
+    assert run("--version").stdout == f"klfast {klfast.__version__}\n"
+    done = run("eval", work / "small", "--text", work / "text.txt", *FEW, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 4 * 63, done.stderr
+    assert done.stderr == ""
+    failed = run("eval", tmp_path / "none")
+    assert (failed.returncode, failed.stdout) == (1, "") and failed.stderr.count("\n") == 1
+    assert run("eval").returncode == 2
+
+
+def test_doctor_fails_where_a_check_fails(monkeypatch):
+    import torch
+
+    from klfast import runtime, selfcheck
+
+    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda: lambda: [torch.tensor([float(runtime.pinned() == "reference")])])
+    result = klf("doctor", code=1)
+    assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout
+
+
+def test_the_installed_script_and_the_packages():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'klfast = "klfast.cli:main"' in project and '"klfast.cli",' in project

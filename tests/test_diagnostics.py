@@ -1,0 +1,74 @@
+"""klfast.explain and klfast.doctor."""
+
+import json
+
+import pytest
+import torch
+
+import klfast
+from klfast import diagnostics, registry, runtime, selfcheck
+from klfast.errors import InvalidInputError
+
+
+def test_doctor_checks_every_op_at_every_tier_and_passes():
+    report = klfast.doctor()
+    assert [(c.op, c.tier) for c in report.checks] == [(op, tier) for op in registry.op_names() for tier in runtime.available_tiers()]
+    assert report.passed, str(report)
+    assert report.versions["torch"] == torch.__version__.split("+")[0] or report.versions["torch"] == torch.__version__
+    assert list(report.tiers) == list(runtime.CPU_TIERS) and report.tiers["scalar"] == ""
+    assert json.loads(json.dumps(report.as_dict()))["passed"] is True
+    for word in (*registry.op_names(), *runtime.CPU_TIERS, "All is well."):
+        assert word in str(report)
+
+
+@pytest.mark.parametrize("wrong", [torch.full((2,), float("nan")), torch.tensor([1.0, 2.001])])
+def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
+    def case():
+        right = torch.tensor([1.0, 2.0])
+        return lambda: [right, right if runtime.pinned() == "reference" else wrong]
+
+    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", case)
+    report = klfast.doctor()
+    assert not report.passed
+    assert {c.op for c in report.checks if not c.passed} == {"dequant_matmul"}
+    assert "Something is wrong" in str(report)
+
+
+def test_explain_names_the_tier_that_runs_and_a_reason_for_each_other():
+    for op in registry.op_names():
+        found = klfast.explain(op)
+        assert found.chosen not in found.rejected
+        assert {found.chosen, *found.rejected} == set(runtime.IMPLEMENTATIONS)
+        assert all(reason.endswith(".") for reason in found.rejected.values())
+    for tier, reason in found.rejected.items():
+        assert f"not {tier}: {reason}" in str(found)
+
+
+def test_explain_honours_pins():
+    with klfast.using("reference"):
+        assert klfast.explain(klfast.dequant_matmul).chosen == "reference"
+    with klfast.using("scalar"):
+        found = klfast.explain("dequant_matmul", torch.empty(1))
+    assert found.chosen in ("scalar", "reference")
+    assert all("asks for scalar" in found.rejected[t] or "no " in found.rejected[t] for t in runtime.available_tiers()[1:])
+
+
+def test_explain_goes_by_the_device_of_the_arguments():
+    found = klfast.explain("dequant_matmul", torch.empty(1, device="meta"))
+    assert found.chosen == "reference"
+    assert found.rejected["scalar"] == "the tensors are on meta."
+
+
+def test_explain_knows_the_public_functions():
+    for function in (klfast.causal_conv1d_fn, klfast.selective_scan_fn, klfast.mamba_chunk_scan_combined, klfast.logit_divergence):
+        assert klfast.explain(function).chosen in runtime.available_tiers()
+
+
+def test_explain_unknown_op():
+    with pytest.raises(InvalidInputError, match="no op 'matmul'.*dequant_matmul"):
+        klfast.explain("matmul")
+
+
+def test_cpu_name_without_proc(monkeypatch):
+    monkeypatch.setattr(diagnostics.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert diagnostics.cpu_name()
