@@ -129,7 +129,7 @@ def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[t
     nbytes = [weight_bytes(layer) for layer in layers]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     total = sum(nbytes) + other_bytes(model)  # before the cast: as it is stored
-    found = klfast.evaluate(klfast.accelerate(model.float()), batches, teacher=teacher)
+    found = klfast.evaluate(klfast.accelerate(model.float()), batches, teacher, progress=None)
     return Row(variant, total, 8 * sum(nbytes) / weights, found.perplexity, found.kl, found.top1_agreement)
 
 

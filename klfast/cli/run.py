@@ -26,6 +26,7 @@ def evaluate(
     """Measure perplexity on a text, and with --teacher how far the model has moved from another one."""
     from dataclasses import asdict
 
+    import klfast
     from klfast.cli import session
 
     session.prepare(threads)
@@ -33,7 +34,7 @@ def evaluate(
     network = session.open_model(model, dtype, **loading)
     other = None if teacher is None else session.open_model(teacher, dtype, **loading)
     batches = session.open_batches(text, model, network, length=length, windows=windows, batch_size=batch_size, **loading)
-    found = session.evaluate(network, batches, other)
+    found = klfast.evaluate(network, batches, other, progress=None)
     rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
     if other is not None:
         rows += [

@@ -12,7 +12,6 @@ from torch import nn
 import klfast
 from klfast.data import token_batches
 from klfast.loading import load_model, load_tokenizer
-from klfast.progress import reporter
 
 
 def prepare(threads: int | None = None) -> None:
@@ -37,12 +36,6 @@ def open_batches(source: str, model_name: str, model: nn.Module, *, length: int,
 def count(batches: list[torch.Tensor]) -> int:
     """Tokens in all batches."""
     return sum(batch.numel() for batch in batches)
-
-
-def evaluate(model: nn.Module, batches: list[torch.Tensor], teacher: nn.Module | None = None):
-    """``klfast.evaluate`` with a progress bar on a terminal."""
-    with reporter(None, "evaluate", len(batches)) as advance:
-        return klfast.evaluate(model, batches, teacher, progress=lambda *_: advance(1, ""))
 
 
 class Stream:
