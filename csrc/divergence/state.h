@@ -26,7 +26,7 @@
 
 namespace klfast::divergence {
 
-inline constexpr int kMoments = 9;      // of t, and of x where x is small
+inline constexpr int kMoments = 9;      // of t, and of x where x is small; odd, for the loops take them in pairs
 inline constexpr float kSmall = 0.5f;   // largest |x| for the power series
 inline constexpr int kColumns = 2048;   // columns per vector loop: both rows stay in the L1 cache
 

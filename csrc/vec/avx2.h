@@ -33,6 +33,8 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(b.v, a.v)}; }  // a NaN in 
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(b.v, a.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec negative_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline Vec copysign(Vec size, Vec sign) { return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))}; }  // size >= 0
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
 inline Vec quotient(Vec a, Vec b) { return a / b; }
 
 inline float sum(Vec a) {

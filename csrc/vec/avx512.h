@@ -32,6 +32,8 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(b.v, a.v)}; }  // a NaN in 
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(b.v, a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec negative_abs(Vec a) { return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+inline Vec copysign(Vec size, Vec sign) { return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))}; }  // size >= 0
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 // p * 2^n for an integral n.

@@ -2,6 +2,7 @@
 //
 // exp:      e^x = 2^n e^r, n = round(x log2 e), |r| <= ln 2 / 2; e^r is 1 + r q(r), q the minimax polynomial of degree
 //           4. Relative error below 2 ulp where the result is a normal number; tests/test_ssm_ops.py holds it to that.
+// expm1:    for x <= 0 only: 2^n (e^r - 1) + (2^n - 1), with e^r - 1 = r + r^2 q(r), q of degree 3: relative error 5e-7.
 // exp2:     likewise without the reduction by ln 2. For exp(dt A) as exp2(dt (A log2 e)), the rounding of the exponent
 //           dominates: a relative error of 2 ulp + |dt A| 2^-23, hence an absolute error below 2^-23 wherever dt A <= 0.
 // softplus: max(x, 0) + log1p(e), e = e^-|x|; log1p(e) = e l(e), l of degree 9 with relative error 5e-9.
@@ -29,6 +30,17 @@ inline Vec exp(Vec x) {
     p = fma(p, r, set(0x1.fffdbap-2f));
     p = fma(p, r, set(0x1.fffff4p-1f));
     return scale(fma(p, r, set(1.0f)), n);
+}
+
+inline Vec expm1(Vec x) {
+    x = max(x, set(-87.0f));
+    const Vec n = round(x * set(0x1.715476p+0f));
+    const Vec r = fma(n, set(-0x1.62e430p-1f), x);  // ln 2 to 2e-9 will do: |n| grows only as the result nears -1
+    Vec q = fma(set(8.37287e-3f), r, set(4.187507e-2f));
+    q = fma(q, r, set(1.6666479e-1f));
+    q = fma(q, r, set(4.999938e-1f));
+    const Vec power = scale(set(1.0f), n);
+    return fma(power, fma(r * r, q, r), power - set(1.0f));
 }
 
 inline Vec softplus(Vec x) {
