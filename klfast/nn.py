@@ -66,7 +66,12 @@ class QuantLinear(nn.Module):
         return LazyWeight(self.quantized, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.dequant_matmul(x, self.quantized, self.bias, activation=self.activation)
+        # The bare op: a QuantizedTensor made at each call would cost as much as a small product.
+        spec = self.spec
+        return ops.dequant_matmul_op(
+            x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.out_features, self.in_features,
+            spec.bits, spec.group_size, self.layout.value, self.activation,
+        )
 
     def _apply(self, fn, recurse=True):
         scale = self.weight_scale

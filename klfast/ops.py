@@ -58,7 +58,7 @@ _define(
     fake=_fake_dequant_matmul,
     reference=_reference_dequant_matmul,
 )
-_dequant_matmul = torch.ops.klfast.dequant_matmul.default
+dequant_matmul_op = torch.ops.klfast.dequant_matmul.default
 
 
 def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, *, activation: str = "exact") -> torch.Tensor:
@@ -77,7 +77,7 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
         InvalidInputError: a wrong dtype, shape, device or activation.
     """
     spec = qt.spec
-    return _dequant_matmul(
+    return dequant_matmul_op(
         x, qt.packed, qt.scale, qt.zero_point, bias, *qt.shape, spec.bits, spec.group_size, qt.layout.value, activation
     )
 

@@ -1,12 +1,17 @@
-"""quantize and fake_quantize: grids, clipping search, storage, bad input."""
+"""quantize and fake_quantize: grids, clipping search, storage as compressed-tensors has it, bad input."""
 
 import pytest
 import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hypothesis import given
+from hypothesis import strategies as st
 
-from klfast import QuantSpec, quantization, quantize
+from klfast import QuantSpec, quantization, quantize, reference
 from klfast.errors import InvalidInputError
 from klfast.quantization import fake_quantize
-from klfast.types import FLOAT_DTYPES
+from klfast.types import FLOAT_DTYPES, storable_spec
 
 SPECS = [QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)]
 
@@ -97,3 +102,30 @@ def test_bad_input(function, weight, options, message):
         with pytest.raises(InvalidInputError, match=message) as error:
             function(weight, spec, **options)
         assert "\n" not in str(error.value)
+
+
+@given(st.sampled_from([4, 8]), st.integers(1, 9), st.integers(1, 70), st.randoms())
+def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, count, random):
+    values = torch.tensor([[random.randrange(-(1 << bits - 1), 1 << bits - 1) for _ in range(count)] for _ in range(rows)], dtype=torch.int8)
+    words = reference.pack(values, bits)
+    assert torch.equal(reference.unpack(words, bits, count), values)
+    assert torch.equal(words, pack_to_int32(values, bits))
+    assert torch.equal(unpack_from_int32(words, bits, values.shape), values)
+    assert torch.equal(reference.pack(values.T.contiguous(), bits).T, pack_to_int32(values, bits, packed_dim=0))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [-1, 5, 32, 50])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 100), (13, 50), (48, 1600)])
+def test_compressed_tensors_decompresses_the_same_bits(bits, group, symmetric, scale_dtype, shape):
+    spec = storable_spec(QuantSpec(bits, group, symmetric), shape[1])
+    qt = quantize(torch.randn(shape) + torch.randn(shape[0], 1), spec, scale_dtype=scale_dtype)
+    grouping = {"strategy": "channel"} if spec.group_size == -1 else {"strategy": "group", "group_size": spec.group_size}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **grouping))
+    state = {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_shape": torch.tensor(shape)}
+    if not symmetric:
+        state["weight_zero_point"] = qt.zero_point
+    weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    assert weight.dtype == scale_dtype and torch.equal(weight, qt.dequantize())

@@ -84,10 +84,13 @@ private:
 // sum[r] += integer dot products of R rows of q with words [first, last) of a panel.
 template <int Bits, int R>
 void dot_words(const std::int32_t* words, const std::int32_t* q, std::int64_t pitch, std::int64_t first, std::int64_t last, Ints (&sum)[R]) {
+    Ints local[R];  // in registers; `sum` has an address
+    for (int r = 0; r < R; ++r) local[r] = sum[r];
     for (std::int64_t w = first; w < last; ++w) {
         const DotOperand<Bits> operand(read(words + w * W));
-        for (int r = 0; r < R; ++r) sum[r] = dot(sum[r], operand, q + r * pitch + w * QuantizedX<Bits>::lanes);
+        for (int r = 0; r < R; ++r) local[r] = dot(local[r], operand, q + r * pitch + w * QuantizedX<Bits>::lanes);
     }
+    for (int r = 0; r < R; ++r) sum[r] = local[r];
 }
 
 // The same for values [begin, end) of one word: the others of q are taken as 0.
