@@ -15,6 +15,7 @@ from klfast.ops_ssm import (  # noqa: F401
     causal_conv1d_fn,
     causal_conv1d_update,
     mamba_chunk_scan_combined,
+    rms_norm,
     selective_scan_fn,
     selective_state_update,
 )

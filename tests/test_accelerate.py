@@ -46,6 +46,15 @@ def test_logits_in_bfloat16_are_no_further_from_the_truth(model, tier):
     assert (fast - truth).square().mean().sqrt() <= 1.05 * (plain - truth).square().mean().sqrt() + 1e-4
 
 
+def test_head_in_blocks_gives_the_same_logits(model, monkeypatch):
+    model.to(torch.bfloat16)
+    x = ids(2, 9)
+    whole = logits(klfast.accelerate(model), x)
+    monkeypatch.setattr("klfast.models.native_ssm._BLOCK", 1)
+    blocks = logits(model, x)
+    assert blocks.dtype == torch.float32 and torch.equal(blocks, whole)
+
+
 def generate(model, x, **kwargs):
     with torch.inference_mode():
         return model.generate(x, max_new_tokens=20, do_sample=False, **kwargs)

@@ -26,21 +26,34 @@ inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, int n) {
 }
 
 // Rows t of the tile become act(bias + sum_k w[k] tile[t + k]), t < n_t; row t is read last when it is written.
-inline void convolve(float* tile, int pitch, const float* weight, const float* bias, int width, int n_t, bool silu_after) {
+// K is the width, or 0 for one that is known at run time only.
+template <int K>
+void convolve(float* tile, int pitch, const float* weight, const float* bias, int width, int n_t, bool silu_after) {
     for (int c = 0; c < pitch; c += Vec::width) {
         const Vec b = load(bias + c);
+        Vec w[K + 1], x[K + 1];  // K known: the last K rows stay in registers
+        for (int k = 0; k < K; ++k) w[k] = load(weight + k * pitch + c);
+        for (int k = 0; k + 1 < K; ++k) x[k + 1] = load(tile + k * pitch + c);
         for (int t = 0; t < n_t; ++t) {
             Vec y = b;
-            for (int k = 0; k < width; ++k) y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
+            if constexpr (K > 0) {
+                for (int k = 0; k + 1 < K; ++k) x[k] = x[k + 1];
+                x[K - 1] = load(tile + (t + K - 1) * pitch + c);
+                for (int k = 0; k < K; ++k) y = fma(w[k], x[k], y);
+            } else {
+                for (int k = 0; k < width; ++k) y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
+            }
             store(tile + t * pitch + c, silu_after ? silu(y) : y);
         }
     }
 }
 
 inline void run(const ConvArgs& a) {
-    constexpr int kChannels = 64, kTime = 32;
+    constexpr int kChannels = 256, kTime = 16;
     const int past = static_cast<int>(a.width - 1);
-    const std::int64_t blocks = (a.channels + kChannels - 1) / kChannels;
+    std::int64_t size = kChannels;  // smaller where there would be too few blocks for the threads
+    while (size > Vec::width && a.batch * ((a.channels + size - 1) / size) < 4 * a.n_threads) size /= 2;
+    const std::int64_t blocks = (a.channels + size - 1) / size;
     parallel_for(a.batch * blocks, 1, a.n_threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch((kTime + 2 * past + a.width + 1) * kChannels);
         float* const tile = scratch.data;                            // [past + kTime, pitch]
@@ -48,8 +61,8 @@ inline void run(const ConvArgs& a) {
         float* const weight = kept + past * kChannels;               // [width, pitch]
         float* const bias = weight + a.width * kChannels;            // [pitch]
         for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t b = item / blocks, c0 = item % blocks * kChannels;
-            const int n = static_cast<int>(a.channels - c0 < kChannels ? a.channels - c0 : kChannels), pitch = round_up(n);
+            const std::int64_t b = item / blocks, c0 = item % blocks * size;
+            const int n = static_cast<int>(a.channels - c0 < size ? a.channels - c0 : size), pitch = round_up(n);
             load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n, static_cast<int>(a.width));
             if (a.bias) load_tile(bias, pitch, a.bias, c0 * a.bias.stride[0], a.bias.stride[0], 0, n, 1);
             else for (int c = 0; c < pitch; ++c) bias[c] = 0.0f;
@@ -64,7 +77,8 @@ inline void run(const ConvArgs& a) {
                 const int n_t = static_cast<int>(a.length - t0 < kTime ? a.length - t0 : kTime);
                 load_tile(tile + past * pitch, pitch, a.x, b * a.x.stride[0] + c0 * a.x.stride[1] + t0 * a.x.stride[2], a.x.stride[1], a.x.stride[2], n, n_t);
                 for (int i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
-                convolve(tile, pitch, weight, bias, static_cast<int>(a.width), n_t, a.silu);
+                const auto kernel = a.width == 4 ? convolve<4> : a.width == 3 ? convolve<3> : a.width == 2 ? convolve<2> : convolve<0>;
+                kernel(tile, pitch, weight, bias, static_cast<int>(a.width), n_t, a.silu);
                 store_tile(tile, pitch, a.out, b * a.out.stride[0] + c0 * a.out.stride[1] + t0 * a.out.stride[2], a.out.stride[1], a.out.stride[2], n, n_t);
                 for (int i = 0; i < past * pitch; ++i) tile[i] = kept[i];
             }

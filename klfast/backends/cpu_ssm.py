@@ -17,6 +17,7 @@ def register() -> None:
         ("selective_scan", selective_scan),
         ("selective_state_update", selective_state_update),
         ("mamba_chunk_scan", mamba_chunk_scan),
+        ("rms_norm", rms_norm),
     ):
         register_kernel(name, "CPU", kernel)
 
@@ -67,3 +68,9 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, final, out)
     _C.mamba_chunk_scan(*map(_view, tensors), *x.shape, *B.shape[2:], dt_softplus, dt_min, dt_max, *_machine())
     return out, x.new_empty(0, dtype=torch.float32) if final is None else final
+
+
+def rms_norm(x, weight, gate, eps, group_size):
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    _C.rms_norm(*map(_view, (x, weight, gate, out)), *x.shape, group_size, eps, *_machine())
+    return out

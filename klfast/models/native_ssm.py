@@ -2,7 +2,8 @@
 
 The mixers of these models look their functions up in their module's globals. ``accelerate`` gives each mixer of one
 model a copy of its class's forward whose globals hold klfast's functions instead: nothing global changes, other models
-in the process stay as they are, and the copy follows whatever else the installed version's forward does.
+in the process stay as they are, and the copy follows whatever else the installed version's forward does. What then
+remains beside the matrix products, the norms and the widening of the logits, is replaced as well.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from klfast import ops, registry, runtime
 from klfast.errors import InvalidInputError, KernelUnavailableError
 
-MIXERS = ("MambaMixer", "Mamba2Mixer", "FalconMambaMixer")
+_MIXERS = ("MambaMixer", "Mamba2Mixer", "FalconMambaMixer")
+_NORMS = ("MambaRMSNorm", "MambaRMSNormGated", "Mamba2RMSNorm", "FalconMambaRMSNorm")
 _lock = threading.Lock()
 
 
@@ -27,18 +30,19 @@ def accelerate(model: nn.Module) -> nn.Module:
     Works in place on this model only, caches and generation included; ``unaccelerate`` undoes it. A model without
     state-space layers (a Llama) has nothing to accelerate and is returned unchanged, as is one already accelerated.
     Tensors on other devices take the model's own path. So do gradients, with a ``SlowPathWarning``: run inference under
-    ``torch.inference_mode()`` or ``torch.no_grad()``.
+    ``torch.inference_mode()`` or ``torch.no_grad()``. With 16-bit weights the output head of an accelerated model returns
+    the logits in float32, which the model would make of them anyway.
 
     Raises:
         InvalidInputError: ``model`` is no nn.Module.
         KernelUnavailableError: the extension klfast._C was not built.
     """
     with _lock:
-        for mixer in _mixers(model):
+        for module, forward in _replacements(model):
             if not registry.has_kernel("selective_scan", "CPU"):
                 raise KernelUnavailableError(f"accelerate: {runtime.why_not('scalar')} Install klfast with a C++ compiler present")
-            if "forward" not in vars(mixer):
-                mixer.forward = MethodType(_native_forward(type(mixer)), mixer)
+            if "forward" not in vars(module):
+                module.forward = MethodType(forward, module)
     return model
 
 
@@ -49,43 +53,73 @@ def unaccelerate(model: nn.Module) -> nn.Module:
         InvalidInputError: ``model`` is no nn.Module.
     """
     with _lock:
-        for mixer in _mixers(model):
-            if is_accelerated(mixer):
-                del mixer.forward
+        for module, _ in _replacements(model):
+            if is_accelerated(module):
+                del module.forward
     return model
 
 
-def is_accelerated(mixer: nn.Module) -> bool:
-    """Whether this layer runs klfast's functions."""
-    return hasattr(vars(mixer).get("forward"), "klfast_original")
+def is_accelerated(module: nn.Module) -> bool:
+    """Whether this mixer, norm or head runs klfast's functions."""
+    return hasattr(vars(module).get("forward"), "klfast_original")
 
 
-def _mixers(model: nn.Module) -> list[nn.Module]:
+def _replacements(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
+    """The modules to change, each with its new forward; none without a mixer among them."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"accelerate takes a transformers model, got {type(model).__name__}")
-    return [m for m in model.modules() if type(m).__name__ in MIXERS and type(m).__module__.startswith("transformers.")]
+    found = []
+    for module in model.modules():
+        if not type(module).__module__.startswith("transformers."):
+            continue
+        if type(module).__name__ in _MIXERS:
+            found.append((module, _native(type(module), _mixer_forward)))
+        elif type(module).__name__ in _NORMS:
+            found.append((module, _native(type(module), _norm_forward)))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is nn.Linear:
+        found.append((head, _native(nn.Linear, _head_forward)))
+    return found if any(type(module).__name__ in _MIXERS for module, _ in found) else []
 
 
-_forwards: dict[type, Callable] = {}
+_natives: dict[type, Callable] = {}
 
 
-def _native_forward(mixer_class: type) -> Callable:
-    """The class's forward with klfast's functions, or the original where those do not apply; made once a class."""
-    if mixer_class not in _forwards:
-        original = mixer_class.forward
-        native = _with_globals(original, _substitutes(original))
+def _native(module_class: type, make: Callable[[Callable], Callable]) -> Callable:
+    """``make(original forward)``, or the original where klfast's functions do not apply; made once a class."""
+    if module_class not in _natives:
+        original = module_class.forward
+        native = make(original)
 
-        def forward(self, hidden_states, *args, **kwargs):
-            if hidden_states.device.type != "cpu":
-                return original(self, hidden_states, *args, **kwargs)
-            if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())):
-                runtime.slow_path(mixer_class.__name__, list(hidden_states.shape), "klfast's functions have no gradients; use torch.inference_mode().")
-                return original(self, hidden_states, *args, **kwargs)
-            return native(self, hidden_states, *args, **kwargs)
+        def forward(self, x, *args, **kwargs):
+            if x.device.type != "cpu":
+                return original(self, x, *args, **kwargs)
+            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+                runtime.slow_path(module_class.__name__, list(x.shape), "klfast's functions have no gradients; use torch.inference_mode().")
+                return original(self, x, *args, **kwargs)
+            return native(self, x, *args, **kwargs)
 
         forward.klfast_original = original
-        _forwards[mixer_class] = forward
-    return _forwards[mixer_class]
+        _natives[module_class] = forward
+    return _natives[module_class]
+
+
+# The mixers -------------------------------------------------------------------------------------------------------
+
+
+def _mixer_forward(original: Callable) -> Callable:
+    inner = original
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    copy = _with_globals(original, {name: f for name, f in _FUNCTIONS.items() if name in inner.__globals__})
+
+    def forward(self, hidden_states, *args, **kwargs):
+        dt_proj = getattr(self, "dt_proj", None)
+        if type(dt_proj) is nn.Linear and hidden_states.shape[1] > 1 and not hasattr(dt_proj, "_hf_hook"):
+            self = _Mixer(self)
+        return copy(self, hidden_states, *args, **kwargs)
+
+    return forward
 
 
 def _with_globals(function: Callable, changed: dict[str, object]) -> Callable:
@@ -102,10 +136,42 @@ def _with_globals(function: Callable, changed: dict[str, object]) -> Callable:
     return result
 
 
-def _substitutes(forward: Callable) -> dict[str, Callable]:
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return {name: function for name, function in _FUNCTIONS.items() if name in forward.__globals__}
+class _Mixer:
+    """What the copied forward gets as ``self``: the mixer, but ``dt_proj.weight @ x`` is a linear layer.
+
+    The forward writes dt as weight @ x [B, R, L], a batch of products with a broadcast left side, six times as slow
+    (bf16, 2 x 512 tokens, 48 to 1536) as x^T weight^T, which is the same and leaves the channels side by side.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self._mixer = mixer
+        self.dt_proj = _Projection(mixer.dt_proj)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._mixer, name)
+
+
+class _Projection:
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+        self.weight = _LeftOperand(linear.weight)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._linear, name)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x)
+
+
+class _LeftOperand:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._weight, name)
+
+    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.transpose(-1, -2), self._weight).transpose(-1, -2)
 
 
 # transformers' functions under its names, with the arguments its mixers pass; further keywords mean nothing on a CPU
@@ -136,3 +202,45 @@ _FUNCTIONS = {
     "mamba2_chunk_scan": _chunk_scan,
     "mamba2_selective_state_update": _step,
 }
+
+
+# Norms and head ---------------------------------------------------------------------------------------------------
+
+
+def _norm_forward(original: Callable) -> Callable:
+    def forward(self, hidden_states, gate=None):
+        return ops.rms_norm(hidden_states, self.weight, gate, self.variance_epsilon, getattr(self, "group_size", None))
+
+    return forward
+
+
+_BLOCK = 1 << 22  # logits computed at a time: their 16-bit form stays in the cache
+
+
+def _head_forward(original: Callable) -> Callable:
+    """The head's product a block of the vocabulary at a time, each widened at once to float32.
+
+    The model's forward calls ``.float()`` on the logits: both copies whole, the 16-bit one and the float32 one, cost
+    more in fresh pages than in arithmetic. The values are the same. Small outputs take the original path.
+    """
+
+    def forward(self, x):
+        rows, vocabulary = x.numel() // max(x.shape[-1], 1), self.out_features
+        if x.dtype == torch.float32 or x.dtype != self.weight.dtype or rows * vocabulary <= _BLOCK:
+            return original(self, x)
+        out = _empty_on_large_pages(rows, vocabulary)
+        flat, step = x.reshape(rows, -1), max(_BLOCK // rows // 64 * 64, 64)
+        for begin in range(0, vocabulary, step):
+            part = slice(begin, begin + step)
+            out[:, part] = F.linear(flat, self.weight[part], None if self.bias is None else self.bias[part])
+        return out.view(*x.shape[:-1], vocabulary)
+
+    return forward
+
+
+def _empty_on_large_pages(*shape: int) -> torch.Tensor:
+    from klfast import _C
+
+    out = torch.empty(*shape)
+    _C.advise_huge_pages(out.data_ptr(), out.numel() * out.element_size())
+    return out
