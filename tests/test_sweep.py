@@ -22,7 +22,9 @@ from transformers import (
 )
 
 import klfast
+from klfast.data import token_batches
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError, UnknownLayerError
+from klfast.loading import bundled_models, load_model, load_tokenizer
 from klfast.models import layers as model_layers
 from klfast.sensitivity.engine import SQNR_CAP, Engine
 from klfast.sensitivity.results import METRICS, Sensitivities
@@ -81,7 +83,7 @@ def naive(model, ids, name, spec):
         KL: (p * (log_p - log_q)).sum(-1),
         "kl_student_teacher": (q * (log_q - log_p)).sum(-1),
         "jsd": (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2,
-        "mse": noise / VOCAB,
+        "mse": noise / t.shape[-1],
         "sqnr_db": (10 * (t.square().sum(-1) / noise).log10()).clamp(max=SQNR_CAP),
         "delta_ce": (log_p - log_q).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1),
         "top1_agree": (t.argmax(-1) == s.argmax(-1)).double(),
@@ -109,6 +111,20 @@ def test_equals_the_naive_computation(family, tied):
             assert measured.mean[metric] == pytest.approx(values.mean().item(), rel=1e-3, abs=room), (name, spec, metric)
             stderr = values.mean(1).std().item() / math.sqrt(3)
             assert measured.stderr[metric] == pytest.approx(stderr, rel=2e-3, abs=1e-4 * values.mean().abs().item() + room), (name, spec, metric)
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_equals_the_naive_computation_on_trained_models(name):
+    model = klfast.unaccelerate(load_model(name))
+    ids = token_batches("calibration", load_tokenizer(name), vocab_size=model.config.vocab_size, length=64, windows=2)[0]
+    layers = [layer for layer in model_layers.linears(model) if ".layers.0." in layer or ".layers.6." in layer or layer == "lm_head"]
+    found = klfast.sweep(model, ids, layers=layers)
+    whole = copy.deepcopy(model).float()
+    assert len(found.measurements) == 2 * len(layers) >= 10
+    for (layer, spec), measured in found.measurements.items():
+        expected = naive(whole, ids, layer, spec)[KL].mean().item()
+        rounding = (expected * found.noise_floor[KL]) ** 0.5  # of the order of the mixed term of (signal + noise)^2
+        assert measured.mean[KL] == pytest.approx(expected, rel=1e-3, abs=rounding), (layer, spec)
 
 
 def test_quantizing_a_tied_head_changes_the_embedding():
