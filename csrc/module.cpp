@@ -1,5 +1,4 @@
-// Bindings of the kernels, GIL released; no arithmetic. Tensors come as addresses with shapes and strides in
-// elements; klfast/backends/cpu.py has checked them.
+// The extension module: each folder binds its own kernels (bindings.cpp), GIL released; no arithmetic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,17 +8,6 @@
 #include "scan/bindings.h"
 
 namespace py = pybind11;
-
-namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     using namespace klfast;
