@@ -72,6 +72,11 @@ def _mamba_chunk_scan() -> Run:
     return lambda: list(ops.mamba_chunk_scan_combined(x, dt, A, B, C, 16, D, z, dt_bias, dt_softplus=True, return_final_states=True))
 
 
+def _rms_norm() -> Run:
+    x, gate, weight = torch.randn(2, 33, 38), torch.randn(2, 33, 38), torch.randn(38)
+    return lambda: [ops.rms_norm(x, weight), ops.rms_norm(x, weight, gate, group_size=19)]
+
+
 # Op -> draws its arguments at random, and gives what runs it on them.
 CASES: dict[str, Callable[[], Run]] = {
     "dequant_matmul": _dequant_matmul,
@@ -82,4 +87,5 @@ CASES: dict[str, Callable[[], Run]] = {
     "selective_scan": _selective_scan,
     "selective_state_update": _selective_state_update,
     "mamba_chunk_scan": _mamba_chunk_scan,
+    "rms_norm": _rms_norm,
 }
