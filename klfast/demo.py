@@ -7,6 +7,7 @@ import io
 import os
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +25,8 @@ from klfast.types import QuantSpec
 
 PROMPT = "It was a fine morning, and the old man"
 HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
-INT4, INT8 = QuantSpec(4, 64), QuantSpec(8, 64)
+INT4, INT4_FINE, INT4_COARSE, INT8 = QuantSpec(4, 64), QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8, 64)
+SPECS = (INT4_FINE, INT4, INT4_COARSE, INT8)  # the group size is a choice, too: half the group costs a quarter bit a weight
 BASELINE, MIXED = "full precision", "KL-planned mixed"
 
 
@@ -38,8 +40,8 @@ class Effort:
     new_tokens: int
 
 
-FULL = Effort(calibration_windows=32, evaluation_windows=64, length=256, new_tokens=80)
-QUICK = Effort(calibration_windows=4, evaluation_windows=16, length=256, new_tokens=40)
+FULL = Effort(calibration_windows=32, evaluation_windows=160, length=256, new_tokens=80)
+QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tokens=40)
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,23 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
         f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {_short(dtype)}. "
         f"Everything is computed in float32 on {torch.get_num_threads()} threads; sizes are those of the stored tensors."
     )
-    say(f"Sweep: each layer alone in {INT4} and {INT8}, on {_tokens(calibration)} tokens of calibration text.")
-    swept = klfast.sweep(model, calibration, specs=[INT4, INT8])
-    uniform4 = klfast.plan(swept, method="uniform", spec=INT4)
+    say(f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text.")
+    swept = klfast.sweep(model, calibration, specs=SPECS, metrics=("kl_teacher_student", "sqnr_db"))
+    uniform8, uniform4, fine4 = (klfast.plan(swept, method="uniform", spec=spec) for spec in (INT8, INT4, INT4_FINE))
     budget = int(HEADROOM * uniform4.predicted["bytes"])
     plans = {
         BASELINE: None,
-        "uniform INT8": klfast.plan(swept, method="uniform", spec=INT8),
+        "uniform INT8": uniform8,
         "uniform INT4": uniform4,
+        "uniform INT4, groups of 32": fine4,
         MIXED: klfast.plan(swept, max_bytes=budget),
         "SQNR-planned mixed": klfast.plan(swept, max_bytes=budget, metric="sqnr_db"),
     }
-    wide = sum(spec.bits == 8 for spec in plans[MIXED].specs.values())
-    say(f"Plan: at most {budget / 1e6:.3f} MB, which is uniform INT4 plus {HEADROOM - 1:.0%}; by KL, {wide} layers get 8 bits, {len(plans[MIXED].specs) - wide} get 4.")
+    chosen = Counter(map(str, plans[MIXED].specs.values()))
+    say(
+        f"Plan: at most {budget / 1e6:.3f} MB, which is uniform {INT4} plus {HEADROOM - 1:.0%}. "
+        f"By KL: {', '.join(f'{count} layers in {spec}' for spec, count in sorted(chosen.items()))}."
+    )
     say(f"Compare on {_tokens(evaluation)} tokens of other text.")
     saved = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="klfast-demo-"), "mixed")
     rows = []
@@ -135,7 +141,7 @@ def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[t
 
 def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype) -> dict[str, object]:
     return {
-        "specs": f"{INT4}, {INT8}",
+        "uniform_groups_of": INT4.group_size,
         "stored_as": _short(dtype),
         "calibration_tokens": _tokens(calibration),
         "evaluation_tokens": _tokens(evaluation),

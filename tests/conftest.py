@@ -1,5 +1,9 @@
 """Fixtures shared by all tests."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin make tests on busy machines crawl
+
 import pytest
 import torch
 

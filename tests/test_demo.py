@@ -1,0 +1,81 @@
+"""``klfast demo`` on a bundled model: the table and what it must show."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import klfast
+from klfast import demo
+from klfast.cli import app
+
+EFFORT = demo.Effort(calibration_windows=4, evaluation_windows=16, length=128, new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    said = []
+    result = demo.run(effort=EFFORT, out=tmp_path_factory.mktemp("demo") / "mixed", say=said.append)
+    return result, said
+
+
+def rows(result):
+    return {row.variant: row for row in result.rows}
+
+
+def test_the_mixed_model_is_better_than_uniform_int4_at_about_its_size(ran):
+    found = rows(ran[0])
+    uniform, fine, mixed = found["uniform INT4"], found["uniform INT4, groups of 32"], found["KL-planned mixed"]
+    assert mixed.bytes <= 1.05 * uniform.bytes and mixed.kl < 0.9 * uniform.kl
+    assert mixed.bytes < fine.bytes and mixed.kl < fine.kl
+    assert mixed.kl < 1.05 * found["SQNR-planned mixed"].kl  # what so little text can tell
+
+
+def test_the_other_rows_are_in_their_order(ran):
+    found = rows(ran[0])
+    full, int8, int4 = found["full precision"], found["uniform INT8"], found["uniform INT4"]
+    assert full.kl == pytest.approx(0, abs=1e-9) and full.top1_agreement == 1.0 and full.bits_per_weight == 16
+    assert full.bytes > int8.bytes > int4.bytes
+    assert 8 < int8.bits_per_weight < 8.5 and 4 < int4.bits_per_weight < 4.5
+    assert full.kl < int8.kl < int4.kl
+
+
+def test_the_saved_model_is_the_one_in_the_table(ran):
+    result = ran[0]
+    files = sum(f.stat().st_size for f in Path(result.saved).glob("*.safetensors"))
+    mixed = rows(result)["KL-planned mixed"]
+    assert mixed.bytes <= files <= mixed.bytes + 16384
+    assert result.saved in " ".join(ran[1]) and len(result.continuation) > 0
+
+
+def test_a_second_run_gives_the_same_table(ran, tmp_path):
+    again = demo.run(effort=EFFORT, out=tmp_path / "mixed", say=lambda _: None)
+    assert again.rows == ran[0].rows and again.continuation == ran[0].continuation
+
+
+def test_results_as_markdown_and_csv(ran, tmp_path):
+    demo.write_results(ran[0], tmp_path)
+    with open(tmp_path / "demo.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["variant"] for row in read] == [row.variant for row in ran[0].rows]
+    assert float(read[0]["perplexity"]) == ran[0].rows[0].perplexity
+    assert read[0]["torch"] == torch.__version__ and read[0]["threads"] == str(torch.get_num_threads())
+    text = (tmp_path / "demo.md").read_text()
+    assert "| KL-planned mixed |" in text and "threads" in text
+
+
+def test_command(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "QUICK", replace(EFFORT, calibration_windows=2, evaluation_windows=2))
+    arguments = ["demo", "--quick", "--out", str(tmp_path / "mixed"), "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert [row["variant"] for row in data["rows"]] == [row.variant for row in ran[0].rows]
+    assert (tmp_path / "demo.md").exists()
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 1 and "exists" in again.stderr
+    assert klfast.load_quantized(tmp_path / "mixed") is not None
