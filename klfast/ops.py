@@ -1,7 +1,7 @@
 """Every op of klfast: its schema, its argument checks, its fake (for torch.compile) and its public wrapper.
 
-Each is defined once with torch.library (klfast/registry.py). The checks serve the wrapper, the fake and so every way
-into the op.
+Each is defined once with torch.library (klfast/registry.py), which runs the checks on every way into the op: wrapper,
+torch.ops, tracing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, check
 # dequant_matmul ---------------------------------------------------------------------------------------------------
 
 
-def check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    """Raise InvalidInputError unless the op can take these arguments; the fake, the reference and every kernel begin with it."""
+def _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
     if x.dtype not in FLOAT_DTYPES:
         raise InvalidInputError(f"dequant_matmul: x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
@@ -43,12 +42,10 @@ def check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_s
 
 
 def _fake_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _reference_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation)
     spec = QuantSpec(bits, group_size, zero_point is None)
     return reference.dequant_matmul(x, QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)), bias, activation)
 
@@ -56,6 +53,7 @@ def _reference_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, gr
 _define(
     "dequant_matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, "
     "int n, int k, int bits, int group_size, str layout, str activation) -> Tensor",
+    check=_check_dequant_matmul,
     fake=_fake_dequant_matmul,
     reference=_reference_dequant_matmul,
 )

@@ -37,12 +37,12 @@ def _check_targets(op, targets, *shapes):
 
 
 def _fake_logit_divergence(teacher, student, targets):
-    _check_logit_divergence(teacher, student, targets)
     return teacher.new_empty((8, teacher.shape[0]), dtype=torch.float32)
 
 
 _define(
     "logit_divergence(Tensor teacher, Tensor student, Tensor? targets) -> Tensor",
+    check=_check_logit_divergence,
     fake=_fake_logit_divergence,
     reference=reference_divergence.logit_divergence,
 )
@@ -101,7 +101,6 @@ def _check_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weig
 
 
 def _fake_linear_divergence(teacher, t_weight, t_scale, t_zero, student, *rest):
-    _check_linear_divergence(teacher, t_weight, t_scale, t_zero, student, *rest)
     return student.new_empty((8, student.shape[:-1].numel()), dtype=torch.float32)
 
 
@@ -131,6 +130,7 @@ _define(
     "linear_divergence(Tensor teacher, Tensor t_weight, Tensor? t_scale, Tensor? t_zero, "
     "Tensor student, Tensor s_weight, Tensor? s_scale, Tensor? s_zero, Tensor? targets, "
     "int t_bits, int t_group_size, str t_layout, int s_bits, int s_group_size, str s_layout) -> Tensor",
+    check=_check_linear_divergence,
     fake=_fake_linear_divergence,
     reference=_reference_linear_divergence,
 )
@@ -166,5 +166,4 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
             heads.append(((head, None, None), (0, 0, "")))
     (teacher, teacher_format), (student, student_format) = heads
     args = (teacher_hidden, *teacher, student_hidden, *student, targets, *teacher_format, *student_format)
-    _check_linear_divergence(*args)
     return _as_divergence(torch.ops.klfast.linear_divergence.default(*args), targets is not None)

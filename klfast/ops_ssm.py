@@ -81,12 +81,12 @@ def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu
 
 
 def _fake_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu)
     return _empty_channel_last(x)
 
 
 _define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor(a!)? final_states_out, bool silu) -> Tensor",
+    check=_check_causal_conv1d,
     fake=_fake_causal_conv1d,
     reference=reference_ssm.causal_conv1d,
 )
@@ -126,7 +126,6 @@ def causal_conv1d_fn(
     if return_final_states and final_states_out is None and x.dim() == 3:
         final_states_out = x.new_empty(*x.shape[:2], max(weight.shape[-1] - 1, 0))
     args = (x, weight, bias, initial_states, final_states_out, silu)
-    _check_causal_conv1d(*args)
     out = torch.ops.klfast.causal_conv1d.default(*args)
     return (out, final_states_out) if return_final_states else out
 
@@ -136,12 +135,12 @@ def _check_causal_conv1d_update(x, conv_state, weight, bias, silu):
 
 
 def _fake_causal_conv1d_update(x, conv_state, weight, bias, silu):
-    _check_causal_conv1d_update(x, conv_state, weight, bias, silu)
     return _empty_channel_last(x)
 
 
 _define(
     "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    check=_check_causal_conv1d_update,
     fake=_fake_causal_conv1d_update,
     reference=reference_ssm.causal_conv1d_update,
 )
@@ -175,7 +174,6 @@ def causal_conv1d_update(
     _unsupported(op, cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
     one_step = x.dim() == 2
     args = (x.unsqueeze(-1) if one_step else x, conv_state, weight, bias, _is_silu(op, activation))
-    _check_causal_conv1d_update(*args)
     out = torch.ops.klfast.causal_conv1d_update.default(*args)
     return out.squeeze(-1) if one_step else out
 
@@ -192,13 +190,13 @@ def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 
 
 def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return _empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
 
 
 _define(
     "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus) -> (Tensor, Tensor)",
+    check=_check_selective_scan,
     fake=_fake_selective_scan,
     reference=reference_ssm.selective_scan,
 )
@@ -244,7 +242,6 @@ def selective_scan_fn(
     if u.dim() == 3:
         B, C = _grouped(B, u), _grouped(C, u)
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    _check_selective_scan(*args)
     out, last_state = torch.ops.klfast.selective_scan.default(*args)
     return (out, last_state) if return_last_state else out
 
@@ -261,13 +258,13 @@ def _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softp
 
 
 def _fake_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return x.new_empty(x.shape)
 
 
 _define(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    check=_check_selective_state_update,
     fake=_fake_selective_state_update,
     reference=reference_ssm.selective_state_update,
 )
@@ -310,7 +307,6 @@ def selective_state_update(
     if B.dim() == 2:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    _check_selective_state_update(*args)
     out = torch.ops.klfast.selective_state_update.default(*args)
     return out.squeeze(1) if headless else out
 
@@ -339,7 +335,6 @@ def _check_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_so
 
 
 def _fake_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
-    _check_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states)
     batch, _, heads, dim = x.shape
     final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else x.new_empty(0, dtype=torch.float32)
     return x.new_empty(x.shape), final
@@ -348,6 +343,7 @@ def _fake_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_sof
 _define(
     "mamba_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)",
+    check=_check_mamba_chunk_scan,
     fake=_fake_mamba_chunk_scan,
     reference=reference_ssm.mamba_chunk_scan,
 )
@@ -399,7 +395,6 @@ def mamba_chunk_scan_combined(
         D = D[:, None].expand(-1, x.shape[-1])
     low, high = map(float, dt_limit)
     args = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, low, high, return_final_states)
-    _check_mamba_chunk_scan(*args)
     out, final_states = torch.ops.klfast.mamba_chunk_scan.default(*args)
     return (out, final_states) if return_final_states else out
 
@@ -415,12 +410,12 @@ def _check_rms_norm(x, weight, gate, eps, group_size):
 
 
 def _fake_rms_norm(x, weight, gate, eps, group_size):
-    _check_rms_norm(x, weight, gate, eps, group_size)
     return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
 
 
 _define(
     "rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, int group_size) -> Tensor",
+    check=_check_rms_norm,
     fake=_fake_rms_norm,
     reference=reference_ssm.rms_norm,
 )
@@ -446,5 +441,4 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = 
         x = x.reshape(-1, 1, shape[-1]) if x.dim() else x
         gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])
     args = (x, weight, gate, eps, group_size or weight.shape[-1])
-    _check_rms_norm(*args)
     return torch.ops.klfast.rms_norm.default(*args).view(shape)

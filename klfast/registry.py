@@ -1,4 +1,4 @@
-"""How an op comes to be: one torch.library schema, a fake with all checks, the reference, and kernels by device.
+"""How an op comes to be: one torch.library schema, its checks, a fake, the reference, and kernels by device.
 
 Kernels register by dispatch key (klfast/backends); where a device has none, the reference runs and says so.
 """
@@ -13,6 +13,7 @@ from klfast import runtime
 from klfast.errors import InvalidInputError
 
 LIBRARY = torch.library.Library("klfast", "DEF")
+_checks: dict[str, Callable] = {}
 _references: dict[str, Callable] = {}
 _kernels: set[tuple[str, str]] = set()
 
@@ -27,28 +28,38 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
     return (name, dispatch_key) in _kernels
 
 
-def define(schema: str, *, fake: Callable, reference: Callable) -> None:
-    """Define an op: ``fake`` checks and allocates, ``reference`` computes where no kernel is registered."""
+def define(schema: str, *, check: Callable, fake: Callable, reference: Callable) -> None:
+    """Define an op.
+
+    ``check`` raises InvalidInputError unless the op can take the arguments; whichever way a call comes, it runs before
+    the rest: ``fake``, which allocates, and ``reference``, which computes where no kernel is registered.
+    """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
-    torch.library.register_fake(f"klfast::{name}", fake, lib=LIBRARY)
-    _references[name] = reference
+    _checks[name], _references[name] = check, reference
+
+    def checked_fake(*args):
+        check(*args)
+        return fake(*args)
 
     def without_kernel(*args):
+        check(*args)
         first = next(a for a in args if isinstance(a, torch.Tensor))
         if runtime.pinned() != "reference":
             runtime.slow_path(name, list(first.shape), f"klfast has no {first.device.type} kernel for it.")
         return reference(*args)
 
+    torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
     LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
 
 
 def register_kernel(name: str, dispatch_key: str, kernel: Callable) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still goes past it."""
-    plain = _references[name]
+    check, plain = _checks[name], _references[name]
     _kernels.add((name, dispatch_key))
 
     def dispatched(*args):
+        check(*args)
         return plain(*args) if runtime.pinned() == "reference" else kernel(*args)
 
     LIBRARY.impl(name, dispatched, dispatch_key)
