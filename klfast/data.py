@@ -113,7 +113,7 @@ def _cut(ids: torch.Tensor, length: int, path: Path, least: int = 2) -> torch.Te
 def _read_ids(path: Path) -> torch.Tensor:
     try:
         array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError) as error:
         raise InvalidInputError(f"{path} cannot be read as token ids ({error}); give a .npy integer array or a JSON list") from None
     if not isinstance(array, np.ndarray):
         raise InvalidInputError(f"{path} is an archive of arrays; save one array with numpy.save")

@@ -195,6 +195,8 @@ def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, ar
         (("plan", "s.json"), "exactly one of"),
         (("plan", "s.json", "--mean-bits", "5", "--max-kl", "1"), "exactly one of"),
         (("plan", "s.json", "--max-bytes", "3 elephants"), "no size"),
+        (("plan", "s.json", "--max-bytes", "9" * 400), "more bytes than any model"),
+        (("plan", "s.json", "--max-bytes", "10000000TB"), "more bytes than any model"),
         (("quantize", "mamba2", "--out", "x"), "exactly one of"),
         (("quantize", "mamba2", "plan.json", "--uniform", "int4", "--out", "x"), "exactly one of"),
         (("quantize", "mamba2", "plan.json"), "Missing option"),

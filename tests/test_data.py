@@ -86,6 +86,7 @@ def test_bundled_texts_differ(tokenizer):
         (b"abc\xff\xfe", "text.txt", "not UTF-8"),
         ("[]", "ids.json", "is empty"),
         ("[1, 2", "ids.json", "cannot be read"),
+        pytest.param("[" * 200_000, "ids.json", "cannot be read", id="deeply nested"),
         ("[[1, 2], [3]]", "ids.json", "cannot be read"),
         ("[1.5, 2.5]", "ids.json", "must hold integers"),
         ('{"ids": [1, 2]}', "ids.json", "must hold integers"),

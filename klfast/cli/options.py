@@ -19,7 +19,10 @@ def parse_bytes(text: str) -> int:
     unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
     if unit is None:
         raise typer.BadParameter(f"{text!r} is no size; write for instance 3200000, 3.2MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[unit])
+    size = float(match[1]) * _UNITS[unit]
+    if size >= 2**63:
+        raise typer.BadParameter("that is more bytes than any model has; write for instance 3200000, 3.2MB or 1.5GiB")
+    return int(size)
 
 
 def parse_spec(text: str):
