@@ -14,14 +14,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from klfast import __version__, registry
-from klfast.checkpoint_format import MANIFEST, quantization_config, read_json, read_manifest, read_specs, write_manifest
+from klfast.checkpoint_format import (
+    MANIFEST, quantization_config, read_json, read_layer_facts, read_manifest, read_specs, write_manifest,
+)
 from klfast.convert import embedding_name
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import folder_atomic, write_atomic
 from klfast.models.layers import head_name, is_head_tied, linears
 from klfast.models.native_ssm import accelerate
 from klfast.nn import QuantEmbedding, QuantLinear
-from klfast.types import QuantizedTensor, QuantSpec
+from klfast.types import QuantizedTensor, QuantSpec, dtype_name
 
 
 def save_quantized(
@@ -59,7 +61,7 @@ def save_quantized(
         (name for name in linears(model) if name not in layers),
     )
     config.architectures = [type(model).__name__]
-    config.dtype = _dtype_name(model.dtype)
+    config.dtype = dtype_name(model.dtype)
     with folder_atomic(target) as folder:
         config.save_pretrained(folder)
         files = ["config.json", *_write_tensors(_distinct_tensors(model), folder, max_shard_size)]
@@ -67,7 +69,7 @@ def save_quantized(
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        facts = {name: {"dtype": _dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
+        facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
         write_manifest(folder, files, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
 
 
@@ -167,10 +169,9 @@ def _fill_quantized(model: nn.Module, tensors: _Tensors, manifest: dict) -> dict
     folder = tensors.folder
     try:
         specs = read_specs(read_json(folder / "config.json")["quantization_config"])
-        facts = {name: (getattr(torch, fact["dtype"]), fact["activation"]) for name, fact in manifest["layers"].items()}
     except (KeyError, TypeError, AttributeError, InvalidInputError) as error:
         raise CheckpointError(f"{folder}: the description of the quantized layers is damaged ({error}); save the model again") from None
-    layers = linears(model)
+    facts, layers = read_layer_facts(folder, manifest), linears(model)
     if unknown := [name for name in specs if name not in layers or name not in facts]:
         raise CheckpointError(f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again")
     for name, spec in specs.items():
@@ -261,7 +262,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
     if not overwrite:
         raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

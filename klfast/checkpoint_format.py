@@ -12,12 +12,16 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import write_atomic
-from klfast.types import QuantSpec, storable_spec
+from klfast.types import QuantSpec, dtype_name, storable_spec
 
 MANIFEST = "klfast.json"
 FORMAT_VERSION = 1
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_ACTIVATIONS = ("exact", "int8")
 
 
 def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized: Iterable[str]) -> dict[str, object]:
@@ -108,6 +112,25 @@ def read_manifest(folder: Path, verify: bool) -> dict:
         if verify and _sha256(path) != digest:
             raise CheckpointError(f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model anew")
     return manifest
+
+
+def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.dtype, str]]:
+    """The dtype that each quantized layer's weight had, and its activation, from klfast.json's content.
+
+    Raises:
+        CheckpointError: a layer for which klfast.json holds anything else.
+    """
+    damaged, layers = f"{folder / MANIFEST} is damaged", manifest.get("layers")
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{damaged}: it lists no layers; save the model again")
+    facts = {}
+    for name, fact in layers.items():
+        for key, known in (("dtype", _DTYPES), ("activation", _ACTIVATIONS)):
+            value = fact.get(key) if isinstance(fact, dict) else None
+            if not isinstance(value, str) or value not in known:
+                raise CheckpointError(f"{damaged}: the {key} of {name} is {value!r}, not one of {', '.join(known)}; copy it again, or save the model anew")
+        facts[name] = (_DTYPES[fact["dtype"]], fact["activation"])
+    return facts
 
 
 def read_json(path: Path) -> dict:

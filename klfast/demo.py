@@ -21,7 +21,7 @@ from klfast.data import token_batches
 from klfast.diagnostics import cpu_name, explain
 from klfast.files import write_atomic
 from klfast.models.layers import linears, other_bytes, weight_bytes
-from klfast.types import QuantSpec
+from klfast.types import QuantSpec, dtype_name
 
 PROMPT = "It was a fine morning, and the old man"
 HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
@@ -90,7 +90,7 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
 
     calibration, evaluation = text("calibration", effort.calibration_windows), text("evaluation", effort.evaluation_windows)
     say(
-        f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {_short(dtype)}. "
+        f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {dtype_name(dtype)}. "
         f"Everything is computed in float32 on {torch.get_num_threads()} threads; sizes are those of the stored tensors."
     )
     say(f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text.")
@@ -142,7 +142,7 @@ def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[t
 def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype) -> dict[str, object]:
     return {
         "uniform_groups_of": INT4.group_size,
-        "stored_as": _short(dtype),
+        "stored_as": dtype_name(dtype),
         "calibration_tokens": _tokens(calibration),
         "evaluation_tokens": _tokens(evaluation),
         "window": effort.length,
@@ -179,7 +179,3 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def _tokens(batches: list[torch.Tensor]) -> int:
     return sum(batch.numel() for batch in batches)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, order=True)
 class QuantSpec:
     """How a weight matrix is quantized: round to nearest on a uniform grid, one scale per row and group.

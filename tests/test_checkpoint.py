@@ -257,6 +257,17 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
     refused(damaged, "quantization_config")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", "int32"), ("dtype", "load"), ("dtype", None), ("dtype", ["float32"]), ("activation", "int4"), ("activation", None)],
+)
+def test_unknown_layer_facts(damaged, key, value):
+    manifest = json.loads((damaged / "klfast.json").read_text())
+    manifest["layers"]["lm_head"][key] = value
+    (damaged / "klfast.json").write_text(json.dumps(manifest))
+    refused(damaged, f"klfast.json is damaged: the {key} of lm_head is .*not one of .*; copy it again")
+
+
 def test_foreign_folders_and_later_formats(damaged, tmp_path):
     refused(tmp_path / "nowhere", "there is no folder")
     (tmp_path / "empty").mkdir()
@@ -266,6 +277,8 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
         ({**manifest, "format_version": 2}, "format version 2, this klfast reads 1"),
         ({"format_version": 1}, "klfast.json is damaged"),
         ({**manifest, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}, "is missing"),
+        ({**manifest, "layers": []}, "klfast.json is damaged: it lists no layers"),
+        ({**manifest, "layers": {"lm_head": 3}}, "the dtype of lm_head is None"),
         ({**manifest, "layers": {}}, "quantizes .*, which the model does not have"),
     ):
         (damaged / "klfast.json").write_text(json.dumps(content))
