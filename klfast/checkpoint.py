@@ -32,7 +32,8 @@ def save_quantized(
     """Save a model that holds QuantLinear layers.
 
     The folder gets config.json, model.safetensors (or shards of it and their index), generation_config.json, the
-    tokenizer's files and klfast.json (digests). It appears under its name only when it is complete.
+    tokenizer's files and klfast.json (digests of all of these; files may be added later, but none of these altered). It
+    appears under its name only when it is complete.
 
     Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
     ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers (5.23) reads
@@ -64,13 +65,13 @@ def save_quantized(
     config.dtype = dtype_name(model.dtype)
     with folder_atomic(target) as folder:
         config.save_pretrained(folder)
-        files = ["config.json", *_write_tensors(_distinct_tensors(model), folder, max_shard_size)]
+        _write_tensors(_distinct_tensors(model), folder, max_shard_size)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
-        write_manifest(folder, files, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
+        write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
 
 
 def load_quantized(
@@ -159,8 +160,11 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     except Exception as error:  # transformers raises anything on a configuration that it cannot use
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder / 'config.json'} describes no model that this transformers can build ({reason}); save the model again") from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+    if (path := folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # likewise; the file may be one that the manifest does not know
+            raise CheckpointError(f"{path} is no generation config ({type(error).__name__}); copy it again, or remove it where it was added") from error
     return model
 
 
@@ -236,19 +240,17 @@ def _distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: state[name].contiguous() for name in found.values()}
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> list[str]:
-    """Write model.safetensors, or shards and their index; the names of the files."""
+def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Write model.safetensors, or shards and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # safetensors makes private files
-    if not split.is_sharded:
-        return list(split.filename_to_tensors)
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
-    return [*split.filename_to_tensors, "model.safetensors.index.json"]
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 
@@ -79,9 +79,10 @@ def read_specs(config: Mapping) -> dict[str, QuantSpec]:
     return specs
 
 
-def write_manifest(folder: Path, files: Iterable[str], **facts: object) -> None:
-    """Write klfast.json: ``facts``, and size and digest of each of ``files``."""
-    sizes = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
+def write_manifest(folder: Path, **facts: object) -> None:
+    """Write klfast.json: ``facts``, and size and digest of each other file in the folder or in a folder of it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    sizes = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
     content = {"format_version": FORMAT_VERSION, **facts, "files": sizes}
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
@@ -105,7 +106,9 @@ def read_manifest(folder: Path, verify: bool) -> dict:
         raise CheckpointError(f"{folder / MANIFEST} has format version {version}, this klfast reads {FORMAT_VERSION}; use the klfast that wrote it")
     for name, size, digest in files:
         path = folder / name
-        if path.name != name or not path.is_file():
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists {name!r}, outside of the folder; save the model again")
+        if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the whole folder again")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes where {size} were saved; copy it again")

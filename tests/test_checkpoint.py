@@ -45,7 +45,7 @@ def sign(folder):
     from klfast.checkpoint_format import write_manifest
 
     manifest = json.loads((folder / "klfast.json").read_text())
-    write_manifest(folder, manifest.pop("files"), **{k: v for k, v in manifest.items() if k != "format_version"})
+    write_manifest(folder, **{k: v for k, v in manifest.items() if k not in ("format_version", "files")})
 
 
 @torch.no_grad()
@@ -198,6 +198,34 @@ def test_truncated_and_missing_files(damaged, file):
     refused(damaged, file)
 
 
+def test_every_saved_file_is_under_the_manifest(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{'version': 1}")
+            (folder / "chat").mkdir()
+            (folder / "chat" / "tool.jinja").write_text("{{ messages }}")
+
+    folder = tmp_path / "model"
+    klfast.save_quantized(quantized("mamba"), folder, Tokenizer())
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat/tool.jinja"}
+    assert set(json.loads((folder / "klfast.json").read_text())["files"]) == names
+    (folder / "README.md").write_text("Files may be added.")
+    klfast.load_quantized(folder)
+    for name in names:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-2])
+        refused(folder, rf"{name} has \d+ bytes where \d+ were saved; copy it again")
+        (folder / name).write_bytes(data[:-1] + b" ")
+        refused(folder, rf"{name} is not as it was saved .*; copy it again")
+        (folder / name).write_bytes(data)
+
+
+def test_a_generation_config_that_was_added(damaged):
+    (damaged / "generation_config.json").write_text("{")
+    sign(damaged)
+    refused(damaged, r"generation_config\.json is no generation config .*; copy it again")
+
+
 def test_a_flipped_bit(damaged):
     path = damaged / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -276,7 +304,8 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
     for content, match in (
         ({**manifest, "format_version": 2}, "format version 2, this klfast reads 1"),
         ({"format_version": 1}, "klfast.json is damaged"),
-        ({**manifest, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}, "is missing"),
+        ({**manifest, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}, "outside of the folder"),
+        ({**manifest, "files": {"/model.safetensors": {"bytes": 1, "sha256": ""}}}, "outside of the folder"),
         ({**manifest, "layers": []}, "klfast.json is damaged: it lists no layers"),
         ({**manifest, "layers": {"lm_head": 3}}, "the dtype of lm_head is None"),
         ({**manifest, "layers": {}}, "quantizes .*, which the model does not have"),
