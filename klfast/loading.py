@@ -130,7 +130,7 @@ def _one_line_errors(source: str, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise CheckpointError(f"a weight file of {source} is damaged ({error}); fetch or save it again") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # the Rust side of tokenizers raises bare ones
         causes = {type(e) for e in _chain(error)}
         text = str(error)
         if causes & {GatedRepoError}:
@@ -149,13 +149,26 @@ def _one_line_errors(source: str, what: str) -> Iterator[None]:
             reason = "it has no model.safetensors; convert its weights to safetensors, since klfast never unpickles"
         elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
             reason = "its tensors have other shapes than its config.json says; fetch or save it again"
+        elif damaged := _damaged_json(source):
+            reason = f"{damaged} is no valid JSON; fetch or save it again"
         else:
-            reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+            first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+            reason = f"{first.rstrip('.')}; fetch or save it again"
         raise CheckpointError(f"cannot load the {what} of {source}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _damaged_json(source: str) -> str | None:
+    """A JSON file of a local folder that cannot be read as such."""
+    for path in sorted(Path(source).glob("*.json")) if os.path.isdir(source) else []:
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return path.name
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

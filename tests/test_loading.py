@@ -129,6 +129,22 @@ def test_no_tokenizer(folder):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_truncated_tokenizer(folder, file):
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_of_another_make(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the tokenizer of .*; fetch or save it again") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_dtype(original):
     with pytest.raises(InvalidInputError, match="float64"):
         load_model(original, "float64")
