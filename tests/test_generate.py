@@ -67,9 +67,11 @@ def test_end_tokens(model):
 def test_callback_modes_and_result(model):
     seen, ids = [], batch(2, 5)
     model.train()
+    model.base_model.eval()
+    modes = [module.training for module in model.modules()]
     found = klfast.generate(model, ids, max_new_tokens=4, callback=seen.append)
     assert torch.equal(torch.stack(seen, 1), found[:, 5:]) and torch.equal(found[:, :5], ids)
-    assert model.training and found.dtype == torch.int64
+    assert [module.training for module in model.modules()] == modes and found.dtype == torch.int64
     found += 1  # an ordinary tensor
     assert torch.equal(klfast.generate(model, ids, max_new_tokens=0), ids)
 

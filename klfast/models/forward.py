@@ -16,13 +16,14 @@ from klfast.nn import QuantLinear
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the mode it was in."""
-    training = model.training
+    """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def check_ids(ids: object, vocabulary: int, minimum: int) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from klfast import runtime
 from klfast.errors import KernelUnavailableError
+from klfast.models.forward import evaluation_mode
 from klfast.models.native_ssm import accelerate, is_accelerated, unaccelerate
 
 
@@ -18,22 +19,11 @@ def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """In evaluation mode, without gradients, computing in ``dtype`` (None: as it is), with klfast's state-space kernels."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluation_mode(model))
         if dtype is not None:
             stack.enter_context(_lifted(model, dtype))
         stack.enter_context(_accelerated(model))
         yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
