@@ -39,10 +39,12 @@ class QuantSpec:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise InvalidInputError(f"bits must be 4 or 8, got {self.bits!r}")
-        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
+        if not isinstance(self.bits, int) or self.bits not in (4, 8):
+            raise InvalidInputError(f"bits must be 4 or 8, an integer, got {self.bits!r}")
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or (self.group_size < 1 and self.group_size != -1):
             raise InvalidInputError(f"group_size must be a positive integer, or -1 for one group a row, got {self.group_size!r}")
+        if not isinstance(self.symmetric, bool):
+            raise InvalidInputError(f"symmetric must be True or False, got {self.symmetric!r}")
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"

@@ -83,6 +83,15 @@ def test_half_precision_and_strided_weights(dtype):
     assert torch.equal(quantize(torch.nn.Parameter(weight.T), QuantSpec()).dequantize(torch.float32), want)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [((4.0, 64), "bits"), ((True, 64), "bits"), ((3, 64), "bits"), ((4, True), "group_size"), ((4, 64.0), "group_size"), ((4, 0), "group_size"), ((4, 64, 1), "symmetric")],
+)
+def test_spec_takes_no_other_types(fields, message):
+    with pytest.raises(InvalidInputError, match=f"{message} must be"):
+        QuantSpec(*fields)
+
+
 @pytest.mark.parametrize("function", [quantize, fake_quantize])
 @pytest.mark.parametrize("weight, options, message", [
     (torch.zeros(4), {}, r"matrix \[N, K\]"),
