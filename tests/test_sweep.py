@@ -407,6 +407,16 @@ def test_a_broken_model_is_named_where_it_breaks(value):
         klfast.sweep(model, tokens())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_damaged_weight_is_named_before_anything_is_written(value, tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight[3, 4] = value
+    with pytest.raises(InvalidInputError, match=r"the weight of backbone\.layers\.1\.mixer\.in_proj holds a NaN.*repair"):
+        klfast.sweep(model, tokens(), layers=["lm_head"], resume=tmp_path / "sweep.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
     from klfast.sensitivity import engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -90,6 +91,13 @@ def choose_layers(model: nn.Module, layers: Iterable[str] | None) -> list[str]:
     for name in wanted:
         linear(model, name)
     return [name for name in found if name in set(wanted)]
+
+
+def refuse_damaged(names: Iterable[str], norms: Iterable[float]) -> None:
+    """Raise if the norm of a linear layer's weight is not finite: neither the sweep nor its files can hold such a model."""
+    for name, norm in zip(names, norms, strict=True):
+        if not math.isfinite(norm):
+            raise InvalidInputError(f"the weight of {name} holds a NaN, an infinity or numbers too large to add up; repair the checkpoint before sweeping it")
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:

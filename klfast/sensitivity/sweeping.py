@@ -81,6 +81,7 @@ def sweep(
     blank = Sensitivities.of(model)  # its bytes are those of the model as it came
     names = inputs.choose_layers(model, layers)
     inputs.refuse_shared(model, names)
+    inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
     windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // _STACKED)
 
     with prepared(model, dtype):
