@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 import klfast
 from klfast.cli import app, options
+from klfast.progress import reporter
+from klfast.sensitivity import sweeping
 
 TEXT = "A small text, said over and over, is enough to see how the commands hang together. " * 12
 FEW = ["--windows", "4", "--length", "64"]
@@ -124,25 +127,42 @@ def test_uniform_quantizes_every_linear_layer(work, tmp_path):
     assert data["quantized_layers"] == data["layers"]
 
 
-def test_resume_goes_on_from_the_partial_file(work, tmp_path, monkeypatch):
+def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypatch):
     out = tmp_path / "sens.json"
     arguments = ("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--out", out)
+    whole = klfast.Sensitivities.from_json(work / "sens.json")
     to_json, seen = klfast.Sensitivities.to_json, []
 
     def interrupted(self, path=None, **rest):
         text = to_json(self, path, **rest)
         seen.append(len(self.measurements))
-        if len(seen) == 1:
+        if len(seen) == 2:  # the first is saved before anything is measured
             raise KeyboardInterrupt
         return text
 
     monkeypatch.setattr(klfast.Sensitivities, "to_json", interrupted)
     assert CliRunner().invoke(app, [str(a) for a in arguments]).exit_code in (1, 130)
     assert [p.name for p in tmp_path.iterdir()] == ["sens.json.partial"]
-    klf(*arguments, "--resume")
-    assert [p.name for p in tmp_path.iterdir()] == ["sens.json"]
-    resumed, whole = (klfast.Sensitivities.from_json(p) for p in (out, work / "sens.json"))
-    assert resumed.measurements == whole.measurements
+    partial = tmp_path / "sens.json.partial"
+    before = partial.read_text()
+    assert json.loads(before)["sweep"]["next"] != [0, 0]
+    assert re.search("with other specs; .*--no-resume", fails(*arguments, "--spec", "int4"))
+    assert partial.read_text() == before  # hours of work, perhaps
+    monkeypatch.setattr(klfast.Sensitivities, "to_json", to_json)
+
+    def finish(*more):
+        """What the sweep measures and how many steps it had done before."""
+        starts = []
+        monkeypatch.setattr(sweeping, "reporter", lambda progress, what, total, done: starts.append(done) or reporter(progress, what, total, done))
+        resumed = json.loads(klf(*arguments, *more, "--json").stdout)["resumed"]
+        assert resumed == (starts[0] > 0)
+        assert [p.name for p in tmp_path.iterdir()] == ["sens.json"]
+        assert klfast.Sensitivities.from_json(out).measurements == whole.measurements
+        out.unlink()
+        partial.write_text(before)
+        return starts[0]
+
+    assert finish() > 0 and finish("--no-resume") == 0
 
 
 @pytest.mark.parametrize(
@@ -166,7 +186,6 @@ def test_resume_goes_on_from_the_partial_file(work, tmp_path, monkeypatch):
     ],
 )
 def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, arguments, message):
-    import re
     import shutil
 
     (tmp_path / "empty.txt").write_text("\n")

@@ -20,7 +20,7 @@ def sweep(
     length: options.Length = 512,
     scale: options.Scale = "absmax",
     out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away.")] = True,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     force: options.Force = False,
@@ -30,7 +30,7 @@ def sweep(
 ) -> None:
     """Measure how much each linear layer suffers from each quantization.
 
-    A killed sweep leaves what it has measured in OUT.partial; --resume starts from there.
+    A sweep that was stopped leaves what it has measured in OUT.partial, and the same command again goes on from there.
     """
     specs = [options.parse_spec(text) for text in spec]
     options.require_free(out, force)
@@ -47,13 +47,16 @@ def sweep(
     partial = out.with_name(out.name + ".partial")
     if not resume:
         partial.unlink(missing_ok=True)
+    resumed = partial.exists()
     found = klfast.sweep(network, batches, specs=specs, resume=partial, scale=scale, dtype=None if computed == "auto" else computed)
     found.provenance.update(model=model, calibration=calibration)
     found.to_json(out)
     partial.unlink(missing_ok=True)
     ranking = report.ranking(found, "kl_teacher_student", 5)
-    data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "noise_floor": found.noise_floor, "ranking": ranking.data()}
+    data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "resumed": resumed, "noise_floor": found.noise_floor, "ranking": ranking.data()}
     emit(data, ranking.rich(), as_json)
+    if resumed:
+        say(f"The sweep went on from {partial}; --no-resume would have started anew.", as_json)
     say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: klfast plan {out} --max-bytes SIZE", as_json)
 
 

@@ -233,7 +233,7 @@ class _Run:
 
     def _load(self) -> None:
         """Go on where the resume file stopped, if it is that of a sweep with the same arguments."""
-        remedy = "give `resume` another path, or delete it to start anew"
+        remedy = "to start anew delete it (--no-resume), or give `resume` another path"
         before = Sensitivities.from_json(self.path)
         state = read_json(self.path)[0].get("sweep")
         if not isinstance(state, dict):
