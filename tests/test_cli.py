@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import tiny_folder
+import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import klfast
+from klfast import loading, planner
 from klfast.cli import app, options
 from klfast.progress import reporter
 from klfast.sensitivity import sweeping
+from klfast.sensitivity.results import METRICS
 
 TEXT = "A small text, said over and over, is enough to see how the commands hang together. " * 12
 FEW = ["--windows", "4", "--length", "64"]
@@ -175,7 +179,6 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
         (("plan", "{work}/sens.json", "--max-bytes", "1kB"), "budget|smallest"),
         (("plan", "{tmp}/none.json", "--mean-bits", "5"), "none.json"),
         (("plan", "{tmp}/cut.json", "--mean-bits", "5"), "cut.json"),
-        (("plan", "{work}/sens.json", "--mean-bits", "5", "--metric", "beauty"), "beauty"),
         (("plan", "{work}/sens.json", "--mean-bits", "5", "--out", "{work}/plan.json"), "exists.*--force"),
         (("quantize", "{work}/other", "{work}/plan.json", "--out", "{tmp}/q"), "made for a model with other layers|no linear layer"),
         (("quantize", "{work}/model", "{tmp}/cut.json", "--out", "{tmp}/q"), "cut.json"),
@@ -183,6 +186,7 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
         (("eval", "{tmp}/damaged"), "damaged"),
         (("generate", "{tmp}/damaged", "Hello"), "damaged"),
         (("generate", "{work}/model", ""), "prompt"),
+        (("generate", "{tmp}/nan", "Hello"), "NaN"),
     ],
 )
 def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, arguments, message):
@@ -197,6 +201,10 @@ def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, ar
     shutil.copytree(work / "small", tmp_path / "damaged")
     weights = next((tmp_path / "damaged").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-64])
+    shutil.copytree(work / "model", tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["backbone.norm_f.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     monkeypatch.chdir(tmp_path)  # where default outputs would go
     before = {p: p.stat().st_mtime_ns for folder in (work, tmp_path) for p in folder.rglob("*")}
     line = fails(*(a.format(work=work, tmp=tmp_path) for a in arguments))
@@ -220,10 +228,35 @@ def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, ar
         (("quantize", "mamba2", "plan.json", "--uniform", "int4", "--out", "x"), "exactly one of"),
         (("quantize", "mamba2", "plan.json"), "Missing option"),
         (("demo", "--no-such-option"), "No such option"),
+        (("plan", "s.json", "--mean-bits", "5", "--metric", "beauty"), "'beauty' is none of"),
+        (("plan", "s.json", "--mean-bits", "5", "--method", "best"), "'best' is none of"),
+        (("report", "s.json", "--metric", "beauty"), "'beauty' is none of"),
+        (("sweep", "mamba2", "--scale", "max"), "'max' is none of"),
+        (("sweep", "mamba2", "--dtype", "int8"), "'int8' is none of"),
+        (("eval", "mamba2", "--dtype", "int8"), "'int8' is none of"),
+        (("quantize", "mamba2", "--uniform", "int4", "--out", "x", "--dtype", "int8"), "'int8' is none of"),
+        (("generate", "mamba2", "Once", "--top-p", "0"), "top-p must be above 0"),
+        (("generate", "mamba2", "Once", "--top-p", "nan"), "top-p must be above 0"),
+        (("generate", "mamba2", "Once", "--top-p", "1.1"), "top-p must be above 0"),
+        (("generate", "mamba2", "Once", "--top-k", "0"), "top-k"),
+        (("generate", "mamba2", "Once", "--temperature", "-1"), "temperature must be 0 or more"),
+        (("generate", "mamba2", "Once", "--temperature", "inf"), "temperature must be 0 or more"),
+        (("generate", "mamba2", "Once", "--max-new-tokens", "0"), "max-new-tokens"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, message):
     assert message in fails(*arguments, code=2)
+
+
+def test_names_of_options_are_the_library_s():
+    for parse, names in (
+        (options.dtype_name, loading.DTYPES),
+        (options.method_name, planner.METHODS),
+        (options.metric_name, METRICS),
+    ):
+        assert [parse(name) for name in names] == list(names)
+        with pytest.raises(typer.BadParameter, match=f"none of {', '.join(names)}$"):
+            parse("beauty")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def demo(
 def report(
     sensitivities: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged.")],
     plan: Annotated[Path | None, typer.Option(help="Report this plan instead, which klfast plan wrote from these files.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Rank layers by it, such as kl_teacher_student or sqnr_db.")] = None,
+    metric: Annotated[str | None, typer.Option(parser=options.metric_name, metavar="NAME", help="Rank layers by it, such as kl_teacher_student or sqnr_db.")] = None,
     top: Annotated[int, typer.Option(help="Layers to list for each spec.", min=1)] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the tables to this .md or .json file instead.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw sensitivity over depth into this .png, .svg or .pdf file.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +36,40 @@ def parse_spec(text: str):
         raise typer.BadParameter(str(error)) from None
 
 
+def one_of(*choices: str):
+    """The parser of an option that takes one of ``choices``; anything else is wrong usage."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise typer.BadParameter(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def in_range(name: str, holds: Callable[[float], bool], wanted: str):
+    """The callback of a numeric option; a number for which ``holds`` is false is wrong usage."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not holds(value):
+            raise typer.BadParameter(f"{name} must be {wanted}, got {value}")
+        return value
+
+    return check
+
+
+# The library's own names, which it would take a second to import for --help.
+dtype_name = one_of("float32", "bfloat16", "float16", "auto")
+scale_name = one_of("absmax", "mse")
+method_name = one_of("optimal", "greedy", "uniform")
+metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a bundled model: mamba, mamba2.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
-Scale = Annotated[str, typer.Option(help="absmax, or mse: clip each group as gives the least squared error.")]
-Dtype = Annotated[str, typer.Option(help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
+Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error.")]
+Dtype = Annotated[str, typer.Option(parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -50,9 +51,9 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", callback=options.in_range("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"))] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens.", min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up this probability.", min=0.0, max=1.0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up this probability.", callback=options.in_range("top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"))] = None,
     seed: Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.")] = 0,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
@@ -75,9 +76,7 @@ def generate(
     if ids.numel() == 0:
         raise InvalidInputError("the prompt has no tokens; give some text")
     network = session.open_model(model, dtype, **loading)
-    stream = session.Stream(tokenizer, ids[0].tolist(), show=not as_json)
-    if not as_json:
-        print(prompt, end="", flush=True)
+    stream = session.Stream(tokenizer, prompt, ids[0].tolist(), show=not as_json)
     klfast.generate(
         network, ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id,
         generator=torch.Generator().manual_seed(seed), callback=stream,
