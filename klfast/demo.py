@@ -47,13 +47,15 @@ QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tok
 @dataclass(frozen=True)
 class Row:
     """One variant: bytes of the saved tensors, bits per weight of the linear layers (scales included), and on the
-    evaluation text perplexity, mean KL(full precision || variant) in nats, and how often both have the same first token."""
+    evaluation text perplexity, mean KL(full precision || variant) in nats with its standard error, and how often both
+    hold the same token likeliest."""
 
     variant: str
     bytes: int
     bits_per_weight: float
     perplexity: float
     kl: float
+    kl_stderr: float
     top1_agreement: float
 
 
@@ -85,8 +87,11 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
     model = klfast.accelerate(loading.load_model(name, "auto", **loading_options))
     dtype, vocabulary = model.dtype, model.get_input_embeddings().weight.shape[0]
 
-    def text(which: str, windows: int) -> list[torch.Tensor]:
-        return token_batches(which, tokenizer, vocab_size=vocabulary, length=effort.length, windows=windows)
+    def text(which: str, count: int) -> list[torch.Tensor]:
+        """``count`` windows from all over a bundled text, whose works differ in style."""
+        windows = torch.cat(token_batches(which, tokenizer, vocab_size=vocabulary, length=effort.length))
+        chosen = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
+        return list(windows[chosen].split(4))
 
     calibration, evaluation = text("calibration", effort.calibration_windows), text("evaluation", effort.evaluation_windows)
     say(
@@ -136,7 +141,7 @@ def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[t
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     total = sum(nbytes) + other_bytes(model)  # before the cast: as it is stored
     found = klfast.evaluate(klfast.accelerate(model.float()), batches, teacher, progress=None)
-    return Row(variant, total, 8 * sum(nbytes) / weights, found.perplexity, found.kl, found.top1_agreement)
+    return Row(variant, total, 8 * sum(nbytes) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement)
 
 
 def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype) -> dict[str, object]:
@@ -174,7 +179,7 @@ HEADINGS = ("variant", "MB", "bits/weight", "perplexity", "KL (nats)", "top-1 ag
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as the table shows it, in the order of HEADINGS."""
-    return (row.variant, f"{row.bytes / 1e6:.3f}", f"{row.bits_per_weight:.2f}", f"{row.perplexity:.3f}", f"{row.kl:.5f}", f"{row.top1_agreement:.2%}")
+    return (row.variant, f"{row.bytes / 1e6:.3f}", f"{row.bits_per_weight:.2f}", f"{row.perplexity:.3f}", f"{row.kl:.5f} ± {row.kl_stderr:.5f}", f"{row.top1_agreement:.2%}")
 
 
 def _tokens(batches: list[torch.Tensor]) -> int:

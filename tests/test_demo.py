@@ -32,7 +32,7 @@ def test_the_mixed_model_is_better_than_uniform_int4_at_about_its_size(ran):
     uniform, fine, mixed = found["uniform INT4"], found["uniform INT4, groups of 32"], found["KL-planned mixed"]
     assert mixed.bytes <= 1.05 * uniform.bytes and mixed.kl < 0.9 * uniform.kl
     assert mixed.bytes < fine.bytes and mixed.kl < fine.kl
-    assert mixed.kl < 1.05 * found["SQNR-planned mixed"].kl  # what so little text can tell
+    assert mixed.kl < 1.05 * found["SQNR-planned mixed"].kl  # a tie, as far as so little text can tell
 
 
 def test_the_other_rows_are_in_their_order(ran):
