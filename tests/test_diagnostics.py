@@ -34,6 +34,12 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
     assert "Something is wrong" in str(report)
 
 
+def test_doctor_reports_an_op_that_cannot_run(monkeypatch):
+    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda: (_ for _ in ()).throw(AttributeError("no such kernel")))
+    report = klfast.doctor()
+    assert {(c.op, c.message) for c in report.checks if not c.passed} == {("dequant_matmul", "AttributeError: no such kernel")}
+
+
 def test_explain_names_the_tier_that_runs_and_a_reason_for_each_other():
     for op in registry.op_names():
         found = klfast.explain(op)
