@@ -49,7 +49,8 @@ def load_model(
 
     Raises:
         InvalidInputError: an unknown dtype, no such folder, an unknown architecture.
-        CheckpointError: a file is missing, truncated or does not fit the model, or the hub cannot be reached.
+        CheckpointError: a file is missing, truncated or does not fit the model, a weight is stored as integers, or the
+            hub cannot be reached.
     """
     target = as_dtype(dtype)
     source = _resolve(name_or_path)
@@ -71,6 +72,8 @@ def load_model(
         )
     if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
+    if getattr(model.config, "quantization_config", None) is None:  # other quantizers store integers by design
+        _check_stored_dtypes(source, model)
     return model.eval()
 
 
@@ -83,6 +86,38 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
         raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
     with _one_line_errors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+
+
+def _check_stored_dtypes(source: str, model: nn.Module) -> None:
+    """Raise CheckpointError where a float tensor of the model is stored as integers: transformers casts those unasked."""
+    from safetensors import safe_open
+
+    prefix = f"{model.base_model_prefix}."
+    floats = {name.removeprefix(prefix) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for file in _weight_files(source, getattr(model.config, "_commit_hash", None)):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                stored = opened.get_slice(name).get_dtype()
+                if name.removeprefix(prefix) in floats and stored not in ("F64", "F32", "BF16", "F16"):
+                    raise CheckpointError(
+                        f"{file} stores {name} as {stored}, where the model has floating-point numbers; fetch it again, or save the "
+                        "model with float weights"
+                    )
+
+
+def _weight_files(source: str, commit: str | None) -> list[Path]:
+    """The safetensors files that transformers has just read."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def find(name: str) -> Path | None:
+        path = Path(source, name) if os.path.isdir(source) else try_to_load_from_cache(source, name, revision=commit)
+        return Path(path) if isinstance(path, (str, Path)) and Path(path).is_file() else None
+
+    if single := find("model.safetensors"):
+        return [single]
+    index = find("model.safetensors.index.json")
+    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else []
+    return [path for name in names if (path := find(name))]
 
 
 def _resolve(name_or_path: str | os.PathLike) -> str:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from klfast.errors import CheckpointError, InvalidInputError, KlfastError
 from klfast.loading import bundled_models, load_model, load_tokenizer
 
+IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
@@ -52,6 +54,23 @@ def test_a_quantized_folder_is_loaded_as_such(original, tmp_path):
         assert loaded.get_submodule(name).weight_scale.dtype == torch.float16
 
 
+def store(names, dtype, shards=False):
+    def damage(folder):
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors.update((name, tensors[name].to(dtype)) for name in names)
+        if shards:
+            file.unlink()
+            for i, name in enumerate(sorted(tensors)):
+                save_file({name: tensors[name]}, folder / f"part-{i}.safetensors", metadata={"format": "pt"})
+            index = {"metadata": {}, "weight_map": {name: f"part-{i}.safetensors" for i, name in enumerate(sorted(tensors))}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        else:
+            save_file(tensors, file, metadata={"format": "pt"})
+
+    return damage
+
+
 def truncate(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -59,13 +78,13 @@ def truncate(folder):
 
 def drop_a_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
-    del tensors["backbone.layers.0.mixer.in_proj.weight"]
+    del tensors[IN_PROJ]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def reshape_a_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
-    tensors["backbone.layers.0.mixer.in_proj.weight"] = torch.zeros(3, 3)
+    tensors[IN_PROJ] = torch.zeros(3, 3)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -88,6 +107,9 @@ def config_with(**entries):
         (truncate, "damaged"),
         (drop_a_tensor, "lacks 1 of the model's tensors.*in_proj"),
         (reshape_a_tensor, "other shapes"),
+        (store([IN_PROJ], torch.int8), f"model.safetensors stores {IN_PROJ} as I8, where the model has floating-point.*; fetch it again"),
+        (store([IN_PROJ], torch.int8, shards=True), rf"part-\d+.safetensors stores {IN_PROJ} as I8"),
+        (store(["backbone.norm_f.weight"], torch.float8_e4m3fn), "stores backbone.norm_f.weight as F8_E4M3"),
         (only_a_pickle, "never unpickles"),
         (break_config, "no valid configuration"),
         (config_with(model_type="unheard-of"), "does not know its architecture"),
