@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from klfast import __version__, registry
+from klfast import __version__
 from klfast.checkpoint_format import (
     MANIFEST, quantization_config, read_json, read_layer_facts, read_manifest, read_specs, write_manifest,
 )
@@ -21,7 +21,7 @@ from klfast.convert import embedding_name
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import folder_atomic, write_atomic
 from klfast.models.layers import head_name, is_head_tied, linears
-from klfast.models.native_ssm import accelerate
+from klfast.models.native_ssm import accelerate_or_warn
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.types import QuantizedTensor, QuantSpec, dtype_name
 
@@ -109,9 +109,7 @@ def load_quantized(
     if left := tensors.names():
         raise CheckpointError(f"{folder} holds {len(left)} tensors that the model does not have, such as {min(left)}; save the model again")
     _initialise_buffers(model, torch.device(device))
-    if registry.has_kernel("selective_scan", "CPU"):  # without the extension a model is slow, but loads
-        accelerate(model)
-    return model.eval()
+    return accelerate_or_warn(model.eval())
 
 
 class _Tensors:

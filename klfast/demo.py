@@ -84,7 +84,7 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
         loading_options: local_files_only and trust_remote_code, as for ``klfast.loading.load_model``.
     """
     tokenizer = loading.load_tokenizer(name, **loading_options)
-    model = klfast.accelerate(loading.load_model(name, "auto", **loading_options))
+    model = loading.load_model(name, "auto", **loading_options)
     dtype, vocabulary = model.dtype, model.get_input_embeddings().weight.shape[0]
 
     def text(which: str, count: int) -> list[torch.Tensor]:
@@ -140,7 +140,7 @@ def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[t
     nbytes = [weight_bytes(layer) for layer in layers]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     total = sum(nbytes) + other_bytes(model)  # before the cast: as it is stored
-    found = klfast.evaluate(klfast.accelerate(model.float()), batches, teacher, progress=None)
+    found = klfast.evaluate(model.float(), batches, teacher, progress=None)
     return Row(variant, total, 8 * sum(nbytes) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement)
 
 

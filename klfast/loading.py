@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from klfast.errors import CheckpointError, InvalidInputError
+from klfast.models.native_ssm import accelerate_or_warn
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -37,7 +38,7 @@ def load_model(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal language model in evaluation mode on the CPU.
+    """A causal language model in evaluation mode on the CPU, with klfast's native SSM functions (``klfast.accelerate``).
 
     Args:
         name_or_path: the name of a bundled model ("mamba", "mamba2"; write "./mamba2" for a folder of that name), a
@@ -74,7 +75,7 @@ def load_model(
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
     if getattr(model.config, "quantization_config", None) is None:  # other quantizers store integers by design
         _check_stored_dtypes(source, model)
-    return model.eval()
+    return accelerate_or_warn(model.eval())
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):

@@ -54,6 +54,24 @@ def test_a_quantized_folder_is_loaded_as_such(original, tmp_path):
         assert loaded.get_submodule(name).weight_scale.dtype == torch.float16
 
 
+def test_a_loaded_model_is_accelerated(original):
+    from klfast.models.native_ssm import is_accelerated
+
+    model = load_model(original)
+    assert is_accelerated(model.backbone.layers[0].mixer) and is_accelerated(model.lm_head)
+
+
+def test_without_the_extension_a_model_loads_with_a_warning(original, monkeypatch):
+    from klfast import SlowPathWarning, registry, runtime
+    from klfast.models.native_ssm import is_accelerated
+
+    monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
+    monkeypatch.setattr(runtime, "_warned", set())
+    monkeypatch.setattr(runtime, "why_not", lambda tier: "the extension was not built.")
+    with pytest.warns(SlowPathWarning, match="accelerate Mamba2ForCausalLM"):
+        assert not is_accelerated(load_model(original).lm_head)
+
+
 def store(names, dtype, shards=False):
     def damage(folder):
         file = folder / "model.safetensors"

@@ -29,11 +29,12 @@ def evaluate(
 
     import klfast
     from klfast.cli import session
+    from klfast.loading import load_model
 
     session.prepare(threads)
     loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
-    network = session.open_model(model, dtype, **loading)
-    other = None if teacher is None else session.open_model(teacher, dtype, **loading)
+    network = load_model(model, dtype, **loading)
+    other = None if teacher is None else load_model(teacher, dtype, **loading)
     batches = session.open_batches(text, model, network, length=length, windows=windows, batch_size=batch_size, **loading)
     found = klfast.evaluate(network, batches, other, progress=None)
     rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
@@ -67,7 +68,7 @@ def generate(
     import klfast
     from klfast.cli import session
     from klfast.errors import InvalidInputError
-    from klfast.loading import load_tokenizer
+    from klfast.loading import load_model, load_tokenizer
 
     session.prepare(threads)
     loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
@@ -75,7 +76,7 @@ def generate(
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if ids.numel() == 0:
         raise InvalidInputError("the prompt has no tokens; give some text")
-    network = session.open_model(model, dtype, **loading)
+    network = load_model(model, dtype, **loading)
     stream = session.Stream(tokenizer, prompt, ids[0].tolist(), show=not as_json)
     klfast.generate(
         network, ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id,

@@ -9,9 +9,8 @@ import warnings
 import torch
 from torch import nn
 
-import klfast
 from klfast.data import token_batches
-from klfast.loading import load_model, load_tokenizer
+from klfast.loading import load_tokenizer
 
 
 def prepare(threads: int | None = None) -> None:
@@ -19,11 +18,6 @@ def prepare(threads: int | None = None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
-
-
-def open_model(name: str, dtype: str, **loading: bool) -> nn.Module:
-    """The model, ready to run."""
-    return klfast.accelerate(load_model(name, dtype, **loading))
 
 
 def open_batches(source: str, model_name: str, model: nn.Module, *, length: int, windows: int | None, batch_size: int = 4, **loading: bool) -> list[torch.Tensor]:

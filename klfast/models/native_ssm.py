@@ -46,6 +46,15 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def accelerate_or_warn(model: nn.Module) -> nn.Module:
+    """``accelerate``; without the extension klfast._C the model stays as it is, with a ``SlowPathWarning``."""
+    try:
+        return accelerate(model)
+    except KernelUnavailableError as error:
+        runtime.slow_path("accelerate", type(model).__name__, str(error))
+        return model
+
+
 def unaccelerate(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``; a model that was not accelerated is returned unchanged.
 

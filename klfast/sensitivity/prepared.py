@@ -8,10 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from klfast import runtime
-from klfast.errors import KernelUnavailableError
 from klfast.models.forward import evaluation_mode
-from klfast.models.native_ssm import accelerate, is_accelerated, unaccelerate
+from klfast.models.native_ssm import accelerate_or_warn, is_accelerated, unaccelerate
 
 
 @contextmanager
@@ -44,10 +42,7 @@ def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _accelerated(model: nn.Module) -> Iterator[None]:
     before = any(is_accelerated(module) for module in model.modules())
-    try:
-        accelerate(model)
-    except KernelUnavailableError as error:
-        runtime.slow_path("sweep", type(model).__name__, str(error))
+    accelerate_or_warn(model)
     try:
         yield
     finally:
