@@ -6,12 +6,7 @@ import torch
 
 from klfast import _C, ops, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.h
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+from klfast.backends.memory import DTYPE_CODES, address
 
 
 def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
@@ -23,8 +18,8 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     zero_point = None if zero_point is None else zero_point.contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     _C.dequant_matmul(
-        _address(rows), DTYPE_CODES[x.dtype], rows.stride(0), _address(packed), _address(scale), DTYPE_CODES[scale.dtype],
-        _address(zero_point), _address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], _address(y),
+        address(rows), DTYPE_CODES[x.dtype], rows.stride(0), address(packed), address(scale), DTYPE_CODES[scale.dtype],
+        address(zero_point), address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y),
         rows.shape[0], n, k, bits, max(1, k if group_size == -1 else min(group_size, k)), activation == "int8",
         torch.get_num_threads(), runtime.cpu_tier_limit(),
     )

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from klfast import _C, ops_divergence, registry, runtime
+from klfast.backends.memory import DTYPE_CODES, address
 from klfast.reference_divergence import check_targets, raise_not_finite
 from klfast.types import QuantizedTensor
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 256, 1024  # of the two scratch blocks of logits: 1 MB each
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.h
-
-
 def register() -> None:
     registry.register_kernel("logit_divergence", "CPU", logit_divergence)
     registry.register_kernel("linear_divergence", "CPU", linear_divergence)
@@ -23,7 +21,7 @@ def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torc
     targets = None if targets is None else targets.contiguous()
     out = torch.empty(8, tokens)
     fault = torch.zeros(tokens, dtype=torch.int64)
-    _C.logit_divergence(_matrix(teacher), _matrix(student), tokens, vocab, _address(targets), out.data_ptr(), fault.data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
+    _C.logit_divergence(_matrix(teacher), _matrix(student), tokens, vocab, address(targets), out.data_ptr(), fault.data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
     _raise_fault(fault, torch.arange(tokens))
     return out
 
@@ -73,7 +71,7 @@ def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, s
                 some = slice(s * n_teacher + start, s * n_teacher + stop)
                 s_logits = _logits(student[some], s_block, scratch[1])
                 some_targets = None if targets is None else targets[some]
-                _C.divergence_accumulate(_matrix(t_logits), _matrix(s_logits), stop - start, columns, first, _address(some_targets), states[some].data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
+                _C.divergence_accumulate(_matrix(t_logits), _matrix(s_logits), stop - start, columns, first, address(some_targets), states[some].data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
 
 
 def _block(head: torch.Tensor | QuantizedTensor, first: int, columns: int) -> torch.Tensor:
@@ -96,11 +94,7 @@ def _logits(hidden: torch.Tensor, head: torch.Tensor, scratch: torch.Tensor) -> 
 
 
 def _matrix(t: torch.Tensor) -> tuple[int, int, int, int]:
-    return t.data_ptr(), _DTYPE_CODES[t.dtype], *t.stride()
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    return t.data_ptr(), DTYPE_CODES[t.dtype], *t.stride()
 
 
 def _raise_fault(fault: torch.Tensor, rows: torch.Tensor) -> None:

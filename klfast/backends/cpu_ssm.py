@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from klfast import _C, ops_ssm, runtime
+from klfast.backends.memory import DTYPE_CODES
 from klfast.registry import register_kernel
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.h
 
 
 def register() -> None:
