@@ -1,6 +1,9 @@
 """klfast.accelerate against the plain transformers models, tiny and random."""
 
+import inspect
 import threading
+from importlib.metadata import version
+from types import FunctionType
 
 import pytest
 import torch
@@ -127,6 +130,40 @@ def test_a_model_without_state_space_layers_is_returned_unchanged():
     assert {name: type(m) for name, m in llama.named_modules()} == before
     with pytest.raises(InvalidInputError, match="transformers model"):
         klfast.accelerate("mamba")
+
+
+def of_another_version(mixer_class, name, monkeypatch):
+    """The class as a transformers version would have it that calls the function ``name`` by another name."""
+    original = mixer_class.forward
+    inner = inspect.unwrap(original)
+    names = tuple("renamed" if n == name else n for n in inner.__code__.co_names)
+    namespace = {**inner.__globals__, "renamed": inner.__globals__[name]}
+    renamed = FunctionType(inner.__code__.replace(co_names=names), namespace)
+    renamed.__kwdefaults__, renamed.__defaults__ = inner.__kwdefaults__, inner.__defaults__
+    monkeypatch.setattr(mixer_class, "forward", renamed)
+    monkeypatch.setattr(native_ssm, "_natives", {})
+
+
+def test_a_mixer_that_calls_other_functions_is_refused_whole(model, monkeypatch):
+    mixer_class = type(mixers(model)[0])
+    x = ids(2, 9)
+    plain = logits(model, x)
+    for name in native_ssm._MIXERS[mixer_class.__name__]:
+        with monkeypatch.context() as patch:
+            of_another_version(mixer_class, name, patch)
+            where = f"{mixer_class.__name__} of transformers {version('transformers')}"
+            with pytest.raises(KernelUnavailableError, match=f"{where} does not call {name},"):
+                klfast.accelerate(model)
+            assert not any("forward" in vars(m) for m in model.modules())
+            torch.testing.assert_close(logits(model, x), plain, rtol=0, atol=0)
+            patch.setattr("klfast.runtime._warned", set())
+            with pytest.warns(klfast.SlowPathWarning, match=name):
+                native_ssm.accelerate_or_warn(model)
+            assert not any(is_accelerated(m) for m in model.modules())
+            patch.setenv("KLFAST_STRICT", "1")
+            with pytest.raises(KernelUnavailableError, match=name):
+                native_ssm.accelerate_or_warn(model)
+    assert all(is_accelerated(m) for m in mixers(klfast.accelerate(model)))
 
 
 def test_gradients_take_the_plain_path_and_say_so(model, monkeypatch):

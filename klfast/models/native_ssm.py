@@ -8,6 +8,8 @@ remains beside the matrix products, the norms and the widening of the logits, is
 
 from __future__ import annotations
 
+import dis
+import inspect
 import threading
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
@@ -19,7 +21,12 @@ from torch import nn
 from klfast import ops, registry, runtime
 from klfast.errors import InvalidInputError, KernelUnavailableError
 
-_MIXERS = ("MambaMixer", "Mamba2Mixer", "FalconMambaMixer")
+_MAMBA = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update")
+_MIXERS = {  # class: the functions that its forward calls and klfast replaces
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "Mamba2Mixer": ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update"),
+}
 _NORMS = ("MambaRMSNorm", "MambaRMSNormGated", "Mamba2RMSNorm", "FalconMambaRMSNorm")
 _lock = threading.Lock()
 
@@ -35,19 +42,23 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises:
         InvalidInputError: ``model`` is no nn.Module.
-        KernelUnavailableError: the extension klfast._C was not built.
+        KernelUnavailableError: the extension klfast._C was not built, or the mixers of the installed transformers do
+            not call every function that klfast replaces. The model is left as it was.
     """
     with _lock:
-        for module, forward in _replacements(model):
-            if not registry.has_kernel("selective_scan", "CPU"):
-                raise KernelUnavailableError(f"accelerate: {runtime.why_not('scalar')} Install klfast with a C++ compiler present")
+        replacements = _replacements(model)
+        if replacements and not registry.has_kernel("selective_scan", "CPU"):
+            raise KernelUnavailableError(f"accelerate: {runtime.why_not('scalar')} Install klfast with a C++ compiler present")
+        for mixer in {type(module) for module, _ in replacements if type(module).__name__ in _MIXERS}:
+            _check_calls(mixer)
+        for module, forward in replacements:
             if "forward" not in vars(module):
                 module.forward = MethodType(forward, module)
     return model
 
 
 def accelerate_or_warn(model: nn.Module) -> nn.Module:
-    """``accelerate``; without the extension klfast._C the model stays as it is, with a ``SlowPathWarning``."""
+    """``accelerate``; where it cannot be done the model stays as it is, with a ``SlowPathWarning``."""
     try:
         return accelerate(model)
     except KernelUnavailableError as error:
@@ -116,11 +127,20 @@ def _native(module_class: type, make: Callable[[Callable], Callable]) -> Callabl
 # The mixers -------------------------------------------------------------------------------------------------------
 
 
+def _check_calls(mixer: type) -> None:
+    """Raise KernelUnavailableError unless this class's forward itself calls every function that klfast replaces."""
+    called = {i.argval for i in dis.get_instructions(inspect.unwrap(mixer.forward)) if i.opname == "LOAD_GLOBAL"}
+    if missing := [name for name in _MIXERS[mixer.__name__] if name not in called]:
+        from transformers import __version__
+
+        raise KernelUnavailableError(
+            f"accelerate: {mixer.__name__} of transformers {__version__} does not call {', '.join(missing)}, which klfast "
+            "would replace; install a version of transformers that klfast supports (pip install klfast)"
+        )
+
+
 def _mixer_forward(original: Callable) -> Callable:
-    inner = original
-    while hasattr(inner, "__wrapped__"):
-        inner = inner.__wrapped__
-    copy = _with_globals(original, {name: f for name, f in _FUNCTIONS.items() if name in inner.__globals__})
+    copy = _with_globals(original, _FUNCTIONS)
 
     def forward(self, hidden_states, *args, **kwargs):
         dt_proj = getattr(self, "dt_proj", None)
