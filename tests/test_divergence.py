@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import klfast
 from klfast import QuantSpec, runtime
+from klfast.backends import cpu_divergence
 from klfast.errors import InvalidInputError
 
 FIELDS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "ce_teacher", "ce_student", "top1_agree")
@@ -212,6 +213,21 @@ def test_half_precision_heads_lose_nothing(tier):
 def test_linear_of_one_model_with_itself_is_exactly_zero(tier):
     hidden, head = torch.randn(300, 16), torch.randn(1500, 16)
     assert klfast.linear_divergence(hidden, head, hidden.expand(2, 300, 16), head.clone()).kl_teacher_student.abs().max() == 0
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_alone_has_its_logits_made_once(quantized, monkeypatch):
+    hidden, weight = torch.randn(2, 5, 24).bfloat16(), torch.randn(2600, 24)
+    targets = torch.randint(0, 2600, (2, 5))
+    head, copied = (klfast.quantize(weight, QuantSpec(4, 8)) if quantized else weight.clone() for _ in range(2))
+    products, logits = [], cpu_divergence._logits
+    monkeypatch.setattr(cpu_divergence, "_logits", lambda *args: products.append(args) or logits(*args))
+    alone = klfast.linear_divergence(hidden, head, hidden, head, targets)
+    once = len(products)
+    pair = klfast.linear_divergence(hidden, head, hidden.clone(), copied, targets)
+    assert len(products) == 3 * once > 0
+    assert torch.equal(alone.ce_student, pair.ce_student) and torch.equal(alone.ce_student, alone.ce_teacher)
+    assert alone.kl_teacher_student.abs().max() == 0 and (alone.top1_agree == 1).all()
 
 
 def test_thread_count_changes_nothing(tier):

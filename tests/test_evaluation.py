@@ -8,6 +8,7 @@ from families import FAMILIES, VOCABULARY, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, errors
+from klfast.backends import cpu_divergence
 from klfast.models.layers import linears
 
 
@@ -70,6 +71,14 @@ def test_logits_are_never_whole_and_modes_are_kept():
     klfast.evaluate(model, (ids for ids in [batch(2, 40), batch(4, 40)]), teacher, progress=lambda *args: done.append(args))
     assert max(rows) <= 8 and done == [(1, 2, ""), (2, 2, "")]
     assert model.training and not teacher.training
+
+
+@pytest.mark.parametrize("model", [tiny("mamba"), quantized("mamba", QuantSpec(4, 16))], ids=["float", "quantized"])
+def test_without_a_teacher_logits_are_made_once(model, monkeypatch):
+    products, logits = [], cpu_divergence._logits
+    monkeypatch.setattr(cpu_divergence, "_logits", lambda *args: products.append(args) or logits(*args))
+    klfast.evaluate(model, [batch()])
+    assert len(products) == 1
 
 
 def test_perplexity_beyond_floats_is_infinite():

@@ -10,6 +10,8 @@ from klfast.reference_divergence import check_targets, raise_not_finite
 from klfast.types import QuantizedTensor
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 256, 1024  # of the two scratch blocks of logits: 1 MB each
+
+
 def register() -> None:
     registry.register_kernel("logit_divergence", "CPU", logit_divergence)
     registry.register_kernel("linear_divergence", "CPU", linear_divergence)
@@ -27,9 +29,12 @@ def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torc
 
 
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
+    same_head = quantization[:3] == quantization[3:] and all(map(_same, (t_weight, t_scale, t_zero), (s_weight, s_scale, s_zero)))
+    same_hidden = _same(teacher, student)
     t_head = ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
-    s_head = ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
-    teacher, student = (hidden.detach().reshape(-1, hidden.shape[-1]).float() for hidden in (teacher, student))
+    s_head = t_head if same_head else ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
+    teacher = teacher.detach().reshape(-1, teacher.shape[-1]).float()
+    student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).float()
     tokens, vocab = student.shape[0], t_weight.shape[0]
     check_targets(targets, vocab)
     if targets is not None:
@@ -49,16 +54,23 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
         rows, states = rows[again], states[again]  # states that now hold a better anchor and nothing else
         if rows.numel():
             some_targets = None if targets is None else targets[rows]
-            _accumulate(teacher[rows % teacher.shape[0]], t_head, student[rows], s_head, some_targets, states)
+            some = student[rows]
+            _accumulate(some if same_hidden else teacher[rows % teacher.shape[0]], t_head, some, s_head, some_targets, states)
     return out
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether both are one tensor: the same memory, seen in the same way."""
+    return a is b or (a is not None and b is not None and a.dtype == b.dtype and a.is_set_to(b))
 
 
 def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, student: torch.Tensor, s_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None, states: torch.Tensor) -> None:
     """Add the whole vocabulary to each student token's state, a block of columns and teacher tokens at a time; the
-    teacher's logits of a block serve all S students."""
+    teacher's logits of a block serve all S students, and a student that is the teacher itself needs none of its own."""
     n_teacher, vocab = teacher.shape[0], t_head.shape[0]
     students = student.shape[0] // n_teacher
     rows = min(_BLOCK_ROWS, n_teacher)
+    alone = student is teacher and s_head is t_head
     scratch = torch.empty(2, rows, min(_BLOCK_COLUMNS, vocab))
     for first in range(0, vocab, _BLOCK_COLUMNS):
         columns = min(_BLOCK_COLUMNS, vocab - first)
@@ -69,7 +81,7 @@ def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, s
             t_logits = _logits(teacher[start:stop], t_block, scratch[0])
             for s in range(students):
                 some = slice(s * n_teacher + start, s * n_teacher + stop)
-                s_logits = _logits(student[some], s_block, scratch[1])
+                s_logits = t_logits if alone else _logits(student[some], s_block, scratch[1])
                 some_targets = None if targets is None else targets[some]
                 _C.divergence_accumulate(_matrix(t_logits), _matrix(s_logits), stop - start, columns, first, address(some_targets), states[some].data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
 
