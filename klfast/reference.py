@@ -39,16 +39,6 @@ def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.T
     return values * qt.scale.to(dtype).repeat_interleave(length, 1)[:, :k]
 
 
-def take_rows(qt: QuantizedTensor, rows: torch.Tensor) -> QuantizedTensor:
-    """Those rows of an [N, K] tensor, in that order: int64 [R] to [R, K]."""
-    zero_point = qt.zero_point
-    if zero_point is not None:
-        bits, per_word = qt.spec.bits, 32 // qt.spec.bits
-        stored = (zero_point[rows // per_word] >> (rows % per_word * bits).unsqueeze(1)) & ((1 << bits) - 1)
-        zero_point = pack((stored - (1 << (bits - 1))).to(torch.int8).T, bits).T.contiguous()
-    return QuantizedTensor(qt.packed[rows], qt.scale[rows], zero_point, (len(rows), qt.shape[1]), qt.spec, qt.layout)
-
-
 def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact") -> torch.Tensor:
     """x [..., K] times the dequantized [N, K] transposed, plus bias [N]: [..., N] in x's dtype, accumulated in float32.
 

@@ -112,6 +112,26 @@ def test_rows_equal_the_dequantized_matrix(spec, shape):
     ids = torch.randint(0, shape[0], (3, 5))
     assert torch.equal(nn.QuantEmbedding(head)(ids), head.quantized.dequantize(torch.float32)[ids])
     assert nn.QuantEmbedding(head)(ids[:0]).shape == (0, 5, shape[1])
+    for beyond in (-1, shape[0]):
+        with pytest.raises(IndexError):
+            nn.QuantEmbedding(head)(ids.masked_fill(ids == ids[0, 0], beyond))
+
+
+@pytest.mark.parametrize(("symmetric", "most"), [(True, 20), (False, 30)])
+def test_looking_up_a_row_takes_few_calls(symmetric, most):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    embedding = nn.QuantEmbedding(nn.QuantLinear(klfast.quantize(torch.randn(61, 64), QuantSpec(4, 32, symmetric))))
+    with Count():
+        embedding(torch.tensor([[3]]))
+    assert 1 < len(calls) <= most
 
 
 def test_embedding_follows_its_head():
