@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 import torch
 
 from klfast.errors import CheckpointError, InvalidInputError
-from klfast.files import write_atomic
+from klfast.files import parse_json, write_atomic
 from klfast.types import QuantSpec, dtype_name, storable_spec
 
 MANIFEST = "klfast.json"
@@ -139,9 +139,9 @@ def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.d
 def read_json(path: Path) -> dict:
     """A JSON object from a file of the checkpoint; CheckpointError if it is not one."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({type(error).__name__}); copy it again") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({getattr(error, 'strerror', None) or error}); copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy it again")
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from klfast.errors import InvalidInputError
+from klfast.files import parse_json
 from klfast.loading import ASSETS
 
 BUNDLED_TEXTS = {"calibration": ASSETS / "text" / "calibration.txt", "evaluation": ASSETS / "text" / "evaluation.txt"}
@@ -112,8 +112,8 @@ def _cut(ids: torch.Tensor, length: int, path: Path, least: int = 2) -> torch.Te
 
 def _read_ids(path: Path) -> torch.Tensor:
     try:
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, EOFError, RecursionError) as error:
+        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(parse_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, EOFError) as error:
         raise InvalidInputError(f"{path} cannot be read as token ids ({error}); give a .npy integer array or a JSON list") from None
     if not isinstance(array, np.ndarray):
         raise InvalidInputError(f"{path} is an archive of arrays; save one array with numpy.save")

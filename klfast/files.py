@@ -1,13 +1,22 @@
-"""Writing files and folders so that nobody ever sees half of one."""
+"""Writing files and folders so that nobody ever sees half of one; reading JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def parse_json(text: str | bytes) -> object:
+    """What a JSON text holds. ValueError if it is none, or nested more deeply than Python's parser can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from klfast.errors import CheckpointError, InvalidInputError
+from klfast.files import parse_json
 from klfast.models.native_ssm import accelerate_or_warn
 
 ASSETS = Path(__file__).parent / "assets"
@@ -117,7 +117,7 @@ def _weight_files(source: str, commit: str | None) -> list[Path]:
     if single := find("model.safetensors"):
         return [single]
     index = find("model.safetensors.index.json")
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else []
+    names = sorted(set(parse_json(index.read_bytes())["weight_map"].values())) if index else []
     return [path for name in names if (path := find(name))]
 
 
@@ -146,10 +146,10 @@ def _is_quantized(source: str) -> bool:
     if not config.is_file():
         return False
     try:
-        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+        quantization = parse_json(config.read_bytes()).get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{config} is no valid configuration ({error}); fetch or save the model again") from None
-    return quantization is not None and quantization.get("format") == "pack-quantized"
+    return isinstance(quantization, dict) and quantization.get("format") == "pack-quantized"
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def _damaged_json(source: str) -> str | None:
     """A JSON file of a local folder that cannot be read as such."""
     for path in sorted(Path(source).glob("*.json")) if os.path.isdir(source) else []:
         try:
-            json.loads(path.read_bytes())
+            parse_json(path.read_bytes())
         except (OSError, ValueError):
             return path.name
     return None

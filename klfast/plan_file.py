@@ -7,7 +7,7 @@ import math
 import os
 
 from klfast.errors import CheckpointError
-from klfast.files import write_atomic
+from klfast.files import parse_json, write_atomic
 from klfast.types import Fingerprint, Plan, QuantSpec
 
 SCHEMA = "klfast-plan/1"
@@ -38,8 +38,8 @@ def read(source: str | os.PathLike[str]) -> Plan:
     """
     text, where = _text(source)
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{where} is truncated or no JSON ({error}); make the plan anew") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise CheckpointError(f"{where} is no plan (its schema is not {SCHEMA!r}); give what klfast plan wrote")

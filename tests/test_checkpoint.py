@@ -312,8 +312,9 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
     ):
         (damaged / "klfast.json").write_text(json.dumps(content))
         refused(damaged, match)
-    (damaged / "klfast.json").write_text("[]")
-    refused(damaged, "holds no JSON object")
+    for content, match in (("[]", "holds no JSON object"), ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply")):
+        (damaged / "klfast.json").write_text(content)
+        refused(damaged, match)
 
 
 def test_loading_does_not_unpickle(damaged):

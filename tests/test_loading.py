@@ -115,6 +115,10 @@ def break_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def nest(file):
+    return lambda folder: (folder / file).write_text("[" * 200_000)
+
+
 def config_with(**entries):
     return lambda folder: (folder / "config.json").write_text(json.dumps(entries))
 
@@ -130,6 +134,7 @@ def config_with(**entries):
         (store(["backbone.norm_f.weight"], torch.float8_e4m3fn), "stores backbone.norm_f.weight as F8_E4M3"),
         (only_a_pickle, "never unpickles"),
         (break_config, "no valid configuration"),
+        (nest("config.json"), "no valid configuration.*nested too deeply"),
         (config_with(model_type="unheard-of"), "does not know its architecture"),
         (config_with(model_type="clip"), "no causal language model"),
         (config_with(model_type="x", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}), "--trust-remote-code"),
@@ -173,6 +178,14 @@ def test_no_tokenizer(folder):
 def test_truncated_tokenizer(folder, file):
     data = (folder / file).read_bytes()
     (folder / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_deeply_nested_tokenizer(folder, file):
+    nest(file)(folder)
     with pytest.raises(CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again") as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)

@@ -47,6 +47,7 @@ def test_damaged(damage, message, tmp_path):
 def test_truncated_absent_or_something_else(tmp_path):
     (tmp_path / "cut.json").write_text(PLAN.to_json()[:-10])
     (tmp_path / "list.json").write_text("[]")
-    for name, message in (("cut", "truncated"), ("list", "no plan"), ("none", "cannot read")):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    for name, message in (("cut", "truncated"), ("deep", "nested too deeply"), ("list", "no plan"), ("none", "cannot read")):
         with pytest.raises(CheckpointError, match=message):
             Plan.from_json(tmp_path / f"{name}.json")

@@ -72,6 +72,11 @@ def test_truncated(sensitivities, tmp_path, cut):
         Sensitivities.from_json(path)
 
 
+def test_deeply_nested():
+    with pytest.raises(CheckpointError, match="the JSON text is truncated or no JSON .*nested too deeply"):
+        Sensitivities.from_json("[" * 200_000)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match="cannot read sensitivities from .*nothing.json: No such file"):
         Sensitivities.from_json(tmp_path / "nothing.json")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from klfast.errors import CheckpointError, KlfastError
-from klfast.files import write_atomic
+from klfast.files import parse_json, write_atomic
 from klfast.models import layers as model_layers
 from klfast.types import Fingerprint, QuantSpec
 
@@ -165,8 +165,8 @@ def read_json(source: str | os.PathLike[str]) -> tuple[object, str]:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise CheckpointError(f"cannot read sensitivities from {origin}: {reason}") from error
     try:
-        return json.loads(text), origin
-    except (ValueError, RecursionError) as error:
+        return parse_json(text), origin
+    except ValueError as error:
         raise CheckpointError(f"{origin} is truncated or no JSON ({error}); sweep anew") from error
 
 
