@@ -340,8 +340,13 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
     with pytest.raises(CheckpointError, match="is not the resume file of a sweep"):
         klfast.sweep(model, ids, "int4", layers=["lm_head"], resume=tmp_path / "plain.json")
     path.write_text(before[: len(before) // 2])
-    with pytest.raises(CheckpointError, match="truncated or no JSON"):
+    with pytest.raises(CheckpointError, match=r"truncated or no JSON .*; to start anew delete it \(--no-resume\)"):
         klfast.sweep(model, ids, "int4", **options)
+    for content in ("[]", "{}", '{"schema": "klfast-plan/1"}', json.dumps({**json.loads(before), "layers": 3})):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=r"; to start anew delete it \(--no-resume\)") as caught:
+            klfast.sweep(model, ids, "int4", **options)
+        assert str(caught.value).startswith(str(path))
     damaged = json.loads(before)
     damaged["sweep"]["sums"]["square"] = "AAAA"
     path.write_text(json.dumps(damaged))

@@ -118,12 +118,14 @@ class Sensitivities:
             from klfast.sensitivity import published
 
             return published.read(data)
-        return cls._from_data(data, origin)
+        return cls.from_data(data, origin)
 
     @classmethod
-    def _from_data(cls, data: dict, origin: str) -> Sensitivities:
-        if data["schema"] != SCHEMA:
-            raise CheckpointError(f"{origin} has schema {data['schema']!r}; this klfast reads {SCHEMA!r}")
+    def from_data(cls, data: object, origin: str, remedy: str = "sweep anew") -> Sensitivities:
+        """Those that ``read_json`` has read from ``origin``; CheckpointError, naming the remedy, if it holds none."""
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise CheckpointError(f"{origin} has schema {schema!r}, this klfast reads {SCHEMA!r}; {remedy}")
         try:
             fingerprint = data["fingerprint"]
             layers = {
@@ -137,7 +139,7 @@ class Sensitivities:
                 for entry in data["measurements"]
             }
             if unknown := [name for name, _ in measurements if name not in layers]:
-                raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; sweep anew")
+                raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}")
             return cls(
                 fingerprint and Fingerprint(str(fingerprint["structure"]), tuple(map(float, fingerprint["norms"]))),
                 layers,
@@ -149,11 +151,11 @@ class Sensitivities:
         except CheckpointError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, KlfastError) as error:
-            raise CheckpointError(f"{origin} is damaged ({type(error).__name__}: {error}); sweep anew") from error
+            raise CheckpointError(f"{origin} is damaged ({type(error).__name__}: {error}); {remedy}") from error
 
 
-def read_json(source: str | os.PathLike[str]) -> tuple[object, str]:
-    """The data in a JSON file or text, and how to call it in messages."""
+def read_json(source: str | os.PathLike[str], remedy: str = "sweep anew") -> tuple[object, str]:
+    """The data in a JSON file or text, and how to call it in messages; CheckpointError, naming the remedy, if there is none."""
     if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
         text, origin = source, "the JSON text"
     else:
@@ -167,7 +169,7 @@ def read_json(source: str | os.PathLike[str]) -> tuple[object, str]:
     try:
         return parse_json(text), origin
     except ValueError as error:
-        raise CheckpointError(f"{origin} is truncated or no JSON ({error}); sweep anew") from error
+        raise CheckpointError(f"{origin} is truncated or no JSON ({error}); {remedy}") from error
 
 
 def numbers_to_json(numbers: Mapping[str, float]) -> dict[str, float | str]:

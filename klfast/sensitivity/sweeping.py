@@ -234,8 +234,9 @@ class _Run:
     def _load(self) -> None:
         """Go on where the resume file stopped, if it is that of a sweep with the same arguments."""
         remedy = "to start anew delete it (--no-resume), or give `resume` another path"
-        before = Sensitivities.from_json(self.path)
-        state = read_json(self.path)[0].get("sweep")
+        data, origin = read_json(self.path, remedy)
+        before = Sensitivities.from_data(data, origin, remedy)
+        state = data.get("sweep")
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path} is not the resume file of a sweep; {remedy}")
         if before.fingerprint != self.blank.fingerprint:
