@@ -15,7 +15,7 @@ from torch import nn
 
 from klfast import __version__
 from klfast.checkpoint_format import (
-    MANIFEST, quantization_config, read_json, read_layer_facts, read_manifest, read_specs, write_manifest,
+    MANIFEST, quantization_config, read_generation_config, read_json, read_layer_facts, read_manifest, read_specs, write_manifest,
 )
 from klfast.convert import embedding_name
 from klfast.errors import CheckpointError, InvalidInputError
@@ -158,11 +158,8 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     except Exception as error:  # transformers raises anything on a configuration that it cannot use
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder / 'config.json'} describes no model that this transformers can build ({reason}); save the model again") from error
-    if (path := folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # likewise; the file may be one that the manifest does not know
-            raise CheckpointError(f"{path} is no generation config ({type(error).__name__}); copy it again, or remove it where it was added") from error
+    if (found := read_generation_config(folder, type(model.generation_config))) is not None:
+        model.generation_config = found
     return model
 
 

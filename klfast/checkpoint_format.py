@@ -87,8 +87,10 @@ def write_manifest(folder: Path, **facts: object) -> None:
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def read_manifest(folder: Path, verify: bool) -> dict:
+def read_manifest(folder: Path, verify: bool, *, weights: bool = True) -> dict:
     """Read klfast.json and check that each file it lists is there, complete and, with ``verify``, unchanged.
+
+    ``weights=False`` passes over the safetensors files, which take long to read.
 
     Raises:
         CheckpointError: no such folder, no klfast.json, a later format, a file that is missing or not as it was saved.
@@ -106,6 +108,8 @@ def read_manifest(folder: Path, verify: bool) -> dict:
         raise CheckpointError(f"{folder / MANIFEST} has format version {version}, this klfast reads {FORMAT_VERSION}; use the klfast that wrote it")
     for name, size, digest in files:
         path = folder / name
+        if path.suffix == ".safetensors" and not weights:
+            continue
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists {name!r}, outside of the folder; save the model again")
         if not path.is_file():
@@ -145,6 +149,21 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy it again")
     return content
+
+
+def read_generation_config(folder: Path, kind: type) -> object | None:
+    """The folder's generation_config.json as ``kind`` (transformers' GenerationConfig); None without such a file.
+
+    Raises:
+        CheckpointError: it is damaged. (transformers' own loading of a model passes over it in silence.)
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises anything
+        raise CheckpointError(f"{path} is no generation config ({type(error).__name__}); copy it again, or remove it where it was added") from error
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from klfast.checkpoint_format import MANIFEST, read_generation_config, read_manifest
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import parse_json
 from klfast.models.native_ssm import accelerate_or_warn
@@ -60,9 +61,10 @@ def load_model(
 
         return load_quantized(source, dtype=None if target == "auto" else target)
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     with _one_line_errors(source, "model"):
+        read_generation_config(Path(source), GenerationConfig)
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=target,
@@ -79,12 +81,17 @@ def load_model(
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
-    """The tokenizer of a model; arguments and errors as for ``load_model``."""
+    """The tokenizer of a model; arguments and errors as for ``load_model``.
+
+    In a folder of ``klfast.save_quantized``, every file but the weights is compared with its digest first.
+    """
     from transformers import AutoTokenizer
 
     source = _resolve(name_or_path)
     if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
+    if (Path(source) / MANIFEST).is_file():
+        read_manifest(Path(source), verify=True, weights=False)
     with _one_line_errors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
 
@@ -164,6 +171,8 @@ def _one_line_errors(source: str, what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    except CheckpointError:
+        raise
     except SafetensorError as error:
         raise CheckpointError(f"a weight file of {source} is damaged ({error}); fetch or save it again") from error
     except Exception as error:  # the Rust side of tokenizers raises bare ones

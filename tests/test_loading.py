@@ -54,6 +54,27 @@ def test_a_quantized_folder_is_loaded_as_such(original, tmp_path):
         assert loaded.get_submodule(name).weight_scale.dtype == torch.float16
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_the_tokenizer_of_a_quantized_folder_is_checked(original, tmp_path, file):
+    import klfast
+
+    plan = klfast.Plan({"lm_head": klfast.QuantSpec()}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(load_model(original), plan), tmp_path / "small", load_tokenizer(original))
+    weights = tmp_path / "small" / "model.safetensors"
+    weights.write_bytes(b"")  # not what a tokenizer is made of
+    assert load_tokenizer(tmp_path / "small")("Hello")["input_ids"]
+    path = tmp_path / "small" / file
+    path.write_text(path.read_text().replace("}", " }", 1))  # still good JSON, as large or not
+    with pytest.raises(CheckpointError, match=f"{file} has .* bytes where"):
+        load_tokenizer(tmp_path / "small")
+    path.write_text(path.read_text().replace(" }", "}", 1).replace("0", "1", 1))
+    with pytest.raises(CheckpointError, match=f"{file} is not as it was saved"):
+        load_tokenizer(tmp_path / "small")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{file} is missing|holds no config.json"):
+        load_tokenizer(tmp_path / "small")
+
+
 def test_a_loaded_model_is_accelerated(original):
     from klfast.models.native_ssm import is_accelerated
 
@@ -92,6 +113,11 @@ def store(names, dtype, shards=False):
 def truncate(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def truncate_generation_config(folder):
+    file = folder / "generation_config.json"
+    file.write_bytes(file.read_bytes()[:-5])
 
 
 def drop_a_tensor(folder):
@@ -133,6 +159,8 @@ def config_with(**entries):
         (store([IN_PROJ], torch.int8, shards=True), rf"part-\d+.safetensors stores {IN_PROJ} as I8"),
         (store(["backbone.norm_f.weight"], torch.float8_e4m3fn), "stores backbone.norm_f.weight as F8_E4M3"),
         (only_a_pickle, "never unpickles"),
+        (truncate_generation_config, "generation_config.json is no generation config"),
+        (nest("generation_config.json"), "generation_config.json is no generation config"),
         (break_config, "no valid configuration"),
         (nest("config.json"), "no valid configuration.*nested too deeply"),
         (config_with(model_type="unheard-of"), "does not know its architecture"),
