@@ -136,12 +136,12 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
 
 
 def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]) -> Row:
-    layers = linears(model).values()
-    nbytes = [weight_bytes(layer) for layer in layers]
+    layers = list(linears(model).values())
+    matrices = [layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in layers]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
-    total = sum(nbytes) + other_bytes(model)  # before the cast: as it is stored
+    total = sum(map(weight_bytes, layers)) + other_bytes(model)  # before the cast: as it is stored
     found = klfast.evaluate(model.float(), batches, teacher, progress=None)
-    return Row(variant, total, 8 * sum(nbytes) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement)
+    return Row(variant, total, 8 * sum(matrices) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement)
 
 
 def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype) -> dict[str, object]:

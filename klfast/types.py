@@ -13,6 +13,7 @@ import torch
 from klfast.errors import InvalidInputError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPE_BYTES = 16  # of a saved weight_shape, int64 [2], which each quantized layer has
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
 
 
@@ -84,6 +85,11 @@ class QuantSpec:
         if not self.symmetric:
             words += packed_words(n, self.bits) * groups
         return 4 * words + scale_bytes * n * groups
+
+    def saved_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that a quantized [N, K] weight has in a saved file: ``nbytes`` and weight_shape. Names and offsets, which
+        stand in the file's header, are not counted."""
+        return self.nbytes(shape) + SHAPE_BYTES
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -181,8 +187,8 @@ class Plan:
         specs: layer name -> spec. A layer that is not named keeps its full precision.
         method: "optimal", "greedy" or "uniform".
         fingerprint: the model that the plan was made for; None if made from published files.
-        predicted: what the plan should cost, as far as known: "bytes" of the whole model, "mean_bits" per quantizable
-            weight (scales and zero points included), "kl" in nats per token (the sum over layers),
+        predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
+            headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included), "kl" in nats per token (the sum over layers),
             "perplexity" = exp(the teacher's cross-entropy + kl), if the sweep recorded that cross-entropy.
         notes: anything that the planner changed or found, one sentence each.
     """

@@ -18,6 +18,7 @@ from klfast.types import Fingerprint, Plan, QuantSpec, storable_spec
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 OTHER_BYTES = 1000
+SHAPE = 16  # bytes of weight_shape
 
 
 def sensitivities(kl, shapes=None, specs=(INT8, INT4), metric="kl_teacher_student", **fields):
@@ -35,7 +36,7 @@ def sensitivities(kl, shapes=None, specs=(INT8, INT4), metric="kl_teacher_studen
 
 def layer_bytes(found, name, spec):
     info = found.layers[name]
-    return info.float_bytes if spec is None else spec.nbytes(info.shape)
+    return info.float_bytes if spec is None else spec.nbytes(info.shape) + SHAPE
 
 
 def every_plan(found, metric="kl_teacher_student"):
@@ -57,7 +58,7 @@ def check(found, made):
     specs = {name: made.specs.get(name) for name in found.layers}
     total = sum(layer_bytes(found, name, spec) for name, spec in specs.items())
     assert made.predicted["bytes"] == total + OTHER_BYTES
-    assert made.predicted["mean_bits"] == 8 * total / sum(math.prod(info.shape) for info in found.layers.values())
+    assert made.predicted["mean_bits"] == 8 * (total - SHAPE * len(made.specs)) / sum(math.prod(info.shape) for info in found.layers.values())
     kl = math.fsum(found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in specs.items() if spec)
     assert made.predicted["kl"] == pytest.approx(kl, rel=1e-12, abs=1e-300)
     assert made.fingerprint == found.fingerprint
@@ -136,7 +137,7 @@ def test_many_layers_with_equal_sizes_are_planned_to_the_end():
     """200 layers, as in a 1.4B model; the optimum known by construction: the worst layers get the bits."""
     kl = [(1e-6 * (n + 1), 1e-4 * (n + 1)) for n in range(200)]
     found = sensitivities(kl, [(64, 64)] * 200)
-    small, large = INT4.nbytes((64, 64)), INT8.nbytes((64, 64))
+    small, large = INT4.nbytes((64, 64)) + SHAPE, INT8.nbytes((64, 64)) + SHAPE
     made = plan(found, max_bytes=OTHER_BYTES + 150 * small + 50 * large)
     assert {name for name, spec in made.specs.items() if spec == INT8} == {f"layers.{n}.proj" for n in range(150, 200)}
 
@@ -187,7 +188,7 @@ def test_time_limit_keeps_the_budget_and_says_so(monkeypatch):
 
 def test_infeasible_budgets_name_what_can_be_reached():
     found = sensitivities([(0.1, 1.0), (0.2, 2.0)])
-    smallest = OTHER_BYTES + sum(INT4.nbytes(info.shape) for info in found.layers.values())
+    smallest = OTHER_BYTES + sum(INT4.nbytes(info.shape) + SHAPE for info in found.layers.values())
     assert plan(found, max_bytes=smallest).specs == dict.fromkeys(found.layers, INT4)
     for method in ("optimal", "greedy", "uniform"):
         with pytest.raises(InfeasibleBudgetError, match=f"smallest reachable is {smallest:,} bytes"):
@@ -204,7 +205,7 @@ def test_a_plan_fits_in_its_own_mean_bits():
     found = sensitivities([(1.0, 2.0), (1.0, 9.0)], [(1, 64), (12, 64)])
     specs = dict(zip(found.layers, (INT4, INT8), strict=True))
     total = sum(layer_bytes(found, name, spec) for name, spec in specs.items())
-    made = plan(found, mean_bits=8 * total / (13 * 64))
+    made = plan(found, mean_bits=8 * (total - 2 * SHAPE) / (13 * 64))
     assert made.specs == specs and made.predicted["bytes"] == total + OTHER_BYTES
 
 
@@ -223,7 +224,7 @@ def test_tensors_count_as_the_quantized_tensor_does():
     found = sensitivities([(0.1,), (0.2,)], [(63, 100), (7, 64)], [spec])
     made = plan(found, method="uniform", spec=spec)
     stored = {name: quantize(torch.randn(info.shape), made.specs[name]) for name, info in found.layers.items()}
-    assert made.predicted["bytes"] == OTHER_BYTES + sum(tensor.nbytes for tensor in stored.values())
+    assert made.predicted["bytes"] == OTHER_BYTES + sum(tensor.nbytes + SHAPE for tensor in stored.values())
 
 
 def test_storable_groups_are_planned_and_reported():
@@ -232,7 +233,7 @@ def test_storable_groups_are_planned_and_reported():
     made = plan(found, mean_bits=5)
     assert list(made.specs.values()) == [QuantSpec(4, 100), QuantSpec(4, 100), g128]
     assert made.notes == ("int4-g128-sym became int4-g100-sym on 2 layers with 1600 inputs: a saved group size must divide the inputs",)
-    assert made.predicted["bytes"] == OTHER_BYTES + 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256))
+    assert made.predicted["bytes"] == OTHER_BYTES + 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256)) + 3 * SHAPE
     # of two specs that are stored as one, the one that was measured as stored counts
     for specs in ([g128, QuantSpec(4, 100)], [QuantSpec(4, 100), g128]):
         found = sensitivities([[0.3 if spec == g128 else 0.1 for spec in specs]], [(64, 1600)], specs)
@@ -247,13 +248,13 @@ def test_storable_groups_are_planned_and_reported():
 
 def test_metrics():
     db = sensitivities([(40.0, 10.0), (30.0, 20.0), (math.inf, 0.0)], [(64, 64)] * 3, metric="sqnr_db")
-    room = 2 * INT8.nbytes((64, 64)) + INT4.nbytes((64, 64))
+    room = 2 * INT8.nbytes((64, 64)) + INT4.nbytes((64, 64)) + 3 * SHAPE
     made = plan(db, max_bytes=OTHER_BYTES + room, metric="sqnr_db")
     # noise power: 1e-4 and 0.1, 1e-3 and 0.01, 0 and 1
     assert [spec.bits for spec in made.specs.values()] == [8, 4, 8]
     assert "kl" not in made.predicted
     agree = sensitivities([(0.99, 0.5), (0.98, 0.9)], [(64, 64)] * 2, metric="top1_agree")
-    made = plan(agree, max_bytes=OTHER_BYTES + room - INT8.nbytes((64, 64)), metric="top1_agree")
+    made = plan(agree, max_bytes=OTHER_BYTES + room - INT8.nbytes((64, 64)) - SHAPE, metric="top1_agree")
     assert [spec.bits for spec in made.specs.values()] == [8, 4]
     reverse = sensitivities([(0.1, 0.2)], metric="kl_student_teacher")
     made = plan(reverse, max_kl=0.1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from klfast.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
-from klfast.types import Fingerprint
+from klfast.types import SHAPE_BYTES, Fingerprint
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,9 +57,9 @@ def is_head_tied(model: nn.Module) -> bool:
 
 
 def weight_bytes(layer: nn.Module) -> int:
-    """Bytes of a linear layer's weight as it is now: its float matrix, or packed values, scales and zero points."""
+    """Bytes of a linear layer's weight as saved: its float matrix, or packed values, scales, zero points and shape."""
     quantized = getattr(layer, "quantized", None)
-    return layer.weight.numel() * layer.weight.element_size() if quantized is None else quantized.nbytes
+    return layer.weight.numel() * layer.weight.element_size() if quantized is None else quantized.nbytes + SHAPE_BYTES
 
 
 def other_bytes(model: nn.Module) -> int:

@@ -33,8 +33,9 @@ def plan(
     """Choose a precision for each layer: full precision, or one of the specs that the sweep measured on it.
 
     Give one budget:
-        max_bytes: of the whole model: packed weights, scales (2 bytes each), packed zero points, layers left alone,
-            and everything that is never quantized; a tied head once.
+        max_bytes: of all tensors of the saved model: packed weights, scales (2 bytes each), packed zero points, shapes
+            (16 bytes a quantized layer), layers left alone, and everything that is never quantized; a tied head once.
+            The files' headers (names, shapes and offsets of the tensors) come on top.
         mean_bits: per weight of the quantizable layers, scales and zero points included.
         max_kl: summed KL over the layers, nats per token; the plan is then the smallest that stays within.
 

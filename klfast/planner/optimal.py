@@ -39,10 +39,10 @@ class Solution:
 
 
 def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
-    smallest = {name: min(choices, key=lambda c: c.nbytes if budget.of_bytes else c.cost) for name, choices in problem.layers.items()}
+    smallest = {name: min(choices, key=lambda c: budget.size(c) if budget.of_bytes else c.cost) for name, choices in problem.layers.items()}
     budget.require(problem, smallest, "raise the budget, or sweep specs with fewer bits")
     options = [
-        [(c.cost, c.nbytes) if budget.of_bytes else (c.nbytes, c.cost) for c in choices] for choices in problem.layers.values()
+        [(c.cost, budget.size(c)) if budget.of_bytes else (budget.size(c), c.cost) for c in choices] for choices in problem.layers.values()
     ]
     solution = solve(options, budget.limit, time_limit)
     picks = {name: choices[i] for (name, choices), i in zip(problem.layers.items(), solution.picks, strict=True)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from klfast.errors import InfeasibleBudgetError, InvalidInputError
 from klfast.sensitivity.results import METRICS, Sensitivities
-from klfast.types import Plan, QuantSpec, storable_spec
+from klfast.types import SHAPE_BYTES, Plan, QuantSpec, storable_spec
 
 KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
 
@@ -19,7 +19,7 @@ class Choice:
 
     Attributes:
         spec: as it will be stored; None for full precision.
-        nbytes: of the layer in that precision.
+        nbytes: of the layer in that precision, as saved.
         cost: what the method minimises; adds up over layers.
         kl: measured KL in nats per token, None if it was not measured.
         measured: the spec that the cost was measured with.
@@ -30,6 +30,11 @@ class Choice:
     cost: float
     kl: float | None
     measured: QuantSpec | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights alone, scales and zero points included: what bits per weight are reckoned from."""
+        return self.nbytes if self.spec is None else self.nbytes - SHAPE_BYTES
 
 
 class Problem:
@@ -65,7 +70,7 @@ class Problem:
             kl = max(kl, 0.0) if kl is not None and math.isfinite(kl) else None
             shape = sensitivities.layers[name].shape
             spec = storable_spec(measured, shape[1])
-            self.layers[name].append(Choice(spec, spec.nbytes(shape), max(cost, 0.0), kl, measured))
+            self.layers[name].append(Choice(spec, spec.saved_bytes(shape), max(cost, 0.0), kl, measured))
         for name, choices in self.layers.items():
             self.layers[name] = _unique(choices)
         self._note_measurements(negative, noise, broken)
@@ -102,8 +107,10 @@ class Problem:
 
     def plan(self, picks: dict[str, Choice], method: str, notes: list[str] = []) -> Plan:  # noqa: B006 (never changed)
         """The Plan of these choices, with what it is predicted to cost."""
-        layer_bytes = sum(choice.nbytes for choice in picks.values())
-        predicted = {"bytes": layer_bytes + self.other_bytes, "mean_bits": 8 * layer_bytes / self.n_weights}
+        predicted = {
+            "bytes": sum(choice.nbytes for choice in picks.values()) + self.other_bytes,
+            "mean_bits": 8 * sum(choice.weight_bytes for choice in picks.values()) / self.n_weights,
+        }
         if all(choice.kl is not None for choice in picks.values()):
             predicted["kl"] = math.fsum(choice.kl for choice in picks.values())
             teacher = self.sensitivities.provenance.get("ce_teacher")
@@ -128,12 +135,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on the summed bytes of the quantizable layers, or on the summed cost.
+    """A limit on the summed size of the quantizable layers, or on the summed cost.
 
     Attributes:
         name: the argument of klfast.plan that it came from.
         value: as the user gave it.
-        limit: what the sum may not exceed: layer bytes (an int), or cost.
+        limit: what the sum may not exceed: size (an int, see ``size``), or cost.
     """
 
     name: str
@@ -163,8 +170,12 @@ class Budget:
     def of_bytes(self) -> bool:
         return self.name != "max_kl"
 
+    def size(self, choice: Choice) -> int:
+        """The bytes of a choice that the budget limits; under max_kl, those that are to be few."""
+        return choice.weight_bytes if self.name == "mean_bits" else choice.nbytes
+
     def used(self, picks: dict[str, Choice]) -> float:
-        return sum(c.nbytes for c in picks.values()) if self.of_bytes else math.fsum(c.cost for c in picks.values())
+        return sum(map(self.size, picks.values())) if self.of_bytes else math.fsum(c.cost for c in picks.values())
 
     def met(self, picks: dict[str, Choice]) -> bool:
         return self.used(picks) <= self.limit
@@ -174,10 +185,11 @@ class Budget:
         if self.met(smallest):
             return
         used = self.used(smallest)
+        total = sum(choice.nbytes for choice in smallest.values()) + problem.other_bytes
         if self.name == "max_bytes":
-            what, least = f"{math.floor(self.value):,} bytes", f"{used + problem.other_bytes:,} bytes"
+            what, least = f"{math.floor(self.value):,} bytes", f"{total:,} bytes"
         elif self.name == "mean_bits":
-            what, least = f"{self.value:g} bits per weight", f"{8 * used / problem.n_weights:.4f} ({used + problem.other_bytes:,} bytes)"
+            what, least = f"{self.value:g} bits per weight", f"{8 * used / problem.n_weights:.4f} ({total:,} bytes)"
         else:
             what, least = f"a KL of {self.value:g} nats per token", f"{used:.6g}"
         raise InfeasibleBudgetError(f"no plan meets {what}: the smallest reachable is {least}; {remedy}")

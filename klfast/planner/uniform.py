@@ -38,7 +38,7 @@ def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
     full = problem.layers[name][0]
     shape = problem.sensitivities.layers[name].shape
     stored = storable_spec(spec, shape[1])
-    nbytes = stored.nbytes(shape)
+    nbytes = stored.saved_bytes(shape)
     if nbytes >= full.nbytes:
         return full
     found = next((c for c in problem.layers[name] if c.spec == stored), None)
