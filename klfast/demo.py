@@ -47,7 +47,7 @@ QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tok
 @dataclass(frozen=True)
 class Row:
     """One variant: bytes of the saved tensors, bits per weight of the linear layers (scales included), and on the
-    evaluation text perplexity, mean KL(full precision || variant) in nats with its standard error, and how often both
+    evaluation text perplexity, mean KL(full precision || variant) in nats with its standard error (by windows), and how often both
     hold the same token likeliest."""
 
     variant: str

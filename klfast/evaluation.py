@@ -14,7 +14,10 @@ from klfast.errors import InvalidInputError
 from klfast.models.forward import check_ids, check_plain_head, evaluation_mode, head_inputs, plain_head
 from klfast.nn import QuantLinear
 from klfast.progress import Progress, reporter
+from klfast.tally import Tally
 from klfast.types import QuantizedTensor
+
+_MEASURED = ("nll", "teacher_nll", "kl", "kl_student_teacher", "jsd", "top1")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Evaluation:
         nll: negative log-likelihood of the text's own next token.
         bits_per_token: nll / log 2.
         kl: KL(teacher || model) of the next-token distributions.
-        kl_stderr: its standard error, the tokens taken for independent.
+        kl_stderr: its standard error, that of a mean over rows (as in a sweep), since the tokens of a row are correlated;
+            NaN where there is but one row.
         kl_student_teacher: KL(model || teacher).
         jsd: Jensen-Shannon divergence.
         top1_agreement: share of the tokens for which both hold the same next token likeliest.
@@ -79,8 +83,7 @@ def evaluate(
     for ids in batches:
         check_ids(ids, head.shape[0], minimum=2)
 
-    sums = dict.fromkeys(("nll", "teacher_nll", "kl", "kl_squared", "kl_student_teacher", "jsd", "top1"), 0.0)
-    tokens = 0
+    tally = Tally(1, len(_MEASURED))
     with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(batches)) as advance:
         for one in (model, teacher):
             if one is not None:
@@ -89,26 +92,21 @@ def evaluate(
             hidden = head_inputs(model, ids[:, :-1])
             teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
             found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
-            kl = found.kl_teacher_student.double()
-            for name, values in (
-                ("nll", found.ce_student), ("teacher_nll", found.ce_teacher), ("kl", kl), ("kl_squared", kl.square()),
-                ("kl_student_teacher", found.kl_student_teacher), ("jsd", found.jsd), ("top1", found.top1_agree),
-            ):
-                sums[name] += float(values.double().sum())
-            tokens += kl.numel()
+            metrics = (found.ce_student, found.ce_teacher, found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.top1_agree)
+            rows, length = ids.shape
+            tally.add(0, torch.stack(metrics).double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)
             advance(1, "")
 
-    mean = {name: total / tokens for name, total in sums.items()}
+    mean, stderr = (dict(zip(_MEASURED, values, strict=True)) for values in (tally.mean(0), tally.stderr(0)))
     if not math.isfinite(mean["nll"]):
         raise InvalidInputError("the model's logits hold a NaN or an infinity; its weights are damaged")
-    plain = Evaluation(tokens, _exp(mean["nll"]), mean["nll"], mean["nll"] / math.log(2))
+    plain = Evaluation(tally.tokens(0), _exp(mean["nll"]), mean["nll"], mean["nll"] / math.log(2))
     if teacher is None:
         return plain
-    variance = max(mean["kl_squared"] - mean["kl"] ** 2, 0.0)
     return replace(
         plain,
         kl=mean["kl"],
-        kl_stderr=math.sqrt(variance / max(tokens - 1, 1)),
+        kl_stderr=stderr["kl"],
         kl_student_teacher=mean["kl_student_teacher"],
         jsd=mean["jsd"],
         top1_agreement=mean["top1"],

@@ -86,6 +86,10 @@ def test_eval_and_teacher(work):
     alone = json.loads(klf("eval", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout)
     assert "kl" not in alone
     assert "perplexity" in klf("eval", work / "model", "--text", work / "text.txt", *FEW).stdout
+    compare = ("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", "--length", 64, "--windows")
+    assert "+-" in klf(*compare, 2).stdout
+    one = klf(*compare, 1).stdout  # which has no standard error
+    assert "nats per token" in one and "nan" not in one
 
 
 def test_generate_is_repeatable_and_its_text_follows_the_prompt(work):

@@ -28,9 +28,12 @@ def truth(model, batches, teacher):
     kl = (p.exp() * (p - q)).sum(-1)
     middle = torch.logaddexp(p, q) - math.log(2)
     nll = -q.gather(1, y[:, None]).mean().item()
+    rows = [row for ids in batches for row in ids]
+    squares = sum((part.sum() - len(part) * kl.mean()) ** 2 for part in kl.split([len(row) - 1 for row in rows]))  # tokens of a row are correlated
+    stderr = (squares * len(rows) / (len(rows) - 1)).sqrt().item() / len(y) if len(rows) > 1 else math.nan
     return {
         "tokens": len(y), "nll": nll, "perplexity": math.exp(nll), "bits_per_token": nll / math.log(2),
-        "kl": kl.mean().item(), "kl_stderr": (kl.std() / len(y) ** 0.5).item(), "kl_student_teacher": (q.exp() * (q - p)).sum(-1).mean().item(),
+        "kl": kl.mean().item(), "kl_stderr": stderr, "kl_student_teacher": (q.exp() * (q - p)).sum(-1).mean().item(),
         "jsd": (0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)).mean().item(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
         "teacher_perplexity": math.exp(-p.gather(1, y[:, None]).mean().item()),
@@ -48,6 +51,16 @@ def test_equals_whole_softmaxes(family, tied):
     alone = klfast.evaluate(model, batches)
     assert (alone.perplexity, alone.nll, alone.bits_per_token, alone.tokens) == pytest.approx((found.perplexity, found.nll, found.bits_per_token, 33 + 1 + 12))
     assert (alone.kl, alone.top1_agreement, alone.teacher_perplexity) == (None, None, None)
+
+
+def test_the_standard_error_is_that_of_the_sweep():
+    teacher, spec, ids = tiny("llama"), QuantSpec(4, 16), batch(6, 20)
+    name = "model.layers.0.mlp.up_proj"
+    swept = klfast.sweep(teacher, ids, [spec], layers=[name]).measurements[name, spec]
+    model = klfast.quantize_model(tiny("llama"), Plan({name: spec}, "uniform"))
+    found = klfast.evaluate(model, ids.split(4), teacher)
+    assert (found.kl, found.kl_stderr) == pytest.approx((swept.mean["kl_teacher_student"], swept.stderr["kl_teacher_student"]), rel=1e-3)
+    assert math.isnan(klfast.evaluate(model, [ids[:1]], teacher).kl_stderr)
 
 
 def test_int8_activations_count():

@@ -28,7 +28,7 @@ from klfast.loading import bundled_models, load_model, load_tokenizer
 from klfast.models import layers as model_layers
 from klfast.sensitivity.engine import SQNR_CAP, Engine
 from klfast.sensitivity.results import METRICS, Sensitivities
-from klfast.sensitivity.tally import Tally
+from klfast.tally import Tally
 
 VOCAB = 61
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}

@@ -41,7 +41,7 @@ def evaluate(
     if other is not None:
         rows += [
             ("the teacher's perplexity", f"{found.teacher_perplexity:.4f}"),
-            ("KL(teacher || model), nats per token", f"{found.kl:.6f} +- {found.kl_stderr:.6f}"),
+            ("KL(teacher || model), nats per token", f"{found.kl:.6f}" + ("" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}")),
             ("top-1 agreement", f"{found.top1_agreement:.2%}"),
         ]
     data = {key: value for key, value in asdict(found).items() if value is not None}

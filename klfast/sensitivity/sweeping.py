@@ -19,7 +19,7 @@ from klfast.sensitivity import inputs
 from klfast.sensitivity.engine import Candidate, Engine, Teacher
 from klfast.sensitivity.prepared import prepared
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities, read_json
-from klfast.sensitivity.tally import Tally
+from klfast.tally import Tally
 from klfast.types import QuantSpec
 
 NOISE_MULTIPLE = 10  # a KL below this many noise floors is more than a tenth noise

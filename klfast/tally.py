@@ -1,4 +1,4 @@
-"""Streaming means and standard errors of many candidates' metrics, exact to continue after a restart."""
+"""Streaming means and standard errors of metrics over windows of text, exact to continue after a restart."""
 
 from __future__ import annotations
 
