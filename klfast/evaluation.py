@@ -87,7 +87,7 @@ def evaluate(
     with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(batches)) as advance:
         for one in (model, teacher):
             if one is not None:
-                check_plain_head(one, batches[0][:1, :8])
+                _require_finite(check_plain_head(one, batches[0][:1, :8]).isfinite().all())
         for ids in batches:
             hidden = head_inputs(model, ids[:, :-1])
             teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
@@ -98,8 +98,7 @@ def evaluate(
             advance(1, "")
 
     mean, stderr = (dict(zip(_MEASURED, values, strict=True)) for values in (tally.mean(0), tally.stderr(0)))
-    if not math.isfinite(mean["nll"]):
-        raise InvalidInputError("the model's logits hold a NaN or an infinity; its weights are damaged")
+    _require_finite(math.isfinite(mean["nll"]))
     plain = Evaluation(tally.tokens(0), _exp(mean["nll"]), mean["nll"], mean["nll"] / math.log(2))
     if teacher is None:
         return plain
@@ -116,6 +115,11 @@ def evaluate(
 
 def _weight(head: nn.Module) -> torch.Tensor | QuantizedTensor:
     return head.quantized if isinstance(head, QuantLinear) else head.weight.detach()
+
+
+def _require_finite(finite: object) -> None:
+    if not finite:
+        raise InvalidInputError("the model's logits hold a NaN or an infinity; its weights are damaged")
 
 
 def _exp(nll: float) -> float:

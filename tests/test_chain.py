@@ -157,7 +157,7 @@ def test_refuses_a_block_used_twice():
 
 def test_refuses_capped_logits():
     config = Gemma2Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)
-    with pytest.raises(InvalidInputError, match="Gemma2ForCausalLM's logits are not those of its linear head"):
+    with pytest.raises(InvalidInputError, match="Gemma2ForCausalLM does more to its logits than multiply"):
         Chain(Gemma2ForCausalLM(config).eval())
 
 

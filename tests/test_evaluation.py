@@ -119,6 +119,11 @@ def test_refuses_batches(batches, match):
         klfast.evaluate(tiny("mamba"), batches)
 
 
+def replace_logits(output, factor):
+    output.logits = factor * output.logits
+    return output
+
+
 def test_refuses_models():
     import transformers
 
@@ -144,3 +149,7 @@ def test_refuses_models():
     with torch.no_grad():
         capped.lm_head.weight.normal_()
     refuses("more to its logits than multiply", capped, [batch()])
+    scaled = tiny("llama")
+    forward = scaled.forward
+    scaled.forward = lambda **kwargs: replace_logits(forward(**kwargs), 1.01)
+    refuses("more to its logits than multiply", scaled, [batch()])

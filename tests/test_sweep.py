@@ -26,7 +26,8 @@ from klfast.data import token_batches
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError, UnknownLayerError
 from klfast.loading import bundled_models, load_model, load_tokenizer
 from klfast.models import layers as model_layers
-from klfast.sensitivity.engine import SQNR_CAP, Engine
+from klfast.models.chain import Chain
+from klfast.sensitivity.engine import SQNR_CAP
 from klfast.sensitivity.results import METRICS, Sensitivities
 from klfast.tally import Tally
 
@@ -203,7 +204,7 @@ def test_leaves_the_model_as_it_was(dtype, failing, monkeypatch):
     model.backbone.layers[0].eval()
     before = snapshot(model)
     if failing:
-        measure = Engine._step
+        measure = Chain.step
         steps = []
 
         def stops(*args):
@@ -212,7 +213,7 @@ def test_leaves_the_model_as_it_was(dtype, failing, monkeypatch):
                 raise KeyboardInterrupt
             return measure(*args)
 
-        monkeypatch.setattr(Engine, "_step", stops)
+        monkeypatch.setattr(Chain, "step", stops)
         with pytest.raises(KeyboardInterrupt):
             klfast.sweep(model, tokens())
     else:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from klfast.errors import InvalidInputError
+from klfast.models.forward import check_plain_head, close, plain_head
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Chain:
     Attributes:
         model: the causal language model (transformers); left as it is.
         blocks: its blocks, in order.
-        head: its output projection, an nn.Linear without bias.
+        head: its output projection, a linear layer without bias.
 
     Raises:
         InvalidInputError: the blocks do not form a chain (the steps do not add up to the model), or the logits are
@@ -62,10 +63,7 @@ class Chain:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._name = type(model).__name__
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise InvalidInputError(f"{self._name} has no linear head without bias; klfast sweeps causal language models that have one")
-        self.head = head
+        self.head = plain_head(model)
         self._base = getattr(model, "base_model", model)
         self.blocks = _find_blocks(self._base, self._name)
         self._tuples: list[int] = [0] * len(self.blocks)  # per block: the length of the tuple it returns; 0: a tensor
@@ -146,7 +144,7 @@ class Chain:
 
         hooks = [block.register_forward_hook(learn(i)) for i, block in enumerate(self.blocks)]
         try:
-            logits = self.model(input_ids=ids, use_cache=False).logits
+            check_plain_head(self.model, ids)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -158,10 +156,8 @@ class Chain:
             if isinstance(error, InvalidInputError):
                 raise
             raise self._no_chain(f"{type(error).__name__}: {error}") from error
-        if not _close(hidden, final):
+        if not close(hidden, final):
             raise self._no_chain("run one by one they do not reproduce the model")
-        if not _close(self.head(hidden.to(self.head.weight.dtype)), logits):
-            raise InvalidInputError(f"{self._name}'s logits are not those of its linear head (scaled or capped?); klfast cannot sweep it")
 
     def _no_chain(self, reason: str) -> InvalidInputError:
         reason = " ".join(reason.split())
@@ -197,11 +193,3 @@ def _replaced_forwards(blocks: Sequence[nn.Module], substitute: Callable[[int], 
 
 def _hidden_of(output: torch.Tensor | tuple) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for a little rounding (the operations are the same); NaN equals NaN: a broken weight breaks no chain."""
-    if found.shape != expected.shape:
-        return False
-    tolerance = 8 * torch.finfo(found.dtype).eps * expected.double().nan_to_num(0, 0, 0).abs().max().item()
-    return torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True)

@@ -49,23 +49,44 @@ def plain_head(model: nn.Module) -> nn.Module:
     return head
 
 
+def _hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What leaves the final norm, [B, T, H]."""
+    return getattr(model, "base_model", model)(input_ids=ids, use_cache=False)[0]
+
+
 def head_inputs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """What the head multiplies its exact weight with, [B, T, H], for int64 [B, T]: the rounding of int8 activations included."""
     head = plain_head(model)
-    hidden = model.base_model(input_ids=ids.to(head.weight.device), use_cache=False)[0].to(head.weight.dtype)
+    hidden = _hidden(model, ids.to(head.weight.device)).to(head.weight.dtype)
     if isinstance(head, QuantLinear) and head.activation == "int8":
         hidden = reference.fake_quantize_rows(hidden.float(), head.spec)
     return hidden
 
 
-def check_plain_head(model: nn.Module, ids: torch.Tensor) -> None:
-    """Raise InvalidInputError if the model does more to its logits than multiply (a softcap, a scale), or makes a NaN of ``ids``."""
-    expected = plain_head(model)(head_inputs(model, ids).to(plain_head(model).weight.dtype)).float()
-    found = model(input_ids=ids.to(expected.device), use_cache=False).logits.float()
-    if not found.isfinite().all():
-        raise InvalidInputError("the model's logits hold a NaN or an infinity; its weights are damaged")
-    if float((found - expected).norm()) > 0.05 * float(found.norm()):
-        raise InvalidInputError(f"{type(model).__name__} does more to its logits than multiply by its head's weight, which klfast does not know of")
+@torch.no_grad()
+def check_plain_head(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of ``ids``, int64 [B, T], which may hold a NaN.
+
+    Raises:
+        InvalidInputError: the model has no linear head, or does more to its logits than multiply (a softcap, a scale).
+    """
+    head = plain_head(model)
+    ids = ids.to(head.weight.device)
+    found = model(input_ids=ids, use_cache=False).logits
+    expected = head(_hidden(model, ids).to(head.weight.dtype))
+    if not close(expected.to(found.dtype), found):
+        raise InvalidInputError(
+            f"{type(model).__name__} does more to its logits than multiply by its head's weight (a scale, a cap), which klfast does not know of"
+        )
+    return found
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal but for a little rounding (the operations are the same); NaN equals NaN, so that a broken weight is named elsewhere."""
+    if found.shape != expected.shape:
+        return False
+    tolerance = 8 * torch.finfo(found.dtype).eps * expected.double().nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def cache_argument(model: nn.Module) -> str:

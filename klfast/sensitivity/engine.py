@@ -139,9 +139,8 @@ class Engine:
         return self._run(Carry.stack(carries), passage, start)
 
     def _run(self, carry: Carry, passage: Passage, start: int) -> torch.Tensor:
-        for index in range(start, len(self.chain.blocks)):
-            carry = self._step(index, carry, passage)
-        return self.chain.finish(carry, passage)
+        self.block_tokens += passage.input_ids.numel() * (len(self.chain.blocks) - start)
+        return self.chain.run(carry, passage, start)
 
     def _step(self, index: int, carry: Carry, passage: Passage) -> Carry:
         self.block_tokens += passage.input_ids.numel()
