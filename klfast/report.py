@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import rich.table
 
 FULL = "full precision"
+_PREDICTED = {"perplexity": "perplexity on the calibration text, if what the layers add to it adds up"}
 _BETTER_HIGH = ("sqnr_db", "top1_agree")
 
 Cell = str | int | float | None
@@ -123,7 +124,7 @@ def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[
 
     Without ``sensitivities`` the layers that keep full precision are not known, and not counted.
     """
-    facts: list[tuple[Cell, ...]] = [("method", plan.method), *plan.predicted.items()]
+    facts: list[tuple[Cell, ...]] = [("method", plan.method), *((_PREDICTED.get(name, name), value) for name, value in plan.predicted.items())]
     facts += [("note", note) for note in plan.notes]
     names = plan.specs if sensitivities is None else sensitivities.layers
     counts = Counter((kind(name), str(plan.specs.get(name, FULL))) for name in names)

@@ -188,8 +188,9 @@ class Plan:
         method: "optimal", "greedy" or "uniform".
         fingerprint: the model that the plan was made for; None if made from published files.
         predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
-            headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included), "kl" in nats per token (the sum over layers),
-            "perplexity" = exp(the teacher's cross-entropy + kl), if the sweep recorded that cross-entropy.
+            headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included),
+            "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, an estimate: as if what
+            each layer adds to the cross-entropy added up.
         notes: anything that the planner changed or found, one sentence each.
     """
 

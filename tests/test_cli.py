@@ -128,6 +128,12 @@ def test_several_files_are_merged(work, tmp_path):
     klf("plan", *both, "--mean-bits", 6, "--out", tmp_path / "plan.json")
     assert klfast.Plan.from_json(tmp_path / "plan.json") == klfast.Plan.from_json(work / "plan.json")
     assert "once more" in fails("plan", *both, both[0], "--mean-bits", 6, "--out", tmp_path / "none.json")
+    assert "perplexity" in klfast.Plan.from_json(work / "plan.json").predicted
+    eight = klfast.Sensitivities.from_json(both[1])
+    eight.provenance["calibration_sha256"] = "another text"
+    eight.to_json(tmp_path / "text.json")
+    klf("plan", both[0], tmp_path / "text.json", "--mean-bits", 6, "--out", tmp_path / "texts.json")
+    assert "perplexity" not in klfast.Plan.from_json(tmp_path / "texts.json").predicted
     replace(whole, other_bytes=1).to_json(tmp_path / "other.json")
     assert "different models" in fails("plan", both[0], tmp_path / "other.json", "--mean-bits", 6, "--out", tmp_path / "none.json")
 

@@ -275,8 +275,17 @@ def test_doubtful_measurements_are_noted():
 
 
 def test_predicted_perplexity():
-    found = sensitivities([(0.1, 0.3)], provenance={"ce_teacher": 2.0})
-    assert plan(found, mean_bits=4.5).predicted["perplexity"] == pytest.approx(math.exp(2.3))
+    found = sensitivities([(0.1, 0.3), (0.2, 0.4)], provenance={"ce_teacher": 2.0})
+    assert "perplexity" not in plan(found, mean_bits=4.5).predicted
+    for i, measurement in enumerate(found.measurements.values()):
+        measurement.mean["delta_ce"] = (0.01, 0.2, 0.02, -0.05)[i]
+    for arguments in ({"mean_bits": 4.5}, {"method": "uniform", "spec": INT4}):
+        assert plan(found, **arguments).predicted["perplexity"] == pytest.approx(math.exp(2.0 + 0.2 - 0.05), rel=1e-12)
+    assert plan(found, max_kl=0.0).predicted["perplexity"] == math.exp(2.0)
+    assert "perplexity" not in plan(found, method="uniform", spec=QuantSpec(4, 16)).predicted  # not measured
+    for unknown in ({}, {"ce_teacher": math.nan}, {"ce_teacher": "2"}):
+        found.provenance = unknown
+        assert "perplexity" not in plan(found, mean_bits=4.5).predicted
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,11 @@ def test_published_perplexity_is_compared(found):
 
 
 def test_plan_tables(found):
-    plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[4]: INT8}, "optimal", None, {"bytes": 1234567, "kl": 0.0123456}, ("a | note",))
+    plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[4]: INT8}, "optimal", None, {"bytes": 1234567, "kl": 0.0123456, "perplexity": 12.5}, ("a | note",))
     facts, layers = report.plan_tables(plan, found)
     assert layers.headings == ("kind", "int4-g32-sym", "int8-g32-sym", "full precision")
     assert layers.rows == (("in_proj", 1, 1, 0), ("x_proj", 0, 0, 2), ("lm_head", 0, 1, 0))
-    assert ("kl", 0.0123456) in facts.rows
+    assert ("kl", 0.0123456) in facts.rows and ("perplexity on the calibration text, if what the layers add to it adds up", 12.5) in facts.rows
     assert "| bytes | 1,234,567 |" in facts.markdown() and "a \\| note" in facts.markdown()
     assert report.plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
 

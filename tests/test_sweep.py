@@ -166,6 +166,18 @@ def test_windows_of_different_lengths_count_by_token():
     assert measured.tokens == 48 and measured.mean[KL] == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_plan_predicts_the_perplexity_on_the_calibration_text():
+    model = load_model("mamba2")
+    ids = token_batches("calibration", load_tokenizer("mamba2"), vocab_size=model.config.vocab_size, length=64, windows=4)
+    found = klfast.sweep(model, ids, "int4", ["delta_ce"], layers=[f"backbone.layers.{i}.mixer.in_proj" for i in (0, 5)])
+    full = klfast.evaluate(model, ids)
+    assert found.provenance["ce_teacher"] == pytest.approx(full.nll, rel=1e-6)
+    plan = klfast.plan(found, max_kl=10.0)
+    small = klfast.evaluate(klfast.quantize_model(model, plan), ids)
+    assert len(plan.specs) == 2 and small.perplexity != pytest.approx(full.perplexity, rel=2e-3)
+    assert plan.predicted["perplexity"] == pytest.approx(small.perplexity, rel=1e-3)
+
+
 def test_metrics_and_layers_can_be_chosen():
     model = make()
     name = "backbone.layers.1.mixer.in_proj"

@@ -58,7 +58,8 @@ def plan(
 
     Returns:
         Plan, its ``predicted`` holding "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, where the sweep
-        recorded the teacher's cross-entropy, "perplexity" = exp(cross-entropy + kl). Where a file cannot hold a
+        measured delta_ce, "perplexity" on its calibration text, an estimate as if what each layer adds to the
+        cross-entropy added up: exp(the teacher's cross-entropy + the sum of delta_ce). Where a file cannot hold a
         measured group size (``storable_spec``) the plan has the storable one and a note. Ties go to fewer bytes.
 
     Raises:

@@ -22,6 +22,7 @@ class Choice:
         nbytes: of the layer in that precision, as saved.
         cost: what the method minimises; adds up over layers.
         kl: measured KL in nats per token, None if it was not measured.
+        delta_ce: measured growth of the cross-entropy, nats per token; None if it was not measured.
         measured: the spec that the cost was measured with.
     """
 
@@ -29,6 +30,7 @@ class Choice:
     nbytes: int
     cost: float
     kl: float | None
+    delta_ce: float | None
     measured: QuantSpec | None = None
 
     @property
@@ -55,7 +57,7 @@ class Problem:
         self.metric = self._metric(metric)
         self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
         self.n_weights = sum(math.prod(info.shape) for info in sensitivities.layers.values())
-        self.layers = {name: [Choice(None, info.float_bytes, 0.0, 0.0)] for name, info in sensitivities.layers.items()}
+        self.layers = {name: [Choice(None, info.float_bytes, 0.0, 0.0, 0.0)] for name, info in sensitivities.layers.items()}
         negative, noise, broken = 0, 0, []
         for (name, measured), measurement in sensitivities.measurements.items():
             if name not in self.layers:
@@ -70,7 +72,7 @@ class Problem:
             kl = max(kl, 0.0) if kl is not None and math.isfinite(kl) else None
             shape = sensitivities.layers[name].shape
             spec = storable_spec(measured, shape[1])
-            self.layers[name].append(Choice(spec, spec.saved_bytes(shape), max(cost, 0.0), kl, measured))
+            self.layers[name].append(Choice(spec, spec.saved_bytes(shape), max(cost, 0.0), kl, measurement.mean.get("delta_ce"), measured))
         for name, choices in self.layers.items():
             self.layers[name] = _unique(choices)
         self._note_measurements(negative, noise, broken)
@@ -113,10 +115,11 @@ class Problem:
         }
         if all(choice.kl is not None for choice in picks.values()):
             predicted["kl"] = math.fsum(choice.kl for choice in picks.values())
-            teacher = self.sensitivities.provenance.get("ce_teacher")
-            if isinstance(teacher, (int, float)) and math.isfinite(teacher):
-                # KL of single layers adds up well, and is what quantization adds to the cross-entropy.
-                predicted["perplexity"] = math.exp(min(teacher + predicted["kl"], 700.0))
+        teacher = self.sensitivities.provenance.get("ce_teacher")
+        if isinstance(teacher, (int, float)) and all(choice.delta_ce is not None for choice in picks.values()):
+            nll = teacher + math.fsum(choice.delta_ce for choice in picks.values())
+            if math.isfinite(nll):
+                predicted["perplexity"] = math.exp(min(nll, 700.0))
         specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
         notes = [*self.notes, *self._note_groups(picks), *notes]
         return Plan(specs, method, self.sensitivities.fingerprint, predicted, tuple(notes))

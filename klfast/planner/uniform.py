@@ -43,8 +43,8 @@ def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
         return full
     found = next((c for c in problem.layers[name] if c.spec == stored), None)
     if found is None:
-        return Choice(stored, nbytes, math.inf, None, spec)
-    return Choice(stored, nbytes, found.cost, found.kl, spec)
+        return Choice(stored, nbytes, math.inf, None, None, spec)
+    return Choice(stored, nbytes, found.cost, found.kl, found.delta_ce, spec)
 
 
 def _order(picks: dict[str, Choice], budget: Budget) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from klfast.sensitivity.results import METRICS
 from klfast.types import QuantSpec
 
 SQNR_CAP = 150.0  # dB; beyond what float32 resolves, so that a token with equal logits does not make the mean infinite
+COLUMNS = (*METRICS, "ce_teacher")  # what the measuring methods sum
 STAGES = ("teacher", "quantize", "own_block", "suffix", "divergence")
 _COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's logits
 
@@ -58,7 +59,7 @@ class Teacher:
 
 class Engine:
     """Measures candidates, micro-batch by micro-batch. The measuring methods return sums over each window's T - 1
-    tokens, float64 [C, len(METRICS), B].
+    tokens, float64 [C, len(COLUMNS), B].
 
     Attributes:
         seconds: wall time spent so far, by stage.
@@ -176,9 +177,9 @@ class Engine:
         with self._timed("divergence"):
             found = linear_divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
-            per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in METRICS])
+            per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
             windows, length = teacher.passage.input_ids.shape
-            return per_token.double().view(len(METRICS), -1, windows, length - 1).sum(-1).transpose(0, 1)
+            return per_token.double().view(len(COLUMNS), -1, windows, length - 1).sum(-1).transpose(0, 1)
 
     def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
         if not torch.isfinite(hidden).all():

@@ -53,7 +53,8 @@ class Sensitivities:
             biases ...). A tied embedding is counted with the head alone.
         measurements: by (layer name, spec).
         noise_floor: the metrics that mere rounding makes (the teacher against itself, rounded differently).
-        provenance: free-form facts (model, calibration text, tokens, versions ...).
+        provenance: free-form facts (model, calibration text, tokens, versions ...). "ce_teacher", where a sweep has
+            recorded it, is the full-precision model's mean cross-entropy on the calibration text, nats per token.
     """
 
     fingerprint: Fingerprint | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from klfast.models.chain import Chain
 from klfast.models.layers import is_head_tied, linears
 from klfast.progress import Progress, reporter
 from klfast.sensitivity import inputs
-from klfast.sensitivity.engine import Candidate, Engine, Teacher
+from klfast.sensitivity.engine import COLUMNS, Candidate, Engine, Teacher
 from klfast.sensitivity.prepared import prepared
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities, read_json
 from klfast.tally import Tally
@@ -153,7 +154,7 @@ class _Run:
         self.blank, self.engine, self.windows, self.groups = blank, engine, windows, groups
         self.settings, self.reported, self.path = settings, reported, path
         self.rows = groups[-1].first + groups[-1].rows
-        self.tally = Tally(self.rows, len(METRICS))
+        self.tally = Tally(self.rows, len(COLUMNS))
         self.micro_batch, self.group = 0, 0  # what comes next
         if path is not None and os.path.exists(path):
             self._load()
@@ -190,7 +191,11 @@ class _Run:
 
     def _result(self) -> Sensitivities:
         """What has been measured so far."""
-        floor = self._metrics(self.tally.mean(0)) if self.tally.tokens(0) else {}
+        floor, provenance = {}, self._provenance()
+        if self.tally.tokens(0):
+            floor, ce_teacher = self._metrics(self.tally.mean(0)), self.tally.mean(0)[COLUMNS.index("ce_teacher")]
+            if math.isfinite(ce_teacher):
+                provenance["ce_teacher"] = ce_teacher
         measurements = {}
         for group in self.groups:
             for row, candidate in enumerate(group.candidates, group.first):
@@ -198,10 +203,10 @@ class _Run:
                     mean = self._metrics(self.tally.mean(row))
                     below = mean[_KL] < NOISE_MULTIPLE * floor[_KL]
                     measurements[candidate.name, candidate.spec] = Measurement(mean, self._metrics(self.tally.stderr(row)), tokens, below)
-        return replace(self.blank, measurements=measurements, noise_floor=floor, provenance=self._provenance())
+        return replace(self.blank, measurements=measurements, noise_floor=floor, provenance=provenance)
 
     def _metrics(self, values: Sequence[float]) -> dict[str, float]:
-        return {name: value for name, value in zip(METRICS, values, strict=True) if name in self.reported}
+        return {name: value for name, value in zip(COLUMNS, values, strict=True) if name in self.reported}
 
     def _provenance(self) -> dict[str, object]:
         model = self.engine.chain.model
