@@ -447,5 +447,6 @@ def test_compressed_tensors_takes_storable_groups_and_no_others(in_features, gro
     asked = QuantSpec(4, group, symmetric)
     decompress(storable_spec(asked, in_features))
     if in_features % group:
-        with pytest.raises(ValueError, match="must be divis"):
+        # compressed-tensors 0.20 and 0.19 (the last for Python 3.10)
+        with pytest.raises((ValueError, RuntimeError), match="must be divis|sizes .* don't multiply up"):
             decompress(asked)

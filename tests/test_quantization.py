@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klfast import QuantSpec, quantization, quantize, reference
@@ -113,6 +113,7 @@ def test_bad_input(function, weight, options, message):
         assert "\n" not in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([4, 8]), st.integers(1, 9), st.integers(1, 70), st.randoms())
 def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, count, random):
     values = torch.tensor([[random.randrange(-(1 << bits - 1), 1 << bits - 1) for _ in range(count)] for _ in range(rows)], dtype=torch.int8)
