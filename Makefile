@@ -14,7 +14,8 @@ install: .venv/.installed
 
 # pip does nothing for what is already there, so that a second run is quick.
 .venv/.installed: $(SOURCES)
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@test -x .venv/bin/pip || $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("klfast needs Python 3.10 or newer; name one: make PYTHON=python3.12")'
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools pybind11 torch
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	    --no-build-isolation --editable '.[test]'

@@ -7,6 +7,9 @@ architecture's baseline, so that a wheel runs anywhere.
 
 import os
 import platform
+import shutil
+import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +34,7 @@ class BuildPerTier(build_ext):
     """Compile every source with the flags of its tier; leave out tiers the compiler cannot build."""
 
     def build_extension(self, ext):
+        self._check_tools()
         tiers = [t for t in TIER_FLAGS if self._compiles(TIER_FLAGS[t])] if self._is_x86() else []
         macros = [(f"KLFAST_BUILT_{t.upper()}", "1") for t in tiers]
         sources = [s for s in ext.sources if Path(s).stem in tiers or Path(s).stem not in TIER_FLAGS]
@@ -48,6 +52,17 @@ class BuildPerTier(build_ext):
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(str(Path(target).parent))
         self.compiler.link_shared_object(objects, target, extra_postargs=["-fopenmp", *extra], target_lang="c++")
+
+    def _check_tools(self):
+        """Say what is missing in one line, before the compiler says it in many."""
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+            raise SystemExit(
+                f"klfast: the C headers of Python {version} (Python.h) are missing; install them (Debian, Ubuntu: apt install "
+                f"python{version}-dev) and try again"
+            )
+        if not shutil.which(compiler := self.compiler.compiler_so_cxx[0]):
+            raise SystemExit(f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try again")
 
     @staticmethod
     def _is_x86():
