@@ -86,6 +86,7 @@ def test_missing_file(tmp_path):
     ("damage", "message"),
     [
         (lambda d: d.update(schema="klfast-sensitivities/9"), "has schema 'klfast-sensitivities/9'"),
+        (lambda d: d.update(schema="klfast-plan/1"), "is a plan; .* --plan PLAN"),
         (lambda d: d.pop("layers"), "damaged"),
         (lambda d: d.update(layers=[1]), "damaged"),
         (lambda d: d["measurements"][0].update(spec="int3"), "damaged .*int3"),

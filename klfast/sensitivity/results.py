@@ -125,6 +125,8 @@ class Sensitivities:
     def from_data(cls, data: object, origin: str, remedy: str = "sweep anew") -> Sensitivities:
         """Those that ``read_json`` has read from ``origin``; CheckpointError, naming the remedy, if it holds none."""
         schema = data.get("schema") if isinstance(data, dict) else None
+        if str(schema).startswith("klfast-plan/"):
+            raise CheckpointError(f"{origin} is a plan; give what klfast sweep wrote (klfast report SENSITIVITIES --plan PLAN shows a plan)")
         if schema != SCHEMA:
             raise CheckpointError(f"{origin} has schema {schema!r}, this klfast reads {SCHEMA!r}; {remedy}")
         try:
