@@ -20,3 +20,12 @@ def tier(request):
     """Run a test once per implementation that this machine has."""
     with runtime.using(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny matrices: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,87 @@
+"""What a sweep refuses, and how it names the fault."""
+
+import math
+
+import pytest
+import torch
+from sweep_models import VOCAB, make, tokens
+
+import klfast
+from klfast.errors import InvalidInputError, UnknownLayerError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batches": []}, InvalidInputError, "batches is empty"),
+        ({"batches": torch.empty(0, 8, dtype=torch.int64)}, InvalidInputError, "batches is empty"),
+        ({"batches": [torch.zeros(2, 8)]}, InvalidInputError, r"batch 0 must be an int64 tensor \[B, T\] of token ids, got torch.float32 \[2, 8\]"),
+        ({"batches": [torch.zeros(8, dtype=torch.int64)]}, InvalidInputError, r"batch 0 must be .* got torch.int64 \[8\]"),
+        ({"batches": ["text"]}, InvalidInputError, "batch 0 must be .* got str"),
+        ({"batches": [tokens(), tokens(2, 1)]}, InvalidInputError, "batch 1 has windows of 1 tokens"),
+        ({"batches": tokens() + 50}, InvalidInputError, r"batch 0 holds token id \d+; the model's ids lie between 0 and 60"),
+        ({"batches": tokens() - 50}, InvalidInputError, "batch 0 holds token id -"),
+        ({"specs": []}, InvalidInputError, "there are no specs"),
+        ({"specs": ["int5"]}, InvalidInputError, "'int5' is no quantization spec"),
+        ({"specs": [4]}, InvalidInputError, "got int"),
+        ({"metrics": ["ppl"]}, InvalidInputError, "there is no metric 'ppl'; choose from kl_teacher_student"),
+        ({"scale": "max"}, InvalidInputError, "scale must be"),
+        ({"layers": []}, InvalidInputError, "layers is empty"),
+        ({"layers": ["lm_heat"]}, UnknownLayerError, "did you mean 'lm_head'"),
+        ({"model": torch.nn.Linear(3, 3)}, InvalidInputError, "klfast sweeps causal language models"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        klfast.sweep(**{"model": make(), "batches": tokens(), "specs": "int4", **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_and_shared_layers_are_refused():
+    model = make()
+    mixer = model.backbone.layers[0].mixer
+    mixer.in_proj = klfast.QuantLinear.from_linear(mixer.in_proj, klfast.QuantSpec())
+    with pytest.raises(InvalidInputError, match=r"layers\.0\.mixer\.in_proj is quantized already"):
+        klfast.sweep(model, tokens())
+    model = make()
+    first, second = model.backbone.layers
+    second.mixer.in_proj = first.mixer.in_proj
+    with pytest.raises(InvalidInputError, match=r"layers\.0\.mixer\.in_proj and backbone\.layers\.1\.mixer\.in_proj share one weight"):
+        klfast.sweep(model, tokens())
+    klfast.sweep(model, tokens(), layers=["lm_head"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_model_is_named_where_it_breaks(value):
+    model = make()
+    with torch.no_grad():
+        model.backbone.layers[1].norm.weight[3] = value
+    with pytest.raises(InvalidInputError, match=r"full-precision model's hidden states are NaN or infinite from backbone\.layers\.1 on"):
+        klfast.sweep(model, tokens())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_damaged_weight_is_named_before_anything_is_written(value, tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight[3, 4] = value
+    with pytest.raises(InvalidInputError, match=r"the weight of backbone\.layers\.1\.mixer\.in_proj holds a NaN.*repair"):
+        klfast.sweep(model, tokens(), layers=["lm_head"], resume=tmp_path / "sweep.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
+    from klfast.sensitivity import engine
+
+    whole = engine.fake_quantize
+
+    def overflowing(weight, spec, **kwargs):
+        rounded = whole(weight, spec, **kwargs)
+        return rounded * math.inf if spec.bits == 4 and len(rounded) == VOCAB else rounded
+
+    model = make(tied=True)
+    monkeypatch.setattr(engine, "fake_quantize", overflowing)
+    with pytest.raises(InvalidInputError, match=r"lm_head as int4-g64-sym makes the model's hidden states NaN or infinite"):
+        klfast.sweep(model, tokens())
