@@ -273,6 +273,19 @@ def test_names_of_options_are_the_library_s():
             parse("beauty")
 
 
+@pytest.mark.parametrize("arguments", [("demo",), ("sweep", "m"), ("quantize", "m", "--uniform", "int4", "--out", "q"), ("eval", "m"), ("generate", "m", "Once")])
+def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monkeypatch):
+    def refuse(name, *rest, **given):
+        raise klfast.errors.InvalidInputError(f"asked for {given}")
+
+    monkeypatch.setattr(loading, "load_model", refuse)
+    monkeypatch.setattr(loading, "load_tokenizer", refuse)
+    monkeypatch.chdir(tmp_path)
+    for offline, remote in ((False, False), (True, False), (False, True)):
+        flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote
+        assert f"asked for {{'local_files_only': {offline}, 'trust_remote_code': {remote}}}" in fails(*arguments, *flags)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("3200000", 3_200_000), ("3.2MB", 3_200_000), ("1.5GiB", 1_610_612_736), ("500kb", 500_000), ("2 KiB", 2048), ("7B", 7), ("1TB", 10**12)],

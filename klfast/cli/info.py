@@ -12,15 +12,16 @@ from klfast.cli import options
 from klfast.cli.console import emit, say, table
 
 
+@options.loads_models
 def demo(
     model: Annotated[str, typer.Option(help="A local folder, a hub id, or a bundled model: mamba, mamba2.")] = "mamba2",
     quick: Annotated[bool, typer.Option("--quick", help="Less text: some seconds instead of about two minutes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Save the mixed model here instead of in a temporary folder.")] = None,
     results: Annotated[Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")] = None,
     threads: options.Threads = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
 ) -> None:
     """Run the whole pipeline on a small bundled model, offline: sweep, plan, quantize, compare, save, load, generate."""
     if out is not None:
@@ -33,7 +34,7 @@ def demo(
     prepare(threads)
     found = pipeline.run(
         model, effort=pipeline.QUICK if quick else pipeline.FULL, out=out, say=lambda sentence: say(sentence, as_json),
-        local_files_only=local_files_only, trust_remote_code=trust_remote_code,
+        **loading,
     )
     if results is not None:
         pipeline.write_results(found, results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,24 @@ LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+
+
+def loads_models(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of how models are loaded, before its last one; it gets them as ``loading``, keyword
+    arguments of klfast.loading's functions."""
+    own = inspect.signature(command, eval_str=True)
+    parameters = [parameter for parameter in own.parameters.values() if parameter.name != "loading"]
+    parameters[-1:-1] = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False, annotation=annotation)
+        for name, annotation in (("local_files_only", LocalFilesOnly), ("trust_remote_code", TrustRemoteCode))
+    ]
+
+    @functools.wraps(command)
+    def run(*, local_files_only: bool, trust_remote_code: bool, **rest: object) -> None:
+        command(**rest, loading={"local_files_only": local_files_only, "trust_remote_code": trust_remote_code})
+
+    run.__signature__ = own.replace(parameters=parameters)  # what typer makes the command line from
+    return run
 
 
 def require_free(out: Path, force: bool) -> None:

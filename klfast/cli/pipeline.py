@@ -12,6 +12,7 @@ from klfast.cli import options
 from klfast.cli.console import emit, megabytes, say
 
 
+@options.loads_models
 def sweep(
     model: options.Model,
     spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = ["int4-g64-sym", "int8-g64-sym"],  # noqa: B006
@@ -24,9 +25,9 @@ def sweep(
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     force: options.Force = False,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
 ) -> None:
     """Measure how much each linear layer suffers from each quantization.
 
@@ -40,7 +41,6 @@ def sweep(
     from klfast.loading import as_dtype, load_model
 
     prepare(threads)
-    loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
     computed = as_dtype(dtype)
     network = load_model(model, "auto", **loading)  # as it is stored: plans count its bytes
     batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
@@ -89,6 +89,7 @@ def plan(
     say(f"The plan is in {out}. Next: klfast quantize MODEL {out} --out FOLDER", as_json)
 
 
+@options.loads_models
 def quantize(
     model: options.Model,
     plan: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="What klfast plan wrote.", show_default=False)] = None,
@@ -97,9 +98,9 @@ def quantize(
     scale: options.Scale = "absmax",
     dtype: Annotated[str, typer.Option(parser=options.dtype_name, metavar="NAME", help="What the rest of the model is stored in: float32, bfloat16, float16, or auto to leave it.")] = "auto",
     force: options.Force = False,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
 ) -> None:
     """Write the model quantized, with its tokenizer, in the compressed-tensors format."""
     options.exactly_one(PLAN=plan, uniform=uniform)
@@ -112,7 +113,6 @@ def quantize(
     from klfast.types import storable_spec
 
     prepare()
-    loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
     made = None if plan is None else klfast.Plan.from_json(plan)
     tokenizer = load_tokenizer(model, **loading)
     network = load_model(model, dtype, **loading)

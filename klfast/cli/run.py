@@ -11,6 +11,7 @@ from klfast.cli import options
 from klfast.cli.console import emit, table
 
 
+@options.loads_models
 def evaluate(
     model: options.Model,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model, for instance the full-precision one.")] = None,
@@ -20,9 +21,9 @@ def evaluate(
     batch_size: options.BatchSize = 4,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
 ) -> None:
     """Measure perplexity on a text, and with --teacher how far the model has moved from another one."""
     from dataclasses import asdict
@@ -32,7 +33,6 @@ def evaluate(
     from klfast.loading import load_model
 
     session.prepare(threads)
-    loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
     network = load_model(model, dtype, **loading)
     other = None if teacher is None else load_model(teacher, dtype, **loading)
     batches = session.open_batches(text, model, network, length=length, windows=windows, batch_size=batch_size, **loading)
@@ -48,6 +48,7 @@ def evaluate(
     emit({"model": model, "teacher": teacher, "text": text, **data}, table([model, ""], rows), as_json)
 
 
+@options.loads_models
 def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)],
@@ -58,9 +59,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.")] = 0,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
 ) -> None:
     """Continue a text; the tokens appear as they are made."""
     import torch
@@ -71,7 +72,6 @@ def generate(
     from klfast.loading import load_model, load_tokenizer
 
     session.prepare(threads)
-    loading = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(model, **loading)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if ids.numel() == 0:
