@@ -24,6 +24,7 @@ TIER_FLAGS = {  # file name without suffix -> flags
     "avx2": AVX2,
     "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512vnni": AVX512_VNNI,
+    "avx512bf16": [*AVX512_VNNI, "-mavx512bf16"],
     "amx": [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.

@@ -62,13 +62,18 @@ std::string check_avx512vnni() {
     return {};
 }
 
-std::string check_amx() {
+std::string check_avx512bf16() {
     if (auto reason = check_avx512vnni(); !reason.empty()) return reason;
+    if (!bit(Leaf(7, 1).eax, 5)) return missing("AVX-512-BF16");
+    return {};
+}
+
+std::string check_amx() {
+    if (auto reason = check_avx512bf16(); !reason.empty()) return reason;
     const Leaf seven(7, 0);
     if (!bit(seven.edx, 24)) return missing("AMX-TILE");
     if (!bit(seven.edx, 25)) return missing("AMX-INT8");
     if (!bit(seven.edx, 22)) return missing("AMX-BF16");
-    if (!bit(Leaf(7, 1).eax, 5)) return missing("AVX-512-BF16");
     if ((saved_registers() & kSaveTiles) != kSaveTiles) return "the operating system does not save the AMX tiles.";
 #if defined(__linux__)
     constexpr long kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;
@@ -85,12 +90,12 @@ std::string check_amx() {
 std::array<std::string, kTiers> all_reasons() {
     std::array<std::string, kTiers> reasons;
 #if defined(__x86_64__)
-    reasons = {"", check_avx2(), check_avxvnni(), check_avx512vnni(), check_amx()};
+    reasons = {"", check_avx2(), check_avxvnni(), check_avx512vnni(), check_avx512bf16(), check_amx()};
 #else
     for (std::size_t t = 1; t < kTiers; ++t) reasons[t] = "this is not an x86-64 machine.";
 #endif
     static const int yes = 1;  // any address: the macros give it back where the tier was built
-    const std::array<const int*, kTiers> built{&yes, KLFAST_IF_AVX2(&yes), KLFAST_IF_AVXVNNI(&yes), KLFAST_IF_AVX512VNNI(&yes), KLFAST_IF_AMX(&yes)};
+    const std::array<const int*, kTiers> built{&yes, KLFAST_IF_AVX2(&yes), KLFAST_IF_AVXVNNI(&yes), KLFAST_IF_AVX512VNNI(&yes), KLFAST_IF_AVX512BF16(&yes), KLFAST_IF_AMX(&yes)};
     for (std::size_t t = 1; t < kTiers; ++t)
         if (built[t] == nullptr && reasons[t].empty()) reasons[t] = "the compiler that built klfast could not build it.";
     return reasons;

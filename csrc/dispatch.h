@@ -10,9 +10,9 @@
 namespace klfast {
 
 // Ascending: a machine that runs a tier runs an op's kernel of any lower one that it can run.
-enum class Tier : int { scalar, avx2, avxvnni, avx512vnni, amx };
-inline constexpr std::size_t kTiers = 5;
-inline constexpr std::array<const char*, kTiers> kTierNames{"scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
+enum class Tier : int { scalar, avx2, avxvnni, avx512vnni, avx512bf16, amx };
+inline constexpr std::size_t kTiers = 6;
+inline constexpr std::array<const char*, kTiers> kTierNames{"scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"};
 
 // Empty when the tier can run here, else one sentence that says why not: not built by the compiler,
 // not in CPUID, its registers not saved by the OS (XCR0), or tile permission not granted (AMX).
@@ -64,6 +64,11 @@ struct Announce {
 #define KLFAST_IF_AVX512VNNI(f) (f)
 #else
 #define KLFAST_IF_AVX512VNNI(f) nullptr
+#endif
+#ifdef KLFAST_BUILT_AVX512BF16
+#define KLFAST_IF_AVX512BF16(f) (f)
+#else
+#define KLFAST_IF_AVX512BF16(f) nullptr
 #endif
 #ifdef KLFAST_BUILT_AMX
 #define KLFAST_IF_AMX(f) (f)

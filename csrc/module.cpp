@@ -5,6 +5,7 @@
 #include "dequant_matmul/bindings.h"
 #include "dispatch.h"
 #include "divergence/bindings.h"
+#include "linear/bindings.h"
 #include "scan/bindings.h"
 
 namespace py = pybind11;
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("why_not", [](int tier) { return why_not(static_cast<Tier>(tier)); }, "Why a tier cannot run here; empty if it can.");
     bind_dequant_matmul(m);
     bind_divergence(m);
+    bind_linear(m);
     bind_ssm(m);
     m.def("kernel_tiers", &Announce::announced, "Op -> the tiers that it has kernels for.");
 }

@@ -81,6 +81,54 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
     )
 
 
+# linear -----------------------------------------------------------------------------------------------------------
+
+
+def _check_linear(x, weight, bias, dtype):
+    for name, t, dim in (("x", x, 1), ("weight", weight, 2)):
+        if t.dtype not in FLOAT_DTYPES or t.dim() < dim:
+            raise InvalidInputError(f"linear: {name} must be float32, bfloat16 or float16 with {dim} or more dimensions, got {t.dtype} {list(t.shape)}")
+    if weight.dim() != 2 or weight.dtype != x.dtype or x.shape[-1] != weight.shape[1]:
+        raise InvalidInputError(f"linear: weight must be {x.dtype} [N, {x.shape[-1]}] for this x, got {weight.dtype} {list(weight.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in FLOAT_DTYPES):
+        raise InvalidInputError(f"linear: bias must be float32, bfloat16 or float16 [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
+    if dtype not in (None, *FLOAT_DTYPES):
+        raise InvalidInputError(f"linear: dtype must be float32, bfloat16 or float16, got {dtype}")
+    same_device("linear", x, weight, bias)
+
+
+def _fake_linear(x, weight, bias, dtype):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+_define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? dtype) -> Tensor",
+    check=_check_linear,
+    fake=_fake_linear,
+    reference=reference.linear,
+)
+linear_op = torch.ops.klfast.linear.default
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Linear layer, ``F.linear(x, weight, bias).to(dtype)`` without the intermediate, accumulated in float32.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; any strides.
+        weight: [N, K] in x's dtype, on x's device.
+        bias: float [N], optional.
+        dtype: of the result; x's by default. Values are rounded to x's dtype in any case, so that a wider result equals a
+            narrow one widened.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        InvalidInputError: a wrong dtype, shape or device.
+    """
+    return linear_op(x, weight, bias, dtype)
+
+
 # Kernels by device. The extension may be missing (a source tree that was not built): the reference then runs, with a
 # warning, so that importing klfast never needs a compiler.
 try:

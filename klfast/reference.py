@@ -51,6 +51,12 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N], accumulated in float32, rounded to x's dtype, then to ``dtype``."""
+    y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype).to(dtype or x.dtype)
+
+
 def fake_quantize_rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """float32 [..., K] rounded to int8 per row and group, symmetric, and multiplied out again."""
     k = x.shape[-1]

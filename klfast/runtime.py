@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 from klfast.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
 
-CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")  # ascending, as csrc/dispatch.h has them
+CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/dispatch.h has them
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 
 _pin: ContextVar[str | None] = ContextVar("klfast_pin", default=None)

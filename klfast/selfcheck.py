@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import torch
 
 from klfast import ops
 from klfast.quantization import quantize
-from klfast.types import QuantSpec
+from klfast.types import FLOAT_DTYPES, QuantSpec
 
 Run = Callable[[], list[torch.Tensor]]
+
+
+def _integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-3, 4, shape).float()
 
 
 def _dequant_matmul() -> Run:
     x, bias = torch.randn(5, 100), torch.randn(37)
     weights = [quantize(torch.randn(37, 100), spec) for spec in (QuantSpec(4, 32), QuantSpec(8, 64, symmetric=False))]
-    return lambda: [ops.dequant_matmul(x, weight, bias, activation=a) for weight in weights for a in ("exact", "int8")]
+    whole = _integers(21, 100).bfloat16()  # whole numbers: the sums are, and no rounding to bfloat16 depends on their order
+    powers = replace(weights[0], scale=torch.exp2(torch.randint(3, weights[0].scale.shape)).half())
+    return lambda: [
+        *(ops.dequant_matmul(x, weight, bias, activation=a) for weight in weights for a in ("exact", "int8")),
+        ops.dequant_matmul(whole, powers),
+    ]
+
+
+def _linear() -> Run:
+    x, weight, bias = _integers(21, 101), _integers(37, 101), _integers(37)
+    return lambda: [ops.linear(x.to(dtype), weight.to(dtype), bias, dtype=torch.float32) for dtype in FLOAT_DTYPES]
 
 
 def _logit_divergence() -> Run:
@@ -80,6 +94,7 @@ def _rms_norm() -> Run:
 # Op -> draws its arguments at random, and gives what runs it on them.
 CASES: dict[str, Callable[[], Run]] = {
     "dequant_matmul": _dequant_matmul,
+    "linear": _linear,
     "logit_divergence": _logit_divergence,
     "linear_divergence": _linear_divergence,
     "causal_conv1d": _causal_conv1d,

@@ -52,10 +52,11 @@ CHECKS = {"exact": check_exact, "int8": check_int8}
 
 
 @pytest.mark.parametrize("activation", CHECKS)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_against_float64(tier, spec, activation):
+def test_against_float64(tier, spec, x_dtype, activation):
     for m, n, k in [(1, 48, 100), (1, 132, 1600), (2, 100, 63), (5, 1, 1600), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515)]:
-        x, qt, bias = operands(m, n, k, spec)
+        x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
         CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
 
 
@@ -83,11 +84,11 @@ def test_int8_is_the_same_at_every_tier(spec):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(TIERS), st.integers(1, 40), st.integers(1, 70), st.integers(1, 600), st.sampled_from([4, 8]),
+    st.sampled_from(TIERS), st.sampled_from(FLOAT_DTYPES), st.integers(1, 40), st.integers(1, 70), st.integers(1, 600), st.sampled_from([4, 8]),
     st.one_of(st.just(-1), st.integers(1, 300)), st.booleans(), st.sampled_from(list(CHECKS)),
 )
-def test_any_shape(tier, m, n, k, bits, group, symmetric, activation):
-    x, qt, bias = operands(m, n, k, QuantSpec(bits, group, symmetric))
+def test_any_shape(tier, x_dtype, m, n, k, bits, group, symmetric, activation):
+    x, qt, bias = operands(m, n, k, QuantSpec(bits, group, symmetric), x_dtype=x_dtype)
     with using(tier):
         CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
 
@@ -103,8 +104,9 @@ def test_ties_of_x_round_to_even(tier, activation):
 
 @pytest.mark.parametrize("activation", CHECKS)
 @pytest.mark.parametrize("m", [1, 30])
-def test_not_finite_x_stays_in_its_row(tier, activation, m):
-    x, qt, _ = operands(m, 40, 200, QuantSpec(4, 64, False))
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_not_finite_x_stays_in_its_row(tier, activation, m, x_dtype):
+    x, qt, _ = operands(m, 40, 200, QuantSpec(4, 64, False), x_dtype=x_dtype)
     for value in (torch.nan, torch.inf, 1e-42, -torch.inf):
         bad = x.clone()
         bad[0, 70] = value
@@ -159,7 +161,7 @@ def test_touches_nothing_outside(tier, activation):
     """Each operand ends where the memory does: the next byte belongs to a page that cannot be read or written."""
     for spec in SPECS[::3]:
         for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
-            for x_dtype in (torch.float32, torch.float16):
+            for x_dtype in FLOAT_DTYPES:
                 x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
                 zero_point = None if qt.zero_point is None else guarded(qt.zero_point)
                 inside = QuantizedTensor(guarded(qt.packed), guarded(qt.scale), zero_point, qt.shape, spec)
@@ -196,8 +198,8 @@ def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
 def test_any_number_of_threads_gives_the_same_bits(tier, activation):
     before = torch.get_num_threads()
     try:
-        for m, n, k in [(1, 500, 700), (30, 70, 600), (600, 40, 130)]:
-            x, qt, bias = operands(m, n, k, QuantSpec(4, 64, False))
+        for m, n, k, x_dtype in [(1, 500, 700, torch.float32), (30, 70, 600, torch.float32), (600, 40, 130, torch.float32), (600, 40, 130, torch.bfloat16)]:
+            x, qt, bias = operands(m, n, k, QuantSpec(4, 64, False), x_dtype=x_dtype)
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 #include "dequant_matmul/dequant_matmul.h"
 #include "vec/avx2.h"
 
-#include "dequant_matmul/ints_avx2.h"
+#include "vec/ints_avx2.h"
 
 #include "dequant_matmul/body.h"
 

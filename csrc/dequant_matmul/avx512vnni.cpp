@@ -2,7 +2,7 @@
 #include "dequant_matmul/dequant_matmul.h"
 #include "vec/avx512.h"
 
-#include "dequant_matmul/ints_avx512.h"
+#include "vec/ints_avx512.h"
 
 #include "dequant_matmul/body.h"
 

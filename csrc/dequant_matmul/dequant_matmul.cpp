@@ -8,6 +8,7 @@ constexpr KernelTable<DequantMatmulKernel> kKernels{
     KLFAST_IF_AVX2(&avx2::dequant_matmul),
     nullptr,
     KLFAST_IF_AVX512VNNI(&avx512vnni::dequant_matmul),
+    KLFAST_IF_AVX512BF16(&avx512bf16::dequant_matmul),
     nullptr,
 };
 const Announce announce{"dequant_matmul", kKernels};

@@ -4,26 +4,18 @@
 #include <cstdint>
 
 #include "dispatch.h"
-#include "numeric.h"
+#include "product/product.h"
 
 namespace klfast {
 
-struct DequantMatmulArgs {
-    const void* x;  // [m, k], last dimension contiguous
-    DType x_type;
-    std::int64_t x_stride;             // elements from row to row
-    const std::int32_t* packed;        // [n, ceil(k bits / 32)]
-    const void* scale;                 // [n, groups]
+struct DequantMatmulArgs : Product {
+    const std::int32_t* packed;      // [n, ceil(k bits / 32)]
+    const void* scale;               // [n, groups]
     DType scale_type;
-    const std::int32_t* zero_point;    // [ceil(n bits / 32), groups]; nullptr if symmetric
-    const void* bias;                  // [n]; nullptr without
-    DType bias_type;
-    void* y;  // [m, n] of x_type, contiguous
-    std::int64_t m, n, k;
+    const std::int32_t* zero_point;  // [ceil(n bits / 32), groups]; nullptr if symmetric
     int bits;            // 4 or 8
     std::int64_t group;  // values of a row that share a scale, at least 1
     bool int8_activation;
-    int n_threads;
 
     std::int64_t groups() const { return (k + group - 1) / group; }
     std::int64_t words() const { return (k * bits + 31) / 32; }  // of a row
@@ -37,5 +29,6 @@ void dequant_matmul(const DequantMatmulArgs& args, Tier limit);
 namespace scalar { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx2 { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx512vnni { void dequant_matmul(const DequantMatmulArgs&); }
+namespace avx512bf16 { void dequant_matmul(const DequantMatmulArgs&); }
 
 }  // namespace klfast

@@ -3,34 +3,13 @@
 // Included by the tiers only; local to the including translation unit.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <new>
 
 #include "dequant_matmul/dequant_matmul.h"
+#include "product/common.h"
 
 namespace klfast {
 namespace {
-
-constexpr int W = Vec::width;
-// Values of a row handled at a time. Sums of 256 products of stored values (at most 255) and int8 stay below 2^24, so
-// that they are exact as floats too.
-constexpr int kBlock = 256;
-
-inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-
-// Memory for the length of a call: `size` elements, aligned to a cache line, not initialised.
-template <class T>
-struct Buffer {
-    T* data;
-    explicit Buffer(std::size_t size) : data(static_cast<T*>(::operator new((size + 1) * sizeof(T), std::align_val_t{64}))) {}
-    ~Buffer() { ::operator delete(data, std::align_val_t{64}); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    T& operator[](std::int64_t i) const { return data[i]; }
-};
 
 // A run of values in one group and one block. Every sum is taken segment by segment, at every tier.
 struct Segment {
@@ -47,6 +26,18 @@ struct Segments {
             list[count++] = {begin, end, group};
             begin = end;
         }
+    }
+
+    // Calls each(segment) for those that begin in [begin, end), the bounds of a block.
+    template <class Each>
+    void within(std::int64_t begin, std::int64_t end, Each&& each) const {
+        std::int64_t low = 0, high = count;
+        while (low < high) {
+            const std::int64_t middle = (low + high) / 2;
+            if (list[middle].begin < begin) low = middle + 1;
+            else high = middle;
+        }
+        for (; low < count && list[low].begin < end; ++low) each(list[low]);
     }
 };
 
@@ -104,18 +95,6 @@ private:
         for (int i = 0; i < W; ++i) write(reinterpret_cast<std::int32_t*>(out + i * W), rows[i]);
     }
 };
-
-// Writes total + bias to y[m, n0 ..].
-inline void store_panel(const DequantMatmulArgs& a, std::int64_t m, std::int64_t n0, Vec total) {
-    const int valid = static_cast<int>(smaller(W, a.n - n0));
-    if (a.bias != nullptr) total = total + load(a.bias, n0, a.bias_type, valid);
-    store(a.y, m * a.n + n0, a.x_type, valid, total);
-}
-
-// Threads that the work of `macs` multiplications keeps busy.
-inline int useful_threads(const DequantMatmulArgs& a, std::int64_t macs) {
-    return static_cast<int>(smaller(a.n_threads, 1 + macs / 65536));
-}
 
 }  // namespace
 }  // namespace klfast

@@ -2,7 +2,7 @@
 #include "dequant_matmul/dequant_matmul.h"
 #include "vec/scalar.h"
 
-#include "dequant_matmul/ints_scalar.h"
+#include "vec/ints_scalar.h"
 
 #include "dequant_matmul/body.h"
 

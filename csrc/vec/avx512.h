@@ -60,11 +60,16 @@ inline void store(void* p, std::int64_t i, DType t, int n, Vec a) {
     __m256i raw;
     if (t == DType::f16) {
         raw = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
-    } else {  // round to nearest even by integers; a NaN keeps its upper bits and is made quiet
+    } else {
+#ifdef __AVX512BF16__
+        raw = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));  // subnormal numbers become 0
+#else
+        // round to nearest even by integers; a NaN keeps its upper bits and is made quiet
         const __m512i u = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
         raw = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
+#endif
     }
     _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(p) + i, first(n), raw);
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from klfast import _C, ops, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
-from klfast.backends.memory import DTYPE_CODES, address
+from klfast.backends.memory import DTYPE_CODES, address, empty
 
 
 def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
@@ -26,8 +27,42 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
+def _torch_is_faster(x, rows, dtype):
+    """Whether torch's own product, with a conversion after it, beats linear's kernel (bench/results/linear.csv).
+
+    It does in float32, for a few rows, and for what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
+    AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower.
+    """
+    if runtime.pinned() in runtime.CPU_TIERS:
+        return False
+    if x.dtype == torch.float32 or rows < 4 or not runtime.why_not("amx"):
+        return True
+    return x.dtype == torch.bfloat16 == dtype and not runtime.why_not("avx512bf16")
+
+
+def linear(x, weight, bias, dtype):
+    n, k = weight.shape
+    dtype = dtype or x.dtype
+    if _torch_is_faster(x, x.numel() // max(k, 1), dtype):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+    y = empty(*x.shape[:-1], n, dtype=dtype)
+    rows = x.reshape(-1, k) if k else x.reshape(y.numel() // max(n, 1), 0)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    _C.linear(
+        address(rows), DTYPE_CODES[x.dtype], rows.stride(0), address(weight), DTYPE_CODES[weight.dtype], weight.stride(0),
+        address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y), DTYPE_CODES[y.dtype],
+        rows.shape[0], n, k, torch.get_num_threads(), runtime.cpu_tier_limit(),
+    )
+    return y
+
+
 def register() -> None:
     """Register every CPU kernel with its op."""
     ops.register_kernel("dequant_matmul", "CPU", dequant_matmul)
+    ops.register_kernel("linear", "CPU", linear)
     cpu_divergence.register()
     cpu_ssm.register()

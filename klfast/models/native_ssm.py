@@ -88,26 +88,26 @@ def _replacements(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
     """The modules to change, each with its new forward; none without a mixer among them."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"accelerate takes a transformers model, got {type(model).__name__}")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = []
     for module in model.modules():
+        if type(module) is nn.Linear:
+            found.append((module, _native(nn.Linear, _head_forward if module is head else _linear_forward)))
         if not type(module).__module__.startswith("transformers."):
             continue
         if type(module).__name__ in _MIXERS:
             found.append((module, _native(type(module), _mixer_forward)))
         elif type(module).__name__ in _NORMS:
             found.append((module, _native(type(module), _norm_forward)))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) is nn.Linear:
-        found.append((head, _native(nn.Linear, _head_forward)))
     return found if any(type(module).__name__ in _MIXERS for module, _ in found) else []
 
 
-_natives: dict[type, Callable] = {}
+_natives: dict[tuple[type, Callable], Callable] = {}
 
 
 def _native(module_class: type, make: Callable[[Callable], Callable]) -> Callable:
-    """``make(original forward)``, or the original where klfast's functions do not apply; made once a class."""
-    if module_class not in _natives:
+    """``make(original forward)``, or the original where klfast's functions do not apply; made once for both."""
+    if (module_class, make) not in _natives:
         original = module_class.forward
         native = make(original)
 
@@ -120,8 +120,8 @@ def _native(module_class: type, make: Callable[[Callable], Callable]) -> Callabl
             return native(self, x, *args, **kwargs)
 
         forward.klfast_original = original
-        _natives[module_class] = forward
-    return _natives[module_class]
+        _natives[module_class, make] = forward
+    return _natives[module_class, make]
 
 
 # The mixers -------------------------------------------------------------------------------------------------------
@@ -200,7 +200,9 @@ class _LeftOperand:
         return getattr(self._weight, name)
 
     def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.transpose(-1, -2), self._weight).transpose(-1, -2)
+        x = x.transpose(-1, -2)
+        linear = F.linear if x.dtype == torch.float32 or x.dtype != self._weight.dtype else ops.linear
+        return linear(x, self._weight).transpose(-1, -2)
 
 
 # transformers' functions under its names, with the arguments its mixers pass; further keywords mean nothing on a CPU
@@ -243,33 +245,15 @@ def _norm_forward(original: Callable) -> Callable:
     return forward
 
 
-_BLOCK = 1 << 22  # logits computed at a time: their 16-bit form stays in the cache
-
-
-def _head_forward(original: Callable) -> Callable:
-    """The head's product a block of the vocabulary at a time, each widened at once to float32.
-
-    The model's forward calls ``.float()`` on the logits: both copies whole, the 16-bit one and the float32 one, cost
-    more in fresh pages than in arithmetic. The values are the same. Small outputs take the original path.
-    """
-
+def _linear_forward(original: Callable, dtype: torch.dtype | None = None) -> Callable:
     def forward(self, x):
-        rows, vocabulary = x.numel() // max(x.shape[-1], 1), self.out_features
-        if x.dtype == torch.float32 or x.dtype != self.weight.dtype or rows * vocabulary <= _BLOCK:
+        if x.dtype == torch.float32 or x.dtype != self.weight.dtype:
             return original(self, x)
-        out = _empty_on_large_pages(rows, vocabulary)
-        flat, step = x.reshape(rows, -1), max(_BLOCK // rows // 64 * 64, 64)
-        for begin in range(0, vocabulary, step):
-            part = slice(begin, begin + step)
-            out[:, part] = F.linear(flat, self.weight[part], None if self.bias is None else self.bias[part])
-        return out.view(*x.shape[:-1], vocabulary)
+        return ops.linear(x, self.weight, self.bias, dtype=dtype)
 
     return forward
 
 
-def _empty_on_large_pages(*shape: int) -> torch.Tensor:
-    from klfast import _C
-
-    out = torch.empty(*shape)
-    _C.advise_huge_pages(out.data_ptr(), out.numel() * out.element_size())
-    return out
+def _head_forward(original: Callable) -> Callable:
+    """The head with logits in float32: the model's forward calls ``.float()`` on them, a second copy of the largest tensor of all."""
+    return _linear_forward(original, torch.float32)

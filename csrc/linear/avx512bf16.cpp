@@ -1,0 +1,52 @@
+// linear at tier avx512bf16: bf16 times bf16 by vdpbf16ps; whatever else as tier avx512vnni does.
+#include "linear/linear.h"
+#include "vec/avx512.h"
+
+#include "vec/ints_avx512.h"
+
+#include "product/bf16.h"
+
+namespace klfast {
+namespace {
+
+struct Bf16Rows {
+    const LinearArgs& args;
+    std::int64_t depth = args.k;
+
+    struct Panels {
+        const LinearArgs& args;
+        explicit Panels(const Bf16Rows& source) : args(source.args) {}
+
+        void load(std::int64_t n0, std::int64_t vectors, std::int32_t* pairs, float* scale) const {
+            const std::int64_t pairs_in_all = (args.k + 1) / 2;
+            for (std::int64_t v = 0; v < vectors; ++v) {
+                store(scale + v * W, set(1.0f));
+                for (std::int64_t p = 0; p < pairs_in_all; p += W) {
+                    Ints rows[W];
+                    for (int lane = 0; lane < W; ++lane) rows[lane] = row(smaller(n0 + v * W + lane, args.n - 1), 2 * p);
+                    transpose(rows);
+                    for (int i = 0; i < smaller(W, pairs_in_all - p); ++i) write(pairs + ((p + i) * vectors + v) * W, rows[i]);
+                }
+            }
+        }
+
+        // Values k .. k + 2 W of row n, zeros behind the last.
+        Ints row(std::int64_t n, std::int64_t k) const {
+            const std::int64_t left = args.k - k;
+            const __mmask32 mask = left >= 2 * W ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+            return {_mm512_maskz_loadu_epi16(mask, static_cast<const std::uint16_t*>(args.weight) + n * args.weight_stride + k)};
+        }
+    };
+};
+
+}  // namespace
+
+namespace avx512bf16 {
+
+void linear(const LinearArgs& args) {
+    if (args.x_type != DType::bf16 || args.weight_type != DType::bf16) return avx512vnni::linear(args);
+    if (args.m != 0 && args.n != 0) product_bf16(args, Bf16Rows{args});
+}
+
+}  // namespace avx512bf16
+}  // namespace klfast

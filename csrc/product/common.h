@@ -1,0 +1,54 @@
+// What every product of x with panels of W needs: W rows of the weight make a panel, one row a lane.
+// Included by the tiers after their vectors; local to the including translation unit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "parallel.h"
+#include "product/product.h"
+
+namespace klfast {
+namespace {
+
+constexpr int W = Vec::width;
+// Values of a row handled at a time. Sums of 256 products of stored values (at most 255) and int8 stay below 2^24, so
+// that they are exact as floats too.
+constexpr int kBlock = 256;
+
+inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// Memory for the length of a call: `size` elements, aligned to a cache line, not initialised.
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(std::size_t size) : data(static_cast<T*>(::operator new((size + 1) * sizeof(T), std::align_val_t{64}))) {}
+    ~Buffer() { ::operator delete(data, std::align_val_t{64}); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T& operator[](std::int64_t i) const { return data[i]; }
+};
+
+inline Vec rounded(Vec v, DType type) {
+    if (type == DType::f32) return v;
+    alignas(64) std::uint16_t stored[W];
+    store(stored, 0, type, W, v);
+    return load(stored, 0, type, W);
+}
+
+// Writes total + bias to y[m, n0 ..].
+inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec total) {
+    const int valid = static_cast<int>(smaller(W, a.n - n0));
+    if (a.bias != nullptr) total = total + load(a.bias, n0, a.bias_type, valid);
+    if (a.y_type != a.x_type) total = rounded(total, a.x_type);
+    store(a.y, m * a.n + n0, a.y_type, valid, total);
+}
+
+// Threads that the work of `macs` multiplications keeps busy.
+inline int useful_threads(const Product& a, std::int64_t macs) { return static_cast<int>(smaller(a.n_threads, 1 + macs / 65536)); }
+
+}  // namespace
+}  // namespace klfast
