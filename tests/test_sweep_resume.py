@@ -79,7 +79,7 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
     path.write_text(before[: len(before) // 2])
     with pytest.raises(CheckpointError, match=r"truncated or no JSON .*; to start anew delete it \(--no-resume\)"):
         klfast.sweep(model, ids, "int4", **options)
-    for content in ("[]", "{}", '{"schema": "klfast-plan/1"}', json.dumps({**json.loads(before), "layers": 3})):
+    for content in ("[]", "{}", '{"schema": "klfast-sensitivities/9"}', json.dumps({**json.loads(before), "layers": 3})):
         path.write_text(content)
         with pytest.raises(CheckpointError, match=r"; to start anew delete it \(--no-resume\)") as caught:
             klfast.sweep(model, ids, "int4", **options)
