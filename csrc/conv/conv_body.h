@@ -52,9 +52,10 @@ inline void run(const ConvArgs& a) {
     constexpr int kChannels = 256, kTime = 16;
     const int past = static_cast<int>(a.width - 1);
     std::int64_t size = kChannels;  // smaller where there would be too few blocks for the threads
-    while (size > Vec::width && a.batch * ((a.channels + size - 1) / size) < 4 * a.n_threads) size /= 2;
+    const int threads = worthwhile_threads(a.n_threads, a.batch * a.channels * a.length * (a.width + 25));
+    while (size > Vec::width && a.batch * ((a.channels + size - 1) / size) < 4 * threads) size /= 2;
     const std::int64_t blocks = (a.channels + size - 1) / size;
-    parallel_for(a.batch * blocks, 1, a.n_threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(a.batch * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch((kTime + 2 * past + a.width + 1) * kChannels);
         float* const tile = scratch.data;                            // [past + kTime, pitch]
         float* const kept = tile + (kTime + past) * kChannels;       // [past, pitch]
@@ -75,7 +76,9 @@ inline void run(const ConvArgs& a) {
             if (a.final) carry(a, b, c0, n);
             for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
                 const int n_t = static_cast<int>(a.length - t0 < kTime ? a.length - t0 : kTime);
-                load_tile(tile + past * pitch, pitch, a.x, b * a.x.stride[0] + c0 * a.x.stride[1] + t0 * a.x.stride[2], a.x.stride[1], a.x.stride[2], n, n_t);
+                const auto from = [&](std::int64_t t) { return b * a.x.stride[0] + c0 * a.x.stride[1] + t * a.x.stride[2]; };
+                load_tile(tile + past * pitch, pitch, a.x, from(t0), a.x.stride[1], a.x.stride[2], n, n_t);
+                if (t0 + 2 * kTime <= a.length) prefetch(a.x, from(t0 + kTime), a.x.stride[1], a.x.stride[2], n, kTime);
                 for (int i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
                 const auto kernel = a.width == 4 ? convolve<4> : a.width == 3 ? convolve<3> : a.width == 2 ? convolve<2> : convolve<0>;
                 kernel(tile, pitch, weight, bias, static_cast<int>(a.width), n_t, a.silu);

@@ -15,7 +15,8 @@ namespace {
 inline void run(const RmsNormArgs& a) {
     constexpr int W = Vec::width;
     const int n = static_cast<int>(a.channels), size = static_cast<int>(a.group_size), padded = round_up(size), groups = n / (size ? size : 1);
-    parallel_for(a.rows * a.rows_inner, 16, a.n_threads, [&](std::int64_t begin, std::int64_t end) {
+    const int threads = worthwhile_threads(a.n_threads, 5 * a.rows * a.rows_inner * n);
+    parallel_for(a.rows * a.rows_inner, 16, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(static_cast<std::size_t>(groups + 2) * padded);
         float* const weight = scratch.data;              // [groups, padded]
         float* const v = weight + groups * padded;       // [padded]

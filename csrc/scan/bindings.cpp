@@ -9,10 +9,6 @@
 #include "norm/norm.h"
 #include "scan/scan.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace py = pybind11;
 
 namespace pybind11::detail {
@@ -36,17 +32,6 @@ struct type_caster<klfast::View> {
 }  // namespace pybind11::detail
 
 namespace klfast {
-namespace {
-
-void advise_huge_pages([[maybe_unused]] std::uintptr_t address, [[maybe_unused]] std::size_t bytes) {
-#if defined(__linux__)
-    constexpr std::uintptr_t kPage = 4096;
-    const std::uintptr_t first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
 
 void bind_ssm(py::module_& m) {
     using Int = std::int64_t;
@@ -75,7 +60,6 @@ void bind_ssm(py::module_& m) {
         const py::gil_scoped_release release;
         rms_norm({x, gate, out, weight, rows, rows_inner, channels, group_size, eps, n_threads}, static_cast<Tier>(limit));
     });
-    m.def("advise_huge_pages", &advise_huge_pages, "Ask for large pages for memory not yet touched; a hint, without effect where the system has none.");
 }
 
 }  // namespace klfast

@@ -51,15 +51,6 @@ struct ScanScratch {
     float *b, *c;             // [time, state pitch]
 };
 
-inline void prefetch(const View& v, std::int64_t base, int n_c, int n_t) {
-    if (v.stride[1] != 1) return;
-    const std::int64_t size = size_of(v.dtype);
-    for (int t = 0; t < n_t; ++t) {
-        const char* const row = static_cast<const char*>(v.data) + (base + t * v.stride[2]) * size;
-        for (std::int64_t i = 0; i < n_c * size; i += 64) __builtin_prefetch(row + i);
-    }
-}
-
 // W channels from c on, n_t steps from t0 on.
 inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0, int c, int n, std::int64_t t0, int n_t) {
     constexpr int W = Vec::width, kStates = 4;
@@ -109,7 +100,7 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
         states(w.c, s.c);
         for (int c = 0; c < block.n; c += W) {
             for (const View* v : {&s.u, &s.delta, &s.z})  // the next tile, while this one is worked on
-                if (*v && t0 + kTime < s.length) prefetch(*v, block.batch * v->stride[0] + (block.c0 + c) * v->stride[1] + (t0 + kTime) * v->stride[2], lanes(c), steps(t0 + kTime));
+                if (*v && t0 + kTime < s.length) prefetch(*v, block.batch * v->stride[0] + (block.c0 + c) * v->stride[1] + (t0 + kTime) * v->stride[2], v->stride[1], v->stride[2], lanes(c), steps(t0 + kTime));
             scan_tile(s, w, block.batch, block.c0, c, lanes(c), t0, steps(t0));
         }
     }
@@ -121,9 +112,10 @@ inline void run(const SelectiveScanArgs& s) {
     const int n_states = static_cast<int>(s.states), pitch = round_up(s.states);
     const std::int64_t group = s.channels / s.groups;
     std::int64_t size = kBlock;  // smaller where there would be too few blocks for the threads
-    while (size > Vec::width && s.batch * s.groups * ((group + size - 1) / size) < 4 * s.n_threads) size /= 2;
+    const int threads = worthwhile_threads(s.n_threads, 15 * s.batch * s.channels * s.length * s.states);
+    while (size > Vec::width && s.batch * s.groups * ((group + size - 1) / size) < 4 * threads) size /= 2;
     const std::int64_t blocks = (group + size - 1) / size;
-    parallel_for(s.batch * s.groups * blocks, 1, s.n_threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(s.batch * s.groups * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(2 * (static_cast<std::size_t>(n_states) + 1) * kBlock + 2 * static_cast<std::size_t>(kTime) * pitch);
         ScanScratch w;
         w.a = scratch.data, w.h = w.a + n_states * kBlock, w.d = w.h + n_states * kBlock, w.bias = w.d + kBlock;

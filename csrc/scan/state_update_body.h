@@ -16,7 +16,8 @@ inline void run(const StateUpdateArgs& s) {
     const int n_states = static_cast<int>(s.states), pitch = round_up(s.states);
     const std::int64_t blocks = (s.dim + W - 1) / W, per_group = s.heads / s.groups;
     const bool shared_rate = s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
-    parallel_for(s.batch * s.heads * blocks, 1, s.n_threads, [&](std::int64_t begin, std::int64_t end) {
+    const int threads = worthwhile_threads(s.n_threads, 15 * s.batch * s.heads * s.dim * s.states);
+    parallel_for(s.batch * s.heads * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(4 * pitch);
         float* const a = scratch.data;  // [pitch] each
         float* const h = a + pitch;

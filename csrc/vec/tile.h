@@ -71,5 +71,15 @@ inline void store_tile(const float* tile, int pitch, const View& to, std::int64_
     }
 }
 
+// Asks for the tile that load_tile would read, where its rows are contiguous.
+inline void prefetch(const View& from, std::int64_t base, std::int64_t stride_c, std::int64_t stride_t, int n_c, int n_t) {
+    if (stride_c != 1) return;
+    const std::int64_t size = size_of(from.dtype);
+    for (int t = 0; t < n_t; ++t) {
+        const char* const row = static_cast<const char*>(from.data) + (base + t * stride_t) * size;
+        for (std::int64_t i = 0; i < n_c * size; i += 64) __builtin_prefetch(row + i);
+    }
+}
+
 }  // namespace
 }  // namespace klfast
