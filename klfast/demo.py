@@ -96,7 +96,7 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
     calibration, evaluation = text("calibration", effort.calibration_windows), text("evaluation", effort.evaluation_windows)
     say(
         f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {dtype_name(dtype)}. "
-        f"Everything is computed in float32 on {torch.get_num_threads()} threads; sizes are those of the stored tensors."
+        f"Everything is computed in float32 on {_counted(torch.get_num_threads(), 'thread')}; sizes are those of the stored tensors."
     )
     say(f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text.")
     swept = klfast.sweep(model, calibration, specs=SPECS, metrics=("kl_teacher_student", "sqnr_db"))
@@ -113,7 +113,7 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
     chosen = Counter(map(str, plans[MIXED].specs.values()))
     say(
         f"Plan: at most {budget / 1e6:.3f} MB, which is uniform {INT4} plus {HEADROOM - 1:.0%}. "
-        f"By KL: {', '.join(f'{count} layers in {spec}' for spec, count in sorted(chosen.items()))}."
+        f"By KL: {', '.join(_counted(count, 'layer') + f' in {spec}' for spec, count in sorted(chosen.items()))}."
     )
     say(f"Compare on {_tokens(evaluation)} tokens of other text.")
     saved = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="klfast-demo-"), "mixed")
@@ -180,6 +180,10 @@ HEADINGS = ("variant", "MB", "bits/weight", "perplexity", "KL (nats)", "top-1 ag
 def cells(row: Row) -> tuple[str, ...]:
     """A row as the table shows it, in the order of HEADINGS."""
     return (row.variant, f"{row.bytes / 1e6:.3f}", f"{row.bits_per_weight:.2f}", f"{row.perplexity:.3f}", f"{row.kl:.5f} ± {row.kl_stderr:.5f}", f"{row.top1_agreement:.2%}")
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _tokens(batches: list[torch.Tensor]) -> int:

@@ -198,3 +198,14 @@ def test_threads_share_an_accelerated_model(model):
         thread.join()
     for result in results:
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_says_so_of_state_space_layers_that_it_does_not_know():
+    from transformers import BambaConfig, BambaForCausalLM
+
+    config = BambaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                         mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, attn_layer_indices=[])  # fmt: skip
+    model = BambaForCausalLM(config)
+    with pytest.warns(klfast.SlowPathWarning, match="BambaMixer"):
+        klfast.accelerate(model)
+    assert not any(is_accelerated(m) for m in model.modules())

@@ -35,7 +35,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Let a transformers Mamba, Mamba-2 or FalconMamba model run klfast's kernels on the CPU; returns the same model.
 
     Works in place on this model only, caches and generation included; ``unaccelerate`` undoes it. A model without
-    state-space layers (a Llama) has nothing to accelerate and is returned unchanged, as is one already accelerated.
+    state-space layers (a Llama) has nothing to accelerate and is returned unchanged, as is one already accelerated; one with
+    others (a Jamba) stays as it is too, with a ``SlowPathWarning``.
     Tensors on other devices take the model's own path. So do gradients, with a ``SlowPathWarning``: run inference under
     ``torch.inference_mode()`` or ``torch.no_grad()``. With 16-bit weights the output head of an accelerated model returns
     the logits in float32, which the model would make of them anyway.
@@ -47,6 +48,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     with _lock:
         replacements = _replacements(model)
+        if unknown := _unknown_mixers(model):
+            runtime.slow_path("accelerate", type(model).__name__, f"klfast's functions are not for the state-space layers {', '.join(unknown)}.")
         if replacements and not registry.has_kernel("selective_scan", "CPU"):
             raise KernelUnavailableError(f"accelerate: {runtime.why_not('scalar')} Install klfast with a C++ compiler present")
         for mixer in {type(module) for module, _ in replacements if type(module).__name__ in _MIXERS}:
@@ -100,6 +103,12 @@ def _replacements(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
         elif type(module).__name__ in _NORMS:
             found.append((module, _native(type(module), _norm_forward)))
     return found if any(type(module).__name__ in _MIXERS for module, _ in found) else []
+
+
+def _unknown_mixers(model: nn.Module) -> list[str]:
+    """Classes with a state matrix, as Jamba's or Bamba's mixers, that klfast has no functions for."""
+    with_state = {type(module) for module in model.modules() if "A_log" in dict(module.named_parameters(recurse=False))}
+    return sorted(c.__name__ for c in with_state if c.__name__ not in _MIXERS and not c.__module__.startswith("klfast."))
 
 
 _natives: dict[tuple[type, Callable], Callable] = {}
