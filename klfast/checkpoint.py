@@ -150,6 +150,8 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     """The transformers model that config.json describes, without memory (on the meta device)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         del config.quantization_config  # it describes the files, not the model in memory

@@ -63,6 +63,8 @@ def load_model(
 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
+
     with _one_line_errors(source, "model"):
         read_generation_config(Path(source), GenerationConfig)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -72,9 +74,9 @@ def load_model(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
-    if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
-        raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
+    _require_all_tensors(source, model, report)
     if getattr(model.config, "quantization_config", None) is None:  # other quantizers store integers by design
         _check_stored_dtypes(source, model)
     return accelerate_or_warn(model.eval())
@@ -87,6 +89,8 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
     """
     from transformers import AutoTokenizer
 
+    import klfast.models.hymba  # noqa: F401  (AutoTokenizer may ask AutoConfig)
+
     source = _resolve(name_or_path)
     if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
@@ -94,6 +98,18 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
         read_manifest(Path(source), verify=True, weights=False)
     with _one_line_errors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+
+
+def _require_all_tensors(source: str, model: nn.Module, report: dict) -> None:
+    """Raise CheckpointError, naming a tensor, unless the files hold those of the model. transformers fills what they lack with random numbers."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise CheckpointError(f"{source}: {name} must have shape {list(expected)}, got {list(found)}; fetch or save it again")
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected and type(model).__module__.startswith("klfast."):  # other families have files with harmless ones
+        raise CheckpointError(f"{source} holds {len(unexpected)} tensors that the model does not have, such as {unexpected[0]}; fetch or save it again")
 
 
 def _check_stored_dtypes(source: str, model: nn.Module) -> None:
@@ -171,7 +187,7 @@ def _one_line_errors(source: str, what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, InvalidInputError):
         raise
     except SafetensorError as error:
         raise CheckpointError(f"a weight file of {source} is damaged ({error}); fetch or save it again") from error
@@ -192,8 +208,6 @@ def _one_line_errors(source: str, what: str) -> Iterator[None]:
             reason = "it is no causal language model"
         elif "safetensors" in text:
             reason = "it has no model.safetensors; convert its weights to safetensors, since klfast never unpickles"
-        elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
-            reason = "its tensors have other shapes than its config.json says; fetch or save it again"
         elif damaged := _damaged_json(source):
             reason = f"{damaged} is no valid JSON; fetch or save it again"
         else:

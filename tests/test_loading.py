@@ -154,7 +154,7 @@ def config_with(**entries):
     [
         (truncate, "damaged"),
         (drop_a_tensor, "lacks 1 of the model's tensors.*in_proj"),
-        (reshape_a_tensor, "other shapes"),
+        (reshape_a_tensor, r"in_proj.weight must have shape \[296, 64\], got \[3, 3\]"),
         (store([IN_PROJ], torch.int8), f"model.safetensors stores {IN_PROJ} as I8, where the model has floating-point.*; fetch it again"),
         (store([IN_PROJ], torch.int8, shards=True), rf"part-\d+.safetensors stores {IN_PROJ} as I8"),
         (store(["backbone.norm_f.weight"], torch.float8_e4m3fn), "stores backbone.norm_f.weight as F8_E4M3"),

@@ -3,6 +3,10 @@
 The model's own forward stays in charge of all that lies outside the blocks (embedding, masks, rotary tables, final
 norm): it runs with its blocks bypassed, to learn what the first block would get, what else the model hands to each
 block, and what it makes of the last one's output. Nothing here knows a family by name.
+
+Where more than the hidden states crosses from block to block, a block's class says so: ``carry_argument`` names the
+keyword argument that takes what the block before returned as the second entry of its tuple (tensors, batch first, or
+None).
 """
 
 from __future__ import annotations
@@ -95,7 +99,12 @@ class Chain:
     def step(self, index: int, carry: Carry, passage: Passage) -> Carry:
         """Block ``index`` of the carry that enters it. ``passage`` is that of a batch of the same size."""
         args, kwargs = passage.calls[index]
-        return Carry(_hidden_of(self.blocks[index](carry.hidden, *args, **kwargs)))
+        block = self.blocks[index]
+        name = getattr(block, "carry_argument", None)
+        if name is None:
+            return Carry(_hidden_of(block(carry.hidden, *args, **kwargs)))
+        hidden, extra = block(carry.hidden, *args, **{**kwargs, name: carry.extra or None})
+        return Carry(hidden, tuple(extra or ()))
 
     @torch.no_grad()
     def finish(self, carry: Carry, passage: Passage) -> torch.Tensor:

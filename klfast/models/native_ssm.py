@@ -102,7 +102,8 @@ def _replacements(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
             found.append((module, _native(type(module), _mixer_forward)))
         elif type(module).__name__ in _NORMS:
             found.append((module, _native(type(module), _norm_forward)))
-    return found if any(type(module).__name__ in _MIXERS for module, _ in found) else []
+    has_mixer = any(type(module).__name__ in _MIXERS for module, _ in found)
+    return found if has_mixer or type(model).__module__.startswith("klfast.models.") else []
 
 
 def _unknown_mixers(model: nn.Module) -> list[str]:

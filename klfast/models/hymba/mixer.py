@@ -1,0 +1,115 @@
+"""The mixer of a Hymba layer: attention and Mamba on one projection of the input, their normed outputs averaged."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from klfast import ops
+from klfast.models.hymba import ssm
+from klfast.models.hymba.attention import attend, rotate
+from klfast.models.hymba.cache import HymbaCache
+from klfast.models.hymba.configuration import HymbaConfig
+from klfast.models.hymba.norm import HymbaRMSNorm
+
+SharedKV = tuple[torch.Tensor, torch.Tensor]
+
+
+class HymbaMixer(nn.Module):
+    """[B, L, H] to [B, L, H]. Module and parameter names are those of the released checkpoints.
+
+    The rows of ``in_proj`` are, in this order: queries, keys and values (only in layers that own them), the input of
+    the convolution, the gate of the state-space branch.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.key_dim, self.value_dim = layer, config.num_attention_heads, config.key_dim, config.value_dim
+        self.owns_kv = config.owns_kv(layer)
+        size, inner, states, rank = config.hidden_size, config.d_inner, config.mamba_d_state, config.dt_rank
+        kv_heads = config.num_key_value_heads
+        self.rows = {"q": size, "k": kv_heads * self.key_dim, "v": kv_heads * self.value_dim, "x": inner, "z": inner}
+        if not self.owns_kv:
+            del self.rows["k"], self.rows["v"]
+        self.split = (rank, states, states)
+
+        self.in_proj = nn.Linear(size, sum(self.rows.values()), bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
+        self.x_proj = nn.ModuleList([nn.Linear(inner, sum(self.split), bias=False)])
+        self.dt_proj = nn.ModuleList([nn.Linear(rank, inner, bias=True)])
+        self.A_log = nn.ParameterList([nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))])
+        self.D = nn.ParameterList([nn.Parameter(torch.ones(inner))])
+        if config.mamba_inner_layernorms:
+            self.dt_layernorm, self.B_layernorm, self.C_layernorm = (HymbaRMSNorm(width, config.rms_norm_eps) for width in self.split)
+        else:
+            self.dt_layernorm = self.B_layernorm = self.C_layernorm = None
+        self.pre_avg_layernorm1 = HymbaRMSNorm(inner, config.rms_norm_eps)
+        self.pre_avg_layernorm2 = HymbaRMSNorm(inner, config.rms_norm_eps)
+        self.out_proj = nn.Linear(inner, size, bias=config.mamba_proj_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        shared_kv: SharedKV | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        cache: HymbaCache | None,
+    ) -> tuple[torch.Tensor, SharedKV]:
+        """The output and the keys and values that were attended to.
+
+        Args:
+            hidden_states: [B, L, H].
+            shared_kv: keys and values of the layer before; used only by a layer that owns none.
+            rotary: cos and sin, from ``rotary_tables``.
+            attention_mask: bool, which key each query sees; None for all up to its own place.
+            padding: bool [B, L, 1], true for padding; None if there is none.
+            cache: what came before; extended.
+        """
+        parts = dict(zip(self.rows, self.in_proj(hidden_states).split(tuple(self.rows.values()), dim=-1), strict=True))
+        q = rotate(self._heads(parts["q"], self.key_dim), rotary)
+        if self.owns_kv:
+            shared_kv = rotate(self._heads(parts["k"], self.key_dim), rotary), self._heads(parts["v"], self.value_dim)
+            if cache is not None:
+                shared_kv = cache.extend(self.layer, *shared_kv)
+        attended = attend(q, *shared_kv, attention_mask)
+        scanned = self._state_space(parts["x"], parts["z"], padding, cache)
+        fused = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)) / 2
+        return self.out_proj(fused), shared_kv
+
+    def _heads(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def _state_space(self, x: torch.Tensor, z: torch.Tensor, padding: torch.Tensor | None, cache: HymbaCache | None) -> torch.Tensor:
+        """silu(convolution), then the selective scan, gated by z: [B, L, D]."""
+        state = None if cache is None else cache.layers[self.layer]
+        continued = state is not None and state.conv is not None
+        if padding is not None:
+            x = x.masked_fill(padding, 0)
+        weight = self.conv1d.weight.squeeze(1)
+        u = ssm.convolve(x.transpose(1, 2), weight, self.conv1d.bias, state.conv if continued else None).transpose(1, 2)
+        if padding is not None:
+            u = u.masked_fill(padding, 0)  # an input of zero leaves the state of zeros as it is
+
+        dt, B, C = self.x_proj[0](u).split(self.split, dim=-1)
+        if self.dt_layernorm is not None:
+            dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)
+        projection = self.dt_proj[0]
+        delta = _product(dt, projection.weight)  # its bias is added in float32
+        A = -torch.exp(self.A_log[0].float())
+        u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
+        if continued:
+            return ssm.continue_scan(state.ssm, u, delta, A, B, C, self.D[0], z, projection.bias).transpose(1, 2)
+        y, last = ssm.scan(u, delta, A, B, C, self.D[0], z, projection.bias, state is not None)
+        if state is not None:
+            state.conv, state.ssm = ssm.last_inputs(x.transpose(1, 2), self.conv1d.kernel_size[0]), last
+        return y.transpose(1, 2)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weight^T; the weight may be that of a quantized layer."""
+    own = type(weight) is nn.Parameter and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    if own and x.device.type == "cpu" and x.dtype == weight.dtype != torch.float32:
+        return ops.linear(x, weight)
+    return F.linear(x, weight)

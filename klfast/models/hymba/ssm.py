@@ -1,0 +1,76 @@
+"""The state-space branch's convolution and scan: klfast's ops, and what takes their place where gradients are needed."""
+
+from __future__ import annotations
+
+import torch
+
+from klfast import ops, reference_ssm, runtime
+
+
+def causal_conv1d_fn(x, weight, bias, activation):
+    """For gradients: as ops.causal_conv1d_fn, in plain torch. A training script may put a faster one in its place."""
+    runtime.slow_path("causal_conv1d_fn", list(x.shape), _NO_GRADIENTS)
+    return reference_ssm.causal_conv1d(x, weight, bias, None, None, activation == "silu")
+
+
+def mamba_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False):
+    """For gradients: as ops.selective_scan_fn, in plain torch. A training script may put a faster one in its place."""
+    runtime.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
+    y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, delta_softplus)
+    return (y, last) if return_last_state else y
+
+
+_NO_GRADIENTS = "klfast's functions have no gradients; use torch.inference_mode()."
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None) -> torch.Tensor:
+    """silu(causal depthwise convolution) of x [B, D, L]; ``state`` [B, D, W], what came before, moves on in place."""
+    if state is not None:
+        if _gradients(x, weight):
+            return reference_ssm.causal_conv1d_update(x, state.detach(), weight, bias, True)
+        return ops.causal_conv1d_update(x, state, weight, bias, activation="silu")
+    function = causal_conv1d_fn if _gradients(x, weight) else ops.causal_conv1d_fn
+    return function(x, weight, bias, activation="silu")
+
+
+def last_inputs(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The last ``width`` inputs [B, D, width] of x [B, D, L], zeros in front where there are fewer; a copy."""
+    kept = x.new_zeros(*x.shape[:2], width)
+    taken = min(width, x.shape[-1])
+    kept[..., width - taken :] = x.detach()[..., x.shape[-1] - taken :]
+    return kept
+
+
+def scan(u, delta, A, B, C, D, z, delta_bias, want_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y [B, D, L] and, if wanted, the last state, float32 [B, D, N], from a state of zeros.
+
+    u, delta, z [B, D, L]; A [D, N]; B, C [B, N, L]; D, delta_bias [D]; the step size is softplus(delta + delta_bias).
+    """
+    function = mamba_selective_scan if _gradients(u, delta, A) else ops.selective_scan_fn
+    out = function(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=want_state)
+    return (out[0], out[1].detach()) if want_state else (out, None)
+
+
+def continue_scan(state, u, delta, A, B, C, D, z, delta_bias) -> torch.Tensor:
+    """The same from ``state``, which moves on in place, one step after the other."""
+    outputs = []
+    for t in range(u.shape[-1]):
+        step = (u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], delta_bias)
+        if _gradients(u, delta, A):
+            outputs.append(_step_with_gradients(state, *step))
+        else:
+            outputs.append(ops.selective_state_update(state, *step, dt_softplus=True))
+    return torch.stack(outputs, dim=-1)
+
+
+def _step_with_gradients(state, u, delta, A, B, C, D, z, delta_bias):
+    """One step whose gradients end at the state before it."""
+    moved = state.double().unsqueeze(1)  # of another type: its float32 copy, needed for the gradients, stays as it is
+    u, delta, B, C, z = (t.unsqueeze(1) for t in (u, delta, B, C, z))
+    y = reference_ssm.selective_state_update(moved, u, delta, A.unsqueeze(0), B, C, D.unsqueeze(0), z, delta_bias.unsqueeze(0), True)
+    state.copy_(moved.detach().squeeze(1))
+    return y.squeeze(1)
+
+
+def _gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

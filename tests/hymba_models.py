@@ -1,0 +1,38 @@
+"""Hymba models for tests: the golden ones, and tiny random ones with every feature of the release."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden" / "hymba"
+SETS = ("hybrid_full", "swa_plain")
+TINY = {
+    "vocab_size": 61, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 10,
+    "num_key_value_heads": 5, "mamba_d_state": 16, "num_memory_tokens": 3, "sliding_window": 6, "global_attn_idx": [0, 4],
+    "kv_reuse_group": [[1, 2, 3]], "max_position_embeddings": 128, "orig_max_position_embeddings": 32, "eos_token_id": None,
+}  # fmt: skip
+
+
+def golden_model(name):
+    return AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval()
+
+
+def golden_tensors(name):
+    return load_file(GOLDEN / name / "golden.safetensors")
+
+
+def tiny_model(dtype=torch.float32, **changes):
+    """Random weights, large enough that layers matter; norms, states and biases random, too."""
+    torch.manual_seed(1)
+    model = HymbaForCausalLM(HymbaConfig(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight") or "layernorm" in name or name.endswith(("D.0", "bias")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif parameter.dim() > 1 and "A_log" not in name:
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if "embed" in name or "memory" in name else parameter[0].numel() ** -0.5))
+    return model.to(dtype)

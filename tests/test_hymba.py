@@ -1,0 +1,188 @@
+"""Hymba against what the released code computes, with and without a cache."""
+
+import pytest
+import torch
+from hymba_models import SETS, golden_model, golden_tensors, tiny_model
+
+import klfast
+from klfast import runtime
+from klfast.errors import InvalidInputError
+from klfast.models.hymba import HymbaCache
+from klfast.models.hymba.attention import rotary_tables
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOGITS, HIDDEN = {"rtol": 0, "atol": 5e-4}, {"rtol": 0, "atol": 2e-4}
+
+
+@pytest.fixture(scope="module", params=SETS)
+def golden(request):
+    return golden_model(request.param), golden_tensors(request.param)
+
+
+def prompts(tensors):
+    return sorted(int(name.split(".")[0][3:]) for name in tensors if name.endswith("consistent.tokens"))
+
+
+@pytest.mark.parametrize("sequence", ["short", "long"])
+@torch.no_grad()
+def test_forward(golden, sequence, tier):
+    model, expected = golden
+    out = model(expected[f"{sequence}.input_ids"], output_hidden_states=True)
+    torch.testing.assert_close(out.logits, expected[f"{sequence}.logits"], **LOGITS)
+    layers = model.config.num_hidden_layers
+    assert len(out.hidden_states) == layers + 1
+    for i, hidden in enumerate(out.hidden_states[:-1]):
+        torch.testing.assert_close(hidden, expected[f"{sequence}.hidden.{i}"], **HIDDEN)
+    torch.testing.assert_close(out.hidden_states[-1], expected[f"{sequence}.final"], **HIDDEN)
+
+
+def test_forward_with_gradients(golden):
+    """The same through functions that have gradients; and every parameter gets one."""
+    model, expected = golden
+    with pytest.warns(klfast.SlowPathWarning, match="no gradients"):
+        runtime._warned.clear()
+        out = model(expected["short.input_ids"], labels=expected["short.input_ids"])
+    torch.testing.assert_close(out.logits, expected["short.logits"], **LOGITS)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    model.zero_grad()
+
+
+def test_rotary_frequencies(golden):
+    model, expected = golden
+    cos, sin = rotary_tables(model.config, torch.tensor([[1]]), torch.float32)
+    angles = torch.atan2(sin, cos)[0, 0, 0]
+    torch.testing.assert_close(angles, expected["rope.inv_freq"].repeat(2), rtol=1e-6, atol=1e-7)
+
+
+@torch.inference_mode()
+def test_greedy_generation(golden):
+    model, expected = golden
+    for prompt in prompts(expected):
+        ids, tokens = expected["long.input_ids"][:, :prompt], expected[f"gen{prompt}.consistent.tokens"]
+        want = torch.cat((ids, tokens), dim=1)
+        assert torch.equal(klfast.generate(model, ids, 24), want)
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        for use_cache in (False, True):
+            out = model.generate(ids, use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **options)
+            assert torch.equal(out.sequences, want)
+            torch.testing.assert_close(torch.stack(out.logits, 1), expected[f"gen{prompt}.consistent.logits"], **LOGITS)
+
+
+@torch.inference_mode()
+def test_prefill_state(golden):
+    model, expected = golden
+    names = [name.split(".") for name in expected if name.startswith("cache")]
+    prompt = int(names[0][0][5:])
+    cache = model(expected["long.input_ids"][:, :prompt], use_cache=True).past_key_values
+    assert cache.get_seq_length() == prompt
+    fields = {"conv_state": "conv", "ssm_state": "ssm", "key": "keys", "value": "values"}
+    for first, layer, name in names:
+        found = getattr(cache.layers[int(layer[5:])], fields[name])
+        torch.testing.assert_close(found, expected[f"{first}.{layer}.{name}"], rtol=0, atol=2e-5)
+    shared = [i for i, state in enumerate(cache.layers) if state.keys is None]
+    assert shared == [i for i in range(model.config.num_hidden_layers) if not model.config.owns_kv(i)]
+
+
+@pytest.mark.parametrize("chunks", [[60], [1] * 60, [1, 1, 20, 1, 30, 7], [45, 15], [2, 58]])
+@torch.inference_mode()
+def test_continuing_in_chunks(chunks):
+    """However a sequence is cut, the logits are those of the whole; the window is passed on the way."""
+    model, expected = golden_model("hybrid_full"), golden_tensors("hybrid_full")
+    cache, logits = HymbaCache(model.config), []
+    for ids in expected["long.input_ids"].split(chunks, dim=1):
+        out = model(ids, past_key_values=cache)
+        assert out.logits.shape[1] == ids.shape[1] and out.past_key_values is cache
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected["long.logits"], **LOGITS)
+
+
+def test_continuing_with_gradients():
+    """Slow, but the same; and the cache keeps no graph."""
+    model = tiny_model()
+    ids = torch.randint(0, 61, (2, 12))
+    with torch.no_grad():
+        whole = model(ids).logits
+    with pytest.warns(klfast.SlowPathWarning):
+        runtime._warned.clear()
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+    rest = model(ids[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, 9:], rtol=0, atol=1e-4)
+    assert not any(t.requires_grad for state in cache.layers for t in vars(state).values() if t is not None)
+    rest.sum().backward()
+
+
+@torch.inference_mode()
+def test_sampling():
+    model = tiny_model()
+    ids = torch.randint(0, 61, (3, 5))
+    options = {"max_new_tokens": 15, "do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": None, "pad_token_id": 0}
+    found = []
+    for use_cache in (False, True):
+        torch.manual_seed(3)
+        found.append(model.generate(ids, use_cache=use_cache, **options))
+    assert torch.equal(*found)
+    torch.manual_seed(3)
+    greedy = model.generate(ids, use_cache=True, **{**options, "do_sample": False, "temperature": None, "top_k": None})
+    assert not torch.equal(greedy, found[0])
+
+
+@torch.inference_mode()
+def test_beam_search():
+    model = tiny_model()
+    ids = torch.randint(0, 61, (2, 5))
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_16_bit(dtype):
+    """Computing in 16 bits costs about as much as rounding the weights to them; cached as uncached."""
+    model, ids = tiny_model(), torch.randint(0, 61, (2, 30))
+    expected = model(ids).logits
+    model.to(dtype)
+    whole, cache = model(ids).logits, model(ids[:, :20], use_cache=True).past_key_values
+    rest = model(ids[:, 20:], past_key_values=cache).logits
+    assert whole.dtype == torch.float32 and cache.layers[0].keys.dtype == dtype and cache.layers[0].ssm.dtype == torch.float32
+    inevitable = (model.float()(ids).logits - expected).std()
+    assert (whole - expected).std() < 3 * inevitable
+    assert (rest - expected[:, 20:]).std() < 3 * inevitable
+
+
+@torch.inference_mode()
+def test_without_options():
+    """No rotation, no inner norms, biased projections, no window: the recurrence still agrees with itself."""
+    for changes in (
+        {"rope": False}, {"mamba_inner_layernorms": False, "mamba_proj_bias": True, "mamba_conv_bias": False}, {"sliding_window": None, "global_attn_idx": None},
+        {"kv_reuse_group": None, "kv_reuse_every_i_layer": 2, "global_attn_idx": []}, {"num_memory_tokens": 0}, {"tie_word_embeddings": False},
+    ):  # fmt: skip
+        model, ids = tiny_model(**changes), torch.randint(0, 61, (2, 20))
+        whole = model(ids).logits
+        cache = model(ids[:, :11], use_cache=True).past_key_values
+        torch.testing.assert_close(model(ids[:, 11:], past_key_values=cache).logits, whole[:, 11:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(inputs_embeds=model.model.embed_tokens(ids)).logits, whole)
+        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+
+
+@torch.inference_mode()
+def test_loss_is_that_of_the_next_token():
+    model, ids = tiny_model(), torch.randint(0, 61, (2, 9))
+    out = model(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:])
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_bad_input():
+    model, ids = tiny_model(), torch.randint(0, 61, (2, 5))
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+        for message, call in (
+            ("give either input_ids or inputs_embeds", lambda: model()),
+            ("past_key_values must be a klfast.models.hymba.HymbaCache, got list", lambda: model(ids, past_key_values=[])),
+            (r"attention_mask must be \[2, 5\] like the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
+            ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]))),
+            ("the Hymba cache holds 2 sequences, got 1", lambda: model(ids[:1], past_key_values=cache)),
+        ):
+            with pytest.raises(InvalidInputError, match=message):
+                call()
