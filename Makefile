@@ -2,10 +2,11 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test dist clean
+.PHONY: help install demo test bench dist clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests"
+	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
 	@echo "make install  only make .venv and build the extension"
 	@echo "make dist     build sdist and wheel into dist/"
 	@echo "make clean    remove all that was built"
@@ -26,6 +27,10 @@ demo: install
 
 test: install
 	.venv/bin/python -m pytest
+
+bench: install
+	.venv/bin/klfast bench --out bench/results
+	.venv/bin/python -m bench.document
 
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build

@@ -52,15 +52,15 @@ def _klfast(
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
-    elif ctx.invoked_subcommand != "generate":
+    elif ctx.invoked_subcommand not in ("generate", "bench"):
         # Threads that wait sleep instead of spinning: beside other busy programs a sweep is then several times as fast.
-        # Decoding, all short waits, keeps OpenMP's default. Read when torch is imported, so it is set before.
+        # Decoding, all short waits, keeps OpenMP's default, and so does what is timed. Read when torch is imported, so it is set before.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import info, pipeline, run  # noqa: E402
+from klfast.cli import bench, info, pipeline, run  # noqa: E402
 
-for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, run.generate, info.report, info.doctor):
+for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, run.generate, bench.bench, info.report, info.doctor):
     app.command("eval" if command is run.evaluate else command.__name__)(command)
 
 

@@ -1,0 +1,118 @@
+"""The suite's frame: options, one test for each contender of each group, and what is written at the end."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from . import machine, results, roofline
+from .contest import Contender, Race, Unavailable, is_ours
+from .settings import Settings, add_options
+
+
+def pytest_addoption(parser):
+    add_options(parser)
+
+
+def pytest_configure(config):
+    settings = Settings.of(config)
+    torch.set_num_threads(settings.threads)
+    if settings.isa is not None:
+        os.environ["KLFAST_ISA"] = settings.isa
+    config.klfast_settings = settings
+    config.klfast_run = Run(settings)
+
+
+def pytest_generate_tests(metafunc):
+    if "group" in metafunc.fixturenames:
+        pairs = [(group, name) for group in metafunc.module.groups(metafunc.config.klfast_settings) for name in group.contenders]
+        metafunc.parametrize(("group", "name"), pairs, ids=[f"{group.name}, {name}" for group, name in pairs])
+
+
+class Run:
+    """State of a run: the race, the results, and the bandwidth measured beside each group."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.race, self.results = settings, Race(settings), results.Results()
+        self.facts: dict[str, object] = {}
+        self._read_gbps = 0.0
+        self._bandwidth: machine.Bandwidth | None = None
+
+    def start(self) -> None:
+        self._bandwidth, self.facts = machine.Bandwidth(self.settings), machine.facts(self.settings)
+
+    def time(self, suite, group, name, benchmark) -> None:
+        """Check and time a contender, and add its row."""
+        if self.race.enter(group):
+            self._read_gbps = self._bandwidth.measure() / 1e9
+        try:
+            contender = self.race.contender(name)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        benchmark.group = f"{suite} {group.name}"
+        ratios = self.race.run(name, benchmark)
+        columns = self._columns(group, contender, benchmark.stats.stats)
+        benchmark.extra_info.update(columns)
+        self.results.add(suite, group.name, name, **columns)
+        for ours, ratio in ratios.items():
+            self.results.ratio(suite, group.name, ours, name, ratio)
+
+    def record(self, suite, group, name, seconds, facts) -> None:
+        """Add the row of a peer that was timed by a program of its own, and klfast's ratios to it."""
+        for row in self.results.rows:
+            if (row["suite"], row["group"]) == (suite, group) and is_ours(row["contender"]):
+                self.results.ratio(suite, group, row["contender"], name, seconds / row["median_s"])
+        self.results.add(suite, group, name, median_s=seconds, **facts)
+
+    def _columns(self, group, contender: Contender, stats) -> dict[str, object]:
+        columns = {**group.facts, "median_s": stats.median, "min_s": stats.min, "rounds": stats.rounds, "error": f"{contender.measured_error:.1e}"}
+        columns["read_gbps"] = round(self._read_gbps, 2)
+        if contender.nbytes:
+            floor = contender.nbytes / self._read_gbps / 1e9
+            columns |= {"read_mb": contender.nbytes / 1e6, "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6), "floor_s": floor, "share_of_floor": round(floor / stats.median, 4)}
+        if group.flops:
+            columns["tflops"] = round(group.flops / stats.median / 1e12, 5)
+        if contender.facts is not None:
+            columns |= contender.facts(stats.median)
+        return columns
+
+
+@pytest.fixture(scope="session")
+def run(request):
+    """The run; the machine is measured before the first contender."""
+    found = request.config.klfast_run
+    found.start()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    """Each test begins with the same random numbers."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    run = config.klfast_run
+    if not run.results.rows:
+        return
+    settings, rows = run.settings, [row | run.facts for row in run.results.rows]
+    written = run.results.write(settings.out, run.facts)
+    if any(row["suite"] == "linear" for row in rows):
+        try:
+            roofline.draw([row for row in rows if row["suite"] == "linear"], settings.out / "roofline.png")
+            written.append(settings.out / "roofline.png")
+        except ImportError as missing:
+            terminalreporter.write_line(f"No roofline: {missing}; pip install 'klfast[bench]'")
+    terminalreporter.section("klfast bench")
+    terminalreporter.write_line(results.conditions(rows[0]))
+    for line in results.summary(rows):
+        terminalreporter.write_line(line)
+    if settings.compare is not None:
+        text = results.compare(results.read(settings.compare), rows)
+        (settings.out / "compare.md").write_text(text, encoding="utf-8")
+        terminalreporter.write_line(text)
+    terminalreporter.write_line(f"Written to {settings.out}: {', '.join(path.name for path in written)}")

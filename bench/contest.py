@@ -1,0 +1,180 @@
+"""Contenders of a group, checked and then timed in turns.
+
+A round of a peer is preceded by a timed call of each of klfast's contenders, so that every ratio comes from calls that
+saw the same machine. Before each timed call its contender makes an untimed one: threads are awake and the code is in
+cache, as in a program that makes one call after the other. Weights are not: calls rotate through copies of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+_LONG_SECONDS = 0.2  # calls that take longer need no untimed call before them
+_SPIN_SECONDS = 0.02  # OpenMP's threads spin for so long after a call, and would slow down a peer with threads of its own
+
+
+class Unavailable(Exception):
+    """A contender that this machine or these shapes do not allow; says why."""
+
+
+@dataclass
+class Contender:
+    """One way to compute what a group is about.
+
+    Attributes:
+        calls: one for each copy of the weights, all of equal result.
+        error: computes one result and returns its distance from the reference, relative to the largest value.
+        tolerance: what that distance may be.
+        nbytes: memory that a call reads at least.
+        own_threads: it has a thread pool of its own, not torch's.
+        facts: further columns of the table, found after the timing; called with the median in seconds.
+    """
+
+    calls: Sequence[Callable[[], object]]
+    error: Callable[[], float]
+    tolerance: float
+    nbytes: int = 0
+    own_threads: bool = False
+    facts: Callable[[float], dict] | None = None
+    measured_error: float = field(init=False, default=float("nan"))
+    _turn: itertools.cycle = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._turn = itertools.cycle(self.calls)
+
+    def __call__(self) -> object:
+        return next(self._turn)()
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is computed, and who takes part: name -> what builds the contender. Names of klfast's begin with "klfast"."""
+
+    name: str
+    facts: dict[str, object]
+    contenders: dict[str, Callable[[], Contender]]
+    flops: float = 0.0
+
+    @property
+    def ours(self) -> list[str]:
+        return [name for name in self.contenders if is_ours(name)]
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("klfast")
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest expected value; NaN if any is."""
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((found.float() - expected.to(found.device).float()).abs().max()) / scale
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of results that are rounded to ``dtype``."""
+    return {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+class Race:
+    """Builds, checks and times the contenders of one group at a time."""
+
+    def __init__(self, settings) -> None:
+        self._settings = settings
+        self._group: Group | None = None
+        self._ready: dict[str, Contender | Exception] = {}
+
+    def enter(self, group: Group) -> bool:
+        """Make ``group`` the current one; True if it was not."""
+        if group is self._group:
+            return False
+        self._group, self._ready = group, {}
+        return True
+
+    def contender(self, name: str) -> Contender:
+        """A contender of the current group, its result checked.
+
+        Raises:
+            Unavailable: it cannot take part.
+            AssertionError: its result is wrong.
+        """
+        if name not in self._ready:
+            try:
+                self._ready[name] = self._built(name)
+            except Exception as error:  # noqa: BLE001 (raised below, now and whenever a peer asks again)
+                self._ready[name] = error
+        found = self._ready[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _built(self, name: str) -> Contender:
+        contender = self._group.contenders[name]()
+        error = contender.error()
+        assert error <= contender.tolerance, f"{name} is off by {error:.1e}, allowed are {contender.tolerance:.0e}: no figure for a wrong result"
+        contender.measured_error = error
+        return contender
+
+    def rivals(self, name: str) -> dict[str, Contender]:
+        """klfast's contenders that a peer is compared with; none for klfast's own."""
+        if is_ours(name):
+            return {}
+        found = {}
+        for ours in self._group.ours:
+            try:
+                found[ours] = self.contender(ours)
+            except Exception:  # noqa: BLE001
+                continue  # its own test says why
+        return found
+
+    def run(self, name: str, benchmark) -> dict[str, float]:
+        """Time a contender by ``benchmark``; returns how many times as fast as it each of klfast's is."""
+        contender, rivals = self.contender(name), self.rivals(name)
+        calls = {each: synchronized(c, self._settings.device) for each, c in (rivals | {name: contender}).items()}
+        usual = {each: timed(call) for each, call in calls.items()}
+        times: dict[str, list[float]] = {ours: [] for ours in rivals}
+
+        def wake(each: str) -> None:
+            if usual[each] < _LONG_SECONDS:
+                calls[each]()
+
+        def before() -> None:
+            for ours, taken in times.items():
+                wake(ours)
+                taken.append(timed(calls[ours]))
+            if contender.own_threads:
+                time.sleep(_SPIN_SECONDS)
+            wake(name)
+
+        round_seconds = timed(before) + timed(calls[name])
+        for taken in times.values():
+            taken.clear()
+        rounds = int(min(max(self._settings.seconds * (1 + bool(rivals)) / round_seconds, MIN_ROUNDS), MAX_ROUNDS))
+        benchmark.pedantic(calls[name], setup=before, rounds=rounds)
+        median = benchmark.stats.stats.median
+        return {ours: median / statistics.median(taken) for ours, taken in times.items()}
+
+
+def synchronized(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """``call`` that returns when the device is done."""
+    if device == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.accelerator.synchronize()
+
+    return run
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

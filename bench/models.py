@@ -1,0 +1,81 @@
+"""Whole models with random weights, plain and with klfast's functions and weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+import klfast
+from klfast.models.layers import linears, weight_bytes
+from klfast.types import Plan, QuantSpec
+
+from .contest import distance
+
+_SCANS = ("klfast::selective_scan", "klfast::mamba_chunk_scan")
+
+
+def _mamba(hidden: int, layers: int, vocab: int) -> MambaForCausalLM:
+    return MambaForCausalLM(MambaConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, state_size=16))
+
+
+def _mamba2(hidden: int, layers: int, vocab: int) -> Mamba2ForCausalLM:
+    heads = 2 * hidden // 64
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_heads=heads, head_dim=64, state_size=128, n_groups=1))
+
+
+MODELS = {
+    "mamba-130m": lambda: _mamba(768, 24, 50280),
+    "mamba2-130m": lambda: _mamba2(768, 24, 50288),
+}
+QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda: _mamba2(128, 2, 512)}
+
+
+def plain(name: str) -> nn.Module:
+    """A model as transformers makes it, float32; the same weights each time."""
+    torch.manual_seed(0)
+    return (MODELS | QUICK_MODELS)[name]().eval()
+
+
+def ours(name: str, spec: QuantSpec | None, activation: str) -> nn.Module:
+    """The same model with klfast's functions, and with all linear layers quantized if there is a spec."""
+    model = plain(name)
+    if spec is not None:
+        klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), spec), "uniform"), activation=activation)
+    return klfast.accelerate(model)
+
+
+def forward_error(model: nn.Module, prompt: torch.Tensor) -> float:
+    """Of an accelerated float32 model's logits, from those of transformers' forward with the reference of every op.
+
+    In float32: layer by layer random weights blow a rounding up, and after 24 of them two bfloat16 runs have little in
+    common.
+    """
+    found = model(prompt, use_cache=False).logits
+    klfast.unaccelerate(model)
+    with klfast.using("reference"):
+        expected = model(prompt, use_cache=False).logits
+    klfast.accelerate(model)
+    return distance(found, expected)
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of the linear layers' weights, which each decoded token reads."""
+    return sum(layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in linears(model).values())
+
+
+def shares(model: nn.Module, prompt: torch.Tensor, dtype: torch.dtype, seconds: float, timed) -> dict[str, float]:
+    """Where a forward's ``seconds`` go: linear layers alone on inputs of the same shape, the state-space op, the rest."""
+    layers = [(layer, torch.randn(*prompt.shape, layer.in_features, dtype=dtype)) for layer in linears(model).values()]
+
+    def gemm() -> None:
+        for layer, x in layers:
+            layer(x)
+
+    gemm()
+    gemm_s = min(timed(gemm) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model(prompt, use_cache=False)
+    scan_s = sum(event.self_cpu_time_total for event in record.key_averages() if event.key in _SCANS) / 1e6
+    return {"gemm_s": round(gemm_s, 5), "scan_s": round(scan_s, 5), "rest_s": round(seconds - gemm_s - scan_s, 5)}

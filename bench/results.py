@@ -1,0 +1,146 @@
+"""Rows of a run: collected, written as CSV and Markdown, read again, compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from klfast.files import write_atomic
+
+from .contest import is_ours
+
+RATIO = "times as fast as "  # begins the columns of ratios; the peer's name follows
+_KEY = ("suite", "group", "contender")
+_FIGURES = ("median_s", "min_s", "rounds", "error", "read_mb", "rotated_mb", "read_gbps", "floor_s", "share_of_floor", "tflops")
+
+
+class Results:
+    """The rows of a run."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, suite: str, group: str, contender: str, **columns: object) -> None:
+        self.rows.append({"suite": suite, "group": group, "contender": contender, **columns})
+
+    def ratio(self, suite: str, group: str, ours: str, peer: str, ratio: float) -> None:
+        """Note in the row of ``ours`` how many times as fast as ``peer`` it is."""
+        row = next(r for r in self.rows if (r["suite"], r["group"], r["contender"]) == (suite, group, ours))
+        row[RATIO + peer] = round(ratio, 3)
+
+    def suites(self) -> dict[str, list[dict[str, object]]]:
+        return {suite: [r for r in self.rows if r["suite"] == suite] for suite in dict.fromkeys(r["suite"] for r in self.rows)}
+
+    def write(self, folder: Path, facts: dict[str, object]) -> list[Path]:
+        """Write <suite>.csv and <suite>.md for each suite that ran, with ``facts`` about the machine."""
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for suite, rows in self.suites().items():
+            rows = [row | facts for row in rows]
+            for path, text in ((folder / f"{suite}.csv", _csv(rows)), (folder / f"{suite}.md", markdown(suite, rows))):
+                write_atomic(path, text)
+                written.append(path)
+        return written
+
+
+def _csv(rows: list[dict[str, object]]) -> str:
+    """Columns: what was timed, figures, ratios, then the rest (machine and versions)."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    ratios = [name for name in columns if name.startswith(RATIO)]
+    first = [*_KEY, *(name for name in _FIGURES if name in columns), *ratios]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*first, *(name for name in columns if name not in first)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    """The rows of all suites in a folder that ``Results.write`` filled."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            found = list(csv.DictReader(file))
+        rows += [row for row in found if set(_KEY) <= set(row)]
+    return rows
+
+
+def number(value: object) -> float:
+    """A cell as a number, NaN if it holds none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def seconds(value: float) -> str:
+    """A time with its unit, three digits."""
+    for unit, factor in (("s", 1), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def conditions(row: dict[str, object]) -> str:
+    """One sentence on the machine, the threads and the versions of a run."""
+    versions = ", ".join(f"{name} {row[name]}" for name in ("klfast", "torch", "transformers", "openvino", "python") if row.get(name))
+    limit = f" (oneDNN limited to {row['onednn_max_cpu_isa']})" if row.get("onednn_max_cpu_isa") else ""
+    tops = ", ".join(f"{name[5:-7]} {number(row[name]):.3g}" for name in row if name.startswith("peak_"))
+    return (
+        f"{row['machine']}, {row['device']}, tier {row['tier']}, {row['threads']} threads{limit}; {versions}; {row['time']}. "
+        f"Weights rotate through up to {row['working_set_mb']} MB. Fastest large products of torch, in TFLOP/s: {tops}."
+    )
+
+
+def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
+    """A table for a suite under a heading: a line for each contender, grouped; the columns that have figures."""
+    peers = list(dict.fromkeys(name for row in rows for name in row if name and name.startswith(RATIO)))
+    floors = any(number(row.get("share_of_floor")) > 0 for row in rows)
+    extra = [name for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb") if any(number(row.get(name)) >= 0 for row in rows)]
+    headings = ["group", "contender", "median", *(["GB/s read", "of the floor", "TFLOP/s"] if floors else []), *extra, *(f"vs {name.removeprefix(RATIO)}" for name in peers)]
+    lines = [f"{'#' * level} {suite}", "", conditions(rows[0]), ""]
+    lines += ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]
+    last = None
+    for row in rows:
+        cells = [row["group"] if row["group"] != last else "", row["contender"], seconds(number(row["median_s"]))]
+        last = row["group"]
+        if floors:
+            cells += [_cell(row.get("read_gbps"), ".1f"), _cell(row.get("share_of_floor"), ".2f"), _cell(row.get("tflops"), ".3f")]
+        cells += [_cell(row.get(name), ".4g") for name in extra]
+        cells += [_cell(row.get(name), ".2f") for name in peers]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(value: object, form: str) -> str:
+    found = number(value)
+    return "" if math.isnan(found) else format(found, form)
+
+
+def summary(rows: list[dict[str, object]]) -> list[str]:
+    """A line for each of klfast's contenders: its time, its share of the floor, and the fastest peer."""
+    lines = []
+    for row in rows:
+        if not is_ours(row["contender"]):
+            continue
+        ratios = {name.removeprefix(RATIO): number(value) for name, value in row.items() if name.startswith(RATIO) and value}
+        best = min(ratios, key=ratios.get, default=None)
+        share = f", {number(row['share_of_floor']):.2f} of the floor" if row.get("share_of_floor") else ""
+        against = f", {ratios[best]:.2f} times as fast as {best}" if best else ""
+        lines.append(f"{row['suite']} {row['group']}: {row['contender']} {seconds(number(row['median_s']))}{share}{against}")
+    return lines
+
+
+def compare(earlier: list[dict[str, str]], now: list[dict[str, object]]) -> str:
+    """A Markdown table of the contenders that both runs have; the ratio is above 1 where the later run is faster."""
+    before = {tuple(row[name] for name in _KEY): row for row in earlier}
+    lines = ["| suite | group | contender | earlier | now | earlier / now | share of the floor, earlier | now |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    for row in now:
+        old = before.get(tuple(row[name] for name in _KEY))
+        if old is not None:
+            then, since = number(old["median_s"]), number(row["median_s"])
+            shares = (_cell(r.get("share_of_floor"), ".2f") for r in (old, row))
+            lines.append("| " + " | ".join((*(str(row[name]) for name in _KEY), seconds(then), seconds(since), f"{then / since:.2f}", *shares)) + " |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,129 @@
+"""Whole models with random weights: prefill and decode, against plain transformers and llama.cpp."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import klfast
+from klfast.types import QuantSpec
+
+from . import llama_cpp, models
+from .contest import Contender, Group, Unavailable, timed
+from .settings import Settings
+
+VARIANTS = {  # dtype, spec, activation
+    "bf16": (torch.bfloat16, None, "exact"),
+    "fp32": (torch.float32, None, "exact"),
+    "int8": (torch.bfloat16, QuantSpec(8, 64), "exact"),
+    "int4": (torch.bfloat16, QuantSpec(4, 64), "exact"),
+    "int4, int8 activations": (torch.bfloat16, QuantSpec(4, 64), "int8"),
+}
+TOLERANCE = 2e-3  # of float32 logits
+
+
+def _sizes(settings: Settings) -> tuple[list[str], int, int]:
+    """Models, tokens of the prefill, tokens to decode."""
+    return (list(models.QUICK_MODELS), 64, 4) if settings.quick else (list(models.MODELS), 512, 32)
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    names, length, new = _sizes(settings)
+    for name in names:
+        for stage, tokens, ours, theirs in (("prefill", length, _prefill, _plain_prefill), ("decode", new, _decode, _plain_decode)):
+            contenders = {f"klfast {variant}": functools.partial(ours, name, tokens, settings, *how) for variant, how in VARIANTS.items()}
+            contenders |= {f"transformers {dtype}": functools.partial(theirs, name, tokens, settings, VARIANTS[dtype][0]) for dtype in ("bf16", "fp32")}
+            yield Group(_group_name(name, stage, tokens), {"model": name, "tokens": tokens}, contenders)
+
+
+def _group_name(model: str, stage: str, tokens: int) -> str:
+    return f"{model} {stage} {tokens} tokens"
+
+
+def _prompt(length: int) -> torch.Tensor:
+    return torch.randint(0, 512, (1, length))
+
+
+def _model(name: str, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> tuple[torch.nn.Module, float]:
+    """klfast's model in ``dtype``, and the error of its float32 logits."""
+    _require_cpu(settings)
+    model = models.ours(name, spec, activation)
+    error = models.forward_error(model, _prompt(16))
+    return model.to(dtype), error
+
+
+def _require_cpu(settings: Settings) -> None:
+    if settings.device != "cpu":
+        raise Unavailable("whole models are timed on the CPU only")
+
+
+def _prefill(name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
+    model, error = _model(name, settings, dtype, spec, activation)
+    prompt = _prompt(length)
+
+    def facts(seconds: float) -> dict[str, float]:
+        return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, dtype, seconds, timed)}
+
+    return Contender([lambda: model(prompt, use_cache=False)], lambda: error, TOLERANCE, facts=facts)
+
+
+def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtype) -> Contender:
+    _require_cpu(settings)
+    model, prompt = models.plain(name).to(dtype), _prompt(length)
+    return _reference(lambda: model(prompt, use_cache=False), length)
+
+
+def _decode(name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
+    """klfast.generate; in float32, the tokens of a few steps must be those of transformers' generate on klfast's reference."""
+    model, error = _model(name, settings, torch.float32, spec, activation)
+    prompt = _prompt(8)
+    found = klfast.generate(model, prompt, 4)
+    klfast.unaccelerate(model)
+    with klfast.using("reference"):
+        same = torch.equal(found, _generate(model, prompt, 4))
+    klfast.accelerate(model).to(dtype)
+    return Contender([lambda: klfast.generate(model, prompt, new)], lambda: error if same else math.inf, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
+
+
+def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
+    _require_cpu(settings)
+    model, prompt = models.plain(name).to(dtype), _prompt(8)
+    return _reference(lambda: _generate(model, prompt, new), new, models.read_bytes(model) * new)
+
+
+def _generate(model: torch.nn.Module, prompt: torch.Tensor, new: int) -> torch.Tensor:
+    return model.generate(prompt, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+
+
+def _reference(call: Callable[[], object], tokens: int, nbytes: int = 0) -> Contender:
+    """transformers itself, which klfast's contenders are checked against."""
+    return Contender([call], lambda: 0.0, 0.0, nbytes, facts=_rate(tokens))
+
+
+def _rate(tokens: int) -> Callable[[float], dict[str, float]]:
+    return lambda seconds: {"tok_s": round(tokens / seconds, 1)}
+
+
+def test_decode(group, name, run, benchmark):
+    run.time("decode", group, name, benchmark)
+
+
+def test_llama_cpp(run):
+    """Not in turns with klfast, and its logits cannot be checked from outside: a GGUF of random weights shows the speed alone."""
+    settings = run.settings
+    if settings.llama_cpp is None:
+        pytest.skip("no --llama-cpp")
+    names, length, new = _sizes(settings)
+    for gguf in settings.gguf:
+        model = next((name for name in sorted(names, key=len, reverse=True) if gguf.name.startswith(name)), None)
+        assert model is not None, f"the name of {gguf.name} begins with none of {', '.join(names)}"
+        try:
+            found = llama_cpp.bench(settings.llama_cpp, gguf, prompt=length, new=new, threads=settings.threads)
+        except Unavailable as reason:
+            pytest.fail(str(reason))
+        for stage, tokens in (("prefill", length), ("decode", new)):
+            run.record("decode", _group_name(model, stage, tokens), f"llama.cpp {gguf.stem}", found[stage], {"model": model, "tokens": tokens, "tok_s": round(tokens / found[stage], 1)})

@@ -1,0 +1,146 @@
+"""State-space functions at the sizes of Mamba-130M and Mamba2-130M, against transformers' own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from klfast import ops, registry
+
+from .contest import Contender, Group, Unavailable, distance
+from .settings import Settings
+
+Run = Callable[[], torch.Tensor]
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    batch, length = (1, 64) if settings.quick else (2, 512)
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for case in (_selective_scan, _chunk_scan, _conv, _state_update, _state_update_heads, _conv_update):
+            yield case(_Draw(settings.device, dtype), name, batch, length)
+
+
+class _Draw:
+    """Draws tensors at random."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """In the dtype of activations."""
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def weight(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device)
+
+    def decay(self, *shape: int) -> torch.Tensor:
+        return -torch.rand(*shape, device=self.device) - 0.1
+
+
+def _selective_scan(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
+    def arguments() -> tuple:
+        u, delta, z = (draw.normal(batch, 1536, length) for _ in range(3))
+        B, C = (draw.normal(batch, 16, length) for _ in range(2))
+        return u, delta, draw.decay(1536, 16), B, C, draw.weight(1536), z, draw.weight(1536), True
+
+    return _group(f"selective_scan B={batch} D=1536 N=16 L={length} {dtype}", draw, "selective_scan", arguments, ops.selective_scan_fn, "mamba.mamba_selective_scan")
+
+
+def _chunk_scan(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
+    def arguments() -> tuple:
+        B, C = (draw.normal(batch, length, 1, 128) for _ in range(2))
+        return draw.normal(batch, length, 24, 64), draw.normal(batch, length, 24), draw.decay(24), B, C, 256
+
+    def more() -> dict:
+        return {"D": draw.weight(24), "dt_bias": draw.weight(24), "dt_softplus": True}
+
+    return _group(f"mamba_chunk_scan B={batch} H=24 P=64 N=128 L={length} {dtype}", draw, "mamba_chunk_scan", arguments, ops.mamba_chunk_scan_combined, "mamba2.mamba2_chunk_scan", more)
+
+
+def _conv(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
+    def arguments() -> tuple:
+        return draw.normal(batch, 1536, length), draw.normal(1536, 4), draw.normal(1536)
+
+    return _group(f"causal_conv1d B={batch} D=1536 W=4 L={length} {dtype}", draw, "causal_conv1d", arguments, ops.causal_conv1d_fn, "mamba.causal_conv1d_fn", lambda: {"activation": "silu"})
+
+
+def _state_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
+    def arguments() -> tuple:
+        x, dt, z = (draw.normal(1, 1536) for _ in range(3))
+        B, C = (draw.normal(1, 16) for _ in range(2))
+        return draw.weight(1, 1536, 16), x, dt, draw.decay(1536, 16), B, C, draw.weight(1536), z, draw.weight(1536), True
+
+    def ours(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+        return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+    def theirs(function, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+        return function(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
+
+    return _group(f"selective_state_update B=1 D=1536 N=16 {dtype}", draw, "selective_state_update", arguments, ours, "mamba.mamba_selective_state_update", call_theirs=theirs)
+
+
+def _state_update_heads(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
+    def arguments() -> tuple:
+        B, C = (draw.normal(1, 1, 128) for _ in range(2))
+        dt, A, D, bias = draw.normal(1, 24, 1).expand(1, 24, 64), draw.decay(24, 1, 1).expand(24, 64, 128), draw.weight(24, 1).expand(24, 64), draw.weight(24, 1).expand(24, 64)
+        return draw.weight(1, 24, 64, 128), draw.normal(1, 24, 64), dt, A, B, C, D, bias
+
+    def ours(state, x, dt, A, B, C, D, dt_bias):
+        return ops.selective_state_update(state, x, dt, A, B, C, D, None, dt_bias, True)
+
+    def theirs(function, state, x, dt, A, B, C, D, dt_bias):
+        return function(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
+
+    return _group(f"selective_state_update B=1 H=24 P=64 N=128 {dtype}", draw, "selective_state_update", arguments, ours, "mamba2.mamba2_selective_state_update", call_theirs=theirs)
+
+
+def _conv_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
+    def arguments() -> tuple:
+        return draw.normal(1, 1536, 1), draw.normal(1, 1536, 4), draw.normal(1536, 4), draw.normal(1536), "silu"
+
+    return _group(f"causal_conv1d_update B=1 D=1536 W=4 {dtype}", draw, "causal_conv1d_update", arguments, ops.causal_conv1d_update, "mamba.causal_conv1d_update")
+
+
+def _group(
+    title: str, draw: _Draw, op: str, arguments: Callable[[], tuple], ours: Callable, theirs: str,
+    more: Callable[[], dict] = dict, call_theirs: Callable | None = None,
+) -> Group:  # fmt: skip
+    """``theirs``: module and name of transformers' function, which takes the same arguments unless ``call_theirs`` adapts them."""
+
+    def klfast() -> Contender:
+        if not registry.has_kernel(op, draw.device.upper()):
+            raise Unavailable(f"klfast has no {draw.device} kernel of {op}")
+        return _contender(ours, arguments(), more(), ours)
+
+    def transformers() -> Contender:
+        module, name = theirs.split(".")
+        function = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name, None)
+        if function is None:
+            raise Unavailable(f"this version of transformers has no {name}")
+        call = function if call_theirs is None else lambda *args, **kwargs: call_theirs(function, *args, **kwargs)
+        return _contender(call, arguments(), more(), ours)
+
+    return Group(title, {}, {"klfast": klfast, "transformers": transformers})
+
+
+def _contender(call: Callable, args: tuple, more: dict, ours: Callable) -> Contender:
+    """Checked against klfast's reference in float32; bfloat16 steps of transformers round their states, too."""
+
+    def fresh(convert: Callable[[torch.Tensor], torch.Tensor]) -> list:  # the decode steps write to their states
+        return [convert(a) if isinstance(a, torch.Tensor) else a for a in args]
+
+    def error() -> float:
+        import klfast
+
+        with klfast.using("reference"):
+            expected = ours(*fresh(lambda t: t.float().clone()), **more)
+        return distance(call(*fresh(torch.clone), **more), expected)
+
+    single = all(t.dtype != torch.bfloat16 for t in args if isinstance(t, torch.Tensor))
+    return Contender([lambda: call(*args, **more)], error, 1e-3 if single else 5e-2)
+
+
+def test_scan(group, name, run, benchmark):
+    run.time("scan", group, name, benchmark)

@@ -1,0 +1,112 @@
+"""The bench suite: a small run from the command line, what it writes, and that nothing wrong is timed."""
+
+import csv
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import document, results
+from bench.contest import Contender, Group, Race, Unavailable
+from klfast.cli import app
+
+
+def klf(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder of results of a small run in a process of its own, and what it printed."""
+    out = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "passive")
+        run = klf("bench", "linear", "--quick", "--shapes", "64x96", "--rows", "3", "--threads", 1, "--device", "cpu", "--isa", "scalar", "--out", out, "--json")
+    assert run.exit_code == 0, run.output
+    return out, json.loads(run.stdout)
+
+
+def test_a_run_writes_csv_markdown_and_a_picture(ran):
+    out, printed = ran
+    assert {"linear.csv", "linear.md", "roofline.png"} <= {path.name for path in out.iterdir()}
+    with (out / "linear.csv").open() as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert list(rows.values()) == printed["rows"]
+    assert {"klfast int4 exact", "klfast int8 int8", "klfast linear bf16", "torch fp32", "torch bf16", "torch int4pack"} <= set(rows)
+    for row in rows.values():
+        assert float(row["min_s"]) <= float(row["median_s"]) and int(row["rounds"]) >= 3
+        assert float(row["share_of_floor"]) > 0 and float(row["read_gbps"]) > 0 and float(row["peak_float32_tflops"]) > 0
+        assert row["machine"] and row["tier"] == "scalar" and row["threads"] == "1" and row["torch"] and row["time"]
+    assert all(float(rows["klfast int4 exact"][results.RATIO + peer]) > 0 for peer in ("torch fp32", "torch bf16", "torch fp16", "torch int4pack", "torch int8pack"))
+    table = (out / "linear.md").read_text()
+    assert "| 64x96, M=3 | klfast int4 exact |" in table and "tier scalar, 1 threads" in table
+
+
+def test_a_run_is_compared_with_itself(ran):
+    rows = results.read(ran[0])
+    lines = results.compare(rows, rows).splitlines()[2:]
+    assert len(lines) == len(rows) and all("| 1.00 |" in line for line in lines)
+    assert len(results.compare(rows[:1], rows).splitlines()) == 3
+
+
+def test_the_page_shows_the_rows_of_a_run(ran):
+    page = document.render(ran[0])
+    assert "klfast int8 exact" in page and "roofline.png" in page and "## decode\n\nNo results" in page
+
+
+def test_the_committed_page_is_made_from_the_committed_results():
+    assert document.DOCUMENT.read_text() == document.render(document.RESULTS), "run python -m bench.document"
+
+
+@pytest.mark.parametrize("wrong", [["foo"], ["--shapes", "64"], ["--rows", "1;2"], ["--isa", "sse"], ["--device", "tpu"], ["--working-set", "much"]])
+def test_wrong_usage(wrong):
+    assert klf("bench", *wrong).exit_code == 2
+
+
+class Benchmark:
+    """What a race needs of pytest-benchmark's fixture."""
+
+    stats = SimpleNamespace(stats=SimpleNamespace(median=2.0))
+
+    def pedantic(self, call, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            call()
+
+
+def race(**errors):
+    """A race between contenders of the given errors, and the list of their calls as they happen."""
+    calls = []
+
+    def built(name, error):
+        if isinstance(error, Exception):
+            raise error
+        return Contender([lambda i=i: calls.append((name, i)) for i in range(2)], lambda: error, 1e-3)
+
+    found = Race(SimpleNamespace(device="cpu", seconds=0.0))
+    found.enter(Group("group", {}, {name: lambda name=name, error=error: built(name, error) for name, error in errors.items()}))
+    return found, calls
+
+
+def test_a_wrong_result_gets_no_figure():
+    found, calls = race(klfast=0.5, klfast_nan=float("nan"), torch=0.0)
+    for name in ("klfast", "klfast_nan"):
+        with pytest.raises(AssertionError, match=f"{name} is off by .*no figure"):
+            found.run(name, Benchmark())
+    assert not calls
+    assert found.run("torch", Benchmark()) == {}
+
+
+def test_klfast_takes_turns_with_a_peer_and_every_call_takes_the_next_weights():
+    found, calls = race(klfast=0.0, klfast_other=Unavailable("not here"), torch=0.0)
+    assert found.run("klfast", Benchmark()) == {}
+    calls.clear()
+    ratios = found.run("torch", Benchmark())
+    assert list(ratios) == ["klfast"] and ratios["klfast"] > 1
+    names = [name for name, _ in itertools.groupby(calls, key=lambda call: call[0])]
+    assert names == ["klfast", "torch"] * (len(names) // 2) and len(names) >= 6
+    for name in ("klfast", "torch"):
+        copies = [copy for who, copy in calls if who == name]
+        assert all(a != b for a, b in itertools.pairwise(copies))
