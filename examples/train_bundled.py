@@ -1,11 +1,12 @@
-"""Train the small models that klfast bundles: a byte-level BPE tokenizer, Mamba and Mamba-2, from one text file.
+"""Train the small models that klfast bundles: a byte-level BPE tokenizer, Mamba, Mamba-2 and Hymba, from one text file.
 
     python examples/train_bundled.py --arch mamba  --train train.txt.zst --valid valid.txt.zst --out models/mamba
     python examples/train_bundled.py --arch mamba2 --train train.txt.zst --valid valid.txt.zst --out models/mamba2
+    python examples/train_bundled.py --arch hymba  --train train.txt.zst --valid valid.txt.zst --out models/hymba
     python examples/train_bundled.py --evaluate models/mamba --valid valid.txt.zst
 
 Each command writes a folder that AutoModelForCausalLM and AutoTokenizer read, and training_log.csv. The models are the classes
-of transformers with their scans replaced while training (training_scan.py); `--evaluate` uses transformers as it is.
+of transformers (Hymba: klfast's) with their scans replaced while training (training_scan.py); `--evaluate` uses them as they are.
 
 Nothing is chosen by the validation text: the last step's weights are kept, and the text only fills a column of the log.
 The seed fixes the initial weights and the order of the data, so a machine repeats itself; another machine, or another number of
@@ -41,6 +42,8 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 
 VOCABULARY = 4096
 END, PADDING = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
@@ -83,9 +86,37 @@ def build_mamba2():
     return Mamba2ForCausalLM(Mamba2Config(**COMMON, **sizes))
 
 
+def build_hymba():
+    """Everything that the released 1.5B model has: memory tokens, windows and global layers, a group that shares keys and values."""
+    config = HymbaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=320,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_memory_tokens=16,
+        sliding_window=128,
+        global_attn_idx=[0, 4, 7],
+        kv_reuse_group=[[1, 2, 3]],
+        max_position_embeddings=4096,
+        orig_max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = HymbaForCausalLM(config)
+    for layer in model.model.layers:
+        # The initialisation of Mamba (arXiv 2312.00752, section 3.6): steps between 0.001 and 0.1, through the inverse of softplus.
+        step = torch.exp(torch.rand(config.d_inner) * math.log(100) + math.log(0.001))
+        layer.mamba.dt_proj[0].bias.data.copy_(step + torch.log(-torch.expm1(-step)))
+    return model
+
+
 ARCHITECTURES = {
     "mamba": Architecture(build_mamba, lambda: training_scan.install("mamba")),
     "mamba2": Architecture(build_mamba2, lambda: training_scan.install("mamba2")),
+    "hymba": Architecture(build_hymba, lambda: training_scan.install("hymba")),
 }
 
 
@@ -197,14 +228,17 @@ def evaluate(folder, text):
 # Training
 
 
+PROJECTIONS = {"in_proj", "x_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def optimizers(model, rate):
     """Muon for the projections, AdamW for the rest; both take the same learning rate (Muon's is scaled to AdamW's step size)."""
     groups = {"muon": [], "decay": [], "plain": []}
     for name, parameter in model.named_parameters():
-        if name.endswith(("in_proj.weight", "x_proj.weight", "out_proj.weight")):
+        if name.endswith(".weight") and PROJECTIONS & set(name.split(".")):
             groups["muon"].append(parameter)
         else:
-            groups["decay" if "embeddings" in name else "plain"].append(parameter)
+            groups["decay" if "embed" in name else "plain"].append(parameter)
     adamw = [{"params": groups["decay"], "weight_decay": 0.1}, {"params": groups["plain"], "weight_decay": 0.0}]
     return [
         torch.optim.Muon(groups["muon"], lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),

@@ -1,12 +1,12 @@
-"""Selective scan (Mamba) and chunked SSD (Mamba-2) that train, put in the place of the slow loops of transformers.
+"""Selective scan (Mamba, Hymba) and chunked SSD (Mamba-2) that train, put in the place of the slow loops of transformers and klfast.
 
-`install(arch)` replaces the functions that the transformers mixers call:
+`install(arch)` replaces the functions that the mixers call:
 
 | arch     | function                 | plain torch (any device)                     | compiled (CPU)                       |
 |----------|--------------------------|----------------------------------------------|--------------------------------------|
-| `mamba`  | `mamba_selective_scan`   | `selective_scan`: parallel scan of chunks    | `training_kernels.cpp`               |
+| `mamba`, `hymba` | `mamba_selective_scan` | `selective_scan`: parallel scan of chunks    | `training_kernels.cpp`               |
 | `mamba2` | `mamba2_chunk_scan`      | `ssd_scan`: matrix products in chunks        | the same                             |
-| both     | `causal_conv1d_fn`       | `F.conv1d`                                   | `training_kernels.cpp`               |
+| all      | `causal_conv1d_fn`       | `F.conv1d`                                   | `training_kernels.cpp`               |
 
 The compiled functions are used where a C++ compiler is found. Sources of the formulas: Mamba, arXiv 2312.00752 (eq. 2, section 3.3); Mamba-2 / SSD, arXiv 2405.21060 (section 6).
 The compiled path exists because it trains Mamba 15 times faster on a CPU (0.43 against 6.5 CPU seconds for 1024 tokens of the
@@ -245,9 +245,13 @@ def causal_conv1d_fn(hidden_states, weight, bias, activation, **kwargs):
 
 
 def install(arch):
-    """Put the functions above in the place of those that the mixers of transformers look up when they run."""
+    """Put the functions above in the place of those that the mixers look up when they run."""
     if arch == "mamba":
         from transformers.models.mamba import modeling_mamba as module
+
+        module.mamba_selective_scan = mamba_selective_scan
+    elif arch == "hymba":
+        from klfast.models.hymba import ssm as module
 
         module.mamba_selective_scan = mamba_selective_scan
     else:

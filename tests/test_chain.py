@@ -22,6 +22,7 @@ from transformers import (
 
 from klfast.errors import InvalidInputError
 from klfast.models.chain import Carry, Chain
+from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3}
 ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4}
@@ -33,6 +34,9 @@ FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, num_key_value_heads=2)),
     "llama-eager": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, attn_implementation="eager")),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8)),
+    "hymba": lambda: HymbaForCausalLM(
+        HymbaConfig(**SMALL, **ATTENTION, num_key_value_heads=2, num_memory_tokens=3, sliding_window=4, global_attn_idx=[], kv_reuse_group=[[0, 1, 2]])
+    ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **ATTENTION)),
 }
 
@@ -53,12 +57,27 @@ def test_steps_add_up_to_the_model(family):
 
     # Any suffix, with two carries stacked: one as it was, one changed on the way.
     carry = chain.step(0, passage.entry, passage)
-    changed = Carry(carry.hidden * 1.5)
+    changed = Carry(carry.hidden * 1.5, tuple(t * 1.5 for t in carry.extra))
     wide = chain.enter(ids.repeat(2, 1))
     stacked = chain.head(chain.run(Carry.stack([carry, changed]), wide, start=1)).split(3)
     torch.testing.assert_close(stacked[0], expected)
     torch.testing.assert_close(stacked[1], chain.head(chain.run(changed, passage, start=1)))
     assert (stacked[1] - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_carries_shared_keys_and_values():
+    """What Hymba's first layer hands to the other two is part of the carry, and changing it changes the result."""
+    chain = Chain(FAMILIES["hymba"]().eval())
+    passage = chain.enter(torch.randint(0, 61, (3, 11)))
+    assert not passage.entry.extra
+    first = chain.step(0, passage.entry, passage)
+    second = chain.step(1, first, passage)
+    assert [tuple(t.shape) for t in first.extra] == [(3, 2, 14, 8), (3, 2, 14, 16)]
+    assert all(a is b for a, b in zip(first.extra, second.extra, strict=True))
+    assert not chain.step(2, second, passage).extra
+    other = Carry(second.hidden, (second.extra[0], second.extra[1] * -1))
+    assert not torch.allclose(chain.run(other, passage, start=2), chain.run(second, passage, start=2), atol=1e-4)
 
 
 @torch.no_grad()

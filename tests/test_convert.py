@@ -32,6 +32,7 @@ def fake_quantized(model, plan):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_logits_are_those_of_rounded_weights(family, tied):
     model, ids = tiny(family, tied), batch()
     plan = mixed_plan(model)

@@ -7,8 +7,7 @@ from hymba_models import SETS, golden_model, golden_tensors, tiny_model
 import klfast
 from klfast import runtime
 from klfast.errors import InvalidInputError
-from klfast.models.hymba import HymbaCache
-from klfast.models.hymba.attention import rotary_tables
+from klfast.models.hymba import HymbaCache, attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOGITS, HIDDEN = {"rtol": 0, "atol": 5e-4}, {"rtol": 0, "atol": 2e-4}
@@ -50,7 +49,7 @@ def test_forward_with_gradients(golden):
 
 def test_rotary_frequencies(golden):
     model, expected = golden
-    cos, sin = rotary_tables(model.config, torch.tensor([[1]]), torch.float32)
+    cos, sin = attention.rotary_tables(model.config, torch.tensor([[1]]), torch.float32)
     angles = torch.atan2(sin, cos)[0, 0, 0]
     torch.testing.assert_close(angles, expected["rope.inv_freq"].repeat(2), rtol=1e-6, atol=1e-7)
 
@@ -84,17 +83,42 @@ def test_prefill_state(golden):
     assert shared == [i for i in range(model.config.num_hidden_layers) if not model.config.owns_kv(i)]
 
 
-@pytest.mark.parametrize("chunks", [[60], [1] * 60, [1, 1, 20, 1, 30, 7], [45, 15], [2, 58]])
+@pytest.mark.parametrize("chunks", [[50], [1] * 50, [1, 1, 20, 1, 20, 7], [45, 5], [2, 48]])
 @torch.inference_mode()
-def test_continuing_in_chunks(chunks):
+def test_continuing_in_chunks(golden, chunks):
     """However a sequence is cut, the logits are those of the whole; the window is passed on the way."""
-    model, expected = golden_model("hybrid_full"), golden_tensors("hybrid_full")
+    model, expected = golden
     cache, logits = HymbaCache(model.config), []
-    for ids in expected["long.input_ids"].split(chunks, dim=1):
+    for ids in expected["long.input_ids"][:, :50].split(chunks, dim=1):
         out = model(ids, past_key_values=cache)
         assert out.logits.shape[1] == ids.shape[1] and out.past_key_values is cache
         logits.append(out.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected["long.logits"], **LOGITS)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected["long.logits"][:, :50], **LOGITS)
+
+
+@pytest.mark.parametrize("smallest", [1, 11, 16])
+@torch.inference_mode()
+def test_windows_in_blocks(golden, smallest, monkeypatch):
+    """A long windowed prefill runs block by block; here also the short golden ones."""
+    model, expected = golden
+    monkeypatch.setattr(attention, "_SMALLEST_BLOCK", smallest)
+    blocks = attention.Blocks.of(68, model.config.num_memory_tokens, model.config.sliding_window, "cpu")
+    assert len(blocks.parts) == -(-68 // max(smallest, model.config.sliding_window // 2))
+    torch.testing.assert_close(model(expected["long.input_ids"]).logits, expected["long.logits"], **LOGITS)
+
+
+def test_visible():
+    """Two memory tokens and a window of two; the second row starts with two places of padding."""
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [-2, -1, 0, 1, 2, 3, 4]])
+    seen = attention.visible(positions, positions, memory=2, window=2)[:, 0].int().tolist()
+    assert seen[0] == [
+        [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1],
+    ]  # fmt: skip
+    assert seen[1] == [
+        [1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1],
+    ]  # fmt: skip
 
 
 def test_continuing_with_gradients():

@@ -48,8 +48,8 @@ def sweep(
     bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, also after an error.
 
     Args:
-        model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Llama and
-            its like).
+        model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
+            Llama and its like).
         batches: calibration text: int64 tensors [B, T] of token ids, windows of T >= 2 tokens; or one tensor [N, T].
             How windows are grouped into batches makes no difference.
         specs: the precisions to try.

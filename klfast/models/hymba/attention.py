@@ -6,6 +6,8 @@ padding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +29,7 @@ def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) ->
     """Queries or keys [B, heads, L, key_dim] turned by their positions, first half against second half."""
     if tables is None:
         return x
-    cos, sin = tables
+    cos, sin = (table.to(x.dtype) for table in tables)  # autocast may compute x in another type than the model's
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -45,34 +47,84 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, memory: int, window: int 
     return seen | ((q < 0) & (k == q))
 
 
-def attention_mask(queries: torch.Tensor, keys: torch.Tensor, memory: int, window: int | None, padded: bool) -> torch.Tensor | None:
-    """``visible``, or None where that is every key up to the query's own place.
+@dataclass(frozen=True)
+class Blocks:
+    """A long windowed prefill, cut into blocks of queries: time and memory grow with L * window, not with L^2.
+
+    Attributes:
+        memory: number of memory tokens, which every block sees.
+        parts: for each block (start, stop, first, mask): its queries are start..stop, its keys the memory tokens and
+            first..stop, and mask [1, 1, stop - start, keys] says which of them each query sees.
+    """
+
+    memory: int
+    parts: tuple[tuple[int, int, int, torch.Tensor], ...]
+
+    @staticmethod
+    def of(length: int, memory: int, window: int, device: torch.device) -> Blocks:
+        size, parts, repeated = max(window // 2, _SMALLEST_BLOCK), [], None
+        positions = torch.arange(length, device=device).unsqueeze(0)
+        for start in range(0, length, size):
+            stop, first = min(start + size, length), max(start - window, memory)
+            if first == memory or repeated is None or stop - start < size:
+                keys = torch.cat((positions[:, :memory], positions[:, first:stop]), dim=1)
+                mask = visible(positions[:, start:stop], keys, memory, window)
+                if first > memory:
+                    repeated = mask  # further blocks differ from this by a shift
+            else:
+                mask = repeated
+            parts.append((start, stop, first, mask))
+        return Blocks(memory, tuple(parts))
+
+
+_SMALLEST_BLOCK = 128
+
+Mask = torch.Tensor | Blocks | None
+
+
+def attention_mask(queries: torch.Tensor, keys: torch.Tensor, memory: int, window: int | None, padded: bool) -> Mask:
+    """Which keys each query sees: bool [B, 1, Q, K], blocks of a window, or None for every key up to the query's own place.
 
     Without padding, keys lie in the order of their positions, and a cache of a windowed layer holds no key that its
     next query does not see.
     """
     length = queries.shape[1]
-    prefill = keys.shape[1] == length
-    if not padded and (length == 1 or (prefill and (window is None or length <= memory + window + 1))):
+    if not padded and length == 1:
         return None
-    return visible(queries, keys, memory, window)
+    if padded or keys.shape[1] > length:
+        return visible(queries, keys, memory, window)
+    if window is None or length <= memory + window + 1:
+        return None
+    return Blocks.of(length, memory, window, queries.device)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
     """softmax(q k^T / sqrt(key_dim)) v for each query head, heads side by side: [B, Q, heads * value_dim].
 
     Args:
         q: [B, heads, Q, key_dim].
         k, v: [B, kv_heads, K, key_dim] and [B, kv_heads, K, value_dim]; query head j takes head j // (heads / kv_heads).
-        mask: bool, from ``attention_mask``.
+        mask: from ``attention_mask``.
     """
     batch, heads, length, key_dim = q.shape
     groups, value_dim = k.shape[1], v.shape[-1]
+    scale = key_dim**-0.5
     if length == 1:  # the query heads of a group are queries of one head, and no key is copied
-        q = q.view(batch, groups, heads // groups, key_dim)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=key_dim**-0.5).reshape(batch, 1, heads * value_dim)
+        q = q.reshape(batch, groups, heads // groups, key_dim)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(batch, 1, heads * value_dim)
     if value_dim > key_dim:  # the fast kernels want equal widths; zeros add nothing to a product
         q, k = (F.pad(t, (0, value_dim - key_dim)) for t in (q, k))
-    causal = mask is None
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=key_dim**-0.5, enable_gqa=True)
+    if isinstance(mask, Blocks):
+        out = torch.cat([_attend_block(q, k, v, mask.memory, part, scale) for part in mask.parts], dim=2)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).reshape(batch, length, heads * value_dim)
+
+
+def _attend_block(q, k, v, memory, part, scale):
+    start, stop, first, mask = part
+    if first == memory:
+        k, v = k[:, :, :stop], v[:, :, :stop]
+    else:
+        k, v = (torch.cat((t[:, :, :memory], t[:, :, first:stop]), dim=2) for t in (k, v))
+    return F.scaled_dot_product_attention(q[:, :, start:stop], k, v, mask, scale=scale, enable_gqa=True)

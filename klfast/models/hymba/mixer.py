@@ -8,7 +8,7 @@ from torch import nn
 
 from klfast import ops
 from klfast.models.hymba import ssm
-from klfast.models.hymba.attention import attend, rotate
+from klfast.models.hymba.attention import Mask, attend, rotate
 from klfast.models.hymba.cache import HymbaCache
 from klfast.models.hymba.configuration import HymbaConfig
 from klfast.models.hymba.norm import HymbaRMSNorm
@@ -53,7 +53,7 @@ class HymbaMixer(nn.Module):
         hidden_states: torch.Tensor,
         shared_kv: SharedKV | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None,
+        attention_mask: Mask,
         padding: torch.Tensor | None,
         cache: HymbaCache | None,
     ) -> tuple[torch.Tensor, SharedKV]:
@@ -63,7 +63,7 @@ class HymbaMixer(nn.Module):
             hidden_states: [B, L, H].
             shared_kv: keys and values of the layer before; used only by a layer that owns none.
             rotary: cos and sin, from ``rotary_tables``.
-            attention_mask: bool, which key each query sees; None for all up to its own place.
+            attention_mask: which keys each query sees, from ``attention.attention_mask``.
             padding: bool [B, L, 1], true for padding; None if there is none.
             cache: what came before; extended.
         """

@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from klfast.errors import InvalidInputError
+from klfast.models.hymba.attention import Mask, rotary_tables
 from klfast.models.hymba.attention import attention_mask as key_mask
-from klfast.models.hymba.attention import rotary_tables
 from klfast.models.hymba.cache import HymbaCache
 from klfast.models.hymba.configuration import HymbaConfig
 from klfast.models.hymba.mixer import HymbaMixer, SharedKV
@@ -62,7 +62,7 @@ class HymbaLayer(nn.Module):
         hidden_states: torch.Tensor,
         shared_kv: SharedKV | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Mask = None,
         padding: torch.Tensor | None = None,
         cache: HymbaCache | None = None,
     ) -> tuple[torch.Tensor, SharedKV | None]:
