@@ -46,6 +46,7 @@ class Run:
     def time(self, suite, group, name, benchmark) -> None:
         """Check and time a contender, and add its row."""
         if self.race.enter(group):
+            self.results.write(self.settings.out, self.facts)  # what a crash of a peer would lose
             self._read_gbps = self._bandwidth.measure() / 1e9
         try:
             contender = self.race.contender(name)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
-_LONG_SECONDS = 0.2  # calls that take longer need no untimed call before them
+_LONG_SECONDS = 0.05  # calls that take longer need no untimed call before them
 _SPIN_SECONDS = 0.02  # OpenMP's threads spin for so long after a call, and would slow down a peer with threads of its own
 
 

@@ -43,6 +43,8 @@ def torch_int4pack(x: torch.Tensor, weights: Weights) -> Contender:
 def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
     """bfloat16 x; one scale a row."""
     _require_cpu(x, "_weight_int8pack_mm")
+    if weights.k % 32:
+        raise Unavailable(f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32")
     qt = weights.quantized(QuantSpec(8, -1))
     codes, scales = reference.unpack(qt.packed, 8, weights.k), qt.scale[:, 0].to(x.dtype)
     copies = weights.copies("int8pack", codes.nbytes, codes.clone)
@@ -69,5 +71,8 @@ def openvino_int4(x: torch.Tensor, weights: Weights) -> Contender:
     qt = weights.quantized(QuantSpec(4, group))
     rows = x.float().numpy()
     # A compiled model takes tens of milliseconds: of small weights fewer copies, an advantage if they stay in cache.
-    calls = [compiled(rows, qt, weights.settings.threads) for _ in range(weights.count(qt.nbytes, most=128))]
+    try:
+        calls = [compiled(rows, qt, weights.settings.threads) for _ in range(weights.count(qt.nbytes, most=128))]
+    except RuntimeError as error:
+        raise Unavailable(f"OpenVINO cannot compile it: {' '.join(str(error).split())}") from None
     return Contender(calls, lambda: distance(torch.from_numpy(calls[0]()), reference.dequant_matmul(x.float(), qt)), 5e-2, qt.nbytes, own_threads=True)

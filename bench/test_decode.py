@@ -13,7 +13,7 @@ import klfast
 from klfast.types import QuantSpec
 
 from . import llama_cpp, models
-from .contest import Contender, Group, Unavailable, timed
+from .contest import Contender, Group, Unavailable
 from .settings import Settings
 
 VARIANTS = {  # dtype, spec, activation
@@ -48,60 +48,53 @@ def _prompt(length: int) -> torch.Tensor:
     return torch.randint(0, 512, (1, length))
 
 
-def _model(name: str, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> tuple[torch.nn.Module, float]:
-    """klfast's model in ``dtype``, and the error of its float32 logits."""
-    _require_cpu(settings)
+@functools.lru_cache(maxsize=len(VARIANTS))  # for prefill, then for decode
+def _model(name: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> tuple[torch.nn.Module, float]:
+    """klfast's model in ``dtype``, and its error while in float32: infinite if it goes on with other tokens."""
+    _require_cpu(device)
     model = models.ours(name, spec, activation)
-    error = models.forward_error(model, _prompt(16))
+    error = models.error(model, _prompt(16))
+    if activation == "exact" and not models.same_tokens(model, _prompt(8), 4):
+        error = math.inf
     return model.to(dtype), error
 
 
-def _require_cpu(settings: Settings) -> None:
-    if settings.device != "cpu":
+@functools.lru_cache(maxsize=2)
+def _plain_model(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """transformers' own model, which klfast's are checked against."""
+    _require_cpu(device)
+    return models.plain(name).to(dtype)
+
+
+def _require_cpu(device: str) -> None:
+    if device != "cpu":
         raise Unavailable("whole models are timed on the CPU only")
 
 
 def _prefill(name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
-    model, error = _model(name, settings, dtype, spec, activation)
+    model, error = _model(name, settings.device, dtype, spec, activation)
     prompt = _prompt(length)
 
     def facts(seconds: float) -> dict[str, float]:
-        return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, dtype, seconds, timed)}
+        return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, dtype, seconds)}
 
     return Contender([lambda: model(prompt, use_cache=False)], lambda: error, TOLERANCE, facts=facts)
 
 
 def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtype) -> Contender:
-    _require_cpu(settings)
-    model, prompt = models.plain(name).to(dtype), _prompt(length)
-    return _reference(lambda: model(prompt, use_cache=False), length)
+    model, prompt = _plain_model(name, settings.device, dtype), _prompt(length)
+    return Contender([lambda: model(prompt, use_cache=False)], lambda: 0.0, 0.0, facts=_rate(length))
 
 
 def _decode(name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
-    """klfast.generate; in float32, the tokens of a few steps must be those of transformers' generate on klfast's reference."""
-    model, error = _model(name, settings, torch.float32, spec, activation)
+    model, error = _model(name, settings.device, dtype, spec, activation)
     prompt = _prompt(8)
-    found = klfast.generate(model, prompt, 4)
-    klfast.unaccelerate(model)
-    with klfast.using("reference"):
-        same = torch.equal(found, _generate(model, prompt, 4))
-    klfast.accelerate(model).to(dtype)
-    return Contender([lambda: klfast.generate(model, prompt, new)], lambda: error if same else math.inf, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
+    return Contender([lambda: klfast.generate(model, prompt, new)], lambda: error, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
 
 
 def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
-    _require_cpu(settings)
-    model, prompt = models.plain(name).to(dtype), _prompt(8)
-    return _reference(lambda: _generate(model, prompt, new), new, models.read_bytes(model) * new)
-
-
-def _generate(model: torch.nn.Module, prompt: torch.Tensor, new: int) -> torch.Tensor:
-    return model.generate(prompt, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-
-
-def _reference(call: Callable[[], object], tokens: int, nbytes: int = 0) -> Contender:
-    """transformers itself, which klfast's contenders are checked against."""
-    return Contender([call], lambda: 0.0, 0.0, nbytes, facts=_rate(tokens))
+    model, prompt = _plain_model(name, settings.device, dtype), _prompt(8)
+    return Contender([lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=_rate(new))
 
 
 def _rate(tokens: int) -> Callable[[float], dict[str, float]]:
