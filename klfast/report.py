@@ -61,8 +61,8 @@ class Table:
 
 
 def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: int = 10) -> list[Table]:
-    """What a sweep found, in four tables: the most sensitive layers of each spec, means by kind of layer and by
-    depth, and how far the other metrics rank the layers alike.
+    """What a sweep found, in tables: the most sensitive layers of each spec, means by kind of layer and by depth, means
+    by use of a layer's rows if the sweep measured them, and how far the other metrics rank the layers alike.
 
     Args:
         metric: one that every candidate has; KL(teacher || student) by default, or what was measured instead.
@@ -72,7 +72,7 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
         InvalidInputError: nothing measured, or not this metric.
     """
     metric = _metric(sensitivities, metric)
-    tables = [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
+    tables = [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric), by_use(sensitivities, metric)]
     return [table for table in [*tables, agreement(sensitivities, metric)] if table.rows]
 
 
@@ -95,6 +95,17 @@ def by_kind(sensitivities: Sensitivities, metric: str) -> Table:
 def by_depth(sensitivities: Sensitivities, metric: str) -> Table:
     """Means over the layers of one block, a column a spec."""
     return _means(sensitivities, metric, "By depth", "block", depth)
+
+
+def by_use(sensitivities: Sensitivities, metric: str) -> Table:
+    """Means over all layers of one kind in which only the rows of one use were quantized, a column a spec."""
+    found = {key: m.mean[metric] for key, m in sensitivities.rows.items() if metric in m.mean}
+    specs = sorted({spec for *_, spec in found})
+    rows = []
+    for label in dict.fromkeys((kind(name), use) for name, use, _ in found):
+        groups = [[value for (name, use, s), value in found.items() if (kind(name), use) == label and s == spec] for spec in specs]
+        rows.append((*label, *(math.fsum(group) / len(group) if group else None for group in groups)))
+    return Table(f"By use of a layer's rows: mean {metric}", ("kind", "rows", *map(str, specs)), tuple(rows))
 
 
 def agreement(sensitivities: Sensitivities, metric: str) -> Table:

@@ -20,6 +20,7 @@ def sweep(
     windows: Annotated[int, typer.Option(help="Windows of calibration text, the first ones.", min=1)] = 32,
     length: options.Length = 512,
     scale: options.Scale = "absmax",
+    rows: Annotated[bool, typer.Option("--rows", help="Also measure each use that the rows of one layer are split between (Hymba's in_proj).")] = False,
     out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away.")] = True,
     dtype: options.Dtype = "float32",
@@ -48,7 +49,7 @@ def sweep(
     if not resume:
         partial.unlink(missing_ok=True)
     resumed = partial.exists()
-    found = klfast.sweep(network, batches, specs=specs, resume=partial, scale=scale, dtype=None if computed == "auto" else computed)
+    found = klfast.sweep(network, batches, specs=specs, resume=partial, rows=rows, scale=scale, dtype=None if computed == "auto" else computed)
     found.provenance.update(model=model, calibration=calibration)
     found.to_json(out)
     partial.unlink(missing_ok=True)

@@ -37,6 +37,15 @@ def linear(model: nn.Module, name: str) -> nn.Module:
     return found[name]
 
 
+def row_parts(model: nn.Module, name: str) -> dict[str, tuple[int, int]]:
+    """The uses that the rows of a linear layer are split between, by name, as (first, end); empty if there is but one.
+
+    A module that holds such a layer has ``row_parts``: {the layer's name within it: {use: (first, end)}}.
+    """
+    parent, _, leaf = name.rpartition(".")
+    return dict(getattr(model.get_submodule(parent), "row_parts", {}).get(leaf, {}))
+
+
 def head_name(model: nn.Module) -> str:
     """Module name of the output projection (lm_head)."""
     head = model.get_output_embeddings()

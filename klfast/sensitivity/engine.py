@@ -30,14 +30,16 @@ _COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher'
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear layer (and its name) with the spec that it is quantized to."""
+    """A linear layer (and its name) with the spec that it is quantized to; or only its rows first..end, and their use."""
 
     name: str
     layer: nn.Linear
     spec: QuantSpec
+    use: str | None = None
+    rows: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} as {self.spec}"
+        return f"{self.name}{f' ({self.use} rows)' if self.use else ''} as {self.spec}"
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,14 @@ class Engine:
     def _swapped(self, candidate: Candidate) -> Iterator[None]:
         """Give the layer its quantized weight, and its own storage back afterwards. A tied embedding shares both."""
         weight = candidate.layer.weight
+        first, end = candidate.rows or (0, len(weight))
         with self._timed("quantize"):
             try:
-                rounded = fake_quantize(weight, candidate.spec, scale=self.scale).to(weight.dtype)
+                rounded = fake_quantize(weight[first:end], candidate.spec, scale=self.scale).to(weight.dtype)
             except InvalidInputError as error:
                 raise InvalidInputError(f"{candidate}: {error}") from error
+            if candidate.rows:
+                rounded = torch.cat((weight[:first], rounded, weight[end:]))
         original = weight.data
         weight.data = rounded
         try:

@@ -24,7 +24,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     found = Sensitivities.from_json(paths[0])
     if found.fingerprint is None:
         return published.read_files(paths)
-    merged = replace(found, measurements=dict(found.measurements), provenance=dict(found.provenance))
+    merged = replace(found, measurements=dict(found.measurements), rows=dict(found.rows), provenance=dict(found.provenance))
     for path in paths[1:]:
         other = Sensitivities.from_json(path)
         if (other.fingerprint, other.layers, other.other_bytes) != (found.fingerprint, found.layers, found.other_bytes):
@@ -33,6 +33,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
             name, spec = min(twice)
             raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out")
         merged.measurements.update(other.measurements)
+        merged.rows.update(other.rows)
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
             merged.provenance.pop("ce_teacher", None)  # there is no one text to predict a perplexity of
     return merged

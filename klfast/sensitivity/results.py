@@ -55,6 +55,7 @@ class Sensitivities:
         noise_floor: the metrics that mere rounding makes (the teacher against itself, rounded differently).
         provenance: free-form facts (model, calibration text, tokens, versions ...). "ce_teacher", where a sweep has
             recorded it, is the full-precision model's mean cross-entropy on the calibration text, nats per token.
+        rows: by (layer name, use, spec), measurements of only those rows of the layer that serve one use.
     """
 
     fingerprint: Fingerprint | None
@@ -63,6 +64,7 @@ class Sensitivities:
     measurements: dict[tuple[str, QuantSpec], Measurement] = field(default_factory=dict)
     noise_floor: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
+    rows: dict[tuple[str, str, QuantSpec], Measurement] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Sensitivities:
@@ -84,17 +86,8 @@ class Sensitivities:
             "fingerprint": fingerprint,
             "layers": {name: {"shape": list(info.shape), "float_bytes": info.float_bytes} for name, info in self.layers.items()},
             "other_bytes": self.other_bytes,
-            "measurements": [
-                {
-                    "layer": name,
-                    "spec": str(spec),
-                    "tokens": m.tokens,
-                    "below_noise": m.below_noise,
-                    "mean": numbers_to_json(m.mean),
-                    "stderr": numbers_to_json(m.stderr),
-                }
-                for (name, spec), m in self.measurements.items()
-            ],
+            "measurements": [{"layer": name, "spec": str(spec), **_entry(m)} for (name, spec), m in self.measurements.items()],
+            "rows": [{"layer": name, "use": use, "spec": str(spec), **_entry(m)} for (name, use, spec), m in self.rows.items()],
             "noise_floor": numbers_to_json(self.noise_floor),
             "provenance": self.provenance,
             **(extra or {}),
@@ -135,13 +128,9 @@ class Sensitivities:
                 name: LayerInfo((int(info["shape"][0]), int(info["shape"][1])), int(info["float_bytes"]))
                 for name, info in data["layers"].items()
             }
-            measurements = {
-                (entry["layer"], QuantSpec.parse(entry["spec"])): Measurement(
-                    _numbers(entry["mean"]), _numbers(entry["stderr"]), int(entry["tokens"]), bool(entry["below_noise"])
-                )
-                for entry in data["measurements"]
-            }
-            if unknown := [name for name, _ in measurements if name not in layers]:
+            measurements = {(entry["layer"], QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data["measurements"]}
+            rows = {(entry["layer"], str(entry["use"]), QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data.get("rows", ())}
+            if unknown := [name for name, *_ in (*measurements, *rows) if name not in layers]:
                 raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}")
             return cls(
                 fingerprint and Fingerprint(str(fingerprint["structure"]), tuple(map(float, fingerprint["norms"]))),
@@ -150,6 +139,7 @@ class Sensitivities:
                 measurements,
                 _numbers(data["noise_floor"]),
                 dict(data["provenance"]),
+                rows,
             )
         except CheckpointError:
             raise
@@ -178,6 +168,14 @@ def read_json(source: str | os.PathLike[str], remedy: str = "sweep anew") -> tup
 def numbers_to_json(numbers: Mapping[str, float]) -> dict[str, float | str]:
     """Numbers as JSON has them; infinities and NaN, which it lacks, as strings that ``float`` reads."""
     return {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
+
+
+def _entry(m: Measurement) -> dict[str, object]:
+    return {"tokens": m.tokens, "below_noise": m.below_noise, "mean": numbers_to_json(m.mean), "stderr": numbers_to_json(m.stderr)}
+
+
+def _measurement(entry: Mapping[str, object]) -> Measurement:
+    return Measurement(_numbers(entry["mean"]), _numbers(entry["stderr"]), int(entry["tokens"]), bool(entry["below_noise"]))
 
 
 def _numbers(data: Mapping[str, float | str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import nn
 from klfast import __version__
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
 from klfast.models.chain import Chain
-from klfast.models.layers import is_head_tied, linears
+from klfast.models.layers import is_head_tied, linears, row_parts
 from klfast.progress import Progress, reporter
 from klfast.sensitivity import inputs
 from klfast.sensitivity.engine import COLUMNS, Candidate, Engine, Teacher
@@ -37,6 +37,7 @@ def sweep(
     resume: str | os.PathLike[str] | None = None,
     *,
     layers: Iterable[str] | None = None,
+    rows: bool = False,
     scale: str = "absmax",
     max_batch_tokens: int = 8192,
     dtype: torch.dtype | None = torch.float32,
@@ -59,6 +60,8 @@ def sweep(
             ``Sensitivities.from_json`` reads it, finished or not.
         layers: names of the linear layers to measure; all of them by default, the head included. If the head is tied
             to the embedding, quantizing it changes the embedding, too.
+        rows: also measure, into ``Sensitivities.rows``, each use that the rows of one layer are split between, such as the
+            queries, keys, values, input and gate in Hymba's in_proj. Plans do not need it; it shows which part hurts.
         scale: how scales are chosen, as in ``klfast.quantize``.
         max_batch_tokens: at most so many tokens go through a block at a time (but at least one window).
         dtype: what a model with smaller floating-point weights computes in meanwhile. None for the model's own dtype,
@@ -90,13 +93,14 @@ def sweep(
         settings = {
             "specs": [str(spec) for spec in specs],
             "layers": names,
+            "rows": rows,
             "calibration": inputs.digest(windows),
             "scale": scale,
             "max_batch_tokens": max_batch_tokens,
             "dtype": str(chain.head.weight.dtype),
         }
         reported = [name for name in METRICS if name == _KL or name in metrics]
-        run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, _groups(chain, names, specs), settings, reported, resume)
+        run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, _groups(chain, names, specs, rows), settings, reported, resume)
         return run.finish(progress)
 
 
@@ -122,7 +126,7 @@ class _Group:
         return f"block {self.place}" if isinstance(self.place, int) else self.place
 
 
-def _groups(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec]) -> list[_Group]:
+def _groups(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[_Group]:
     """The noise floor, then the candidates of each block, then those of the head."""
     modules = linears(chain.model)
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
@@ -131,6 +135,8 @@ def _groups(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec]) -> l
         if place is None:
             raise InvalidInputError(f"{name} lies in no block and is not the head; leave it out of `layers`")
         at[place] += [Candidate(name, modules[name], spec) for spec in specs]
+        for use, part in row_parts(chain.model, name).items() if rows else ():
+            at[place] += [Candidate(name, modules[name], spec, use, part) for spec in specs]
     groups = [_Group("noise", (), 0)]
     for place, candidates in at.items():
         if candidates:
@@ -196,14 +202,18 @@ class _Run:
             floor, ce_teacher = self._metrics(self.tally.mean(0)), self.tally.mean(0)[COLUMNS.index("ce_teacher")]
             if math.isfinite(ce_teacher):
                 provenance["ce_teacher"] = ce_teacher
-        measurements = {}
+        measurements, rows = {}, {}
         for group in self.groups:
             for row, candidate in enumerate(group.candidates, group.first):
                 if tokens := self.tally.tokens(row):
                     mean = self._metrics(self.tally.mean(row))
                     below = mean[_KL] < NOISE_MULTIPLE * floor[_KL]
-                    measurements[candidate.name, candidate.spec] = Measurement(mean, self._metrics(self.tally.stderr(row)), tokens, below)
-        return replace(self.blank, measurements=measurements, noise_floor=floor, provenance=provenance)
+                    measurement = Measurement(mean, self._metrics(self.tally.stderr(row)), tokens, below)
+                    if candidate.use is None:
+                        measurements[candidate.name, candidate.spec] = measurement
+                    else:
+                        rows[candidate.name, candidate.use, candidate.spec] = measurement
+        return replace(self.blank, measurements=measurements, rows=rows, noise_floor=floor, provenance=provenance)
 
     def _metrics(self, values: Sequence[float]) -> dict[str, float]:
         return {name: value for name, value in zip(COLUMNS, values, strict=True) if name in self.reported}

@@ -66,13 +66,12 @@ class Blocks:
         positions = torch.arange(length, device=device).unsqueeze(0)
         for start in range(0, length, size):
             stop, first = min(start + size, length), max(start - window, memory)
-            if first == memory or repeated is None or stop - start < size:
+            mask = repeated if stop - start == size else None
+            if mask is None:
                 keys = torch.cat((positions[:, :memory], positions[:, first:stop]), dim=1)
                 mask = visible(positions[:, start:stop], keys, memory, window)
                 if first > memory:
-                    repeated = mask  # further blocks differ from this by a shift
-            else:
-                mask = repeated
+                    repeated = mask  # further whole blocks differ from this by a shift
             parts.append((start, stop, first, mask))
         return Blocks(memory, tuple(parts))
 

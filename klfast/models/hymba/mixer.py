@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,26 +29,28 @@ class HymbaMixer(nn.Module):
         super().__init__()
         self.layer, self.heads, self.key_dim, self.value_dim = layer, config.num_attention_heads, config.key_dim, config.value_dim
         self.owns_kv = config.owns_kv(layer)
-        size, inner, states, rank = config.hidden_size, config.d_inner, config.mamba_d_state, config.dt_rank
+        width, inner, states, rank = config.hidden_size, config.d_inner, config.mamba_d_state, config.dt_rank
         kv_heads = config.num_key_value_heads
-        self.rows = {"q": size, "k": kv_heads * self.key_dim, "v": kv_heads * self.value_dim, "x": inner, "z": inner}
+        self.rows = {"q": width, "k": kv_heads * self.key_dim, "v": kv_heads * self.value_dim, "x": inner, "z": inner}
         if not self.owns_kv:
             del self.rows["k"], self.rows["v"]
+        ends = list(itertools.accumulate(self.rows.values()))
+        self.row_parts = {"in_proj": {use: (end - size, end) for (use, size), end in zip(self.rows.items(), ends, strict=True)}}
         self.split = (rank, states, states)
 
-        self.in_proj = nn.Linear(size, sum(self.rows.values()), bias=config.mamba_proj_bias)
+        self.in_proj = nn.Linear(width, sum(self.rows.values()), bias=config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
         self.x_proj = nn.ModuleList([nn.Linear(inner, sum(self.split), bias=False)])
         self.dt_proj = nn.ModuleList([nn.Linear(rank, inner, bias=True)])
         self.A_log = nn.ParameterList([nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))])
         self.D = nn.ParameterList([nn.Parameter(torch.ones(inner))])
         if config.mamba_inner_layernorms:
-            self.dt_layernorm, self.B_layernorm, self.C_layernorm = (HymbaRMSNorm(width, config.rms_norm_eps) for width in self.split)
+            self.dt_layernorm, self.B_layernorm, self.C_layernorm = (HymbaRMSNorm(part, config.rms_norm_eps) for part in self.split)
         else:
             self.dt_layernorm = self.B_layernorm = self.C_layernorm = None
         self.pre_avg_layernorm1 = HymbaRMSNorm(inner, config.rms_norm_eps)
         self.pre_avg_layernorm2 = HymbaRMSNorm(inner, config.rms_norm_eps)
-        self.out_proj = nn.Linear(inner, size, bias=config.mamba_proj_bias)
+        self.out_proj = nn.Linear(inner, width, bias=config.mamba_proj_bias)
 
     def forward(
         self,
