@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.race, self.results = settings, Race(settings), results.Results()
+        self.earlier = None if settings.compare is None else results.read(settings.compare)  # now: it may be the folder that is written to
         self.facts: dict[str, object] = {}
         self._read_gbps = 0.0
         self._bandwidth: machine.Bandwidth | None = None
@@ -112,8 +113,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(results.conditions(rows[0]))
     for line in results.summary(rows):
         terminalreporter.write_line(line)
-    if settings.compare is not None:
-        text = results.compare(results.read(settings.compare), rows)
+    if run.earlier is not None:
+        text = results.compare(run.earlier, rows)
         (settings.out / "compare.md").write_text(text, encoding="utf-8")
         terminalreporter.write_line(text)
     terminalreporter.write_line(f"Written to {settings.out}: {', '.join(path.name for path in written)}")

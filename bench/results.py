@@ -143,4 +143,4 @@ def compare(earlier: list[dict[str, str]], now: list[dict[str, object]]) -> str:
             then, since = number(old["median_s"]), number(row["median_s"])
             shares = (_cell(r.get("share_of_floor"), ".2f") for r in (old, row))
             lines.append("| " + " | ".join((*(str(row[name]) for name in _KEY), seconds(then), seconds(since), f"{then / since:.2f}", *shares)) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, ""]) if len(lines) > 2 else "No contender took part in both runs.\n"
