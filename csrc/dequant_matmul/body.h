@@ -2,7 +2,7 @@
 #pragma once
 
 #include "dequant_matmul/exact_large.h"
-#include "dequant_matmul/exact_small.h"
+#include "dequant_matmul/few_rows.h"
 #include "dequant_matmul/int8.h"
 
 namespace klfast {
@@ -12,7 +12,7 @@ template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
     const Segments segments(args);
     if (args.int8_activation) run_int8<Bits>(args, segments);
-    else if (args.m <= kSmallM) run_exact_small<Bits>(args, segments);
+    else if (args.m <= kFewRows && words_within_groups<Bits>(args)) FewRows<FloatLines, Bits>(args).run();
     else run_exact_large<Bits>(args, segments);
 }
 

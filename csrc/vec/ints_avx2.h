@@ -32,6 +32,8 @@ inline void write(std::int32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cas
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Ints shift_right(Ints a, int bits) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
 inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Vec float_bits(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Vec pick(Vec table, Ints index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }
 inline Ints bits_of(Vec a) { return {_mm256_castps_si256(a.v)}; }
 // The float whose bits are (a & mask) | base.
 inline Vec masked_float(Ints a, Ints mask, Ints base) {

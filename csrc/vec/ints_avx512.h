@@ -28,6 +28,8 @@ inline void write(std::int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints shift_right(Ints a, int bits) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
 inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Vec float_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Vec pick(Vec table, Ints index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 inline Ints bits_of(Vec a) { return {_mm512_castps_si512(a.v)}; }
 // The float whose bits are (a & mask) | base.
 inline Vec masked_float(Ints a, Ints mask, Ints base) {

@@ -22,6 +22,9 @@ inline Ints shift_right(Ints a, int bits) { return {static_cast<std::int32_t>(st
 inline Vec to_float(Ints a) { return {static_cast<float>(a.v)}; }
 inline Ints bits_of(Vec a) { return {__builtin_bit_cast(std::int32_t, a.v)}; }
 inline Vec masked_float(Ints a, Ints mask, Ints base) { return {__builtin_bit_cast(float, (a.v & mask.v) | base.v)}; }
+inline Vec float_bits(Ints a) { return {__builtin_bit_cast(float, a.v)}; }
+// table[index], lane by lane
+inline Vec pick(Vec table, Ints) { return table; }
 inline void transpose(Ints (&)[1]) {}
 
 template <int Bits>
