@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hymba_models import tiny_model
+
+import klfast
+from klfast import runtime
+from klfast.models.hymba import ssm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import train_bundled  # noqa: E402
 import training_scan  # noqa: E402
 
 
@@ -93,3 +99,37 @@ def test_compiled_convolution(length):
         return F.silu(F.conv1d(x, weight[:, None], bias, groups=32)).transpose(1, 2)
 
     agree(lambda wide, weight, bias: training_scan.CompiledConv.apply(wide[..., :32], weight, bias), expected, inputs)
+
+
+def test_hymba_trains_through_them(monkeypatch):
+    """Loss and every gradient are those of the plain functions, which warn that they are slow."""
+    ids = torch.randint(0, 61, (2, 30))
+    model = tiny_model(mamba_expand=2, hidden_size=80, sliding_window=9)
+    for name in ("mamba_selective_scan", "causal_conv1d_fn"):
+        monkeypatch.setattr(ssm, name, getattr(ssm, name))  # put back afterwards
+
+    def gradients():
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    with pytest.warns(klfast.SlowPathWarning):
+        runtime._warned.clear()
+        expected = gradients()
+    training_scan.install("hymba")
+    runtime._warned.clear()
+    for name, found in gradients().items():
+        assert (found - expected[name]).abs().max() <= 2e-3 * expected[name].abs().max(), name
+
+
+def test_the_bundled_hymba():
+    """As large as the others, with every part that the release has."""
+    config = (model := train_bundled.build_hymba()).config
+    assert 3_000_000 <= sum(p.numel() for p in model.parameters()) <= 5_000_000
+    assert config.num_memory_tokens and config.kv_reuse_group == [[1, 2, 3]] and config.rope_type == "ntk"
+    assert {config.is_global(layer) for layer in range(config.num_hidden_layers)} == {True, False}
+    steps = F.softplus(model.model.layers[0].mamba.dt_proj[0].bias)
+    assert 0.0009 < steps.min() < 0.01 < steps.max() < 0.11
+    muon, adamw = train_bundled.optimizers(model, 1e-3)
+    assert len(muon.param_groups[0]["params"]) == 8 * 6 and len(adamw.param_groups[0]["params"]) == 1
