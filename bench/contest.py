@@ -137,7 +137,7 @@ class Race:
         """Time a contender by ``benchmark``; returns how many times as fast as it each of klfast's is."""
         contender, rivals = self.contender(name), self.rivals(name)
         calls = {each: synchronized(c, self._settings.device) for each, c in (rivals | {name: contender}).items()}
-        usual = {each: timed(call) for each, call in calls.items()}
+        usual = {each: _usual_seconds(call) for each, call in calls.items()}
         times: dict[str, list[float]] = {ours: [] for ours in rivals}
 
         def wake(each: str) -> None:
@@ -152,9 +152,7 @@ class Race:
                 time.sleep(_SPIN_SECONDS)
             wake(name)
 
-        round_seconds = timed(before) + timed(calls[name])
-        for taken in times.values():
-            taken.clear()
+        round_seconds = sum(t if t >= _LONG_SECONDS else 2 * t for t in usual.values()) + contender.own_threads * _SPIN_SECONDS
         rounds = int(min(max(self._settings.seconds * (1 + bool(rivals)) / round_seconds, MIN_ROUNDS), MAX_ROUNDS))
         benchmark.pedantic(calls[name], setup=before, rounds=rounds)
         median = benchmark.stats.stats.median
@@ -171,6 +169,12 @@ def synchronized(call: Callable[[], object], device: str) -> Callable[[], object
         torch.accelerator.synchronize()
 
     return run
+
+
+def _usual_seconds(call: Callable[[], object]) -> float:
+    """Of the second call, if the first is no long one."""
+    first = timed(call)
+    return first if first >= _LONG_SECONDS else timed(call)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -30,7 +30,8 @@ How it is timed:
 - torch's int4pack and int8pack take bfloat16 activations, as klfast's contenders do. OpenVINO runs the graph that NNCF's
   INT4_SYM compression writes, with the same rounded weights; by default it rounds activations to 8 bits.
 - "int8" behind klfast's weights: activations rounded to 8 bits; "exact": not rounded.
-- llama.cpp is timed by its own llama-bench on GGUF files that are given, not in turns with klfast.
+- Decode is 32 tokens after a prompt of 8, the prompt's time included.
+- llama.cpp is timed by its own llama-bench (without a prompt) on GGUF files that are given, not in turns with klfast.
 """
 
 

@@ -26,9 +26,10 @@ class Results:
         self.rows.append({"suite": suite, "group": group, "contender": contender, **columns})
 
     def ratio(self, suite: str, group: str, ours: str, peer: str, ratio: float) -> None:
-        """Note in the row of ``ours`` how many times as fast as ``peer`` it is."""
-        row = next(r for r in self.rows if (r["suite"], r["group"], r["contender"]) == (suite, group, ours))
-        row[RATIO + peer] = round(ratio, 3)
+        """Note in the row of ``ours``, if it has one (pytest's -k may leave it out), how many times as fast as ``peer`` it is."""
+        for row in self.rows:
+            if tuple(row[name] for name in _KEY) == (suite, group, ours):
+                row[RATIO + peer] = round(ratio, 3)
 
     def suites(self) -> dict[str, list[dict[str, object]]]:
         return {suite: [r for r in self.rows if r["suite"] == suite] for suite in dict.fromkeys(r["suite"] for r in self.rows)}
