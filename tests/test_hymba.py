@@ -152,6 +152,19 @@ def test_sampling():
 
 
 @torch.inference_mode()
+def test_generate_from_a_cache():
+    """A conversation: the cache of what was said so far, then generate() with all of the text and its mask."""
+    model, ids = tiny_model(), torch.randint(0, 61, (2, 25))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    cache = model(ids[:, :15], attention_mask=mask[:, :15], use_cache=True).past_key_values
+    found = model.generate(ids, use_cache=True, past_key_values=cache, **options)
+    assert torch.equal(found, model.generate(ids, use_cache=False, **options))
+    assert cache.get_seq_length() == 25 + 9 - 1
+
+
+@torch.inference_mode()
 def test_beam_search():
     model = tiny_model()
     ids = torch.randint(0, 61, (2, 5))
@@ -203,6 +216,7 @@ def test_bad_input():
         cache = model(ids, use_cache=True).past_key_values
         for message, call in (
             ("give either input_ids or inputs_embeds", lambda: model()),
+            (r"at least one sequence of one token, got \[2, 0\]", lambda: model(ids[:, :0])),
             ("past_key_values must be a klfast.models.hymba.HymbaCache, got list", lambda: model(ids, past_key_values=[])),
             (r"attention_mask must be \[2, 5\] like the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
             ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]))),

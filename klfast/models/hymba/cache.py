@@ -65,12 +65,13 @@ class HymbaCache:
     def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values for this call's queries; what later ones need is kept."""
         state = self.layers[layer]
-        if state.keys is None:
-            keep = (keys, values) if self._padding is None else tuple(self._padding.memory_first(t, dim=2) for t in (keys, values))
-        else:
+        if state.keys is not None:
             keys, values = keep = torch.cat((state.keys, keys), dim=2), torch.cat((state.values, values), dim=2)
-        # A copy where nothing was concatenated: the values are a view of a whole projection.
-        state.keys, state.values = (self._kept(t, layer, dim=2).detach().clone(memory_format=torch.contiguous_format) for t in keep)
+        elif self._padding is not None:
+            keep = tuple(self._padding.memory_first(t, dim=2) for t in (keys, values))
+        else:  # a copy: the values are a view of a whole projection
+            keep = tuple(t.clone(memory_format=torch.contiguous_format) for t in (keys, values))
+        state.keys, state.values = (self._kept(t.detach(), layer, dim=2) for t in keep)
         return keys, values
 
     def finish(self, tokens: int, positions: torch.Tensor, keys: dict[bool, torch.Tensor]) -> None:

@@ -150,7 +150,7 @@ class HymbaModel(HymbaPreTrainedModel):
                 M memory tokens first.
 
         Raises:
-            InvalidInputError: both or neither of ids and embeddings, an unfit mask or cache.
+            InvalidInputError: both or neither of ids and embeddings, no tokens at all, an unfit mask or cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give either input_ids or inputs_embeds")
@@ -158,6 +158,8 @@ class HymbaModel(HymbaPreTrainedModel):
             raise InvalidInputError(f"past_key_values must be a klfast.models.hymba.HymbaCache, got {type(past_key_values).__name__}")
         text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = text.shape[:2]
+        if not batch or not length:
+            raise InvalidInputError(f"Hymba needs at least one sequence of one token, got {[batch, length]}")
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = HymbaCache(self.config)
