@@ -2,12 +2,13 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test bench dist clean
+.PHONY: help install demo test bench dist sanitize clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests"
 	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
 	@echo "make install  only make .venv and build the extension"
+	@echo "make sanitize run the kernel tests under AddressSanitizer and UBSan"
 	@echo "make dist     build sdist and wheel into dist/"
 	@echo "make clean    remove all that was built"
 
@@ -31,6 +32,15 @@ test: install
 bench: install
 	.venv/bin/klfast bench --out bench/results
 	.venv/bin/python -m bench.document
+
+# The kernel tests against an extension with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: install
+	KLFAST_AVXVNNI_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
+	    --build-base build/sanitize --build-lib build/sanitize/lib
+	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest -q -p no:cacheprovider \
+	    tests/test_dequant_matmul.py tests/test_linear.py tests/test_divergence.py tests/test_ssm_ops.py
 
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build

@@ -27,6 +27,10 @@ TIER_FLAGS = {  # file name without suffix -> flags
     "avx512bf16": [*AVX512_VNNI, "-mavx512bf16"],
     "amx": [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
+# For tests on a machine with AVX-512-VNNI but not AVX-VNNI: that tier with the same instructions in AVX-512's encoding.
+AVXVNNI_TWIN = os.environ.get("KLFAST_AVXVNNI_TWIN") == "1"
+if AVXVNNI_TWIN:
+    TIER_FLAGS["avxvnni"] = [*AVX2, "-mavx512vl", "-mavx512vnni"]
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 
@@ -38,6 +42,8 @@ class BuildPerTier(build_ext):
         self._check_tools()
         tiers = [t for t in TIER_FLAGS if self._compiles(TIER_FLAGS[t])] if self._is_x86() else []
         macros = [(f"KLFAST_BUILT_{t.upper()}", "1") for t in tiers]
+        if AVXVNNI_TWIN:
+            macros.append(("KLFAST_AVXVNNI_TWIN", "1"))
         sources = [s for s in ext.sources if Path(s).stem in tiers or Path(s).stem not in TIER_FLAGS]
         extra = os.environ.get("KLFAST_CXXFLAGS", "").split()
 

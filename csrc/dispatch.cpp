@@ -46,7 +46,13 @@ std::string check_avx2() {
 
 std::string check_avxvnni() {
     if (auto reason = check_avx2(); !reason.empty()) return reason;
+#ifdef KLFAST_AVXVNNI_TWIN
+    const Leaf seven(7, 0);
+    if (!bit(seven.ebx, 31) || !bit(seven.ecx, 11)) return missing("AVX-512-VNNI to stand in for AVX-VNNI");
+    if ((saved_registers() & kSaveAvx512) != kSaveAvx512) return "the operating system does not save the AVX-512 registers.";
+#else
     if (!bit(Leaf(7, 1).eax, 4)) return missing("AVX-VNNI");
+#endif
     return {};
 }
 

@@ -1,8 +1,8 @@
-// dequant_matmul at tier avx2: see the bodies for the algebra, ints_avx2.h for the instructions.
+// dequant_matmul at tier avx2: see the bodies for the algebra, vec/dot_avx2.h for the instructions.
 #include "dequant_matmul/dequant_matmul.h"
 #include "vec/avx2.h"
 
-#include "vec/ints_avx2.h"
+#include "vec/dot_avx2.h"
 
 #include "dequant_matmul/body.h"
 

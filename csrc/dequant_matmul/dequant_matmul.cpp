@@ -6,7 +6,7 @@ namespace {
 constexpr KernelTable<DequantMatmulKernel> kKernels{
     &scalar::dequant_matmul,
     KLFAST_IF_AVX2(&avx2::dequant_matmul),
-    nullptr,
+    KLFAST_IF_AVXVNNI(&avxvnni::dequant_matmul),
     KLFAST_IF_AVX512VNNI(&avx512vnni::dequant_matmul),
     KLFAST_IF_AVX512BF16(&avx512bf16::dequant_matmul),
     nullptr,

@@ -28,6 +28,7 @@ void dequant_matmul(const DequantMatmulArgs& args, Tier limit);
 
 namespace scalar { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx2 { void dequant_matmul(const DequantMatmulArgs&); }
+namespace avxvnni { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx512vnni { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx512bf16 { void dequant_matmul(const DequantMatmulArgs&); }
 
