@@ -220,6 +220,7 @@ def test_bad_input():
             ("past_key_values must be a klfast.models.hymba.HymbaCache, got list", lambda: model(ids, past_key_values=[])),
             (r"attention_mask must be \[2, 5\] like the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
             ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]))),
+            ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 9 + [0]] * 2))),
             ("the Hymba cache holds 2 sequences, got 1", lambda: model(ids[:1], past_key_values=cache)),
         ):
             with pytest.raises(InvalidInputError, match=message):

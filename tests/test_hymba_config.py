@@ -48,6 +48,23 @@ def test_released_size():
     assert [i for i in range(32) if model.config.is_global(i)] == [0, 15, 31]
 
 
+@pytest.mark.parametrize(
+    ("changes", "owners"),
+    [
+        ({"kv_reuse_group": [[0, 1], [3, 4, 5]]}, [0, 2, 3, 6]),
+        ({"kv_reuse_group": None}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"kv_reuse_group": None, "kv_reuse_every_i_layer": 0}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"kv_reuse_group": None, "kv_reuse_every_i_layer": 3}, [0, 3, 6]),
+        ({"kv_reuse_group": [[1, 2]], "kv_reuse_every_i_layer": 3}, [0, 1, 3, 4, 5, 6]),
+    ],
+)
+def test_who_owns_keys(changes, owners):
+    config = HymbaConfig(num_hidden_layers=7, global_attn_idx=[], **changes)
+    assert [layer for layer in range(7) if config.owns_kv(layer)] == owners
+    assert [layer for layer in range(7) if config.passes_kv(layer)] == [layer for layer in range(6) if layer + 1 not in owners]
+    config.require_supported()
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     model = HymbaForCausalLM(HymbaConfig(**{**TINY, "hidden_size": 80, "num_memory_tokens": 50}))

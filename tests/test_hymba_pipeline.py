@@ -1,16 +1,18 @@
 """klfast's pipeline on a tiny Hymba: what each use of in_proj's rows does, and from a sweep to a served folder."""
 
 import copy
+import sys
 
 import pytest
 import torch
-from hymba_models import tiny_model
+from hymba_models import GOLDEN, tiny_model
 from sweep_models import KL, means
 from tiny_folder import save_tokenizer
+from transformers import AutoConfig
 
 import klfast
 from klfast import report
-from klfast.loading import load_model
+from klfast.loading import load_model, load_tokenizer
 from klfast.models.hymba import HymbaForCausalLM
 from klfast.models.layers import linears, row_parts
 from klfast.sensitivity.results import Sensitivities
@@ -85,6 +87,19 @@ def test_from_sweep_to_folder(tmp_path):
     plain = klfast.generate(loaded.float(), ids, 20)
     with torch.inference_mode():
         assert torch.equal(plain, loaded.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False, eos_token_id=None, pad_token_id=0))
+
+
+def test_loading_makes_hymba_known(tmp_path, monkeypatch):
+    """Nobody has to import klfast.models.hymba before klfast's own functions."""
+    model = tiny_model()
+    klfast.quantize_model(model, klfast.Plan({OWNER: klfast.QuantSpec(4, 20)}, "uniform"))
+    klfast.save_quantized(model, tmp_path / "small", save_tokenizer(tmp_path))
+    for load in (lambda: load_model(GOLDEN / "swa_plain"), lambda: klfast.load_quantized(tmp_path / "small"), lambda: load_tokenizer(tmp_path / "small")):
+        known = []
+        monkeypatch.setattr(AutoConfig, "register", lambda name, *_, **__: known.append(name))
+        monkeypatch.delitem(sys.modules, "klfast.models.hymba")
+        load()
+        assert known == ["hymba"]
 
 
 def test_accelerate_is_for_the_linear_layers():
