@@ -14,14 +14,9 @@ template <int Bits>
 struct DotOperand;
 
 template <>
-struct DotOperand<4> {
+struct DotOperand<4> : Nibbles {
     static constexpr int offset = 0;
-    __m256i even, odd;
-    explicit DotOperand(Ints word) {
-        const __m256i low = _mm256_set1_epi8(0xf);
-        even = _mm256_and_si256(word.v, low);
-        odd = _mm256_and_si256(_mm256_srli_epi16(word.v, 4), low);
-    }
+    using Nibbles::Nibbles;
 };
 
 template <>

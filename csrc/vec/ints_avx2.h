@@ -35,6 +35,16 @@ inline Vec masked_float(Ints a, Ints mask, Ints base) {
     return {_mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(a.v, mask.v), base.v))};
 }
 
+// The lower and the upper nibbles of a word's bytes.
+struct Nibbles {
+    __m256i even, odd;
+    explicit Nibbles(Ints word) {
+        const __m256i low = _mm256_set1_epi8(0xf);
+        even = _mm256_and_si256(word.v, low);
+        odd = _mm256_and_si256(_mm256_srli_epi16(word.v, 4), low);
+    }
+};
+
 inline void transpose(Ints (&r)[8]) {
     __m256i pairs[8], quads[8];
     for (int i = 0; i < 8; i += 2) {

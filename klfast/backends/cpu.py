@@ -28,7 +28,7 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
 
 
 def _torch_is_faster(x, rows, dtype):
-    """Whether torch's own product, with a conversion after it, beats linear's kernel (bench/results/linear.csv).
+    """Whether torch's own product, with a conversion after it, beats linear's kernel (bench/NOTES.md).
 
     It does in float32, for a few rows, and for what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
     AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower.
