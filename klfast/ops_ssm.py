@@ -181,21 +181,21 @@ def causal_conv1d_update(
 # selective_scan ---------------------------------------------------------------------------------------------------
 
 
-def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     op, sizes = "selective_scan_fn", {}
-    _check(
-        op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"), D=(D, "D"), z=(z, "BDL"), delta_bias=(delta_bias, "D")
-    )
+    _check(op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"))
+    _check(op, sizes, D=(D, "D"), z=(z, "BDL"), delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"))
+    same_device(op, u, D, z, delta_bias, initial_states)
     _check_groups(op, "channels", sizes["D"], sizes["G"])
 
 
-def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     return _empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
 
 
 _define(
     "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus) -> (Tensor, Tensor)",
+    "Tensor? initial_states, bool delta_softplus) -> (Tensor, Tensor)",
     check=_check_selective_scan,
     fake=_fake_selective_scan,
     reference=reference_ssm.selective_scan,
@@ -220,8 +220,9 @@ def selective_scan_fn(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    initial_states: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Mamba's recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t), h_0 = 0.
+    """Mamba's recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t).
 
     Args:
         u, delta: [B, D, L]; dt = softplus(delta + delta_bias) with delta_softplus, else delta + delta_bias.
@@ -230,6 +231,7 @@ def selective_scan_fn(
         D, delta_bias: [D], optional.
         z: [B, D, L], optional gate.
         return_last_state: also return h_L, float32 [B, D, N].
+        initial_states: h_0 [B, D, N], zeros if absent: a sequence goes on from the last state of what came before.
 
     Returns:
         y [B, D, L] in u's dtype, channels side by side in memory; with return_last_state also h_L.
@@ -237,11 +239,11 @@ def selective_scan_fn(
     Raises:
         InvalidInputError: a wrong dtype (complex ones among them), shape or device.
 
-    Signature: mamba_ssm.ops.selective_scan_interface.selective_scan_fn.
+    Signature: mamba_ssm.ops.selective_scan_interface.selective_scan_fn, and initial_states as in mamba_chunk_scan_combined.
     """
     if u.dim() == 3:
         B, C = _grouped(B, u), _grouped(C, u)
-    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    args = (u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus)
     out, last_state = torch.ops.klfast.selective_scan.default(*args)
     return (out, last_state) if return_last_state else out
 

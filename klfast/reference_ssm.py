@@ -37,15 +37,16 @@ def _channel_last(y, like):
     return y.to(like.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t): y [B, D, L], last h [B, D, N].
 
-    u, delta, z [B, D, L]; A [D, N]; B, C [B, G, N, L]; D, delta_bias [D]; dt = softplus(delta + delta_bias).
+    u, delta, z [B, D, L]; A [D, N]; B, C [B, G, N, L]; D, delta_bias [D]; dt = softplus(delta + delta_bias). h starts
+    as initial_states [B, D, N] (zeros).
     """
     dt = _step_size(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus)
     repeats = u.shape[1] // B.shape[1]
     B, C = (t.float().repeat_interleave(repeats, 1) for t in (B, C))  # [B, D, N, L]
-    h = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32)
+    h = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32) if initial_states is None else initial_states.float().clone()
     y = torch.empty(u.shape, dtype=torch.float32, device=u.device)
     for t in range(u.shape[-1]):
         step, x = dt[..., t, None], u[..., t, None].float()

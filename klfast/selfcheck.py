@@ -63,8 +63,8 @@ def _causal_conv1d_update() -> Run:
 def _selective_scan() -> Run:
     u, delta, z = torch.randn(3, 2, 19, 33)
     B, C = torch.randn(2, 2, 16, 33)
-    A, D, delta_bias = -torch.rand(19, 16), torch.randn(19), torch.randn(19)
-    return lambda: list(ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True))
+    A, D, delta_bias, initial = -torch.rand(19, 16), torch.randn(19), torch.randn(19), torch.randn(2, 19, 16)
+    return lambda: list(ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True, initial_states=initial))
 
 
 def _selective_state_update() -> Run:

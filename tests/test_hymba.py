@@ -96,6 +96,16 @@ def test_continuing_in_chunks(golden, chunks):
     torch.testing.assert_close(torch.cat(logits, dim=1), expected["long.logits"][:, :50], **LOGITS)
 
 
+@torch.inference_mode()
+def test_a_chunk_is_one_scan(monkeypatch):
+    """Not a step for each of its tokens."""
+    model, ids = tiny_model(), torch.randint(0, 61, (2, 20))
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    monkeypatch.delattr("klfast.ops.selective_state_update")
+    rest = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(ids).logits[:, 6:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("smallest", [1, 11, 16])
 @torch.inference_mode()
 def test_windows_in_blocks(golden, smallest, monkeypatch):

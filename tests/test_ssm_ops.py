@@ -110,8 +110,9 @@ def test_scan(batch, channels, length, groups, states, tier):
         A, D, bias = -torch.rand(channels, states) * 4, make(channels), make(channels)
         delta = delta if full else delta.abs()
         optional = (D, z, bias, True) if full else (None, None, None, False)
-        out, last_state = ops.selective_scan_fn(u, delta, A, B, C, *optional, True)
-        expected, state = true_scan(u, delta, A, B, C, *optional)
+        initial = make(batch, channels, states, dtype=dtype, last=last) if full else None
+        out, last_state = ops.selective_scan_fn(u, delta, A, B, C, *optional, True, initial)
+        expected, state = true_scan(u, delta, A, B, C, *optional, initial)
         close(out, expected, dtype)
         close(last_state, state)
         assert out.dtype == dtype and last_state.dtype == torch.float32
@@ -123,6 +124,23 @@ def test_scan_takes_one_group_and_constants(tier):
     close(ops.selective_scan_fn(u, delta, A, one, one), true_scan(u, delta, A, one[:, None], one[:, None], None, None, None, False)[0])
     steady = constant[None, :, :, None].expand(2, -1, -1, 9)
     close(ops.selective_scan_fn(u, delta, A, constant, constant), true_scan(u, delta, A, steady, steady, None, None, None, False)[0])
+
+
+@pytest.mark.parametrize("lengths", [[100], [1] * 100, [33, 0, 1, 66], [64, 36]])
+def test_scan_in_pieces(lengths, tier):
+    """A sequence cut anywhere: the last state of a piece is the first of the next, and is left as it was."""
+    u, delta, z, B, C = make(2, 21, 100), make(2, 21, 100), make(2, 21, 100), make(2, 3, 6, 100), make(2, 3, 6, 100)
+    A, D, bias = -torch.rand(21, 6) * 4, make(21), make(21)
+    expected, last = true_scan(u, delta, A, B, C, D, z, bias, True)
+    state, outputs = None, []
+    for piece in zip(*(t.split(lengths, -1) for t in (u, delta, B, C, z)), strict=True):
+        before = None if state is None else state.clone()
+        out, after = ops.selective_scan_fn(*piece[:2], A, *piece[2:4], D, piece[4], bias, True, True, state)
+        assert state is None or torch.equal(state, before)
+        outputs.append(out)
+        state = after
+    close(torch.cat(outputs, -1), expected)
+    close(state, last)
 
 
 def test_scan_forgets_and_remembers_over_long_sequences(tier):
@@ -271,7 +289,8 @@ def test_opcheck():
     op, check = torch.ops.klfast, torch.library.opcheck
     check(op.causal_conv1d.default, (x, make(5, 4), make(5), None, torch.zeros(2, 5, 3), True))
     check(op.causal_conv1d_update.default, (x, make(2, 5, 4), make(5, 4), None, False))
-    check(op.selective_scan.default, (x, x, A, B, B, make(5), x, make(5), True))
+    check(op.selective_scan.default, (x, x, A, B, B, make(5), x, make(5), None, True))
+    check(op.selective_scan.default, (x, x, A, B, B, None, None, None, make(2, 5, 3), False))
     check(op.selective_state_update.default, (make(2, 1, 5, 3), x[:, None, :, 0], x[:, None, :, 1], A[None], B[..., 0], B[..., 1], None, None, None, True))
     step = (make(2, 9, 2, 5), make(2, 9, 2), -torch.rand(2), make(2, 9, 1, 3), make(2, 9, 1, 3), None, None, None, None, True, 0.0, math.inf, True)
     check(op.mamba_chunk_scan.default, step)
@@ -298,6 +317,7 @@ HEADS = (torch.zeros(2, 9, 4, 5), torch.zeros(2, 9, 4), torch.zeros(4), torch.ze
         (lambda: ops.selective_scan_fn(X, X, A.to(torch.complex64), BC, BC), "real"),
         (lambda: ops.selective_scan_fn(X, X[..., :3], A, BC, BC), "delta"),
         (lambda: ops.selective_scan_fn(X, X, A, BC.expand(-1, 2, -1, -1), BC.expand(-1, 2, -1, -1)), "groups"),
+        (lambda: ops.selective_scan_fn(X, X, A, BC, BC, initial_states=torch.zeros(2, 3, 5)), r"initial_states must be \[2, 5, 3\]"),
         (lambda: ops.selective_state_update(torch.zeros(2, 5, 3), X[..., 0], X[..., 0], A, A, A), "B must be"),
         (lambda: ops.mamba_chunk_scan_combined(*HEADS), "groups"),
         (lambda: ops.mamba_chunk_scan_combined(*HEADS, cu_seqlens=torch.zeros(2)), "cu_seqlens"),

@@ -35,10 +35,10 @@ namespace klfast {
 
 void bind_ssm(py::module_& m) {
     using Int = std::int64_t;
-    m.def("selective_scan", [](View u, View delta, View a, View b, View c, View d, View z, View delta_bias, View out, View state, Int batch,
+    m.def("selective_scan", [](View u, View delta, View a, View b, View c, View d, View z, View delta_bias, View initial, View out, View state, Int batch,
                                Int channels, Int length, Int groups, Int states, bool softplus, int n_threads, int limit) {
         const py::gil_scoped_release release;
-        selective_scan({u, delta, z, out, a, b, c, d, delta_bias, state, batch, channels, length, groups, states, softplus, n_threads}, static_cast<Tier>(limit));
+        selective_scan({u, delta, z, out, a, b, c, d, delta_bias, initial, state, batch, channels, length, groups, states, softplus, n_threads}, static_cast<Tier>(limit));
     });
     m.def("selective_state_update", [](View state, View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View out, Int batch,
                                        Int heads, Int dim, Int groups, Int states, bool softplus, int n_threads, int limit) {

@@ -15,7 +15,7 @@ struct SelectiveScanArgs {
     View a;                 // [channels, states]
     View b, c;              // [batch, groups, states, length]
     View d, delta_bias;     // [channels]
-    View state;             // [batch, channels, states], the last h
+    View initial, state;    // [batch, channels, states], h before the first step (absent: zeros) and after the last
     std::int64_t batch, channels, length, groups, states;
     bool softplus;
     int n_threads;

@@ -84,9 +84,12 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
     constexpr int W = Vec::width;
     const int n_states = static_cast<int>(s.states), pitch = round_up(s.states);
     const auto lanes = [&](int c) { return block.n - c < W ? block.n - c : W; };
+    const auto carried = [&](const View& v, int c) { return block.batch * v.stride[0] + (block.c0 + c) * v.stride[1]; };
     for (int c = 0; c < block.n; c += W) {
         load_tile(w.a + c * n_states, W, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1], lanes(c), n_states);
-        for (int i = c * n_states; i < (c + W) * n_states; i += W) store(w.a + i, load(w.a + i) * set(kLog2E)), store(w.h + i, set(0.0f));
+        if (s.initial) load_tile(w.h + c * n_states, W, s.initial, carried(s.initial, c), s.initial.stride[1], s.initial.stride[2], lanes(c), n_states);
+        else for (int i = c * n_states; i < (c + W) * n_states; i += W) store(w.h + i, set(0.0f));
+        for (int i = c * n_states; i < (c + W) * n_states; i += W) store(w.a + i, load(w.a + i) * set(kLog2E));
         store(w.d + c, set(0.0f)), store(w.bias + c, set(0.0f));
     }
     if (s.d) load_tile(w.d, round_up(block.n), s.d, block.c0 * s.d.stride[0], s.d.stride[0], 0, block.n, 1);
@@ -105,7 +108,7 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
         }
     }
     for (int c = 0; c < block.n; c += W)
-        store_tile(w.h + c * n_states, W, s.state, block.batch * s.state.stride[0] + (block.c0 + c) * s.state.stride[1], s.state.stride[1], s.state.stride[2], lanes(c), n_states);
+        store_tile(w.h + c * n_states, W, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2], lanes(c), n_states);
 }
 
 inline void run(const SelectiveScanArgs& s) {

@@ -45,10 +45,10 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu):
     return out
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     out = ops_ssm._empty_channel_last(u)
     state = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
-    tensors = (u, delta, A, B, C, D, z, delta_bias, out, state)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_states, out, state)
     _C.selective_scan(*map(_view, tensors), *u.shape, *B.shape[1:3], delta_softplus, *_machine())
     return out, state
 

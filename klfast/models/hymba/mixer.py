@@ -103,11 +103,11 @@ class HymbaMixer(nn.Module):
         delta = _product(dt, projection.weight)  # its bias is added in float32
         A = -torch.exp(self.A_log[0].float())
         u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
-        if continued:
-            return ssm.continue_scan(state.ssm, u, delta, A, B, C, self.D[0], z, projection.bias).transpose(1, 2)
-        y, last = ssm.scan(u, delta, A, B, C, self.D[0], z, projection.bias, state is not None)
+        y, last = ssm.scan(u, delta, A, B, C, self.D[0], z, projection.bias, state.ssm if continued else None, state is not None)
         if state is not None:
-            state.conv, state.ssm = ssm.last_inputs(x.transpose(1, 2), self.conv1d.kernel_size[0]), last
+            state.ssm = last
+            if not continued:
+                state.conv = ssm.last_inputs(x.transpose(1, 2), self.conv1d.kernel_size[0])
         return y.transpose(1, 2)
 
 

@@ -16,7 +16,7 @@ def causal_conv1d_fn(x, weight, bias, activation):
 def mamba_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False):
     """For gradients: as ops.selective_scan_fn, in plain torch. A training script may put a faster one in its place."""
     runtime.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
-    y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, delta_softplus)
+    y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, None, delta_softplus)
     return (y, last) if return_last_state else y
 
 
@@ -41,35 +41,23 @@ def last_inputs(x: torch.Tensor, width: int) -> torch.Tensor:
     return kept
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, want_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y [B, D, L] and, if wanted, the last state, float32 [B, D, N], from a state of zeros.
+def scan(u, delta, A, B, C, D, z, delta_bias, state, want_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y [B, D, L] and, if wanted, the last state, float32 [B, D, N].
 
-    u, delta, z [B, D, L]; A [D, N]; B, C [B, N, L]; D, delta_bias [D]; the step size is softplus(delta + delta_bias).
+    u, delta, z [B, D, L]; A [D, N]; B, C [B, N, L]; D, delta_bias [D]; the step size is softplus(delta + delta_bias);
+    ``state``, float32 [B, D, N], is what came before (it may move on in place), None for nothing. Gradients end at it.
     """
-    function = mamba_selective_scan if _gradients(u, delta, A) else ops.selective_scan_fn
-    out = function(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=want_state)
-    return (out[0], out[1].detach()) if want_state else (out, None)
-
-
-def continue_scan(state, u, delta, A, B, C, D, z, delta_bias) -> torch.Tensor:
-    """The same from ``state``, which moves on in place, one step after the other."""
-    outputs = []
-    for t in range(u.shape[-1]):
-        step = (u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], delta_bias)
-        if _gradients(u, delta, A):
-            outputs.append(_step_with_gradients(state, *step))
-        else:
-            outputs.append(ops.selective_state_update(state, *step, dt_softplus=True))
-    return torch.stack(outputs, dim=-1)
-
-
-def _step_with_gradients(state, u, delta, A, B, C, D, z, delta_bias):
-    """One step whose gradients end at the state before it."""
-    moved = state.double().unsqueeze(1)  # of another type: its float32 copy, needed for the gradients, stays as it is
-    u, delta, B, C, z = (t.unsqueeze(1) for t in (u, delta, B, C, z))
-    y = reference_ssm.selective_state_update(moved, u, delta, A.unsqueeze(0), B, C, D.unsqueeze(0), z, delta_bias.unsqueeze(0), True)
-    state.copy_(moved.detach().squeeze(1))
-    return y.squeeze(1)
+    if state is None:
+        function = mamba_selective_scan if _gradients(u, delta, A) else ops.selective_scan_fn
+        out = function(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=want_state)
+        return (out[0], out[1].detach()) if want_state else (out, None)
+    if _gradients(u, delta, A):
+        y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, state, True)
+        return y, last.detach()
+    if u.shape[-1] > 1:
+        return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, True, True, state)
+    step = (u[..., 0], delta[..., 0], A, B[..., 0], C[..., 0], D, z[..., 0], delta_bias)
+    return ops.selective_state_update(state, *step, dt_softplus=True).unsqueeze(-1), state
 
 
 def _gradients(*tensors: torch.Tensor) -> bool:
