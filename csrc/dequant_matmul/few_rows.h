@@ -14,10 +14,7 @@
 namespace klfast {
 namespace {
 
-constexpr int kFewRows = 8, kFewAtOnce = 4;  // rows of x in all, and at a time
-// Bytes ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and into
-// the first cache too few can be under way at once (bench/NOTES.md).
-constexpr int kAhead = 8192;
+constexpr int kFewAtOnce = 4;  // rows of x
 
 // Which group each lane of each line belongs to, counted from the line's first.
 struct LaneGroups {

@@ -49,7 +49,10 @@ inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t
     for (std::int64_t c = 0; c < count; c += W) {
         Ints rows[W];
         if (valid == W && count - c >= W)
-            for (int lane = 0; lane < W; ++lane) rows[lane] = read(base + lane * words + c);
+            for (int lane = 0; lane < W; ++lane) {
+                rows[lane] = read(base + lane * words + c);
+                __builtin_prefetch(base + (lane + W) * words + c, 0, 2);  // the next panel's
+            }
         else
             for (int lane = 0; lane < W; ++lane) rows[lane] = read(base + (lane < valid ? lane * words + c : 0), lane < valid ? count - c : 0);
         transpose(rows);

@@ -1,7 +1,7 @@
-// Rows of floats as a source of products in float32. Included by each tier after its vectors.
+// Rows of floats as a source of products in float32, for many rows of x. Included by each tier after its vectors.
 #pragma once
 
-#include "linear/linear.h"
+#include "linear/few_rows.h"
 #include "product/fp32.h"
 
 namespace klfast {
@@ -33,7 +33,9 @@ struct FloatRows {
 };
 
 inline void run(const LinearArgs& args) {
-    if (args.m != 0 && args.n != 0) product_fp32(args, FloatRows{args});
+    if (args.m == 0 || args.n == 0) return;
+    if (args.m <= kFewRows) few_rows(args);
+    else product_fp32(args, FloatRows{args});
 }
 
 }  // namespace

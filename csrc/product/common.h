@@ -17,9 +17,25 @@ constexpr int W = Vec::width;
 // that they are exact as floats too.
 constexpr int kBlock = 256;
 
+constexpr int kFewRows = 8;  // rows of x that are multiplied by W as it lies
+// Bytes of W ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and
+// into the first cache too few can be under way at once (bench/NOTES.md).
+constexpr int kAhead = 8192;
+
 inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// body(0) .. body(N - 1), written out. Where a loop indexes an array of vectors, the compiler may unroll it too late to
+// keep the array in registers, and store every element at every turn.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(body);
+        body(N - 1);
+    }
+}
+#define KLFAST_INLINE __attribute__((always_inline))  // for the bodies
 
 // Memory for the length of a call: `size` elements, aligned to a cache line, not initialised.
 template <class T>
@@ -39,12 +55,16 @@ inline Vec rounded(Vec v, DType type) {
     return load(stored, 0, type, W);
 }
 
-// Writes total + bias to y[m, n0 ..].
-inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec total) {
-    const int valid = static_cast<int>(smaller(W, a.n - n0));
+// Writes total + bias to y[m, n0 .. n0 + valid].
+inline void store_columns(const Product& a, std::int64_t m, std::int64_t n0, int valid, Vec total) {
     if (a.bias != nullptr) total = total + load(a.bias, n0, a.bias_type, valid);
     if (a.y_type != a.x_type) total = rounded(total, a.x_type);
     store(a.y, m * a.n + n0, a.y_type, valid, total);
+}
+
+// The same for a whole panel: y[m, n0 ..].
+inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec total) {
+    store_columns(a, m, n0, static_cast<int>(smaller(W, a.n - n0)), total);
 }
 
 // Threads that the work of `macs` multiplications keeps busy.

@@ -27,15 +27,23 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
-def _torch_is_faster(x, rows, dtype):
+_FEW_ROWS = 8  # for these the kernel reads the weight as it lies, at the speed of memory
+
+
+def _torch_is_faster(x, dtype, rows):
     """Whether torch's own product, with a conversion after it, beats linear's kernel (bench/NOTES.md).
 
-    It does in float32, for a few rows, and for what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
-    AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower.
+    It does in float32, and for many rows of what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
+    AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower; and so it is
+    for few rows of 16-bit types.
     """
     if runtime.pinned() in runtime.CPU_TIERS:
         return False
-    if x.dtype == torch.float32 or rows < 4 or not runtime.why_not("amx"):
+    if x.dtype == torch.float32:
+        return True
+    if rows <= _FEW_ROWS:
+        return False
+    if not runtime.why_not("amx"):
         return True
     return x.dtype == torch.bfloat16 == dtype and not runtime.why_not("avx512bf16")
 
@@ -43,7 +51,7 @@ def _torch_is_faster(x, rows, dtype):
 def linear(x, weight, bias, dtype):
     n, k = weight.shape
     dtype = dtype or x.dtype
-    if _torch_is_faster(x, x.numel() // max(k, 1), dtype):
+    if _torch_is_faster(x, dtype, x.numel() // max(k, 1)):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
     y = empty(*x.shape[:-1], n, dtype=dtype)
     rows = x.reshape(-1, k) if k else x.reshape(y.numel() // max(n, 1), 0)
