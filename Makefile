@@ -36,7 +36,7 @@ bench: install
 # The kernel tests against an extension with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: install
-	KLFAST_AVXVNNI_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
+	KLFAST_AVXVNNI_TWIN=1 KLFAST_AMX_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest -q -p no:cacheprovider \

@@ -31,6 +31,10 @@ TIER_FLAGS = {  # file name without suffix -> flags
 AVXVNNI_TWIN = os.environ.get("KLFAST_AVXVNNI_TWIN") == "1"
 if AVXVNNI_TWIN:
     TIER_FLAGS["avxvnni"] = [*AVX2, "-mavx512vl", "-mavx512vnni"]
+# Likewise where AVX-512-BF16 is there but not AMX: tiles of a model (csrc/vec/tiles_model.h) take the place of registers.
+AMX_TWIN = os.environ.get("KLFAST_AMX_TWIN") == "1"
+if AMX_TWIN:
+    TIER_FLAGS["amx"] = TIER_FLAGS["avx512bf16"]
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 
@@ -44,6 +48,8 @@ class BuildPerTier(build_ext):
         macros = [(f"KLFAST_BUILT_{t.upper()}", "1") for t in tiers]
         if AVXVNNI_TWIN:
             macros.append(("KLFAST_AVXVNNI_TWIN", "1"))
+        if AMX_TWIN:
+            macros.append(("KLFAST_AMX_TWIN", "1"))
         sources = [s for s in ext.sources if Path(s).stem in tiers or Path(s).stem not in TIER_FLAGS]
         extra = os.environ.get("KLFAST_CXXFLAGS", "").split()
 

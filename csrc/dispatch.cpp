@@ -76,6 +76,9 @@ std::string check_avx512bf16() {
 
 std::string check_amx() {
     if (auto reason = check_avx512bf16(); !reason.empty()) return reason;
+#ifdef KLFAST_AMX_TWIN
+    return {};  // tiles are modelled
+#else
     const Leaf seven(7, 0);
     if (!bit(seven.edx, 24)) return missing("AMX-TILE");
     if (!bit(seven.edx, 25)) return missing("AMX-INT8");
@@ -89,6 +92,7 @@ std::string check_amx() {
 #else
     return "AMX needs Linux's permission call, and this is not Linux.";
 #endif
+#endif  // KLFAST_AMX_TWIN
 }
 
 #endif  // __x86_64__

@@ -55,7 +55,7 @@ CHECKS = {"exact": check_exact, "int8": check_int8}
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_against_float64(tier, spec, x_dtype, activation):
-    for m, n, k in [(1, 48, 100), (1, 132, 1600), (2, 100, 63), (5, 1, 1600), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515)]:
+    for m, n, k in [(1, 48, 100), (1, 132, 1600), (2, 100, 63), (5, 1, 1600), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515), (33, 200, 160)]:
         x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
         CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
 
@@ -73,7 +73,7 @@ def test_dtypes(tier, x_dtype, scale_dtype, activation):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_int8_is_the_same_at_every_tier(spec):
-    for m, n, k in [(1, 48, 100), (14, 33, 700)]:
+    for m, n, k in [(1, 48, 100), (14, 33, 700), (40, 200, 300)]:
         x, qt, bias = operands(m, n, k, spec)
         results = []
         for tier in TIERS:

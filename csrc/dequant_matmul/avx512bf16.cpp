@@ -1,9 +1,6 @@
 // dequant_matmul at tier avx512bf16: "exact" with bf16 x by vdpbf16ps; whatever else as tier avx512vnni does.
 //
-// q - z lies between -255 and 255, which bf16 holds exactly, and so the sum of a group is multiplied by its scale
-// afterwards: nothing is rounded but float32 sums.
-//
-// Many rows of x: tiles of product/bf16.h; a pair of values must not belong to two groups.
+// Many rows of x: tiles of product/bf16.h.
 // Few rows: vpermw looks up the bf16 of 32 digits at a time, by the lowest bits of each 16-bit half of the words; an
 // int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts and
 // 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
@@ -12,53 +9,12 @@
 
 #include "vec/ints_avx512.h"
 
-#include "dequant_matmul/exact_large.h"
 #include "dequant_matmul/few_rows.h"
+#include "dequant_matmul/pairs.h"
 #include "product/bf16.h"
 
 namespace klfast {
 namespace {
-
-template <int Bits>
-struct QuantizedPairs {
-    const DequantMatmulArgs& args;
-    const Segments& segments;
-    std::int64_t depth = args.group;
-    Digits<Bits> digits{};
-
-    struct Panels {
-        const QuantizedPairs& source;
-        Grid grid{source.args};
-        alignas(64) std::int32_t words[(kBlock * Bits / 32 + W) * W];
-        alignas(64) float values[kBlock * W];
-
-        explicit Panels(const QuantizedPairs& pairs) : source(pairs) {}
-
-        void load(std::int64_t n0, std::int64_t vectors, std::int32_t* pairs, float* scale) {
-            constexpr int count = 32 / Bits;
-            const DequantMatmulArgs& a = source.args;
-            for (std::int64_t v = 0; v < vectors; ++v) {
-                grid.load_panel(a, n0 + v * W);
-                for (std::int64_t g = 0; g < a.groups(); ++g) store(scale + (g * vectors + v) * W, klfast::load(grid.scale.data + g * W));
-                for (std::int64_t block = 0; block < a.k; block += kBlock) {
-                    const std::int64_t depth = smaller(kBlock, a.k - block);
-                    load_words(a, n0 + v * W, block / count, (depth + count - 1) / count, words);
-                    source.segments.within(block, block + depth, [&](const Segment& seg) {
-                        dequantize(source.digits, words, seg.begin - block, seg.end - block, klfast::load(grid.zero.data + seg.group * W), set(1.0f), values, W);
-                    });
-                    if (depth % 2) store(values + depth * W, set(0.0f));
-                    for (std::int64_t k = 0; k < depth; k += 2) write(pairs + ((block + k) / 2 * vectors + v) * W, pair(values + k * W));
-                }
-            }
-        }
-
-        // Two vectors of floats that bf16 holds exactly, as pairs.
-        static Ints pair(const float* from) {
-            const __m512i low = bits_of(klfast::load(from)).v, high = bits_of(klfast::load(from + W)).v;
-            return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high)};
-        }
-    };
-};
 
 // bf16 of `factor` (d - middle), for the digit d in the lowest four bits of an index; bit 4, the next digit's, says nothing.
 inline __m512i digit_table(int middle, int factor) {
@@ -102,7 +58,7 @@ struct PairLines {
 template <int Bits>
 void run_bf16(const DequantMatmulArgs& a) {
     if (a.m <= kFewRows && words_within_groups<Bits>(a)) return FewRows<PairLines, Bits>(a).run();
-    const Segments segments(a);
+    const Segments segments(a.k, a.group);
     product_bf16(a, QuantizedPairs<Bits>{a, segments});
 }
 

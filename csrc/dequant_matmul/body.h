@@ -10,7 +10,7 @@ namespace {
 
 template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
-    const Segments segments(args);
+    const Segments segments(args.k, args.group);
     if (args.int8_activation) run_int8<Bits>(args, segments);
     else if (args.m <= kFewRows && words_within_groups<Bits>(args)) FewRows<FloatLines, Bits>(args).run();
     else run_exact_large<Bits>(args, segments);

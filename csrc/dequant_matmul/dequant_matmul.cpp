@@ -9,7 +9,7 @@ constexpr KernelTable<DequantMatmulKernel> kKernels{
     KLFAST_IF_AVXVNNI(&avxvnni::dequant_matmul),
     KLFAST_IF_AVX512VNNI(&avx512vnni::dequant_matmul),
     KLFAST_IF_AVX512BF16(&avx512bf16::dequant_matmul),
-    nullptr,
+    KLFAST_IF_AMX(&amx::dequant_matmul),
 };
 const Announce announce{"dequant_matmul", kKernels};
 }  // namespace

@@ -31,5 +31,6 @@ namespace avx2 { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avxvnni { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx512vnni { void dequant_matmul(const DequantMatmulArgs&); }
 namespace avx512bf16 { void dequant_matmul(const DequantMatmulArgs&); }
+namespace amx { void dequant_matmul(const DequantMatmulArgs&); }
 
 }  // namespace klfast

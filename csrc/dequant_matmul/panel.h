@@ -7,39 +7,10 @@
 
 #include "dequant_matmul/dequant_matmul.h"
 #include "product/common.h"
+#include "product/segments.h"
 
 namespace klfast {
 namespace {
-
-// A run of values in one group and one block. Every sum is taken segment by segment, at every tier.
-struct Segment {
-    std::int64_t begin, end, group;
-};
-
-struct Segments {
-    Buffer<Segment> list;
-    std::int64_t count = 0;
-    explicit Segments(const DequantMatmulArgs& a) : list(a.groups() + (a.k + kBlock - 1) / kBlock) {
-        for (std::int64_t begin = 0; begin < a.k;) {
-            const std::int64_t group = begin / a.group;
-            const std::int64_t end = smaller(smaller((group + 1) * a.group, (begin / kBlock + 1) * kBlock), a.k);
-            list[count++] = {begin, end, group};
-            begin = end;
-        }
-    }
-
-    // Calls each(segment) for those that begin in [begin, end), the bounds of a block.
-    template <class Each>
-    void within(std::int64_t begin, std::int64_t end, Each&& each) const {
-        std::int64_t low = 0, high = count;
-        while (low < high) {
-            const std::int64_t middle = (low + high) / 2;
-            if (list[middle].begin < begin) low = middle + 1;
-            else high = middle;
-        }
-        for (; low < count && list[low].begin < end; ++low) each(list[low]);
-    }
-};
 
 // Words of `count` columns from `first` on, rows n0.., as out[column * W + lane]; zeros for rows behind the last.
 // `out` has room for count rounded up to a multiple of W.

@@ -10,7 +10,7 @@ constexpr KernelTable<LinearKernel> kKernels{
     nullptr,
     KLFAST_IF_AVX512VNNI(&avx512vnni::linear),
     KLFAST_IF_AVX512BF16(&avx512bf16::linear),
-    nullptr,
+    KLFAST_IF_AMX(&amx::linear),
 };
 const Announce announce{"linear", kKernels};
 

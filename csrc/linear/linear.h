@@ -21,5 +21,6 @@ namespace scalar { void linear(const LinearArgs&); }
 namespace avx2 { void linear(const LinearArgs&); }
 namespace avx512vnni { void linear(const LinearArgs&); }
 namespace avx512bf16 { void linear(const LinearArgs&); }
+namespace amx { void linear(const LinearArgs&); }
 
 }  // namespace klfast

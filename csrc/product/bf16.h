@@ -11,7 +11,7 @@
 
 #include <cstring>
 
-#include "product/common.h"
+#include "product/division.h"
 
 namespace klfast {
 namespace {
@@ -84,22 +84,18 @@ void product_bf16(const Product& a, const Source& source) {
     const int threads = useful_threads(a, a.m * a.n * a.k / 4);
     const EvenRows x(a);
     const std::int64_t depth = larger(1, smaller(source.depth, a.k)), groups = larger(1, (a.k + depth - 1) / depth);
-    const std::int64_t vectors = (a.n + W - 1) / W, panels = (vectors + kBf16Vectors - 1) / kBf16Vectors;
     const std::int64_t tiles = (a.m + kBf16Rows - 1) / kBf16Rows;
-    // Threads share panels where there are few of them, each with some of the rows; and where there are so many rows that
-    // laying panels out again costs nothing, so that no two threads wait for the same fresh page of y.
-    const std::int64_t shares = larger(1, smaller(tiles, larger((8 * threads + panels - 1) / panels, smaller(threads, a.m / 256))));
-    parallel_for(panels * shares, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    const Division division(a, kBf16Vectors, tiles, threads);
+    parallel_for(division.count(), 1, threads, [&](std::int64_t begin, std::int64_t end) {
         typename Source::Panels source_panels(source);
         Buffer<std::int32_t> weights((a.k + 1) / 2 * kBf16Vectors * W);
         Buffer<float> scale(groups * kBf16Vectors * W);
-        for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t panel = item % panels, share = item / panels;
-            const std::int64_t v0 = vectors * panel / panels, width = vectors * (panel + 1) / panels - v0;  // of nearly equal width
-            source_panels.load(v0 * W, width, weights.data, scale.data);
-            for (std::int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            const Division::Item item = division[i];
+            source_panels.load(item.v0 * W, item.width, weights.data, scale.data);
+            for (std::int64_t tile = item.first; tile < item.last; ++tile) {
                 const std::int64_t m = a.m * tile / tiles, rows = a.m * (tile + 1) / tiles - m;
-                bf16_vectors(width, rows, a, x.data, x.stride, depth, m, v0 * W, static_cast<const std::int32_t*>(weights.data), static_cast<const float*>(scale.data));
+                bf16_vectors(item.width, rows, a, x.data, x.stride, depth, m, item.v0 * W, static_cast<const std::int32_t*>(weights.data), static_cast<const float*>(scale.data));
             }
         }
     });

@@ -1,0 +1,43 @@
+// dequant_matmul at tier amx: many rows of x by tiles, "int8" in tdpbssd and "exact" with bf16 x in tdpbf16ps, where no
+// tile meets two groups; whatever else as tier avx512bf16 does.
+#include "dequant_matmul/dequant_matmul.h"
+#include "vec/avx512.h"
+
+#include "vec/ints_avx512.h"
+
+#include "dequant_matmul/int8_tiles.h"
+#include "dequant_matmul/pairs.h"
+#include "product/bf16_tiles.h"
+
+namespace klfast {
+namespace {
+
+template <int Bits>
+void run_bf16(const DequantMatmulArgs& a) {
+    const Segments segments(a.k, a.group);
+    product_bf16_tiles(a, QuantizedPairs<Bits>{a, segments});
+}
+
+// Whether groups begin where tiles do, for tiles of `values` values along k.
+bool tiles_within_groups(const DequantMatmulArgs& a, std::int64_t values) { return a.group % values == 0 || a.groups() <= 1; }
+
+template <int Bits>
+void run_tiles(const DequantMatmulArgs& a) {
+    if (a.int8_activation && tiles_within_groups(a, 64)) run_int8_tiles<Bits>(a, 16);
+    else if (a.int8_activation && tiles_within_groups(a, 32)) run_int8_tiles<Bits>(a, 8);
+    else if (!a.int8_activation && a.x_type == DType::bf16 && tiles_within_groups(a, 32)) run_bf16<Bits>(a);
+    else avx512bf16::dequant_matmul(a);
+}
+
+}  // namespace
+
+namespace amx {
+
+void dequant_matmul(const DequantMatmulArgs& a) {
+    if (a.m <= kFewRows || a.n == 0) return avx512bf16::dequant_matmul(a);
+    if (a.bits == 4) run_tiles<4>(a);
+    else run_tiles<8>(a);
+}
+
+}  // namespace amx
+}  // namespace klfast
