@@ -68,7 +68,7 @@ def _why_not(op: str, tier: str, device: str, pin: str | None) -> str:
     if tier == "triton":
         if device == "cpu":
             return "the tensors are on the CPU."
-        return "" if registry.has_kernel(op, device.upper()) else f"klfast has no {device} kernel of this op."
+        return "" if registry.has_kernel(op, device.upper()) else registry.why_no_kernel(device)
     if device != "cpu":
         return f"the tensors are on {device}."
     if reason := runtime.why_not(tier):

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from klfast import ops
+from klfast import layouts, ops
 from klfast.errors import InvalidInputError
 from klfast.lazy_weight import LazyWeight
 from klfast.quantization import quantize
-from klfast.types import QuantizedTensor, QuantSpec, packed_words
+from klfast.types import Layout, QuantizedTensor, QuantSpec, packed_words
 
 
 class QuantLinear(nn.Module):
@@ -19,6 +19,7 @@ class QuantLinear(nn.Module):
     Its buffers bear the names of compressed-tensors' ``pack-quantized`` format: weight_packed, weight_scale,
     weight_zero_point (asymmetric only) and weight_shape; ``bias`` stays a float parameter. ``dtype`` is what
     ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
+    The buffers are kept in the layout of the device's kernels (``layout``); a state dict always holds ``Layout.PLAIN``.
     """
 
     def __init__(self, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact", *, dtype: torch.dtype = torch.float32) -> None:
@@ -26,10 +27,10 @@ class QuantLinear(nn.Module):
         if activation not in ("exact", "int8"):
             raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
         self.out_features, self.in_features = qt.shape
+        qt = qt.to_layout(layouts.native(qt.device))
         self.spec, self.layout, self.activation, self.dtype = qt.spec, qt.layout, activation, dtype
-        self.register_buffer("weight_packed", qt.packed)
-        self.register_buffer("weight_scale", qt.scale)
-        self.register_buffer("weight_zero_point", qt.zero_point)
+        for name, tensor in _buffers(qt).items():
+            self.register_buffer(name, tensor)
         self.register_buffer("weight_shape", torch.tensor(qt.shape))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -80,10 +81,33 @@ class QuantLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         if self.weight_scale.dtype != scale.dtype:  # values were rounded with the scale as it is stored
             self.weight_scale = scale.to(self.weight_scale.device)
+        self._set_layout(layouts.native(self.weight_packed.device))
         return self
+
+    def _set_layout(self, layout: Layout) -> None:
+        if layout is not self.layout:
+            for name, tensor in _buffers(self.quantized.to_layout(layout)).items():
+                setattr(self, name, tensor)
+            self.layout = layout
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout is not Layout.PLAIN:
+            plain = _buffers(self.quantized.to_layout(Layout.PLAIN))
+            destination.update((prefix + name, tensor) for name, tensor in plain.items() if tensor is not None)
+
+    def _load_from_state_dict(self, *args):
+        layout = self.layout
+        self._set_layout(Layout.PLAIN)
+        super()._load_from_state_dict(*args)
+        self._set_layout(layout)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, activation={self.activation}"
+
+
+def _buffers(qt: QuantizedTensor) -> dict[str, torch.Tensor | None]:
+    return {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_zero_point": qt.zero_point}
 
 
 class QuantEmbedding(nn.Module):
@@ -109,6 +133,9 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         # As reference.dequantize does it, but for these rows alone and in few calls: one token costs little else.
         head, k, bits = self.head, self.embedding_dim, self.head.spec.bits
+        if head.layout is Layout.TILED:
+            found = layouts.rows(head.quantized, ids.reshape(-1)).dequantize(torch.float32)
+            return found.view(*ids.shape, k).to(head.dtype)
         words, scale, zero_point = head.weight_packed, head.weight_scale, head.weight_zero_point
         stored = F.embedding(ids, words).view(torch.uint8)  # q - q_min, as the zero point is stored, too
         if bits == 4:

@@ -10,6 +10,7 @@ import torch
 
 from klfast import reference
 from klfast.errors import InvalidInputError
+from klfast.layouts import check_tiled_parts
 from klfast.ops_divergence import linear_divergence, logit_divergence  # noqa: F401 (ops is the list of all ops)
 from klfast.ops_ssm import (  # noqa: F401
     causal_conv1d_fn,
@@ -25,6 +26,8 @@ from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, check
 
 # dequant_matmul ---------------------------------------------------------------------------------------------------
 
+_LAYOUTS = tuple(layout.value for layout in Layout)
+
 
 def _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
     if x.dtype not in FLOAT_DTYPES:
@@ -35,9 +38,12 @@ def _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_
         raise InvalidInputError(f"dequant_matmul: bias must be float32, bfloat16 or float16 [{n}], got {bias.dtype} {list(bias.shape)}")
     if activation not in ("exact", "int8"):
         raise InvalidInputError(f'dequant_matmul: activation must be "exact" or "int8", got {activation!r}')
-    if bits not in (4, 8) or group_size == 0 or group_size < -1 or layout != Layout.PLAIN.value:
+    if bits not in (4, 8) or group_size == 0 or group_size < -1 or layout not in _LAYOUTS:
         raise InvalidInputError(f"dequant_matmul: bits={bits}, group_size={group_size}, layout={layout!r} is no quantization that it knows")
-    check_parts(packed, scale, zero_point, n, k, bits, 1 if group_size == -1 and k else -(-k // abs(group_size)))
+    if layout == Layout.TILED.value:
+        check_tiled_parts(packed, scale, zero_point, n, k, QuantSpec(bits, group_size, zero_point is None))
+    else:
+        check_parts(packed, scale, zero_point, n, k, bits, 1 if group_size == -1 and k else -(-k // abs(group_size)))
     same_device("dequant_matmul", x, packed, scale, zero_point, bias)
 
 
@@ -137,3 +143,6 @@ except ImportError as _error:
     _missing = str(_error)
 else:
     _cpu.register()
+from klfast.backends import triton as _triton  # noqa: E402
+
+_triton.register()

@@ -161,6 +161,7 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
         if isinstance(head, QuantizedTensor):
             if hidden.dim() == 0 or hidden.shape[-1] != head.shape[1]:
                 raise InvalidInputError(f"linear_divergence: the {who}'s hidden states must be [..., {head.shape[1]}], got {list(hidden.shape)}")
+            head = head.to_layout(Layout.PLAIN)
             heads.append(((head.packed, head.scale, head.zero_point), (head.spec.bits, head.spec.group_size, head.layout.value)))
         else:
             heads.append(((head, None, None), (0, 0, "")))

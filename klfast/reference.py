@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from klfast.types import QuantizedTensor, QuantSpec
+from klfast.types import Layout, QuantizedTensor, QuantSpec
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -29,6 +29,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(q - zero_point) * scale as [N, K], computed in ``dtype`` (the scale's by default)."""
+    qt = qt.to_layout(Layout.PLAIN)
     dtype = dtype or qt.scale.dtype
     n, k = qt.shape
     length = qt.spec.group_length(k)

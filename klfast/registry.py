@@ -5,6 +5,7 @@ Kernels register by dispatch key (klfast/backends); where a device has none, the
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from klfast.errors import InvalidInputError
 LIBRARY = torch.library.Library("klfast", "DEF")
 _checks: dict[str, Callable] = {}
 _references: dict[str, Callable] = {}
-_kernels: set[tuple[str, str]] = set()
+_kernels: dict[tuple[str, str], Callable] = {}
 
 
 def op_names() -> list[str]:
@@ -26,6 +27,13 @@ def op_names() -> list[str]:
 def has_kernel(name: str, dispatch_key: str) -> bool:
     """Whether a device ("CPU", "CUDA", "XPU") has a kernel of an op."""
     return (name, dispatch_key) in _kernels
+
+
+def why_no_kernel(device: str) -> str:
+    """Why an op has none for a type of device ("cuda"), one sentence."""
+    if device in ("cuda", "xpu") and importlib.util.find_spec("triton") is None:
+        return f"Triton, which klfast's {device} kernels need, is not installed (pip install klfast[triton])."
+    return f"klfast has no {device} kernel of this op."
 
 
 def define(schema: str, *, check: Callable, fake: Callable, reference: Callable) -> None:
@@ -46,7 +54,7 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
         check(*args)
         first = next(a for a in args if isinstance(a, torch.Tensor))
         if runtime.pinned() != "reference":
-            runtime.slow_path(name, list(first.shape), f"klfast has no {first.device.type} kernel for it.")
+            runtime.slow_path(name, list(first.shape), why_no_kernel(first.device.type))
         return reference(*args)
 
     torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
@@ -56,11 +64,16 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
 def register_kernel(name: str, dispatch_key: str, kernel: Callable) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still goes past it."""
     check, plain = _checks[name], _references[name]
-    _kernels.add((name, dispatch_key))
+    _kernels[name, dispatch_key] = kernel
 
     def dispatched(*args):
         check(*args)
-        return plain(*args) if runtime.pinned() == "reference" else kernel(*args)
+        pin = runtime.pinned()
+        if pin == "reference":
+            return plain(*args)
+        if pin == "triton" and dispatch_key == "CPU" and runtime.interprets_triton():
+            return _kernels.get((name, "CUDA"), kernel)(*args)
+        return kernel(*args)
 
     LIBRARY.impl(name, dispatched, dispatch_key)
 

@@ -46,6 +46,8 @@ def pinned() -> str | None:
 def using(implementation: str) -> Iterator[None]:
     """Pin the implementation of every op in this block (and thread): ``"reference"``, a CPU tier or ``"triton"``.
 
+    "triton" is what tensors on a GPU get anyway; with TRITON_INTERPRET=1 it is for tensors on the CPU, too.
+
     An op that has no kernel of the pinned tier runs its best one below it.
 
     Raises:
@@ -70,9 +72,14 @@ def cpu_tier_limit() -> int:
     return CPU_TIERS.index(pin) if pin in CPU_TIERS else len(CPU_TIERS) - 1  # "triton" says nothing of CPU tensors
 
 
-def slow_path(op: str, shape: object, reason: str) -> None:
-    """Say once per (op, reason) that the reference runs; an error under KLFAST_STRICT=1."""
-    message = f"{op} {shape} runs the slow plain-torch reference: {reason}"
+def interprets_triton() -> bool:
+    """Whether Triton kernels can run on CPU tensors: TRITON_INTERPRET=1, set before Triton was imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def slow_path(op: str, shape: object, reason: str, how: str = "the slow plain-torch reference") -> None:
+    """Say once per (op, reason) that the reference runs, or ``how`` else; an error under KLFAST_STRICT=1."""
+    message = f"{op} {shape} runs {how}: {reason}"
     if os.environ.get("KLFAST_STRICT") == "1":
         raise KernelUnavailableError(f"{message} (KLFAST_STRICT=1 forbids it)")
     if (op, reason) not in _warned:

@@ -122,9 +122,19 @@ class Layout(Enum):
         packed      int32 [N, ceil(K * bits / 32)]
         scale       float [N, G]
         zero_point  int32 [ceil(N * bits / 32), G], packed along N; absent if symmetric
+
+    TILED is for Triton kernels, made once when a layer comes to a GPU (klfast/layouts.py). K is cut into blocks of 64
+    input features (32 where that wastes less); each group starts a new block, and the rest of its last one is filled
+    with the zero point. The rows of a block lie side by side, so that a kernel loads whole tiles in pieces of 16 bytes
+    and needs no masks over K. Values are unsigned as above:
+        packed      uint8 [T, N, block]. INT8: a tile for each block. INT4: a tile for two blocks, the first of them in
+                    the low bits, the second in the high bits
+        scale       float [G, N]
+        zero_point  uint8 [G, N]; absent if symmetric
     """
 
     PLAIN = "plain"
+    TILED = "tiled"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +151,12 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         if self.spec.symmetric != (self.zero_point is None):
             raise InvalidInputError(f"{self.spec} {'takes no' if self.spec.symmetric else 'needs a'} zero_point")
-        check_parts(self.packed, self.scale, self.zero_point, *self.shape, self.spec.bits, self.spec.n_groups(self.shape[1]))
+        if self.layout is Layout.TILED:
+            from klfast.layouts import check_tiled_parts
+
+            check_tiled_parts(self.packed, self.scale, self.zero_point, *self.shape, self.spec)
+        else:
+            check_parts(self.packed, self.scale, self.zero_point, *self.shape, self.spec.bits, self.spec.n_groups(self.shape[1]))
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +170,12 @@ class QuantizedTensor:
         """The same tensor on another device."""
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
         return QuantizedTensor(self.packed.to(device), self.scale.to(device), zero_point, self.shape, self.spec, self.layout)
+
+    def to_layout(self, layout: Layout) -> QuantizedTensor:
+        """The same tensor in another layout; itself if it has that already."""
+        from klfast import layouts
+
+        return layouts.convert(self, layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The [N, K] float matrix, computed in ``dtype`` (the scale's by default: bit for bit what

@@ -9,6 +9,9 @@ import torch
 
 from klfast import runtime
 
+# Tests of Triton kernels run on a GPU or, as test_triton.py does, in a process of their own under Triton's interpreter.
+collect_ignore = [] if runtime.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["device"]
+
 
 @pytest.fixture(autouse=True)
 def _seed():

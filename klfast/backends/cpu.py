@@ -8,9 +8,16 @@ import torch.nn.functional as F
 from klfast import _C, ops, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
 from klfast.backends.memory import DTYPE_CODES, address, empty
+from klfast.layouts import parts_in
+from klfast.types import Layout
+
+RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
 
 
 def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+    if layout != "plain":
+        runtime.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
+        packed, scale, zero_point = parts_in(Layout.PLAIN, packed, scale, zero_point, n, k, bits, group_size, layout)
     y = x.new_empty((*x.shape[:-1], n))
     rows = x.reshape(-1, k) if k else x.reshape(y.numel() // max(n, 1), 0)
     if rows.stride(1) != 1:

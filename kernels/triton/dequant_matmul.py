@@ -1,0 +1,116 @@
+"""dequant_matmul: what to launch for which shapes, and the configurations that are shipped.
+
+For one row of exact x a kernel without matrix instructions (dequant_gemv.py), else one with them (dequant_gemm.py);
+where y alone makes too few programs, K is split between several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, TILE
+from klfast.kernels.dequant_gemm import dequant_gemm
+from klfast.kernels.dequant_gemv import dequant_gemv, split_sum
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv
+from klfast.kernels.quantize_rows import quantize_rows
+from klfast.layouts import Tiling
+
+BAND = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile: BM rows of x, for x of up to ``rows`` rows, by BN rows of the weight."""
+
+    rows: int
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int = 1
+
+
+MANY = 1 << 62
+GEMV = {"nvidia": Config(1, 1, 32, 4), "intel": Config(1, 1, 16, 4)}
+_SMALL = (Config(16, 16, 64, 4, 4), Config(32, 32, 64, 4, 4), Config(64, 64, 64, 4, 3))
+_INTEL = (Config(16, 16, 32, 4), Config(64, 32, 32, 4), Config(MANY, 64, 64, 8))
+GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 scales of its own
+    ("nvidia", torch.float16): (*_SMALL, Config(MANY, 128, 128, 8, 3)),
+    ("nvidia", torch.bfloat16): (*_SMALL, Config(MANY, 128, 128, 8, 3)),
+    ("nvidia", torch.float32): (*_SMALL[:2], Config(MANY, 64, 64, 4, 3)),
+    ("nvidia", torch.int8): (*_SMALL, Config(MANY, 64, 128, 8, 3)),
+    ("intel", torch.float16): _INTEL,
+    ("intel", torch.bfloat16): _INTEL,
+    ("intel", torch.float32): _INTEL,
+    ("intel", torch.int8): _INTEL,
+}
+
+
+def pick(configs: tuple[Config, ...], m: int) -> Config:
+    """The first configuration for at least m rows of x."""
+    return next(config for config in configs if m <= config.rows)
+
+
+def parts_of(programs: int, n_tiles: int, cores: int) -> tuple[int, int]:
+    """(parts to split K into, tiles in each): four programs a core, but four tiles or more a part."""
+    parts = min(cdiv(4 * cores, max(programs, 1)), max(n_tiles // 4, 1))
+    tiles = cdiv(n_tiles, parts) if n_tiles else 0
+    return (cdiv(n_tiles, tiles) if tiles else 1), tiles
+
+
+def plan(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor,
+    k: int, bits: int, group_size: int, *, int8: bool, family: str, cores: int,
+) -> list[Launch]:
+    """The launches that make y [M, N].
+
+    Args:
+        x: [M, n_blocks * block], each row without gaps and each group filled up (``layouts.fill_blocks``).
+        packed, scale, zero_point: ``Layout.TILED`` of an [N, K] weight.
+        int8: round x to int8 first.
+        family: "nvidia" or "intel".
+        cores: of the device.
+    """
+    (m, width), (_, n) = x.shape, scale.shape
+    tiling = Tiling.of(k, bits, group_size)
+    launches = []
+    x_scale = None
+    if int8:
+        rounded = torch.empty(m, width, dtype=torch.int8, device=x.device)
+        x_scale = torch.empty(m, scale.shape[0], dtype=torch.float32, device=x.device)
+        launches.append(plan_rounding(x, rounded, x_scale, tiling))
+        x = rounded
+    gemv = m == 1 and not int8
+    config = GEMV[family] if gemv else pick(GEMM[family, x.dtype], m)
+    programs = cdiv(n, config.BN) * cdiv(m, config.BM)
+    parts, tiles = parts_of(programs, tiling.n_tiles, cores)
+    out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=x.device)
+    scales = ROW if scale.shape[0] == 1 else TILE if tiling.group_blocks * bits % 8 == 0 else BLOCK_EACH
+    args = dict(
+        x_ptr=x, w_ptr=packed, s_ptr=scale, z_ptr=zero_point, bias_ptr=bias if parts == 1 else None, y_ptr=out, N=n,
+        n_tiles=tiling.n_tiles, n_blocks=tiling.n_blocks, group_blocks=tiling.group_blocks, tiles_per_part=tiles,
+        BITS=bits, SCALES=scales.value, BN=config.BN, BLOCK=tiling.block,
+    )  # fmt: skip
+    if not gemv:
+        args |= dict(M=m, stride_xm=x.stride(0), xs_ptr=x_scale, stride_xs=scale.shape[0], BM=config.BM, BAND=BAND, UPCAST=INTERPRETED)
+    grid = (programs, parts)
+    launches.append(Launch(dequant_gemv if gemv else dequant_gemm, grid, args, dict(num_warps=config.num_warps, num_stages=config.num_stages)))
+    if parts > 1:
+        args = dict(part_ptr=out, bias_ptr=bias, y_ptr=y, M=m, N=n, PARTS=parts, BN=256)
+        launches.append(Launch(split_sum, (cdiv(n, 256), m), args, dict(num_warps=4)))
+    return launches
+
+
+def plan_rounding(x: torch.Tensor, rounded: torch.Tensor, x_scale: torch.Tensor, tiling: Tiling) -> Launch:
+    """The launch that rounds x [M, W] to int8 with scales [M, G]."""
+    m, groups = x_scale.shape
+    chunk = tiling.block
+    while chunk < 1024 and tiling.group_blocks * tiling.block % (2 * chunk) == 0 and x.shape[1] % (2 * chunk) == 0:
+        chunk *= 2
+    rows = max(1, 1024 // chunk)
+    args = dict(
+        x_ptr=x, q_ptr=rounded, s_ptr=x_scale, M=m, K=x.shape[1], G=groups, n_chunks=tiling.group_blocks * tiling.block // chunk,
+        stride_xm=x.stride(0), BM=rows, CHUNK=chunk,
+    )  # fmt: skip
+    return Launch(quantize_rows, (cdiv(m, rows), groups), args, dict(num_warps=4))

@@ -1,0 +1,59 @@
+"""What a kernel is called with, apart from calling it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+# The interpreter (TRITON_INTERPRET=1) computes in NumPy, which has no bfloat16: kernels widen to float32 there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: programs along each axis.
+        args: its arguments by name, tl.constexpr ones included.
+        options: num_warps, num_stages, on XPU grf_mode.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        if all(self.grid):
+            self.kernel[self.grid](**self.args, **self.options)
+
+
+def family(device: torch.device) -> str:
+    """Whose configurations to use: "intel" for XPU, else "nvidia"."""
+    return "intel" if device.type == "xpu" else "nvidia"
+
+
+@cache
+def cores(device: torch.device) -> int:
+    """Streaming multiprocessors, or Xe cores, to keep busy; 1 for the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return getattr(properties, "gpu_subslice_count", 0) or max(1, properties.max_compute_units // 8)
+    return 1
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()

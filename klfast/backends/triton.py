@@ -1,0 +1,45 @@
+"""Triton kernels for tensors on CUDA and XPU devices; klfast.kernels (and triton) are imported at the first call.
+
+Under TRITON_INTERPRET=1, ``klfast.using("triton")`` runs them on CPU tensors, slowly: that is for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from klfast import ops, runtime
+from klfast.layouts import fill_blocks, parts_in
+from klfast.types import Layout
+
+DEVICES = ("CUDA", "XPU")
+RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."
+
+
+def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+    from klfast.kernels import dequant_matmul as kernel
+    from klfast.kernels.launch import cores, family
+
+    y = x.new_empty((*x.shape[:-1], n))
+    if not k or not y.numel():
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    if layout != Layout.TILED.value:
+        runtime.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
+        packed, scale, zero_point = parts_in(Layout.TILED, packed, scale, zero_point, n, k, bits, group_size, layout)
+    rows = fill_blocks(x.reshape(-1, k), bits, group_size)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    contiguous = [None if t is None else t.detach().contiguous() for t in (packed, scale, zero_point, bias)]
+    for launch in kernel.plan(
+        rows, *contiguous, y.view(-1, n), k, bits, group_size,
+        int8=activation == "int8", family=family(x.device), cores=cores(x.device),
+    ):  # fmt: skip
+        launch.run()
+    return y
+
+
+def register() -> None:
+    """Register every Triton kernel with its op; none where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    for device in DEVICES:
+        ops.register_kernel("dequant_matmul", device, dequant_matmul)

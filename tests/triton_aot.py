@@ -1,0 +1,70 @@
+"""Compiling the launches of klfast.kernels for a GPU that is not there, and reading the result."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def source(launch) -> ASTSource:
+    """What the launch would be compiled from, specialized as at a call: aligned pointers, multiples of 16, ones."""
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(launch.kernel.params):
+        value = launch.args[param.name]
+        if param.is_constexpr or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[param.name], aligned = TYPES[value.dtype], True
+        elif isinstance(value, float):
+            signature[param.name], aligned = "fp32", False
+        else:
+            signature[param.name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers a thread, bytes of stack (spills), of shared memory a program, and how often each instruction occurs."""
+
+    registers: int
+    stack: int
+    shared: int
+    opcodes: Counter
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for name, n in self.opcodes.items() if name.startswith(prefixes))
+
+
+def compile_for_hopper(launch) -> Compiled:
+    compiled = triton.compile(source(launch), target=HOPPER, options=dict(launch.options))
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        listing = _run(tools / "nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE))
+    return Compiled(registers, stack, compiled.metadata.shared, opcodes)
+
+
+def _run(*command) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
