@@ -15,7 +15,7 @@ def test_every_op_has_a_cpu_kernel_and_a_self_check():
 def test_a_direct_call_is_checked_before_any_kernel_reads_memory(tier):
     u, A, B = torch.randn(2, 19, 33), -torch.rand(19, 16), torch.randn(2, 1, 16, 7)
     with pytest.raises(InvalidInputError, match="selective_scan"):
-        torch.ops.klfast.selective_scan.default(u, u, A, B, B, None, None, None, False)
+        torch.ops.klfast.selective_scan.default(u, u, A, B, B, None, None, None, None, False)
 
 
 def test_tensors_on_several_devices_are_refused():
