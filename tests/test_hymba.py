@@ -232,6 +232,7 @@ def test_bad_input():
             ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]))),
             ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 9 + [0]] * 2))),
             ("the Hymba cache holds 2 sequences, got 1", lambda: model(ids[:1], past_key_values=cache)),
+            ("other padding than the Hymba cache was made with", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 10, [0] + [1] * 9]))),
         ):
             with pytest.raises(InvalidInputError, match=message):
                 call()

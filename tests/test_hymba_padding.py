@@ -5,6 +5,7 @@ import torch
 from hymba_models import golden_model, golden_tensors, tiny_model
 
 import klfast
+from klfast.models.hymba import HymbaCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (30, 1, 17, 8, 29)
@@ -74,6 +75,35 @@ def test_generation_left_padded():
     for use_cache in (True, False):
         assert torch.equal(model.generate(ids, use_cache=use_cache, **options)[:, 40:], want)
     assert torch.equal(klfast.generate(model, ids, 24, attention_mask=mask)[:, 40:], want)
+
+
+@torch.inference_mode()
+def test_sampling_left_padded():
+    """Rows end at different lengths, too; and a prompt may come in pieces."""
+    model = tiny_model()
+    ids, mask, _ = batch("left")
+    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "eos_token_id": [3, 7, 11, 19, 23, 42], "pad_token_id": 0}
+    found = []
+    for more in ({"use_cache": False}, {"use_cache": True}, {"use_cache": True, "past_key_values": HymbaCache(model.config), "prefill_chunk_size": 29}):
+        torch.manual_seed(5)
+        found.append(model.generate(ids, attention_mask=mask, **options, **more))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    ended = (found[0][:, 30:] == 0).sum(1)
+    assert len(set(ended.tolist())) > 1
+
+
+@torch.inference_mode()
+def test_reordered_rows():
+    """Rows of the cache change places, each with its own padding."""
+    model, order = tiny_model(), torch.tensor([3, 0, 4, 1, 1])
+    ids, mask, rows = batch("left")
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache.reorder_cache(order)
+    more = torch.randint(0, 61, (5, 4))
+    logits = model(more, attention_mask=torch.cat((mask[order], torch.ones_like(more)), dim=1), past_key_values=cache).logits
+    for row, source in enumerate(order):
+        alone = model(torch.cat((rows[source], more[row])).unsqueeze(0)).logits[0, -4:]
+        torch.testing.assert_close(logits[row], alone, rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,6 +48,12 @@ class HymbaCache:
     def padded(self) -> bool:
         """Whether there was padding."""
         return self._padding is not None
+
+    def require_padding(self, mask: torch.Tensor) -> None:
+        """Raise unless an attention mask [B, length] of what the cache has seen has as much padding as that had."""
+        made_with = 0 if self._padding is None else self._padding.counts
+        if not bool(((mask == 0).sum(1, keepdim=True) == made_with).all()):
+            raise InvalidInputError("attention_mask has other padding than the Hymba cache was made with; start it with this mask")
 
     def begin(self, length: int, batch: int, device: torch.device, padding: Padding | None) -> tuple[torch.Tensor, dict[bool, torch.Tensor]]:
         """Positions [B or 1, L] of what comes now, and for each kind of layer those of all keys it will then attend to."""
@@ -111,6 +117,8 @@ class HymbaCache:
         if self._padding is not None:
             self.positions = {kind: found.index_select(0, beam_idx) for kind, found in self.positions.items()}
             self._next = self._next.index_select(0, beam_idx)
+            order, counts = (t.index_select(0, beam_idx) for t in (self._padding.order, self._padding.counts))
+            self._padding = replace(self._padding, order=order, counts=counts)
 
 
 def state_bytes(config: HymbaConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:

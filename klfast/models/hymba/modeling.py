@@ -140,8 +140,8 @@ class HymbaModel(HymbaPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, T], 0 for padding, which may lie anywhere; with a filled cache also [B, past + T], and
-                no padding among the new tokens.
+            attention_mask: [B, T], 0 for padding, which may lie anywhere; with a filled cache also [B, past + T], with
+                the padding that the cache was made with and none among the new tokens.
             position_ids: not used: positions follow from the mask and the cache.
             past_key_values: a HymbaCache, extended in place; None starts a sequence.
             inputs_embeds: [B, T, H], in place of input_ids.
@@ -166,6 +166,7 @@ class HymbaModel(HymbaPreTrainedModel):
         past = cache.length if cache else 0
         memory = 0 if past else self.config.num_memory_tokens
         if attention_mask is not None and past and tuple(attention_mask.shape) == (batch, past + length):
+            cache.require_padding(attention_mask[:, :past])
             attention_mask = attention_mask[:, past:]
         padding = Padding.of(attention_mask, (batch, length), memory)
 
