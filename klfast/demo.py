@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,17 +16,19 @@ import torch
 from torch import nn
 
 import klfast
-from klfast import loading
+from klfast import loading, report
 from klfast.data import token_batches
 from klfast.diagnostics import cpu_name, explain
 from klfast.files import write_atomic
-from klfast.models.layers import linears, other_bytes, weight_bytes
+from klfast.models.layers import linears, other_bytes, row_parts, weight_bytes
+from klfast.sensitivity.results import Sensitivities
 from klfast.types import QuantSpec, dtype_name
 
 PROMPT = "It was a fine morning, and the old man"
 HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
 INT4, INT4_FINE, INT4_COARSE, INT8 = QuantSpec(4, 64), QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8, 64)
 SPECS = (INT4_FINE, INT4, INT4_COARSE, INT8)  # the group size is a choice, too: half the group costs a quarter bit a weight
+_KL = "kl_teacher_student"
 BASELINE, MIXED = "full precision", "KL-planned mixed"
 
 
@@ -61,9 +63,12 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, where the mixed model is, what it wrote, and under which conditions."""
+    """What the sweep found (tables, and sentences that sum them up), the variants, where the mixed model is, what it
+    wrote, and under which conditions."""
 
     model: str
+    sensitivities: tuple[report.Table, ...]
+    findings: tuple[str, ...]
     rows: tuple[Row, ...]
     saved: str
     prompt: str
@@ -71,7 +76,7 @@ class DemoResult:
     conditions: dict[str, object]
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return asdict(self) | {"sensitivities": [table.data() for table in self.sensitivities]}
 
 
 def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike | None = None, say: Callable[[str], None] = print, **loading_options: bool) -> DemoResult:
@@ -99,7 +104,12 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
         f"Everything is computed in float32 on {_counted(torch.get_num_threads(), 'thread')}; sizes are those of the stored tensors."
     )
     say(f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text.")
-    swept = klfast.sweep(model, calibration, specs=SPECS, metrics=("kl_teacher_student", "sqnr_db"))
+    swept = klfast.sweep(model, calibration, specs=SPECS, metrics=(_KL, "sqnr_db"))
+    split = [layer for layer in linears(model) if row_parts(model, layer)]
+    if split:
+        say(f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({', '.join(dict.fromkeys(map(report.kind, split)))}) alone in {INT4}.")
+        swept.rows.update(klfast.sweep(model, calibration, specs=(INT4,), metrics=(), layers=split, rows=True).rows)
+    tables, findings = _sensitive(swept)
     uniform8, uniform4, fine4 = (klfast.plan(swept, method="uniform", spec=spec) for spec in (INT8, INT4, INT4_FINE))
     budget = int(HEADROOM * uniform4.predicted["bytes"])
     plans = {
@@ -132,7 +142,25 @@ def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike |
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     new = klfast.generate(mixed, ids, effort.new_tokens, temperature=0.8, generator=torch.Generator().manual_seed(0))
     continuation = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
-    return DemoResult(name, tuple(rows), str(saved), PROMPT, continuation, _conditions(effort, calibration, evaluation, dtype))
+    return DemoResult(name, tables, findings, tuple(rows), str(saved), PROMPT, continuation, _conditions(effort, calibration, evaluation, dtype))
+
+
+def _sensitive(swept: Sensitivities) -> tuple[tuple[report.Table, ...], tuple[str, ...]]:
+    """Which kinds of layers are sensitive, at which depth, and which of their rows, in INT4: tables and sentences."""
+    places, uses = report.by_kind_and_depth(swept, _KL, INT4), report.by_use(swept, _KL)
+    *kinds, together = places.rows
+    found = [
+        f"In {INT4} the most sensitive kind of layer is {kinds[0][0]}: one such layer costs {kinds[0][-1]:.2g} nats. The least is {kinds[-1][0]} ({kinds[-1][-1]:.2g}).",
+        f"By depth, a layer costs: {_listed(places.headings[1:-1], together[1:-1])}.",
+    ]
+    for layer in dict.fromkeys(row[0] for row in uses.rows):
+        parts = sorted(((use, kl) for of, use, kl in uses.rows if of == layer), key=lambda part: -part[1])
+        found.append(f"Of {layer}'s rows, alone in {INT4}, the worst are those of {parts[0][0]}: {_listed(*zip(*parts, strict=True))}.")
+    return tuple(table for table in (places, uses) if table.rows), tuple(found)
+
+
+def _listed(names: Iterable[str], values: Iterable[float]) -> str:
+    return ", ".join(f"{name} {value:.2g}" for name, value in zip(names, values, strict=True))
 
 
 def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]) -> Row:
@@ -163,7 +191,8 @@ def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: lis
 def write_results(result: DemoResult, folder: str | os.PathLike) -> None:
     """Write the table as demo.md and demo.csv, the conditions with it, into an existing folder."""
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.conditions.items())
-    lines = [f"`klfast demo` on the model {result.model}.", "", "| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    found = [*(table.markdown() for table in result.sensitivities), *(f"- {sentence}" for sentence in result.findings), ""]
+    lines = [f"`klfast demo` on the model {result.model}.", "", *found, "| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result.rows]
     write_atomic(Path(folder, "demo.md"), "\n".join([*lines, "", f"Conditions: {facts}.", ""]))
     text = io.StringIO()

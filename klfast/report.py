@@ -108,6 +108,26 @@ def by_use(sensitivities: Sensitivities, metric: str) -> Table:
     return Table(f"By use of a layer's rows: mean {metric}", ("kind", "rows", *map(str, specs)), tuple(rows))
 
 
+def by_kind_and_depth(sensitivities: Sensitivities, metric: str, spec: QuantSpec, parts: int = 3) -> Table:
+    """Means of one spec over the layers of one kind: a column for each run of blocks (``parts`` of about equal length) and
+    one for all, a row a kind of layer within the blocks, the most sensitive first, and one for all kinds."""
+    found = {name: m for name, m in _by_spec(sensitivities).get(spec, {}).items() if depth(name) is not None}
+    blocks = sorted({depth(name) for name in found})
+    ends = [round(len(blocks) * part / parts) for part in range(parts + 1)]
+    runs = [blocks[first:end] for first, end in zip(ends, ends[1:], strict=False) if first < end]
+
+    def row(label: str, names: list[str]) -> tuple[Cell, ...]:
+        groups = [*([name for name in names if depth(name) in run] for run in runs), names]
+        return (label, *(math.fsum(found[name].mean[metric] for name in group) / len(group) if group else None for group in groups))
+
+    rows = [row(label, [name for name in found if kind(name) == label]) for label in dict.fromkeys(map(kind, found))]
+    rows.sort(key=lambda cells: cells[-1], reverse=metric not in _BETTER_HIGH)
+    if rows:
+        rows.append(row("all kinds", list(found)))
+    headings = [f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}-{run[-1]}" for run in runs]
+    return Table(f"By kind and depth in {spec}: mean {metric}", ("kind", *headings, "all blocks"), tuple(rows))
+
+
 def agreement(sensitivities: Sensitivities, metric: str) -> Table:
     """Kendall's tau between ``metric`` and each other, per spec, over the layers but the head (which is an outlier).
 

@@ -46,6 +46,18 @@ def test_sweep_figures(found):
     assert table(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
 
 
+def test_by_kind_and_depth(found):
+    places = report.by_kind_and_depth(found, "kl_teacher_student", INT4)
+    assert places.headings == ("kind", "block 0", "block 1", "all blocks")
+    expected = (("x_proj", 0.02, 0.04, 0.03), ("in_proj", 0.01, 0.03, 0.02), ("all kinds", 0.015, 0.035, 0.025))
+    assert [(row[0], *map(pytest.approx, row[1:])) for row in expected] == [tuple(row) for row in places.rows]
+    assert [row[0] for row in report.by_kind_and_depth(found, "sqnr_db", INT4).rows] == ["x_proj", "in_proj", "all kinds"]
+    deep = {f"m.layers.{i}.up": found.measurements[NAMES[0], INT4] for i in range(8)}
+    many = Sensitivities(None, {name: found.layers[NAMES[0]] for name in deep}, 0, {(name, INT4): m for name, m in deep.items()})
+    assert report.by_kind_and_depth(many, "kl_teacher_student", INT4).headings == ("kind", "blocks 0-2", "blocks 3-4", "blocks 5-7", "all blocks")
+    assert not report.by_kind_and_depth(many, "kl_teacher_student", INT8).rows
+
+
 def test_metrics_where_more_is_better_are_ranked_from_below(found):
     assert [row[1] for row in report.ranking(found, "sqnr_db", 5).rows[:5]] == [NAMES[i] for i in (4, 3, 1, 2, 0)]
     with pytest.raises(InvalidInputError, match="jsd was not measured.*choose one of kl_teacher_student, sqnr_db"):

@@ -38,7 +38,7 @@ def demo(
     )
     if results is not None:
         pipeline.write_results(found, results)
-    emit(found.as_dict(), table(pipeline.HEADINGS, map(pipeline.cells, found.rows)), as_json)
+    emit(found.as_dict(), [*(one.rich() for one in found.sensitivities), "\n".join(found.findings), table(pipeline.HEADINGS, map(pipeline.cells, found.rows))], as_json)
     say(f"The mixed model goes on from {found.prompt!r}:\n{found.prompt}{found.continuation}\n", as_json)
     say("For a model of your own (a folder, or a hub id):", as_json)
     for line in (
