@@ -99,7 +99,7 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
     """A table for a suite under a heading: a line for each contender, grouped; the columns that have figures."""
     peers = list(dict.fromkeys(name for row in rows for name in row if name and name.startswith(RATIO)))
     floors = any(number(row.get("share_of_floor")) > 0 for row in rows)
-    extra = [name for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb") if any(number(row.get(name)) >= 0 for row in rows)]
+    extra = [name for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb", "weights_mb", "memory_gb") if any(number(row.get(name)) >= 0 for row in rows)]
     headings = ["group", "contender", "median", *(["GB/s read", "of the floor", "TFLOP/s"] if floors else []), *extra, *(f"vs {name.removeprefix(RATIO)}" for name in peers)]
     lines = [f"{'#' * level} {suite}", "", conditions(rows[0]), ""]
     lines += ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]

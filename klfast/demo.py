@@ -42,7 +42,7 @@ class Effort:
     new_tokens: int
 
 
-FULL = Effort(calibration_windows=32, evaluation_windows=160, length=256, new_tokens=80)
+FULL = Effort(calibration_windows=16, evaluation_windows=96, length=256, new_tokens=80)
 QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tokens=40)
 
 
@@ -150,17 +150,17 @@ def _sensitive(swept: Sensitivities) -> tuple[tuple[report.Table, ...], tuple[st
     places, uses = report.by_kind_and_depth(swept, _KL, INT4), report.by_use(swept, _KL)
     *kinds, together = places.rows
     found = [
-        f"In {INT4} the most sensitive kind of layer is {kinds[0][0]}: one such layer costs {kinds[0][-1]:.2g} nats. The least is {kinds[-1][0]} ({kinds[-1][-1]:.2g}).",
-        f"By depth, a layer costs: {_listed(places.headings[1:-1], together[1:-1])}.",
+        f"Most sensitive: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed((row[0], row[-1]) for row in kinds)}.",
+        f"By depth, over all kinds: {_listed(zip(places.headings[1:-1], together[1:-1], strict=True))}.",
     ]
     for layer in dict.fromkeys(row[0] for row in uses.rows):
         parts = sorted(((use, kl) for of, use, kl in uses.rows if of == layer), key=lambda part: -part[1])
-        found.append(f"Of {layer}'s rows, alone in {INT4}, the worst are those of {parts[0][0]}: {_listed(*zip(*parts, strict=True))}.")
+        found.append(f"Of {layer}'s rows, those for {parts[0][0]} are the most sensitive: {_listed(parts)}.")
     return tuple(table for table in (places, uses) if table.rows), tuple(found)
 
 
-def _listed(names: Iterable[str], values: Iterable[float]) -> str:
-    return ", ".join(f"{name} {value:.2g}" for name, value in zip(names, values, strict=True))
+def _listed(costs: Iterable[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} {cost:.2g}" for name, cost in costs)
 
 
 def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]) -> Row:

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import klfast
-from klfast import demo
+from klfast import demo, report
 from klfast.cli import app
+from klfast.loading import load_model
+from klfast.models.layers import linears
 
 EFFORT = demo.Effort(calibration_windows=4, evaluation_windows=16, length=128, new_tokens=8)
 
@@ -45,6 +47,17 @@ def test_the_other_rows_are_in_their_order(ran):
     assert full.kl < int8.kl < int4.kl
 
 
+def test_what_is_sensitive(ran):
+    result = ran[0]
+    places, *uses = result.sensitivities
+    kinds = [row[0] for row in places.rows[:-1]]
+    assert set(kinds) == {report.kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
+    costs = [row[-1] for row in places.rows[:-1]]
+    assert costs == sorted(costs, reverse=True) and min(costs) > 0
+    assert result.findings[0].startswith(f"Most sensitive: {kinds[0]}. One layer in int4-g64-sym costs, in nats: {kinds[0]} ")
+    assert [len(table.rows) for table in uses] == ([5] if result.model == "hymba" else [])
+
+
 def test_the_saved_model_is_the_one_in_the_table(ran):
     result = ran[0]
     file = Path(result.saved, "model.safetensors")
@@ -66,7 +79,7 @@ def test_results_as_markdown_and_csv(ran, tmp_path):
     assert float(read[0]["perplexity"]) == ran[0].rows[0].perplexity
     assert read[0]["torch"] == torch.__version__ and read[0]["threads"] == str(torch.get_num_threads())
     text = (tmp_path / "demo.md").read_text()
-    assert "| KL-planned mixed |" in text and "threads" in text
+    assert "| KL-planned mixed |" in text and "threads" in text and ran[0].findings[0] in text and "| all kinds |" in text
 
 
 def test_command(ran, tmp_path, monkeypatch):
@@ -76,6 +89,7 @@ def test_command(ran, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert [row["variant"] for row in data["rows"]] == [row.variant for row in ran[0].rows]
+    assert len(data["sensitivities"]) == len(ran[0].sensitivities) and data["findings"]
     assert (tmp_path / "demo.md").exists()
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 1 and "exists" in again.stderr

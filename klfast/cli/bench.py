@@ -17,7 +17,7 @@ from klfast.cli import options
 from klfast.cli.console import emit
 from klfast.errors import KlfastError
 
-SUITES = ("linear", "divergence", "scan", "sweep", "decode")
+SUITES = ("linear", "divergence", "scan", "sweep", "decode", "hymba")
 _tier = options.one_of("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
 

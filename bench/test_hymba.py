@@ -1,0 +1,85 @@
+"""Hymba at the released size with random weights: prefill and decode, against the plain PyTorch reference path."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import klfast
+
+from . import hymba, models
+from .contest import Contender, Group, Unavailable
+from .settings import Settings
+
+PRECISIONS = ("bf16", "int4", "mixed")
+TOLERANCE = 2e-2  # of a block's contribution in bfloat16, which is rounded at each step on the way
+
+
+def _sizes(settings: Settings) -> tuple[str, int, int]:
+    """The model, tokens of the prefill, tokens to decode after it."""
+    return ("hymba-tiny", 48, 4) if settings.quick else ("hymba-1.5b", 512, 16)
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    name, length, new = _sizes(settings)
+    for stage, tokens, title, build in (("prefill", length, f"{length} tokens", _prefill), ("decode", new, f"{new} tokens after {length}", _decode)):
+        contenders = {f"klfast {precision}": functools.partial(build, name, length, new, settings, precision) for precision in PRECISIONS}
+        contenders["reference bf16"] = functools.partial(build, name, length, new, settings, None)
+        yield Group(f"{name} {stage} {title}", {"model": name, "tokens": tokens}, contenders)
+
+
+@functools.lru_cache(maxsize=1)
+def _plain(name: str) -> torch.nn.Module:
+    return hymba.build(name)
+
+
+@functools.lru_cache(maxsize=len(PRECISIONS))  # for prefill, then for decode
+def _model(name: str, precision: str) -> tuple[torch.nn.Module, float]:
+    model = hymba.variant(_plain(name), precision)
+    return model, hymba.error(model)
+
+
+def _contestant(name: str, settings: Settings, precision: str | None) -> tuple[torch.nn.Module, float]:
+    """A model and its error; None for the plain one, which has none."""
+    if settings.device != "cpu":
+        raise Unavailable("Hymba is timed on the CPU only")
+    return (_plain(name), 0.0) if precision is None else _model(name, precision)
+
+
+def _prompt(length: int) -> torch.Tensor:
+    return torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+def _prefill(name: str, length: int, new: int, settings: Settings, precision: str | None) -> Contender:
+    model, error = _contestant(name, settings, precision)
+    prompt = _prompt(length)
+    return _contender(model, lambda: model(prompt, use_cache=True, logits_to_keep=1), precision, error, length)
+
+
+def _decode(name: str, length: int, new: int, settings: Settings, precision: str | None) -> Contender:
+    model, error = _contestant(name, settings, precision)
+    prompt = _prompt(length)
+    cache = _model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1).past_key_values  # the same for all
+    return _contender(model, lambda: hymba.step_by_step(model, cache, prompt[:, -1:], new), precision, error, new, models.read_bytes(model) * new)
+
+
+def _contender(model, call, precision: str | None, error: float, tokens: int, nbytes: int = 0) -> Contender:
+    def run() -> object:
+        if precision is not None:
+            return call()
+        with klfast.using("reference"):
+            return call()
+
+    def facts(seconds: float) -> dict[str, float]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        return {"tok_s": round(tokens / seconds, 2), "weights_mb": round(models.read_bytes(model) / 1e6), "memory_gb": round(peak, 2)}
+
+    return Contender([run], lambda: error, TOLERANCE, nbytes, facts=facts)
+
+
+def test_hymba(group, name, run, benchmark):
+    run.time("hymba", group, name, benchmark)
