@@ -45,7 +45,7 @@ struct Scan {
 struct Kernels {
     void (*scan)(const float* a, const float* b, int n, Scan& out);
     void (*sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);     // any d
-    void (*moments)(const float* a, const float* b, int n, float anchor, float reference, Moments& out);  // |d - anchor| <= kSmall
+    void (*moments)(const float* a, const float* b, int n, float anchor, float reference, float largest, Moments& out);  // |d - anchor| <= largest <= kSmall
     void (*widen)(const void* from, DType dtype, int n, float* to);
 };
 

@@ -112,7 +112,7 @@ bool metrics(const State& state, std::int64_t vocab, float* out, std::int64_t st
     const bool accurate = left_out <= 1e-5 * jsd + kNothing && g(std::abs(delta)) <= 1e3 * std::min(kl_pq, kl_qp) + kNothing;
     if (!accurate && !last) return false;
 
-    const double log_za = state.reference + std::log(za), log_zb = log_za + state.anchor + delta;
+    const double log_za = state.reference / kLog2e + std::log(za), log_zb = log_za + state.anchor + delta;
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const double values[8] = {
         std::max(kl_pq, 0.0),

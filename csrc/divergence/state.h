@@ -1,8 +1,8 @@
 // What is known of one token after some of its vocabulary, and how the metrics follow from it.
 //
-// Let a and b be the teacher's and the student's logits, M a reference (at least about the largest logit) and c an
+// Let a and b be the teacher's and the student's logits, R a reference (at least about the largest logit) and c an
 // anchor near log(sum e^b) - log(sum e^a). Per vocabulary entry
-//     x = b - a - c,   A = exp(a - M),   B = A e^x,   W = A + B,   t = tanh(x / 2) = (B - A) / (B + A).
+//     x = b - a - c,   A = exp(a - R),   B = A e^x,   W = A + B,   t = tanh(x / 2) = (B - A) / (B + A).
 // With g(x) = e^x - 1 - x >= 0 and j(x) = (x e^x - (1 + e^x) log((1 + e^x) / 2)) / 2 >= 0, all of second order in x, and
 // l(x) = log cosh(x / 2), a state holds sums over the entries seen so far:
 //     mu_k = sum W t^k (k = 0..8),   k1 = sum A g(x),   k2 = sum B g(-x),   j = sum A j(x),   q = sum B (x / 4 - l(x) / 2).
@@ -17,7 +17,8 @@
 // always will do, and where it does not, the row runs again with the anchor that the first run found.
 //
 // Where |x| <= kSmall throughout a block, all these sums are power series in x, so the vector loop makes only the
-// moments sum A x^k (k = 0..8): one exponential an entry. The terms left out are below 1e-6 of each sum.
+// moments sum A x^k (k = 0..8; to 6 for |x| <= kSmall / 2, to 4 for |x| <= kTiny): one exponential an entry. The terms
+// left out are below 1e-6 of each sum.
 //
 // Vector loops add float32 over kColumns entries; what crosses blocks is double.
 #pragma once
@@ -27,7 +28,9 @@
 namespace klfast::divergence {
 
 inline constexpr int kMoments = 9;      // of t, and of x where x is small; odd, for the loops take them in pairs
+inline constexpr float kLog2e = 0x1.715476p+0f;  // as the vector loops have it: R is an integer divided by this
 inline constexpr float kSmall = 0.5f;   // largest |x| for the power series
+inline constexpr float kTiny = 1.0f / 32;
 inline constexpr int kColumns = 2048;   // columns per vector loop: both rows stay in the L1 cache
 
 struct Sums {
@@ -39,7 +42,7 @@ struct Moments {
 
 struct State {
     Sums sums;
-    double reference, anchor;
+    double reference, anchor;  // the reference as M = R log2 e, an integer
     double sum_a2, sum_d2;  // over a^2 and (b - a)^2
     double max_a, max_b;
     std::int64_t argmax_a, argmax_b;  // the lowest index among equals

@@ -1,8 +1,8 @@
 // The vector loops of divergence.h, written once over the Vec of csrc/vec and compiled by each tier. The functions are
 // local to the including translation unit, for its flags are its own.
 //
-// Weights are exponentials of at most about 0, relative to a largest one: below e^-87 they count as nothing or as
-// 1e-38, beside sums of at least 1 / 2.
+// Weights are powers of 2 relative to about the largest, 2^(a log2 e - M): exponents of at most about 0, and the
+// product and the difference are one vfmadd, rounded once. Below 2^-126 they count as nothing, beside sums of at least 1 / 4.
 #pragma once
 
 #include "divergence/divergence.h"
@@ -53,41 +53,65 @@ void scan(const float* a, const float* b, int n, Scan& out) {
     out = {extreme(max_a, true), extreme(max_b, true), extreme(min_d, false), extreme(max_d, true), total(sum_a2), total(sum_d2)};
 }
 
+// Asks for the next kColumns of both rows while these are worked on: the hardware's prefetch stops at each page.
+struct Ahead {
+    const char *a, *b;
+    Ahead(const float* from_a, const float* from_b) : a(reinterpret_cast<const char*>(from_a + kColumns)), b(reinterpret_cast<const char*>(from_b + kColumns)) {}
+    void step() {
+        __builtin_prefetch(a, 0, 2), __builtin_prefetch(b, 0, 2);
+        a += Vec::width * sizeof(float), b += Vec::width * sizeof(float);
+    }
+};
+
+template <int Count>
 void moments(const float* a, const float* b, int n, float anchor, float reference, Moments& out) {
-    const Vec c = set(anchor), m = set(reference);
-    Vec moment[kMoments];
+    const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference);
+    const float likely = reference / kLog2e;  // a logit of weight 1
+    Ahead ahead(a, b);
+    Vec moment[Count];
     for (Vec& power : moment) power = set(0);
-    for_each(a, b, n, reference, reference, [&](Vec u, Vec v, Vec valid, bool tail) {
-        Vec x = (v - u) - c, term = exp(u - m);
+    for_each(a, b, n, likely, likely, [&](Vec u, Vec v, Vec valid, bool tail) {
+        ahead.step();
+        Vec x = (v - u) - c, term = exp2(fma(u, log2e, minus_m));
         if (tail) x = x * valid, term = term * valid;
         Vec odd = term * x;
         const Vec x2 = x * x;  // two chains of products, half as long as one
         moment[0] = moment[0] + term;
-        for (int k = 1; k < kMoments; k += 2) {
+        for (int k = 1; k < Count; k += 2) {
             moment[k] = moment[k] + odd, term = term * x2, moment[k + 1] = moment[k + 1] + term;
-            if (k + 2 < kMoments) odd = odd * x2;
+            if (k + 2 < Count) odd = odd * x2;
         }
     });
-    for (int k = 0; k < kMoments; ++k) out.m[k] = total(moment[k]);
+    out = {};
+    for (int k = 0; k < Count; ++k) out.m[k] = total(moment[k]);
 }
 
-// With y = |x|, E = e^-y and t = tanh(y / 2) = (1 - E) / (1 + E) >= 0, the larger of A and B is H = exp(a - M + max(x, 0))
+void moments(const float* a, const float* b, int n, float anchor, float reference, float largest_x, Moments& out) {
+    if (largest_x <= kTiny) moments<5>(a, b, n, anchor, reference, out);
+    else if (largest_x <= kSmall / 2) moments<7>(a, b, n, anchor, reference, out);
+    else moments<kMoments>(a, b, n, anchor, reference, out);
+}
+
+// With y = |x|, E = e^-y and t = tanh(y / 2) = (1 - E) / (1 + E) >= 0, the larger of A and B is H = 2^((a + max(x, 0)) log2 e - M)
 // and W = H (1 + E). T = y / 2 - t = atanh(t) - t and J = t y / 4 - log cosh(y / 2) / 2 are t^3 and t^2 times polynomials
 // in t^2 for y < 1/2 (minimax, 4e-8), and direct beyond, where they lose a factor of 50 at most of 6e-8. With the sign s
 // of x and u = s t:
 //     A g(x) = W (t^2 - (1 - u) s T),   B g(-x) = W (t^2 + (1 + u) s T),   A j(x) = W J,
 //     2 B (x / 4 - log cosh(x / 2) / 2) = W (1 + u) (J + (x - t y) / 4).
 void sums(const float* a, const float* b, int n, float anchor, float reference, Sums& out) {
-    const Vec c = set(anchor), m = set(reference), one = set(1.0f), half = set(0.5f), quarter = set(0.25f);
+    const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference), one = set(1.0f), half = set(0.5f), quarter = set(0.25f);
     Vec mu[kMoments], k1 = set(0), k2 = set(0), j = set(0), q = set(0);
     for (Vec& power : mu) power = set(0);
-    for_each(a, b, n, reference, reference, [&](Vec p, Vec r, Vec valid, bool tail) {
+    const float likely = reference / kLog2e;
+    Ahead ahead(a, b);
+    for_each(a, b, n, likely, likely, [&](Vec p, Vec r, Vec valid, bool tail) {
+        ahead.step();
         Vec x = (r - p) - c;
         if (tail) x = x * valid;
         const Vec minus_y = negative_abs(x), y = set(0) - minus_y;
         const Vec less_one = expm1(minus_y), e = less_one + one, e1 = e + one;
         const Vec t = quotient(set(0) - less_one, e1), t2 = t * t;
-        Vec w = exp((p - m) + max(x, set(0))) * e1;
+        Vec w = exp2(fma(max(x, set(0)), log2e, fma(p, log2e, minus_m))) * e1;
         if (tail) w = w * valid;
 
         Vec poly = fma(t2, set(1.22889162e-1f), set(1.42402410e-1f));
@@ -124,8 +148,12 @@ void sums(const float* a, const float* b, int n, float anchor, float reference, 
 }
 
 void widen(const void* from, DType dtype, int n, float* to) {
+    const char* const ahead = static_cast<const char*>(from) + kColumns * size_of(dtype);  // as in Ahead
     int i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) store(to + i, load(from, i, dtype, Vec::width));
+    for (; i + Vec::width <= n; i += Vec::width) {
+        __builtin_prefetch(ahead + i * size_of(dtype), 0, 2);
+        store(to + i, load(from, i, dtype, Vec::width));
+    }
     if (i < n) store(to, i, DType::f32, n - i, load(from, i, dtype, n - i));
 }
 
