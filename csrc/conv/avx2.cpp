@@ -2,6 +2,8 @@
 #include "conv/conv.h"
 #include "vec/avx2.h"
 
+#include "vec/ints_avx2.h"
+
 #include "conv/conv_body.h"
 
 namespace klfast::avx2 {

@@ -2,6 +2,8 @@
 #include "conv/conv.h"
 #include "vec/avx512.h"
 
+#include "vec/ints_avx512.h"
+
 #include "conv/conv_body.h"
 
 namespace klfast::avx512vnni {

@@ -2,6 +2,8 @@
 #include "conv/conv.h"
 #include "vec/scalar.h"
 
+#include "vec/ints_scalar.h"
+
 #include "conv/conv_body.h"
 
 namespace klfast::scalar {

@@ -2,6 +2,8 @@
 #include "norm/norm.h"
 #include "vec/avx2.h"
 
+#include "vec/ints_avx2.h"
+
 #include "norm/norm_body.h"
 
 namespace klfast::avx2 {

@@ -2,6 +2,8 @@
 #include "norm/norm.h"
 #include "vec/avx512.h"
 
+#include "vec/ints_avx512.h"
+
 #include "norm/norm_body.h"
 
 namespace klfast::avx512vnni {

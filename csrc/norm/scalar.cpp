@@ -2,6 +2,8 @@
 #include "norm/norm.h"
 #include "vec/scalar.h"
 
+#include "vec/ints_scalar.h"
+
 #include "norm/norm_body.h"
 
 namespace klfast::scalar {

@@ -2,6 +2,8 @@
 #include "scan/scan.h"
 #include "vec/avx2.h"
 
+#include "vec/ints_avx2.h"
+
 #include "scan/chunk_scan_body.h"
 #include "scan/selective_scan_body.h"
 #include "scan/state_update_body.h"

@@ -2,6 +2,8 @@
 #include "scan/scan.h"
 #include "vec/avx512.h"
 
+#include "vec/ints_avx512.h"
+
 #include "scan/chunk_scan_body.h"
 #include "scan/selective_scan_body.h"
 #include "scan/state_update_body.h"

@@ -2,6 +2,8 @@
 #include "scan/scan.h"
 #include "vec/scalar.h"
 
+#include "vec/ints_scalar.h"
+
 #include "scan/chunk_scan_body.h"
 #include "scan/selective_scan_body.h"
 #include "scan/state_update_body.h"

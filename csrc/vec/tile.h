@@ -1,5 +1,5 @@
 // Rectangles of a strided tensor as rows of floats: tile[t * pitch + c], c padded with zeros to whole vectors.
-// Included after one of vec/{scalar,avx2,avx512}.h; local to the including translation unit.
+// Included after one of vec/{scalar,avx2,avx512}.h and the integers beside it; local to the including translation unit.
 #pragma once
 
 #include <cstddef>
@@ -38,16 +38,20 @@ inline void load_tile(float* tile, int pitch, const View& from, std::int64_t bas
                 store(tile + t * pitch + c, load(from.data, base + t * stride_t + c, from.dtype, n_c - c < W ? n_c - c : W));
         return;
     }
-    const int run = stride_t == 1 ? W : 1;
-    float lanes[W];
-    for (int t = 0; t < n_t; t += run) {
-        const int n = n_t - t < run ? n_t - t : run;
-        for (int c = 0; c < n_c; ++c) {
-            store(lanes, load(from.data, base + c * stride_c + t * stride_t, from.dtype, n));
-            for (int i = 0; i < n; ++i) tile[(t + i) * pitch + c] = lanes[i];
-        }
-        for (int i = 0; i < n; ++i)
-            for (int c = n_c; c < padded; ++c) tile[(t + i) * pitch + c] = 0.0f;
+    if (stride_t == 1) {
+        for (int t = 0; t < n_t; t += W)
+            for (int c = 0; c < padded; c += W) {
+                Ints rows[W];
+                const int n = n_t - t < W ? n_t - t : W;
+                for (int i = 0; i < W; ++i) rows[i] = c + i < n_c ? bits_of(load(from.data, base + (c + i) * stride_c + t, from.dtype, n)) : set_int(0);
+                transpose(rows);
+                for (int i = 0; i < n; ++i) store(tile + (t + i) * pitch + c, float_bits(rows[i]));
+            }
+        return;
+    }
+    for (int t = 0; t < n_t; ++t) {
+        for (int c = 0; c < n_c; ++c) tile[t * pitch + c] = load_one(from.data, base + c * stride_c + t * stride_t, from.dtype);
+        for (int c = n_c; c < padded; ++c) tile[t * pitch + c] = 0.0f;
     }
 }
 
@@ -60,25 +64,29 @@ inline void store_tile(const float* tile, int pitch, const View& to, std::int64_
                 store(to.data, base + t * stride_t + c, to.dtype, n_c - c < W ? n_c - c : W, load(tile + t * pitch + c));
         return;
     }
-    const int run = stride_t == 1 ? W : 1;
-    float lanes[W] = {};
-    for (int t = 0; t < n_t; t += run) {
-        const int n = n_t - t < run ? n_t - t : run;
-        for (int c = 0; c < n_c; ++c) {
-            for (int i = 0; i < n; ++i) lanes[i] = tile[(t + i) * pitch + c];
-            store(to.data, base + c * stride_c + t * stride_t, to.dtype, n, load(lanes));
-        }
+    if (stride_t == 1) {
+        for (int t = 0; t < n_t; t += W)
+            for (int c = 0; c < n_c; c += W) {
+                Ints rows[W];
+                const int n = n_t - t < W ? n_t - t : W;
+                for (int i = 0; i < W; ++i) rows[i] = i < n ? bits_of(load(tile + (t + i) * pitch + c)) : set_int(0);
+                transpose(rows);
+                for (int i = 0; i < W && c + i < n_c; ++i) store(to.data, base + (c + i) * stride_c + t, to.dtype, n, float_bits(rows[i]));
+            }
+        return;
     }
+    for (int t = 0; t < n_t; ++t)
+        for (int c = 0; c < n_c; ++c) store(to.data, base + c * stride_c + t * stride_t, to.dtype, 1, set(tile[t * pitch + c]));
 }
 
-// Asks for the tile that load_tile would read, where its rows are contiguous.
+// Asks for the tile that load_tile would read, where it lies in runs along c or t.
 inline void prefetch(const View& from, std::int64_t base, std::int64_t stride_c, std::int64_t stride_t, int n_c, int n_t) {
-    if (stride_c != 1) return;
-    const std::int64_t size = size_of(from.dtype);
-    for (int t = 0; t < n_t; ++t) {
-        const char* const row = static_cast<const char*>(from.data) + (base + t * stride_t) * size;
-        for (std::int64_t i = 0; i < n_c * size; i += 64) __builtin_prefetch(row + i);
-    }
+    if (stride_c != 1 && stride_t != 1) return;
+    const std::int64_t size = size_of(from.dtype), runs = stride_c == 1 ? n_t : n_c, run = (stride_c == 1 ? n_c : n_t) * size;
+    const std::int64_t stride = (stride_c == 1 ? stride_t : stride_c) * size;
+    const char* const data = static_cast<const char*>(from.data) + base * size;
+    for (std::int64_t r = 0; r < runs; ++r)
+        for (std::int64_t i = 0; i < run; i += 64) __builtin_prefetch(data + r * stride + i);
 }
 
 }  // namespace
