@@ -5,7 +5,7 @@ import torch
 from triton_aot import compile_for_hopper
 
 from klfast import QuantSpec
-from klfast.kernels import dequant_matmul
+from klfast.kernels import dequant_matmul, logit_divergence
 from klfast.layouts import Tiling
 
 SHARED_LIMIT = 227 * 1024
@@ -67,3 +67,12 @@ def test_rounding_and_sums():
     assert rounding.kernel.__name__ == "quantize_rows" and total.kernel.__name__ == "split_sum"
     check(rounding)
     check(total)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logit_divergence(dtype):
+    teacher, student = empty(512, 50280, dtype=dtype), empty(512, 50280, dtype=dtype)
+    for rows in (None, empty(7, dtype=torch.int64)):
+        launch, _, _ = logit_divergence.plan_sums(teacher, student, rows, empty(7, dtype=torch.float32), family="nvidia", cores=CORES)
+        check(launch)
+    check(logit_divergence.plan_anchors(teacher, student, empty(512, dtype=torch.float32)))

@@ -37,9 +37,19 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
+def logit_divergence(teacher, student, targets):
+    from klfast.backends import triton_divergence
+
+    return triton_divergence.logit_divergence(teacher, student, targets)
+
+
+KERNELS = {"dequant_matmul": dequant_matmul, "logit_divergence": logit_divergence}
+
+
 def register() -> None:
     """Register every Triton kernel with its op; none where triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return
     for device in DEVICES:
-        ops.register_kernel("dequant_matmul", device, dequant_matmul)
+        for name, kernel in KERNELS.items():
+            ops.register_kernel(name, device, kernel)

@@ -1,0 +1,84 @@
+"""What one vocabulary entry adds to the sums of csrc/divergence/state.h, where the algebra stands; the polynomials are
+those of csrc/divergence/sums.h. Sums of one row, in the order in which the kernels store them:
+
+    mu_0 .. mu_8, k1, k2, j, q, sum a^2, sum (b - a)^2, max a, max b, reference
+
+Exponentials are relative to the reference, at least about the largest of a and b - anchor; no term of k1, k2 or j is
+negative, and none is a difference of larger ones, so that a KL of 1e-8 nats keeps its digits in float32.
+"""
+
+import triton
+import triton.language as tl
+
+N_SUMS = 18
+
+
+@triton.jit
+def expm1_negative(x):
+    """e^x - 1 for x <= 0, to 2e-7 of its size."""
+    small = tl.maximum(x, -0.5)
+    poly = small * (1.0 / 362880.0) + 1.0 / 40320.0
+    poly = poly * small + 1.0 / 5040.0
+    poly = poly * small + 1.0 / 720.0
+    poly = poly * small + 1.0 / 120.0
+    poly = poly * small + 1.0 / 24.0
+    poly = poly * small + 1.0 / 6.0
+    poly = poly * small + 0.5
+    return tl.where(x > -0.5, small + small * small * poly, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def divergence_terms(a, b, anchor, reference, valid):
+    """(W, u, k1, k2, j, q) of logits a and b, float32; valid is 1.0, or 0.0 for an entry that does not count.
+
+    W u^k is the term of mu_k.
+    """
+    x = (b - a - anchor) * valid
+    y = tl.abs(x)
+    less_one = expm1_negative(-y)
+    e = less_one + 1.0
+    t = -less_one / (e + 1.0)  # tanh(y / 2)
+    t2 = t * t
+    w = tl.exp(a - reference + tl.maximum(x, 0.0)) * (e + 1.0) * valid
+    near = y < 0.5
+
+    poly = t2 * 1.22889162e-1 + 1.42402410e-1
+    poly = poly * t2 + 2.00005580e-1
+    poly = poly * t2 + 3.33333320e-1
+    rest = tl.where(near, t * t2 * poly, 0.5 * y - t)  # atanh(t) - t
+    poly = t2 * 9.63774e-3 + 1.663943e-2
+    poly = poly * t2 + 4.166700e-2
+    poly = poly * t2 + 0.25
+    far = 0.25 * y * (t - 1.0) + 0.5 * (0.69314718 - tl.log(1.0 + e))
+    mixture = tl.where(near, t2 * poly, far)  # t y / 4 - log cosh(y / 2) / 2
+
+    negative = x < 0
+    u = tl.where(negative, -t, t)
+    rest = tl.where(negative, -rest, rest)
+    k1 = w * (t2 + (u - 1.0) * rest)
+    k2 = w * (t2 + (u + 1.0) * rest)
+    q = 0.5 * w * (1.0 + u) * (0.25 * (x - t * y) + mixture)
+    return w, u, k1, k2, w * mixture, q
+
+
+@triton.jit
+def store_sums(p, mu0, mu1, mu2, mu3, mu4, mu5, mu6, mu7, mu8, k1, k2, j, q, a2, d2, max_a, max_b, reference, mask):
+    """The sums of rows, each value of p's shape, at p, p + 1 ... p + N_SUMS - 1."""
+    tl.store(p, mu0, mask=mask)
+    tl.store(p + 1, mu1, mask=mask)
+    tl.store(p + 2, mu2, mask=mask)
+    tl.store(p + 3, mu3, mask=mask)
+    tl.store(p + 4, mu4, mask=mask)
+    tl.store(p + 5, mu5, mask=mask)
+    tl.store(p + 6, mu6, mask=mask)
+    tl.store(p + 7, mu7, mask=mask)
+    tl.store(p + 8, mu8, mask=mask)
+    tl.store(p + 9, k1, mask=mask)
+    tl.store(p + 10, k2, mask=mask)
+    tl.store(p + 11, j, mask=mask)
+    tl.store(p + 12, q, mask=mask)
+    tl.store(p + 13, a2, mask=mask)
+    tl.store(p + 14, d2, mask=mask)
+    tl.store(p + 15, max_a, mask=mask)
+    tl.store(p + 16, max_b, mask=mask)
+    tl.store(p + 17, reference, mask=mask)

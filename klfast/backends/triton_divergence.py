@@ -1,0 +1,96 @@
+"""Divergence ops by Triton kernels. They leave sums for each token; the CPU makes the metrics of them, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from klfast import _C
+from klfast.reference_divergence import check_targets, raise_not_finite
+from klfast.types import IGNORED_TARGET
+
+# float64 words of csrc/divergence/state.h's State; the last seven are int64 but for the two target logits.
+REFERENCE, ANCHOR, SQUARES, MAXIMA, ARGMAX, TARGETS, COLUMNS, HAS_TARGET, RUNS, WORDS = 13, 14, 15, 17, 19, 21, 23, 26, 27, 28
+
+
+def logit_divergence(teacher, student, targets):
+    from klfast.kernels import logit_divergence as kernel
+    from klfast.kernels.launch import cores, family
+
+    tokens, vocab = teacher.shape
+    check_targets(targets, vocab)
+    teacher, student = (t.detach() if t.stride(1) == 1 else t.detach().contiguous() for t in (teacher, student))
+    anchor = torch.empty(tokens, device=teacher.device)
+    kernel.plan_anchors(teacher, student, anchor).run()
+    device = dict(family=family(teacher.device), cores=cores(teacher.device))
+
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        launch, *found = kernel.plan_sums(teacher, student, rows, anchor, **device)
+        launch.run()
+        return tuple(found)
+
+    def find_fault(token: int) -> None:
+        for who, logits in (("teacher", teacher[token]), ("student", student[token])):
+            if not torch.isfinite(logits).all():
+                raise_not_finite(who, token, int((~torch.isfinite(logits)).nonzero()[0]))
+
+    picked = None
+    if targets is not None:
+        index = targets.clamp(min=0).unsqueeze(1)
+        picked = torch.cat([logits.gather(1, index).float() for logits in (teacher, student)], 1)
+    return finish(sums, find_fault, anchor, vocab, targets, picked)
+
+
+def finish(sums: Callable, find_fault: Callable, anchor: torch.Tensor, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None) -> torch.Tensor:
+    """Metrics, float32 [8, T].
+
+    Args:
+        sums: of (rows int64 [R] or None for all, their anchors), gives what the kernels leave of them: float32 [R, parts,
+            N_SUMS] and int32 [R, parts, 2].
+        find_fault: of a token, raises if a logit of it is not finite.
+        anchor: float32 [T], the first.
+        targets, picked: int64 [T] and both models' logits of them [T, 2], or None.
+    """
+    tokens, device = anchor.numel(), anchor.device
+    out = torch.empty(8, tokens)
+    rows, runs = None, torch.zeros(tokens, dtype=torch.int64)
+    targets = None if targets is None else targets.cpu()
+    picked = None if picked is None else picked.cpu().double()
+    while anchor.numel():
+        parts, index = (t.cpu() for t in sums(None if rows is None else rows.to(device), anchor))
+        states = _states(parts.double(), index, anchor.cpu(), vocab)
+        here = torch.arange(tokens) if rows is None else rows
+        if not torch.isfinite(states[:, :ARGMAX]).all():
+            for i in (~torch.isfinite(states[:, :ARGMAX]).all(1)).nonzero().flatten().tolist():
+                find_fault(int(here[i]))
+        whole = states.view(torch.int64)
+        whole[:, RUNS] = runs
+        if targets is not None:
+            states[:, TARGETS : TARGETS + 2] = picked[here]
+            whole[:, HAS_TARGET] = (targets[here] != IGNORED_TARGET).long()
+        metrics = torch.empty(8, here.numel())
+        fault = torch.empty(here.numel(), dtype=torch.int64)
+        again = torch.empty(here.numel(), dtype=torch.bool)
+        _C.divergence_finish(states.data_ptr(), here.numel(), vocab, metrics.data_ptr(), fault.data_ptr(), again.data_ptr())
+        out[:, here] = metrics
+        rows, runs = here[again], whole[again, RUNS]
+        anchor = states[again, ANCHOR].float().to(device)
+    return out.to(device)
+
+
+def _states(parts: torch.Tensor, index: torch.Tensor, anchor: torch.Tensor, vocab: int) -> torch.Tensor:
+    """float64 [R, WORDS]: the parts of each row put together."""
+    assert _C.divergence_state_bytes == 8 * WORDS
+    states = torch.zeros(parts.shape[0], WORDS, dtype=torch.float64)
+    reference = parts[..., 17].amax(1)
+    shrink = torch.exp(parts[..., 17] - reference[:, None])
+    states[:, :13] = (parts[..., :13] * shrink[..., None]).sum(1)
+    states[:, REFERENCE], states[:, ANCHOR] = reference, anchor
+    states[:, SQUARES : SQUARES + 2] = parts[..., 13:15].sum(1)
+    states[:, MAXIMA : MAXIMA + 2] = parts[..., 15:17].amax(1)
+    is_largest = parts[..., 15:17] == states[:, None, MAXIMA : MAXIMA + 2]
+    whole = states.view(torch.int64)
+    whole[:, ARGMAX : ARGMAX + 2] = torch.where(is_largest, index, vocab).amin(1).long()
+    whole[:, COLUMNS], whole[:, COLUMNS + 2] = vocab, 1  # has_anchor
+    return states
