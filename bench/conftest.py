@@ -76,6 +76,8 @@ class Run:
             columns |= {"read_mb": contender.nbytes / 1e6, "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6), "floor_s": floor, "share_of_floor": round(floor / stats.median, 4)}
         if group.flops:
             columns["tflops"] = round(group.flops / stats.median / 1e12, 5)
+            if contender.peak:
+                columns["share_of_peak"] = round(columns["tflops"] / self.facts[f"peak_{contender.peak}_tflops"], 4)
         if contender.facts is not None:
             columns |= contender.facts(stats.median)
         return columns

@@ -33,6 +33,7 @@ class Contender:
         error: computes one result and returns its distance from the reference, relative to the largest value.
         tolerance: what that distance may be.
         nbytes: memory that a call reads at least.
+        peak: the dtype of its products, for their share of the machine's peak; empty where that says little.
         own_threads: it has a thread pool of its own, not torch's.
         facts: further columns of the table, found after the timing; called with the median in seconds.
     """
@@ -41,6 +42,7 @@ class Contender:
     error: Callable[[], float]
     tolerance: float
     nbytes: int = 0
+    peak: str = ""
     own_threads: bool = False
     facts: Callable[[float], dict] | None = None
     measured_error: float = field(init=False, default=float("nan"))

@@ -13,7 +13,7 @@ from .contest import is_ours
 
 RATIO = "times as fast as "  # begins the columns of ratios; the peer's name follows
 _KEY = ("suite", "group", "contender")
-_FIGURES = ("median_s", "min_s", "rounds", "error", "read_mb", "rotated_mb", "read_gbps", "floor_s", "share_of_floor", "tflops")
+_FIGURES = ("median_s", "min_s", "rounds", "error", "read_mb", "rotated_mb", "read_gbps", "floor_s", "share_of_floor", "tflops", "share_of_peak")
 
 
 class Results:
@@ -100,7 +100,7 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row if name and name.startswith(RATIO)))
     floors = any(number(row.get("share_of_floor")) > 0 for row in rows)
     extra = [name for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb", "weights_mb", "memory_gb") if any(number(row.get(name)) >= 0 for row in rows)]
-    headings = ["group", "contender", "median", *(["GB/s read", "of the floor", "TFLOP/s"] if floors else []), *extra, *(f"vs {name.removeprefix(RATIO)}" for name in peers)]
+    headings = ["group", "contender", "median", *(["GB/s read", "of the floor", "TFLOP/s", "of the peak"] if floors else []), *extra, *(f"vs {name.removeprefix(RATIO)}" for name in peers)]
     lines = [f"{'#' * level} {suite}", "", conditions(rows[0]), ""]
     lines += ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]
     last = None
@@ -108,7 +108,7 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
         cells = [row["group"] if row["group"] != last else "", row["contender"], seconds(number(row["median_s"]))]
         last = row["group"]
         if floors:
-            cells += [_cell(row.get("read_gbps"), ".1f"), _cell(row.get("share_of_floor"), ".2f"), _cell(row.get("tflops"), ".3f")]
+            cells += [_cell(row.get("read_gbps"), ".1f"), _cell(row.get("share_of_floor"), ".2f"), _cell(row.get("tflops"), ".3f"), _cell(row.get("share_of_peak"), ".2f")]
         cells += [_cell(row.get(name), ".4g") for name in extra]
         cells += [_cell(row.get(name), ".2f") for name in peers]
         lines.append("| " + " | ".join(cells) + " |")

@@ -22,6 +22,9 @@ SHAPES = (
 )  # fmt: skip
 ROWS = (1, 4, 8, 16, 128, 512)
 SPECS = {"int4": QuantSpec(4, 128), "int8": QuantSpec(8, 128)}
+# The other formats, at one shape and fewer numbers of rows.
+FORMATS = tuple(QuantSpec(*form) for form in ((4, 32), (4, 64), (4, -1), (4, 32, False), (4, 128, False), (8, 32), (8, -1), (8, 128, False)))
+FORMAT_SHAPE, FORMAT_ROWS = (2048, 8192), (1, 16, 128)
 
 
 def groups(settings: Settings) -> Iterator[Group]:
@@ -29,10 +32,13 @@ def groups(settings: Settings) -> Iterator[Group]:
     rows = settings.rows or ((1, 16) if settings.quick else ROWS)
     for k, n in shapes:
         for m in rows:
-            yield Group(f"{k}x{n}, M={m}", {"k": k, "n": n, "m": m}, dict(_contenders(k, n, m, settings)), flops=2.0 * m * k * n)
+            yield _group(f"{k}x{n}, M={m}", k, n, m, _contenders, settings)
+    if not (settings.quick or settings.shapes or settings.rows):
+        for m in FORMAT_ROWS:
+            yield _group(f"{FORMAT_SHAPE[0]}x{FORMAT_SHAPE[1]} formats, M={m}", *FORMAT_SHAPE, m, _formats, settings)
 
 
-def _contenders(k: int, n: int, m: int, settings: Settings) -> Iterator[tuple[str, Callable[[], Contender]]]:
+def _group(name: str, k: int, n: int, m: int, contenders: Callable, settings: Settings) -> Group:
     def against(build: Callable[..., Contender], *args: object) -> Callable[[], Contender]:
         def built() -> Contender:
             x = torch.randn(m, k, device=settings.device, dtype=torch.bfloat16)
@@ -40,6 +46,17 @@ def _contenders(k: int, n: int, m: int, settings: Settings) -> Iterator[tuple[st
 
         return built
 
+    return Group(name, {"k": k, "n": n, "m": m}, dict(contenders(against)), flops=2.0 * m * k * n)
+
+
+def _formats(against: Callable) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    for spec in FORMATS:
+        for activation in ("exact", "int8"):
+            yield f"klfast {spec} {activation}", against(_dequant_matmul, spec, activation)
+    yield "torch bf16", against(peers.torch_linear, torch.bfloat16)
+
+
+def _contenders(against: Callable) -> Iterator[tuple[str, Callable[[], Contender]]]:
     for bits, spec in SPECS.items():
         for activation in ("exact", "int8"):
             yield f"klfast {bits} {activation}", against(_dequant_matmul, spec, activation)
@@ -56,14 +73,14 @@ def _dequant_matmul(x: torch.Tensor, weights: Weights, spec: QuantSpec, activati
     require_kernel("dequant_matmul", x)
     copies = weights.klfast(spec)
     calls = [lambda w=w: ops.dequant_matmul(x, w, activation=activation) for w in copies]
-    return Contender(calls, lambda: distance(calls[0](), reference.dequant_matmul(x, copies[0], None, activation)), tolerance(x.dtype), copies[0].nbytes)
+    return Contender(calls, lambda: distance(calls[0](), reference.dequant_matmul(x, copies[0], None, activation)), tolerance(x.dtype), copies[0].nbytes, peak="int8" if activation == "int8" else "bfloat16")
 
 
 def _linear(x: torch.Tensor, weights: Weights, dtype: torch.dtype) -> Contender:
     require_kernel("linear", x)
     copies, x = weights.dense(dtype), x.to(dtype)
     calls = [lambda w=w: ops.linear(x, w) for w in copies]
-    return Contender(calls, lambda: distance(calls[0](), reference.linear(x, copies[0])), tolerance(dtype), copies[0].nbytes)
+    return Contender(calls, lambda: distance(calls[0](), reference.linear(x, copies[0])), tolerance(dtype), copies[0].nbytes, peak="bfloat16" if dtype == torch.bfloat16 else "")
 
 
 def require_kernel(op: str, x: torch.Tensor) -> None:

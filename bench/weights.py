@@ -49,7 +49,7 @@ class Weights:
     def klfast(self, spec: QuantSpec) -> list[QuantizedTensor]:
         """As a model holds them once it is loaded."""
         qt = self.quantized(spec)
-        return self.copies(spec, qt.nbytes, lambda: QuantizedTensor(qt.packed.clone(), qt.scale.clone(), None, qt.shape, qt.spec, qt.layout))
+        return self.copies(spec, qt.nbytes, lambda: QuantizedTensor(qt.packed.clone(), qt.scale.clone(), None if qt.zero_point is None else qt.zero_point.clone(), qt.shape, qt.spec, qt.layout))
 
     def group_size(self, sizes: tuple[int, ...]) -> int | None:
         """The first of ``sizes`` that divides K: what peers without ragged groups can take."""
