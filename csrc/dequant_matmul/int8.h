@@ -40,7 +40,7 @@ void dot_values(const std::int32_t* words, const std::int32_t* q, std::int64_t p
 // total[r] += the terms of one segment, for R rows of x. Positions count from the block's begin.
 template <int Bits, int R>
 void add_segment(const std::int32_t* words, const std::int32_t* q, std::int64_t pitch, std::int64_t begin, std::int64_t end, Vec z, Vec scale,
-                 const float* x_scale, std::int64_t x_scale_pitch, const float* x_sum, std::int64_t x_sum_pitch, float* total) {
+                 const float* x_scale, const float* x_sum, float* total) {
     constexpr int count = QuantizedX<Bits>::count;
     Ints sum[R];
     for (int r = 0; r < R; ++r) sum[r] = set_int(0);
@@ -50,8 +50,8 @@ void add_segment(const std::int32_t* words, const std::int32_t* q, std::int64_t 
     if (last < end && last >= first) dot_values<Bits, R>(words, q, pitch, last, end, sum);
     z = z - set(static_cast<float>(DotOperand<Bits>::offset));
     for (int r = 0; r < R; ++r) {
-        const Vec exact = to_float(sum[r]) - z * set(x_sum[r * x_sum_pitch]);  // integers below 2^24
-        store(total + r * W, load(total + r * W) + exact * (scale * set(x_scale[r * x_scale_pitch])));
+        const Vec exact = to_float(sum[r]) - z * set(x_sum[r]);  // integers below 2^24
+        store(total + r * W, load(total + r * W) + exact * (scale * set(x_scale[r])));
     }
 }
 
@@ -94,8 +94,7 @@ void run_int8(const DequantMatmulArgs& a, const Segments& segments) {
                         const Segment seg = segments.list[s];
                         add_segment_rows<Bits>(rows, static_cast<const std::int32_t*>(words), q.data + m * x.pitch + word * Q::lanes, x.pitch, seg.begin - block,
                                                seg.end - block, load(grid.zero.data + seg.group * W), load(grid.scale.data + seg.group * W),
-                                               x.scale.data + m * a.groups() + seg.group, a.groups(), x.sum.data + m * segments.count + s,
-                                               segments.count, total.data + (m - row0) * W);
+                                               x.scale.data + seg.group * a.m + m, x.sum.data + s * a.m + m, total.data + (m - row0) * W);
                     }
                 }
             }

@@ -21,15 +21,13 @@ struct Int8Factors {
 
     struct Terms {
         Vec scale[kBlockVectors], zero[kBlockVectors];
-        bool zeros;                    // whether any is not 0
-        const float *x_scale, *x_sum;  // of the first row
-        std::int64_t groups, segments;  // from row to row
+        const float *x_scale, *x_sum;  // x_sum is nullptr where nothing is to correct
 
         [[gnu::always_inline]] void add(const std::int32_t* sums, float* total, std::int64_t row) const {
-            const Vec s = set(x_scale[row * groups]);
+            const Vec s = set(x_scale[row]);
             for (int v = 0; v < kBlockVectors; ++v) {
                 Vec exact = to_float(read(sums + v * W));  // integers below 2^24
-                if (zeros) exact = exact - zero[v] * set(x_sum[row * segments]);
+                if (Bits == 8 && x_sum != nullptr) exact = exact - zero[v] * set(x_sum[row]);
                 store(total + v * W, load(total + v * W) + exact * (scale[v] * s));
             }
         }
@@ -53,8 +51,7 @@ struct Int8Factors {
 
         Terms terms(const Segment& segment, std::int64_t s, std::int64_t m, std::int64_t v) const {
             const DequantMatmulArgs& a = factors.a;
-            Terms terms{{}, {}, Bits == 8 && a.zero_point, factors.x.scale.data + m * a.groups() + segment.group, factors.x.sum.data + m * factors.segments.count + s,
-                        a.groups(), factors.segments.count};
+            Terms terms{{}, {}, factors.x.scale.data + segment.group * a.m + m, a.zero_point ? factors.x.sum.data + s * a.m + m : nullptr};
             for (int i = 0; i < kBlockVectors; ++i) {
                 const Grid& grid = grids[v + i];
                 terms.scale[i] = klfast::load(grid.scale.data + segment.group * W);

@@ -19,8 +19,8 @@ struct QuantizedX {
     const DequantMatmulArgs& a;
     const Segments& segments;
     std::int64_t pitch;   // int32 of q in a row
-    Buffer<float> scale;  // [m, groups]
-    Buffer<float> sum;    // [m, segments]: sums of q
+    Buffer<float> scale;  // [groups, m]
+    Buffer<float> sum;    // [segments, m]: sums of q
 
     QuantizedX(const DequantMatmulArgs& args, const Segments& all)
         : a(args), segments(all), pitch(a.words() * lanes), scale(a.m * a.groups()), sum(a.m * segments.count) {}
@@ -40,12 +40,12 @@ struct QuantizedX {
             store(row + k, load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k))));
         for (std::int64_t g = 0; g < a.groups(); ++g) {
             const std::int64_t begin = g * a.group, end = smaller(begin + a.group, a.k);
-            scale[m * a.groups() + g] = round_group(row, begin, end, rounded);
+            scale[g * a.m + m] = round_group(row, begin, end, rounded);
         }
         for (std::int64_t s = 0; s < segments.count; ++s) {
             std::int32_t total = 0;
             for (std::int64_t k = segments.list[s].begin; k < segments.list[s].end; ++k) total += rounded[k];
-            sum[m * segments.count + s] = static_cast<float>(total);
+            sum[s * a.m + m] = static_cast<float>(total);
         }
         for (std::int64_t k = a.k; k < a.words() * count; ++k) rounded[k] = 0;
         arrange(rounded, a.words(), q);
