@@ -5,8 +5,9 @@
 //
 // `Source` says what W is stored as. source.depth is how many values of a row share a scale: an even number, or all of
 // them. Source::Panels(source), one a thread, has
-//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors W as pairs[(k / 2 * vectors + v) * W + lane], zeros
-//                                      behind the last value, and scales as scale[(group * vectors + v) * W + lane].
+//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors W as pairs[(k / 2 * vectors + v) * W + lane], where
+//                                      what follows an odd last value is finite and meets a zero of x,
+//                                      and scales as scale[(group * vectors + v) * W + lane].
 #pragma once
 
 #include <cstring>
