@@ -56,7 +56,7 @@ void product_bf16_tiles(const Product& a, const Source& source) {
     parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t m = begin; m < end; ++m) x.write(m, static_cast<const std::uint16_t*>(a.x) + (m < a.m ? m * a.x_stride : 0), m < a.m ? 2 * a.k : 0);
     });
-    product_tiles(a, x, Segments(a.k, group), Bf16Factors<Source>{source, a.k, (a.k + group - 1) / group});
+    product_tiles(a, x, Segments(a.k, group), Bf16Factors<Source>{source, a.k, larger(1, (a.k + group - 1) / group)});
 }
 
 }  // namespace
