@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+
+import klfast
 
 from . import machine, results, roofline
 from .contest import Contender, Race, Unavailable, is_ours
@@ -20,7 +20,9 @@ def pytest_configure(config):
     settings = Settings.of(config)
     torch.set_num_threads(settings.threads)
     if settings.isa is not None:
-        os.environ["KLFAST_ISA"] = settings.isa
+        pin = klfast.using(settings.isa)
+        pin.__enter__()
+        config.add_cleanup(lambda: pin.__exit__(None, None, None))
     config.klfast_settings = settings
     config.klfast_run = Run(settings)
 

@@ -68,10 +68,11 @@ class QuantLinear(nn.Module):
         return LazyWeight(self.quantized, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The bare op: a QuantizedTensor made at each call would cost as much as a small product.
-        spec = self.spec
+        # The bare op and the dictionary: a QuantizedTensor made at each call would cost as much as a small product, and
+        # nn.Module takes three times as long to find a buffer.
+        spec, buffers = self.spec, self._buffers
         return ops.dequant_matmul_op(
-            x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.out_features, self.in_features,
+            x, buffers["weight_packed"], buffers["weight_scale"], buffers["weight_zero_point"], self.bias, self.out_features, self.in_features,
             spec.bits, spec.group_size, self.layout.value, self.activation,
         )
 

@@ -13,6 +13,7 @@ from klfast.errors import InvalidInputError, KernelUnavailableError, SlowPathWar
 CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/dispatch.h has them
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 
+_process_pin = os.environ.get("KLFAST_ISA")  # read once: a look into the environment takes as long as a small op
 _pin: ContextVar[str | None] = ContextVar("klfast_pin", default=None)
 _warned: set[tuple[str, str]] = set()
 
@@ -35,10 +36,10 @@ def _check(name: str, source: str) -> str:
 
 
 def pinned() -> str | None:
-    """The implementation pinned by ``using`` or, for the process, by KLFAST_ISA; None if none is."""
+    """The implementation pinned by ``using`` or, for the process, by KLFAST_ISA as it was when klfast was imported; None if none is."""
     pin = _pin.get()
-    if pin is None and (name := os.environ.get("KLFAST_ISA")):
-        pin = _check(name, "KLFAST_ISA")
+    if pin is None and _process_pin:
+        pin = _check(_process_pin, "KLFAST_ISA")
     return pin
 
 

@@ -14,21 +14,29 @@ from klfast.types import Layout
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
 
 
+def _rows(x, k):
+    """x [..., K] with its last dimension contiguous, and the elements from row to row. Quick for what is contiguous."""
+    if x.is_contiguous():
+        return x, k
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
 def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
     if layout != "plain":
         runtime.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
         packed, scale, zero_point = parts_in(Layout.PLAIN, packed, scale, zero_point, n, k, bits, group_size, layout)
     y = x.new_empty((*x.shape[:-1], n))
-    rows = x.reshape(-1, k) if k else x.reshape(y.numel() // max(n, 1), 0)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows, stride = _rows(x, k)
     packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
     zero_point = None if zero_point is None else zero_point.contiguous()
-    bias = None if bias is None else bias.detach().contiguous()
+    bias = None if bias is None else bias.contiguous()
     _C.dequant_matmul(
-        address(rows), DTYPE_CODES[x.dtype], rows.stride(0), address(packed), address(scale), DTYPE_CODES[scale.dtype],
+        address(rows), DTYPE_CODES[x.dtype], stride, address(packed), address(scale), DTYPE_CODES[scale.dtype],
         address(zero_point), address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y),
-        rows.shape[0], n, k, bits, max(1, k if group_size == -1 else min(group_size, k)), activation == "int8",
+        y.numel() // max(n, 1), n, k, bits, max(1, k if group_size == -1 else min(group_size, k)), activation == "int8",
         torch.get_num_threads(), runtime.cpu_tier_limit(),
     )
     return y
@@ -61,16 +69,14 @@ def linear(x, weight, bias, dtype):
     if _torch_is_faster(x, dtype, x.numel() // max(k, 1)):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
     y = empty(*x.shape[:-1], n, dtype=dtype)
-    rows = x.reshape(-1, k) if k else x.reshape(y.numel() // max(n, 1), 0)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows, stride = _rows(x, k)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    bias = None if bias is None else bias.detach().contiguous()
+    bias = None if bias is None else bias.contiguous()
     _C.linear(
-        address(rows), DTYPE_CODES[x.dtype], rows.stride(0), address(weight), DTYPE_CODES[weight.dtype], weight.stride(0),
+        address(rows), DTYPE_CODES[x.dtype], stride, address(weight), DTYPE_CODES[weight.dtype], weight.stride(0),
         address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y), DTYPE_CODES[y.dtype],
-        rows.shape[0], n, k, torch.get_num_threads(), runtime.cpu_tier_limit(),
+        y.numel() // max(n, 1), n, k, torch.get_num_threads(), runtime.cpu_tier_limit(),
     )
     return y
 
