@@ -28,9 +28,9 @@ void parallel_for(std::int64_t n, std::int64_t grain, int n_threads, Body&& body
     }
 }
 
-// Threads worth waking for so many arithmetic operations of one lane each: one more costs some 10 us.
-inline int worthwhile_threads(int n_threads, std::int64_t operations) {
-    return static_cast<int>(std::min<std::int64_t>(n_threads, 1 + operations / 500000));
+// Threads worth waking for so many arithmetic operations, each of them with `each` at least: one more costs some 10 us.
+inline int worthwhile_threads(int n_threads, std::int64_t operations, std::int64_t each = 500000) {
+    return static_cast<int>(std::min<std::int64_t>(n_threads, 1 + operations / each));
 }
 
 }  // namespace klfast

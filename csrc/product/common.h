@@ -67,8 +67,8 @@ inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec t
     store_columns(a, m, n0, static_cast<int>(smaller(W, a.n - n0)), total);
 }
 
-// Threads that the work of `macs` multiplications keeps busy.
-inline int useful_threads(const Product& a, std::int64_t macs) { return static_cast<int>(smaller(a.n_threads, 1 + macs / 65536)); }
+// Threads for `macs` multiplications.
+inline int useful_threads(const Product& a, std::int64_t macs) { return worthwhile_threads(a.n_threads, macs, 65536); }
 
 }  // namespace
 }  // namespace klfast
