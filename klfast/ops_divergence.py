@@ -86,13 +86,15 @@ def _as_divergence(metrics: torch.Tensor, with_targets: bool) -> Divergence:
 
 def _check_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
     op = "linear_divergence"
-    for who, hidden, weight, scale in (("teacher", teacher, t_weight, t_scale), ("student", student, s_weight, s_scale)):
+    layouts = quantization[2::3]
+    for who, hidden, weight, scale, layout in (("teacher", teacher, t_weight, t_scale, layouts[0]), ("student", student, s_weight, s_scale, layouts[1])):
         if hidden.dtype not in FLOAT_DTYPES or (scale is None and weight.dtype not in FLOAT_DTYPES):
             raise InvalidInputError(f"{op}: the {who}'s hidden states and head must be float32, bfloat16 or float16, got {hidden.dtype} and {weight.dtype}")
-        if hidden.dim() == 0 or weight.dim() != 2 or (scale is None and hidden.shape[-1] != weight.shape[1]):
+        if hidden.dim() == 0 or weight.dim() != (3 if layout == Layout.TILED.value else 2) or (scale is None and hidden.shape[-1] != weight.shape[1]):
             raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
-    if t_weight.shape[0] != s_weight.shape[0] or t_weight.shape[0] == 0:
-        raise InvalidInputError(f"{op}: both heads must have the same number of rows, at least 1, got {t_weight.shape[0]} and {s_weight.shape[0]}")
+    t_rows, s_rows = map(_head_rows, (t_weight, s_weight), layouts)
+    if t_rows != s_rows or t_rows == 0:
+        raise InvalidInputError(f"{op}: both heads must have the same number of rows, at least 1, got {t_rows} and {s_rows}")
     leading = teacher.dim() - 1
     if student.dim() < teacher.dim() or student.shape[student.dim() - 1 - leading : -1] != teacher.shape[:-1]:
         raise InvalidInputError(f"{op}: the student's leading dimensions must end in the teacher's, got {list(student.shape)} and {list(teacher.shape)}")
@@ -104,12 +106,16 @@ def _fake_linear_divergence(teacher, t_weight, t_scale, t_zero, student, *rest):
     return student.new_empty((8, student.shape[:-1].numel()), dtype=torch.float32)
 
 
+def _head_rows(weight, layout):
+    return weight.shape[1 if layout == Layout.TILED.value else 0]
+
+
 def as_head(weight: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None, features: int, bits: int, group_size: int, layout: str) -> torch.Tensor | QuantizedTensor:
     """A head as linear_divergence's caller gave it, from the op's arguments; ``features`` is H."""
     if scale is None:
         return weight
     spec = QuantSpec(bits, group_size, zero_point is None)
-    return QuantizedTensor(weight, scale, zero_point, (weight.shape[0], features), spec, Layout(layout))
+    return QuantizedTensor(weight, scale, zero_point, (_head_rows(weight, layout), features), spec, Layout(layout))
 
 
 def _reference_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
@@ -161,7 +167,6 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
         if isinstance(head, QuantizedTensor):
             if hidden.dim() == 0 or hidden.shape[-1] != head.shape[1]:
                 raise InvalidInputError(f"linear_divergence: the {who}'s hidden states must be [..., {head.shape[1]}], got {list(hidden.shape)}")
-            head = head.to_layout(Layout.PLAIN)
             heads.append(((head.packed, head.scale, head.zero_point), (head.spec.bits, head.spec.group_size, head.layout.value)))
         else:
             heads.append(((head, None, None), (0, 0, "")))

@@ -5,7 +5,7 @@ import torch
 from triton_aot import compile_for_hopper
 
 from klfast import QuantSpec
-from klfast.kernels import dequant_matmul, logit_divergence
+from klfast.kernels import dequant_matmul, linear_divergence, logit_divergence
 from klfast.layouts import Tiling
 
 SHARED_LIMIT = 227 * 1024
@@ -76,3 +76,22 @@ def test_logit_divergence(dtype):
         launch, _, _ = logit_divergence.plan_sums(teacher, student, rows, empty(7, dtype=torch.float32), family="nvidia", cores=CORES)
         check(launch)
     check(logit_divergence.plan_anchors(teacher, student, empty(512, dtype=torch.float32)))
+
+
+def side(dtype, spec=None, tokens=4096, features=2048, vocab=50280):
+    hidden = empty(tokens, features, dtype=dtype)
+    if spec is None:
+        return linear_divergence.Side(hidden, empty(vocab, features, dtype=dtype))
+    tiling, groups = Tiling.of(features, spec.bits, spec.group_size), spec.n_groups(features)
+    zero_point = None if spec.symmetric else empty(groups, vocab, dtype=torch.uint8)
+    packed = empty(tiling.n_tiles, vocab, tiling.block, dtype=torch.uint8)
+    return linear_divergence.Side(hidden, packed, empty(groups, vocab, dtype=torch.float16), zero_point, features, spec.bits, spec.group_size)
+
+
+@pytest.mark.parametrize("spec", [None, QuantSpec(4, 128), QuantSpec(8, 64, False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_linear_divergence(dtype, spec):
+    """float32 times float32 has no matrix instruction that rounds nothing."""
+    anchor = empty(4096, dtype=torch.float32)
+    launch, _, _ = linear_divergence.plan_sums(side(dtype), side(dtype, spec), 4096, 50280, None, anchor, family="nvidia", cores=CORES)
+    check(launch, "float" if spec is not None or dtype is not torch.float32 else None)

@@ -44,3 +44,9 @@ def load_zero(z_ptr, group, N, o_n, BITS: tl.constexpr):
 def load_scale(s_ptr, group, N, o_n):
     """Scales of rows o_n in a group, float32 like o_n."""
     return tl.load(s_ptr + tl.cast(group, tl.int64) * N + o_n).to(tl.float32)
+
+
+@triton.jit
+def top_bits(x):
+    """float32 x with all but the upper 16 bits cleared: what a bfloat16 holds of it."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)

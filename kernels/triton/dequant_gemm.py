@@ -9,13 +9,7 @@ runs on matrix instructions too and no product is rounded. int8 x (activation="i
 import triton
 import triton.language as tl
 
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_zero
-
-
-@triton.jit
-def _top(x):
-    """float32 x with all but the upper 16 bits cleared: what a bfloat16 holds of it."""
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_zero, top_bits
 
 
 @triton.jit
@@ -34,8 +28,8 @@ def product(stored, zero, b_x, acc, BITS: tl.constexpr, UPCAST: tl.constexpr):
     elif b_x.dtype == tl.float32:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
         b_w = centred(stored, zero[:, None], DTYPE, BITS)
-        high = _top(b_x)
-        middle = _top(b_x - high)
+        high = top_bits(b_x)
+        middle = top_bits(b_x - high)
         low = b_x - high - middle
         acc = tl.dot(b_w, low.to(DTYPE), acc)
         acc = tl.dot(b_w, middle.to(DTYPE), acc)

@@ -7,7 +7,7 @@ import torch
 from klfast import _C, ops_divergence, registry, runtime
 from klfast.backends.memory import DTYPE_CODES, address
 from klfast.reference_divergence import check_targets, raise_not_finite
-from klfast.types import QuantizedTensor
+from klfast.types import Layout, QuantizedTensor
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 256, 1024  # of the two scratch blocks of logits: 1 MB each
 
@@ -31,11 +31,11 @@ def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torc
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
     same_head = quantization[:3] == quantization[3:] and all(map(_same, (t_weight, t_scale, t_zero), (s_weight, s_scale, s_zero)))
     same_hidden = _same(teacher, student)
-    t_head = ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
-    s_head = t_head if same_head else ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
+    t_head = _plain(ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]))
+    s_head = t_head if same_head else _plain(ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
     teacher = teacher.detach().reshape(-1, teacher.shape[-1]).float()
     student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).float()
-    tokens, vocab = student.shape[0], t_weight.shape[0]
+    tokens, vocab = student.shape[0], t_head.shape[0]
     check_targets(targets, vocab)
     if targets is not None:
         targets = ops_divergence.flat_targets(targets, tokens).contiguous()
@@ -57,6 +57,10 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
             some = student[rows]
             _accumulate(some if same_hidden else teacher[rows % teacher.shape[0]], t_head, some, s_head, some_targets, states)
     return out
+
+
+def _plain(head: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedTensor:
+    return head.to_layout(Layout.PLAIN) if isinstance(head, QuantizedTensor) else head
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -43,7 +43,13 @@ def logit_divergence(teacher, student, targets):
     return triton_divergence.logit_divergence(teacher, student, targets)
 
 
-KERNELS = {"dequant_matmul": dequant_matmul, "logit_divergence": logit_divergence}
+def linear_divergence(*args):
+    from klfast.backends import triton_divergence
+
+    return triton_divergence.linear_divergence(*args)
+
+
+KERNELS = {"dequant_matmul": dequant_matmul, "logit_divergence": logit_divergence, "linear_divergence": linear_divergence}
 
 
 def register() -> None:

@@ -14,7 +14,6 @@ from test_divergence import (  # noqa: F401
     test_a_few_changed_entries_among_equal_ones,
     test_equal_rows_are_exactly_zero,
     test_huge_logits,
-    test_misleading_first_columns,
     test_strides_and_leading_dimensions,
     test_ties_go_to_the_lowest_index,
 )
@@ -56,6 +55,16 @@ def test_half_precision_and_mixed_dtypes(dtype):
     cases.test_half_precision_and_mixed_dtypes("triton", dtype, 1600)
 
 
+def test_misleading_first_columns():
+    """The anchor comes from the first 2,048; where they mislead, the row runs again."""
+    teacher = torch.randn(4, 4096)
+    for shift in (0.5, -20.0):
+        student = teacher + 0.01 * torch.randn(4, 4096)
+        student[:3, :2048] += shift
+        teacher[:, 3000], student[:, 3000] = 25, 25.01
+        cases.assert_matches(klfast.logit_divergence(teacher, student), cases.truth(teacher, student), rtol=1e-4)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_not_finite(value, who):
@@ -71,3 +80,58 @@ def test_split_over_the_vocabulary(monkeypatch):
     student = teacher + 0.3 * torch.randn(3, 20_000)
     targets = torch.tensor([0, -100, 19_999])
     cases.assert_matches(klfast.logit_divergence(teacher, student, targets), cases.truth(teacher, student, targets))
+
+
+@pytest.mark.parametrize("students", [1, 3])
+def test_linear_equals_logits(students):
+    cases.test_linear_equals_logits("triton", 300, students)
+
+
+@pytest.mark.parametrize("spec", [klfast.QuantSpec(4, 8), klfast.QuantSpec(4, 64, False), klfast.QuantSpec(8, -1, False)], ids=str)
+@pytest.mark.parametrize("layout", klfast.Layout)
+def test_quantized_heads(spec, layout):
+    hidden, head = torch.randn(4, 70), torch.randn(205, 70)
+    qt = klfast.quantize(head, spec)
+    plain, rounded = hidden @ head.T, hidden @ qt.dequantize(torch.float32).T
+    targets = torch.randint(0, 205, (4,))
+    qt = qt.to_layout(layout)
+    for teacher, student, logits in ((head, qt, (plain, rounded)), (qt, head, (rounded, plain)), (qt, qt, (rounded, rounded))):
+        cases.assert_matches(klfast.linear_divergence(hidden, teacher, hidden, student, targets), cases.truth(*logits, targets), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_of_half_precision(dtype):
+    teacher, head = torch.randn(70, 64).to(dtype), torch.randn(150, 64).to(dtype)
+    student = (teacher.float() + 0.1 * torch.randn(70, 64)).to(dtype)
+    logits = teacher.float() @ head.float().T, student.float() @ head.float().T
+    cases.assert_matches(klfast.linear_divergence(teacher, head, student, head), cases.truth(*logits), rtol=1e-4)
+    cases.assert_matches(klfast.linear_divergence(teacher, head.float(), student, head), cases.truth(*logits), rtol=1e-4)
+
+
+def test_linear_of_other_widths_and_split_over_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda _: 100)
+    (teacher, t_head), (student, s_head) = (torch.randn(5, 33), torch.randn(4300, 33)), (torch.randn(5, 20), torch.randn(20, 4300).T)
+    cases.assert_matches(klfast.linear_divergence(teacher, t_head, student, s_head), cases.truth(teacher @ t_head.T, student @ s_head.T), rtol=1e-4)
+
+
+def test_linear_with_misleading_first_entries():
+    """The first anchor comes from entries 0 to 255; where they mislead, the token runs again."""
+    teacher = torch.randn(4, 300)
+    student = teacher + 0.01 * torch.randn(4, 300)
+    student[1:, :256] += 3.0
+    teacher[:, 270], student[:, 270] = 25, 25.01
+    found = klfast.linear_divergence(torch.eye(4), teacher.T, torch.eye(4), student.T)
+    cases.assert_matches(found, cases.truth(teacher, student), rtol=1e-4)
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_linear_of_not_finite_logits(who):
+    hidden = {"teacher": torch.randn(5, 4), "student": torch.randn(5, 4)}
+    head = {"teacher": torch.randn(300, 4), "student": torch.randn(300, 4)}
+    head[who][290, 1] = math.nan
+    with pytest.raises(klfast.KlfastError, match=f"the {who}'s logit of token 0, vocabulary entry 290, is a NaN"):
+        klfast.linear_divergence(hidden["teacher"], head["teacher"], hidden["student"], head["student"])
+
+
+def test_no_tokens():
+    cases.test_no_tokens("triton")

@@ -1,0 +1,220 @@
+"""linear_divergence: both heads' products and the sums of logit_divergence in one kernel; the logits stay in registers.
+
+A program takes BM tokens and a part of the vocabulary, BN entries at a time: the teacher's logits of them, the student's,
+then what they add to the sums of each token (divergence_terms.py). A head is a float matrix or a quantized one
+(``Layout.TILED``), multiplied as in dequant_gemm.py. Here the tokens are rows of the products: their 19 sums then lie in
+few registers a thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from klfast.kernels.dequant_common import centred, load_scale, load_zero, top_bits
+from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv
+from klfast.layouts import Tiling
+
+
+@triton.jit
+def head_logits(
+    x_ptr, w_ptr, s_ptr, z_ptr, o_token, o_v, V, n_tiles, n_blocks, group_blocks, stride_x, stride_w,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """float32 [BM, BN]: entries o_v of the vocabulary for tokens o_token (int64)."""
+    o_k = tl.arange(0, BLOCK)
+    p_x = x_ptr + o_token[:, None] * stride_x + o_k[None, :]  # [BM, BLOCK]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if BITS == 0:
+        p_w = w_ptr + o_k[:, None] + o_v[None, :].to(tl.int64) * stride_w  # [BLOCK, BN]
+        for i_tile in range(0, n_tiles):
+            b_x, b_w = tl.load(p_x + i_tile * BLOCK), tl.load(p_w + i_tile * BLOCK)
+            if b_w.dtype != b_x.dtype or UPCAST:  # float16 times bfloat16 fits neither
+                b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+            acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+    else:
+        p_w = w_ptr + o_k[:, None] + o_v[None, :].to(tl.int64) * BLOCK  # [BLOCK, BN]
+        for i_tile in range(0, n_tiles):
+            b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * V * BLOCK)
+            for i_half in tl.static_range(8 // BITS):
+                stored = (b_w >> 4 * i_half) & 0xF if BITS == 4 else b_w
+                i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
+                i_group = i_block // group_blocks
+                zero = load_zero(z_ptr, i_group, V, o_v, BITS)
+                sums = product(tl.load(p_x + i_block * BLOCK), stored, zero, BITS, UPCAST)
+                acc += sums * load_scale(s_ptr, i_group, V, o_v)[None, :]
+    return acc
+
+
+@triton.jit
+def product(b_x, stored, zero, BITS: tl.constexpr, UPCAST: tl.constexpr):
+    """b_x @ (stored - zero), as dequant_gemm.product but with x on the left: float [BM, BLOCK], uint8 [BLOCK, BN], float32 [BN]."""
+    if b_x.dtype == tl.float32:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
+        b_w = centred(stored, zero[None, :], DTYPE, BITS)
+        high = top_bits(b_x)
+        middle = top_bits(b_x - high)
+        acc = tl.dot((b_x - high - middle).to(DTYPE), b_w)
+        return tl.dot(high.to(DTYPE), b_w, tl.dot(middle.to(DTYPE), b_w, acc))
+    else:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
+        return tl.dot(b_x.to(DTYPE), centred(stored, zero[None, :], DTYPE, BITS))
+
+
+@triton.jit
+def linear_divergence_sums(
+    t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr,  # the teacher's hidden states [n_teacher, H] and head, as in head_logits
+    s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr,  # the student's, [S * n_teacher, H']
+    rows_ptr,  # int64 [R], the student's tokens to compare; None for all
+    anchor_ptr,  # float32 [R]
+    sums_ptr,  # float32 [R, parts, N]
+    index_ptr,  # int32 [R, parts, 2]
+    R, n_teacher, V, part_columns,
+    t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
+    s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
+    T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_UPCAST: tl.constexpr,
+    S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_UPCAST: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
+    i_part = tl.program_id(1)
+    o_r = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_row = tl.minimum(o_r, R - 1).to(tl.int64)  # [BM]
+    o_token = o_row if rows_ptr is None else tl.load(rows_ptr + o_row)
+    o_teacher = o_token % n_teacher
+    anchor = tl.load(anchor_ptr + o_row)
+    first = i_part * part_columns
+    last = tl.minimum(first + part_columns, V)
+    mu0 = tl.zeros((BM,), tl.float32)
+    mu1, mu2, mu3, mu4, mu5, mu6, mu7, mu8 = mu0, mu0, mu0, mu0, mu0, mu0, mu0, mu0
+    k1, k2, j, q, a2, d2 = mu0, mu0, mu0, mu0, mu0, mu0
+    reference = tl.full((BM,), -float("inf"), tl.float32)
+    max_a, max_b = reference, reference
+    at_a = tl.zeros((BM,), tl.int32)
+    at_b = at_a
+    for start in range(first, last, BN):
+        o_v = tl.minimum(start + tl.arange(0, BN), last - 1)
+        a = head_logits(
+            t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr, o_teacher, o_v, V, t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
+            T_BITS, BM, BN, T_BLOCK, T_UPCAST,
+        )  # fmt: skip
+        b = head_logits(
+            s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr, o_token, o_v, V, s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
+            S_BITS, BM, BN, S_BLOCK, S_UPCAST,
+        )  # fmt: skip
+        valid = tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0)[None, :]
+        top_a, top_b = tl.max(a, axis=1), tl.max(b, axis=1)  # [BM]
+        needed = tl.maximum(reference, tl.maximum(top_a, top_b - anchor))
+        shrink = tl.exp(reference - needed)
+        reference = needed
+        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(a, b, anchor[:, None], reference[:, None], valid)
+        k1, k2 = k1 * shrink + tl.sum(k1_term, axis=1), k2 * shrink + tl.sum(k2_term, axis=1)
+        j, q = j * shrink + tl.sum(j_term, axis=1), q * shrink + tl.sum(q_term, axis=1)
+        mu0 = mu0 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu1 = mu1 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu2 = mu2 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu3 = mu3 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu4 = mu4 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu5 = mu5 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu6 = mu6 * shrink + tl.sum(w, axis=1)
+        w *= u
+        mu7 = mu7 * shrink + tl.sum(w, axis=1)
+        mu8 = mu8 * shrink + tl.sum(w * u, axis=1)
+        d = (b - a) * valid
+        a2, d2 = a2 + tl.sum(a * a * valid, axis=1), d2 + tl.sum(d * d, axis=1)
+        here_a = tl.min(tl.where(a == top_a[:, None], o_v[None, :], 2147483647), axis=1)
+        here_b = tl.min(tl.where(b == top_b[:, None], o_v[None, :], 2147483647), axis=1)
+        at_a, at_b = tl.where(top_a > max_a, here_a, at_a), tl.where(top_b > max_b, here_b, at_b)
+        max_a, max_b = tl.maximum(max_a, top_a), tl.maximum(max_b, top_b)
+
+    m_r = o_r < R
+    cell = o_row * tl.num_programs(1) + i_part
+    store_sums(sums_ptr + cell * N, mu0, mu1, mu2, mu3, mu4, mu5, mu6, mu7, mu8, k1, k2, j, q, a2, d2, max_a, max_b, reference, m_r)
+    tl.store(index_ptr + cell * 2, at_a, mask=m_r)
+    tl.store(index_ptr + cell * 2 + 1, at_b, mask=m_r)
+
+
+@dataclass(frozen=True)
+class Config:
+    """BM tokens by BN entries of the vocabulary; parts of at least ``part`` entries."""
+
+    BM: int
+    BN: int
+    part: int
+    num_warps: int
+    num_stages: int = 1
+
+
+CONFIGS = {  # family, whether an operand is float32: that takes more registers
+    ("nvidia", False): Config(128, 32, 2048, 8, 3),
+    ("nvidia", True): Config(64, 32, 2048, 8, 3),
+    ("intel", False): Config(16, 32, 2048, 4),
+    ("intel", True): Config(16, 32, 2048, 4),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model's hidden states, prepared for the kernel, and its head.
+
+    Attributes:
+        hidden: [T, K], rows without gaps; K as the head needs it, see ``float_block`` and ``layouts.fill_blocks``.
+        weight: float [V, K], rows without gaps, or ``packed`` of Layout.TILED.
+        scale, zero_point: of Layout.TILED, else None.
+        features, bits, group_size: of the quantized head before it was filled up; bits 0 for a float one.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    features: int = 0
+    bits: int = 0
+    group_size: int = 0
+
+    def args(self, name: str) -> dict:
+        """The kernel's arguments of this side, whose names begin with ``name``."""
+        common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
+        if self.bits:
+            tiling = Tiling.of(self.features, self.bits, self.group_size)
+            rest = {"tiles": tiling.n_tiles, "blocks": tiling.n_blocks, "group_blocks": tiling.group_blocks, "stride_w": 0}
+            constants = {"BITS": self.bits, "BLOCK": tiling.block}
+        else:
+            block = float_block(self.hidden.shape[1])
+            rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
+            constants = {"BITS": 0, "BLOCK": block}
+        constants["UPCAST"] = INTERPRETED
+        return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
+
+
+def float_block(features: int) -> int:
+    """How many features of a float head are taken at a time; its rows must be a multiple of that."""
+    return 64 if features % 64 == 0 else 32
+
+
+def plan_sums(
+    teacher: Side, student: Side, n_teacher: int, vocab: int, rows: torch.Tensor | None, anchor: torch.Tensor, *, family: str, cores: int
+) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    """As logit_divergence.plan_sums, of hidden states: token i of the student goes with token i % n_teacher of the teacher."""
+    is_wide = any(t.dtype == torch.float32 for side in (teacher, student) for t in (side.hidden, side.weight))
+    config, count = CONFIGS[family, is_wide], anchor.numel()
+    programs = cdiv(count, config.BM)
+    parts = max(1, min(cdiv(vocab, config.part), cdiv(2 * cores, max(programs, 1))))
+    columns = cdiv(cdiv(vocab, parts), config.BN) * config.BN
+    parts = cdiv(vocab, columns)
+    sums = torch.empty(count, parts, N_SUMS, device=anchor.device)
+    index = torch.empty(count, parts, 2, dtype=torch.int32, device=anchor.device)
+    args = dict(
+        **teacher.args("t"), **student.args("s"), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count, n_teacher=n_teacher,
+        V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN,
+    )  # fmt: skip
+    return Launch(linear_divergence_sums, (programs, parts), args, dict(num_warps=config.num_warps, num_stages=config.num_stages)), sums, index
