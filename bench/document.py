@@ -31,8 +31,8 @@ How it is timed:
   INT4_SYM compression writes, with the same rounded weights; by default it rounds activations to 8 bits.
 - "int8" behind klfast's weights: activations rounded to 8 bits; "exact": not rounded.
 - Decode is 32 tokens after a prompt of 8, the prompt's time included.
-- Hymba has the released size and random weights. Each block is checked by itself, in a prefill, in a chunk that goes on
-  from a cache and in a step. "mixed": x_proj, dt_proj, the head and the last block in 8 bits, the rest in 4, groups of 64.
+- Hymba has the released size and random weights. Each mixer and feed-forward part is checked by itself, in a prefill, in
+  a chunk that goes on from a cache and in a step. "mixed": x_proj, dt_proj, the head and the last block in 8 bits, the rest in 4, groups of 64.
   "reference": the same model on PyTorch's operations alone. memory_gb is the most memory that the run has held so far.
 - llama.cpp is timed by its own llama-bench (without a prompt) on GGUF files that are given, not in turns with klfast.
 """

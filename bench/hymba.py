@@ -1,4 +1,4 @@
-"""Hymba models with random weights for the suite, and their check, block by block, against the reference of every op."""
+"""Hymba models with random weights for the suite, and their check, part by part, against the reference of every op."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 import klfast
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
+from klfast.models.hymba.mixer import HymbaMixer
 from klfast.models.layers import linears
 from klfast.types import Plan, QuantSpec
 
@@ -54,17 +55,16 @@ def variant(plain: HymbaForCausalLM, precision: str) -> HymbaForCausalLM:
 
 
 def error(model: HymbaForCausalLM, tokens: int = 8) -> float:
-    """The largest error of a block's, or the head's, contribution: in a prefill, a continued chunk and a decoding step.
+    """The largest error of a mixer, of a feed-forward part or of the head: in a prefill, a continued chunk and a step.
 
     Each is computed once more with the reference of every op from the same input: over many layers random weights blow
     a rounding up until two correct results have little in common.
     """
     errors: list[float] = []
-    hooks = [layer.register_forward_pre_hook(_remember, with_kwargs=True) for layer in model.model.layers]
-    hooks += [layer.register_forward_hook(functools.partial(_compare, errors), with_kwargs=True) for layer in model.model.layers]
-    hooks.append(model.lm_head.register_forward_hook(functools.partial(_compare_head, errors)))
-    ids = torch.randint(0, 512, (1, tokens + 4))
-    cache = HymbaCache(model.config)
+    hooks = [part.register_forward_hook(functools.partial(_compare, errors)) for part in [*(layer.moe for layer in model.model.layers), model.lm_head]]
+    for mixer in (layer.mamba for layer in model.model.layers):
+        hooks += [mixer.register_forward_pre_hook(_remember), mixer.register_forward_hook(functools.partial(_compare_mixer, errors))]
+    ids, cache = torch.randint(0, 512, (1, tokens + 4)), HymbaCache(model.config)
     try:
         for part in ids.split([tokens, 3, 1], dim=1):
             model(part, past_key_values=cache)
@@ -74,24 +74,24 @@ def error(model: HymbaForCausalLM, tokens: int = 8) -> float:
     return max(errors)
 
 
-def _remember(layer: nn.Module, arguments: tuple, options: dict) -> None:
-    layer.bench_state = copy.deepcopy(options["cache"].layers[layer.mamba.layer])
-
-
-def _compare(errors: list[float], layer: nn.Module, arguments: tuple, options: dict, found: tuple) -> None:
-    (x,), index, cache = arguments, layer.mamba.layer, options["cache"]
-    after, cache.layers[index] = cache.layers[index], layer.bench_state
-    del layer.bench_state
+def _compare(errors: list[float], module: nn.Module, arguments: tuple, found: torch.Tensor) -> None:
     with klfast.using("reference"):
-        expected = layer.forward(x, **options)
-    errors += [distance(found[0] - x, expected[0] - x)]
-    errors += [distance(t, vars(cache.layers[index])[name]) for name, t in vars(after).items() if t is not None]
-    cache.layers[index] = after
+        errors.append(distance(found, module.forward(*arguments)))
 
 
-def _compare_head(errors: list[float], head: nn.Module, arguments: tuple, found: torch.Tensor) -> None:
+def _remember(mixer: HymbaMixer, arguments: tuple) -> None:
+    mixer.bench_state = copy.deepcopy(arguments[-1].layers[mixer.layer])
+
+
+def _compare_mixer(errors: list[float], mixer: HymbaMixer, arguments: tuple, found: tuple) -> None:
+    """The output and what the cache then holds, from what it held before."""
+    cache = arguments[-1]
+    after, cache.layers[mixer.layer] = cache.layers[mixer.layer], mixer.bench_state
+    del mixer.bench_state
     with klfast.using("reference"):
-        errors.append(distance(found, head.forward(*arguments)))
+        errors.append(distance(found[0], mixer.forward(*arguments)[0]))
+    errors += [distance(t, vars(cache.layers[mixer.layer])[name]) for name, t in vars(after).items() if t is not None]
+    cache.layers[mixer.layer] = after
 
 
 def step_by_step(model: HymbaForCausalLM, cache: HymbaCache, token: torch.Tensor, new: int) -> torch.Tensor:

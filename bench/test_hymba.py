@@ -16,7 +16,7 @@ from .contest import Contender, Group, Unavailable
 from .settings import Settings
 
 PRECISIONS = ("bf16", "int4", "mixed")
-TOLERANCE = 2e-2  # of a block's contribution in bfloat16, which is rounded at each step on the way
+TOLERANCE = 3e-2  # of a mixer's or feed-forward part's output in bfloat16, rounded at each step on the way
 
 
 def _sizes(settings: Settings) -> tuple[str, int, int]:
