@@ -6,7 +6,10 @@ import zipfile
 from pathlib import Path
 
 MAX_WHEEL_BYTES = 30_000_000
-IN_WHEEL = ("klfast/_C.", "klfast/kernels/__init__.py", "klfast/kernels/dequant_matmul.py", "klfast/bench/conftest.py", "klfast/assets/models/mamba/model.safetensors", "klfast/assets/models/mamba2/model.safetensors", "klfast/assets/text/evaluation.txt")
+IN_WHEEL = (
+    "klfast/_C.", "klfast/kernels/__init__.py", "klfast/kernels/dequant_matmul.py", "klfast/bench/conftest.py", "klfast/assets/text/evaluation.txt",
+    *(f"klfast/assets/models/{name}/model.safetensors" for name in ("hymba", "mamba", "mamba2")),
+)
 IN_SDIST = ("csrc/module.cpp", "csrc/dispatch.h", "kernels/triton/__init__.py", "klfast/__init__.py", "tests/conftest.py", "Makefile", "constraints.txt", "LICENSE")
 
 

@@ -99,6 +99,7 @@ def build_hymba():
         sliding_window=128,
         global_attn_idx=[0, 4, 7],
         kv_reuse_group=[[1, 2, 3]],
+        use_cache=True,
         max_position_embeddings=4096,
         orig_max_position_embeddings=1024,
         bos_token_id=0,
@@ -256,7 +257,7 @@ def schedule(step, steps, warmup):
 def mean_loss(model, windows):
     """Mean cross-entropy, one sequence's logits at a time: [WINDOW, vocabulary] instead of [batch, WINDOW, vocabulary]."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    hidden = model.base_model(inputs)[0]
+    hidden = model.base_model(inputs, use_cache=False)[0]
     head = model.get_output_embeddings()
     losses = [F.cross_entropy(head(h).float(), t, reduction="sum") for h, t in zip(hidden, targets, strict=True)]
     return sum(losses) / targets.numel()

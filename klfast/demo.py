@@ -79,7 +79,7 @@ class DemoResult:
         return asdict(self) | {"sensitivities": [table.data() for table in self.sensitivities]}
 
 
-def run(name: str = "mamba2", *, effort: Effort = FULL, out: str | os.PathLike | None = None, say: Callable[[str], None] = print, **loading_options: bool) -> DemoResult:
+def run(name: str = "hymba", *, effort: Effort = FULL, out: str | os.PathLike | None = None, say: Callable[[str], None] = print, **loading_options: bool) -> DemoResult:
     """Run the pipeline on the model ``name`` (bundled, folder or hub id).
 
     Args:

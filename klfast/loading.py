@@ -42,7 +42,7 @@ def load_model(
     """A causal language model in evaluation mode on the CPU, with klfast's native SSM functions (``klfast.accelerate``).
 
     Args:
-        name_or_path: the name of a bundled model ("mamba", "mamba2"; write "./mamba2" for a folder of that name), a
+        name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that name), a
             local folder, or a hub id. A folder written by ``klfast.save_quantized`` gives the quantized model.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
             folder are cast likewise.

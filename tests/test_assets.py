@@ -24,8 +24,15 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
-def test_both_families_are_there():
-    assert {"mamba", "mamba2"} <= {p.name for p in MODELS}
+def test_all_families_are_there():
+    assert {"hymba", "mamba", "mamba2"} <= {p.name for p in MODELS}
+
+
+def test_hymba_has_all_that_the_release_has():
+    config = load(ASSETS / "models" / "hymba").config
+    kinds = [config.is_global(i) for i in range(config.num_hidden_layers)]
+    assert config.num_memory_tokens and True in kinds and False in kinds and config.kv_reuse_group == [[1, 2, 3]]
+    assert config.rope_type == "ntk" and config.mamba_inner_layernorms and config.tie_word_embeddings
 
 
 @each_model

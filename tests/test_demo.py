@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from klfast.cli import app
 from klfast.loading import load_model
 from klfast.models.layers import linears
 
-EFFORT = demo.Effort(calibration_windows=4, evaluation_windows=16, length=128, new_tokens=8)
+EFFORT = demo.Effort(calibration_windows=2, evaluation_windows=12, length=128, new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,9 @@ def test_what_is_sensitive(ran):
 def test_the_saved_model_is_the_one_in_the_table(ran):
     result = ran[0]
     file = Path(result.saved, "model.safetensors")
-    mixed = rows(result)["KL-planned mixed"]
-    assert mixed.bytes == sum(tensor.nbytes for tensor in load_file(file).values()) < file.stat().st_size <= mixed.bytes + 16384
+    mixed, tensors = rows(result)["KL-planned mixed"], load_file(file)
+    assert mixed.bytes == sum(tensor.nbytes for tensor in tensors.values()) < file.stat().st_size <= mixed.bytes + 200 * len(tensors)
     assert result.saved in " ".join(ran[1]) and len(result.continuation) > 0
-
-
-def test_a_second_run_gives_the_same_table(ran, tmp_path):
-    again = demo.run(effort=EFFORT, out=tmp_path / "mixed", say=lambda _: None)
-    assert again.rows == ran[0].rows and again.continuation == ran[0].continuation
 
 
 def test_results_as_markdown_and_csv(ran, tmp_path):
@@ -83,13 +78,14 @@ def test_results_as_markdown_and_csv(ran, tmp_path):
 
 
 def test_command(ran, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "QUICK", replace(EFFORT, calibration_windows=2, evaluation_windows=2))
+    """A second run, with the same figures."""
+    monkeypatch.setattr(demo, "QUICK", EFFORT)
     arguments = ["demo", "--quick", "--out", str(tmp_path / "mixed"), "--results", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert [row["variant"] for row in data["rows"]] == [row.variant for row in ran[0].rows]
-    assert len(data["sensitivities"]) == len(ran[0].sensitivities) and data["findings"]
+    assert data["rows"] == [asdict(row) for row in ran[0].rows] and data["continuation"] == ran[0].continuation
+    assert data["sensitivities"] == [table.data() | {"rows": list(map(list, table.rows))} for table in ran[0].sensitivities] and data["findings"]
     assert (tmp_path / "demo.md").exists()
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 1 and "exists" in again.stderr

@@ -14,7 +14,7 @@ from klfast.cli.console import emit, say, table
 
 @options.loads_models
 def demo(
-    model: Annotated[str, typer.Option(help="A local folder, a hub id, or a bundled model: mamba, mamba2.")] = "mamba2",
+    model: Annotated[str, typer.Option(help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.")] = "hymba",
     quick: Annotated[bool, typer.Option("--quick", help="Less text: some seconds instead of about two minutes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Save the mixed model here instead of in a temporary folder.")] = None,
     results: Annotated[Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")] = None,

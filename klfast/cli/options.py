@@ -66,7 +66,7 @@ scale_name = one_of("absmax", "mse")
 method_name = one_of("optimal", "greedy", "uniform")
 metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a bundled model: mamba, mamba2.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
