@@ -2,13 +2,14 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test bench dist sanitize clean
+.PHONY: help install demo test bench dist sanitize verify-xpu clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests"
 	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
 	@echo "make install  only make .venv and build the extension"
 	@echo "make sanitize run the kernel tests under AddressSanitizer and UBSan"
+	@echo "make verify-xpu compile the Triton kernels for Intel's Xe2 GPUs, without one (Linux on x86-64; 200 MB)"
 	@echo "make dist     build sdist and wheel into dist/"
 	@echo "make clean    remove all that was built"
 
@@ -41,6 +42,18 @@ sanitize: install
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest -q -p no:cacheprovider \
 	    tests/test_dequant_matmul.py tests/test_linear.py tests/test_divergence.py tests/test_ssm_ops.py
+
+# Triton's XPU backend comes as another package named triton, so in an environment of its own; the rest is that of .venv.
+XPU := build/xpu
+verify-xpu: $(XPU)/.installed
+	PYTHONPATH=.:tests $(XPU)/bin/python tests/verify_xpu.py
+
+$(XPU)/.installed: .venv/.installed
+	test -x $(XPU)/bin/python || $(PYTHON) -m venv $(XPU)
+	$(XPU)/bin/python -m pip install --quiet --disable-pip-version-check triton-xpu==3.3.0b1 "setuptools<82"
+	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(XPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz-klfast.pth"
+	touch $@
 
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build

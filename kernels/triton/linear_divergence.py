@@ -33,7 +33,7 @@ def head_logits(
         p_w = w_ptr + o_k[:, None] + o_v[None, :].to(tl.int64) * stride_w  # [BLOCK, BN]
         for i_tile in range(0, n_tiles):
             b_x, b_w = tl.load(p_x + i_tile * BLOCK), tl.load(p_w + i_tile * BLOCK)
-            if b_w.dtype != b_x.dtype or UPCAST:  # float16 times bfloat16 fits neither
+            if UPCAST:
                 b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
             acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
     else:
@@ -53,7 +53,9 @@ def head_logits(
 @triton.jit
 def product(b_x, stored, zero, BITS: tl.constexpr, UPCAST: tl.constexpr):
     """b_x @ (stored - zero), as dequant_gemm.product but with x on the left: float [BM, BLOCK], uint8 [BLOCK, BN], float32 [BN]."""
-    if b_x.dtype == tl.float32:
+    if UPCAST == 2:
+        return tl.dot(b_x.to(tl.float32), centred(stored, zero[None, :], tl.float32, BITS), input_precision="ieee")
+    elif b_x.dtype == tl.float32:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
         b_w = centred(stored, zero[None, :], DTYPE, BITS)
         high = top_bits(b_x)
@@ -181,18 +183,26 @@ class Side:
     bits: int = 0
     group_size: int = 0
 
-    def args(self, name: str) -> dict:
-        """The kernel's arguments of this side, whose names begin with ``name``."""
+    @property
+    def is_plain_float32(self) -> bool:
+        """Whether its products have no matrix instruction (none that rounds nothing)."""
+        return not self.bits and torch.float32 in (self.hidden.dtype, self.weight.dtype)
+
+    def args(self, name: str, upcast: int) -> dict:
+        """The kernel's arguments of this side, whose names begin with ``name``.
+
+        UPCAST of a quantized head: 1 widens bfloat16 (for the interpreter), 2 multiplies in float32 at once.
+        """
         common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
         if self.bits:
             tiling = Tiling.of(self.features, self.bits, self.group_size)
             rest = {"tiles": tiling.n_tiles, "blocks": tiling.n_blocks, "group_blocks": tiling.group_blocks, "stride_w": 0}
-            constants = {"BITS": self.bits, "BLOCK": tiling.block}
+            constants = {"BITS": self.bits, "BLOCK": tiling.block, "UPCAST": upcast}
         else:
             block = float_block(self.hidden.shape[1])
             rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
-            constants = {"BITS": 0, "BLOCK": block}
-        constants["UPCAST"] = INTERPRETED
+            differ = self.hidden.dtype != self.weight.dtype  # float16 times bfloat16 fits neither
+            constants = {"BITS": 0, "BLOCK": block, "UPCAST": int(INTERPRETED or differ)}
         return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
 
 
@@ -213,8 +223,10 @@ def plan_sums(
     parts = cdiv(vocab, columns)
     sums = torch.empty(count, parts, N_SUMS, device=anchor.device)
     index = torch.empty(count, parts, 2, dtype=torch.int32, device=anchor.device)
+    # triton-xpu 3.3 cannot have products with and without matrix instructions in one kernel.
+    upcast = 2 if family == "intel" and (teacher.is_plain_float32 or student.is_plain_float32) else int(INTERPRETED)
     args = dict(
-        **teacher.args("t"), **student.args("s"), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count, n_teacher=n_teacher,
+        **teacher.args("t", upcast), **student.args("s", upcast), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count, n_teacher=n_teacher,
         V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN,
     )  # fmt: skip
     return Launch(linear_divergence_sums, (programs, parts), args, dict(num_warps=config.num_warps, num_stages=config.num_stages)), sums, index

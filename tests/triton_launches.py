@@ -1,0 +1,73 @@
+"""Every launch that klfast.kernels ships, of one family of devices: (name, launch, matrix instruction it must use or None)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from klfast import QuantSpec
+from klfast.kernels import dequant_matmul, linear_divergence, logit_divergence
+from klfast.kernels.launch import Launch
+from klfast.layouts import Tiling
+
+CORES = {"nvidia": 132, "intel": 8}
+SPECS = [QuantSpec(4, 128), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def quantized_parts(n: int, k: int, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    tiling, groups = Tiling.of(k, spec.bits, spec.group_size), spec.n_groups(k)
+    zero_point = None if spec.symmetric else empty(groups, n, dtype=torch.uint8)
+    return empty(tiling.n_tiles, n, tiling.block, dtype=torch.uint8), empty(groups, n, dtype=torch.float16), zero_point
+
+
+def dequant(family: str, m: int, spec: QuantSpec, dtype: torch.dtype, activation: str = "exact", n: int = 8192, k: int = 8192) -> list[Launch]:
+    tiling = Tiling.of(k, spec.bits, spec.group_size)
+    return dequant_matmul.plan(
+        empty(m, tiling.n_blocks * tiling.block, dtype=dtype), *quantized_parts(n, k, spec), empty(n, dtype=dtype), empty(m, n, dtype=dtype),
+        k, spec.bits, spec.group_size, int8=activation == "int8", family=family, cores=CORES[family],
+    )  # fmt: skip
+
+
+def side(dtype: torch.dtype, spec: QuantSpec | None = None, tokens: int = 4096, features: int = 2048, vocab: int = 50280) -> linear_divergence.Side:
+    hidden = empty(tokens, features, dtype=dtype)
+    if spec is None:
+        return linear_divergence.Side(hidden, empty(vocab, features, dtype=dtype))
+    return linear_divergence.Side(hidden, *quantized_parts(vocab, features, spec), features, spec.bits, spec.group_size)
+
+
+def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
+    for spec in SPECS:
+        for one in dequant(family, 1, spec, torch.float16)[:1]:
+            yield f"dequant_gemv {spec}", one, None
+        for x in (*FLOATS, "int8"):
+            activation = "int8" if x == "int8" else "exact"
+            dtype = FLOATS.get(x, torch.float16)
+            for config in dequant_matmul.GEMM[family, torch.int8 if x == "int8" else dtype]:
+                for one in dequant(family, min(config.rows, 4096), spec, dtype, activation):
+                    if one.kernel.__name__ == "dequant_gemm":
+                        yield f"dequant_gemm {x} {spec} {config.BM}x{config.BN}", one, "int8" if x == "int8" else "float"
+    rounding, *_ = dequant(family, 16, SPECS[0], torch.bfloat16, "int8")
+    yield "quantize_rows", rounding, None
+    args = dict(part_ptr=empty(4, 16, 4096, dtype=torch.float32), bias_ptr=None, y_ptr=empty(16, 4096, dtype=torch.bfloat16), M=16, N=4096, PARTS=4, BN=256)
+    yield "split_sum", Launch(dequant_matmul.split_sum, (16, 16), args, dict(num_warps=4)), None
+    for name, dtype in FLOATS.items():
+        logits, anchor = empty(512, 50280, dtype=dtype), empty(512, dtype=torch.float32)
+        yield f"logit_divergence {name}", logit_divergence.plan_sums(logits, logits, None, anchor, family=family, cores=CORES[family])[0], None
+        yield f"first_anchors {name}", logit_divergence.plan_anchors(logits, logits, anchor), None
+        for spec in (None, SPECS[0], SPECS[3]):
+            launch, *_ = linear_divergence.plan_sums(
+                side(dtype), side(dtype, spec), 4096, 50280, None, empty(4096, dtype=torch.float32), family=family, cores=CORES[family]
+            )
+            # float32 by float32 has no matrix instruction that rounds nothing; see plan_sums for Intel's quantized student
+            matrix = None if dtype is torch.float32 and (spec is None or family == "intel") else "float"
+            yield f"linear_divergence {name} {spec or 'float head'}", launch, matrix
+    rows = empty(7, dtype=torch.int64)
+    logits = empty(512, 50280, dtype=torch.bfloat16)
+    again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]
+    yield "logit_divergence, some rows", again, None
