@@ -61,7 +61,7 @@ class Table:
 
 
 def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: int = 10) -> list[Table]:
-    """What a sweep found, in tables: the most sensitive layers of each spec, means by kind of layer and by depth, means
+    """What a sweep found, in tables: the most sensitive layers of each spec, means by kind of layer, by depth and by both, means
     by use of a layer's rows if the sweep measured them, and how far the other metrics rank the layers alike.
 
     Args:
@@ -72,8 +72,9 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
         InvalidInputError: nothing measured, or not this metric.
     """
     metric = _metric(sensitivities, metric)
-    tables = [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric), by_use(sensitivities, metric)]
-    return [table for table in [*tables, agreement(sensitivities, metric)] if table.rows]
+    tables = [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
+    tables += [by_kind_and_depth(sensitivities, metric, spec) for spec in _by_spec(sensitivities)]
+    return [table for table in [*tables, by_use(sensitivities, metric), agreement(sensitivities, metric)] if table.rows]
 
 
 def ranking(sensitivities: Sensitivities, metric: str, top: int) -> Table:

@@ -41,6 +41,7 @@ def test_sweep_figures(found):
     assert kinds["in_proj"] == pytest.approx((0.02, 0.0002)) and kinds["x_proj"] == pytest.approx((0.03, 0.0003))
     assert list(kinds) == ["in_proj", "x_proj", "lm_head"]
     depths = {row[0]: row[1:] for row in table(tables, "By depth").rows}
+    assert [row[0] for row in table(tables, "By kind and depth in int4-g32-sym").rows] == ["x_proj", "in_proj", "all kinds"]
     assert list(depths) == ["0", "1"] and depths["1"] == pytest.approx((0.035, 0.00035))
     # four layers in blocks, one of six pairs the other way round: (5 - 1) / 6
     assert table(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
