@@ -150,9 +150,11 @@ def _sensitive(swept: Sensitivities) -> tuple[tuple[report.Table, ...], tuple[st
     places, uses = report.by_kind_and_depth(swept, _KL, INT4), report.by_use(swept, _KL)
     *kinds, together = places.rows
     found = [
-        f"Most sensitive: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed((row[0], row[-1]) for row in kinds)}.",
+        f"Most sensitive within the blocks: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed((row[0], row[-1]) for row in kinds)}.",
         f"By depth, over all kinds: {_listed(zip(places.headings[1:-1], together[1:-1], strict=True))}.",
     ]
+    if outside := [(name, m.mean[_KL]) for (name, spec), m in swept.measurements.items() if spec == INT4 and report.depth(name) is None]:
+        found.append(f"Outside of the blocks: {_listed(outside)}.")
     for layer in dict.fromkeys(row[0] for row in uses.rows):
         parts = sorted(((use, kl) for of, use, kl in uses.rows if of == layer), key=lambda part: -part[1])
         found.append(f"Of {layer}'s rows, those for {parts[0][0]} are the most sensitive: {_listed(parts)}.")

@@ -54,7 +54,8 @@ def test_what_is_sensitive(ran):
     assert set(kinds) == {report.kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
     costs = [row[-1] for row in places.rows[:-1]]
     assert costs == sorted(costs, reverse=True) and min(costs) > 0
-    assert result.findings[0].startswith(f"Most sensitive: {kinds[0]}. One layer in int4-g64-sym costs, in nats: {kinds[0]} ")
+    assert result.findings[0].startswith(f"Most sensitive within the blocks: {kinds[0]}. One layer in int4-g64-sym costs, in nats: {kinds[0]} ")
+    assert any(sentence.startswith("Outside of the blocks: lm_head ") for sentence in result.findings)
     assert [len(table.rows) for table in uses] == ([5] if result.model == "hymba" else [])
 
 

@@ -9,7 +9,7 @@ from hymba_models import SETS, golden_model, golden_tensors, tiny_model
 import klfast
 from klfast import runtime
 from klfast.errors import InvalidInputError
-from klfast.models.hymba import HymbaCache, HymbaConfig, attention
+from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM, attention, state_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOGITS, HIDDEN = {"rtol": 0, "atol": 5e-4}, {"rtol": 0, "atol": 2e-4}
@@ -219,6 +219,18 @@ def test_16_bit_at_the_depth_of_the_release():
         cached = torch.cat(logits, dim=1)
         assert (cached - truth).square().mean().sqrt() < 1.4 * error
         assert (cached - whole).square().mean().sqrt() < 1.4 * error
+
+
+@torch.inference_mode()
+def test_the_sizes_of_the_release():
+    """Two of its layers, one with keys of its own and one with those of the other, until tokens leave the window."""
+    config = HymbaConfig(vocab_size=64, num_hidden_layers=2, global_attn_idx=[], kv_reuse_group=[[0, 1]])
+    torch.manual_seed(0)
+    model, ids = HymbaForCausalLM(config).eval(), torch.randint(0, 64, (1, 1250))
+    whole = model(ids, logits_to_keep=9).logits
+    cache = model(ids[:, :1241], use_cache=True, logits_to_keep=1).past_key_values
+    torch.testing.assert_close(model(ids[:, 1241:], past_key_values=cache).logits, whole, rtol=0, atol=1e-4)
+    assert cache.layers[0].keys.shape[2] == 128 + 1024 and cache.nbytes == state_bytes(config, 1250, torch.float32)
 
 
 @torch.inference_mode()
