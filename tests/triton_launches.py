@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from klfast import QuantSpec
-from klfast.kernels import dequant_matmul, linear_divergence, logit_divergence
+from klfast.kernels import causal_conv1d, dequant_matmul, linear_divergence, logit_divergence, selective_scan
 from klfast.kernels.launch import Launch
 from klfast.layouts import Tiling
 
@@ -71,3 +71,22 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     logits = empty(512, 50280, dtype=torch.bfloat16)
     again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]
     yield "logit_divergence, some rows", again, None
+    yield from state_space()
+
+
+def state_space() -> Iterator[tuple[str, Launch, str | None]]:
+    """Of Mamba's and Mamba-2's sizes, a prompt and a step of decoding, in bfloat16."""
+
+    def some(*shape):
+        return empty(*shape, dtype=torch.bfloat16)
+
+    for length in (512, 1):
+        x, past = some(2, length, 1536).transpose(1, 2), empty(2, 1536, 4, dtype=torch.float32)
+        yield f"causal_conv1d of {length}", causal_conv1d.plan(x, some(1536, 4), some(1536), past, x, True), None
+        for name, heads, channels, size in (("Mamba", 1, 1536, 16), ("Mamba-2", 24, 64, 128)):
+            x, b = some(2, length, heads, channels), some(2, length, 1, size)
+            a, d = empty(heads, channels, size, dtype=torch.float32), empty(heads, channels, dtype=torch.float32)
+            state = empty(2, heads, channels, size, dtype=torch.float32)
+            for limit in ((float("-inf"), float("inf")), (0.0, 1.0)):
+                launch = selective_scan.plan(x=x, dt=x, a=a, b=b, c=b, d=d, bias=d, z=x, first=state, last=state, y=x, softplus=True, dt_limit=limit)
+                yield f"selective_scan, {name}, {length} steps{', dt clamped' if limit[0] == 0 else ''}", launch, None

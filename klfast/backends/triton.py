@@ -5,7 +5,9 @@ Under TRITON_INTERPRET=1, ``klfast.using("triton")`` runs them on CPU tensors, s
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 
 from klfast import ops, runtime
 from klfast.layouts import fill_blocks, parts_in
@@ -37,19 +39,23 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
-def logit_divergence(teacher, student, targets):
-    from klfast.backends import triton_divergence
+def _from(module: str, name: str) -> Callable:
+    """A kernel of another module of this package, imported at the first call."""
 
-    return triton_divergence.logit_divergence(teacher, student, targets)
+    def kernel(*args):
+        return getattr(importlib.import_module(f"klfast.backends.{module}"), name)(*args)
 
-
-def linear_divergence(*args):
-    from klfast.backends import triton_divergence
-
-    return triton_divergence.linear_divergence(*args)
+    return kernel
 
 
-KERNELS = {"dequant_matmul": dequant_matmul, "logit_divergence": logit_divergence, "linear_divergence": linear_divergence}
+KERNELS = {
+    "dequant_matmul": dequant_matmul,
+    **{name: _from("triton_divergence", name) for name in ("logit_divergence", "linear_divergence")},
+    **{
+        name: _from("triton_ssm", name)
+        for name in ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan")
+    },
+}
 
 
 def register() -> None:

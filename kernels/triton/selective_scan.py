@@ -1,0 +1,98 @@
+"""Mamba's recurrence h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = (C_t . h_t + D x_t) silu(z_t), one step after the other.
+
+One kernel serves selective_scan, mamba_chunk_scan and selective_state_update: each has heads [H] of channels [P] with a
+state [N]; what an operand does not depend on has stride 0. A program keeps the states of BP channels of a head in
+registers and walks through time, which is all the parallelism there is: the form of SSD that works on chunks with matrix
+instructions is not here yet.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from klfast.kernels.launch import Launch, cdiv, power_of_2
+from klfast.kernels.ssm_common import silu, softplus
+
+
+@triton.jit
+def selective_scan(
+    x_ptr, dt_ptr,  # float [B, L, H, P]
+    a_ptr,  # float [H, P, N]
+    b_ptr, c_ptr,  # float [B, L, H / heads_per_group, N]
+    d_ptr, bias_ptr,  # float [H, P] or None
+    z_ptr,  # float [B, L, H, P] or None
+    first_ptr, last_ptr,  # the states before and after, [B, H, P, N], or None; they may be one tensor
+    y_ptr,  # [B, L, H, P]
+    L, H, P, N, heads_per_group, dt_min, dt_max,
+    x_b, x_l, x_h, x_p, dt_b, dt_l, dt_h, dt_p, a_h, a_p, a_n, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n,
+    d_h, d_p, bias_h, bias_p, z_b, z_l, z_h, z_p, first_b, first_h, first_p, first_n, last_b, last_h, last_p, last_n, y_b, y_l, y_h, y_p,
+    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    i_g = i_h // heads_per_group
+    o_p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    o_n = tl.arange(0, BN).to(tl.int64)
+    m_p, m_n = o_p < P, o_n < N
+    m = m_p[:, None] & m_n[None, :]
+    p_x, p_dt = x_ptr + i_b * x_b + i_h * x_h + o_p * x_p, dt_ptr + i_b * dt_b + i_h * dt_h + o_p * dt_p
+    p_b, p_c = b_ptr + i_b * b_b + i_g * b_g + o_n * b_n, c_ptr + i_b * c_b + i_g * c_g + o_n * c_n
+    p_y = y_ptr + i_b * y_b + i_h * y_h + o_p * y_p
+    if z_ptr is not None:
+        p_z = z_ptr + i_b * z_b + i_h * z_h + o_p * z_p
+    A = tl.load(a_ptr + i_h * a_h + o_p[:, None] * a_p + o_n[None, :] * a_n, mask=m, other=0.0).to(tl.float32)
+    bias = tl.zeros((BP,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + i_h * bias_h + o_p * bias_p, mask=m_p, other=0.0).to(tl.float32)
+    skip = tl.zeros((BP,), tl.float32)
+    if d_ptr is not None:
+        skip = tl.load(d_ptr + i_h * d_h + o_p * d_p, mask=m_p, other=0.0).to(tl.float32)
+    h = tl.zeros((BP, BN), dtype=tl.float32)
+    if first_ptr is not None:
+        h = tl.load(first_ptr + i_b * first_b + i_h * first_h + o_p[:, None] * first_p + o_n[None, :] * first_n, mask=m, other=0.0).to(tl.float32)
+    for _ in range(0, L):
+        x = tl.load(p_x, mask=m_p, other=0.0).to(tl.float32)
+        dt = tl.load(p_dt, mask=m_p, other=0.0).to(tl.float32) + bias
+        if SOFTPLUS:
+            dt = softplus(dt)
+        if CLAMP:
+            dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
+        B, C = tl.load(p_b, mask=m_n, other=0.0).to(tl.float32), tl.load(p_c, mask=m_n, other=0.0).to(tl.float32)
+        h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
+        y = tl.sum(h * C[None, :], axis=1) + skip * x
+        if z_ptr is not None:
+            y *= silu(tl.load(p_z, mask=m_p, other=0.0).to(tl.float32))
+            p_z += z_l
+        tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=m_p)
+        p_x, p_dt, p_b, p_c, p_y = p_x + x_l, p_dt + dt_l, p_b + b_l, p_c + c_l, p_y + y_l
+    if last_ptr is not None:
+        p_last = last_ptr + i_b * last_b + i_h * last_h + o_p[:, None] * last_p + o_n[None, :] * last_n
+        tl.store(p_last, h.to(last_ptr.dtype.element_ty), mask=m)
+
+
+DIMS = {"x": "blhp", "dt": "blhp", "a": "hpn", "b": "blgn", "c": "blgn", "d": "hp", "bias": "hp", "z": "blhp", "first": "bhpn", "last": "bhpn", "y": "blhp"}
+
+
+def plan(
+    *, x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor | None, bias: torch.Tensor | None,
+    z: torch.Tensor | None, first: torch.Tensor | None, last: torch.Tensor | None, y: torch.Tensor, softplus: bool,
+    dt_limit: tuple[float, float] = (-math.inf, math.inf),
+) -> Launch:
+    """The launch for operands of the dimensions in DIMS, any strides (0 where they do not depend on a dimension)."""
+    tensors = dict(x=x, dt=dt, a=a, b=b, c=c, d=d, bias=bias, z=z, first=first, last=last, y=y)
+    batch, length, heads, channels = x.shape
+    size = b.shape[-1]
+    BN = power_of_2(size)
+    BP = min(power_of_2(channels), max(1, 512 // BN))
+    args = {f"{name}_ptr": t for name, t in tensors.items()}
+    for name, dims in DIMS.items():
+        t = tensors[name]
+        args |= zip((f"{name}_{dim}" for dim in dims), (0,) * len(dims) if t is None else t.stride(), strict=True)
+    args |= dict(
+        L=length, H=heads, P=channels, N=size, heads_per_group=heads // b.shape[2], dt_min=dt_limit[0], dt_max=dt_limit[1],
+        SOFTPLUS=softplus, CLAMP=dt_limit != (-math.inf, math.inf), BP=BP, BN=BN,
+    )  # fmt: skip
+    return Launch(selective_scan, (cdiv(channels, BP), batch * heads), args, dict(num_warps=1 if BP * BN <= 256 else 4))

@@ -1,0 +1,23 @@
+"""Functions of one number that the state-space kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), to a few units of the last digit for any x: max(x, 0) + log(1 + e^-|x|) by the series of atanh."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)  # at most 1 / 3
+    s2 = s * s
+    poly = s2 * (1.0 / 13.0) + 1.0 / 11.0
+    poly = poly * s2 + 1.0 / 9.0
+    poly = poly * s2 + 1.0 / 7.0
+    poly = poly * s2 + 1.0 / 5.0
+    poly = poly * s2 + 1.0 / 3.0
+    return tl.maximum(x, 0.0) + 2.0 * (s + s * s2 * poly)

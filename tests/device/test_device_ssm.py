@@ -1,0 +1,61 @@
+"""Triton's state-space kernels against a float64 recurrence: cases of the CPU kernels, with tensors made on the device."""
+
+import pytest
+import test_ssm_ops as cases
+import torch
+from test_ssm_ops import (  # noqa: F401
+    _poison,
+    test_conv_update_continues_a_sequence,
+    test_scan_takes_one_group_and_constants,
+    test_state_update_without_heads,
+)
+
+
+@pytest.fixture
+def tier():
+    return "triton"
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(device, monkeypatch):
+    if device.type == "cpu":  # the interpreter cuts bfloat16 off instead of rounding it
+        monkeypatch.setitem(cases.TOLERANCE, torch.bfloat16, 2 * cases.TOLERANCE[torch.bfloat16])
+    with device:
+        yield
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 2), (3, 48, 63), (1, 130, 17), (0, 5, 3)])
+def test_conv(shape, width):
+    cases.test_conv(*shape, width, "triton")
+
+
+@pytest.mark.parametrize("shape, states", [((1, 1, 1, 1), 1), ((2, 5, 2, 5), 3), ((1, 48, 33, 3), 16), ((1, 100, 20, 1), 128)])
+def test_scan(shape, states):
+    cases.test_scan(*shape, states, "triton")
+
+
+@pytest.mark.parametrize("lengths", [[33, 0, 1, 66]], ids=str)
+def test_scan_in_pieces(lengths):
+    cases.test_scan_in_pieces(lengths, "triton")
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 4, 5, 2, 3), (1, 3, 64, 1, 128)])
+def test_state_update(shape, state_dtype):
+    cases.test_state_update(*shape, state_dtype, "triton")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 33, 2, 16, 1, 16), (1, 20, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)])
+def test_chunk_scan(shape):
+    cases.test_chunk_scan(*shape, "triton")
+
+
+def test_softplus_and_silu():
+    """Over their whole range, to a few units of the last digit."""
+    x = torch.linspace(-80, 80, 501)
+    ones, b = torch.ones(1, x.numel(), 1), torch.ones(1, 1, 1)
+    found = cases.ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True).flatten()
+    torch.testing.assert_close(found.double(), torch.log1p(torch.exp(-x.double().abs())) + x.double().clamp_min(0), rtol=1e-6, atol=1e-37)
+    found = cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu").flatten()
+    torch.testing.assert_close(found.double(), x.double() / (1 + torch.exp(-x.double())), rtol=1e-6, atol=1e-37)
