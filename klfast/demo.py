@@ -42,7 +42,7 @@ class Effort:
     new_tokens: int
 
 
-FULL = Effort(calibration_windows=16, evaluation_windows=96, length=256, new_tokens=80)
+FULL = Effort(calibration_windows=8, evaluation_windows=96, length=256, new_tokens=80)
 QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tokens=40)
 
 
