@@ -7,6 +7,7 @@
 #include "divergence/bindings.h"
 #include "linear/bindings.h"
 #include "scan/bindings.h"
+#include "step/bindings.h"
 
 namespace py = pybind11;
 
@@ -18,5 +19,6 @@ PYBIND11_MODULE(_C, m) {
     bind_divergence(m);
     bind_linear(m);
     bind_ssm(m);
+    bind_step(m);
     m.def("kernel_tiers", &Announce::announced, "Op -> the tiers that it has kernels for.");
 }

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from klfast import layouts, ops
+from klfast import layouts, ops, prepared
 from klfast.errors import InvalidInputError
 from klfast.lazy_weight import LazyWeight
 from klfast.quantization import quantize
@@ -68,6 +68,8 @@ class QuantLinear(nn.Module):
         return LazyWeight(self.quantized, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (y := prepared.linear(self, x)) is not None:
+            return y
         # The bare op and the dictionary: a QuantizedTensor made at each call would cost as much as a small product, and
         # nn.Module takes three times as long to find a buffer.
         spec, buffers = self.spec, self._buffers

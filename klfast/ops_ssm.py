@@ -23,14 +23,17 @@ def _check(op, sizes, **tensors):
     for name, (tensor, dims) in tensors.items():
         if tensor is None:
             continue
-        if tensor.is_complex():
-            raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
         if tensor.dtype not in FLOAT_DTYPES:
+            if tensor.is_complex():
+                raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
             raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-        expected = [sizes.get(d, d) for d in dims]
-        if tensor.dim() != len(dims) or any(isinstance(e, int) and e != n for e, n in zip(expected, tensor.shape, strict=True)):
-            raise InvalidInputError(f"{op}: {name} must be [{', '.join(map(str, expected))}], got {list(tensor.shape)}")
-        sizes.update(zip(dims, tensor.shape, strict=True))
+        shape, known = tensor.shape, len(sizes)
+        fits = len(shape) == len(dims)
+        for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (as long as each other)
+            fits &= sizes.setdefault(d, n) == n
+        if not fits:
+            before = dict(list(sizes.items())[:known])
+            raise InvalidInputError(f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}")
     same_device(op, *(tensor for tensor, _ in tensors.values()))
 
 

@@ -11,7 +11,7 @@
 namespace klfast {
 namespace {
 
-// Shifts the state of one block of channels; x and the old state are at hand in memory, so a row at a time.
+// Shifts the state of one block of channels, value by value: for a state that one tile does not hold.
 inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, int n) {
     const std::int64_t total = a.initial_length + a.length;  // initial then x
     for (int c = 0; c < n; ++c)
@@ -73,12 +73,17 @@ inline void run(const ConvArgs& a) {
             } else {
                 for (int i = 0; i < past * pitch; ++i) tile[i] = 0.0f;
             }
-            if (a.final) carry(a, b, c0, n);
+            const bool in_tile = a.length <= kTime && a.final_length <= past + a.length;
+            if (a.final && !in_tile) carry(a, b, c0, n);
             for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
                 const int n_t = static_cast<int>(a.length - t0 < kTime ? a.length - t0 : kTime);
                 const auto from = [&](std::int64_t t) { return b * a.x.stride[0] + c0 * a.x.stride[1] + t * a.x.stride[2]; };
                 load_tile(tile + past * pitch, pitch, a.x, from(t0), a.x.stride[1], a.x.stride[2], n, n_t);
                 if (t0 + 2 * kTime <= a.length) prefetch(a.x, from(t0 + kTime), a.x.stride[1], a.x.stride[2], n, kTime);
+                if (a.final && in_tile) {  // its last rows, before they become the result
+                    const std::int64_t base = b * a.final.stride[0] + c0 * a.final.stride[1];
+                    store_tile(tile + (past + a.length - a.final_length) * pitch, pitch, a.final, base, a.final.stride[1], a.final.stride[2], n, static_cast<int>(a.final_length));
+                }
                 for (int i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
                 const auto kernel = a.width == 4 ? convolve<4> : a.width == 3 ? convolve<3> : a.width == 2 ? convolve<2> : convolve<0>;
                 kernel(tile, pitch, weight, bias, static_cast<int>(a.width), n_t, a.silu);

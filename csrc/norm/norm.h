@@ -11,7 +11,7 @@ namespace klfast {
 // v = x silu(gate) (or x); out = weight v / sqrt(mean(v^2) + eps), the mean over each group of group_size channels.
 struct RmsNormArgs {
     View x, gate, out;  // [rows, rows_inner, channels]
-    View weight;        // [channels]
+    View weight;        // [channels]; absent: ones
     std::int64_t rows, rows_inner, channels, group_size;
     float eps;
     int n_threads;

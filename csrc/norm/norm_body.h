@@ -21,7 +21,10 @@ inline void run(const RmsNormArgs& a) {
         float* const weight = scratch.data;              // [groups, padded]
         float* const v = weight + groups * padded;       // [padded]
         float* const gate = v + padded;                  // [padded]
-        for (int g = 0; g < groups; ++g) load_tile(weight + g * padded, padded, a.weight, g * size * a.weight.stride[0], a.weight.stride[0], 0, size, 1);
+        for (int g = 0; g < groups; ++g) {
+            if (a.weight) load_tile(weight + g * padded, padded, a.weight, g * size * a.weight.stride[0], a.weight.stride[0], 0, size, 1);
+            else for (int i = 0; i < padded; ++i) weight[g * padded + i] = 1.0f;
+        }
         for (std::int64_t row = begin; row < end; ++row) {
             for (int g = 0; g < groups; ++g) {
                 const auto at = [&](const View& t) { return row / a.rows_inner * t.stride[0] + row % a.rows_inner * t.stride[1] + g * size * t.stride[2]; };

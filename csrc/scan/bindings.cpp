@@ -1,35 +1,14 @@
-// A tensor comes as (address, element type, strides), or None; shapes come from klfast/backends/cpu_ssm.py, which also
-// allocates. No arithmetic.
+// Shapes come from klfast/backends/cpu_ssm.py, which also allocates. No arithmetic.
 #include "scan/bindings.h"
 
 #include <cstdint>
-#include <stdexcept>
 
 #include "conv/conv.h"
 #include "norm/norm.h"
 #include "scan/scan.h"
+#include "view_caster.h"
 
 namespace py = pybind11;
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<klfast::View> {
-    PYBIND11_TYPE_CASTER(klfast::View, const_name("tuple[int, int, tuple[int, ...]] | None"));
-
-    bool load(handle source, bool) {
-        if (source.is_none()) return true;
-        const auto parts = reinterpret_borrow<tuple>(source);
-        value.data = reinterpret_cast<void*>(parts[0].cast<std::uintptr_t>());
-        value.dtype = static_cast<klfast::DType>(parts[1].cast<int>());
-        const auto strides = parts[2].cast<tuple>();
-        if (strides.size() > 4) throw std::invalid_argument("a view has at most 4 dimensions");
-        for (std::size_t i = 0; i < strides.size(); ++i) value.stride[i] = strides[i].cast<std::int64_t>();
-        return true;
-    }
-};
-
-}  // namespace pybind11::detail
 
 namespace klfast {
 
@@ -43,7 +22,7 @@ void bind_ssm(py::module_& m) {
     m.def("selective_state_update", [](View state, View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View out, Int batch,
                                        Int heads, Int dim, Int groups, Int states, bool softplus, int n_threads, int limit) {
         const py::gil_scoped_release release;
-        selective_state_update({state, x, dt, z, out, a, b, c, d, dt_bias, batch, heads, dim, groups, states, softplus, n_threads}, static_cast<Tier>(limit));
+        selective_state_update({state, x, dt, z, out, a, b, c, d, dt_bias, batch, heads, dim, groups, states, softplus, false, n_threads}, static_cast<Tier>(limit));
     });
     m.def("mamba_chunk_scan", [](View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View initial, View final, View out, Int batch,
                            Int length, Int heads, Int dim, Int groups, Int states, bool softplus, float dt_min, float dt_max, int n_threads, int limit) {

@@ -30,6 +30,7 @@ struct StateUpdateArgs {
     View d, dt_bias;    // [heads, dim]
     std::int64_t batch, heads, dim, groups, states;
     bool softplus;
+    bool a_is_log;      // `a` holds log(-A)
     int n_threads;
 };
 

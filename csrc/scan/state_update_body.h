@@ -16,12 +16,15 @@ inline void run(const StateUpdateArgs& s) {
     const int n_states = static_cast<int>(s.states), pitch = round_up(s.states);
     const std::int64_t blocks = (s.dim + W - 1) / W, per_group = s.heads / s.groups;
     const bool shared_rate = s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
-    const int threads = worthwhile_threads(s.n_threads, 15 * s.batch * s.heads * s.dim * s.states);
+    const auto whole_rows = [&](const View& v, int dim) { return v.dtype == DType::f32 && v.stride[dim] == 1 && pitch == n_states; };
+    const bool state_in_place = whole_rows(s.state, 3), a_in_place = whole_rows(s.a, 2);  // usual: no way through scratch
+    const auto negative_rate = [&](Vec a) { return s.a_is_log ? set(0.0f) - exp(a) : a; };
+    const int threads = worthwhile_threads(s.n_threads, (s.a_is_log ? 27 : 15) * s.batch * s.heads * s.dim * s.states);
     parallel_for(s.batch * s.heads * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(4 * pitch);
-        float* const a = scratch.data;  // [pitch] each
-        float* const h = a + pitch;
-        float* const b = h + pitch;
+        float* const a_copy = scratch.data;  // [pitch] each
+        float* const h_copy = a_copy + pitch;
+        float* const b = h_copy + pitch;
         float* const c = b + pitch;
         alignas(64) float dt[W], x[W], y[W], rate[W], d[W];
         for (std::int64_t item = begin; item < end; ++item) {
@@ -38,7 +41,7 @@ inline void run(const StateUpdateArgs& s) {
             if (s.dt_bias) channels(y, s.dt_bias, 0), step = step + load(y);
             if (s.softplus) step = softplus(step);
             store(dt, step);
-            if (shared_rate) channels(rate, s.a, 0), store(rate, exp(step * load(rate)));
+            if (shared_rate) channels(rate, s.a, 0), store(rate, exp(step * negative_rate(load(rate))));
             store(d, set(0.0f));
             if (s.d) channels(d, s.d, 0);
             const std::int64_t g = head / per_group;
@@ -46,17 +49,20 @@ inline void run(const StateUpdateArgs& s) {
             states(c, s.c, batch * s.c.stride[0] + g * s.c.stride[1], 2);
             for (int i = 0; i < n; ++i) {
                 const std::int64_t base = batch * s.state.stride[0] + head * s.state.stride[1] + (c0 + i) * s.state.stride[2];
-                states(h, s.state, base, 3);
-                if (!shared_rate) states(a, s.a, head * s.a.stride[0] + (c0 + i) * s.a.stride[1], 2);
+                const std::int64_t a_base = head * s.a.stride[0] + (c0 + i) * s.a.stride[1];
+                if (!state_in_place) states(h_copy, s.state, base, 3);
+                if (!shared_rate && !a_in_place) states(a_copy, s.a, a_base, 2);
+                float* const h = state_in_place ? static_cast<float*>(s.state.data) + base : h_copy;
+                const float* const a = a_in_place ? static_cast<const float*>(s.a.data) + a_base : a_copy;
                 const Vec input = set(dt[i] * x[i]), tau = set(dt[i]);
                 Vec decay = set(rate[i]), dot = set(0.0f);
                 for (int k = 0; k < pitch; k += W) {
-                    if (!shared_rate) decay = exp(tau * load(a + k));
+                    if (!shared_rate) decay = exp(tau * negative_rate(load(a + k)));
                     const Vec next = fma(decay, load(h + k), input * load(b + k));
                     dot = fma(next, load(c + k), dot);
                     store(h + k, next);
                 }
-                store_tile(h, pitch, s.state, base, s.state.stride[3], 0, n_states, 1);
+                if (!state_in_place) store_tile(h, pitch, s.state, base, s.state.stride[3], 0, n_states, 1);
                 y[i] = sum(dot) + d[i] * x[i];
             }
             for (int i = n; i < W; ++i) y[i] = 0.0f;

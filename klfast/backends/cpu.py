@@ -9,6 +9,7 @@ from klfast import _C, ops, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
 from klfast.backends.memory import DTYPE_CODES, address, empty
 from klfast.layouts import parts_in
+from klfast.prepared import FEW_ROWS
 from klfast.types import Layout
 
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
@@ -42,9 +43,6 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
-_FEW_ROWS = 8  # for these the kernel reads the weight as it lies, at the speed of memory
-
-
 def _torch_is_faster(x, dtype, rows):
     """Whether torch's own product, with a conversion after it, beats linear's kernel (bench/NOTES.md).
 
@@ -56,7 +54,7 @@ def _torch_is_faster(x, dtype, rows):
         return False
     if x.dtype == torch.float32:
         return True
-    if rows <= _FEW_ROWS:
+    if rows <= FEW_ROWS:
         return False
     if not runtime.why_not("amx"):
         return True

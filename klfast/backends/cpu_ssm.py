@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from klfast import _C, ops_ssm, runtime
-from klfast.backends.memory import DTYPE_CODES
+from klfast.backends.memory import view
 from klfast.registry import register_kernel
 
 
@@ -21,10 +21,6 @@ def register() -> None:
         register_kernel(name, "CPU", kernel)
 
 
-def _view(t):
-    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype], t.stride())
-
-
 def _machine():
     return torch.get_num_threads(), runtime.cpu_tier_limit()
 
@@ -33,7 +29,7 @@ def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
     out = ops_ssm._empty_channel_last(x)
     past = weight.shape[1] - 1
     states = (initial_states, final_states_out)
-    _C.causal_conv1d(*map(_view, (x, weight, bias, *states, out)), *x.shape, weight.shape[1], past, past, silu, *_machine())
+    _C.causal_conv1d(*map(view, (x, weight, bias, *states, out)), *x.shape, weight.shape[1], past, past, silu, *_machine())
     return out
 
 
@@ -41,7 +37,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu):
     out = ops_ssm._empty_channel_last(x)
     length = conv_state.shape[-1]
     tensors = (x, weight, bias, conv_state, conv_state, out)
-    _C.causal_conv1d(*map(_view, tensors), *x.shape, weight.shape[1], length, length, silu, *_machine())
+    _C.causal_conv1d(*map(view, tensors), *x.shape, weight.shape[1], length, length, silu, *_machine())
     return out
 
 
@@ -49,14 +45,14 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_so
     out = ops_ssm._empty_channel_last(u)
     state = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_states, out, state)
-    _C.selective_scan(*map(_view, tensors), *u.shape, *B.shape[1:3], delta_softplus, *_machine())
+    _C.selective_scan(*map(view, tensors), *u.shape, *B.shape[1:3], delta_softplus, *_machine())
     return out, state
 
 
 def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     out = x.new_empty(x.shape)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, out)
-    _C.selective_state_update(*map(_view, tensors), *x.shape, *B.shape[1:], dt_softplus, *_machine())
+    _C.selective_state_update(*map(view, tensors), *x.shape, *B.shape[1:], dt_softplus, *_machine())
     return out
 
 
@@ -65,11 +61,11 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
     out = x.new_empty(x.shape)
     final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else None
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, final, out)
-    _C.mamba_chunk_scan(*map(_view, tensors), *x.shape, *B.shape[2:], dt_softplus, dt_min, dt_max, *_machine())
+    _C.mamba_chunk_scan(*map(view, tensors), *x.shape, *B.shape[2:], dt_softplus, dt_min, dt_max, *_machine())
     return out, x.new_empty(0, dtype=torch.float32) if final is None else final
 
 
 def rms_norm(x, weight, gate, eps, group_size):
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
-    _C.rms_norm(*map(_view, (x, weight, gate, out)), *x.shape, group_size, eps, *_machine())
+    _C.rms_norm(*map(view, (x, weight, gate, out)), *x.shape, group_size, eps, *_machine())
     return out

@@ -22,6 +22,11 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def view(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """Address, element type and strides (csrc/view_caster.h)."""
+    return None if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride())
+
+
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU, not initialised.
 

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from klfast import ops, registry, runtime
+from klfast import ops, prepared, registry, runtime
 from klfast.errors import InvalidInputError, KernelUnavailableError
+from klfast.models import mamba_step
 
 _MAMBA = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update")
 _MIXERS = {  # class: the functions that its forward calls and klfast replaces
@@ -153,12 +154,29 @@ def _mixer_forward(original: Callable) -> Callable:
     copy = _with_globals(original, _FUNCTIONS)
 
     def forward(self, hidden_states, *args, **kwargs):
+        if hidden_states.shape[1] == 1 and hasattr(self, "x_proj") and (out := _one_token(self, hidden_states, *args, **kwargs)) is not None:
+            return out
         dt_proj = getattr(self, "dt_proj", None)
         if type(dt_proj) is nn.Linear and hidden_states.shape[1] > 1 and not hasattr(dt_proj, "_hf_hook"):
             self = _Mixer(self)
         return copy(self, hidden_states, *args, **kwargs)
 
     return forward
+
+
+def _one_token(mixer, hidden_states, cache_params=None, attention_mask=None, **_):
+    """What a Mamba or FalconMamba mixer makes of one more token of each sequence, [B, 1, H]; None where its own forward has to."""
+    if cache_params is None or attention_mask is not None or mixer.activation not in ("silu", "swish") or not cache_params.has_previous_state(mixer.layer_idx):
+        return None
+    layer = cache_params.layers[mixer.layer_idx]
+    states = layer.conv_states[0], layer.recurrent_states[0]
+    own = mixer._parameters
+    parts = mamba_step.Parts(mixer.conv1d, mixer.x_proj, mixer.dt_proj, (own, "A_log"), (own, "D"), mixer.rms_eps if hasattr(mixer, "b_layernorm") else None)
+    step = None if getattr(layer, "record_past", False) else mamba_step.prepare(mixer, parts, hidden_states, *states)
+    if step is None:
+        return None
+    x, z = mixer.in_proj(hidden_states)[:, 0].chunk(2, dim=-1)
+    return mixer.out_proj(step(x, z, *states).unsqueeze(1))
 
 
 def _with_globals(function: Callable, changed: dict[str, object]) -> Callable:
@@ -250,6 +268,8 @@ _FUNCTIONS = {
 
 def _norm_forward(original: Callable) -> Callable:
     def forward(self, hidden_states, gate=None):
+        if gate is None and not hasattr(self, "group_size") and (y := prepared.rms_norm(hidden_states, self.weight, self.variance_epsilon)) is not None:
+            return y
         return ops.rms_norm(hidden_states, self.weight, gate, self.variance_epsilon, getattr(self, "group_size", None))
 
     return forward
@@ -257,6 +277,8 @@ def _norm_forward(original: Callable) -> Callable:
 
 def _linear_forward(original: Callable, dtype: torch.dtype | None = None) -> Callable:
     def forward(self, x):
+        if dtype is None and (y := prepared.linear(self, x)) is not None:
+            return y
         if x.dtype == torch.float32 or x.dtype != self.weight.dtype:
             return original(self, x)
         return ops.linear(x, self.weight, self.bias, dtype=dtype)

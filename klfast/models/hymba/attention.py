@@ -110,7 +110,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     scale = key_dim**-0.5
     if length == 1:  # the query heads of a group are queries of one head, and no key is copied
         q = q.reshape(batch, groups, heads // groups, key_dim)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(batch, 1, heads * value_dim)
+        parts = v.split(key_dim, dim=-1) if value_dim % key_dim == 0 else (v,)  # the fast kernels want equal widths
+        attended = [F.scaled_dot_product_attention(q, k, part, mask, scale=scale) for part in parts]
+        return torch.cat(attended, dim=-1).reshape(batch, 1, heads * value_dim)
     if value_dim > key_dim:  # the fast kernels want equal widths; zeros add nothing to a product
         q, k = (F.pad(t, (0, value_dim - key_dim)) for t in (q, k))
     if isinstance(mask, Blocks):

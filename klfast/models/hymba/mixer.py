@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from klfast import ops
+from klfast.models import mamba_step
 from klfast.models.hymba import ssm
 from klfast.models.hymba.attention import Mask, attend, rotate
 from klfast.models.hymba.cache import HymbaCache
@@ -89,6 +90,10 @@ class HymbaMixer(nn.Module):
         """silu(convolution), then the selective scan, gated by z: [B, L, D]."""
         state = None if cache is None else cache.layers[self.layer]
         continued = state is not None and state.conv is not None
+        if continued and x.shape[1] == 1 and padding is None:
+            step = mamba_step.prepare(self, self._parts(), x, state.conv, state.ssm)
+            if step is not None:
+                return step(x[:, 0], z[:, 0], state.conv, state.ssm).unsqueeze(1)
         if padding is not None:
             x = x.masked_fill(padding, 0)
         weight = self.conv1d.weight.squeeze(1)
@@ -109,6 +114,13 @@ class HymbaMixer(nn.Module):
             if not continued:
                 state.conv = ssm.last_inputs(x.transpose(1, 2), self.conv1d.kernel_size[0])
         return y.transpose(1, 2)
+
+    def _parts(self) -> mamba_step.Parts:
+        norms = () if self.dt_layernorm is None else (self.dt_layernorm, self.B_layernorm, self.C_layernorm)
+        return mamba_step.Parts(
+            self.conv1d, self.x_proj[0], self.dt_proj[0], (self.A_log._parameters, "0"), (self.D._parameters, "0"),
+            norms[0].eps if norms else None, tuple((norm._parameters, "weight") for norm in norms),
+        )  # fmt: skip
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
