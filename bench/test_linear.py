@@ -1,12 +1,14 @@
-"""Linear layers: dequant_matmul and linear against torch's and OpenVINO's, at the sizes of Mamba and Hymba models."""
+"""Linear layers: QuantLinear (dequant_matmul) and linear against torch's and OpenVINO's, at the sizes of Mamba and Hymba models."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
 from klfast import ops, reference, registry
+from klfast.nn import QuantLinear
 from klfast.types import QuantSpec
 
 from . import peers
@@ -72,7 +74,7 @@ def _contenders(against: Callable) -> Iterator[tuple[str, Callable[[], Contender
 def _dequant_matmul(x: torch.Tensor, weights: Weights, spec: QuantSpec, activation: str) -> Contender:
     require_kernel("dequant_matmul", x)
     copies = weights.klfast(spec)
-    calls = [lambda w=w: ops.dequant_matmul(x, w, activation=activation) for w in copies]
+    calls = [functools.partial(QuantLinear(copy, activation=activation), x) for copy in copies]
     return Contender(calls, lambda: distance(calls[0](), reference.dequant_matmul(x, copies[0], None, activation)), tolerance(x.dtype), copies[0].nbytes, peak="int8" if activation == "int8" else "bfloat16")
 
 
