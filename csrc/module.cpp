@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention/bindings.h"
 #include "dequant_matmul/bindings.h"
 #include "dispatch.h"
 #include "divergence/bindings.h"
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
     using namespace klfast;
     m.attr("tiers") = py::cast(std::vector<std::string>(kTierNames.begin(), kTierNames.end()));
     m.def("why_not", [](int tier) { return why_not(static_cast<Tier>(tier)); }, "Why a tier cannot run here; empty if it can.");
+    bind_attention(m);
     bind_dequant_matmul(m);
     bind_divergence(m);
     bind_linear(m);

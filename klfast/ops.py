@@ -11,7 +11,8 @@ import torch
 from klfast import reference
 from klfast.errors import InvalidInputError
 from klfast.layouts import check_tiled_parts
-from klfast.ops_divergence import linear_divergence, logit_divergence  # noqa: F401 (ops is the list of all ops)
+from klfast.ops_attention import decode_attention  # noqa: F401 (ops is the list of all ops)
+from klfast.ops_divergence import linear_divergence, logit_divergence  # noqa: F401
 from klfast.ops_ssm import (  # noqa: F401
     causal_conv1d_fn,
     causal_conv1d_update,

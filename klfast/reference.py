@@ -58,6 +58,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return (y if bias is None else y + bias.float()).to(x.dtype).to(dtype or x.dtype)
 
 
+def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [B, H, Dk] on k [B, G, S, Dk] and v [B, G, S, Dv] to [B, H, Dv], computed in float32."""
+    grouped = q.float().unflatten(1, (k.shape[1], -1))  # [B, G, H / G, Dk]
+    weights = (scale * grouped @ k.float().transpose(-1, -2)).softmax(-1)
+    return (weights @ v.float()).flatten(1, 2).to(q.dtype)
+
+
 def fake_quantize_rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """float32 [..., K] rounded to int8 per row and group, symmetric, and multiplied out again."""
     k = x.shape[-1]

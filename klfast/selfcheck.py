@@ -34,6 +34,11 @@ def _linear() -> Run:
     return lambda: [ops.linear(x.to(dtype), weight.to(dtype), bias, dtype=torch.float32) for dtype in FLOAT_DTYPES]
 
 
+def _decode_attention() -> Run:
+    q, k, v = torch.randn(2, 18, 33), torch.randn(2, 2, 19, 33), torch.randn(2, 2, 19, 63)
+    return lambda: [ops.decode_attention(q, k, v)]
+
+
 def _logit_divergence() -> Run:
     teacher, targets = 3 * torch.randn(5, 101), torch.randint(101, (5,))
     student = teacher + 0.1 * torch.randn(5, 101)
@@ -95,6 +100,7 @@ def _rms_norm() -> Run:
 CASES: dict[str, Callable[[], Run]] = {
     "dequant_matmul": _dequant_matmul,
     "linear": _linear,
+    "decode_attention": _decode_attention,
     "logit_divergence": _logit_divergence,
     "linear_divergence": _linear_divergence,
     "causal_conv1d": _causal_conv1d,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from klfast import _C, ops, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
-from klfast.backends.memory import DTYPE_CODES, address, empty
+from klfast.backends.memory import DTYPE_CODES, address, empty, view
 from klfast.layouts import parts_in
 from klfast.prepared import FEW_ROWS
 from klfast.types import Layout
@@ -79,9 +79,18 @@ def linear(x, weight, bias, dtype):
     return y
 
 
+def decode_attention(q, k, v, scale):
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    (batch, heads, key_dim), (groups, keys), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    out = q.new_empty(batch, heads, value_dim)
+    _C.decode_attention(*map(view, (q, k, v, out)), batch, heads, groups, keys, key_dim, value_dim, scale, torch.get_num_threads(), runtime.cpu_tier_limit())
+    return out
+
+
 def register() -> None:
     """Register every CPU kernel with its op."""
     ops.register_kernel("dequant_matmul", "CPU", dequant_matmul)
     ops.register_kernel("linear", "CPU", linear)
+    ops.register_kernel("decode_attention", "CPU", decode_attention)
     cpu_divergence.register()
     cpu_ssm.register()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from klfast import ops
 from klfast.models.hymba.configuration import HymbaConfig
 
 
@@ -108,11 +109,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     batch, heads, length, key_dim = q.shape
     groups, value_dim = k.shape[1], v.shape[-1]
     scale = key_dim**-0.5
-    if length == 1:  # the query heads of a group are queries of one head, and no key is copied
-        q = q.reshape(batch, groups, heads // groups, key_dim)
-        parts = v.split(key_dim, dim=-1) if value_dim % key_dim == 0 else (v,)  # the fast kernels want equal widths
-        attended = [F.scaled_dot_product_attention(q, k, part, mask, scale=scale) for part in parts]
-        return torch.cat(attended, dim=-1).reshape(batch, 1, heads * value_dim)
+    if length == 1:
+        if mask is None and q.device.type == "cpu" and not torch.is_grad_enabled():
+            return ops.decode_attention(q.squeeze(2), k, v, scale).reshape(batch, 1, heads * value_dim)
+        q = q.reshape(batch, groups, heads // groups, key_dim)  # query heads of a group are queries of one head: no key is copied
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(batch, 1, heads * value_dim)
     if value_dim > key_dim:  # the fast kernels want equal widths; zeros add nothing to a product
         q, k = (F.pad(t, (0, value_dim - key_dim)) for t in (q, k))
     if isinstance(mask, Blocks):
