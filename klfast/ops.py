@@ -120,6 +120,8 @@ linear_op = torch.ops.klfast.linear.default
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Linear layer, ``F.linear(x, weight, bias).to(dtype)`` without the intermediate, accumulated in float32.
 
+    On a GPU it is torch's own product, and torch's settings (``torch.backends.cuda.matmul``) say how that is accumulated.
+
     Args:
         x: float32, bfloat16 or float16 [..., K]; any strides.
         weight: [N, K] in x's dtype, on x's device.

@@ -234,6 +234,13 @@ def test_rms_norm(shape, group, tier):
         close(out, expected, out.dtype)
 
 
+def test_rms_norm_takes_any_strides(tier):
+    x, gate, weight = make(7, 3, 20).transpose(0, 1), make(3, 7, 46)[..., 3:43:2], make(40)[::2]
+    v = x.double() * F.silu(gate.double())
+    expected = v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    close(ops.rms_norm(x, weight, gate, 1e-5), expected)
+
+
 # Elementary functions, through ops that show them ------------------------------------------------------------------
 
 

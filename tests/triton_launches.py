@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from klfast import QuantSpec
-from klfast.kernels import causal_conv1d, dequant_matmul, linear_divergence, logit_divergence, selective_scan
+from klfast.kernels import causal_conv1d, dequant_matmul, linear_divergence, logit_divergence, rms_norm, selective_scan
 from klfast.kernels.launch import Launch
 from klfast.layouts import Tiling
 
@@ -72,6 +72,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]
     yield "logit_divergence, some rows", again, None
     yield from state_space()
+    yield from norms()
 
 
 def state_space() -> Iterator[tuple[str, Launch, str | None]]:
@@ -90,3 +91,13 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
             for limit in ((float("-inf"), float("inf")), (0.0, 1.0)):
                 launch = selective_scan.plan(x=x, dt=x, a=a, b=b, c=b, d=d, bias=d, z=x, first=state, last=state, y=x, softplus=True, dt_limit=limit)
                 yield f"selective_scan, {name}, {length} steps{', dt clamped' if limit[0] == 0 else ''}", launch, None
+
+
+def norms() -> Iterator[tuple[str, Launch, str | None]]:
+    """Before a block (Mamba-130M's and FalconMamba-7B's widths), behind a mixer (Mamba-2's, gated), over dt, B and C (a few channels)."""
+    for length in (512, 1):
+        for channels, group, is_gated in ((768, 768, False), (4096, 4096, False), (5120, 5120, True), (1536, 192, True), (16, 16, False)):
+            x = empty(2, length, channels, dtype=torch.bfloat16)
+            gate = empty(2, length, 2 * channels, dtype=torch.bfloat16)[..., :channels] if is_gated else None
+            launch = rms_norm.plan(x, empty(channels, dtype=torch.float32), gate, x, 1e-5, group)
+            yield f"rms_norm{', gated' if is_gated else ''}, {channels} in groups of {group}, {length} tokens", launch, None

@@ -4,6 +4,7 @@ An op has a file with its kernels and one function that plans what to launch (``
 arguments and configuration, for tensors of these shapes and dtypes. Planning needs no driver and touches no tensor's
 values, so that the tests compile exactly what would run, for GPUs that are not there.
 
-Rules for all: plain pointers; offsets of rows in 64 bits; no float64, inline assembly or masks over the reduced dimension
-(what overhangs there is filled up beforehand; rows that overhang read the last row again, and only stores are masked).
+Rules for all: plain pointers; offsets of rows in 64 bits; no float64, no inline assembly. Kernels with products
+have no masks over the reduced dimension (what overhangs there is filled up beforehand; rows that overhang read the last row
+again, and only stores are masked).
 """

@@ -1,4 +1,4 @@
-"""Triton kernels for tensors on CUDA and XPU devices; klfast.kernels (and triton) are imported at the first call.
+"""Kernels for tensors on CUDA and XPU devices, in Triton but for linear; klfast.kernels (and triton) are imported at the first call.
 
 Under TRITON_INTERPRET=1, ``klfast.using("triton")`` runs them on CPU tensors, slowly: that is for tests.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 
 from klfast import ops, runtime
 from klfast.layouts import fill_blocks, parts_in
@@ -39,6 +42,15 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
+    """torch's own product (cuBLAS, oneDNN): no kernel of klfast's would be better."""
+    if bias is None or bias.dtype == x.dtype:
+        y = F.linear(x, weight, bias)
+    else:
+        y = F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return y.detach().to(dtype or x.dtype)  # no gradients, as all ops
+
+
 def _from(module: str, name: str) -> Callable:
     """A kernel of another module of this package, imported at the first call."""
 
@@ -53,15 +65,14 @@ KERNELS = {
     **{name: _from("triton_divergence", name) for name in ("logit_divergence", "linear_divergence")},
     **{
         name: _from("triton_ssm", name)
-        for name in ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan")
+        for name in ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan", "rms_norm")
     },
 }
 
 
 def register() -> None:
-    """Register every Triton kernel with its op; none where triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return
+    """Register every kernel with its op; Triton's only where triton is installed."""
+    kernels = KERNELS if importlib.util.find_spec("triton") is not None else {}
     for device in DEVICES:
-        for name, kernel in KERNELS.items():
+        for name, kernel in {"linear": linear, **kernels}.items():
             ops.register_kernel(name, device, kernel)
