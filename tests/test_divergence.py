@@ -210,8 +210,21 @@ def test_half_precision_heads_lose_nothing(tier):
     assert different.jsd.shape == (6,)
 
 
-def test_linear_of_one_model_with_itself_is_exactly_zero(tier):
-    hidden, head = torch.randn(300, 16), torch.randn(1500, 16)
+@pytest.mark.parametrize("spec", [None, QuantSpec(4, 32), QuantSpec(4, 15, False), QuantSpec(8, -1, False)], ids=str)
+def test_bfloat16_operands_lose_nothing(tier, spec):
+    """Where all is bfloat16 or whole numbers the CPU may multiply it so; sums stay in float32, and are not rounded to bfloat16."""
+    hidden, head = torch.randn(2, 150, 75).bfloat16(), (torch.randn(1103, 75) / 4).bfloat16()
+    student = (hidden.float() + 1e-2 * torch.randn(2, 150, 75)).bfloat16()
+    other = (head.float() + 1e-3 * torch.randn(1103, 75)).bfloat16()
+    s_head = other if spec is None else klfast.quantize(other.float(), spec)
+    dense = (other if spec is None else s_head.dequantize(torch.float32)).double()
+    expected = truth(hidden.double() @ head.double().T, student.double() @ dense.T)
+    assert_matches(klfast.linear_divergence(hidden, head, student, s_head), {name: value.flatten() for name, value in expected.items()}, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_of_one_model_with_itself_is_exactly_zero(tier, dtype):
+    hidden, head = torch.randn(300, 16).to(dtype), torch.randn(1500, 16).to(dtype)
     assert klfast.linear_divergence(hidden, head, hidden.expand(2, 300, 16), head.clone()).kl_teacher_student.abs().max() == 0
 
 

@@ -58,7 +58,7 @@ inline Vec rounded(Vec v, DType type) {
 // Writes total + bias to y[m, n0 .. n0 + valid].
 inline void store_columns(const Product& a, std::int64_t m, std::int64_t n0, int valid, Vec total) {
     if (a.bias != nullptr) total = total + load(a.bias, n0, a.bias_type, valid);
-    if (a.y_type != a.x_type) total = rounded(total, a.x_type);
+    if (a.y_type != a.rounded_to) total = rounded(total, a.rounded_to);
     store(a.y, m * a.n + n0, a.y_type, valid, total);
 }
 

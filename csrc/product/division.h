@@ -6,8 +6,8 @@
 namespace klfast {
 namespace {
 
-// Threads share panels where there are few of them, each with some of the rows; and where there are so many rows that
-// laying panels out again costs nothing, so that no two threads wait for the same fresh page of y.
+// Threads share panels where there are few of them, each with some of the rows. Laying a panel out a second time costs
+// more than an uneven end does: four items a thread are enough.
 struct Division {
     std::int64_t vectors, panels, tiles, shares;
 
@@ -19,7 +19,7 @@ struct Division {
     // `widest`: vectors of a panel at most; `tiles`: of rows, all of about a height; `least`: shares wanted.
     Division(const Product& a, int widest, std::int64_t row_tiles, int threads, std::int64_t least = 1)
         : vectors((a.n + W - 1) / W), panels((vectors + widest - 1) / widest), tiles(row_tiles) {
-        const std::int64_t wanted = larger((8 * threads + panels - 1) / panels, smaller(threads, a.m / 256));
+        const std::int64_t wanted = (4 * threads + panels - 1) / panels;
         shares = larger(1, smaller(tiles, larger(wanted, least)));
     }
 

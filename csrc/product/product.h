@@ -13,8 +13,8 @@ struct Product {
     std::int64_t x_stride;  // elements from row to row
     const void* bias;       // [n]; nullptr without
     DType bias_type;
-    void* y;  // [m, n], contiguous; values are rounded to x_type and then stored as y_type
-    DType y_type;
+    void* y;  // [m, n], contiguous; values are rounded to rounded_to and then stored as y_type, at least as wide
+    DType y_type, rounded_to;
     std::int64_t m, n, k;
     int n_threads;
 };

@@ -24,7 +24,7 @@ public:
     void operator()(const void* x, DType type, std::int64_t x_stride, void* y, std::int64_t rows, int n_threads, Tier limit) const {
         std::visit(
             [&](auto args) {
-                args.x = x, args.x_type = type, args.x_stride = x_stride, args.y = y, args.y_type = type, args.m = rows, args.n_threads = n_threads;
+                args.x = x, args.x_type = type, args.x_stride = x_stride, args.y = y, args.y_type = args.rounded_to = type, args.m = rows, args.n_threads = n_threads;
                 multiply(args, limit);
             },
             layer_);

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from klfast import _C, ops, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
-from klfast.backends.memory import DTYPE_CODES, address, empty, view
+from klfast.backends.cpu_products import dequant_matmul_into, linear_into
+from klfast.backends.memory import empty, view
 from klfast.layouts import parts_in
 from klfast.prepared import FEW_ROWS
 from klfast.types import Layout
@@ -15,31 +16,12 @@ from klfast.types import Layout
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
 
 
-def _rows(x, k):
-    """x [..., K] with its last dimension contiguous, and the elements from row to row. Quick for what is contiguous."""
-    if x.is_contiguous():
-        return x, k
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
-
-
 def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
     if layout != "plain":
         runtime.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
         packed, scale, zero_point = parts_in(Layout.PLAIN, packed, scale, zero_point, n, k, bits, group_size, layout)
     y = x.new_empty((*x.shape[:-1], n))
-    rows, stride = _rows(x, k)
-    packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    _C.dequant_matmul(
-        address(rows), DTYPE_CODES[x.dtype], stride, address(packed), address(scale), DTYPE_CODES[scale.dtype],
-        address(zero_point), address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y),
-        y.numel() // max(n, 1), n, k, bits, max(1, k if group_size == -1 else min(group_size, k)), activation == "int8",
-        torch.get_num_threads(), runtime.cpu_tier_limit(),
-    )
+    dequant_matmul_into(y, x, packed, scale, zero_point, bias, k, bits, group_size, activation)
     return y
 
 
@@ -67,15 +49,7 @@ def linear(x, weight, bias, dtype):
     if _torch_is_faster(x, dtype, x.numel() // max(k, 1)):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
     y = empty(*x.shape[:-1], n, dtype=dtype)
-    rows, stride = _rows(x, k)
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    _C.linear(
-        address(rows), DTYPE_CODES[x.dtype], stride, address(weight), DTYPE_CODES[weight.dtype], weight.stride(0),
-        address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y), DTYPE_CODES[y.dtype],
-        y.numel() // max(n, 1), n, k, torch.get_num_threads(), runtime.cpu_tier_limit(),
-    )
+    linear_into(y, x, weight, bias, rounded_to=x.dtype)
     return y
 
 

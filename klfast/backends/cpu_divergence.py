@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from klfast import _C, ops_divergence, registry, runtime
+from klfast.backends.cpu_products import dequant_matmul_into, linear_into
 from klfast.backends.memory import DTYPE_CODES, address
 from klfast.reference_divergence import check_targets, raise_not_finite
 from klfast.types import Layout, QuantizedTensor
 
-_BLOCK_ROWS, _BLOCK_COLUMNS = 256, 1024  # of the two scratch blocks of logits: 1 MB each
+_BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
 
 
 def register() -> None:
@@ -33,8 +34,9 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     same_hidden = _same(teacher, student)
     t_head = _plain(ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]))
     s_head = t_head if same_head else _plain(ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
-    teacher = teacher.detach().reshape(-1, teacher.shape[-1]).float()
-    student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).float()
+    dtype = _operands(teacher, t_head, student, s_head)
+    teacher = teacher.detach().reshape(-1, teacher.shape[-1]).to(dtype).contiguous()
+    student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).to(dtype).contiguous()
     tokens, vocab = student.shape[0], t_head.shape[0]
     check_targets(targets, vocab)
     if targets is not None:
@@ -59,6 +61,17 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     return out
 
 
+def _operands(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, student: torch.Tensor, s_head: torch.Tensor | QuantizedTensor) -> torch.dtype:
+    """What the products take: float32, which keeps every digit, or what keeps every digit, too, and is faster.
+
+    That is bfloat16 for operands in it where the CPU multiplies them natively: its products are exact in float32, where
+    the extension's kernels add them up and leave them. The whole numbers of a quantized head are exact in bfloat16.
+    """
+    native = runtime.cpu_tier_limit() >= runtime.CPU_TIERS.index("avx512bf16") and not runtime.why_not("avx512bf16")
+    bf16 = all(t.dtype == torch.bfloat16 for t in (teacher, student, t_head, s_head) if isinstance(t, torch.Tensor))
+    return torch.bfloat16 if native and bf16 else torch.float32
+
+
 def _plain(head: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedTensor:
     return head.to_layout(Layout.PLAIN) if isinstance(head, QuantizedTensor) else head
 
@@ -78,8 +91,8 @@ def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, s
     scratch = torch.empty(2, rows, min(_BLOCK_COLUMNS, vocab))
     for first in range(0, vocab, _BLOCK_COLUMNS):
         columns = min(_BLOCK_COLUMNS, vocab - first)
-        t_block = _block(t_head, first, columns)
-        s_block = t_block if s_head is t_head else _block(s_head, first, columns)
+        t_block = _block(t_head, first, columns, teacher.dtype)
+        s_block = t_block if s_head is t_head else _block(s_head, first, columns, teacher.dtype)
         for start in range(0, n_teacher, rows):
             stop = min(start + rows, n_teacher)
             t_logits = _logits(teacher[start:stop], t_block, scratch[0])
@@ -90,11 +103,12 @@ def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, s
                 _C.divergence_accumulate(_matrix(t_logits), _matrix(s_logits), stop - start, columns, first, address(some_targets), states[some].data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
 
 
-def _block(head: torch.Tensor | QuantizedTensor, first: int, columns: int) -> torch.Tensor:
-    """Rows of a head as float32: the operands keep every digit, and so do the logits."""
-    if isinstance(head, QuantizedTensor):
-        return _rows(head, first, columns).dequantize(torch.float32)
-    return head[first : first + columns].detach().float()
+def _block(head: torch.Tensor | QuantizedTensor, first: int, columns: int, dtype: torch.dtype) -> torch.Tensor | QuantizedTensor:
+    """Rows of a head for products with hidden states in ``dtype``."""
+    rows = _rows(head, first, columns) if isinstance(head, QuantizedTensor) else head[first : first + columns].detach()
+    if dtype == torch.bfloat16:
+        return rows
+    return rows.dequantize(torch.float32) if isinstance(rows, QuantizedTensor) else rows.float()
 
 
 def _rows(qt: QuantizedTensor, first: int, count: int) -> QuantizedTensor:
@@ -104,9 +118,15 @@ def _rows(qt: QuantizedTensor, first: int, count: int) -> QuantizedTensor:
     return QuantizedTensor(qt.packed[first : first + count], qt.scale[first : first + count], zero_point, (count, qt.shape[1]), qt.spec, qt.layout)
 
 
-def _logits(hidden: torch.Tensor, head: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
     out = scratch.flatten()[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
-    return torch.mm(hidden, head.T, out=out)
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, head.T, out=out)
+    if isinstance(head, QuantizedTensor):
+        dequant_matmul_into(out, hidden, head.packed, head.scale, head.zero_point, None, hidden.shape[1], head.spec.bits, head.spec.group_size)
+    else:
+        linear_into(out, hidden, head, rounded_to=torch.float32)
+    return out
 
 
 def _matrix(t: torch.Tensor) -> tuple[int, int, int, int]:
