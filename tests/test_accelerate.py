@@ -1,18 +1,22 @@
 """klfast.accelerate against the plain transformers models, tiny and random."""
 
 import inspect
+import sys
 import threading
 from importlib.metadata import version
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import klfast
+from klfast import registry
 from klfast.errors import InvalidInputError, KernelUnavailableError
 from klfast.models import native_ssm
 from klfast.models.native_ssm import is_accelerated
+from klfast.sensitivity.prepared import prepared
 
 
 @pytest.fixture(params=[family for family in FAMILIES if "mamba" in family])
@@ -209,3 +213,91 @@ def test_says_so_of_state_space_layers_that_it_does_not_know():
     with pytest.warns(klfast.SlowPathWarning, match="BambaMixer"):
         klfast.accelerate(model)
     assert not any(is_accelerated(m) for m in model.modules())
+
+
+# Other devices than the CPU ---------------------------------------------------------------------------------------
+
+
+class OpsCalled(TorchDispatchMode):
+    """The names of klfast's ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "klfast":
+            self.names.add(op._schema.name.removeprefix("klfast::"))
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def ops_called_off_the_cpu(model):
+    """By the model's forward with tensors that are shapes alone: their device, "meta", stands for a GPU."""
+    with OpsCalled() as called:
+        out = model.to("meta")(ids(2, 9).to("meta"), use_cache=False)
+    assert out.logits.is_meta
+    return called.names
+
+
+def has_kernels(ops, monkeypatch):
+    for op in ops:
+        monkeypatch.setitem(registry._kernels, (op, "META"), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_klfast_ops_run_on_a_device_with_kernels(model, dtype, monkeypatch):
+    has_kernels(registry.op_names(), monkeypatch)
+    expected = {"causal_conv1d", "rms_norm", "mamba_chunk_scan" if "2" in type(model).__name__ else "selective_scan"}
+    assert ops_called_off_the_cpu(klfast.accelerate(model.to(dtype))) == expected
+
+
+def test_hymba_runs_klfast_ops_on_a_device_with_kernels(monkeypatch):
+    """When it decodes, too; attention is torch's where there is no kernel for it."""
+    has_kernels([op for op in registry.op_names() if op != "decode_attention"], monkeypatch)
+    model = tiny("hymba", dtype=torch.bfloat16).to("meta")
+    with torch.no_grad(), OpsCalled() as called:
+        cache = model(ids(2, 9).to("meta"), use_cache=True).past_key_values
+        assert called.names == {"causal_conv1d", "rms_norm", "selective_scan"}
+        called.names.clear()
+        assert model(ids(2, 1).to("meta"), past_key_values=cache).logits.is_meta
+    assert called.names == {"causal_conv1d_update", "rms_norm", "selective_state_update"}
+
+
+@pytest.mark.parametrize("there, called", [(("rms_norm",), {"rms_norm"}), ((), set())], ids=str)
+def test_the_model_takes_its_own_path_where_a_kernel_is_missing(model, there, called, monkeypatch):
+    has_kernels(there, monkeypatch)
+    monkeypatch.setattr("klfast.runtime._warned", set())
+    with pytest.warns(klfast.SlowPathWarning, match=r"(Mixer|Norm\w*) \[.* runs the model's own forward: klfast has no meta kernel"):
+        assert ops_called_off_the_cpu(klfast.accelerate(model)) == called
+
+
+PACKAGES = ("mamba_ssm", "causal_conv1d")
+
+
+@pytest.mark.parametrize("missing", PACKAGES)
+def test_mamba_ssm_is_refused_where_a_package_is_missing(model, missing, monkeypatch):
+    for package in PACKAGES:
+        monkeypatch.setitem(sys.modules, package, None if package == missing else ModuleType(package))
+    with pytest.raises(KernelUnavailableError, match=f"needs the package {missing}, which cannot be imported") as caught:
+        klfast.accelerate(model, ssm="mamba_ssm")
+    assert "\n" not in str(caught.value)
+    assert not any(is_accelerated(m) for m in model.modules())
+
+
+def test_an_unknown_ssm_is_refused(model):
+    with pytest.raises(InvalidInputError, match="\"klfast\" or \"mamba_ssm\", got 'mamba'"):
+        klfast.accelerate(model, ssm="mamba")
+    assert not any(is_accelerated(m) for m in model.modules())
+
+
+def test_mamba_ssm_leaves_the_mixers_their_own_forward(model, monkeypatch):
+    for package in PACKAGES:
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    for ssm in ("klfast", "mamba_ssm", "klfast", "mamba_ssm"):
+        assert klfast.accelerate(model, ssm) is model
+        assert all(is_accelerated(m) == (ssm == "klfast") for m in mixers(model))
+        assert is_accelerated(model.lm_head) and is_accelerated(model.backbone.layers[0].norm)
+    with prepared(model, None):
+        assert not any(is_accelerated(m) for m in mixers(model)), "a sweep goes by the user's choice"
+    assert not any(is_accelerated(m) for m in klfast.unaccelerate(model).modules())

@@ -3,7 +3,15 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from klfast import registry
+from klfast.models import native_ssm
 
 HERE = Path(__file__).parent
 
@@ -20,3 +28,28 @@ def test_kernels_import_without_a_driver():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", ["CUDA", "XPU"])
+def test_accelerate_finds_its_kernels(device):
+    assert all(registry.has_kernel(op, device) for op in (*native_ssm._OPS.values(), "rms_norm"))
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "xpu:1"])
+def test_launches_on_the_device_of_the_tensors(device, monkeypatch):
+    from klfast.kernels.launch import Launch
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **args: seen.append(("launched", grid, args))
+
+    def device_of(t):
+        seen.append(t.device)
+        return nullcontext()
+
+    with FakeTensorMode():
+        x = torch.empty(3, device=device)
+    seen = []
+    monkeypatch.setattr(torch.get_device_module(x.device), "device_of", device_of)
+    Launch(Kernel(), (2,), {"n": 3, "x_ptr": x}, {"num_warps": 1}).run()
+    assert seen == [x.device, ("launched", (2,), {"n": 3, "x_ptr": x, "num_warps": 1})]

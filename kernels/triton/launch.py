@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -31,7 +32,13 @@ class Launch:
 
     def run(self) -> None:
         if all(self.grid):
-            self.kernel[self.grid](**self.args, **self.options)
+            with _device_of(next(value for value in self.args.values() if isinstance(value, torch.Tensor))):
+                self.kernel[self.grid](**self.args, **self.options)
+
+
+def _device_of(t: torch.Tensor) -> AbstractContextManager:
+    """Makes a tensor's GPU the current one, which is where Triton launches."""
+    return nullcontext() if t.is_cpu else torch.get_device_module(t.device).device_of(t)
 
 
 def family(device: torch.device) -> str:

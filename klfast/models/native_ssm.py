@@ -9,6 +9,7 @@ remains beside the matrix products, the norms and the widening of the logits, is
 from __future__ import annotations
 
 import dis
+import importlib
 import inspect
 import threading
 from collections.abc import Callable
@@ -22,6 +23,14 @@ from klfast import ops, prepared, registry, runtime
 from klfast.errors import InvalidInputError, KernelUnavailableError
 from klfast.models import mamba_step
 
+_OPS = {  # transformers' functions: the ops that take their place
+    "causal_conv1d_fn": "causal_conv1d",
+    "causal_conv1d_update": "causal_conv1d_update",
+    "mamba_selective_scan": "selective_scan",
+    "mamba_selective_state_update": "selective_state_update",
+    "mamba2_chunk_scan": "mamba_chunk_scan",
+    "mamba2_selective_state_update": "selective_state_update",
+}
 _MAMBA = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update")
 _MIXERS = {  # class: the functions that its forward calls and klfast replaces
     "MambaMixer": _MAMBA,
@@ -32,29 +41,43 @@ _NORMS = ("MambaRMSNorm", "MambaRMSNormGated", "Mamba2RMSNorm", "FalconMambaRMSN
 _lock = threading.Lock()
 
 
-def accelerate(model: nn.Module) -> nn.Module:
-    """Let a transformers Mamba, Mamba-2 or FalconMamba model run klfast's kernels on the CPU; returns the same model.
+def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
+    """Let a transformers Mamba, Mamba-2 or FalconMamba model run klfast's kernels; returns the same model.
 
     Works in place on this model only, caches and generation included; ``unaccelerate`` undoes it. A model without
     state-space layers (a Llama) has nothing to accelerate and is returned unchanged, as is one already accelerated; one with
     others (a Jamba) stays as it is too, with a ``SlowPathWarning``.
-    Tensors on other devices take the model's own path. So do gradients, with a ``SlowPathWarning``: run inference under
-    ``torch.inference_mode()`` or ``torch.no_grad()``. With 16-bit weights the output head of an accelerated model returns
-    the logits in float32, which the model would make of them anyway.
+    Which kernels run goes by the device of the tensors at each call: the CPU's, or on CUDA and XPU those in Triton, where
+    the linear layers stay torch's. On devices without kernels the model takes its own path, with a ``SlowPathWarning``;
+    so do gradients: run inference under ``torch.inference_mode()`` or ``torch.no_grad()``. On the CPU, with 16-bit weights,
+    the output head of an accelerated model returns the logits in float32, which the model would make of them anyway.
+
+    Args:
+        ssm: whose convolution and scans: "klfast"; or "mamba_ssm" (CUDA only) to leave these to the mixers' own forward,
+            which calls the packages mamba_ssm and causal_conv1d. The last call decides.
 
     Raises:
-        InvalidInputError: ``model`` is no nn.Module.
-        KernelUnavailableError: the extension klfast._C was not built, or the mixers of the installed transformers do
-            not call every function that klfast replaces. The model is left as it was.
+        InvalidInputError: ``model`` is no nn.Module, or ``ssm`` is unknown.
+        KernelUnavailableError: the model is on the CPU and the extension klfast._C was not built, a package that ``ssm``
+            asks for cannot be imported, or the mixers of the installed transformers do not call every function that
+            klfast replaces. The model is left as it was.
     """
+    if ssm not in ("klfast", "mamba_ssm"):
+        raise InvalidInputError(f'accelerate: ssm must be "klfast" or "mamba_ssm", got {ssm!r}')
     with _lock:
-        replacements = _replacements(model)
+        replacements, left = _replacements(model), []
+        if ssm == "mamba_ssm":
+            _require_mamba_ssm()
+            left = [one for one in replacements if type(one[0]).__name__ in _MIXERS]
+            replacements = [one for one in replacements if one not in left]
         if unknown := _unknown_mixers(model):
             runtime.slow_path("accelerate", type(model).__name__, f"klfast's functions are not for the state-space layers {', '.join(unknown)}.")
-        if replacements and not registry.has_kernel("selective_scan", "CPU"):
+        if replacements and not registry.has_kernel("selective_scan", "CPU") and any(p.device.type == "cpu" for p in model.parameters()):
             raise KernelUnavailableError(f"accelerate: {runtime.why_not('scalar')} Install klfast with a C++ compiler present")
         for mixer in {type(module) for module, _ in replacements if type(module).__name__ in _MIXERS}:
             _check_calls(mixer)
+        for module, _ in left:
+            _restore(module)
         for module, forward in replacements:
             if "forward" not in vars(module):
                 module.forward = MethodType(forward, module)
@@ -78,9 +101,25 @@ def unaccelerate(model: nn.Module) -> nn.Module:
     """
     with _lock:
         for module, _ in _replacements(model):
-            if is_accelerated(module):
-                del module.forward
+            _restore(module)
     return model
+
+
+def _restore(module: nn.Module) -> None:
+    if is_accelerated(module):
+        del module.forward
+
+
+def _require_mamba_ssm() -> None:
+    for package in ("mamba_ssm", "causal_conv1d"):
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a binary built for another torch raises all sorts of things
+            reason = " ".join(str(error).split())
+            raise KernelUnavailableError(
+                f'accelerate: ssm="mamba_ssm" needs the package {package}, which cannot be imported ({reason}); '
+                "install mamba-ssm and causal-conv1d for this PyTorch and CUDA, or leave ssm out"
+            ) from error
 
 
 def is_accelerated(module: nn.Module) -> bool:
@@ -96,13 +135,14 @@ def _replacements(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
     found = []
     for module in model.modules():
         if type(module) is nn.Linear:
-            found.append((module, _native(nn.Linear, _head_forward if module is head else _linear_forward)))
+            found.append((module, _native(nn.Linear, _head_forward if module is head else _linear_forward, ())))
         if not type(module).__module__.startswith("transformers."):
             continue
         if type(module).__name__ in _MIXERS:
-            found.append((module, _native(type(module), _mixer_forward)))
+            needed = tuple(_OPS[name] for name in _MIXERS[type(module).__name__])
+            found.append((module, _native(type(module), _mixer_forward, needed)))
         elif type(module).__name__ in _NORMS:
-            found.append((module, _native(type(module), _norm_forward)))
+            found.append((module, _native(type(module), _norm_forward, ("rms_norm",))))
     has_mixer = any(type(module).__name__ in _MIXERS for module, _ in found)
     return found if has_mixer or type(model).__module__.startswith("klfast.models.") else []
 
@@ -116,17 +156,26 @@ def _unknown_mixers(model: nn.Module) -> list[str]:
 _natives: dict[tuple[type, Callable], Callable] = {}
 
 
-def _native(module_class: type, make: Callable[[Callable], Callable]) -> Callable:
-    """``make(original forward)``, or the original where klfast's functions do not apply; made once for both."""
+def _native(module_class: type, make: Callable[[Callable], Callable], needed: tuple[str, ...]) -> Callable:
+    """``make(original forward)``, or the original where klfast's functions do not apply; made once for both.
+
+    On another device than the CPU these need its kernels of the ops ``needed``; with none named they are for the CPU alone.
+    """
     if (module_class, make) not in _natives:
         original = module_class.forward
         native = make(original)
 
         def forward(self, x, *args, **kwargs):
-            if x.device.type != "cpu":
-                return original(self, x, *args, **kwargs)
+            device, reason = x.device.type, ""
+            if device != "cpu":
+                if not needed:
+                    return original(self, x, *args, **kwargs)
+                if not all(registry.has_kernel(op, device.upper()) for op in needed):
+                    reason = registry.why_no_kernel(device)
             if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-                runtime.slow_path(module_class.__name__, list(x.shape), "klfast's functions have no gradients; use torch.inference_mode().")
+                reason = "klfast's functions have no gradients; use torch.inference_mode()."
+            if reason:
+                runtime.slow_path(module_class.__name__, list(x.shape), reason, how="the model's own forward")
                 return original(self, x, *args, **kwargs)
             return native(self, x, *args, **kwargs)
 
@@ -154,8 +203,10 @@ def _mixer_forward(original: Callable) -> Callable:
     copy = _with_globals(original, _FUNCTIONS)
 
     def forward(self, hidden_states, *args, **kwargs):
-        if hidden_states.shape[1] == 1 and hasattr(self, "x_proj") and (out := _one_token(self, hidden_states, *args, **kwargs)) is not None:
-            return out
+        if hidden_states.is_cpu and hidden_states.shape[1] == 1 and hasattr(self, "x_proj"):
+            out = _one_token(self, hidden_states, *args, **kwargs)
+            if out is not None:
+                return out
         dt_proj = getattr(self, "dt_proj", None)
         if type(dt_proj) is nn.Linear and hidden_states.shape[1] > 1 and not hasattr(dt_proj, "_hf_hook"):
             self = _Mixer(self)
@@ -229,12 +280,12 @@ class _LeftOperand:
 
     def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.transpose(-1, -2)
-        linear = F.linear if x.dtype == torch.float32 or x.dtype != self._weight.dtype else ops.linear
+        linear = ops.linear if x.is_cpu and x.dtype == self._weight.dtype != torch.float32 else F.linear
         return linear(x, self._weight).transpose(-1, -2)
 
 
-# transformers' functions under its names, with the arguments its mixers pass; further keywords mean nothing on a CPU
-# but for packed sequences, which the ops refuse.
+# transformers' functions under its names, with the arguments its mixers pass; further keywords mean nothing to klfast's
+# kernels but for packed sequences, which the ops refuse.
 
 
 def _conv1d(x, weight, bias=None, activation=None, seq_idx=None, **_):

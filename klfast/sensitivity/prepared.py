@@ -42,7 +42,8 @@ def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _accelerated(model: nn.Module) -> Iterator[None]:
     before = any(is_accelerated(module) for module in model.modules())
-    accelerate_or_warn(model)
+    if not before:  # else it may be so with other options
+        accelerate_or_warn(model)
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from klfast import ops, prepared
+from klfast import ops, prepared, registry
 
 
 class HymbaRMSNorm(nn.Module):
@@ -18,7 +18,7 @@ class HymbaRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if x.device.type == "cpu" and not gradients:
+        if not gradients and (x.is_cpu or registry.has_kernel("rms_norm", x.device.type.upper())):
             y = prepared.rms_norm(x, self.weight, self.eps)
             return (ops.rms_norm(x, self.weight, eps=self.eps) if y is None else y).to(x.dtype)
         wide = x.float()
