@@ -43,8 +43,10 @@ def side(dtype: torch.dtype, spec: QuantSpec | None = None, tokens: int = 4096, 
 
 def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     for spec in SPECS:
-        for one in dequant(family, 1, spec, torch.float16)[:1]:
-            yield f"dequant_gemv {spec}", one, None
+        for name, dtype in FLOATS.items():
+            one, *_ = dequant(family, 1, spec, dtype)
+            if one.kernel.__name__ == "dequant_gemv":
+                yield f"dequant_gemv {name} {spec}", one, None
         for x in (*FLOATS, "int8"):
             activation = "int8" if x == "int8" else "exact"
             dtype = FLOATS.get(x, torch.float16)
