@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from klfast import reference
-from klfast.types import QuantSpec
+from klfast.types import QuantizedTensor, QuantSpec
 
 from .contest import Contender, Unavailable, distance, tolerance
 from .weights import Weights
@@ -26,23 +26,57 @@ def torch_linear(x: torch.Tensor, weights: Weights, dtype: torch.dtype) -> Conte
 
 def torch_int4pack(x: torch.Tensor, weights: Weights) -> Contender:
     """bfloat16 x; the same rounded weights as klfast's, where the group size allows it."""
-    _require_cpu(x, "_weight_int4pack_mm_for_cpu")
+    op, pack = _INT4PACK[x.device.type]
+    _require(x, op)
     group = weights.group_size((128, 64, 32))
     if group is None or weights.n % 16:
         raise Unavailable(f"torch's int4pack takes no [{weights.n}, {weights.k}]: N must be a multiple of 16, K of 32")
     qt = weights.quantized(QuantSpec(4, group))
-    codes = reference.unpack(qt.packed, 4, weights.k).int() + 8
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scale = qt.scale.T.to(x.dtype)
-    scales = torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
-    copies = weights.copies("int4pack", packed.nbytes + scales.nbytes, lambda: (packed.clone(), scales.clone()))
-    calls = [lambda w=w, s=s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, group, s) for w, s in copies]
-    return _contender(calls, lambda: reference.dequant_matmul(x, qt), 2e-2, packed.nbytes + scales.nbytes)
+    parts = pack(qt, x.dtype)
+    copies = weights.copies("int4pack", sum(t.nbytes for t in parts), lambda: [t.clone() for t in parts])
+    calls = [lambda w=w, rest=rest: getattr(torch.ops.aten, op)(x, w, group, *rest) for w, *rest in copies]
+    return _contender(calls, lambda: reference.dequant_matmul(x, qt), 2e-2, sum(t.nbytes for t in parts))
+
+
+def _int4pack_cpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(_codes(qt).int(), 1), _scales_and_zeros(qt, dtype)
+
+
+def _int4pack_cuda(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Of tiles of 16 values along K, as many side by side as divide it."""
+    tiles = next(tiles for tiles in (8, 4, 2) if qt.shape[1] % (16 * tiles) == 0)
+    codes = _codes(qt)
+    return torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], tiles), _scales_and_zeros(qt, dtype)
+
+
+def _int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The words that klfast saves, scales and zero points [K / group, N]."""
+    scale = qt.scale.T.to(dtype).contiguous()
+    return qt.packed, scale, torch.full_like(scale, 8, dtype=torch.int8)
+
+
+def _codes(qt: QuantizedTensor) -> torch.Tensor:
+    """uint8 [N, K], 8 for 0."""
+    return (reference.unpack(qt.packed, 4, qt.shape[1]) + 8).to(torch.uint8)
+
+
+def _scales_and_zeros(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """[K / group, N, 2]; the zeros are what a code of 8 stands for."""
+    scale = qt.scale.T.to(dtype)
+    return torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
+
+
+# Device -> torch's op and what it takes after x: the packed weight, then (after the group size) what scales it.
+_INT4PACK = {
+    "cpu": ("_weight_int4pack_mm_for_cpu", _int4pack_cpu),
+    "cuda": ("_weight_int4pack_mm", _int4pack_cuda),
+    "xpu": ("_weight_int4pack_mm_with_scales_and_zeros", _int4pack_xpu),
+}
 
 
 def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
     """bfloat16 x; one scale a row."""
-    _require_cpu(x, "_weight_int8pack_mm")
+    _require(x, "_weight_int8pack_mm", ("cpu",))
     if weights.k % 32:
         raise Unavailable(f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32")
     qt = weights.quantized(QuantSpec(8, -1))
@@ -52,8 +86,8 @@ def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
     return _contender(calls, lambda: reference.dequant_matmul(x, qt), 2e-2, codes.nbytes)
 
 
-def _require_cpu(x: torch.Tensor, op: str) -> None:
-    if x.device.type != "cpu" or not hasattr(torch.ops.aten, op):
+def _require(x: torch.Tensor, op: str, devices: tuple[str, ...] = ("cpu", "cuda", "xpu")) -> None:
+    if x.device.type not in devices or not hasattr(torch.ops.aten, op):
         raise Unavailable(f"torch {torch.__version__} has no {op} for {x.device.type}")
 
 

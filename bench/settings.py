@@ -39,18 +39,18 @@ def add_options(parser) -> None:
 class Settings:
     """Options of a run, defaults filled in; ``shapes`` (K, N) and ``rows`` empty for the suite's own."""
 
-    quick: bool
-    device: str
-    isa: str | None
-    threads: int
-    working_set: int
-    seconds: float
-    shapes: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...]
-    out: Path
-    compare: Path | None
-    llama_cpp: Path | None
-    gguf: tuple[Path, ...]
+    quick: bool = False
+    device: str = "cpu"
+    isa: str | None = None
+    threads: int = 1
+    working_set: int = 1_000_000_000
+    seconds: float = 0.5
+    shapes: tuple[tuple[int, int], ...] = ()
+    rows: tuple[int, ...] = ()
+    out: Path = Path("klfast-bench")
+    compare: Path | None = None
+    llama_cpp: Path | None = None
+    gguf: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config) -> Settings:

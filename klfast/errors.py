@@ -1,5 +1,7 @@
 """What klfast raises. Each message is one line that names the thing at fault and the remedy."""
 
+from pathlib import Path
+
 
 class KlfastError(Exception):
     """Base of all of klfast's own errors."""
@@ -33,3 +35,9 @@ class KernelUnavailableError(KlfastError, RuntimeError):
 
 class SlowPathWarning(UserWarning):
     """The plain-torch reference runs where a kernel was expected."""
+
+
+def one_line(error: BaseException, most: int = 400) -> str:
+    """Any error as one line for a report: of a long one (a compiler's) the beginning and the end, the home folder as "~"."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(Path.home()), "~")
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

@@ -6,9 +6,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from bench import document, results
+import klfast
+from bench import document, peers, results
 from bench.contest import Contender, Group, Race, Unavailable
 from klfast.cli import app
 
@@ -111,3 +113,14 @@ def test_klfast_takes_turns_with_a_peer_and_every_call_takes_the_next_weights():
     for name in ("klfast", "torch"):
         copies = [copy for who, copy in calls if who == name]
         assert all(a != b for a, b in itertools.pairwise(copies))
+
+
+def test_weights_in_the_form_of_torchs_int4_operations_for_gpus():
+    weight = klfast.quantize(torch.randn(16, 64), klfast.QuantSpec(4, 32))
+    expected = weight.dequantize(torch.float32)
+    words, scale, zero_point = peers._int4pack_xpu(weight, torch.float32)
+    codes = torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(1)  # the lowest bits first
+    assert torch.equal((codes - zero_point.T.repeat_interleave(32, 1)) * scale.T.repeat_interleave(32, 1), expected)
+    codes, scales_and_zeros = peers._codes(weight), peers._scales_and_zeros(weight, torch.float32)
+    scale, zero = scales_and_zeros.transpose(0, 1).repeat_interleave(32, 1).unbind(-1)
+    assert torch.equal((codes.float() - 8) * scale + zero, expected)

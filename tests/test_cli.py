@@ -326,7 +326,8 @@ def test_doctor_fails_where_a_check_fails(monkeypatch):
 
     from klfast import runtime, selfcheck
 
-    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda: lambda: [torch.tensor([float(runtime.pinned() == "reference")])])
+    wrong = selfcheck.Case("dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(runtime.pinned() == "reference")])])
+    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda _: [wrong])
     result = klf("doctor", code=1)
     assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout
 

@@ -23,11 +23,9 @@ def test_doctor_checks_every_op_at_every_tier_and_passes():
 
 @pytest.mark.parametrize("wrong", [torch.full((2,), float("nan")), torch.tensor([1.0, 2.001])])
 def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
-    def case():
-        right = torch.tensor([1.0, 2.0])
-        return lambda: [right, right if runtime.pinned() == "reference" else wrong]
-
-    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", case)
+    right = torch.tensor([1.0, 2.0])
+    case = selfcheck.Case("dequant_matmul", "two numbers", 1e-4, lambda: [right, right if runtime.pinned() == "reference" else wrong])
+    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda _: [case])
     report = klfast.doctor()
     assert not report.passed
     assert {c.op for c in report.checks if not c.passed} == {"dequant_matmul"}
@@ -35,7 +33,7 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
 
 
 def test_doctor_reports_an_op_that_cannot_run(monkeypatch):
-    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda: (_ for _ in ()).throw(AttributeError("no such kernel")))
+    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda _: (_ for _ in ()).throw(AttributeError("no such kernel")))
     report = klfast.doctor()
     assert {(c.op, c.message) for c in report.checks if not c.passed} == {("dequant_matmul", "AttributeError: no such kernel")}
 

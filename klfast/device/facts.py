@@ -1,0 +1,84 @@
+"""What a device is, as torch tells it, and whether torch can use it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import klfast
+from klfast.diagnostics import cpu_name, extension, installed_version
+from klfast.errors import KernelUnavailableError, one_line
+from klfast.runtime import available_tiers
+
+_TRITONS = ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")  # packages that hold it
+_INSTALL = {
+    "cuda": "for an NVIDIA GPU, install PyTorch's CUDA build (on Linux what pip install torch brings)",
+    "xpu": "for an Intel GPU, pip install torch --index-url https://download.pytorch.org/whl/xpu (docs/XPU.md)",
+}
+_DRIVER = {"cuda": "nvidia-smi must list the GPU", "xpu": "Intel's GPU driver and Level Zero must be installed, and clinfo or sycl-ls list the GPU"}
+_VARIABLES = (
+    "KLFAST_ISA", "KLFAST_STRICT", "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR", "ZE_AFFINITY_MASK", "ZE_FLAT_DEVICE_HIERARCHY",
+)  # fmt: skip
+_PRIVATE = ("uuid", "pci_")  # beginnings of properties that tell one machine from another of its kind
+
+
+def require(device: str) -> None:
+    """KernelUnavailableError, with what to do, if torch cannot compute on a type of device."""
+    if device == "cpu" or getattr(torch, device).is_available():
+        return
+    if getattr(torch.version, device, None) is None:
+        raise KernelUnavailableError(f"this PyTorch ({torch.__version__}) cannot use {device} devices; {_INSTALL[device]}")
+    raise KernelUnavailableError(f"PyTorch ({torch.__version__}) finds no {device} device; {_DRIVER[device]}")
+
+
+def gather(device: str) -> dict[str, str]:
+    """Versions, the device's name and properties, and the environment variables that matter; no names of user or host."""
+    found = {
+        "klfast": klfast.__version__,
+        "torch": torch.__version__,
+        "triton": ", ".join(f"{name} {version}" for name in _TRITONS if (version := installed_version(name)) != "none") or "none",
+        "transformers": installed_version("transformers"),
+        "python": platform.python_version(),
+        "OS": _system(),
+        "cpu": cpu_name(),
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads",
+        "tiers": ", ".join(available_tiers()),
+        "extension": extension().replace(str(Path.home()), "~"),
+        "device": device,
+    }
+    if device != "cpu":
+        found |= _of_accelerator(device)
+    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def _system() -> str:
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.platform()}"
+    except (OSError, KeyError):  # not Linux
+        return platform.platform()
+
+
+def _of_accelerator(device: str) -> dict[str, str]:
+    module = importlib.import_module(f"torch.{device}")
+    found = {"device name": _or_why_not(module.get_device_name), f"torch.version.{device}": str(getattr(torch.version, device))}
+    try:
+        properties = module.get_device_properties()
+    except RuntimeError as error:
+        found["properties"] = one_line(error)
+    else:
+        values = {name: getattr(properties, name, None) for name in dir(properties) if not name.startswith(("_", *_PRIVATE))}
+        found |= {name: str(value) for name, value in values.items() if isinstance(value, (bool, int, float, str, list, tuple))}
+    return found | {"free and total memory, bytes": _or_why_not(module.mem_get_info)}
+
+
+def _or_why_not(ask: Callable[[], object]) -> str:
+    try:
+        return str(ask())
+    except RuntimeError as error:  # of a driver that cannot tell
+        return one_line(error)

@@ -1,0 +1,230 @@
+"""klfast doctor --device, on the CPU with its real kernels; what only GPUs have is stood in for."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from klfast import errors, ops, registry, runtime, selfcheck
+from klfast.bench import test_linear
+from klfast.bench.contest import Contender, Group, Unavailable
+from klfast.cli import app
+from klfast.device import bench, facts, report
+from klfast.device.timing import Clock
+
+KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [op for op in registry.op_names() if op != "dequant_matmul"]
+
+
+def doctor(*arguments, code=0):
+    result = CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def break_conv(monkeypatch, fault):
+    """Make the kernel of causal_conv1d, not its reference, go wrong: ``fault`` gets its result."""
+    right = ops.causal_conv1d_fn
+
+    def wrong(*args, **more):
+        out, state = right(*args, **more)
+        return (out, state) if runtime.pinned() == "reference" else (fault(out), state)
+
+    monkeypatch.setattr(ops, "causal_conv1d_fn", wrong)
+
+
+def checked(op, device="cpu"):
+    return list(report.run_checks(op, device, lambda _: None))
+
+
+def raising(*_, **__):
+    raise RuntimeError("ptxas\n  gave up")
+
+
+def test_every_kernel_passes_and_the_file_is_what_was_shown(tmp_path):
+    result = doctor("--device", "cpu", "--seconds", 0, "--out", tmp_path / "report.txt")
+    assert (tmp_path / "report.txt").read_text() == result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["report.txt"]
+    lines = result.stdout.splitlines()
+    for kernel in KERNELS:
+        assert any(line.startswith(f"pass  {kernel} ") for line in lines), kernel
+    for fact in ("klfast", "torch", "triton", "transformers", "python", "OS", "cpu", "cores", "tiers", "extension", "device"):
+        assert any(line.startswith(f"  {fact}: ") for line in lines), fact
+    assert lines[-1] == "All kernels passed." and "Median" not in result.stdout
+
+
+def test_cases_have_every_dtype_format_and_number_of_rows():
+    some = {(case.kernel, case.what) for case in selfcheck.cases("dequant_matmul")}
+    for dtype in ("float32", "float16", "bfloat16"):
+        for rows in (1, 5, 33, 70):
+            for bits in (4, 8):
+                for spec in (f"int{bits}-g32-sym", f"int{bits}-g64-asym"):
+                    for activation in ("exact", "int8"):
+                        assert (f"dequant_matmul int{bits} {activation}", f"{dtype} [{rows}, 331] x {spec} [67, 331]") in some
+    for op in registry.op_names():
+        assert {case.what.split()[0] for case in selfcheck.cases(op)} == {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda y: y + 0.1, "off by "),
+        (lambda y: y * torch.nan, "off by nan"),
+        (lambda y: y[:1], "instead of float32 [2, 19, 33]"),
+        (lambda y: y.double(), "float64 [2, 19, 33] instead of float32"),
+        (raising, "RuntimeError: ptxas gave up"),
+    ],
+)
+def test_a_broken_kernel_is_named(monkeypatch, fault, says):
+    break_conv(monkeypatch, fault)
+    (found,) = checked("causal_conv1d")
+    assert found.status == report.FAIL and str(found).startswith("FAIL  causal_conv1d ") and says in str(found)
+
+
+def test_the_other_kernels_go_on(monkeypatch):
+    break_conv(monkeypatch, raising)
+    result = doctor("--device", "cpu", "--seconds", 0, code=1)
+    assert "FAIL  causal_conv1d " in result.stdout and f"1 of {len(KERNELS)} kernels failed: causal_conv1d" in result.stdout
+    assert result.stdout.count("\npass ") == len(KERNELS) - 1
+    assert result.stderr == "klfast: a check failed; the report names it\n"
+
+
+def test_cases_that_cannot_be_made_fail(monkeypatch):
+    monkeypatch.setitem(selfcheck.CASES, "rms_norm", raising)
+    (found,) = checked("rms_norm")
+    assert found.status == report.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
+
+
+def test_a_kernel_that_goes_another_way_fails(monkeypatch):
+    break_conv(monkeypatch, lambda _: runtime.slow_path("causal_conv1d", [1], "there is none for this device."))
+    (found,) = checked("causal_conv1d")
+    assert found.status == report.FAIL and "SlowPathWarning: causal_conv1d [1] runs the slow" in str(found)
+
+
+def test_an_op_without_a_kernel(monkeypatch):
+    """On the CPU every op has one; on a GPU all have but those that klfast has no Triton kernel of."""
+    monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
+
+    for op, device, status in (("decode_attention", "cpu", report.FAIL), ("selective_scan", "xpu", report.FAIL), ("decode_attention", "xpu", report.NONE)):
+        (found,) = checked(op, device)
+        assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
+
+
+def test_json(monkeypatch):
+    break_conv(monkeypatch, raising)
+    data = json.loads(doctor("--device", "cpu", "--seconds", 0, "--json", code=1).stdout)
+    assert data["passed"] is False and [c["kernel"] for c in data["checks"] if c["status"] == "FAIL"] == ["causal_conv1d"]
+
+
+def test_a_run_that_ends_before_its_end_leaves_what_it_found(monkeypatch, tmp_path):
+    break_conv(monkeypatch, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        report.run("cpu", 0, tmp_path / "report.txt", lambda _: None)
+    text = (tmp_path / "report.txt").read_text()
+    assert "pass  logit_divergence" in text and text.endswith("(causal_conv1d, float32 [2, 19, 1] runs; if nothing follows, it ended the run)\n")
+
+
+def test_a_device_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "xpu", None, raising=False)
+    result = doctor("--device", "xpu", "--out", tmp_path / "report.txt", code=1)
+    assert result.stdout == "" and result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "pip install torch --index-url https://download.pytorch.org/whl/xpu" in result.stderr
+    monkeypatch.setattr(torch.version, "xpu", "20250301")
+    assert "finds no xpu device; Intel's GPU driver" in doctor("--device", "xpu", code=1).stderr
+
+
+def test_wrong_usage(tmp_path):
+    doctor("--device", "tpu", code=2)
+    doctor("--seconds", 3, code=2)
+    doctor("--out", tmp_path / "report.txt", code=2)
+    (tmp_path / "report.txt").write_text("mine")
+    assert "exists" in doctor("--device", "cpu", "--out", tmp_path / "report.txt", code=1).stderr
+    assert (tmp_path / "report.txt").read_text() == "mine"
+
+
+def test_facts_of_an_accelerator(monkeypatch):
+    properties = SimpleNamespace(name="Arc", driver_version="1.6", sub_group_sizes=[16, 32], uuid="secret", pci_bus_id=3, _hidden=1, method=print)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Intel(R) Arc(TM) Graphics")
+    monkeypatch.setattr(torch.xpu, "mem_get_info", raising)
+    monkeypatch.setenv("ZE_AFFINITY_MASK", "0")
+    found = facts.gather("xpu")
+    assert found["driver_version"] == "1.6" and found["sub_group_sizes"] == "[16, 32]" and found["device name"] == "Intel(R) Arc(TM) Graphics"
+    assert found["free and total memory, bytes"] == "RuntimeError: ptxas gave up" and found["ZE_AFFINITY_MASK"] == "0"
+    assert not {"uuid", "pci_bus_id", "_hidden", "method"} & set(found)
+
+
+def test_a_long_error_is_one_line_of_its_beginning_and_end():
+    line = errors.one_line(ValueError("first\n" + 1000 * "x" + "\nlast"))
+    assert line.startswith("ValueError: first x") and line.endswith("x last") and len(line) <= 410 and "\n" not in line
+
+
+def test_the_bench_has_float16_and_torchs_int4_beside_klfast():
+    groups = {group.name: list(group.contenders) for group in bench.groups("xpu")}
+    assert groups["linear 2048x8192, M=1"] == ["klfast int4 exact", "klfast int4 int8", "torch fp16", "torch int4pack"]
+    assert len(groups) < 25 and all(name.startswith("klfast") for name, *_ in groups.values()) and all(len(names) > 1 for names in groups.values())
+
+
+def test_a_report_with_a_bench(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", ((96, 64),))
+    monkeypatch.setattr(bench, "ROWS", (1, 5))
+    monkeypatch.setattr(bench, "SUITES", {"linear": test_linear})
+    monkeypatch.setattr(bench, "WORKING_SET", 10_000)
+    monkeypatch.setattr(bench, "PATIENCE", 1000)
+    lines = []
+    found = report.run("cpu", 0.05, None, lines.append)
+    assert [row.group for row in found.bench] == 4 * ["linear 96x64, M=1"] + 4 * ["linear 96x64, M=5"]
+    for row in found.bench:
+        assert not row.note and row.seconds > 0 and row.error < 0.05 and row.speedup > 0, row
+    assert "Median times by clock" in "\n".join(lines) and "    klfast int4 exact " in "\n".join(lines)
+
+
+def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
+    def contender(error):
+        return lambda: Contender([lambda: None], lambda: error, 1e-3)
+
+    def unavailable():
+        raise Unavailable("not on this device")
+
+    made = {"off": contender(0.1), "nan": contender(float("nan")), "raises": raising, "none": unavailable, "klfast": contender(0.0), "torch": contender(0.0)}
+    later = {"torch": lambda: Contender([raising], lambda: 0.0, 0.0)}
+    groups = [Group("one", {}, made), Group("two", {}, {"klfast": contender(0.0)}), Group("three", {}, later)]
+    found = {(row.group, row.contender): row for rows in bench.run(groups, Clock("cpu"), 0.02) for row in rows}
+    notes = {"off": "wrong: off by 1.0e-01", "nan": "wrong: off by nan", "raises": "fails: RuntimeError: ptxas gave up", "none": "not on this device"}
+    for name, note in notes.items():
+        row = found["one", name]
+        assert note in str(row) and row.seconds != row.seconds and " ms" not in str(row)
+    assert found["one", "klfast"].speedup > 0 and "1.00x " in str(found["one", "torch"])
+    assert found["two", "klfast"].seconds > 0 and "x " not in str(found["two", "klfast"])  # nothing to compare with
+    assert "fails when timed: RuntimeError" in str(found["three", "torch"])
+
+
+def test_the_bench_ends_in_time():
+    ((row,),) = bench.run([Group("one", {}, {"torch": raising})], Clock("cpu"), -1.0)
+    assert row.note == "left out, the time is over"
+
+
+def test_the_clock_without_events(monkeypatch):
+    synchronized = []
+    monkeypatch.setattr(torch.xpu, "synchronize", lambda: synchronized.append(1))
+    monkeypatch.setattr(torch.xpu, "Event", raising)
+    clock = Clock("xpu")
+    assert clock.by == "clock, the device synchronized"
+    assert clock.seconds(lambda: None) >= 0 and len(synchronized) == 2
+
+
+def test_the_clock_by_events(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        record = staticmethod(lambda: None)
+        elapsed_time = staticmethod(lambda end: 1.0)
+
+    monkeypatch.setattr(torch.xpu, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.xpu, "Event", Event)
+    clock = Clock("xpu")
+    assert clock.by == "device events" and clock.seconds(lambda: None) == 0.001
+    assert clock.medians({"a": lambda: None, "b": lambda: None}, 0.01) == pytest.approx({"a": 0.0002, "b": 0.0002})  # five calls in a sample of five milliseconds
