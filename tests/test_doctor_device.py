@@ -106,7 +106,7 @@ def test_an_op_without_a_kernel(monkeypatch):
     """On the CPU every op has one; on a GPU all have but those that klfast has no Triton kernel of."""
     monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
 
-    for op, device, status in (("decode_attention", "cpu", report.FAIL), ("selective_scan", "xpu", report.FAIL), ("decode_attention", "xpu", report.NONE)):
+    for op, device, status in (("decode_attention", "cpu", report.FAIL), ("selective_scan", "xpu", report.FAIL), ("linear", "xpu", report.NONE)):
         (found,) = checked(op, device)
         assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from klfast import QuantSpec
-from klfast.kernels import causal_conv1d, dequant_matmul, linear_divergence, logit_divergence, rms_norm, selective_scan
+from klfast.kernels import causal_conv1d, decode_attention, dequant_matmul, linear_divergence, logit_divergence, rms_norm, selective_scan
 from klfast.kernels.launch import Launch
 from klfast.layouts import Tiling
 
@@ -75,6 +75,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     yield "logit_divergence, some rows", again, None
     yield from state_space()
     yield from norms()
+    yield from attention(family)
 
 
 def state_space() -> Iterator[tuple[str, Launch, str | None]]:
@@ -103,3 +104,11 @@ def norms() -> Iterator[tuple[str, Launch, str | None]]:
             gate = empty(2, length, 2 * channels, dtype=torch.bfloat16)[..., :channels] if is_gated else None
             launch = rms_norm.plan(x, empty(channels, dtype=torch.float32), gate, x, 1e-5, group)
             yield f"rms_norm{', gated' if is_gated else ''}, {channels} in groups of {group}, {length} tokens", launch, None
+
+
+def attention(family: str) -> Iterator[tuple[str, Launch, str | None]]:
+    """Of Hymba-1.5B's heads, one sequence; few keys and many."""
+    for keys in (100, 4096):
+        q, k, v, y = (empty(1, *shape, dtype=torch.bfloat16) for shape in ((25, 64), (5, keys, 64), (5, keys, 128), (25, 128)))
+        for one in decode_attention.plan(q, k, v, y, 0.125, cores=CORES[family]):
+            yield f"{one.kernel.__name__} of {keys} keys", one, None

@@ -51,6 +51,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dty
     return y.detach().to(dtype or x.dtype)  # no gradients, as all ops
 
 
+def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    from klfast.kernels import decode_attention as kernel
+    from klfast.kernels.launch import cores
+
+    y = q.new_empty(*q.shape[:2], v.shape[-1])
+    if y.numel():
+        for launch in kernel.plan(q.detach(), k.detach(), v.detach(), y, scale, cores=cores(q.device)):
+            launch.run()
+    return y
+
+
 def _from(module: str, name: str) -> Callable:
     """A kernel of another module of this package, imported at the first call."""
 
@@ -62,6 +73,7 @@ def _from(module: str, name: str) -> Callable:
 
 KERNELS = {
     "dequant_matmul": dequant_matmul,
+    "decode_attention": decode_attention,
     **{name: _from("triton_divergence", name) for name in ("logit_divergence", "linear_divergence")},
     **{
         name: _from("triton_ssm", name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from klfast import ops
+from klfast import ops, registry
 from klfast.models.hymba.configuration import HymbaConfig
 
 
@@ -110,7 +110,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     groups, value_dim = k.shape[1], v.shape[-1]
     scale = key_dim**-0.5
     if length == 1:
-        if mask is None and q.device.type == "cpu" and not torch.is_grad_enabled():
+        has_kernel = q.is_cpu or registry.has_kernel("decode_attention", q.device.type.upper())
+        if mask is None and has_kernel and not torch.is_grad_enabled():
             return ops.decode_attention(q.squeeze(2), k, v, scale).reshape(batch, 1, heads * value_dim)
         q = q.reshape(batch, groups, heads // groups, key_dim)  # query heads of a group are queries of one head: no key is copied
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(batch, 1, heads * value_dim)

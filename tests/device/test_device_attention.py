@@ -1,0 +1,49 @@
+"""Triton's decode_attention against float64: cases of the CPU kernel, with tensors made on the device."""
+
+import pytest
+import test_attention as cases
+import torch
+from test_attention import (  # noqa: F401
+    test_a_nan_shows,
+    test_against_float64,
+    test_any_strides_and_mixed_types,
+    test_default_scale_is_that_of_sdpa,
+    test_large_scores_stay_finite,
+    test_opcheck,
+)
+
+from klfast import ops
+from klfast.kernels import decode_attention as kernel
+from klfast.kernels import launch
+
+
+@pytest.fixture
+def tier():
+    return "triton"
+
+
+@pytest.fixture(autouse=True, params=[1, 100], ids=["one core", "100 cores"])
+def _on_the_device(request, device, monkeypatch):
+    """With many cores, in as many parts as the keys allow."""
+    monkeypatch.setattr(launch, "cores", lambda _: request.param)
+    monkeypatch.setattr(kernel, "SMALLEST_PART", 50)
+    with device:
+        yield
+
+
+def test_the_last_part_may_be_short_and_the_largest_score_anywhere(device):
+    for at in (0, 63, 64, 199):
+        q, k, v = cases.inputs(1, 4, 2, 200, 16, 16)
+        k[:, :, at] *= 50
+        torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0).double(), cases.truth(q, k, v, 1.0), rtol=1e-4, atol=2e-5)
+
+
+def test_writes_all_of_y_and_no_more(device):
+    q, k, v = cases.inputs(2, 6, 3, 50, 16, 24)
+    for cores in (1, 100):
+        buffer = torch.full((64 + 2 * 6 * 24 + 64,), torch.nan)
+        y = buffer[64:-64].view(2, 6, 24)
+        for one in kernel.plan(q, k, v, y, 0.25, cores=cores):
+            one.run()
+        torch.testing.assert_close(y.double(), cases.truth(q, k, v, 0.25), rtol=1e-5, atol=2e-6)
+        assert buffer[:64].isnan().all() and buffer[-64:].isnan().all()
