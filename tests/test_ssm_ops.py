@@ -69,6 +69,12 @@ def test_conv(batch, channels, length, width, tier):
         assert out.dtype == dtype and (out.transpose(1, 2).is_contiguous() or not out.numel())
 
 
+def test_conv_of_nothing_hands_the_state_on(tier):
+    initial = make(2, 33, 3, last=1)
+    out, final = ops.causal_conv1d_fn(torch.randn(2, 33, 0), make(33, 4), initial_states=initial, return_final_states=True)
+    assert out.shape == (2, 33, 0) and torch.equal(final, initial)
+
+
 @pytest.mark.parametrize("held", [3, 4, 9])
 def test_conv_update_continues_a_sequence(held, tier):
     x, weight, bias = make(2, 21, 12), make(21, 4), make(21)

@@ -73,7 +73,7 @@ inline void run(const ConvArgs& a) {
             } else {
                 for (int i = 0; i < past * pitch; ++i) tile[i] = 0.0f;
             }
-            const bool in_tile = a.length <= kTime && a.final_length <= past + a.length;
+            const bool in_tile = a.length > 0 && a.length <= kTime && a.final_length <= past + a.length;
             if (a.final && !in_tile) carry(a, b, c0, n);
             for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
                 const int n_t = static_cast<int>(a.length - t0 < kTime ? a.length - t0 : kTime);
