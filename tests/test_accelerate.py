@@ -77,6 +77,17 @@ def test_generates_the_same_tokens(model):
         torch.testing.assert_close(generate(model, x), expected, rtol=0, atol=0)
 
 
+def test_one_token_compiles(model):
+    klfast.accelerate(model)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        prompt = ids(1, 5)
+        caches = [model(prompt, use_cache=True).cache_params for _ in range(2)]
+        for token in ids(1, 3).split(1, dim=1):
+            found, expected = (forward(token, use_cache=True, cache_params=cache).logits for forward, cache in zip((compiled, model), caches, strict=True))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_generates_the_same_tokens_after_left_padding(model):
     x = ids(3, 12)
     mask = torch.ones_like(x)

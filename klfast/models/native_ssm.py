@@ -236,6 +236,7 @@ def _with_globals(function: Callable, changed: dict[str, object]) -> Callable:
     namespace = function.__globals__
     if inner is None:
         namespace = {**namespace, **changed}
+        del namespace["__name__"]  # torch.compile would look the names up in that module instead
     else:
         copy = _with_globals(inner, changed)
         closure = tuple(CellType(copy) if cell.cell_contents is inner else cell for cell in closure)
