@@ -47,4 +47,6 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
     As torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True) for queries [B, H, 1, Dk].
     """
-    return torch.ops.klfast.decode_attention.default(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    return torch.ops.klfast.decode_attention.default(q, k, v, scale)

@@ -45,6 +45,11 @@ def test_any_strides_and_mixed_types(tier):
     torch.testing.assert_close(ops.decode_attention(q, k, v, 0.25).double(), truth(q, k, v, 0.25), rtol=1e-5, atol=2e-6)
 
 
+def test_keys_without_width_are_all_alike(tier):
+    q, k, v = inputs(2, 4, 2, 5, 0, 8)
+    torch.testing.assert_close(ops.decode_attention(q, k, v), v.mean(2).repeat_interleave(2, 1))
+
+
 def test_large_scores_stay_finite(tier):
     q, k, v = inputs(1, 4, 2, 70, 32, 32)
     torch.testing.assert_close(ops.decode_attention(q * 1e4, k, v, 1.0).double(), truth(q * 1e4, k, v, 1.0), rtol=1e-4, atol=1e-4)
@@ -71,6 +76,7 @@ def test_threads_do_not_matter():
     "change, message",
     [
         (lambda q, k, v: (q.double(), k, v), "q must be float32"),
+        (lambda q, k, v: (q.sum(), k, v), "q must be float32, bfloat16 or float16 with 3"),
         (lambda q, k, v: (q, k[0], v), "k must be float32"),
         (lambda q, k, v: (q, k[..., 1:], v), "k must be"),
         (lambda q, k, v: (q, k, v[:, :, 1:]), "v as k but"),
