@@ -32,7 +32,7 @@ class QuantLinear(nn.Module):
         for name, tensor in _buffers(qt).items():
             self.register_buffer(name, tensor)
         self.register_buffer("weight_shape", torch.tensor(qt.shape))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: QuantSpec, activation: str = "exact", scale: str = "absmax") -> QuantLinear:

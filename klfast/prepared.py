@@ -25,6 +25,8 @@ except ImportError:  # not built
     _C = None
 
 FEW_ROWS = 8  # for these the kernels read a weight as it lies, at the speed of memory
+Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
+_GONE = object()
 _expired = torch.UntypedStorage._expired
 
 
@@ -50,25 +52,32 @@ def unobserved(x: torch.Tensor) -> bool:
 
 
 class Watch:
-    """Whether the tensors under some names in modules' dictionaries are still those that they were, memory included."""
+    """Whether the contiguous tensors under some names in modules' dictionaries are still those that they were, memory included."""
 
-    def __init__(self, *places: tuple[dict[str, torch.Tensor | None], str]) -> None:
+    def __init__(self, *places: Place) -> None:
         self._seen = []
         for home, name in places:
-            t = home.get(name)
+            t = home[name]
             # A weak reference: a model moved to a GPU must not leave its weights behind.
             storage = None if t is None else StorageWeakRef(t.untyped_storage())
-            self._seen.append((home, name, t if t is None else weakref.ref(t), storage, 0 if t is None else t.data_ptr(), storage and storage.cdata))
+            self._seen.append((home, name, *((None,) * 5 if t is None else (weakref.ref(t), storage, t.data_ptr(), storage.cdata, t.numel()))))
 
     def sees_no_change(self) -> bool:
-        for home, name, seen, _, address, storage in self._seen:
-            t = home.get(name)
-            if t is None:
-                if seen is not None:
+        for home, name, seen, _, address, storage, count in self._seen:
+            t = home.get(name, _GONE)
+            if t is None or t is _GONE:
+                if t is _GONE or seen is not None:
                     return False
             elif seen is None or seen() is not t or t.data_ptr() != address or _expired(storage):
                 return False
+            elif t.numel() != count or not t.is_contiguous():  # by .data another view of the same memory
+                return False
         return True
+
+
+def has(*places: Place) -> bool:
+    """Whether there is a tensor, or None, at each. There is not where a parameter was pruned or parametrized."""
+    return all(name in home for home, name in places)
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
@@ -90,7 +99,10 @@ class PreparedLinear:
         self.projection, self.dtype, self._options = None, None, _options(layer)
         names = ("weight", "bias") if self._options is None else ("weight_packed", "weight_scale", "weight_zero_point", "bias")
         homes = [layer._buffers if name in layer._buffers else layer._parameters for name in names]
-        *weight, bias = (home.get(name) for home, name in zip(homes, names, strict=True))
+        places = tuple(zip(homes, names, strict=True))
+        if not has(*places):
+            return
+        *weight, bias = (home[name] for home, name in places)
         if not plain(bias) or (bias is not None and bias.shape != (self.n,)):
             return
         if self._options is None:
@@ -98,7 +110,7 @@ class PreparedLinear:
         elif layer.layout is Layout.PLAIN:
             self._prepare_quantized(layer, *weight, bias)
         if self.projection is not None:
-            self._watch = Watch(*zip(homes, names, strict=True))
+            self._watch = Watch(*places)
 
     def _prepare_dense(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         if weight is not None and plain(weight) and weight.shape == (self.n, self.k):

@@ -1,6 +1,7 @@
 """Layers and mixers prepared for the extension: the results of the ops, and never those of weights that are gone."""
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -10,6 +11,7 @@ import torch
 from families import batch, tiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import klfast
@@ -17,6 +19,7 @@ from klfast import ops, prepared
 from klfast.errors import InvalidInputError
 from klfast.models import mamba_step
 from klfast.models.hymba import HymbaCache
+from klfast.models.hymba.norm import HymbaRMSNorm
 from klfast.nn import QuantLinear
 from klfast.types import QuantSpec
 
@@ -125,6 +128,26 @@ def test_address_used_anew_is_seen():
         assert torch.equal(prepared.linear(layer, x), ops.linear(x, layer.weight))
         again += layer.weight.data_ptr() == address
     assert again  # it did happen
+
+
+@pytest.mark.parametrize("view", [torch.t, lambda weight: weight[:32]], ids=["transposed", "cut"])
+def test_another_view_of_the_same_memory_is_seen(view):
+    layer, x = nn.Linear(64, 64, bias=False).bfloat16(), torch.randn(1, 64).bfloat16()
+    assert is_taken(layer, x)
+    layer.weight.data = view(layer.weight.data)
+    assert not is_taken(layer, x)
+
+
+@pytest.mark.parametrize("make", [quantized, lambda: nn.Linear(100, 21).bfloat16()])
+def test_bias_that_is_no_parameter_is_left_to_the_op(make):
+    """As torch.nn.utils.prune leaves it: an attribute."""
+    layer = make()
+    x = torch.randn(1, 100).to(layer.bias.dtype)
+    assert is_taken(layer, x)
+    bias = layer.bias.data
+    del layer.bias
+    layer.bias = bias
+    assert not is_taken(layer, x)
 
 
 def test_damaged_buffers_are_refused():
@@ -253,6 +276,73 @@ def test_changed_mixer_is_seen(family, part, steps):
     expected, _ = decoded(model, 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not kept or not torch.allclose(found, before, atol=1e-3)
+
+
+def mixer_of(model):
+    return next(module for module in model.modules() if type(module).__name__.endswith("Mixer"))
+
+
+class Plus(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+def pruned_bias(mixer):
+    mixer.conv1d.bias.data += 1
+    prune.identity(mixer.conv1d, "bias")
+
+
+def other_forward(mixer, wraps=lambda forward: lambda function: function):
+    projection = mixer.x_proj[0] if isinstance(mixer.x_proj, nn.ModuleList) else mixer.x_proj
+    forward = projection.forward
+    projection.forward = wraps(forward)(lambda x: 1 + forward(x))
+
+
+MIXER_CHANGES = {
+    "pruned bias": pruned_bias,
+    "parametrized bias": lambda mixer: parametrize.register_parametrization(mixer.conv1d, "bias", Plus()),
+    "other forward": other_forward,
+    "wrapped forward": lambda mixer: other_forward(mixer, functools.wraps),
+}
+HYMBA_CHANGES = {
+    "norm": lambda mixer: setattr(mixer, "B_layernorm", HymbaRMSNorm(16, 1.0)),
+    "kind of norm": lambda mixer: setattr(mixer, "dt_layernorm", nn.Identity()),
+    "hook on a norm": lambda mixer: mixer.C_layernorm.register_forward_hook(lambda norm, args, y: 2 * y),
+    "A_log": lambda mixer: setattr(mixer, "A_log", nn.ParameterList([mixer.A_log[0] + 1])),
+    "D": lambda mixer: setattr(mixer, "D", nn.ParameterList([mixer.D[0] + 1])),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [(family, change) for family in FAMILIES for change in MIXER_CHANGES] + [("hymba", change) for change in HYMBA_CHANGES],
+)
+def test_mixer_changed_after_a_step(family, change, steps):
+    """What the ops' path would see."""
+    model = model_of(family, "float32")
+    before, _ = decoded(model, 1)
+    assert steps.taken
+    {**MIXER_CHANGES, **HYMBA_CHANGES}[change](mixer_of(model))
+    found, _ = decoded(model, 1)
+    steps.allowed = False
+    expected, _ = decoded(model, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_and_hooks_on_all_modules_are_left_to_the_ops(family, steps):
+    model = model_of(family, "float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded(model, 1)
+    assert not steps.taken
+    projection, seen = mixer_of(model).x_proj, []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        decoded(model, 1)
+    finally:
+        hook.remove()
+    assert seen.count(projection[0] if family == "hymba" else projection) == 6 and not steps.taken
 
 
 def test_what_a_step_cannot_do_is_left_to_the_ops(steps):

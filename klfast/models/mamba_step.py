@@ -6,20 +6,19 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from klfast import runtime
 from klfast.backends.memory import view
 from klfast.errors import InvalidInputError
 from klfast.nn import QuantLinear
-from klfast.prepared import FEW_ROWS, PreparedLinear, Watch, plain, prepared, unobserved
+from klfast.prepared import FEW_ROWS, Place, PreparedLinear, Watch, has, plain, prepared, unobserved
 from klfast.types import FLOAT_DTYPES
 
 try:
     from klfast import _C
 except ImportError:  # not built: then everything counts as observed
     _C = None
-
-Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters, and a name in it
 
 
 class Parts(NamedTuple):
@@ -31,7 +30,7 @@ class Parts(NamedTuple):
         dt_proj: linear layer from R to D; its bias is added in float32.
         A_log, D: the parameters [D, N] and [D].
         norm_eps: of RMS norms over dt, B and C; None if there are none.
-        norms: their weights [R], [N] and [N]; none if these are ones.
+        norms: the modules of these, with weights [R], [N] and [N]; none if the weights are ones.
     """
 
     conv1d: nn.Module
@@ -40,7 +39,11 @@ class Parts(NamedTuple):
     A_log: Place
     D: Place
     norm_eps: float | None = None
-    norms: tuple[Place, ...] = ()
+    norms: tuple[nn.Module, ...] = ()
+
+    def are(self, others: Parts) -> bool:
+        """Whether all are identical. The dictionaries come first: unless they are one, ``==`` would compare their tensors."""
+        return self.A_log[0] is others.A_log[0] and self.D[0] is others.D[0] and self == others
 
 
 class MambaStep:
@@ -49,9 +52,11 @@ class MambaStep:
     def __init__(self, parts: Parts) -> None:
         self.mixer, self._parts, self._projections = None, parts, _projections(parts)
         convolution = parts.conv1d._parameters
-        places = ((convolution, "weight"), (convolution, "bias"), parts.A_log, parts.D, (parts.dt_proj._parameters, "bias"), *parts.norms)
-        weight, conv_bias, A_log, D, dt_bias, *norms = tensors = [home.get(name) for home, name in places]
-        if self._projections is None or any(t is None for t in (weight, A_log, D)) or not plain(*tensors) or A_log.dim() != 2:
+        places = ((convolution, "weight"), (convolution, "bias"), parts.A_log, parts.D, (parts.dt_proj._parameters, "bias"), *((norm._parameters, "weight") for norm in parts.norms))
+        if self._projections is None or not has(*places):
+            return
+        weight, conv_bias, A_log, D, dt_bias, *norms = tensors = [home[name] for home, name in places]
+        if any(t is None for t in (weight, A_log, D)) or not plain(*tensors) or A_log.dim() != 2:
             return
         x_proj, dt_proj = self._projections
         (channels, states), rank, width = A_log.shape, dt_proj.k, weight.shape[-1]
@@ -66,7 +71,7 @@ class MambaStep:
         )  # fmt: skip
 
     def is_current(self, parts: Parts) -> bool:
-        return self.mixer is not None and self._parts == parts and self._watch.sees_no_change() and self._projections == _projections(parts)
+        return self.mixer is not None and self._parts.are(parts) and self._watch.sees_no_change() and self._projections == _projections(parts)
 
     def takes(self, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> bool:
         """Whether one token of each of B sequences, x [B, ...], can go through, with the states [B, D, S] and [B, D, N]."""
@@ -85,7 +90,8 @@ class MambaStep:
     def __call__(self, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
         """y [B, D] in the dtype of x from the input x and the gate z, both [B, D]; the states, which it ``takes``, move on in place."""
         shape = (len(conv_state), self._channels)
-        if x.shape != shape or z.shape != shape or not self._projections[0].takes(x.dtype) or z.dtype not in FLOAT_DTYPES:
+        taken = all(projection.takes(x.dtype) for projection in self._projections) and z.dtype in FLOAT_DTYPES and x.is_cpu and z.is_cpu
+        if x.shape != shape or z.shape != shape or not taken:
             raise InvalidInputError(f"x and z must be {list(shape)} after the first projection, got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}")
         out = x.new_empty(x.shape)
         self.mixer(view(x), view(z), view(conv_state), view(ssm_state), view(out), len(x), conv_state.shape[2], torch.get_num_threads(), runtime.cpu_tier_limit())
@@ -95,10 +101,11 @@ class MambaStep:
 def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> MambaStep | None:
     """The step of the mixer whose parts these are, for an input of x's dtype and batch; None where the ops have to be called.
 
-    That is where there is a part that the extension cannot take, a hook on a projection, somebody who observes x, or
+    That is where there is a part that the extension cannot take, a hook on a module that would be called or another
+    forward in it, a hook on all modules, somebody who observes x, autocast (whose types the projections would take), or
     gradients are enabled.
     """
-    if torch.is_grad_enabled() or not unobserved(x):
+    if torch.is_grad_enabled() or not unobserved(x) or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
         return None
     step = prepared(mixer, MambaStep, parts)
     return step if step.takes(x, conv_state, ssm_state) else None
@@ -106,7 +113,14 @@ def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.T
 
 def _projections(parts: Parts) -> tuple[PreparedLinear, PreparedLinear] | None:
     layers = (parts.x_proj, parts.dt_proj)
-    if any(type(layer) not in (nn.Linear, QuantLinear) or layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in vars(layer) for layer in layers):
+    if any(type(layer) not in (nn.Linear, QuantLinear) for layer in layers) or not all(_is_untouched(module) for module in (*layers, *parts.norms)):
         return None
     x_proj, dt_proj = (prepared(layer, PreparedLinear, layer) for layer in layers)
     return None if x_proj.projection is None or dt_proj.projection is None else (x_proj, dt_proj)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module would do what its class does: no hook, and no forward of its own but klfast's."""
+    forward = module.__dict__.get("forward")
+    own = forward is not None and (not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__"))  # functools.wraps copies the mark
+    return not (own or module._forward_hooks or module._forward_pre_hooks)

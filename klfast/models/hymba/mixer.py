@@ -91,7 +91,8 @@ class HymbaMixer(nn.Module):
         state = None if cache is None else cache.layers[self.layer]
         continued = state is not None and state.conv is not None
         if continued and x.shape[1] == 1 and padding is None:
-            step = mamba_step.prepare(self, self._parts(), x, state.conv, state.ssm)
+            parts = self._parts()
+            step = None if parts is None else mamba_step.prepare(self, parts, x, state.conv, state.ssm)
             if step is not None:
                 return step(x[:, 0], z[:, 0], state.conv, state.ssm).unsqueeze(1)
         if padding is not None:
@@ -115,12 +116,13 @@ class HymbaMixer(nn.Module):
                 state.conv = ssm.last_inputs(x.transpose(1, 2), self.conv1d.kernel_size[0])
         return y.transpose(1, 2)
 
-    def _parts(self) -> mamba_step.Parts:
+    def _parts(self) -> mamba_step.Parts | None:
+        """None if there are norms of another kind than a step computes."""
         norms = () if self.dt_layernorm is None else (self.dt_layernorm, self.B_layernorm, self.C_layernorm)
-        return mamba_step.Parts(
-            self.conv1d, self.x_proj[0], self.dt_proj[0], (self.A_log._parameters, "0"), (self.D._parameters, "0"),
-            norms[0].eps if norms else None, tuple((norm._parameters, "weight") for norm in norms),
-        )  # fmt: skip
+        if not all(type(norm) is HymbaRMSNorm and norm.eps == norms[0].eps for norm in norms):
+            return None
+        A_log, D = (self.A_log._parameters, "0"), (self.D._parameters, "0")
+        return mamba_step.Parts(self.conv1d, self.x_proj[0], self.dt_proj[0], A_log, D, norms[0].eps if norms else None, norms)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
