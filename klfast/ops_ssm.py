@@ -76,10 +76,9 @@ def _check_conv(op, x, weight, bias, state, state_name, silu):
 
 
 def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    past = weight.shape[-1] - 1
     for name, state in (("initial_states", initial_states), ("final_states_out", final_states_out)):
         _check_conv("causal_conv1d_fn", x, weight, bias, state, name, silu)
-        if state is not None and state.shape[-1] != past:
+        if state is not None and state.shape[-1] != (past := weight.shape[-1] - 1):
             raise InvalidInputError(f"causal_conv1d_fn: {name} must be [{x.shape[0]}, {x.shape[1]}, {past}], got {list(state.shape)}")
 
 
@@ -126,7 +125,7 @@ def causal_conv1d_fn(
     """
     _unsupported("causal_conv1d_fn", seq_idx=seq_idx)
     silu = _is_silu("causal_conv1d_fn", activation)
-    if return_final_states and final_states_out is None and x.dim() == 3:
+    if return_final_states and final_states_out is None and x.dim() == 3 and weight.dim():
         final_states_out = x.new_empty(*x.shape[:2], max(weight.shape[-1] - 1, 0))
     args = (x, weight, bias, initial_states, final_states_out, silu)
     out = torch.ops.klfast.causal_conv1d.default(*args)
@@ -445,5 +444,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = 
     if x.dim() != 3:
         x = x.reshape(-1, 1, shape[-1]) if x.dim() else x
         gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])
-    args = (x, weight, gate, eps, group_size or weight.shape[-1])
+    args = (x, weight, gate, eps, group_size or (weight.shape[-1] if weight.dim() else 1))
     return torch.ops.klfast.rms_norm.default(*args).view(shape)

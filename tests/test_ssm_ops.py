@@ -321,6 +321,7 @@ HEADS = (torch.zeros(2, 9, 4, 5), torch.zeros(2, 9, 4), torch.zeros(4), torch.ze
         (lambda: ops.causal_conv1d_fn(X, W, seq_idx=torch.zeros(2, 9)), "seq_idx"),
         (lambda: ops.causal_conv1d_fn(X.long(), W), "x must be float32"),
         (lambda: ops.causal_conv1d_fn(X, W[:4]), r"weight must be \[5, W\]"),
+        (lambda: ops.causal_conv1d_fn(X, W.sum(), return_final_states=True), r"weight must be \[5, W\]"),
         (lambda: ops.causal_conv1d_fn(X[0], W), r"x must be \[B, D, L\]"),
         (lambda: ops.causal_conv1d_fn(X, W, initial_states=X[..., :2]), "initial_states"),
         (lambda: ops.causal_conv1d_fn(X, W.to("meta")), "one device"),
@@ -337,6 +338,7 @@ HEADS = (torch.zeros(2, 9, 4, 5), torch.zeros(2, 9, 4), torch.zeros(4), torch.ze
         (lambda: ops.mamba_chunk_scan_combined(*HEADS, seq_idx=torch.zeros(2)), "seq_idx"),
         (lambda: ops.mamba_chunk_scan_combined(*HEADS[:3], HEADS[3][:, :, :1], HEADS[4][:, :, :1], 64, dt_limit=(1.0, 0.0)), "dt_limit"),
         (lambda: ops.rms_norm(X, torch.zeros(9), group_size=4), "group_size"),
+        (lambda: ops.rms_norm(X, torch.zeros(())), r"weight must be \[9\]"),
     ],
 )
 def test_bad_input(call, message):
