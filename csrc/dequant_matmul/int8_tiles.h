@@ -64,7 +64,7 @@ struct Int8Factors {
         // Tiles of W rows, k in the order in which x has it. Behind the last value, where x is zero, anything may be.
         void fill(const Grid& grid, std::int64_t n0, std::int32_t* w) const {
             const DequantMatmulArgs& a = factors.a;
-            for (std::int64_t i = a.words() * QuantizedX<Bits>::lanes * W; i < pitch; i += W) write(w + i, set_int(0));
+            for (std::int64_t i = a.words() * QuantizedX<Bits>::quads * W; i < pitch; i += W) write(w + i, set_int(0));
             constexpr int count = 32 / Bits;
             alignas(64) std::int32_t words[(kBlock / count + W) * W];
             for (std::int64_t block = 0; block < a.k; block += kBlock) {
@@ -72,7 +72,7 @@ struct Int8Factors {
                 load_words(a, n0, block / count, block_words, words);
                 factors.segments.within(block, block + kBlock, [&](const Segment& segment) {
                     const __m512i zero = bytes(klfast::load(grid.zero.data + segment.group * W));
-                    for (std::int64_t i = segment.begin / count; i < (segment.end + count - 1) / count; ++i) tile_rows(words + (i - block / count) * W, zero, w + i * QuantizedX<Bits>::lanes * W);
+                    for (std::int64_t i = segment.begin / count; i < (segment.end + count - 1) / count; ++i) tile_rows(words + (i - block / count) * W, zero, w + i * QuantizedX<Bits>::quads * W);
                 });
             }
         }
@@ -85,9 +85,9 @@ struct Int8Factors {
             if constexpr (Bits == 8) {
                 write(out, {_mm512_xor_si512(stored, _mm512_set1_epi8(-128))});
             } else {
-                const DotOperand<4> nibbles(read(word));
-                write(out, {_mm512_sub_epi8(nibbles.even, zero)});
-                write(out + W, {_mm512_sub_epi8(nibbles.odd, zero)});
+                const Nibbles nibbles(read(word));
+                write(out, {_mm512_sub_epi8(nibbles.even.v, zero)});
+                write(out + W, {_mm512_sub_epi8(nibbles.odd.v, zero)});
             }
         }
     };

@@ -14,7 +14,7 @@ namespace {
 
 template <int Bits>
 struct QuantizedX {
-    static constexpr int count = 32 / Bits, lanes = count / 4;  // values and int32 of q for each word of W
+    static constexpr int count = 32 / Bits, quads = count / 4;  // values and quads of q (int32) for each word of W
 
     const DequantMatmulArgs& a;
     const Segments& segments;
@@ -23,7 +23,7 @@ struct QuantizedX {
     Buffer<float> sum;    // [segments, m]: sums of q
 
     QuantizedX(const DequantMatmulArgs& args, const Segments& all)
-        : a(args), segments(all), pitch(a.words() * lanes), scale(a.m * a.groups()), sum(a.m * segments.count) {}
+        : a(args), segments(all), pitch(a.words() * quads), scale(a.m * a.groups()), sum(a.m * segments.count) {}
 
     // Scratch of a thread.
     struct Row {

@@ -12,34 +12,42 @@
 namespace klfast {
 namespace {
 
-template <int Bits>
-struct DotOperand;
-
-template <>
-struct DotOperand<4> : Nibbles {
-    static constexpr int offset = 0;
-    using Nibbles::Nibbles;
-};
-
-template <>
-struct DotOperand<8> {
-    static constexpr int offset = 128;
-    __m256i q, magnitude;
-    explicit DotOperand(Ints word) : q(_mm256_xor_si256(word.v, _mm256_set1_epi8(-128))), magnitude(_mm256_abs_epi8(q)) {}
-};
+constexpr int kDotRows = 4, kDotVectors = 2;  // accumulators, of 16 registers
 
 inline Ints widen_add(Ints sum, __m256i pairs) {
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
 
-inline Ints dot(Ints sum, const DotOperand<4>& w, const std::int32_t* x) {
-    const __m256i even = _mm256_maddubs_epi16(w.even, _mm256_set1_epi32(x[0]));
-    return widen_add(sum, _mm256_add_epi16(even, _mm256_maddubs_epi16(w.odd, _mm256_set1_epi32(x[1]))));
+// Quads of bytes for dot products with quads of x; `offset` is what they lack.
+template <int Bits>
+struct DotOperand;
+
+template <>
+struct DotOperand<4> {
+    static constexpr int quads = 2, offset = 0;
+    struct Two {
+        __m256i first, second;
+    };
+    Two stored;
+    DotOperand() = default;
+    DotOperand(const std::int32_t* quad, std::ptrdiff_t next) : stored{read(quad).v, read(quad + next).v} {}
+    static Two spread(const std::int32_t* x) { return {set_int(x[0]).v, set_int(x[1]).v}; }
+};
+
+inline Ints dot(Ints sum, const DotOperand<4>& w, const DotOperand<4>::Two& x) {
+    return widen_add(sum, _mm256_add_epi16(_mm256_maddubs_epi16(w.stored.first, x.first), _mm256_maddubs_epi16(w.stored.second, x.second)));
 }
 
-inline Ints dot(Ints sum, const DotOperand<8>& w, const std::int32_t* x) {
-    return widen_add(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(_mm256_set1_epi32(*x), w.q)));
-}
+template <>
+struct DotOperand<8> {
+    static constexpr int quads = 1, offset = 128;
+    __m256i q, magnitude;
+    DotOperand() = default;
+    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : q(_mm256_xor_si256(read(quad).v, _mm256_set1_epi8(-128))), magnitude(_mm256_abs_epi8(q)) {}
+    static Ints spread(const std::int32_t* x) { return set_int(*x); }
+};
+
+inline Ints dot(Ints sum, const DotOperand<8>& w, Ints x) { return widen_add(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.v, w.q))); }
 
 }  // namespace
 }  // namespace klfast

@@ -10,32 +10,26 @@
 namespace klfast {
 namespace {
 
+constexpr int kDotRows = 6, kDotVectors = 2;  // accumulators, of 16 registers
+
+// Quads of bytes, as stored, for dot products with quads of x; `offset` is what they lack.
 template <int Bits>
-struct DotOperand;
-
-template <>
-struct DotOperand<4> : Nibbles {
-    static constexpr int offset = 0;
-    using Nibbles::Nibbles;
-};
-
-template <>
-struct DotOperand<8> {
-    static constexpr int offset = 0;
+struct DotOperand {
+    static constexpr int quads = 1, offset = 0;
     __m256i stored;
-    explicit DotOperand(Ints word) : stored(word.v) {}
+    DotOperand() = default;
+    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : stored(read(quad).v) {}
+    static Ints spread(const std::int32_t* x) { return set_int(*x); }
 };
 
-inline __m256i dot_bytes(__m256i sum, __m256i w, std::int32_t x) {
+template <int Bits>
+Ints dot(Ints sum, const DotOperand<Bits>& w, Ints x) {
 #ifdef KLFAST_AVXVNNI_TWIN
-    return _mm256_dpbusd_epi32(sum, w, _mm256_set1_epi32(x));
+    return {_mm256_dpbusd_epi32(sum.v, w.stored, x.v)};
 #else
-    return _mm256_dpbusd_avx_epi32(sum, w, _mm256_set1_epi32(x));
+    return {_mm256_dpbusd_avx_epi32(sum.v, w.stored, x.v)};
 #endif
 }
-
-inline Ints dot(Ints sum, const DotOperand<4>& w, const std::int32_t* x) { return {dot_bytes(dot_bytes(sum.v, w.even, x[0]), w.odd, x[1])}; }
-inline Ints dot(Ints sum, const DotOperand<8>& w, const std::int32_t* x) { return {dot_bytes(sum.v, w.stored, *x)}; }
 
 }  // namespace
 }  // namespace klfast

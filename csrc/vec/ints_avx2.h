@@ -2,6 +2,7 @@
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include <immintrin.h>
@@ -13,7 +14,7 @@ struct Ints {
     __m256i v;
 };
 
-constexpr int kTileRows = 6, kDotRows = 4;
+constexpr int kTileRows = 6;
 
 inline Ints set_int(std::int32_t a) { return {_mm256_set1_epi32(a)}; }
 inline Ints read(const std::int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
@@ -37,11 +38,11 @@ inline Vec masked_float(Ints a, Ints mask, Ints base) {
 
 // The lower and the upper nibbles of a word's bytes.
 struct Nibbles {
-    __m256i even, odd;
+    Ints even, odd;
     explicit Nibbles(Ints word) {
         const __m256i low = _mm256_set1_epi8(0xf);
-        even = _mm256_and_si256(word.v, low);
-        odd = _mm256_and_si256(_mm256_srli_epi16(word.v, 4), low);
+        even.v = _mm256_and_si256(word.v, low);
+        odd.v = _mm256_and_si256(_mm256_srli_epi16(word.v, 4), low);
     }
 };
 

@@ -3,6 +3,7 @@
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include <immintrin.h>
@@ -14,8 +15,8 @@ struct Ints {
     __m512i v;
 };
 
-// Accumulators: 14 x 2 of 32 registers for floats, 12 for integers.
-constexpr int kTileRows = 14, kDotRows = 12;
+// Accumulators: 14 x 2 of 32 registers for floats, 6 x 4 for integers.
+constexpr int kTileRows = 14, kDotRows = 6, kDotVectors = 4;
 
 inline Ints set_int(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline Ints read(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -57,35 +58,28 @@ inline void transpose(Ints (&r)[16]) {
     }
 }
 
-template <int Bits>
-struct DotOperand;
-
-template <>
-struct DotOperand<4> {
-    static constexpr int offset = 0;
-    __m512i even, odd;
-    explicit DotOperand(Ints word) {
+// The lower and the upper nibbles of a word's bytes.
+struct Nibbles {
+    Ints even, odd;
+    explicit Nibbles(Ints word) {
         const __m512i low = _mm512_set1_epi8(0xf);
-        even = _mm512_and_si512(word.v, low);
-        odd = _mm512_and_si512(_mm512_srli_epi16(word.v, 4), low);
+        even.v = _mm512_and_si512(word.v, low);
+        odd.v = _mm512_and_si512(_mm512_srli_epi16(word.v, 4), low);
     }
 };
 
-template <>
-struct DotOperand<8> {
-    static constexpr int offset = 0;
+// Quads of bytes, as stored, for dot products with quads of x; `offset` is what they lack.
+template <int Bits>
+struct DotOperand {
+    static constexpr int quads = 1, offset = 0;
     __m512i stored;
-    explicit DotOperand(Ints word) : stored(word.v) {}
+    DotOperand() = default;
+    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : stored(read(quad).v) {}
+    static Ints spread(const std::int32_t* x) { return set_int(*x); }
 };
 
-inline Ints dot(Ints sum, const DotOperand<4>& w, const std::int32_t* x) {
-    sum.v = _mm512_dpbusd_epi32(sum.v, w.even, _mm512_set1_epi32(x[0]));
-    return {_mm512_dpbusd_epi32(sum.v, w.odd, _mm512_set1_epi32(x[1]))};
-}
-
-inline Ints dot(Ints sum, const DotOperand<8>& w, const std::int32_t* x) {
-    return {_mm512_dpbusd_epi32(sum.v, w.stored, _mm512_set1_epi32(*x))};
-}
+template <int Bits>
+Ints dot(Ints sum, const DotOperand<Bits>& w, Ints x) { return {_mm512_dpbusd_epi32(sum.v, w.stored, x.v)}; }
 
 }  // namespace
 }  // namespace klfast

@@ -2,6 +2,7 @@
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace klfast {
@@ -11,7 +12,7 @@ struct Ints {
     std::int32_t v;
 };
 
-constexpr int kTileRows = 4, kDotRows = 4;
+constexpr int kTileRows = 4, kDotRows = 4, kDotVectors = 1;
 
 inline Ints set_int(std::int32_t a) { return {a}; }
 inline Ints read(const std::int32_t* p) { return {*p}; }
@@ -27,22 +28,28 @@ inline Vec float_bits(Ints a) { return {__builtin_bit_cast(float, a.v)}; }
 inline Vec pick(Vec table, Ints) { return table; }
 inline void transpose(Ints (&)[1]) {}
 
-template <int Bits>
-struct DotOperand {
-    static constexpr int offset = 0;
-    std::uint32_t stored;
-    explicit DotOperand(Ints word) : stored(static_cast<std::uint32_t>(word.v)) {}
+// The lower and the upper nibbles of a word's bytes.
+struct Nibbles {
+    Ints even, odd;
+    explicit Nibbles(Ints word) : even{word.v & 0x0f0f0f0f}, odd{shift_right(word, 4).v & 0x0f0f0f0f} {}
 };
 
-inline std::int32_t byte_of(std::int32_t x, int i) { return static_cast<std::int8_t>(static_cast<std::uint32_t>(x) >> (8 * i)); }
+// Quads of bytes, as stored, for dot products with quads of x; `offset` is what they lack.
+template <int Bits>
+struct DotOperand {
+    static constexpr int quads = 1, offset = 0;
+    std::int32_t stored;
+    DotOperand() = default;
+    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : stored(*quad) {}
+    static Ints spread(const std::int32_t* x) { return {*x}; }
+};
 
-inline Ints dot(Ints sum, const DotOperand<4>& w, const std::int32_t* x) {
-    for (int j = 0; j < 8; ++j) sum.v += static_cast<std::int32_t>(w.stored >> (4 * j) & 0xf) * byte_of(x[j % 2], j / 2);
-    return sum;
-}
-
-inline Ints dot(Ints sum, const DotOperand<8>& w, const std::int32_t* x) {
-    for (int j = 0; j < 4; ++j) sum.v += static_cast<std::int32_t>(w.stored >> (8 * j) & 0xff) * byte_of(*x, j);
+template <int Bits>
+Ints dot(Ints sum, const DotOperand<Bits>& w, Ints x) {
+    for (int i = 0; i < 4; ++i) {
+        const auto byte = [i](std::int32_t quad) { return static_cast<std::uint8_t>(static_cast<std::uint32_t>(quad) >> (8 * i)); };
+        sum.v += byte(w.stored) * static_cast<std::int8_t>(byte(x.v));
+    }
     return sum;
 }
 
