@@ -3,6 +3,7 @@
 
 #include "dequant_matmul/exact_large.h"
 #include "dequant_matmul/few_rows.h"
+#include "dequant_matmul/few_rows_int8.h"
 #include "dequant_matmul/int8.h"
 
 namespace klfast {
@@ -11,7 +12,8 @@ namespace {
 template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
     const Segments segments(args.k, args.group);
-    if (args.int8_activation) run_int8<Bits>(args, segments);
+    if (args.int8_activation && args.m <= kFewRows && segments_fit_lines<Bits>(args)) FewRowsInt8<Bits>(args, segments).run();
+    else if (args.int8_activation) run_int8<Bits>(args, segments);
     else if (args.m <= kFewRows && words_within_groups<Bits>(args)) FewRows<FloatLines, Bits>(args).run();
     else run_exact_large<Bits>(args, segments);
 }

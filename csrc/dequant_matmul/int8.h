@@ -49,13 +49,9 @@ private:
     alignas(64) std::int32_t words_[(kWords + W) * W];
 
     static void write_quads(Ints word, std::int32_t* out, std::int64_t pitch) {
-        if constexpr (Bits == 8) {
-            write(out, word);
-        } else {
-            const Nibbles nibbles(word);
-            write(out, nibbles.even);
-            write(out + pitch, nibbles.odd);
-        }
+        Ints quad[quads];
+        split<Bits>(word, quad);
+        for (int j = 0; j < quads; ++j) write(out + j * pitch, quad[j]);
     }
 };
 
@@ -69,9 +65,13 @@ void dot_quads(const std::int32_t* weights, const std::int32_t* q, std::int64_t 
         for (int v = 0; v < V; ++v) sum[r][v] = Add ? read(out + (r * V + v) * W) : set_int(0);
     for (std::int64_t i = first; i < last; i += Operand::quads) {
         Operand w[V];
-        for (int v = 0; v < V; ++v) w[v] = Operand(weights + (i * V + v) * W, V * W);
+        Ints quad[Operand::quads], x[Operand::quads];
+        for (int v = 0; v < V; ++v) {
+            for (int j = 0; j < Operand::quads; ++j) quad[j] = read(weights + ((i + j) * V + v) * W);
+            w[v] = Operand(quad);
+        }
         for (int r = 0; r < R; ++r) {
-            const auto x = Operand::spread(q + r * pitch + i);
+            for (int j = 0; j < Operand::quads; ++j) x[j] = set_int(q[r * pitch + i + j]);
             for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], w[v], x);
         }
     }
@@ -145,10 +145,7 @@ void run_int8(const DequantMatmulArgs& a, const Segments& segments) {
     using Q = QuantizedX<Bits>;
     const Q x(a, segments);
     const Buffer<std::int32_t> q(a.m * x.pitch);
-    parallel_for(a.m, 1, useful_threads(a, 8 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
-        const typename Q::Row row(x);
-        for (std::int64_t m = begin; m < end; ++m) x.fill(m, row, q.data + m * x.pitch);
-    });
+    x.fill(q.data);
     const int threads = useful_threads(a, a.m * a.n * a.k);
     const std::int64_t tiles = (a.m + kDotRows - 1) / kDotRows;
     const Division division(a, kDotVectors, tiles, threads);

@@ -8,9 +8,22 @@
 #include <cstring>
 
 #include "dequant_matmul/panel.h"
+#include "parallel.h"
 
 namespace klfast {
 namespace {
+
+// The quads of bytes in each lane's word, in the order in which q has them.
+template <int Bits>
+void split(Ints word, Ints* quad) {
+    if constexpr (Bits == 8) {
+        quad[0] = word;
+    } else {
+        const Nibbles nibbles(word);
+        quad[0] = nibbles.even;
+        quad[1] = nibbles.odd;
+    }
+}
 
 template <int Bits>
 struct QuantizedX {
@@ -31,6 +44,14 @@ struct QuantizedX {
         Buffer<std::int8_t> rounded;
         explicit Row(const QuantizedX& x) : values(round_up_to(x.a.k, W)), rounded(x.a.words() * count) {}
     };
+
+    // Takes all rows; writes q as [m, pitch].
+    void fill(std::int32_t* q) const {
+        parallel_for(a.m, 1, useful_threads(a, 8 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
+            const Row row(*this);
+            for (std::int64_t m = begin; m < end; ++m) fill(m, row, q + m * pitch);
+        });
+    }
 
     // Takes row m; writes its q, zeros behind k.
     void fill(std::int64_t m, const Row& scratch, std::int32_t* q) const {

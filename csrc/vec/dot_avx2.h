@@ -12,7 +12,7 @@
 namespace klfast {
 namespace {
 
-constexpr int kDotRows = 4, kDotVectors = 2;  // accumulators, of 16 registers
+constexpr int kDotRows = 4, kDotVectors = 2, kFewDotRows = 2;  // accumulators, of 16 registers
 
 inline Ints widen_add(Ints sum, __m256i pairs) {
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
@@ -25,17 +25,13 @@ struct DotOperand;
 template <>
 struct DotOperand<4> {
     static constexpr int quads = 2, offset = 0;
-    struct Two {
-        __m256i first, second;
-    };
-    Two stored;
+    __m256i first, second;
     DotOperand() = default;
-    DotOperand(const std::int32_t* quad, std::ptrdiff_t next) : stored{read(quad).v, read(quad + next).v} {}
-    static Two spread(const std::int32_t* x) { return {set_int(x[0]).v, set_int(x[1]).v}; }
+    explicit DotOperand(const Ints* quad) : first(quad[0].v), second(quad[1].v) {}
 };
 
-inline Ints dot(Ints sum, const DotOperand<4>& w, const DotOperand<4>::Two& x) {
-    return widen_add(sum, _mm256_add_epi16(_mm256_maddubs_epi16(w.stored.first, x.first), _mm256_maddubs_epi16(w.stored.second, x.second)));
+inline Ints dot(Ints sum, const DotOperand<4>& w, const Ints* x) {
+    return widen_add(sum, _mm256_add_epi16(_mm256_maddubs_epi16(w.first, x[0].v), _mm256_maddubs_epi16(w.second, x[1].v)));
 }
 
 template <>
@@ -43,11 +39,10 @@ struct DotOperand<8> {
     static constexpr int quads = 1, offset = 128;
     __m256i q, magnitude;
     DotOperand() = default;
-    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : q(_mm256_xor_si256(read(quad).v, _mm256_set1_epi8(-128))), magnitude(_mm256_abs_epi8(q)) {}
-    static Ints spread(const std::int32_t* x) { return set_int(*x); }
+    explicit DotOperand(const Ints* quad) : q(_mm256_xor_si256(quad->v, _mm256_set1_epi8(-128))), magnitude(_mm256_abs_epi8(q)) {}
 };
 
-inline Ints dot(Ints sum, const DotOperand<8>& w, Ints x) { return widen_add(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.v, w.q))); }
+inline Ints dot(Ints sum, const DotOperand<8>& w, const Ints* x) { return widen_add(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x->v, w.q))); }
 
 }  // namespace
 }  // namespace klfast

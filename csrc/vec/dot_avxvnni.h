@@ -10,7 +10,7 @@
 namespace klfast {
 namespace {
 
-constexpr int kDotRows = 6, kDotVectors = 2;  // accumulators, of 16 registers
+constexpr int kDotRows = 6, kDotVectors = 2, kFewDotRows = 2;  // accumulators, of 16 registers
 
 // Quads of bytes, as stored, for dot products with quads of x; `offset` is what they lack.
 template <int Bits>
@@ -18,16 +18,15 @@ struct DotOperand {
     static constexpr int quads = 1, offset = 0;
     __m256i stored;
     DotOperand() = default;
-    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : stored(read(quad).v) {}
-    static Ints spread(const std::int32_t* x) { return set_int(*x); }
+    explicit DotOperand(const Ints* quad) : stored(quad->v) {}
 };
 
 template <int Bits>
-Ints dot(Ints sum, const DotOperand<Bits>& w, Ints x) {
+Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
 #ifdef KLFAST_AVXVNNI_TWIN
-    return {_mm256_dpbusd_epi32(sum.v, w.stored, x.v)};
+    return {_mm256_dpbusd_epi32(sum.v, w.stored, x->v)};
 #else
-    return {_mm256_dpbusd_avx_epi32(sum.v, w.stored, x.v)};
+    return {_mm256_dpbusd_avx_epi32(sum.v, w.stored, x->v)};
 #endif
 }
 

@@ -16,7 +16,7 @@ struct Ints {
 };
 
 // Accumulators: 14 x 2 of 32 registers for floats, 6 x 4 for integers.
-constexpr int kTileRows = 14, kDotRows = 6, kDotVectors = 4;
+constexpr int kTileRows = 14, kDotRows = 6, kDotVectors = 4, kFewDotRows = 4;
 
 inline Ints set_int(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline Ints read(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -74,12 +74,39 @@ struct DotOperand {
     static constexpr int quads = 1, offset = 0;
     __m512i stored;
     DotOperand() = default;
-    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : stored(read(quad).v) {}
-    static Ints spread(const std::int32_t* x) { return set_int(*x); }
+    explicit DotOperand(const Ints* quad) : stored(quad->v) {}
 };
 
 template <int Bits>
-Ints dot(Ints sum, const DotOperand<Bits>& w, Ints x) { return {_mm512_dpbusd_epi32(sum.v, w.stored, x.v)}; }
+Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) { return {_mm512_dpbusd_epi32(sum.v, w.stored, x->v)}; }
+
+constexpr int kFoldRows = 4;
+
+// Four lanes each: those of row i in lane i of each run of four.
+inline Ints fold(const Ints (&row)[kFoldRows]) {
+    const auto halves = [](__m512i a, __m512i b) {  // a0 + a1, a2 + a3, b0 + b1, b2 + b3
+        const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+        return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+    };
+    return {halves(halves(row[0].v, row[1].v), halves(row[2].v, row[3].v))};
+}
+
+// Of sixteen rows, four a vector as `fold` has them: sums of 16 / Segments lanes each, one vector a segment, one row a lane.
+template <int Segments>
+void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) {
+    const __m512i p0 = read(folded).v, p1 = read(folded + 16).v, p2 = read(folded + 32).v, p3 = read(folded + 48).v;
+    if constexpr (Segments == 4) {
+        const __m512i a = _mm512_shuffle_i32x4(p0, p1, 0x44), b = _mm512_shuffle_i32x4(p0, p1, 0xee);
+        const __m512i c = _mm512_shuffle_i32x4(p2, p3, 0x44), d = _mm512_shuffle_i32x4(p2, p3, 0xee);
+        sum[0].v = _mm512_shuffle_i32x4(a, c, 0x88), sum[1].v = _mm512_shuffle_i32x4(a, c, 0xdd);
+        sum[2].v = _mm512_shuffle_i32x4(b, d, 0x88), sum[3].v = _mm512_shuffle_i32x4(b, d, 0xdd);
+    } else {
+        const auto halves = [](__m512i x, __m512i y) { return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd)); };
+        const __m512i a = halves(p0, p1), b = halves(p2, p3);
+        if constexpr (Segments == 2) sum[0].v = _mm512_shuffle_i32x4(a, b, 0x88), sum[1].v = _mm512_shuffle_i32x4(a, b, 0xdd);
+        else sum[0].v = halves(a, b);
+    }
+}
 
 }  // namespace
 }  // namespace klfast

@@ -12,7 +12,7 @@ struct Ints {
     std::int32_t v;
 };
 
-constexpr int kTileRows = 4, kDotRows = 4, kDotVectors = 1;
+constexpr int kTileRows = 4, kDotRows = 4, kDotVectors = 1, kFewDotRows = 4;
 
 inline Ints set_int(std::int32_t a) { return {a}; }
 inline Ints read(const std::int32_t* p) { return {*p}; }
@@ -40,18 +40,24 @@ struct DotOperand {
     static constexpr int quads = 1, offset = 0;
     std::int32_t stored;
     DotOperand() = default;
-    DotOperand(const std::int32_t* quad, std::ptrdiff_t) : stored(*quad) {}
-    static Ints spread(const std::int32_t* x) { return {*x}; }
+    explicit DotOperand(const Ints* quad) : stored(quad->v) {}
 };
 
 template <int Bits>
-Ints dot(Ints sum, const DotOperand<Bits>& w, Ints x) {
+Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
     for (int i = 0; i < 4; ++i) {
         const auto byte = [i](std::int32_t quad) { return static_cast<std::uint8_t>(static_cast<std::uint32_t>(quad) >> (8 * i)); };
-        sum.v += byte(w.stored) * static_cast<std::int8_t>(byte(x.v));
+        sum.v += byte(w.stored) * static_cast<std::int8_t>(byte(x->v));
     }
     return sum;
 }
+
+constexpr int kFoldRows = 1;
+
+inline Ints fold(const Ints (&row)[kFoldRows]) { return row[0]; }
+
+template <int Segments>
+void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) { sum[0] = read(folded); }
 
 }  // namespace
 }  // namespace klfast
