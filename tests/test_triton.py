@@ -52,4 +52,4 @@ def test_launches_on_the_device_of_the_tensors(device, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.get_device_module(x.device), "device_of", device_of)
     Launch(Kernel(), (2,), {"n": 3, "x_ptr": x}, {"num_warps": 1}).run()
-    assert seen == [x.device, ("launched", (2,), {"n": 3, "x_ptr": x, "num_warps": 1})]
+    assert seen == [x.device, ("launched", (2,), {"n": 3, "x_ptr": x, "num_warps": 1, "enable_fp_fusion": True})]

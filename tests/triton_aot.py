@@ -14,6 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from klfast.kernels.launch import FUSED
+
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -54,7 +56,7 @@ class Compiled:
 
 
 def compile_for_hopper(launch) -> Compiled:
-    compiled = triton.compile(source(launch), target=HOPPER, options=dict(launch.options))
+    compiled = triton.compile(source(launch), target=HOPPER, options=launch.options | FUSED)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -13,6 +13,9 @@ import torch
 # The interpreter (TRITON_INTERPRET=1) computes in NumPy, which has no bfloat16: kernels widen to float32 there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# For every kernel: products are fused with sums. Triton 3.9 warns where a launch does not say, and 3.10 will not fuse.
+FUSED = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,7 +36,7 @@ class Launch:
     def run(self) -> None:
         if all(self.grid):
             with _device_of(next(value for value in self.args.values() if isinstance(value, torch.Tensor))):
-                self.kernel[self.grid](**self.args, **self.options)
+                self.kernel[self.grid](**self.args, **self.options, **FUSED)
 
 
 def _device_of(t: torch.Tensor) -> AbstractContextManager:

@@ -5,9 +5,9 @@ import test_attention as cases
 import torch
 from test_attention import (  # noqa: F401
     test_a_nan_shows,
-    test_against_float64,
     test_any_strides_and_mixed_types,
     test_default_scale_is_that_of_sdpa,
+    test_keys_without_width_are_all_alike,
     test_large_scores_stay_finite,
     test_opcheck,
 )
@@ -15,6 +15,7 @@ from test_attention import (  # noqa: F401
 from klfast import ops
 from klfast.kernels import decode_attention as kernel
 from klfast.kernels import launch
+from klfast.types import FLOAT_DTYPES
 
 
 @pytest.fixture
@@ -29,6 +30,12 @@ def _on_the_device(request, device, monkeypatch):
     monkeypatch.setattr(kernel, "SMALLEST_PART", 50)
     with device:
         yield
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES)
+def test_against_float64(shape):
+    for dtype in FLOAT_DTYPES if shape[1] in (5, 16) else (torch.float32,):
+        cases.test_against_float64(shape, dtype, "triton")
 
 
 def test_the_last_part_may_be_short_and_the_largest_score_anywhere(device):
