@@ -8,7 +8,7 @@ import torch
 import klfast
 
 from . import machine, results, roofline
-from .contest import Contender, Race, Unavailable, is_ours
+from .contest import Contender, Race, Unavailable
 from .settings import Settings, add_options
 
 
@@ -63,12 +63,13 @@ class Run:
         for ours, ratio in ratios.items():
             self.results.ratio(suite, group.name, ours, name, ratio)
 
-    def record(self, suite, group, name, seconds, facts) -> None:
-        """Add the row of a peer that was timed by a program of its own, and klfast's ratios to it."""
-        for row in self.results.rows:
-            if (row["suite"], row["group"]) == (suite, group) and is_ours(row["contender"]):
-                self.results.ratio(suite, group, row["contender"], name, seconds / row["median_s"])
-        self.results.add(suite, group, name, median_s=seconds, **facts)
+    def time_outside(self, suite, group, name, once, facts) -> None:
+        """Add the row of a peer that is a program of its own and times itself: ``once()`` runs it, in seconds."""
+        self.race.enter(group)
+        median, ratios = self.race.run_outside(name, once)
+        self.results.add(suite, group.name, name, **group.facts, median_s=median, **facts(median))
+        for ours, ratio in ratios.items():
+            self.results.ratio(suite, group.name, ours, name, ratio)
 
     def _columns(self, group, contender: Contender, stats) -> dict[str, object]:
         columns = {**group.facts, "median_s": stats.median, "min_s": stats.min, "rounds": stats.rounds, "error": f"{contender.measured_error:.1e}"}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+_OUTSIDE_ROUNDS = 7  # of a program of its own
 _LONG_SECONDS = 0.05  # calls that take longer need no untimed call before them
 _SPIN_SECONDS = 0.02  # OpenMP's threads spin for so long after a call, and would slow down a peer with threads of its own
 
@@ -159,6 +160,20 @@ class Race:
         benchmark.pedantic(calls[name], setup=before, rounds=rounds)
         median = benchmark.stats.stats.median
         return {ours: median / statistics.median(taken) for ours, taken in times.items()}
+
+    def run_outside(self, name: str, once: Callable[[], float]) -> tuple[float, dict[str, float]]:
+        """Have a peer time itself, in turns with klfast's contenders: its median in seconds, and how many times as fast as it each of klfast's is."""
+        calls = {ours: synchronized(contender, self._settings.device) for ours, contender in self.rivals(name).items()}
+        times, own = {ours: [] for ours in calls}, []
+        for call in calls.values():
+            call()
+        for _ in range(_OUTSIDE_ROUNDS):
+            for ours, taken in times.items():
+                taken.append(timed(calls[ours]))
+            time.sleep(_SPIN_SECONDS)
+            own.append(once())
+        median = statistics.median(own)
+        return median, {ours: median / statistics.median(taken) for ours, taken in times.items()}
 
 
 def synchronized(call: Callable[[], object], device: str) -> Callable[[], object]:

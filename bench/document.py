@@ -34,7 +34,8 @@ How it is timed:
 - Hymba has the released size and random weights. Each mixer and feed-forward part is checked by itself, in a prefill, in
   a chunk that goes on from a cache and in a step. "mixed": x_proj, dt_proj, the head and the last block in 8 bits, the rest in 4, groups of 64.
   "reference": the same model on PyTorch's operations alone. memory_gb is the most memory that the run has held so far.
-- llama.cpp is timed by its own llama-bench (without a prompt) on GGUF files that are given, not in turns with klfast.
+- llama.cpp is timed by its own llama-bench, run in turns with klfast on GGUF files that are given; loading is not counted.
+  Its decode has a prompt of 8 tokens, too (-pg 8,32).
 """
 
 

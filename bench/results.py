@@ -23,7 +23,9 @@ class Results:
         self.rows: list[dict[str, object]] = []
 
     def add(self, suite: str, group: str, contender: str, **columns: object) -> None:
-        self.rows.append({"suite": suite, "group": group, "contender": contender, **columns})
+        """A row, behind the others of its group."""
+        behind = [i for i, row in enumerate(self.rows, 1) if (row["suite"], row["group"]) == (suite, group)]
+        self.rows.insert(behind[-1] if behind else len(self.rows), {"suite": suite, "group": group, "contender": contender, **columns})
 
     def ratio(self, suite: str, group: str, ours: str, peer: str, ratio: float) -> None:
         """Note in the row of ``ours``, if it has one (pytest's -k may leave it out), how many times as fast as ``peer`` it is."""

@@ -24,6 +24,7 @@ VARIANTS = {  # dtype, spec, activation
     "int4, int8 activations": (torch.bfloat16, QuantSpec(4, 64), "int8"),
 }
 TOLERANCE = 2e-3  # of float32 logits
+_DECODE_PROMPT = 8  # tokens
 
 
 def _sizes(settings: Settings) -> tuple[list[str], int, int]:
@@ -37,11 +38,7 @@ def groups(settings: Settings) -> Iterator[Group]:
         for stage, tokens, ours, theirs in (("prefill", length, _prefill, _plain_prefill), ("decode", new, _decode, _plain_decode)):
             contenders = {f"klfast {variant}": functools.partial(ours, name, tokens, settings, *how) for variant, how in VARIANTS.items()}
             contenders |= {f"transformers {dtype}": functools.partial(theirs, name, tokens, settings, VARIANTS[dtype][0]) for dtype in ("bf16", "fp32")}
-            yield Group(_group_name(name, stage, tokens), {"model": name, "tokens": tokens}, contenders)
-
-
-def _group_name(model: str, stage: str, tokens: int) -> str:
-    return f"{model} {stage} {tokens} tokens"
+            yield Group(f"{name} {stage} {tokens} tokens", {"model": name, "stage": stage, "tokens": tokens}, contenders)
 
 
 def _prompt(length: int) -> torch.Tensor:
@@ -88,12 +85,12 @@ def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtyp
 
 def _decode(name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
     model, error = _model(name, settings.device, dtype, spec, activation)
-    prompt = _prompt(8)
+    prompt = _prompt(_DECODE_PROMPT)
     return Contender([lambda: klfast.generate(model, prompt, new)], lambda: error, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
 
 
 def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
-    model, prompt = _plain_model(name, settings.device, dtype), _prompt(8)
+    model, prompt = _plain_model(name, settings.device, dtype), _prompt(_DECODE_PROMPT)
     return Contender([lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=_rate(new))
 
 
@@ -106,17 +103,21 @@ def test_decode(group, name, run, benchmark):
 
 
 def test_llama_cpp(run):
-    """Not in turns with klfast, and its logits cannot be checked from outside: a GGUF of random weights shows the speed alone."""
+    """Its logits cannot be checked from outside: a GGUF of random weights shows the speed alone."""
     settings = run.settings
     if settings.llama_cpp is None:
         pytest.skip("no --llama-cpp")
-    names, length, new = _sizes(settings)
+    names = _sizes(settings)[0]
     for gguf in settings.gguf:
         model = next((name for name in sorted(names, key=len, reverse=True) if gguf.name.startswith(name)), None)
         assert model is not None, f"the name of {gguf.name} begins with none of {', '.join(names)}"
-        try:
-            found = llama_cpp.bench(settings.llama_cpp, gguf, prompt=length, new=new, threads=settings.threads)
-        except Unavailable as reason:
-            pytest.fail(str(reason))
-        for stage, tokens in (("prefill", length), ("decode", new)):
-            run.record("decode", _group_name(model, stage, tokens), f"llama.cpp {gguf.stem}", found[stage], {"model": model, "tokens": tokens, "tok_s": round(tokens / found[stage], 1)})
+        for group in groups(settings):
+            if group.facts["model"] != model:
+                continue
+            tokens = group.facts["tokens"]
+            prompt, new = (tokens, 0) if group.facts["stage"] == "prefill" else (_DECODE_PROMPT, tokens)
+            once = functools.partial(llama_cpp.seconds, settings.llama_cpp, gguf, prompt=prompt, new=new, threads=settings.threads)
+            try:
+                run.time_outside("decode", group, f"llama.cpp {gguf.stem}", once, _rate(tokens))
+            except Unavailable as reason:
+                pytest.fail(str(reason))

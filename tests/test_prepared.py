@@ -1,14 +1,12 @@
-"""Layers and mixers prepared for the extension: the results of the ops, and never those of weights that are gone."""
+"""Layers prepared for the extension: the results of the ops, and never those of weights that are gone."""
 
 import copy
-import functools
 import gc
 import pickle
 import weakref
 
 import pytest
 import torch
-from families import batch, tiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
@@ -17,9 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import klfast
 from klfast import ops, prepared
 from klfast.errors import InvalidInputError
-from klfast.models import mamba_step
-from klfast.models.hymba import HymbaCache
-from klfast.models.hymba.norm import HymbaRMSNorm
 from klfast.nn import QuantLinear
 from klfast.types import QuantSpec
 
@@ -43,9 +38,6 @@ def by_op(layer, x):
 
 def is_taken(layer, x):
     return prepared.linear(layer, x) is not None
-
-
-# Linear layers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["exact", "int8"])
@@ -193,187 +185,3 @@ def test_what_is_observed_goes_through_the_op():
     with torch.inference_mode(False), torch.enable_grad():
         assert not is_taken(layer, torch.randn(2, 100, requires_grad=True))
     assert is_taken(layer, x)
-
-
-# One token through a mixer -----------------------------------------------------------------------------------------
-
-FAMILIES = ("mamba", "falcon_mamba", "hymba")
-
-
-class Steps:
-    """Counts the steps that were prepared, or lets none be."""
-
-    def __init__(self, monkeypatch):
-        self.taken, self.allowed, prepare = 0, True, mamba_step.prepare
-
-        def counted(*args):
-            step = prepare(*args) if self.allowed else None
-            self.taken += step is not None
-            return step
-
-        monkeypatch.setattr(mamba_step, "prepare", counted)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return Steps(monkeypatch)
-
-
-def decoded(model, rows, tokens=6):
-    """Logits [B, tokens, V], the first from a prompt of 5 and then token by token, and the cache after them."""
-    ids = batch(rows, 5 + tokens - 1)
-    output = model(ids[:, :5], use_cache=True)
-    logits = [output.logits[:, -1:]]
-    name = "cache_params" if hasattr(output, "cache_params") else "past_key_values"
-    for token in ids[:, 5:].split(1, dim=1):
-        output = model(token, use_cache=True, **{name: getattr(output, name)})
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1).float(), getattr(output, name)
-
-
-def model_of(family, precision):
-    model = tiny(family).to(torch.float32 if precision == "float32" else torch.bfloat16)
-    if precision == "int4":
-        klfast.quantize_model(model, klfast.Plan({name: QuantSpec(4, 32) for name in klfast.models.layers.linears(model)}, "uniform"))
-    return klfast.accelerate(model)
-
-
-def states(cache):
-    if isinstance(cache, HymbaCache):
-        return [t for layer in cache.layers for t in (layer.conv, layer.ssm)]
-    return [t for layer in cache.layers for t in (layer.conv_states[0], layer.recurrent_states[0])]
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_step_gives_what_the_ops_give(family, precision, rows, steps, tier):
-    model = model_of(family, precision)
-    found, cache = decoded(model, rows)
-    assert steps.taken == (0 if tier == "reference" else 5 * model.config.num_hidden_layers)
-    steps.allowed = False
-    expected, expected_cache = decoded(model, rows)
-    # Nothing but exp(A_log) is computed another way; where that moves a value across a rounding to bfloat16, one unit shows.
-    tolerance = dict(rtol=1e-5, atol=1e-5) if precision == "float32" else dict(rtol=0, atol=0.02 * expected.abs().max().item())
-    torch.testing.assert_close(found, expected, **tolerance)
-    for ours, theirs in zip(states(cache), states(expected_cache), strict=True):
-        torch.testing.assert_close(ours.float(), theirs.float(), **({**tolerance, "atol": 0.02 * theirs.float().abs().max().item()} if tolerance["rtol"] == 0 else tolerance))
-
-
-@pytest.mark.parametrize("part", ["A_log", "conv1d.bias", ".D", "layernorm.weight"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_changed_mixer_is_seen(family, part, steps):
-    model = model_of(family, "float32")
-    before, _ = decoded(model, 1)
-    kept = []
-    for name, parameter in model.named_parameters():
-        if (name + ".").find(part + ".") > 0 and ("mixer" in name or "mamba" in name):
-            kept.append(parameter.data)
-            parameter.data = parameter.data + 0.5
-    found, _ = decoded(model, 1)
-    assert steps.taken > 0
-    steps.allowed = False
-    expected, _ = decoded(model, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert not kept or not torch.allclose(found, before, atol=1e-3)
-
-
-def mixer_of(model):
-    return next(module for module in model.modules() if type(module).__name__.endswith("Mixer"))
-
-
-class Plus(nn.Module):
-    def forward(self, x):
-        return x + 1
-
-
-def pruned_bias(mixer):
-    mixer.conv1d.bias.data += 1
-    prune.identity(mixer.conv1d, "bias")
-
-
-def other_forward(mixer, wraps=lambda forward: lambda function: function):
-    projection = mixer.x_proj[0] if isinstance(mixer.x_proj, nn.ModuleList) else mixer.x_proj
-    forward = projection.forward
-    projection.forward = wraps(forward)(lambda x: 1 + forward(x))
-
-
-MIXER_CHANGES = {
-    "pruned bias": pruned_bias,
-    "parametrized bias": lambda mixer: parametrize.register_parametrization(mixer.conv1d, "bias", Plus()),
-    "other forward": other_forward,
-    "wrapped forward": lambda mixer: other_forward(mixer, functools.wraps),
-}
-HYMBA_CHANGES = {
-    "norm": lambda mixer: setattr(mixer, "B_layernorm", HymbaRMSNorm(16, 1.0)),
-    "kind of norm": lambda mixer: setattr(mixer, "dt_layernorm", nn.Identity()),
-    "hook on a norm": lambda mixer: mixer.C_layernorm.register_forward_hook(lambda norm, args, y: 2 * y),
-    "A_log": lambda mixer: setattr(mixer, "A_log", nn.ParameterList([mixer.A_log[0] + 1])),
-    "D": lambda mixer: setattr(mixer, "D", nn.ParameterList([mixer.D[0] + 1])),
-}
-
-
-@pytest.mark.parametrize(
-    ("family", "change"),
-    [(family, change) for family in FAMILIES for change in MIXER_CHANGES] + [("hymba", change) for change in HYMBA_CHANGES],
-)
-def test_mixer_changed_after_a_step(family, change, steps):
-    """What the ops' path would see."""
-    model = model_of(family, "float32")
-    before, _ = decoded(model, 1)
-    assert steps.taken
-    {**MIXER_CHANGES, **HYMBA_CHANGES}[change](mixer_of(model))
-    found, _ = decoded(model, 1)
-    steps.allowed = False
-    expected, _ = decoded(model, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found, before, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_autocast_and_hooks_on_all_modules_are_left_to_the_ops(family, steps):
-    model = model_of(family, "float32")
-    with torch.autocast("cpu", torch.bfloat16):
-        decoded(model, 1)
-    assert not steps.taken
-    projection, seen = mixer_of(model).x_proj, []
-    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-    try:
-        decoded(model, 1)
-    finally:
-        hook.remove()
-    assert seen.count(projection[0] if family == "hymba" else projection) == 6 and not steps.taken
-
-
-def test_what_a_step_cannot_do_is_left_to_the_ops(steps):
-    model = model_of("mamba", "float32")
-    projection = model.backbone.layers[0].mixer.x_proj
-    seen = []
-    hook = projection.register_forward_hook(lambda *_: seen.append(1))
-    decoded(model, 1)
-    assert len(seen) == 6 and steps.taken == 5  # one of two mixers
-    hook.remove()
-    steps.taken = 0
-    decoded(model, prepared.FEW_ROWS + 1)
-    assert not steps.taken
-
-
-@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
-def test_no_step_under_gradients(steps):
-    with torch.inference_mode(False):
-        model = model_of("hymba", "float32")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("A_log" in name and ".2." in name)  # of the last layer alone: what enters it has no gradient
-        with torch.no_grad():
-            decoded(model, 1)
-        assert steps.taken == 15
-        with torch.enable_grad():
-            found, _ = decoded(model, 1)
-        assert steps.taken == 15 and found.requires_grad
-
-
-def test_first_projection_of_another_width_is_refused(steps):
-    model = model_of("mamba", "float32")
-    model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda layer, args, y: y[..., :64] if args[0].shape[1] == 1 else y)
-    with pytest.raises(InvalidInputError, match="after the first projection"):
-        decoded(model, 1)

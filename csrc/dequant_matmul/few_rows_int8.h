@@ -27,8 +27,8 @@ struct FewRowsInt8 {
     Buffer<std::int32_t> x;                  // [m, line, quad, lane], zeros behind the last
 
     FewRowsInt8(const DequantMatmulArgs& args, const Segments& all)
-        : a(args), segments(all), quantized(a, segments), lines_a_step(larger(words_of_segment() / W, 1)), steps((a.words() + lines_a_step * W - 1) / (lines_a_step * W)),
-          pitch(steps * lines_a_step * Q::quads * W), x(a.m * pitch) {
+        : a(args), segments(all), quantized(a, segments), lines_a_step(larger(words_of_segment() / W, 1)),
+          steps((a.words() + lines_a_step * W - 1) / (lines_a_step * W)), pitch(steps * lines_a_step * Q::quads * W), x(a.m * pitch) {
         const Buffer<std::int32_t> q(a.m * quantized.pitch);
         quantized.fill(q.data);
         for (std::int64_t m = 0; m < a.m; ++m)

@@ -95,7 +95,8 @@ void dot_values(const std::int32_t* weights, const std::int32_t* q, std::int64_t
 
 // total[r][v] += the terms of one segment.
 template <int Bits, int R, int V>
-void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t pitch, const Segment& segment, const float* x_scale, const float* x_sum, float* total) {
+void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t pitch, const Segment& segment, const float* x_scale, const float* x_sum,
+                 float* total) {
     constexpr int count = QuantizedX<Bits>::count, quads = QuantizedX<Bits>::quads;
     const std::int32_t* const weights = panels.weights.data;
     const std::int64_t begin = segment.begin, end = segment.end, first = round_up_to(begin, count), last = end / count * count;
@@ -115,7 +116,8 @@ void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int
 
 // y[m .. m + R, n0 .. n0 + V W]
 template <int Bits, int R, int V>
-void int8_tile(const DequantMatmulArgs& a, const Segments& segments, const QuantizedX<Bits>& x, const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t m, std::int64_t n0) {
+void int8_tile(const DequantMatmulArgs& a, const Segments& segments, const QuantizedX<Bits>& x, const QuadPanels<Bits>& panels, const std::int32_t* q,
+               std::int64_t m, std::int64_t n0) {
     alignas(64) float total[R * V * W];
     for (int i = 0; i < R * V; ++i) store(total + i * W, set(0.0f));
     for (std::int64_t s = 0; s < segments.count; ++s) {
