@@ -41,7 +41,8 @@ sanitize: install
 	    --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest -q -p no:cacheprovider \
-	    tests/test_dequant_matmul.py tests/test_linear.py tests/test_divergence.py tests/test_ssm_ops.py
+	    tests/test_dequant_matmul.py tests/test_linear.py tests/test_divergence.py tests/test_ssm_ops.py tests/test_attention.py \
+	    tests/test_mamba_step.py
 
 # Triton's XPU backend comes as another package named triton, so in an environment of its own; the rest is that of .venv.
 XPU := build/xpu
