@@ -46,9 +46,10 @@ def plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past:
     """x [B, D, L] after ``past`` [B, D, S >= W-1] (zeros if None); any strides, but bias [D] without gaps."""
     batch, channels, length = x.shape
     strides = {f"{name}_{dim}": stride for name, t, dims in (("x", x, "bdl"), ("w", weight, "dk"), ("y", y, "bdl")) for dim, stride in zip(dims, t.stride(), strict=True)}
+    BL, BD = (1, 128) if length == 1 else (8, 64)
     p_b, p_d, p_s = (0, 0, 0) if past is None else past.stride()
     args = dict(
         x_ptr=x, w_ptr=weight, bias_ptr=bias, past_ptr=past, y_ptr=y, D=channels, L=length, S=0 if past is None else past.shape[2], **strides,
-        p_b=p_b, p_d=p_d, p_s=p_s, WIDTH=weight.shape[1], SILU=is_silu, BD=128, BL=1 if length == 1 else 16,
+        p_b=p_b, p_d=p_d, p_s=p_s, WIDTH=weight.shape[1], SILU=is_silu, BD=BD, BL=BL,
     )  # fmt: skip
-    return Launch(causal_conv1d, (cdiv(length, args["BL"]), cdiv(channels, 128), batch), args, dict(num_warps=4))
+    return Launch(causal_conv1d, (cdiv(length, BL), cdiv(channels, BD), batch), args, dict(num_warps=4))

@@ -92,7 +92,7 @@ def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, sca
         q_ptr=q, k_ptr=k, v_ptr=v, y_ptr=out, stats_ptr=stats, scale=scale, heads=heads, shared_by=heads // groups, keys=keys, key_dim=key_dim,
         value_dim=value_dim, part_keys=part_keys, **strides, BS=max(1, min(64, 2048 // max(BK, BV))), BK=BK, BV=BV,
     )  # fmt: skip
-    launches = [Launch(decode_attention, (batch * heads, parts), args, dict(num_warps=4))]
+    launches = [Launch(decode_attention, (batch * heads, parts), args, dict(num_warps=8))]
     if parts > 1:
         args = dict(part_ptr=out, stats_ptr=stats, y_ptr=y, parts=parts, value_dim=value_dim, BP=power_of_2(parts), BV=min(BV, 64))
         launches.append(Launch(combine_parts, (batch * heads, cdiv(value_dim, args["BV"])), args, dict(num_warps=4)))

@@ -18,7 +18,7 @@ import torch
 from klfast.kernels.dequant_common import BLOCK_EACH, ROW, TILE
 from klfast.kernels.dequant_gemm import dequant_gemm
 from klfast.kernels.dequant_gemv import dequant_gemv, split_sum
-from klfast.kernels.launch import INTERPRETED, Launch, cdiv
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
 from klfast.kernels.quantize_rows import quantize_rows
 from klfast.layouts import Tiling
 
@@ -34,12 +34,13 @@ class Config:
     BN: int
     num_warps: int
     num_stages: int = 1
+    grf_mode: str | None = None
 
 
 MANY = 1 << 62
 GEMV = {"nvidia": Config(1, 1, 32, 4), "intel": Config(1, 1, 16, 4)}
 _SMALL = (Config(8, 8, 128, 4, 4), Config(16, 16, 64, 4, 4), Config(32, 32, 64, 4, 4), Config(64, 64, 64, 4, 3))
-_INTEL = (Config(16, 16, 32, 4), Config(64, 32, 32, 4), Config(MANY, 64, 64, 8))
+_INTEL = (Config(16, 16, 32, 4, grf_mode="256"), Config(MANY, 32, 64, 8, grf_mode="256"))
 GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 scales of its own
     ("nvidia", torch.float16): (*_SMALL, Config(MANY, 128, 128, 8, 3)),
     ("nvidia", torch.bfloat16): (*_SMALL, Config(MANY, 128, 128, 8, 3)),
@@ -48,7 +49,7 @@ GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 sc
     ("intel", torch.float16): _INTEL,
     ("intel", torch.bfloat16): _INTEL,
     ("intel", torch.float32): _INTEL,
-    ("intel", torch.int8): _INTEL,
+    ("intel", torch.int8): (_INTEL[0], Config(64, 32, 32, 4, grf_mode="256"), Config(MANY, 64, 64, 16, grf_mode="256")),
 }
 
 
@@ -100,7 +101,7 @@ def plan(
     if not gemv:
         args |= dict(M=m, stride_xm=x.stride(0), xs_ptr=x_scale, stride_xs=scale.shape[0], BM=config.BM, BAND=BAND, UPCAST=INTERPRETED)
     grid = (programs, parts)
-    launches.append(Launch(dequant_gemv if gemv else dequant_gemm, grid, args, dict(num_warps=config.num_warps, num_stages=config.num_stages)))
+    launches.append(Launch(dequant_gemv if gemv else dequant_gemm, grid, args, options(config)))
     if parts > 1:
         args = dict(part_ptr=out, bias_ptr=bias, y_ptr=y, M=m, N=n, PARTS=parts, BN=256)
         launches.append(Launch(split_sum, (cdiv(n, 256), m), args, dict(num_warps=4)))

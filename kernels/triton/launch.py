@@ -44,6 +44,12 @@ def _device_of(t: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if t.is_cpu else torch.get_device_module(t.device).device_of(t)
 
 
+def options(config: Any) -> dict[str, Any]:
+    """num_warps and what else of num_stages and grf_mode (registers a thread on Intel GPUs) a configuration has."""
+    values = {name: getattr(config, name, None) for name in ("num_warps", "num_stages", "grf_mode")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def family(device: torch.device) -> str:
     """Whose configurations to use: "intel" for XPU, else "nvidia"."""
     return "intel" if device.type == "xpu" else "nvidia"

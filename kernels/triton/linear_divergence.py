@@ -2,8 +2,9 @@
 
 A program takes BM tokens and a part of the vocabulary, BN entries at a time: the teacher's logits of them, the student's,
 then what they add to the sums of each token (divergence_terms.py). A head is a float matrix or a quantized one
-(``Layout.TILED``), multiplied as in dequant_gemm.py. Here the tokens are rows of the products: their 19 sums then lie in
-few registers a thread.
+(``Layout.TILED``), multiplied as in dequant_gemm.py. The tokens lie where a thread holds few of them, so that their 19
+sums take few registers: in rows of the products on NVIDIA GPUs, in columns on Intel's, whose matrix instructions give each
+lane all rows of one column.
 """
 
 from __future__ import annotations
@@ -16,55 +17,79 @@ import triton.language as tl
 
 from klfast.kernels.dequant_common import centred, load_scale, load_zero, top_bits
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
-from klfast.kernels.launch import INTERPRETED, Launch, cdiv
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
 from klfast.layouts import Tiling
 
 
 @triton.jit
 def head_logits(
     x_ptr, w_ptr, s_ptr, z_ptr, o_token, o_v, V, n_tiles, n_blocks, group_blocks, stride_x, stride_w,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, AXIS: tl.constexpr,
 ):
-    """float32 [BM, BN]: entries o_v of the vocabulary for tokens o_token (int64)."""
+    """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BM, BN], [BN, BM] if AXIS, the vocabulary's, is 0."""
     o_k = tl.arange(0, BLOCK)
-    p_x = x_ptr + o_token[:, None] * stride_x + o_k[None, :]  # [BM, BLOCK]
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    if BITS == 0:
-        p_w = w_ptr + o_k[:, None] + o_v[None, :].to(tl.int64) * stride_w  # [BLOCK, BN]
-        for i_tile in range(0, n_tiles):
-            b_x, b_w = tl.load(p_x + i_tile * BLOCK), tl.load(p_w + i_tile * BLOCK)
-            if UPCAST:
-                b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
-            acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
-    else:
-        p_w = w_ptr + o_k[:, None] + o_v[None, :].to(tl.int64) * BLOCK  # [BLOCK, BN]
-        for i_tile in range(0, n_tiles):
+    p_x = x_ptr + tl.expand_dims(o_token, AXIS) * stride_x + tl.expand_dims(o_k, 1 - AXIS)
+    row = BLOCK if BITS else stride_w
+    p_w = w_ptr + tl.expand_dims(o_v, 1 - AXIS).to(tl.int64) * row + tl.expand_dims(o_k, AXIS)
+    acc = tl.zeros((BM, BN), dtype=tl.float32) if AXIS else tl.zeros((BN, BM), dtype=tl.float32)
+    for i_tile in range(0, n_tiles):
+        if BITS == 0:
+            acc = float_product(tl.load(p_x + i_tile * BLOCK), tl.load(p_w + i_tile * BLOCK), acc, UPCAST, IN_PARTS, AXIS)
+        else:
             b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * V * BLOCK)
             for i_half in tl.static_range(8 // BITS):
                 stored = (b_w >> 4 * i_half) & 0xF if BITS == 4 else b_w
                 i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
                 i_group = i_block // group_blocks
-                zero = load_zero(z_ptr, i_group, V, o_v, BITS)
-                sums = product(tl.load(p_x + i_block * BLOCK), stored, zero, BITS, UPCAST)
-                acc += sums * load_scale(s_ptr, i_group, V, o_v)[None, :]
+                zero = tl.expand_dims(load_zero(z_ptr, i_group, V, o_v, BITS), 1 - AXIS)
+                sums = product(tl.load(p_x + i_block * BLOCK), stored, zero, tl.zeros_like(acc), BITS, UPCAST, AXIS)
+                acc += sums * tl.expand_dims(load_scale(s_ptr, i_group, V, o_v), 1 - AXIS)
     return acc
 
 
 @triton.jit
-def product(b_x, stored, zero, BITS: tl.constexpr, UPCAST: tl.constexpr):
-    """b_x @ (stored - zero), as dequant_gemm.product but with x on the left: float [BM, BLOCK], uint8 [BLOCK, BN], float32 [BN]."""
-    if UPCAST == 2:
-        return tl.dot(b_x.to(tl.float32), centred(stored, zero[None, :], tl.float32, BITS), input_precision="ieee")
-    elif b_x.dtype == tl.float32:
+def multiply(b_x, b_w, acc, AXIS: tl.constexpr):
+    """acc + b_x @ b_w; if AXIS is 0, acc + b_w @ b_x."""
+    if AXIS:
+        return tl.dot(b_x, b_w, acc, input_precision="ieee")
+    else:
+        return tl.dot(b_w, b_x, acc, input_precision="ieee")
+
+
+@triton.jit
+def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, AXIS: tl.constexpr):
+    """acc plus the product with a float head. IN_PARTS: each operand as three bfloat16 parts, whose products are exact."""
+    if IN_PARTS:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
-        b_w = centred(stored, zero[None, :], DTYPE, BITS)
+        b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+        x_high, w_high = top_bits(b_x), top_bits(b_w)
+        x_middle, w_middle = top_bits(b_x - x_high), top_bits(b_w - w_high)
+        x_low, w_low = (b_x - x_high - x_middle).to(DTYPE), (b_w - w_high - w_middle).to(DTYPE)
+        x_high, w_high, x_middle, w_middle = x_high.to(DTYPE), w_high.to(DTYPE), x_middle.to(DTYPE), w_middle.to(DTYPE)
+        acc = multiply(x_low, w_low, acc, AXIS)
+        acc = multiply(x_low, w_middle, multiply(x_middle, w_low, acc, AXIS), AXIS)
+        acc = multiply(x_low, w_high, multiply(x_middle, w_middle, multiply(x_high, w_low, acc, AXIS), AXIS), AXIS)
+        acc = multiply(x_middle, w_high, multiply(x_high, w_middle, acc, AXIS), AXIS)
+        return multiply(x_high, w_high, acc, AXIS)
+    else:
+        if UPCAST:
+            b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+        return multiply(b_x, b_w, acc, AXIS)
+
+
+@triton.jit
+def product(b_x, stored, zero, acc, BITS: tl.constexpr, UPCAST: tl.constexpr, AXIS: tl.constexpr):
+    """acc plus the product with a quantized head, stored - zero: uint8 and float32."""
+    if b_x.dtype == tl.float32:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
+        b_w = centred(stored, zero, DTYPE, BITS)
         high = top_bits(b_x)
         middle = top_bits(b_x - high)
-        acc = tl.dot((b_x - high - middle).to(DTYPE), b_w)
-        return tl.dot(high.to(DTYPE), b_w, tl.dot(middle.to(DTYPE), b_w, acc))
+        acc = multiply((b_x - high - middle).to(DTYPE), b_w, acc, AXIS)
+        return multiply(high.to(DTYPE), b_w, multiply(middle.to(DTYPE), b_w, acc, AXIS), AXIS)
     else:
         DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
-        return tl.dot(b_x.to(DTYPE), centred(stored, zero[None, :], DTYPE, BITS))
+        return multiply(b_x.to(DTYPE), centred(stored, zero, DTYPE, BITS), acc, AXIS)
 
 
 @triton.jit
@@ -78,9 +103,9 @@ def linear_divergence_sums(
     R, n_teacher, V, part_columns,
     t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
     s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-    T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_UPCAST: tl.constexpr,
-    S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_UPCAST: tl.constexpr,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_UPCAST: tl.constexpr, T_IN_PARTS: tl.constexpr,
+    S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_UPCAST: tl.constexpr, S_IN_PARTS: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AXIS: tl.constexpr,
 ):
     i_part = tl.program_id(1)
     o_r = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -101,40 +126,41 @@ def linear_divergence_sums(
         o_v = tl.minimum(start + tl.arange(0, BN), last - 1)
         a = head_logits(
             t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr, o_teacher, o_v, V, t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
-            T_BITS, BM, BN, T_BLOCK, T_UPCAST,
+            T_BITS, BM, BN, T_BLOCK, T_UPCAST, T_IN_PARTS, AXIS,
         )  # fmt: skip
         b = head_logits(
             s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr, o_token, o_v, V, s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-            S_BITS, BM, BN, S_BLOCK, S_UPCAST,
+            S_BITS, BM, BN, S_BLOCK, S_UPCAST, S_IN_PARTS, AXIS,
         )  # fmt: skip
-        valid = tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0)[None, :]
-        top_a, top_b = tl.max(a, axis=1), tl.max(b, axis=1)  # [BM]
+        valid = tl.expand_dims(tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0), 1 - AXIS)
+        top_a, top_b = tl.max(a, axis=AXIS), tl.max(b, axis=AXIS)  # [BM]
         needed = tl.maximum(reference, tl.maximum(top_a, top_b - anchor))
         shrink = tl.exp(reference - needed)
         reference = needed
-        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(a, b, anchor[:, None], reference[:, None], valid)
-        k1, k2 = k1 * shrink + tl.sum(k1_term, axis=1), k2 * shrink + tl.sum(k2_term, axis=1)
-        j, q = j * shrink + tl.sum(j_term, axis=1), q * shrink + tl.sum(q_term, axis=1)
-        mu0 = mu0 * shrink + tl.sum(w, axis=1)
+        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(a, b, tl.expand_dims(anchor, AXIS), tl.expand_dims(reference, AXIS), valid)
+        k1, k2 = k1 * shrink + tl.sum(k1_term, axis=AXIS), k2 * shrink + tl.sum(k2_term, axis=AXIS)
+        j, q = j * shrink + tl.sum(j_term, axis=AXIS), q * shrink + tl.sum(q_term, axis=AXIS)
+        mu0 = mu0 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu1 = mu1 * shrink + tl.sum(w, axis=1)
+        mu1 = mu1 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu2 = mu2 * shrink + tl.sum(w, axis=1)
+        mu2 = mu2 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu3 = mu3 * shrink + tl.sum(w, axis=1)
+        mu3 = mu3 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu4 = mu4 * shrink + tl.sum(w, axis=1)
+        mu4 = mu4 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu5 = mu5 * shrink + tl.sum(w, axis=1)
+        mu5 = mu5 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu6 = mu6 * shrink + tl.sum(w, axis=1)
+        mu6 = mu6 * shrink + tl.sum(w, axis=AXIS)
         w *= u
-        mu7 = mu7 * shrink + tl.sum(w, axis=1)
-        mu8 = mu8 * shrink + tl.sum(w * u, axis=1)
+        mu7 = mu7 * shrink + tl.sum(w, axis=AXIS)
+        mu8 = mu8 * shrink + tl.sum(w * u, axis=AXIS)
         d = (b - a) * valid
-        a2, d2 = a2 + tl.sum(a * a * valid, axis=1), d2 + tl.sum(d * d, axis=1)
-        here_a = tl.min(tl.where(a == top_a[:, None], o_v[None, :], 2147483647), axis=1)
-        here_b = tl.min(tl.where(b == top_b[:, None], o_v[None, :], 2147483647), axis=1)
+        a2, d2 = a2 + tl.sum(a * a * valid, axis=AXIS), d2 + tl.sum(d * d, axis=AXIS)
+        entry = tl.expand_dims(o_v, 1 - AXIS)
+        here_a = tl.min(tl.where(a == tl.expand_dims(top_a, AXIS), entry, 2147483647), axis=AXIS)
+        here_b = tl.min(tl.where(b == tl.expand_dims(top_b, AXIS), entry, 2147483647), axis=AXIS)
         at_a, at_b = tl.where(top_a > max_a, here_a, at_a), tl.where(top_b > max_b, here_b, at_b)
         max_a, max_b = tl.maximum(max_a, top_a), tl.maximum(max_b, top_b)
 
@@ -147,20 +173,22 @@ def linear_divergence_sums(
 
 @dataclass(frozen=True)
 class Config:
-    """BM tokens by BN entries of the vocabulary; parts of at least ``part`` entries."""
+    """BM tokens by BN entries of the vocabulary, which lie along ``axis``; parts of at least ``part`` entries."""
 
     BM: int
     BN: int
     part: int
+    axis: int
     num_warps: int
     num_stages: int = 1
+    grf_mode: str | None = None
 
 
 CONFIGS = {  # family, whether an operand is float32: that takes more registers
-    ("nvidia", False): Config(128, 32, 2048, 8, 3),
-    ("nvidia", True): Config(64, 32, 2048, 8, 3),
-    ("intel", False): Config(16, 32, 2048, 4),
-    ("intel", True): Config(16, 32, 2048, 4),
+    ("nvidia", False): Config(128, 32, 2048, 1, 8, 3),
+    ("nvidia", True): Config(64, 32, 2048, 1, 8, 3),
+    ("intel", False): Config(16, 64, 2048, 0, 8, grf_mode="256"),
+    ("intel", True): Config(16, 32, 2048, 0, 8, grf_mode="256"),
 }
 
 
@@ -184,25 +212,28 @@ class Side:
     group_size: int = 0
 
     @property
-    def is_plain_float32(self) -> bool:
-        """Whether its products have no matrix instruction (none that rounds nothing)."""
-        return not self.bits and torch.float32 in (self.hidden.dtype, self.weight.dtype)
+    def is_wide(self) -> bool:
+        """Whether an operand is float32."""
+        return torch.float32 in (self.hidden.dtype, self.weight.dtype)
 
-    def args(self, name: str, upcast: int) -> dict:
+    def args(self, name: str, family: str) -> dict:
         """The kernel's arguments of this side, whose names begin with ``name``.
 
-        UPCAST of a quantized head: 1 widens bfloat16 (for the interpreter), 2 multiplies in float32 at once.
+        UPCAST widens what the interpreter cannot multiply, and float16 with bfloat16. On Intel GPUs float32 times float32
+        goes in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others.
         """
         common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
+        differ = self.hidden.dtype != self.weight.dtype
+        in_parts = family == "intel" and not self.bits and (self.is_wide or differ)
         if self.bits:
             tiling = Tiling.of(self.features, self.bits, self.group_size)
             rest = {"tiles": tiling.n_tiles, "blocks": tiling.n_blocks, "group_blocks": tiling.group_blocks, "stride_w": 0}
-            constants = {"BITS": self.bits, "BLOCK": tiling.block, "UPCAST": upcast}
+            block, upcast = tiling.block, INTERPRETED
         else:
-            block = float_block(self.hidden.shape[1])
+            block = 32 if in_parts else float_block(self.hidden.shape[1])
             rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
-            differ = self.hidden.dtype != self.weight.dtype  # float16 times bfloat16 fits neither
-            constants = {"BITS": 0, "BLOCK": block, "UPCAST": int(INTERPRETED or differ)}
+            upcast = INTERPRETED or (differ and not in_parts)
+        constants = {"BITS": self.bits, "BLOCK": block, "UPCAST": int(upcast), "IN_PARTS": in_parts}
         return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
 
 
@@ -215,18 +246,15 @@ def plan_sums(
     teacher: Side, student: Side, n_teacher: int, vocab: int, rows: torch.Tensor | None, anchor: torch.Tensor, *, family: str, cores: int
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """As logit_divergence.plan_sums, of hidden states: token i of the student goes with token i % n_teacher of the teacher."""
-    is_wide = any(t.dtype == torch.float32 for side in (teacher, student) for t in (side.hidden, side.weight))
-    config, count = CONFIGS[family, is_wide], anchor.numel()
+    config, count = CONFIGS[family, teacher.is_wide or student.is_wide], anchor.numel()
     programs = cdiv(count, config.BM)
     parts = max(1, min(cdiv(vocab, config.part), cdiv(2 * cores, max(programs, 1))))
     columns = cdiv(cdiv(vocab, parts), config.BN) * config.BN
     parts = cdiv(vocab, columns)
     sums = torch.empty(count, parts, N_SUMS, device=anchor.device)
     index = torch.empty(count, parts, 2, dtype=torch.int32, device=anchor.device)
-    # triton-xpu 3.3 cannot have products with and without matrix instructions in one kernel.
-    upcast = 2 if family == "intel" and (teacher.is_plain_float32 or student.is_plain_float32) else int(INTERPRETED)
     args = dict(
-        **teacher.args("t", upcast), **student.args("s", upcast), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count, n_teacher=n_teacher,
-        V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN,
+        **teacher.args("t", family), **student.args("s", family), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count,
+        n_teacher=n_teacher, V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN, AXIS=config.axis,
     )  # fmt: skip
-    return Launch(linear_divergence_sums, (programs, parts), args, dict(num_warps=config.num_warps, num_stages=config.num_stages)), sums, index
+    return Launch(linear_divergence_sums, (programs, parts), args, options(config)), sums, index

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
-from klfast.kernels.launch import Launch, cdiv
+from klfast.kernels.launch import Launch, cdiv, options
 
 
 @triton.jit
@@ -98,9 +98,10 @@ class Config:
     BV: int
     part: int
     num_warps: int
+    grf_mode: str | None = None
 
 
-CONFIGS = {"nvidia": Config(512, 8192, 4), "intel": Config(512, 8192, 4)}
+CONFIGS = {"nvidia": Config(512, 8192, 4), "intel": Config(512, 8192, 8, "256")}
 ANCHOR_COLUMNS = 2048
 
 
@@ -109,7 +110,7 @@ def plan_anchors(teacher: torch.Tensor, student: torch.Tensor, anchor: torch.Ten
     args = dict(
         t_ptr=teacher, s_ptr=student, anchor_ptr=anchor, V=teacher.shape[1], stride_t=teacher.stride(0), stride_s=student.stride(0), BV=ANCHOR_COLUMNS
     )
-    return Launch(first_anchors, (anchor.numel(),), args, dict(num_warps=4))
+    return Launch(first_anchors, (anchor.numel(),), args, dict(num_warps=8))
 
 
 def plan_sums(
@@ -129,4 +130,4 @@ def plan_sums(
         t_ptr=teacher, s_ptr=student, rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, V=vocab, part_columns=columns,
         stride_t=teacher.stride(0), stride_s=student.stride(0), N=N_SUMS, BV=config.BV,
     )  # fmt: skip
-    return Launch(divergence_sums, (count, parts), args, dict(num_warps=config.num_warps)), sums, index
+    return Launch(divergence_sums, (count, parts), args, options(config)), sums, index

@@ -25,3 +25,12 @@ def device():
 def _triton():
     with runtime.using("triton"):
         yield
+
+
+@pytest.fixture(params=["nvidia", "intel"] if INTERPRETED else ["nvidia" if torch.cuda.is_available() else "intel"])
+def family(request, monkeypatch):
+    """Whose configurations are launched: each under the interpreter, on a GPU its own (others have options it lacks)."""
+    from klfast.kernels import launch
+
+    monkeypatch.setattr(launch, "family", lambda _: request.param)
+    return request.param

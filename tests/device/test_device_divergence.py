@@ -1,5 +1,6 @@
 """Triton's divergence kernels against float64: the cases of the CPU kernels, but for what only those have."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import klfast
 from klfast.kernels import launch
+from klfast.types import FLOAT_DTYPES
 
 # Each of these takes the tier that runs it; here that is Triton.
 from test_divergence import (  # noqa: F401
@@ -97,6 +99,14 @@ def test_quantized_heads(spec, layout):
     qt = qt.to_layout(layout)
     for teacher, student, logits in ((head, qt, (plain, rounded)), (qt, head, (rounded, plain)), (qt, qt, (rounded, rounded))):
         cases.assert_matches(klfast.linear_divergence(hidden, teacher, hidden, student, targets), cases.truth(*logits, targets), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtypes", itertools.combinations_with_replacement(FLOAT_DTYPES, 2), ids=str)
+def test_linear_with_every_configuration(family, dtypes):
+    hidden, head = torch.randn(35, 96).to(dtypes[0]), torch.randn(70, 96).to(dtypes[1])
+    student = (hidden.float() + 0.1 * torch.randn(35, 96)).to(dtypes[0])
+    logits = hidden.double() @ head.double().T, student.double() @ head.double().T
+    cases.assert_matches(klfast.linear_divergence(hidden, head, student, head), cases.truth(*logits), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
