@@ -1,0 +1,58 @@
+"""The shipped SPIR-V compiled to machine code with Intel's offline compiler ocloc, where that is installed: no spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from xpu.lunar_lake import Compiled
+from xpu.workers import WORKERS
+
+# Ponte Vecchio has the matrix instructions of Xe2 (16 lanes, same shapes) and older compilers know it; Lunar Lake, Battlemage.
+DEVICES = ("pvc", "lnl", "bmg")
+SPILL_SIZE = re.compile(rb"spill_size:\s*(\d+)")  # in the binary's section .ze_info
+WARNING = re.compile(r"allocated \d+ regs and spilled around \d+")
+
+
+def check_all(shipped: dict[str, Compiled]) -> int:
+    """Compile each for each device that an ocloc knows, the one on the PATH or $OCLOC; how many fail or spill registers."""
+    found = [path for name in ("ocloc", os.environ.get("OCLOC", "")) if (path := shutil.which(name))]
+    if not found:
+        print("SKIPPED machine code: ocloc is not installed (Debian: intel-opencl-icd; later intel-ocloc)", flush=True)
+        return 0
+    failures = 0
+    for device in DEVICES:
+        ocloc = next((path for path in found if _knows(path, device)), None)
+        if ocloc is None:
+            print(f"SKIPPED machine code for {device}: not known to {' or '.join(found)}", flush=True)
+            continue
+        with ThreadPoolExecutor(WORKERS) as pool:
+            complaints = pool.map(lambda compiled: _complaint(ocloc, device, compiled), shipped.values())  # noqa: B023
+            wrong = [f"FAILED  {name}: {complaint}" for name, complaint in zip(shipped, complaints, strict=True) if complaint]
+        print(f"Machine code for {device} ({ocloc}): {len(shipped) - len(wrong)} of {len(shipped)} programs compile without spills", *wrong, sep="\n", flush=True)
+        failures += len(wrong)
+    return failures
+
+
+def _knows(ocloc: str, device: str) -> bool:
+    return subprocess.run([ocloc, "ids", device], capture_output=True).returncode == 0
+
+
+def _complaint(ocloc: str, device: str, compiled: Compiled) -> str:
+    """What is wrong with a program on a device; empty if nothing."""
+    command = [ocloc, "compile", "-device", device, "-spirv_input", "-file", "in.spv", "-output", "out", "-output_no_suffix"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "in.spv").write_bytes(compiled.spirv)
+        done = subprocess.run([*command, "-options", compiled.build_flags, "--format", "zebin"], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            return " ".join((done.stdout + done.stderr).split())[-300:]
+        size = SPILL_SIZE.search(next(Path(folder).glob("out*")).read_bytes())  # out, later out.bin
+    if size and int(size[1]):
+        return f"spills {int(size[1])} bytes a thread"
+    warning = WARNING.search(done.stdout + done.stderr)
+    return warning[0] if warning else ""

@@ -1,0 +1,61 @@
+"""Every kernel's SPIR-V, run on Intel's OpenCL CPU runtime and compared with float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import groupby
+
+import pytest
+import torch
+from klfast import runtime
+from klfast.kernels import launch
+from test_ssm_ops import poison
+
+from xpu.cases import cases
+from xpu.lunar_lake import Compiled
+from xpu.opencl_cpu import OpenCLCPU
+from xpu.workers import each
+
+
+def run_all(shipped: dict[str, Compiled]) -> int:
+    """Run the cases, print the largest error of each group; how many went wrong, or shipped kernels that no case runs."""
+    failures, ran, every = 0, {}, cases()
+    outcomes = zip(every, each(run_case, len(every)), strict=True)
+    for group, members in groupby(outcomes, key=lambda outcome: outcome[0].group):
+        errors, wrong = [], []
+        for case, (error, kernels) in members:
+            ran |= kernels
+            errors.append(error)
+            if not error <= case.allowed:
+                wrong.append(f"        {case.name}: {error:.1e}")
+        failures += len(wrong)
+        verdict = f"{group}: {len(errors)} cases, largest error {max(errors):.1e}, allowed {case.allowed:.1e}"
+        print(f"{'FAILED' if wrong else 'ok':<7} {verdict}", *wrong, sep="\n", flush=True)
+    if idle := {compiled.name for compiled in shipped.values()} - set(ran.values()):
+        failures += len(idle)
+        print(f"FAILED  no case runs {', '.join(sorted(idle))}")
+    left = [name for name, compiled in shipped.items() if compiled.spirv not in ran]
+    print(f"{len(shipped) - len(left)} of {len(shipped)} shipped programs ran as they are{'; not ' + ', '.join(left) if left else ''}", flush=True)
+    return failures
+
+
+def run_case(index: int) -> tuple[float, dict[bytes, str]]:
+    """The error of a case, and the names of the kernels that it ran, by SPIR-V module."""
+    case, cpu = cases()[index], _cpu()
+    cpu.ran = {}
+    with pytest.MonkeyPatch.context() as patch, runtime_of_kernels(patch, cpu, case.cores):
+        torch.manual_seed(0)
+        return case.error(), cpu.ran
+
+
+_cpu = cache(OpenCLCPU)  # one a process
+
+
+def runtime_of_kernels(patch: pytest.MonkeyPatch, cpu: OpenCLCPU, cores: int):
+    """klfast's ops, in this block, plan for an Intel GPU of so many cores and launch on ``cpu``; what they allocate starts as NaN."""
+    patch.setattr(launch, "family", lambda _: "intel")
+    patch.setattr(launch, "cores", lambda _: cores)
+    patch.setattr(launch.Launch, "run", lambda self: cpu.run(self))
+    patch.setattr(runtime, "interprets_triton", lambda: True)  # Triton kernels for tensors on the CPU; it is no interpreter here
+    poison(patch)
+    return runtime.using("triton")
