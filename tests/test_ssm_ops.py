@@ -201,7 +201,12 @@ def test_state_update_without_heads(tier):
     [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 63, 2, 16, 1, 16), (2, 100, 3, 48, 3, 7), (1, 193, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)],
 )
 def test_chunk_scan(batch, length, heads, dim, groups, states, tier):
-    for full, dtype in ((True, torch.float32), (False, torch.bfloat16), (True, torch.float16)):
+    check_chunk_scan(batch, length, heads, dim, groups, states, ((True, torch.float32), (False, torch.bfloat16), (True, torch.float16)), factor=2)
+
+
+def check_chunk_scan(batch, length, heads, dim, groups, states, variants, factor):
+    """variants: whether with all optional operands, and the dtype; factor: of float32's tolerance, for the final state."""
+    for full, dtype in variants:
         x, z = make(batch, length, heads, dim, dtype=dtype), make(batch, length, heads, dim, dtype=dtype, last=1)
         B, C = (make(batch, length, groups, states, dtype=dtype) for _ in range(2))
         dt, A, D, bias = make(batch, length, heads, dtype=dtype), -torch.rand(heads) * 4, make(heads, dim), make(heads)
@@ -219,7 +224,7 @@ def test_chunk_scan(batch, length, heads, dim, groups, states, tier):
             channels(z) if full else None, None, False, initial.reshape(batch, heads * dim, states) if full else None,
         )  # fmt: skip
         close(out, expected.view(batch, heads, dim, length).permute(0, 3, 1, 2), dtype, factor=2)
-        close(final, state.view(batch, heads, dim, states), factor=2)
+        close(final, state.view(batch, heads, dim, states), factor=factor)
         assert out.dtype == dtype and final.dtype == torch.float32
         assert torch.equal(ops.mamba_chunk_scan_combined(x, dt, A, B, C, 64, **kwargs, dt_softplus=True, dt_limit=limit), out)
 

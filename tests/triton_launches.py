@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from klfast import QuantSpec
-from klfast.kernels import causal_conv1d, decode_attention, dequant_matmul, linear_divergence, logit_divergence, rms_norm, selective_scan
+from klfast.kernels import causal_conv1d, decode_attention, dequant_matmul, linear_divergence, logit_divergence, rms_norm, selective_scan, ssd_scan
 from klfast.kernels.launch import Launch
 from klfast.layouts import Tiling
 
@@ -74,6 +74,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]
     yield "logit_divergence, some rows", again, None
     yield from state_space()
+    yield from chunks(family)
     yield from norms()
     yield from attention(family)
 
@@ -94,6 +95,19 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
             for limit in ((float("-inf"), float("inf")), (0.0, 1.0)):
                 launch = selective_scan.plan(x=x, dt=x, a=a, b=b, c=b, d=d, bias=d, z=x, first=state, last=state, y=x, softplus=True, dt_limit=limit)
                 yield f"selective_scan, {name}, {length} steps{', dt clamped' if limit[0] == 0 else ''}", launch, None
+
+
+def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:
+    """Of Mamba-2's sizes, a prompt."""
+    for name, dtype in FLOATS.items():
+        x, dt, b = (empty(2, 512, *shape, dtype=dtype) for shape in ((24, 64), (24,), (1, 128)))
+        if ssd_scan.is_for(x, b, b):
+            head, d, state = (empty(*shape, dtype=torch.float32) for shape in ((24,), (24, 64), (2, 24, 64, 128)))
+            for limit in ((float("-inf"), float("inf")), (0.0, 1.0)):
+                for launch in ssd_scan.plan(
+                    x=x, dt=dt, a=head, b=b, c=b, d=d, bias=head, z=x, first=state, last=state, y=x, softplus=True, dt_limit=limit, family=family
+                ):
+                    yield f"{launch.kernel.__name__} {name}{', dt clamped' if limit[0] == 0 else ''}", launch, "float"
 
 
 def norms() -> Iterator[tuple[str, Launch, str | None]]:

@@ -2,20 +2,18 @@
 
 One kernel serves selective_scan, mamba_chunk_scan and selective_state_update: each has heads [H] of channels [P] with a
 state [N]; what an operand does not depend on has stride 0. A program keeps the states of BP channels of a head in
-registers and walks through time, which is all the parallelism there is: the form of SSD that works on chunks with matrix
-instructions is not here yet.
+registers and walks through time, which is all the parallelism there is; ssd_scan.py works on chunks where A and dt are one
+a head.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from klfast.kernels.launch import Launch, cdiv, power_of_2
-from klfast.kernels.ssm_common import silu, softplus
+from klfast.kernels.ssm_common import NO_LIMIT, silu, softplus, strided
 
 
 @triton.jit
@@ -79,20 +77,15 @@ DIMS = {"x": "blhp", "dt": "blhp", "a": "hpn", "b": "blgn", "c": "blgn", "d": "h
 def plan(
     *, x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor | None, bias: torch.Tensor | None,
     z: torch.Tensor | None, first: torch.Tensor | None, last: torch.Tensor | None, y: torch.Tensor, softplus: bool,
-    dt_limit: tuple[float, float] = (-math.inf, math.inf),
+    dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> Launch:
     """The launch for operands of the dimensions in DIMS, any strides (0 where they do not depend on a dimension)."""
-    tensors = dict(x=x, dt=dt, a=a, b=b, c=c, d=d, bias=bias, z=z, first=first, last=last, y=y)
     batch, length, heads, channels = x.shape
     size = b.shape[-1]
     BN = power_of_2(size)
     BP = min(power_of_2(channels), max(1, 512 // BN))
-    args = {f"{name}_ptr": t for name, t in tensors.items()}
-    for name, dims in DIMS.items():
-        t = tensors[name]
-        args |= zip((f"{name}_{dim}" for dim in dims), (0,) * len(dims) if t is None else t.stride(), strict=True)
-    args |= dict(
+    args = strided(DIMS, x=x, dt=dt, a=a, b=b, c=c, d=d, bias=bias, z=z, first=first, last=last, y=y) | dict(
         L=length, H=heads, P=channels, N=size, heads_per_group=heads // b.shape[2], dt_min=dt_limit[0], dt_max=dt_limit[1],
-        SOFTPLUS=softplus, CLAMP=dt_limit != (-math.inf, math.inf), BP=BP, BN=BN,
+        SOFTPLUS=softplus, CLAMP=dt_limit != NO_LIMIT, BP=BP, BN=BN,
     )  # fmt: skip
     return Launch(selective_scan, (cdiv(channels, BP), batch * heads), args, dict(num_warps=1 if BP * BN <= 256 else 4))

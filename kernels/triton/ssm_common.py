@@ -1,5 +1,10 @@
-"""Functions of one number that the state-space kernels share."""
+"""What the state-space kernels share."""
 
+from __future__ import annotations
+
+import math
+
+import torch
 import triton
 import triton.language as tl
 
@@ -21,3 +26,14 @@ def softplus(x):
     poly = poly * s2 + 1.0 / 5.0
     poly = poly * s2 + 1.0 / 3.0
     return tl.maximum(x, 0.0) + 2.0 * (s + s * s2 * poly)
+
+
+NO_LIMIT = (-math.inf, math.inf)
+
+
+def strided(dims: dict[str, str], **tensors: torch.Tensor | None) -> dict:
+    """Kernel arguments of tensors: x_ptr and, for each letter of its dimensions, the stride x_<letter>; None has strides 0."""
+    args = {f"{name}_ptr": t for name, t in tensors.items()}
+    for name, t in tensors.items():
+        args |= zip((f"{name}_{dim}" for dim in dims[name]), (0,) * len(dims[name]) if t is None else t.stride(), strict=True)
+    return args

@@ -67,15 +67,20 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
 
 
 def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
+    from klfast.kernels import ssd_scan
+    from klfast.kernels.launch import family
+
     batch, _, heads, dim = x.shape
     out = x.new_empty(x.shape)
     size = B.shape[-1] if return_final_states else 0
     final = x.new_empty(batch, heads, dim, size, dtype=torch.float32) if return_final_states else None
-    _scan(
-        x=x, dt=dt[..., None].expand(x.shape), a=A[:, None, None].expand(-1, dim, B.shape[-1]), b=B, c=C, d=D,
-        bias=None if dt_bias is None else dt_bias[:, None].expand(-1, dim), z=z, first=initial_states, last=final, y=out,
-        softplus=dt_softplus, dt_limit=(dt_min, dt_max),
-    )  # fmt: skip
+    same = dict(x=x, b=B, c=C, d=D, z=z, first=initial_states, last=final, y=out, softplus=dt_softplus, dt_limit=(dt_min, dt_max))
+    if ssd_scan.is_for(x, B, C):
+        for launch in ssd_scan.plan(**_detached(dt=dt, a=A, bias=dt_bias, **same), family=family(x.device)):
+            launch.run()
+    else:
+        bias = None if dt_bias is None else dt_bias[:, None].expand(-1, dim)
+        _scan(dt=dt[..., None].expand(x.shape), a=A[:, None, None].expand(-1, dim, B.shape[-1]), bias=bias, **same)
     return out, x.new_empty(0, dtype=torch.float32) if final is None else final
 
 
@@ -87,9 +92,12 @@ def rms_norm(x, weight, gate, eps, group_size):
     return out
 
 
-def _scan(*, softplus, dt_limit=(float("-inf"), float("inf")), **tensors):
-    from klfast.kernels import selective_scan as kernel
+def _scan(*, x, **operands):
+    from klfast.kernels import selective_scan
 
-    tensors = {name: None if t is None else t.detach() for name, t in tensors.items()}
-    if tensors["x"].shape[0] * tensors["x"].shape[2] * tensors["x"].shape[3]:
-        kernel.plan(**tensors, softplus=softplus, dt_limit=dt_limit).run()
+    if x.shape[0] * x.shape[2] * x.shape[3]:
+        selective_scan.plan(**_detached(x=x, **operands)).run()
+
+
+def _detached(**operands):
+    return {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in operands.items()}

@@ -3,6 +3,7 @@
 import pytest
 import test_ssm_ops as cases
 import torch
+from klfast.kernels import ssd_scan
 from test_ssm_ops import (  # noqa: F401
     _poison,
     test_conv_update_continues_a_sequence,
@@ -48,8 +49,27 @@ def test_state_update(shape, state_dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 33, 2, 16, 1, 16), (1, 20, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)])
-def test_chunk_scan(shape):
+def test_chunk_scan(shape, monkeypatch):
+    monkeypatch.setattr(ssd_scan, "is_for", lambda *_: False)  # step by step
     cases.test_chunk_scan(*shape, "triton")
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 4, 16, 2, 32), (1, 70, 2, 64, 1, 128), (1, 16, 2, 128, 2, 16)])
+def test_chunk_scan_in_chunks(shape, family):
+    """What is computed in two bfloat16 parts loses more in the interpreter, which cuts them off instead of rounding."""
+    variants = [(full, dtype) for full in (True, False) for dtype in (torch.bfloat16, torch.float16)]
+    assert all(ssd_scan.is_for(torch.empty(1, *shape[1:4], dtype=dtype), *[torch.empty(1, 1, 1, shape[5], dtype=dtype)] * 2) for _, dtype in variants)
+    cases.check_chunk_scan(*shape, variants, factor=12)
+
+
+def test_chunks_after_steps_that_forget_everything():
+    """Steps so long that the sum of their logarithms would leave no digits for those behind them."""
+    x, b = torch.randn(1, 40, 1, 16), torch.randn(1, 40, 1, 16)
+    dt = torch.full((1, 40, 1), 0.125)
+    dt[:, ::9] = 1e6
+    operands = [t.bfloat16() for t in (x, dt, -torch.ones(1), b, b)]
+    found = cases.ops.mamba_chunk_scan_combined(*operands, 64)
+    cases.close(found, cases.ops.mamba_chunk_scan_combined(*(t.float() for t in operands), 64).double(), torch.bfloat16)
 
 
 def test_softplus_and_silu():

@@ -22,6 +22,7 @@ from triton_launches import FLOATS, SPECS
 
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 + 1e-5 for dtype in FLOATS.values()}  # of the largest value: storing y, float32 sums
 OF_METRICS = 3e-5
+OF_TWO_PARTS = 3e-5  # factors in two bfloat16 parts lose 2^-16 each
 OF_PRODUCTS = 1e-4  # metrics of logits that are sums of float32 products themselves
 
 
@@ -52,7 +53,7 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 def cases() -> list[Case]:
     """All, those of a group together."""
-    every = (*dequant_matmul(), *logit_divergence(), *linear_divergence(), *convolution(), *scan(), *norm(), *attention())
+    every = (*dequant_matmul(), *logit_divergence(), *linear_divergence(), *convolution(), *scan(), *chunks(), *norm(), *attention())
     return sorted(every, key=lambda case: case.group)
 
 
@@ -184,6 +185,34 @@ def scan_case(batch: int, length: int, heads: int, channels: int, size: int, dty
 
     name = f"{batch} x {length} x {heads} x {channels}, {size} states{'' if math.isinf(limit[1]) else ', dt clamped'}"
     return Case(f"selective_scan, {str(dtype)[6:]}", name, run, ROUNDING[dtype])
+
+
+def chunks() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for limit in ((-math.inf, math.inf), (0.0, 1.0)):
+            yield chunk_case(2, 96, 2, 64, 128, dtype, limit)
+        yield chunk_case(1, 75, 3, 32, 16, dtype, (0.0, 1.0))
+
+
+def chunk_case(batch: int, length: int, heads: int, channels: int, size: int, dtype: torch.dtype, limit: tuple[float, float]) -> Case:
+    def run() -> float:
+        x, z = (torch.randn(batch, length, heads, channels).to(dtype) for _ in range(2))
+        b, c = (torch.randn(batch, length, 1, size).to(dtype) for _ in range(2))
+        dt, a, bias, d = torch.randn(batch, length, heads).to(dtype), -4 * torch.rand(heads), torch.randn(heads), torch.randn(heads, channels)
+        first = torch.randn(batch, heads, channels, size)
+        options = dict(D=d, z=z, dt_bias=bias, initial_states=first, dt_softplus=True, dt_limit=limit, return_final_states=True)
+        y, last = ops.mamba_chunk_scan_combined(x, dt, a, b, c, 64, **options)
+        step = F.softplus(dt.double() + bias.double(), threshold=1e3).clamp(*limit)
+        flat = lambda t: t.permute(0, 2, 3, 1).reshape(batch, heads * channels, length)  # noqa: E731
+        truth, state = true_scan(
+            flat(x), flat(step[..., None].expand(x.shape)), a.repeat_interleave(channels)[:, None].expand(-1, size),
+            b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), d.flatten(), flat(z), None, False, first.reshape(batch, heads * channels, size),
+        )  # fmt: skip
+        error_of_y = error(y, truth.view(batch, heads, channels, length).permute(0, 3, 1, 2))
+        return max(error_of_y, error(last, state.view(last.shape)) * ROUNDING[dtype] / OF_TWO_PARTS)
+
+    name = f"{batch} x {length} x {heads} x {channels}, {size} states{'' if math.isinf(limit[1]) else ', dt clamped'}"
+    return Case(f"ssd_scan, {str(dtype)[6:]}", name, run, ROUNDING[dtype])
 
 
 def norm() -> Iterator[Case]:
