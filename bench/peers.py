@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from klfast import reference
 from klfast.types import QuantizedTensor, QuantSpec
@@ -20,8 +21,15 @@ def _contender(calls: list[Callable[[], torch.Tensor]], expected: Callable[[], t
 
 def torch_linear(x: torch.Tensor, weights: Weights, dtype: torch.dtype) -> Contender:
     copies, x = weights.dense(dtype), x.to(dtype)
-    calls = [lambda w=w: F.linear(x, w) for w in copies]
+    calls = [functools.partial(layer(nn.Linear, w), x) for w in copies]
     return _contender(calls, lambda: x.float() @ copies[0].float().T, tolerance(dtype), copies[0].nbytes)
+
+
+def layer(kind: type[nn.Linear], weight: nn.Parameter) -> nn.Linear:
+    """What a model calls: its Python objects are as cold as its weight."""
+    made = kind(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = weight
+    return made
 
 
 def torch_int4pack(x: torch.Tensor, weights: Weights) -> Contender:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 import klfast
 from klfast.types import QuantizedTensor, QuantSpec
@@ -42,9 +43,9 @@ class Weights:
             self._forms[form] = [copy() for _ in range(self.count(nbytes))]
         return self._forms[form]
 
-    def dense(self, dtype: torch.dtype) -> list[torch.Tensor]:
+    def dense(self, dtype: torch.dtype) -> list[nn.Parameter]:
         weight = self.plain.to(dtype)
-        return self.copies(dtype, weight.nbytes, weight.clone)
+        return self.copies(dtype, weight.nbytes, lambda: nn.Parameter(weight.clone(), requires_grad=False))
 
     def klfast(self, spec: QuantSpec) -> list[QuantizedTensor]:
         """As a model holds them once it is loaded."""
