@@ -25,6 +25,7 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would not time
         run = klf("bench", "linear", "--quick", "--shapes", "64x96", "--rows", "3", "--threads", 1, "--device", "cpu", "--isa", "scalar", "--out", out, "--json")
     assert run.exit_code == 0, run.output
     return out, json.loads(run.stdout)
