@@ -124,8 +124,7 @@ void int8_tile(const DequantMatmulArgs& a, const Segments& segments, const Quant
         const Segment& segment = segments.list[s];
         add_segment<Bits, R, V>(panels, q + m * x.pitch, x.pitch, segment, x.scale.data + segment.group * a.m + m, x.sum.data + s * a.m + m, total);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store_panel(a, m + r, n0 + v * W, load(total + (r * V + v) * W));
+    store_tile(a, m, n0, R, V, total, V * W);
 }
 
 template <int Bits, int V, int R = kDotRows, class... Rest>

@@ -46,8 +46,7 @@ void bf16_tile(const Product& a, const std::uint16_t* x, std::int64_t x_stride, 
     for (int i = 0; i < R * V; ++i) store(total + i * W, set(0.0f));
     for (std::int64_t k = 0; k < a.k; k += depth)
         add_pairs<R, V>(x + m * x_stride + k, x_stride, weights + k / 2 * V * W, (smaller(depth, a.k - k) + 1) / 2, scale + k / depth * V * W, total);
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store_panel(a, m + r, n0 + v * W, load(total + (r * V + v) * W));
+    store_tile(a, m, n0, R, V, total, V * W);
 }
 
 template <int V, int R = kBf16Rows, class... Rest>

@@ -91,9 +91,7 @@ void product_fp32(const Product& a, const Source& source) {
                         tile_product(tiles.row(tile + 1) - tiles.row(tile), tiles.at(tile, block / kBlock), weights.data, depth,
                                      sums.data + (tiles.row(tile) - row0) * kPair);
                 }
-                for (std::int64_t r = 0; r < rows; ++r)
-                    for (int half = 0; half < 2 && n0 + half * W < a.n; ++half)
-                        store_panel(a, m0 + row0 + r, n0 + half * W, load(sums.data + r * kPair + half * W));
+                store_tile(a, m0 + row0, n0, rows, n0 + W < a.n ? 2 : 1, sums.data, kPair);
             }
         });
     }

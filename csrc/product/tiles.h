@@ -140,8 +140,7 @@ void product_tiles(const Product& a, const TiledRows& x, const Segments& segment
                     }
                 }
                 for (std::int64_t r = 0; r < waiting.rows; ++r) waiting.terms.add(sums + r * kSumsPitch, waiting.total + r * kTotalPitch, r);
-                for (std::int64_t r = 0; r < rows; ++r)
-                    for (std::int64_t v = 0; v < item.width; ++v) store_panel(a, m + r, (item.v0 + v) * W, load(total + r * kTotalPitch + v * W));
+                store_tile(a, m, item.v0 * W, rows, item.width, total, kTotalPitch);
             }
         }
     });
