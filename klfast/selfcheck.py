@@ -129,13 +129,13 @@ def _case(op: str, dtype: torch.dtype, what: str, call: Callable[..., Sequence[t
     return Case(op, f"{dtype_name(dtype)} {what}", _METRICS_TOLERANCE if op.endswith("_divergence") else TOLERANCE[dtype], call, args)
 
 
-def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dtype) -> Case:
-    x, weight, bias = torch.randn(rows, 331).to(dtype), quantize(torch.randn(67, 331), spec), torch.randn(67)
+def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dtype, k: int = 331) -> Case:
+    x, weight, bias = torch.randn(rows, k).to(dtype), quantize(torch.randn(67, k), spec), torch.randn(67)
 
     def call(x, weight, bias):
         return [ops.dequant_matmul(x, weight, bias, activation=activation)]
 
-    return _case(f"dequant_matmul int{spec.bits} {activation}", dtype, f"[{rows}, 331] x {spec} [67, 331]", call, x, weight, bias)
+    return _case(f"dequant_matmul int{spec.bits} {activation}", dtype, f"[{rows}, {k}] x {spec} [67, {k}]", call, x, weight, bias)
 
 
 def _integers(*shape: int) -> torch.Tensor:
@@ -152,15 +152,20 @@ def _linear(dtype: torch.dtype, rows: int, bias_dtype: torch.dtype) -> Case:
     return _case("linear", dtype, what, call, _integers(rows, 101).to(dtype), _integers(37, 101).to(dtype), _integers(37).to(bias_dtype))
 
 
-def _decode_attention(dtype: torch.dtype, keys: int) -> Case:
-    q, k, v = torch.randn(2, 18, 33).to(dtype), torch.randn(2, 2, keys, 33).to(dtype), torch.randn(2, 2, keys, 63).to(dtype)
-    return _case("decode_attention", dtype, f"[2, 18, 33], {keys} keys", lambda *args: [ops.decode_attention(*args)], q, k, v)
+def _decode_attention(dtype: torch.dtype, keys: int, batch: int = 2, heads: int = 18, groups: int = 2) -> Case:
+    q, k, v = torch.randn(batch, heads, 33).to(dtype), torch.randn(batch, groups, keys, 33).to(dtype), torch.randn(batch, groups, keys, 63).to(dtype)
+    return _case("decode_attention", dtype, f"[{batch}, {heads}, 33], {keys} keys", lambda *args: [ops.decode_attention(*args)], q, k, v)
 
 
-def _logit_divergence(dtype: torch.dtype, tokens: int, vocab: int) -> Case:
+def _logit_divergence(dtype: torch.dtype, tokens: int, vocab: int, misleading: int = 0) -> Case:
+    """The first ``misleading`` columns say nothing of where the student has its mass: kernels that start from them begin again."""
     teacher, targets = 3 * torch.randn(tokens, vocab), torch.randint(vocab, (tokens,))
     student = teacher + 0.1 * torch.randn(tokens, vocab)
-    return _case("logit_divergence", dtype, f"[{tokens}, {vocab}]", lambda *args: astuple(ops.logit_divergence(*args)), teacher.to(dtype), student.to(dtype), targets)
+    if misleading:
+        student[:, :misleading] -= 20
+        teacher[:, -100], student[:, -100] = 25, 25.25
+    what = f"[{tokens}, {vocab}]" + (f", the first {misleading} misleading" if misleading else "")
+    return _case("logit_divergence", dtype, what, lambda *args: astuple(ops.logit_divergence(*args)), teacher.to(dtype), student.to(dtype), targets)
 
 
 def _linear_divergence(dtype: torch.dtype, spec: QuantSpec | None, tokens: int) -> Case:
@@ -213,15 +218,17 @@ def _selective_state_update(dtype: torch.dtype, heads: tuple[int, ...]) -> Case:
     return _case("selective_state_update", dtype, str(list(x.shape)), call, before, x, dt, A, B, C, D, z, dt_bias)
 
 
-def _mamba_chunk_scan(dtype: torch.dtype, length: int) -> Case:
-    x, z = torch.randn(2, 2, length, 4, 19).to(dtype)
-    B, C = torch.randn(2, 2, length, 2, 16).to(dtype)
+def _mamba_chunk_scan(dtype: torch.dtype, length: int, channels: int = 19, states: int = 16) -> Case:
+    """Four heads of so many channels, two groups of B and C."""
+    x, z = torch.randn(2, 2, length, 4, channels).to(dtype)
+    B, C = torch.randn(2, 2, length, 2, states).to(dtype)
     dt, A, D, dt_bias = torch.randn(2, length, 4).to(dtype), -torch.rand(4), torch.randn(4), torch.randn(4)
+    initial = torch.randn(2, 4, channels, states)
 
-    def call(x, dt, A, B, C, D, z, dt_bias):
-        return ops.mamba_chunk_scan_combined(x, dt, A, B, C, 16, D, z, dt_bias, dt_softplus=True, return_final_states=True)
+    def call(x, dt, A, B, C, D, z, dt_bias, initial):
+        return ops.mamba_chunk_scan_combined(x, dt, A, B, C, 16, D, z, dt_bias, initial, dt_softplus=True, return_final_states=True)
 
-    return _case("mamba_chunk_scan", dtype, str(list(x.shape)), call, x, dt, A, B, C, D, z, dt_bias)
+    return _case("mamba_chunk_scan", dtype, f"{list(x.shape)}, {states} states", call, x, dt, A, B, C, D, z, dt_bias, initial)
 
 
 def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
@@ -237,17 +244,24 @@ def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
 _FORMATS = [((32, True), rows) for rows in _ROWS] + [((64, False), rows) for rows in _ROWS] + [(group, rows) for group in ((-1, True), (128, False)) for rows in (1, 5)]
 _HEADS = (None, QuantSpec(4, 32), QuantSpec(4, 64, False), QuantSpec(8, 32), QuantSpec(8, -1, False))
 _LENGTHS = (1, 33, 131)
+_SPLIT = [(rows, 2048) for rows in (1, 5, 33)]  # (rows, K) with less to do along N than along K: kernels split K
 # Op -> draws its cases in a dtype.
 CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
-    "dequant_matmul": lambda dtype: [_dequant_matmul(QuantSpec(bits, *group), a, rows, dtype) for bits in (4, 8) for a in ("exact", "int8") for group, rows in _FORMATS],
+    "dequant_matmul": lambda dtype: [
+        *(_dequant_matmul(QuantSpec(bits, *group), a, rows, dtype) for bits in (4, 8) for a in ("exact", "int8") for group, rows in _FORMATS),
+        *(_dequant_matmul(QuantSpec(4, 128), a, rows, dtype, k) for a in ("exact", "int8") for rows, k in _SPLIT),
+    ],
     "linear": lambda dtype: [_linear(dtype, rows, bias) for rows in _ROWS for bias in dict.fromkeys((torch.float32, dtype))],
-    "decode_attention": lambda dtype: [_decode_attention(dtype, keys) for keys in (1, 19, 300)],
-    "logit_divergence": lambda dtype: [_logit_divergence(dtype, *shape) for shape in ((1, 63), (5, 101), (3, 5003))],
+    "decode_attention": lambda dtype: [*(_decode_attention(dtype, keys) for keys in (1, 19, 300)), _decode_attention(dtype, 2000, 1, 1, 1)],
+    "logit_divergence": lambda dtype: [_logit_divergence(dtype, *shape) for shape in ((1, 63), (5, 101), (3, 5003), (1, 20_000), (3, 5003, 2048))],
     "linear_divergence": lambda dtype: [_linear_divergence(dtype, head, tokens) for head in _HEADS for tokens in (1, 21)],
     "causal_conv1d": lambda dtype: [_causal_conv1d(dtype, length) for length in _LENGTHS],
     "causal_conv1d_update": lambda dtype: [_causal_conv1d_update(dtype)],
     "selective_scan": lambda dtype: [_selective_scan(dtype, length) for length in _LENGTHS],
     "selective_state_update": lambda dtype: [_selective_state_update(dtype, heads) for heads in ((), (3,))],
-    "mamba_chunk_scan": lambda dtype: [_mamba_chunk_scan(dtype, length) for length in _LENGTHS],
+    "mamba_chunk_scan": lambda dtype: [
+        *(_mamba_chunk_scan(dtype, length) for length in _LENGTHS),
+        *(_mamba_chunk_scan(dtype, length, 32, states) for states in (16, 128) for length in (33, 131)),  # 16-bit: with matrix instructions
+    ],
     "rms_norm": lambda dtype: [_rms_norm(dtype, group_size) for group_size in (None, 19)],
 }

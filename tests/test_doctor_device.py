@@ -1,6 +1,10 @@
 """klfast doctor --device, on the CPU with its real kernels; what only GPUs have is stood in for."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +68,42 @@ def test_cases_have_every_dtype_format_and_number_of_rows():
                         assert (f"dequant_matmul int{bits} {activation}", f"{dtype} [{rows}, 331] x {spec} [67, 331]") in some
     for op in registry.op_names():
         assert {case.what.split()[0] for case in selfcheck.cases(op)} == {"float32", "float16", "bfloat16"}
+
+
+LAUNCHES = """
+import torch
+from klfast import runtime, selfcheck
+from klfast.kernels.launch import Launch
+
+launched, run = [], Launch.run
+
+def noted(launch):
+    launched.append(f"{launch.kernel.fn.__name__} {launch.grid[-1]}")
+    run(launch)
+
+Launch.run = noted
+for op, words in (("mamba_chunk_scan", "4, 32], "), ("decode_attention", "2000 keys"), ("logit_divergence", "20000]"), ("logit_divergence", "misleading"), ("dequant_matmul", "2048]")):
+    for case in selfcheck.cases(op, (torch.float16,)):
+        if words in case.what:
+            launched.clear()
+            outcome = selfcheck.run([case], "triton")
+            print(" | ".join([case.kernel, ", ".join(launched), *outcome.faults]))
+"""
+
+
+def test_cases_reach_the_kernels_that_only_larger_sizes_take():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert not [line for line in found if line[2:]], done.stdout
+    launches = {kernel: [names.split(", ") for name, names, *_ in found if name == kernel] for kernel, *_ in found}
+    assert len(launches["mamba_chunk_scan"]) == 4 and all([name.split()[0] for name in names] == ["ssd_states", "ssd_outputs"] for names in launches["mamba_chunk_scan"])
+    assert all([name.split()[0] for name in names] == ["decode_attention", "combine_parts"] for names in launches["decode_attention"])
+    assert launches["logit_divergence"][0] == ["first_anchors 1", "divergence_sums 3"], "three parts of the vocabulary"
+    assert launches["logit_divergence"][-1] == ["first_anchors 3", "divergence_sums 1", "divergence_sums 1"], "rows run again"
+    for kernel in ("dequant_matmul int4 exact", "dequant_matmul int4 int8"):
+        assert len(launches[kernel]) == 3 and all(names[-1].startswith("split_sum") for names in launches[kernel])
 
 
 @pytest.mark.parametrize(
