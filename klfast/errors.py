@@ -39,5 +39,10 @@ class SlowPathWarning(UserWarning):
 
 def one_line(error: BaseException, most: int = 400) -> str:
     """Any error as one line for a report: of a long one (a compiler's) the beginning and the end, the home folder as "~"."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(Path.home()), "~")
+    return shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", most)
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """A line for a report: of a long one the beginning and the end, the home folder as "~"."""
+    text = text.replace(str(Path.home()), "~")
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

@@ -15,7 +15,7 @@ from klfast import errors, ops, registry, runtime, selfcheck
 from klfast.bench import test_linear
 from klfast.bench.contest import Contender, Group, Unavailable
 from klfast.cli import app
-from klfast.device import bench, facts, report
+from klfast.device import bench, checks, facts, report, timing
 from klfast.device.timing import Clock
 
 KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [op for op in registry.op_names() if op != "dequant_matmul"]
@@ -39,7 +39,7 @@ def break_conv(monkeypatch, fault):
 
 
 def checked(op, device="cpu"):
-    return list(report.run_checks(op, device, lambda _: None))
+    return list(checks.of_op(op, device, lambda _: None))
 
 
 def raising(*_, **__):
@@ -119,7 +119,7 @@ def test_cases_reach_the_kernels_that_only_larger_sizes_take():
 def test_a_broken_kernel_is_named(monkeypatch, fault, says):
     break_conv(monkeypatch, fault)
     (found,) = checked("causal_conv1d")
-    assert found.status == report.FAIL and str(found).startswith("FAIL  causal_conv1d ") and says in str(found)
+    assert found.status == checks.FAIL and str(found).startswith("FAIL  causal_conv1d ") and says in str(found)
 
 
 def test_the_other_kernels_go_on(monkeypatch):
@@ -133,22 +133,61 @@ def test_the_other_kernels_go_on(monkeypatch):
 def test_cases_that_cannot_be_made_fail(monkeypatch):
     monkeypatch.setitem(selfcheck.CASES, "rms_norm", raising)
     (found,) = checked("rms_norm")
-    assert found.status == report.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
+    assert found.status == checks.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
 
 
 def test_a_kernel_that_goes_another_way_fails(monkeypatch):
     break_conv(monkeypatch, lambda _: runtime.slow_path("causal_conv1d", [1], "there is none for this device."))
     (found,) = checked("causal_conv1d")
-    assert found.status == report.FAIL and "SlowPathWarning: causal_conv1d [1] runs the slow" in str(found)
+    assert found.status == checks.FAIL and "SlowPathWarning: causal_conv1d [1] runs the slow" in str(found)
 
 
 def test_an_op_without_a_kernel(monkeypatch):
     """On the CPU every op has one; on a GPU all have but those that klfast has no Triton kernel of."""
     monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
 
-    for op, device, status in (("decode_attention", "cpu", report.FAIL), ("selective_scan", "xpu", report.FAIL), ("linear", "xpu", report.NONE)):
+    for op, device, status in (("decode_attention", "cpu", checks.FAIL), ("selective_scan", "xpu", checks.FAIL), ("linear", "xpu", checks.NONE)):
         (found,) = checked(op, device)
         assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
+
+
+def test_checks_in_a_process_of_their_own():
+    told = []
+    found = checks.in_a_process("rms_norm", "rms_norm", "cpu", told.append)
+    assert found == checks.of_kernel("rms_norm", selfcheck.cases("rms_norm"), "cpu", lambda _: None) and found.status == checks.PASS
+    assert told == [f"rms_norm, {case.what}" for case in selfcheck.cases("rms_norm")]
+
+
+WRITES = "import os, sys, time; print('hello'); print('{\"now\": \"case 7\"}', flush=True); "
+
+
+def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
+    """As on a GPU: two kernels take their processes down, the next passes."""
+    right = checks._command
+    broken = {
+        "causal_conv1d": WRITES + "print('first\\n\\n an illegal memory access \\n', file=sys.stderr, flush=True); os._exit(3)",
+        "rms_norm": "import os; os.kill(os.getpid(), 9)",
+    }
+    monkeypatch.setattr(checks, "_command", lambda op, kernel, _: [sys.executable, "-c", broken[op]] if op in broken else right(op, kernel, "cpu"))
+    monkeypatch.setattr(registry, "op_names", lambda: [*broken, "decode_attention"])
+    monkeypatch.setattr(registry, "has_kernel", lambda *_: True)
+    for look in ("require", "gather"):
+        monkeypatch.setattr(facts, look, lambda _: {})
+    lines = []
+    found = report.run("xpu", 0, None, lines.append)
+    assert found.failed == list(broken) and found.checks[-1].status == checks.PASS
+    assert [check.reason for check in found.checks[:2]] == [
+        "its process ended with exit code 3 in the case of case 7: an illegal memory access",
+        "its process ended with exit code -9: it said nothing",
+    ]
+    assert lines[-1] == "\n2 of 3 kernels failed: causal_conv1d, rms_norm"
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(checks, "PATIENCE", 1.0)
+    monkeypatch.setattr(checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
+    found = checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
+    assert found.status == checks.FAIL and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
 
 
 def test_json(monkeypatch):

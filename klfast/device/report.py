@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from klfast import registry, selfcheck
-from klfast.device import bench, facts
+from klfast import registry
+from klfast.device import bench, checks, facts
+from klfast.device.checks import FAIL, Check
 from klfast.device.timing import Clock
-from klfast.errors import one_line
 from klfast.files import write_atomic
-
-PASS, FAIL, NONE = "pass", "FAIL", "none"  # NONE: klfast has no kernel for such devices, its plain reference runs
-_MOST_FAULTS = 12  # that are listed for a kernel
-
-
-@dataclass(frozen=True)
-class Check:
-    """A kernel on the device: PASS, FAIL or NONE; ``outcome`` where cases were run, else a ``reason``."""
-
-    kernel: str
-    status: str
-    outcome: selfcheck.Outcome | None = None
-    reason: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.status}  {self.kernel:<26}"
-        if self.outcome is None:
-            return f"{line} {self.reason}"
-        found = self.outcome
-        line += f" {found.cases:>3} cases"
-        if found.worst:
-            line += f", largest error {found.error:.1e} of {found.tolerance:.0e} allowed ({found.worst})"
-        more = len(found.faults) - _MOST_FAULTS
-        return "\n        ".join([line, *found.faults[:_MOST_FAULTS], *[f"and {more} more"] * (more > 0)])
 
 
 @dataclass
@@ -99,30 +74,13 @@ def run(device: str, seconds: float = 60.0, out: Path | None = None, say: Callab
         text.add(f"  {name}: {value}")
     text.add("\nKernels against klfast's reference on the CPU (errors relative to the largest value; the first run compiles):")
     for op in registry.op_names():
-        for check in run_checks(op, device, text.now):
+        for check in checks.of_op(op, device, text.now):
             found.checks.append(check)
             text.add(str(check))
     if seconds:
         _bench(found, text, seconds)
     text.add(f"\n{len(found.failed)} of {len(found.checks)} kernels failed: {', '.join(found.failed)}" if found.failed else "\nAll kernels passed.")
     return found
-
-
-def run_checks(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
-    """Of each of an op's kernels, as torch dispatches the op to the device."""
-    from klfast.backends.triton import KERNELS
-
-    if not registry.has_kernel(op, device.upper()):
-        yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device))
-        return
-    try:
-        cases = selfcheck.cases(op)
-    except Exception as error:
-        yield Check(op, FAIL, reason=f"its cases cannot be made: {one_line(error)}")
-        return
-    for kernel, some in groupby(sorted(cases, key=lambda case: case.kernel), lambda case: case.kernel):
-        outcome = selfcheck.run(list(some), device=device, tell=tell)
-        yield Check(kernel, FAIL if outcome.faults else PASS, outcome)
 
 
 def _bench(found: Report, text: _Text, seconds: float) -> None:
