@@ -8,7 +8,7 @@ import torch
 import klfast
 
 from . import machine, results, roofline
-from .contest import Contender, Race, Unavailable
+from .contest import Contender, Race, Times, Unavailable
 from .settings import Settings, add_options
 
 
@@ -18,6 +18,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings = Settings.of(config)
+    if settings.device != "cpu":
+        config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # the device's clock is
     torch.set_num_threads(settings.threads)
     if settings.isa is not None:
         pin = klfast.using(settings.isa)
@@ -56,8 +58,8 @@ class Run:
         except Unavailable as reason:
             pytest.skip(str(reason))
         benchmark.group = f"{suite} {group.name}"
-        ratios = self.race.run(name, benchmark)
-        columns = self._columns(group, contender, benchmark.stats.stats)
+        times, ratios = self.race.run(name, benchmark)
+        columns = self._columns(group, contender, times)
         benchmark.extra_info.update(columns)
         self.results.add(suite, group.name, name, **columns)
         for ours, ratio in ratios.items():
@@ -71,18 +73,18 @@ class Run:
         for ours, ratio in ratios.items():
             self.results.ratio(suite, group.name, ours, name, ratio)
 
-    def _columns(self, group, contender: Contender, stats) -> dict[str, object]:
-        columns = {**group.facts, "median_s": stats.median, "min_s": stats.min, "rounds": stats.rounds, "error": f"{contender.measured_error:.1e}"}
+    def _columns(self, group, contender: Contender, times: Times) -> dict[str, object]:
+        columns = {**group.facts, "median_s": times.median, "min_s": times.min, "rounds": len(times.rounds), "error": f"{contender.measured_error:.1e}"}
         columns["read_gbps"] = round(self._read_gbps, 2)
         if contender.nbytes:
             floor = contender.nbytes / self._read_gbps / 1e9
-            columns |= {"read_mb": contender.nbytes / 1e6, "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6), "floor_s": floor, "share_of_floor": round(floor / stats.median, 4)}
+            columns |= {"read_mb": contender.nbytes / 1e6, "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6), "floor_s": floor, "share_of_floor": round(floor / times.median, 4)}
         if group.flops:
-            columns["tflops"] = round(group.flops / stats.median / 1e12, 5)
+            columns["tflops"] = round(group.flops / times.median / 1e12, 5)
             if contender.peak:
                 columns["share_of_peak"] = round(columns["tflops"] / self.facts[f"peak_{contender.peak}_tflops"], 4)
         if contender.facts is not None:
-            columns |= contender.facts(stats.median)
+            columns |= contender.facts(times.median)
         return columns
 
 

@@ -3,6 +3,9 @@
 A round of a peer is preceded by a timed call of each of klfast's contenders, so that every ratio comes from calls that
 saw the same machine. Before each timed call its contender makes an untimed one: threads are awake and the code is in
 cache, as in a program that makes one call after the other. Weights are not: calls rotate through copies of them.
+
+On a GPU a round takes many calls of each contender, timed on the device (klfast/device/timing.py): one call would show
+how long Python takes to launch it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from klfast.device.timing import Clock
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 _OUTSIDE_ROUNDS = 7  # of a program of its own
@@ -85,11 +90,27 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds that the rounds of a contender took."""
+
+    rounds: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def min(self) -> float:
+        return min(self.rounds)
+
+
 class Race:
     """Builds, checks and times the contenders of one group at a time."""
 
     def __init__(self, settings) -> None:
         self._settings = settings
+        self._clock: Clock | None = None  # of a GPU, made when something is timed
         self._group: Group | None = None
         self._ready: dict[str, Contender | Exception] = {}
 
@@ -136,10 +157,24 @@ class Race:
                 continue  # its own test says why
         return found
 
-    def run(self, name: str, benchmark) -> dict[str, float]:
-        """Time a contender by ``benchmark``; returns how many times as fast as it each of klfast's is."""
+    def run(self, name: str, benchmark) -> tuple[Times, dict[str, float]]:
+        """Time a contender; returns that and how many times as fast as it each of klfast's is.
+
+        On the CPU by ``benchmark``, on GPUs by the device's clock.
+        """
         contender, rivals = self.contender(name), self.rivals(name)
-        calls = {each: synchronized(c, self._settings.device) for each, c in (rivals | {name: contender}).items()}
+        own, theirs = self._by_device(name, contender, rivals) if self._settings.device != "cpu" else self._by_benchmark(name, contender, rivals, benchmark)
+        return own, {ours: own.median / times.median for ours, times in theirs.items()}
+
+    def _by_device(self, name: str, contender: Contender, rivals: dict[str, Contender]) -> tuple[Times, dict[str, Times]]:
+        if self._clock is None:
+            self._clock = Clock(self._settings.device)
+        taken = self._clock.samples(rivals | {name: contender}, self._settings.seconds * (1 + bool(rivals)), MAX_ROUNDS)
+        times = {each: Times(some) for each, some in taken.items()}
+        return times.pop(name), times
+
+    def _by_benchmark(self, name: str, contender: Contender, rivals: dict[str, Contender], benchmark) -> tuple[Times, dict[str, Times]]:
+        calls = rivals | {name: contender}
         usual = {each: _usual_seconds(call) for each, call in calls.items()}
         times: dict[str, list[float]] = {ours: [] for ours in rivals}
 
@@ -158,13 +193,12 @@ class Race:
         round_seconds = sum(t if t >= _LONG_SECONDS else 2 * t for t in usual.values()) + contender.own_threads * _SPIN_SECONDS
         rounds = int(min(max(self._settings.seconds * (1 + bool(rivals)) / round_seconds, MIN_ROUNDS), MAX_ROUNDS))
         benchmark.pedantic(calls[name], setup=before, rounds=rounds)
-        median = benchmark.stats.stats.median
-        return {ours: median / statistics.median(taken) for ours, taken in times.items()}
+        return Times(benchmark.stats.stats.data), {ours: Times(taken) for ours, taken in times.items()}
 
     def run_outside(self, name: str, once: Callable[[], float]) -> tuple[float, dict[str, float]]:
-        """Have a peer time itself, in turns with klfast's contenders: its median in seconds, and how many times as fast as it each of klfast's is."""
-        calls = {ours: synchronized(contender, self._settings.device) for ours, contender in self.rivals(name).items()}
-        times, own = {ours: [] for ours in calls}, []
+        """On the CPU, have a peer time itself, in turns with klfast's contenders: its median in seconds, and how many times as fast as it each of klfast's is."""
+        calls, own = self.rivals(name), []
+        times = {ours: [] for ours in calls}
         for call in calls.values():
             call()
         for _ in range(_OUTSIDE_ROUNDS):
@@ -174,18 +208,6 @@ class Race:
             own.append(once())
         median = statistics.median(own)
         return median, {ours: median / statistics.median(taken) for ours, taken in times.items()}
-
-
-def synchronized(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """``call`` that returns when the device is done."""
-    if device == "cpu":
-        return call
-
-    def run() -> None:
-        call()
-        torch.accelerator.synchronize()
-
-    return run
 
 
 def _usual_seconds(call: Callable[[], object]) -> float:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import klfast
+from klfast.device import facts as devices
+from klfast.device.timing import Clock
 from klfast.diagnostics import cpu_name
 
-from .contest import synchronized, timed
 from .settings import Settings
 
 
@@ -30,6 +31,7 @@ def facts(settings: Settings) -> dict[str, object]:
         **peaks(settings),
         "klfast": klfast.__version__,
         **{name: _version(name) for name in ("torch", "transformers", "openvino")},
+        **({} if settings.device == "cpu" else {"triton": devices.triton(), "driver": devices.driver(settings.device)}),
         "python": platform.python_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -43,37 +45,47 @@ def _version(package: str) -> str:
 
 
 class Bandwidth:
-    """Measures how fast all threads together read memory: sums over more than the caches hold."""
+    """Measures how fast all threads together, or a GPU, read memory: sums over more than the caches hold."""
 
     def __init__(self, settings: Settings) -> None:
-        self._device = settings.device
+        self._clock = Clock(settings.device)
         self._block = torch.ones(settings.working_set // 4, device=settings.device)
 
     def measure(self) -> float:
         """Bytes per second, the best of some runs."""
-        return 4 * self._block.numel() / _best(self._block.sum, self._device, 5)
+        return 4 * self._block.numel() / _best(self._block.sum, self._clock, 5)
 
 
 def peaks(settings: Settings) -> dict[str, float]:
-    """peak_<dtype>_tflops: the fastest that torch multiplies large matrices, a lower bound of what the machine can do."""
+    """peak_<dtype>_tflops: the fastest that torch multiplies large matrices, a lower bound of what the machine can do; NaN
+    where it has no such product."""
     size = 1024 if settings.quick else 4096
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = (torch.ones(n, size, dtype=dtype, device=settings.device) for n in (512, size))
-        found[dtype] = _best(lambda x=x, w=w: F.linear(x, w), settings.device, 3)
-    x, w = (torch.ones(n, size, dtype=torch.int8, device=settings.device) for n in (512, size))
-    found[torch.int8] = _best(lambda: torch._int_mm(x, w.T), settings.device, 3)
-    return {f"peak_{str(dtype).removeprefix('torch.')}_tflops": round(2 * 512 * size**2 / seconds / 1e12, 4) for dtype, seconds in found.items()}
+    rows = 512 if settings.device == "cpu" else size  # too few would leave much of a large GPU idle
+    clock, found = Clock(settings.device), {}
+    for dtype, product in ((torch.float32, F.linear), (torch.bfloat16, F.linear), (torch.int8, lambda x, w: torch._int_mm(x, w.T))):
+        x, w = (torch.ones(n, size, dtype=dtype, device=settings.device) for n in (rows, size))
+        try:
+            found[dtype] = _best(lambda x=x, w=w, product=product: product(x, w), clock, 3)
+        except (RuntimeError, NotImplementedError):
+            found[dtype] = float("nan")
+    return {f"peak_{str(dtype).removeprefix('torch.')}_tflops": round(2 * rows * size**2 / seconds / 1e12, 4) for dtype, seconds in found.items()}
 
 
-def _best(run: Callable[[], object], device: str, times: int) -> float:
-    call = synchronized(run, device)
+def _best(call: Callable[[], object], clock: Clock, times: int) -> float:
     call()
-    return min(timed(call) for _ in range(times))
+    return min(clock.seconds(call) for _ in range(times))
 
 
-def memory_peak(run: Callable[[], object]) -> float:
-    """Megabytes by which the process grows, at most, while ``run`` runs (Linux; NaN elsewhere)."""
+def memory_peak(run: Callable[[], object], device: str) -> float:
+    """Megabytes by which a GPU's memory or (on Linux; NaN elsewhere) the process grows, at most, while ``run`` runs."""
+    if device != "cpu":
+        module = torch.get_device_module(device)
+        module.synchronize()
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        run()
+        module.synchronize()
+        return (module.max_memory_allocated() - before) / 1e6
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # sets the high-water mark back to what is resident now

@@ -31,13 +31,15 @@ MODELS = {
     "mamba-130m": lambda: _mamba(768, 24, 50280),
     "mamba2-130m": lambda: _mamba2(768, 24, 50288),
 }
+LARGE = "mamba-1.4b"  # for GPUs
+LARGE_MODELS = {LARGE: lambda: _mamba(2048, 48, 50280)}
 QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda: _mamba2(128, 2, 512)}
 
 
 def plain(name: str) -> nn.Module:
     """A model as transformers makes it, float32; the same weights each time."""
     torch.manual_seed(0)
-    return (MODELS | QUICK_MODELS)[name]().eval()
+    return (MODELS | LARGE_MODELS | QUICK_MODELS)[name]().eval()
 
 
 def ours(name: str, spec: QuantSpec | None, activation: str) -> nn.Module:

@@ -88,9 +88,9 @@ def seconds(value: float) -> str:
 
 def conditions(row: dict[str, object]) -> str:
     """One sentence on the machine, the threads and the versions of a run."""
-    versions = ", ".join(f"{name} {row[name]}" for name in ("klfast", "torch", "transformers", "openvino", "python") if row.get(name))
+    versions = ", ".join(f"{name} {row[name]}" for name in ("klfast", "torch", "triton", "driver", "transformers", "openvino", "python") if row.get(name))
     limit = f" (oneDNN limited to {row['onednn_max_cpu_isa']})" if row.get("onednn_max_cpu_isa") else ""
-    tops = ", ".join(f"{name[5:-7]} {number(row[name]):.3g}" for name in row if name.startswith("peak_"))
+    tops = ", ".join(f"{name[5:-7]} {number(row[name]):.3g}" for name in row if name.startswith("peak_") and number(row[name]) > 0)
     return (
         f"{row['machine']}, {row['device']}, tier {row['tier']}, {row['threads']} threads{limit}; {versions}; {row['time']}. "
         f"Weights rotate through up to {row['working_set_mb']} MB. Fastest large products of torch, in TFLOP/s: {tops}."

@@ -25,7 +25,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         intensities += x
     bandwidth = max(number(row["read_gbps"]) for row in points) / 1e3  # TB/s
     ends = min(intensities) / 2, max(intensities) * 2
-    peaks = {name[5:-7]: number(value) for name, value in points[0].items() if name.startswith("peak_")}
+    peaks = {name[5:-7]: number(value) for name, value in points[0].items() if name.startswith("peak_") and number(value) > 0}
     for dtype, peak in peaks.items():
         knee = min(max(peak / bandwidth, ends[0]), ends[1])
         axes.plot((knee, ends[1]), (peak, peak), color="gray", linewidth=1)

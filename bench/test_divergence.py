@@ -34,11 +34,11 @@ def _of_logits(tokens: int, vocab: int, device: str) -> dict[str, Callable[[], C
     def klfast() -> Contender:
         teacher, student = draw()
         require_kernel("logit_divergence", teacher)
-        return _contender(lambda: ops.logit_divergence(teacher, student), _truth(teacher, student), 1e-4, 2 * teacher.nbytes)
+        return _contender(lambda: ops.logit_divergence(teacher, student), _truth(teacher, student), 1e-4, 2 * teacher.nbytes, device)
 
     def torch_kl() -> Contender:
         teacher, student = draw()
-        return _contender(lambda: kl(teacher, student), _truth(teacher, student), 1e-2, 2 * teacher.nbytes)
+        return _contender(lambda: kl(teacher, student), _truth(teacher, student), 1e-2, 2 * teacher.nbytes, device)
 
     return {"klfast": klfast, "torch KL": torch_kl}
 
@@ -56,13 +56,13 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
     def klfast() -> Contender:
         drawn = draw()
         require_kernel("linear_divergence", drawn[0])
-        return _contender(lambda: ops.linear_divergence(*drawn), truth(*drawn), 1e-3, 0)
+        return _contender(lambda: ops.linear_divergence(*drawn), truth(*drawn), 1e-3, 0, device)
 
     def klfast_quantized() -> Contender:
         teacher, head, student, other = draw()
         require_kernel("linear_divergence", teacher)
         rounded = quantize(other, HEAD)
-        return _contender(lambda: ops.linear_divergence(teacher, head, student, rounded), truth(teacher, head, student, rounded.dequantize(torch.float32)), 1e-3, 0)
+        return _contender(lambda: ops.linear_divergence(teacher, head, student, rounded), truth(teacher, head, student, rounded.dequantize(torch.float32)), 1e-3, 0, device)
 
     def products(dtype: torch.dtype) -> Callable[[], Contender]:
         def built() -> Contender:
@@ -74,7 +74,7 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
 
     def torch_kl() -> Contender:
         teacher, head, student, other = (t.float() for t in draw())
-        return _contender(lambda: kl(F.linear(teacher, head), F.linear(student, other)), truth(teacher, head, student, other), 1e-2, 0)
+        return _contender(lambda: kl(F.linear(teacher, head), F.linear(student, other)), truth(teacher, head, student, other), 1e-2, 0, device)
 
     return {
         "klfast": klfast, "klfast, student int8": klfast_quantized,
@@ -89,15 +89,15 @@ def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 def _truth(teacher: torch.Tensor, student: torch.Tensor) -> Compute:
-    return lambda: reference_divergence.logit_divergence(teacher, student, None)[0]
+    return lambda: reference_divergence.logit_divergence(teacher.cpu(), student.cpu(), None)[0]  # in float64, which some GPUs lack
 
 
-def _contender(call: Callable[[], Divergence | torch.Tensor], truth: Compute, allowed: float, nbytes: int) -> Contender:
+def _contender(call: Callable[[], Divergence | torch.Tensor], truth: Compute, allowed: float, nbytes: int, device: str) -> Contender:
     def error() -> float:
         found = call()
         return distance(found.kl_teacher_student if isinstance(found, Divergence) else found, truth())
 
-    return Contender([call], error, allowed, nbytes, facts=lambda _: {"extra_mb": round(machine.memory_peak(call), 2)})
+    return Contender([call], error, allowed, nbytes, facts=lambda _: {"extra_mb": round(machine.memory_peak(call, device), 2)})
 
 
 def test_divergence(group, name, run, benchmark):

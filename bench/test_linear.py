@@ -23,6 +23,7 @@ SHAPES = (
     (1600, 8960), (3200, 1600), (3200, 132), (100, 3200), (5504, 1600),
 )  # fmt: skip
 ROWS = (1, 4, 8, 16, 128, 512)
+GPU_SHAPES, GPU_ROWS = ((8192, 8192), *SHAPES), (*ROWS[:4], 64, *ROWS[4:], 4096)
 SPECS = {"int4": QuantSpec(4, 128), "int8": QuantSpec(8, 128)}
 # The other formats, at one shape and fewer numbers of rows.
 FORMATS = tuple(QuantSpec(*form) for form in ((4, 32), (4, 64), (4, -1), (4, 32, False), (4, 128, False), (8, 32), (8, -1), (8, 128, False)))
@@ -30,8 +31,9 @@ FORMAT_SHAPE, FORMAT_ROWS = (2048, 8192), (1, 16, 128)
 
 
 def groups(settings: Settings) -> Iterator[Group]:
-    shapes = settings.shapes or (((768, 3072),) if settings.quick else SHAPES)
-    rows = settings.rows or ((1, 16) if settings.quick else ROWS)
+    usual_shapes, usual_rows = (SHAPES, ROWS) if settings.device == "cpu" else (GPU_SHAPES, GPU_ROWS)
+    shapes = settings.shapes or (((768, 3072),) if settings.quick else usual_shapes)
+    rows = settings.rows or ((1, 16) if settings.quick else usual_rows)
     for k, n in shapes:
         for m in rows:
             yield _group(f"{k}x{n}, M={m}", k, n, m, _contenders, settings)

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import klfast
-from bench import document, peers, results
+from bench import contest, document, machine, peers, results, test_linear, test_sweep
 from bench.contest import Contender, Group, Race, Unavailable
+from bench.settings import Settings
 from klfast.cli import app
 
 
@@ -72,7 +73,7 @@ def test_wrong_usage(wrong):
 class Benchmark:
     """What a race needs of pytest-benchmark's fixture."""
 
-    stats = SimpleNamespace(stats=SimpleNamespace(median=2.0))
+    stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0, 2.0, 4.0]))
 
     def pedantic(self, call, setup, rounds):
         for _ in range(rounds):
@@ -80,7 +81,7 @@ class Benchmark:
             call()
 
 
-def race(**errors):
+def race(device="cpu", /, **errors):
     """A race between contenders of the given errors, and the list of their calls as they happen."""
     calls = []
 
@@ -89,7 +90,7 @@ def race(**errors):
             raise error
         return Contender([lambda i=i: calls.append((name, i)) for i in range(2)], lambda: error, 1e-3)
 
-    found = Race(SimpleNamespace(device="cpu", seconds=0.0))
+    found = Race(SimpleNamespace(device=device, seconds=0.0))
     found.enter(Group("group", {}, {name: lambda name=name, error=error: built(name, error) for name, error in errors.items()}))
     return found, calls
 
@@ -100,14 +101,15 @@ def test_a_wrong_result_gets_no_figure():
         with pytest.raises(AssertionError, match=f"{name} is off by .*no figure"):
             found.run(name, Benchmark())
     assert not calls
-    assert found.run("torch", Benchmark()) == {}
+    times, ratios = found.run("torch", Benchmark())
+    assert ratios == {} and (times.median, times.min) == (2.0, 1.0)
 
 
 def test_klfast_takes_turns_with_a_peer_and_every_call_takes_the_next_weights():
     found, calls = race(klfast=0.0, klfast_other=Unavailable("not here"), torch=0.0)
-    assert found.run("klfast", Benchmark()) == {}
+    assert found.run("klfast", Benchmark())[1] == {}
     calls.clear()
-    ratios = found.run("torch", Benchmark())
+    _, ratios = found.run("torch", Benchmark())
     assert list(ratios) == ["klfast"] and ratios["klfast"] > 1
     turns = [(name, len(list(some))) for name, some in itertools.groupby(calls, key=lambda call: call[0])]
     assert turns == [("klfast", 2), ("torch", 2)] * (len(turns) // 2) and len(turns) > 6  # an untimed call, a timed one
@@ -125,3 +127,39 @@ def test_weights_in_the_form_of_torchs_int4_operations_for_gpus():
     codes, scales_and_zeros = peers._codes(weight), peers._scales_and_zeros(weight, torch.float32)
     scale, zero = scales_and_zeros.transpose(0, 1).repeat_interleave(32, 1).unbind(-1)
     assert torch.equal((codes.float() - 8) * scale + zero, expected)
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    class Clock:
+        def __init__(self, device):
+            assert device == "xpu"
+
+        def samples(self, calls, seconds, most_rounds):
+            return {name: [1.0, 3.0, 8.0] if name == "torch" else [2.0] for name in calls}
+
+    monkeypatch.setattr(contest, "Clock", Clock)
+    found, _ = race("xpu", klfast=0.0, torch=0.0)
+    times, ratios = found.run("torch", None)
+    assert (times.median, times.min, len(times.rounds)) == (3.0, 1.0, 3) and ratios == {"klfast": 1.5}
+
+
+def test_sizes_for_gpus_alone():
+    names = {device: [group.name for suite in (test_linear, test_sweep) for group in suite.groups(Settings(device=device))] for device in ("cpu", "xpu")}
+    assert set(names["xpu"]) - set(names["cpu"]) >= {"8192x8192, M=1", "8192x8192, M=64", "2048x8192, M=4096", "mamba-1.4b, 8x256 tokens"}
+    assert not any("8192x8192" in name or name.endswith(("M=64", "M=4096")) or "1.4b" in name for name in names["cpu"])
+
+
+def test_the_sweep_of_random_weights():
+    """As on a GPU: checked in float32 on some layers, timed in bfloat16 on all."""
+    setting = test_sweep.random("mamba-tiny", 2, 16, None, "cpu")
+    with torch.no_grad():
+        assert setting.error() < 1e-2
+        setting.model.to(setting.timed)
+        assert test_sweep.swept(setting.model, setting.text, setting.names).shape == (2 * len(setting.names),)
+
+
+def test_memory_of_a_gpu(monkeypatch):
+    used = iter([5_000_000, 30_000_000])
+    module = SimpleNamespace(synchronize=lambda: None, reset_peak_memory_stats=lambda: None, memory_allocated=lambda: next(used), max_memory_allocated=lambda: next(used))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert machine.memory_peak(lambda: None, "xpu") == 25.0

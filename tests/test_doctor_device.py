@@ -294,16 +294,47 @@ def test_the_clock_without_events(monkeypatch):
     assert clock.seconds(lambda: None) >= 0 and len(synchronized) == 2
 
 
+class Gpu:
+    """What a clock sees of a GPU: milliseconds that pass as it works, one with each addition to a block."""
+
+    def __init__(self, monkeypatch):
+        self.milliseconds, self.blockers = 0.0, 0
+        monkeypatch.setattr(torch.xpu, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.xpu, "Event", self.event)
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(add_=self.block))
+
+    def event(self, enable_timing):
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", self.milliseconds)
+        event.elapsed_time = lambda end: end.at - event.at
+        return event
+
+    def block(self, _):
+        self.blockers += 1
+        self.milliseconds += 1
+
+    def work(self, milliseconds, launch=0.0):
+        def call():
+            time.sleep(launch)
+            self.milliseconds += milliseconds
+
+        return call
+
+
 def test_the_clock_by_events(monkeypatch):
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        record = staticmethod(lambda: None)
-        elapsed_time = staticmethod(lambda end: 1.0)
-
-    monkeypatch.setattr(torch.xpu, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.xpu, "Event", Event)
+    gpu = Gpu(monkeypatch)
     clock = Clock("xpu")
-    assert clock.by == "device events" and clock.seconds(lambda: None) == 0.001
-    assert clock.medians({"a": lambda: None, "b": lambda: None}, 0.01) == pytest.approx({"a": 0.0002, "b": 0.0002})  # five calls in a sample of five milliseconds
+    assert clock.by == "device events" and clock.seconds(gpu.work(0.01), 7) == pytest.approx(1e-5)
+    medians = clock.medians({"a": gpu.work(0.01), "b": gpu.work(2.5), "long": gpu.work(40.0)}, 0.01)
+    assert medians == pytest.approx({"a": 1e-5, "b": 2.5e-3, "long": 4e-2})
+
+
+def test_the_queue_waits_until_all_calls_are_in_it(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    clock = Clock("xpu")
+    clock.seconds(gpu.work(0.01))
+    for count, enough in ((10, 10 * 2e-3), (100, timing._MOST_BLOCKED_SECONDS)):
+        before = gpu.blockers
+        assert clock.seconds(gpu.work(0.01, launch=2e-3), count) == pytest.approx(1e-5)
+        assert gpu.blockers - before >= enough / 1e-3
+    assert gpu.blockers - before <= timing._MOST_BLOCKERS

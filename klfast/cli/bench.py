@@ -43,7 +43,7 @@ def bench(
     working_set: Annotated[int | None, typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Memory that each contender's weights rotate through: 1GB, with --quick 64MB.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time for the rounds of a contender: 0.5, with --quick 0.05.", min=0.001)] = None,
     shapes: Annotated[str | None, typer.Option(metavar="KxN,...", help="Linear layers to time instead of the usual ones.")] = None,
-    rows: Annotated[str | None, typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512.")] = None,
+    rows: Annotated[str | None, typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512 (GPUs: 64 and 4096, too).")] = None,
     llama_cpp: Annotated[Path | None, typer.Option(help="llama.cpp's llama-bench, or the folder that holds it; a peer in decode.", exists=True)] = None,
     gguf: Annotated[list[Path] | None, typer.Option(help="A model for llama-bench, its name beginning with the model's: mamba-130m-q4_0.gguf.", exists=True)] = None,
     as_json: options.Json = False,

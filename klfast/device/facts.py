@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def gather(device: str) -> dict[str, str]:
     found = {
         "klfast": klfast.__version__,
         "torch": torch.__version__,
-        "triton": ", ".join(f"{name} {version}" for name in _TRITONS if (version := installed_version(name)) != "none") or "none",
+        "triton": triton() or "none",
         "transformers": installed_version("transformers"),
         "python": platform.python_version(),
         "OS": _system(),
@@ -57,6 +58,22 @@ def gather(device: str) -> dict[str, str]:
     return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
+def triton() -> str:
+    """The installed packages that hold Triton, with versions; empty without any."""
+    return ", ".join(f"{name} {version}" for name in _TRITONS if (version := installed_version(name)) != "none")
+
+
+def driver(device: str) -> str:
+    """The version of a GPU's driver; empty where nothing tells it."""
+    if device == "xpu":
+        return str(getattr(torch.xpu.get_device_properties(), "driver_version", ""))
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.split("\n")[0].strip()
+
+
 def _system() -> str:
     try:
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.platform()}"
@@ -67,6 +84,7 @@ def _system() -> str:
 def _of_accelerator(device: str) -> dict[str, str]:
     module = importlib.import_module(f"torch.{device}")
     found = {"device name": _or_why_not(module.get_device_name), f"torch.version.{device}": str(getattr(torch.version, device))}
+    found |= {"driver": _or_why_not(lambda: driver(device) or "unknown")}
     try:
         properties = module.get_device_properties()
     except RuntimeError as error:
