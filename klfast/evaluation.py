@@ -94,7 +94,7 @@ def evaluate(
             found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
             metrics = (found.ce_student, found.ce_teacher, found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.top1_agree)
             rows, length = ids.shape
-            tally.add(0, torch.stack(metrics).double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)
+            tally.add(0, torch.stack(metrics).cpu().double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)
             advance(1, "")
 
     mean, stderr = (dict(zip(_MEASURED, values, strict=True)) for values in (tally.mean(0), tally.stderr(0)))

@@ -153,3 +153,22 @@ def test_refuses_models():
     forward = scaled.forward
     scaled.forward = lambda **kwargs: replace_logits(forward(**kwargs), 1.01)
     refuses("more to its logits than multiply", scaled, [batch()])
+
+
+def test_float64_is_for_the_cpu_alone(monkeypatch):
+    """Some GPUs have none: a tensor comes to the CPU before it is widened, here and in a sweep."""
+    moved, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
+
+    def to_cpu(tensor):
+        moved.append(cpu(tensor))
+        return moved[-1]
+
+    def widened(tensor):
+        assert any(tensor is one for one in moved), "widened where it was"
+        return double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)
+    monkeypatch.setattr(torch.Tensor, "double", widened)
+    model = tiny("mamba")
+    assert klfast.evaluate(model, [batch(2, 5)], model).tokens == 8
+    klfast.sweep(model, [batch(2, 5)], ["int4-g32-sym"], layers=[next(iter(linears(model)))], progress=False)

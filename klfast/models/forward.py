@@ -85,6 +85,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal but for a little rounding (the operations are the same); NaN equals NaN, so that a broken weight is named elsewhere."""
     if found.shape != expected.shape:
         return False
+    found, expected = found.cpu(), expected.cpu()  # some GPUs have no float64
     tolerance = 8 * torch.finfo(found.dtype).eps * expected.double().nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True)
 

@@ -184,7 +184,8 @@ class Engine:
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
             per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
             windows, length = teacher.passage.input_ids.shape
-            return per_token.double().view(len(COLUMNS), -1, windows, length - 1).sum(-1).transpose(0, 1)
+            # On the CPU, since some GPUs have no float64.
+            return per_token.cpu().double().view(len(COLUMNS), -1, windows, length - 1).sum(-1).transpose(0, 1)
 
     def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
         if not torch.isfinite(hidden).all():
