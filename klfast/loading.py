@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from klfast.checkpoint_format import MANIFEST, read_generation_config, read_manifest
+from klfast.device import facts
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import parse_json
 from klfast.models.native_ssm import accelerate_or_warn
@@ -36,30 +37,34 @@ def load_model(
     name_or_path: str | os.PathLike,
     dtype: str = "float32",
     *,
+    device: torch.device | str = "cpu",
     local_files_only: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal language model in evaluation mode on the CPU, with klfast's native SSM functions (``klfast.accelerate``).
+    """A causal language model in evaluation mode, with klfast's native SSM functions (``klfast.accelerate``).
 
     Args:
         name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that name), a
             local folder, or a hub id. A folder written by ``klfast.save_quantized`` gives the quantized model.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
             folder are cast likewise.
+        device: where the model goes, such as "cpu", "cuda" or "xpu".
         local_files_only: take a hub id from the local cache only.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
 
     Raises:
-        InvalidInputError: an unknown dtype, no such folder, an unknown architecture.
+        InvalidInputError: an unknown dtype or device, no such folder, an unknown architecture.
+        KernelUnavailableError: PyTorch finds no such device.
         CheckpointError: a file is missing, truncated or does not fit the model, a weight is stored as integers, or the
             hub cannot be reached.
     """
     target = as_dtype(dtype)
+    facts.require(_device(device).type)
     source = _resolve(name_or_path)
     if _is_quantized(source):
         from klfast.checkpoint import load_quantized
 
-        return load_quantized(source, dtype=None if target == "auto" else target)
+        return load_quantized(source, device, None if target == "auto" else target)
 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -79,7 +84,7 @@ def load_model(
     _require_all_tensors(source, model, report)
     if getattr(model.config, "quantization_config", None) is None:  # other quantizers store integers by design
         _check_stored_dtypes(source, model)
-    return accelerate_or_warn(model.eval())
+    return accelerate_or_warn(model.eval().to(device))
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
@@ -98,6 +103,13 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
         read_manifest(Path(source), verify=True, weights=False)
     with _one_line_errors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InvalidInputError(f"there is no device called {name!r}; write cpu, cuda or xpu") from None
 
 
 def _require_all_tensors(source: str, model: nn.Module, report: dict) -> None:

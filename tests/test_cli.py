@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_folder
+import torch
 import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import klfast
 from klfast import loading, planner
 from klfast.cli import app, options
+from klfast.device import facts
 from klfast.progress import reporter
 from klfast.sensitivity import sweeping
 from klfast.sensitivity.results import METRICS
@@ -275,7 +277,7 @@ def test_names_of_options_are_the_library_s():
 
 @pytest.mark.parametrize("arguments", [("demo",), ("sweep", "m"), ("quantize", "m", "--uniform", "int4", "--out", "q"), ("eval", "m"), ("generate", "m", "Once")])
 def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monkeypatch):
-    def refuse(name, *rest, **given):
+    def refuse(name, *rest, device=None, **given):
         raise klfast.errors.InvalidInputError(f"asked for {given}")
 
     monkeypatch.setattr(loading, "load_model", refuse)
@@ -284,6 +286,32 @@ def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monke
     for offline, remote in ((False, False), (True, False), (False, True)):
         flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote
         assert f"asked for {{'local_files_only': {offline}, 'trust_remote_code': {remote}}}" in fails(*arguments, *flags)
+
+
+@pytest.mark.parametrize("arguments", [("sweep", "{}"), ("eval", "{}"), ("eval", "{}", "--teacher", "{}"), ("generate", "{}", "Once")])
+def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
+    def load(name, dtype, device, **_):
+        devices.append(device)
+        if devices == devices_wanted:
+            raise klfast.errors.InvalidInputError("enough")
+        return right(name, dtype)
+
+    right = loading.load_model
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(facts, "require", lambda device: None)
+    monkeypatch.chdir(tmp_path)
+    devices, devices_wanted = [], ["xpu"] * arguments.count("{}")
+    assert fails(*(a.format(work / "model") for a in arguments), "--device", "xpu") == "klfast: enough"
+    assert devices == devices_wanted
+
+
+@pytest.mark.parametrize("arguments", [("sweep", "m"), ("eval", "m"), ("generate", "m", "Once")])
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert "xpu device" in fails(*arguments, "--device", "xpu")
+    assert "'tpu' is none of cpu, cuda, xpu" in fails(*arguments, "--device", "tpu", code=2)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import tiny_folder as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from klfast.errors import CheckpointError, InvalidInputError, KlfastError
+from klfast.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
 from klfast.loading import bundled_models, load_model, load_tokenizer
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
@@ -229,3 +229,20 @@ def test_tokenizer_of_another_make(folder):
 def test_unknown_dtype(original):
     with pytest.raises(InvalidInputError, match="float64"):
         load_model(original, "float64")
+
+
+def test_the_device_of_a_model(original, tmp_path, monkeypatch):
+    """The meta device stands in for a GPU."""
+    import klfast
+    from klfast.models.layers import linears
+
+    model = load_model(original, device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"} and not model.training
+    with pytest.raises(InvalidInputError, match="no device called 'tpu'; write cpu, cuda or xpu"):
+        load_model(original, device="tpu")
+    plan = klfast.Plan({next(iter(linears(model))): klfast.QuantSpec()}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(load_model(original), plan), tmp_path / "quantized")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for folder in (original, tmp_path / "quantized"):
+        with pytest.raises(KernelUnavailableError, match="cuda device"):
+            load_model(folder, device="cuda:1")

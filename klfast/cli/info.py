@@ -84,7 +84,7 @@ def report(
 
 
 def doctor(
-    device: Annotated[str | None, typer.Option(parser=options.one_of("cpu", "cuda", "xpu"), metavar="NAME", help="Check every kernel on cpu, cuda or xpu instead, then time some; compiling may take minutes.")] = None,
+    device: Annotated[str | None, typer.Option(parser=options.device_name, metavar="NAME", help="Check every kernel on cpu, cuda or xpu instead, then time some; compiling may take minutes.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --device: write all of it into this text file, too.", dir_okay=False)] = None,
     seconds: Annotated[float | None, typer.Option(help="With --device: time for the bench, 60 by default; 0 leaves it out.", min=0.0)] = None,
     force: options.Force = False,

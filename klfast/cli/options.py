@@ -63,6 +63,7 @@ def in_range(name: str, holds: Callable[[float], bool], wanted: str):
 # The library's own names, which it would take a second to import for --help.
 dtype_name = one_of("float32", "bfloat16", "float16", "auto")
 scale_name = one_of("absmax", "mse")
+device_name = one_of("cpu", "cuda", "xpu")
 method_name = one_of("optimal", "greedy", "uniform")
 metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 
@@ -72,6 +73,7 @@ Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
 Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error.")]
 Dtype = Annotated[str, typer.Option(parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
+Device = Annotated[str, typer.Option(parser=device_name, metavar="NAME", help="Compute on cpu, cuda (NVIDIA) or xpu (Intel).")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]

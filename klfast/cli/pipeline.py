@@ -24,6 +24,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away.")] = True,
     dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     force: options.Force = False,
     as_json: options.Json = False,
@@ -41,9 +42,9 @@ def sweep(
     from klfast.cli.session import count, open_batches, prepare
     from klfast.loading import as_dtype, load_model
 
-    prepare(threads)
+    prepare(threads, device)
     computed = as_dtype(dtype)
-    network = load_model(model, "auto", **loading)  # as it is stored: plans count its bytes
+    network = load_model(model, "auto", device=device, **loading)  # as it is stored: plans count its bytes
     batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
     partial = out.with_name(out.name + ".partial")
     if not resume:

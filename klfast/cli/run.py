@@ -20,6 +20,7 @@ def evaluate(
     length: options.Length = 512,
     batch_size: options.BatchSize = 4,
     dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,
@@ -32,9 +33,9 @@ def evaluate(
     from klfast.cli import session
     from klfast.loading import load_model
 
-    session.prepare(threads)
-    network = load_model(model, dtype, **loading)
-    other = None if teacher is None else load_model(teacher, dtype, **loading)
+    session.prepare(threads, device)
+    network = load_model(model, dtype, device=device, **loading)
+    other = None if teacher is None else load_model(teacher, dtype, device=device, **loading)
     batches = session.open_batches(text, model, network, length=length, windows=windows, batch_size=batch_size, **loading)
     found = klfast.evaluate(network, batches, other, progress=None)
     rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
@@ -58,6 +59,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up this probability.", callback=options.in_range("top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"))] = None,
     seed: Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.")] = 0,
     dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,
@@ -71,15 +73,15 @@ def generate(
     from klfast.errors import InvalidInputError
     from klfast.loading import load_model, load_tokenizer
 
-    session.prepare(threads)
+    session.prepare(threads, device)
     tokenizer = load_tokenizer(model, **loading)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if ids.numel() == 0:
         raise InvalidInputError("the prompt has no tokens; give some text")
-    network = load_model(model, dtype, **loading)
+    network = load_model(model, dtype, device=device, **loading)
     stream = session.Stream(tokenizer, prompt, ids[0].tolist(), show=not as_json)
     klfast.generate(
-        network, ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id,
-        generator=torch.Generator().manual_seed(seed), callback=stream,
+        network, ids.to(device), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id,
+        generator=torch.Generator(device).manual_seed(seed), callback=stream,
     )
     emit({"model": model, "prompt": prompt, "text": stream.text, "token_ids": stream.ids}, stream.rest(), as_json)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from klfast.data import token_batches
+from klfast.device import facts
 from klfast.loading import load_tokenizer
 
 
-def prepare(threads: int | None = None) -> None:
-    """Set the thread count, and show warnings as one line each."""
+def prepare(threads: int | None = None, device: str = "cpu") -> None:
+    """Set the thread count, show warnings as one line each, and raise if there is no such device."""
+    facts.require(device)
     if threads is not None:
         torch.set_num_threads(threads)
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)

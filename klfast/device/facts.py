@@ -30,8 +30,8 @@ _PRIVATE = ("uuid", "pci_")  # beginnings of properties that tell one machine fr
 
 
 def require(device: str) -> None:
-    """KernelUnavailableError, with what to do, if torch cannot compute on a type of device."""
-    if device == "cpu" or getattr(torch, device).is_available():
+    """KernelUnavailableError, with what to do, if torch cannot compute on a type of device; of others than cuda and xpu torch tells."""
+    if device not in _INSTALL or getattr(torch, device).is_available():
         return
     if getattr(torch.version, device, None) is None:
         raise KernelUnavailableError(f"this PyTorch ({torch.__version__}) cannot use {device} devices; {_INSTALL[device]}")
