@@ -4,7 +4,7 @@ import inspect
 import sys
 import threading
 from importlib.metadata import version
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +287,26 @@ def test_the_model_takes_its_own_path_where_a_kernel_is_missing(model, there, ca
 PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 
+@pytest.fixture
+def seems_on_cuda(model, monkeypatch):
+    """What accelerate sees of the model's parameters says so."""
+    parameters = [SimpleNamespace(device=torch.device("cuda", 0)) for _ in model.parameters()]
+    monkeypatch.setattr(model, "parameters", lambda: iter(parameters))
+
+
+@pytest.mark.parametrize("device", ["cpu", "xpu"])
+def test_mamba_ssm_is_refused_off_cuda(model, device, monkeypatch):
+    for package in PACKAGES:
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    parameters = [SimpleNamespace(device=torch.device(device)) for _ in model.parameters()]
+    monkeypatch.setattr(model, "parameters", lambda: iter(parameters))
+    with pytest.raises(InvalidInputError, match=f"needs a model on a CUDA device, this one is on {device}; move it") as caught:
+        klfast.accelerate(model, ssm="mamba_ssm")
+    assert "\n" not in str(caught.value)
+    assert not any(is_accelerated(m) for m in model.modules())
+
+
+@pytest.mark.usefixtures("seems_on_cuda")
 @pytest.mark.parametrize("missing", PACKAGES)
 def test_mamba_ssm_is_refused_where_a_package_is_missing(model, missing, monkeypatch):
     for package in PACKAGES:
@@ -303,6 +323,7 @@ def test_an_unknown_ssm_is_refused(model):
     assert not any(is_accelerated(m) for m in model.modules())
 
 
+@pytest.mark.usefixtures("seems_on_cuda")
 def test_mamba_ssm_leaves_the_mixers_their_own_forward(model, monkeypatch):
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, ModuleType(package))

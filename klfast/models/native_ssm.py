@@ -53,11 +53,11 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     the output head of an accelerated model returns the logits in float32, which the model would make of them anyway.
 
     Args:
-        ssm: whose convolution and scans: "klfast"; or "mamba_ssm" (CUDA only) to leave these to the mixers' own forward,
-            which calls the packages mamba_ssm and causal_conv1d. The last call decides.
+        ssm: whose convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these to the
+            mixers' own forward, which calls the packages mamba_ssm and causal_conv1d. The last call decides.
 
     Raises:
-        InvalidInputError: ``model`` is no nn.Module, or ``ssm`` is unknown.
+        InvalidInputError: ``model`` is no nn.Module, ``ssm`` is unknown, or "mamba_ssm" for a model elsewhere.
         KernelUnavailableError: the model is on the CPU and the extension klfast._C was not built, a package that ``ssm``
             asks for cannot be imported, or the mixers of the installed transformers do not call every function that
             klfast replaces. The model is left as it was.
@@ -67,7 +67,7 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     with _lock:
         replacements, left = _replacements(model), []
         if ssm == "mamba_ssm":
-            _require_mamba_ssm()
+            _require_mamba_ssm(model)
             left = [one for one in replacements if type(one[0]).__name__ in _MIXERS]
             replacements = [one for one in replacements if one not in left]
         if unknown := _unknown_mixers(model):
@@ -110,7 +110,12 @@ def _restore(module: nn.Module) -> None:
         del module.forward
 
 
-def _require_mamba_ssm() -> None:
+def _require_mamba_ssm(model: nn.Module) -> None:
+    if elsewhere := {p.device.type for p in model.parameters()} - {"cuda"}:
+        raise InvalidInputError(
+            f'accelerate: ssm="mamba_ssm" needs a model on a CUDA device, this one is on {", ".join(sorted(elsewhere))}; '
+            'move it with model.to("cuda") first, or leave ssm out'
+        )
     for package in ("mamba_ssm", "causal_conv1d"):
         try:
             importlib.import_module(package)
