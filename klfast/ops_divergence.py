@@ -151,8 +151,8 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
     Args:
         teacher_hidden: float32, bfloat16 or float16 [..., H], the input of the teacher's head.
         teacher_head: float [V, H], or a QuantizedTensor of that shape.
-        student_hidden: float [S..., ..., H]: the teacher broadcasts over leading dimensions that it lacks, and its
-            logits are made once for all S students. H may differ between the models.
+        student_hidden: float [S..., ..., H]: the teacher broadcasts over leading dimensions that it lacks. On the CPU
+            its logits are made once for all S students, on GPUs for each of them. H may differ between the models.
         student_head: float [V, H], or a QuantizedTensor.
         targets: int64, of the student's or the teacher's leading dimensions; -100 ignores a token (NaN).
 
