@@ -21,7 +21,7 @@ install: .venv/.installed
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools pybind11 torch
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	    --no-build-isolation --editable '.[test]'
+	    --no-build-isolation --editable '.[test,triton]'
 	touch $@
 
 demo: install

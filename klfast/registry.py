@@ -32,7 +32,8 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 def why_no_kernel(device: str) -> str:
     """Why an op has none for a type of device ("cuda"), one sentence."""
     if device in ("cuda", "xpu") and importlib.util.find_spec("triton") is None:
-        return f"Triton, which klfast's {device} kernels need, is not installed (pip install klfast[triton])."
+        remedy = "pip install klfast[triton]" if device == "cuda" else "PyTorch's XPU build brings it: docs/XPU.md"
+        return f"Triton, which klfast's {device} kernels need, is not installed ({remedy})."
     return f"klfast has no {device} kernel of this op."
 
 
