@@ -55,9 +55,15 @@ verify-xpu: $(XPU)/.installed
 	PYTHONPATH=.:tests TRITON_CACHE_DIR=$(abspath $(XPU))/cache OCL_ICD_VENDORS=$(abspath $(XPU))/lib/libintelocl.so \
 	    OCLOC=$(OCLOC) $(XPU)/bin/python tests/verify_xpu.py
 
-$(XPU)/.installed: .venv/.installed Makefile
+$(XPU)/.made: .venv/.installed
 	test -x $(XPU)/bin/python || $(PYTHON) -m venv $(XPU)
+	touch $@
+
+$(XPU)/.triton: $(XPU)/.made Makefile
 	$(XPU)/bin/python -m pip install --quiet --disable-pip-version-check triton-xpu==3.3.0b1 "setuptools<82"
+	touch $@
+
+$(XPU)/.installed: $(XPU)/.triton
 	-$(XPU)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    pyopencl==2026.1.4 intel-opencl-rt==2026.2.0 intel-cmplr-lib-rt==2026.2.0
 	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \

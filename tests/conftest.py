@@ -13,6 +13,12 @@ from klfast import runtime
 collect_ignore = [] if runtime.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["device"]
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    """What was left out, where all tests were asked for, or those for GPUs."""
+    if collect_ignore and (config.option.markexpr or not any(".py" in argument for argument in config.args)):
+        terminalreporter.write_line(f"SKIPPED pytest -m gpu (tests/device on a GPU): torch {torch.__version__} finds neither a CUDA nor an XPU device")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
