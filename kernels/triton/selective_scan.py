@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from klfast.kernels.launch import Launch, cdiv, power_of_2
-from klfast.kernels.ssm_common import NO_LIMIT, silu, softplus, strided
+from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus, strided
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def selective_scan(
         if SOFTPLUS:
             dt = softplus(dt)
         if CLAMP:
-            dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
+            dt = at_most(at_least(dt, dt_min), dt_max)
         B, C = tl.load(p_b, mask=m_n, other=0.0).to(tl.float32), tl.load(p_c, mask=m_n, other=0.0).to(tl.float32)
         h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
         y = tl.sum(h * C[None, :], axis=1) + skip * x

@@ -8,6 +8,13 @@ With l_t the sum of dt A up to step t of a chunk and h [N, P] the state before i
 One kernel goes from chunk to chunk, a tile of the state in registers, and leaves the state before each; another makes the
 outputs of all chunks at once. B, C and x enter products as they are; what was computed in float32 as two bfloat16 parts,
 which lose at most 2^-16 of a term, and float16 operands beside those in two, which lose nothing.
+
+No l_t - l_s is a difference of rounded sums, which would cost its digits where the steps before were long. For the states the
+steps behind s are added up by themselves. For the outputs l is the sum of multiples of 2^-10, which is exact, and of rests of
+at most 2^-11: l_t - l_s is off by at most 2^-22, and 2^-24 of itself.
+
+A NaN or infinity in B, C or dt shows where the recurrence brings it; one in x_s also in that channel's outputs before s in
+its chunk, where it is multiplied by 0.
 """
 
 from __future__ import annotations
@@ -20,9 +27,10 @@ import triton.language as tl
 
 from klfast.kernels.dequant_common import top_bits
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, power_of_2
-from klfast.kernels.ssm_common import NO_LIMIT, silu, softplus, strided
+from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus, strided
 
-NEGLIGIBLE = tl.constexpr(-104.0)  # e^-104 is 0 in float32; a longer step would only take digits from the sum
+NEGLIGIBLE = tl.constexpr(-104.0)  # e^-104 is 0 in float32; longer steps need not be told apart
+TO_MULTIPLES = tl.constexpr(12288.0)  # 1.5 * 2^13: added to numbers below 2^12, it leaves no bits below 2^-10
 
 
 @triton.jit
@@ -55,15 +63,14 @@ def multiply(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def step_sizes(p_dt, o_t, o_row, L, A, bias, dt_l, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
-    """(dt, dt A) of steps o_t, loaded from o_row; those behind the last change nothing."""
-    dt = tl.load(p_dt + o_row * dt_l).to(tl.float32) + bias
+def step_sizes(p_dt, o_t, end, A, bias, dt_l, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
+    """(dt, dt A) of steps o_t; those from ``end`` on are 0."""
+    dt = tl.load(p_dt + tl.minimum(o_t, end - 1).to(tl.int64) * dt_l).to(tl.float32) + bias
     if SOFTPLUS:
         dt = softplus(dt)
     if CLAMP:
-        dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
-    dt = tl.where(o_t < L, dt, 0.0)
-    return dt, tl.maximum(dt * A, NEGLIGIBLE)
+        dt = at_most(at_least(dt, dt_min), dt_max)
+    return tl.where(o_t < end, dt, 0.0), tl.where(o_t < end, at_least(dt * A, NEGLIGIBLE), 0.0)
 
 
 @triton.jit
@@ -94,13 +101,14 @@ def ssd_states(
     for start in range(0, L, BL):
         tl.store(p_states, h)
         p_states += N * P
+        end = tl.minimum(start + BL, L)
         o_t = start + tl.arange(0, BL)
-        o_row = tl.minimum(o_t, L - 1).to(tl.int64)  # [BL]
-        dt, step = step_sizes(p_dt, o_t, o_row, L, A, bias, dt_l, dt_min, dt_max, SOFTPLUS, CLAMP)
-        total = tl.sum(step, axis=0)
-        weight = dt * tl.exp(total - tl.cumsum(step, axis=0))
+        o_row = tl.minimum(o_t, end - 1).to(tl.int64)  # [BL]
+        dt, step = step_sizes(p_dt, o_t, end, A, bias, dt_l, dt_min, dt_max, SOFTPLUS, CLAMP)
+        _, next_step = step_sizes(p_dt, o_t + 1, end, A, bias, dt_l, dt_min, dt_max, SOFTPLUS, CLAMP)
+        weight = dt * tl.exp(tl.cumsum(next_step, axis=0, reverse=True))
         x = tl.load(p_x + o_row[:, None] * x_l).to(tl.float32) * weight[:, None]  # [BL, BP]
-        h = multiply(tl.load(p_b + o_row[None, :] * b_l), x, h * tl.exp(total), UPCAST)
+        h = multiply(tl.load(p_b + o_row[None, :] * b_l), x, h * tl.exp(tl.sum(step, axis=0)), UPCAST)
     if last_ptr is not None:
         tl.store(last_ptr + i_b * last_b + i_h * last_h + o_n[:, None] * last_n + o_p[None, :] * last_p, h.to(last_ptr.dtype.element_ty))
 
@@ -135,11 +143,13 @@ def ssd_outputs(
 
     A = tl.load(a_ptr + i_h * a_h).to(tl.float32)
     bias = 0.0 if bias_ptr is None else tl.load(bias_ptr + i_h * bias_h).to(tl.float32)
-    dt, step = step_sizes(dt_ptr + i_b * dt_b + i_h * dt_h, o_t, o_row, L, A, bias, dt_l, dt_min, dt_max, SOFTPLUS, CLAMP)
-    log = tl.cumsum(step, axis=0)
-    scores *= tl.exp(tl.where(o_t[:, None] >= o_t[None, :], log[:, None] - log[None, :], -float("inf"))) * dt[None, :]
+    dt, step = step_sizes(dt_ptr + i_b * dt_b + i_h * dt_h, o_t, L, A, bias, dt_l, dt_min, dt_max, SOFTPLUS, CLAMP)
+    coarse = (step + TO_MULTIPLES) - TO_MULTIPLES
+    log, rest = tl.cumsum(coarse, axis=0), tl.cumsum(step - coarse, axis=0)
+    between = (log[:, None] - log[None, :]) + (rest[:, None] - rest[None, :])
+    scores = tl.where(o_t[:, None] >= o_t[None, :], scores * tl.exp(between) * dt[None, :], 0.0)
     x = tl.load(x_ptr + i_b * x_b + i_h * x_h + o_p[None, :] * x_p + o_row[:, None] * x_l)  # [BL, BP]
-    y = multiply(scores, x, y * tl.exp(log)[:, None], UPCAST)
+    y = multiply(scores, x, y * tl.exp(log + rest)[:, None], UPCAST)
     if d_ptr is not None:
         y += x.to(tl.float32) * tl.load(d_ptr + i_h * d_h + o_p * d_p).to(tl.float32)[None, :]
     if z_ptr is not None:

@@ -28,6 +28,18 @@ def softplus(x):
     return tl.maximum(x, 0.0) + 2.0 * (s + s * s2 * poly)
 
 
+@triton.jit
+def at_least(x, low):
+    """The larger one, NaN if x is: a GPU's plain maximum would give ``low`` then."""
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, high):
+    """The smaller one, NaN if x is."""
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
 NO_LIMIT = (-math.inf, math.inf)
 
 

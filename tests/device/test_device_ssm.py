@@ -1,9 +1,12 @@
 """Triton's state-space kernels against a float64 recurrence: cases of the CPU kernels, with tensors made on the device."""
 
+import math
+
 import pytest
 import test_ssm_ops as cases
 import torch
 from klfast.kernels import ssd_scan
+from klfast.kernels.ssm_common import NO_LIMIT
 from test_ssm_ops import (  # noqa: F401
     _poison,
     test_conv_update_continues_a_sequence,
@@ -70,6 +73,49 @@ def test_chunks_after_steps_that_forget_everything():
     operands = [t.bfloat16() for t in (x, dt, -torch.ones(1), b, b)]
     found = cases.ops.mamba_chunk_scan_combined(*operands, 64)
     cases.close(found, cases.ops.mamba_chunk_scan_combined(*(t.float() for t in operands), 64).double(), torch.bfloat16)
+
+
+def in_chunks(x, dt, a, b, c, family):
+    """(y, the last state) by the kernels for chunks, both in float32."""
+    y, last = torch.empty(x.shape), torch.empty(*x.shape[::2], x.shape[3], b.shape[3])
+    plain = dict(d=None, bias=None, z=None, first=None, softplus=False, dt_limit=NO_LIMIT)
+    for launch in ssd_scan.plan(x=x, dt=dt, a=a, b=b, c=c, last=last, y=y, family=family, **plain):
+        launch.run()
+    return y, last
+
+
+def operands_of_chunks(length, heads=2, channels=16, states=16):
+    x, b, c = torch.randn(1, length, heads, channels), torch.randn(1, length, 1, states), torch.randn(1, length, 1, states)
+    return x.half(), torch.rand(1, length, heads) / 8, -torch.rand(heads) - 1, b.half(), c.half()
+
+
+def test_chunks_keep_the_digits_of_short_steps_among_long_ones(family):
+    x, dt, _, b, c = operands_of_chunks(96)
+    a, is_short = torch.full((2,), -16.0), torch.arange(96) % 32 >= 26
+    dt[:, ~is_short] = 6.5
+    y, last = in_chunks(x, dt, a, b, c, family)
+    flat = lambda t: t.permute(0, 2, 3, 1).reshape(1, 32, 96)  # noqa: E731
+    rate = a.repeat_interleave(16)[:, None].expand(-1, 16)
+    true, state = cases.true_scan(flat(x), flat(dt[..., None].expand(x.shape)), rate, b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), None, None, None, False)
+    # What is cut into two bfloat16 parts loses 3e-5.
+    assert (last.double() - state.view(last.shape)).abs().max() <= 6e-5 * state.abs().max()
+    true = true.view(1, 2, 16, 96).permute(0, 3, 1, 2)
+    errors, sizes = (t[:, is_short].abs().amax((0, 2, 3)) for t in (y.double() - true, true))  # of each step
+    assert (errors <= 6e-5 * sizes).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_behind_its_step_in_a_chunk(value, family):
+    operands = operands_of_chunks(70)
+    clean, _ = in_chunks(*operands, family)
+    for i, name in ((1, "dt"), (3, "B"), (4, "C")):
+        bad = list(operands)
+        bad[i] = operands[i].clone()
+        bad[i][:, 40] = value
+        y, last = in_chunks(*bad, family)
+        assert torch.equal(y[:, :40], clean[:, :40]), name
+        assert not y[:, 40].isfinite().any(), name
+        assert last.isfinite().any() == (name == "C"), name
 
 
 def test_softplus_and_silu():
