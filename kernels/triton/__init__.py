@@ -4,7 +4,8 @@ An op has a file with its kernels and one function that plans what to launch (``
 arguments and configuration, for tensors of these shapes and dtypes. Planning needs no driver and touches no tensor's
 values, so that the tests compile exactly what would run, for GPUs that are not there.
 
-Rules for all: plain pointers; offsets of rows in 64 bits; no float64, no inline assembly. Kernels with products
+Rules for all: what may be many (tokens, sequences times heads) lies along the first axis of the grid, since CUDA's others end at
+65,535 programs; plain pointers; offsets of rows in 64 bits; no float64, no inline assembly. Kernels with products
 have no masks over the reduced dimension (what overhangs there is filled up beforehand; rows that overhang read the last row
 again, and only stores are masked).
 """

@@ -20,8 +20,9 @@ def causal_conv1d(
     D, L, S, x_b, x_d, x_l, w_d, w_k, p_b, p_d, p_s, y_b, y_d, y_l,
     WIDTH: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
 ):
-    i_b = tl.program_id(2).to(tl.int64)
-    o_t = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
+    n_t = tl.cdiv(L, BL)
+    i_b = (tl.program_id(0) // n_t).to(tl.int64)
+    o_t = (tl.program_id(0) % n_t).to(tl.int64) * BL + tl.arange(0, BL)
     o_d = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
     m_d = o_d < D
     m = (o_t < L)[:, None] & m_d[None, :]
@@ -52,4 +53,4 @@ def plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past:
         x_ptr=x, w_ptr=weight, bias_ptr=bias, past_ptr=past, y_ptr=y, D=channels, L=length, S=0 if past is None else past.shape[2], **strides,
         p_b=p_b, p_d=p_d, p_s=p_s, WIDTH=weight.shape[1], SILU=is_silu, BD=BD, BL=BL,
     )  # fmt: skip
-    return Launch(causal_conv1d, (cdiv(length, BL), cdiv(channels, BD), batch), args, dict(num_warps=4))
+    return Launch(causal_conv1d, (cdiv(length, BL) * batch, cdiv(channels, BD)), args, dict(num_warps=4))

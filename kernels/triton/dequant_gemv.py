@@ -58,8 +58,8 @@ def dequant_gemv(
 @triton.jit
 def split_sum(part_ptr, bias_ptr, y_ptr, M, N, PARTS: tl.constexpr, BN: tl.constexpr):
     """y [M, N] = bias [N] (or None) plus the sum of float32 [PARTS, M, N], in their order."""
-    i_m = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    i_m = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
     m_n = o_n < N
     total = tl.zeros((BN,), dtype=tl.float32)
     for i_part in range(PARTS):

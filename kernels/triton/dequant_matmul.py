@@ -104,7 +104,7 @@ def plan(
     launches.append(Launch(dequant_gemv if gemv else dequant_gemm, grid, args, options(config)))
     if parts > 1:
         args = dict(part_ptr=out, bias_ptr=bias, y_ptr=y, M=m, N=n, PARTS=parts, BN=256)
-        launches.append(Launch(split_sum, (cdiv(n, 256), m), args, dict(num_warps=4)))
+        launches.append(Launch(split_sum, (m, cdiv(n, 256)), args, dict(num_warps=4)))
     return launches
 
 

@@ -30,9 +30,11 @@ def selective_scan(
     d_h, d_p, bias_h, bias_p, z_b, z_l, z_h, z_p, first_b, first_h, first_p, first_n, last_b, last_h, last_p, last_n, y_b, y_l, y_h, y_p,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    n_p = tl.cdiv(P, BP)
+    i_bh = tl.program_id(0) // n_p
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     i_g = i_h // heads_per_group
-    o_p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    o_p = (tl.program_id(0) % n_p).to(tl.int64) * BP + tl.arange(0, BP)
     o_n = tl.arange(0, BN).to(tl.int64)
     m_p, m_n = o_p < P, o_n < N
     m = m_p[:, None] & m_n[None, :]
@@ -88,4 +90,4 @@ def plan(
         L=length, H=heads, P=channels, N=size, heads_per_group=heads // b.shape[2], dt_min=dt_limit[0], dt_max=dt_limit[1],
         SOFTPLUS=softplus, CLAMP=dt_limit != NO_LIMIT, BP=BP, BN=BN,
     )  # fmt: skip
-    return Launch(selective_scan, (cdiv(channels, BP), batch * heads), args, dict(num_warps=1 if BP * BN <= 256 else 4))
+    return Launch(selective_scan, (cdiv(channels, BP) * batch * heads,), args, dict(num_warps=1 if BP * BN <= 256 else 4))

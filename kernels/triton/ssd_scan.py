@@ -86,12 +86,15 @@ def ssd_states(
     x_b, x_l, x_h, x_p, dt_b, dt_l, dt_h, a_h, b_b, b_l, b_g, b_n, bias_h, first_b, first_h, first_p, first_n, last_b, last_h, last_p, last_n,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    n_n: tl.constexpr = N // BN
+    n_p = P // BP
+    i_bh = tl.program_id(0) // (n_n * n_p)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     i_g = i_h // heads_per_group
-    o_n = tl.program_id(0) % (N // BN) * BN + tl.arange(0, BN).to(tl.int64)
-    o_p = tl.program_id(0) // (N // BN) * BP + tl.arange(0, BP).to(tl.int64)
+    o_n = tl.program_id(0) % n_n * BN + tl.arange(0, BN).to(tl.int64)
+    o_p = tl.program_id(0) // n_n % n_p * BP + tl.arange(0, BP).to(tl.int64)
     p_x, p_b = x_ptr + i_b * x_b + i_h * x_h + o_p[None, :] * x_p, b_ptr + i_b * b_b + i_g * b_g + o_n[:, None] * b_n
-    p_states = states_ptr + tl.program_id(1).to(tl.int64) * tl.cdiv(L, BL) * N * P + o_n[:, None] * P + o_p[None, :]
+    p_states = states_ptr + i_bh.to(tl.int64) * tl.cdiv(L, BL) * N * P + o_n[:, None] * P + o_p[None, :]
     p_dt = dt_ptr + i_b * dt_b + i_h * dt_h
     A = tl.load(a_ptr + i_h * a_h).to(tl.float32)
     bias = 0.0 if bias_ptr is None else tl.load(bias_ptr + i_h * bias_h).to(tl.float32)
@@ -124,16 +127,18 @@ def ssd_outputs(
     x_b, x_l, x_h, x_p, dt_b, dt_l, dt_h, a_h, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n, d_h, d_p, bias_h, z_b, z_l, z_h, z_p, y_b, y_l, y_h, y_p,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    i_g, n_p = i_h // heads_per_group, P // BP
-    i_chunk = tl.program_id(0) // n_p
+    n_p, chunks = P // BP, tl.cdiv(L, BL)
+    i_bh = tl.program_id(0) // (n_p * chunks)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_g = i_h // heads_per_group
+    i_chunk = tl.program_id(0) // n_p % chunks
     o_p = tl.program_id(0) % n_p * BP + tl.arange(0, BP).to(tl.int64)
     o_n = tl.arange(0, BN).to(tl.int64)
     o_t = i_chunk * BL + tl.arange(0, BL)
     o_row = tl.minimum(o_t, L - 1).to(tl.int64)  # [BL]
     p_b = b_ptr + i_b * b_b + i_g * b_g + o_n[:, None] * b_n + o_row[None, :] * b_l  # [BN, BL]
     p_c = c_ptr + i_b * c_b + i_g * c_g + o_n[None, :] * c_n + o_row[:, None] * c_l  # [BL, BN]
-    p_h = states_ptr + (tl.program_id(1).to(tl.int64) * tl.cdiv(L, BL) + i_chunk) * N * P + o_n[:, None] * P + o_p[None, :]  # [BN, BP]
+    p_h = states_ptr + (i_bh.to(tl.int64) * chunks + i_chunk) * N * P + o_n[:, None] * P + o_p[None, :]  # [BN, BP]
     scores, y = tl.zeros((BL, BL), dtype=tl.float32), tl.zeros((BL, BP), dtype=tl.float32)
     for _ in range(0, N // BN):
         C = tl.load(p_c)
@@ -200,7 +205,7 @@ def plan(
     def launch(kernel, config: Config, is_chunk_each: bool, **tensors) -> Launch:
         BN, BP = min(size, config.BN), min(channels, config.BP)
         args = both | strided(DIMS, **tensors) | dict(BL=config.BL, BN=BN, BP=BP)
-        return Launch(kernel, (channels // BP * (chunks if is_chunk_each else size // BN), batch * heads), args, options(config))
+        return Launch(kernel, (channels // BP * (chunks if is_chunk_each else size // BN) * batch * heads,), args, options(config))
 
     states = launch(ssd_states, STATES[family], False, first=first, last=last)
     return [states, launch(ssd_outputs, OUTPUTS[family], True, c=c, d=d, z=z, y=y)]
