@@ -11,6 +11,8 @@ from klfast import reference, registry
 from klfast.errors import InvalidInputError
 from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec
 
+RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."  # why an op takes longer
+
 
 @dataclass(frozen=True)
 class Tiling:

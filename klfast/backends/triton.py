@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from klfast import ops, runtime
-from klfast.layouts import fill_blocks, parts_in
+from klfast.layouts import RELAID, fill_blocks, parts_in
 from klfast.types import Layout
 
 DEVICES = ("CUDA", "XPU")
-RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."
 
 
 def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from klfast import _C, layouts, ops_divergence
-from klfast.layouts import fill_blocks
+from klfast import _C, layouts, ops_divergence, runtime
+from klfast.layouts import RELAID, fill_blocks
 from klfast.reference_divergence import check_targets, raise_not_finite
 from klfast.types import IGNORED_TARGET, Layout, QuantizedTensor
 
@@ -52,8 +52,9 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     from klfast.kernels import linear_divergence as kernel
     from klfast.kernels.launch import cores, family
 
-    t_head = ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
-    s_head = ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
+    shape = list(student.shape)
+    t_head = _tiled(ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]), shape)
+    s_head = _tiled(ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]), shape)
     teacher, student = (t.detach().reshape(-1, t.shape[-1]) for t in (teacher, student))
     tokens, vocab, device = student.shape[0], t_head.shape[0], student.device
     check_targets(targets, vocab)
@@ -82,13 +83,21 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     return finish(sums, find_fault, anchor, vocab, targets, picked)
 
 
+def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tensor | QuantizedTensor:
+    """A head as the kernels read it; ``shape`` is the student's, for the warning if a quantized one is not."""
+    if not isinstance(head, QuantizedTensor) or head.layout is Layout.TILED:
+        return head
+    runtime.slow_path("linear_divergence", shape, RELAID, how="with another pass over a head's weight")
+    return head.to_layout(Layout.TILED)
+
+
 def _side(kernel, hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor):
-    """What the kernel takes of a model."""
+    """What the kernel takes of a model; a quantized head is tiled."""
     if isinstance(head, QuantizedTensor):
-        qt = head.to_layout(Layout.TILED)
-        filled = fill_blocks(hidden, qt.spec.bits, qt.spec.group_size)
-        packed, scale, zero_point = (None if t is None else t.contiguous() for t in (qt.packed, qt.scale, qt.zero_point))
-        return kernel.Side(_dense_rows(filled), packed, scale, zero_point, qt.shape[1], qt.spec.bits, qt.spec.group_size)
+        bits, group_size = head.spec.bits, head.spec.group_size
+        filled = fill_blocks(hidden, bits, group_size)
+        packed, scale, zero_point = (None if t is None else t.contiguous() for t in (head.packed, head.scale, head.zero_point))
+        return kernel.Side(_dense_rows(filled), packed, scale, zero_point, head.shape[1], bits, group_size)
     head = head.detach()
     if missing := -hidden.shape[1] % kernel.float_block(hidden.shape[1]):
         hidden, head = F.pad(hidden, (0, missing)), F.pad(head, (0, missing))
@@ -100,10 +109,10 @@ def _dense_rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(head: torch.Tensor | QuantizedTensor, which: slice | torch.Tensor) -> torch.Tensor:
-    """float32 rows of a head."""
+    """float32 rows of a head, if quantized a tiled one."""
     if isinstance(head, QuantizedTensor):
         every = torch.arange(head.shape[0], device=head.device)
-        return layouts.rows(head.to_layout(Layout.TILED), every[which]).dequantize(torch.float32)
+        return layouts.rows(head, every[which]).dequantize(torch.float32)
     return head[which].detach().float()
 
 

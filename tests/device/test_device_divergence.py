@@ -8,6 +8,9 @@ import test_divergence as cases
 import torch
 
 import klfast
+from klfast import layouts, runtime
+from klfast.backends import triton_divergence
+from klfast.errors import SlowPathWarning
 from klfast.kernels import launch
 from klfast.types import FLOAT_DTYPES
 
@@ -90,15 +93,29 @@ def test_linear_equals_logits(students):
 
 
 @pytest.mark.parametrize("spec", [klfast.QuantSpec(4, 8), klfast.QuantSpec(4, 64, False), klfast.QuantSpec(8, -1, False)], ids=str)
-@pytest.mark.parametrize("layout", klfast.Layout)
-def test_quantized_heads(spec, layout):
+def test_quantized_heads(spec):
     hidden, head = torch.randn(4, 70), torch.randn(205, 70)
     qt = klfast.quantize(head, spec)
     plain, rounded = hidden @ head.T, hidden @ qt.dequantize(torch.float32).T
     targets = torch.randint(0, 205, (4,))
-    qt = qt.to_layout(layout)
+    qt = qt.to_layout(klfast.Layout.TILED)
     for teacher, student, logits in ((head, qt, (plain, rounded)), (qt, head, (rounded, plain)), (qt, qt, (rounded, rounded))):
         cases.assert_matches(klfast.linear_divergence(hidden, teacher, hidden, student, targets), cases.truth(*logits, targets), rtol=1e-3)
+
+
+def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
+    """However many parts the tokens go in."""
+    monkeypatch.setattr(triton_divergence, "AT_ONCE", 2)
+    monkeypatch.setattr(runtime, "_warned", set())
+    converted, convert = [], layouts.convert
+    monkeypatch.setattr(layouts, "convert", lambda qt, layout: converted.append((qt.layout, layout)) or convert(qt, layout))
+    hidden, qt = torch.randn(7, 70), klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(4, 32, False))
+    other, targets = klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(8, -1)), torch.randint(0, 205, (7,))
+    logits = [hidden @ each.dequantize(torch.float32).T for each in (qt, other)]
+    with pytest.warns(SlowPathWarning, match=r"linear_divergence \[7, 70\].*to_layout"):
+        found = klfast.linear_divergence(hidden, qt, hidden, other, targets)
+    cases.assert_matches(found, cases.truth(*logits, targets), rtol=1e-3)
+    assert converted.count((klfast.Layout.PLAIN, klfast.Layout.TILED)) == 2
 
 
 @pytest.mark.parametrize("dtypes", itertools.combinations_with_replacement(FLOAT_DTYPES, 2), ids=str)
