@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from klfast.kernels.launch import Launch, cdiv
+from klfast.kernels.launch import Launch, cdiv, strided
 from klfast.kernels.ssm_common import silu
 
 
@@ -17,7 +17,7 @@ def causal_conv1d(
     bias_ptr,  # float [D] or None
     past_ptr,  # float [B, D, S], what came before x; None for zeros
     y_ptr,  # [B, D, L]
-    D, L, S, x_b, x_d, x_l, w_d, w_k, p_b, p_d, p_s, y_b, y_d, y_l,
+    D, L, S, x_b, x_d, x_l, w_d, w_k, past_b, past_d, past_s, y_b, y_d, y_l,
     WIDTH: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
 ):
     n_t = tl.cdiv(L, BL)
@@ -32,7 +32,7 @@ def causal_conv1d(
         o_x = o_t + (k - WIDTH + 1)
         b_x = tl.load(p_x + o_x[:, None] * x_l, mask=m & (o_x >= 0)[:, None], other=0.0).to(tl.float32)
         if past_ptr is not None:
-            p_past = past_ptr + i_b * p_b + o_d[None, :] * p_d + (S + o_x)[:, None] * p_s
+            p_past = past_ptr + i_b * past_b + o_d[None, :] * past_d + (S + o_x)[:, None] * past_s
             b_x += tl.load(p_past, mask=m & (o_x < 0)[:, None], other=0.0).to(tl.float32)
         b_w = tl.load(w_ptr + o_d * w_d + k * w_k, mask=m_d, other=0.0).to(tl.float32)
         acc += b_x * b_w[None, :]
@@ -43,14 +43,14 @@ def causal_conv1d(
     tl.store(y_ptr + i_b * y_b + o_t[:, None] * y_l + o_d[None, :] * y_d, acc.to(y_ptr.dtype.element_ty), mask=m)
 
 
+DIMS = {"x": "bdl", "w": "dk", "past": "bds", "y": "bdl"}
+
+
 def plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past: torch.Tensor | None, y: torch.Tensor, is_silu: bool) -> Launch:
     """x [B, D, L] after ``past`` [B, D, S >= W-1] (zeros if None); any strides, but bias [D] without gaps."""
     batch, channels, length = x.shape
-    strides = {f"{name}_{dim}": stride for name, t, dims in (("x", x, "bdl"), ("w", weight, "dk"), ("y", y, "bdl")) for dim, stride in zip(dims, t.stride(), strict=True)}
     BL, BD = (1, 128) if length == 1 else (8, 64)
-    p_b, p_d, p_s = (0, 0, 0) if past is None else past.stride()
-    args = dict(
-        x_ptr=x, w_ptr=weight, bias_ptr=bias, past_ptr=past, y_ptr=y, D=channels, L=length, S=0 if past is None else past.shape[2], **strides,
-        p_b=p_b, p_d=p_d, p_s=p_s, WIDTH=weight.shape[1], SILU=is_silu, BD=BD, BL=BL,
-    )  # fmt: skip
+    args = strided(DIMS, x=x, w=weight, past=past, y=y) | dict(
+        bias_ptr=bias, D=channels, L=length, S=0 if past is None else past.shape[2], WIDTH=weight.shape[1], SILU=is_silu, BD=BD, BL=BL
+    )
     return Launch(causal_conv1d, (cdiv(length, BL) * batch, cdiv(channels, BD)), args, dict(num_warps=4))

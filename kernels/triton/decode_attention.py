@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from klfast.kernels.launch import Launch, cdiv, power_of_2
+from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
 
 
 @triton.jit
@@ -72,6 +72,7 @@ def combine_parts(part_ptr, stats_ptr, y_ptr, parts, value_dim, BP: tl.constexpr
     tl.store(y_ptr + i_head * value_dim + o_v, tl.sum(share[:, None] * b_part, axis=0).to(y_ptr.dtype.element_ty), mask=m_v)
 
 
+DIMS = {"q": "bhd", "k": "bgsd", "v": "bgsd"}
 SMALLEST_PART = 128
 MOST_PARTS = 32
 
@@ -86,11 +87,10 @@ def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, sca
     if parts > 1:
         out = torch.empty(batch, heads, parts, value_dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=q.device)
-    strides = {f"{name}_{dim}": stride for name, t, dims in (("q", q, "bhd"), ("k", k, "bgsd"), ("v", v, "bgsd")) for dim, stride in zip(dims, t.stride(), strict=True)}
     BK, BV = power_of_2(key_dim), power_of_2(value_dim)
-    args = dict(
-        q_ptr=q, k_ptr=k, v_ptr=v, y_ptr=out, stats_ptr=stats, scale=scale, heads=heads, shared_by=heads // groups, keys=keys, key_dim=key_dim,
-        value_dim=value_dim, part_keys=part_keys, **strides, BS=max(1, min(64, 2048 // max(BK, BV))), BK=BK, BV=BV,
+    args = strided(DIMS, q=q, k=k, v=v) | dict(
+        y_ptr=out, stats_ptr=stats, scale=scale, heads=heads, shared_by=heads // groups, keys=keys, key_dim=key_dim, value_dim=value_dim,
+        part_keys=part_keys, BS=max(1, min(64, 2048 // max(BK, BV))), BK=BK, BV=BV,
     )  # fmt: skip
     launches = [Launch(decode_attention, (batch * heads, parts), args, dict(num_warps=8))]
     if parts > 1:

@@ -1,4 +1,4 @@
-"""What the kernels of dequant_matmul share: quantized values to numbers, and which scales a tile has.
+"""What kernels with quantized weights share: the values as numbers, products with them, and which scales a tile has.
 
 Weights come in ``Layout.TILED``: a tile is uint8 [N, BLOCK]; for INT4 its low nibbles are one block of K and its high
 nibbles the next. All conversions are exact: stored values and zero points are whole numbers of at most 8 bits, and so is
@@ -50,3 +50,30 @@ def load_scale(s_ptr, group, N, o_n):
 def top_bits(x):
     """float32 x with all but the upper 16 bits cleared: what a bfloat16 holds of it."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def multiply(b_x, b_w, acc, AXIS: tl.constexpr):
+    """acc + b_x @ b_w; if AXIS, the weight's rows', is 0, acc + b_w @ b_x."""
+    if AXIS:
+        return tl.dot(b_x, b_w, acc, input_precision="ieee")
+    else:
+        return tl.dot(b_w, b_x, acc, input_precision="ieee")
+
+
+@triton.jit
+def product(b_x, stored, zero, acc, BITS: tl.constexpr, UPCAST: tl.constexpr, AXIS: tl.constexpr):
+    """acc plus x's product with a quantized weight, stored - zero (uint8 and float32), as in ``multiply``.
+
+    float32 x is cut into three bfloat16 parts, which together hold every bit of it: no product is rounded.
+    """
+    if b_x.dtype == tl.float32:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
+        b_w = centred(stored, zero, DTYPE, BITS)
+        high = top_bits(b_x)
+        middle = top_bits(b_x - high)
+        acc = multiply((b_x - high - middle).to(DTYPE), b_w, acc, AXIS)
+        return multiply(high.to(DTYPE), b_w, multiply(middle.to(DTYPE), b_w, acc, AXIS), AXIS)
+    else:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
+        return multiply(b_x.to(DTYPE), centred(stored, zero, DTYPE, BITS), acc, AXIS)

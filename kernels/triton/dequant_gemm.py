@@ -9,34 +9,22 @@ runs on matrix instructions too and no product is rounded. int8 x (activation="i
 import triton
 import triton.language as tl
 
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_zero, top_bits
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, load_scale, load_zero, product
 
 
 @triton.jit
-def product(stored, zero, b_x, acc, BITS: tl.constexpr, UPCAST: tl.constexpr):
+def _product(stored, zero, b_x, acc, BITS: tl.constexpr, UPCAST: tl.constexpr):
     """acc + (stored - zero) @ b_x: uint8 [BN, BLOCK], float32 [BN], [BLOCK, BM], float32 [BN, BM]."""
-    if b_x.dtype == tl.int8:
-        # Bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums.
-        if BITS == 4:
-            b_w = stored.to(tl.int8) - zero.to(tl.int8)[:, None]
-            return acc + tl.dot(b_w, b_x, out_dtype=tl.int32).to(tl.float32)
-        else:
-            b_w = (stored ^ 0x80).to(tl.int8, bitcast=True)
-            sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
-            sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
-            return acc + sums.to(tl.float32)
-    elif b_x.dtype == tl.float32:
-        DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
-        b_w = centred(stored, zero[:, None], DTYPE, BITS)
-        high = top_bits(b_x)
-        middle = top_bits(b_x - high)
-        low = b_x - high - middle
-        acc = tl.dot(b_w, low.to(DTYPE), acc)
-        acc = tl.dot(b_w, middle.to(DTYPE), acc)
-        return tl.dot(b_w, high.to(DTYPE), acc)
-    else:
-        DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
-        return tl.dot(centred(stored, zero[:, None], DTYPE, BITS), b_x.to(DTYPE), acc)
+    if b_x.dtype != tl.int8:
+        return product(b_x, stored, zero[:, None], acc, BITS, UPCAST, 0)
+    elif BITS == 4:
+        b_w = stored.to(tl.int8) - zero.to(tl.int8)[:, None]
+        return acc + tl.dot(b_w, b_x, out_dtype=tl.int32).to(tl.float32)
+    else:  # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
+        b_w = (stored ^ 0x80).to(tl.int8, bitcast=True)
+        sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
+        sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
+        return acc + sums.to(tl.float32)
 
 
 @triton.jit
@@ -84,7 +72,7 @@ def dequant_gemm(
         if SCALES != ROW and z_ptr is not None:
             zero = load_zero(z_ptr, i_group, N, o_row, BITS)
         sums = acc if SCALES == ROW else tl.zeros((BN, BM), dtype=tl.float32)
-        sums = product(b_w & 0xF if BITS == 4 else b_w, zero, tl.load(p_x + i_block * BLOCK), sums, BITS, UPCAST)
+        sums = _product(b_w & 0xF if BITS == 4 else b_w, zero, tl.load(p_x + i_block * BLOCK), sums, BITS, UPCAST)
         if BITS == 4:
             i_next = tl.minimum(i_block + 1, n_blocks - 1)  # of an odd number of blocks, the last pairs with zeros
             if SCALES == BLOCK_EACH:
@@ -93,7 +81,7 @@ def dequant_gemm(
                 if z_ptr is not None:
                     zero = load_zero(z_ptr, i_group, N, o_row, BITS)
                 sums = tl.zeros((BN, BM), dtype=tl.float32)
-            sums = product(b_w >> 4, zero, tl.load(p_x + i_next * BLOCK), sums, BITS, UPCAST)
+            sums = _product(b_w >> 4, zero, tl.load(p_x + i_next * BLOCK), sums, BITS, UPCAST)
         acc = sums if SCALES == ROW else acc + _scaled(sums, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs)
     if SCALES == ROW:
         acc = _scaled(acc, s_ptr, xs_ptr, i_part * 0, N, o_row, o_col, stride_xs)

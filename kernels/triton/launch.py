@@ -44,6 +44,14 @@ def _device_of(t: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if t.is_cpu else torch.get_device_module(t.device).device_of(t)
 
 
+def strided(dims: dict[str, str], **tensors: torch.Tensor | None) -> dict:
+    """Kernel arguments of tensors: x_ptr and, for each letter of its dimensions, the stride x_<letter>; None has strides 0."""
+    args = {f"{name}_ptr": t for name, t in tensors.items()}
+    for name, t in tensors.items():
+        args |= zip((f"{name}_{dim}" for dim in dims[name]), (0,) * len(dims[name]) if t is None else t.stride(), strict=True)
+    return args
+
+
 def options(config: Any) -> dict[str, Any]:
     """num_warps and what else of num_stages and grf_mode (registers a thread on Intel GPUs) a configuration has."""
     values = {name: getattr(config, name, None) for name in ("num_warps", "num_stages", "grf_mode")}

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from klfast.kernels.dequant_common import centred, load_scale, load_zero, top_bits
+from klfast.kernels.dequant_common import load_scale, load_zero, multiply, product, top_bits
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
 from klfast.layouts import Tiling
@@ -48,15 +48,6 @@ def head_logits(
 
 
 @triton.jit
-def multiply(b_x, b_w, acc, AXIS: tl.constexpr):
-    """acc + b_x @ b_w; if AXIS is 0, acc + b_w @ b_x."""
-    if AXIS:
-        return tl.dot(b_x, b_w, acc, input_precision="ieee")
-    else:
-        return tl.dot(b_w, b_x, acc, input_precision="ieee")
-
-
-@triton.jit
 def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, AXIS: tl.constexpr):
     """acc plus the product with a float head. IN_PARTS: each operand as three bfloat16 parts, whose products are exact."""
     if IN_PARTS:
@@ -75,21 +66,6 @@ def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, A
         if UPCAST:
             b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
         return multiply(b_x, b_w, acc, AXIS)
-
-
-@triton.jit
-def product(b_x, stored, zero, acc, BITS: tl.constexpr, UPCAST: tl.constexpr, AXIS: tl.constexpr):
-    """acc plus the product with a quantized head, stored - zero: uint8 and float32."""
-    if b_x.dtype == tl.float32:
-        DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
-        b_w = centred(stored, zero, DTYPE, BITS)
-        high = top_bits(b_x)
-        middle = top_bits(b_x - high)
-        acc = multiply((b_x - high - middle).to(DTYPE), b_w, acc, AXIS)
-        return multiply(high.to(DTYPE), b_w, multiply(middle.to(DTYPE), b_w, acc, AXIS), AXIS)
-    else:
-        DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
-        return multiply(b_x.to(DTYPE), centred(stored, zero, DTYPE, BITS), acc, AXIS)
 
 
 @triton.jit

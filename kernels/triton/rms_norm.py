@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from klfast.kernels.launch import Launch, cdiv, power_of_2
+from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
 from klfast.kernels.ssm_common import silu
 
 
@@ -34,16 +34,14 @@ def rms_norm(
     tl.store(y_ptr + i_a * y_a + i_b * y_b + o_d[None, :] * y_d, y.to(y_ptr.dtype.element_ty), mask=m)
 
 
+DIMS = {"x": "abd", "w": "d", "gate": "abd", "y": "abd"}
+
+
 def plan(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor, eps: float, group_size: int) -> Launch:
     """x, gate and y [A, B, D], weight [D], any strides. A program holds whole groups in registers."""
     rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-    strides = {f"{name}_{dim}": stride for name, t in (("x", x), ("y", y)) for dim, stride in zip("abd", t.stride(), strict=True)}
-    gate_a, gate_b, gate_d = (0, 0, 0) if gate is None else gate.stride()
     BG = power_of_2(group_size)
     BR = min(power_of_2(rows), max(1, 1024 // BG))
-    args = dict(
-        x_ptr=x, w_ptr=weight, gate_ptr=gate, y_ptr=y, rows=rows, B=x.shape[1], group=group_size, eps=eps, **strides,
-        w_d=weight.stride(0), gate_a=gate_a, gate_b=gate_b, gate_d=gate_d, BR=BR, BG=BG,
-    )  # fmt: skip
+    args = strided(DIMS, x=x, w=weight, gate=gate, y=y) | dict(rows=rows, B=x.shape[1], group=group_size, eps=eps, BR=BR, BG=BG)
     warps = min(16, max(1, BR * BG // 512))
     return Launch(rms_norm, (cdiv(rows, BR), channels // group_size), args, dict(num_warps=warps))

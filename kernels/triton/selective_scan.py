@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from klfast.kernels.launch import Launch, cdiv, power_of_2
-from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus, strided
+from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
+from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus
 
 
 @triton.jit

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from klfast.kernels.dequant_common import top_bits
-from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, power_of_2
-from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus, strided
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, power_of_2, strided
+from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus
 
 NEGLIGIBLE = tl.constexpr(-104.0)  # e^-104 is 0 in float32; longer steps need not be told apart
 TO_MULTIPLES = tl.constexpr(12288.0)  # 1.5 * 2^13: added to numbers below 2^12, it leaves no bits below 2^-10

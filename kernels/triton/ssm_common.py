@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -41,11 +40,3 @@ def at_most(x, high):
 
 
 NO_LIMIT = (-math.inf, math.inf)
-
-
-def strided(dims: dict[str, str], **tensors: torch.Tensor | None) -> dict:
-    """Kernel arguments of tensors: x_ptr and, for each letter of its dimensions, the stride x_<letter>; None has strides 0."""
-    args = {f"{name}_ptr": t for name, t in tensors.items()}
-    for name, t in tensors.items():
-        args |= zip((f"{name}_{dim}" for dim in dims[name]), (0,) * len(dims[name]) if t is None else t.stride(), strict=True)
-    return args

@@ -72,8 +72,7 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
 
     batch, _, heads, dim = x.shape
     out = x.new_empty(x.shape)
-    size = B.shape[-1] if return_final_states else 0
-    final = x.new_empty(batch, heads, dim, size, dtype=torch.float32) if return_final_states else None
+    final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else None
     same = dict(x=x, b=B, c=C, d=D, z=z, first=initial_states, last=final, y=out, softplus=dt_softplus, dt_limit=(dt_min, dt_max))
     if ssd_scan.is_for(x, B, C):
         for launch in ssd_scan.plan(**_detached(dt=dt, a=A, bias=dt_bias, **same), family=family(x.device)):
