@@ -87,6 +87,12 @@ def test_split_over_the_vocabulary(monkeypatch):
     cases.assert_matches(klfast.logit_divergence(teacher, student, targets), cases.truth(teacher, student, targets))
 
 
+def test_the_largest_vocabulary():
+    teacher = 3 * torch.randn(1, 256_000)
+    student, targets = teacher + 0.1 * torch.randn(1, 256_000), torch.tensor([255_999])
+    cases.assert_matches(klfast.logit_divergence(teacher, student, targets), cases.truth(teacher, student, targets))
+
+
 @pytest.mark.parametrize("students", [1, 3])
 def test_linear_equals_logits(students):
     cases.test_linear_equals_logits("triton", 300, students)
