@@ -1,8 +1,8 @@
 """Each shipped launch, compiled for an NVIDIA GPU (sm_90) that is not there: registers, spills, matrix instructions."""
 
 import pytest
-from triton_aot import compile_for_hopper
-from triton_launches import launches
+from triton_aot import compile_for_hopper, source
+from triton_launches import attention, launches
 
 SHARED_LIMIT = 227 * 1024
 LAUNCHES = {name: (launch, matrix) for name, launch, matrix in launches("nvidia")}
@@ -26,3 +26,15 @@ def test_compiles_for_hopper(name):
     if "gemv" in name:
         assert compiled.count("LDG.E.128"), "the weight comes in pieces of 16 bytes"
         assert compiled.count("BAR") <= 1, "threads meet once, at the end"
+
+
+@pytest.mark.parametrize("family", ["nvidia", "intel"])
+def test_decoding_compiles_nothing_anew(family):
+    """While the keys grow one by one, but for the step to keys in parts."""
+
+    def programs(keys):
+        made = (source(launch) for _, launch, _ in attention(family, keys))
+        return str([(each.fn.__name__, each.signature, each.constants, each.attrs) for each in made])
+
+    assert len({programs(keys) for keys in (1, 2, 15, 16, 17, 100, 128)}) == 1
+    assert len({programs(keys) for keys in (129, 130, 256, 257, 1000, 1024, 4096, 10_001)}) == 1

@@ -23,12 +23,17 @@ TYPES = {
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
+def is_compiled_in(param, value) -> bool:
+    """Constants, None and, where integers are specialized, ones."""
+    return param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize)
+
+
 def source(launch) -> ASTSource:
     """What the launch would be compiled from, specialized as at a call: aligned pointers, multiples of 16, ones."""
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(launch.kernel.params):
         value = launch.args[param.name]
-        if param.is_constexpr or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        if is_compiled_in(param, value):
             signature[param.name], constants[param.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -36,7 +41,7 @@ def source(launch) -> ASTSource:
         elif isinstance(value, float):
             signature[param.name], aligned = "fp32", False
         else:
-            signature[param.name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+            signature[param.name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not param.do_not_specialize
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

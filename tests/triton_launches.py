@@ -76,7 +76,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     yield from state_space()
     yield from chunks(family)
     yield from norms()
-    yield from attention(family)
+    yield from attention(family, 100, 4096)
 
 
 def state_space() -> Iterator[tuple[str, Launch, str | None]]:
@@ -120,9 +120,9 @@ def norms() -> Iterator[tuple[str, Launch, str | None]]:
             yield f"rms_norm{', gated' if is_gated else ''}, {channels} in groups of {group}, {length} tokens", launch, None
 
 
-def attention(family: str) -> Iterator[tuple[str, Launch, str | None]]:
-    """Of Hymba-1.5B's heads, one sequence; few keys and many."""
-    for keys in (100, 4096):
+def attention(family: str, *lengths: int) -> Iterator[tuple[str, Launch, str | None]]:
+    """Of Hymba-1.5B's heads, one sequence with so many keys."""
+    for keys in lengths:
         q, k, v, y = (empty(1, *shape, dtype=torch.bfloat16) for shape in ((25, 64), (5, keys, 64), (5, keys, 128), (25, 128)))
         for one in decode_attention.plan(q, k, v, y, 0.125, cores=CORES[family]):
             yield f"{one.kernel.__name__} of {keys} keys", one, None

@@ -13,7 +13,7 @@ import triton.language as tl
 from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "part_keys"])  # they grow with each token, for which nothing may be compiled again
 def decode_attention(
     q_ptr,  # float [B, H, Dk]
     k_ptr,  # float [B, G, S, Dk]
@@ -58,7 +58,7 @@ def decode_attention(
     tl.store(y_ptr + i_out * value_dim + o_v, y.to(y_ptr.dtype.element_ty), mask=o_v < value_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def combine_parts(part_ptr, stats_ptr, y_ptr, parts, value_dim, BP: tl.constexpr, BV: tl.constexpr):
     """y [B, H, Dv] of what ``decode_attention`` made of up to BP parts of the keys."""
     i_head = tl.program_id(0).to(tl.int64)
@@ -94,6 +94,6 @@ def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, sca
     )  # fmt: skip
     launches = [Launch(decode_attention, (batch * heads, parts), args, dict(num_warps=8))]
     if parts > 1:
-        args = dict(part_ptr=out, stats_ptr=stats, y_ptr=y, parts=parts, value_dim=value_dim, BP=power_of_2(parts), BV=min(BV, 64))
+        args = dict(part_ptr=out, stats_ptr=stats, y_ptr=y, parts=parts, value_dim=value_dim, BP=power_of_2(MOST_PARTS), BV=min(BV, 64))
         launches.append(Launch(combine_parts, (batch * heads, cdiv(value_dim, args["BV"])), args, dict(num_warps=4)))
     return launches

@@ -14,6 +14,7 @@ import numpy
 import pyopencl as cl
 import torch
 from klfast.kernels.launch import Launch
+from triton_aot import is_compiled_in
 
 from xpu.lunar_lake import compile_for_lunar_lake
 from xpu.spirv import for_cpu
@@ -49,18 +50,13 @@ class OpenCLCPU:
             program.compile()
             self._linked[compiled.spirv] = cl.Kernel(cl.link_program(self._context, [program, self._builtins] if compiled.dpas else [program]), compiled.name)
         kernel = self._linked[compiled.spirv]
-        args = [_argument(launch.args[p.name]) for p in launch.kernel.params if _is_passed(p, launch.args[p.name])]
+        args = [_argument(launch.args[p.name]) for p in launch.kernel.params if not is_compiled_in(p, launch.args[p.name])]
         if kernel.num_args > len(args):
             args.append(cl.LocalMemory(max(compiled.shared, 1)))
         kernel.set_args(*args)
         grid = (*launch.grid, 1, 1)[:3]
         cl.enqueue_nd_range_kernel(self._queue, kernel, (grid[0] * compiled.threads, *grid[1:]), (compiled.threads, 1, 1)).wait()
         self.ran[compiled.spirv] = compiled.name
-
-
-def _is_passed(param, value) -> bool:
-    """As triton_aot.source has it: constants, None and ones are compiled in."""
-    return not (param.is_constexpr or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1))
 
 
 def _argument(value):
