@@ -12,7 +12,9 @@ from klfast.kernels.launch import Launch
 from klfast.layouts import Tiling
 
 CORES = {"nvidia": 132, "intel": 8}
-SPECS = [QuantSpec(4, 128), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]
+SPECS = [QuantSpec(4, 64), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]  # klfast's default first
+# What these compile to differs from those: how a tile's scales are applied, zero points or none, one block a group or more.
+OTHER_SPECS = [QuantSpec(4, 64, False), QuantSpec(4, 128), QuantSpec(4, 128, False), QuantSpec(4, -1), QuantSpec(8, 32)]
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -54,6 +56,11 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
                 for one in dequant(family, min(config.rows, 4096), spec, dtype, activation):
                     if one.kernel.__name__ == "dequant_gemm":
                         yield f"dequant_gemm {x} {spec} {config.BM}x{config.BN}", one, "int8" if x == "int8" else "float"
+    for spec in OTHER_SPECS:  # in their largest tiles, which take the most registers
+        for x in ("float16", "float32", "int8"):
+            *_, one = dequant(family, 4096, spec, FLOATS.get(x, torch.float16), "int8" if x == "int8" else "exact")
+            yield f"dequant_gemm {x} {spec} {one.args['BM']}x{one.args['BN']}", one, "int8" if x == "int8" else "float"
+        yield f"dequant_gemv float32 {spec}", dequant(family, 1, spec, torch.float32)[0], None
     rounding, *_ = dequant(family, 16, SPECS[0], torch.bfloat16, "int8")
     yield "quantize_rows", rounding, None
     args = dict(part_ptr=empty(4, 16, 4096, dtype=torch.float32), bias_ptr=None, y_ptr=empty(16, 4096, dtype=torch.bfloat16), M=16, N=4096, PARTS=4, BN=256)
@@ -62,7 +69,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
         logits, anchor = empty(512, 50280, dtype=dtype), empty(512, dtype=torch.float32)
         yield f"logit_divergence {name}", logit_divergence.plan_sums(logits, logits, None, anchor, family=family, cores=CORES[family])[0], None
         yield f"first_anchors {name}", logit_divergence.plan_anchors(logits, logits, anchor), None
-        for spec in (None, SPECS[0], SPECS[3]):
+        for spec in (None, SPECS[0], SPECS[3], *(OTHER_SPECS[:1] if dtype is torch.float32 else ())):
             launch, *_ = linear_divergence.plan_sums(
                 side(dtype), side(dtype, spec), 4096, 50280, None, empty(4096, dtype=torch.float32), family=family, cores=CORES[family]
             )

@@ -48,7 +48,7 @@ GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 sc
     ("nvidia", torch.int8): (*_SMALL, Config(MANY, 64, 128, 8, 3)),
     ("intel", torch.float16): _INTEL,
     ("intel", torch.bfloat16): _INTEL,
-    ("intel", torch.float32): _INTEL,
+    ("intel", torch.float32): (_INTEL[0], Config(MANY, 16, 64, 8, grf_mode="256")),
     ("intel", torch.int8): (_INTEL[0], Config(64, 32, 32, 4, grf_mode="256"), Config(MANY, 64, 64, 16, grf_mode="256")),
 }
 

@@ -24,25 +24,30 @@ from klfast.layouts import Tiling
 @triton.jit
 def head_logits(
     x_ptr, w_ptr, s_ptr, z_ptr, o_token, o_v, V, n_tiles, n_blocks, group_blocks, stride_x, stride_w,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, AXIS: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
-    """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BM, BN], [BN, BM] if AXIS, the vocabulary's, is 0."""
-    o_k = tl.arange(0, BLOCK)
+    """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BM, BN], [BN, BM] if AXIS, the vocabulary's, is 0.
+
+    A tile's BLOCK features go in parts of STEP.
+    """
+    o_k = tl.arange(0, STEP)
     p_x = x_ptr + tl.expand_dims(o_token, AXIS) * stride_x + tl.expand_dims(o_k, 1 - AXIS)
     row = BLOCK if BITS else stride_w
     p_w = w_ptr + tl.expand_dims(o_v, 1 - AXIS).to(tl.int64) * row + tl.expand_dims(o_k, AXIS)
     acc = tl.zeros((BM, BN), dtype=tl.float32) if AXIS else tl.zeros((BN, BM), dtype=tl.float32)
-    for i_tile in range(0, n_tiles):
+    for i_step in range(0, n_tiles * (BLOCK // STEP)):
         if BITS == 0:
-            acc = float_product(tl.load(p_x + i_tile * BLOCK), tl.load(p_w + i_tile * BLOCK), acc, UPCAST, IN_PARTS, AXIS)
+            acc = float_product(tl.load(p_x + i_step * STEP), tl.load(p_w + i_step * STEP), acc, UPCAST, IN_PARTS, AXIS)
         else:
-            b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * V * BLOCK)
+            i_tile, o_step = i_step // (BLOCK // STEP), i_step % (BLOCK // STEP) * STEP
+            b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * V * BLOCK + o_step)
             for i_half in tl.static_range(8 // BITS):
                 stored = (b_w >> 4 * i_half) & 0xF if BITS == 4 else b_w
                 i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
                 i_group = i_block // group_blocks
                 zero = tl.expand_dims(load_zero(z_ptr, i_group, V, o_v, BITS), 1 - AXIS)
-                sums = product(tl.load(p_x + i_block * BLOCK), stored, zero, tl.zeros_like(acc), BITS, UPCAST, AXIS)
+                sums = product(tl.load(p_x + i_block * BLOCK + o_step), stored, zero, tl.zeros_like(acc), BITS, UPCAST, AXIS)
                 acc += sums * tl.expand_dims(load_scale(s_ptr, i_group, V, o_v), 1 - AXIS)
     return acc
 
@@ -79,8 +84,8 @@ def linear_divergence_sums(
     R, n_teacher, V, part_columns,
     t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
     s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-    T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_UPCAST: tl.constexpr, T_IN_PARTS: tl.constexpr,
-    S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_UPCAST: tl.constexpr, S_IN_PARTS: tl.constexpr,
+    T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_STEP: tl.constexpr, T_UPCAST: tl.constexpr, T_IN_PARTS: tl.constexpr,
+    S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_STEP: tl.constexpr, S_UPCAST: tl.constexpr, S_IN_PARTS: tl.constexpr,
     N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AXIS: tl.constexpr,
 ):
     i_part = tl.program_id(1)
@@ -102,11 +107,11 @@ def linear_divergence_sums(
         o_v = tl.minimum(start + tl.arange(0, BN), last - 1)
         a = head_logits(
             t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr, o_teacher, o_v, V, t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
-            T_BITS, BM, BN, T_BLOCK, T_UPCAST, T_IN_PARTS, AXIS,
+            T_BITS, BM, BN, T_BLOCK, T_STEP, T_UPCAST, T_IN_PARTS, AXIS,
         )  # fmt: skip
         b = head_logits(
             s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr, o_token, o_v, V, s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-            S_BITS, BM, BN, S_BLOCK, S_UPCAST, S_IN_PARTS, AXIS,
+            S_BITS, BM, BN, S_BLOCK, S_STEP, S_UPCAST, S_IN_PARTS, AXIS,
         )  # fmt: skip
         valid = tl.expand_dims(tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0), 1 - AXIS)
         top_a, top_b = tl.max(a, axis=AXIS), tl.max(b, axis=AXIS)  # [BM]
@@ -196,7 +201,8 @@ class Side:
         """The kernel's arguments of this side, whose names begin with ``name``.
 
         UPCAST widens what the interpreter cannot multiply, and float16 with bfloat16. On Intel GPUs float32 times float32
-        goes in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others.
+        goes in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others; and
+        float32 hidden states are taken 16 features at a time, so that with their parts they fit in registers.
         """
         common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
         differ = self.hidden.dtype != self.weight.dtype
@@ -209,7 +215,8 @@ class Side:
             block = 32 if in_parts else float_block(self.hidden.shape[1])
             rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
             upcast = INTERPRETED or (differ and not in_parts)
-        constants = {"BITS": self.bits, "BLOCK": block, "UPCAST": int(upcast), "IN_PARTS": in_parts}
+        step = 16 if family == "intel" and self.hidden.dtype == torch.float32 else block
+        constants = {"BITS": self.bits, "BLOCK": block, "STEP": step, "UPCAST": int(upcast), "IN_PARTS": in_parts}
         return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
 
 

@@ -18,7 +18,7 @@ from klfast import Layout, QuantSpec, ops, reference
 from klfast.kernels import rms_norm, selective_scan
 from test_dequant_matmul import operands
 from test_ssm_ops import true_conv, true_scan
-from triton_launches import FLOATS, SPECS
+from triton_launches import FLOATS, OTHER_SPECS, SPECS
 
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 + 1e-5 for dtype in FLOATS.values()}  # of the largest value: storing y, float32 sums
 OF_METRICS = 3e-5
@@ -66,6 +66,9 @@ def dequant_matmul() -> Iterator[Case]:
             for name, dtype in FLOATS.items():
                 yield matmul_case(m, 112, 2048, spec, dtype, "exact")
             yield matmul_case(m, 112, 2048, spec, torch.float16, "int8")
+    for spec in OTHER_SPECS:
+        for m, dtype, activation in ((1, torch.float32, "exact"), (80, torch.float32, "exact"), (80, torch.float16, "exact"), (80, torch.float16, "int8")):
+            yield matmul_case(m, 112, 2048, spec, dtype, activation)
     yield matmul_case(16, 48, 2048, SPECS[0], torch.bfloat16, "int8", cores=2, has_bias=False)  # in four parts
     for spec in (QuantSpec(4, 100, False), QuantSpec(4, 32, False), QuantSpec(8, -1)):
         for m, n, k, activation, cores in (
@@ -118,7 +121,7 @@ def logits_case(vocab: int, dtype: torch.dtype, misleading: bool = False) -> Cas
 
 def linear_divergence() -> Iterator[Case]:
     for dtype in FLOATS.values():
-        for spec in (None, SPECS[0], SPECS[3]):
+        for spec in (None, SPECS[0], SPECS[3], *(OTHER_SPECS[:1] if dtype is torch.float32 else ())):
             yield heads_case(16, 104, 2048, dtype, spec)
         yield heads_case(13, 77, 70, dtype, QuantSpec(4, 32, False))
     yield heads_case(13, 4300, 96, torch.bfloat16, None, cores=100)
