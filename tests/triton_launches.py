@@ -76,6 +76,9 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
             # on NVIDIA GPUs, float32 by float32 has no matrix instruction that rounds nothing
             matrix = None if dtype is torch.float32 and spec is None and family == "nvidia" else "float"
             yield f"linear_divergence {name} {spec or 'float head'}", launch, matrix
+    mixed = side(torch.float32), side(torch.bfloat16, SPECS[0])
+    launch, *_ = linear_divergence.plan_sums(*mixed, 4096, 50280, None, empty(4096, dtype=torch.float32), family=family, cores=CORES[family])
+    yield f"linear_divergence float32 teacher, bfloat16 student {SPECS[0]}", launch, "float"
     rows = empty(7, dtype=torch.int64)
     logits = empty(512, 50280, dtype=torch.bfloat16)
     again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]

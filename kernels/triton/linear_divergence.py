@@ -197,12 +197,12 @@ class Side:
         """Whether an operand is float32."""
         return torch.float32 in (self.hidden.dtype, self.weight.dtype)
 
-    def args(self, name: str, family: str) -> dict:
-        """The kernel's arguments of this side, whose names begin with ``name``.
+    def args(self, name: str, family: str, is_wide: bool) -> dict:
+        """The kernel's arguments of this side, whose names begin with ``name``; is_wide: whether either side is.
 
         UPCAST widens what the interpreter cannot multiply, and float16 with bfloat16. On Intel GPUs float32 times float32
-        goes in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others; and
-        float32 hidden states are taken 16 features at a time, so that with their parts they fit in registers.
+        goes in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others. Where
+        there are such parts, of hidden states or head, features go 16 at a time, so that all fit in registers.
         """
         common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
         differ = self.hidden.dtype != self.weight.dtype
@@ -215,7 +215,7 @@ class Side:
             block = 32 if in_parts else float_block(self.hidden.shape[1])
             rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
             upcast = INTERPRETED or (differ and not in_parts)
-        step = 16 if family == "intel" and self.hidden.dtype == torch.float32 else block
+        step = 16 if family == "intel" and is_wide else block
         constants = {"BITS": self.bits, "BLOCK": block, "STEP": step, "UPCAST": int(upcast), "IN_PARTS": in_parts}
         return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
 
@@ -229,7 +229,8 @@ def plan_sums(
     teacher: Side, student: Side, n_teacher: int, vocab: int, rows: torch.Tensor | None, anchor: torch.Tensor, *, family: str, cores: int
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """As logit_divergence.plan_sums, of hidden states: token i of the student goes with token i % n_teacher of the teacher."""
-    config, count = CONFIGS[family, teacher.is_wide or student.is_wide], anchor.numel()
+    is_wide, count = teacher.is_wide or student.is_wide, anchor.numel()
+    config = CONFIGS[family, is_wide]
     programs = cdiv(count, config.BM)
     parts = max(1, min(cdiv(vocab, config.part), cdiv(2 * cores, max(programs, 1))))
     columns = cdiv(cdiv(vocab, parts), config.BN) * config.BN
@@ -237,7 +238,7 @@ def plan_sums(
     sums = torch.empty(count, parts, N_SUMS, device=anchor.device)
     index = torch.empty(count, parts, 2, dtype=torch.int32, device=anchor.device)
     args = dict(
-        **teacher.args("t", family), **student.args("s", family), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count,
+        **teacher.args("t", family, is_wide), **student.args("s", family, is_wide), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count,
         n_teacher=n_teacher, V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN, AXIS=config.axis,
     )  # fmt: skip
     return Launch(linear_divergence_sums, (programs, parts), args, options(config)), sums, index

@@ -125,13 +125,16 @@ def linear_divergence() -> Iterator[Case]:
             yield heads_case(16, 104, 2048, dtype, spec)
         yield heads_case(13, 77, 70, dtype, QuantSpec(4, 32, False))
     yield heads_case(13, 4300, 96, torch.bfloat16, None, cores=100)
+    yield heads_case(16, 104, 2048, torch.bfloat16, SPECS[0], teacher=torch.float32)
 
 
-def heads_case(tokens: int, vocab: int, features: int, dtype: torch.dtype, spec: QuantSpec | None, cores: int = 1) -> Case:
+def heads_case(
+    tokens: int, vocab: int, features: int, dtype: torch.dtype, spec: QuantSpec | None, cores: int = 1, teacher: torch.dtype | None = None
+) -> Case:
     def run() -> float:
         hidden, head = torch.randn(tokens, features), 2 * torch.randn(vocab, features) / features**0.5
         noisy, other = hidden + 0.1 * torch.randn(tokens, features), head + 0.1 * torch.randn(vocab, features) / features**0.5
-        hidden, head, noisy, other = (t.to(dtype) for t in (hidden, head, noisy, other))
+        hidden, head, noisy, other = hidden.to(teacher or dtype), head.to(teacher or dtype), noisy.to(dtype), other.to(dtype)
         plain = other
         if spec is not None:
             other = klfast.quantize(other.float(), spec).to_layout(Layout.TILED)
@@ -141,7 +144,7 @@ def heads_case(tokens: int, vocab: int, features: int, dtype: torch.dtype, spec:
         logits = (hidden.double() @ head.double().T, noisy.double() @ plain.double().T)
         return error_of_metrics(found, test_divergence.truth(*logits, targets))
 
-    name = f"{tokens} tokens, {vocab} entries, {features} features, {spec or 'float head'}"
+    name = f"{tokens} tokens, {vocab} entries, {features} features, {spec or 'float head'}{f', teacher {teacher}' if teacher else ''}"
     return Case(f"linear_divergence, {str(dtype)[6:]}", name, run, OF_PRODUCTS, cores)
 
 
