@@ -9,9 +9,9 @@ import warnings
 import torch
 from torch import nn
 
+from klfast import loading
 from klfast.data import token_batches
 from klfast.device import facts
-from klfast.loading import load_tokenizer
 
 
 def prepare(threads: int | None = None, device: str = "cpu") -> None:
@@ -22,9 +22,9 @@ def prepare(threads: int | None = None, device: str = "cpu") -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
 
 
-def open_batches(source: str, model_name: str, model: nn.Module, *, length: int, windows: int | None, batch_size: int = 4, **loading: bool) -> list[torch.Tensor]:
+def open_batches(source: str, model_name: str, model: nn.Module, *, length: int, windows: int | None, batch_size: int = 4, **options: bool) -> list[torch.Tensor]:
     """Batches of a text or token file; the latter needs no tokenizer."""
-    tokenizer = None if os.path.splitext(source)[1] in (".npy", ".json") else load_tokenizer(model_name, **loading)
+    tokenizer = None if os.path.splitext(source)[1] in (".npy", ".json") else loading.load_tokenizer(model_name, **options)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return token_batches(source, tokenizer, vocab_size=vocabulary, length=length, windows=windows, batch_size=batch_size)
 
