@@ -1,7 +1,9 @@
-"""Work spread over processes: compilers take most of it, and the one of Intel's CPU runtime crashes now and then."""
+"""Work spread over processes: compilers take most of it, and the one of Intel's CPU runtime crashes, or hangs, now and then."""
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -11,21 +13,31 @@ from typing import TypeVar
 
 WORKERS = min(os.cpu_count() or 1, 8)  # of about 1.5 GB each
 CRASHES = 3  # before giving up
+LIMIT = 300.0  # seconds for one piece of work; some take half a minute
 
 T = TypeVar("T")
 
 
-def each(function: Callable[[int], T], count: int) -> Iterator[T]:
-    """What a function gives of 0, 1 ... count - 1, in that order; what a crash took away is done again."""
+def each(function: Callable[[int], T], count: int, limit: float = LIMIT) -> Iterator[T]:
+    """What a function gives of 0, 1 ... count - 1, in that order; what a crash or more than ``limit`` seconds took away is done again."""
     done = crashes = 0
     while done < count:
         with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
             try:
-                for result in pool.map(function, range(done, count)):
+                for result in pool.map(functools.partial(_limited, function, limit), range(done, count)):
                     yield result
                     done += 1
             except BrokenProcessPool:
                 crashes += 1
                 if crashes > CRASHES:
                     raise
-                print("A compiler crashed; going on in new processes", flush=True)
+                print("A compiler crashed or hung; going on in new processes", flush=True)
+
+
+def _limited(function: Callable[[int], T], limit: float, index: int) -> T:
+    """``function(index)``; a process that hangs in it is ended, as by a crash, wherever it hangs."""
+    faulthandler.dump_traceback_later(limit, exit=True)
+    try:
+        return function(index)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
