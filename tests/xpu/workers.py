@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 WORKERS = min(os.cpu_count() or 1, 8)  # of about 1.5 GB each
-CRASHES = 3  # before giving up
+CRASHES = 6  # before giving up
 LIMIT = 300.0  # seconds for one piece of work; some take half a minute
 
 T = TypeVar("T")
