@@ -1,0 +1,63 @@
+"""Choose layers by name or pattern."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from klfast.errors import InvalidInputError, UnknownLayerError
+
+Patterns = str | Iterable[str]
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that a pattern selects, in their own order.
+
+    Args:
+        pattern: a layer's name ("lm_head", "backbone.layers.0.mixer.in_proj"), its last parts ("in_proj"), either with
+            the wildcards of a shell, where ``*`` crosses dots ("layers.0.*", "*_proj"), or "re:" and a regular
+            expression that matches from the start of the name, as in compressed-tensors ("re:.*layers\\.[0-3]\\.").
+        names: module names.
+
+    Raises:
+        InvalidInputError: the pattern is not a string, or not a regular expression after "re:".
+        UnknownLayerError: it selects nothing; the message names the closest layer.
+    """
+    if not isinstance(pattern, str):
+        raise InvalidInputError(f"a pattern for layers must be a string, got {type(pattern).__name__}")
+    names = list(names)
+    if pattern.startswith("re:"):
+        try:
+            regex = re.compile(pattern[3:])
+        except re.error as error:
+            raise InvalidInputError(f"{pattern!r} is not a regular expression: {error}") from None
+        found = [name for name in names if regex.match(name)]
+    else:
+        found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+    if not found:
+        endings = {name.rpartition(".")[2] for name in names}
+        close = difflib.get_close_matches(pattern, [*names, *sorted(endings)], 1)
+        raise UnknownLayerError(f"no linear layer matches {pattern!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return found
+
+
+def select(names: Iterable[str], layers: Patterns | None = None, exclude: Patterns | None = None) -> list[str]:
+    """Names that one of ``layers`` selects (all if None) and none of ``exclude`` does, in their own order.
+
+    Raises:
+        InvalidInputError: a pattern is malformed, or nothing is left.
+        UnknownLayerError: a pattern selects no name.
+    """
+    names = list(names)
+    wanted = set(names) if layers is None else {name for pattern in _listed(layers) for name in matching(pattern, names)}
+    unwanted = set() if exclude is None else {name for pattern in _listed(exclude) for name in matching(pattern, names)}
+    chosen = [name for name in names if name in wanted and name not in unwanted]
+    if not chosen:
+        raise InvalidInputError("the patterns leave no linear layer; name more in layers, or fewer in exclude")
+    return chosen
+
+
+def _listed(patterns: Patterns) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
