@@ -60,6 +60,14 @@ def test_against_float64(tier, spec, x_dtype, activation):
         CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
 
 
+@pytest.mark.parametrize("m", range(2, 19))
+def test_every_number_of_rows_up_to_two_tiles(tier, m):
+    """Several panels and blocks of K with a ragged end; groups that are shorter and longer than a block."""
+    for spec in (QuantSpec(4, 32), QuantSpec(4, 128, False), QuantSpec(8, -1), QuantSpec(8, 64, False)):
+        x, qt, bias = operands(m, 75, 603, spec)
+        check_exact(x, qt, bias, dequant_matmul(x, qt, bias))
+
+
 @pytest.mark.parametrize("activation", CHECKS)
 @pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)

@@ -5,6 +5,7 @@
 #include "dequant_matmul/few_rows.h"
 #include "dequant_matmul/few_rows_int8.h"
 #include "dequant_matmul/int8.h"
+#include "dequant_matmul/several_rows.h"
 
 namespace klfast {
 namespace {
@@ -14,7 +15,8 @@ void run_bits(const DequantMatmulArgs& args) {
     const Segments segments(args.k, args.group);
     if (args.int8_activation && args.m <= kFewRows && segments_fit_lines<Bits>(args)) FewRowsInt8<Bits>(args, segments).run();
     else if (args.int8_activation) run_int8<Bits>(args, segments);
-    else if (args.m <= kFewRows && words_within_groups<Bits>(args)) FewRows<FloatLines, Bits>(args).run();
+    else if (args.m < kSeveralRows && words_within_groups<Bits>(args)) FewRows<FloatLines, Bits>(args).run();
+    else if (args.m < kManyRows && words_within_groups<Bits>(args)) SeveralRows<Bits>(args, segments).run();
     else run_exact_large<Bits>(args, segments);
 }
 

@@ -13,8 +13,8 @@ namespace klfast {
 namespace {
 
 // Words of `count` columns from `first` on, rows n0.., as out[column * W + lane]; zeros for rows behind the last.
-// `out` has room for count rounded up to a multiple of W.
-inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count, std::int32_t* out) {
+// `out` has room for count rounded up to a multiple of W. Asks for the same words of the rows `ahead` further on.
+inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count, std::int32_t* out, std::int64_t ahead = W) {
     const std::int64_t words = a.words(), valid = smaller(W, a.n - n0);
     const std::int32_t* base = a.packed + n0 * words + first;
     for (std::int64_t c = 0; c < count; c += W) {
@@ -22,7 +22,7 @@ inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t
         if (valid == W && count - c >= W)
             for (int lane = 0; lane < W; ++lane) {
                 rows[lane] = read(base + lane * words + c);
-                __builtin_prefetch(base + (lane + W) * words + c, 0, 2);  // the next panel's
+                __builtin_prefetch(base + (lane + ahead) * words + c, 0, 2);
             }
         else
             for (int lane = 0; lane < W; ++lane) rows[lane] = read(base + (lane < valid ? lane * words + c : 0), lane < valid ? count - c : 0);

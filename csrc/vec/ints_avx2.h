@@ -14,7 +14,7 @@ struct Ints {
     __m256i v;
 };
 
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6, kPanelSums = 4;
 
 inline Ints set_int(std::int32_t a) { return {_mm256_set1_epi32(a)}; }
 inline Ints read(const std::int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }

@@ -16,7 +16,7 @@ struct Ints {
 };
 
 // Accumulators: 14 x 2 of 32 registers for floats, 6 x 4 for integers.
-constexpr int kTileRows = 14, kDotRows = 6, kDotVectors = 4, kFewDotRows = 4;
+constexpr int kTileRows = 14, kPanelSums = 8, kDotRows = 6, kDotVectors = 4, kFewDotRows = 4;
 
 inline Ints set_int(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline Ints read(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }

@@ -12,7 +12,7 @@ struct Ints {
     std::int32_t v;
 };
 
-constexpr int kTileRows = 4, kDotRows = 4, kDotVectors = 1, kFewDotRows = 4;
+constexpr int kTileRows = 4, kPanelSums = 4, kDotRows = 4, kDotVectors = 1, kFewDotRows = 4;
 
 inline Ints set_int(std::int32_t a) { return {a}; }
 inline Ints read(const std::int32_t* p) { return {*p}; }
