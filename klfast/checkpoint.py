@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from klfast import __version__
-from klfast.checkpoint_format import MANIFEST, quantization_config, read_json, read_layer_facts, read_manifest, read_specs, write_manifest
+from klfast.checkpoint_format import MANIFEST, quantization_config, read_layer_facts, read_manifest, read_specs, write_manifest
 from klfast.checkpoint_tensors import PARTS, Tensors, empty_model, fill, initialise_buffers, linear_names, set_tied_in_config, tied_places
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import folder_atomic, recover, write_atomic
@@ -71,7 +71,7 @@ def save_quantized(
     facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
     with folder_atomic(target) as folder:
         _save_settings(config, "config", folder)
-        _write_tensors(_readable_state(model, layers, facts, folder), folder, max_shard_size)
+        _write_tensors(_readable_state(model, layers, folder), folder, max_shard_size)
         if getattr(model, "generation_config", None) is not None:
             _save_settings(model.generation_config, "generation_config", folder)
         if tokenizer is not None:
@@ -105,15 +105,12 @@ def load_quantized(
             ``save_quantized`` did not write.
     """
     if dtype is not None and dtype not in _LOADED_DTYPES:
-        raise InvalidInputError(f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}; klfast computes in no other")
+        raise InvalidInputError(f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}")
     place = as_device(device)
     folder = Path(directory)
     recover(folder)
     manifest = read_manifest(folder, verify)
-    try:
-        specs = read_specs(read_json(folder / "config.json")["quantization_config"])
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{folder}: the description of the quantized layers is damaged ({error}); save the model again") from None
+    specs = read_specs(folder)
     facts = read_layer_facts(folder, manifest)
     tensors = Tensors.of_files(folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype)
     model = empty_model(folder, dtype, len(tensors.names()))
@@ -129,9 +126,8 @@ def model_quantization_config(model: nn.Module) -> dict[str, object]:
         InvalidInputError: nothing is quantized; groups that the format cannot store.
     """
     layers = _quantized_layers(model)
-    return quantization_config(
-        {name: (module.spec, module.in_features) for name, module in layers.items()}, (name for name in linear_names(model) if name not in layers)
-    )
+    specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
+    return quantization_config(specs, [name for name in linear_names(model) if name not in layers])
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -146,7 +142,7 @@ def _require_numbers(model: nn.Module) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise InvalidInputError(f"{name} of the model is a {type(tensor).__name__}, which the file format cannot hold")
         if tensor.is_meta:
-            raise InvalidInputError(f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, before saving")
+            raise InvalidInputError(f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, first")
 
 
 def _save_settings(settings, what: str, folder: Path) -> None:
@@ -160,7 +156,7 @@ def _save_settings(settings, what: str, folder: Path) -> None:
         raise InvalidInputError(f"transformers refuses to save model.{what} ({reason}); set it right and save again") from error
 
 
-def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], facts: Mapping[str, dict], folder: Path) -> dict[str, torch.Tensor]:
+def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder: Path) -> dict[str, torch.Tensor]:
     """The tensors to store: those from which the model is rebuilt that the folder's config.json describes.
 
     Raises:
@@ -169,7 +165,7 @@ def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], facts: 
     state = model.state_dict()
     try:
         built = empty_model(folder, None, len(state))
-        stored = _without_tied(model, state, tied_places(built), layers)
+        stored = _without_tied(state, tied_places(built), layers)
         specs = {name: module.spec for name, module in layers.items()}
         dtypes = {name: (module.dtype, module.activation) for name, module in layers.items()}
         fill(built, Tensors(folder, {name: _shadow(name, tensor) for name, tensor in stored.items()}), specs, dtypes)
@@ -188,19 +184,19 @@ def _shadow(name: str, tensor: torch.Tensor):
     return lambda: tensor.cpu() if name.endswith(".weight_shape") else torch.empty_like(tensor, device="meta")
 
 
-def _without_tied(model: nn.Module, state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]) -> dict[str, torch.Tensor]:
+def _without_tied(state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]) -> dict[str, torch.Tensor]:
     """The model's state, each weight once that both the model in memory and the rebuilt one share between several names."""
     left_out: set[str] = set()
     for names in ([name for name, _, _ in same] for same in places.values() if len(same) > 1):
         quantized = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in layers]
-        for first, *others in _same([(name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized]):
+        for _, *others in _same((name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized):
             left_out.update(f"{name}.{part}" for name in others for part in PARTS)
-        for first, *others in _same([(name, _memory(state[name])) for name in names if name in state]):
+        for _, *others in _same((name, _memory(state[name])) for name in names if name in state):
             left_out.update(others)
     return {name: tensor for name, tensor in state.items() if name not in left_out}
 
 
-def _same(keyed: list[tuple[str, tuple]]) -> list[list[str]]:
+def _same(keyed: Iterable[tuple[str, tuple]]) -> list[list[str]]:
     """Names with the same key together."""
     found: dict[tuple, list[str]] = {}
     for name, key in keyed:

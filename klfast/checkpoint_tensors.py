@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from klfast.checkpoint_format import read_generation_config
+from klfast.checkpoint_format import read_generation_config, read_json
 from klfast.convert import embedding_name
 from klfast.errors import CheckpointError, InvalidInputError
+from klfast.model_config import bounded, check_config
 from klfast.models.layers import head_name, is_head_tied
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.types import QuantizedTensor, QuantSpec
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # what stands for a quantized layer's weight
+Facts = Mapping[str, tuple[torch.dtype, str]]  # of each quantized layer: the dtype that its weight had, and its activation
 
 
 class Tensors:
@@ -90,45 +90,25 @@ def empty_model(folder: Path, dtype: torch.dtype | None, stored: int) -> nn.Modu
 
     import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
 
+    path = folder / "config.json"
+    check_config(read_json(path), path, stored)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):  # it describes the files, not the model in memory
             del config.quantization_config
-        with torch.device("meta"), bounded(folder, stored):
+        with torch.device("meta"), bounded(path, stored):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises anything on a configuration that it cannot use
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that this transformers can build ({reason}); save the model again") from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} describes no model that this transformers can build ({reason}); save the model again") from error
     if (found := read_generation_config(folder, type(model.generation_config))) is not None:
         model.generation_config = found
     return model
 
 
-@contextmanager
-def bounded(folder: Path, stored: int) -> Iterator[None]:
-    """Stop the building of a model that has far more parameters than the ``stored`` tensors could fill.
-
-    A config.json may ask for any number of layers; without a bound it takes hours to build them.
-    """
-    thread, left = threading.get_ident(), 4 * stored + 1000
-
-    def count(*_) -> None:
-        nonlocal left
-        if threading.get_ident() == thread:
-            left -= 1
-            if left < 0:
-                raise CheckpointError(f"{folder / 'config.json'} describes a far larger model than the {stored} tensors stored; fetch or save it again")
-
-    hook = nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Mapping[str, tuple[torch.dtype, str]]) -> None:
+def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:
     """Give an empty model its tensors, with a QuantLinear in the place of each layer of ``specs``.
 
     What the model ties is stored once; where it is stored for several names none the less, each gets its own.
@@ -142,7 +122,8 @@ def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], fac
         model.set_submodule(embedding_name(model), QuantEmbedding(model.get_submodule(head)))
     _fill_float(model, tensors)
     if left := tensors.names():
-        raise CheckpointError(f"{tensors.folder} holds {len(left)} tensors that the model does not have, such as {min(left)}; save the model again")
+        reason = f"{tensors.folder} holds {len(left)} tensors that the model does not have, such as {min(left)}"
+        raise CheckpointError(f"{reason}; save the model again")
     set_tied_in_config(model.config, is_head_tied(model))
 
 
@@ -157,7 +138,7 @@ def linear_names(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, QuantLinear))}
 
 
-def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Mapping[str, tuple[torch.dtype, str]]) -> None:
+def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:
     folder, layers = tensors.folder, linear_names(model)
     if unknown := [name for name in specs if name not in layers or name not in facts]:
         raise CheckpointError(f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again")
@@ -168,13 +149,14 @@ def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, Quan
         if first is not None and f"{name}.weight_packed" not in tensors.names():
             model.set_submodule(name, _same_weight(*first, layer, tensors, name))
             continue
-        module = _quantized_layer(layer, tensors, name, spec, *facts[name])
+        module = _quantized_layer(layer, tensors, name, spec, facts[name])
         made.setdefault(id(layer.weight), (layer, module))
         model.set_submodule(name, module)
 
 
-def _quantized_layer(layer: nn.Linear, tensors: Tensors, name: str, spec: QuantSpec, weight_dtype: torch.dtype, activation: str) -> QuantLinear:
+def _quantized_layer(layer: nn.Linear, tensors: Tensors, name: str, spec: QuantSpec, fact: tuple[torch.dtype, str]) -> QuantLinear:
     folder, shape = tensors.folder, (layer.out_features, layer.in_features)
+    weight_dtype, activation = fact
     if tensors.take(f"{name}.weight_shape", (2,)).tolist() != list(shape):
         raise CheckpointError(f"{folder}: {name}.weight_shape is not {list(shape)}; save the model again")
     bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
@@ -248,12 +230,18 @@ def initialise_buffers(model: nn.Module, device: torch.device) -> None:
                 prefix, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(prefix), leaf, torch.full_like(like, content, device=device))
             for owner in owners:
-                _initialiser(model, owner)(model.get_submodule(owner))
+                try:
+                    _initialiser(model, owner)(model.get_submodule(owner))
+                except Exception as error:  # a configuration may hold anything
+                    reason = str(error).strip().split("\n")[0] or type(error).__name__
+                    message = f"transformers cannot compute the buffers of {owner or 'the model'} ({reason}); save the model again"
+                    raise CheckpointError(message) from error
             results.append({name: model.get_buffer(name) for name in waiting})
         waiting = {name: like for name, like in waiting.items() if not torch.equal(results[0][name], results[1][name])}
         if lost := [name for name in waiting if not level[name]]:
             prefix, _, leaf = lost[0].rpartition(".")
-            raise CheckpointError(f"transformers does not compute the buffer {leaf} of {prefix or 'the model'}; this model cannot be loaded")
+            message = f"transformers does not compute the buffer {leaf} of {prefix or 'the model'}; this model cannot be loaded"
+            raise CheckpointError(message)
         level = {name: level[name].rpartition(".")[0] for name in waiting}
 
 
