@@ -19,7 +19,7 @@ from klfast import __version__
 from klfast.checkpoint_format import MANIFEST, quantization_config, read_layer_facts, read_manifest, read_specs, write_manifest
 from klfast.checkpoint_tensors import PARTS, Tensors, empty_model, fill, initialise_buffers, linear_names, set_tied_in_config, tied_places
 from klfast.errors import CheckpointError, InvalidInputError
-from klfast.files import folder_atomic, recover, write_atomic
+from klfast.files import folder_atomic, recover, require_writable, write_atomic
 from klfast.models.layers import is_head_tied
 from klfast.models.native_ssm import accelerate_or_warn
 from klfast.nn import QuantLinear
@@ -61,7 +61,7 @@ def save_quantized(
     """
     layers = _quantized_layers(model)
     target = Path(directory).resolve()
-    _check_target(target, overwrite)
+    require_target(target, overwrite)
     _require_numbers(model)
     config = copy.deepcopy(model.config)
     config.quantization_config = model_quantization_config(model)
@@ -243,14 +243,21 @@ def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_siz
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def require_target(directory: str | os.PathLike, overwrite: bool) -> None:
+    """Raise, before the work begins, unless ``save_quantized`` may and can make the folder.
+
+    Raises:
+        InvalidInputError, OSError: as for ``save_quantized``.
+    """
+    target = Path(directory).resolve()
     if not target.parent.is_dir():
         raise InvalidInputError(f"there is no folder {target.parent} to save into; make it first")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise InvalidInputError(f"{target} is a file; name a folder")
-    if not (target / MANIFEST).is_file():
-        raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
-    if not overwrite:
-        raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
+    recover(target)
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST).is_file():
+            raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
+        if not overwrite:
+            raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
+    require_writable(target, folder=True)

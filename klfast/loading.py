@@ -14,10 +14,10 @@ from klfast.loading_errors import one_line_errors
 from klfast.model_config import bounded, check_config
 from klfast.model_folder import TOKENIZERS, check_explicit_file, read_config, read_headers, require_known
 from klfast.models.native_ssm import accelerate_or_warn
-from klfast.placement import as_device, as_dtype
+from klfast.placement import DTYPES, as_device, as_dtype
 from klfast.sources import ASSETS, bundled_models, resolve
 
-__all__ = ["ASSETS", "as_dtype", "bundled_models", "find_tokenizer", "load_model", "load_tokenizer"]
+__all__ = ["ASSETS", "DTYPES", "as_dtype", "bundled_models", "find_tokenizer", "load_model", "load_tokenizer"]
 
 
 def load_model(

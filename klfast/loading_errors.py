@@ -55,7 +55,7 @@ def one_line_errors(source: str, what: str, quantized_by: str | None = None) -> 
 def _reason(error: BaseException, source: str, quantized_by: str | None) -> str:
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
     text = str(error)
-    first = shortened(next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__), 300).rstrip(".:")
+    first = _first_sentence(text) or type(error).__name__
     if found := next((reason for kind, reason in _TYPES.items() if kind in kinds), None):
         return found
     if found := next((reason for piece, reason in _TEXTS.items() if piece in text), None):
@@ -67,6 +67,12 @@ def _reason(error: BaseException, source: str, quantized_by: str | None) -> str:
     if damaged := _damaged_json(source):
         return f"{damaged} is no valid JSON; fetch or save it again"
     return f"{first}; fetch or save it again"
+
+
+def _first_sentence(text: str) -> str:
+    """The first line of a message; the second one, too, where the first only leads to it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return shortened(" ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]), 300).rstrip(".:")
 
 
 def _damaged_json(source: str) -> str | None:

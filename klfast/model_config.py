@@ -28,13 +28,14 @@ def check_config(config: Mapping, path: Path, stored: int) -> None:
         CheckpointError: it asks for far more layers than there are tensors, or limits time steps by other than two numbers.
     """
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if key == "time_step_limit":
+            if value is not None and not _is_range(value):
+                found = shortened(repr(value), 80)
+                raise CheckpointError(f"{path}: time_step_limit must be two numbers, the smaller first, got {found}; fetch or save it again")
+        elif isinstance(value, Mapping):
             check_config(value, path, stored)
         elif isinstance(value, int) and _LAYER_COUNT.search(key) and value > _most(stored):
             raise _too_large(path, stored)
-        elif key == "time_step_limit" and value is not None and not _is_range(value):
-            found = shortened(repr(value), 80)
-            raise CheckpointError(f"{path}: time_step_limit must be two numbers, the smaller first, got {found}; fetch or save it again")
 
 
 @contextmanager

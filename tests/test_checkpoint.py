@@ -284,8 +284,8 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
     rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}})
     refused(damaged, "description of the quantized layers is damaged.*bits must be 4 or 8")
     for weights in (
-        {"group_size": "64"}, {"group_size": 0}, {"group_size": float("nan")}, {"group_size": 10**400}, {"num_bits": float("inf")}, {"symmetric": 1},
-        {"group_size": [1]},
+        {"group_size": "64"}, {"group_size": 0}, {"group_size": float("nan")}, {"group_size": 10**400}, {"group_size": [1]},
+        {"num_bits": float("inf")}, {"symmetric": 1},
     ):
         rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], **weights}}}})
         refused(damaged, "description of the quantized layers is damaged|do not fit")
@@ -339,7 +339,8 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
         (damaged / "klfast.json").write_text(json.dumps(content))
         refused(damaged, match)
     for content, match in (
-        ("[]", "holds no JSON object"), ("9" * 5000, "cannot be read as JSON"), (b"\xff\xfe\xfd", "cannot be read as JSON"), ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply"),
+        ("[]", "holds no JSON object"), ("9" * 5000, "cannot be read as JSON"), (b"\xff\xfe\xfd", "cannot be read as JSON"),
+        ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply"),
     ):
         (damaged / "klfast.json").write_bytes(content if isinstance(content, bytes) else content.encode())
         refused(damaged, match)
@@ -418,7 +419,8 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, lim
     """A limit on the size of files stands for it."""
     folder = shutil.copytree(saved, tmp_path / "model")
     command = [sys.executable, "-c", FULL, folder, shards, str(limit)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(rf"\[Errno {errno.EFBIG}\] File too large: '{re.escape(str(folder))}(/model.*\.safetensors)?'\n", run.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
