@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from klfast import __version__
-from klfast.checkpoint_format import MANIFEST, quantization_config, read_layer_facts, read_manifest, read_specs, write_manifest
-from klfast.checkpoint_tensors import PARTS, Tensors, empty_model, fill, initialise_buffers, linear_names, set_tied_in_config, tied_places
+from klfast.checkpoint_format import (
+    MANIFEST, model_quantization_config, quantized_layers, read_layer_facts, read_manifest, read_specs, write_manifest,
+)
+from klfast.checkpoint_tensors import PARTS, Tensors, empty_model, fill, initialise_buffers, set_tied_in_config, tied_places
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import folder_atomic, recover, require_writable, write_atomic
 from klfast.models.layers import is_head_tied
@@ -44,8 +46,8 @@ def save_quantized(
     ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers (5.23) reads
     symmetric specs, but no asymmetric ones, and no Mamba with a quantized out_proj or dt_proj, whose missing ``.weight``
     its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name:
-    only klfast reads such a folder, the others miss the embedding. Leave the head out of the plan, or untie it, for a
-    folder that others are to serve.
+    only klfast reads such a folder, the others miss the embedding. For a folder that others are to serve leave the head
+    out of the plan, or give it a weight of its own before quantizing: the embedding is then stored in full, too.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.
@@ -59,7 +61,7 @@ def save_quantized(
             meta device; a model that its configuration does not describe.
         OSError: the folder cannot be written, or the disk is full. Nothing is left behind.
     """
-    layers = _quantized_layers(model)
+    layers = quantized_layers(model)
     target = Path(directory).resolve()
     require_target(target, overwrite)
     _require_numbers(model)
@@ -116,25 +118,8 @@ def load_quantized(
     model = empty_model(folder, dtype, len(tensors.names()))
     fill(model, tensors, specs, facts)
     initialise_buffers(model, place)
+    model.config.quantization_config = model_quantization_config(model)
     return accelerate_or_warn(model.eval())
-
-
-def model_quantization_config(model: nn.Module) -> dict[str, object]:
-    """The ``quantization_config`` (a dict, as in config.json) of a model that holds QuantLinear layers.
-
-    Raises:
-        InvalidInputError: nothing is quantized; groups that the format cannot store.
-    """
-    layers = _quantized_layers(model)
-    specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
-    return quantization_config(specs, [name for name in linear_names(model) if name not in layers])
-
-
-def _quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
-    if not layers:
-        raise InvalidInputError("no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained")
-    return layers
 
 
 def _require_numbers(model: nn.Module) -> None:

@@ -14,9 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
 import torch
+from torch import nn
 
 from klfast.errors import CheckpointError, InvalidInputError, shortened
 from klfast.files import parse_json, write_atomic
+from klfast.nn import QuantLinear
 from klfast.types import QuantSpec, dtype_name, storable_spec
 
 MANIFEST = "klfast.json"
@@ -68,6 +70,30 @@ def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized
         "ignore": list(unquantized),
         "kv_cache_scheme": None,
     }
+
+
+def model_quantization_config(model: nn.Module) -> dict[str, object]:
+    """The ``quantization_config`` (a dict, as in config.json) of a model that holds QuantLinear layers.
+
+    Raises:
+        InvalidInputError: nothing is quantized; groups that the format cannot store.
+    """
+    layers = quantized_layers(model)
+    specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
+    return quantization_config(specs, [name for name in linear_names(model) if name not in layers])
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The QuantLinear layers of a model, under every name that they have; InvalidInputError if there are none."""
+    layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise InvalidInputError("no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained")
+    return layers
+
+
+def linear_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers under every name that they have: a layer that several blocks share has several."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, QuantLinear))}
 
 
 def read_specs(folder: Path) -> dict[str, QuantSpec]:

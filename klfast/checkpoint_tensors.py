@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from klfast.checkpoint_format import read_generation_config, read_json
+from klfast.checkpoint_format import linear_names, read_generation_config, read_json
 from klfast.convert import embedding_name
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.model_config import bounded, check_config
@@ -131,11 +131,6 @@ def set_tied_in_config(config, tied: bool) -> None:
     """Let a configuration say whether the head is tied to the input embedding."""
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         part.tie_word_embeddings = tied
-
-
-def linear_names(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers under every name that they have: a layer that several blocks share has several."""
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, QuantLinear))}
 
 
 def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:

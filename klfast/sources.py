@@ -34,8 +34,7 @@ def resolve(name_or_path: str | os.PathLike, *, weights: bool, local_files_only:
     if name in bundled_models():
         return ASSETS / "models" / name
     path = Path(os.path.expanduser(name))
-    if _is_path(name):
-        recover(path)
+    recover(path)
     if path.is_dir():
         require_model(path)
         return path

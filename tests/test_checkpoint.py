@@ -123,6 +123,39 @@ def test_transformers_loads_a_llama(tied, tmp_path):
     torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_transformers_loads_a_quantized_head_with_a_weight_of_its_own(tmp_path):
+    """What save_quantized's docstring advises for a model whose configuration ties the head."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama", tied=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model = klfast.quantize_model(model, Plan({"lm_head": QuantSpec(8, -1)}, "uniform"))
+    klfast.save_quantized(model, tmp_path / "model")
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
+    for loaded in (other, klfast.load_quantized(tmp_path / "model")):
+        torch.testing.assert_close(loaded(batch()).logits, model(batch()).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_save_pretrained_of_a_loaded_model_says_that_it_is_quantized(tmp_path):
+    """transformers reads its folder, though klfast wants its own klfast.json."""
+    from transformers import AutoModelForCausalLM
+
+    from klfast.checkpoint_format import model_quantization_config
+
+    model = quantized("llama", specs=SPECS[:2])
+    klfast.save_quantized(model, tmp_path / "model")
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert loaded.config.quantization_config == model_quantization_config(model)
+    loaded.save_pretrained(tmp_path / "plain")
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(other(batch()).logits, model(batch()).logits, rtol=1e-4, atol=1e-4)
+    refused(tmp_path / "plain", "holds no klfast.json")
+
+
 def test_shards(tmp_path):
     model = quantized("llama")
     klfast.save_quantized(model, tmp_path / "model", max_shard_size=20_000)
@@ -428,14 +461,20 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, lim
 
 
 def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):
-    """load_quantized puts it back."""
+    """The next to ask for it puts it back."""
     from klfast import temporaries
+    from klfast.loading import load_model
 
     beside = temporaries.name_beside(damaged)
     process, _, start = beside.name.split("-")[1:4]
     gone = beside.name.replace(f"-{process}-", "-4194305-").replace(".tmp", ".old")  # more than any process has
     damaged.rename(beside.with_name(gone))
     assert klfast.load_quantized(damaged) is not None and start
+    damaged.rename(beside.with_name(gone))
+    klfast.save_quantized(quantized("mamba"), damaged, overwrite=True)  # it is known for what save_quantized wrote
+    assert [path.name for path in damaged.parent.iterdir()] == [damaged.name]
+    damaged.rename(beside.with_name(gone))
+    assert load_model(damaged) is not None
 
 
 def test_overwrite(tmp_path):

@@ -371,6 +371,6 @@ def test_ids_that_the_hub_cannot_have(name):
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "a\\b/c", "a/b/c", b"bytes"])
-def test_names_that_are_none(name):
+def test_names_that_are_no_names(name):
     with pytest.raises(InvalidInputError):
         load_model(name)
