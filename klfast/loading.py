@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from klfast.placement import DTYPES, as_device, as_dtype
 from klfast.sources import ASSETS, bundled_models, resolve
 
 __all__ = ["ASSETS", "DTYPES", "as_dtype", "bundled_models", "find_tokenizer", "load_model", "load_tokenizer"]
+
+# How tensors end that stand for a quantized weight: GPTQ and AWQ, compressed-tensors, bitsandbytes, mlx.
+_PACKED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".weight.quant_map", ".scales")
 
 
 def load_model(
@@ -76,7 +80,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
-    _require_all_tensors(source, model, report)
+    _require_all_tensors(source, model, report, stored)
     if not quantization:  # other quantizers store integers by design
         _check_stored_dtypes(model, stored)
     return accelerate_or_warn(model.eval().to(place))
@@ -115,8 +119,12 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
     return tokenizer
 
 
-def _require_all_tensors(source: str, model: nn.Module, report: dict) -> None:
+def _require_all_tensors(source: str, model: nn.Module, report: dict, stored: Iterable[str]) -> None:
     """Raise CheckpointError, naming a tensor, unless the files hold those of the model: transformers makes up what they lack."""
+    if report["mismatched_keys"] or report["missing_keys"]:
+        if packed := [name for name in stored if name.endswith(_PACKED)]:
+            reason = f"{source} holds weights that another tool has quantized, such as {packed[0]}"
+            raise CheckpointError(f"{reason}; load the full-precision model instead")
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CheckpointError(f"{source}: {name} must have shape {list(expected)}, got {list(found)}; fetch or save it again")

@@ -30,8 +30,8 @@ def check_config(config: Mapping, path: Path, stored: int) -> None:
     for key, value in config.items():
         if key == "time_step_limit":
             if value is not None and not _is_range(value):
-                found = shortened(repr(value), 80)
-                raise CheckpointError(f"{path}: time_step_limit must be two numbers, the smaller first, got {found}; fetch or save it again")
+                reason = f"time_step_limit must be two numbers, the smaller first, got {shortened(repr(value), 80)}"
+                raise CheckpointError(f"{path}: {reason}; fetch or save it again")
         elif isinstance(value, Mapping):
             check_config(value, path, stored)
         elif isinstance(value, int) and _LAYER_COUNT.search(key) and value > _most(stored):
@@ -58,8 +58,8 @@ def bounded(path: Path, stored: int) -> Iterator[None]:
 
 
 def _most(stored: int) -> int:
-    """Parameters that a model of so many stored tensors may have: some are stored as one for several, or tied."""
-    return 4 * stored + 1000
+    """How many parameters may be made for so many stored tensors: shared ones are stored once, and loading makes each anew."""
+    return 16 * stored + 10_000
 
 
 def _too_large(path: Path, stored: int) -> CheckpointError:

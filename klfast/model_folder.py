@@ -44,10 +44,10 @@ def require_model(folder: Path) -> None:
         if path.suffix in (".json", ".safetensors", ".model") and is_pointer(path):
             raise CheckpointError(f"cannot load {path}: {_POINTER}")
     if "config.json" not in names:
-        foreign = next((f"; its {name} is {what}" for name in names if (what := _foreign(name))), "")
+        advice = next((f"its {name} is {what}" for name in names if (what := foreign(name))), "give the folder of a transformers model")
         if "params.json" in names:
-            foreign = "; it is in its makers' own format, so fetch the version for transformers"
-        raise CheckpointError(f"{folder} holds no config.json{foreign or '; give the folder of a transformers model'}")
+            advice = "it is in its makers' own format, so fetch the version for transformers"
+        raise CheckpointError(f"{folder} holds no config.json; {advice}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is no file, or a link to none; fetch or save the model again")
 
@@ -148,10 +148,11 @@ def _missing(folder: Path, name: str) -> str:
             return f"{folder} lacks {INDEX}, which says what its {len(others)} safetensors files hold; fetch it again"
         return f"{folder} has no {SINGLE}, only {others[0]}; fetch the files for transformers"
     for other in names:
-        if other not in _OWN_PICKLES and (what := _foreign(other)):
+        if other not in _OWN_PICKLES and (what := foreign(other)):
             return f"{folder} has no {SINGLE}; its {other} is {what}"
     return f"{folder} holds no weights: {SINGLE} is missing; fetch it again"
 
 
-def _foreign(name: str) -> str | None:
+def foreign(name: str) -> str | None:
+    """What a weight file is that klfast does not read, and the way from there; None for any other file."""
     return next((what for ends, what in _FOREIGN.items() if name.endswith(ends) and name not in _OWN_PICKLES), None)

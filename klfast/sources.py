@@ -10,7 +10,7 @@ from klfast.checkpoint_format import MANIFEST, read_json
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import recover
 from klfast.loading_errors import one_line_errors
-from klfast.model_folder import ADAPTER, require_model, weight_names
+from klfast.model_folder import ADAPTER, foreign, require_model, weight_names
 
 ASSETS = Path(__file__).parent / "assets"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -39,7 +39,8 @@ def resolve(name_or_path: str | os.PathLike, *, weights: bool, local_files_only:
         require_model(path)
         return path
     if path.exists():
-        raise InvalidInputError(f"{name} is a file; give the folder of a transformers model")
+        what = foreign(name)
+        raise InvalidInputError(f"{name} is {what}" if what else f"{name} is a file; give the folder of a transformers model")
     if _is_path(name) or "/" not in name or name.count("/") > 1:
         hint = f"the bundled models are {', '.join(bundled_models()) or 'not installed'}; a hub id reads owner/name"
         raise InvalidInputError(f"there is no model folder {name!r} ({hint})")

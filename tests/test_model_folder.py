@@ -186,6 +186,22 @@ def test_models_that_others_have_quantized(folder, method):
     refused(folder, rf"its weights are quantized with {method} \(.*\); load the full-precision model instead")
 
 
+@pytest.mark.parametrize("part", ["qweight", "scales", "weight_packed"])
+def test_models_that_others_have_quantized_without_saying_so(folder, part):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("in_proj.weight"))
+    tensors[name.replace("weight", part)] = tensors.pop(name).to(torch.int32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, rf"holds weights that another tool has quantized, such as .*in_proj\.{part}; load the full-precision model instead")
+
+
+def test_a_weight_file_in_the_place_of_a_folder(folder):
+    for file, match in (("a.bin", "is a pickle; klfast never unpickles"), ("a.gguf", "a.gguf is GGUF"), ("a.txt", "is a file; give the folder")):
+        (folder / file).touch()
+        with pytest.raises(InvalidInputError, match=match):
+            load_model(folder / file)
+
+
 def test_pack_quantized_folders_of_others(folder):
     config = json.loads((folder / "config.json").read_text())
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
@@ -340,13 +356,6 @@ def test_what_is_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
     refused("me/other", "neither in the local cache nor can the hub be reached")
 
 
-def hub_error(name):
-    import httpx2
-    from huggingface_hub import errors
-
-    return getattr(errors, name)("no", response=httpx2.Response(404, request=httpx2.Request("GET", "https://example.org")))
-
-
 @pytest.mark.parametrize(
     ("name", "match"),
     [
@@ -359,7 +368,8 @@ def test_what_the_hub_refuses(name, match, monkeypatch):
     import huggingface_hub
 
     def download(*_, **__):
-        raise hub_error(name)
+        kind = getattr(huggingface_hub.errors, name)
+        raise kind.__new__(kind, "no")  # its initialiser wants an answer of the hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     refused("me/other", match)
