@@ -1,16 +1,20 @@
 """save_quantized and load_quantized: the same bits here and in compressed-tensors, and no damage that goes unnoticed."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from families import FAMILIES, batch, tiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import klfast
 from klfast import Plan, QuantSpec, errors, nn
@@ -118,6 +122,39 @@ def test_transformers_loads_a_llama(tied, tmp_path):
     torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_transformers_loads_a_quantized_head_with_a_weight_of_its_own(tmp_path):
+    """What save_quantized's docstring advises for a model whose configuration ties the head."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama", tied=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model = klfast.quantize_model(model, Plan({"lm_head": QuantSpec(8, -1)}, "uniform"))
+    klfast.save_quantized(model, tmp_path / "model")
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
+    for loaded in (other, klfast.load_quantized(tmp_path / "model")):
+        torch.testing.assert_close(loaded(batch()).logits, model(batch()).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_save_pretrained_of_a_loaded_model_says_that_it_is_quantized(tmp_path):
+    """transformers reads its folder, though klfast wants its own klfast.json."""
+    from transformers import AutoModelForCausalLM
+
+    from klfast.checkpoint_format import model_quantization_config
+
+    model = quantized("llama", specs=SPECS[:2])
+    klfast.save_quantized(model, tmp_path / "model")
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert loaded.config.quantization_config == model_quantization_config(model)
+    loaded.save_pretrained(tmp_path / "plain")
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(other(batch()).logits, model(batch()).logits, rtol=1e-4, atol=1e-4)
+    refused(tmp_path / "plain", "holds no klfast.json")
+
+
 def test_shards(tmp_path):
     model = quantized("llama")
     klfast.save_quantized(model, tmp_path / "model", max_shard_size=20_000)
@@ -189,142 +226,6 @@ def refused(folder, match, **options):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "klfast.json"])
-def test_truncated_and_missing_files(damaged, file):
-    data = (damaged / file).read_bytes()
-    (damaged / file).write_bytes(data[: len(data) // 2])
-    refused(damaged, rf"{file} (has \d+ bytes where|cannot be read as JSON)")
-    (damaged / file).unlink()
-    refused(damaged, file)
-
-
-def test_every_saved_file_is_under_the_manifest(tmp_path):
-    class Tokenizer:
-        def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{'version': 1}")
-            (folder / "chat").mkdir()
-            (folder / "chat" / "tool.jinja").write_text("{{ messages }}")
-
-    folder = tmp_path / "model"
-    klfast.save_quantized(quantized("mamba"), folder, Tokenizer())
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat/tool.jinja"}
-    assert set(json.loads((folder / "klfast.json").read_text())["files"]) == names
-    (folder / "README.md").write_text("Files may be added.")
-    klfast.load_quantized(folder)
-    for name in names:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[:-2])
-        refused(folder, rf"{name} has \d+ bytes where \d+ were saved; copy it again")
-        (folder / name).write_bytes(data[:-1] + b" ")
-        refused(folder, rf"{name} is not as it was saved .*; copy it again")
-        (folder / name).write_bytes(data)
-
-
-def test_a_generation_config_that_was_added(damaged):
-    (damaged / "generation_config.json").write_text("{")
-    sign(damaged)
-    refused(damaged, r"generation_config\.json is no generation config .*; copy it again")
-
-
-def test_a_flipped_bit(damaged):
-    path = damaged / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data)
-    refused(damaged, r"model\.safetensors is not as it was saved \(its SHA-256 differs\)")
-    assert klfast.load_quantized(damaged, verify=False) is not None
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "match"),
-    [
-        ("lm_head.weight_packed", lambda t: None, "lacks the tensor lm_head.weight_packed"),
-        ("lm_head.weight_scale", lambda t: t[:-1].clone(), "tensors of lm_head do not fit: scale must have shape"),
-        ("lm_head.weight_packed", lambda t: t.float(), "tensors of lm_head do not fit: packed must be torch.int32"),
-        ("lm_head.weight_shape", lambda t: t + 1, r"lm_head\.weight_shape is not \[61, 64\]"),
-        ("backbone.layers.1.mixer.in_proj.bias", lambda t: t[1:].clone(), r"in_proj\.bias must have shape"),
-        ("backbone.norm_f.weight", lambda t: None, r"lacks the tensor backbone\.norm_f\.weight"),
-        ("backbone.norm_f.weight", lambda t: t[:3].clone(), r"backbone\.norm_f\.weight must have shape \[64\], got \[3\]"),
-        ("backbone.norm_f.weight", lambda t: t.long(), r"backbone\.norm_f\.weight must be like torch.float32, got torch.int64"),
-        ("backbone.norm_g.weight", lambda t: torch.ones(3), r"1 tensors that the model does not have, such as backbone\.norm_g"),
-        ("backbone.layers.0.mixer.in_proj.weight", lambda t: None, r"lacks the tensor backbone\.layers\.0\.mixer\.in_proj\.weight"),
-    ],
-)
-def test_wrong_tensors_under_a_right_manifest(damaged, name, change, match):
-    tensors = load_file(damaged / "model.safetensors")
-    tensors[name] = change(tensors.get(name))
-    save_file({k: t for k, t in tensors.items() if t is not None}, damaged / "model.safetensors")
-    sign(damaged)
-    refused(damaged, match)
-
-
-def test_wrong_descriptions_under_a_right_manifest(damaged):
-    config = json.loads((damaged / "config.json").read_text())
-
-    def rewrite(**changes):
-        (damaged / "config.json").write_text(json.dumps({**config, **changes}))
-        sign(damaged)
-
-    group = config["quantization_config"]["config_groups"]["group_0"]
-    for changes in ({"model_type": "nothing"}, {"hidden_size": "wide"}, {"hidden_size": -3}, {"dtype": "float9"}, {"hidden_act": "none"}):
-        rewrite(**changes)
-        refused(damaged, "config.json describes no model that this transformers can build")
-    rewrite(hidden_size=128)
-    refused(damaged, r"weight_shape is not \[128, 128\]")
-    rewrite(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    (damaged / "evil.py").write_text("raise SystemExit('ran')")
-    refused(damaged, "custom code")
-    rewrite(quantization_config={"config_groups": {"group_0": {**group, "targets": ["lm_head", "lm_tail"]}}})
-    refused(damaged, "quantizes lm_tail, which the model does not have")
-    rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}})
-    refused(damaged, "description of the quantized layers is damaged.*bits must be 4 or 8")
-    rewrite(quantization_config={})
-    refused(damaged, "description of the quantized layers is damaged")
-    (damaged / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
-    sign(damaged)
-    refused(damaged, "quantization_config")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("dtype", "int32"), ("dtype", "load"), ("dtype", None), ("dtype", ["float32"]), ("activation", "int4"), ("activation", None)],
-)
-def test_unknown_layer_facts(damaged, key, value):
-    manifest = json.loads((damaged / "klfast.json").read_text())
-    manifest["layers"]["lm_head"][key] = value
-    (damaged / "klfast.json").write_text(json.dumps(manifest))
-    refused(damaged, f"klfast.json is damaged: the {key} of lm_head is .*not one of .*; copy it again")
-
-
-def test_foreign_folders_and_later_formats(damaged, tmp_path):
-    refused(tmp_path / "nowhere", "there is no folder")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no klfast.json, so klfast.save_quantized did not write it")
-    manifest = json.loads((damaged / "klfast.json").read_text())
-    for content, match in (
-        ({**manifest, "format_version": 2}, "format version 2, this klfast reads 1"),
-        ({"format_version": 1}, "klfast.json is damaged"),
-        ({**manifest, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}, "outside of the folder"),
-        ({**manifest, "files": {"/model.safetensors": {"bytes": 1, "sha256": ""}}}, "outside of the folder"),
-        ({**manifest, "layers": []}, "klfast.json is damaged: it lists no layers"),
-        ({**manifest, "layers": {"lm_head": 3}}, "the dtype of lm_head is None"),
-        ({**manifest, "layers": {}}, "quantizes .*, which the model does not have"),
-    ):
-        (damaged / "klfast.json").write_text(json.dumps(content))
-        refused(damaged, match)
-    for content, match in (("[]", "holds no JSON object"), ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply")):
-        (damaged / "klfast.json").write_text(content)
-        refused(damaged, match)
-
-
-def test_loading_does_not_unpickle(damaged):
-    """A pickle in the place of the tensors is refused by the digest and, that forged, by the reader of safetensors."""
-    torch.save({"lm_head.weight": torch.ones(2)}, damaged / "model.safetensors")
-    refused(damaged, "has .* bytes where")
-    sign(damaged)
-    refused(damaged, r"model\.safetensors is damaged")
-
-
 def test_save_refuses(tmp_path):
     def refuses(match, model, folder, **options):
         before = sorted(tmp_path.rglob("*"))
@@ -351,6 +252,57 @@ def test_save_refuses(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         klfast.save_quantized(model, tmp_path / "model", Broken())
     assert {path.name for path in tmp_path.iterdir()} == {"file", "home"}
+
+
+def test_the_dtype_and_the_device_to_load_to(saved):
+    for dtype in (torch.float64, torch.int8, "float32"):
+        with pytest.raises(errors.InvalidInputError, match="dtype must be float32, bfloat16, float16 or None"):
+            klfast.load_quantized(saved, dtype=dtype)
+    with pytest.raises(errors.InvalidInputError, match="no device called 'tpu'"):
+        klfast.load_quantized(saved, "tpu")
+
+
+FULL = """
+import resource, signal, sys
+import klfast
+from test_checkpoint import quantized
+model = quantized("llama")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
+try:
+    klfast.save_quantized(model, sys.argv[1], overwrite=True, max_shard_size=sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(20_000, "5GB"), (20_000, "40KB"), (300, "5GB")])
+def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, limit, shards):
+    """A limit on the size of files stands for it."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    command = [sys.executable, "-c", FULL, folder, shards, str(limit)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(rf"\[Errno {errno.EFBIG}\] File too large: '{re.escape(str(folder))}(/model.*\.safetensors)?'\n", run.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):
+    """The next to ask for it puts it back."""
+    from klfast import temporaries
+    from klfast.loading import load_model
+
+    beside = temporaries.name_beside(damaged)
+    process, _, start = beside.name.split("-")[1:4]
+    gone = beside.name.replace(f"-{process}-", "-4194305-").replace(".tmp", ".old")  # more than any process has
+    damaged.rename(beside.with_name(gone))
+    assert klfast.load_quantized(damaged) is not None and start
+    damaged.rename(beside.with_name(gone))
+    klfast.save_quantized(quantized("mamba"), damaged, overwrite=True)  # it is known for what save_quantized wrote
+    assert [path.name for path in damaged.parent.iterdir()] == [damaged.name]
+    damaged.rename(beside.with_name(gone))
+    assert load_model(damaged) is not None
 
 
 def test_overwrite(tmp_path):

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from klfast.errors import InvalidInputError
+from klfast.files import require_writable
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
 
@@ -98,12 +99,13 @@ def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def require_free(out: Path, force: bool) -> None:
-    """Raise, before the work begins, if ``out`` exists and must not be replaced or cannot be written."""
+def require_free(out: Path, force: bool, *, folder: bool = False) -> None:
+    """Raise, before the work begins, if ``out`` exists and must not be replaced, or cannot be written as a file (or folder)."""
     if out.exists() and not force:
         raise InvalidInputError(f"{out} exists; name another --out or pass --force to replace it")
     if not out.absolute().parent.is_dir():
         raise InvalidInputError(f"the folder {out.absolute().parent} does not exist; make it or name another --out")
+    require_writable(out, folder=folder)
 
 
 def exactly_one(**options: object) -> None:

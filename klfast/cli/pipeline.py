@@ -107,16 +107,20 @@ def quantize(
     """Write the model quantized, with its tokenizer, in the compressed-tensors format."""
     options.exactly_one(PLAN=plan, uniform=uniform)
     spec = None if uniform is None else options.parse_spec(uniform)
-    options.require_free(out, force)
+    options.require_free(out, force, folder=True)
     import klfast
+    from klfast.checkpoint import require_target
     from klfast.cli.session import prepare
-    from klfast.loading import load_model, load_tokenizer
+    from klfast.loading import find_tokenizer, load_model
     from klfast.models.layers import linears
     from klfast.types import storable_spec
 
     prepare()
+    require_target(out, overwrite=force)
     made = None if plan is None else klfast.Plan.from_json(plan)
-    tokenizer = load_tokenizer(model, **loading)
+    tokenizer = find_tokenizer(model, **loading)
+    if tokenizer is None:
+        say(f"{model} holds no tokenizer, so {out} gets none.", as_json)
     network = load_model(model, dtype, **loading)
     if made is None:
         made = klfast.Plan({name: storable_spec(spec, layer.in_features) for name, layer in linears(network).items()}, "uniform")

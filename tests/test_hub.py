@@ -1,0 +1,127 @@
+"""Models of the hub: found in its cache, fetched in two steps, and no network asked with local_files_only."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from test_model_folder import INDEX, folder, no_pickle_and_no_network, original, refused, shard  # noqa: F401  (three of them are fixtures)
+
+import klfast
+from klfast.loading import load_model, load_tokenizer
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache, and what puts a folder into it under an id."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def put(folder, name="me/small"):
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        home = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        for file in sorted(folder.iterdir()):  # blobs, and links to them
+            blob = home / "blobs" / file.name
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copy(file, blob)
+            link = home / "snapshots" / commit / file.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        return home / "snapshots" / commit
+
+    return put
+
+
+def test_a_model_of_the_hub(original, cache):
+    cache(original)
+    expected = load_model(original).state_dict()
+    found = load_model("me/small", local_files_only=True).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert load_tokenizer("me/small", local_files_only=True)("Hello")["input_ids"]
+    for load in (load_model, load_tokenizer):
+        message = "cannot load the .* of me/other: it is neither in the local cache nor can the hub be reached"
+        refused("me/other", message, load, local_files_only=True)
+
+
+def test_a_quantized_model_of_the_hub(original, cache, tmp_path):
+    model = load_model(original)
+    plan = klfast.Plan({"lm_head": klfast.QuantSpec(4, 32)}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(model, plan), tmp_path / "small", load_tokenizer(original))
+    cache(tmp_path / "small")
+    loaded = load_model("me/small", local_files_only=True)
+    assert isinstance(loaded.lm_head, klfast.QuantLinear)
+    ids = torch.randint(0, 256, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, klfast.load_quantized(tmp_path / "small")(ids).logits)
+
+
+def test_damage_in_the_cache(folder, cache):
+    shard(folder)
+    snapshot = cache(folder)
+    (snapshot / "model-00001-of-00002.safetensors").unlink()
+    refused("me/small", r"lacks model-00001-of-00002\.safetensors", local_files_only=True)
+    (snapshot / INDEX).unlink()
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "evil.bin"}}))
+    refused("me/small", r"lists 'evil\.bin'", local_files_only=True)
+    (snapshot / "adapter_config.json").write_text("{}")
+    refused("me/small", r"holds an adapter", local_files_only=True)
+
+
+def test_what_is_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
+    """First what is small, then the weight files that it names; where the hub cannot be reached, the cache does."""
+    import huggingface_hub
+
+    snapshot, asked = cache(original), []
+
+    def download(name, *, allow_patterns, revision=None, **_):
+        asked.append((name, revision, list(allow_patterns)))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_model("me/small")
+    assert [name for name, _, _ in asked] == ["me/small"] * 2 and asked[1][1:] == (snapshot.name, ["model.safetensors"])
+    assert "*.json" in asked[0][2] and not any("safetensors" in pattern or pattern == "*.py" for pattern in asked[0][2])
+    asked.clear()
+    load_tokenizer("me/small", trust_remote_code=True)
+    assert len(asked) == 1 and "*.py" in asked[0][2]
+    shutil.copytree(snapshot, tmp_path / "sharded")
+    shard(tmp_path / "sharded")
+    snapshot = tmp_path / "sharded"
+    asked.clear()
+    load_model("me/small")
+    assert asked[1][2] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+    def unreachable(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert load_model("me/small") is not None
+    refused("me/other", "neither in the local cache nor can the hub be reached")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("GatedRepoError", "only after you accepted its terms"),
+        ("RepositoryNotFoundError", "the hub has no such model; check the id"),
+        ("RevisionNotFoundError", "the hub has no such version"),
+    ],
+)
+def test_what_the_hub_refuses(name, match, monkeypatch):
+    import huggingface_hub
+
+    def download(*_, **__):
+        kind = getattr(huggingface_hub.errors, name)
+        raise kind.__new__(kind, "no")  # its initialiser wants an answer of the hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused("me/other", match)
+
+
+@pytest.mark.parametrize("name", ["a b/c d", "-a/b", "a/b--c..d"])
+def test_ids_that_the_hub_cannot_have(name):
+    refused(name, r"that is no id of the hub, which reads owner/name", local_files_only=True)
