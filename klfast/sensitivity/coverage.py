@@ -1,0 +1,36 @@
+"""Tell which layers a sweep has not measured, and whether it has ended."""
+
+from __future__ import annotations
+
+from klfast.sensitivity.results import Sensitivities
+
+
+def unmeasured(sensitivities: Sensitivities) -> list[str]:
+    """Return the linear layers without any measurement, in module order."""
+    measured = {name for name, _ in sensitivities.measurements}
+    return [name for name in sensitivities.layers if name not in measured]
+
+
+def is_unfinished(sensitivities: Sensitivities) -> bool:
+    """True for what a stopped sweep left in its resume file (OUT.partial)."""
+    done, total = _progress(sensitivities)
+    return done < total
+
+
+def unfinished_note(sensitivities: Sensitivities) -> str | None:
+    """Return a sentence on what a stopped sweep has not measured yet; None if the sweep has ended."""
+    done, total = _progress(sensitivities)
+    if done >= total:
+        return None
+    missing = len(unmeasured(sensitivities))
+    if missing:
+        return f"the sweep is unfinished: {missing} of {len(sensitivities.layers)} layers have not been measured yet; run it again to go on"
+    return f"the sweep is unfinished: it has measured {done} of {total} parts of the calibration text; run it again to go on"
+
+
+def _progress(sensitivities: Sensitivities) -> tuple[int, int]:
+    """Parts of the calibration text that were measured, and all; (0, 0) if not known."""
+    parts = sensitivities.provenance.get("micro_batches")
+    if isinstance(parts, (list, tuple)) and len(parts) == 2 and all(type(part) is int for part in parts):
+        return parts[0], parts[1]
+    return 0, 0
