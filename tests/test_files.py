@@ -1,10 +1,16 @@
 """klfast.files: a write is whole or not at all."""
 
+import errno
+import itertools
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from klfast.files import folder_atomic, write_atomic
+from klfast import files, temporaries
+from klfast.files import folder_atomic, require_writable, write_atomic
 
 
 @pytest.mark.parametrize("content", ["text with an é\n", b"\x00bytes", ""])
@@ -74,22 +80,256 @@ def test_a_folder_appears_whole(tmp_path, old):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("failing", ["fsync", "rename"])
-def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, failing):
+def read(path):
+    """A file's text, or the files of a folder and their texts; None if there is nothing."""
+    if path.is_dir():
+        return {str(p.relative_to(path)): p.read_text() for p in sorted(path.rglob("*")) if p.is_file()}
+    return path.read_text() if path.exists() else None
+
+
+STEPS = ("open", "close", "mkdir", "chmod", "rename", "replace", "fsync", "unlink", "rmdir", "listdir", "kill")
+
+
+class Stopper:
+    """Stand in for each function of ``os`` that changes a disk; raise at the n-th call, before or after it is done."""
+
+    def __init__(self, monkeypatch, at, error, after):
+        self.left, self.error, self.after, self.fired = at, error, after, None
+        for name in STEPS:
+            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
+
+    def wrap(self, name, real):
+        def call(*args, **options):
+            self.left -= 1
+            if self.left == 0 and not self.after:
+                self.fired = name
+                raise self.error
+            result = real(*args, **options)
+            if self.left == 0:
+                self.fired = name
+                raise self.error
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left on device")], ids=["interrupt", "full"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_stopped_at_any_step(tmp_path, what, existing, after, error, exchange):
+    """The old content or the new one, whole, whichever step fails; and no second thing, unless it is the cleaning up that fails."""
+    for n in itertools.count(1):
+        parent = tmp_path / str(n)
+        parent.mkdir()
+        path = parent / "target"
+        old, new = ("old", "new") if what == "file" else ({"old": "x"}, {"a": "x", "b": "y"})
+        if existing and what == "file":
+            path.write_text("old")
+        elif existing:
+            path.mkdir()
+            (path / "old").write_text("x")
+        with pytest.MonkeyPatch.context() as patch:
+            if not exchange:
+                patch.setattr(files, "_renameat2", lambda: None)
+            stopper = Stopper(patch, n, error, after)
+            try:
+                if what == "file":
+                    write_atomic(path, "new")
+                else:
+                    with folder_atomic(path) as folder:
+                        for name, text in new.items():
+                            folder.joinpath(name).write_text(text)
+            except (type(error), OSError):  # of an interrupt after os.close rmtree makes a second close, which fails
+                assert stopper.fired
+        assert read(path) in ([old, new] if existing else [None, new]), (n, stopper.fired)
+        others = [p.name for p in parent.iterdir() if p != path]
+        assert not others or stopper.fired in ("unlink", "rmdir", "open", "close"), (n, stopper.fired, others)
+        assert all(p.startswith(".target.") for p in others)
+        if stopper.fired is None:
+            assert read(path) == new and n > 3
+            break
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
+def test_interrupted_at_any_line(tmp_path, exchange, monkeypatch):
+    """Ctrl-C comes between any two lines."""
+    if not exchange:
+        monkeypatch.setattr(files, "_renameat2", lambda: None)
+
+    def traced(at, action):
+        left = at
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code.co_filename not in (files.__file__, temporaries.__file__):
+                return None
+            left -= event == "line"
+            if left == 0 and event == "line":
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            action()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        return left <= 0
+
+    for what, action in (("file", lambda: write_atomic(tmp_path / "file", "new")), ("folder", lambda: build(tmp_path / "folder"))):
+        path, n, interrupted = tmp_path / what, 0, True
+        while interrupted:
+            n += 1
+            temporaries.remove(path)
+            if what == "file":
+                path.write_text("old")
+            else:
+                path.mkdir()
+                (path / "old").write_text("x")
+            interrupted = traced(n, action)
+            assert read(path) in (["old", "new"] if what == "file" else [{"old": "x"}, {"new": "x"}]), n
+            for leftover in tmp_path.glob(f".{what}.*"):  # where the cleaning up itself was interrupted
+                temporaries.remove(leftover)
+        assert n > 20
+
+
+KILLED = """
+import os, signal, sys
+from klfast import files
+step, n, kind, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if sys.argv[5] == "renames":
+    files._renameat2 = lambda: None
+real = getattr(os, step)
+def die(*args, **options):
+    global n
+    n -= 1
+    if n == 0 and step != "exchange":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **options)
+setattr(os, step, die)
+if kind == "file":
+    files.write_atomic(path, "new")
+else:
+    with files.folder_atomic(path) as folder:
+        (folder / "new").write_text("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "n", "kind", "how"),
+    [
+        ("replace", 1, "file", ""), ("fsync", 1, "file", ""), ("fsync", 1, "folder", ""), ("rename", 1, "folder", "renames"),
+        ("rename", 2, "folder", "renames"),
+    ],
+)
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path, step, n, kind, how):
+    path = tmp_path / "target"
+    if kind == "file":
+        path.write_text("old")
+    else:
+        path.mkdir()
+        (path / "old").write_text("x")
+    run = subprocess.run([sys.executable, "-c", KILLED, step, str(n), kind, path, how], cwd=os.getcwd())
+    assert run.returncode == -signal.SIGKILL
+    assert [p for p in tmp_path.iterdir() if p != path]
+    old = "old" if kind == "file" else {"old": "x"}
+    if (step, n) == ("rename", 2):
+        assert not path.exists()
+        files.recover(path)
+    assert read(path) == old
+    (tmp_path / ".target.other.tmp").write_text("somebody else's")
+    (tmp_path / ".target2.00000000-1-1-0000000000000000.tmp").write_text("another target's")
+    if kind == "file":
+        write_atomic(path, "newest")
+        assert read(path) == "newest"
+    else:
+        build(path)
+        assert read(path) == {"new": "x"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".target.other.tmp", ".target2.00000000-1-1-0000000000000000.tmp", "target"]
+
+
+def test_what_belongs_to_a_running_process_stays(tmp_path):
+    path = tmp_path / "target"
+    mine = temporaries.name_beside(path)
+    mine.write_text("still being written")
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        machine, _, _, random = mine.suffixes[-2].strip(".").split("-")
+        start = temporaries._start(sleeper.pid)
+        others = [mine.with_name(f".target.{machine}-{sleeper.pid}-{s}-{random}.tmp") for s in (start, 0)]
+        reused = mine.with_name(f".target.{machine}-{sleeper.pid}-{start + 1}-{random}.tmp")
+        foreign, ancient = (mine.with_name(f".target.{m}-1-1-{random}.tmp") for m in ("01234567", "89abcdef"))
+        for p in (*others, reused, foreign, ancient):
+            p.write_text("x")
+        os.utime(ancient, (1, 1))
+        write_atomic(path, "new")
+        assert set(tmp_path.iterdir()) == {path, mine, *others, foreign}
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_errors_name_the_target(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    cases = [
+        (lambda: write_atomic(tmp_path / "folder", "x"), "folder", IsADirectoryError),
+        (lambda: write_atomic(tmp_path / "pipe", "x"), "pipe", OSError),
+        (lambda: write_atomic("/dev/null", "x"), "/dev/null", OSError),
+        (lambda: build(tmp_path / "file"), "file", NotADirectoryError),
+        (lambda: write_atomic(tmp_path / "absent" / "a", "x"), "absent/a", FileNotFoundError),
+        (lambda: build(tmp_path / "absent" / "a"), "absent/a", FileNotFoundError),
+        (lambda: require_writable(tmp_path / "absent" / "a"), "absent/a", FileNotFoundError),
+        (lambda: require_writable(tmp_path / "folder"), "folder", IsADirectoryError),
+        (lambda: require_writable(tmp_path / "file", folder=True), "file", NotADirectoryError),
+        (lambda: require_writable("/proc/a"), "/proc/a", OSError),
+        (lambda: write_atomic("/proc/a", "x"), "/proc/a", OSError),
+    ]
+    for act, name, kind in cases:
+        with pytest.raises(kind) as caught:
+            act()
+        assert str(caught.value).endswith(f"{name}'") and ".tmp" not in str(caught.value), str(caught.value)
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "folder", folder=True)
+    require_writable(tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+
+
+def test_an_old_folder_that_cannot_go_back_is_kept_and_named(tmp_path, monkeypatch):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("x")
-    real = getattr(os, failing)
+    monkeypatch.setattr(files, "_renameat2", lambda: None)
+    real, calls = os.rename, []
 
-    def full(*args):
-        if failing == "fsync" or (args[1] == path and args[0].suffix == ".tmp"):
-            raise OSError("no space left on device")
-        return real(*args)
+    def rename(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(*args)
 
-    monkeypatch.setattr(os, failing, full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(PermissionError, match=r"what stood there is now in .*\.old: '.*folder'"):
         build(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["folder"] and [p.name for p in path.iterdir()] == ["old"]
+    kept = next(tmp_path.glob(".folder.*.old"))
+    assert read(kept) == {"old": "x"}
+
+
+def test_names_as_long_as_the_system_takes(tmp_path):
+    path = tmp_path / ("é" * 127)
+    write_atomic(path, "x")
+    assert read(path) == "x"
+
+
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("a file of another thread could be made meanwhile"))
+    write_atomic(tmp_path / "file", "x")
+    build(tmp_path / "folder")
 
 
 def test_a_folder_behind_a_symlink(tmp_path):
