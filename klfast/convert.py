@@ -37,7 +37,7 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
     if activation not in ("exact", "int8"):
         raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
-    scale = _scale(plan, scale)
+    scale = plan_scale(plan, scale)
     layers = linears(model)
     for name in plan.specs:
         if isinstance(layers.get(name), QuantLinear):
@@ -59,7 +59,12 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     return model.requires_grad_(False)
 
 
-def _scale(plan: Plan, asked: str | None) -> str:
+def plan_scale(plan: Plan, asked: str | None = None) -> str:
+    """How to choose scales for a plan: as ``asked``, else as in its sweep, else "absmax".
+
+    Raises:
+        InvalidInputError: ``asked`` is not what the plan was made with.
+    """
     if asked is not None and plan.scale not in (None, asked):
         raise InvalidInputError(
             f"the plan was made from a sweep with scale {plan.scale}, which says nothing about {asked}; leave scale out, or sweep with scale {asked}"

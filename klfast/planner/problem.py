@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from klfast.errors import InvalidInputError
 from klfast.planner.numbers_given import shortened
-from klfast.sensitivity.coverage import unfinished_note, unmeasured
+from klfast.sensitivity.coverage import require_measurements, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
 from klfast.types import SCALES, SHAPE_BYTES, Plan, QuantSpec, storable_spec
 
@@ -193,8 +193,7 @@ class Problem:
 
 def _check(sensitivities: Sensitivities) -> None:
     """Raise InvalidInputError unless something was measured, on layers that are there and have a size."""
-    if not sensitivities.layers or not sensitivities.measurements:
-        raise InvalidInputError("the sensitivities hold no measurements; run klfast.sweep first")
+    require_measurements(sensitivities)
     for name, _ in sensitivities.measurements:
         if name not in sensitivities.layers:
             raise InvalidInputError(f"the sensitivities measure {name!r}, which is not among their layers; sweep again")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from klfast.errors import InvalidInputError
 from klfast.sensitivity.results import Sensitivities
+
+
+def require_measurements(sensitivities: Sensitivities) -> None:
+    """Raise InvalidInputError if nothing was measured."""
+    if not sensitivities.layers or not sensitivities.measurements:
+        raise InvalidInputError(f"the sensitivities hold no measurements; {unfinished_note(sensitivities) or 'run klfast.sweep first'}")
 
 
 def unmeasured(sensitivities: Sensitivities) -> list[str]:
     """Return the linear layers without any measurement, in module order."""
     measured = {name for name, _ in sensitivities.measurements}
     return [name for name in sensitivities.layers if name not in measured]
-
-
-def is_unfinished(sensitivities: Sensitivities) -> bool:
-    """True for what a stopped sweep left in its resume file (OUT.partial)."""
-    done, total = _progress(sensitivities)
-    return done < total
 
 
 def unfinished_note(sensitivities: Sensitivities) -> str | None:
