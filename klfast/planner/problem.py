@@ -68,7 +68,7 @@ class Problem:
         self.metric = self._metric(metric)
         self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
         self.n_weights = sum(math.prod(info.shape) for info in sensitivities.layers.values())
-        self.full = {name: Choice(None, info.float_bytes, 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()}
+        self.full = {name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()}
         negative, noise, broken = 0, 0, []
         found: dict[str, list[Choice]] = {name: [] for name in self.full}
         for (name, measured), measurement in self._measurements.items():
@@ -159,7 +159,7 @@ class Problem:
 
     @property
     def other_bytes(self) -> int:
-        return self.sensitivities.other_bytes
+        return int(self.sensitivities.other_bytes)
 
     def plan(self, picks: dict[str, Choice], method: str, notes: list[str] = []) -> Plan:  # noqa: B006 (never changed)
         """The Plan of these choices, with what it is predicted to cost."""
