@@ -213,12 +213,6 @@ def make_folder(path):
     return path
 
 
-def test_flags_are_shown_without_a_value():
-    for command in ("demo", "sweep", "plan", "quantize", "eval", "generate", "bench", "report", "doctor", None):
-        text = klf(*([command] if command else []), "--help").stdout
-        assert "<bool>" not in text and "BOOLEAN" not in text and re.search(r"--help +-h +Show this", text)
-
-
 def test_keep_is_split_at_the_last_equals_sign():
     kept = options.parse_keep(["re:.*(?=in)=int8-g64-sym", "lm_head=full"])
     assert kept == {"re:.*(?=in)": klfast.QuantSpec(8, 64), "lm_head": None} and options.parse_keep([]) is options.parse_keep(None) is None

@@ -22,9 +22,6 @@ class _Group(TyperGroup):
     def list_commands(self, ctx):
         return list(self.commands)
 
-    def get_params(self, ctx):
-        return options.without_values(super().get_params(ctx))
-
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
@@ -61,10 +58,10 @@ def _klfast(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, info, options, pipeline, run  # noqa: E402
+from klfast.cli import bench, info, pipeline, run  # noqa: E402
 
 for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, run.generate, bench.bench, info.report, info.doctor):
-    app.command("eval" if command is run.evaluate else command.__name__, cls=options.Command)(command)
+    app.command("eval" if command is run.evaluate else command.__name__)(command)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from klfast.errors import InvalidInputError
 from klfast.files import require_writable
@@ -136,21 +135,6 @@ def _require_own_folder(out: Path, option: str) -> None:
         raise InvalidInputError(f"{out} is a file; name a folder with {option}")
     if out.is_dir() and any(out.iterdir()) and not (out / "klfast.json").is_file():
         raise InvalidInputError(f"{out} holds something that klfast did not write; name another {option}")
-
-
-class Command(TyperCommand):
-    """A command whose help shows flags without a value."""
-
-    def get_params(self, ctx):
-        return without_values(super().get_params(ctx))
-
-
-def without_values(params: list) -> list:
-    """The parameters of a command; typer would show "<bool>" after flags, as if they took one."""
-    for param in params:
-        if getattr(param, "is_flag", False) and param.metavar is None:
-            param.metavar = ""
-    return params
 
 
 def exactly_one(**options: object) -> None:
