@@ -81,7 +81,7 @@ class BuildPerTier(build_ext):
             flags = [*COMMON_FLAGS, *TIER_FLAGS.get(Path(source).stem, []), *extra]
             [built] = self.compiler.object_filenames([source], output_dir=self.build_temp)
             record = Path(f"{built}.command")
-            command = repr([compiler, macros, ext.include_dirs, flags])
+            command = repr([compiler, self.compiler.include_dirs, self.compiler.macros, macros, ext.include_dirs, flags])
             if not self.force and is_current(Path(built), record, command):
                 return built
             record.unlink(missing_ok=True)

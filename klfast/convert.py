@@ -41,7 +41,7 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     layers = linears(model)
     for name in plan.specs:
         if isinstance(layers.get(name), QuantLinear):
-            raise InvalidInputError(f"{name} is quantized already ({layers[name].spec}); load the full-precision model anew")
+            raise InvalidInputError(f"{name} is quantized already ({layers[name].spec}); load the full-precision model again")
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
     found = {name: linear(model, name) for name in plan.specs}
@@ -67,7 +67,8 @@ def plan_scale(plan: Plan, asked: str | None = None) -> str:
     """
     if asked is not None and plan.scale not in (None, asked):
         raise InvalidInputError(
-            f"the plan was made from a sweep with scale {plan.scale}, which says nothing about {asked}; leave scale out, or sweep with scale {asked}"
+            f"the plan was made from a sweep with scale {plan.scale}, which says nothing about {asked}; "
+            f"leave scale out, or sweep with scale {asked}"
         )
     return asked or plan.scale or SCALES[0]
 

@@ -57,9 +57,8 @@ def read(source: str | os.PathLike[str]) -> Plan:
     try:
         signed_json.verify(data, origin, _REMEDY)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{origin} is damaged (its content does not match its {signed_json.DIGEST}); {_REMEDY}, or if you edited it remove {' and '.join(_ADDED)}"
-        ) from error
+        remedy = f"{_REMEDY}, or if you edited it remove {' and '.join(_ADDED)}"
+        raise CheckpointError(f"{origin} is damaged (its content does not match its {signed_json.DIGEST}); {remedy}") from error
     return plan
 
 

@@ -75,7 +75,8 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
     """
     metric = _metric(sensitivities, metric)
     note = unfinished_note(sensitivities)
-    tables = [Table("Unfinished sweep", ("note",), ((note,),) if note else ()), ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
+    tables = [Table("Unfinished sweep", ("note",), ((note,),) if note else ())]
+    tables += [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
     tables += [by_kind_and_depth(sensitivities, metric, spec) for spec in _by_spec(sensitivities)]
     return [table for table in [*tables, by_use(sensitivities, metric), agreement(sensitivities, metric)] if table.rows]
 
@@ -182,9 +183,9 @@ def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None =
     models = (plan.fingerprint, sensitivities.fingerprint)
     if (None not in models and not models[0].matches(models[1])) or not plan.specs.keys() <= sensitivities.layers.keys():
         raise ModelMismatchError("the plan and the sensitivities are of different models; give those that the plan was made from")
-    measured = {(name, storable_spec(spec, sensitivities.layers[name].shape[1])): m.mean for (name, spec), m in sensitivities.measurements.items()}
-    # Of two that are stored as the same spec, the one that was measured as stored.
-    measured |= {key: m.mean for key, m in sensitivities.measurements.items()}
+    means = {key: measurement.mean for key, measurement in sensitivities.measurements.items()}
+    measured = {(name, storable_spec(spec, sensitivities.layers[name].shape[1])): mean for (name, spec), mean in means.items()}
+    measured |= means  # of two that are stored as the same spec, the one that was measured as stored
     rows = []
     for name, info in sensitivities.layers.items():
         spec = plan.specs.get(name)
@@ -235,13 +236,12 @@ def _figure(sensitivities: Sensitivities, metric: str):
     colors = {name_kind: colormaps["tab10"](i % 10) for i, name_kind in enumerate(kinds)}
     figure = Figure(figsize=(5 * len(found) + 1.5, 3.5), layout="constrained")
     for axes, (spec, measurements) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True):
+        blocks = {name: m for name, m in measurements.items() if depth(name) is not None}
         for name_kind, color in colors.items():
-            points = [(depth(name), m.mean[metric]) for name, m in measurements.items() if kind(name) == name_kind and depth(name) is not None]
-            if points:
+            if points := [(depth(name), m.mean[metric]) for name, m in blocks.items() if kind(name) == name_kind]:
                 axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name_kind, color=color)
-        for name, measurement in measurements.items():
-            if depth(name) is None:  # outside of the blocks: a line across
-                axes.axhline(measurement.mean[metric], label=kind(name), color="gray", linestyle=":")
+        for name in measurements.keys() - blocks.keys():  # a line across
+            axes.axhline(measurements[name].mean[metric], label=kind(name), color="gray", linestyle=":")
         axes.set(title=str(spec), xlabel="block", yscale="linear" if metric in (*_BETTER_HIGH, "delta_ce") else "log")
     figure.axes[0].set_ylabel(metric)
     labelled = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}

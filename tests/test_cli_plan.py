@@ -40,7 +40,10 @@ def test_layers_can_be_left_out_of_a_plan_or_given_a_precision(work, tmp_path):
     for arguments, keywords in (
         (["--exclude", HEAD], {"exclude": [HEAD]}),
         (["--layers", "in_proj", "--layers", "re:.*out_proj"], {"layers": ["in_proj", "out_proj"]}),
-        (["--keep", f"{HEAD}=int8-g64-sym", "--keep", "re:.*0.mixer.(?=in)=full"], {"keep": {HEAD: "int8-g64-sym", "layers.0.mixer.in_proj": None}}),
+        (
+            ["--keep", f"{HEAD}=int8-g64-sym", "--keep", "re:.*0.mixer.(?=in)=full"],
+            {"keep": {HEAD: "int8-g64-sym", "layers.0.mixer.in_proj": None}},
+        ),
     ):
         for method in ("optimal", "greedy"):
             made = plan(work, tmp_path, "--mean-bits", 13, "--method", method, *arguments)
@@ -74,7 +77,8 @@ def test_a_uniform_model_without_some_layers(work, tmp_path):
     model = klfast.load_quantized(tmp_path / "q")
     quantized = {name for name, module in model.named_modules() if isinstance(module, klfast.QuantLinear)}
     assert quantized == {"backbone.layers.1.mixer.in_proj", "backbone.layers.1.mixer.out_proj"}
-    assert "no linear layer matches 'x_proj'" in fails("quantize", work / "model", "--uniform", "int4", "--layers", "x_proj", "--out", tmp_path / "r")
+    uniform = ("quantize", work / "model", "--uniform", "int4", "--out", tmp_path / "r")
+    assert "no linear layer matches 'x_proj'" in fails(*uniform, "--layers", "x_proj")
     for flag in ("--layers", "--exclude"):
         assert "go with --uniform" in fails("quantize", work / "model", work / "plan.json", flag, HEAD, "--out", tmp_path / "r", code=2)
 
@@ -117,7 +121,8 @@ def test_unfinished_sweeps_are_called_that(work, tmp_path, monkeypatch):
         return text
 
     (tmp_path / "text.txt").write_text(TEXT * 5)  # four windows of 1,024 tokens come in two parts
-    arguments = ("sweep", work / "model", "--calibration", tmp_path / "text.txt", "--windows", 4, "--length", 1024, "--out", tmp_path / "sens.json")
+    arguments = ["sweep", work / "model", "--calibration", tmp_path / "text.txt", "--windows", 4, "--length", 1024]
+    arguments += ["--out", tmp_path / "sens.json"]
     monkeypatch.setattr(klfast.Sensitivities, "to_json", interrupted)
     assert CliRunner().invoke(app, [str(a) for a in arguments]).exit_code in (1, 130)
     monkeypatch.undo()
@@ -158,9 +163,11 @@ def test_a_plan_is_listed_by_layer(work, tmp_path):
 
 
 def test_next_commands_can_be_copied(work, tmp_path):
-    """The folder's name holds a space."""
+    """Also where a folder's name holds a space or a quote."""
     out = tmp_path / "it's"
     out.mkdir()
+    said = klf("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--spec", "int4", "--out", out / "s.json").stdout
+    assert shlex.split(said[said.index("Next: ") :])[1:] == ["klfast", "plan", str(out / "s.json"), "--max-bytes", "SIZE"]
     said = klf("plan", work / "sens.json", "--mean-bits", 6, "--out", out / "plan.json").stdout
     words = shlex.split(said[said.index("Next: ") :])
     assert words[1:] == ["klfast", "quantize", "MODEL", str(out / "plan.json"), "--out", "FOLDER"]

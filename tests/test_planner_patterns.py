@@ -134,20 +134,32 @@ def test_what_is_left_out_needs_no_measurement():
 
 
 @pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"layers.0.proj": "int4-g16-sym"}, r"layers.0.proj was not measured at int4-g16-sym \(measured: int8-g32-sym, int4-g32-sym\)"),
+        ({"layers.4.proj": "int8-g32-sym"}, r"layers.4.proj was not measured at int8-g32-sym \(measured: nothing\)"),
+        ({"layers.3.proj": "int4-g32-sym"}, "kl_teacher_student of layers.3.proj at int4-g32-sym is not finite"),
+        ({"*": INT8, "layers.0.proj": None}, r"two precisions of layers.0.proj, by '\*' and by 'layers.0.proj'"),
+    ],
+)
+def test_precisions_that_cannot_be_kept(keep, message):
+    test_patterns_that_cannot_be_met({"keep": keep}, InvalidInputError, message)
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"keep": {"layers.0.proj": "int4-g16-sym"}}, InvalidInputError, r"layers.0.proj was not measured at int4-g16-sym \(measured: int8-g32-sym, int4-g32-sym\)"),
-        ({"keep": {"layers.4.proj": "int8-g32-sym"}}, InvalidInputError, r"layers.4.proj was not measured at int8-g32-sym \(measured: nothing\)"),
-        ({"keep": {"layers.3.proj": "int4-g32-sym"}}, InvalidInputError, "kl_teacher_student of layers.3.proj at int4-g32-sym is not finite"),
         ({"keep": {"layers.0.proj": "int3"}}, InvalidInputError, "'int3' is not a quantization spec"),
         ({"keep": {"layers.0.proj": 4}}, InvalidInputError, "a QuantSpec or text such as int4-g64-sym, got int"),
         ({"keep": "layers.0.proj=int4"}, InvalidInputError, "keep must map patterns to specs"),
-        ({"keep": {"*": INT8, "layers.0.proj": None}}, InvalidInputError, r"two precisions of layers.0.proj, by '\*' and by 'layers.0.proj'"),
         ({"keep": {"layers.0.proj": INT8}, "exclude": "layers.0.*"}, InvalidInputError, "which layers or exclude leave in full precision"),
         ({"keep": {"layers.0.proj": INT8}, "layers": "layers.1.*"}, InvalidInputError, "which layers or exclude leave in full precision"),
         ({"keep": {"layers.9.proj": INT8}}, UnknownLayerError, "no linear layer matches 'layers.9.proj'"),
         ({"layers": "lm_head"}, UnknownLayerError, "no linear layer matches 'lm_head'"),
         ({"exclude": "nothing"}, UnknownLayerError, "no linear layer matches 'nothing'"),
+        ({"layers": 5}, InvalidInputError, "must be text or a list of texts, got int"),
+        ({"exclude": [5]}, InvalidInputError, "a pattern for layers must be a string, got int"),
+        ({"keep": {5: INT8}}, InvalidInputError, "a pattern for layers must be a string, got int"),
         ({"exclude": "*"}, InvalidInputError, "leave no linear layer"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 SETUP = Path(__file__).parents[1] / "setup.py"
 COMPILER = shutil.which("g++")
-pytestmark = [pytest.mark.skipif(not SETUP.is_file() or COMPILER is None, reason="needs setup.py and g++"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.skipif(not SETUP.is_file() or COMPILER is None, reason="needs setup.py and g++")
 
 # setup.py without its last call, and its command with a compiler as setuptools sets it up.
 PRELUDE = """
@@ -84,7 +84,11 @@ def test_a_source_that_an_old_assembler_cannot_build_is_left_out_of_the_extensio
     (tmp_path / "amx.cpp").write_text('void amx() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }\n')
     (tmp_path / "module.cpp").write_text("#ifdef KLFAST_BUILT_AMX\nvoid amx();\nvoid use() { amx(); }\n#endif\nint zero() { return 0; }\n")
     compiler = old_assembler(tmp_path, "tdpbf16ps")
-    code = "command.build_extension(Extension('tiny', ['module.cpp', 'amx.cpp']))\nimport glob\nprint(json.dumps(glob.glob('temp/**/*.o', recursive=True)))"
+    code = """
+import glob
+command.build_extension(Extension("tiny", ["module.cpp", "amx.cpp"]))
+print(json.dumps(glob.glob("temp/**/*.o", recursive=True)))
+"""
     assert python(code, tmp_path, CXX=compiler, CC=compiler) == ["temp/module.o"]
 
 
@@ -148,7 +152,7 @@ def test_limits_of_control_groups(tmp_path, limits, expected):
         (tmp_path / "root" / folder / "cpu.max").write_text(f"{text}\n")
     (tmp_path / "cpu.max").write_text("1 100000")  # above the root: not looked at
     (tmp_path / "cgroup").write_text("12:cpu:/old\n0::/a/b\n")
-    found = python(f"print(json.dumps(names['cgroup_cpus']({str(tmp_path / 'root')!r}, {str(tmp_path / 'cgroup')!r})))", tmp_path)
-    assert found == expected
+    code = "print(json.dumps(names['cgroup_cpus']('root', 'cgroup')))"
+    assert python(code, tmp_path) == expected
     (tmp_path / "cgroup").write_text("12:cpu:/old\n")  # version 1 alone
-    assert python(f"print(json.dumps(names['cgroup_cpus']({str(tmp_path / 'root')!r}, {str(tmp_path / 'cgroup')!r})))", tmp_path) == math.inf
+    assert python(code, tmp_path) == math.inf

@@ -87,8 +87,26 @@ Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
 Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error.")]
 _PATTERN = 'a name, its last part ("in_proj"), wildcards ("layers.0.*") or "re:" and a regular expression; repeatable'
-Layers = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help=f"Quantize only the layers that this selects: {_PATTERN}.", show_default=False)]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave the layers that this selects in full precision; repeatable.", show_default=False)]
+Layers = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help=f"Quantize only the layers that this selects: {_PATTERN}.", show_default=False)
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Leave the layers that this selects in full precision; repeatable.", show_default=False)
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=SPEC", show_default=False,
+        help="Give the layers that PATTERN selects this precision whatever the budget: lm_head=int8-g64-sym, or in_proj=full; repeatable.",
+    ),
+]
+PlanScale = Annotated[
+    str | None,
+    typer.Option(
+        parser=scale_name, metavar="NAME", show_default=False,
+        help="absmax, or mse: clip each group as gives the least squared error. By default what the plan was made with; absmax with --uniform.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
 Device = Annotated[str, typer.Option(parser=device_name, metavar="NAME", help="Compute on cpu, cuda (NVIDIA) or xpu (Intel).")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")]

@@ -59,7 +59,8 @@ def sweep(
     emit(data, ranking.rich(), as_json)
     if resumed:
         say(f"The sweep went on from {partial}; --no-resume would have started anew.", as_json)
-    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: klfast plan {out} --max-bytes SIZE", as_json)
+    following = command("klfast", "plan", out, "--max-bytes", "SIZE")
+    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: {following}", as_json)
 
 
 def plan(
@@ -71,7 +72,7 @@ def plan(
     metric: Annotated[str | None, typer.Option(parser=options.metric_name, metavar="NAME", help="What to keep small, such as kl_teacher_student or sqnr_db.")] = None,
     layers: options.Layers = None,
     exclude: options.Exclude = None,
-    keep: Annotated[list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="Give the layers that PATTERN selects this precision, whatever the budget: lm_head=int8-g64-sym, or in_proj=full; repeatable.", show_default=False)] = None,
+    keep: options.Keep = None,
     out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
     force: options.Force = False,
     as_json: options.Json = False,
@@ -88,10 +89,8 @@ def plan(
     made = klfast.plan(found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept)
     made.to_json(out)
     by_spec = Counter(str(made.specs.get(name, report.FULL)) for name in found.layers)
-    emit(
-        {"out": str(out), "method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes), "scale": made.scale},
-        [one.rich() for one in report.plan_tables(made, found)], as_json,
-    )
+    facts = {"method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes), "scale": made.scale}
+    emit({"out": str(out), **facts}, [one.rich() for one in report.plan_tables(made, found)], as_json)
     say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)
 
 
@@ -103,7 +102,7 @@ def quantize(
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = ...,
-    scale: Annotated[str | None, typer.Option(parser=options.scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error. By default what the plan was made with; absmax with --uniform.", show_default=False)] = None,
+    scale: options.PlanScale = None,
     dtype: Annotated[str, typer.Option(parser=options.dtype_name, metavar="NAME", help="What the rest of the model is stored in: float32, bfloat16, float16, or auto to leave it.")] = "auto",
     force: options.Force = False,
     as_json: options.Json = False,
@@ -132,7 +131,8 @@ def quantize(
     network = load_model(model, dtype, **loading)
     if made is None:
         found = linears(network)
-        made = klfast.Plan({name: storable_spec(spec, found[name].in_features) for name in select(found, layers, exclude)}, "uniform", scale=scale)
+        specs = {name: storable_spec(spec, found[name].in_features) for name in select(found, layers, exclude)}
+        made = klfast.Plan(specs, "uniform", scale=scale)
     klfast.save_quantized(klfast.quantize_model(network, made, scale=scale), out, tokenizer, overwrite=force)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     data = {"out": str(out), "quantized_layers": len(made.specs), "layers": len(linears(network)), "weight_file_bytes": size}

@@ -49,7 +49,7 @@ class Budget:
         return self.name != "max_kl"
 
     def size(self, choice: Choice) -> int:
-        """The bytes of a choice that the budget limits; under max_kl, those that are to be few."""
+        """Bytes counted against the budget; under max_kl, the bytes being minimised."""
         return choice.weight_bytes if self.name == "mean_bits" else choice.nbytes
 
     def used(self, picks: dict[str, Choice]) -> float:

@@ -34,9 +34,13 @@ def settled(
     for pattern, spec in _parsed(keep).items():
         for name in matching(pattern, names):
             if name not in free and spec is not None:
-                raise InvalidInputError(f"keep asks for {spec} on {name}, which layers or exclude leave in full precision; change one of them")
+                raise InvalidInputError(
+                    f"keep asks for {spec} on {name}, which layers or exclude leave in full precision; change one of them"
+                )
             if found.get(name, spec) != spec:
-                raise InvalidInputError(f"keep asks for two precisions of {name}, by {chosen_by[name]!r} and by {pattern!r}; narrow one of them")
+                raise InvalidInputError(
+                    f"keep asks for two precisions of {name}, by {chosen_by[name]!r} and by {pattern!r}; narrow one of them"
+                )
             found[name], chosen_by[name] = spec, pattern
     return {name: found[name] for name in names if name in found}
 

@@ -36,7 +36,9 @@ def solve_milp(
     }
     timeout = time_limit + _GRACE if math.isfinite(time_limit) else None
     try:
-        done = subprocess.run([sys.executable, highs.__file__], input=json.dumps(request, default=float), capture_output=True, encoding="utf-8", timeout=timeout)
+        done = subprocess.run(
+            [sys.executable, highs.__file__], input=json.dumps(request, default=float), capture_output=True, encoding="utf-8", timeout=timeout
+        )
     except subprocess.TimeoutExpired:
         return None, False
     if done.returncode:
