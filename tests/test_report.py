@@ -103,6 +103,10 @@ def test_a_plan_by_layer(found):
     assert by_layer.headings == ("layer", "precision", "bytes", "kl_teacher_student")
     assert {row[0]: row[1:] for row in by_layer.rows} == {name: (*row[:2], row[2] and pytest.approx(row[2])) for name, row in rows.items()}
     assert report.plan_by_layer(plan, found, "sqnr_db").rows[0][3] == 30.0
+    for spec, kl in ((INT4, 0.25), (g48, 0.5)):  # in this order, the second must not take the first one's place
+        found.measurements.pop((NAMES[3], spec), None)
+        found.measurements[NAMES[3], spec] = Measurement({"kl_teacher_student": kl, "sqnr_db": 1.0}, {}, 10)
+    assert report.plan_by_layer(plan, found).rows[3][3] == 0.25
     for strange in (Plan({"other": INT4}, "optimal"), Plan({}, "optimal", Fingerprint("x", (1.0,)))):
         found.fingerprint = Fingerprint("x", (2.0,))
         with pytest.raises(ModelMismatchError, match="different models"):
@@ -166,6 +170,7 @@ def test_plot(found, tmp_path):
 def test_the_legend_of_the_plot_covers_no_panel(found, specs):
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgba
 
     for spec in [INT4, INT8, QuantSpec(4, 16), QuantSpec(8, 16)]:
         for name in NAMES:
@@ -173,7 +178,7 @@ def test_the_legend_of_the_plot_covers_no_panel(found, specs):
                 found.measurements[name, spec] = Measurement({"kl_teacher_student": 0.1, "sqnr_db": 1.0}, {}, 10)
             else:
                 found.measurements.pop((name, spec), None)
-    del found.measurements[NAMES[1], INT4], found.measurements[NAMES[3], INT4]  # x_proj is not in the first panel, but in the legend
+    del found.measurements[NAMES[0], INT4], found.measurements[NAMES[2], INT4]  # in_proj is not in the first panel
     figure = report._figure(found, "kl_teacher_student")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -181,6 +186,6 @@ def test_the_legend_of_the_plot_covers_no_panel(found, specs):
     assert len(figure.axes) == specs and not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
     assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1 - 1)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(labels) == ["in_proj", "lm_head", "x_proj"][: 3 if specs > 1 else 2]
-    colors = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in figure.axes]
+    assert sorted(labels) == ["in_proj", "lm_head", "x_proj"][0 if specs > 1 else 1 :]
+    colors = [{line.get_label(): to_rgba(line.get_color()) for line in axes.get_lines()} for axes in figure.axes]
     assert all(one[label] == colors[-1][label] for one in colors for label in one)

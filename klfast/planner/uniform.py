@@ -22,10 +22,9 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
         return _plan(problem, picks)
     if budget is None:
         raise InvalidInputError("a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits or max_kl")
-    free = set(problem.free)
-    specs = sorted({measured for name, measured in problem.sensitivities.measurements if name in free})
+    specs = sorted({measured for _, measured in problem.sensitivities.measurements})
     trials = [{name: _choice(problem, name, s) for name in problem.layers} for s in specs]
-    if not free:
+    if not problem.free:
         trials = [{name: choices[0] for name, choices in problem.layers.items()}]
     trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
     trials = [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
