@@ -5,25 +5,30 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from klfast import __version__
 from klfast.checkpoint_format import (
-    MANIFEST, quantization_config, read_generation_config, read_json, read_layer_facts, read_manifest, read_specs, write_manifest,
+    MANIFEST, model_quantization_config, quantized_layers, read_layer_facts, read_manifest, read_specs, write_manifest,
 )
-from klfast.convert import embedding_name
+from klfast.checkpoint_tensors import PARTS, Tensors, empty_model, fill, initialise_buffers, set_tied_in_config, tied_places
 from klfast.errors import CheckpointError, InvalidInputError
-from klfast.files import folder_atomic, write_atomic
-from klfast.models.layers import head_name, is_head_tied, linears
+from klfast.files import folder_atomic, recover, require_writable, write_atomic
+from klfast.models.layers import is_head_tied
 from klfast.models.native_ssm import accelerate_or_warn
-from klfast.nn import QuantEmbedding, QuantLinear
-from klfast.types import QuantizedTensor, QuantSpec, dtype_name
+from klfast.nn import QuantLinear
+from klfast.placement import as_device
+from klfast.types import dtype_name
+
+_LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_quantized(
@@ -33,13 +38,16 @@ def save_quantized(
 
     The folder gets config.json, model.safetensors (or shards of it and their index), generation_config.json, the
     tokenizer's files and klfast.json (digests of all of these; files may be added later, but none of these altered). It
-    appears under its name only when it is complete.
+    appears under its name only when it is complete. ``load_quantized`` reads back every bit of it: what it could not read
+    is refused before anything is written. A weight that the model ties is stored once, one that merely happens to be
+    shared under each of its names; config.json says whether the head is tied, as it is in memory.
 
     Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
     ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers (5.23) reads
     symmetric specs, but no asymmetric ones, and no Mamba with a quantized out_proj or dt_proj, whose missing ``.weight``
-    its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name,
-    which only klfast reads: leave the head out of the plan, or untie it, for a folder that others are to serve.
+    its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name:
+    only klfast reads such a folder, the others miss the embedding. For a folder that others are to serve leave the head
+    out of the plan, or give it a weight of its own before quantizing: the embedding is then stored in full, too.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.
@@ -49,28 +57,27 @@ def save_quantized(
         max_shard_size: bytes, or text such as "5GB".
 
     Raises:
-        InvalidInputError: nothing is quantized; groups that the format cannot store; the folder exists.
+        InvalidInputError: nothing is quantized; groups that the format cannot store; the folder exists; tensors on the
+            meta device; a model that its configuration does not describe.
+        OSError: the folder cannot be written, or the disk is full. Nothing is left behind.
     """
-    layers = {name: module for name, module in linears(model).items() if isinstance(module, QuantLinear)}
-    if not layers:
-        raise InvalidInputError("no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained")
+    layers = quantized_layers(model)
     target = Path(directory).resolve()
-    _check_target(target, overwrite)
+    require_target(target, overwrite)
+    _require_numbers(model)
     config = copy.deepcopy(model.config)
-    config.quantization_config = quantization_config(
-        {name: (module.spec, module.in_features) for name, module in layers.items()},
-        (name for name in linears(model) if name not in layers),
-    )
+    config.quantization_config = model_quantization_config(model)
     config.architectures = [type(model).__name__]
     config.dtype = dtype_name(model.dtype)
+    set_tied_in_config(config, is_head_tied(model))
+    facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
     with folder_atomic(target) as folder:
-        config.save_pretrained(folder)
-        _write_tensors(_distinct_tensors(model), folder, max_shard_size)
+        _save_settings(config, "config", folder)
+        _write_tensors(_readable_state(model, layers, folder), folder, max_shard_size)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+            _save_settings(model.generation_config, "generation_config", folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
         write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
 
 
@@ -79,8 +86,8 @@ def load_quantized(
 ) -> nn.Module:
     """Load a model saved by ``save_quantized``, in evaluation mode.
 
-    The model is built without memory and filled tensor by tensor: the full-precision weight of a quantized layer never
-    exists. Nothing is unpickled and no code from the folder runs.
+    The model is built without memory, then each tensor is read when its place is filled: the full-precision weight of a
+    quantized layer never exists. Nothing is unpickled and no code from the folder runs.
 
     Args:
         directory: the folder.
@@ -94,170 +101,148 @@ def load_quantized(
         parameters take no gradients.
 
     Raises:
+        InvalidInputError: another dtype; no such device.
+        KernelUnavailableError: torch finds no device of that kind.
         CheckpointError: a file or tensor that is missing, superfluous, truncated or altered, or a folder that
             ``save_quantized`` did not write.
     """
+    if dtype is not None and dtype not in _LOADED_DTYPES:
+        raise InvalidInputError(f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}")
+    place = as_device(device)
     folder = Path(directory)
+    recover(folder)
     manifest = read_manifest(folder, verify)
-    model = _empty_model(folder, dtype)
-    tensors = _Tensors(folder, manifest, device, dtype)
-    tied = is_head_tied(model)
-    specs = _fill_quantized(model, tensors, manifest)
-    if tied and (head := head_name(model)) in specs:
-        model.set_submodule(embedding_name(model), QuantEmbedding(model.get_submodule(head)))
-    _fill_float(model, tensors)
-    if left := tensors.names():
-        raise CheckpointError(f"{folder} holds {len(left)} tensors that the model does not have, such as {min(left)}; save the model again")
-    _initialise_buffers(model, torch.device(device))
+    specs = read_specs(folder)
+    facts = read_layer_facts(folder, manifest)
+    tensors = Tensors.of_files(folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype)
+    model = empty_model(folder, dtype, len(tensors.names()))
+    fill(model, tensors, specs, facts)
+    initialise_buffers(model, place)
+    model.config.quantization_config = model_quantization_config(model)
     return accelerate_or_warn(model.eval())
 
 
-class _Tensors:
-    """The tensors of a folder, each handed out once."""
-
-    def __init__(self, folder: Path, manifest: dict, device: torch.device | str, dtype: torch.dtype | None) -> None:
-        self.folder, self.dtype = folder, dtype
-        self._tensors: dict[str, torch.Tensor] = {}
-        for file in (name for name in manifest["files"] if name.endswith(".safetensors")):
-            try:
-                with safe_open(folder / file, framework="pt", device=str(device)) as opened:
-                    # a copy: the tensors of a file are views of it, and would change or vanish with it
-                    self._tensors.update((name, opened.get_tensor(name).clone()) for name in opened.keys())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{folder / file} is damaged ({error}); copy it again") from None
-
-    def names(self) -> set[str]:
-        return set(self._tensors)
-
-    def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """As stored."""
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.folder} lacks the tensor {name}; save the model again")
-        tensor = self._tensors.pop(name)
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{self.folder}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; save the model again")
-        return tensor
-
-    def take_float(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """In the shape of ``like``; in the dtype asked for, if the model is of one dtype with it."""
-        tensor = self.take(name, tuple(like.shape))
-        if tensor.is_floating_point() != like.is_floating_point():
-            raise CheckpointError(f"{self.folder}: {name} must be like {like.dtype}, got {tensor.dtype}; save the model again")
-        return tensor if self.dtype is None or not tensor.is_floating_point() else tensor.to(like.dtype)
+def _require_numbers(model: nn.Module) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(f"{name} of the model is a {type(tensor).__name__}, which the file format cannot hold")
+        if tensor.is_meta:
+            raise InvalidInputError(f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, first")
 
 
-def _empty_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The transformers model that config.json describes, without memory (on the meta device)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
-
+def _save_settings(settings, what: str, folder: Path) -> None:
+    """Write config.json or generation_config.json."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        del config.quantization_config  # it describes the files, not the model in memory
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything on a configuration that it cannot use
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that this transformers can build ({reason}); save the model again") from error
-    if (found := read_generation_config(folder, type(model.generation_config))) is not None:
-        model.generation_config = found
-    return model
+        settings.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # transformers checks some settings only when they are saved
+        reason = " ".join(str(error).split())
+        raise InvalidInputError(f"transformers refuses to save model.{what} ({reason}); set it right and save again") from error
 
 
-def _fill_quantized(model: nn.Module, tensors: _Tensors, manifest: dict) -> dict[str, QuantSpec]:
-    """Put a QuantLinear in the place of each layer that config.json quantizes, and return their specs."""
-    folder = tensors.folder
-    try:
-        specs = read_specs(read_json(folder / "config.json")["quantization_config"])
-    except (KeyError, TypeError, AttributeError, InvalidInputError) as error:
-        raise CheckpointError(f"{folder}: the description of the quantized layers is damaged ({error}); save the model again") from None
-    facts, layers = read_layer_facts(folder, manifest), linears(model)
-    if unknown := [name for name in specs if name not in layers or name not in facts]:
-        raise CheckpointError(f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again")
-    for name, spec in specs.items():
-        layer, (weight_dtype, activation) = layers[name], facts[name]
-        shape = (layer.out_features, layer.in_features)
-        if tensors.take(f"{name}.weight_shape", (2,)).tolist() != list(shape):
-            raise CheckpointError(f"{folder}: {name}.weight_shape is not {list(shape)}; save the model again")
-        bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
-        packed, scale = tensors.take(f"{name}.weight_packed"), tensors.take(f"{name}.weight_scale")
-        zero_point = None if spec.symmetric else tensors.take(f"{name}.weight_zero_point")
-        dtype = weight_dtype if tensors.dtype is None else layer.weight.dtype
-        try:
-            module = QuantLinear(QuantizedTensor(packed, scale, zero_point, shape, spec), bias, activation, dtype=dtype)
-        except InvalidInputError as error:
-            raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; save the model again") from None
-        model.set_submodule(name, module)
-    return specs
+def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors to store: those from which the model is rebuilt that the folder's config.json describes.
 
-
-def _fill_float(model: nn.Module, tensors: _Tensors) -> None:
-    """Give every other parameter and persistent buffer its tensor; what is tied stays tied, and is stored once."""
-    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            continue
-        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and leaf not in module._non_persistent_buffers_set:
-                places.setdefault(id(tensor), []).append((f"{prefix}.{leaf}".lstrip("."), module, leaf))
-    stored = tensors.names()
-    for same in places.values():
-        name = next((name for name, _, _ in same if name in stored), same[0][0])
-        _, module, leaf = same[0]
-        tensor = tensors.take_float(name, getattr(module, leaf))
-        if leaf in module._parameters:
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        for _, module, leaf in same:
-            setattr(module, leaf, tensor)
-
-
-def _initialise_buffers(model: nn.Module, device: torch.device) -> None:
-    """Compute the buffers that no file holds (rotary frequencies ...), as transformers does for its own checkpoints."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = True  # transformers' initialisers leave these alone
-    for name, module in model.named_modules():
-        missing = [leaf for leaf in module._non_persistent_buffers_set if getattr(module, leaf) is not None]
-        for leaf in missing:
-            buffer = torch.empty_like(getattr(module, leaf), device=device)
-            setattr(module, leaf, buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer)
-        if missing:
-            model._init_weights(module)
-        for leaf in missing:
-            if getattr(module, leaf).isnan().any():
-                raise CheckpointError(f"transformers does not compute the buffer {leaf} of {name or 'the model'}; this model cannot be loaded")
-
-
-def _distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state, but each of several tied tensors once, under its first name."""
-    found: dict[tuple, str] = {}
+    Raises:
+        InvalidInputError: ``load_quantized`` could not rebuild this model.
+    """
     state = model.state_dict()
-    for name, tensor in state.items():
-        found.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else (name,), name)
-    return {name: state[name].contiguous() for name in found.values()}
+    try:
+        built = empty_model(folder, None, len(state))
+        stored = _without_tied(state, tied_places(built), layers)
+        specs = {name: module.spec for name, module in layers.items()}
+        dtypes = {name: (module.dtype, module.activation) for name, module in layers.items()}
+        fill(built, Tensors(folder, {name: _shadow(name, tensor) for name, tensor in stored.items()}), specs, dtypes)
+        initialise_buffers(built, torch.device("cpu"))
+    except CheckpointError as error:
+        reason = str(error).removesuffix("; save the model again").replace(str(folder), folder.name.split(".")[1])
+        raise InvalidInputError(f"the saved model could not be loaded, since its configuration does not describe it ({reason})") from error
+    for name, module in layers.items():
+        if built.get_submodule(name).activation != module.activation:
+            raise InvalidInputError(f"{name} shares its weight with a layer whose activation differs; give both the same")
+    return stored
+
+
+def _shadow(name: str, tensor: torch.Tensor):
+    """A reader of a tensor's shape and dtype alone; of weight_shape the numbers, too, which are compared."""
+    return lambda: tensor.cpu() if name.endswith(".weight_shape") else torch.empty_like(tensor, device="meta")
+
+
+def _without_tied(state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]) -> dict[str, torch.Tensor]:
+    """The model's state, each weight once that both the model in memory and the rebuilt one share between several names."""
+    left_out: set[str] = set()
+    for names in ([name for name, _, _ in same] for same in places.values() if len(same) > 1):
+        quantized = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in layers]
+        for _, *others in _same((name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized):
+            left_out.update(f"{name}.{part}" for name in others for part in PARTS)
+        for _, *others in _same((name, _memory(state[name])) for name in names if name in state):
+            left_out.update(others)
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+def _same(keyed: Iterable[tuple[str, tuple]]) -> list[list[str]]:
+    """Names with the same key together."""
+    found: dict[tuple, list[str]] = {}
+    for name, key in keyed:
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    """What is equal for two tensors that are the same numbers at the same place."""
+    where = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+    return tensor.device, where, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor contiguous and in a storage of its own, as safetensors wants them; copied only where it is not yet so."""
+    separate, taken = {}, set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        where = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if where in taken else plain
+        taken.add(where)
+    return separate
 
 
 def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
     """Write model.safetensors, or shards and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    tensors = _separate(tensors)
+    try:
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise InvalidInputError(f'max_shard_size must be bytes or text such as "5GB", got {max_shard_size!r} ({error})') from error
     for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        try:
+            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder / file)) from error
+            raise CheckpointError(f"the weights cannot be written ({' '.join(str(error).split())})") from error
         shutil.copymode(folder / "config.json", folder / file)  # safetensors makes private files
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def require_target(directory: str | os.PathLike, overwrite: bool) -> None:
+    """Raise, before the work begins, unless ``save_quantized`` may and can make the folder.
+
+    Raises:
+        InvalidInputError, OSError: as for ``save_quantized``.
+    """
+    target = Path(directory).resolve()
     if not target.parent.is_dir():
         raise InvalidInputError(f"there is no folder {target.parent} to save into; make it first")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise InvalidInputError(f"{target} is a file; name a folder")
-    if not (target / MANIFEST).is_file():
-        raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
-    if not overwrite:
-        raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
+    recover(target)
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST).is_file():
+            raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
+        if not overwrite:
+            raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
+    require_writable(target, folder=True)

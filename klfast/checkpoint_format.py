@@ -8,14 +8,17 @@ group for each distinct spec, its targets the full names of the layers. klfast.j
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
 import torch
+from torch import nn
 
-from klfast.errors import CheckpointError, InvalidInputError
+from klfast.errors import CheckpointError, InvalidInputError, shortened
 from klfast.files import parse_json, write_atomic
+from klfast.nn import QuantLinear
 from klfast.types import QuantSpec, dtype_name, storable_spec
 
 MANIFEST = "klfast.json"
@@ -69,13 +72,46 @@ def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized
     }
 
 
-def read_specs(config: Mapping) -> dict[str, QuantSpec]:
-    """The spec of each layer that a ``quantization_config`` names; the inverse of ``quantization_config``."""
-    specs: dict[str, QuantSpec] = {}
-    for group in config["config_groups"].values():
-        weights = group["weights"]
-        spec = QuantSpec(weights["num_bits"], weights["group_size"] or -1, weights["symmetric"])
-        specs.update(dict.fromkeys(group["targets"], spec))
+def model_quantization_config(model: nn.Module) -> dict[str, object]:
+    """The ``quantization_config`` (a dict, as in config.json) of a model that holds QuantLinear layers.
+
+    Raises:
+        InvalidInputError: nothing is quantized; groups that the format cannot store.
+    """
+    layers = quantized_layers(model)
+    specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
+    return quantization_config(specs, [name for name in linear_names(model) if name not in layers])
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The QuantLinear layers of a model, under every name that they have; InvalidInputError if there are none."""
+    layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise InvalidInputError("no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained")
+    return layers
+
+
+def linear_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers under every name that they have: a layer that several blocks share has several."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, QuantLinear))}
+
+
+def read_specs(folder: Path) -> dict[str, QuantSpec]:
+    """The spec of each layer that the ``quantization_config`` of a folder's config.json names; the inverse of ``quantization_config``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    config, specs = read_json(folder / "config.json"), {}
+    try:
+        for group in config["quantization_config"]["config_groups"].values():
+            weights = group["weights"]
+            size = -1 if weights["group_size"] is None else weights["group_size"]
+            spec = QuantSpec(weights["num_bits"], size, weights["symmetric"])
+            specs.update(dict.fromkeys(group["targets"], spec))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else shortened(str(error), 200)
+        raise CheckpointError(f"{folder}: the description of the quantized layers is damaged ({reason}); save the model again") from None
     return specs
 
 
@@ -93,32 +129,46 @@ def read_manifest(folder: Path, verify: bool, *, weights: bool = True) -> dict:
     ``weights=False`` passes over the safetensors files, which take long to read.
 
     Raises:
-        CheckpointError: no such folder, no klfast.json, a later format, a file that is missing or not as it was saved.
+        CheckpointError: no such folder, no klfast.json or a damaged one, another format, a file that is missing or not as
+            it was saved.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} holds no {MANIFEST}, so klfast.save_quantized did not write it; load it with transformers and quantize it")
+        reason = f"{folder} holds no {MANIFEST}, so klfast.save_quantized did not write it"
+        raise CheckpointError(f"{reason}; copy the whole folder, or quantize the full-precision model")
     manifest = read_json(folder / MANIFEST)
-    try:
-        version, files = manifest["format_version"], [(str(name), int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise CheckpointError(f"{folder / MANIFEST} is damaged; save the model again") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder / MANIFEST} has format version {version}, this klfast reads {FORMAT_VERSION}; use the klfast that wrote it")
-    for name, size, digest in files:
-        path = folder / name
-        if path.suffix == ".safetensors" and not weights:
-            continue
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists {name!r}, outside of the folder; save the model again")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the whole folder again")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes where {size} were saved; copy it again")
-        if verify and _sha256(path) != digest:
-            raise CheckpointError(f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model anew")
+    version, files = manifest.get("format_version"), manifest.get("files")
+    if version != FORMAT_VERSION and isinstance(version, int):
+        reason = f"{folder / MANIFEST} has format version {version}, this klfast reads {FORMAT_VERSION}"
+        raise CheckpointError(f"{reason}; use the klfast that wrote it")
+    if version != FORMAT_VERSION or not isinstance(files, dict) or "config.json" not in files:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged; save the model again")
+    for name, fact in files.items():
+        _check_file(folder, name, fact, verify, weights)
     return manifest
+
+
+def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bool) -> None:
+    path, damaged = folder / name, f"{folder / MANIFEST} is damaged"
+    if not isinstance(fact, dict) or type(fact.get("bytes")) is not int or not isinstance(fact.get("sha256"), str):
+        raise CheckpointError(f"{damaged}: size and digest of {shortened(repr(name), 80)} are missing; save the model again")
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise CheckpointError(f"{damaged}: it lists {shortened(repr(name), 80)}, outside of the folder; save the model again")
+    if path.suffix == ".safetensors" and not weights:
+        return
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:  # a name that no file can have
+        size = None
+    if size is None:
+        raise CheckpointError(f"{shortened(str(path))} is missing; copy the whole folder again")
+    if is_pointer(path):
+        raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again")
+    if size != fact["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes where {fact['bytes']} were saved; copy it again")
+    if verify and _sha256(path) != fact["sha256"]:
+        raise CheckpointError(f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model again")
 
 
 def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.dtype, str]]:
@@ -135,7 +185,8 @@ def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.d
         for key, known in (("dtype", _DTYPES), ("activation", _ACTIVATIONS)):
             value = fact.get(key) if isinstance(fact, dict) else None
             if not isinstance(value, str) or value not in known:
-                raise CheckpointError(f"{damaged}: the {key} of {name} is {value!r}, not one of {', '.join(known)}; copy it again, or save the model anew")
+                found = f"the {key} of {shortened(name, 200)} is {shortened(repr(value), 80)}"
+                raise CheckpointError(f"{damaged}: {found}, not one of {', '.join(known)}; copy it again, or save the model again")
         facts[name] = (_DTYPES[fact["dtype"]], fact["activation"])
     return facts
 
@@ -163,7 +214,17 @@ def read_generation_config(folder: Path, kind: type) -> object | None:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises anything
-        raise CheckpointError(f"{path} is no generation config ({type(error).__name__}); copy it again, or remove it where it was added") from error
+        reason = f"{path} is no generation config ({type(error).__name__})"
+        raise CheckpointError(f"{reason}; copy it again, or remove it where it was added") from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what git-lfs leaves in the place of one that was not fetched."""
+    try:
+        with open(path, "rb") if path.is_file() else io.BytesIO() as file:
+            return file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def _sha256(path: Path) -> str:

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from klfast.checkpoint_format import MANIFEST, read_generation_config, read_manifest
-from klfast.device import facts
-from klfast.errors import CheckpointError, InvalidInputError
-from klfast.files import parse_json
+from klfast.errors import CheckpointError
+from klfast.loading_errors import one_line_errors
+from klfast.model_config import bounded, check_config
+from klfast.model_folder import TOKENIZERS, check_explicit_file, read_config, read_headers, require_known
 from klfast.models.native_ssm import accelerate_or_warn
+from klfast.placement import DTYPES, as_device, as_dtype
+from klfast.sources import ASSETS, bundled_models, resolve
 
-ASSETS = Path(__file__).parent / "assets"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+__all__ = ["ASSETS", "DTYPES", "as_dtype", "bundled_models", "find_tokenizer", "load_model", "load_tokenizer"]
 
-
-def as_dtype(name: str) -> torch.dtype | str:
-    """The torch dtype of that name; "auto" stays "auto"."""
-    if name not in DTYPES:
-        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
-def bundled_models() -> list[str]:
-    """Names of the models that come with klfast."""
-    folder = ASSETS / "models"
-    return sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file()) if folder.is_dir() else []
+# How tensors end that stand for a quantized weight: GPTQ and AWQ, compressed-tensors, bitsandbytes, mlx.
+_PACKED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".weight.quant_map", ".scales")
 
 
 def load_model(
@@ -53,25 +44,33 @@ def load_model(
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
 
     Raises:
-        InvalidInputError: an unknown dtype or device, no such folder, an unknown architecture.
+        InvalidInputError: an unknown dtype or device, no such folder.
         KernelUnavailableError: PyTorch finds no such device.
-        CheckpointError: a file is missing, truncated or does not fit the model, a weight is stored as integers, or the
-            hub cannot be reached.
+        CheckpointError: a file is missing, truncated or does not fit the model; it holds no causal language model that
+            transformers knows, or no safetensors; a weight is stored as integers; the hub cannot be reached.
     """
-    target = as_dtype(dtype)
-    facts.require(_device(device).type)
-    source = _resolve(name_or_path)
-    if _is_quantized(source):
+    target, place = as_dtype(dtype), as_device(device)
+    folder = resolve(name_or_path, weights=True, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    source, config = str(folder), read_config(folder)
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
+    if quantization.get("format") == "pack-quantized":
         from klfast.checkpoint import load_quantized
 
-        return load_quantized(source, device, None if target == "auto" else target)
+        return load_quantized(folder, place, None if target == "auto" else target)
 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
 
-    with _one_line_errors(source, "model"):
-        read_generation_config(Path(source), GenerationConfig)
+    if not (trust_remote_code and "auto_map" in config):
+        require_known(config, source)
+    check_explicit_file(config, folder)
+    stored = read_headers(folder)
+    check_config(config, folder / "config.json", len(stored))
+    read_generation_config(folder, GenerationConfig)
+    quantized_by = str(quantization.get("quant_method", "another tool")) if quantization else None
+    with one_line_errors(source, "model", quantized_by), bounded(folder / "config.json", len(stored)):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=target,
@@ -81,10 +80,31 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
-    _require_all_tensors(source, model, report)
-    if getattr(model.config, "quantization_config", None) is None:  # other quantizers store integers by design
-        _check_stored_dtypes(source, model)
-    return accelerate_or_warn(model.eval().to(device))
+    _require_all_tensors(source, model, report, stored)
+    if not quantization:  # other quantizers store integers by design
+        _check_stored_dtypes(model, stored)
+    return accelerate_or_warn(model.eval().to(place))
+
+
+def find_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
+    """As ``load_tokenizer``, but None for a model without a tokenizer."""
+    from transformers import AutoTokenizer
+
+    import klfast.models.hymba  # noqa: F401  (AutoTokenizer may ask AutoConfig)
+
+    folder = resolve(name_or_path, weights=False, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder, verify=True, weights=False)
+    with one_line_errors(str(folder), "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+        longest = tokenizer.model_max_length
+        if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest > 0:
+            path = folder / "tokenizer_config.json"
+            raise CheckpointError(f"{path}: model_max_length must be a positive number, got {longest!r}; fetch or save it again")
+        tokenizer.decode(tokenizer("A first text.")["input_ids"])  # some damage shows only here
+    return tokenizer
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
@@ -92,28 +112,19 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
 
     In a folder of ``klfast.save_quantized``, every file but the weights is compared with its digest first.
     """
-    from transformers import AutoTokenizer
-
-    import klfast.models.hymba  # noqa: F401  (AutoTokenizer may ask AutoConfig)
-
-    source = _resolve(name_or_path)
-    if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{source} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
-    if (Path(source) / MANIFEST).is_file():
-        read_manifest(Path(source), verify=True, weights=False)
-    with _one_line_errors(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    tokenizer = find_tokenizer(name_or_path, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        name = os.fspath(name_or_path)
+        raise CheckpointError(f"{name} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
+    return tokenizer
 
 
-def _device(name: torch.device | str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise InvalidInputError(f"there is no device called {name!r}; write cpu, cuda or xpu") from None
-
-
-def _require_all_tensors(source: str, model: nn.Module, report: dict) -> None:
-    """Raise CheckpointError, naming a tensor, unless the files hold those of the model. transformers fills what they lack with random numbers."""
+def _require_all_tensors(source: str, model: nn.Module, report: dict, stored: Iterable[str]) -> None:
+    """Raise CheckpointError, naming a tensor, unless the files hold those of the model: transformers makes up what they lack."""
+    if report["mismatched_keys"] or report["missing_keys"]:
+        if packed := [name for name in stored if name.endswith(_PACKED)]:
+            reason = f"{source} holds weights that another tool has quantized, such as {packed[0]}"
+            raise CheckpointError(f"{reason}; load the full-precision model instead")
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CheckpointError(f"{source}: {name} must have shape {list(expected)}, got {list(found)}; fetch or save it again")
@@ -121,128 +132,15 @@ def _require_all_tensors(source: str, model: nn.Module, report: dict) -> None:
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
     unexpected = sorted(report["unexpected_keys"])
     if unexpected and type(model).__module__.startswith("klfast."):  # other families have files with harmless ones
-        raise CheckpointError(f"{source} holds {len(unexpected)} tensors that the model does not have, such as {unexpected[0]}; fetch or save it again")
+        reason = f"holds {len(unexpected)} tensors that the model does not have, such as {unexpected[0]}"
+        raise CheckpointError(f"{source} {reason}; fetch or save it again")
 
 
-def _check_stored_dtypes(source: str, model: nn.Module) -> None:
+def _check_stored_dtypes(model: nn.Module, stored: dict[str, tuple[Path, str]]) -> None:
     """Raise CheckpointError where a float tensor of the model is stored as integers: transformers casts those unasked."""
-    from safetensors import safe_open
-
     prefix = f"{model.base_model_prefix}."
     floats = {name.removeprefix(prefix) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    for file in _weight_files(source, getattr(model.config, "_commit_hash", None)):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                stored = opened.get_slice(name).get_dtype()
-                if name.removeprefix(prefix) in floats and stored not in ("F64", "F32", "BF16", "F16"):
-                    raise CheckpointError(
-                        f"{file} stores {name} as {stored}, where the model has floating-point numbers; fetch it again, or save the "
-                        "model with float weights"
-                    )
-
-
-def _weight_files(source: str, commit: str | None) -> list[Path]:
-    """The safetensors files that transformers has just read."""
-    from huggingface_hub import try_to_load_from_cache
-
-    def find(name: str) -> Path | None:
-        path = Path(source, name) if os.path.isdir(source) else try_to_load_from_cache(source, name, revision=commit)
-        return Path(path) if isinstance(path, (str, Path)) and Path(path).is_file() else None
-
-    if single := find("model.safetensors"):
-        return [single]
-    index = find("model.safetensors.index.json")
-    names = sorted(set(parse_json(index.read_bytes())["weight_map"].values())) if index else []
-    return [path for name in names if (path := find(name))]
-
-
-def _resolve(name_or_path: str | os.PathLike) -> str:
-    """The folder or hub id that a name stands for."""
-    name = os.fspath(name_or_path)
-    if not name:
-        raise InvalidInputError("the model's name is empty; give a folder, a hub id or a bundled name")
-    if name in bundled_models():
-        return str(ASSETS / "models" / name)
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise CheckpointError(f"{name} holds no config.json; give the folder of a transformers model")
-        return path
-    if os.path.exists(path):
-        raise InvalidInputError(f"{name} is a file; give the folder of a transformers model")
-    if name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or "\\" in name or "/" not in name:
-        hint = f"the bundled models are {', '.join(bundled_models()) or 'not installed'}; a hub id reads owner/name"
-        raise InvalidInputError(f"there is no model folder {name!r} ({hint})")
-    return name
-
-
-def _is_quantized(source: str) -> bool:
-    config = Path(source) / "config.json"
-    if not config.is_file():
-        return False
-    try:
-        quantization = parse_json(config.read_bytes()).get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config} is no valid configuration ({error}); fetch or save the model again") from None
-    return isinstance(quantization, dict) and quantization.get("format") == "pack-quantized"
-
-
-@contextmanager
-def _one_line_errors(source: str, what: str) -> Iterator[None]:
-    """transformers' own progress bars and reports off, its many-line errors turned into klfast's."""
-    from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (CheckpointError, InvalidInputError):
-        raise
-    except SafetensorError as error:
-        raise CheckpointError(f"a weight file of {source} is damaged ({error}); fetch or save it again") from error
-    except Exception as error:  # the Rust side of tokenizers raises bare ones
-        causes = {type(e) for e in _chain(error)}
-        text = str(error)
-        if causes & {GatedRepoError}:
-            reason = "the hub grants access to it only after you accepted its terms and logged in"
-        elif causes & {RepositoryNotFoundError}:
-            reason = "the hub has no such model; check the id, or log in if it is private"
-        elif causes & {LocalEntryNotFoundError} or "couldn't connect" in text:
-            reason = "it is neither in the local cache nor can the hub be reached; give a local folder instead"
-        elif "trust_remote_code" in text:
-            reason = "it needs Python code of its own; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"
-        elif "does not recognize this architecture" in text:
-            reason = "this version of transformers does not know its architecture"
-        elif "Unrecognized configuration class" in text:
-            reason = "it is no causal language model"
-        elif "safetensors" in text:
-            reason = "it has no model.safetensors; convert its weights to safetensors, since klfast never unpickles"
-        elif damaged := _damaged_json(source):
-            reason = f"{damaged} is no valid JSON; fetch or save it again"
-        else:
-            first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-            reason = f"{first.rstrip('.')}; fetch or save it again"
-        raise CheckpointError(f"cannot load the {what} of {source}: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _damaged_json(source: str) -> str | None:
-    """A JSON file of a local folder that cannot be read as such."""
-    for path in sorted(Path(source).glob("*.json")) if os.path.isdir(source) else []:
-        try:
-            parse_json(path.read_bytes())
-        except (OSError, ValueError):
-            return path.name
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    for name, (file, dtype) in stored.items():
+        if name.removeprefix(prefix) in floats and dtype not in ("F64", "F32", "BF16", "F16"):
+            reason = f"{file} stores {name} as {dtype}, where the model has floating-point numbers"
+            raise CheckpointError(f"{reason}; fetch it again, or save the model with float weights")

@@ -1,9 +1,14 @@
 """save_quantized and load_quantized: the same bits here and in compressed-tensors, and no damage that goes unnoticed."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +121,39 @@ def test_transformers_loads_a_llama(tied, tmp_path):
     other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values())
     torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_transformers_loads_a_quantized_head_with_a_weight_of_its_own(tmp_path):
+    """What save_quantized's docstring advises for a model whose configuration ties the head."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama", tied=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model = klfast.quantize_model(model, Plan({"lm_head": QuantSpec(8, -1)}, "uniform"))
+    klfast.save_quantized(model, tmp_path / "model")
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
+    for loaded in (other, klfast.load_quantized(tmp_path / "model")):
+        torch.testing.assert_close(loaded(batch()).logits, model(batch()).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_save_pretrained_of_a_loaded_model_says_that_it_is_quantized(tmp_path):
+    """transformers reads its folder, though klfast wants its own klfast.json."""
+    from transformers import AutoModelForCausalLM
+
+    from klfast.checkpoint_format import model_quantization_config
+
+    model = quantized("llama", specs=SPECS[:2])
+    klfast.save_quantized(model, tmp_path / "model")
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert loaded.config.quantization_config == model_quantization_config(model)
+    loaded.save_pretrained(tmp_path / "plain")
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(other(batch()).logits, model(batch()).logits, rtol=1e-4, atol=1e-4)
+    refused(tmp_path / "plain", "holds no klfast.json")
 
 
 def test_shards(tmp_path):
@@ -278,6 +316,15 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
     refused(damaged, "quantizes lm_tail, which the model does not have")
     rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}})
     refused(damaged, "description of the quantized layers is damaged.*bits must be 4 or 8")
+    for weights in (
+        {"group_size": "64"}, {"group_size": 0}, {"group_size": float("nan")}, {"group_size": 10**400}, {"group_size": [1]},
+        {"num_bits": float("inf")}, {"symmetric": 1},
+    ):
+        rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], **weights}}}})
+        refused(damaged, "description of the quantized layers is damaged|do not fit")
+    for groups in ([], 3, {"group_0": 3}, {"group_0": {}}, {"group_0": {**group, "targets": 7}}, {"group_0": {**group, "targets": [[]]}}):
+        rewrite(quantization_config={"config_groups": groups})
+        refused(damaged, "description of the quantized layers is damaged|does not have")
     rewrite(quantization_config={})
     refused(damaged, "description of the quantized layers is damaged")
     (damaged / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
@@ -301,19 +348,34 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no klfast.json, so klfast.save_quantized did not write it")
     manifest = json.loads((damaged / "klfast.json").read_text())
+
+    def with_file(name, **facts):
+        return {**manifest, "files": {**manifest["files"], name: {**manifest["files"].get(name, {}), **facts}}}
+
     for content, match in (
         ({**manifest, "format_version": 2}, "format version 2, this klfast reads 1"),
         ({"format_version": 1}, "klfast.json is damaged"),
-        ({**manifest, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}, "outside of the folder"),
-        ({**manifest, "files": {"/model.safetensors": {"bytes": 1, "sha256": ""}}}, "outside of the folder"),
+        (with_file("../model.safetensors", bytes=1, sha256=""), "outside of the folder"),
+        (with_file("/model.safetensors", bytes=1, sha256=""), "outside of the folder"),
+        ({**manifest, "files": {}}, "klfast.json is damaged"),
+        ({**manifest, "format_version": [1]}, "klfast.json is damaged"),
+        (with_file("config.json", bytes=float("inf")), "size and digest of 'config.json' are missing"),
+        (with_file("config.json", bytes=float("nan")), "size and digest of 'config.json' are missing"),
+        (with_file("config.json", bytes=10**400), "config.json has .* bytes where 1000.* were saved"),
+        (with_file("config.json", sha256=3), "size and digest of 'config.json' are missing"),
+        (with_file("x" * 1000, bytes=1, sha256=""), "xxx is missing"),
+        (with_file("a\0b", bytes=1, sha256=""), "is missing"),
         ({**manifest, "layers": []}, "klfast.json is damaged: it lists no layers"),
         ({**manifest, "layers": {"lm_head": 3}}, "the dtype of lm_head is None"),
         ({**manifest, "layers": {}}, "quantizes .*, which the model does not have"),
     ):
         (damaged / "klfast.json").write_text(json.dumps(content))
         refused(damaged, match)
-    for content, match in (("[]", "holds no JSON object"), ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply")):
-        (damaged / "klfast.json").write_text(content)
+    for content, match in (
+        ("[]", "holds no JSON object"), ("9" * 5000, "cannot be read as JSON"), (b"\xff\xfe\xfd", "cannot be read as JSON"),
+        ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply"),
+    ):
+        (damaged / "klfast.json").write_bytes(content if isinstance(content, bytes) else content.encode())
         refused(damaged, match)
 
 
@@ -351,6 +413,68 @@ def test_save_refuses(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         klfast.save_quantized(model, tmp_path / "model", Broken())
     assert {path.name for path in tmp_path.iterdir()} == {"file", "home"}
+
+
+def test_a_configuration_of_very_many_layers(damaged):
+    """It is refused at once, where to build them would take hours."""
+    config = json.loads((damaged / "config.json").read_text())
+    for layers in (100_000, 10**12):
+        (damaged / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        sign(damaged)
+        start = time.monotonic()
+        refused(damaged, r"config\.json describes a far larger model than the \d+ tensors stored")
+        assert time.monotonic() - start < 10
+
+
+def test_the_dtype_and_the_device_to_load_to(saved):
+    for dtype in (torch.float64, torch.int8, "float32"):
+        with pytest.raises(errors.InvalidInputError, match="dtype must be float32, bfloat16, float16 or None"):
+            klfast.load_quantized(saved, dtype=dtype)
+    with pytest.raises(errors.InvalidInputError, match="no device called 'tpu'"):
+        klfast.load_quantized(saved, "tpu")
+
+
+FULL = """
+import resource, signal, sys
+import klfast
+from test_checkpoint import quantized
+model = quantized("llama")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
+try:
+    klfast.save_quantized(model, sys.argv[1], overwrite=True, max_shard_size=sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(20_000, "5GB"), (20_000, "40KB"), (300, "5GB")])
+def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, limit, shards):
+    """A limit on the size of files stands for it."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    command = [sys.executable, "-c", FULL, folder, shards, str(limit)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(rf"\[Errno {errno.EFBIG}\] File too large: '{re.escape(str(folder))}(/model.*\.safetensors)?'\n", run.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):
+    """The next to ask for it puts it back."""
+    from klfast import temporaries
+    from klfast.loading import load_model
+
+    beside = temporaries.name_beside(damaged)
+    process, _, start = beside.name.split("-")[1:4]
+    gone = beside.name.replace(f"-{process}-", "-4194305-").replace(".tmp", ".old")  # more than any process has
+    damaged.rename(beside.with_name(gone))
+    assert klfast.load_quantized(damaged) is not None and start
+    damaged.rename(beside.with_name(gone))
+    klfast.save_quantized(quantized("mamba"), damaged, overwrite=True)  # it is known for what save_quantized wrote
+    assert [path.name for path in damaged.parent.iterdir()] == [damaged.name]
+    damaged.rename(beside.with_name(gone))
+    assert load_model(damaged) is not None
 
 
 def test_overwrite(tmp_path):

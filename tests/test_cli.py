@@ -283,6 +283,7 @@ def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monke
 
     monkeypatch.setattr(loading, "load_model", refuse)
     monkeypatch.setattr(loading, "load_tokenizer", refuse)
+    monkeypatch.setattr(loading, "find_tokenizer", refuse)
     monkeypatch.chdir(tmp_path)
     for offline, remote in ((False, False), (True, False), (False, True)):
         flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote

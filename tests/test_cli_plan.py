@@ -210,7 +210,7 @@ def test_a_folder_that_quantize_must_not_replace_is_refused_before_the_work(work
     (tmp_path / "mine" / "thesis.tex").write_text("text")
     command = ("quantize", work / "model", "--uniform", "int4", "--force", "--out")
     assert "file is a file; name a folder with --out" in fails(*command, tmp_path / "file")
-    assert "mine holds something that klfast did not write" in fails(*command, tmp_path / "mine")
+    assert "mine holds something that save_quantized did not write" in fails(*command, tmp_path / "mine")
     assert "a folder; name a file with --results" in fails("demo", "--results", make_folder(tmp_path / "r" / "demo.csv").parent)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "text"
 

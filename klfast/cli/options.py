@@ -139,20 +139,13 @@ def require_free(out: Path, force: bool, *, folder: bool = False, option: str = 
         raise InvalidInputError(f"{out} exists; name another {option} or pass --force to replace it")
     if not out.absolute().parent.is_dir():
         raise InvalidInputError(f"the folder {out.absolute().parent} does not exist; make it or name another {option}")
-    if folder:
-        _require_own_folder(out, option)
-    elif out.is_dir():
+    if folder and out.exists() and not out.is_dir():
+        raise InvalidInputError(f"{out} is a file; name a folder with {option}")
+    if not folder and out.is_dir():
         raise InvalidInputError(f"{out} is a folder; name a file with {option}")
-    elif out.exists() and not out.is_file():
+    if not folder and out.exists() and not out.is_file():
         raise InvalidInputError(f"{out} is not a regular file; name another {option}")
     require_writable(out, folder=folder)
-
-
-def _require_own_folder(out: Path, option: str) -> None:
-    if out.exists() and not out.is_dir():
-        raise InvalidInputError(f"{out} is a file; name a folder with {option}")
-    if out.is_dir() and any(out.iterdir()) and not (out / "klfast.json").is_file():
-        raise InvalidInputError(f"{out} holds something that klfast did not write; name another {option}")
 
 
 def exactly_one(**options: object) -> None:

@@ -116,18 +116,22 @@ def quantize(
         raise typer.BadParameter("--layers and --exclude go with --uniform; with a plan, give them to klfast plan")
     options.require_free(out, force, folder=True)
     import klfast
+    from klfast.checkpoint import require_target
     from klfast.cli.session import prepare
     from klfast.convert import plan_scale
-    from klfast.loading import load_model, load_tokenizer
+    from klfast.loading import find_tokenizer, load_model
     from klfast.models.layers import linears
     from klfast.models.selection import select
     from klfast.types import storable_spec
 
     prepare()
+    require_target(out, overwrite=force)
     made = None if plan is None else klfast.Plan.from_json(plan)
     if made is not None:
         scale = plan_scale(made, scale)  # before the model is loaded
-    tokenizer = load_tokenizer(model, **loading)
+    tokenizer = find_tokenizer(model, **loading)
+    if tokenizer is None:
+        say(f"{model} holds no tokenizer, so {out} gets none.", as_json)
     network = load_model(model, dtype, **loading)
     if made is None:
         found = linears(network)

@@ -1,0 +1,63 @@
+"""save_quantized and load_quantized on families that klfast knows through transformers alone."""
+
+import pytest
+import torch
+from hybrid_families import CONFIGS, VOCABULARY, tiny
+
+import klfast
+from klfast import Plan, QuantSpec, checkpoint_tensors
+from klfast.errors import CheckpointError, InvalidInputError
+from klfast.models.layers import is_head_tied, linears
+
+pytestmark = pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")  # most of them run transformers' own functions
+
+
+def quantized(family, tied):
+    model = tiny(family, tied)
+    names = list(linears(model))[1:]
+    specs = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False))
+    plan = {name: klfast.types.storable_spec(specs[i % 3], linears(model)[name].in_features) for i, name in enumerate(names)}
+    return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_same_logits_and_buffers(family, tied, tmp_path):
+    model = quantized(family, tied)
+    ids = torch.randint(0, VOCABULARY, (2, 12))
+    expected = model(ids).logits
+    klfast.save_quantized(model, tmp_path / "model")
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert torch.equal(loaded(ids).logits, expected) and expected.isfinite().all()
+    assert is_head_tied(loaded) == is_head_tied(model)
+    for name, buffer in model.named_buffers():  # those too that no file holds
+        assert torch.equal(loaded.get_buffer(name), buffer) and loaded.get_buffer(name).dtype == buffer.dtype, name
+    state, original = loaded.state_dict(), model.state_dict()
+    assert list(state) == list(original) and all(torch.equal(state[name], tensor) for name, tensor in original.items())
+
+
+def test_falcon_h1_scales_its_projections():
+    """mup_vector is what its model fills for each of its mixers: different numbers, of which none may be lost."""
+    assert len(tiny("falcon_h1").model.layers[0].mamba.mup_vector.unique()) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
+def test_a_buffer_that_transformers_does_not_compute(dtype, tmp_path, monkeypatch):
+    """Of any dtype, and before anything is written."""
+    model = quantized("lfm2", False)
+    real = checkpoint_tensors.empty_model
+
+    def with_buffer(*args):
+        built = real(*args)
+        built.model.layers[0].register_buffer("lost", torch.zeros(3, dtype=dtype, device="meta"), persistent=False)
+        return built
+
+    klfast.save_quantized(model, tmp_path / "model")
+    monkeypatch.setattr(klfast.checkpoint, "empty_model", with_buffer)
+    message = r"transformers does not compute the buffer lost of model\.layers\.0"
+    with pytest.raises(CheckpointError, match=f"{message}; this model cannot be loaded"):
+        klfast.load_quantized(tmp_path / "model")
+    with pytest.raises(InvalidInputError, match=message):
+        klfast.save_quantized(model, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,386 @@
+"""What folders hold that are no models for klfast, and what is said of it; that no pickle is read and no network asked."""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import time
+
+import pytest
+import tiny_folder
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import klfast
+from klfast.errors import CheckpointError, InvalidInputError
+from klfast.loading import load_model, load_tokenizer
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return tiny_folder.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def no_pickle_and_no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("klfast unpickles nothing and, in these tests, asks no network")
+
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+def refused(folder, match, load=load_model, **options):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def shard(folder, parts=2):
+    """The weights in several files and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name, place in weight_map.items() if place == file}, folder / file, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_that_are_missing_truncated_or_pointers_are_named(folder):
+    expected = load_model(folder).state_dict()
+    shard(folder)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+    second = folder / "model-00002-of-00002.safetensors"
+    data = second.read_bytes()
+    for content in (data[:-7], data[:5], b"", b"no safetensors file"):
+        second.write_bytes(content)
+        refused(folder, r"model-00002-of-00002\.safetensors is damaged .*; fetch or save it again")
+    second.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    refused(folder, r"model-00002-of-00002\.safetensors: it is a pointer of git-lfs.*git lfs pull")
+    second.unlink()
+    refused(folder, r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json lists; fetch it again")
+    second.symlink_to(folder / "nowhere")
+    refused(folder, r"model-00002-of-00002\.safetensors is no file, or a link to none; fetch it again")
+    second.unlink()
+    (folder / INDEX).unlink()
+    refused(folder, r"lacks model\.safetensors\.index\.json, which says what its 1 safetensors files hold; fetch it again")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evil.bin", "../evil.safetensors", "sub/evil.safetensors", "/etc/evil.safetensors", "sub\\evil.safetensors", 3, None, "", ".",
+        "a\0.safetensors",
+    ],
+)
+def test_an_index_lists_nothing_but_safetensors_files_of_the_folder(folder, name):
+    weight_map = shard(folder)
+    torch.save({"x": torch.ones(1)}, folder / "evil.bin")
+    (folder / "sub").mkdir()
+    for place in (folder.parent, folder / "sub"):
+        shutil.copy(folder / "model-00001-of-00002.safetensors", place / "evil.safetensors")
+    weight_map[min(weight_map)] = name
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, r"index\.json lists .*, which is not the name of a safetensors file in this folder; klfast reads nothing else")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": ["x"]}}', "[" * 200_000]
+)
+def test_damaged_indices(folder, content):
+    shard(folder)
+    (folder / INDEX).write_text(content)
+    refused(folder, r"index\.json (is no valid index|lists no file).*; fetch it again")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../evil.safetensors", "other.safetensors"])
+def test_a_configuration_that_names_a_weight_file(folder, name):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    torch.save({}, folder / "adapter_model.bin")
+    refused(folder, r"config\.json names a weight file \(transformers_weights, .*\); call that file model\.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "match"),
+    [
+        ("pytorch_model.bin", r"its pytorch_model\.bin is a pickle; klfast never unpickles, so convert it with transformers"),
+        ("consolidated.00.pth", r"its consolidated\.00\.pth is a pickle"),
+        ("model.Q4_K_M.gguf", r"its model\.Q4_K_M\.gguf is GGUF, which klfast does not read"),
+        ("tf_model.h5", r"its tf_model\.h5 is weights of another framework"),
+        ("consolidated.safetensors", r"has no model\.safetensors, only consolidated\.safetensors"),
+        ("training_args.bin", r"holds no weights: model\.safetensors is missing; fetch it again"),
+    ],
+)
+def test_weights_of_other_kinds(folder, file, match):
+    (folder / "model.safetensors").rename(folder / file)
+    refused(folder, match)
+    (folder / "config.json").unlink()
+    other = "give the folder" if file in ("training_args.bin", "consolidated.safetensors") else f"its {file} is"
+    refused(folder, rf"holds no config\.json; {other}")
+
+
+def test_pointers_of_git_lfs(folder):
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        data = (folder / file).read_bytes()
+        (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+        for load in (load_model, load_tokenizer):
+            refused(folder, rf"{file}: it is a pointer of git-lfs, not the file itself; run `git lfs pull`", load)
+        (folder / file).write_bytes(data)
+
+
+def test_adapters(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    torch.save({}, folder / "adapter_model.bin")
+    for _ in range(2):  # with the base model's config.json beside it and without
+        for load in (load_model, load_tokenizer):
+            refused(folder, r"holds an adapter .*, not a whole model; merge it into its base model", load)
+        (folder / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"d_model": 768, "n_layer": 24, "ssm_cfg": {}}, r"format of the package mamba_ssm; take the version .* ends in -hf"),
+        ({"hidden_size": 3}, r"config\.json names no model_type"),
+        ({"model_type": ["a"]}, r"config\.json names no model_type"),
+        ({"model_type": "unheard-of"}, r"does not know its architecture 'unheard-of'"),
+        ({"model_type": "t5"}, r"t5 is no causal language model"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"bert reads a text in both directions, so it is no causal"),
+        ({"model_type": "xlm-roberta"}, r"xlm-roberta reads a text in both directions"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, r"bart reads a text in both directions"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}, r"--trust-remote-code"),
+    ],
+)
+def test_models_of_other_kinds(folder, config, match):
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, match)
+
+
+def test_bert_as_a_decoder_is_a_causal_language_model(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path) is not None
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "unknown"])
+def test_models_that_others_have_quantized(folder, method):
+    config = json.loads((folder / "config.json").read_text())
+    details = {"bits": 4, "group_size": 128} if method in ("gptq", "awq") else {"load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method, **details}}))
+    refused(folder, rf"its weights are quantized with {method} \(.*\); load the full-precision model instead")
+
+
+@pytest.mark.parametrize("part", ["qweight", "scales", "weight_packed"])
+def test_models_that_others_have_quantized_without_saying_so(folder, part):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("in_proj.weight"))
+    tensors[name.replace("weight", part)] = tensors.pop(name).to(torch.int32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, rf"holds weights that another tool has quantized, such as .*in_proj\.{part}; load the full-precision model instead")
+
+
+def test_a_weight_file_in_the_place_of_a_folder(folder):
+    for file, match in (("a.bin", "is a pickle; klfast never unpickles"), ("a.gguf", "a.gguf is GGUF"), ("a.txt", "is a file; give the folder")):
+        (folder / file).touch()
+        with pytest.raises(InvalidInputError, match=match):
+            load_model(folder / file)
+
+
+def test_pack_quantized_folders_of_others(folder):
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    refused(folder, r"holds no klfast\.json, so klfast\.save_quantized did not write it; copy the whole folder, or quantize the full-")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors", "chat_template.jinja"])
+def test_pipes_are_not_read(folder, file):
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    for load in (load_model, load_tokenizer):
+        refused(folder, rf"{file} is a pipe, socket or device, not a regular file; remove it", load)
+
+
+@pytest.mark.parametrize("layers", [100_000, 10**15])
+def test_very_many_layers_are_refused_at_once(folder, layers):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    start = time.monotonic()
+    refused(folder, r"config\.json describes a far larger model than the \d+ tensors stored; fetch or save it again")
+    assert time.monotonic() - start < 10
+
+
+def test_very_many_experts_are_refused_at_once(tmp_path):
+    """There is no name by which each configuration counts them, so what is built is counted, too."""
+    from klfast.model_config import bounded
+
+    with pytest.raises(CheckpointError, match="far larger model"), bounded(tmp_path / "config.json", 10), torch.device("meta"):
+        torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(10**9))
+    torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2000))  # nothing is counted afterwards
+
+
+@pytest.mark.parametrize("limit", [[1], "x", [2.0, 1.0], ["a", "b"], [0, 1, 2], [0.0, 10**400], 3, {"a": 1}, [[], []]])
+def test_wrong_time_step_limits(folder, limit):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "time_step_limit": limit}))
+    refused(folder, r"config\.json: time_step_limit must be two numbers, the smaller first, got .*; fetch or save it again")
+
+
+def test_time_step_limits_that_are_right(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for limit in ([0.0, 1.0], [0.0, float("inf")], [0.0, {"__float__": "Infinity"}]):
+        (folder / "config.json").write_text(json.dumps({**config, "time_step_limit": limit}))
+        assert load_model(folder) is not None
+
+
+@pytest.mark.parametrize("content", ["9" * 5000, "[]", "3", "null", '"x"', b"\xff\xfe"])
+def test_unusual_json(folder, content):
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(folder, r"config\.json is no valid configuration")
+
+
+@pytest.mark.parametrize("longest", ["many", [1], None, True, -3, float("nan"), {"a": 1}])
+def test_damaged_model_max_length(folder, longest):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": longest}))
+    if longest is None:  # transformers takes it for none
+        assert load_tokenizer(folder)("a")["input_ids"]
+    else:
+        refused(folder, "the tokenizer of|model_max_length must be a positive number", load_tokenizer)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache, and what puts a folder into it under an id."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def put(folder, name="me/small"):
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        home = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        for file in sorted(folder.iterdir()):  # blobs, and links to them
+            blob = home / "blobs" / file.name
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copy(file, blob)
+            link = home / "snapshots" / commit / file.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        return home / "snapshots" / commit
+
+    return put
+
+
+def test_a_model_of_the_hub(original, cache):
+    cache(original)
+    expected = load_model(original).state_dict()
+    found = load_model("me/small", local_files_only=True).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert load_tokenizer("me/small", local_files_only=True)("Hello")["input_ids"]
+    for load in (load_model, load_tokenizer):
+        message = "cannot load the .* of me/other: it is neither in the local cache nor can the hub be reached"
+        refused("me/other", message, load, local_files_only=True)
+
+
+def test_a_quantized_model_of_the_hub(original, cache, tmp_path):
+    model = load_model(original)
+    plan = klfast.Plan({"lm_head": klfast.QuantSpec(4, 32)}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(model, plan), tmp_path / "small", load_tokenizer(original))
+    cache(tmp_path / "small")
+    loaded = load_model("me/small", local_files_only=True)
+    assert isinstance(loaded.lm_head, klfast.QuantLinear)
+    ids = torch.randint(0, 256, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, klfast.load_quantized(tmp_path / "small")(ids).logits)
+
+
+def test_damage_in_the_cache(folder, cache):
+    shard(folder)
+    snapshot = cache(folder)
+    (snapshot / "model-00001-of-00002.safetensors").unlink()
+    refused("me/small", r"lacks model-00001-of-00002\.safetensors", local_files_only=True)
+    (snapshot / INDEX).unlink()
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "evil.bin"}}))
+    refused("me/small", r"lists 'evil\.bin'", local_files_only=True)
+    (snapshot / "adapter_config.json").write_text("{}")
+    refused("me/small", r"holds an adapter", local_files_only=True)
+
+
+def test_what_is_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
+    """First what is small, then the weight files that it names; where the hub cannot be reached, the cache does."""
+    import huggingface_hub
+
+    snapshot, asked = cache(original), []
+
+    def download(name, *, allow_patterns, revision=None, **_):
+        asked.append((name, revision, list(allow_patterns)))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_model("me/small")
+    assert [name for name, _, _ in asked] == ["me/small"] * 2 and asked[1][1:] == (snapshot.name, ["model.safetensors"])
+    assert "*.json" in asked[0][2] and not any("safetensors" in pattern or pattern == "*.py" for pattern in asked[0][2])
+    asked.clear()
+    load_tokenizer("me/small", trust_remote_code=True)
+    assert len(asked) == 1 and "*.py" in asked[0][2]
+    shutil.copytree(snapshot, tmp_path / "sharded")
+    shard(tmp_path / "sharded")
+    snapshot = tmp_path / "sharded"
+    asked.clear()
+    load_model("me/small")
+    assert asked[1][2] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+    def unreachable(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert load_model("me/small") is not None
+    refused("me/other", "neither in the local cache nor can the hub be reached")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("GatedRepoError", "only after you accepted its terms"),
+        ("RepositoryNotFoundError", "the hub has no such model; check the id"),
+        ("RevisionNotFoundError", "the hub has no such version"),
+    ],
+)
+def test_what_the_hub_refuses(name, match, monkeypatch):
+    import huggingface_hub
+
+    def download(*_, **__):
+        kind = getattr(huggingface_hub.errors, name)
+        raise kind.__new__(kind, "no")  # its initialiser wants an answer of the hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused("me/other", match)
+
+
+@pytest.mark.parametrize("name", ["a b/c d", "-a/b", "a/b--c..d"])
+def test_ids_that_the_hub_cannot_have(name):
+    refused(name, r"that is no id of the hub, which reads owner/name", local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "a\\b/c", "a/b/c", b"bytes"])
+def test_names_that_are_no_names(name):
+    with pytest.raises(InvalidInputError):
+        load_model(name)
