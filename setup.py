@@ -5,12 +5,15 @@ translation unit (named after its tier) with flags of its own; all else is compi
 architecture's baseline, so that a wheel runs anywhere.
 """
 
+import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +38,23 @@ if AVXVNNI_TWIN:
 AMX_TWIN = os.environ.get("KLFAST_AMX_TWIN") == "1"
 if AMX_TWIN:
     TIER_FLAGS["amx"] = TIER_FLAGS["avx512bf16"]
+# An instruction of each extension in a tier. An assembler older than the compiler (they come in packages of their own) takes the
+# flags, and stops at the first of these.
+AVX2_PROBE = ["vpabsd %ymm0, %ymm1", "vfmadd231ps %ymm0, %ymm1, %ymm2", "vcvtph2ps %xmm0, %ymm1", "pextl %eax, %ebx, %ecx"]
+AVX512_VNNI_PROBE = [
+    *AVX2_PROBE, "vpabsd %zmm0, %zmm1", "vpabsb %zmm0, %zmm1", "vpmullq %zmm0, %zmm1, %zmm2", "vpabsd %ymm0, %ymm1{%k1}",
+    "vpdpbusd %zmm0, %zmm1, %zmm2",
+]  # fmt: skip
+AVX512_BF16_PROBE = [*AVX512_VNNI_PROBE, "vdpbf16ps %zmm0, %zmm1, %zmm2"]
+TIER_PROBES = {
+    "avx2": AVX2_PROBE,
+    "avxvnni": [*AVX2_PROBE, "vpdpbusd %ymm0, %ymm1, %ymm2{%k1}" if AVXVNNI_TWIN else "{vex} vpdpbusd %ymm0, %ymm1, %ymm2"],
+    "avx512vnni": AVX512_VNNI_PROBE,
+    "avx512bf16": AVX512_BF16_PROBE,
+    "amx": AVX512_BF16_PROBE
+    if AMX_TWIN
+    else [*AVX512_BF16_PROBE, "tilezero %tmm0", "tdpbf16ps %tmm0, %tmm1, %tmm2", "tdpbssd %tmm0, %tmm1, %tmm2"],
+}
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 # -fno-tree-loop-distribute-patterns: a loop that sets a tile to zero stays one; `rep stos` takes longer than small products.
 COMMON_FLAGS = [
@@ -43,11 +63,11 @@ COMMON_FLAGS = [
 
 
 class BuildPerTier(build_ext):
-    """Compile every source with the flags of its tier; leave out tiers the compiler cannot build."""
+    """Compile every source with the flags of its tier; leave out tiers that the compiler or the assembler cannot build."""
 
     def build_extension(self, ext):
         self._check_tools()
-        tiers = [t for t in TIER_FLAGS if self._compiles(TIER_FLAGS[t])] if self._is_x86() else []
+        tiers = self._tiers()
         macros = [(f"KLFAST_BUILT_{t.upper()}", "1") for t in tiers]
         if AVXVNNI_TWIN:
             macros.append(("KLFAST_AVXVNNI_TWIN", "1"))
@@ -55,19 +75,34 @@ class BuildPerTier(build_ext):
             macros.append(("KLFAST_AMX_TWIN", "1"))
         sources = [s for s in ext.sources if Path(s).stem in tiers or Path(s).stem not in TIER_FLAGS]
         extra = os.environ.get("KLFAST_CXXFLAGS", "").split()
+        compiler = [*self.compiler.compiler_so_cxx, subprocess.check_output([*self.compiler.compiler_so_cxx, "--version"], text=True)]
 
         def compile_one(source):
             flags = [*COMMON_FLAGS, *TIER_FLAGS.get(Path(source).stem, []), *extra]
-            return self.compiler.compile(
+            [built] = self.compiler.object_filenames([source], output_dir=self.build_temp)
+            record = Path(f"{built}.command")
+            command = repr([compiler, self.compiler.include_dirs, self.compiler.macros, macros, ext.include_dirs, flags])
+            if not self.force and is_current(Path(built), record, command):
+                return built
+            record.unlink(missing_ok=True)
+            started = time.time_ns()
+            self.compiler.compile(
                 [source], output_dir=self.build_temp, macros=macros, include_dirs=ext.include_dirs,
-                extra_postargs=flags, depends=ext.depends,
+                extra_postargs=[*flags, "-MMD", "-MF", f"{built}.d"], depends=ext.depends,
             )
+            os.utime(built, ns=(started, started))  # so that what is edited meanwhile is newer
+            record.write_text(command)
+            return built
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = sum(pool.map(compile_one, sources), [])
+        with ThreadPoolExecutor(jobs()) as pool:
+            objects = list(pool.map(compile_one, sources))
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(str(Path(target).parent))
         self.compiler.link_shared_object(objects, target, extra_postargs=["-fopenmp", *extra], target_lang="c++")
+
+    def _tiers(self):
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+        return [tier for tier, flags in TIER_FLAGS.items() if self._compiles(flags, TIER_PROBES[tier])] if is_x86 else []
 
     def _check_tools(self):
         """Say what is missing in one line, before the compiler says it in many."""
@@ -80,20 +115,61 @@ class BuildPerTier(build_ext):
         if not shutil.which(compiler := self.compiler.compiler_so_cxx[0]):
             raise SystemExit(f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try again")
 
-    @staticmethod
-    def _is_x86():
-        return platform.machine().lower() in ("x86_64", "amd64", "i686")
-
-    def _compiles(self, flags):
+    def _compiles(self, flags, instructions):
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cpp")
-            probe.write_text("int main() { return 0; }\n")
+            lines = "".join(f'    asm volatile("{line}");\n' for line in instructions)
+            probe.write_text(f"void probe() {{\n{lines}}}\n")
             try:
                 self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
             except Exception as error:  # the compilers' exception classes differ by setuptools version
-                print(f"klfast: the compiler cannot build a tier ({' '.join(flags)}): {error}")
+                print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
                 return False
         return True
+
+
+def is_current(built, record, command):
+    """Whether an object was made by this command and is newer than all that went into it, as its .d file lists."""
+    try:
+        if record.read_text() != command:
+            return False
+        inputs = Path(f"{built}.d").read_text().split(": ", 1)[1].replace("\\\n", " ").split()
+        time_built = built.stat().st_mtime_ns
+        return all(os.stat(path).st_mtime_ns < time_built for path in inputs)
+    except (OSError, IndexError):  # also a path with a space, which is not understood here
+        return False
+
+
+def jobs():
+    """How many sources to compile at a time: MAX_JOBS, or as many as there are CPUs for this process."""
+    if asked := os.environ.get("MAX_JOBS"):
+        if not (asked.isdecimal() and int(asked)):
+            raise SystemExit(f"klfast: MAX_JOBS must be a positive integer, got {asked!r}")
+        return int(asked)
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        cpus = os.process_cpu_count()
+    else:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, math.ceil(min(cpus or 1, cgroup_cpus())))
+
+
+def cgroup_cpus(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
+    """The CPUs' worth of time that the control groups (v2) of this process allow; infinity if there is no limit."""
+    try:
+        [path] = [line[3:] for line in Path(membership).read_text().splitlines() if line.startswith("0::")]
+    except (OSError, ValueError):
+        return math.inf
+    allowed = math.inf
+    group = Path(root, path.lstrip("/"))
+    for folder in (group, *group.parents):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            allowed = min(allowed, int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            pass  # "max", or no such file
+        if folder == Path(root):
+            break
+    return allowed
 
 
 def files(*patterns):

@@ -16,7 +16,10 @@ bundled model); gradients of both are compared with a step-by-step loop in tests
 import ctypes
 import functools
 import hashlib
+import os
+import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -108,23 +111,52 @@ def ssd_scan(x, delta, A, B, C, D, chunk):
 def kernels(state):
     """The compiled kernels for a state size, or None where there is no C++ compiler.
 
-    -march=native is right here and nowhere else in the project: the library never leaves the machine that built it.
+    -march=native is right here and nowhere else in the project: the library is used only by CPUs like the one that built it.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
     command = [compiler, "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
     command.append(f"-DSTATE={state}")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"klfast-training-{key}.so"
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([*command, cpu()]).encode()).hexdigest()[:16]
+    folder = own_folder()
+    library = folder / f"{key}.so"
     if not library.exists():
-        partial = Path(tempfile.mkdtemp()) / library.name
-        built = subprocess.run([*command, str(SOURCE), "-o", str(partial)], capture_output=True, text=True)
-        if built.returncode != 0:
-            print(f"training kernels do not compile, using plain torch:\n{built.stderr}")
-            return None
-        shutil.move(partial, library)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            partial = Path(beside, library.name)
+            built = subprocess.run([*command, str(SOURCE), "-o", str(partial)], capture_output=True, text=True)
+            if built.returncode != 0:
+                print(f"training kernels do not compile, using plain torch:\n{built.stderr}")
+                return None
+            os.replace(partial, library)
     return ctypes.CDLL(str(library))
+
+
+def cpu():
+    """What tells CPUs with other instructions apart: several machines may share one home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.node())
+
+
+def own_folder():
+    """The folder for compiled kernels, which nobody but this user can have written to: what lies there is loaded and run.
+
+    Raises:
+        PermissionError: it belongs to somebody else, is open to others, or is a link.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (cache if cache.is_absolute() else Path.home() / ".cache") / "klfast-training"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        pass  # a file or a dangling link, see below
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} must be a folder of your own that is closed to others (mode 700); remove it, or set XDG_CACHE_HOME")
+    return folder
 
 
 class Shape(ctypes.Structure):

@@ -35,7 +35,7 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: QuantSpec, activation: str = "exact", scale: str = "absmax") -> QuantLinear:
+    def from_linear(cls, linear: nn.Linear, spec: QuantSpec | str, activation: str = "exact", scale: str = "absmax") -> QuantLinear:
         """Quantize a linear layer's weight; its bias is kept as it is. ``scale`` as in ``klfast.quantize``."""
         if not isinstance(linear, nn.Linear):
             raise InvalidInputError(f"QuantLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
@@ -43,10 +43,11 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int], spec: QuantSpec, *, bias_dtype: torch.dtype | None = None, scale_dtype: torch.dtype = torch.float16,
+        cls, shape: tuple[int, int], spec: QuantSpec | str, *, bias_dtype: torch.dtype | None = None, scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str = "meta", activation: str = "exact", dtype: torch.dtype = torch.float32,
     ) -> QuantLinear:
         """A layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
+        spec = QuantSpec.of(spec)
         n, k = shape
         groups = spec.n_groups(k)
         zero_point = None if spec.symmetric else torch.empty(packed_words(n, spec.bits), groups, dtype=torch.int32, device=device)

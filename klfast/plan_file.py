@@ -2,85 +2,87 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 
-from klfast.errors import CheckpointError
-from klfast.files import parse_json, write_atomic
-from klfast.types import Fingerprint, Plan, QuantSpec
+from klfast import signed_json
+from klfast.errors import CheckpointError, InvalidInputError
+from klfast.signed_json import is_a, number
+from klfast.types import Fingerprint, Plan
 
 SCHEMA = "klfast-plan/1"
+_REMEDY = "create the plan again"
+_ENTRIES = ("schema", "method", "fingerprint", "specs", "predicted", "notes")
+_ADDED = ("scale", signed_json.DIGEST)  # plans of klfast 0.1.0 have neither, later ones have both
 
 
 def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
-    """The plan as JSON text, written to ``path`` if given."""
-    fingerprint = plan.fingerprint and {"structure": plan.fingerprint.structure, "norms": list(plan.fingerprint.norms)}
+    """Return the plan as JSON text with its digest, written to ``path`` if given.
+
+    Raises:
+        InvalidInputError: the plan holds something that JSON lacks, such as a NaN.
+    """
     data = {
         "schema": SCHEMA,
         "method": plan.method,
-        "fingerprint": fingerprint,
+        "fingerprint": plan.fingerprint and {"structure": plan.fingerprint.structure, "norms": list(plan.fingerprint.norms)},
         "specs": {name: str(spec) for name, spec in plan.specs.items()},
         "predicted": dict(plan.predicted),
         "notes": list(plan.notes),
+        "scale": plan.scale,
     }
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    if path is not None:
-        write_atomic(path, text)
-    return text
+    try:
+        return signed_json.write(data, path)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the plan cannot be written as JSON ({error}); its numbers must be finite, its notes text") from error
 
 
 def read(source: str | os.PathLike[str]) -> Plan:
-    """The plan in a file that ``write`` made, or in its JSON text (recognized by the opening brace).
+    """Return the plan in a file that ``write`` made, or in its JSON text (recognized by the opening brace).
 
     Raises:
-        CheckpointError: no such file, truncated, or no plan.
+        CheckpointError: no such file, or it is truncated, altered or not a plan.
     """
-    text, where = _text(source)
+    data, origin = signed_json.read(source, "a plan", _REMEDY, verified=False)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        if str(schema).startswith("klfast-sensitivities/"):
+            raise CheckpointError(f"{origin} holds sensitivities; make a plan of them first (klfast plan)")
+        raise CheckpointError(f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give what klfast plan wrote")
     try:
-        data = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is truncated or no JSON ({error}); make the plan anew") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise CheckpointError(f"{where} is no plan (its schema is not {SCHEMA!r}); give what klfast plan wrote")
-    try:
-        return _plan(data)
+        _check_entries(data)
+        plan = _plan(data)
     except (KeyError, TypeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{where} is damaged ({what}); make the plan anew") from error
-
-
-def _text(source: str | os.PathLike[str]) -> tuple[str, str]:
-    if isinstance(source, str) and source.lstrip()[:1] == "{":
-        return source, "the JSON text"
-    where = os.fspath(source)
+        raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
     try:
-        with open(where, encoding="utf-8") as file:
-            return file.read(), where
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise CheckpointError(f"cannot read a plan from {where}: {reason}") from error
+        signed_json.verify(data, origin, _REMEDY)
+    except CheckpointError as error:
+        remedy = f"{_REMEDY}, or if you edited it remove {' and '.join(_ADDED)}"
+        raise CheckpointError(f"{origin} is damaged (its content does not match its {signed_json.DIGEST}); {remedy}") from error
+    return plan
+
+
+def _check_entries(data: dict[str, object]) -> None:
+    """Raise unless the entries are those of a plan: without its name a digest would not be looked at."""
+    if unknown := [name for name in data if name not in (*_ENTRIES, *_ADDED)]:
+        raise ValueError(f"it has an unknown entry {unknown[0]!r}")
+    if missing := [name for name in _ADDED if name not in data]:
+        if len(missing) < len(_ADDED):
+            raise KeyError(missing[0])
 
 
 def _plan(data: dict[str, object]) -> Plan:
-    specs = {name: QuantSpec.parse(_is(spec, str, f"the spec of {name}")) for name, spec in _is(data["specs"], dict, "specs").items()}
-    predicted = {name: _number(value, name) for name, value in _is(data["predicted"], dict, "predicted").items()}
-    notes = tuple(_is(note, str, "a note") for note in _is(data["notes"], list, "notes"))
+    specs = {name: is_a(str, spec, f"the spec of {name}") for name, spec in is_a(dict, data["specs"], "specs").items()}
+    predicted = {name: _finite(value, name) for name, value in is_a(dict, data["predicted"], "predicted").items()}
+    notes = tuple(is_a(str, note, "a note") for note in is_a(list, data["notes"], "notes"))
     fingerprint = data["fingerprint"]
     if fingerprint is not None:
-        fields = _is(fingerprint, dict, "fingerprint")
-        norms = tuple(_number(norm, "a norm") for norm in _is(fields["norms"], list, "norms"))
-        fingerprint = Fingerprint(_is(fields["structure"], str, "structure"), norms)
-    return Plan(specs, _is(data["method"], str, "method"), fingerprint, predicted, notes)
+        fields = is_a(dict, fingerprint, "fingerprint")
+        norms = tuple(number(norm, "a norm") for norm in is_a(list, fields["norms"], "norms"))
+        fingerprint = Fingerprint(is_a(str, fields["structure"], "structure"), norms)
+    return Plan(specs, is_a(str, data["method"], "method"), fingerprint, predicted, notes, data.get("scale"))
 
 
-def _is(value: object, kind: type, what: str) -> object:
-    if not isinstance(value, kind):
-        raise ValueError(f"{what} is {value!r}, not a {kind.__name__}")
-    return value
-
-
-def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
-        raise ValueError(f"{what} is {value!r}, not a finite number")
-    return value
+def _finite(value: object, what: str) -> float:
+    number(value, what)
+    return value  # bytes stay an int

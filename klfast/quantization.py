@@ -14,12 +14,12 @@ _CLIP_RATIOS = torch.linspace(1.0, 0.5, 26).tolist()
 _TILE = 1 << 18  # weights rounded at a time on a CPU: the passes over them stay in cache
 
 
-def quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+def quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> QuantizedTensor:
     """Quantize a weight matrix, round to nearest (half to even).
 
     Args:
         weight: float32, bfloat16 or float16 [N, K], finite, with at least one row and column.
-        spec: bits, group and symmetry.
+        spec: bits, group and symmetry; or its text, such as "int4-g64-sym".
         scale: "absmax" (the largest magnitude maps to q_max; if asymmetric, the range min..max, extended to take in
             0, maps to q_min..q_max) or "mse" (that range shrunk by the ratio, of 26 from 1 to 0.5, with the least
             squared error per group).
@@ -29,6 +29,7 @@ def quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", sc
     Raises:
         InvalidInputError: wrong dtype or shape, a NaN or infinity, or a scale beyond ``scale_dtype``'s range.
     """
+    spec = QuantSpec.of(spec)
     _check(weight, scale, scale_dtype)
     n, k = weight.shape
     n_groups = spec.n_groups(k)
@@ -44,8 +45,9 @@ def quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", sc
     return QuantizedTensor(reference.pack(q, spec.bits), s, zero_point, (n, k), spec)
 
 
-def fake_quantize(weight: torch.Tensor, spec: QuantSpec, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """float32 [N, K], bit for bit ``quantize(...).dequantize(torch.float32)`` with the same arguments, nothing packed."""
+    spec = QuantSpec.of(spec)
     _check(weight, scale, scale_dtype)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows, columns, _, (q, s, z) in _rounded_tiles(weight, spec, scale, scale_dtype):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klfast.errors import InvalidInputError
+from klfast.errors import InvalidInputError, ModelMismatchError
 from klfast.files import write_atomic
+from klfast.sensitivity.coverage import require_measurements, unfinished_note
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
-from klfast.types import Plan, QuantSpec
+from klfast.types import Plan, QuantSpec, storable_spec
 
 if TYPE_CHECKING:
     import rich.table
@@ -62,7 +63,8 @@ class Table:
 
 def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: int = 10) -> list[Table]:
     """What a sweep found, in tables: the most sensitive layers of each spec, means by kind of layer, by depth and by both, means
-    by use of a layer's rows if the sweep measured them, and how far the other metrics rank the layers alike.
+    by use of a layer's rows if the sweep measured them, and how well the other metrics agree on the ranking. The first table
+    says so if the sweep is unfinished.
 
     Args:
         metric: one that every candidate has; KL(teacher || student) by default, or what was measured instead.
@@ -72,7 +74,9 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
         InvalidInputError: nothing measured, or not this metric.
     """
     metric = _metric(sensitivities, metric)
-    tables = [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
+    note = unfinished_note(sensitivities)
+    tables = [Table("Unfinished sweep", ("note",), ((note,),) if note else ())]
+    tables += [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
     tables += [by_kind_and_depth(sensitivities, metric, spec) for spec in _by_spec(sensitivities)]
     return [table for table in [*tables, by_use(sensitivities, metric), agreement(sensitivities, metric)] if table.rows]
 
@@ -167,6 +171,29 @@ def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[
     return [Table("Plan", ("what", "value"), tuple(facts)), Table("Layers by precision", ("kind", *specs), rows)]
 
 
+def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None = None) -> Table:
+    """Every layer with its precision, the bytes that it takes in the saved model and the ``metric`` measured there, in module
+    order; the metric is empty for full precision, and where it was not measured.
+
+    Raises:
+        InvalidInputError: no such metric was measured.
+        ModelMismatchError: the plan was made for another model.
+    """
+    metric = _metric(sensitivities, metric)
+    models = (plan.fingerprint, sensitivities.fingerprint)
+    if (None not in models and not models[0].matches(models[1])) or not plan.specs.keys() <= sensitivities.layers.keys():
+        raise ModelMismatchError("the plan and the sensitivities are of different models; give those that the plan was made from")
+    means = {key: measurement.mean for key, measurement in sensitivities.measurements.items()}
+    measured = {(name, storable_spec(spec, sensitivities.layers[name].shape[1])): mean for (name, spec), mean in means.items()}
+    measured |= means  # of two that are stored as the same spec, the one that was measured as stored
+    rows = []
+    for name, info in sensitivities.layers.items():
+        spec = plan.specs.get(name)
+        nbytes = info.float_bytes if spec is None else spec.saved_bytes(info.shape)
+        rows.append((name, FULL if spec is None else str(spec), nbytes, measured.get((name, spec), {}).get(metric)))
+    return Table("Precision by layer", ("layer", "precision", "bytes", metric), tuple(rows))
+
+
 def write(path: str | os.PathLike[str], tables: Iterable[Table]) -> None:
     """Write tables as Markdown (.md) or JSON (.json), all of the file or nothing."""
     suffix = Path(path).suffix
@@ -190,24 +217,36 @@ def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str
     if suffix not in (".png", ".svg", ".pdf"):
         raise InvalidInputError(f"a plot is written as .png, .svg or .pdf, not {suffix or 'without a suffix'!r}; rename {path}")
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install klfast[plot]") from error
-    found = _by_spec(sensitivities)
-    figure = Figure(figsize=(5 * len(found), 3.5), layout="constrained")
-    for axes, (spec, measurements) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True):
-        for name_kind in dict.fromkeys(map(kind, measurements)):
-            points = [(depth(name), m.mean[metric]) for name, m in measurements.items() if kind(name) == name_kind]
-            if points[0][0] is None:  # outside of the blocks: a line across
-                axes.axhline(points[0][1], label=name_kind, color="gray", linestyle=":")
-            else:
-                axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name_kind)
-        axes.set(title=str(spec), xlabel="block", yscale="linear" if metric in (*_BETTER_HIGH, "delta_ce") else "log")
-    figure.axes[0].set_ylabel(metric)
-    figure.axes[-1].legend(fontsize="small")
+    figure = _figure(sensitivities, metric)
     image = io.BytesIO()
     figure.savefig(image, format=suffix[1:], dpi=150)
     write_atomic(path, image.getvalue())
+
+
+def _figure(sensitivities: Sensitivities, metric: str):
+    """The matplotlib figure of ``plot``, its legend beside the panels."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    found = _by_spec(sensitivities)
+    kinds = dict.fromkeys(kind(name) for measurements in found.values() for name in measurements if depth(name) is not None)
+    colors = {name_kind: colormaps["tab10"](i % 10) for i, name_kind in enumerate(kinds)}
+    figure = Figure(figsize=(5 * len(found) + 1.5, 3.5), layout="constrained")
+    for axes, (spec, measurements) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True):
+        blocks = {name: m for name, m in measurements.items() if depth(name) is not None}
+        for name_kind, color in colors.items():
+            if points := [(depth(name), m.mean[metric]) for name, m in blocks.items() if kind(name) == name_kind]:
+                axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name_kind, color=color)
+        for name in measurements.keys() - blocks.keys():  # a line across
+            axes.axhline(measurements[name].mean[metric], label=kind(name), color="gray", linestyle=":")
+        axes.set(title=str(spec), xlabel="block", yscale="linear" if metric in (*_BETTER_HIGH, "delta_ce") else "log")
+    figure.axes[0].set_ylabel(metric)
+    labelled = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labelled.values(), labelled.keys(), loc="outside right upper", fontsize="small")
+    return figure
 
 
 def kind(name: str) -> str:
@@ -221,8 +260,7 @@ def depth(name: str) -> int | None:
 
 
 def _metric(sensitivities: Sensitivities, asked: str | None) -> str:
-    if not sensitivities.measurements:
-        raise InvalidInputError("the sensitivities hold no measurements; run klfast.sweep first")
+    require_measurements(sensitivities)
     held = [metric for metric in METRICS if all(metric in m.mean for m in sensitivities.measurements.values())]
     if asked is None and held:
         return held[0]

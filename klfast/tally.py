@@ -65,4 +65,7 @@ class Tally:
                 raise CheckpointError(f"the sums of the sweep are damaged ({type(error).__name__}: {error})") from error
             if len(raw) != part.numel() * part.element_size():
                 raise CheckpointError("the sums of the sweep are damaged (of the wrong size)")
-            part.copy_(torch.frombuffer(bytearray(raw), dtype=part.dtype).view_as(part))
+            values = torch.frombuffer(bytearray(raw), dtype=part.dtype).view_as(part)
+            if not values.isfinite().all() or (name == "counts" and (values < 0).any()):
+                raise CheckpointError("the sums of the sweep are damaged (a NaN, an infinity or a negative count)")
+            part.copy_(values)

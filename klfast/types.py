@@ -12,6 +12,7 @@ import torch
 
 from klfast.errors import InvalidInputError
 
+SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE_BYTES = 16  # of a saved weight_shape, int64 [2], which each quantized layer has
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
@@ -53,13 +54,24 @@ class QuantSpec:
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
-        """The spec that prints as ``text``; ``int4`` alone stands for the default group and symmetry."""
-        match = re.fullmatch(r"int([48])(?:-(channel|g[1-9]\d*))?(?:-(sym|asym))?", text)
+        """Return the spec that prints as ``text``; ``int4`` alone stands for the default group and symmetry.
+
+        Raises:
+            InvalidInputError: the text does not describe a spec.
+        """
+        if not isinstance(text, str):
+            raise InvalidInputError(f"a quantization spec must be a QuantSpec or text such as int4-g64-sym, got {type(text).__name__}")
+        match = re.fullmatch(r"int([48])(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?", text)
         if match is None:
-            raise InvalidInputError(f"{text!r} is no quantization spec; write for instance int4-g64-sym or int8-channel-asym")
+            raise InvalidInputError(f"{text!r} is not a quantization spec (examples: int4-g64-sym, int8-channel-asym)")
         bits, group, symmetry = match.groups()
         size = cls.group_size if group is None else -1 if group == "channel" else int(group[1:])
         return cls(int(bits), size, symmetry != "asym")
+
+    @classmethod
+    def of(cls, spec: QuantSpec | str) -> QuantSpec:
+        """Return ``spec`` itself, or the one that its text describes (see ``parse``)."""
+        return spec if isinstance(spec, cls) else cls.parse(spec)
 
     @property
     def q_min(self) -> int:
@@ -205,7 +217,7 @@ class Plan:
     """A precision for each linear layer.
 
     Attributes:
-        specs: layer name -> spec. A layer that is not named keeps its full precision.
+        specs: layer name -> spec (a QuantSpec, or its text). A layer that is not named keeps its full precision.
         method: "optimal", "greedy" or "uniform".
         fingerprint: the model that the plan was made for; None if made from published files.
         predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
@@ -213,6 +225,8 @@ class Plan:
             "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, an estimate: as if what
             each layer adds to the cross-entropy added up.
         notes: anything that the planner changed or found, one sentence each.
+        scale: how scales were chosen in the sweep behind the plan, "absmax" or "mse", and are chosen when the plan is applied.
+            None if that is not known.
     """
 
     specs: Mapping[str, QuantSpec]
@@ -220,6 +234,14 @@ class Plan:
     fingerprint: Fingerprint | None = None
     predicted: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    scale: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.specs, Mapping):
+            raise InvalidInputError(f"the specs of a plan must be a mapping from layer names to specs, got {type(self.specs).__name__}")
+        object.__setattr__(self, "specs", {name: QuantSpec.of(spec) for name, spec in self.specs.items()})
+        if self.scale not in (None, *SCALES):
+            raise InvalidInputError(f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}")
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
@@ -235,7 +257,7 @@ class Plan:
             source: a path, or the JSON text itself (recognized by its opening brace).
 
         Raises:
-            CheckpointError: no such file, truncated, or no plan.
+            CheckpointError: no such file, or it is truncated, altered or not a plan.
         """
         from klfast import plan_file
 
@@ -254,6 +276,15 @@ class Fingerprint:
 
     structure: str
     norms: tuple[float, ...]
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both can be of one model: the same structure, and norms that are equal to 1 %.
+
+        ``==`` is stricter than that: the norms of one model differ a little from one device or dtype to another.
+        """
+        if self.structure != other.structure or len(self.norms) != len(other.norms):
+            return False
+        return all(abs(a - b) <= 0.01 * max(a, b) for a, b in zip(self.norms, other.norms, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,17 @@
 """Plans as JSON."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
-from klfast.errors import CheckpointError
+from klfast.errors import CheckpointError, InvalidInputError
 from klfast.types import Fingerprint, Plan, QuantSpec
 
 PLAN = Plan(
     {"a.b": QuantSpec(4, 64), "head": QuantSpec(8, -1, symmetric=False)}, "optimal", Fingerprint("abc", (1.5, 2.25)),
-    {"bytes": 1234.0, "kl": 0.0625}, ("a note",),
+    {"bytes": 1234, "kl": 0.0625}, ("a note",), "mse",
 )
 
 
@@ -17,7 +19,48 @@ PLAN = Plan(
 def test_round_trip(plan, tmp_path):
     text = plan.to_json(tmp_path / "plan.json")
     assert (tmp_path / "plan.json").read_text() == text
-    assert Plan.from_json(tmp_path / "plan.json") == plan
+    read = Plan.from_json(tmp_path / "plan.json")
+    assert read == plan and [type(value) for value in read.predicted.values()] == [type(value) for value in plan.predicted.values()]
+
+
+def unsigned(plan):
+    """The plan's entries as klfast 0.1.0 wrote them."""
+    return {name: value for name, value in json.loads(plan.to_json()).items() if name not in ("scale", "sha256")}
+
+
+def test_plans_without_a_digest_and_a_scale_are_read():
+    assert Plan.from_json(json.dumps(unsigned(PLAN))) == replace(PLAN, scale=None)
+
+
+def test_an_edited_plan_says_how_it_can_be_read():
+    edited = json.loads(PLAN.to_json())
+    edited["specs"]["head"] = "int4-g64-sym"
+    with pytest.raises(CheckpointError, match="damaged .its content does not match its sha256.*if you edited it remove scale and sha256"):
+        Plan.from_json(json.dumps(edited))
+    del edited["sha256"]
+    with pytest.raises(CheckpointError, match="it lacks 'sha256'"):
+        Plan.from_json(json.dumps(edited))
+    del edited["scale"]
+    assert Plan.from_json(json.dumps(edited)).specs["head"] == QuantSpec(4, 64)
+
+
+def test_no_flipped_bit_passes(tmp_path):
+    """What is read after a flip is the same plan (white space changed), or the file's own error."""
+    text = PLAN.to_json().encode()
+    path = tmp_path / "plan.json"
+    refused = 0
+    for position in range(len(text)):
+        for bit in range(8):
+            flipped = bytearray(text)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                assert Plan.from_json(path) == PLAN, flipped.decode()
+            except CheckpointError as error:
+                assert "plan.json" in str(error)
+                refused += 1
+    assert refused > 0.8 * 8 * len(text)
+
 
 
 def without(key):
@@ -27,17 +70,27 @@ def without(key):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data.update(schema="klfast-plan/9"), "no plan"),
-        (without("schema"), "no plan"),
+        (lambda data: data.update(schema="klfast-plan/9"), "not a klfast plan"),
+        (without("schema"), "not a klfast plan"),
         (without("method"), "damaged"),
         (without("fingerprint"), "damaged"),
         (lambda data: data["specs"].update(head="int3"), "damaged.*int3"),
         (lambda data: data.update(specs=[1]), "damaged"),
-        (lambda data: data["predicted"].update(kl="much"), "damaged"),
+        (lambda data: data["predicted"].update(kl="much"), "damaged.*kl is 'much'"),
+        (lambda data: data["predicted"].update(kl=10**400), "damaged.*kl is 1000.*not a finite number"),
+        (lambda data: data["predicted"].update(kl=math.nan), "damaged.*kl is nan"),
+        (lambda data: data["fingerprint"].update(norms=[1.0, 10**400]), "damaged.*a norm is 1000"),
+        (lambda data: data["fingerprint"].update(norms=[True]), "damaged.*a norm is True"),
+        (lambda data: data["specs"].update(head=f"int4-g{10**400}"), "damaged.*not a quantization spec"),
+        (lambda data: data["specs"].update(head="int4-g\u0661"), "damaged.*not a quantization spec"),
+        (lambda data: data.update(scale="max", sha256=""), "damaged.*absmax or mse"),
+        (lambda data: data.update(scale="mse"), "damaged.*lacks 'sha256'"),
+        (lambda data: data.update(sha25="x"), "damaged.*unknown entry 'sha25'"),
+        (lambda data: data.update(schema="klfast-sensitivities/1"), "holds sensitivities; make a plan of them first"),
     ],
 )
 def test_damaged(damage, message, tmp_path):
-    data = json.loads(PLAN.to_json())
+    data = unsigned(PLAN)
     damage(data)
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=message):
@@ -48,6 +101,25 @@ def test_truncated_absent_or_something_else(tmp_path):
     (tmp_path / "cut.json").write_text(PLAN.to_json()[:-10])
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    for name, message in (("cut", "truncated"), ("deep", "nested too deeply"), ("list", "no plan"), ("none", "cannot read")):
+    for name, message in (("cut", "truncated"), ("deep", "nested too deeply"), ("list", "not a klfast plan"), ("none", "cannot read")):
         with pytest.raises(CheckpointError, match=message):
             Plan.from_json(tmp_path / f"{name}.json")
+
+
+def test_integers_beyond_what_python_parses(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(PLAN.to_json().replace("1234", "1" * 5000))
+    with pytest.raises(CheckpointError, match="plan.json is truncated or no"):
+        Plan.from_json(path)
+
+
+def test_plans_by_hand():
+    assert Plan({"a": "int4-g64-sym", "b": QuantSpec(8)}, "uniform").specs == {"a": QuantSpec(4, 64), "b": QuantSpec(8, 64)}
+    for wrong, message in (({"a": "int5"}, "not a quantization spec"), ({"a": 4}, "got int"), (["a"], "must be a mapping")):
+        with pytest.raises(InvalidInputError, match=message):
+            Plan(wrong, "uniform")
+    with pytest.raises(InvalidInputError, match="absmax or mse, or None"):
+        Plan({}, "uniform", scale="max")
+    for wrong in (Plan({}, "uniform", None, {"kl": math.nan}), Plan({}, "uniform", notes=(PLAN,))):
+        with pytest.raises(InvalidInputError, match="cannot be written as JSON"):
+            wrong.to_json()

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import klfast
-from klfast.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError
+from klfast.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError, KlfastError
 from klfast.planner import milp, optimal, plan
 from klfast.quantization import quantize
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
@@ -167,8 +170,40 @@ def test_milp_agrees_and_is_silent(seed, share, monkeypatch, capfd):
     assert sum(layer[i][1] for layer, i in zip(options, by_milp.picks, strict=True)) <= limit
     value, other = (math.fsum(layer[i][0] for layer, i in zip(options, s.picks, strict=True)) for s in (exact, by_milp))
     assert other == pytest.approx(value, rel=1e-7)
-    milp._flush()
     assert capfd.readouterr() == ("", "")
+
+
+def test_milp_leaves_the_output_of_other_threads_alone(monkeypatch, capfd):
+    """Which write straight to the descriptor, as C code and child processes do."""
+    monkeypatch.setattr(optimal, "_MAX_PARTIAL_PLANS", 10)
+    lines, done = [], threading.Event()
+
+    def write():
+        while not done.is_set():
+            lines.append(f"line {len(lines)}\n")
+            os.write(1, lines[-1].encode())
+            time.sleep(1e-3)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    optimal.solve(*random_options(6, 5.0))
+    done.set()
+    thread.join()
+    assert len(lines) > 5 and capfd.readouterr() == ("".join(lines), "")
+
+
+def test_milp_that_fails_or_takes_too_long(monkeypatch, tmp_path):
+    monkeypatch.setattr(optimal, "_MAX_PARTIAL_PLANS", 10)
+    (tmp_path / "fails.py").write_text("raise SystemExit('out of memory')")
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(milp.highs, "__file__", str(tmp_path / "fails.py"))
+    with pytest.raises(KlfastError, match="HiGHS failed .* .out of memory.; use method='greedy'"):
+        optimal.solve(*random_options(6, 5.0))
+    monkeypatch.setattr(milp.highs, "__file__", str(tmp_path / "hangs.py"))
+    monkeypatch.setattr(milp, "_GRACE", 0.5)
+    options, limit = random_options(6, 5.0)
+    found = optimal.solve(options, limit, time_limit=1.0)
+    assert found.gap > 0 and sum(layer[i][1] for layer, i in zip(options, found.picks, strict=True)) <= limit
 
 
 def test_milp_excludes_what_is_over_the_limit_by_less_than_its_tolerance(monkeypatch):

@@ -39,6 +39,7 @@ def rows(sqnr=20.0):
 
 def test_what_is_kept_and_what_is_dropped():
     found = published.read(rows())
+    assert found.provenance["scale"] == "absmax"
     assert found.fingerprint is None and found.provenance["model"] == "state-spaces/mamba-130m"
     measurement = found.measurements["lm_head", INT4]
     assert measurement.mean == {"kl_student_teacher": 0.1, "sqnr_db": 20.0}
@@ -76,6 +77,7 @@ def test_sizes_are_those_of_transformers(config, names):
         (lambda data: data["lm_head"].pop("sqnr_db"), "lm_head does not hold"),
         (lambda data: data["lm_head"].update(sqnr_db="20"), "sqnr_db of lm_head is '20'"),
         (lambda data: data["lm_head"].update(perplexity=math.nan), "perplexity of lm_head is nan"),
+        (lambda data: data["lm_head"].update(perplexity=10**400), "perplexity of lm_head is 1000"),
         (lambda data: data.update(lm_head=3), "lm_head does not hold"),
     ],
 )
@@ -88,6 +90,8 @@ def test_unknown_and_damaged_files(damage, message, tmp_path):
     file.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=f"results_4bits.json: .*{message}"):
         published.read_files([file])
+    with pytest.raises(CheckpointError, match=f"results_4bits.json: .*{message}"):
+        Sensitivities.from_json(file)
 
 
 def test_files_that_do_not_go_together(tmp_path):

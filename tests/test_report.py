@@ -6,10 +6,11 @@ import math
 
 import pytest
 
+import klfast
 from klfast import report
-from klfast.errors import InvalidInputError
+from klfast.errors import InvalidInputError, ModelMismatchError
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import Plan, QuantSpec
+from klfast.types import Fingerprint, Plan, QuantSpec
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 NAMES = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.1.mixer.in_proj",
@@ -91,6 +92,43 @@ def test_plan_tables(found):
     assert report.plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
 
 
+def test_a_plan_by_layer(found):
+    g48 = QuantSpec(4, 48)  # stored as groups of 32, where 64 inputs are not a multiple of 48
+    found.measurements[NAMES[3], g48] = Measurement({"kl_teacher_student": 0.5, "sqnr_db": 1.0}, {}, 10)
+    found.measurements.pop((NAMES[3], INT4))
+    plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[3]: INT4, NAMES[4]: QuantSpec(8, 16)}, "optimal")
+    rows = {NAMES[0]: ("int4-g32-sym", 2320, 0.01), NAMES[1]: ("full precision", 8192, None), NAMES[2]: ("int8-g32-sym", 4368, 0.0003)}
+    rows |= {NAMES[3]: ("int4-g32-sym", 2320, 0.5), NAMES[4]: ("int8-g16-sym", 4624, None)}
+    by_layer = report.plan_by_layer(plan, found)
+    assert by_layer.headings == ("layer", "precision", "bytes", "kl_teacher_student")
+    assert {row[0]: row[1:] for row in by_layer.rows} == {name: (*row[:2], row[2] and pytest.approx(row[2])) for name, row in rows.items()}
+    assert report.plan_by_layer(plan, found, "sqnr_db").rows[0][3] == 30.0
+    for spec, kl in ((INT4, 0.25), (g48, 0.5)):  # in this order, the second must not take the first one's place
+        found.measurements.pop((NAMES[3], spec), None)
+        found.measurements[NAMES[3], spec] = Measurement({"kl_teacher_student": kl, "sqnr_db": 1.0}, {}, 10)
+    assert report.plan_by_layer(plan, found).rows[3][3] == 0.25
+    for strange in (Plan({"other": INT4}, "optimal"), Plan({}, "optimal", Fingerprint("x", (1.0,)))):
+        found.fingerprint = Fingerprint("x", (2.0,))
+        with pytest.raises(ModelMismatchError, match="different models"):
+            report.plan_by_layer(strange, found)
+
+
+def test_an_unfinished_sweep_is_called_that(found):
+    assert not any("nfinished" in one.title for one in report.sweep_tables(found))
+    found.provenance["micro_batches"] = [8, 8]
+    assert not any("nfinished" in one.title for one in report.sweep_tables(found))
+    found.provenance["micro_batches"] = [3, 8]
+    [note] = report.sweep_tables(found)[0].rows[0]
+    assert "unfinished: it has measured 3 of 8 parts" in note
+    found.provenance["micro_batches"] = [0, 8]
+    for name in NAMES[3:]:
+        del found.measurements[name, INT4], found.measurements[name, INT8]
+    [note] = report.sweep_tables(found)[0].rows[0]
+    assert "unfinished: 2 of 5 layers have not been measured yet" in note
+    made = klfast.plan(found, max_kl=1.0)
+    assert made.notes[0] == note and "lm_head" not in made.specs
+
+
 def test_renderings(found, tmp_path):
     from rich.console import Console
 
@@ -126,3 +164,28 @@ def test_plot(found, tmp_path):
     report.plot(found, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert "<svg" in text and [p.name for p in tmp_path.iterdir()] == ["plot.svg"]
+
+
+@pytest.mark.parametrize("specs", [1, 2, 4])
+def test_the_legend_of_the_plot_covers_no_panel(found, specs):
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgba
+
+    for spec in [INT4, INT8, QuantSpec(4, 16), QuantSpec(8, 16)]:
+        for name in NAMES:
+            if spec in [INT4, INT8, QuantSpec(4, 16), QuantSpec(8, 16)][:specs]:
+                found.measurements[name, spec] = Measurement({"kl_teacher_student": 0.1, "sqnr_db": 1.0}, {}, 10)
+            else:
+                found.measurements.pop((name, spec), None)
+    del found.measurements[NAMES[0], INT4], found.measurements[NAMES[2], INT4]  # in_proj is not in the first panel
+    figure = report._figure(found, "kl_teacher_student")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.axes) == specs and not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1 - 1)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(labels) == ["in_proj", "lm_head", "x_proj"][0 if specs > 1 else 1 :]
+    colors = [{line.get_label(): to_rgba(line.get_color()) for line in axes.get_lines()} for axes in figure.axes]
+    assert all(one[label] == colors[-1][label] for one in colors for label in one)

@@ -47,6 +47,27 @@ def _umask():
     return mask
 
 
+def test_files_without_a_digest_can_be_read(sensitivities):
+    data = json.loads(sensitivities.to_json())
+    del data["sha256"]
+    assert repr(Sensitivities.from_json(json.dumps(data))) == repr(sensitivities)
+
+
+def test_flipped_bits_are_found(sensitivities, tmp_path):
+    path = tmp_path / "s.json"
+    whole = sensitivities.to_json().encode()
+    for bit in range(0, 8 * len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            back = Sensitivities.from_json(path)
+        except CheckpointError as error:
+            assert "s.json" in str(error) and "\n" not in str(error)
+        else:
+            assert repr(back) == repr(sensitivities), bit
+
+
 def test_extra_entries_are_passed_over(sensitivities):
     text = sensitivities.to_json(extra={"sweep": {"done": 3}})
     assert json.loads(text)["sweep"] == {"done": 3}
@@ -93,7 +114,28 @@ def test_missing_file(tmp_path):
         (lambda d: d["measurements"][0].update(layer="nowhere"), "'nowhere'"),
         (lambda d: d["measurements"][0]["mean"].update(jsd=None), "damaged"),
         (lambda d: d.update(other_bytes="many"), "damaged"),
-        (lambda d: d.update(fingerprint={"structure": "x"}), "damaged"),
+        (lambda d: d.update(fingerprint={"structure": "x"}), "damaged .it lacks 'norms'"),
+        (lambda d: d["fingerprint"]["norms"].pop(), "damaged .it has 2 norms of 3 layers"),
+        (lambda d: d["fingerprint"]["norms"].__setitem__(0, 10**400), "damaged .a norm is 1000.*, not a finite number"),
+        (lambda d: d.update(other_bytes=10**400), "damaged .other_bytes is 1000"),
+        (lambda d: d.update(other_bytes=math.inf), "damaged .other_bytes is inf"),
+        (lambda d: d.update(other_bytes=-1), "damaged .other_bytes is -1"),
+        (lambda d: d["layers"]["lm_head"].update(float_bytes=math.inf), "damaged .float_bytes of lm_head is inf"),
+        (lambda d: d["layers"]["lm_head"].update(shape=[9, 5, 1]), "damaged"),
+        (lambda d: d["layers"]["lm_head"].update(shape=[9, math.nan]), "damaged .the shape of lm_head is nan"),
+        (lambda d: d["measurements"][0].update(tokens=1e400), "damaged .tokens is inf"),
+        (lambda d: d["measurements"][0].update(tokens=0), "damaged .tokens is 0"),
+        (lambda d: d["measurements"][0].update(below_noise="no"), "damaged .below_noise is 'no'"),
+        (lambda d: d["measurements"][0]["mean"].update(kl_teacher_student=10**400), "damaged .kl_teacher_student is 1000"),
+        (lambda d: d["measurements"][0]["mean"].update(kl_teacher_student=1e308), r"damaged .kl_teacher_student is 1e\+308, not a finite number of at most 3.4e\+38"),
+        (lambda d: d["measurements"][0]["mean"].update(kl_teacher_student="nan"), "damaged .kl_teacher_student is 'nan'"),
+        (lambda d: d["measurements"][0]["mean"].update(jsd="inf"), "damaged .jsd is 'inf'"),
+        (lambda d: d["measurements"][0]["mean"].update(jsd=math.nan), "damaged .jsd is nan"),
+        (lambda d: d["measurements"][0]["stderr"].update(jsd="inf"), "damaged .the standard error of jsd is 'inf'"),
+        (lambda d: d["noise_floor"].update(kl_teacher_student="inf"), "damaged .kl_teacher_student is 'inf'"),
+        (lambda d: d["provenance"].update(ce_teacher=10**400), "damaged .ce_teacher is 1000"),
+        (lambda d: d.update(provenance=[]), "damaged .provenance is .., not an object"),
+        (lambda d: d["measurements"][0]["mean"].update(jsd=0.25), 'damaged .its content does not match its "sha256"'),
     ],
 )
 def test_foreign_or_damaged(sensitivities, damage, message):

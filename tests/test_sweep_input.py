@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"batches": tokens() + 50}, InvalidInputError, r"batch 0 holds token id \d+; the model's ids lie between 0 and 60"),
         ({"batches": tokens() - 50}, InvalidInputError, "batch 0 holds token id -"),
         ({"specs": []}, InvalidInputError, "there are no specs"),
-        ({"specs": ["int5"]}, InvalidInputError, "'int5' is no quantization spec"),
+        ({"specs": ["int5"]}, InvalidInputError, "'int5' is not a quantization spec"),
         ({"specs": [4]}, InvalidInputError, "got int"),
         ({"metrics": ["ppl"]}, InvalidInputError, "there is no metric 'ppl'; choose from kl_teacher_student"),
         ({"scale": "max"}, InvalidInputError, "scale must be"),

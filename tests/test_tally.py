@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from klfast.errors import CheckpointError
 from klfast.tally import Tally
 
 
@@ -36,3 +37,14 @@ def test_one_window_has_no_standard_error():
     tally = Tally(1, 1)
     tally.add(0, torch.ones(1, 1, 1, dtype=torch.float64), 5)
     assert tally.mean(0) == [0.2] and math.isnan(tally.stderr(0)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sum", math.nan), ("square", math.inf), ("counts", -1.0)]
+)
+def test_sums_that_cannot_be(name, value):
+    tally = Tally(1, 1)
+    tally.add(0, torch.ones(1, 1, 2, dtype=torch.float64), 5)
+    tally._parts[name][0, 0] = value
+    with pytest.raises(CheckpointError, match="damaged .a NaN"):
+        Tally(1, 1).load(tally.to_data())

@@ -1,6 +1,11 @@
 """The scans of examples/training_scan.py against a step-by-step loop: outputs and gradients."""
 
+import functools
+import os
+import shutil
+import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +67,61 @@ def test_compiled_scan_in_bfloat16():
         return training_scan.CompiledScan.apply(u.bfloat16(), step, A, B, C, D, z.bfloat16()).float()
 
     agree(rounded, loop_scan, scan_inputs(50), tolerance=2e-2)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where compiled kernels go, with nothing compiled yet; the shared temporary folder is another."""
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(training_scan, "kernels", functools.cache(training_scan.kernels.__wrapped__))
+    return tmp_path / "cache"
+
+
+def test_compiled_kernels_lie_in_a_folder_of_ones_own(cache, monkeypatch):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    mask = os.umask(0)
+    try:
+        assert training_scan.kernels(16) is not None
+    finally:
+        os.umask(mask)
+    [library] = (cache / "klfast-training").iterdir()
+    assert library.suffix == ".so" and not list((cache.parent / "shared").iterdir())
+    assert stat.S_IMODE((cache / "klfast-training").stat().st_mode) == 0o700
+    before = library.stat()
+    training_scan.kernels.cache_clear()
+    assert training_scan.kernels(16) is not None and library.stat() == before  # compiled once
+    agree(training_scan.CompiledScan.apply, loop_scan, scan_inputs(15))
+    monkeypatch.setattr(training_scan, "cpu", lambda: "another CPU that shares this home folder")
+    training_scan.kernels.cache_clear()
+    assert training_scan.kernels(16) is not None and len(list((cache / "klfast-training").iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", ["open to others", "of somebody else", "a link", "a dangling link", "a file"])
+def test_kernels_that_others_may_have_written_are_not_loaded(cache, monkeypatch, how):
+    folder = cache / "klfast-training"
+    cache.mkdir()
+    if how == "a file":
+        folder.write_text("")
+    elif "link" in how:
+        folder.symlink_to(cache.parent / ("shared" if how == "a link" else "none"))
+    else:
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o770 if how == "open to others" else 0o700)
+    if how == "of somebody else":
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    monkeypatch.setattr(training_scan.ctypes, "CDLL", lambda path: pytest.fail(f"loaded {path}"))
+    with pytest.raises(PermissionError, match="must be a folder of your own"):
+        training_scan.kernels(16)
+
+
+def test_a_relative_cache_folder_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert training_scan.own_folder() == tmp_path / ".cache" / "klfast-training"
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 30])

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from klfast.cli import options
-from klfast.cli.console import emit, say, table
+from klfast.cli.console import command, emit, say, table
 
 
 @options.loads_models
@@ -25,9 +25,10 @@ def demo(
 ) -> None:
     """Run the whole pipeline on a small bundled model, offline: sweep, plan, quantize, compare, save, load, generate."""
     if out is not None:
-        options.require_free(out, force=False)
+        options.require_free(out, force=False, folder=True)
     if results is not None:
-        options.require_free(results / "demo.md", force=True)
+        for name in ("demo.md", "demo.csv"):
+            options.require_free(results / name, force=True, option="--results")
     from klfast import demo as pipeline
     from klfast.cli.session import prepare
 
@@ -46,7 +47,7 @@ def demo(
         "klfast plan sensitivities.json --max-bytes SIZE --out plan.json",
         "klfast quantize MODEL plan.json --out FOLDER",
         "klfast eval FOLDER --teacher MODEL",
-        f'klfast generate {found.saved} "{pipeline.PROMPT}"',
+        command("klfast", "generate", found.saved, pipeline.PROMPT),
     ):
         say(f"  {line}", as_json)
 
@@ -62,16 +63,20 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Show what a sweep found (which layers, kinds and depths are sensitive), or what a plan does."""
-    for path in (out, plot):
+    for path, option in ((out, "--out"), (plot, "--plot")):
         if path is not None:
-            options.require_free(path, force)
+            options.require_free(path, force, option=option)
     import klfast
     from klfast import report as reports
     from klfast.errors import InvalidInputError
     from klfast.sensitivity import files
 
     found = files.read(sensitivities)
-    tables = reports.sweep_tables(found, metric, top) if plan is None else reports.plan_tables(klfast.Plan.from_json(plan), found)
+    if plan is None:
+        tables = reports.sweep_tables(found, metric, top)
+    else:
+        made = klfast.Plan.from_json(plan)
+        tables = [*reports.plan_tables(made, found), reports.plan_by_layer(made, found, metric)]
     if out is not None:
         reports.write(out, tables)
     if plot is not None:

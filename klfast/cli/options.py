@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +22,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
     if unit is None:
-        raise typer.BadParameter(f"{text!r} is no size; write for instance 3200000, 3.2MB or 1.5GiB")
+        raise typer.BadParameter(f"{text!r} is not a size (examples: 3200000, 3.2MB, 1.5GiB)")
     size = float(match[1]) * _UNITS[unit]
     if size >= 2**63:
-        raise typer.BadParameter("that is more bytes than any model has; write for instance 3200000, 3.2MB or 1.5GiB")
+        raise typer.BadParameter("that is more bytes than any model has (examples: 3200000, 3.2MB, 1.5GiB)")
     return int(size)
 
 
@@ -37,6 +37,19 @@ def parse_spec(text: str):
         return QuantSpec.parse(text)
     except InvalidInputError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def parse_keep(texts: Iterable[str] | None) -> dict[str, object] | None:
+    """The argument ``keep`` of klfast.plan from texts PATTERN=SPEC or PATTERN=full; anything else is wrong usage."""
+    found: dict[str, object] = {}
+    for text in texts or ():
+        pattern, equals, spec = text.rpartition("=")  # the last one: a regular expression may hold others
+        if not (pattern and equals):
+            raise typer.BadParameter(f"--keep takes PATTERN=SPEC (examples: lm_head=int8-g64-sym, in_proj=full), got {text!r}")
+        wanted = None if spec == "full" else parse_spec(spec)
+        if found.setdefault(pattern, wanted) != wanted:
+            raise typer.BadParameter(f"--keep gives {pattern!r} two precisions")
+    return found or None
 
 
 def one_of(*choices: str):
@@ -73,6 +86,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
 Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error.")]
+_PATTERN = 'a name, its last part ("in_proj"), wildcards ("layers.0.*") or "re:" and a regular expression; repeatable'
+Layers = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help=f"Quantize only the layers that this selects: {_PATTERN}.", show_default=False)
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Leave the layers that this selects in full precision; repeatable.", show_default=False)
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=SPEC", show_default=False,
+        help="Give the layers that PATTERN selects this precision whatever the budget: lm_head=int8-g64-sym, or in_proj=full; repeatable.",
+    ),
+]
+PlanScale = Annotated[
+    str | None,
+    typer.Option(
+        parser=scale_name, metavar="NAME", show_default=False,
+        help="absmax, or mse: clip each group as gives the least squared error. By default what the plan was made with; absmax with --uniform.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
 Device = Annotated[str, typer.Option(parser=device_name, metavar="NAME", help="Compute on cpu, cuda (NVIDIA) or xpu (Intel).")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")]
@@ -99,12 +133,18 @@ def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def require_free(out: Path, force: bool, *, folder: bool = False) -> None:
-    """Raise, before the work begins, if ``out`` exists and must not be replaced, or cannot be written as a file (or folder)."""
+def require_free(out: Path, force: bool, *, folder: bool = False, option: str = "--out") -> None:
+    """Raise, before the work begins, if the file (or the folder) ``out`` exists and must not be replaced, or cannot be written."""
     if out.exists() and not force:
-        raise InvalidInputError(f"{out} exists; name another --out or pass --force to replace it")
+        raise InvalidInputError(f"{out} exists; name another {option} or pass --force to replace it")
     if not out.absolute().parent.is_dir():
-        raise InvalidInputError(f"the folder {out.absolute().parent} does not exist; make it or name another --out")
+        raise InvalidInputError(f"the folder {out.absolute().parent} does not exist; make it or name another {option}")
+    if folder and out.exists() and not out.is_dir():
+        raise InvalidInputError(f"{out} is a file; name a folder with {option}")
+    if not folder and out.is_dir():
+        raise InvalidInputError(f"{out} is a folder; name a file with {option}")
+    if not folder and out.exists() and not out.is_file():
+        raise InvalidInputError(f"{out} is not a regular file; name another {option}")
     require_writable(out, folder=folder)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from klfast.cli import options
-from klfast.cli.console import emit, megabytes, say
+from klfast.cli.console import command, emit, megabytes, say
 
 
 @options.loads_models
@@ -59,7 +59,8 @@ def sweep(
     emit(data, ranking.rich(), as_json)
     if resumed:
         say(f"The sweep went on from {partial}; --no-resume would have started anew.", as_json)
-    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: klfast plan {out} --max-bytes SIZE", as_json)
+    following = command("klfast", "plan", out, "--max-bytes", "SIZE")
+    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: {following}", as_json)
 
 
 def plan(
@@ -69,35 +70,39 @@ def plan(
     max_kl: Annotated[float | None, typer.Option(help="Summed over the layers, nats per token.")] = None,
     method: Annotated[str, typer.Option(parser=options.method_name, metavar="NAME", help="optimal, greedy or uniform.")] = "optimal",
     metric: Annotated[str | None, typer.Option(parser=options.metric_name, metavar="NAME", help="What to keep small, such as kl_teacher_student or sqnr_db.")] = None,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    keep: options.Keep = None,
     out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Choose a precision for each layer under one budget: --max-bytes, --mean-bits or --max-kl."""
     options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    kept = options.parse_keep(keep)
     options.require_free(out, force)
     import klfast
     from klfast import report
     from klfast.sensitivity import files
 
     found = files.read(sensitivities)
-    made = klfast.plan(found, max_bytes, mean_bits, max_kl, method, metric=metric)
+    made = klfast.plan(found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept)
     made.to_json(out)
     by_spec = Counter(str(made.specs.get(name, report.FULL)) for name in found.layers)
-    emit(
-        {"out": str(out), "method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes)},
-        [one.rich() for one in report.plan_tables(made, found)], as_json,
-    )
-    say(f"The plan is in {out}. Next: klfast quantize MODEL {out} --out FOLDER", as_json)
+    facts = {"method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes), "scale": made.scale}
+    emit({"out": str(out), **facts}, [one.rich() for one in report.plan_tables(made, found)], as_json)
+    say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)
 
 
 @options.loads_models
 def quantize(
     model: options.Model,
-    plan: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="What klfast plan wrote.", show_default=False)] = None,
+    plan: Annotated[Path | None, typer.Argument(metavar="PLAN", help="What klfast plan wrote.", show_default=False)] = None,
     uniform: Annotated[str | None, typer.Option(metavar="SPEC", help="Without a plan: every linear layer in this one, such as int4-g64-sym.")] = None,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = ...,
-    scale: options.Scale = "absmax",
+    scale: options.PlanScale = None,
     dtype: Annotated[str, typer.Option(parser=options.dtype_name, metavar="NAME", help="What the rest of the model is stored in: float32, bfloat16, float16, or auto to leave it.")] = "auto",
     force: options.Force = False,
     as_json: options.Json = False,
@@ -107,25 +112,33 @@ def quantize(
     """Write the model quantized, with its tokenizer, in the compressed-tensors format."""
     options.exactly_one(PLAN=plan, uniform=uniform)
     spec = None if uniform is None else options.parse_spec(uniform)
+    if plan is not None and (layers or exclude):
+        raise typer.BadParameter("--layers and --exclude go with --uniform; with a plan, give them to klfast plan")
     options.require_free(out, force, folder=True)
     import klfast
     from klfast.checkpoint import require_target
     from klfast.cli.session import prepare
+    from klfast.convert import plan_scale
     from klfast.loading import find_tokenizer, load_model
     from klfast.models.layers import linears
+    from klfast.models.selection import select
     from klfast.types import storable_spec
 
     prepare()
     require_target(out, overwrite=force)
     made = None if plan is None else klfast.Plan.from_json(plan)
+    if made is not None:
+        scale = plan_scale(made, scale)  # before the model is loaded
     tokenizer = find_tokenizer(model, **loading)
     if tokenizer is None:
         say(f"{model} holds no tokenizer, so {out} gets none.", as_json)
     network = load_model(model, dtype, **loading)
     if made is None:
-        made = klfast.Plan({name: storable_spec(spec, layer.in_features) for name, layer in linears(network).items()}, "uniform")
+        found = linears(network)
+        specs = {name: storable_spec(spec, found[name].in_features) for name in select(found, layers, exclude)}
+        made = klfast.Plan(specs, "uniform", scale=scale)
     klfast.save_quantized(klfast.quantize_model(network, made, scale=scale), out, tokenizer, overwrite=force)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     data = {"out": str(out), "quantized_layers": len(made.specs), "layers": len(linears(network)), "weight_file_bytes": size}
     emit(data, f"{len(made.specs)} of {data['layers']} linear layers are quantized; {megabytes(size)} of weights are in {out}.", as_json)
-    say(f"Next: klfast eval {out} --teacher {model}, klfast generate {out} PROMPT", as_json)
+    say(f"Next: {command('klfast', 'eval', out, '--teacher', model)}, {command('klfast', 'generate', out, 'PROMPT')}", as_json)

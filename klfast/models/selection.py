@@ -60,4 +60,8 @@ def select(names: Iterable[str], layers: Patterns | None = None, exclude: Patter
 
 
 def _listed(patterns: Patterns) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    if isinstance(patterns, str):
+        return [patterns]
+    if not isinstance(patterns, Iterable):
+        raise InvalidInputError(f"patterns for layers must be text or a list of texts, got {type(patterns).__name__}")
+    return list(patterns)

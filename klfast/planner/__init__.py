@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from klfast.errors import InvalidInputError
+from klfast.models.selection import Patterns
+from klfast.planner.budget import Budget
+from klfast.planner.constraints import Keep, settled
 from klfast.planner.greedy import plan_greedy, plan_greedy_evaluated
+from klfast.planner.numbers_given import require_number
 from klfast.planner.optimal import plan_optimal
-from klfast.planner.problem import Budget, Problem
+from klfast.planner.problem import Problem
 from klfast.planner.uniform import plan_uniform
 from klfast.sensitivity.results import Sensitivities
 from klfast.types import Plan, QuantSpec
@@ -27,8 +32,11 @@ def plan(
     metric: str | None = None,
     evaluate: Callable[[Plan], float] | None = None,
     gamma: float = 1.10,
-    spec: QuantSpec | None = None,
+    spec: QuantSpec | str | None = None,
     time_limit: float = 60.0,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
+    keep: Keep | None = None,
 ) -> Plan:
     """Choose a precision for each layer: full precision, or one of the specs that the sweep measured on it.
 
@@ -36,7 +44,7 @@ def plan(
         max_bytes: of all tensors of the saved model: packed weights, scales (2 bytes each), packed zero points, shapes
             (16 bytes a quantized layer), layers left alone, and everything that is never quantized; a tied head once.
             The files' headers (names, shapes and offsets of the tensors) come on top.
-        mean_bits: per weight of the quantizable layers, scales and zero points included.
+        mean_bits: per weight of all linear layers, scales and zero points included. Layers that stay in full precision count.
         max_kl: summed KL over the layers, nats per token; the plan is then the smallest that stays within.
 
     Args:
@@ -53,8 +61,14 @@ def plan(
             measured. "sqnr_db" counts as noise power 10^(-dB/10), "top1_agree" as 1 - agreement.
         evaluate: for "greedy": plan -> perplexity of the model so quantized. Called first with an empty plan.
         gamma: for "greedy" with ``evaluate``.
-        spec: for "uniform".
+        spec: for "uniform"; a QuantSpec or its text, such as "int4-g64-sym".
         time_limit: seconds for "optimal"; a note says so if it was reached. It takes well under a second as a rule.
+        layers: patterns of the only layers that may be quantized: names, their last parts ("in_proj"), wildcards
+            ("layers.0.*") or "re:" and a regular expression, see klfast.models.selection. All by default.
+        exclude: patterns of layers that stay in full precision, such as "lm_head".
+        keep: pattern -> spec, or None or "full" for full precision, of layers that have this precision whatever the budget
+            and the method. The sweep must have measured the spec on them. Under "greedy" with ``evaluate`` they have it
+            from the second evaluation on.
 
     Returns:
         Plan, its ``predicted`` holding "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, where the sweep
@@ -63,7 +77,9 @@ def plan(
         measured group size (``storable_spec``) the plan has the storable one and a note. Ties go to fewer bytes.
 
     Raises:
-        InvalidInputError: no budget or more than one, an unknown method or metric, nothing measured.
+        InvalidInputError: no budget or more than one, an unknown method or metric, nothing measured or not finite, patterns
+            that contradict each other, a kept spec that was not measured.
+        UnknownLayerError: a pattern selects no layer.
         InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
     """
     if not isinstance(sensitivities, Sensitivities):
@@ -74,7 +90,12 @@ def plan(
         raise InvalidInputError(f"evaluate belongs to method='greedy', not {method!r}")
     if spec is not None and method != "uniform":
         raise InvalidInputError(f"spec belongs to method='uniform', not {method!r}; leave it out")
-    problem = Problem(sensitivities, metric)
+    if evaluate is not None and not callable(evaluate):
+        raise InvalidInputError(f"evaluate must be a function from a plan to a perplexity, got {type(evaluate).__name__}")
+    spec = None if spec is None else QuantSpec.of(spec)
+    if time_limit != math.inf:
+        time_limit = require_number("time_limit", time_limit, 0.0)
+    problem = Problem(sensitivities, metric, settled(sensitivities.layers, layers, exclude, keep))
     budget = Budget.of(problem, max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
     if method == "uniform":
         return plan_uniform(problem, budget, spec)

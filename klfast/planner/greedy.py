@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable
 
 from klfast.errors import InvalidInputError
-from klfast.planner.problem import Budget, Choice, Problem
+from klfast.planner.budget import Budget
+from klfast.planner.numbers_given import require_number
+from klfast.planner.problem import Choice, Problem
 from klfast.types import Plan
 
 
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:
     """Without measuring: candidates in order until the bytes are within the budget, or while the KL is."""
-    picks = _full_precision(problem)
+    picks = _start(problem)
     for name, choice in _candidates(problem):
         if budget.of_bytes and budget.met(picks):
             break
@@ -33,12 +35,15 @@ def plan_greedy_evaluated(problem: Problem, budget: Budget | None, evaluate: Cal
     """The paper's: a candidate stays if the perplexity that ``evaluate`` measures stays within gamma x baseline."""
     if budget is not None and not budget.of_bytes:
         raise InvalidInputError("greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl")
-    if not gamma >= 1.0 or not math.isfinite(gamma):
-        raise InvalidInputError(f"gamma must be a finite number, at least 1 (1.10 allows 10 % more perplexity), got {gamma!r}")
-    picks = _full_precision(problem)
-    baseline = perplexity = float(evaluate(problem.plan(picks, "greedy")))
+    gamma = require_number("gamma", gamma, 1.0)
+    picks, notes = _start(problem), []
+    baseline = perplexity = _perplexity(evaluate, problem.plan(problem.full, "greedy"))
     if not math.isfinite(baseline) or baseline <= 0:
         raise InvalidInputError(f"evaluate gave {baseline} for the full-precision model; it must return a perplexity")
+    if any(choice.spec is not None for choice in picks.values()):
+        perplexity = _perplexity(evaluate, problem.plan(picks, "greedy"))
+        if not perplexity <= gamma * baseline:
+            notes.append(f"what keep asks for raises the perplexity to {perplexity:.4f}, above gamma times that of full precision")
     accepted = tried = 0
     for name, choice in _candidates(problem):
         if budget is not None and budget.met(picks):
@@ -46,18 +51,29 @@ def plan_greedy_evaluated(problem: Problem, budget: Budget | None, evaluate: Cal
         if choice.nbytes >= picks[name].nbytes:
             continue
         trial = {**picks, name: choice}
-        result = float(evaluate(problem.plan(trial, "greedy")))
+        result = _perplexity(evaluate, problem.plan(trial, "greedy"))
         tried += 1
         if result <= gamma * baseline:  # a NaN is turned down too
             picks, perplexity, accepted = trial, result, accepted + 1
     if budget is not None:
         budget.require(problem, picks, f"raise {budget.name} or gamma")
-    note = f"accepted {accepted} of {tried} candidates tried; perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
-    return problem.plan(picks, "greedy", [note])
+    notes.append(
+        f"accepted {accepted} of {tried} candidates tried; perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
+    )
+    return problem.plan(picks, "greedy", notes)
 
 
-def _full_precision(problem: Problem) -> dict[str, Choice]:
+def _start(problem: Problem) -> dict[str, Choice]:
+    """Full precision for every layer whose precision the user has not settled."""
     return {name: choices[0] for name, choices in problem.layers.items()}
+
+
+def _perplexity(evaluate: Callable[[Plan], float], plan: Plan) -> float:
+    found = evaluate(plan)
+    try:
+        return float(found)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInputError(f"evaluate must return a perplexity, got {type(found).__name__}") from None
 
 
 def _candidates(problem: Problem) -> list[tuple[str, Choice]]:

@@ -7,88 +7,42 @@ ten times slower on real sensitivities: hence the second choice.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import json
 import math
-import os
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
+from klfast.errors import KlfastError
+from klfast.planner import highs
 
-_SCALE = 1e4
-_LEEWAY = 1e-9  # of the limit, given to HiGHS so that its tolerances cut off nothing that fits exactly
-_TIE_BREAK = 1e-8  # of the objective goes to the weights: of equally good solutions, the one that uses less of the budget
-_MAX_CUTS = 50
+_GRACE = 60.0  # seconds beyond the time limit for starting the process, and for HiGHS to notice the limit
 
 
 def solve_milp(
     options: Sequence[Sequence[tuple[float, float]]], kept: list[list[int]], limit: float, upper: float, time_limit: float
 ) -> tuple[list[int] | None, bool]:
-    """The best solution found among the kept options (None if none), and whether it is proven."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    """Return the best solution found among the kept options (None if none), and whether it is proven.
 
-    owner = np.array([n for n, front in enumerate(kept) for _ in front])
-    index = [i for front in kept for i in front]
-    value, weight = np.array([options[n][i] for n, i in zip(owner, index, strict=True)], dtype=np.float64).T
-    # Only differences within a layer matter: with the least of each layer taken off, sums lose no digits.
-    base_value = [min(options[n][i][0] for i in front) for n, front in enumerate(kept)]
-    base_weight = [min(options[n][i][1] for i in front) for n, front in enumerate(kept)]
-    value, weight = value - np.array(base_value)[owner], weight - np.array(base_weight)[owner]
-    room = math.fsum([limit, *(-w for w in base_weight)])
-    spread = math.fsum([upper, *(-v for v in base_value)])
-    if spread <= 0 or room < 0:
-        return None, True
-    load = weight * (_SCALE / room) if room > 0 else np.where(weight > 0, _SCALE, 0.0)
-    objective = value * (_SCALE / spread) + load * _TIE_BREAK
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(kept), len(owner)))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(load[None], -np.inf, _SCALE * (1 + _LEEWAY) if room > 0 else 0.0)]
-    for _ in range(_MAX_CUTS):
-        with _silent_stdout():
-            result = milp(
-                objective,
-                integrality=np.ones(len(owner)),
-                bounds=Bounds(0, 1),
-                constraints=constraints,
-                options={"mip_rel_gap": 0.0, "time_limit": time_limit},
-            )
-        if result.x is None:
-            return None, result.status == 2  # 2: infeasible, which only cuts can bring about
-        chosen = np.array([max(np.flatnonzero(owner == n), key=lambda j: result.x[j]) for n in range(len(kept))])
-        picks = [index[j] for j in chosen]
-        if math.fsum(options[n][i][1] for n, i in enumerate(picks)) <= limit:
-            return picks, result.status == 0
-        # Over the limit by less than the solver's tolerance: exclude this very solution and go on.
-        cut = np.zeros(len(owner))
-        cut[chosen] = 1.0
-        constraints.append(LinearConstraint(cut[None], -np.inf, len(kept) - 1))
-    return None, False
-
-
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep C's stdout shut: the HiGHS of scipy 1.17 prints a debugging line there whatever its options say, into the
-    midst of a caller's JSON."""
+    Raises:
+        KlfastError: the process that runs HiGHS failed.
+    """
+    request = {
+        "path": sys.path,
+        "options": [[options[n][i] for i in front] for n, front in enumerate(kept)],
+        "limit": limit,
+        "upper": upper,
+        "seconds": min(time_limit, 1e9),  # JSON lacks infinity
+    }
+    timeout = time_limit + _GRACE if math.isfinite(time_limit) else None
     try:
-        saved = os.dup(1)
-    except OSError:  # no stdout, nothing to keep clean
-        yield
-        return
-    _flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        _flush()
-        os.dup2(saved, 1)
-        os.close(nowhere)
-        os.close(saved)
-
-
-def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # the C library's own buffers
-        ctypes.CDLL(None).fflush(None)
+        done = subprocess.run(
+            [sys.executable, highs.__file__], input=json.dumps(request, default=float), capture_output=True, encoding="utf-8", timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return None, False
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise KlfastError(f"HiGHS failed on a plan that is too hard for the exact solver ({last}); use method='greedy'")
+    picks, proven = json.loads(done.stdout)
+    return picks and [kept[n][i] for n, i in enumerate(picks)], proven

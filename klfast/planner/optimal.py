@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from klfast.planner.budget import Budget
 from klfast.planner.milp import solve_milp
-from klfast.planner.problem import Budget, Choice, Problem
+from klfast.planner.problem import Choice, Problem
 from klfast.types import Plan
 
 Option = tuple[float, float]  # value, weight

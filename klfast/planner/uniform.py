@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from klfast.errors import InvalidInputError
-from klfast.planner.problem import Budget, Choice, Problem
+from klfast.planner.budget import Budget
+from klfast.planner.problem import Choice, Problem
 from klfast.types import Plan, QuantSpec, storable_spec
 
 
@@ -23,6 +24,8 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
         raise InvalidInputError("a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits or max_kl")
     specs = sorted({measured for _, measured in problem.sensitivities.measurements})
     trials = [{name: _choice(problem, name, s) for name in problem.layers} for s in specs]
+    if not problem.free:
+        trials = [{name: choices[0] for name, choices in problem.layers.items()}]
     trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
     trials = [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
     if not trials:
@@ -34,8 +37,11 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
 
 
 def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
-    """``spec`` on that layer, or full precision where the spec saves nothing; cost infinite, KL None if not measured."""
-    full = problem.layers[name][0]
+    """``spec`` on that layer, or full precision where the spec saves nothing; cost infinite, KL None if not measured.
+    A layer that the user settled has its one choice."""
+    if name in problem.settled:
+        return problem.layers[name][0]
+    full = problem.full[name]
     shape = problem.sensitivities.layers[name].shape
     stored = storable_spec(spec, shape[1])
     nbytes = stored.saved_bytes(shape)

@@ -23,10 +23,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from klfast import signed_json
 from klfast.errors import CheckpointError, InvalidInputError
-from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities, read_json
+from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 from klfast.types import QuantSpec
 
+_REMEDY = "fetch the file again"
 _SEQUENCE = 512
 _TOKENS = 64 * _SEQUENCE
 _FIELDS = {"perplexity", "sqnr_db", "kl_teacher_to_student", "kl_student_to_teacher", "delta_cross_entropy"}
@@ -66,7 +68,7 @@ class _Mamba:
 _MODELS = (_Mamba("state-spaces/mamba-130m", 24, 768, 1536, 48), _Mamba("state-spaces/mamba-1.4b", 48, 2048, 4096, 128))
 
 
-def read(data: object, *, bits: int | None = None, dtype_bytes: int = 2) -> Sensitivities:
+def read(data: object, *, bits: int | None = None, dtype_bytes: int = 2, origin: str = "the JSON text") -> Sensitivities:
     """Sensitivities from the parsed JSON of one file.
 
     Args:
@@ -75,6 +77,7 @@ def read(data: object, *, bits: int | None = None, dtype_bytes: int = 2) -> Sens
             25 and 36 dB in the 4-bit files, 48 and 57 dB in the 8-bit ones).
         dtype_bytes: bytes of each value that is not quantized: 2 (fp16), or 4 for fp32, which the paper's
             full-precision sizes are in.
+        origin: what to call the file in messages.
 
     Returns:
         Sensitivities without a fingerprint (the model is not at hand). Layers are measured with
@@ -85,6 +88,13 @@ def read(data: object, *, bits: int | None = None, dtype_bytes: int = 2) -> Sens
     """
     if dtype_bytes not in (2, 4):
         raise InvalidInputError(f"dtype_bytes must be 2 (fp16) or 4 (fp32), got {dtype_bytes!r}")
+    try:
+        return _read(data, bits, dtype_bytes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _read(data: object, bits: int | None, dtype_bytes: int) -> Sensitivities:
     model = _model(data)
     rows = {name: _row(name, data[name]) for name in model.shapes()}
     if bits is None:
@@ -100,6 +110,7 @@ def read(data: object, *, bits: int | None = None, dtype_bytes: int = 2) -> Sens
             "source": "kl-ssm-quant, published with arXiv 2604.13440",
             "calibration": "WikiText-2 train, 64 x 512 tokens",
             "dtype_bytes": dtype_bytes,
+            "scale": "absmax",
             "perplexity": {str(spec): {name: row["perplexity"] for name, row in rows.items()}},
         },
     )
@@ -115,12 +126,9 @@ def read_files(paths: Iterable[str | os.PathLike[str]], *, dtype_bytes: int = 2)
     """
     merged: Sensitivities | None = None
     for path in map(Path, paths):
-        data, _ = read_json(path)
+        data, origin = signed_json.read(path, "sensitivities", _REMEDY)
         named = re.search(r"(?<!\d)([48])bit", path.name)
-        try:
-            one = read(data, bits=int(named[1]) if named else None, dtype_bytes=dtype_bytes)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        one = read(data, bits=int(named[1]) if named else None, dtype_bytes=dtype_bytes, origin=origin)
         merged = one if merged is None else _merge(merged, one, path)
     if merged is None:
         raise InvalidInputError("read_files needs at least one file")
@@ -151,11 +159,11 @@ def _model(data: object) -> _Mamba:
 
 def _row(name: str, row: object) -> dict[str, float]:
     if not isinstance(row, dict) or row.keys() != _FIELDS:
-        raise CheckpointError(f"{name} does not hold the published figures ({', '.join(sorted(_FIELDS))}); fetch the file anew")
-    for field, value in row.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{field} of {name} is {value!r}, not a finite number; fetch the file anew")
-    return row
+        raise CheckpointError(f"{name} does not hold the published figures ({', '.join(sorted(_FIELDS))}); {_REMEDY}")
+    try:
+        return {field: signed_json.number(value, f"{field} of {name}") for field, value in row.items()}
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {_REMEDY}") from error
 
 
 def _measurement(row: dict[str, float]) -> Measurement:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from klfast import signed_json
 from klfast.errors import CheckpointError, KlfastError
-from klfast.files import parse_json, write_atomic
 from klfast.models import layers as model_layers
+from klfast.signed_json import is_a, number, whole
 from klfast.types import Fingerprint, QuantSpec
 
 # As in klfast.Divergence (a token's SQNR counts as at most 150 dB); delta_ce = ce_student - ce_teacher.
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 SCHEMA = "klfast-sensitivities/1"
+_REMEDY = "run the sweep again"
+_MOST = torch.finfo(torch.float32).max  # what is measured per token is float32
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,7 @@ class Sensitivities:
             "provenance": self.provenance,
             **(extra or {}),
         }
-        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-        if path is not None:
-            write_atomic(path, text)
-        return text
+        return signed_json.write(data, path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Sensitivities:
@@ -105,64 +105,45 @@ class Sensitivities:
             source: a path, or the JSON text itself (recognized by its opening brace or bracket).
 
         Raises:
-            CheckpointError: no such file, truncated, or neither of these formats.
+            CheckpointError: no such file, truncated, damaged (the digest in the file, where it has one, tells), or neither of
+                these formats.
         """
-        data, origin = read_json(source)
+        data, origin = signed_json.read(source, "sensitivities", _REMEDY, verified=False)
         if not isinstance(data, dict) or "schema" not in data:
             from klfast.sensitivity import published
 
-            return published.read(data)
-        return cls.from_data(data, origin)
+            return published.read(data, origin=origin)
+        found = cls.from_data(data, origin)
+        signed_json.verify(data, origin, _REMEDY)
+        return found
 
     @classmethod
-    def from_data(cls, data: object, origin: str, remedy: str = "sweep anew") -> Sensitivities:
-        """Those that ``read_json`` has read from ``origin``; CheckpointError, naming the remedy, if it holds none."""
+    def from_data(cls, data: object, origin: str, remedy: str = _REMEDY) -> Sensitivities:
+        """Those that were read from ``origin``, unverified; CheckpointError, naming the remedy, if the data are none."""
         schema = data.get("schema") if isinstance(data, dict) else None
         if str(schema).startswith("klfast-plan/"):
             raise CheckpointError(f"{origin} is a plan; give what klfast sweep wrote (klfast report SENSITIVITIES --plan PLAN shows a plan)")
         if schema != SCHEMA:
             raise CheckpointError(f"{origin} has schema {schema!r}, this klfast reads {SCHEMA!r}; {remedy}")
         try:
-            fingerprint = data["fingerprint"]
-            layers = {
-                name: LayerInfo((int(info["shape"][0]), int(info["shape"][1])), int(info["float_bytes"]))
-                for name, info in data["layers"].items()
-            }
-            measurements = {(entry["layer"], QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data["measurements"]}
-            rows = {(entry["layer"], str(entry["use"]), QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data.get("rows", ())}
-            if unknown := [name for name, *_ in (*measurements, *rows) if name not in layers]:
-                raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}")
-            return cls(
-                fingerprint and Fingerprint(str(fingerprint["structure"]), tuple(map(float, fingerprint["norms"]))),
+            layers = {name: _layer(name, info) for name, info in is_a(dict, data["layers"], "layers").items()}
+            found = cls(
+                _fingerprint(data["fingerprint"], len(layers)),
                 layers,
-                int(data["other_bytes"]),
-                measurements,
-                _numbers(data["noise_floor"]),
-                dict(data["provenance"]),
-                rows,
+                whole(data["other_bytes"], "other_bytes"),
+                {(entry["layer"], QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data["measurements"]},
+                {name: _mean(name, value) for name, value in data["noise_floor"].items()},
+                dict(is_a(dict, data["provenance"], "provenance")),
+                {(entry["layer"], is_a(str, entry["use"], "use"), QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data.get("rows", ())},
             )
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, KlfastError) as error:
-            raise CheckpointError(f"{origin} is damaged ({type(error).__name__}: {error}); {remedy}") from error
-
-
-def read_json(source: str | os.PathLike[str], remedy: str = "sweep anew") -> tuple[object, str]:
-    """The data in a JSON file or text, and how to call it in messages; CheckpointError, naming the remedy, if there is none."""
-    if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
-        text, origin = source, "the JSON text"
-    else:
-        origin = os.fspath(source)
-        try:
-            with open(origin, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise CheckpointError(f"cannot read sensitivities from {origin}: {reason}") from error
-    try:
-        return parse_json(text), origin
-    except ValueError as error:
-        raise CheckpointError(f"{origin} is truncated or no JSON ({error}); {remedy}") from error
+            if "ce_teacher" in found.provenance:
+                number(found.provenance["ce_teacher"], "ce_teacher", most=_MOST)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KlfastError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"{origin} is damaged ({what}); {remedy}") from error
+        if unknown := [name for name, *_ in (*found.measurements, *found.rows) if name not in layers]:
+            raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}")
+        return found
 
 
 def numbers_to_json(numbers: Mapping[str, float]) -> dict[str, float | str]:
@@ -174,9 +155,26 @@ def _entry(m: Measurement) -> dict[str, object]:
     return {"tokens": m.tokens, "below_noise": m.below_noise, "mean": numbers_to_json(m.mean), "stderr": numbers_to_json(m.stderr)}
 
 
+def _fingerprint(data: object, layers: int) -> Fingerprint | None:
+    if data is None:
+        return None
+    norms = tuple(number(norm, "a norm") for norm in data["norms"])
+    if len(norms) != layers:
+        raise ValueError(f"it has {len(norms)} norms of {layers} layers")
+    return Fingerprint(is_a(str, data["structure"], "structure"), norms)
+
+
+def _layer(name: str, info: Mapping[str, object]) -> LayerInfo:
+    rows, columns = (whole(size, f"the shape of {name}") for size in info["shape"])
+    return LayerInfo((rows, columns), whole(info["float_bytes"], f"float_bytes of {name}"))
+
+
 def _measurement(entry: Mapping[str, object]) -> Measurement:
-    return Measurement(_numbers(entry["mean"]), _numbers(entry["stderr"]), int(entry["tokens"]), bool(entry["below_noise"]))
+    mean = {name: _mean(name, value) for name, value in entry["mean"].items()}
+    stderr = {name: math.nan if value == "nan" else number(value, f"the standard error of {name}", most=_MOST) for name, value in entry["stderr"].items()}
+    return Measurement(mean, stderr, whole(entry["tokens"], "tokens", 1), is_a(bool, entry["below_noise"], "below_noise"))
 
 
-def _numbers(data: Mapping[str, float | str]) -> dict[str, float]:
-    return {key: float(value) for key, value in data.items()}
+def _mean(name: str, value: object) -> float:
+    """A metric as ``to_json`` wrote it: of all, only an SQNR can be infinite."""
+    return math.inf if name == "sqnr_db" and value == "inf" else number(value, name, most=_MOST)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from klfast import __version__
+from klfast import __version__, signed_json
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
 from klfast.models.chain import Chain
 from klfast.models.layers import is_head_tied, linears, row_parts
@@ -19,7 +19,7 @@ from klfast.progress import Progress, reporter
 from klfast.sensitivity import inputs
 from klfast.sensitivity.engine import COLUMNS, Candidate, Engine, Teacher
 from klfast.sensitivity.prepared import prepared
-from klfast.sensitivity.results import METRICS, Measurement, Sensitivities, read_json
+from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
 from klfast.tally import Tally
 from klfast.types import QuantSpec
 
@@ -249,12 +249,12 @@ class _Run:
     def _load(self) -> None:
         """Go on where the resume file stopped, if it is that of a sweep with the same arguments."""
         remedy = "to start anew delete it (--no-resume), or give `resume` another path"
-        data, origin = read_json(self.path, remedy)
+        data, origin = signed_json.read(self.path, "a sweep's state", remedy, verified=False)
         before = Sensitivities.from_data(data, origin, remedy)
         state = data.get("sweep")
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path} is not the resume file of a sweep; {remedy}")
-        if before.fingerprint != self.blank.fingerprint:
+        if before.fingerprint is None or not before.fingerprint.matches(self.blank.fingerprint):
             raise ModelMismatchError(f"{self.path} is the resume file of another model's sweep; {remedy}")
         try:
             for name, value in self.settings.items():
@@ -266,6 +266,7 @@ class _Run:
             self.tally.load(state["sums"])
             self.engine.seconds.update({stage: float(state["seconds"][stage]) for stage in self.engine.seconds})
             self.engine.block_tokens = int(state["block_tokens"])
+            signed_json.verify(data, origin, remedy)
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             if isinstance(error, InvalidInputError):
                 raise

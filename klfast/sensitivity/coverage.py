@@ -1,0 +1,37 @@
+"""Tell which layers a sweep has not measured, and whether it has ended."""
+
+from __future__ import annotations
+
+from klfast.errors import InvalidInputError
+from klfast.sensitivity.results import Sensitivities
+
+
+def require_measurements(sensitivities: Sensitivities) -> None:
+    """Raise InvalidInputError if nothing was measured."""
+    if not sensitivities.layers or not sensitivities.measurements:
+        raise InvalidInputError(f"the sensitivities hold no measurements; {unfinished_note(sensitivities) or 'run klfast.sweep first'}")
+
+
+def unmeasured(sensitivities: Sensitivities) -> list[str]:
+    """Return the linear layers without any measurement, in module order."""
+    measured = {name for name, _ in sensitivities.measurements}
+    return [name for name in sensitivities.layers if name not in measured]
+
+
+def unfinished_note(sensitivities: Sensitivities) -> str | None:
+    """Return a sentence on what a stopped sweep has not measured yet; None if the sweep has ended."""
+    done, total = _progress(sensitivities)
+    if done >= total:
+        return None
+    missing = len(unmeasured(sensitivities))
+    if missing:
+        return f"the sweep is unfinished: {missing} of {len(sensitivities.layers)} layers have not been measured yet; run it again to go on"
+    return f"the sweep is unfinished: it has measured {done} of {total} parts of the calibration text; run it again to go on"
+
+
+def _progress(sensitivities: Sensitivities) -> tuple[int, int]:
+    """Parts of the calibration text that were measured, and all; (0, 0) if not known."""
+    parts = sensitivities.provenance.get("micro_batches")
+    if isinstance(parts, (list, tuple)) and len(parts) == 2 and all(type(part) is int for part in parts):
+        return parts[0], parts[1]
+    return 0, 0

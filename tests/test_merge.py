@@ -1,0 +1,52 @@
+"""Several files of sensitivities, read as one: which go together."""
+
+from dataclasses import replace
+
+import pytest
+
+from klfast.errors import InvalidInputError, ModelMismatchError
+from klfast.sensitivity import files
+from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
+from klfast.types import Fingerprint, QuantSpec
+
+KL = "kl_teacher_student"
+INT4, INT8 = QuantSpec(4), QuantSpec(8)
+
+
+def made(spec, norms=(1.0, 2.0), layer="a", **provenance):
+    measured = {(layer, spec): Measurement({KL: 0.1}, {KL: 0.01}, 64)}
+    layers = {"a": LayerInfo((8, 64), 2048), "b": LayerInfo((8, 64), 2048)}
+    return Sensitivities(Fingerprint("x", norms), layers, 100, measured, {KL: 1e-9}, {"scale": "absmax", **provenance})
+
+
+def read(folder, *parts):
+    paths = [folder / f"{i}.json" for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        part.to_json(path)
+    return files.read(paths)
+
+
+def test_norms_of_another_device_are_those_of_the_same_model(tmp_path):
+    found = read(tmp_path, made(INT4), made(INT8, norms=(1.0000001, 1.99)))
+    assert set(found.measurements) == {("a", INT4), ("a", INT8)}
+    with pytest.raises(ModelMismatchError, match=r"1\.json and .*0\.json are of different models"):
+        read(tmp_path, made(INT4), made(INT8, norms=(1.0, 2.1)))
+    with pytest.raises(ModelMismatchError, match="different models"):
+        read(tmp_path, made(INT4), replace(made(INT8), fingerprint=None))
+
+
+def test_one_candidate_in_two_files(tmp_path):
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym once more"):
+        read(tmp_path, made(INT4), made(INT4))
+    row = {("a", "gate", INT4): Measurement({KL: 0.1}, {KL: 0.01}, 64)}
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym once more"):
+        read(tmp_path, replace(made(INT4), rows=row), replace(made(INT8), rows=row))
+
+
+def test_scales_must_agree(tmp_path):
+    assert read(tmp_path, made(INT4), made(INT8)).provenance["scale"] == "absmax"
+    with pytest.raises(InvalidInputError, match=r"1\.json was swept with scale mse, .*0\.json with absmax"):
+        read(tmp_path, made(INT4), made(INT8, scale="mse"))
+    unknown = made(INT8)
+    del unknown.provenance["scale"]
+    assert "scale" not in read(tmp_path, made(INT4), unknown).provenance

@@ -1,0 +1,158 @@
+"""The build: which tiers an old assembler leaves, how many jobs, and what a second build compiles again."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(not SETUP.is_file() or COMPILER is None, reason="needs setup.py and g++")
+
+# setup.py without its last call, and its command with a compiler as setuptools sets it up.
+PRELUDE = """
+import json, runpy, setuptools, sys
+setuptools.setup = lambda **_: None
+names = runpy.run_path({setup!r})
+from setuptools import Distribution, Extension
+try:
+    from setuptools._distutils.ccompiler import new_compiler
+    from setuptools._distutils.sysconfig import customize_compiler
+except ImportError:
+    from distutils.ccompiler import new_compiler
+    from distutils.sysconfig import customize_compiler
+command = names["BuildPerTier"](Distribution({{"name": "tiny"}}))
+command.build_temp, command.build_lib = "temp", "lib"
+command.ensure_finalized()
+command.compiler = new_compiler()
+customize_compiler(command.compiler)
+"""
+
+
+def python(code, folder, **environment):
+    """What the code prints as JSON on its last line."""
+    given = {name: value for name, value in os.environ.items() if name not in ("MAX_JOBS", "CXX", "CC")} | environment
+    program = PRELUDE.format(setup=str(SETUP)) + code
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def old_assembler(folder, *unknown):
+    """A g++ whose assembler does not know some instructions: GCC takes the flags, then its output cannot be assembled."""
+    wrapper = folder / "old-g++"
+    wrapper.write_text(
+        f"""#!{sys.executable}
+import re, subprocess, sys
+arguments = sys.argv[1:]
+if "-c" in arguments:
+    kept = [a for i, a in enumerate(arguments) if a not in ("-c", "-o") and arguments[i - 1] != "-o"]
+    text = subprocess.run([{COMPILER!r}, *kept, "-S", "-o", "-"], capture_output=True, text=True, check=True).stdout
+    for name in {unknown!r}:
+        if re.search(name, text):
+            sys.exit(f"Error: no such instruction: {{name}}")
+sys.exit(subprocess.run([{COMPILER!r}, *arguments]).returncode)
+"""
+    )
+    wrapper.chmod(0o755)
+    return str(wrapper)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the tiers are x86's")
+def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
+    def tiers(*unknown, **environment):
+        compiler = old_assembler(tmp_path, *unknown)
+        return python("print(json.dumps(command._tiers()))", tmp_path, CXX=compiler, CC=compiler, **environment)
+
+    every = tiers()
+    if every != ["avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"]:
+        pytest.skip(f"this compiler builds only {every}")
+    assert tiers("tdpbf16ps") == tiers("tilezero") == every[:4]
+    assert tiers(r"\{vex\}") == [tier for tier in every if tier != "avxvnni"]
+    assert tiers("vdpbf16ps") == every[:3]
+    assert tiers("vpdpbusd") == ["avx2"] and tiers("zmm") == ["avx2", "avxvnni"] and tiers("vfmadd") == []
+    twins = {"KLFAST_AVXVNNI_TWIN": "1", "KLFAST_AMX_TWIN": "1"}
+    assert tiers("tdpbf16ps", r"\{vex\}", **twins) == every
+
+
+def test_a_source_that_an_old_assembler_cannot_build_is_left_out_of_the_extension(tmp_path):
+    (tmp_path / "amx.cpp").write_text('void amx() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }\n')
+    (tmp_path / "module.cpp").write_text("#ifdef KLFAST_BUILT_AMX\nvoid amx();\nvoid use() { amx(); }\n#endif\nint zero() { return 0; }\n")
+    compiler = old_assembler(tmp_path, "tdpbf16ps")
+    code = """
+import glob
+command.build_extension(Extension("tiny", ["module.cpp", "amx.cpp"]))
+print(json.dumps(glob.glob("temp/**/*.o", recursive=True)))
+"""
+    assert python(code, tmp_path, CXX=compiler, CC=compiler) == ["temp/module.o"]
+
+
+def test_only_what_has_changed_is_compiled_again(tmp_path):
+    (tmp_path / "a.cpp").write_text('#include "a.h"\nint a() { return A; }\n')
+    (tmp_path / "b.cpp").write_text("int b() { return 2; }\n")
+    (tmp_path / "a.h").write_text("#define A 1\n")
+    code = """
+import os
+command.build_extension(Extension("tiny", ["a.cpp", "b.cpp"]))
+print(json.dumps([os.stat(f"temp/{name}.o").st_mtime_ns for name in "ab"]))
+"""
+
+    def build(flags=""):
+        return python(code, tmp_path, KLFAST_CXXFLAGS=flags)
+
+    first = build()
+    assert build() == first
+    (tmp_path / "a.h").write_text("#define A 3\n")
+    second = build()
+    assert second[0] > first[0] and second[1] == first[1]
+    third = build("-DOTHER=1")
+    assert third[0] > second[0] and third[1] > second[1]
+    (tmp_path / "temp" / "b.o.d").unlink()
+    fourth = build("-DOTHER=1")
+    assert fourth[0] == third[0] and fourth[1] > third[1]
+    (tmp_path / "b.cpp").write_text("int b() { return }\n")
+    with pytest.raises(AssertionError, match="b.cpp"):
+        build("-DOTHER=1")
+    (tmp_path / "b.cpp").write_text("int b() { return 5; }\n")
+    os.utime(tmp_path / "b.cpp", ns=(1, 1))  # older than the last object, which a failed build must not leave
+    assert build("-DOTHER=1")[1] > fourth[1]
+
+
+def test_jobs(tmp_path):
+    def jobs(**environment):
+        return python("print(json.dumps(names['jobs']()))", tmp_path, **environment)
+
+    assert jobs(MAX_JOBS="7") == 7
+    with pytest.raises(AssertionError, match="MAX_JOBS must be a positive integer, got '0'"):
+        jobs(MAX_JOBS="0")
+    one = "import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\nprint(json.dumps(names['jobs']()))"
+    assert python(one, tmp_path) == 1
+    assert 1 <= jobs() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, math.inf),
+        ({"": "max 100000"}, math.inf),
+        ({"": "250000 100000"}, 2.5),
+        ({"a": "400000 100000", "a/b": "max 100000", "": "300000 100000"}, 3.0),
+        ({"a/b": "50000 100000", "a": "200000 100000"}, 0.5),
+        ({"a": "0 0"}, math.inf),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, limits, expected):
+    for folder, text in limits.items():
+        (tmp_path / "root" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / folder / "cpu.max").write_text(f"{text}\n")
+    (tmp_path / "cpu.max").write_text("1 100000")  # above the root: not looked at
+    (tmp_path / "cgroup").write_text("12:cpu:/old\n0::/a/b\n")
+    code = "print(json.dumps(names['cgroup_cpus']('root', 'cgroup')))"
+    assert python(code, tmp_path) == expected
+    (tmp_path / "cgroup").write_text("12:cpu:/old\n")  # version 1 alone
+    assert python(code, tmp_path) == math.inf
