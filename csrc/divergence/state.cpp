@@ -61,6 +61,12 @@ double dot(const Series& series, const Moments& moments) {
 
 double g(double x) { return std::expm1(x) - x; }
 
+// The difference of the maxima.
+double top_anchor(const State& state) { return (state.max_b - state.base_b) - (state.max_a - state.base_a); }
+
+// What to subtract from a model's logits, given the largest: nothing where that is small already.
+double base(double largest) { return std::abs(largest) <= kWide ? 0 : largest; }
+
 }  // namespace
 
 Sums operator*(const Sums& s, double factor) {
@@ -88,10 +94,11 @@ Sums from_moments(const Moments& moments) {
 double better_anchor(const State& state) {
     const double delta = 2 * std::atanh(state.sums.mu[1] / state.sums.mu[0]);
     // Beyond 12, the smaller of Za and Zb is lost in rounding; the difference of the maxima is right to log V.
-    return std::abs(delta) <= 12 ? state.anchor + delta : state.max_b - state.max_a;
+    return std::abs(delta) <= 12 ? state.anchor + delta : top_anchor(state);
 }
 
 bool metrics(const State& state, std::int64_t vocab, float* out, std::int64_t stride) {
+    if (state.phase == kMeasuring) return false;
     const Sums& s = state.sums;
     const double tau = s.mu[1] / s.mu[0];
     const bool last = state.runs >= kMaxRuns;
@@ -113,6 +120,7 @@ bool metrics(const State& state, std::int64_t vocab, float* out, std::int64_t st
     if (!accurate && !last) return false;
 
     const double log_za = state.reference / kLog2e + std::log(za), log_zb = log_za + state.anchor + delta;
+    const double target_a = state.target_a - state.base_a, target_b = state.target_b - state.base_b;
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const double values[8] = {
         std::max(kl_pq, 0.0),
@@ -120,20 +128,33 @@ bool metrics(const State& state, std::int64_t vocab, float* out, std::int64_t st
         std::clamp(jsd, 0.0, std::log(2.0)),
         state.sum_d2 / static_cast<double>(vocab),
         state.sum_d2 > 0 ? 10 * std::log10(state.sum_a2 / state.sum_d2) : std::numeric_limits<double>::infinity(),
-        state.has_target ? log_za - state.target_a : nan,
-        state.has_target ? log_zb - state.target_b : nan,
+        state.has_target ? std::max(log_za - target_a, 0.0) : nan,
+        state.has_target ? std::max(log_zb - target_b, 0.0) : nan,
         state.argmax_a == state.argmax_b ? 1.0 : 0.0,
     };
     for (int i = 0; i < 8; ++i) out[i * stride] = static_cast<float>(values[i]);
     return true;
 }
 
-void restart(State& state, double anchor) {
-    const std::int64_t runs = state.runs + 1;
-    state = State{};
-    state.anchor = static_cast<float>(anchor);
-    state.has_anchor = 1;
-    state.runs = runs;
+void restart(State& state) {
+    State next{};
+    next.runs = state.runs + 1;
+    next.has_anchor = 1;
+    const double anchor = state.phase == kMeasuring ? 0 : better_anchor(state);
+    if (state.phase == kPlain && std::abs(anchor) <= kWide) {
+        next.anchor = static_cast<float>(anchor);
+        state = next;
+        return;
+    }
+    next.phase = kShifted;
+    next.sum_a2 = state.sum_a2, next.sum_d2 = state.sum_d2;
+    next.max_a = state.max_a, next.max_b = state.max_b;
+    next.argmax_a = state.argmax_a, next.argmax_b = state.argmax_b;
+    next.base_a = base(state.max_a), next.base_b = base(state.max_b);
+    next.anchor = static_cast<float>(state.phase == kShifted ? anchor : top_anchor(next));
+    const double largest = std::max(next.max_a - next.base_a, next.max_b - next.base_b - next.anchor);
+    next.reference = std::ceil(largest * kLog2e);
+    state = next;
 }
 
 }  // namespace klfast::divergence

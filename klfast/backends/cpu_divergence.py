@@ -7,7 +7,7 @@ import torch
 from klfast import _C, ops_divergence, registry, runtime
 from klfast.backends.cpu_products import dequant_matmul_into, linear_into
 from klfast.backends.memory import DTYPE_CODES, address
-from klfast.reference_divergence import check_targets, raise_not_finite
+from klfast.reference_divergence import check_targets, raise_not_finite, raise_too_large
 from klfast.types import Layout, QuantizedTensor
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
@@ -137,5 +137,7 @@ def _raise_fault(fault: torch.Tensor, rows: torch.Tensor) -> None:
     if not fault.any():
         return
     token = int(fault.nonzero()[0])
-    code = int(fault[token]) - 1
-    raise_not_finite("student" if code % 2 else "teacher", int(rows[token]), code // 2)
+    code = int(fault[token])
+    column, student = divmod(abs(code) - 1, 2)
+    refuse = raise_not_finite if code > 0 else raise_too_large
+    refuse("student" if student else "teacher", int(rows[token]), column)
