@@ -37,6 +37,31 @@ std::int64_t finish(State* states, std::int64_t tokens, std::int64_t vocab, floa
 // Both at once, rows whole: out float [8, T], fault [T].
 void logit_divergence(const BlockArgs& args, float* out, Fault* fault, Tier limit);
 
+// What a GPU kernel leaves of a part of a row's vocabulary, floats in this order (kernels/triton/divergence_terms.py).
+struct Part {
+    float mu[kMoments], k1, k2, j, q, sum_a2, sum_d2, max_a, max_b;
+    float reference;  // R
+};
+struct PartIndex {
+    std::int32_t argmax_a, argmax_b;
+};
+struct PartsArgs {
+    const Part* parts;         // [T, n_parts]
+    const PartIndex* index;    // [T, n_parts]
+    std::int64_t tokens, n_parts, vocab;
+    const double* targets;     // [T, 2], both models' logits of the targets, NaN where there is none; may be null
+    float* anchor;             // [T], the parts' anchors; where another run is needed, the next
+    std::int64_t* runs;        // [T], how many there were before
+};
+enum class Verdict : std::int8_t {
+    done,
+    again,  // with the anchor now given
+    wide,   // not finite, or too large for the kernels: to be compared by logit_divergence
+};
+
+// Metrics of rows that a GPU kernel has summed, out float [8, T], and what has become of each row.
+void from_parts(const PartsArgs& args, float* out, Verdict* verdict);
+
 // What a tier provides; a and b are n >= 1 floats of a teacher's and a student's row.
 struct Scan {
     float max_a, max_b, min_d, max_d;  // d = b - a

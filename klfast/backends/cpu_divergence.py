@@ -19,13 +19,18 @@ def register() -> None:
 
 
 def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    check_targets(targets, teacher.shape[1])
+    return compare(teacher, student, targets, torch.arange(teacher.shape[0]))
+
+
+def compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """Metrics, float32 [8, T], of logits [T, V]; ``rows`` int64 [T] are their tokens' numbers, for errors."""
     tokens, vocab = teacher.shape
-    check_targets(targets, vocab)
     targets = None if targets is None else targets.contiguous()
     out = torch.empty(8, tokens)
     fault = torch.zeros(tokens, dtype=torch.int64)
     _C.logit_divergence(_matrix(teacher), _matrix(student), tokens, vocab, address(targets), out.data_ptr(), fault.data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
-    _raise_fault(fault, torch.arange(tokens))
+    _raise_fault(fault, rows)
     return out
 
 
