@@ -60,6 +60,7 @@ void set_reference(State& state, const Scan& scan) {
         state.reference = needed;
     } else if (needed > state.reference) {
         state.sums = state.sums * std::exp2(state.reference - needed);
+        state.powers = state.powers * std::exp2(state.reference - needed);
         state.reference = needed;
     }
 }
@@ -82,11 +83,17 @@ Sums block_sums(const State& state, const float* a, const float* b, int n, const
     if (largest <= kSmall) {
         Moments moments;
         kernels.moments(a, b, n, anchor, reference, largest, moments);
-        return from_moments(moments);
+        return from_moments(moments, largest);
     }
     Sums sums;
     (largest <= kWide ? kernels.sums : kernels.wide_sums)(a, b, n, anchor, reference, sums);
     return sums;
+}
+
+Powers block_powers(const State& state, const float* a, const float* b, int n, const Kernels& kernels) {
+    Powers powers;
+    kernels.powers(a, b, n, static_cast<float>(state.anchor), static_cast<float>(state.reference), powers);
+    return powers;
 }
 
 void find_maxima(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column) {
@@ -107,9 +114,17 @@ void find_anchor(State& state, const float* a, const float* b, int n, const Scan
     state.has_anchor = 1;
     if (is_wide(state, scan)) return;
     set_reference(state, scan);
-    state.sums = block_sums(state, a, b, n, scan, kernels);
-    state.anchor = static_cast<float>(better_anchor(state));
-    state.sums = Sums{};
+    if (largest_x(state, scan) > kSmall) {
+        state.powers = block_powers(state, a, b, n, kernels);
+        state.is_far = 1;  // as far as the anchor goes
+        state.anchor = static_cast<float>(better_anchor(state));
+        state.is_far = are_far(state);
+        state.powers = Powers{};
+    } else {
+        state.sums = block_sums(state, a, b, n, scan, kernels);
+        state.anchor = static_cast<float>(better_anchor(state));
+        state.sums = Sums{};
+    }
 }
 
 // At most kColumns columns into one state.
@@ -132,7 +147,8 @@ void add(State& state, const float* a, const float* b, int n, std::int64_t first
     }
     if (state.phase == kPlain) {
         set_reference(state, scan);
-        state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
+        if (state.is_far) state.powers = state.powers + block_powers(state, a, b, n, kernels);
+        else state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
     }
     state.columns += n;
 }

@@ -72,6 +72,7 @@ struct Kernels {
     void (*sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);       // |d - anchor| <= kWide
     void (*wide_sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);  // any d; of shifted logits
     void (*moments)(const float* a, const float* b, int n, float anchor, float reference, float largest, Moments& out);  // |d - anchor| <= largest <= kSmall
+    void (*powers)(const float* a, const float* b, int n, float anchor, float reference, Powers& out);  // |d - anchor| <= kWide
     void (*widen)(const void* from, DType dtype, int n, float* to);
 };
 

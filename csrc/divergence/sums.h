@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "divergence/divergence.h"
+#include "divergence/power.h"
 
 namespace klfast::divergence {
 namespace {
@@ -91,7 +92,7 @@ void add_moments(const float* a, const float* b, int n, float anchor, float refe
     for (Vec& power : moment) power = set(0);
     for_each(a, b, n, likely, likely, [&](Vec u, Vec v, Vec valid, bool tail) {
         ahead.step();
-        Vec x = (v - u) - c, term = exp2(exact_fma(u, log2e, minus_m));
+        Vec x = (v - u) - c, term = power<false>(exact_fma(u, log2e, minus_m));
         if (tail) x = x * valid, term = term * valid;
         Vec odd = term * x;
         const Vec x2 = x * x;  // two chains of products, half as long as one
@@ -105,7 +106,7 @@ void add_moments(const float* a, const float* b, int n, float anchor, float refe
 }
 
 void moments(const float* a, const float* b, int n, float anchor, float reference, float largest_x, Moments& out) {
-    const auto add = largest_x <= kTiny ? add_moments<5> : largest_x <= kSmall / 2 ? add_moments<7> : add_moments<kMoments>;
+    const auto add = largest_x <= kTiny ? add_moments<5> : largest_x <= kMedium ? add_moments<7> : add_moments<kMoments>;
     out = {};
     in_runs(a, b, n, [&](const float* u, const float* v, int count) { add(u, v, count, anchor, reference, out); });
 }
@@ -136,7 +137,7 @@ void add_sums(const float* a, const float* b, int n, float anchor, float referen
         const Vec less_one = expm1(minus_y), e = less_one + one, e1 = e + one;
         const Vec t = quotient(set(0) - less_one, e1), t2 = t * t;
         const Vec of_a = exact_fma(p, log2e, minus_m);
-        Vec w = exp2(Wide ? max(of_a, exact_fma(r, log2e, minus_mb)) : exact_fma(max(x, set(0)), log2e, of_a)) * e1;
+        Vec w = power(Wide ? max(of_a, exact_fma(r, log2e, minus_mb)) : exact_fma(max(x, set(0)), log2e, of_a)) * e1;
         if (tail) w = w * valid;
 
         Vec poly = fma(t2, set(1.22889162e-1f), set(1.42402410e-1f));
@@ -178,6 +179,35 @@ template <bool Wide>
 void sums(const float* a, const float* b, int n, float anchor, float reference, Sums& out) {
     out = {};
     in_runs(a, b, n, [&](const float* u, const float* v, int count) { add_sums<Wide>(u, v, count, anchor, reference, out); });
+}
+
+void powers(const float* a, const float* b, int n, float anchor, float reference, Powers& out) {
+    const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference);
+    const float likely = reference / kLog2e;
+    out = {};
+    in_runs(a, b, n, [&](const float* from_a, const float* from_b, int count) {
+        Ahead ahead(from_a, from_b);
+        Vec h[kPowers], signed_h[kPowers], y[2], signed_y[2];  // y in units of -log 2
+        for (int k = 0; k < kPowers; ++k) h[k] = signed_h[k] = set(0);
+        for (int k = 0; k < 2; ++k) y[k] = signed_y[k] = set(0);
+        for_each(from_a, from_b, count, likely, likely, [&](Vec u, Vec v, Vec valid, bool tail) {
+            ahead.step();
+            Vec x = ((v - u) - c) * log2e;
+            if (tail) x = x * valid;
+            const Vec minus_y = negative_abs(x), e = power(minus_y);
+            Vec larger = power(exact_fma(u, log2e, minus_m) + max(x, set(0)));
+            if (tail) larger = larger * valid;
+            const Vec with_sign = copysign(larger, x), ey = e * minus_y;
+            const Vec e2 = e * e, e3 = e2 * e, e4 = e2 * e2, e5 = e3 * e2, e6 = e3 * e3;
+            const Vec power_of[kPowers] = {e, e, e2, e3, e4, e5, e6};
+            h[0] = h[0] + larger, signed_h[0] = signed_h[0] + with_sign;
+            for (int k = 1; k < kPowers; ++k) h[k] = fma(power_of[k], larger, h[k]), signed_h[k] = fma(power_of[k], with_sign, signed_h[k]);
+            y[0] = fma(minus_y, larger, y[0]), signed_y[0] = fma(minus_y, with_sign, signed_y[0]);
+            y[1] = fma(ey, larger, y[1]), signed_y[1] = fma(ey, with_sign, signed_y[1]);
+        });
+        for (int k = 0; k < kPowers; ++k) out.h[k] += total(h[k]), out.signed_h[k] += total(signed_h[k]);
+        for (int k = 0; k < 2; ++k) out.y[k] -= total(y[k]) / kLog2e, out.signed_y[k] -= total(signed_y[k]) / kLog2e;
+    });
 }
 
 void widen(const void* from, DType dtype, int n, float* to) {
