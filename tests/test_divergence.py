@@ -89,6 +89,26 @@ def test_misleading_first_columns(tier):
         assert_matches(klfast.linear_divergence(hidden, rows[0], hidden, rows[1]), truth(teacher, student), rtol=1e-4)
 
 
+@pytest.mark.parametrize("largest", [1 / 16, 0.07, 0.5, 0.52, 1.0, 1.05, 1.4, 2.0])
+def test_differences_of_every_size(tier, largest):
+    """On both sides of what each of the CPU's loops takes, where its polynomials are worst."""
+    teacher = torch.randn(4, 5000)
+    student = teacher + largest * (2 * torch.rand(4, 5000) - 1)
+    student[0] = teacher[0] + largest * torch.randn(5000).sign()  # as large as they get
+    assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student))
+
+
+def test_unrelated_first_columns_of_close_distributions(tier):
+    """What lies far apart in the first columns has no weight in the end; another row of the same call stays far apart."""
+    teacher, student = 3 * torch.randn(3, 6000), 3 * torch.randn(3, 6000)
+    for gap in (15, 30, 60):
+        teacher[:2, 5000:], student[:2, 5000:] = gap, gap
+        student[:2, 5000:] += 1e-2 * torch.randn(2, 1000)
+        assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student), rtol=1e-3)
+        hidden = torch.eye(3)
+        assert_matches(klfast.linear_divergence(hidden, teacher.T, hidden, student.T), truth(teacher, student), rtol=1e-3)
+
+
 def test_equal_rows_are_exactly_zero(tier):
     teacher = 5 * torch.randn(4, 3001)
     found = klfast.logit_divergence(teacher, teacher.clone())

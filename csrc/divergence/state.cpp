@@ -140,9 +140,9 @@ Found from_sums(const State& state) {
     }
     const double jsd = (s.j + (shrink - 1) * s.q + series / 2) / za + std::log1p(-tau * tau) / 2;
     const double left_out = s.mu[kMoments - 1] / za * std::pow(tau, kMoments - 1) / (kMoments - 1);
-    // Where delta outweighs the divergence, the subtractions above cost digits: 1e3 of the 1e7 that the sums have.
+    // Where delta outweighs the divergence, the subtractions above cost digits.
     constexpr double kNothing = 1e-14;
-    const bool is_accurate = std::abs(tau) <= 0.5 && left_out <= 1e-5 * jsd + kNothing && g(std::abs(delta)) <= 1e3 * std::min(kl_pq, kl_qp) + kNothing;
+    const bool is_accurate = std::abs(tau) <= 0.5 && left_out <= 1e-5 * jsd + kNothing && g(std::abs(delta)) <= 30 * std::min(kl_pq, kl_qp) + kNothing;
     return {za, delta, kl_pq, kl_qp, jsd, is_accurate};
 }
 
