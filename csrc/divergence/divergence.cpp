@@ -74,7 +74,8 @@ float largest_x(const State& state, const Scan& scan) {
 bool is_wide(const State& state, const Scan& scan) {
     constexpr double kLargest = 0x1p21, kSquares = 1e34;  // M is exact as a float, a log2 e - M finite
     const double largest = std::max<double>(scan.max_a, scan.max_b - state.anchor);
-    return !(largest_x(state, scan) <= kWide && std::abs(state.anchor) <= kWide && std::abs(largest) <= kLargest && scan.sum_a2 <= kSquares);
+    return !(largest_x(state, scan) <= kWide && std::abs(state.anchor) <= kWide && std::abs(largest) <= kLargest &&
+             scan.sum_a2 <= kSquares);
 }
 
 Sums block_sums(const State& state, const float* a, const float* b, int n, const Scan& scan, const Kernels& kernels) {

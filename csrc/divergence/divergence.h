@@ -71,7 +71,8 @@ struct Kernels {
     void (*scan)(const float* a, const float* b, int n, Scan& out);
     void (*sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);       // |d - anchor| <= kWide
     void (*wide_sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);  // any d; of shifted logits
-    void (*moments)(const float* a, const float* b, int n, float anchor, float reference, float largest, Moments& out);  // |d - anchor| <= largest <= kSmall
+    // |d - anchor| <= largest <= kSmall
+    void (*moments)(const float* a, const float* b, int n, float anchor, float reference, float largest, Moments& out);
     void (*powers)(const float* a, const float* b, int n, float anchor, float reference, Powers& out);  // |d - anchor| <= kWide
     void (*widen)(const void* from, DType dtype, int n, float* to);
 };

@@ -142,7 +142,8 @@ Found from_sums(const State& state) {
     const double left_out = s.mu[kMoments - 1] / za * std::pow(tau, kMoments - 1) / (kMoments - 1);
     // Where delta outweighs the divergence, the subtractions above cost digits.
     constexpr double kNothing = 1e-14;
-    const bool is_accurate = std::abs(tau) <= 0.5 && left_out <= 1e-5 * jsd + kNothing && g(std::abs(delta)) <= 30 * std::min(kl_pq, kl_qp) + kNothing;
+    const bool is_near = g(std::abs(delta)) <= 30 * std::min(kl_pq, kl_qp) + kNothing;
+    const bool is_accurate = std::abs(tau) <= 0.5 && left_out <= 1e-5 * jsd + kNothing && is_near;
     return {za, delta, kl_pq, kl_qp, jsd, is_accurate};
 }
 
@@ -159,8 +160,9 @@ Found from_powers(const State& state) {
     const double delta = std::log(zb / za), r = za / zb, log2 = std::log(2.0);
     const double kl_pq = delta - ax / za, kl_qp = bx / zb - delta;
     const double linear = (p.y[1] + p.signed_y[1]) / 2 + r * (p.y[1] - p.signed_y[1]) / 2;
-    const double of_above = kPowersTable.sum(above, [&](double e) { return e * log2 + r * std::log(2 * r) - (e + r) * std::log(e + r); });
-    const double of_below = kPowersTable.sum(below, [&](double e) { return log2 + e * r * std::log(2 * r) - (1 + e * r) * std::log1p(e * r); });
+    const double log2r = std::log(2 * r);
+    const double of_above = kPowersTable.sum(above, [&](double e) { return e * log2 + r * log2r - (e + r) * std::log(e + r); });
+    const double of_below = kPowersTable.sum(below, [&](double e) { return log2 + e * r * log2r - (1 + e * r) * std::log1p(e * r); });
     const double jsd = (of_above + of_below - linear) / (2 * za);
     return {za, delta, kl_pq, kl_qp, jsd, std::abs(tau_of(state)) <= 0.4 && std::min(kl_pq, kl_qp) > kFar};
 }

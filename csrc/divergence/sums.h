@@ -55,14 +55,16 @@ void scan(const float* a, const float* b, int n, Scan& out) {
     const float d = b[0] - a[0];
     out = {a[0], b[0], d, d, 0, 0};
     in_runs(a, b, n, [&](const float* from_a, const float* from_b, int count) {
-        Vec max_a = set(out.max_a), max_b = set(out.max_b), min_d = set(out.min_d), max_d = set(out.max_d), sum_a2 = set(0), sum_d2 = set(0);
+        Vec max_a = set(out.max_a), max_b = set(out.max_b), min_d = set(out.min_d), max_d = set(out.max_d);
+        Vec sum_a2 = set(0), sum_d2 = set(0);
         for_each(from_a, from_b, count, from_a[0], from_b[0], [&](Vec u, Vec v, Vec valid, bool tail) {
             Vec d = v - u;
             max_a = max(max_a, u), max_b = max(max_b, v), min_d = min(min_d, d), max_d = max(max_d, d);
             if (tail) u = u * valid, d = d * valid;
             sum_a2 = fma(u, u, sum_a2), sum_d2 = fma(d, d, sum_d2);
         });
-        out = {extreme(max_a, true), extreme(max_b, true), extreme(min_d, false), extreme(max_d, true), out.sum_a2 + total(sum_a2), out.sum_d2 + total(sum_d2)};
+        out = {extreme(max_a, true), extreme(max_b, true), extreme(min_d, false), extreme(max_d, true),
+               out.sum_a2 + total(sum_a2), out.sum_d2 + total(sum_d2)};
     });
 }
 
@@ -76,7 +78,8 @@ V exact_fma(V a, V b, V c) {
 // Asks for the next kColumns of both rows while these are worked on: the hardware's prefetch stops at each page.
 struct Ahead {
     const char *a, *b;
-    Ahead(const float* from_a, const float* from_b) : a(reinterpret_cast<const char*>(from_a + kColumns)), b(reinterpret_cast<const char*>(from_b + kColumns)) {}
+    Ahead(const float* from_a, const float* from_b)
+        : a(reinterpret_cast<const char*>(from_a + kColumns)), b(reinterpret_cast<const char*>(from_b + kColumns)) {}
     void step() {
         __builtin_prefetch(a, 0, 2), __builtin_prefetch(b, 0, 2);
         a += Vec::width * sizeof(float), b += Vec::width * sizeof(float);

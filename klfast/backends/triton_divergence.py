@@ -126,7 +126,9 @@ def _picked(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, targets:
     return torch.cat([(some.float() * _rows(head, index)).sum(1) for some, index in parts])
 
 
-def finish(op: str, shape: list[int], sums: Callable, logits: Callable, anchor: torch.Tensor, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None) -> torch.Tensor:
+def finish(
+    op: str, shape: list[int], sums: Callable, logits: Callable, anchor: torch.Tensor, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None
+) -> torch.Tensor:
     """Metrics, float32 [8, T].
 
     Args:
@@ -151,8 +153,8 @@ def finish(op: str, shape: list[int], sums: Callable, logits: Callable, anchor: 
         metrics = torch.empty(8, rows.numel())
         verdict = torch.empty(rows.numel(), dtype=torch.int8)
         _C.divergence_from_parts(
-            parts.data_ptr(), index.data_ptr(), rows.numel(), parts.shape[1], vocab, address(some_picked), anchor.data_ptr(), runs.data_ptr(),
-            metrics.data_ptr(), verdict.data_ptr(),
+            parts.data_ptr(), index.data_ptr(), rows.numel(), parts.shape[1], vocab, address(some_picked),
+            anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(),
         )  # fmt: skip
         out[:, rows] = metrics
         wide.append(rows[verdict == _C.divergence_wide])
