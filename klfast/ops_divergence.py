@@ -20,8 +20,8 @@ def _check_logit_divergence(teacher, student, targets):
             raise InvalidInputError(f"{op}: {who} logits must be float32, bfloat16 or float16, got {logits.dtype}")
     if teacher.shape != student.shape:
         raise InvalidInputError(f"{op}: teacher {list(teacher.shape)} and student {list(student.shape)} logits must have one shape")
-    if teacher.dim() == 0 or teacher.shape[-1] == 0:
-        raise InvalidInputError(f"{op}: logits must be [..., V] with V at least 1, got {list(teacher.shape)}")
+    if teacher.dim() != 2 or teacher.shape[-1] == 0:
+        raise InvalidInputError(f"{op}: logits must be [T, V] with V at least 1, got {list(teacher.shape)}")
     _check_targets(op, targets, teacher.shape[:-1])
     same_device(op, teacher, student, targets)
 
@@ -54,6 +54,13 @@ def logit_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor,
     For KL(p || q) alone this replaces ``(p * (log_p - log_q)).sum(-1)`` with ``log_p, log_q = teacher.log_softmax(-1),
     student.log_softmax(-1)``, right to 1 % at 1e-8 nats, where that expression returns noise, and never negative.
 
+    Logits may have any finite size. Masked entries can hold -1e9, -65504 or ``torch.finfo(dtype).min`` in either model or
+    in both; -inf is refused, because the mean squared error would be infinite or undefined. Only the distance of a logit
+    to the largest of its token must stay within float32 (3.4e38). An entry 1e-38 times as likely as the likeliest counts
+    as impossible, and ``mse`` is inf where it exceeds float32. Tokens for which the models' logits differ by more than 64
+    (beyond a constant) where one of them has weight take two to three passes. On GPUs, tokens whose largest logit exceeds
+    256, or any logit 1e17, are compared on the CPU, with a SlowPathWarning.
+
     Args:
         teacher_logits: float32, bfloat16 or float16 [..., V], finite; any strides.
         student_logits: the same shape; its dtype may differ.
@@ -63,11 +70,17 @@ def logit_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor,
         A ``Divergence`` of float32 [T], T the product of the leading dimensions.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape, device or target; a NaN or infinity (masked entries of -inf included),
-            naming the model, token and vocabulary entry.
+        InvalidInputError: a wrong dtype, shape, device or target; a NaN or infinity (masked entries of -inf included), or a
+            logit too far below its token's largest, naming the model, token and vocabulary entry.
     """
-    _check_logit_divergence(teacher_logits, student_logits, targets)
-    vocab = teacher_logits.shape[-1]
+    shape = teacher_logits.shape
+    if student_logits.shape != shape or not shape or shape[-1] == 0:  # what [T, V] and [T] below no longer show
+        raise InvalidInputError(
+            "logit_divergence: teacher and student logits must have one shape, [..., V] with V at least 1, "
+            f"got {list(shape)} and {list(student_logits.shape)}"
+        )
+    _check_targets("logit_divergence", targets, shape[:-1])
+    vocab = shape[-1]
     args = (teacher_logits.reshape(-1, vocab), student_logits.reshape(-1, vocab), None if targets is None else targets.reshape(-1))
     return _as_divergence(torch.ops.klfast.logit_divergence.default(*args), targets is not None)
 
@@ -90,6 +103,8 @@ def _check_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weig
     for who, hidden, weight, scale, layout in (("teacher", teacher, t_weight, t_scale, layouts[0]), ("student", student, s_weight, s_scale, layouts[1])):
         if hidden.dtype not in FLOAT_DTYPES or (scale is None and weight.dtype not in FLOAT_DTYPES):
             raise InvalidInputError(f"{op}: the {who}'s hidden states and head must be float32, bfloat16 or float16, got {hidden.dtype} and {weight.dtype}")
+        if hidden.dim() and hidden.shape[-1] == 0:
+            raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] with H at least 1, got {list(hidden.shape)}")
         if hidden.dim() == 0 or weight.dim() != (3 if layout == Layout.TILED.value else 2) or (scale is None and hidden.shape[-1] != weight.shape[1]):
             raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     t_rows, s_rows = map(_head_rows, (t_weight, s_weight), layouts)
@@ -146,10 +161,10 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
     """``logit_divergence(teacher_hidden @ teacher_head.T, student_hidden @ student_head.T, targets)`` without the logits.
 
     The vocabulary passes in blocks; every product is made in float32, whatever the operands' dtypes, and no logit is
-    rounded to a smaller one.
+    rounded to a smaller one. The logits may have the sizes that ``logit_divergence`` takes.
 
     Args:
-        teacher_hidden: float32, bfloat16 or float16 [..., H], the input of the teacher's head.
+        teacher_hidden: float32, bfloat16 or float16 [..., H], the input of the teacher's head; H at least 1.
         teacher_head: float [V, H], or a QuantizedTensor of that shape.
         student_hidden: float [S..., ..., H]: the teacher broadcasts over leading dimensions that it lacks. On the CPU
             its logits are made once for all S students, on GPUs for each of them. H may differ between the models.
@@ -160,7 +175,7 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
         A ``Divergence`` of float32 [T], T the product of the student's leading dimensions, in their order.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape, device or target, or a NaN or infinite logit, named.
+        InvalidInputError: a wrong dtype, shape, device or target, or a logit that ``logit_divergence`` refuses, named.
     """
     heads = []
     for who, head, hidden in (("teacher", teacher_head, teacher_hidden), ("student", student_head, student_hidden)):

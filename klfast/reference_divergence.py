@@ -50,8 +50,7 @@ def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor
     """[8, T] of float64 logits [T, V]."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     x = log_q - log_p
-    half = torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=40) - math.log(2))  # log(m / p), m = (p + q) / 2
-    jsd = (log_q.exp() * (x - half) - log_p.exp() * half).sum(-1) / 2
+    jsd = -(log_p.exp() * _log_mixture(x) + log_q.exp() * _log_mixture(-x)).sum(-1) / 2
     d = student - teacher
     noise = d.square().sum(-1)
     sqnr = torch.where(noise > 0, 10 * torch.log10(teacher.square().sum(-1) / noise), math.inf)
@@ -70,6 +69,11 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     x, p = log_q - log_p, log_p.exp()
     small = p * (torch.expm1(x) - x).clamp(min=0)
     return torch.where(x.abs() < 1, small, log_q.exp() - p - p * x).sum(-1)
+
+
+def _log_mixture(x: torch.Tensor) -> torch.Tensor:
+    """log(m / p), with m = (p + q) / 2 and x = log(q / p)."""
+    return torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=40) - math.log(2))
 
 
 def _first_argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -93,4 +97,12 @@ def raise_not_finite(who: str, token: int, column: int) -> None:
     raise InvalidInputError(
         f"the {who}'s logit of token {token}, vocabulary entry {column}, is a NaN or an infinity; "
         "give masked entries a large finite value in both models, or leave them out"
+    )
+
+
+def raise_too_large(who: str, token: int, column: int) -> None:
+    """Raise the error for a finite logit of ``who`` that lies further below the token's largest than float32 reaches."""
+    raise InvalidInputError(
+        f"the {who}'s logit of token {token}, vocabulary entry {column}, is too large: the difference to the token's largest logit "
+        f"must stay within float32, {torch.finfo(torch.float32).max:.1e}"
     )

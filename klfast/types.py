@@ -295,7 +295,7 @@ class Divergence:
         kl_teacher_student  KL(p || q), nats
         kl_student_teacher  KL(q || p), nats
         jsd                 Jensen-Shannon divergence, nats (at most log 2)
-        mse                 mean of d^2 over the vocabulary
+        mse                 mean of d^2 over the vocabulary (inf beyond float32's range)
         sqnr_db             10 log10(sum teacher^2 / sum d^2), dB (inf where the logits are equal)
         ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets, NaN where ignored (-100)
         top1_agree          1.0 where both have the same most likely token (the lowest index among equals)

@@ -1,6 +1,8 @@
 """logit_divergence and linear_divergence at every tier, against float64 computed here."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,6 +89,26 @@ def test_misleading_first_columns(tier):
         assert_matches(klfast.linear_divergence(hidden, rows[0], hidden, rows[1]), truth(teacher, student), rtol=1e-4)
 
 
+@pytest.mark.parametrize("largest", [1 / 16, 0.07, 0.5, 0.52, 1.0, 1.05, 1.4, 2.0])
+def test_differences_of_every_size(tier, largest):
+    """On both sides of what each of the CPU's loops takes, where its polynomials are worst."""
+    teacher = torch.randn(4, 5000)
+    student = teacher + largest * (2 * torch.rand(4, 5000) - 1)
+    student[0] = teacher[0] + largest * torch.randn(5000).sign()  # as large as they get
+    assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student))
+
+
+def test_unrelated_first_columns_of_close_distributions(tier):
+    """What lies far apart in the first columns has no weight in the end; another row of the same call stays far apart."""
+    teacher, student = 3 * torch.randn(3, 6000), 3 * torch.randn(3, 6000)
+    for gap in (15, 30, 60):
+        teacher[:2, 5000:], student[:2, 5000:] = gap, gap
+        student[:2, 5000:] += 1e-2 * torch.randn(2, 1000)
+        assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student), rtol=1e-3)
+        hidden = torch.eye(3)
+        assert_matches(klfast.linear_divergence(hidden, teacher.T, hidden, student.T), truth(teacher, student), rtol=1e-3)
+
+
 def test_equal_rows_are_exactly_zero(tier):
     teacher = 5 * torch.randn(4, 3001)
     found = klfast.logit_divergence(teacher, teacher.clone())
@@ -162,6 +184,12 @@ def test_bad_input():
         (lambda: klfast.logit_divergence(a, a, torch.tensor([0, 10, 1])), "targets must be in 0..9"),
         (lambda: klfast.logit_divergence(a, a, torch.tensor([0, -1, 1])), "got -1"),
         (lambda: klfast.logit_divergence(a, a.to("meta")), "one device"),
+        (lambda: klfast.logit_divergence(torch.zeros(()), torch.zeros(())), "V at least 1"),
+        (lambda: klfast.logit_divergence(a[None], a[None], torch.zeros(3, dtype=torch.int64)), r"targets must have shape \[1, 3\]"),
+        (lambda: torch.ops.klfast.logit_divergence(a[None], a[None], None), r"logits must be \[T, V\]"),
+        (lambda: torch.ops.klfast.logit_divergence(a[0], a[0], None), r"logits must be \[T, V\]"),
+        (lambda: klfast.linear_divergence(h[:, :0], w[:, :0], h, w), "teacher's hidden states must be .* H at least 1"),
+        (lambda: klfast.linear_divergence(h, w, h[:, :0], w[:, :0]), "student's hidden states must be .* H at least 1"),
         (lambda: klfast.linear_divergence(h, w[:, :3], h, w), "teacher's hidden states must be"),
         (lambda: klfast.linear_divergence(h, w, h, w[:9]), "same number of rows"),
         (lambda: klfast.linear_divergence(h, w, h[:2], w), "must end in the teacher's"),
@@ -278,3 +306,14 @@ def test_opcheck(tier):
     qt = klfast.quantize(head, QuantSpec(4, 4, False))
     plain, quantized = (head, None, None), (qt.packed, qt.scale, qt.zero_point)
     torch.library.opcheck(torch.ops.klfast.linear_divergence.default, (hidden, *plain, hidden.expand(2, 3, 8).clone(), *quantized, targets, 0, 0, "", 4, 4, "plain"))
+
+
+def test_gpus_without_the_extension_have_no_divergence_kernels():
+    """The extension makes the metrics of what those kernels leave."""
+    code = (
+        "import sys; sys.modules['klfast._C'] = None\n"
+        "import klfast.ops; from klfast import registry\n"
+        "print([registry.has_kernel(name, 'CUDA') for name in ('logit_divergence', 'linear_divergence', 'rms_norm')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[False, False, True]", done.stderr

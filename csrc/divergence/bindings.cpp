@@ -38,6 +38,15 @@ void bind_divergence(py::module_& m) {
     m.def("divergence_finish", [](Address states, Int tokens, Int vocab, Address out, Address fault, Address rerun) {
         return divergence::finish(pointer<divergence::State>(states), tokens, vocab, pointer<float>(out), pointer<Int>(fault), pointer<bool>(rerun));
     }, Release());
+    m.attr("divergence_part_floats") = sizeof(divergence::Part) / sizeof(float);
+    m.def("divergence_from_parts", [](Address parts, Address index, Int tokens, Int n_parts, Int vocab, Address targets, Address anchor, Address runs,
+                                      Address out, Address verdict) {
+        divergence::from_parts({pointer<const divergence::Part>(parts), pointer<const divergence::PartIndex>(index), tokens, n_parts, vocab,
+                                pointer<const double>(targets), pointer<float>(anchor), pointer<Int>(runs)},
+                               pointer<float>(out), pointer<divergence::Verdict>(verdict));
+    }, Release());
+    m.attr("divergence_again") = static_cast<int>(divergence::Verdict::again);
+    m.attr("divergence_wide") = static_cast<int>(divergence::Verdict::wide);
     m.def("logit_divergence", [](const MatrixArg& teacher, const MatrixArg& student, Int tokens, Int columns, Address targets, Address out,
                                  Address fault, int n_threads, int limit) {
         divergence::logit_divergence({matrix(teacher), matrix(student), tokens, columns, 0, pointer<const Int>(targets), nullptr, n_threads},

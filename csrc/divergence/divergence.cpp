@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "parallel.h"
 
@@ -36,13 +37,20 @@ int find(const float* values, int n, float wanted) {
     return 0;
 }
 
-// The first logit that is not finite, or whose square is not; see State::fault.
-std::int64_t find_fault(const float* a, const float* b, int n, std::int64_t first_column) {
-    constexpr float kLimit = 1e17f;
+// The first logit that is not finite; 0 if all are.
+Fault find_fault(const float* a, const float* b, int n, std::int64_t first_column) {
     for (int i = 0; i < n; ++i)
         for (int student = 0; student < 2; ++student)
-            if (!(std::abs(student ? b[i] : a[i]) <= kLimit)) return 1 + 2 * (first_column + i) + student;
+            if (!std::isfinite(student ? b[i] : a[i])) return 1 + 2 * (first_column + i) + student;
     return 0;
+}
+
+// Sums of squares in double, for logits whose squares leave float32's range.
+void sum_squares(const float* a, const float* b, int n, State& state) {
+    for (int i = 0; i < n; ++i) {
+        const double u = a[i], d = b[i] - u;
+        state.sum_a2 += u * u, state.sum_d2 += d * d;
+    }
 }
 
 void set_reference(State& state, const Scan& scan) {
@@ -52,33 +60,44 @@ void set_reference(State& state, const Scan& scan) {
         state.reference = needed;
     } else if (needed > state.reference) {
         state.sums = state.sums * std::exp2(state.reference - needed);
+        state.powers = state.powers * std::exp2(state.reference - needed);
         state.reference = needed;
     }
 }
 
+float largest_x(const State& state, const Scan& scan) {
+    const auto anchor = static_cast<float>(state.anchor);
+    return std::max(scan.max_d - anchor, anchor - scan.min_d);
+}
+
+// Whether a block's weights cannot be told from its logits as they are; see state.h.
+bool is_wide(const State& state, const Scan& scan) {
+    constexpr double kLargest = 0x1p21, kSquares = 1e34;  // M is exact as a float, a log2 e - M finite
+    const double largest = std::max<double>(scan.max_a, scan.max_b - state.anchor);
+    return !(largest_x(state, scan) <= kWide && std::abs(state.anchor) <= kWide && std::abs(largest) <= kLargest &&
+             scan.sum_a2 <= kSquares);
+}
+
 Sums block_sums(const State& state, const float* a, const float* b, int n, const Scan& scan, const Kernels& kernels) {
     const auto anchor = static_cast<float>(state.anchor), reference = static_cast<float>(state.reference);
-    const float largest = std::max(scan.max_d - anchor, anchor - scan.min_d);
+    const float largest = largest_x(state, scan);
     if (largest <= kSmall) {
         Moments moments;
         kernels.moments(a, b, n, anchor, reference, largest, moments);
-        return from_moments(moments);
+        return from_moments(moments, largest);
     }
     Sums sums;
-    kernels.sums(a, b, n, anchor, reference, sums);
+    (largest <= kWide ? kernels.sums : kernels.wide_sums)(a, b, n, anchor, reference, sums);
     return sums;
 }
 
-// At most kColumns columns into one state.
-void add(State& state, const float* a, const float* b, int n, std::int64_t first_column, const Kernels& kernels) {
-    Scan scan;
-    kernels.scan(a, b, n, scan);
-    if (!std::isfinite(scan.sum_a2 + scan.sum_d2)) {
-        state.fault = find_fault(a, b, n, first_column);
-        return;
-    }
-    state.sum_a2 += scan.sum_a2;
-    state.sum_d2 += scan.sum_d2;
+Powers block_powers(const State& state, const float* a, const float* b, int n, const Kernels& kernels) {
+    Powers powers;
+    kernels.powers(a, b, n, static_cast<float>(state.anchor), static_cast<float>(state.reference), powers);
+    return powers;
+}
+
+void find_maxima(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column) {
     if (state.columns == 0 || scan.max_a > state.max_a) {
         state.argmax_a = first_column + find(a, n, scan.max_a);
         state.max_a = scan.max_a;
@@ -87,16 +106,73 @@ void add(State& state, const float* a, const float* b, int n, std::int64_t first
         state.argmax_b = first_column + find(b, n, scan.max_b);
         state.max_b = scan.max_b;
     }
-    if (!state.has_anchor) {  // first the difference at the likeliest token, then what that yields for these columns
-        const auto top = state.argmax_a - first_column;
-        state.anchor = b[top] - a[top];
-        state.has_anchor = 1;
-        set_reference(state, scan);
+}
+
+// An anchor from a row's first columns: the difference at the likeliest token, then what that yields for all of them.
+void find_anchor(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column, const Kernels& kernels) {
+    const auto top = state.argmax_a - first_column;
+    state.anchor = b[top] - a[top];
+    state.has_anchor = 1;
+    if (is_wide(state, scan)) return;
+    set_reference(state, scan);
+    if (largest_x(state, scan) > kSmall) {
+        state.powers = block_powers(state, a, b, n, kernels);
+        state.is_far = 1;  // as far as the anchor goes
+        state.anchor = static_cast<float>(better_anchor(state));
+        state.is_far = are_far(state);
+        state.powers = Powers{};
+    } else {
         state.sums = block_sums(state, a, b, n, scan, kernels);
         state.anchor = static_cast<float>(better_anchor(state));
         state.sums = Sums{};
     }
-    set_reference(state, scan);
+}
+
+// At most kColumns columns into one state.
+void add(State& state, const float* a, const float* b, int n, std::int64_t first_column, const Kernels& kernels) {
+    Scan scan;
+    kernels.scan(a, b, n, scan);
+    if (std::isfinite(scan.sum_a2 + scan.sum_d2)) {
+        state.sum_a2 += scan.sum_a2;
+        state.sum_d2 += scan.sum_d2;
+    } else {
+        state.fault = find_fault(a, b, n, first_column);
+        if (state.fault) return;
+        sum_squares(a, b, n, state);
+        state.phase = kMeasuring;
+    }
+    find_maxima(state, a, b, n, scan, first_column);
+    if (state.phase == kPlain) {
+        if (!state.has_anchor) find_anchor(state, a, b, n, scan, first_column, kernels);
+        if (is_wide(state, scan)) state.phase = kMeasuring;
+    }
+    if (state.phase == kPlain) {
+        set_reference(state, scan);
+        if (state.is_far) state.powers = state.powers + block_powers(state, a, b, n, kernels);
+        else state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
+    }
+    state.columns += n;
+}
+
+// Logits relative to the bases, in place or from elsewhere. Entries of no weight in either model become equal, so that
+// they add nothing. Returns whether all of the others are finite.
+bool shift(const State& state, const float* a, const float* b, int n, float* to_a, float* to_b) {
+    const auto base_a = static_cast<float>(state.base_a), base_b = static_cast<float>(state.base_b);
+    constexpr float kLowest = std::numeric_limits<float>::lowest();
+    bool finite = true;
+    for (int i = 0; i < n; ++i) {
+        const float u = a[i] - base_a, v = b[i] - base_b;
+        const bool dead = (u > v ? u : v) < kDead;
+        finite &= dead | ((u >= kLowest) & (v >= kLowest));
+        to_a[i] = dead ? kDead : u, to_b[i] = dead ? kDead : v;
+    }
+    return finite;
+}
+
+// As add, of logits relative to the bases.
+void add_shifted(State& state, const float* a, const float* b, int n, const Kernels& kernels) {
+    Scan scan;
+    kernels.scan(a, b, n, scan);
     state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
     state.columns += n;
 }
@@ -108,7 +184,13 @@ void add_row(State& state, const BlockArgs& args, std::int64_t token, const Kern
         const int n = static_cast<int>(std::min<std::int64_t>(kColumns, args.columns - start));
         const float* a = floats(args.teacher, token, start, n, a_buffer, kernels);
         const float* b = floats(args.student, token, start, n, b_buffer, kernels);
-        add(state, a, b, n, args.first_column + start, kernels);
+        if (state.phase != kShifted) {
+            add(state, a, b, n, args.first_column + start, kernels);
+        } else if (shift(state, a, b, n, a_buffer, b_buffer)) {
+            add_shifted(state, a_buffer, b_buffer, n, kernels);
+        } else {
+            state.fault = -find_fault(a_buffer, b_buffer, n, args.first_column + start);
+        }
     }
     if (args.targets == nullptr) return;
     const std::int64_t column = args.targets[token] - args.first_column;
@@ -128,24 +210,24 @@ void accumulate(const BlockArgs& args, Tier limit) {
     });
 }
 
-std::int64_t finish(State* states, std::int64_t tokens, std::int64_t vocab, float* out, std::int64_t* fault, bool* rerun) {
+std::int64_t finish(State* states, std::int64_t tokens, std::int64_t vocab, float* out, Fault* fault, bool* rerun) {
     std::int64_t left = 0;
     for (std::int64_t token = 0; token < tokens; ++token) {
         fault[token] = states[token].fault;
         rerun[token] = !fault[token] && !metrics(states[token], vocab, out + token, tokens);
-        if (rerun[token]) restart(states[token], better_anchor(states[token]));
+        if (rerun[token]) restart(states[token]);
         left += rerun[token];
     }
     return left;
 }
 
-void logit_divergence(const BlockArgs& args, float* out, std::int64_t* fault, Tier limit) {
+void logit_divergence(const BlockArgs& args, float* out, Fault* fault, Tier limit) {
     const Kernels& kernels = *pick(kTable, limit);
     parallel_for(args.tokens, 1, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t token = begin; token < end; ++token) {
             State state{};
             for (add_row(state, args, token, kernels); !state.fault && !metrics(state, args.columns, out + token, args.tokens);) {
-                restart(state, better_anchor(state));
+                restart(state);
                 add_row(state, args, token, kernels);
             }
             fault[token] = state.fault;

@@ -3,7 +3,8 @@ those of csrc/divergence/sums.h. Sums of one row, in the order in which the kern
 
     mu_0 .. mu_8, k1, k2, j, q, sum a^2, sum (b - a)^2, max a, max b, reference
 
-Exponentials are relative to the reference, at least about the largest of a and b - anchor; no term of k1, k2 or j is
+which is struct Part of csrc/divergence/divergence.h. Exponentials are relative to the reference, at least about the
+largest of a and b - anchor, and made of each model's own logits: b - a says nothing of b where a is huge. No term of k1, k2 or j is
 negative, and none is a difference of larger ones, so that a KL of 1e-8 nats keeps its digits in float32.
 """
 
@@ -39,7 +40,7 @@ def divergence_terms(a, b, anchor, reference, valid):
     e = less_one + 1.0
     t = -less_one / (e + 1.0)  # tanh(y / 2)
     t2 = t * t
-    w = tl.exp(a - reference + tl.maximum(x, 0.0)) * (e + 1.0) * valid
+    w = tl.exp(tl.maximum(a - reference, b - anchor - reference)) * (e + 1.0) * valid
     near = y < 0.5
 
     poly = t2 * 1.22889162e-1 + 1.42402410e-1
@@ -49,7 +50,8 @@ def divergence_terms(a, b, anchor, reference, valid):
     poly = t2 * 9.63774e-3 + 1.663943e-2
     poly = poly * t2 + 4.166700e-2
     poly = poly * t2 + 0.25
-    far = 0.25 * y * (t - 1.0) + 0.5 * (0.69314718 - tl.log(1.0 + e))
+    quarter = 0.25 * y
+    far = quarter * (t - 1.0) + 0.5 * (0.69314718 - tl.log(1.0 + e))
     mixture = tl.where(near, t2 * poly, far)  # t y / 4 - log cosh(y / 2) / 2
 
     negative = x < 0
@@ -57,7 +59,7 @@ def divergence_terms(a, b, anchor, reference, valid):
     rest = tl.where(negative, -rest, rest)
     k1 = w * (t2 + (u - 1.0) * rest)
     k2 = w * (t2 + (u + 1.0) * rest)
-    q = 0.5 * w * (1.0 + u) * (0.25 * (x - t * y) + mixture)
+    q = 0.5 * w * (1.0 + u) * (0.25 * x - t * quarter + mixture)
     return w, u, k1, k2, w * mixture, q
 
 

@@ -7,7 +7,7 @@ import torch
 from klfast import _C, ops_divergence, registry, runtime
 from klfast.backends.cpu_products import dequant_matmul_into, linear_into
 from klfast.backends.memory import DTYPE_CODES, address
-from klfast.reference_divergence import check_targets, raise_not_finite
+from klfast.reference_divergence import check_targets, raise_not_finite, raise_too_large
 from klfast.types import Layout, QuantizedTensor
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
@@ -19,13 +19,18 @@ def register() -> None:
 
 
 def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    check_targets(targets, teacher.shape[1])
+    return compare(teacher, student, targets, torch.arange(teacher.shape[0]))
+
+
+def compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """Metrics, float32 [8, T], of logits [T, V]; ``rows`` int64 [T] are their tokens' numbers, for errors."""
     tokens, vocab = teacher.shape
-    check_targets(targets, vocab)
     targets = None if targets is None else targets.contiguous()
     out = torch.empty(8, tokens)
     fault = torch.zeros(tokens, dtype=torch.int64)
     _C.logit_divergence(_matrix(teacher), _matrix(student), tokens, vocab, address(targets), out.data_ptr(), fault.data_ptr(), torch.get_num_threads(), runtime.cpu_tier_limit())
-    _raise_fault(fault, torch.arange(tokens))
+    _raise_fault(fault, rows)
     return out
 
 
@@ -137,5 +142,7 @@ def _raise_fault(fault: torch.Tensor, rows: torch.Tensor) -> None:
     if not fault.any():
         return
     token = int(fault.nonzero()[0])
-    code = int(fault[token]) - 1
-    raise_not_finite("student" if code % 2 else "teacher", int(rows[token]), code // 2)
+    code = int(fault[token])
+    column, student = divmod(abs(code) - 1, 2)
+    refuse = raise_not_finite if code > 0 else raise_too_large
+    refuse("student" if student else "teacher", int(rows[token]), column)

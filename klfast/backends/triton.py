@@ -70,10 +70,20 @@ def _from(module: str, name: str) -> Callable:
     return kernel
 
 
+def _has_extension() -> bool:
+    try:
+        from klfast import _C  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# The divergence kernels leave sums, which the extension makes metrics of.
+DIVERGENCE = ("logit_divergence", "linear_divergence") if _has_extension() else ()
 KERNELS = {
     "dequant_matmul": dequant_matmul,
     "decode_attention": decode_attention,
-    **{name: _from("triton_divergence", name) for name in ("logit_divergence", "linear_divergence")},
+    **{name: _from("triton_divergence", name) for name in DIVERGENCE},
     **{
         name: _from("triton_ssm", name)
         for name in ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan", "rms_norm")

@@ -1,23 +1,26 @@
-"""Divergence ops by Triton kernels. They leave sums for each token; the CPU makes the metrics of them, in float64."""
+"""Divergence ops by Triton kernels, which reduce each token to sums of parts of the vocabulary.
+
+The extension turns these into metrics in float64. Tokens whose logits are not finite, or too large for the kernels
+(beyond 256 at the top, or 1e17 anywhere), go to the CPU's kernel, which raises or compares them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from klfast import _C, layouts, ops_divergence, runtime
+from klfast.backends import cpu_divergence
+from klfast.backends.memory import address
 from klfast.layouts import RELAID, fill_blocks
-from klfast.reference_divergence import check_targets, raise_not_finite
+from klfast.reference_divergence import check_targets
 from klfast.types import IGNORED_TARGET, Layout, QuantizedTensor
 
 ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
 AT_ONCE = 1024  # tokens
-
-# float64 words of csrc/divergence/state.h's State; the last seven are int64 but for the two target logits.
-REFERENCE, ANCHOR, SQUARES, MAXIMA, ARGMAX, TARGETS, COLUMNS, HAS_TARGET, RUNS, WORDS = 13, 14, 15, 17, 19, 21, 23, 26, 27, 28
-LOG2E = float.fromhex("0x1.715476p+0")  # kLog2e there: the unit of a State's reference
 
 
 def logit_divergence(teacher, student, targets):
@@ -36,16 +39,14 @@ def logit_divergence(teacher, student, targets):
         launch.run()
         return tuple(found)
 
-    def find_fault(token: int) -> None:
-        for who, logits in (("teacher", teacher[token]), ("student", student[token])):
-            if not torch.isfinite(logits).all():
-                raise_not_finite(who, token, int((~torch.isfinite(logits)).nonzero()[0]))
+    def logits(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return teacher[rows], student[rows]
 
     picked = None
     if targets is not None:
         index = targets.clamp(min=0).unsqueeze(1)
-        picked = torch.cat([logits.gather(1, index).float() for logits in (teacher, student)], 1)
-    return finish(sums, find_fault, anchor, vocab, targets, picked)
+        picked = torch.cat([each.gather(1, index).float() for each in (teacher, student)], 1)
+    return finish("logit_divergence", list(student.shape), sums, logits, anchor, vocab, targets, picked)
 
 
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
@@ -73,14 +74,11 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
         launch.run()
         return tuple(found)
 
-    def find_fault(token: int) -> None:
-        for who, (hidden, head) in zip(("teacher", "student"), models, strict=True):
-            logits = _rows(head, slice(None)) @ hidden[token % hidden.shape[0]].float()
-            if not torch.isfinite(logits).all():
-                raise_not_finite(who, token, int((~torch.isfinite(logits)).nonzero()[0]))
+    def logits(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(hidden[rows % hidden.shape[0]].float() @ _rows(head, slice(None)).T for hidden, head in models)
 
     picked = None if targets is None else torch.stack([_picked(hidden, head, targets) for hidden, head in models], 1)
-    return finish(sums, find_fault, anchor, vocab, targets, picked)
+    return finish("linear_divergence", shape, sums, logits, anchor, vocab, targets, picked)
 
 
 def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tensor | QuantizedTensor:
@@ -128,55 +126,43 @@ def _picked(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, targets:
     return torch.cat([(some.float() * _rows(head, index)).sum(1) for some, index in parts])
 
 
-def finish(sums: Callable, find_fault: Callable, anchor: torch.Tensor, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None) -> torch.Tensor:
+def finish(
+    op: str, shape: list[int], sums: Callable, logits: Callable, anchor: torch.Tensor, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None
+) -> torch.Tensor:
     """Metrics, float32 [8, T].
 
     Args:
+        op, shape: the op and its student's shape, for a warning.
         sums: of (rows int64 [R] or None for all, their anchors), gives what the kernels leave of them: float32 [R, parts,
             N_SUMS] and int32 [R, parts, 2].
-        find_fault: of a token, raises if a logit of it is not finite.
+        logits: of rows, both models' logits of them, float [R, V].
         anchor: float32 [T], the first.
         targets, picked: int64 [T] and both models' logits of them [T, 2], or None.
     """
     tokens, device = anchor.numel(), anchor.device
     out = torch.empty(8, tokens)
-    rows, runs = None, torch.zeros(tokens, dtype=torch.int64)
+    rows, runs = torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64)
+    wide = []
     targets = None if targets is None else targets.cpu()
-    picked = None if picked is None else picked.cpu().double()
-    while anchor.numel():
-        parts, index = (t.cpu() for t in sums(None if rows is None else rows.to(device), anchor))
-        states = _states(parts.double(), index, anchor.cpu(), vocab)
-        here = torch.arange(tokens) if rows is None else rows
-        if not torch.isfinite(states[:, :ARGMAX]).all():
-            for i in (~torch.isfinite(states[:, :ARGMAX]).all(1)).nonzero().flatten().tolist():
-                find_fault(int(here[i]))
-        whole = states.view(torch.int64)
-        whole[:, RUNS] = runs
-        if targets is not None:
-            states[:, TARGETS : TARGETS + 2] = picked[here]
-            whole[:, HAS_TARGET] = (targets[here] != IGNORED_TARGET).long()
-        metrics = torch.empty(8, here.numel())
-        fault = torch.empty(here.numel(), dtype=torch.int64)
-        again = torch.empty(here.numel(), dtype=torch.bool)
-        _C.divergence_finish(states.data_ptr(), here.numel(), vocab, metrics.data_ptr(), fault.data_ptr(), again.data_ptr())
-        out[:, here] = metrics
-        rows, runs = here[again], whole[again, RUNS]
-        anchor = states[again, ANCHOR].float().to(device)
+    if picked is not None:
+        picked = picked.cpu().double().masked_fill((targets == IGNORED_TARGET).unsqueeze(1), math.nan)
+    anchor = anchor.cpu()
+    while rows.numel():
+        parts, index = (t.cpu() for t in sums(None if rows.numel() == tokens else rows.to(device), anchor.to(device)))
+        some_picked = None if picked is None else picked[rows]
+        metrics = torch.empty(8, rows.numel())
+        verdict = torch.empty(rows.numel(), dtype=torch.int8)
+        _C.divergence_from_parts(
+            parts.data_ptr(), index.data_ptr(), rows.numel(), parts.shape[1], vocab, address(some_picked),
+            anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(),
+        )  # fmt: skip
+        out[:, rows] = metrics
+        wide.append(rows[verdict == _C.divergence_wide])
+        again = verdict == _C.divergence_again
+        rows, anchor, runs = rows[again], anchor[again], runs[again]
+    for some in torch.cat(wide).sort().values.split(AT_ONCE // 16) if wide else ():
+        if some.numel():
+            teacher, student = (t.cpu() for t in logits(some.to(device)))
+            out[:, some] = cpu_divergence.compare(teacher, student, None if targets is None else targets[some], some)
+            runtime.slow_path(op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens")
     return out.to(device)
-
-
-def _states(parts: torch.Tensor, index: torch.Tensor, anchor: torch.Tensor, vocab: int) -> torch.Tensor:
-    """float64 [R, WORDS]: the parts of each row put together."""
-    assert _C.divergence_state_bytes == 8 * WORDS
-    states = torch.zeros(parts.shape[0], WORDS, dtype=torch.float64)
-    reference = parts[..., 17].amax(1)
-    shrink = torch.exp(parts[..., 17] - reference[:, None])
-    states[:, :13] = (parts[..., :13] * shrink[..., None]).sum(1)
-    states[:, REFERENCE], states[:, ANCHOR] = reference * LOG2E, anchor
-    states[:, SQUARES : SQUARES + 2] = parts[..., 13:15].sum(1)
-    states[:, MAXIMA : MAXIMA + 2] = parts[..., 15:17].amax(1)
-    is_largest = parts[..., 15:17] == states[:, None, MAXIMA : MAXIMA + 2]
-    whole = states.view(torch.int64)
-    whole[:, ARGMAX : ARGMAX + 2] = torch.where(is_largest, index, vocab).amin(1).long()
-    whole[:, COLUMNS], whole[:, COLUMNS + 2] = vocab, 1  # has_anchor
-    return states

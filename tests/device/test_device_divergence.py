@@ -2,23 +2,25 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import test_divergence as cases
+import test_divergence_range as ranges
 import torch
 
+
 import klfast
-from klfast import layouts, runtime
+from klfast import _C, layouts, runtime
 from klfast.backends import triton_divergence
 from klfast.errors import SlowPathWarning
-from klfast.kernels import launch
+from klfast.kernels import divergence_terms, launch
 from klfast.types import FLOAT_DTYPES
 
 # Each of these takes the tier that runs it; here that is Triton.
 from test_divergence import (  # noqa: F401
     test_a_few_changed_entries_among_equal_ones,
     test_equal_rows_are_exactly_zero,
-    test_huge_logits,
     test_strides_and_leading_dimensions,
     test_ties_go_to_the_lowest_index,
 )
@@ -77,6 +79,51 @@ def test_not_finite(value, who):
     logits[who][3, 2900] = value
     with pytest.raises(klfast.KlfastError, match=f"the {who}'s logit of token 3, vocabulary entry 2900, is a NaN"):
         klfast.logit_divergence(logits["teacher"], logits["student"])
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "both", "different", "near"])
+@pytest.mark.parametrize("mask", [-65504.0, -1e9, -1e17])
+def test_masks(who, mask):
+    """By the kernels alone: no warning says that the CPU took tokens over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        for noise, vocab, entries in ((1e-3, 50, 7), (0.1, 3000, 400), (2.0, 3000, 2995)):
+            teacher, student = ranges.masked(who, mask, noise, vocab, entries)
+            targets = torch.randint(0, vocab, (3,))
+            cases.assert_matches(klfast.logit_divergence(teacher, student, targets), ranges.expected_of(teacher, student, targets))
+
+
+LARGE = {
+    "mask": lambda: ranges.masked("teacher", ranges.LOWEST, 0.1, 3000, 400),
+    "mask in both": lambda: ranges.masked("both", -1e30, 0.1, 3000, 400),
+    "scale": lambda: (1e9 * torch.randn(3, 3000), 1e9 * torch.randn(3, 3000)),
+    "shift": lambda: (torch.randn(3, 3000), torch.randn(3, 3000) - 1e4),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_too_large_for_the_kernels(kind, monkeypatch):
+    monkeypatch.setattr(runtime, "_warned", set())
+    (teacher, student), targets = LARGE[kind](), torch.randint(0, 3000, (3,))
+    teacher[1], student[1] = torch.randn(2, 3000)  # an ordinary row among them
+    with pytest.warns(SlowPathWarning, match=r"logit_divergence \[3, 3000\] runs on the CPU for some tokens"):
+        found = klfast.logit_divergence(teacher, student, targets)
+    expected = ranges.expected_of(teacher, student, targets)
+    cases.assert_matches(found, expected)
+    with pytest.warns(SlowPathWarning, match=r"linear_divergence \[3, 3\] runs on the CPU for some tokens"):
+        found = klfast.linear_divergence(torch.eye(3), teacher.T, torch.eye(3), student.T, targets)
+    cases.assert_matches(found, expected, rtol=1e-4)
+
+
+def test_names_of_wide_tokens():
+    teacher, student = torch.randn(3, 300), 1e4 * torch.randn(3, 300)
+    student[2, 7] = math.inf
+    with pytest.raises(klfast.KlfastError, match="the student's logit of token 2, vocabulary entry 7, is a NaN or an infinity"):
+        klfast.logit_divergence(teacher, student)
+
+
+def test_the_extension_reads_what_the_kernels_store():
+    assert _C.divergence_part_floats == divergence_terms.N_SUMS
 
 
 def test_split_over_the_vocabulary(monkeypatch):
