@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from klfast import __version__, signed_json
+from klfast.batches import Batches
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
+from klfast.models.adapters import refuse_adapters
 from klfast.models.chain import Chain
 from klfast.models.layers import is_head_tied, linears, row_parts
+from klfast.models.selection import Patterns
 from klfast.progress import Progress, reporter
 from klfast.sensitivity import inputs
 from klfast.sensitivity.engine import COLUMNS, Candidate, Engine, Teacher
@@ -31,12 +34,13 @@ _STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several ca
 
 def sweep(
     model: nn.Module,
-    batches: Iterable[torch.Tensor] | torch.Tensor,
-    specs: Sequence[QuantSpec | str] = ("int4-g64-sym", "int8-g64-sym"),
-    metrics: Sequence[str] = METRICS,
+    batches: Batches,
+    specs: QuantSpec | str | Sequence[QuantSpec | str] = ("int4-g64-sym", "int8-g64-sym"),
+    metrics: str | Sequence[str] = METRICS,
     resume: str | os.PathLike[str] | None = None,
     *,
-    layers: Iterable[str] | None = None,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
     rows: bool = False,
     scale: str = "absmax",
     max_batch_tokens: int = 8192,
@@ -51,15 +55,18 @@ def sweep(
     Args:
         model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
             Llama and its like).
-        batches: calibration text: int64 tensors [B, T] of token ids, windows of T >= 2 tokens; or one tensor [N, T].
-            How windows are grouped into batches makes no difference.
+        batches: calibration text: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], windows [T], or
+            dicts with input_ids and attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every window
+            is measured as if it were alone, without its padding. How windows are grouped makes no difference.
         specs: the precisions to try.
         metrics: which to report (of ``METRICS``); kl_teacher_student, which plans go by, is reported in any case.
         resume: a file that keeps the state of the sweep, rewritten every few seconds. If it exists, the sweep goes on
             from there and ends with the measurements, bit for bit, of one that was never interrupted.
             ``Sensitivities.from_json`` reads it, finished or not.
-        layers: names of the linear layers to measure; all of them by default, the head included. If the head is tied
-            to the embedding, quantizing it changes the embedding, too.
+        layers: the linear layers to measure; all of them by default, the head included. Each is a name, the end of one
+            ("in_proj"), a glob ("layers.0.*") or "re:" and a regular expression. If the head is tied to the embedding,
+            quantizing it changes the embedding, too.
+        exclude: layers to leave out, chosen in the same way.
         rows: also measure, into ``Sensitivities.rows``, each use that the rows of one layer are split between, such as the
             queries, keys, values, input and gate in Hymba's in_proj. Plans do not need it; it shows which part hurts.
         scale: how scales are chosen, as in ``klfast.quantize``.
@@ -71,19 +78,19 @@ def sweep(
 
     Raises:
         InvalidInputError: no or unfit batches, specs, metrics or layers; a model that is no chain, is quantized
-            already, or shares a weight between layers; a NaN or infinity, with the layer that makes it; a resume
+            already, has adapters, or shares a weight between layers; a NaN or infinity, with the layer that makes it; a resume
             file of a sweep with other arguments.
-        UnknownLayerError: ``layers`` names none of the model's.
+        UnknownLayerError: an entry of ``layers`` or ``exclude`` matches none of the model's.
         ModelMismatchError: a resume file of another model.
         CheckpointError: a damaged resume file, or a file that is none.
     """
     specs = inputs.parse_specs(specs)
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
+    reported = inputs.choose_metrics(metrics)
     if scale not in ("absmax", "mse"):
         raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
+    refuse_adapters(model)
     blank = Sensitivities.of(model)  # its bytes are those of the model as it came
-    names = inputs.choose_layers(model, layers)
+    names = inputs.choose_layers(model, layers, exclude)
     inputs.refuse_shared(model, names)
     inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
     windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // _STACKED)
@@ -99,7 +106,6 @@ def sweep(
             "max_batch_tokens": max_batch_tokens,
             "dtype": str(chain.head.weight.dtype),
         }
-        reported = [name for name in METRICS if name == _KL or name in metrics]
         run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, _groups(chain, names, specs, rows), settings, reported, resume)
         return run.finish(progress)
 
