@@ -70,8 +70,8 @@ def evaluate(
             attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every row is measured as if it were
             alone, without its padding. T may differ from batch to batch.
         teacher: a model with the same vocabulary, on the same device.
-        progress: True or False for a progress bar on stderr or none, None for one on a terminal; or a function that is
-            called with (batches done, batches in all, "").
+        progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
+            nothing; or a function that is called with (batches done, batches in all, "").
 
     Raises:
         InvalidInputError: no text at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
