@@ -11,6 +11,7 @@ from torch import nn
 from klfast import ops
 from klfast.batches import Batches, is_single, read
 from klfast.errors import InvalidInputError
+from klfast.interrupts import deferred, interruptible
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.forward import check_plain_head, evaluation_mode, head_inputs, plain_head
 from klfast.nn import QuantLinear
@@ -88,16 +89,17 @@ def evaluate(
     parts = [batch.equal_lengths(most) for batch in read(batches, head.shape[0])]
 
     tally = Tally(1, len(_MEASURED))
-    with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(parts)) as advance:
+    with deferred(), evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(parts)) as advance:
         some = next(ids for part in parts for ids in part)[:1, :8]
         for one in (model, teacher):
             if one is not None:
                 _require_finite(check_plain_head(one, some).isfinite().all())
         for part in parts:
             for ids in part:
-                hidden = head_inputs(model, ids[:, :-1])
-                teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
-                found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
+                with interruptible():
+                    hidden = head_inputs(model, ids[:, :-1])
+                    teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
+                    found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
                 metrics = (found.ce_student, found.ce_teacher, found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.top1_agree)
                 rows, length = ids.shape
                 tally.add(0, torch.stack(metrics).cpu().double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)

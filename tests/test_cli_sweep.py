@@ -50,3 +50,31 @@ def test_all_windows(work, tmp_path):
     assert json.loads(found.stdout)["tokens"] == everything // 15 * 16
     for wrong in ("0", "-1", "some", "1.5"):
         assert "from 1 on nor all" in klf("eval", work / "model", "--windows", wrong, code=2).stderr
+
+
+def test_ctrl_c_says_how_to_go_on(work, tmp_path, monkeypatch):
+    import signal
+
+    from klfast.models.chain import Chain
+
+    out, step, made = tmp_path / "s.json", Chain.step, []
+    arguments = ("sweep", work / "model", "--calibration", work / "text.txt", "--windows", 2, "--length", 32, "--out", out)
+
+    def interrupting(*args):
+        made.append(args)
+        if len(made) == 15:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(Chain, "step", interrupting)
+    stopped = klf(*arguments, code=130)
+    assert stopped.stdout == "" and stopped.stderr == f"klfast: stopped; {out}.partial keeps what was measured, and the same command goes on from there.\n"
+    monkeypatch.setattr(Chain, "step", step)
+    assert json.loads(klf(*arguments, "--json").stdout)["resumed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
+    def at_once(*args, **rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(klfast, "sweep", at_once)
+    assert klf(*arguments, "--force", code=130).stderr == "klfast: stopped; nothing was measured yet.\n"

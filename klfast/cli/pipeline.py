@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -52,9 +53,15 @@ def sweep(
     if not resume:
         partial.unlink(missing_ok=True)
     resumed = partial.exists()
-    found = klfast.sweep(network, batches, specs=specs, resume=partial, layers=layers, exclude=exclude, rows=rows, scale=scale, dtype=None if computed == "auto" else computed)
-    found.provenance.update(model=model, calibration=calibration)
-    found.to_json(out)
+    try:
+        found = klfast.sweep(network, batches, specs=specs, resume=partial, layers=layers, exclude=exclude, rows=rows, scale=scale, dtype=None if computed == "auto" else computed)
+        found.provenance.update(model=model, calibration=calibration)
+        found.to_json(out)
+    except KeyboardInterrupt:
+        again = "the same command" if resume else "the same command without --no-resume"
+        left = f"{partial} keeps what was measured, and {again} goes on from there" if partial.exists() else "nothing was measured yet"
+        print(f"klfast: stopped; {left}.", file=sys.stderr)
+        raise typer.Exit(130) from None
     partial.unlink(missing_ok=True)
     ranking = report.ranking(found, "kl_teacher_student", 5)
     data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "resumed": resumed, "noise_floor": found.noise_floor, "ranking": ranking.data()}
