@@ -255,6 +255,15 @@ class Fingerprint:
     structure: str
     norms: tuple[float, ...]
 
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both can be of one model: the same structure, and norms that are equal to 1 %.
+
+        ``==`` is stricter than that: the norms of one model differ a little from one device or dtype to another.
+        """
+        if self.structure != other.structure or len(self.norms) != len(other.norms):
+            return False
+        return all(abs(a - b) <= 0.01 * max(a, b) for a, b in zip(self.norms, other.norms, strict=True))
+
 
 @dataclass(frozen=True, eq=False)
 class Divergence:

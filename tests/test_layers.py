@@ -9,7 +9,7 @@ from klfast.errors import InvalidInputError, ModelMismatchError, UnknownLayerErr
 from klfast.models import layers
 from klfast.nn import QuantLinear
 from klfast.sensitivity.results import Sensitivities
-from klfast.types import QuantSpec
+from klfast.types import Fingerprint, QuantSpec
 
 
 def mamba(tied, dtype=torch.float32):
@@ -82,3 +82,21 @@ def test_fingerprint_knows_a_model_in_another_dtype_but_not_another_model():
         layers.require_match(known, model, "the plan")
     with pytest.raises(ModelMismatchError, match="the plan was made for a model with other layers"):
         layers.require_match(known, mamba(tied=True).backbone, "the plan")
+
+
+def test_fingerprints_match_to_one_percent():
+    known = Fingerprint("a", (1.0, 2.0, 0.0))
+    assert known.matches(Fingerprint("a", (1.009, 1.985, 0.0)))
+    assert not known.matches(Fingerprint("a", (1.02, 2.0, 0.0)))
+    assert not known.matches(Fingerprint("a", (1.0, 2.0, 0.1)))
+    assert not known.matches(Fingerprint("a", (1.0, float("nan"), 0.0)))
+    assert not known.matches(Fingerprint("b", known.norms))
+    assert not known.matches(Fingerprint("a", (1.0, 2.0)))
+    assert not Fingerprint("a", (1.0, 2.0)).matches(known)
+
+
+def test_a_fingerprint_with_too_few_norms_is_of_other_weights():
+    model = mamba(tied=True)
+    known = layers.fingerprint(model)
+    with pytest.raises(ModelMismatchError, match="the plan was made for other weights"):
+        layers.require_match(Fingerprint(known.structure, known.norms[:-1]), model, "the plan")

@@ -97,9 +97,9 @@ def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
     """Raise ModelMismatchError unless ``what``, with the fingerprint ``expected``, was made for ``model``."""
     found = fingerprint(model)
     if expected.structure != found.structure:
-        raise ModelMismatchError(f"{what} was made for a model with other layers; make it anew for this one")
-    if any(abs(a - b) > 0.01 * max(a, b) for a, b in zip(expected.norms, found.norms, strict=True)):
-        raise ModelMismatchError(f"{what} was made for other weights of this architecture; make it anew for these")
+        raise ModelMismatchError(f"{what} was made for a model with other layers; make a new one for this model")
+    if not expected.matches(found):
+        raise ModelMismatchError(f"{what} was made for other weights of this architecture; make a new one for these")
 
 
 @torch.no_grad()
