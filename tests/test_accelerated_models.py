@@ -147,6 +147,17 @@ def test_another_activation_compiles(family):
     torch.testing.assert_close(logits(compiled, batch(2, 9), use_cache=False), logits(plain, batch(2, 9)), rtol=3e-5, atol=3e-5)
 
 
+def test_the_convolution_compiles_with_inductor():
+    """torch.compile's own backend, which a model's user gets."""
+    x, weight = torch.randn(2, 8, 9), torch.randn(8, 4)
+
+    def convolve(x):
+        return klfast.ops.causal_conv1d_fn(x, weight, activation="silu") * 2
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(convolve, fullgraph=True)(x), convolve(x))
+
+
 # Copies and pickles -----------------------------------------------------------------------------------------------
 
 
