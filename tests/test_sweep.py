@@ -132,3 +132,21 @@ def test_scale_search_is_passed_on():
     model = make()
     kl = [next(iter(klfast.sweep(model, tokens(), "int4", layers=["lm_head"], scale=scale).measurements.values())).mean["mse"] for scale in ("absmax", "mse")]
     assert kl[1] < kl[0]
+
+
+def test_what_cannot_be_quantized_is_said_once():
+    import warnings
+
+    import transformers
+
+    size = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=None, eos_token_id=None)).eval()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        klfast.sweep(model, tokens(1), "int4")
+        assert [" ".join(str(one.message).split()) for one in said if "quantized" in str(one.message)] == [str(said[0].message)]
+        assert str(said[0].message).startswith("sweep: ") and "Conv1D" in str(said[0].message) and said[0].filename == __file__
+        said.clear()
+        klfast.sweep(model, tokens(1), "int4", layers="lm_head")  # of which one knows what it is
+        klfast.sweep(make(), tokens(1), "int4")
+        assert not said

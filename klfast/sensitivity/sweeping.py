@@ -19,7 +19,7 @@ from klfast.batches import Batches
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
 from klfast.models.adapters import refuse_adapters
 from klfast.models.chain import Chain
-from klfast.models.layers import is_head_tied
+from klfast.models.layers import is_head_tied, warn_unquantizable
 from klfast.models.selection import Patterns
 from klfast.progress import Progress, reporter
 from klfast.sensitivity import inputs, lock, unfinished
@@ -100,6 +100,8 @@ def sweep(
     names = inputs.choose_layers(model, layers, exclude)
     inputs.refuse_shared(model, names)
     inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
+    if layers is None:
+        warn_unquantizable(model, "sweep")
     windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // _STACKED)
 
     with prepared(model, dtype):
