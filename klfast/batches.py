@@ -84,7 +84,8 @@ def _batch(batch: object, number: int, vocabulary: int) -> Batch:
         low, high = (int(bound) for bound in torch.cat(rows).aminmax())
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
-            raise InvalidInputError(f"batch {number} holds token id {wrong}; the model's ids lie between 0 and {vocabulary - 1}; was another tokenizer used?")
+            known = f"the model's ids lie between 0 and {vocabulary - 1}"
+            raise InvalidInputError(f"batch {number} holds token id {wrong}; {known}; was another tokenizer used?")
     return Batch(rows, is_padded or len(lengths) > 1)
 
 
@@ -100,7 +101,8 @@ def _rows(ids: object, number: int) -> list[torch.Tensor]:
 
 def _without_pads(rows: list[torch.Tensor], mask: object, number: int) -> list[torch.Tensor]:
     masks = _split(mask)
-    if masks is None or [len(row) for row in masks] != [len(row) for row in rows] or any(((row != 0) & (row != 1)).any() for row in masks):
+    fits = masks is not None and [len(row) for row in masks] == [len(row) for row in rows]
+    if not fits or any(((row != 0) & (row != 1)).any() for row in masks):
         raise InvalidInputError(f"the attention_mask of batch {number} must hold a zero or a one for each of its token ids, got {_described(mask)}")
     found = []
     for row, real in zip(rows, masks, strict=True):

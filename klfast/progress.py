@@ -77,7 +77,8 @@ def _bar(title: str, estimate: _Estimate) -> Iterator[Callable[..., None]]:
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("{task.fields[what]}{task.fields[left]}"))
+    told = bars.TextColumn("{task.fields[what]}{task.fields[left]}")
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), told)
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=estimate.total, completed=estimate.done, what="", left="")
 

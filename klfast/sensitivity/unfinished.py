@@ -38,7 +38,8 @@ def write(path: str | os.PathLike[str], unfinished: Unfinished, after: str) -> N
     parts = {f"final.{i}": final for i, final in enumerate(unfinished.finals)}
     parts |= {f"carry.{i}": part for i, part in enumerate((unfinished.carry.hidden, *unfinished.carry.extra))}
     tensors = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
-    facts = {"after": after, "block": unfinished.block, "costs": unfinished.costs, "finals": len(unfinished.finals), "carry": len(parts) - len(unfinished.finals)}
+    finals = len(unfinished.finals)
+    facts = {"after": after, "block": unfinished.block, "costs": unfinished.costs, "finals": finals, "carry": len(parts) - finals}
     write_atomic(path, save(tensors, {"facts": json.dumps(facts), "sha256": _digest(facts, tensors)}))
 
 
@@ -57,7 +58,8 @@ def read(path: str | os.PathLike[str], after: str, device: torch.device) -> Unfi
             return None
         parts = {name: part.to(device) for name, part in tensors.items()}
         carry = [parts[f"carry.{i}"] for i in range(facts["carry"])]
-        return Unfinished([parts[f"final.{i}"] for i in range(facts["finals"])], Carry(carry[0], tuple(carry[1:])), facts["block"], facts["costs"])
+        finals = [parts[f"final.{i}"] for i in range(facts["finals"])]
+        return Unfinished(finals, Carry(carry[0], tuple(carry[1:])), facts["block"], facts["costs"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{os.fspath(path)} is damaged ({error}); the step that it holds is measured again", stacklevel=2)
         return None
