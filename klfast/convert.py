@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from contextlib import ExitStack
+from functools import partial
+
 from torch import nn
 
 from klfast.errors import InvalidInputError
-from klfast.models.layers import head_name, is_head_tied, linear, linears, require_match
+from klfast.models.adapters import refuse_wrapper
+from klfast.models.layers import head_name, is_head_tied, linear, refuse_moving_weights, require_match, sharers, warn_unquantizable
 from klfast.nn import QuantEmbedding, QuantLinear
-from klfast.types import SCALES, Plan
+from klfast.types import SCALES, Plan, QuantSpec
 
 
 def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
     """Replace each linear layer that ``plan`` names by a QuantLinear, in place.
 
     If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads its
-    rows from the head's tensor. Nothing is replaced unless every layer could be quantized. No parameter of the model takes
-    gradients afterwards: dequant_matmul has none.
+    rows from the head's tensor. Layers that share a weight go on sharing it: it is quantized once. The model's
+    configuration says what is quantized (``quantization_config``), so that its own save_pretrained writes a folder that
+    transformers loads; where it could not, save_pretrained refuses. A warning says so where a large part of the model is in no linear layer (experts, GPT-2's Conv1D), and thus stays as it is.
+
+    Everything is replaced or nothing, an interruption included. Biases and all other parameters stay the same objects.
 
     Args:
         model: a transformers causal language model, with its weights on any device.
@@ -30,33 +38,141 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     Raises:
         ModelMismatchError: the plan was made for another model.
         UnknownLayerError: the model has no linear layer of a name that the plan bears.
-        InvalidInputError: a layer that is quantized already, or whose weight is not finite; a wrong argument, or another
-            ``scale`` than the plan's.
+        InvalidInputError: a layer that is quantized already, or whose weight is not finite or not in memory; a quantized
+            head tied to an embedding that does more than look rows up; different specs for one shared weight; an RWKV
+            with ``rescale_every``; a model in peft's wrapper; a wrong argument, or another ``scale`` than the plan's.
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
     if activation not in ("exact", "int8"):
         raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
     scale = plan_scale(plan, scale)
-    layers = linears(model)
-    for name in plan.specs:
-        if isinstance(layers.get(name), QuantLinear):
-            raise InvalidInputError(f"{name} is quantized already ({layers[name].spec}); load the full-precision model again")
+    refuse_wrapper(model)
+    refuse_moving_weights(model)
+    groups = {names[0]: names for names in sharers(model)}
+    known = {name for names in groups.values() for name in names}
+    for name in (name for name in plan.specs if name in known):
+        _refuse_unfit(name, model.get_submodule(name))
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
-    found = {name: linear(model, name) for name in plan.specs}
+    specs = _specs_by_first_name(model, plan, groups)
+    embedding = embedding_name(model) if specs and is_head_tied(model) and head_name(model) in specs else None
 
     modules: dict[str, nn.Module] = {}
-    for name, layer in found.items():
+    for name, spec in specs.items():
         try:
-            modules[name] = QuantLinear.from_linear(layer, plan.specs[name], activation, scale)
+            modules |= _quantized(model, groups[name], spec, activation, scale)
         except InvalidInputError as error:
             raise InvalidInputError(f"{name}: {error}") from None
-    if plan.specs and is_head_tied(model) and (head := head_name(model)) in modules:
-        modules[embedding_name(model)] = QuantEmbedding(modules[head])
-    for name, module in modules.items():
-        model.set_submodule(name, module.train(model.training))
-    return model.requires_grad_(False)
+    if embedding is not None:
+        modules[embedding] = QuantEmbedding(modules[head_name(model)]).train(model.training)
+    if specs:
+        warn_unquantizable(model, "quantize_model")
+    _swap(model, modules)
+    return model
+
+
+def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
+    """The plan's specs, of layers that share a weight under the first of their names."""
+    first = {name: names[0] for names in groups.values() for name in names}
+    specs: dict[str, QuantSpec] = {}
+    for name, spec in plan.specs.items():
+        if name not in first:
+            linear(model, name)  # raises, and names the closest
+        if specs.setdefault(first[name], spec) != spec:
+            raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {spec} for one and {specs[first[name]]} for the other")
+    return specs
+
+
+def _refuse_unfit(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, QuantLinear):
+        raise InvalidInputError(f"{name} is quantized already ({layer.spec}); load the full-precision model again")
+    if layer.weight.is_meta:
+        raise InvalidInputError(f"{name} has no weight in memory (it is on the meta device); load the model without offloading it")
+
+
+def _quantized(model: nn.Module, names: list[str], spec: QuantSpec, activation: str, scale: str) -> dict[str, nn.Module]:
+    """The replacements of layers that share one weight, by name; one module where they do not differ in their bias."""
+    layers = {name: model.get_submodule(name) for name in names}
+    module = QuantLinear.from_linear(layers[names[0]], spec, activation, scale)
+    made: dict[int, QuantLinear] = {}  # by bias
+    for layer in layers.values():
+        if id(layer.bias) not in made:
+            one = QuantLinear(module.quantized, activation=activation, dtype=module.dtype) if made else module
+            one.bias = layer.bias  # the same parameter, so that optimizers and requires_grad stay as they are
+            made[id(layer.bias)] = one.train(layer.training)
+    return {name: made[id(layer.bias)] for name, layer in layers.items()}
+
+
+def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put the modules in their places, and say so where transformers looks; whatever interrupts this, nothing has changed."""
+    attributes = _ties_left(model, {model.get_submodule(name) for name in modules})
+    with ExitStack() as undo:
+        for name, module in modules.items():
+            parent, _, leaf = name.rpartition(".")
+            home = model.get_submodule(parent)._modules
+            undo.callback(home.__setitem__, leaf, home[leaf])
+            home[leaf] = module
+        for owner, name, value in [*attributes, *(_description(model) if modules else [])]:
+            undo.callback(_set_own, owner, name, vars(owner).get(name))
+            _set_own(owner, name, value)
+        undo.pop_all()
+
+
+def _set_own(owner: object, name: str, value: object) -> None:
+    """Set an attribute of the instance; None takes it away."""
+    vars(owner).pop(name, None)
+    if value is not None:
+        setattr(owner, name, value)
+
+
+def tell_transformers(model: nn.Module) -> None:
+    """Say in a model that holds quantized layers, however it came by them, what its tie_weights and save_pretrained have to know."""
+    quantized = {module for module in model.modules() if isinstance(module, (QuantLinear, QuantEmbedding))}
+    for owner, name, value in [*_ties_left(model, quantized), *_description(model)]:
+        _set_own(owner, name, value)
+
+
+def _ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Module, str, dict[str, str]]]:
+    """What the models in ``model`` have to tie without those modules: (owner, attribute, its new value) of each that changes."""
+    found = []
+    for part in model.modules():
+        if not getattr(part, "_tied_weights_keys", None) or not hasattr(part, "get_expanded_tied_weights_keys"):
+            continue
+        names = {name for name, module in part.named_modules(remove_duplicate=False) if module in quantized}
+        try:
+            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
+        except ValueError:  # a pattern that finds nothing any more
+            ties = dict(part._tied_weights_keys)
+        left = {target: source for target, source in ties.items() if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names}
+        if left != ties:
+            known = getattr(part, "all_tied_weights_keys", {})
+            found.append((part, "_tied_weights_keys", left))
+            found.append((part, "all_tied_weights_keys", {target: source for target, source in known.items() if target in left or target not in ties}))
+    return found
+
+
+def _description(model: nn.Module) -> list[tuple[object, str, object]]:
+    """What makes transformers' save_pretrained write a folder that can be loaded, or refuse: (owner, attribute, value) each."""
+    from klfast.checkpoint_format import quantization_config
+
+    if (config := getattr(model, "config", None)) is None:
+        return []
+    layers = {name: model.get_submodule(name) for names in sharers(model) for name in names}
+    quantized = {name: (layer.spec, layer.in_features) for name, layer in layers.items() if isinstance(layer, QuantLinear)}
+    try:
+        description = quantization_config(quantized, (name for name in layers if name not in quantized))
+    except InvalidInputError:  # groups that do not divide a row
+        description = None
+    readable = description is not None and not any(isinstance(module, QuantEmbedding) for module in model.modules())
+    return [(config, "quantization_config", description), (model, "save_pretrained", None if readable else partial(_refuse_saving, model))]
+
+
+def _refuse_saving(model: nn.Module, *args, **kwargs) -> None:
+    raise InvalidInputError(
+        f"transformers could not load what save_pretrained would write of this quantized {type(model).__name__} (its head is tied to the embedding, "
+        "or its groups do not divide a row); use klfast.save_quantized(model, folder)"
+    )
 
 
 def plan_scale(plan: Plan, asked: str | None = None) -> str:
@@ -82,6 +198,7 @@ def embedding_name(model: nn.Module) -> str:
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding:
         raise InvalidInputError(
-            f"the input embedding is a {type(embedding).__name__}, which cannot be read from a quantized head; leave the head out of the plan"
+            f"the input embedding is a {type(embedding).__name__}, which does more than look rows up and cannot read them from a quantized head; "
+            "leave the head out of the plan, or untie it: head.weight = torch.nn.Parameter(head.weight.detach().clone())"
         )
     return next(name for name, module in model.named_modules() if module is embedding)

@@ -73,10 +73,10 @@ def _windows_of_text(path: Path, tokenizer, length: int, windows: int | None) ->
     bos = _bos(tokenizer)
     fresh = length - len(bos)  # tokens of text in a window
     wanted = None if windows is None else windows * fresh
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             # The end of a text that was cut off may tokenize in another way: read on until there are more than enough.
-            text = file.read(-1 if wanted is None else wanted * _FIRST_READ)
+            text = file.read(-1 if wanted is None else min(wanted * _FIRST_READ, path.stat().st_size))
             ids = _tokenize(tokenizer, text)
             while wanted is not None and len(ids) < wanted + length and (more := file.read(max(len(text), 1))):
                 text += more
@@ -105,20 +105,25 @@ def _cut(ids: torch.Tensor, length: int, path: Path, least: int = 2) -> torch.Te
         length = ids.shape[1]
         ids = ids.flatten()
     if len(ids) < least or length < least:
-        raise InvalidInputError(f"{path} holds {len(ids)} tokens; at least {least} are needed to predict one from another")
+        found = f"{len(ids)} tokens" if len(ids) < least else f"windows of {length} tokens"
+        raise InvalidInputError(f"{path} holds {found}; at least {least} are needed to predict one from another")
     length = min(length, len(ids))
     return ids[: len(ids) // length * length].view(-1, length)
 
 
 def _read_ids(path: Path) -> torch.Tensor:
     try:
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, EOFError) as error:
-        raise InvalidInputError(f"{path} cannot be read as token ids ({error}); give a .npy integer array or a JSON list") from None
+        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(parse_json(path.read_text(encoding="utf-8-sig")))
+    except Exception as error:  # a damaged header makes numpy raise almost anything, MemoryError and tokenize.TokenError included
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InvalidInputError(f"{path} cannot be read as token ids ({reason}); give a .npy integer array or a JSON list") from None
     if not isinstance(array, np.ndarray):
+        array.close()
         raise InvalidInputError(f"{path} is an archive of arrays; save one array with numpy.save")
     if array.size == 0:
         raise InvalidInputError(f"{path} is empty; give some thousands of token ids")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise InvalidInputError(f"{path} must hold integers, [tokens] or [windows, tokens], got {array.dtype} {list(array.shape)}")
+    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise InvalidInputError(f"{path} holds token id {array.max()}, which no model has")
     return torch.from_numpy(array.astype(np.int64))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from klfast import ops
+from klfast.batches import Batches, is_single, read
 from klfast.errors import InvalidInputError
-from klfast.models.forward import check_ids, check_plain_head, evaluation_mode, head_inputs, plain_head
+from klfast.interrupts import deferred, interruptible
+from klfast.models.adapters import refuse_wrapper
+from klfast.models.forward import check_plain_head, evaluation_mode, head_inputs, plain_head
 from klfast.nn import QuantLinear
 from klfast.progress import Progress, reporter
 from klfast.tally import Tally
 from klfast.types import QuantizedTensor
 
+_MOST_TOKENS = 8192  # computed at once where the caller made no batches
 _MEASURED = ("nll", "teacher_nll", "kl", "kl_student_teacher", "jsd", "top1")
 
 
@@ -54,7 +57,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[torch.Tensor], teacher: nn.Module | None = None, progress: Progress = False
+    model: nn.Module, batches: Batches, teacher: nn.Module | None = None, progress: Progress = False
 ) -> Evaluation:
     """Perplexity of ``model`` on token batches and, with a teacher, how far its next-token distributions are from the teacher's.
 
@@ -64,37 +67,42 @@ def evaluate(
     Args:
         model: a causal language model (transformers), quantized or not, whose logits are a plain product of the last
             hidden states with the head's weight.
-        batches: int64 [B, T] token ids with T >= 2, without padding; T may differ from batch to batch.
+        batches: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], texts [T], or dicts with input_ids and
+            attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every row is measured as if it were
+            alone, without its padding. T may differ from batch to batch.
         teacher: a model with the same vocabulary, on the same device.
-        progress: True or False for a progress bar on stderr or none, None for one on a terminal; or a function that is
-            called with (batches done, batches in all, "").
+        progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
+            nothing; or a function that is called with (batches done, batches in all, "").
 
     Raises:
-        InvalidInputError: no batch at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
+        InvalidInputError: no text at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
             whose logits are not such a product; a NaN or infinite logit.
     """
-    batches = list(batches)
-    if not batches:
-        raise InvalidInputError("there is nothing to evaluate on: no batch was given")
+    for one in (model, teacher):
+        if one is not None:
+            refuse_wrapper(one)
     head = _weight(plain_head(model))
     teacher_head = head if teacher is None else _weight(plain_head(teacher))
     if teacher_head.shape[0] != head.shape[0]:
         raise InvalidInputError(f"the teacher has {teacher_head.shape[0]} tokens, the model {head.shape[0]}; they need one vocabulary")
-    for ids in batches:
-        check_ids(ids, head.shape[0], minimum=2)
+    most = _MOST_TOKENS if is_single(batches) else None
+    parts = [batch.equal_lengths(most) for batch in read(batches, head.shape[0])]
 
     tally = Tally(1, len(_MEASURED))
-    with evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(batches)) as advance:
+    with deferred(), evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(parts)) as advance:
+        some = next(ids for part in parts for ids in part)[:1, :8]
         for one in (model, teacher):
             if one is not None:
-                _require_finite(check_plain_head(one, batches[0][:1, :8]).isfinite().all())
-        for ids in batches:
-            hidden = head_inputs(model, ids[:, :-1])
-            teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
-            found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
-            metrics = (found.ce_student, found.ce_teacher, found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.top1_agree)
-            rows, length = ids.shape
-            tally.add(0, torch.stack(metrics).cpu().double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)
+                _require_finite(check_plain_head(one, some).isfinite().all())
+        for part in parts:
+            for ids in part:
+                with interruptible():
+                    hidden = head_inputs(model, ids[:, :-1])
+                    teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
+                    found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
+                metrics = (found.ce_student, found.ce_teacher, found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.top1_agree)
+                rows, length = ids.shape
+                tally.add(0, torch.stack(metrics).cpu().double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)
             advance(1, "")
 
     mean, stderr = (dict(zip(_MEASURED, values, strict=True)) for values in (tally.mean(0), tally.stderr(0)))

@@ -125,7 +125,9 @@ def causal_conv1d_fn(
     """
     _unsupported("causal_conv1d_fn", seq_idx=seq_idx)
     silu = _is_silu("causal_conv1d_fn", activation)
-    if return_final_states and final_states_out is None and x.dim() == 3 and weight.dim():
+    # torch.compile's inductor cannot take an op whose tensor to write to is None
+    wanted = return_final_states or torch.compiler.is_compiling()
+    if wanted and final_states_out is None and x.dim() == 3 and weight.dim():
         final_states_out = x.new_empty(*x.shape[:2], max(weight.shape[-1] - 1, 0))
     args = (x, weight, bias, initial_states, final_states_out, silu)
     out = torch.ops.klfast.causal_conv1d.default(*args)

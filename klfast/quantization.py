@@ -24,7 +24,8 @@ def quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absma
             0, maps to q_min..q_max) or "mse" (that range shrunk by the ratio, of 26 from 1 to 0.5, with the least
             squared error per group).
         scale_dtype: what scales are stored as. Values are rounded with the stored scale, so its rounding costs
-            next to nothing.
+            next to nothing. Below 6e-5 those of float16 get coarse and are rounded up, so that no weight is clipped;
+            the smallest is 6e-8, so weights below 3e-8 become 0. Pass bfloat16 for matrices that consist of such.
 
     Raises:
         InvalidInputError: wrong dtype or shape, a NaN or infinity, or a scale beyond ``scale_dtype``'s range.
@@ -101,12 +102,27 @@ def _round(groups: torch.Tensor, low: torch.Tensor | None, span: torch.Tensor, r
     """Groups rounded on the grid of ``span * ratio``; ``low``, the range's lower end, only if asymmetric."""
     tiny = max(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps, 1e-30)  # float16: a subnormal
     steps = spec.q_max if spec.symmetric else spec.q_max - spec.q_min
-    s = (span * ratio / steps).clamp_(min=tiny).to(scale_dtype)  # an all-zero group keeps a scale that divides
+    s = _stored(span * ratio, steps, 0.5 if low is None else 0.0, tiny, scale_dtype)
     q = groups / s.float()
     if low is None:
         return q.round_().clamp_(spec.q_min, spec.q_max), s, 0.0
     z = (spec.q_min - low * ratio / s.float()).round_().clamp_(spec.q_min, spec.q_max)
     return q.add_(z).round_().clamp_(spec.q_min, spec.q_max), s, z
+
+
+def _stored(span: torch.Tensor, steps: int, slack: float, tiny: float, dtype: torch.dtype) -> torch.Tensor:
+    """The scale that spans ``span`` in so many steps, at least ``tiny`` (an all-zero group keeps a scale that divides), as it is stored.
+
+    Rounded to nearest; but float16's subnormals lie so far apart that many of the largest weights would be clipped.
+    There it is rounded up where ``steps + slack`` steps would not reach: a symmetric grid has half a step to spare at
+    its end, an asymmetric one loses that to the rounding of its zero point.
+    """
+    s = (span / steps).clamp_(min=tiny).to(dtype)
+    if dtype is not torch.float16:
+        return s
+    wide, bits = s.float(), s.view(torch.int16)
+    short = (wide < torch.finfo(dtype).smallest_normal) & (wide * (steps + slack) < span)
+    return (bits + short).view(dtype)
 
 
 def _why_not_finite(weight: torch.Tensor, scale_dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import klfast
 from klfast import registry
 from klfast.errors import InvalidInputError, KernelUnavailableError
-from klfast.models import native_ssm
+from klfast.models import native_forwards, native_ssm
 from klfast.models.native_ssm import is_accelerated
 from klfast.sensitivity.prepared import prepared
 
@@ -59,7 +59,7 @@ def test_logits_in_bfloat16_are_no_further_from_the_truth(model, tier):
 def test_head_returns_the_same_logits_in_float32(bias, dtype, tier):
     head, x = torch.nn.Linear(24, 200, bias).to(dtype), torch.randn(2, 9, 24).to(dtype)
     with torch.inference_mode():
-        logits = native_ssm._head_forward(torch.nn.Linear.forward)(head, x)
+        logits = native_forwards.head_forward(head, x)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, head(x).float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
@@ -157,14 +157,13 @@ def of_another_version(mixer_class, name, monkeypatch):
     renamed = FunctionType(inner.__code__.replace(co_names=names), namespace)
     renamed.__kwdefaults__, renamed.__defaults__ = inner.__kwdefaults__, inner.__defaults__
     monkeypatch.setattr(mixer_class, "forward", renamed)
-    monkeypatch.setattr(native_ssm, "_natives", {})
 
 
 def test_a_mixer_that_calls_other_functions_is_refused_whole(model, monkeypatch):
     mixer_class = type(mixers(model)[0])
     x = ids(2, 9)
     plain = logits(model, x)
-    for name in native_ssm._MIXERS[mixer_class.__name__]:
+    for name in native_forwards.MIXERS[mixer_class.__name__]:
         with monkeypatch.context() as patch:
             of_another_version(mixer_class, name, patch)
             where = f"{mixer_class.__name__} of transformers {version('transformers')}"

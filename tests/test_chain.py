@@ -18,6 +18,8 @@ from transformers import (
     MambaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from klfast.errors import InvalidInputError
@@ -178,6 +180,19 @@ def test_refuses_capped_logits():
     config = Gemma2Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)
     with pytest.raises(InvalidInputError, match="Gemma2ForCausalLM does more to its logits than multiply"):
         Chain(Gemma2ForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_refuses_weights_that_move(training):
+    """RWKV divides weights in place in its first forward; a sweep must not even make that one."""
+    config = RwkvConfig(**SMALL, attention_hidden_size=32, intermediate_size=48, rescale_every=2)
+    model = RwkvForCausalLM(config).train(training)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(InvalidInputError, match=r"rescale_every=2\), so they cannot be quantized; load it with from_pretrained\(\.\.\., rescale_every=0\)"):
+        Chain(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    config.rescale_every = 0
+    assert len(Chain(RwkvForCausalLM(config).eval()).blocks) == 3
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: FAMILIES["mamba"]().backbone])

@@ -52,6 +52,41 @@ def test_reads_on_where_a_token_takes_many_characters(tmp_path):
     assert tuple(batches[0].shape) == (9, 10)
 
 
+@pytest.mark.parametrize("windows", [1_000_000, 10**30])
+def test_more_windows_than_the_text_has_are_all(tmp_path, tokenizer, windows):
+    path = write(tmp_path, "abcdefgh" * 1000)
+    found = token_batches(path, tokenizer, vocab_size=257, length=2048, windows=windows)
+    assert torch.cat(found).equal(torch.cat(token_batches(path, tokenizer, vocab_size=257, length=2048))) and len(torch.cat(found)) == 3
+
+
+def test_a_byte_order_mark_is_no_token(tmp_path, tokenizer):
+    (batch,) = token_batches(write(tmp_path, b"\xef\xbb\xbfabcd"), tokenizer, vocab_size=257, windows=1)
+    assert tokenizer.decode(batch[0]) == "abcd"
+    (batch,) = token_batches(write(tmp_path, b"\xef\xbb\xbf[1, 2, 3]", "ids.json"), vocab_size=257)
+    assert batch.tolist() == [[1, 2, 3]]
+
+
+def npy(header):
+    """A .npy file of version 1.0 with that header and three numbers."""
+    header = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(24)
+
+
+def test_damaged_npy_files_are_refused(tmp_path):
+    path = tmp_path / "ids.npy"
+    whole = npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }")
+    path.write_bytes(whole)
+    assert token_batches(path, vocab_size=7)[0].tolist() == [[0, 0, 0]]
+    for bit in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            token_batches(path, vocab_size=7)
+        except InvalidInputError as error:
+            assert "ids.npy" in str(error) and "\n" not in str(error)
+
+
 def test_short_text_makes_one_short_window(tmp_path, tokenizer):
     (batch,) = token_batches(write(tmp_path, "abc"), tokenizer, vocab_size=257, length=512)
     assert tuple(batch.shape) == (1, 3)
@@ -93,6 +128,11 @@ def test_bundled_texts_differ(tokenizer):
         ("[1, 300]", "ids.json", "token id 300"),
         ("[1, -1]", "ids.json", "token id -1"),
         (b"\x93NUMPY", "ids.npy", "cannot be read"),
+        (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000,), }"), "ids.npy", "ids.npy cannot be read"),  # 73 TiB
+        (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,"), "ids.npy", "ids.npy cannot be read"),  # tokenize.TokenError
+        (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 1), }"), "ids.npy", "holds windows of 1 tokens; at least 2"),
+        (npy("{'descr': '<u8', 'fortran_order': False, 'shape': (3,), }")[:-1] + b"\xff", "ids.npy", "token id 18374686479671623680, which no"),
+        ("[18446744073709551615, 1]", "ids.json", "ids.json (must|holds token id)"),
     ],
 )
 def test_bad_content(tmp_path, tokenizer, content, name, message):

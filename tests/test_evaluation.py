@@ -104,14 +104,14 @@ def test_perplexity_beyond_floats_is_infinite():
 @pytest.mark.parametrize(
     ("batches", "match"),
     [
-        ([], "no batch"),
-        ([batch().int()], r"int64 tensor \[B, T\], got torch.int32"),
-        ([batch()[0]], r"got torch.int64 \[12\]"),
-        ([[1, 2]], "got list"),
-        ([batch(), batch()[:, :1]], "2 columns"),
-        ([batch()[:0]], "at least one row"),
-        ([batch() + VOCABULARY], r"must lie in 0\.\.60.*another tokenizer"),
-        ([batch() - VOCABULARY], "must lie in"),
+        ([], "batches is empty"),
+        ([batch().int()], r"batch 0 must be an int64 tensor \[B, T\] of token ids, got torch.int32 \[2, 12\]"),
+        ([batch()[None]], r"got torch.int64 \[1, 2, 12\]"),
+        (["text"], "got str"),
+        ([batch(), batch()[:, :1]], "batch 1 has windows of 1 tokens"),
+        ([batch()[:0]], "batches is empty"),
+        ([batch() + VOCABULARY], r"between 0 and 60.*another tokenizer"),
+        ([batch() - VOCABULARY], "batch 0 holds token id -"),
     ],
 )
 def test_refuses_batches(batches, match):

@@ -75,6 +75,45 @@ def test_groups_without_magnitude_round_to_zero(spec, weight):
     assert torch.equal(quantize(weight, spec).dequantize(torch.float32), torch.zeros(3, 70))
 
 
+TINY = [*(10.0**-n for n in range(2, 10)), 7e-3, 3e-8, 2e-6, 6e-6]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("largest", TINY)
+def test_no_weight_of_a_tiny_group_is_off_by_more_than_half_a_step(spec, largest):
+    """Though float16's subnormal scales are coarse. Asymmetric grids lose at most an eighth of a step more where scales are normal."""
+    weight = torch.randn(64, 100) * torch.linspace(0.2, 1, 64)[:, None]
+    weight *= largest / weight.abs().max()
+    qt = quantize(weight, spec)
+    step = qt.scale.double().repeat_interleave(spec.group_length(100), 1)[:, :100]
+    errors = (qt.dequantize(torch.float32).double() - weight.double()).abs() / step
+    normal = step >= torch.finfo(torch.float16).smallest_normal
+    assert qt.scale.dtype == torch.float16 and errors[~normal].numel() + errors[normal].numel() == weight.numel()
+    assert not (~normal).any() or errors[~normal].max() <= 0.5 + 1e-4
+    assert not normal.any() or errors[normal].max() <= (0.5 if spec.symmetric else 0.63) + 1e-4
+    assert torch.equal(fake_quantize(weight, spec), qt.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("largest", TINY)
+def test_mse_is_no_worse_than_absmax_in_tiny_groups(spec, largest):
+    weight = torch.distributions.StudentT(3.0).sample((16, 100))
+    weight *= largest / weight.abs().max()
+    absmax, mse = ((fake_quantize(weight, spec, scale=scale) - weight).double().square().sum() for scale in ("absmax", "mse"))
+    assert mse <= absmax * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_below_float16s_smallest_become_that_or_bfloat16(symmetric):
+    weight = torch.randn(4, 64)
+    weight *= 1e-8 / weight.abs().max()
+    spec = QuantSpec(8, 64, symmetric)
+    assert torch.equal(quantize(weight, spec).scale, torch.full((4, 1), 2.0**-24).half())
+    assert torch.equal(fake_quantize(weight, spec), torch.zeros(4, 64)), "at most half a step, 3e-8, off"
+    error = (fake_quantize(weight, spec, scale_dtype=torch.bfloat16) - weight).abs().max()
+    assert error < 0.01 * weight.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_strided_weights(dtype):
     weight = torch.randn(100, 48).to(dtype)

@@ -108,7 +108,45 @@ def test_metrics_and_layers_can_be_chosen():
         assert list(measured.mean) == list(measured.stderr) == [KL, "sqnr_db"]
 
 
+def test_one_metric_or_spec_needs_no_list():
+    model = make()
+    found = klfast.sweep(model, tokens(1), "int4-g64-sym", "jsd", layers="lm_head")
+    assert list(found.measurements) == [("lm_head", klfast.QuantSpec(4))]
+    assert list(found.measurements["lm_head", klfast.QuantSpec(4)].mean) == [KL, "jsd"]
+    assert list(klfast.sweep(model, tokens(1), klfast.QuantSpec(8), layers="lm_head").measurements) == [("lm_head", klfast.QuantSpec(8))]
+
+
+def test_layers_are_chosen_by_patterns():
+    model = make()
+
+    def swept(**choice):
+        return [name for name, _ in klfast.sweep(model, tokens(1, 5), "int4", **choice).measurements]
+
+    projections = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj", "backbone.layers.1.mixer.in_proj", "backbone.layers.1.mixer.out_proj"]
+    assert swept(exclude="lm_head") == projections
+    assert swept(layers="in_proj") == projections[::2]
+    assert swept(layers=["layers.1.*", "lm_head"], exclude=["re:.*out_proj"]) == [projections[2], "lm_head"]
+
+
 def test_scale_search_is_passed_on():
     model = make()
     kl = [next(iter(klfast.sweep(model, tokens(), "int4", layers=["lm_head"], scale=scale).measurements.values())).mean["mse"] for scale in ("absmax", "mse")]
     assert kl[1] < kl[0]
+
+
+def test_what_cannot_be_quantized_is_said_once():
+    import warnings
+
+    import transformers
+
+    size = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=None, eos_token_id=None)).eval()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        klfast.sweep(model, tokens(1), "int4")
+        assert [" ".join(str(one.message).split()) for one in said if "quantized" in str(one.message)] == [str(said[0].message)]
+        assert str(said[0].message).startswith("sweep: ") and "Conv1D" in str(said[0].message) and said[0].filename == __file__
+        said.clear()
+        klfast.sweep(model, tokens(1), "int4", layers="lm_head")  # of which one knows what it is
+        klfast.sweep(make(), tokens(1), "int4")
+        assert not said

@@ -18,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"batches": []}, InvalidInputError, "batches is empty"),
         ({"batches": torch.empty(0, 8, dtype=torch.int64)}, InvalidInputError, "batches is empty"),
         ({"batches": [torch.zeros(2, 8)]}, InvalidInputError, r"batch 0 must be an int64 tensor \[B, T\] of token ids, got torch.float32 \[2, 8\]"),
-        ({"batches": [torch.zeros(8, dtype=torch.int64)]}, InvalidInputError, r"batch 0 must be .* got torch.int64 \[8\]"),
+        ({"batches": [torch.zeros(1, 2, 8, dtype=torch.int64)]}, InvalidInputError, r"batch 0 must be .* got torch.int64 \[1, 2, 8\]"),
         ({"batches": ["text"]}, InvalidInputError, "batch 0 must be .* got str"),
+        ({"batches": "text"}, InvalidInputError, "batches must be token ids, got str"),
         ({"batches": [tokens(), tokens(2, 1)]}, InvalidInputError, "batch 1 has windows of 1 tokens"),
         ({"batches": tokens() + 50}, InvalidInputError, r"batch 0 holds token id \d+; the model's ids lie between 0 and 60"),
         ({"batches": tokens() - 50}, InvalidInputError, "batch 0 holds token id -"),
@@ -27,6 +28,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"specs": ["int5"]}, InvalidInputError, "'int5' is not a quantization spec"),
         ({"specs": [4]}, InvalidInputError, "got int"),
         ({"metrics": ["ppl"]}, InvalidInputError, "there is no metric 'ppl'; choose from kl_teacher_student"),
+        ({"metrics": "jsd2"}, InvalidInputError, "there is no metric 'jsd2'"),
+        ({"specs": 4}, InvalidInputError, "specs must be QuantSpecs or their names, got int"),
+        ({"metrics": 4}, InvalidInputError, "metrics must be names, got int"),
+        ({"layers": 4}, InvalidInputError, "layers must be names or patterns, got int"),
+        ({"exclude": ["lm_heat"]}, UnknownLayerError, "did you mean 'lm_head'"),
+        ({"exclude": "*"}, InvalidInputError, "leave no linear layer"),
+        ({"layers": "re:("}, InvalidInputError, "is not a regular expression"),
         ({"scale": "max"}, InvalidInputError, "scale must be"),
         ({"layers": []}, InvalidInputError, "layers is empty"),
         ({"layers": ["lm_heat"]}, UnknownLayerError, "did you mean 'lm_head'"),
@@ -85,3 +93,28 @@ def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
     monkeypatch.setattr(engine, "fake_quantize", overflowing)
     with pytest.raises(InvalidInputError, match=r"lm_head as int4-g64-sym makes the model's hidden states NaN or infinite"):
         klfast.sweep(model, tokens())
+
+
+def test_adapters_are_refused():
+    """As peft makes them, which is not among what the tests need."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+            self.weight = layer.weight
+
+        def forward(self, hidden):
+            return self.base_layer(hidden) * 1.5
+
+    model = make("llama")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+    with pytest.raises(InvalidInputError, match="LlamaForCausalLM holds adapters; merge them first"):
+        klfast.sweep(model, tokens())
+    assert klfast.evaluate(model, tokens()).nll > 0  # the adapters count
+
+    wrapper = type("PeftModelForCausalLM", (torch.nn.Module,), {"__module__": "peft.peft_model"})()
+    for measure in (klfast.sweep, klfast.evaluate):
+        with pytest.raises(InvalidInputError, match=r"PeftModelForCausalLM is peft's wrapper of a model; pass model\.get_base_model"):
+            measure(wrapper, tokens())

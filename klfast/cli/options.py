@@ -74,6 +74,15 @@ def in_range(name: str, holds: Callable[[float], bool], wanted: str):
     return check
 
 
+def window_count(text: str) -> int | None:
+    """A number of windows; None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a number from 1 on nor all")
+    return int(text)
+
+
 # The library's own names, which it would take a second to import for --help.
 dtype_name = one_of("float32", "bfloat16", "float16", "auto")
 scale_name = one_of("absmax", "mse")
@@ -83,6 +92,7 @@ metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Windows = Annotated[str, typer.Option(parser=window_count, metavar="N|all", help="Windows of the text, the first ones, or all.")]
 Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
 Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +18,11 @@ def sweep(
     model: options.Model,
     spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = ["int4-g64-sym", "int8-g64-sym"],  # noqa: B006
     calibration: Annotated[str, typer.Option(help='A text file, a token file (.npy, .json), or "calibration", the bundled text.')] = "calibration",
-    windows: Annotated[int, typer.Option(help="Windows of calibration text, the first ones.", min=1)] = 32,
+    windows: options.Windows = "32",
     length: options.Length = 512,
     scale: options.Scale = "absmax",
+    layers: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help='Measure only these linear layers: a name, its end ("in_proj"), a glob ("layers.0.*") or "re:..."; repeat for several.')] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave these layers out, chosen in the same way; repeat for several.")] = None,
     rows: Annotated[bool, typer.Option("--rows", help="Also measure each use that the rows of one layer are split between (Hymba's in_proj).")] = False,
     out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away.")] = True,
@@ -50,9 +53,15 @@ def sweep(
     if not resume:
         partial.unlink(missing_ok=True)
     resumed = partial.exists()
-    found = klfast.sweep(network, batches, specs=specs, resume=partial, rows=rows, scale=scale, dtype=None if computed == "auto" else computed)
-    found.provenance.update(model=model, calibration=calibration)
-    found.to_json(out)
+    try:
+        found = klfast.sweep(network, batches, specs=specs, resume=partial, layers=layers, exclude=exclude, rows=rows, scale=scale, dtype=None if computed == "auto" else computed)
+        found.provenance.update(model=model, calibration=calibration)
+        found.to_json(out)
+    except KeyboardInterrupt:
+        again = "the same command" if resume else "the same command without --no-resume"
+        left = f"{partial} keeps what was measured, and {again} goes on from there" if partial.exists() else "nothing was measured yet"
+        print(f"klfast: stopped; {left}.", file=sys.stderr)
+        raise typer.Exit(130) from None
     partial.unlink(missing_ok=True)
     ranking = report.ranking(found, "kl_teacher_student", 5)
     data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "resumed": resumed, "noise_floor": found.noise_floor, "ranking": ranking.data()}

@@ -16,7 +16,7 @@ def evaluate(
     model: options.Model,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model, for instance the full-precision one.")] = None,
     text: Annotated[str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')] = "evaluation",
-    windows: Annotated[int | None, typer.Option(help="At most so many windows of the text, the first ones; all by default.", min=1)] = None,
+    windows: options.Windows = "all",
     length: options.Length = 512,
     batch_size: options.BatchSize = 4,
     dtype: options.Dtype = "float32",

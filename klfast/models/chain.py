@@ -20,6 +20,7 @@ from torch import nn
 
 from klfast.errors import InvalidInputError
 from klfast.models.forward import check_plain_head, close, plain_head
+from klfast.models.layers import refuse_moving_weights
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Chain:
         head: its output projection, a linear layer without bias.
 
     Raises:
-        InvalidInputError: the blocks do not form a chain (the steps do not add up to the model), or the logits are
-            not what a plain linear head makes of the final hidden states.
+        InvalidInputError: the blocks do not form a chain (the steps do not add up to the model), the logits are not what
+            a plain linear head makes of the final hidden states, or the forward changes the model's weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_moving_weights(model)
         self.model = model
         self._name = type(model).__name__
         self.head = plain_head(model)

@@ -8,7 +8,7 @@ of the network as one larger batch. Logits are never made whole.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 from klfast.errors import InvalidInputError
+from klfast.interrupts import interruptible
 from klfast.models.chain import Carry, Chain, Passage
 from klfast.ops import linear_divergence
 from klfast.quantization import fake_quantize
 from klfast.sensitivity.results import METRICS
+from klfast.sensitivity.unfinished import Unfinished
 from klfast.types import QuantSpec
 
 SQNR_CAP = 150.0  # dB; beyond what float32 resolves, so that a token with equal logits does not make the mean infinite
 COLUMNS = (*METRICS, "ce_teacher")  # what the measuring methods sum
 STAGES = ("teacher", "quantize", "own_block", "suffix", "divergence")
-_COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's logits
+COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's logits
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class Teacher:
 
 class Engine:
     """Measures candidates, micro-batch by micro-batch. The measuring methods return sums over each window's T - 1
-    tokens, float64 [C, len(COLUMNS), B].
+    tokens, float64 [C, len(COLUMNS), B]; they go on from where ``unfinished`` says that an earlier run of theirs was.
 
     Attributes:
         seconds: wall time spent so far, by stage.
         block_tokens: tokens that went through a block so far, counted once for each block.
+        pause: called after each block that candidates went through, with what it takes to go on from there.
     """
 
     def __init__(self, chain: Chain, scale: str, max_batch_tokens: int) -> None:
@@ -75,6 +78,7 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.block_tokens = 0
+        self.pause: Callable[[Unfinished], None] = lambda unfinished: None
 
     def teach(self, input_ids: torch.Tensor) -> Teacher:
         """Run the full-precision model on a micro-batch, int64 [B, T]."""
@@ -88,66 +92,64 @@ class Engine:
                 self._blame_block(carries)
             return Teacher(passage, carries[:-1], self._compared(hidden)[0], input_ids[:, 1:].flatten())
 
-    def measure_block(self, teacher: Teacher, index: int, candidates: Sequence[Candidate]) -> torch.Tensor:
-        """All of ``candidates``, whose layers lie in block ``index``."""
+    def measure_block(self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None) -> torch.Tensor:
+        """All of ``candidates``, at most COMPARED_TOGETHER, whose layers lie in block ``index``."""
         windows, length = teacher.passage.input_ids.shape
         width = max(1, self.max_batch_tokens // (windows * length))
-        sums = []
-        for group in _groups(candidates, _COMPARED_TOGETHER):
-            finals = []
-            for part in _groups(group, width):
-                carries = [self._own_block(teacher, index, candidate) for candidate in part]
+        finals = [] if unfinished is None else list(unfinished.finals)
+        for part in chunks(candidates, width)[len(finals) // width :]:
+            if unfinished is None:
+                carry, start = Carry.stack([self._own_block(teacher, index, candidate) for candidate in part]), index + 1
+                self.pause(Unfinished(list(finals), carry, start))
+            else:
+                carry, start, unfinished = unfinished.carry, unfinished.block, None
+            with self._timed("suffix"):
+                hidden = self._run(teacher.passage, carry, start, finals)
+            for candidate, final in zip(part, hidden.split(windows), strict=True):
+                self._require_finite(candidate, final)
+                finals.append(final)
+        return self._compare(teacher, torch.cat(finals))
+
+    def measure_head(self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None) -> torch.Tensor:
+        """The head under one spec. A tied embedding looks up the quantized rows, which changes the whole network."""
+        with self._swapped(candidate):
+            if tied:
                 with self._timed("suffix"):
-                    hidden = self._suffix(teacher, carries, index + 1)
-                for candidate, final in zip(part, hidden.split(windows), strict=True):
-                    self._require_finite(candidate, final)
-                    finals.append(final)
-            sums.append(self._compare(teacher, torch.cat(finals)))
-        return torch.cat(sums)
+                    passage = self.chain.enter(teacher.passage.input_ids)
+                    hidden = self._compared(self._run(passage, *_start(unfinished, passage.entry)))
+                self._require_finite(candidate, hidden)
+            else:
+                hidden = teacher.hidden.unsqueeze(0)
+            return self._diverge(teacher, hidden, self.chain.head.weight.data)
 
-    def measure_head(self, teacher: Teacher, candidates: Sequence[Candidate], tied: bool) -> torch.Tensor:
-        """The head under each spec. A tied embedding looks up the quantized rows, which changes the whole network."""
-        sums = []
-        for candidate in candidates:
-            with self._swapped(candidate):
-                if tied:
-                    with self._timed("suffix"):
-                        passage = self.chain.enter(teacher.passage.input_ids)
-                        hidden = self._compared(self._run(passage.entry, passage, 0))
-                    self._require_finite(candidate, hidden)
-                else:
-                    hidden = teacher.hidden.unsqueeze(0)
-                sums.append(self._diverge(teacher, hidden, self.chain.head.weight.data))
-        return torch.cat(sums)
-
-    def measure_noise(self, teacher: Teacher, seed: int) -> torch.Tensor:
+    def measure_noise(self, teacher: Teacher, seed: int, unfinished: Unfinished | None = None) -> torch.Tensor:
         """The teacher once more, each embedding moved by at most one unit in the last place: rounds anew everywhere."""
         entry = teacher.carries[0].hidden
         generator = torch.Generator().manual_seed(seed)
         ulps = (torch.rand(entry.shape, generator=generator) * 2 - 1).to(entry.device)
         nudged = (entry.float() * (1 + torch.finfo(entry.dtype).eps * ulps)).to(entry.dtype)
         with self._timed("suffix"):
-            hidden = self._suffix(teacher, [Carry(nudged, teacher.carries[0].extra)], 0)
+            hidden = self._run(teacher.passage, *_start(unfinished, Carry(nudged, teacher.carries[0].extra)))
         return self._compare(teacher, hidden)
 
     def _own_block(self, teacher: Teacher, index: int, candidate: Candidate) -> Carry:
         with self._swapped(candidate), self._timed("own_block"):
             return self._step(index, teacher.carries[index], teacher.passage)
 
-    def _suffix(self, teacher: Teacher, carries: list[Carry], start: int) -> torch.Tensor:
-        """What enters the head, [C * B, T, H], from the carries of C candidates before block ``start``."""
-        passage = teacher.passage
-        if len(carries) > 1:
-            passage = self.chain.enter(passage.input_ids.repeat(len(carries), 1))
-        return self._run(Carry.stack(carries), passage, start)
-
-    def _run(self, carry: Carry, passage: Passage, start: int) -> torch.Tensor:
-        self.block_tokens += passage.input_ids.numel() * (len(self.chain.blocks) - start)
-        return self.chain.run(carry, passage, start)
+    def _run(self, passage: Passage, carry: Carry, start: int, finals: list[torch.Tensor]) -> torch.Tensor:
+        """What enters the head, [C * B, T, H], from what enters block ``start`` of C candidates; ``finals`` are those before them."""
+        copies = len(carry.hidden) // len(passage.input_ids)
+        if copies > 1:
+            passage = self.chain.enter(passage.input_ids.repeat(copies, 1))
+        for index in range(start, len(self.chain.blocks)):
+            carry = self._step(index, carry, passage)
+            self.pause(Unfinished(list(finals), carry, index + 1))
+        return self.chain.finish(carry, passage)
 
     def _step(self, index: int, carry: Carry, passage: Passage) -> Carry:
         self.block_tokens += passage.input_ids.numel()
-        return self.chain.step(index, carry, passage)
+        with interruptible():
+            return self.chain.step(index, carry, passage)
 
     @contextmanager
     def _swapped(self, candidate: Candidate) -> Iterator[None]:
@@ -156,14 +158,15 @@ class Engine:
         first, end = candidate.rows or (0, len(weight))
         with self._timed("quantize"):
             try:
-                rounded = fake_quantize(weight[first:end], candidate.spec, scale=self.scale).to(weight.dtype)
+                with interruptible():
+                    rounded = fake_quantize(weight[first:end], candidate.spec, scale=self.scale).to(weight.dtype)
             except InvalidInputError as error:
                 raise InvalidInputError(f"{candidate}: {error}") from error
             if candidate.rows:
                 rounded = torch.cat((weight[:first], rounded, weight[end:]))
         original = weight.data
-        weight.data = rounded
         try:
+            weight.data = rounded
             yield
         finally:
             weight.data = original
@@ -180,7 +183,8 @@ class Engine:
 
     def _diverge(self, teacher: Teacher, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         with self._timed("divergence"):
-            found = linear_divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
+            with interruptible():
+                found = linear_divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
             per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
             windows, length = teacher.passage.input_ids.shape
@@ -206,5 +210,10 @@ class Engine:
             self.seconds[stage] += time.perf_counter() - start
 
 
-def _groups(items: Sequence, size: int) -> list[Sequence]:
+def _start(unfinished: Unfinished | None, entry: Carry) -> tuple[Carry, int, list[torch.Tensor]]:
+    return (entry, 0, []) if unfinished is None else (unfinished.carry, unfinished.block, [])
+
+
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    """``items`` in pieces of at most ``size``."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -27,7 +27,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     merged = replace(found, measurements=dict(found.measurements), rows=dict(found.rows), provenance=dict(found.provenance))
     for path in paths[1:]:
         other = Sensitivities.from_json(path)
-        if other.fingerprint is None or not other.fingerprint.matches(found.fingerprint) or (other.layers, other.other_bytes) != (found.layers, found.other_bytes):
+        is_known = other.fingerprint is not None and other.fingerprint.matches(found.fingerprint)
+        if not is_known or (other.layers, other.other_bytes) != (found.layers, found.other_bytes):
             raise ModelMismatchError(f"{os.fspath(path)} and {os.fspath(paths[0])} are of different models; give files of one model")
         if twice := [*(other.measurements.keys() & merged.measurements.keys()), *(other.rows.keys() & merged.rows.keys())]:
             name, *_, spec = min(twice)
@@ -40,5 +41,6 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
         if None in scales:
             merged.provenance.pop("scale", None)
         elif scales[0] != scales[1]:
-            raise InvalidInputError(f"{os.fspath(path)} was swept with scale {scales[1]}, {os.fspath(paths[0])} with {scales[0]}; a plan needs one of them")
+            both = f"{os.fspath(path)} was swept with scale {scales[1]}, {os.fspath(paths[0])} with {scales[0]}"
+            raise InvalidInputError(f"{both}; a plan needs one of them")
     return merged

@@ -9,9 +9,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from klfast import batches
+from klfast.batches import Batches
 from klfast.errors import InvalidInputError
-from klfast.models.layers import linear, linears
+from klfast.models.layers import linears
+from klfast.models.selection import Patterns, select
 from klfast.nn import QuantLinear
+from klfast.sensitivity.results import METRICS
 from klfast.types import QuantSpec
 
 
@@ -23,15 +27,16 @@ def vocabulary(model: nn.Module) -> int:
     return embedding.num_embeddings
 
 
-def micro_batches(batches: Iterable[torch.Tensor] | torch.Tensor, vocab: int, max_tokens: int) -> list[torch.Tensor]:
-    """All windows, in order, as int64 [B, T] of at most ``max_tokens`` tokens each (but at least one window)."""
-    if isinstance(batches, torch.Tensor):
-        batches = [batches]
-    windows: list[torch.Tensor] = []
-    for number, ids in enumerate(batches):
-        windows += _windows(ids, number, vocab)
-    if not windows:
-        raise InvalidInputError("there are no calibration windows: batches is empty; give at least one window of 2 tokens")
+def micro_batches(given: Batches, vocab: int, max_tokens: int) -> list[torch.Tensor]:
+    """All windows as int64 [B, T] of at most ``max_tokens`` tokens each (but at least one window).
+
+    They keep their order, unless some are padded or ragged: then the shorter ones come first, so that windows of one
+    length, wherever they stand, are run together.
+    """
+    read = batches.read(given, vocab)
+    windows = [row for batch in read for row in batch.rows]
+    if any(batch.is_ragged for batch in read):
+        windows.sort(key=len)
     found: list[list[torch.Tensor]] = []
     for window in windows:
         room = found and found[-1][0].shape == window.shape and (len(found[-1]) + 1) * len(window) <= max_tokens
@@ -42,24 +47,10 @@ def micro_batches(batches: Iterable[torch.Tensor] | torch.Tensor, vocab: int, ma
     return [torch.stack(group) for group in found]
 
 
-def _windows(ids: object, number: int, vocab: int) -> list[torch.Tensor]:
-    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2:
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise InvalidInputError(f"batch {number} must be an int64 tensor [B, T] of token ids, got {found}")
-    if not len(ids):
-        return []
-    if ids.shape[1] < 2:
-        raise InvalidInputError(f"batch {number} has windows of {ids.shape[1]} tokens; they need at least 2, one to see and one to predict")
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= vocab:
-        raise InvalidInputError(f"batch {number} holds token id {low if low < 0 else high}; the model's ids lie between 0 and {vocab - 1}")
-    return list(ids)
-
-
-def digest(batches: Sequence[torch.Tensor]) -> str:
-    """SHA-256 of all windows."""
+def digest(micro_batches: Sequence[torch.Tensor]) -> str:
+    """SHA-256 of all windows, in the order in which they are measured; they hold no pads."""
     sha = hashlib.sha256()
-    for ids in batches:
+    for ids in micro_batches:
         for window in ids.cpu():
             sha.update(f"{len(window)} ".encode())
             sha.update(window.contiguous().numpy().tobytes())
@@ -68,7 +59,7 @@ def digest(batches: Sequence[torch.Tensor]) -> str:
 
 def parse_specs(specs: Sequence[QuantSpec | str]) -> list[QuantSpec]:
     """Specs given as such or by name, each once."""
-    if isinstance(specs, (str, QuantSpec)):
+    if not isinstance(specs, Iterable) or isinstance(specs, str):
         specs = [specs]
     found = [QuantSpec.parse(spec) if isinstance(spec, str) else spec for spec in specs]
     if not found:
@@ -78,19 +69,29 @@ def parse_specs(specs: Sequence[QuantSpec | str]) -> list[QuantSpec]:
     return list(dict.fromkeys(found))
 
 
-def choose_layers(model: nn.Module, layers: Iterable[str] | None) -> list[str]:
-    """Names of the linear layers to sweep, in module order: all of them, or ``layers``."""
+def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns | None) -> list[str]:
+    """Names of the linear layers to sweep, in module order; see ``klfast.models.selection.matching`` for patterns."""
     found = linears(model)
     if quantized := [name for name, module in found.items() if isinstance(module, QuantLinear)]:
         raise InvalidInputError(f"{quantized[0]} is quantized already; sweep the full-precision model")
-    if layers is None:
-        return list(found)
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    if not wanted:
-        raise InvalidInputError("layers is empty; name at least one linear layer, or pass None for all")
-    for name in wanted:
-        linear(model, name)
-    return [name for name in found if name in set(wanted)]
+    for name, patterns in (("layers", layers), ("exclude", exclude)):
+        if patterns is not None and not isinstance(patterns, Iterable):
+            raise InvalidInputError(f"{name} must be names or patterns, got {type(patterns).__name__}")
+    if layers is not None and not isinstance(layers, str):
+        layers = list(layers)
+        if not layers:
+            raise InvalidInputError("layers is empty; name at least one linear layer, or pass None for all")
+    return select(found, layers, exclude)
+
+
+def choose_metrics(metrics: Iterable[str]) -> list[str]:
+    """The metrics to report, checked, in the order of ``METRICS``; kl_teacher_student in any case."""
+    if not isinstance(metrics, Iterable):
+        raise InvalidInputError(f"metrics must be names, got {type(metrics).__name__}; choose from {', '.join(METRICS)}")
+    wanted = [metrics] if isinstance(metrics, str) else list(metrics)
+    if unknown := [name for name in wanted if name not in METRICS]:
+        raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
+    return [name for name in METRICS if name == METRICS[0] or name in wanted]
 
 
 def refuse_damaged(names: Iterable[str], norms: Iterable[float]) -> None:

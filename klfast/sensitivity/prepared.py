@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from klfast.interrupts import deferred
 from klfast.models.forward import evaluation_mode
 from klfast.models.native_ssm import accelerate_or_warn, is_accelerated, unaccelerate
 
@@ -16,6 +17,7 @@ from klfast.models.native_ssm import accelerate_or_warn, is_accelerated, unaccel
 def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """In evaluation mode, without gradients, computing in ``dtype`` (None: as it is), with klfast's state-space kernels."""
     with ExitStack() as stack:
+        stack.enter_context(deferred())  # Ctrl-C leaves nothing half restored
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(model))
         if dtype is not None:
@@ -42,9 +44,9 @@ def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _accelerated(model: nn.Module) -> Iterator[None]:
     before = any(is_accelerated(module) for module in model.modules())
-    if not before:  # else it may be so with other options
-        accelerate_or_warn(model)
     try:
+        if not before:  # else it may be so with other options
+            accelerate_or_warn(model)
         yield
     finally:
         if not before:

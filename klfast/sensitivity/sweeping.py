@@ -5,38 +5,48 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from klfast import __version__, signed_json
+from klfast.batches import Batches
 from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
+from klfast.models.adapters import refuse_adapters
 from klfast.models.chain import Chain
-from klfast.models.layers import is_head_tied, linears, row_parts
+from klfast.models.layers import is_head_tied, warn_unquantizable
+from klfast.models.selection import Patterns
 from klfast.progress import Progress, reporter
-from klfast.sensitivity import inputs
-from klfast.sensitivity.engine import COLUMNS, Candidate, Engine, Teacher
+from klfast.sensitivity import inputs, lock, unfinished
+from klfast.sensitivity.engine import COLUMNS, Engine, Teacher
 from klfast.sensitivity.prepared import prepared
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
+from klfast.sensitivity.steps import Step, from_group, steps
+from klfast.sensitivity.unfinished import Unfinished
 from klfast.tally import Tally
 from klfast.types import QuantSpec
 
 NOISE_MULTIPLE = 10  # a KL below this many noise floors is more than a tenth noise
 _KL = METRICS[0]
 _SAVE_SECONDS = 10.0
+_SAVES_ARE = 2.0  # a save that takes 5 s is made every 100 s: a twentieth of the time at most
 _STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several candidates run as one batch
 
 
 def sweep(
     model: nn.Module,
-    batches: Iterable[torch.Tensor] | torch.Tensor,
-    specs: Sequence[QuantSpec | str] = ("int4-g64-sym", "int8-g64-sym"),
-    metrics: Sequence[str] = METRICS,
+    batches: Batches,
+    specs: QuantSpec | str | Sequence[QuantSpec | str] = ("int4-g64-sym", "int8-g64-sym"),
+    metrics: str | Sequence[str] = METRICS,
     resume: str | os.PathLike[str] | None = None,
     *,
-    layers: Iterable[str] | None = None,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
     rows: bool = False,
     scale: str = "absmax",
     max_batch_tokens: int = 8192,
@@ -51,41 +61,47 @@ def sweep(
     Args:
         model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
             Llama and its like).
-        batches: calibration text: int64 tensors [B, T] of token ids, windows of T >= 2 tokens; or one tensor [N, T].
-            How windows are grouped into batches makes no difference.
+        batches: calibration text: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], windows [T], or
+            dicts with input_ids and attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every window
+            is measured as if it were alone, without its padding. How windows are grouped makes no difference.
         specs: the precisions to try.
         metrics: which to report (of ``METRICS``); kl_teacher_student, which plans go by, is reported in any case.
-        resume: a file that keeps the state of the sweep, rewritten every few seconds. If it exists, the sweep goes on
-            from there and ends with the measurements, bit for bit, of one that was never interrupted.
-            ``Sensitivities.from_json`` reads it, finished or not.
-        layers: names of the linear layers to measure; all of them by default, the head included. If the head is tied
-            to the embedding, quantizing it changes the embedding, too.
+        resume: a file that keeps the state of the sweep, rewritten every few seconds (what a step has computed so far goes
+            into a second one beside it, RESUME.step). If it exists, the sweep goes on from there and ends with the
+            measurements, bit for bit, of one that was never interrupted. ``Sensitivities.from_json`` reads it, finished
+            or not.
+        layers: the linear layers to measure; all of them by default, the head included. Each is a name, the end of one
+            ("in_proj"), a glob ("layers.0.*") or "re:" and a regular expression. If the head is tied to the embedding,
+            quantizing it changes the embedding, too.
+        exclude: layers to leave out, chosen in the same way.
         rows: also measure, into ``Sensitivities.rows``, each use that the rows of one layer are split between, such as the
             queries, keys, values, input and gate in Hymba's in_proj. Plans do not need it; it shows which part hurts.
         scale: how scales are chosen, as in ``klfast.quantize``.
         max_batch_tokens: at most so many tokens go through a block at a time (but at least one window).
         dtype: what a model with smaller floating-point weights computes in meanwhile. None for the model's own dtype,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
-        progress: True or False for a progress bar on stderr or none, None for one on a terminal; or a function that
-            is called with (done, total, what was just measured).
+        progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
+            nothing; or a function that is called with (done, total, what was just measured).
 
     Raises:
         InvalidInputError: no or unfit batches, specs, metrics or layers; a model that is no chain, is quantized
-            already, or shares a weight between layers; a NaN or infinity, with the layer that makes it; a resume
-            file of a sweep with other arguments.
-        UnknownLayerError: ``layers`` names none of the model's.
+            already, has adapters, or shares a weight between layers; a NaN or infinity, with the layer that makes it; a resume
+            file of a sweep with other arguments, or one that another process is working on.
+        UnknownLayerError: an entry of ``layers`` or ``exclude`` matches none of the model's.
         ModelMismatchError: a resume file of another model.
         CheckpointError: a damaged resume file, or a file that is none.
     """
     specs = inputs.parse_specs(specs)
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
+    reported = inputs.choose_metrics(metrics)
     if scale not in ("absmax", "mse"):
         raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
+    refuse_adapters(model)
     blank = Sensitivities.of(model)  # its bytes are those of the model as it came
-    names = inputs.choose_layers(model, layers)
+    names = inputs.choose_layers(model, layers, exclude)
     inputs.refuse_shared(model, names)
     inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
+    if layers is None:
+        warn_unquantizable(model, "sweep")
     windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // _STACKED)
 
     with prepared(model, dtype):
@@ -99,101 +115,98 @@ def sweep(
             "max_batch_tokens": max_batch_tokens,
             "dtype": str(chain.head.weight.dtype),
         }
-        reported = [name for name in METRICS if name == _KL or name in metrics]
-        run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, _groups(chain, names, specs, rows), settings, reported, resume)
-        return run.finish(progress)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Candidates that are measured together, between two saves.
-
-    Attributes:
-        place: the block that their layers lie in, or "head"; "noise" for the noise floor, which has no candidates.
-        first: their first row in the tally.
-    """
-
-    place: int | str
-    candidates: tuple[Candidate, ...]
-    first: int
-
-    @property
-    def rows(self) -> int:
-        return len(self.candidates) or 1
-
-    @property
-    def name(self) -> str:
-        return f"block {self.place}" if isinstance(self.place, int) else self.place
-
-
-def _groups(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[_Group]:
-    """The noise floor, then the candidates of each block, then those of the head."""
-    modules = linears(chain.model)
-    at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
-    for name in names:
-        place = "head" if modules[name] is chain.head else chain.block_of(name)
-        if place is None:
-            raise InvalidInputError(f"{name} lies in no block and is not the head; leave it out of `layers`")
-        at[place] += [Candidate(name, modules[name], spec) for spec in specs]
-        for use, part in row_parts(chain.model, name).items() if rows else ():
-            at[place] += [Candidate(name, modules[name], spec, use, part) for spec in specs]
-    groups = [_Group("noise", (), 0)]
-    for place, candidates in at.items():
-        if candidates:
-            groups.append(_Group(place, tuple(candidates), groups[-1].first + groups[-1].rows))
-    return groups
+        run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, steps(chain, names, specs, rows), settings, reported, resume)
+        with nullcontext() if resume is None else lock.held(resume):
+            return run.finish(progress)
 
 
 class _Run:
-    """The loop over micro-batches and groups, and what it has found so far."""
+    """The loop over micro-batches and steps, and what it has found so far."""
 
     def __init__(
         self,
         blank: Sensitivities,
         engine: Engine,
         windows: Sequence[torch.Tensor],
-        groups: Sequence[_Group],
+        steps: Sequence[Step],
         settings: dict[str, object],
         reported: Sequence[str],
         path: str | os.PathLike[str] | None,
     ) -> None:
-        self.blank, self.engine, self.windows, self.groups = blank, engine, windows, groups
+        self.blank, self.engine, self.windows, self.steps = blank, engine, windows, steps
         self.settings, self.reported, self.path = settings, reported, path
-        self.rows = groups[-1].first + groups[-1].rows
+        self.rows = steps[-1].first + steps[-1].rows
+        self.work = list(accumulate((step.work for step in steps), initial=0.0))  # before each step, and of a micro-batch
         self.tally = Tally(self.rows, len(COLUMNS))
-        self.micro_batch, self.group = 0, 0  # what comes next
-        if path is not None and os.path.exists(path):
-            self._load()
+        self.micro_batch, self.step = 0, 0  # what comes next
+        self.unfinished: Unfinished | None = None  # how far it has come
+        self.is_saved, self.save_at = False, 0.0
+        self.advance: Callable[..., None] = lambda *_: None
 
     def finish(self, progress: Progress) -> Sensitivities:
+        if self.path is not None and os.path.exists(self.path):
+            self._load()
         self._save()  # a path that cannot be written is better found out now
-        done = self.micro_batch * self.rows + (self.groups[self.group].first if self.micro_batch < len(self.windows) else 0)
-        with reporter(progress, "sweep", len(self.windows) * self.rows, done) as advance:
-            while self.micro_batch < len(self.windows):
-                self._measure_micro_batch(advance)
+        self.engine.pause = self._pause
+        done = self.micro_batch * self.rows + (self.steps[self.step].first if self.micro_batch < len(self.windows) else 0)
+        try:
+            with reporter(progress, "sweep", len(self.windows) * self.rows, done) as self.advance:
+                self.advance(0, "", self._share(self.unfinished))
+                while self.micro_batch < len(self.windows):
+                    self._measure_micro_batch()
+        except KeyboardInterrupt:
+            self._save(and_unfinished=True)
+            raise
+        if self.path is not None:
+            Path(self._beside).unlink(missing_ok=True)
         return self._result()
 
-    def _measure_micro_batch(self, advance) -> None:
+    def _measure_micro_batch(self) -> None:
         ids = self.windows[self.micro_batch].to(self.engine.chain.head.weight.device)
         teacher = self.engine.teach(ids)
-        saved = time.monotonic()
-        for group in self.groups[self.group :]:
-            self.tally.add(group.first, self._measure(teacher, group), ids.shape[1] - 1)
-            self.group += 1
-            if time.monotonic() > saved + _SAVE_SECONDS and self.group < len(self.groups):
+        for step in self.steps[self.step :]:
+            sums = self._measure(teacher, step, self.unfinished)
+            self._require_finite(step, sums)
+            self.tally.add(step.first, sums, ids.shape[1] - 1)
+            self.step, self.unfinished, self.is_saved = self.step + 1, None, False
+            if self.step == len(self.steps):
+                self.micro_batch, self.step = self.micro_batch + 1, 0
+            if self.step == 0 or time.monotonic() >= self.save_at:
                 self._save()
-                saved = time.monotonic()
-            if self.group == len(self.groups):
-                self.micro_batch, self.group = self.micro_batch + 1, 0
-                self._save()
-            advance(group.rows, group.name)
+            self.advance(step.rows, step.name, self._share())
 
-    def _measure(self, teacher: Teacher, group: _Group) -> torch.Tensor:
-        if group.place == "noise":
-            return self.engine.measure_noise(teacher, seed=self.micro_batch)
-        if group.place == "head":
-            return self.engine.measure_head(teacher, group.candidates, is_head_tied(self.engine.chain.model))
-        return self.engine.measure_block(teacher, group.place, group.candidates)
+    def _measure(self, teacher: Teacher, step: Step, unfinished: Unfinished | None) -> torch.Tensor:
+        if step.place == "noise":
+            return self.engine.measure_noise(teacher, self.micro_batch, unfinished)
+        if step.place == "head":
+            return self.engine.measure_head(teacher, *step.candidates, is_head_tied(self.engine.chain.model), unfinished)
+        return self.engine.measure_block(teacher, step.place, step.candidates, unfinished)
+
+    def _require_finite(self, step: Step, sums: torch.Tensor) -> None:
+        """Files of sensitivities, rightly, hold no such means."""
+        broken = (~sums.isfinite()).nonzero()
+        if len(broken):
+            row, column, _ = broken[0].tolist()
+            who = step.candidates[row] if step.candidates else "the noise floor"
+            raise InvalidInputError(f"{COLUMNS[column]} of {who} is NaN or infinite; leave this layer out of `layers`, or sweep other specs")
+
+    def _pause(self, unfinished: Unfinished) -> None:
+        """Between two blocks of a step."""
+        if self.path is not None:
+            self.unfinished = unfinished
+            if time.monotonic() >= self.save_at:
+                self._save(and_unfinished=True)
+        step = self.steps[self.step]
+        self.advance(0, step.name, self._share(unfinished))
+
+    def _share(self, unfinished: Unfinished | None = None) -> float:
+        """How much of the work is done, 0 to 1."""
+        done = self.micro_batch * self.work[-1] + self.work[self.step]
+        if unfinished is not None:
+            step, windows = self.steps[self.step], len(self.windows[self.micro_batch])
+            under_way = len(unfinished.carry.hidden) / windows * unfinished.block / len(self.engine.chain.blocks)
+            done += step.work * min(1.0, (len(unfinished.finals) + under_way) / step.rows)
+        return done / (len(self.windows) * self.work[-1])
 
     def _result(self) -> Sensitivities:
         """What has been measured so far."""
@@ -203,8 +216,8 @@ class _Run:
             if math.isfinite(ce_teacher):
                 provenance["ce_teacher"] = ce_teacher
         measurements, rows = {}, {}
-        for group in self.groups:
-            for row, candidate in enumerate(group.candidates, group.first):
+        for step in self.steps:
+            for row, candidate in enumerate(step.candidates, step.first):
                 if tokens := self.tally.tokens(row):
                     mean = self._metrics(self.tally.mean(row))
                     below = mean[_KL] < NOISE_MULTIPLE * floor[_KL]
@@ -235,16 +248,30 @@ class _Run:
             "token_forwards": round(self.engine.block_tokens / len(self.engine.chain.blocks)),
         }
 
-    def _save(self) -> None:
-        if self.path is not None:
-            state = {
-                "settings": self.settings,
-                "next": [self.micro_batch, self.group],
-                "sums": self.tally.to_data(),
-                "seconds": self.engine.seconds,
-                "block_tokens": self.engine.block_tokens,
-            }
-            self._result().to_json(self.path, extra={"sweep": state})
+    @property
+    def _beside(self) -> str:
+        return f"{os.fspath(self.path)}.step"
+
+    def _state(self) -> dict[str, object]:
+        return {"settings": self.settings, "steps": len(self.steps), "next": [self.micro_batch, self.step], "sums": self.tally.to_data()}
+
+    def _save(self, and_unfinished: bool = False) -> None:
+        """Write what has been measured, if that has changed, and how far the present step has come."""
+        if self.path is None:
+            return
+        start = time.monotonic()
+        state = self._state()
+        if not self.is_saved:
+            costs = {"seconds": self.engine.seconds, "block_tokens": self.engine.block_tokens}
+            self._result().to_json(self.path, extra={"sweep": {**state, **costs}})
+            self.is_saved = True
+            if self.unfinished is None:
+                Path(self._beside).unlink(missing_ok=True)
+        if and_unfinished and self.unfinished is not None:
+            costs = {**self.engine.seconds, "block_tokens": self.engine.block_tokens}
+            unfinished.write(self._beside, replace(self.unfinished, costs=costs), signed_json.digest(state))
+        end = time.monotonic()
+        self.save_at = end + _SAVE_SECONDS * max(1.0, _SAVES_ARE * (end - start))
 
     def _load(self) -> None:
         """Go on where the resume file stopped, if it is that of a sweep with the same arguments."""
@@ -260,14 +287,24 @@ class _Run:
             for name, value in self.settings.items():
                 if state["settings"][name] != value:
                     raise InvalidInputError(f"{self.path} is the resume file of a sweep with other {name}; {remedy}")
-            self.micro_batch, self.group = map(int, state["next"])
-            if not (0 <= self.micro_batch <= len(self.windows) and 0 <= self.group < len(self.groups)):
-                raise CheckpointError(f"it stops at step {state['next']}")
+            self.micro_batch, self.step = (signed_json.whole(number, "its next step") for number in state["next"])
+            if "steps" not in state:
+                self.step = from_group(self.steps, self.step)
+            elif state["steps"] != len(self.steps):
+                raise ValueError(f"it has {state['steps']} steps, not {len(self.steps)}")
+            if not (0 <= self.micro_batch <= len(self.windows) and 0 <= self.step < len(self.steps)):
+                raise ValueError(f"it stops at step {state['next']}")
             self.tally.load(state["sums"])
-            self.engine.seconds.update({stage: float(state["seconds"][stage]) for stage in self.engine.seconds})
-            self.engine.block_tokens = int(state["block_tokens"])
-            signed_json.verify(data, origin, remedy)
-        except (KeyError, TypeError, ValueError, CheckpointError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
+            self._load_costs({**state["seconds"], "block_tokens": state["block_tokens"]})
+        except InvalidInputError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}); {remedy}") from error
+        signed_json.verify(data, origin, remedy)
+        self.unfinished = unfinished.read(self._beside, signed_json.digest(self._state()), self.engine.chain.head.weight.device)
+        if self.unfinished is not None:
+            self._load_costs(self.unfinished.costs)
+
+    def _load_costs(self, costs: Mapping[str, object]) -> None:
+        self.engine.seconds.update({stage: signed_json.number(costs[stage], f"seconds of {stage}") for stage in self.engine.seconds})
+        self.engine.block_tokens = signed_json.whole(costs["block_tokens"], "block_tokens")

@@ -1,0 +1,65 @@
+"""The order in which a sweep measures: steps, each a few candidates that are measured together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from klfast.errors import InvalidInputError
+from klfast.models.chain import Chain
+from klfast.models.layers import is_head_tied, linears, row_parts
+from klfast.sensitivity.engine import COMPARED_TOGETHER, Candidate, chunks
+from klfast.types import QuantSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """Candidates that are measured together, between two saves.
+
+    Attributes:
+        place: the block that their layers lie in, or "head"; "noise" for the noise floor, which has no candidates.
+        first: their first row in the tally.
+        work: how long it takes, about, in products of one micro-batch with as many weights.
+    """
+
+    place: int | str
+    candidates: tuple[Candidate, ...]
+    first: int
+    work: float
+
+    @property
+    def rows(self) -> int:
+        return len(self.candidates) or 1
+
+    @property
+    def name(self) -> str:
+        return f"block {self.place}" if isinstance(self.place, int) else self.place
+
+
+def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[Step]:
+    """The noise floor, then the candidates of each block, then those of the head; of one micro-batch."""
+    modules = linears(chain.model)
+    at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
+    for name in names:
+        place = "head" if modules[name] is chain.head else chain.block_of(name)
+        if place is None:
+            raise InvalidInputError(f"{name} lies in no block and is not the head; leave it out of `layers`")
+        at[place] += [Candidate(name, modules[name], spec) for spec in specs]
+        for use, part in row_parts(chain.model, name).items() if rows else ():
+            at[place] += [Candidate(name, modules[name], spec, use, part) for spec in specs]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in chain.blocks]
+    head = chain.head.weight.numel()
+    found = [Step("noise", (), 0, 2 * (sum(sizes) + head))]  # the teacher runs before it
+    for place, candidates in at.items():
+        each = head + (sum(sizes) * is_head_tied(chain.model) if place == "head" else sum(sizes[place:]))
+        for some in chunks(candidates, 1 if place == "head" else COMPARED_TOGETHER):
+            found.append(Step(place, tuple(some), found[-1].first + found[-1].rows, len(some) * each))
+    return found
+
+
+def from_group(steps: Sequence[Step], group: int) -> int:
+    """The step that the group of that number starts with: klfast 0.1.0 counted by blocks, however many candidates they have."""
+    places = list(dict.fromkeys(step.place for step in steps))
+    if not 0 <= group < len(places):
+        raise ValueError(f"it stops at group {group}")
+    return next(number for number, step in enumerate(steps) if step.place == places[group])
