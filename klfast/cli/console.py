@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -38,6 +39,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def command(*words: object) -> str:
+    """A command line for the user to copy: each word quoted where a shell needs it."""
+    return shlex.join(map(str, words))
 
 
 def megabytes(count: float) -> str:
