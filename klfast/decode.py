@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from klfast.errors import InvalidInputError
-from klfast.models.forward import cache_argument, check_ids, evaluation_mode
+from klfast.models.forward import check_ids, evaluation_mode
+from klfast.stepper import Stepper
 
 
 @torch.inference_mode()
@@ -61,7 +62,7 @@ def generate(
     if max_new_tokens == 0:
         return ids.clone()
 
-    step = _Stepper(model, mask)
+    step = Stepper(model, mask)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     made = [ids]
     with evaluation_mode(model):
@@ -79,29 +80,6 @@ def generate(
             logits = step(token.unsqueeze(1))
     with torch.inference_mode(False):  # else the caller could not write to the result
         return torch.cat([part.clone() for part in made], dim=1)
-
-
-class _Stepper:
-    """Feeds tokens to the model and keeps its cache, mask and positions."""
-
-    def __init__(self, model: nn.Module, mask: torch.Tensor | None) -> None:
-        self._model, self._mask, self._cache = model, mask, None
-        self._name = cache_argument(model)
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, T] that follow what was fed before; the logits of the last, float32 [B, V]."""
-        options = {} if self._mask is None else self._mask_options(ids)
-        output = self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._name: self._cache}, **options)
-        self._cache = getattr(output, self._name)
-        return output.logits[:, -1].float()
-
-    def _mask_options(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self._cache is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
-        if self._name == "cache_params":  # a pure SSM: padding concerns the prompt alone
-            return {"attention_mask": self._mask} if self._cache is None else {}
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return {"attention_mask": self._mask, "position_ids": positions}
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> torch.Tensor:
