@@ -27,7 +27,7 @@ class Stepper:
         self._fixed = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
         self._wants_positions = "position_ids" in accepted
         self._mask = None if mask is None or bool(mask.all()) else mask
-        if self._mask is not None and (self._name == "state" or "attention_mask" not in accepted):
+        if self._mask is not None and reads_padding(model):
             warnings.warn(
                 f"{type(model).__name__} reads padding as text; generate prompts of different lengths one by one", UserWarning, stacklevel=5
             )
@@ -65,6 +65,11 @@ class Stepper:
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config.get_text_config(decoder=True))
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether the model takes no heed of a mask, so that padding changes what it writes."""
+    return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters
 
 
 def _positions(ids: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from klfast.nn import QuantLinear
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:
