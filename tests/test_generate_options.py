@@ -6,8 +6,9 @@ import torch
 from families import VOCABULARY, batch, tiny
 from test_generate import left_padded
 from tokenizer_kinds import tokenizer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+from writing_model import writing_model
 
 import klfast
 from klfast import errors
@@ -24,19 +25,7 @@ def model():
 def writer():
     """A model that writes letters and spaces, and its byte-level tokenizer."""
     words = tokenizer("byte-level BPE")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=None
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.15)
-        for token in range(len(words)):
-            if not (text := words.decode([token])).isascii() or not text.replace(" ", "a").isalpha():
-                model.lm_head.weight[token] = 0
-    return model, words
+    return writing_model(words), words
 
 
 def texts_within(words, ids):

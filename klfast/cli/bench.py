@@ -21,7 +21,7 @@ SUITES = ("linear", "divergence", "scan", "sweep", "decode", "hymba")
 # "python -m pytest" would take a pytest.py of the current folder. Without that folder, klfast's own must be on the path.
 _PYTEST = (
     "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; own in sys.path or sys.path.insert(0, own); "
-    "from pytest import console_main; sys.exit(console_main())"
+    "import pytest; sys.exit(pytest.main())"
 )
 _tier = options.one_of("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
