@@ -45,19 +45,20 @@ class Stepper:
         return output.logits[:, -1].float()
 
     def _options(self, ids: torch.Tensor) -> dict[str, object]:
-        first = self._positions is None
-        mask = self._mask
-        if first:
-            self._positions = _positions(ids) if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
-        else:
-            self._positions = self._positions[:, -1:] + 1
-        options = dict(self._fixed)
+        first, options = self._cache is None, dict(self._fixed)
         if self._wants_positions:
+            self._positions = self._first_positions(ids) if first else self._positions[:, -1:] + 1
             options["position_ids"] = self._positions
-        if mask is not None and (first or self._name != "cache_params"):  # of a pure SSM, padding concerns the prompt alone
-            self._mask = mask = mask if first else torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
-            options["attention_mask"] = mask
+        if self._mask is not None and (first or self._name != "cache_params"):  # of a pure SSM, padding concerns the prompt alone
+            self._mask = self._mask if first else torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
+            options["attention_mask"] = self._mask
         return options
+
+    def _first_positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """0, 1, 2 ... for each row, int64 [B, T]; padding counts as 0."""
+        if self._mask is None:
+            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return (self._mask.cumsum(1) - 1).clamp_(min=0)
 
     def _own_cache(self) -> object:
         if self._name != "past_key_values":
@@ -70,8 +71,3 @@ class Stepper:
 def reads_padding(model: nn.Module) -> bool:
     """Whether the model takes no heed of a mask, so that padding changes what it writes."""
     return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters
-
-
-def _positions(ids: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2 ... for each row of int64 [B, T]."""
-    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
