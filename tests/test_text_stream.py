@@ -63,3 +63,13 @@ def test_cost_of_a_token_does_not_grow():
     )  # fmt: skip
     streamed(counting, words(TEXT[1])["input_ids"] * 100, words(TEXT[0])["input_ids"] * 100)
     assert max(decoded) <= 25
+
+
+def test_a_run_of_bytes_that_turns_out_invalid():
+    """ByteFallback writes each byte of an invalid run as a replacement, a valid letter at its beginning among them."""
+    words = tokenizer("BPE with byte fallback")
+    letter = words.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "中".encode()])
+    wrong, space = words.convert_tokens_to_ids(["<0xFF>", "▁"])
+    for ids in ([*letter, space], [*letter, wrong, space], [space, *letter, *letter, wrong], [*letter * 12, wrong, space] * 2, [space] * 9 + letter * 12):
+        assert "".join(streamed(words, ids)) == words.decode(ids, skip_special_tokens=True)
+    assert "".join(streamed(words, [*letter, wrong])) == "\ufffd" * 4
