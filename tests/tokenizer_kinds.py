@@ -1,5 +1,6 @@
 """Small trained tokenizers of the kinds that language models come with."""
 
+import json
 from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -19,6 +20,9 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """One of KINDS, trained on TEXT, with the special tokens <s> and </s>."""
     made, trainer, options = _KINDS[kind]()
     made.train_from_iterator(TEXT, trainer)
+    state = json.loads(made.to_str())  # the trainer makes special tokens of the bytes, which they are not
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+    made = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **options)
 
 
@@ -49,8 +53,10 @@ def _unigram():
 def _word_level():
     """Whole words with spaces between them, cleaned up."""
     made = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"n't|'\w+|[.,!?]"), "isolated")])
-    return made, trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False), {"clean_up_tokenization_spaces": True}
+    split = pre_tokenizers.Split(Regex(r"n't|'\w+|[.,!?]"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])
+    trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    return made, trainer, {"clean_up_tokenization_spaces": True}
 
 
 def _word_piece():
