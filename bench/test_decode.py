@@ -86,7 +86,7 @@ def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtyp
 def _decode(name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
     model, error = _model(name, settings.device, dtype, spec, activation)
     prompt = _prompt(_DECODE_PROMPT)
-    return Contender([lambda: klfast.generate(model, prompt, new)], lambda: error, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
+    return Contender([lambda: klfast.generate(model, prompt, new, eos_token_id=())], lambda: error, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
 
 
 def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:

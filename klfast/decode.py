@@ -2,51 +2,73 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from klfast.arguments import integer
 from klfast.errors import InvalidInputError
-from klfast.models.forward import cache_argument, check_ids, evaluation_mode
+from klfast.generation_settings import settle
+from klfast.models.forward import check_ids, evaluation_mode
+from klfast.sampling import Chooser
+from klfast.stepper import Stepper
+from klfast.stopping import Stopping
 
 
 @torch.inference_mode()
 def generate(
     model: nn.Module,
     ids: torch.Tensor,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     *,
     attention_mask: torch.Tensor | None = None,
-    temperature: float = 0.0,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_return_sequences: int = 1,
     eos_token_id: int | Iterable[int] | None = None,
+    stop_strings: str | Iterable[str] | None = None,
+    tokenizer: object | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
-    callback: Callable[[torch.Tensor], None] | None = None,
+    callback: Callable[[torch.Tensor], bool | None] | None = None,
+    streamer: object | None = None,
 ) -> torch.Tensor:
     """Continue token sequences.
 
-    With temperature 0 the result is that of ``model.generate(ids, do_sample=False)``, without its overhead per token.
+    Without sampling the result is that of ``model.generate(ids, do_sample=False)``, without its overhead per token. Names
+    and meanings are those of transformers' GenerationConfig; where an argument is None, ``model.generation_config`` counts.
 
     Args:
         model: a causal language model (transformers) with a cache: the SSM families, Llama-like ones, hybrids.
         ids: int64 [B, T] prompts, on the model's device.
         max_new_tokens: tokens to add at most.
         attention_mask: int or bool [B, T], 0 for padding, which must be on the left; None if there is none.
+        do_sample: True draws tokens, False takes the likeliest; None draws if ``temperature`` is above 0.
         temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
         top_k: draw among so many of the likeliest tokens.
         top_p: draw among the fewest likeliest tokens whose probability reaches this.
-        eos_token_id: a row is done when it makes this token (one of these); None never stops early.
-        pad_token_id: fills rows that are done; the (first) end token by default.
+        min_p: draw among tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: above 1, tokens of the prompt and the text so far become less likely; 1 changes nothing.
+        num_return_sequences: texts to draw for each prompt.
+        eos_token_id: a row is done when it makes this token (one of these); an empty list never stops early.
+        stop_strings: a row is done when its text holds one of these; it ends with the token that completes it.
+        tokenizer: the model's tokenizer, which ``stop_strings`` need.
+        pad_token_id: fills rows that are done; the first end token if neither it nor the model names one.
         generator: source of the draws, on the model's device; torch's own by default.
-        callback: called with each step's new tokens, int64 [B].
+        callback: called with each step's new tokens, int64 [B]; if it returns True, generation ends after them, and
+            with False or None it goes on.
+        streamer: transformers' BaseStreamer: ``put`` gets the prompts, then each step's tokens, on the CPU; ``end`` is
+            called at the end, after an error too.
 
     Returns:
-        int64 [B, T + new tokens]: the prompts and what follows. Fewer than ``max_new_tokens`` are new only if every
-        row is done.
+        int64 [B * num_return_sequences, T + new tokens]: the prompts and what follows, the texts of a prompt one after the
+        other. Fewer than ``max_new_tokens`` are new only if every row is done or ``callback`` ended it.
 
     Raises:
         InvalidInputError: an argument out of range, ids beyond the vocabulary, padding on the right, a NaN logit.
@@ -54,88 +76,78 @@ def generate(
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise InvalidInputError(f"{type(model).__name__} has no output embeddings; klfast needs a causal language model")
     check_ids(ids, model.get_input_embeddings().num_embeddings, minimum=1)
-    _check_options(max_new_tokens, temperature, top_k, top_p)
-    ends = None if eos_token_id is None else torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else [*eos_token_id], device=ids.device)
-    pad = pad_token_id if pad_token_id is not None else int(ends[0]) if ends is not None else 0
+    settings = settle(
+        model, ids.shape[1], max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, eos_token_id=eos_token_id, stop_strings=stop_strings, pad_token_id=pad_token_id,
+    )  # fmt: skip
     mask = None if attention_mask is None else _checked_mask(attention_mask, ids)
-    if max_new_tokens == 0:
-        return ids.clone()
-
-    step = _Stepper(model, mask)
-    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    made = [ids]
-    with evaluation_mode(model):
-        logits = step(ids)
-        while True:
-            token = _choose(logits, temperature, top_k, top_p, generator)
-            if ends is not None:
-                token = torch.where(running, token, pad)
-                running &= ~torch.isin(token, ends)
-            made.append(token.unsqueeze(1))
-            if callback is not None:
-                callback(token)
-            if len(made) > max_new_tokens or (ends is not None and not running.any()):
-                break
-            logits = step(token.unsqueeze(1))
+    if (copies := integer("num_return_sequences", num_return_sequences, 1)) > 1:
+        if settings.sampling is None:
+            raise InvalidInputError("num_return_sequences above 1 needs draws, or all would be the same; give a temperature above 0")
+        ids = ids.repeat_interleave(copies, 0)
+        mask = None if mask is None else mask.repeat_interleave(copies, 0)
+    stopping = Stopping(len(ids), settings.ends, settings.strings, tokenizer, settings.pad, ids.device)
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != ids.device.type):
+        raise InvalidInputError(f"generator must be a torch.Generator on the ids' device, {ids.device}, got {generator!r}")
+    choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
+    with _streaming(streamer, ids), evaluation_mode(model):
+        made = _continue(Stepper(model, mask), ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)
     with torch.inference_mode(False):  # else the caller could not write to the result
         return torch.cat([part.clone() for part in made], dim=1)
 
 
-class _Stepper:
-    """Feeds tokens to the model and keeps its cache, mask and positions."""
-
-    def __init__(self, model: nn.Module, mask: torch.Tensor | None) -> None:
-        self._model, self._mask, self._cache = model, mask, None
-        self._name = cache_argument(model)
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, T] that follow what was fed before; the logits of the last, float32 [B, V]."""
-        options = {} if self._mask is None else self._mask_options(ids)
-        output = self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._name: self._cache}, **options)
-        self._cache = getattr(output, self._name)
-        return output.logits[:, -1].float()
-
-    def _mask_options(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self._cache is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
-        if self._name == "cache_params":  # a pure SSM: padding concerns the prompt alone
-            return {"attention_mask": self._mask} if self._cache is None else {}
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return {"attention_mask": self._mask, "position_ids": positions}
-
-
-def _choose(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> torch.Tensor:
-    """The next token of each row, int64 [B], from float32 [B, V]."""
-    token = logits.argmax(-1)  # a NaN counts as the largest
-    if logits.gather(1, token.unsqueeze(1)).isnan().any():
-        raise InvalidInputError("the model's logits hold a NaN; its weights are damaged")
-    if temperature == 0:
-        return token
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # what lies before it suffices
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+def _continue(
+    step: Stepper,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    most: int,
+    choose: Chooser,
+    stopping: Stopping,
+    callback: Callable[[torch.Tensor], bool | None] | None,
+    streamer: object | None,
+) -> list[torch.Tensor]:
+    """The prompts, int64 [B, T], and the tokens of each step, int64 [B, 1]."""
+    made, fed = [ids], ids
+    looks_back = choose.looks_back or stopping.looks_back
+    # Padding does not count as text: the last token stands in its place.
+    seen = None if not looks_back else ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:])
+    while len(made) <= most:
+        token = stopping.fill(choose(step(fed), seen))
+        fed = token.unsqueeze(1)
+        made.append(fed)
+        if looks_back:
+            seen = torch.cat([seen, fed], dim=1)
+        done = stopping.update(token, seen)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        if (callback is not None and _is_true(callback(token))) or done:
+            break
+    return made
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise InvalidInputError(f"max_new_tokens must be an integer, 0 or more, got {max_new_tokens!r}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise InvalidInputError(f"temperature must be 0 or more, got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise InvalidInputError(f"top_k must be an integer of 1 or more, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InvalidInputError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+def _is_true(answer: object) -> bool:
+    """True, or that of torch or numpy; not the number of letters that a callback has written, say."""
+    return answer is True or ("bool" in str(getattr(answer, "dtype", "")) and bool(answer))
+
+
+@contextmanager
+def _streaming(streamer: object | None, ids: torch.Tensor):
+    """The streamer gets the prompts first, and in any case an end."""
+    if streamer is None:
+        yield
+        return
+    try:
+        streamer.put(ids.cpu())
+        yield
+    finally:
+        streamer.end()
 
 
 def _checked_mask(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The mask as int64 zeros and ones."""
-    if tuple(mask.shape) != tuple(ids.shape):
-        raise InvalidInputError(f"attention_mask must have the shape of ids, {list(ids.shape)}, got {list(mask.shape)}")
+    if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != tuple(ids.shape):
+        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InvalidInputError(f"attention_mask must have the shape of ids, {list(ids.shape)}, got {found}")
     mask = (mask != 0).long()
     if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
         raise InvalidInputError("padding must be on the left of each row; set the tokenizer's padding_side to left")

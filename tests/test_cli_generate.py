@@ -1,11 +1,344 @@
-"""klfast generate and what all commands share: printed commands, output that cannot be written, errors, completion."""
+"""klfast generate, and what all commands share: printed commands, output that cannot be written, errors, completion."""
 
+import json
+import os
+import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import pytest
+import tiny_folder
+import torch
+from test_cli import fails, klf
+from tokenizer_kinds import tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from writing_model import writing_model
+
+import klfast
+from klfast import loading
 from klfast.cli.console import command
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and m.content == 'bad' %}{{ raise_exception('no such system') }}{% endif %}"
+    "<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders with a model that writes letters: "plain", and "chat" with a template."""
+    folder, words = tmp_path_factory.mktemp("models"), tokenizer("byte-level BPE")
+    model = writing_model(words)
+    for name, template in (("plain", None), ("chat", TEMPLATE)):
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+        if template:
+            own = AutoTokenizer.from_pretrained(folder / name)
+            own.chat_template = template
+            own.save_pretrained(folder / name)
+    return folder
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def expected(folder, text, new=12, special=True, **options):
+    """Token ids that transformers' generate adds."""
+    model, words = loaded(folder)
+    ids = words(text, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    options = {"tokenizer": words, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **options}
+    return model.generate(ids, do_sample=False, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
+
+
+def said(*arguments):
+    return json.loads(klf("generate", *arguments, "--json").stdout)
+
+
+def test_shown_text_is_that_of_the_whole(folders):
+    found = said(folders / "plain", "The sea 🦜", "--max-new-tokens", 40)
+    words = loaded(folders / "plain")[1]
+    assert found["token_ids"] == expected(folders / "plain", "The sea 🦜", 40)
+    whole = words.decode(words("The sea 🦜")["input_ids"] + found["token_ids"], skip_special_tokens=True)
+    assert whole == found["prompt"] + found["text"]
+    assert klf("generate", folders / "plain", "The sea 🦜", "--max-new-tokens", 40).stdout == whole + "\n"
+
+
+def test_chat_is_the_model_s_template(folders):
+    prompt = "<s>system: Be brief.\n<s>user: Hello\nassistant:"
+    found = said(folders / "chat", "Hello", "--chat", "--system", "Be brief.", "--max-new-tokens", 12)
+    assert found["token_ids"] == expected(folders / "chat", prompt, special=False) and found["prompt"] == "Hello"
+    shown = klf("generate", folders / "chat", "Hello", "--chat", "--system", "Be brief.", "--max-new-tokens", 12)
+    assert shown.stdout == found["text"] + "\n" and shown.stderr == ""  # the answer alone
+
+
+def test_chat_that_cannot_be(folders):
+    assert "plain has no chat template; leave --chat out" in fails("generate", folders / "plain", "Hello", "--chat")
+    assert re.search("chat template of .* refuses these messages: .*no such system", fails("generate", folders / "chat", "Hello", "--chat", "--system", "bad"))
+    assert "--system goes with --chat" in fails("generate", folders / "chat", "Hello", "--system", "x", code=2)
+    hint = klf("generate", folders / "chat", "Hello", "--max-new-tokens", 2).stderr
+    assert hint.count("chat template") == hint.count("\n") == 1 and "--chat" in hint
+    assert klf("generate", folders / "plain", "Hello", "--max-new-tokens", 2).stderr == ""
+
+
+@pytest.mark.parametrize("options", [(), ("--repetition-penalty", 1.5)])
+def test_stop_texts(folders, options):
+    penalty = {"repetition_penalty": float(options[1])} if options else {}
+    free = expected(folders / "plain", "The sea", 30, **penalty)
+    words = loaded(folders / "plain")[1]
+    stops = [words.decode(free[9:11])[1:], words.decode(free[12:14])]
+    stop = [part for text in stops for part in ("--stop", text)]
+    found = said(folders / "plain", "The sea", "--max-new-tokens", 30, *stop, *options)
+    assert found["token_ids"] == expected(folders / "plain", "The sea", 30, stop_strings=stops, **penalty)
+    assert len(found["token_ids"]) < 30 and any(text in found["text"] for text in stops)
+
+
+def test_end_tokens_of_generation_config_and_tokenizer_count(folders, tmp_path):
+    free = expected(folders / "plain", "The sea", 30)
+    ends = {free[6], free[9]}
+    GenerationConfig(eos_token_id=sorted(ends), max_new_tokens=25).save_pretrained(tmp_path)
+    for file in (folders / "plain").iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    first = next(i for i, token in enumerate(free) if token in ends)
+    assert said(tmp_path, "The sea")["token_ids"] == free[: first + 1]
+    GenerationConfig(max_new_tokens=25).save_pretrained(tmp_path)
+    assert len(said(tmp_path, "The sea")["token_ids"]) == 25
+    assert len(said(folders / "plain", "The sea")["token_ids"]) == 100  # where nothing is said
+
+
+def test_prompts_of_a_file(folders, tmp_path):
+    prompts = ["The sea was calm", "Ü", "He's seen 12 birds and three boats", "A"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeff" + "\r\n".join([*prompts[:2], "", *prompts[2:], ""]), encoding="utf-8")
+    for batch in (1, 3, 8):
+        results = said(folders / "plain", "--prompts", file, "--batch-size", batch, "--max-new-tokens", 8)["results"]
+        assert [one["prompt"] for one in results] == prompts
+        assert [one["token_ids"] for one in results] == [expected(folders / "plain", prompt, 8) for prompt in prompts]
+        assert [one["text"] for one in results] == [said(folders / "plain", prompt, "--max-new-tokens", 8)["text"] for prompt in prompts]
+    shown = klf("generate", folders / "plain", "--prompts", file, "--max-new-tokens", 8).stdout
+    assert shown == "".join(f"--- {i}\n{one['prompt']}{one['text']}\n" for i, one in enumerate(results, 1))
+
+
+def test_rows_of_a_batch_end_on_their_own(folders, tmp_path):
+    prompts = ["The sea was calm", "Birds", "He's seen 12 birds and three boats"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    words = loaded(folders / "plain")[1]
+    free = expected(folders / "plain", prompts[0], 12)
+    stop = words.decode(free[5:7])
+    found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--stop", stop)["results"]
+    assert [one["token_ids"] for one in found] == [expected(folders / "plain", prompt, 12, stop_strings=[stop]) for prompt in prompts]
+    assert len({len(one["token_ids"]) for one in found}) > 1
+
+
+def test_several_texts_of_a_prompt(folders):
+    options = ("--num-return-sequences", 3, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--max-new-tokens", 6)
+    found = said(folders / "plain", "The sea", *options)["results"]
+    assert len(found) == 3 and len({one["text"] for one in found}) > 1 and {one["prompt"] for one in found} == {"The sea"}
+    assert found == said(folders / "plain", "The sea", *options)["results"] != said(folders / "plain", "The sea", *options, "--seed", 2)["results"]
+    assert "needs draws" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
+
+
+def test_models_that_read_padding_as_text_get_none(folders, tmp_path, monkeypatch):
+    model = loading.load_model(folders / "plain")
+    widths = []
+    forward = model.forward
+
+    def without_mask(input_ids, past_key_values=None, use_cache=True, position_ids=None, logits_to_keep=0):
+        widths.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, position_ids=position_ids)
+
+    model.forward = without_mask
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
+    (tmp_path / "prompts.txt").write_text("A\nThe sea was calm\n")
+    found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 4)["results"]
+    assert [one["token_ids"] for one in found] == [expected(folders / "plain", prompt, 4) for prompt in ("A", "The sea was calm")]
+    assert {rows for rows, _ in widths} == {1}
+
+
+def test_prompts_that_cannot_be(folders, tmp_path):
+    plain = folders / "plain"
+    (tmp_path / "latin").write_bytes("Ü".encode("latin-1"))
+    (tmp_path / "empty").write_text("\n \n")
+    assert "latin is not valid UTF-8 (byte 0)" in fails("generate", plain, "--prompts", tmp_path / "latin")
+    assert "empty holds no prompts" in fails("generate", plain, "--prompts", tmp_path / "empty")
+    assert "none" in fails("generate", plain, "--prompts", tmp_path / "none")
+    assert "prompt is not valid UTF-8 (letter 2)" in fails("generate", plain, "a\udcff")
+    assert "exactly one of PROMPT, --prompts" in fails("generate", plain, code=2)
+    assert "exactly one of PROMPT, --prompts" in fails("generate", plain, "a", "--prompts", tmp_path / "empty", code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--min-p", "nan", "min-p must be between 0 and 1"), ("--min-p", "-0.1", "min-p"), ("--repetition-penalty", "0", "repetition-penalty must be"),
+        ("--repetition-penalty", "inf", "repetition-penalty"), ("--seed", "-1", "seed"), ("--seed", str(2**64), "seed"),
+        ("--num-return-sequences", "0", "num-return-sequences"), ("--batch-size", "0", "batch-size"), ("--temperature", "nan", "temperature"),
+    ],
+)  # fmt: skip
+def test_wrong_numbers_are_wrong_usage(option, value, message):
+    assert message in fails("generate", "mamba2", "Once", option, value, code=2)
+
+
+def test_extreme_numbers(folders):
+    likeliest = said(folders / "plain", "The sea", "--max-new-tokens", 8)["token_ids"]
+    assert said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", "1e-40")["token_ids"] == likeliest
+    assert said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", 1, "--top-p", "1e-300")["token_ids"] == likeliest
+    assert "64 bits" in fails("generate", folders / "plain", "The sea", "--max-new-tokens", 10**30)
+
+
+def process(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "klfast", *map(str, arguments)], timeout=120, stdin=subprocess.DEVNULL, **options)
+
+
+def environment(**more):
+    return {**os.environ, **more}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("generate", "{}", "Once", "--max-new-tokens", "2"), ("bench", "--help")])
+def test_output_that_cannot_be_written(folders, arguments):
+    arguments = [a.format(folders / "plain") for a in arguments]
+    with open("/dev/full", "w") as full:
+        done = process(*arguments, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("klfast: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("generate", "{}", "Once", "--max-new-tokens", "40")])
+def test_a_reader_that_leaves(folders, arguments):
+    arguments = [a.format(folders / "plain") for a in arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        done = process(*arguments, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_closed_streams(folders):
+    for closed, arguments in ((">&-", "--help"), ("2>&-", "--help"), (">&-", f"generate {folders / 'plain'} Once --max-new-tokens 2"), (">&- 2>&-", "plan x")):
+        done = subprocess.run(["sh", "-c", f"{sys.executable} -m klfast {arguments} {closed}"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == (2 if arguments == "plan x" else 0) and done.stderr == "" and bool(done.stdout) == (closed == "2>&-")
+
+
+def test_letters_that_the_encoding_lacks(folders):
+    done = process("generate", folders / "plain", "Ü 🦜", "--max-new-tokens", "2", capture_output=True, env=environment(PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(rb"\xdc \U0001f99c")
+    assert process("--help", capture_output=True, env=environment(PYTHONIOENCODING="ascii")).returncode == 0
+    lost = process("eval", folders / "plain", "--text", b"no\xff".decode(errors="surrogateescape"), capture_output=True)
+    assert lost.returncode == 1 and lost.stderr.count(b"\n") == 1
+
+
+def test_what_was_made_stays_after_an_interrupt(folders, tmp_path):
+    command = [sys.executable, "-m", "klfast", "generate", str(folders / "plain"), "The sea", "--max-new-tokens", "1000000"]
+    shown = tmp_path / "shown"
+    with shown.open("wb") as file:
+        running = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE)
+        begin = time.monotonic()
+        while time.monotonic() < begin + 90 and shown.stat().st_size < 200:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and errors == b""
+    text = shown.read_text(encoding="utf-8")
+    assert text.startswith("The sea") and text.endswith("\n") and len(text) >= 200
+
+
+def test_interrupt_in_this_process(folders, monkeypatch):
+    made = []
+
+    def forward(*arguments, **options):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(0)
+        return plain(*arguments, **options)
+
+    model = loading.load_model(folders / "plain")
+    plain, model.forward = model.forward, forward
+    forward.__wrapped__ = plain  # whose arguments inspect shows
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
+    result = klf("generate", folders / "plain", "The sea", "--max-new-tokens", 12, "--json", code=130)
+    assert json.loads(result.stdout)["token_ids"] == expected(folders / "plain", "The sea", 5)
+
+
+def test_running_out_of_memory_is_one_line(folders, monkeypatch):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loading, "load_model", exhausted)
+    for error in (MemoryError(), MemoryError("1 TB"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("GPU")):
+        assert "out of memory; use a smaller model" in fails("generate", folders / "plain", "Once")
+    error = OSError("a disk\nfailed")
+    assert fails("generate", folders / "plain", "Once") == "klfast: a disk failed"
+
+
+def test_an_unknown_error_asks_for_a_report(folders):
+    code = (
+        "import sys; from klfast import cli, loading\ndef broken(*_, **__): raise ZeroDivisionError('of all things')\n"
+        f"loading.load_model = broken; sys.argv = ['klfast', 'generate', {str(folders / 'plain')!r}, 'Once']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines[0].startswith("Traceback") and lines[-2].endswith("of all things")
+    assert lines[-1].startswith("klfast: ") and "report" in lines[-1] and "klfast doctor" in lines[-1]
+
+
+def test_help_shows_flags_without_a_value():
+    for one in ((), *((name,) for name in ("demo", "sweep", "plan", "quantize", "eval", "generate", "bench", "report", "doctor"))):
+        shown = klf(*one, "--help").stdout
+        assert "<bool>" not in shown and "BOOL" not in shown.upper().replace("BOOLEAN VALUE", ""), shown
+        assert "--help" in shown
+
+
+def test_shells_complete(monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    for shell in ("bash", "zsh", "fish"):
+        assert "_KLFAST_COMPLETE" in process("--show-completion", shell, capture_output=True, text=True).stdout
+    for words, found in (("klfast ge", "generate"), ("klfast generate --num", "--num-return-sequences")):
+        asked = environment(_KLFAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+        done = subprocess.run([sys.executable, "-c", "from klfast.cli import main; main()"], capture_output=True, text=True, env=asked)
+        assert done.stdout.split() == [found]
+
+
+OPTIONS = """
+def pytest_addoption(parser):
+    for name in ("--out", "--device"):
+        parser.addoption(name)
+    parser.addoption("--quick", action="store_true")
+"""
+
+
+def test_bench_takes_no_module_of_the_current_folder(tmp_path):
+    suite, here = tmp_path / "suite", tmp_path / "here"
+    suite.mkdir()
+    here.mkdir()
+    for name in ("pytest", "csv", "klfast", "conftest", "torch"):
+        (here / f"{name}.py").write_text("print('from the current folder'); raise SystemExit(0)")
+    (suite / "conftest.py").write_text(OPTIONS)
+    (suite / "test_scan.py").write_text("import klfast\n\ndef test_it():\n    print(klfast.__version__)\n")
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv.pop(1))\n"
+        "from pathlib import Path; from klfast.cli import bench, main\nsuite = Path(sys.argv.pop(1)); bench.folder = lambda: suite\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(klfast.__file__).parents[1]), str(suite), "bench", "scan", "--quick"],
+        cwd=here, capture_output=True, text=True, timeout=120, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "from the current folder" not in said and "1 passed" in said and "Warning" not in said, said
 
 
 def test_printed_commands_are_quoted():
     words = ["klfast", "eval", "my models/it's $HOME", "--teacher", "a;b"]
     assert shlex.split(command(*words)) == words
     assert command("klfast", "plan", "s.json", "--max-bytes", "SIZE") == "klfast plan s.json --max-bytes SIZE"
+
+
+def test_a_model_without_generation_config_generates(tmp_path):
+    folder = tiny_folder.save_model(tmp_path / "m")
+    (folder / "generation_config.json").unlink()
+    assert len(said(folder, "Once", "--max-new-tokens", 3)["token_ids"]) <= 3

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, batch, tiny
+from other_families import OTHER_FAMILIES, other
 
 import klfast
 from klfast import Plan, QuantSpec, errors
@@ -24,6 +25,23 @@ def left_padded(ids):
 def test_greedy_equals_transformers(model, tokens):
     ids = batch(3, tokens)
     assert torch.equal(klfast.generate(model, ids, max_new_tokens=12), model.generate(ids, do_sample=False, max_new_tokens=12))
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.filterwarnings("ignore:.*reads padding as text")
+def test_greedy_equals_transformers_in_other_families(family, one_thread):
+    model, ids = other(family), batch(3, 9)
+    for mask in (None, torch.ones_like(ids), left_padded(ids)):
+        found = klfast.generate(model, ids, 10, attention_mask=mask)
+        given = torch.ones_like(ids) if mask is None else mask
+        assert torch.equal(found, model.generate(ids, attention_mask=given, do_sample=False, max_new_tokens=10, pad_token_id=0))
+    expected = model.generate(ids[:, :1], attention_mask=given[:, -1:], do_sample=False, max_new_tokens=10, pad_token_id=0)
+    assert torch.equal(klfast.generate(model, ids[:, :1], 10), expected)
+
+
+def test_models_that_read_padding_as_text_say_so():
+    with pytest.warns(UserWarning, match="RwkvForCausalLM reads padding as text; generate prompts .* one by one"):
+        klfast.generate(other("rwkv"), batch(3, 9), 2, attention_mask=left_padded(batch(3, 9)))
 
 
 def test_greedy_equals_transformers_quantized(model):

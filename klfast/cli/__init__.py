@@ -1,6 +1,6 @@
 """The command line ``klfast``. Commands import what they need when they run, so that ``--help`` is quick.
 
-Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usage.
+Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,13 +10,29 @@ import sys
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import klfast
+from klfast.cli import output
 from klfast.errors import KlfastError
 
 
-class _Group(TyperGroup):
+class _BareFlags:
+    """Help shows flags without the type of a value: they take none."""
+
+    def get_params(self, ctx):
+        found = super().get_params(ctx)
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class _Command(_BareFlags, TyperCommand):
+    pass
+
+
+class _Group(_BareFlags, TyperGroup):
     """Commands in the order of their work; klfast's own errors and the system's end as one line and exit code 1."""
 
     def list_commands(self, ctx):
@@ -28,11 +44,21 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             raise  # typer ends quietly
         except (KlfastError, OSError) as error:
-            print(f"klfast: {' '.join(str(error).split())}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            message = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = f"out of memory; use a smaller model, batch or window ({error or type(error).__name__})"
+        print(f"klfast: {' '.join(message.split())}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also torch's errors, which on the CPU have no type of their own."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
+app = typer.Typer(cls=_Group, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def _version(wanted: bool) -> None:
@@ -58,12 +84,12 @@ def _klfast(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, info, pipeline, run  # noqa: E402
+from klfast.cli import bench, generate, info, pipeline, run  # noqa: E402
 
-for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, run.generate, bench.bench, info.report, info.doctor):
-    app.command("eval" if command is run.evaluate else command.__name__)(command)
+for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, generate.generate, bench.bench, info.report, info.doctor):
+    app.command("eval" if command is run.evaluate else command.__name__, cls=_Command)(command)
 
 
 def main() -> None:
     """Entry point of the ``klfast`` script."""
-    app(prog_name="klfast")
+    output.run(lambda: app(prog_name="klfast"))

@@ -18,6 +18,11 @@ from klfast.cli.console import emit
 from klfast.errors import KlfastError
 
 SUITES = ("linear", "divergence", "scan", "sweep", "decode", "hymba")
+# "python -m pytest" would take a pytest.py of the current folder. Without that folder, klfast's own must be on the path.
+_PYTEST = (
+    "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; own in sys.path or sys.path.insert(0, own); "
+    "import pytest; sys.exit(pytest.main())"
+)
 _tier = options.one_of("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
 
@@ -32,7 +37,7 @@ def folder() -> Path:
 
 
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help=f"Some of {', '.join(SUITES)}; all by default.", show_default=False)] = None,
+    suites: Annotated[list[str] | None, typer.Argument(metavar="SUITE", help=f"Some of {', '.join(SUITES)}; all by default.", show_default=False)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case a suite, little memory: about a minute, to see that all works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the tables, made if need be; those of the same suites are replaced.", file_okay=False)] = Path("klfast-bench"),
     compare: Annotated[Path | None, typer.Option(help="Folder of an earlier run; shows and writes (compare.md) what has changed.", exists=True, file_okay=False)] = None,
@@ -61,7 +66,7 @@ def bench(
     if missing := [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]:
         raise KlfastError(f"bench needs {missing[0]}; pip install 'klfast[bench]'")
     chosen = suites or SUITES
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    command = [sys.executable, "-c", _PYTEST, str(Path(klfast.__file__).parent.parent), "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
     command += [str(folder() / f"test_{suite}.py") for suite in SUITES if suite in chosen]
     command += ["--out", str(out), "--device", device]
     for name, value in {"--compare": compare, "--isa": isa, "--threads": threads, "--working-set": working_set, "--seconds": seconds, "--shapes": shapes, "--rows": rows, "--llama-cpp": llama_cpp}.items():

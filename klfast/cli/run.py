@@ -1,4 +1,4 @@
-"""klfast eval and generate: a model at work."""
+"""klfast eval: what a model is worth."""
 
 from __future__ import annotations
 
@@ -47,41 +47,3 @@ def evaluate(
         ]
     data = {key: value for key, value in asdict(found).items() if value is not None}
     emit({"model": model, "teacher": teacher, "text": text, **data}, table([model, ""], rows), as_json)
-
-
-@options.loads_models
-def generate(
-    model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", callback=options.in_range("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"))] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens.", min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up this probability.", callback=options.in_range("top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"))] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.")] = 0,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    *,
-    loading: dict[str, bool],
-) -> None:
-    """Continue a text; the tokens appear as they are made."""
-    import torch
-
-    import klfast
-    from klfast.cli import session
-    from klfast.errors import InvalidInputError
-    from klfast.loading import load_model, load_tokenizer
-
-    session.prepare(threads, device)
-    tokenizer = load_tokenizer(model, **loading)
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
-    if ids.numel() == 0:
-        raise InvalidInputError("the prompt has no tokens; give some text")
-    network = load_model(model, dtype, device=device, **loading)
-    stream = session.Stream(tokenizer, prompt, ids[0].tolist(), show=not as_json)
-    klfast.generate(
-        network, ids.to(device), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id,
-        generator=torch.Generator(device).manual_seed(seed), callback=stream,
-    )
-    emit({"model": model, "prompt": prompt, "text": stream.text, "token_ids": stream.ids}, stream.rest(), as_json)

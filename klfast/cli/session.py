@@ -32,30 +32,3 @@ def open_batches(source: str, model_name: str, model: nn.Module, *, length: int,
 def count(batches: list[torch.Tensor]) -> int:
     """Tokens in all batches."""
     return sum(batch.numel() for batch in batches)
-
-
-class Stream:
-    """The text of tokens that come one at a time; shown after the prompt as it grows, but for characters that still lack bytes."""
-
-    def __init__(self, tokenizer, prompt: str, prompt_ids: list[int], show: bool) -> None:
-        self.ids: list[int] = []
-        self._tokenizer, self._prompt, self._prompt_ids, self._show, self._shown = tokenizer, prompt, prompt_ids, show, 0
-
-    def __call__(self, token: torch.Tensor) -> None:
-        if self._show and not self.ids:  # not before: an error has its line for itself
-            print(self._prompt, end="", flush=True)
-        self.ids.append(int(token))
-        text = self.text
-        if self._show and not text.endswith("\ufffd"):
-            print(text[self._shown :], end="", flush=True)
-            self._shown = len(text)
-
-    @property
-    def text(self) -> str:
-        # After the prompt: on its own, a tokenizer like Llama's would drop the space before the first word.
-        before, whole = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._prompt_ids, self._prompt_ids + self.ids))
-        return whole[len(before) :]
-
-    def rest(self) -> str:
-        """What has not been shown yet."""
-        return self.text[self._shown :]

@@ -18,8 +18,8 @@ from klfast.nn import QuantLinear
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:
@@ -91,9 +91,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its cache: "past_key_values", or "cache_params" in the pure SSM families."""
+    """What the model's forward calls its cache: "past_key_values", "cache_params" in the pure SSM families, "state" in RWKV."""
     accepted = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "cache_params"):
+    for name in ("past_key_values", "cache_params", "state"):
         if name in accepted:
             return name
-    raise InvalidInputError(f"{type(model).__name__} takes no cache (neither past_key_values nor cache_params)")
+    raise InvalidInputError(f"{type(model).__name__} takes no cache (past_key_values, cache_params or state)")

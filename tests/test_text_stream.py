@@ -1,0 +1,75 @@
+"""The text of tokens that come one at a time: its pieces make up the tokenizer's text of the whole."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_kinds import KINDS, TEXT, tokenizer
+
+from klfast.cli.stream import TextStream
+
+
+def streamed(words, ids, prompt=()):
+    stream = TextStream(words, list(prompt))
+    return [*map(stream.push, ids), stream.end()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_make_up_the_whole(kind, data):
+    words = tokenizer(kind)
+    some = st.integers(0, len(words) - 1)
+    few = st.sampled_from(sorted(data.draw(st.sets(some, min_size=1, max_size=4))))  # runs of the same tokens, bytes among them
+    ids = data.draw(st.lists(st.one_of(some, few), max_size=90))
+    assert "".join(streamed(words, ids)) == words.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", sorted(set(TEXT)))
+def test_text_follows_its_prompt(kind, text):
+    words = tokenizer(kind)
+    ids = words(text)["input_ids"]
+    for cut in range(1, len(ids)):
+        before = words.decode(ids[:cut], skip_special_tokens=True)
+        whole = words.decode(ids, skip_special_tokens=True)
+        if whole.startswith(before) and not before.endswith("\ufffd"):  # a prompt that is a text of its own
+            assert before + "".join(streamed(words, ids[cut:], ids[:cut])) == whole
+
+
+def test_emoji_appear_when_their_last_byte_does():
+    words = tokenizer("byte-level BPE")
+    ids = words("🐙🐙 a", add_special_tokens=False)["input_ids"]
+    pieces = [piece for piece in streamed(words, ids) if piece]
+    assert pieces[:2] == ["🐙", "🐙"] and len(ids) > 4
+
+
+@pytest.mark.parametrize(("kind", "most"), [("byte-level BPE", 0), ("WordPiece", 0), ("Unigram", 2), ("WordLevel", 2)])
+def test_words_are_not_held_back(kind, most):
+    words = tokenizer(kind)
+    ids = words("The boat and the sea", add_special_tokens=False)["input_ids"]
+    for end in range(1, len(ids)):
+        assert len(streamed(words, ids[:end])[-1]) <= most
+
+
+def test_cost_of_a_token_does_not_grow():
+    words = tokenizer("byte-level BPE")
+    decoded = []
+    counting = SimpleNamespace(
+        decode=lambda ids, **options: decoded.append(len(ids)) or words.decode(ids, **options), all_special_ids=words.all_special_ids,
+        added_tokens_decoder=words.added_tokens_decoder, convert_tokens_to_ids=words.convert_tokens_to_ids, unk_token_id=None,
+    )  # fmt: skip
+    streamed(counting, words(TEXT[1])["input_ids"] * 100, words(TEXT[0])["input_ids"] * 100)
+    assert max(decoded) <= 25
+
+
+def test_a_run_of_bytes_that_turns_out_invalid():
+    """ByteFallback writes each byte of an invalid run as a replacement, a valid letter at its beginning among them."""
+    words = tokenizer("BPE with byte fallback")
+    letter = words.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "中".encode()])
+    wrong, space = words.convert_tokens_to_ids(["<0xFF>", "▁"])
+    long = [*letter * 12, wrong, space] * 2
+    for ids in ([*letter, space], [*letter, wrong, space], [space, *letter, *letter, wrong], long, [space] * 9 + letter * 12):
+        assert "".join(streamed(words, ids)) == words.decode(ids, skip_special_tokens=True)
+    assert "".join(streamed(words, [*letter, wrong])) == "\ufffd" * 4
