@@ -18,9 +18,18 @@ inline constexpr std::array<const char*, kTiers> kTierNames{"scalar", "avx2", "a
 // not in CPUID, its registers not saved by the OS (XCR0), or tile permission not granted (AMX).
 const std::string& why_not(Tier tier);
 
-// An op's kernels by tier, nullptr where it has none. Every op has a scalar kernel.
+// An op's kernels by tier, nullptr where it has none: one entry for each tier, or it does not compile. Every op has a
+// scalar kernel.
 template <class Fn>
-using KernelTable = std::array<Fn*, kTiers>;
+struct KernelTable {
+    std::array<Fn*, kTiers> kernels;
+
+    template <class... Kernels>
+    constexpr KernelTable(Kernels... of_tiers) : kernels{of_tiers...} {
+        static_assert(sizeof...(Kernels) == kTiers, "a kernel table has one entry for each tier, nullptr where there is none");
+    }
+    constexpr Fn* operator[](std::size_t tier) const { return kernels[tier]; }
+};
 
 // The best tier not above `limit` that the op has and the machine runs.
 template <class Fn>

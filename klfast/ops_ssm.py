@@ -12,6 +12,7 @@ import math
 import torch
 
 from klfast import reference_ssm
+from klfast.arguments import public
 from klfast.errors import InvalidInputError
 from klfast.registry import define as _define
 from klfast.registry import same_device
@@ -94,6 +95,7 @@ _define(
 )
 
 
+@public
 def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -148,6 +150,7 @@ _define(
 )
 
 
+@public
 def causal_conv1d_update(
     x: torch.Tensor,
     conv_state: torch.Tensor,
@@ -211,6 +214,7 @@ def _grouped(t, u):
     return t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]) if t.dim() == 2 else t
 
 
+@public
 def selective_scan_fn(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -274,6 +278,7 @@ _define(
 )
 
 
+@public
 def selective_state_update(
     state: torch.Tensor,
     x: torch.Tensor,
@@ -353,6 +358,7 @@ _define(
 )
 
 
+@public
 def mamba_chunk_scan_combined(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -425,6 +431,7 @@ _define(
 )
 
 
+@public
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = None, eps: float = 1e-6, group_size: int | None = None) -> torch.Tensor:
     """Root-mean-square normalisation: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
 

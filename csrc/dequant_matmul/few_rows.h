@@ -154,7 +154,7 @@ struct FewRows {
 private:
     template <int R>
     void run() const {
-        parallel_for(a.n, R, useful_threads(a, a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
+        parallel_for(a.n, R, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
             const Grid grid(R * grid_pitch, a.zero_point == nullptr);
             std::int64_t n = begin;
             for (; n + R <= end; n += R) rows<R>(grid, n);

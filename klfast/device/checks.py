@@ -52,7 +52,7 @@ def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
     from klfast.backends.triton import KERNELS
 
     if not registry.has_kernel(op, device.upper()):
-        yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device))
+        yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device, op))
         return
     try:
         cases = selfcheck.cases(op)
