@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
@@ -44,16 +45,19 @@ Fn* pick(const KernelTable<Fn>& table, Tier limit) {
     return table[static_cast<int>(best_tier(table, limit))];
 }
 
-// Tells klfast.explain which tiers an op has kernels for. One beside each kernel table:
+// Tells klfast.explain which tiers an op has kernels for, and which of them pick takes. One beside each kernel table:
 //     const Announce announce{"dequant_matmul", kKernels};
 struct Announce {
     template <class Fn>
     Announce(const char* op, const KernelTable<Fn>& table) {
         for (std::size_t t = 0; t < kTiers; ++t)
             if (table[t] != nullptr) announced()[op].insert(kTierNames[t]);
+        best()[op] = [&table](Tier limit) { return best_tier(table, limit); };
     }
     // Op -> names of its tiers.
     static std::map<std::string, std::set<std::string>>& announced();
+    // Op -> the tier that pick takes under a limit.
+    static std::map<std::string, std::function<Tier(Tier)>>& best();
 };
 
 }  // namespace klfast

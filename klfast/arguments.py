@@ -1,4 +1,4 @@
-"""Checks of arguments that hold for every op: their types, and that tensors written in place can be."""
+"""Checks of arguments that hold for every op: their types, their memory, and that tensors written in place can be."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from klfast.errors import InvalidInputError
 
-_NAMES = {torch.Tensor: "a tensor", type(None): "None"}
+_NAMES = {torch.Tensor: "a tensor", int: "an int", type(None): "None"}
 
 
 def public(function: Callable) -> Callable:
-    """Make a public function raise InvalidInputError, naming the argument, where one has a type other than its annotation.
+    """Make a public function raise InvalidInputError for an argument of a type other than its annotation, or without memory.
 
-    Types are looked at after an error only, so that they cost nothing: torch and the function itself raise for a wrong
+    Arguments are looked at after an error only, so that this costs nothing: torch and the function itself raise for a wrong
     one, but say nothing that helps.
     """
 
@@ -26,8 +26,8 @@ def public(function: Callable) -> Callable:
     def checked(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (AttributeError, RuntimeError, TypeError) as error:
-            complaint = _wrong_type(function, args, kwargs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            complaint = _complaint(function, args, kwargs)
             if complaint:
                 raise InvalidInputError(complaint) from error
             raise
@@ -35,8 +35,8 @@ def public(function: Callable) -> Callable:
     return checked
 
 
-def _wrong_type(function: Callable, args: tuple, kwargs: dict) -> str:
-    """What is wrong with the first argument of a wrong type, one sentence; empty if there is none."""
+def _complaint(function: Callable, args: tuple, kwargs: dict) -> str:
+    """What is wrong with the first argument that is, one sentence; empty if none is."""
     hints = typing.get_type_hints(function)
     for name, value in {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}.items():
         if name not in hints:
@@ -46,15 +46,27 @@ def _wrong_type(function: Callable, args: tuple, kwargs: dict) -> str:
             continue
         allowed = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, allowed):
-            wanted = " or ".join(_NAMES.get(kind, kind.__name__) for kind in kinds)
+            wanted = " or ".join(_NAMES.get(kind, f"a {kind.__name__}") for kind in kinds)
             return f"{function.__name__}: {name} must be {wanted}, got {'None' if value is None else type(value).__name__}"
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and (value.is_cpu or value.is_cuda) and not value.data_ptr() and value.numel():
+            return no_memory(function.__name__, name, value)
     return ""
 
 
+def no_memory(op: str, name: str, t: torch.Tensor) -> str:
+    """The message for a tensor with elements but without memory: kernels would read from address 0."""
+    return f"{op}: {name} {list(t.shape)} has no memory: its storage was freed or never allocated; pass a tensor with data"
+
+
 def check_writable(op: str, name: str, t: torch.Tensor) -> None:
-    """Raise InvalidInputError for a tensor that an op must not write in place, where torch's own operations would raise."""
+    """Raise InvalidInputError for a tensor that an op must not write in place, where torch's own operations would raise.
+
+    As these do, count the write, so that autograd finds a tensor that it saved to have changed since.
+    """
     if t.requires_grad and torch.is_grad_enabled():
         raise InvalidInputError(f"{op}: {name} is written in place and must not require grad; pass {name}.detach() or call under torch.no_grad()")
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)
     if t.is_contiguous():
         return
     reach = 0  # of the dimensions with smaller strides

@@ -66,14 +66,11 @@ def _empty_channel_last(x):
 
 def _check_conv(op, x, weight, bias, state, state_name, silu):
     sizes = {}
-    _check(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"))
+    _check(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"), **{state_name: (state, "BDS")})
     if sizes["W"] < 1:
         raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(weight.shape)}")
-    if state is not None:
-        _check(op, sizes, **{state_name: (state, "BDS")})
-        if sizes["S"] < sizes["W"] - 1:
-            raise InvalidInputError(f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}")
-    same_device(op, x, weight, state)
+    if state is not None and sizes["S"] < sizes["W"] - 1:
+        raise InvalidInputError(f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}")
 
 
 def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
@@ -188,9 +185,10 @@ def causal_conv1d_update(
 
 def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     op, sizes = "selective_scan_fn", {}
-    _check(op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"))
-    _check(op, sizes, D=(D, "D"), z=(z, "BDL"), delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"))
-    same_device(op, u, D, z, delta_bias, initial_states)
+    _check(
+        op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"), D=(D, "D"), z=(z, "BDL"),
+        delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"),
+    )  # fmt: skip
     _check_groups(op, "channels", sizes["D"], sizes["G"])
 
 

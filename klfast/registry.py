@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 
 from klfast import runtime
-from klfast.arguments import check_writable
+from klfast.arguments import check_writable, no_memory
 from klfast.errors import InvalidInputError
 
 LIBRARY = torch.library.Library("klfast", "DEF")
 _checks: dict[str, Callable] = {}
-_writable: dict[str, Callable] = {}
+_ready: dict[str, Callable] = {}
 _references: dict[str, Callable] = {}
 _kernels: dict[tuple[str, str], Callable] = {}
 _handed_over: dict[tuple[str, str], Callable] = {}
@@ -48,8 +48,8 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
     """Define an op.
 
     ``check`` raises InvalidInputError unless the op can take the arguments. It runs first on every path: before ``fake``
-    (shape inference), before a kernel, and before ``reference`` (used where no kernel is registered). Before it come
-    the checks that the schema implies: tensors that are not optional are given, and those that are written to can be.
+    (shape inference), before a kernel, and before ``reference`` (used where no kernel is registered). What the schema
+    implies is checked here: tensors that are not optional are given, all have memory, and those written to can be.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -64,7 +64,11 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
                 raise InvalidInputError(f"{name}: {argument} must be a tensor, got None")
         check(*args)
 
-    def writable(*args):
+    def ready(*args):
+        for i, _, argument in tensors:
+            t = args[i]
+            if t is not None and not t.data_ptr() and t.numel():
+                raise InvalidInputError(no_memory(name, argument, t))
         for i, argument in written:
             if args[i] is not None:
                 check_writable(name, argument, args[i])
@@ -73,20 +77,29 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
         checked(*args)
         return fake(*args)
 
+    def negated(*args):  # views such as z.conj().imag: torch's own fallback fails where an op writes to one
+        for i, argument in written:
+            if args[i] is not None and args[i].is_neg():
+                raise InvalidInputError(f"{name}: {argument} is written in place and must not be a negated view; pass {argument}.resolve_neg()")
+        return getattr(torch.ops.klfast, name).default(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
+
     def without_kernel(*args):
         for i, _, argument in tensors:
             if args[i] is not None and (args[i].layout is not torch.strided or args[i].is_nested):
                 raise InvalidInputError(f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first")
         checked(*args)
-        writable(*args)
+        if all(t is None or t.is_cpu or t.is_cuda or t.is_xpu for t in (args[i] for i, *_ in tensors)):
+            ready(*args)
         first = next(a for a in args if isinstance(a, torch.Tensor))
         if runtime.pinned() != "reference":
             runtime.slow_path(name, list(first.shape), why_no_kernel(first.device.type, name))
         return reference(*args)
 
-    _checks[name], _writable[name], _references[name] = checked, writable if written else None, reference
+    _checks[name], _ready[name], _references[name] = checked, ready, reference
     torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
     LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
+    if written:
+        LIBRARY.impl(name, negated, "Negative")
 
 
 def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_over: Callable[..., str] | None = None) -> None:
@@ -98,15 +111,14 @@ def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_ov
         handed_over: takes the public function's arguments and says why the kernel leaves the call to torch; empty if it
             does not. The kernel itself decides by it, and ``klfast.explain`` reports it.
     """
-    check, writable = _checks[name], _writable[name]
+    check, ready = _checks[name], _ready[name]
     _kernels[name, dispatch_key] = kernel
     if handed_over is not None:
         _handed_over[name, dispatch_key] = handed_over
 
     def dispatched(*args):
         check(*args)
-        if writable is not None:
-            writable(*args)
+        ready(*args)
         return implementation(name, dispatch_key)[1](*args)
 
     LIBRARY.impl(name, dispatched, dispatch_key)
@@ -130,6 +142,11 @@ def handed_over(name: str, dispatch_key: str, *args: object) -> str:
 
 def same_device(op: str, *tensors: torch.Tensor | None) -> None:
     """Raise unless all tensors given are on the first one's device."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise InvalidInputError(f"{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    device = None
+    for t in tensors:
+        if t is None or t.device == device:
+            continue
+        if device is not None:
+            devices = {str(t.device) for t in tensors if t is not None}
+            raise InvalidInputError(f"{op}: all tensors must be on one device, got {', '.join(sorted(devices))}")
+        device = t.device

@@ -17,7 +17,6 @@ constexpr int W = Vec::width;
 // that they are exact as floats too.
 constexpr int kBlock = 256;
 
-constexpr int kFewRows = 8;  // rows of x that are multiplied by W as it lies
 // Bytes of W ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and
 // into the first cache too few can be under way at once (bench/NOTES.md).
 constexpr int kAhead = 8192;

@@ -81,8 +81,8 @@ inline void advance_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::in
         for (std::int64_t i = 0; i < pitch; i += W) store(w.c + t * pitch + i, load(w.c + t * pitch + i) * set(since_start));
         for (std::int64_t i = 0; i < wide; i += W) store(w.y + t * wide + i, load(w.d + i) * load(w.x + t * wide + i));
     }
-    gemm(n_t, wide, n_t, 1.0f, w.mixed, kChunk, 1, w.x, wide, w.y, wide, true);
-    gemm(n_t, wide, n_states, 1.0f, w.c, pitch, 1, w.state, wide, w.y, wide);
+    gemm<true>(n_t, wide, n_t, 1.0f, w.mixed, kChunk, 1, w.x, wide, w.y, wide);
+    if (t0 > 0 || s.initial) gemm(n_t, wide, n_states, 1.0f, w.c, pitch, 1, w.state, wide, w.y, wide);
     for (std::int64_t t = 0; t < n_t; ++t)
         for (std::int64_t i = 0; i < pitch; i += W) store(w.b + t * pitch + i, load(w.b + t * pitch + i) * set(w.ladder[t] * w.dt[t]));
     gemm(n_states, wide, n_t, since_start, w.b, 1, pitch, w.x, wide, w.state, wide);
