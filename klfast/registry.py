@@ -85,7 +85,7 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
 
     def without_kernel(*args):
         for i, _, argument in tensors:
-            if args[i] is not None and (args[i].layout is not torch.strided or args[i].is_nested):
+            if args[i] is not None and args[i].layout is not torch.strided:
                 raise InvalidInputError(f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first")
         checked(*args)
         if all(t is None or t.is_cpu or t.is_cuda or t.is_xpu for t in (args[i] for i, *_ in tensors)):

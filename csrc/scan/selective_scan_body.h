@@ -64,7 +64,7 @@ inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int
         const Vec input = load(u + i);
         store(dt + i, step);
         store(u + i, step * input);
-        store(y + i, d * input);
+        store(y + i, s.d ? d * input : set(0.0f));  // an absent D meets no infinity of u
     }
     const float* const a = w.a + c * n_states;
     float* const h = w.h + c * n_states;

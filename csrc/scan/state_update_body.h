@@ -26,7 +26,8 @@ inline void run(const StateUpdateArgs& s) {
         float* const h_copy = a_copy + pitch;
         float* const b = h_copy + pitch;
         float* const c = b + pitch;
-        alignas(64) float dt[W], x[W], y[W], rate[W], d[W];
+        alignas(64) float dt[W], x[W], y[W], rate[W], d[W], lane[W];
+        for (int i = 0; i < W; ++i) lane[i] = static_cast<float>(i);
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads, c0 = item % blocks * W;
             const int n = lanes(s.dim - c0);
@@ -56,14 +57,23 @@ inline void run(const StateUpdateArgs& s) {
                 const float* const a = a_in_place ? static_cast<const float*>(s.a.data) + a_base : a_copy;
                 const Vec input = set(dt[i] * x[i]), tau = set(dt[i]);
                 Vec decay = set(rate[i]), dot = set(0.0f);
-                for (std::int64_t k = 0; k < pitch; k += W) {
+                const auto step_of = [&](std::int64_t k) {
                     if (!shared_rate) decay = exp(tau * negative_rate(load(a + k)));
-                    const Vec next = fma(decay, load(h + k), input * load(b + k));
+                    return fma(decay, load(h + k), input * load(b + k));
+                };
+                std::int64_t k = 0;
+                for (; k + W <= n_states; k += W) {
+                    const Vec next = step_of(k);
+                    dot = fma(next, load(c + k), dot);
+                    store(h + k, next);
+                }
+                if (k < n_states) {  // lanes behind the last state are zeros, whatever an infinite input makes of them
+                    const Vec next = select_less(load(lane), set(static_cast<float>(n_states - k)), step_of(k), set(0.0f));
                     dot = fma(next, load(c + k), dot);
                     store(h + k, next);
                 }
                 if (!state_in_place) store_tile(h, pitch, s.state, base, s.state.stride[3], 0, n_states, 1);
-                y[i] = sum(dot) + d[i] * x[i];
+                y[i] = sum(dot) + (s.d ? d[i] * x[i] : 0.0f);
             }
             for (int i = n; i < W; ++i) y[i] = 0.0f;
             if (s.z) channels(x, s.z, 1), store(y, load(y) * silu(load(x)));
