@@ -123,4 +123,9 @@ std::map<std::string, std::set<std::string>>& Announce::announced() {
     return ops;
 }
 
+std::map<std::string, std::function<Tier(Tier)>>& Announce::best() {
+    static std::map<std::string, std::function<Tier(Tier)>> ops;
+    return ops;
+}
+
 }  // namespace klfast

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
@@ -18,9 +19,18 @@ inline constexpr std::array<const char*, kTiers> kTierNames{"scalar", "avx2", "a
 // not in CPUID, its registers not saved by the OS (XCR0), or tile permission not granted (AMX).
 const std::string& why_not(Tier tier);
 
-// An op's kernels by tier, nullptr where it has none. Every op has a scalar kernel.
+// An op's kernels by tier, nullptr where it has none: one entry for each tier, or it does not compile. Every op has a
+// scalar kernel.
 template <class Fn>
-using KernelTable = std::array<Fn*, kTiers>;
+struct KernelTable {
+    std::array<Fn*, kTiers> kernels;
+
+    template <class... Kernels>
+    constexpr KernelTable(Kernels... of_tiers) : kernels{of_tiers...} {
+        static_assert(sizeof...(Kernels) == kTiers, "a kernel table has one entry for each tier, nullptr where there is none");
+    }
+    constexpr Fn* operator[](std::size_t tier) const { return kernels[tier]; }
+};
 
 // The best tier not above `limit` that the op has and the machine runs.
 template <class Fn>
@@ -35,16 +45,19 @@ Fn* pick(const KernelTable<Fn>& table, Tier limit) {
     return table[static_cast<int>(best_tier(table, limit))];
 }
 
-// Tells klfast.explain which tiers an op has kernels for. One beside each kernel table:
+// Tells klfast.explain which tiers an op has kernels for, and which of them pick takes. One beside each kernel table:
 //     const Announce announce{"dequant_matmul", kKernels};
 struct Announce {
     template <class Fn>
     Announce(const char* op, const KernelTable<Fn>& table) {
         for (std::size_t t = 0; t < kTiers; ++t)
             if (table[t] != nullptr) announced()[op].insert(kTierNames[t]);
+        best()[op] = [&table](Tier limit) { return best_tier(table, limit); };
     }
     // Op -> names of its tiers.
     static std::map<std::string, std::set<std::string>>& announced();
+    // Op -> the tier that pick takes under a limit.
+    static std::map<std::string, std::function<Tier(Tier)>>& best();
 };
 
 }  // namespace klfast

@@ -22,7 +22,10 @@ _OPS_OF = {"causal_conv1d_fn": "causal_conv1d", "selective_scan_fn": "selective_
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run an op, and for every other implementation why it would not (one sentence each)."""
+    """What would run an op, and for every other implementation why it would not (one sentence each).
+
+    ``chosen`` is one of ``klfast.runtime.IMPLEMENTATIONS``, or "torch" where klfast leaves the call to torch's own product.
+    """
 
     op: str
     device: str
@@ -39,7 +42,8 @@ def explain(op: str | Callable, *args: object) -> Explanation:
 
     Args:
         op: an op's name ("dequant_matmul") or its public function (``klfast.dequant_matmul``).
-        args: what the op would be called with; only the device of the tensors among them matters, CPU without any.
+        args: what the public function would be called with; the CPU without any. ``linear`` goes by the dtype and shape of
+            its x, too: without one, klfast's own kernel is explained.
 
     Raises:
         InvalidInputError: no such op.
@@ -51,29 +55,44 @@ def explain(op: str | Callable, *args: object) -> Explanation:
     if name not in registry.op_names():
         raise InvalidInputError(f"klfast has no op {name!r}; its ops are {', '.join(registry.op_names())}")
     device = next((a.device.type for a in args if isinstance(a, (torch.Tensor, QuantizedTensor))), "cpu")
-    pin = runtime.pinned()
-    reasons = {tier: _why_not(name, tier, device, pin) for tier in (*reversed(runtime.CPU_TIERS), "triton")}
-    chosen = next((tier for tier, reason in reasons.items() if not reason), "reference")
-    better = f"{chosen} comes before it."
-    rejected = {tier: reason or better for tier, reason in reasons.items() if tier != chosen}
+    chosen, why = _chosen(name, device, args)
+    rejected = {tier: _why_not(name, tier, device) or why for tier in (*reversed(runtime.CPU_TIERS), "triton") if tier != chosen}
     if chosen != "reference":
-        rejected["reference"] = "a kernel runs instead."
+        rejected["reference"] = why if chosen == "torch" else "a kernel runs instead."
     return Explanation(name, device, chosen, rejected)
 
 
-def _why_not(op: str, tier: str, device: str, pin: str | None) -> str:
+def _chosen(op: str, device: str, args: tuple) -> tuple[str, str]:
+    """The implementation that runs an op, and why no other that could: asks what the calls themselves ask."""
+    key, _ = registry.implementation(op, device.upper())
+    if not key:
+        return "reference", "klfast.using or KLFAST_ISA asks for the reference."
+    if args and (why := registry.handed_over(op, key, *args)):
+        return "torch", why
+    if key == "CPU":
+        from klfast import _C
+
+        chosen = runtime.CPU_TIERS[_C.best_tier(op, runtime.cpu_tier_limit())]
+    else:
+        chosen = "triton"
+    return chosen, f"{chosen} comes before it."
+
+
+def _why_not(op: str, tier: str, device: str) -> str:
+    """Why a tier cannot run an op now, one sentence; empty if it can."""
+    pin = runtime.pinned()
     if pin == "reference":
         return "klfast.using or KLFAST_ISA asks for the reference."
     if tier == "triton":
         if device == "cpu":
             return "the tensors are on the CPU."
-        return "" if registry.has_kernel(op, device.upper()) else registry.why_no_kernel(device)
+        return "" if registry.has_kernel(op, device.upper()) else registry.why_no_kernel(device, op)
     if device != "cpu":
         return f"the tensors are on {device}."
     if reason := runtime.why_not(tier):
         return reason
     if not registry.has_kernel(op, "CPU"):
-        return "this op has no CPU kernel."
+        return registry.why_no_kernel("cpu", op)
     from klfast import _C
 
     if tier not in _C.kernel_tiers().get(op, ()):
@@ -177,7 +196,7 @@ def _check(op: str, tier: str) -> Check:
     from klfast import selfcheck
 
     if not registry.has_kernel(op, "CPU"):
-        return Check(op, tier, float("nan"), False, "it has no CPU kernel, the slow reference would run")
+        return Check(op, tier, float("nan"), False, f"the slow reference would run: {registry.why_no_kernel('cpu', op)}")
     try:
         found = selfcheck.run(selfcheck.cases(op), tier)
     except Exception as failure:  # a case that cannot be made: of an extension of another version, for instance

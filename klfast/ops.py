@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from klfast import reference
-from klfast.errors import InvalidInputError
+from klfast.op_arguments import public
+from klfast.errors import InvalidInputError, one_line
 from klfast.layouts import check_tiled_parts
 from klfast.ops_attention import decode_attention  # noqa: F401 (ops is the list of all ops)
 from klfast.ops_divergence import linear_divergence, logit_divergence  # noqa: F401
@@ -22,7 +23,7 @@ from klfast.ops_ssm import (  # noqa: F401
     selective_state_update,
 )
 from klfast.registry import define as _define
-from klfast.registry import register_kernel, same_device  # noqa: F401 (register_kernel: for klfast.backends)
+from klfast.registry import register_kernel, same_device, unavailable  # noqa: F401 (register_kernel: for klfast.backends)
 from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, check_parts
 
 # dequant_matmul ---------------------------------------------------------------------------------------------------
@@ -67,6 +68,7 @@ _define(
 dequant_matmul_op = torch.ops.klfast.dequant_matmul.default
 
 
+@public
 def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, *, activation: str = "exact") -> torch.Tensor:
     """Linear layer with a quantized weight: ``x @ qt.dequantize(torch.float32).T + bias``, accumulated in float32.
 
@@ -117,6 +119,7 @@ _define(
 linear_op = torch.ops.klfast.linear.default
 
 
+@public
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Linear layer, ``F.linear(x, weight, bias).to(dtype)`` without the intermediate, accumulated in float32.
 
@@ -139,12 +142,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 # Kernels by device. The extension may be missing (a source tree that was not built): the reference then runs, with a
-# warning, so that importing klfast never needs a compiler.
+# warning that says why, so that importing klfast never needs a compiler.
 try:
-    from klfast.backends import cpu as _cpu
+    from klfast import _C  # noqa: F401
 except ImportError as _error:
-    _missing = str(_error)
+    unavailable("CPU", f"the extension klfast._C cannot be imported ({one_line(_error)}); build it with pip install .")
 else:
+    from klfast.backends import cpu as _cpu
+
     _cpu.register()
 from klfast.backends import triton as _triton  # noqa: E402
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from klfast import reference
+from klfast.op_arguments import public
 from klfast.errors import InvalidInputError
 from klfast.registry import define, same_device
 from klfast.types import FLOAT_DTYPES
@@ -30,6 +31,7 @@ def _fake(q, k, v, scale):
 define("decode_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor", check=_check, fake=_fake, reference=reference.decode_attention)
 
 
+@public
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """softmax(scale q k^T) v with one query a head, which sees every key; grouped heads, values of any width.
 

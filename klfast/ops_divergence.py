@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from klfast import reference_divergence
+from klfast.op_arguments import public
 from klfast.errors import InvalidInputError
 from klfast.registry import define as _define
 from klfast.registry import same_device
@@ -48,6 +49,7 @@ _define(
 )
 
 
+@public
 def logit_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, targets: torch.Tensor | None = None) -> Divergence:
     """Compare two models' next-token distributions, token by token; no KL loses digits to cancellation.
 
@@ -157,6 +159,7 @@ _define(
 )
 
 
+@public
 def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor | QuantizedTensor, student_hidden: torch.Tensor, student_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None = None) -> Divergence:
     """``logit_divergence(teacher_hidden @ teacher_head.T, student_hidden @ student_head.T, targets)`` without the logits.
 

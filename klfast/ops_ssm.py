@@ -12,6 +12,7 @@ import math
 import torch
 
 from klfast import reference_ssm
+from klfast.op_arguments import public
 from klfast.errors import InvalidInputError
 from klfast.registry import define as _define
 from klfast.registry import same_device
@@ -65,14 +66,11 @@ def _empty_channel_last(x):
 
 def _check_conv(op, x, weight, bias, state, state_name, silu):
     sizes = {}
-    _check(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"))
+    _check(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"), **{state_name: (state, "BDS")})
     if sizes["W"] < 1:
         raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(weight.shape)}")
-    if state is not None:
-        _check(op, sizes, **{state_name: (state, "BDS")})
-        if sizes["S"] < sizes["W"] - 1:
-            raise InvalidInputError(f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}")
-    same_device(op, x, weight, state)
+    if state is not None and sizes["S"] < sizes["W"] - 1:
+        raise InvalidInputError(f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}")
 
 
 def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
@@ -94,6 +92,7 @@ _define(
 )
 
 
+@public
 def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -150,6 +149,7 @@ _define(
 )
 
 
+@public
 def causal_conv1d_update(
     x: torch.Tensor,
     conv_state: torch.Tensor,
@@ -187,9 +187,10 @@ def causal_conv1d_update(
 
 def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     op, sizes = "selective_scan_fn", {}
-    _check(op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"))
-    _check(op, sizes, D=(D, "D"), z=(z, "BDL"), delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"))
-    same_device(op, u, D, z, delta_bias, initial_states)
+    _check(
+        op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"), D=(D, "D"), z=(z, "BDL"),
+        delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"),
+    )  # fmt: skip
     _check_groups(op, "channels", sizes["D"], sizes["G"])
 
 
@@ -213,6 +214,7 @@ def _grouped(t, u):
     return t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]) if t.dim() == 2 else t
 
 
+@public
 def selective_scan_fn(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -276,6 +278,7 @@ _define(
 )
 
 
+@public
 def selective_state_update(
     state: torch.Tensor,
     x: torch.Tensor,
@@ -355,6 +358,7 @@ _define(
 )
 
 
+@public
 def mamba_chunk_scan_combined(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -427,6 +431,7 @@ _define(
 )
 
 
+@public
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = None, eps: float = 1e-6, group_size: int | None = None) -> torch.Tensor:
     """Root-mean-square normalisation: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
 

@@ -1,4 +1,4 @@
-// Shapes come from klfast/backends/cpu.py, which also allocates. No arithmetic.
+// Tensors are checked by klfast/registry.py; klfast/backends/cpu.py passes them and allocates the result. No arithmetic.
 #include "attention/bindings.h"
 
 #include <cstdint>

@@ -12,9 +12,9 @@ namespace klfast {
 namespace {
 
 // Shifts the state of one block of channels, value by value: for a state that one tile does not hold.
-inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, int n) {
+inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, std::int64_t n) {
     const std::int64_t total = a.initial_length + a.length;  // initial then x
-    for (int c = 0; c < n; ++c)
+    for (std::int64_t c = 0; c < n; ++c)
         for (std::int64_t j = 0; j < a.final_length; ++j) {  // ascending: reads stay ahead of writes where final is initial
             const std::int64_t i = total - a.final_length + j;
             const std::int64_t channel = c0 + c, from_x = i - a.initial_length;
@@ -28,20 +28,20 @@ inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, int n) {
 // Rows t of the tile become act(bias + sum_k w[k] tile[t + k]), t < n_t; row t is read last when it is written.
 // K is the width, or 0 for one that is known at run time only.
 template <int K>
-void convolve(float* tile, int pitch, const float* weight, const float* bias, int width, int n_t, bool silu_after) {
-    for (int c = 0; c < pitch; c += Vec::width) {
+void convolve(float* tile, std::int64_t pitch, const float* weight, const float* bias, std::int64_t width, std::int64_t n_t, bool silu_after) {
+    for (std::int64_t c = 0; c < pitch; c += Vec::width) {
         const Vec b = load(bias + c);
         Vec w[K + 1], x[K + 1];  // K known: the last K rows stay in registers
         for (int k = 0; k < K; ++k) w[k] = load(weight + k * pitch + c);
         for (int k = 0; k + 1 < K; ++k) x[k + 1] = load(tile + k * pitch + c);
-        for (int t = 0; t < n_t; ++t) {
+        for (std::int64_t t = 0; t < n_t; ++t) {
             Vec y = b;
             if constexpr (K > 0) {
                 for (int k = 0; k + 1 < K; ++k) x[k] = x[k + 1];
                 x[K - 1] = load(tile + (t + K - 1) * pitch + c);
                 for (int k = 0; k < K; ++k) y = fma(w[k], x[k], y);
             } else {
-                for (int k = 0; k < width; ++k) y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
+                for (std::int64_t k = 0; k < width; ++k) y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
             }
             store(tile + t * pitch + c, silu_after ? silu(y) : y);
         }
@@ -50,9 +50,9 @@ void convolve(float* tile, int pitch, const float* weight, const float* bias, in
 
 inline void run(const ConvArgs& a) {
     constexpr int kChannels = 256, kTime = 16;
-    const int past = static_cast<int>(a.width - 1);
+    const std::int64_t past = a.width - 1;
     std::int64_t size = kChannels;  // smaller where there would be too few blocks for the threads
-    const int threads = worthwhile_threads(a.n_threads, a.batch * a.channels * a.length * (a.width + 25));
+    const int threads = worthwhile_threads(a.n_threads, 1.0 * a.batch * a.channels * a.length * (a.width + 25));
     while (size > Vec::width && a.batch * ((a.channels + size - 1) / size) < 4 * threads) size /= 2;
     const std::int64_t blocks = (a.channels + size - 1) / size;
     parallel_for(a.batch * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -63,32 +63,32 @@ inline void run(const ConvArgs& a) {
         float* const bias = weight + a.width * kChannels;            // [pitch]
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t b = item / blocks, c0 = item % blocks * size;
-            const int n = static_cast<int>(a.channels - c0 < size ? a.channels - c0 : size), pitch = round_up(n);
-            load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n, static_cast<int>(a.width));
+            const std::int64_t n = a.channels - c0 < size ? a.channels - c0 : size, pitch = round_up(n);
+            load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n, a.width);
             if (a.bias) load_tile(bias, pitch, a.bias, c0 * a.bias.stride[0], a.bias.stride[0], 0, n, 1);
-            else for (int c = 0; c < pitch; ++c) bias[c] = 0.0f;
+            else for (std::int64_t c = 0; c < pitch; ++c) bias[c] = 0.0f;
             if (a.initial) {
                 const std::int64_t base = b * a.initial.stride[0] + c0 * a.initial.stride[1] + (a.initial_length - past) * a.initial.stride[2];
                 load_tile(tile, pitch, a.initial, base, a.initial.stride[1], a.initial.stride[2], n, past);
             } else {
-                for (int i = 0; i < past * pitch; ++i) tile[i] = 0.0f;
+                for (std::int64_t i = 0; i < past * pitch; ++i) tile[i] = 0.0f;
             }
             const bool in_tile = a.length > 0 && a.length <= kTime && a.final_length <= past + a.length;
             if (a.final && !in_tile) carry(a, b, c0, n);
             for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
-                const int n_t = static_cast<int>(a.length - t0 < kTime ? a.length - t0 : kTime);
+                const std::int64_t n_t = a.length - t0 < kTime ? a.length - t0 : kTime;
                 const auto from = [&](std::int64_t t) { return b * a.x.stride[0] + c0 * a.x.stride[1] + t * a.x.stride[2]; };
                 load_tile(tile + past * pitch, pitch, a.x, from(t0), a.x.stride[1], a.x.stride[2], n, n_t);
                 if (t0 + 2 * kTime <= a.length) prefetch(a.x, from(t0 + kTime), a.x.stride[1], a.x.stride[2], n, kTime);
                 if (a.final && in_tile) {  // its last rows, before they become the result
                     const std::int64_t base = b * a.final.stride[0] + c0 * a.final.stride[1];
-                    store_tile(tile + (past + a.length - a.final_length) * pitch, pitch, a.final, base, a.final.stride[1], a.final.stride[2], n, static_cast<int>(a.final_length));
+                    store_tile(tile + (past + a.length - a.final_length) * pitch, pitch, a.final, base, a.final.stride[1], a.final.stride[2], n, a.final_length);
                 }
-                for (int i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
+                for (std::int64_t i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
                 const auto kernel = a.width == 4 ? convolve<4> : a.width == 3 ? convolve<3> : a.width == 2 ? convolve<2> : convolve<0>;
-                kernel(tile, pitch, weight, bias, static_cast<int>(a.width), n_t, a.silu);
+                kernel(tile, pitch, weight, bias, a.width, n_t, a.silu);
                 store_tile(tile, pitch, a.out, b * a.out.stride[0] + c0 * a.out.stride[1] + t0 * a.out.stride[2], a.out.stride[1], a.out.stride[2], n, n_t);
-                for (int i = 0; i < past * pitch; ++i) tile[i] = kept[i];
+                for (std::int64_t i = 0; i < past * pitch; ++i) tile[i] = kept[i];
             }
         }
     });

@@ -129,9 +129,25 @@ struct FewRows {
         for (int m = 0; m < M; ++m)
             for (int r = 0; r < R; ++r) {
                 float y = sum(total[m][r]);
+                if (y != y) y = in_order(m0 + m, n + r);
                 if (a.bias) y += load_float(a.bias, n + r, a.bias_type);
                 store_float(a.y, (m0 + m) * a.n + n + r, a.y_type, y);
             }
+    }
+
+    // One result digit by digit. Where x is infinite, parts of an integer or of its zero point may give infinities of both
+    // signs, and so a NaN, though the whole has one sign.
+    [[gnu::cold, gnu::noinline]] float in_order(std::int64_t m, std::int64_t n) const {
+        constexpr int count = 32 / Bits;
+        constexpr std::int32_t mask = (1 << Bits) - 1;
+        float total = 0.0f;
+        for (std::int64_t k = 0; k < a.k; ++k) {
+            const std::int64_t g = k / a.group;
+            const std::int32_t q = (a.packed[n * a.words() + k / count] >> (k % count * Bits)) & mask;
+            const std::int32_t z = a.zero_point ? (a.zero_point[n / count * n_groups + g] >> (n % count * Bits)) & mask : 1 << (Bits - 1);
+            total += load_float(a.x, m * a.x_stride + k, a.x_type) * (static_cast<float>(q - z) * load_float(a.scale, n * n_groups + g, a.scale_type));
+        }
+        return total;
     }
 
     template <int R>
@@ -154,7 +170,7 @@ struct FewRows {
 private:
     template <int R>
     void run() const {
-        parallel_for(a.n, R, useful_threads(a, a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
+        parallel_for(a.n, R, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
             const Grid grid(R * grid_pitch, a.zero_point == nullptr);
             std::int64_t n = begin;
             for (; n + R <= end; n += R) rows<R>(grid, n);

@@ -113,7 +113,7 @@ private:
 
     template <int S>
     void run() const {
-        parallel_for((a.n + W - 1) / W, 1, useful_threads(a, a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
+        parallel_for((a.n + W - 1) / W, 1, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
             Grid grid(a);
             const Buffer<std::int32_t> folded(steps * kFewDotRows * kFolds * W);
             for (std::int64_t panel = begin; panel < end; ++panel) {

@@ -147,7 +147,7 @@ void run_int8(const DequantMatmulArgs& a, const Segments& segments) {
     const Q x(a, segments);
     const Buffer<std::int32_t> q(a.m * x.pitch);
     x.fill(q.data);
-    const int threads = useful_threads(a, a.m * a.n * a.k);
+    const int threads = useful_threads(a, 1.0 * a.m * a.n * a.k);
     const std::int64_t tiles = (a.m + kDotRows - 1) / kDotRows;
     const Division division(a, kDotVectors, tiles, threads);
     parallel_for(division.count(), 1, threads, [&](std::int64_t begin, std::int64_t end) {

@@ -100,7 +100,7 @@ void run_int8_tiles(const DequantMatmulArgs& a, int depth) {
     const Segments segments(a.k, a.group);
     const Q x(a, segments);
     const TiledRows tiles(a.m, x.pitch, depth);
-    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 8 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
         const typename Q::Row row(x);
         const Buffer<std::int32_t> q(x.pitch);
         for (std::int64_t m = begin; m < end; ++m) {

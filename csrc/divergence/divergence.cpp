@@ -10,7 +10,7 @@ namespace klfast::divergence {
 namespace {
 
 const KernelTable<const Kernels> kTable{
-    &scalar::kDivergence, KLFAST_IF_AVX2(&avx2::kDivergence), nullptr, KLFAST_IF_AVX512VNNI(&avx512vnni::kDivergence), nullptr};
+    &scalar::kDivergence, KLFAST_IF_AVX2(&avx2::kDivergence), nullptr, KLFAST_IF_AVX512VNNI(&avx512vnni::kDivergence), nullptr, nullptr};
 const Announce announce_logits{"logit_divergence", kTable}, announce_linear{"linear_divergence", kTable};
 
 // n logits from column `column` of a row as contiguous floats: in place, or in `buffer`.

@@ -56,7 +56,7 @@ struct FewRows {
         if constexpr (M > 1)
             if (a.m < M) return run<M - 1>();
         constexpr int R = M <= 4 ? 4 : 2;  // rows of W at a time: at most 16 sums
-        parallel_for(a.n, R, useful_threads(a, a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
+        parallel_for(a.n, R, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
             std::int64_t n = begin;
             for (; n + R <= end; n += R) tile<R, M>(n);
             for (; n < end; ++n) tile<1, M>(n);

@@ -81,7 +81,7 @@ struct EvenRows {
 
 template <class Source>
 void product_bf16(const Product& a, const Source& source) {
-    const int threads = useful_threads(a, a.m * a.n * a.k / 4);
+    const int threads = useful_threads(a, 0.25 * a.m * a.n * a.k);
     const EvenRows x(a);
     const std::int64_t depth = larger(1, smaller(source.depth, a.k)), groups = larger(1, (a.k + depth - 1) / depth);
     const std::int64_t tiles = (a.m + kBf16Rows - 1) / kBf16Rows;

@@ -4,8 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
 
+#include "buffer.h"
 #include "parallel.h"
 #include "product/product.h"
 
@@ -17,7 +17,6 @@ constexpr int W = Vec::width;
 // that they are exact as floats too.
 constexpr int kBlock = 256;
 
-constexpr int kFewRows = 8;  // rows of x that are multiplied by W as it lies
 // Bytes of W ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and
 // into the first cache too few can be under way at once (bench/NOTES.md).
 constexpr int kAhead = 8192;
@@ -36,17 +35,6 @@ template <int N, class Body>
     }
 }
 #define KLFAST_INLINE __attribute__((always_inline))  // for the bodies
-
-// Memory for the length of a call: `size` elements, aligned to a cache line, not initialised.
-template <class T>
-struct Buffer {
-    T* data;
-    explicit Buffer(std::size_t size) : data(static_cast<T*>(::operator new((size + 1) * sizeof(T), std::align_val_t{64}))) {}
-    ~Buffer() { ::operator delete(data, std::align_val_t{64}); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    T& operator[](std::int64_t i) const { return data[i]; }
-};
 
 inline Vec rounded(Vec v, DType type) {
     if (type == DType::f32) return v;
@@ -80,7 +68,7 @@ inline void store_tile(const Product& a, std::int64_t m, std::int64_t n0, std::i
 }
 
 // Threads for `macs` multiplications.
-inline int useful_threads(const Product& a, std::int64_t macs) { return worthwhile_threads(a.n_threads, macs, 65536); }
+inline int useful_threads(const Product& a, double macs) { return worthwhile_threads(a.n_threads, macs, 65536); }
 
 }  // namespace
 }  // namespace klfast

@@ -67,7 +67,7 @@ void tile_product(std::int64_t rows, const float* x, const float* weights, std::
 
 template <class Source>
 void product_fp32(const Product& a, const Source& source) {
-    const int threads = useful_threads(a, a.m * a.n * a.k);
+    const int threads = useful_threads(a, 1.0 * a.m * a.n * a.k);
     for (std::int64_t m0 = 0; m0 < a.m; m0 += kChunkM) {
         const XTiles tiles(a, smaller(kChunkM, a.m - m0));
         parallel_for(tiles.count, 1, threads, [&](std::int64_t begin, std::int64_t end) {

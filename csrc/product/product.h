@@ -7,6 +7,8 @@
 
 namespace klfast {
 
+inline constexpr int kFewRows = 8;  // rows of x that are multiplied by W as it lies
+
 struct Product {
     const void* x;  // [m, k], last dimension contiguous
     DType x_type;

@@ -111,7 +111,7 @@ void multiply(std::int64_t rows, std::int64_t vectors, Rest&&... rest) {
 //             add(sums, total, row)   adds those of row m + row to its totals
 template <class Factors>
 void product_tiles(const Product& a, const TiledRows& x, const Segments& segments, const Factors& factors) {
-    const int threads = useful_threads(a, a.m * a.n * a.k / 16);
+    const int threads = useful_threads(a, 0.0625 * a.m * a.n * a.k);
     const std::int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
     // A share's rows of x fit in L2 beside a panel, but for fewer than 256 rows panels would be laid out too often.
     const std::int64_t least = smaller(a.m / 256, a.m * x.steps * x.depth * 4 / (1 << 20));

@@ -6,7 +6,7 @@ namespace klfast {
 #define KLFAST_SCAN_ENTRY(op, Args)                                                                                     \
     namespace {                                                                                                         \
     const KernelTable<void(const Args&)> k_##op{scalar::op, KLFAST_IF_AVX2(avx2::op), nullptr,                          \
-                                                KLFAST_IF_AVX512VNNI(avx512vnni::op), nullptr};                         \
+                                                KLFAST_IF_AVX512VNNI(avx512vnni::op), nullptr, nullptr};                \
     const Announce announce_##op{#op, k_##op};                                                                          \
     }                                                                                                                   \
     void op(const Args& args, Tier limit) { pick(k_##op, limit)(args); }

@@ -13,23 +13,24 @@ namespace {
 
 inline void run(const StateUpdateArgs& s) {
     constexpr int W = Vec::width;
-    const int n_states = static_cast<int>(s.states), pitch = round_up(s.states);
+    const std::int64_t n_states = s.states, pitch = round_up(s.states);
     const std::int64_t blocks = (s.dim + W - 1) / W, per_group = s.heads / s.groups;
-    const bool shared_rate = s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
+    const bool shared_rate = n_states > 0 && s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
     const auto whole_rows = [&](const View& v, int dim) { return v.dtype == DType::f32 && v.stride[dim] == 1 && pitch == n_states; };
     const bool state_in_place = whole_rows(s.state, 3), a_in_place = whole_rows(s.a, 2);  // usual: no way through scratch
     const auto negative_rate = [&](Vec a) { return s.a_is_log ? set(0.0f) - exp(a) : a; };
-    const int threads = worthwhile_threads(s.n_threads, (s.a_is_log ? 27 : 15) * s.batch * s.heads * s.dim * s.states);
+    const int threads = worthwhile_threads(s.n_threads, (s.a_is_log ? 27.0 : 15.0) * s.batch * s.heads * s.dim * s.states);
     parallel_for(s.batch * s.heads * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(4 * pitch);
         float* const a_copy = scratch.data;  // [pitch] each
         float* const h_copy = a_copy + pitch;
         float* const b = h_copy + pitch;
         float* const c = b + pitch;
-        alignas(64) float dt[W], x[W], y[W], rate[W], d[W];
+        alignas(64) float dt[W], x[W], y[W], rate[W], d[W], lane[W];
+        for (int i = 0; i < W; ++i) lane[i] = static_cast<float>(i);
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads, c0 = item % blocks * W;
-            const int n = static_cast<int>(s.dim - c0 < W ? s.dim - c0 : W);
+            const int n = lanes(s.dim - c0);
             const auto channels = [&](float* to, const View& v, int head_dim) {  // head_dim: which of v's dimensions is the head
                 const std::int64_t base = head_dim * batch * v.stride[0] + head * v.stride[head_dim] + c0 * v.stride[head_dim + 1];
                 load_tile(to, W, v, base, v.stride[head_dim + 1], 0, n, 1);
@@ -56,14 +57,23 @@ inline void run(const StateUpdateArgs& s) {
                 const float* const a = a_in_place ? static_cast<const float*>(s.a.data) + a_base : a_copy;
                 const Vec input = set(dt[i] * x[i]), tau = set(dt[i]);
                 Vec decay = set(rate[i]), dot = set(0.0f);
-                for (int k = 0; k < pitch; k += W) {
+                const auto step_of = [&](std::int64_t k) {
                     if (!shared_rate) decay = exp(tau * negative_rate(load(a + k)));
-                    const Vec next = fma(decay, load(h + k), input * load(b + k));
+                    return fma(decay, load(h + k), input * load(b + k));
+                };
+                std::int64_t k = 0;
+                for (; k + W <= n_states; k += W) {
+                    const Vec next = step_of(k);
+                    dot = fma(next, load(c + k), dot);
+                    store(h + k, next);
+                }
+                if (k < n_states) {  // lanes behind the last state are zeros, whatever an infinite input makes of them
+                    const Vec next = select_less(load(lane), set(static_cast<float>(n_states - k)), step_of(k), set(0.0f));
                     dot = fma(next, load(c + k), dot);
                     store(h + k, next);
                 }
                 if (!state_in_place) store_tile(h, pitch, s.state, base, s.state.stride[3], 0, n_states, 1);
-                y[i] = sum(dot) + d[i] * x[i];
+                y[i] = sum(dot) + (s.d ? d[i] * x[i] : 0.0f);
             }
             for (int i = n; i < W; ++i) y[i] = 0.0f;
             if (s.z) channels(x, s.z, 1), store(y, load(y) * silu(load(x)));

@@ -36,6 +36,7 @@ inline Vec negative_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f)
 inline Vec copysign(Vec size, Vec sign) { return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))}; }  // size >= 0
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
 inline Vec quotient(Vec a, Vec b) { return a / b; }
+inline Vec wide_quotient(Vec a, Vec b) { return a / b; }
 
 inline float sum(Vec a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -43,11 +44,15 @@ inline float sum(Vec a) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-// p * 2^n for an integral n; n < -126 gives 0, n > 127 infinity.
-inline Vec scale(Vec p, Vec n) {
-    const __m256i e = _mm256_cvtps_epi32(min(max(n, set(-127.0f)), set(128.0f)).v);
+// What exp2 takes, and its scale, for an integral n within these bounds: -127 gives 0, 128 infinity.
+inline Vec within_exponents(Vec x) { return min(max(x, set(-127.0f)), set(128.0f)); }
+inline Vec scale_within(Vec p, Vec n) {
+    const __m256i e = _mm256_cvtps_epi32(n.v);
     return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)))};
 }
+
+// p * 2^n for an integral n; n < -126 gives 0, n > 127 infinity.
+inline Vec scale(Vec p, Vec n) { return scale_within(p, within_exponents(n)); }
 
 // `n` elements of type t from index i on, the other lanes zero.
 inline Vec load(const void* p, std::int64_t i, DType t, int n) {

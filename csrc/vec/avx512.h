@@ -39,10 +39,21 @@ inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 // p * 2^n for an integral n.
 inline Vec scale(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 
+// What exp2 takes, and its scale: the instruction makes 0 or infinity of n = -inf or inf, even where p is a NaN.
+inline Vec within_exponents(Vec x) { return x; }
+inline Vec scale_within(Vec p, Vec n) { return scale(p, n); }
+
 // a / b for 1 <= b < 2^126: the 14-bit reciprocal and one Newton step, within 2 ulp.
 inline Vec quotient(Vec a, Vec b) {
     const __m512 r = _mm512_rcp14_ps(b.v), e = _mm512_fnmadd_ps(b.v, r, _mm512_set1_ps(1.0f));
     return {_mm512_mul_ps(a.v, _mm512_fmadd_ps(r, e, r))};
+}
+
+// The same for 1 <= b <= infinity.
+inline Vec wide_quotient(Vec a, Vec b) {
+    const __m512 r = _mm512_rcp14_ps(b.v), e = _mm512_fnmadd_ps(b.v, r, _mm512_set1_ps(1.0f));
+    const __mmask16 finite = _mm512_cmp_ps_mask(b.v, _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+    return {_mm512_mul_ps(a.v, _mm512_maskz_fmadd_ps(finite, r, e, r))};
 }
 
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }

@@ -8,18 +8,20 @@
 //           error below 2^-22 wherever dt A <= 0.
 // softplus: max(x, 0) + log1p(e), e = e^-|x|; log1p(e) = e l(e), l of degree 9 with relative error 5e-9.
 // silu:     x / (1 + e^-x).
+// Infinities give what these expressions give: exp2 and exp 0 and infinity, softplus 0 and infinity, silu(-inf) a NaN.
 #pragma once
 
 namespace klfast {
 namespace {
 
 inline Vec exp2(Vec x) {
+    x = within_exponents(x);
     const Vec n = round(x), r = x - n;
     Vec p = fma(set(0x1.5bba1ap-10f), r, set(0x1.3cea88p-7f));
     p = fma(p, r, set(0x1.c6b752p-5f));
     p = fma(p, r, set(0x1.ebf9bcp-3f));
     p = fma(p, r, set(0x1.62e42ap-1f));
-    return scale(fma(p, r, set(1.0f)), n);
+    return scale_within(fma(p, r, set(1.0f)), n);
 }
 
 inline Vec exp(Vec x) {
@@ -59,8 +61,7 @@ inline Vec softplus(Vec x) {
     return fma(l, e, max(x, set(0.0f)));
 }
 
-// e^-x is kept below 2^126, where 1 / (1 + e^-x) is still a normal number.
-inline Vec silu(Vec x) { return quotient(x, set(1.0f) + exp(min(set(0.0f) - x, set(87.0f)))); }
+inline Vec silu(Vec x) { return wide_quotient(x, set(1.0f) + exp(set(0.0f) - x)); }
 
 }  // namespace
 }  // namespace klfast

@@ -62,7 +62,9 @@ def selective_scan(
             dt = at_most(at_least(dt, dt_min), dt_max)
         B, C = tl.load(p_b, mask=m_n, other=0.0).to(tl.float32), tl.load(p_c, mask=m_n, other=0.0).to(tl.float32)
         h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
-        y = tl.sum(h * C[None, :], axis=1) + skip * x
+        y = tl.sum(tl.where(m_n[None, :], h * C[None, :], 0.0), axis=1)  # an infinite x makes a NaN behind the last state
+        if d_ptr is not None:
+            y += skip * x
         if z_ptr is not None:
             y *= silu(tl.load(p_z, mask=m_p, other=0.0).to(tl.float32))
             p_z += z_l

@@ -25,28 +25,30 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     return y
 
 
-def _torch_is_faster(x, dtype, rows):
-    """Whether torch's own product, with a conversion after it, beats linear's kernel (bench/NOTES.md).
+def why_torch_multiplies(x, weight=None, bias=None, dtype=None):
+    """Why ``linear`` takes torch's own product, with a conversion after it; empty if its kernel is faster (bench/NOTES.md).
 
-    It does in float32, and for many rows of what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
+    torch is faster in float32, and for many rows of what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
     AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower; and so it is
     for few rows of 16-bit types.
     """
     if runtime.pinned() in runtime.CPU_TIERS:
-        return False
+        return ""
     if x.dtype == torch.float32:
-        return True
-    if rows <= FEW_ROWS:
-        return False
+        return "torch's own product is faster in float32."
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        return ""
     if not runtime.why_not("amx"):
-        return True
-    return x.dtype == torch.bfloat16 == dtype and not runtime.why_not("avx512bf16")
+        return "torch's own product is faster for many rows where the CPU has AMX."
+    if x.dtype == torch.bfloat16 == (dtype or x.dtype) and not runtime.why_not("avx512bf16"):
+        return "torch's own product is faster for many rows of bfloat16 where the CPU has AVX-512-BF16."
+    return ""
 
 
 def linear(x, weight, bias, dtype):
-    n, k = weight.shape
+    n = weight.shape[0]
     dtype = dtype or x.dtype
-    if _torch_is_faster(x, dtype, x.numel() // max(k, 1)):
+    if why_torch_multiplies(x, weight, bias, dtype):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
     y = empty(*x.shape[:-1], n, dtype=dtype)
     linear_into(y, x, weight, bias, rounded_to=x.dtype)
@@ -64,7 +66,7 @@ def decode_attention(q, k, v, scale):
 def register() -> None:
     """Register every CPU kernel with its op."""
     ops.register_kernel("dequant_matmul", "CPU", dequant_matmul)
-    ops.register_kernel("linear", "CPU", linear)
+    ops.register_kernel("linear", "CPU", linear, handed_over=why_torch_multiplies)
     ops.register_kernel("decode_attention", "CPU", decode_attention)
     cpu_divergence.register()
     cpu_ssm.register()

@@ -1,38 +1,51 @@
-"""What the C++ extension is told of a tensor, and large tensors made for it."""
+"""Tensor descriptors passed to the C++ extension, and its allocator for large outputs."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import mmap
-import threading
 import weakref
+from collections import deque
 
 import torch
+
+from klfast.errors import InvalidInputError
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.h
 
 _LARGE = 1 << 24  # bytes; smaller blocks the C library reuses by itself
-_kept: list[mmap.mmap] = []
-_lock = threading.Lock()
+# The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``_block``,
+# and a fork finds it whole.
+_kept: deque[mmap.mmap] = deque(maxlen=1)
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Where the tensor's first element lies; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the tensor's first element lies; 0 for none and for a tensor without elements.
+
+    Raises:
+        InvalidInputError: its memory was freed, or never allocated.
+    """
+    return 0 if tensor is None else tensor.data_ptr() or _nowhere(tensor)
 
 
 def view(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """Address, element type and strides (csrc/view_caster.h)."""
-    return None if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride())
+    """Address (as ``address`` gives it), element type and strides (csrc/view_caster.h)."""
+    return None if tensor is None else (tensor.data_ptr() or _nowhere(tensor), DTYPE_CODES[tensor.dtype], tensor.stride())
+
+
+def _nowhere(tensor: torch.Tensor) -> int:
+    if tensor.numel():
+        raise InvalidInputError(f"a {list(tensor.shape)} tensor has no memory: its storage was freed or never allocated; pass a tensor with data")
+    return 0
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU, not initialised.
 
     The C library gives large blocks back to the system at once, and fresh pages cost more than filling them (the logits of
-    1,024 tokens: 0.03 to 0.4 s). So the last large block freed is kept for the next, on large pages, and meanwhile marked
-    as free for the system to take (MADV_FREE): it is no burden on a machine short of memory.
+    1,024 tokens: 0.03 to 0.4 s). So the last large block freed is kept for the next, on huge pages where the system has
+    them. Meanwhile it is marked as free (MADV_FREE), so that the system may reclaim it when memory is short.
     """
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
@@ -44,18 +57,26 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _block(size: int) -> mmap.mmap:
-    with _lock:
-        if _kept and size <= len(_kept[0]) <= 2 * size:
-            return _kept.pop()
-    block = mmap.mmap(-1, size)
+    try:
+        block = _kept.pop()
+    except IndexError:
+        pass
+    else:
+        if size <= len(block) <= 2 * size:
+            return block
+        _kept.append(block)
+    # Private: a process forked from this one gets its own copy, as of any other memory.
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"there is no memory for a result of {size} bytes") from error
     _advise(block, "MADV_HUGEPAGE")
     return block
 
 
 def _keep(block: mmap.mmap) -> None:
     _advise(block, "MADV_FREE")
-    with _lock:
-        _kept[:] = [block]
+    _kept.append(block)
 
 
 def _advise(block: mmap.mmap, name: str) -> None:
@@ -63,5 +84,5 @@ def _advise(block: mmap.mmap, name: str) -> None:
     if hasattr(mmap, name):
         try:
             block.madvise(getattr(mmap, name))
-        except OSError:
+        except OSError:  # a kernel built without huge pages
             pass

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from klfast import ops, runtime
+from klfast import ops, registry, runtime
 from klfast.layouts import RELAID, fill_blocks, parts_in
 from klfast.types import Layout
 
@@ -91,9 +91,22 @@ KERNELS = {
 }
 
 
+def _why_no_triton(device: str) -> str:
+    """Why Triton kernels cannot run on a type of device, one sentence; empty if they can."""
+    if device == "CUDA" and torch.version.hip is not None:
+        return "klfast's Triton kernels have not been tried on AMD GPUs (ROCm)."
+    if importlib.util.find_spec("triton") is None:
+        remedy = "pip install klfast[triton]" if device == "CUDA" else "PyTorch's XPU build brings it: docs/XPU.md"
+        return f"Triton, which klfast's {device.lower()} kernels need, is not installed ({remedy})."
+    return ""
+
+
 def register() -> None:
-    """Register every kernel with its op; Triton's only where triton is installed."""
-    kernels = KERNELS if importlib.util.find_spec("triton") is not None else {}
+    """Register every kernel with its op; Triton's only where they can run."""
     for device in DEVICES:
-        for name, kernel in {"linear": linear, **kernels}.items():
+        ops.register_kernel("linear", device, linear, handed_over=lambda *_: "torch's own product serves GPUs.")
+        if reason := _why_no_triton(device):
+            registry.unavailable(device, reason)
+            continue
+        for name, kernel in KERNELS.items():
             ops.register_kernel(name, device, kernel)

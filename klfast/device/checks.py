@@ -6,14 +6,16 @@ access, or where a driver ends the process, the other kernels would only repeat 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +25,8 @@ from klfast.errors import one_line, shortened
 
 PASS, FAIL, NONE = "pass", "FAIL", "none"  # NONE: klfast has no kernel for such devices, its plain reference runs
 PATIENCE = 900.0  # seconds in which a process has to begin another case; compiling one takes less
+PAUSE = 2.0  # seconds before a process that the machine had no room for is tried again
+_NO_ROOM = tuple(map(os.strerror, (errno.EAGAIN, errno.ENOMEM)))  # for processes and threads, or their memory
 _MOST_FAULTS = 12  # that are listed for a kernel
 
 
@@ -52,7 +56,7 @@ def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
     from klfast.backends.triton import KERNELS
 
     if not registry.has_kernel(op, device.upper()):
-        yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device))
+        yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device, op))
         return
     try:
         cases = selfcheck.cases(op)
@@ -70,12 +74,28 @@ def of_kernel(kernel: str, cases: list[selfcheck.Case], device: str, tell: Calla
 
 
 def in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]) -> Check:
-    """``of_kernel`` with an op's cases in another process; if that ends early, a failed check with its exit code and the last it said."""
+    """``of_kernel`` with an op's cases in another process; if that ends early, a failed check with its exit code and the last it said.
+
+    Where the machine has no room for a process or its threads for a moment, it is tried a second time.
+    """
+    for again in (True, False):
+        try:
+            found = _in_a_process(op, kernel, device, tell)
+        except OSError as error:
+            found = Check(kernel, FAIL, reason=f"its process cannot be started: {one_line(error)}")
+        if not any(reason in found.reason for reason in _NO_ROOM):
+            return found
+        if again:
+            time.sleep(PAUSE)
+    return replace(found, reason=f"not checked, since the machine has no room for another process; try again later ({found.reason})")
+
+
+def _in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]) -> Check:
     running = ""
     with tempfile.TemporaryFile() as errors:
         # From klfast's own folder: Python looks for modules there first, and a klfast elsewhere may be another.
         folder = Path(klfast.__file__).parent.parent
-        with subprocess.Popen(_command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8", errors="replace") as process:
+        with subprocess.Popen(_command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors) as process:
             for message in _messages(process):
                 if "check" in message:
                     found = message["check"]
@@ -94,17 +114,16 @@ def _command(op: str, kernel: str, device: str) -> list[str]:
 
 def _messages(process: subprocess.Popen) -> Iterator[dict]:
     """What a process writes; it is ended if it writes nothing for PATIENCE seconds."""
-    while True:
-        timer = threading.Timer(PATIENCE, process.kill)
-        timer.start()
-        try:
-            line = process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not line:
+    rest = b""
+    while select.select([process.stdout], [], [], PATIENCE)[0]:
+        part = os.read(process.stdout.fileno(), 1 << 16)
+        if not part:
             return
-        if line.startswith("{"):  # what else comes was written while modules were imported
-            yield json.loads(line)
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"{"):  # what else comes was written while modules were imported
+                yield json.loads(line)
+    process.kill()
 
 
 def main(device: str, op: str, kernel: str) -> None:

@@ -64,13 +64,15 @@ def triton() -> str:
 
 
 def driver(device: str) -> str:
-    """The version of a GPU's driver; empty where nothing tells it."""
+    """The version of a GPU's driver; empty where nothing tells it, "unknown (why)" where what should does not."""
     if device == "xpu":
         return str(getattr(torch.xpu.get_device_properties(), "driver_version", ""))
     try:
         done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except FileNotFoundError:
         return ""
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({one_line(error)})"
     return done.stdout.split("\n")[0].strip()
 
 

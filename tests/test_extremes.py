@@ -1,0 +1,88 @@
+"""Sizes at the ends of what ops take: none, more than 32 bits hold, more than there is memory for. In processes of their own."""
+
+import other_process
+import pytest
+import torch
+from test_attention import truth
+
+from klfast import ops, runtime
+
+BEGIN = """
+import torch
+from klfast import ops, runtime, using
+"""
+
+
+def test_out_of_memory_in_a_parallel_region_is_a_memory_error():
+    """Kernels take scratch in each thread; an exception that leaves one would end the process."""
+    other_process.run(
+        BEGIN
+        + """
+import resource
+torch.set_num_threads(2)
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+wide = torch.zeros(1, 1, 1, 1)
+calls = {
+    "conv": lambda: ops.causal_conv1d_fn(torch.zeros(1, 512, 64), wide[0, 0].expand(512, 1 << 24)),
+    "states": lambda: ops.mamba_chunk_scan_combined(
+        torch.zeros(2, 70, 2, 16), torch.zeros(2, 70, 2), torch.zeros(2), *[wide.expand(2, 70, 1, 1 << 27)] * 2, 64
+    ),
+}
+for tier in runtime.available_tiers():
+    for name, call in calls.items():
+        with using(tier):
+            try:
+                call()
+            except MemoryError:
+                continue
+            raise AssertionError(f"{name} at {tier} found the memory")
+x = torch.randn(1, 512, 64)
+assert torch.equal(ops.causal_conv1d_fn(x, torch.ones(512, 1)), x)
+"""
+    )
+
+
+def test_rms_norm_of_more_channels_than_32_bits_count():
+    """In groups of one, each a vector of floats."""
+    other_process.run(
+        BEGIN
+        + """
+channels = (1 << 27) + 16
+x = torch.full((1, 1), 3.0, dtype=torch.bfloat16).expand(1, channels)
+y = ops.rms_norm(x, torch.full((1,), 2.0, dtype=torch.bfloat16).expand(channels), eps=0.0, group_size=1)
+assert y.shape == (1, channels) and (y == 2).all()
+"""
+    )
+
+
+@pytest.mark.parametrize("rate", ["torch.zeros(1, 1, 1).expand(3, 5, 0)", "torch.zeros(3, 5, 0)"])
+def test_state_update_without_states(rate):
+    other_process.run(
+        BEGIN
+        + f"""
+for tier in ["reference", *runtime.available_tiers()]:
+    with using(tier):
+        x, d, nothing = torch.randn(2, 3, 5), torch.randn(3, 5), torch.zeros(2, 1, 0)
+        y = ops.selective_state_update(torch.zeros(2, 3, 5, 0), x, x, {rate}, nothing, nothing, d)
+        assert torch.equal(y, d * x), tier
+"""
+    )
+
+
+@pytest.mark.parametrize("keys", [65_537, 200_000])
+def test_attention_to_many_keys_goes_in_parts(keys, tier):
+    q, k, v = torch.randn(1, 3, 8), torch.randn(1, 1, keys, 8), torch.randn(1, 1, keys, 5)
+    k[0, 0, -1] = 3 * q[0, 1]  # the highest score comes last for one head, which makes the others small
+    torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0).double(), truth(q, k, v, 1.0), rtol=1e-4, atol=1e-5)
+    k[0, 0, : keys // 2] = -torch.inf
+    q = q.abs()
+    torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0).double(), truth(q, k, v, 1.0), rtol=1e-4, atol=1e-5)
+    k[:] = -torch.inf
+    assert ops.decode_attention(q, k, v, 1.0).isnan().all()
+
+
+def test_the_extension_and_python_agree_on_tiers_and_few_rows():
+    from klfast import _C, prepared
+
+    assert tuple(_C.tiers) == runtime.CPU_TIERS
+    assert _C.few_rows == prepared.FEW_ROWS
