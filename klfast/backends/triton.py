@@ -70,16 +70,7 @@ def _from(module: str, name: str) -> Callable:
     return kernel
 
 
-def _has_extension() -> bool:
-    try:
-        from klfast import _C  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-# The divergence kernels leave sums, which the extension makes metrics of.
-DIVERGENCE = ("logit_divergence", "linear_divergence") if _has_extension() else ()
+DIVERGENCE = ("logit_divergence", "linear_divergence")  # their kernels leave sums, which the extension turns into metrics
 KERNELS = {
     "dequant_matmul": dequant_matmul,
     "decode_attention": decode_attention,
@@ -109,4 +100,7 @@ def register() -> None:
             registry.unavailable(device, reason)
             continue
         for name, kernel in KERNELS.items():
-            ops.register_kernel(name, device, kernel)
+            if name in DIVERGENCE and not registry.has_kernel(name, "CPU"):
+                registry.unavailable(device, registry.why_no_kernel("cpu", name), name)
+            else:
+                ops.register_kernel(name, device, kernel)
