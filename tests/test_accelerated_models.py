@@ -247,7 +247,7 @@ def test_modules_with_another_forward_keep_it_and_are_named():
     model = tiny("mamba2")
     ids, plain = batch(), logits(tiny("mamba2"), batch())
     hook_around(mixers(model)[1])
-    with pytest.warns(klfast.SlowPathWarning, match=r"replaced the forward of backbone\.layers\.1\.mixer; call klfast\.accelerate before"):
+    with pytest.warns(klfast.SlowPathWarning, match=r"replaced the forward of backbone\.layers\.1\.mixer in this Mamba2ForCausalLM; call klfast\.accelerate before"):
         klfast.accelerate(model)
     assert [is_accelerated(mixer) for mixer in mixers(model)] == [True, False]
     torch.testing.assert_close(logits(model, ids), plain, rtol=2e-5, atol=2e-5)
