@@ -353,6 +353,7 @@ def test_save_refuses(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "home"}
 
 
+@torch.no_grad()
 def test_overwrite(tmp_path):
     first, second = quantized("mamba"), quantized("mamba2")
     (tmp_path / "model").mkdir()  # an empty folder is as good as none
