@@ -305,6 +305,7 @@ def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):
     assert load_model(damaged) is not None
 
 
+@torch.no_grad()
 def test_overwrite(tmp_path):
     first, second = quantized("mamba"), quantized("mamba2")
     (tmp_path / "model").mkdir()  # an empty folder is as good as none

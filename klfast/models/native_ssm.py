@@ -170,8 +170,8 @@ def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) ->
     foreign = [name for name, module in model.named_modules() if module in wanted and _is_foreign(module) and not is_accelerated(module)]
     if foreign:
         runtime.slow_path(
-            "accelerate", kind, f"another library has replaced the forward of {_listed(foreign)}; call klfast.accelerate before it does, "
-            "or undo that first.", _OWN,
+            "accelerate", kind, f"another library has replaced the forward of {_listed(foreign)} in this {kind}; call klfast.accelerate "
+            "before it does, or undo that first.", _OWN,
         )  # fmt: skip
     patched = {type(module) for module, forward in wanted.items() if forward is not native_forwards.mixer_forward}
     if patched := sorted(c.__name__ for c in patched if not native_forwards.has_its_own_forward(c)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -79,12 +81,26 @@ class HymbaMixer(nn.Module):
             if cache is not None:
                 shared_kv = cache.extend(self.layer, *shared_kv)
         attended = attend(q, *shared_kv, attention_mask)
-        scanned = self._state_space(parts["x"], parts["z"], padding, cache)
+        offloaded = "_hf_hook" in self._modules["conv1d"].__dict__
+        with self._weights_loaded() if offloaded else nullcontext():
+            scanned = self._state_space(parts["x"], parts["z"], padding, cache)
         fused = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)) / 2
         return self.out_proj(fused), shared_kv
 
     def _heads(self, x: torch.Tensor, width: int) -> torch.Tensor:
         return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    @contextmanager
+    def _weights_loaded(self) -> Iterator[None]:
+        """With the weights that are used without calling their module, where accelerate offloads them until it is called."""
+        modules = [module for module in (self.conv1d, self.dt_proj[0], self.A_log, self.D) if hasattr(module, "_hf_hook")]
+        for module in modules:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._hf_hook.post_forward(module, None)
 
     def _state_space(self, x: torch.Tensor, z: torch.Tensor, padding: torch.Tensor | None, cache: HymbaCache | None) -> torch.Tensor:
         """silu(convolution), then the selective scan, gated by z: [B, L, D]."""
