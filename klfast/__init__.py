@@ -37,8 +37,14 @@ _PUBLIC = {
     "explain": "diagnostics",
     "Sensitivities": "sensitivity.results",
     "plan": "planner",
+    "CheckpointError": "errors",
+    "InfeasibleBudgetError": "errors",
+    "InvalidInputError": "errors",
+    "KernelUnavailableError": "errors",
     "KlfastError": "errors",
+    "ModelMismatchError": "errors",
     "SlowPathWarning": "errors",
+    "UnknownLayerError": "errors",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -6,24 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from klfast import layouts, ops, prepared
+from klfast import layouts, ops, prepared, reference, runtime
 from klfast.errors import InvalidInputError
-from klfast.lazy_weight import LazyWeight
+from klfast.lazy_weight import READ_ONLY, LazyWeight, TiedWeight
 from klfast.quantization import quantize
 from klfast.types import Layout, QuantizedTensor, QuantSpec, packed_words
 
 
-class QuantLinear(nn.Module):
+class _ReadOnlyWeight(nn.Module):
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not isinstance(value, TiedWeight) or value.quantized.packed is not self.weight.quantized.packed:  # not what it is already
+            raise InvalidInputError(f"weight: {READ_ONLY}")
+
+
+class QuantLinear(_ReadOnlyWeight, nn.Linear):
     """``y = x W^T + b`` with W quantized; x [..., in_features] to [..., out_features].
 
     Its buffers bear the names of compressed-tensors' ``pack-quantized`` format: weight_packed, weight_scale,
     weight_zero_point (asymmetric only) and weight_shape; ``bias`` stays a float parameter. ``dtype`` is what
     ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
     The buffers are kept in the layout of the device's kernels (``layout``); a state dict always holds ``Layout.PLAIN``.
+
+    The input and the bias, if it ``requires_grad``, get gradients; the weight is frozen and read-only. The layer is an
+    nn.Linear for code that asks, such as peft's, which then trains adapters around it. After ``double()`` it computes in
+    float64 from the dequantized weight, slowly.
     """
 
     def __init__(self, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact", *, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
         if activation not in ("exact", "int8"):
             raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
         self.out_features, self.in_features = qt.shape
@@ -37,7 +49,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: QuantSpec | str, activation: str = "exact", scale: str = "absmax") -> QuantLinear:
         """Quantize a linear layer's weight; its bias is kept as it is. ``scale`` as in ``klfast.quantize``."""
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
             raise InvalidInputError(f"QuantLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
         return cls(quantize(linear.weight, spec, scale=scale), linear.bias, activation, dtype=linear.weight.dtype)
 
@@ -71,6 +83,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (y := prepared.linear(self, x)) is not None:
             return y
+        if x.dtype is self.dtype is torch.float64:
+            return self._in_float64(x)
         # The bare op and the dictionary: a QuantizedTensor made at each call would cost as much as a small product, and
         # nn.Module takes three times as long to find a buffer.
         spec, buffers = self.spec, self._buffers
@@ -78,6 +92,12 @@ class QuantLinear(nn.Module):
             x, buffers["weight_packed"], buffers["weight_scale"], buffers["weight_zero_point"], self.bias, self.out_features, self.in_features,
             spec.bits, spec.group_size, self.layout.value, self.activation,
         )
+
+    def _in_float64(self, x: torch.Tensor) -> torch.Tensor:
+        runtime.slow_path("QuantLinear", list(x.shape), "no kernel computes in float64; use float32.", how="with a dequantized weight")
+        if self.activation == "int8":
+            x = x + (reference.fake_quantize_rows(x, self.spec) - x).detach()
+        return F.linear(x, self.quantized.dequantize(torch.float32).to(torch.float64), self.bias)
 
     def _apply(self, fn, recurse=True):
         scale = self.weight_scale
@@ -100,10 +120,15 @@ class QuantLinear(nn.Module):
             plain = _buffers(self.quantized.to_layout(Layout.PLAIN))
             destination.update((prefix + name, tensor) for name, tensor in plain.items() if tensor is not None)
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        shape = state_dict.get(prefix + "weight_shape")
+        if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
+            *_, errors = args
+            errors.append(f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is {[self.out_features, self.in_features]}")
+            return
         layout = self.layout
         self._set_layout(Layout.PLAIN)
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._set_layout(layout)
 
     def extra_repr(self) -> str:
@@ -114,7 +139,7 @@ def _buffers(qt: QuantizedTensor) -> dict[str, torch.Tensor | None]:
     return {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_zero_point": qt.zero_point}
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(_ReadOnlyWeight):
     """The input embedding of a model whose quantized head it is tied to: it reads its rows from the head's tensor.
 
     ids int64 [...] to [..., in_features of the head] in the model's dtype. It has no tensors of its own: the head holds
@@ -124,7 +149,7 @@ class QuantEmbedding(nn.Module):
     def __init__(self, head: QuantLinear) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
-        self._head = (head,)  # in a tuple: no submodule, lest the head be listed twice
+        self._head = (head,)  # in a tuple, so that nn.Module does not list the head twice
 
     @property
     def head(self) -> QuantLinear:
@@ -132,11 +157,16 @@ class QuantEmbedding(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.head.weight
+        return self.head.weight if torch.compiler.is_compiling() else TiedWeight(self.head.quantized, self.head.dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         # As reference.dequantize does it, but for these rows alone and in few calls: one token costs little else.
         head, k, bits = self.head, self.embedding_dim, self.head.spec.bits
+        if head.weight_packed.is_meta and not ids.is_meta:
+            raise InvalidInputError(
+                "QuantEmbedding reads its rows from the quantized head, whose tensors are on the meta device: not loaded, or offloaded "
+                "(accelerate's offload_buffers); keep the head's buffers in memory"
+            )
         if head.layout is Layout.TILED:
             found = layouts.rows(head.quantized, ids.reshape(-1)).dequantize(torch.float32)
             return found.view(*ids.shape, k).to(head.dtype)

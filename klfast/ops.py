@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from klfast import reference
-from klfast.op_arguments import public
+from klfast import reference, transforms
 from klfast.errors import InvalidInputError, one_line
 from klfast.layouts import check_tiled_parts
+from klfast.op_arguments import public
 from klfast.ops_attention import decode_attention  # noqa: F401 (ops is the list of all ops)
 from klfast.ops_divergence import linear_divergence, logit_divergence  # noqa: F401
 from klfast.ops_ssm import (  # noqa: F401
@@ -78,11 +78,14 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
         bias: float [N], optional.
         activation: "exact" rounds nothing; "int8" rounds x per row and weight group to int8, symmetric (max|x| / 127).
 
+    Differentiable in x and bias, forwards and backwards; "int8" counts as the identity there (straight-through). Under
+    autocast x is cast to its dtype, as for ``F.linear``.
+
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape, device or activation.
+        InvalidInputError: a wrong dtype, shape, device or activation; a scale that requires a gradient.
     """
     spec = qt.spec
     return dequant_matmul_op(
@@ -139,6 +142,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         InvalidInputError: a wrong dtype, shape or device.
     """
     return linear_op(x, weight, bias, dtype)
+
+
+transforms.register(dequant_matmul_op, linear_op)
 
 
 # Kernels by device. The extension may be missing (a source tree that was not built): the reference then runs, with a

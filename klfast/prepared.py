@@ -1,8 +1,8 @@
-"""Layers prepared for the CPU extension, so that a call for a few rows takes microseconds.
+"""Direct calls into the CPU extension, for layers that run on a few rows in microseconds.
 
-Going through torch's dispatcher, checking every argument and handing over a dozen addresses takes longer than a small
-product. Here the tensors of a layer are checked once, and at each call only that they are still the same ones; where
-anything is out of the ordinary the caller takes the op instead. Results are those of the ops.
+Dispatching an op, validating its arguments and passing a dozen pointers costs more than a small product. Here a layer's
+tensors are validated once; each later call only verifies that they are still the same, and keeps their memory alive until
+it returns. In any unusual situation the caller takes the op instead. Results are those of the ops.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import get_num_threads, is_autocast_enabled, is_grad_enabled, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from klfast import runtime
 from klfast.backends.memory import DTYPE_CODES, view
 from klfast.errors import InvalidInputError
+from klfast.torch_internals import MISSING, StorageWeakRef, dispatch_modes, function_modes, is_profiled, tracing_state, transform
 from klfast.types import FLOAT_DTYPES, Layout, check_parts
 
 try:
@@ -27,52 +29,77 @@ except ImportError:  # not built
 FEW_ROWS = 8  # for these the kernels read a weight as it lies, at the speed of memory
 Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
 _GONE = object()
-_expired = torch.UntypedStorage._expired
+_READY = _C is not None and not MISSING
 
 
 def unobserved(x: torch.Tensor) -> bool:
-    """Whether x is a plain CPU tensor and nothing wants to see or to change what is done with it.
+    """True if x is a plain CPU tensor and nothing intercepts operations on it.
 
-    Such would be a tensor subclass, gradients, a mode, a transform (vmap), a tracer, a compiler, a profiler, or a pin to
-    an implementation other than the extension's; or the extension is not there.
+    Interceptors are: a tensor subclass, a lazy negation, gradients, forward-mode tangents, autocast, a dispatch or function
+    mode, a transform such as vmap, a tracer, a compiler, a profiler, and a pin to another implementation than the
+    extension's. Without the extension every tensor counts as observed.
     """
     return (
         type(x) is torch.Tensor
         and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
+        and not is_compiling()
+        and _READY
+        and not (x.requires_grad and is_grad_enabled())
+        and not is_autocast_enabled("cpu")
+        and not dispatch_modes()
+        and not function_modes()
+        and transform() is None
+        and tracing_state() is None
+        and forward_ad._current_level < 0
+        and not is_profiled()
+        and not x.is_neg()
         and runtime.pinned() not in ("reference", "triton")
-        and _C is not None
     )
 
 
 class Watch:
-    """Whether the contiguous tensors under some names in modules' dictionaries are still those that they were, memory included."""
+    """Detects whether any of some tensors was replaced, reshaped or moved to other memory.
+
+    It refers to their memory weakly: a model that moves to a GPU must not leave its weights behind. It does not refer to
+    the tensors at all, since torch.utils.swap_tensors refuses to swap those that a weak reference points to.
+
+    Attributes:
+        tensors: aliases of what lay at the places when the watch was made, None for an absent one. Addresses have to come from
+            these; they keep the memory alive, so whoever made the watch clears them.
+    """
 
     def __init__(self, *places: Place) -> None:
+        self.tensors: tuple[torch.Tensor | None, ...] = ()
         self._seen = []
         for home, name in places:
             t = home[name]
-            # A weak reference: a model moved to a GPU must not leave its weights behind.
-            storage = None if t is None else StorageWeakRef(t.untyped_storage())
-            self._seen.append((home, name, *((None,) * 5 if t is None else (weakref.ref(t), storage, t.data_ptr(), storage.cdata, t.numel()))))
+            if t is None or not _is_array(t):
+                alias, facts = t, (None, None, None, None, None, None)
+            else:
+                alias = t.detach()  # another thread may give t other memory at any moment, but not this one
+                storage = alias.untyped_storage()
+                facts = (id(t), StorageWeakRef(storage), storage._cdata, alias.data_ptr(), alias.shape, alias.dtype)
+            self.tensors += (alias,)
+            self._seen.append((home, name, *facts))
 
-    def sees_no_change(self) -> bool:
-        for home, name, seen, _, address, storage, count in self._seen:
+    def hold(self) -> list[torch.UntypedStorage] | None:
+        """The memory of the tensors, which stays where it is while the list lives; None if a tensor has changed or takes gradients."""
+        held, gradients = [], is_grad_enabled()
+        for home, name, identity, _, storage, address, shape, dtype in self._seen:
             t = home.get(name, _GONE)
-            if t is None or t is _GONE:
-                if t is _GONE or seen is not None:
-                    return False
-            elif seen is None or seen() is not t or t.data_ptr() != address or _expired(storage):
-                return False
-            elif t.numel() != count or not t.is_contiguous():  # by .data another view of the same memory
-                return False
-        return True
+            if identity is None:
+                if t is not None:
+                    return None
+                continue
+            if id(t) != identity:
+                return None
+            memory = t.untyped_storage()
+            held.append(memory)
+            if memory._cdata != storage or t.data_ptr() != address or t.dtype is not dtype or t.shape != shape or not t.is_contiguous():
+                return None
+            if gradients and t.requires_grad:
+                return None
+        return held
 
 
 def has(*places: Place) -> bool:
@@ -81,8 +108,13 @@ def has(*places: Place) -> bool:
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether all are ordinary CPU tensors, contiguous and of a float type, or absent."""
-    return all(t is None or (type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.dtype in FLOAT_DTYPES and t.is_contiguous()) for t in tensors)
+    """Whether all are ordinary CPU tensors, contiguous, of a float type and in memory, or absent."""
+    return all(t is None or (_is_array(t) and t.dtype in FLOAT_DTYPES) for t in tensors)
+
+
+def _is_array(t: torch.Tensor) -> bool:
+    ordinary = type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided and t.is_contiguous()
+    return ordinary and not t.is_neg() and (t.data_ptr() != 0 or not t.numel())
 
 
 class PreparedLinear:
@@ -90,7 +122,7 @@ class PreparedLinear:
 
     Attributes:
         n, k: features out and in.
-        projection: what the extension calls; None if it cannot take this layer.
+        projection: what the extension calls; None if it cannot take this layer. To call it the layer has to be held.
         dtype: of the x that it takes; None for any float type.
     """
 
@@ -102,15 +134,14 @@ class PreparedLinear:
         places = tuple(zip(homes, names, strict=True))
         if not has(*places):
             return
-        *weight, bias = (home[name] for home, name in places)
-        if not plain(bias) or (bias is not None and bias.shape != (self.n,)):
-            return
-        if self._options is None:
-            self._prepare_dense(*weight, bias)
-        elif layer.layout is Layout.PLAIN:
-            self._prepare_quantized(layer, *weight, bias)
-        if self.projection is not None:
-            self._watch = Watch(*places)
+        self._watch = Watch(*places)
+        *weight, bias = self._watch.tensors
+        if plain(bias) and (bias is None or bias.shape == (self.n,)):
+            if self._options is None:
+                self._prepare_dense(*weight, bias)
+            elif layer.layout is Layout.PLAIN:
+                self._prepare_quantized(layer, *weight, bias)
+        self._watch.tensors = ()
 
     def _prepare_dense(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         if weight is not None and plain(weight) and weight.shape == (self.n, self.k):
@@ -120,7 +151,7 @@ class PreparedLinear:
     def _prepare_quantized(self, layer: nn.Module, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         spec = layer.spec
         words = [t for t in (packed, zero_point) if t is not None]
-        if not plain(scale) or not all(type(t) is torch.Tensor and t.is_cpu and t.is_contiguous() for t in words):
+        if not plain(scale) or not all(map(_is_array, words)):
             return
         try:
             check_parts(packed, scale, zero_point, self.n, self.k, spec.bits, spec.n_groups(self.k))
@@ -131,22 +162,25 @@ class PreparedLinear:
             spec.bits, max(1, spec.group_length(self.k)), layer.activation == "int8",
         )  # fmt: skip
 
-    def is_current(self, layer: nn.Module) -> bool:
-        return self.projection is not None and self._options == _options(layer) and self._watch.sees_no_change()
+    def hold(self, layer: nn.Module) -> list | None:
+        """What must live until a call returns; None if the layer has changed, or cannot be called at all."""
+        return self._watch.hold() if self.projection is not None and self._options == _options(layer) else None
 
     def takes(self, dtype: torch.dtype) -> bool:
         return self.projection is not None and (dtype in DTYPE_CODES if self.dtype is None else dtype is self.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x [..., K] to [..., N]; None if the extension cannot take this x, or another way is faster."""
-        shape, dtype = x.shape, x.dtype
-        if not shape or shape[-1] != self.k or not x.is_contiguous():
+        """x [..., K] to [..., N], while the layer is held; None if the extension cannot take this x, or another way is faster."""
+        shape, code = x.shape, DTYPE_CODES.get(x.dtype)
+        if not shape or shape[-1] != self.k or code is None or not x.is_contiguous():
             return None
-        rows = x.numel() // max(self.k, 1)
-        if not rows or not self.takes(dtype) or (self.dtype is not None and (rows > FEW_ROWS or dtype is torch.float32)):
+        rows, address = x.numel() // (self.k or 1), x.data_ptr()
+        if not address:  # no rows, zeros that torch has not written, or memory that was freed
             return None
-        y = x.new_empty((*shape[:-1], self.n))
-        self.projection(x.data_ptr(), DTYPE_CODES[dtype], self.k, y.data_ptr(), rows, torch.get_num_threads(), runtime.cpu_tier_limit())
+        if self.dtype is not None and (rows > FEW_ROWS or x.dtype is torch.float32 or x.dtype is not self.dtype):
+            return None
+        y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # a default device is a mode, which ``unobserved`` has seen
+        self.projection(address, code, self.k, y.data_ptr(), rows, get_num_threads(), runtime.cpu_tier_limit())
         return y
 
 
@@ -158,17 +192,25 @@ def _options(layer: nn.Module) -> tuple | None:
 _prepared: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
-def prepared(module: nn.Module, make: Callable, of: object) -> object:
-    """What ``make(of)`` made for a module, made anew where ``is_current(of)`` of it says no. It must not refer to the module."""
+def current(module: nn.Module, make: Callable, of: object) -> tuple[object, list | None]:
+    """``make(of)`` as cached for a module, and what its ``hold(of)`` returned; made again where that is None.
+
+    What is cached must not refer to the module. The second is None if ``of`` cannot be held, or another thread changes it.
+    """
     found = _prepared.get(module)
-    if found is None or not found.is_current(of):
+    held = None if found is None else found.hold(of)
+    if held is None:
         found = _prepared[module] = make(of)
-    return found
+        held = found.hold(of)
+    return found, held
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """y [..., N] of an nn.Linear or a QuantLinear; None where the op has to be called."""
-    return prepared(layer, PreparedLinear, layer)(x) if unobserved(x) else None
+    if not unobserved(x):
+        return None
+    found, held = current(layer, PreparedLinear, layer)
+    return None if held is None else found(x)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
@@ -176,9 +218,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
     shape = x.shape
     if not unobserved(x) or not plain(x, weight) or not shape or weight.shape != shape[-1:] or not weight.shape[0]:
         return None
+    if weight.requires_grad and is_grad_enabled():
+        return None
+    weight_view, held = view(weight), weight.untyped_storage()
+    if not held.data_ptr() <= weight_view[0] < held.data_ptr() + held.nbytes():  # another thread gave it other memory
+        return None
     out = torch.empty_like(x) if x.dtype is weight.dtype else x.new_empty(shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     channels = shape[-1]
     rows, strides = x.numel() // channels, (channels, channels, 1)
     x_view, out_view = ((t.data_ptr(), DTYPE_CODES[t.dtype], strides) for t in (x, out))
-    _C.rms_norm(x_view, view(weight), None, out_view, rows, 1, channels, channels, eps, torch.get_num_threads(), runtime.cpu_tier_limit())
+    _C.rms_norm(x_view, weight_view, None, out_view, rows, 1, channels, channels, eps, torch.get_num_threads(), runtime.cpu_tier_limit())
     return out

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from klfast import runtime
-from klfast.op_arguments import check_writable, no_memory
 from klfast.errors import InvalidInputError
+from klfast.op_arguments import check_writable, no_memory
 
 LIBRARY = torch.library.Library("klfast", "DEF")
 _checks: dict[str, Callable] = {}

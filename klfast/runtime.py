@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from klfast.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
 
 CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/dispatch.h has them
+_ALL_TIERS = len(CPU_TIERS) - 1
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 
 _process_pin = os.environ.get("KLFAST_ISA")  # read once: a look into the environment takes as long as a small op
@@ -70,7 +71,7 @@ def available_tiers() -> list[str]:
 def cpu_tier_limit() -> int:
     """Index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
     pin = pinned()
-    return CPU_TIERS.index(pin) if pin in CPU_TIERS else len(CPU_TIERS) - 1  # "triton" says nothing of CPU tensors
+    return _ALL_TIERS if pin is None else CPU_TIERS.index(pin) if pin in CPU_TIERS else _ALL_TIERS  # "triton" says nothing of CPU tensors
 
 
 def interprets_triton() -> bool:

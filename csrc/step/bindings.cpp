@@ -1,4 +1,4 @@
-// Layers made once and called often; klfast/prepared.py has checked their tensors, and keeps them alive.
+// Layers made once and called often; klfast/prepared.py has checked their tensors and holds their memory during each call.
 #include "step/bindings.h"
 
 #include <cstdint>

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from klfast import runtime
 from klfast.backends.memory import view
 from klfast.errors import InvalidInputError
 from klfast.nn import QuantLinear
-from klfast.prepared import FEW_ROWS, Place, PreparedLinear, Watch, has, plain, prepared, unobserved
+from klfast.prepared import FEW_ROWS, Place, PreparedLinear, Watch, current, has, plain, unobserved
+from klfast.torch_internals import has_global_hooks
 from klfast.types import FLOAT_DTYPES
 
 try:
@@ -50,12 +51,19 @@ class MambaStep:
     """A mixer's parts, checked and handed to the extension. ``mixer`` is None if it cannot take them."""
 
     def __init__(self, parts: Parts) -> None:
-        self.mixer, self._parts, self._projections = None, parts, _projections(parts)
+        self.mixer, self._parts = None, parts
+        self._projections, _ = _projections(parts)
         convolution = parts.conv1d._parameters
-        places = ((convolution, "weight"), (convolution, "bias"), parts.A_log, parts.D, (parts.dt_proj._parameters, "bias"), *((norm._parameters, "weight") for norm in parts.norms))
+        norms = tuple((norm._parameters, "weight") for norm in parts.norms)
+        places = ((convolution, "weight"), (convolution, "bias"), parts.A_log, parts.D, (parts.dt_proj._parameters, "bias"), *norms)
         if self._projections is None or not has(*places):
             return
-        weight, conv_bias, A_log, D, dt_bias, *norms = tensors = [home[name] for home, name in places]
+        self._watch = Watch(*places)
+        self._prepare(parts.norm_eps, *self._watch.tensors)
+        self._watch.tensors = ()
+
+    def _prepare(self, norm_eps: float | None, *tensors: torch.Tensor | None) -> None:
+        weight, conv_bias, A_log, D, dt_bias, *norms = tensors
         if any(t is None for t in (weight, A_log, D)) or not plain(*tensors) or A_log.dim() != 2:
             return
         x_proj, dt_proj = self._projections
@@ -64,14 +72,19 @@ class MambaStep:
         fit = all(t is None or t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
         if not fit or (x_proj.k, x_proj.n, dt_proj.n) != (channels, rank + 2 * states, channels):
             return
-        self._channels, self._states, self._past, self._watch = channels, states, width - 1, Watch(*places)
+        self._channels, self._states, self._past = channels, states, width - 1
         self.mixer = _C.MambaMixer(
-            view(weight.squeeze(1)), view(conv_bias), x_proj.projection, dt_proj.projection, parts.norm_eps is not None,
-            *(view(t) for t in norms or (None, None, None)), parts.norm_eps or 0.0, view(A_log), view(D), view(dt_bias), channels, width, rank, states,
+            view(weight.squeeze(1)), view(conv_bias), x_proj.projection, dt_proj.projection, norm_eps is not None,
+            *(view(t) for t in norms or (None, None, None)), norm_eps or 0.0, view(A_log), view(D), view(dt_bias), channels, width, rank, states,
         )  # fmt: skip
 
-    def is_current(self, parts: Parts) -> bool:
-        return self.mixer is not None and self._parts.are(parts) and self._watch.sees_no_change() and self._projections == _projections(parts)
+    def hold(self, parts: Parts) -> list | None:
+        """What must live until a call returns; None if a part has changed, or the extension cannot take these."""
+        if self.mixer is None or not self._parts.are(parts):
+            return None
+        projections, held = _projections(parts)
+        own = self._watch.hold()
+        return None if own is None or projections != self._projections else [own, held]
 
     def takes(self, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> bool:
         """Whether one token of each of B sequences, x [B, ...], can go through, with the states [B, D, S] and [B, D, N]."""
@@ -87,8 +100,11 @@ class MambaStep:
             and ssm_state.shape == (batch, self._channels, self._states)
         )
 
-    def __call__(self, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
-        """y [B, D] in the dtype of x from the input x and the gate z, both [B, D]; the states, which it ``takes``, move on in place."""
+    def __call__(self, held: list, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
+        """y [B, D] in the dtype of x from the input x and the gate z, both [B, D]; the states, which it ``takes``, move on in place.
+
+        ``held`` is what ``hold`` returned: its life is what matters.
+        """
         shape = (len(conv_state), self._channels)
         taken = all(projection.takes(x.dtype) for projection in self._projections) and z.dtype in FLOAT_DTYPES and x.is_cpu and z.is_cpu
         if x.shape != shape or z.shape != shape or not taken:
@@ -98,25 +114,25 @@ class MambaStep:
         return out
 
 
-def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> MambaStep | None:
-    """The step of the mixer whose parts these are, for an input of x's dtype and batch; None where the ops have to be called.
+def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> partial[torch.Tensor] | None:
+    """The step of the mixer whose parts these are, for an input of x's dtype and batch, to be called with x, z and both states.
 
-    That is where there is a part that the extension cannot take, a hook on a module that would be called or another
-    forward in it, a hook on all modules, somebody who observes x, autocast (whose types the projections would take), or
-    gradients are enabled.
+    It keeps the parts' memory alive while it lives. Returns None where the ops have to be called: a part is unsupported, a module that
+    would be called has hooks or a replaced forward, a global hook is set, x is observed, or gradients are enabled.
     """
-    if torch.is_grad_enabled() or not unobserved(x) or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+    if torch.is_grad_enabled() or not unobserved(x) or has_global_hooks():
         return None
-    step = prepared(mixer, MambaStep, parts)
-    return step if step.takes(x, conv_state, ssm_state) else None
+    step, held = current(mixer, MambaStep, parts)
+    return partial(step, held) if held is not None and step.takes(x, conv_state, ssm_state) else None
 
 
-def _projections(parts: Parts) -> tuple[PreparedLinear, PreparedLinear] | None:
+def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, list]:
+    """x_proj and dt_proj, and what must live while they are called; None for layers that the extension cannot take."""
     layers = (parts.x_proj, parts.dt_proj)
     if any(type(layer) not in (nn.Linear, QuantLinear) for layer in layers) or not all(_is_untouched(module) for module in (*layers, *parts.norms)):
-        return None
-    x_proj, dt_proj = (prepared(layer, PreparedLinear, layer) for layer in layers)
-    return None if x_proj.projection is None or dt_proj.projection is None else (x_proj, dt_proj)
+        return None, []
+    found, held = zip(*(current(layer, PreparedLinear, layer) for layer in layers), strict=True)
+    return (None, []) if any(one is None for one in held) else (found, held)
 
 
 def _is_untouched(module: nn.Module) -> bool:

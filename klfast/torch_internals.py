@@ -1,0 +1,55 @@
+"""The private names of torch that calls past its dispatcher need, each bound once.
+
+They tell whether anything observes a tensor, and whether a tensor still lies where it did. A torch that lacks one of them
+costs speed and nothing else: ``MISSING`` names it, and klfast then takes the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.multiprocessing import reductions
+
+MISSING: list[str] = []
+
+
+def _observed(*_: object) -> bool:
+    return True
+
+
+def _bound(owner: object, path: str) -> Callable:
+    """The function at ``path`` of ``owner``; where there is none, one that says that somebody observes."""
+    try:
+        return attrgetter(path)(owner)
+    except AttributeError:
+        MISSING.append(f"{owner.__name__}.{path}")
+        return _observed
+
+
+dispatch_modes = _bound(torch, "_C._len_torch_dispatch_stack")  # how many there are
+function_modes = _bound(torch, "_C._len_torch_function_stack")
+transform = _bound(torch, "_C._functorch.peek_interpreter_stack")  # the innermost of torch.func's, or None
+tracing_state = _bound(torch, "_C._get_tracing_state")  # None unless torch.jit traces
+is_profiled = _bound(torch, "autograd._profiler_enabled")
+has_global_hooks = _bound(torch, "nn.modules.module._has_any_global_hook")
+below_autograd = _bound(torch, "_C._AutoDispatchBelowAutograd")  # a context manager
+after_autograd = _bound(torch, "_C._after_autograd_keyset")
+single_level_autograd = _bound(torch, "_functorch.utils.enable_single_level_autograd_function")  # a context manager
+forward_mode_enabled = _bound(torch, "autograd.forward_ad._set_fwd_grad_enabled")  # a context manager
+StorageWeakRef = _bound(reductions, "StorageWeakRef")  # while one is alive no other storage gets the same ``_cdata``
+
+for _owner, _names in (
+    (torch.UntypedStorage(0), ("_cdata",)),
+    (nn.Module(), ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")),
+    (forward_ad, ("_current_level",)),
+):
+    MISSING += [f"{type(_owner).__name__}.{_name}" for _name in _names if not hasattr(_owner, _name)]
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may carry forward-mode tangents: inside ``dual_level`` or ``torch.func.jvp``."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
