@@ -69,6 +69,7 @@ def test_a_folder_whose_file_holds_two_matrices_for_a_tied_head(tmp_path):
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["float head", "quantized head"])
+@torch.no_grad()
 def test_folders_of_earlier_versions_that_say_tied_but_hold_both(tmp_path, head):
     from test_checkpoint import sign
 

@@ -57,7 +57,7 @@ def test_a_target_that_cannot_be_is_refused_before_the_model_is_loaded(model, tm
     (tmp_path / "locked").mkdir()
     monkeypatch.setattr(os, "open", read_only)
     for out, message in (
-        (tmp_path / "file", "Not a directory" if force else "exists"),
+        (tmp_path / "file", "is a file; name a folder with --out" if force else "exists"),
         (tmp_path / "home", "did not write" if force else "exists"),
         (tmp_path / "locked" / "small", f"Permission denied: '{tmp_path / 'locked' / 'small'}'"),
         (tmp_path / "absent" / "small", "does not exist"),
@@ -71,4 +71,4 @@ def test_other_commands_look_at_their_files_first(tmp_path):
     (tmp_path / "folder").mkdir()
     for command in (["sweep", "m"], ["plan", "s.json", "--mean-bits", "5"]):
         result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "folder"), "--force"])
-        assert result.exit_code == 1 and f"Is a directory: '{tmp_path / 'folder'}'" in result.stderr, result.stderr
+        assert result.exit_code == 1 and f"{tmp_path / 'folder'} is a folder; name a file with --out" in result.stderr, result.stderr
