@@ -117,12 +117,17 @@ def test_falcon_mamba_decodes_with_the_norms_that_it_has():
 
 
 @pytest.mark.parametrize("family", SSM)
+@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("tokens", [2, 17])
-def test_whole_sequences_compile_without_a_break(family, tokens):
+def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
+    """Also where nothing has run before, as in a new process."""
     model = tiny(family)
     ids = batch(2, tokens)
     plain = logits(model, ids)
     klfast.accelerate(model)
+    stored = pickle.dumps(model)
+    monkeypatch.setattr(native_forwards, "_natives", {})
+    model = pickle.loads(stored) if pickled else klfast.accelerate(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), plain, rtol=2e-5, atol=2e-5)
