@@ -80,7 +80,8 @@ def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list
         if name not in first:
             linear(model, name)  # raises, and names the closest
         if specs.setdefault(first[name], spec) != spec:
-            raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {spec} for one and {specs[first[name]]} for the other")
+            one, other = specs[first[name]], spec
+            raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {other} for one and {one} for the other")
     return specs
 
 
@@ -148,7 +149,8 @@ def _ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Mod
         if left != ties:
             known = getattr(part, "all_tied_weights_keys", {})
             found.append((part, "_tied_weights_keys", left))
-            found.append((part, "all_tied_weights_keys", {target: source for target, source in known.items() if target in left or target not in ties}))
+            all_left = {target: source for target, source in known.items() if target in left or target not in ties}
+            found.append((part, "all_tied_weights_keys", all_left))
     return found
 
 
@@ -170,8 +172,8 @@ def _description(model: nn.Module) -> list[tuple[object, str, object]]:
 
 def _refuse_saving(model: nn.Module, *args, **kwargs) -> None:
     raise InvalidInputError(
-        f"transformers could not load what save_pretrained would write of this quantized {type(model).__name__} (its head is tied to the embedding, "
-        "or its groups do not divide a row); use klfast.save_quantized(model, folder)"
+        f"transformers could not load what save_pretrained would write of this quantized {type(model).__name__} (its head is tied to the "
+        "embedding, or its groups do not divide a row); use klfast.save_quantized(model, folder)"
     )
 
 

@@ -111,7 +111,7 @@ def _round(groups: torch.Tensor, low: torch.Tensor | None, span: torch.Tensor, r
 
 
 def _stored(span: torch.Tensor, steps: int, slack: float, tiny: float, dtype: torch.dtype) -> torch.Tensor:
-    """The scale that spans ``span`` in so many steps, at least ``tiny`` (an all-zero group keeps a scale that divides), as it is stored.
+    """The scale, as it is stored, that spans ``span`` in so many steps; at least ``tiny``, so that an all-zero group has one that divides.
 
     Rounded to nearest; but float16's subnormals lie so far apart that many of the largest weights would be clipped.
     There it is rounded up where ``steps + slack`` steps would not reach: a symmetric grid has half a step to spare at

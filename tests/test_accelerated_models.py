@@ -61,8 +61,9 @@ def configured(family, dtype=torch.float32, **changes):
 
 CHANGES = [
     *({"hidden_act": act} for act in ("gelu", "relu", "gelu_pytorch_tanh", "tanh", "linear", "swish", "quick_gelu")),
-    {"use_conv_bias": False}, {"use_bias": True}, {"use_conv_bias": False, "hidden_act": "relu"}, {"layer_norm_epsilon": 0.1}, {"expand": 1},
-    {"residual_in_fp32": False}, *({"conv_kernel": width} for width in (1, 2, 3, 7)), {"state_size": 5}, {"state_size": 24}, {"time_step_rank": 3},
+    {"use_conv_bias": False}, {"use_bias": True}, {"use_conv_bias": False, "hidden_act": "relu"}, {"layer_norm_epsilon": 0.1},
+    {"expand": 1}, {"residual_in_fp32": False}, *({"conv_kernel": width} for width in (1, 2, 3, 7)),
+    {"state_size": 5}, {"state_size": 24}, {"time_step_rank": 3},
 ]  # fmt: skip
 OF_ONE_FAMILY = [
     ("falcon_mamba", {"mixer_rms_eps": 0.1}), ("mamba", {"use_associative_scan": False}), ("mamba", {"use_mambapy": True}),
@@ -117,12 +118,17 @@ def test_falcon_mamba_decodes_with_the_norms_that_it_has():
 
 
 @pytest.mark.parametrize("family", SSM)
+@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("tokens", [2, 17])
-def test_whole_sequences_compile_without_a_break(family, tokens):
+def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
+    """Also where nothing has run before, as in a new process."""
     model = tiny(family)
     ids = batch(2, tokens)
     plain = logits(model, ids)
     klfast.accelerate(model)
+    stored = pickle.dumps(model)
+    monkeypatch.setattr(native_forwards, "_natives", {})
+    model = pickle.loads(stored) if pickled else klfast.accelerate(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), plain, rtol=2e-5, atol=2e-5)
@@ -136,7 +142,8 @@ def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     expected = in_chunks(model, ids, [9, 1, 1])
     torch._dynamo.reset()
     tolerance = 2e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(in_chunks(torch.compile(model, backend="aot_eager"), ids, [9, 1, 1]), expected, rtol=tolerance, atol=tolerance)
+    found = in_chunks(torch.compile(model, backend="aot_eager"), ids, [9, 1, 1])
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", SSM)

@@ -131,8 +131,8 @@ def refuse_moving_weights(model: nn.Module) -> None:
     """Raise InvalidInputError for a model whose forward changes its weights in place, as RWKV's does with rescale_every."""
     if (every := getattr(getattr(model, "config", None), "rescale_every", 0)) and every > 0:
         raise InvalidInputError(
-            f"{type(model).__name__} divides weights in place when it runs (rescale_every={every}), so they cannot be quantized; load it with "
-            "from_pretrained(..., rescale_every=0), which computes the same"
+            f"{type(model).__name__} divides weights in place when it runs (rescale_every={every}), so they cannot be quantized; load it "
+            "with from_pretrained(..., rescale_every=0), which computes the same"
         )
 
 

@@ -2,7 +2,7 @@
 
 The mixers of transformers' Mamba, Mamba-2 and FalconMamba look their functions up in their module's globals. Theirs is
 a copy of the class's forward that looks up klfast's functions instead, so it follows whatever else the installed
-version's forward does. Each forward here belongs to a module by ``bind``, and so survives pickling.
+version's forward does. ``Bound`` gives a forward to a module, in a way that survives pickling.
 """
 
 from __future__ import annotations
@@ -38,18 +38,37 @@ _OPS = {  # transformers' functions: the ops that take their place
 }
 
 
-def bind(module: nn.Module, forward: Callable) -> None:
-    """Make ``forward``, one of this file's, that of ``module``.
+class Bound(functools.partial):
+    """One of this file's forwards as that of a module.
 
-    A partial, not a method: a method would be pickled by its name, and come back as the class's own forward.
+    No method, since a method would be pickled by its name and come back as the class's own forward. However it comes to
+    be, its native function is made at once: torch.compile could not look into the making.
     """
-    module.forward = functools.partial(forward, module)
-    module.forward.klfast_original = True
+
+    def __new__(cls, forward: Callable, module: nn.Module) -> Bound:
+        bound = super().__new__(cls, forward, module)
+        bound._make()
+        return bound
+
+    def __setstate__(self, state: tuple) -> None:
+        super().__setstate__(state)
+        self._make()
+
+    def __reduce__(self) -> tuple:
+        return _empty, (), super().__reduce__()[2]
+
+    def _make(self) -> None:
+        self.klfast_original = True  # by this mamba_step knows it
+        _native(self.func.make, type(self.args[0]), type(self.args[0]).forward)
+
+
+def _empty() -> Bound:
+    return functools.partial.__new__(Bound, _empty)
 
 
 def is_own(forward: object) -> bool:
-    """Whether ``bind`` made this, for whatever module."""
-    return isinstance(forward, functools.partial) and forward.func in _FORWARDS
+    """Whether this is one of klfast's, of whatever module."""
+    return isinstance(forward, Bound)
 
 
 # Which way a call takes -------------------------------------------------------------------------------------------
@@ -90,6 +109,7 @@ def _with_own_path(needed: Callable[[type], tuple[str, ...]]) -> Callable:
             return _native(make, module_class, original)(self, x, *args, **kwargs)
 
         # not functools.wraps: __wrapped__ would make it look like another library's wrapper
+        forward.make = make
         forward.__name__, forward.__qualname__, forward.__doc__ = make.__name__, make.__qualname__, make.__doc__
         return forward
 
@@ -319,5 +339,3 @@ def head_forward(module_class: type, original: Callable) -> Callable:
     """The head's, with logits in float32: the model's forward calls ``.float()`` on them, a second copy of the largest tensor of all."""
     return _linear(module_class, original, torch.float32)
 
-
-_FORWARDS = (mixer_forward, norm_forward, linear_forward, head_forward)

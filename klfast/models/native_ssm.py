@@ -62,7 +62,7 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
             _restore(module)
         for module, forward in wanted.items():
             if not _is_foreign(module):
-                native_forwards.bind(module, forward)
+                module.forward = native_forwards.Bound(forward, module)
     return model
 
 

@@ -1,0 +1,170 @@
+"""quantize_model on models that are unlike a Llama or a Mamba, and what it tells transformers."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, batch, tiny
+from test_convert import fake_quantized, unchanged
+
+import klfast
+from klfast import Plan, QuantSpec, errors, nn
+from klfast.models.layers import head_name, is_head_tied, linears, other_bytes, unquantizable, weight_bytes
+
+# Shared layers ----------------------------------------------------------------------------------------------------
+
+
+def zamba2():
+    torch.manual_seed(0)
+    config = transformers.Zamba2Config(
+        vocab_size=61, hidden_size=32, num_hidden_layers=12, layers_block_type=["mamba", "hybrid"] * 6, num_attention_heads=4,
+        num_key_value_heads=4, attention_head_dim=16, mamba_headdim=16, n_mamba_heads=4, mamba_d_state=8, mamba_ngroups=1,
+        intermediate_size=64, num_mem_blocks=1, adapter_rank=4,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def test_a_block_that_is_called_six_times_is_quantized_once():
+    model, ids = zamba2(), batch()
+    names = [name for name in linears(model) if "shared_transformer" in name]
+    assert names and all("layers.1." in name for name in names), "under the first of its six names"
+    plan = Plan({name: QuantSpec(4, 16) for name in linears(model) if name != "lm_head"}, "uniform")
+    expected = fake_quantized(model, plan)(ids, use_cache=False).logits
+    floats = sum(parameter.numel() * 2 for parameter in model.parameters())
+    klfast.quantize_model(model, plan)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    modules = {id(module) for name, module in model.named_modules() if name.endswith("shared_transformer.feed_forward.down_proj")}
+    assert len(modules) == 1 and isinstance(model.model.layers[11].shared_transformer.feed_forward.down_proj, nn.QuantLinear)
+    assert sum(map(weight_bytes, linears(model).values())) + other_bytes(model) < floats / 2, "smaller than the model in bfloat16"
+    model.tie_weights()
+
+
+def test_two_layers_with_one_weight_go_on_sharing_it():
+    model = tiny("mamba")
+    first, second = (block.mixer.in_proj for block in model.backbone.layers)
+    second.weight = first.weight
+    names = ["backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.in_proj"]
+    assert names[0] in linears(model) and names[1] not in linears(model)
+    biases = [first.bias, second.bias]
+    expected = fake_quantized(model, Plan({names[0]: QuantSpec()}, "uniform"))(batch()).logits
+    differing = Plan({names[0]: QuantSpec(8), names[1]: QuantSpec(4)}, "uniform")
+    unchanged(model, differing, errors.InvalidInputError, f"{names[1]} shares its weight with {names[0]}")
+    klfast.quantize_model(model, Plan({names[1]: QuantSpec()}, "uniform"))
+    first, second = (block.mixer.in_proj for block in model.backbone.layers)
+    assert first.weight_packed is second.weight_packed and [first.bias, second.bias] == biases
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch()).logits, expected, rtol=1e-4, atol=1e-4)
+    unchanged(model, Plan({names[0]: QuantSpec()}, "uniform"), errors.InvalidInputError, "quantized already")
+
+
+# What transformers is told ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_save_pretrained_writes_a_folder_that_transformers_loads(tmp_path):
+    model, ids = tiny("llama"), batch()
+    names = [name for name in linears(model) if "v_proj" not in name]
+    plan = Plan({name: QuantSpec(4, 32) if "mlp" in name else QuantSpec(8, -1) for name in names}, "uniform")
+    expected = klfast.quantize_model(model, plan)(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied, spec", [(True, QuantSpec(8, -1)), (False, QuantSpec(4, 7))])
+def test_save_pretrained_refuses_where_transformers_could_not_load(tied, spec, tmp_path):
+    model = pickle.loads(pickle.dumps(klfast.quantize_model(tiny("llama", tied), Plan({"lm_head": spec}, "uniform"))))
+    with pytest.raises(errors.InvalidInputError, match="use klfast.save_quantized"):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("family", ["mamba", "hymba", "llama"])
+@torch.no_grad()
+def test_tie_weights_leaves_a_tied_quantized_head_alone(family):
+    model = klfast.quantize_model(tiny(family, tied=True), Plan({head_name(tiny(family)): QuantSpec()}, "uniform"))
+    expected = model(batch()).logits
+    model.tie_weights()
+    assert is_head_tied(model) and torch.equal(model(batch()).logits, expected)
+
+
+def test_tie_weights_still_ties_what_is_not_quantized():
+    model = tiny("llama", tied=True)
+    klfast.quantize_model(model, Plan({"model.layers.0.mlp.up_proj": QuantSpec()}, "uniform"))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+# Models that cannot be quantized, or only in part -----------------------------------------------------------------
+
+
+def small(config, **sizes):
+    return transformers.AutoModelForCausalLM.from_config(config(vocab_size=64, **sizes)).eval()
+
+
+def test_rwkv_that_divides_its_weights_is_refused_and_one_that_does_not_is_right():
+    sizes = dict(hidden_size=32, num_hidden_layers=4, attention_hidden_size=32, intermediate_size=48)
+    plan = Plan({f"rwkv.blocks.{i}.feed_forward.value": QuantSpec(8, 16) for i in range(4)}, "uniform")
+    for every in (2, 6):
+        model = small(transformers.RwkvConfig, **sizes, rescale_every=every)
+        unchanged(model, plan, errors.InvalidInputError, f"rescale_every={every}.*rescale_every=0")
+    model = small(transformers.RwkvConfig, **sizes, rescale_every=0)
+    ids = batch(1, 9)
+    with torch.no_grad():
+        expected = fake_quantized(model, plan)(ids).logits
+        torch.testing.assert_close(klfast.quantize_model(model, plan)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_that_scales_is_refused_before_any_work(monkeypatch):
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48)
+    model = small(transformers.Gemma3TextConfig, **sizes)
+    monkeypatch.setattr(nn.QuantLinear, "from_linear", lambda *args: pytest.fail("quantized before it was checked"))
+    plan = Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform")
+    unchanged(model, plan, errors.InvalidInputError, "Gemma3TextScaledWordEmbedding.*leave the head out of the plan, or untie it")
+    monkeypatch.undo()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        expected = fake_quantized(model, plan)(batch()).logits
+        torch.testing.assert_close(klfast.quantize_model(model, plan)(batch()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+PARTLY = {
+    "Conv1D": lambda: small(transformers.GPT2Config, n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=False),
+    "MixtralExperts": lambda: small(
+        transformers.MixtralConfig, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+        num_local_experts=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_says_how_much_cannot_be_quantized(kind):
+    model = PARTLY[kind]()
+    total = sum(parameter.numel() * 4 for parameter in model.parameters())
+    matrices = {"Conv1D": lambda p, n: "c_" in n and p.dim() == 2, "MixtralExperts": lambda p, n: p.dim() == 3}[kind]
+    left = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if matrices(parameter, name))
+    assert unquantizable(model)[kind] == left
+    others = sum(unquantizable(model).values())
+    with pytest.warns(UserWarning, match=f"quantize_model: {others / total:.0%} of the bytes of .* the weights of {kind} ") as caught:
+        klfast.quantize_model(model, Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform"))
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_matrices_of_the_families_can_be_quantized(family):
+    assert unquantizable(tiny(family)) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        klfast.quantize_model(model := tiny(family), Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform"))
+
+
+def test_a_model_in_pefts_wrapper_is_refused():
+    class PeftModel(torch.nn.Module):
+        __module__ = "peft.peft_model"
+
+    with pytest.raises(errors.InvalidInputError, match="peft's wrapper"):
+        klfast.quantize_model(PeftModel(), Plan({"lm_head": QuantSpec()}, "uniform"))
