@@ -1,12 +1,14 @@
 """klfast.explain and klfast.doctor."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import klfast
-from klfast import diagnostics, registry, runtime, selfcheck
+from klfast import _C, diagnostics, ops, registry, runtime, selfcheck
 from klfast.errors import InvalidInputError
 
 
@@ -61,6 +63,45 @@ def test_explain_goes_by_the_device_of_the_arguments():
     found = klfast.explain("dequant_matmul", torch.empty(1, device="meta"))
     assert found.chosen == "reference"
     assert found.rejected["scalar"] == "the tensors are on meta."
+
+
+@pytest.mark.parametrize("pin", [None, "reference", *runtime.available_tiers()])
+@pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+def test_explain_of_linear_is_what_runs(rows, dtype, out, pin, monkeypatch):
+    """linear leaves some products to torch: what ran is recorded and compared."""
+    from klfast.backends import cpu
+
+    ran = []
+    monkeypatch.setattr(cpu.F, "linear", lambda *args, right=torch.nn.functional.linear: [ran.append("torch"), right(*args)][1])
+    monkeypatch.setattr(cpu, "linear_into", lambda *args, right=cpu.linear_into, **named: [ran.append("klfast"), right(*args, **named)][1])
+    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(16, 24).to(dtype)
+    with nullcontext() if pin is None else klfast.using(pin):
+        ops.linear(x, weight, dtype=out)
+        found = klfast.explain("linear", x, weight, None, out)
+    if pin == "reference":
+        assert found.chosen == "reference"
+    else:
+        assert ran == ["torch" if found.chosen == "torch" else "klfast"]
+    assert {found.chosen, *found.rejected} - {"torch"} == set(runtime.IMPLEMENTATIONS)
+    assert all(reason.endswith(".") for reason in found.rejected.values())
+    if found.chosen == "torch":
+        assert found.rejected["reference"].startswith("torch's own product is faster")
+
+
+def test_explain_of_linear_on_a_gpu_is_torch():
+    with FakeTensorMode():
+        x = torch.empty(3, 4, device="cuda")
+    assert klfast.explain("linear", x).chosen == "torch"
+    assert klfast.explain("rms_norm", x).chosen in ("triton", "reference")
+
+
+def test_explain_takes_the_tier_from_the_kernel_tables():
+    for op in registry.op_names():
+        for tier in runtime.available_tiers():
+            with klfast.using(tier):
+                assert klfast.explain(op).chosen == runtime.CPU_TIERS[_C.best_tier(op, runtime.CPU_TIERS.index(tier))]
 
 
 def test_explain_knows_the_public_functions():

@@ -1,5 +1,6 @@
 """klfast doctor --device, on the CPU with its real kernels; what only GPUs have is stood in for."""
 
+import errno
 import json
 import os
 import subprocess
@@ -188,6 +189,34 @@ def test_a_process_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
     found = checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
     assert found.status == checks.FAIL and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
+
+
+@pytest.mark.parametrize("short", [1, 2])
+def test_no_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypatch):
+    """It is tried once more."""
+    right, left = subprocess.Popen, [short]
+
+    def popen(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(checks, "PAUSE", 0.0)
+    monkeypatch.setattr(checks.subprocess, "Popen", popen)
+    found = checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None)
+    if short == 1:
+        assert found.status == checks.PASS
+    else:
+        assert found.status == checks.FAIL and found.reason.startswith("not checked, since the machine has no room for another process; try again later (")
+
+
+def test_threads_that_a_process_cannot_start_are_tried_again(monkeypatch, tmp_path):
+    code = f"import os, sys; os.mkdir({str(tmp_path / 'tried')!r}); sys.exit('libgomp: Thread creation failed: Resource temporarily unavailable')"
+    right = checks._command
+    monkeypatch.setattr(checks, "PAUSE", 0.0)
+    monkeypatch.setattr(checks, "_command", lambda *args: right(*args) if (tmp_path / "tried").exists() else [sys.executable, "-c", code])
+    assert checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None).status == checks.PASS
 
 
 def test_json(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_attention import truth
 
-from klfast import ops, runtime
+from klfast import ops, runtime, using
 
 BEGIN = """
 import torch
@@ -79,6 +79,15 @@ def test_attention_to_many_keys_goes_in_parts(keys, tier):
     torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0).double(), truth(q, k, v, 1.0), rtol=1e-4, atol=1e-5)
     k[:] = -torch.inf
     assert ops.decode_attention(q, k, v, 1.0).isnan().all()
+
+
+@pytest.mark.parametrize("tier", runtime.available_tiers())
+def test_attention_to_more_keys_than_a_float_counts(tier):
+    """Their weights and values are added up in parts: one after the other they would stop at 2^24."""
+    keys = 1 << 26
+    q, k, v = torch.ones(1, 1, 1), torch.full((1, 1, 1, 1), 0.5).expand(1, 1, keys, 1), torch.full((1, 1, 1, 1), 3.0).expand(1, 1, keys, 1)
+    with using(tier):
+        torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0), torch.full((1, 1, 1), 3.0))
 
 
 def test_the_extension_and_python_agree_on_tiers_and_few_rows():

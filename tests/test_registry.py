@@ -1,5 +1,6 @@
 """The rules that hold for every op."""
 
+import other_process
 import pytest
 import torch
 
@@ -26,3 +27,58 @@ def test_tensors_on_several_devices_are_refused():
     x = torch.randn(2, 4, 8)
     with pytest.raises(InvalidInputError, match="one device"):
         ops.causal_conv1d_fn(x, torch.empty(4, 3, device="meta"))
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["klfast._C"] = None  # importing it fails
+import klfast, torch
+from klfast import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ops.rms_norm(torch.ones(2, 8), torch.ones(8))
+reason = "the extension klfast._C cannot be imported (ModuleNotFoundError: "
+assert len(caught) == 1 and reason in str(caught[0].message) and "build it with pip install ." in str(caught[0].message), caught
+found = klfast.explain("rms_norm")
+assert found.chosen == "reference" and all("klfast._C cannot be imported" in found.rejected[tier] for tier in klfast.runtime.CPU_TIERS)
+"""
+
+
+def test_a_missing_extension_is_named():
+    other_process.run(WITHOUT_EXTENSION)
+
+
+def test_an_import_error_of_a_bug_is_not_swallowed():
+    other_process.run(
+        """
+        import sys
+        sys.modules["klfast.backends.cpu_products"] = None
+        try:
+            from klfast import ops
+        except ImportError as error:
+            assert "cpu_products" in str(error)
+        else:
+            raise AssertionError("klfast.ops was imported without its kernels")
+        """
+    )
+
+
+def test_reasons_for_one_op_and_for_a_device(monkeypatch):
+    monkeypatch.setattr(registry, "_unavailable", {})
+    registry.unavailable("CUDA", "there is no compiler.")
+    registry.unavailable("CUDA", "it needs the extension.", "linear_divergence")
+    assert registry.why_no_kernel("cuda", "rms_norm") == registry.why_no_kernel("cuda") == "there is no compiler."
+    assert registry.why_no_kernel("cuda", "linear_divergence") == "it needs the extension."
+    assert registry.why_no_kernel("xpu") == "klfast has no xpu kernel of this op."
+
+
+def test_amd_gpus_get_no_kernels_made_for_nvidia():
+    other_process.run(
+        """
+        import torch
+        torch.version.hip = "7.0"
+        from klfast import ops, registry
+        assert not registry.has_kernel("rms_norm", "CUDA") and registry.has_kernel("linear", "CUDA")
+        assert "AMD GPUs (ROCm)" in registry.why_no_kernel("cuda", "rms_norm") and "AMD" not in registry.why_no_kernel("xpu")
+        """
+    )

@@ -66,12 +66,7 @@ void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t k
     for (std::int64_t c = 0; c < v.width; c += 2 * Vec::width) {
         const bool both = c + Vec::width < v.width;
         Vec low[H], high[H];
-        for (int h = 0; h < H; ++h) {
-            low[h] = high[h] = set(0.0f);
-            if (old == nullptr) continue;
-            low[h] = load(to + h * padded + c) * set(old[h]);
-            if (both) high[h] = load(to + h * padded + c + Vec::width) * set(old[h]);
-        }
+        for (int h = 0; h < H; ++h) low[h] = high[h] = set(0.0f);
         for (std::int64_t s = 0; s < keys; ++s) {
             const Vec first = v(s, c), second = both ? v(s, c + Vec::width) : set(0.0f);
             for (int h = 0; h < H; ++h) {
@@ -79,9 +74,10 @@ void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t k
                 low[h] = fma(weight, first, low[h]), high[h] = fma(weight, second, high[h]);
             }
         }
-        for (int h = 0; h < H; ++h) {
-            store(to + h * padded + c, low[h]);
-            if (both) store(to + h * padded + c + Vec::width, high[h]);
+        for (int h = 0; h < H; ++h) {  // what came before is added last: a part's terms do not vanish beside a long sum
+            float* const at = to + h * padded + c;
+            store(at, old ? fma(load(at), set(old[h]), low[h]) : low[h]);
+            if (both) store(at + Vec::width, old ? fma(load(at + Vec::width), set(old[h]), high[h]) : high[h]);
         }
     }
 }
