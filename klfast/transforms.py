@@ -29,7 +29,7 @@ def register(dequant_matmul: Callable, linear: Callable) -> None:
 
 def _register_derivative(op: Callable) -> None:
     derivative = _derivative(op)
-    if {"torch._C._AutoDispatchBelowAutograd", "torch._C._after_autograd_keyset"} & {*torch_internals.MISSING}:
+    if torch_internals.MISSING:
         # torch's own registration: no forward mode, and neither torch.func.
         torch.library.register_autograd(
             "klfast::dequant_matmul", lambda ctx, dy: derivative.backward(ctx, dy)[:-1], setup_context=_remember, lib=registry.LIBRARY

@@ -76,9 +76,24 @@ def test_what_is_left_to_the_op():
     assert layer(torch.randn(0, 100)).shape == (0, 21)
 
 
+def test_what_the_kernel_would_misread_is_left_to_the_op():
+    layer, x = quantized(), torch.randn(2, 100)
+    negated = torch.randn(2, 100, dtype=torch.complex64).conj().imag
+    for lazy, values in ((torch._neg_view(x), -x), (negated, negated.resolve_neg()), (torch._efficientzerotensor((2, 100)), torch.zeros(2, 100))):
+        assert not is_taken(layer, lazy)
+        assert torch.equal(layer(lazy), layer(values))
+    one = quantized(n=3, k=1)
+    part = torch.randn(1, 1, dtype=torch.complex64).conj().imag  # contiguous, and negated all the same
+    assert part.is_neg() and part.is_contiguous() and torch.equal(one(part), one(part.resolve_neg()))
+    layer = quantized()
+    layer.bias = nn.Parameter(torch._neg_view(layer.bias.detach()), requires_grad=False)
+    assert not is_taken(layer, x) and torch.equal(layer(x), by_op(layer, x))
+
+
 CHANGES = {
     "buffer": lambda layer: setattr(layer, "weight_scale", layer.weight_scale * 2),
     "data": lambda layer: setattr(layer.weight_packed, "data", layer.weight_packed ^ 0x11111111),
+    "dtype of the same memory": lambda layer: setattr(layer.weight_scale, "data", layer.weight_scale.data.view(torch.bfloat16)),
     "in place": lambda layer: layer.weight_packed.bitwise_xor_(0x11111111),
     "bias": lambda layer: setattr(layer.bias, "data", layer.bias.data + 1),
     "no bias": lambda layer: setattr(layer, "bias", None),
@@ -128,6 +143,30 @@ def test_another_view_of_the_same_memory_is_seen(view):
     assert is_taken(layer, x)
     layer.weight.data = view(layer.weight.data)
     assert not is_taken(layer, x)
+
+
+def test_another_shape_of_the_same_memory_is_seen():
+    layer, x = quantized(), torch.randn(1, 100)
+    assert is_taken(layer, x)
+    layer.weight_packed.data = layer.weight_packed.data.view(13, 21)
+    with pytest.raises(InvalidInputError, match="packed must have shape"):
+        layer(x)
+
+
+@pytest.mark.parametrize("make", [quantized, lambda: nn.Linear(100, 21).bfloat16()])
+def test_swapped_tensors(make):
+    """torch swaps only tensors that no weak reference points to."""
+    layer = make()
+    assert is_taken(layer, torch.randn(1, 100).to(layer.bias.dtype))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.inference_mode(False):
+            layer.to(torch.float16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    x = torch.randn(1, 100).half()
+    want = by_op(layer, x) if isinstance(layer, QuantLinear) else ops.linear(x, layer.weight, layer.bias)
+    assert is_taken(layer, x) and torch.equal(prepared.linear(layer, x), want)
 
 
 @pytest.mark.parametrize("make", [quantized, lambda: nn.Linear(100, 21).bfloat16()])
@@ -184,4 +223,12 @@ def test_what_is_observed_goes_through_the_op():
         assert not is_taken(layer, x)
     with torch.inference_mode(False), torch.enable_grad():
         assert not is_taken(layer, torch.randn(2, 100, requires_grad=True))
+        with_bias = quantized()
+        assert is_taken(with_bias, torch.randn(2, 100))
+        with_bias.bias.requires_grad_()
+        assert not is_taken(with_bias, torch.randn(2, 100))
+    with torch.inference_mode(False), torch.autograd.forward_ad.dual_level():
+        assert not is_taken(layer, torch.randn(2, 100))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_taken(layer, x)
     assert is_taken(layer, x)

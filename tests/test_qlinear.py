@@ -1,13 +1,21 @@
 """QuantLinear as a drop-in nn.Linear."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from families import batch, tiny
 from torch import nn
+
+import klfast
 
 from klfast import QuantLinear, QuantSpec, dequant_matmul
 from klfast.errors import InvalidInputError
+from klfast.models.layers import linears
+from klfast.nn import QuantEmbedding
 from klfast.quantization import fake_quantize, quantize
 
 SPECS = [QuantSpec(4, 32), QuantSpec(8, 64, False), QuantSpec(4, -1, False)]
@@ -66,3 +74,70 @@ def test_bad_input():
         layer(torch.randn(3, 99))
     with pytest.raises(InvalidInputError, match="float64"):
         layer(torch.randn(3, 100).double())
+    with pytest.raises(InvalidInputError, match="got QuantLinear"):
+        QuantLinear.from_linear(layer, QuantSpec())
+
+
+@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_float64(spec):
+    layer = QuantLinear.from_linear(nn.Linear(100, 48), spec)
+    weight, bias, x = layer.quantized.dequantize(torch.float32).double(), layer.bias.detach().double(), torch.randn(3, 100).double()
+    layer.double()
+    torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(F.linear(x, layer.weight), x @ weight.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.weight @ x.T, weight @ x.T, rtol=1e-12, atol=1e-12)
+    layer.float()
+    torch.testing.assert_close(layer(x.float()).double(), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
+def test_float64_with_rounded_activations():
+    layer = QuantLinear.from_linear(nn.Linear(100, 48), SPECS[1], "int8")
+    x = torch.randn(3, 100)
+    want = layer(x)
+    layer.double()
+    wide = x.double().requires_grad_()
+    y = layer(wide)
+    torch.testing.assert_close(y.float(), want, rtol=1e-4, atol=1e-4)
+    (dx,) = torch.autograd.grad(y.sum(), wide)
+    torch.testing.assert_close(dx, layer.quantized.dequantize(torch.float32).double().sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("shape", [(48, 40), (41, 38)])
+def test_state_dict_of_another_shape(shape, strict):
+    """As many words and groups, but other features: nothing else tells them apart."""
+    layer, other = (QuantLinear.from_linear(nn.Linear(k, n, False), QuantSpec(4, -1)) for n, k in ((48, 38), shape))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=rf"weight_shape is \[{shape[0]}, {shape[1]}\], but the layer's weight is \[48, 38\]"):
+        layer.load_state_dict(other.state_dict(), strict=strict)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    layer.load_state_dict(before)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", "hymba", "llama"])
+def test_tie_weights_of_a_tied_quantized_model(family):
+    model = tiny(family, tied=True)
+    klfast.quantize_model(model, klfast.Plan({name: QuantSpec(4, 32) for name in linears(model)}, "uniform"))
+    before, names = model(batch()).logits, [name for name, _ in model.named_parameters()]
+    model.tie_weights()
+    assert torch.equal(model(batch()).logits, before)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+
+
+def test_embedding_of_an_offloaded_head():
+    head = QuantLinear.from_linear(nn.Linear(64, 48, False), QuantSpec())
+    embedding = QuantEmbedding(head)
+    head.to("meta")
+    with pytest.raises(InvalidInputError, match="on the meta device.*keep the head's buffers in memory"):
+        embedding(torch.tensor([0]))
+
+
+def test_exported_program_in_another_process(tmp_path):
+    layer, x = QuantLinear.from_linear(nn.Linear(64, 8), QuantSpec()), torch.ones(2, 64)
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+    torch.save(layer(x), tmp_path / "y.pt")
+    code = "import sys, torch, klfast.ops; m = torch.export.load('layer.pt2').module(); assert torch.equal(m(torch.ones(2, 64)), torch.load('y.pt'))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -34,7 +34,7 @@ void bind_step(py::module_& m) {
     py::class_<MambaMixer>(m, "MambaMixer")
         .def(py::init([](View conv_weight, View conv_bias, const Projection& x_proj, const Projection& dt_proj, bool normed, View dt_norm, View b_norm, View c_norm, float eps,
                          View a_log, View d, View dt_bias, Int channels, Int width, Int rank, Int states) {
-            return MambaMixer{conv_weight, conv_bias, x_proj, dt_proj.without_bias(), normed, dt_norm, b_norm, c_norm, eps, a_log, d, dt_bias, channels, width, rank, states};
+            return MambaMixer{conv_weight, conv_bias, x_proj, dt_proj.weight_only(), normed, dt_norm, b_norm, c_norm, eps, a_log, d, dt_bias, channels, width, rank, states};
         }))
         .def("__call__", [](const MambaMixer& mixer, View x, View z, View conv_state, View ssm_state, View out, Int batch, Int conv_length, int n_threads, int limit) {
             const py::gil_scoped_release release;

@@ -12,7 +12,7 @@ namespace klfast {
 // What a mixer consists of. `rank` values of x_proj's output are for dt_proj, then come B and C, `states` each.
 struct MambaMixer {
     View conv_weight, conv_bias;  // [channels, width], [channels]
-    Projection x_proj, dt_proj;   // dt_proj without its bias
+    Projection x_proj, dt_proj;   // of dt_proj the weight only
     bool normed;                  // RMS norms of x_proj's three parts
     View dt_norm, b_norm, c_norm; // their weights [rank], [states], [states]; absent: ones
     float eps;

@@ -14,9 +14,11 @@ public:
     explicit Projection(const LinearArgs& layer) : layer_(layer) {}
     explicit Projection(const DequantMatmulArgs& layer) : layer_(layer) {}
 
-    Projection without_bias() const {
+    // The product with the weight alone, as Python code makes it that takes layer.weight: without bias, and of unrounded rows.
+    Projection weight_only() const {
         Projection other = *this;
         std::visit([](auto& layer) { layer.bias = nullptr; }, other.layer_);
+        if (auto* quantized = std::get_if<DequantMatmulArgs>(&other.layer_)) quantized->int8_activation = false;
         return other;
     }
 
