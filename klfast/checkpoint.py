@@ -26,6 +26,7 @@ from klfast.models.layers import is_head_tied
 from klfast.models.native_ssm import accelerate_or_warn
 from klfast.nn import QuantLinear
 from klfast.placement import as_device
+from klfast.transformers_view import tell_transformers
 from klfast.types import dtype_name
 
 _LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,7 +119,7 @@ def load_quantized(
     model = empty_model(folder, dtype, len(tensors.names()))
     fill(model, tensors, specs, facts)
     initialise_buffers(model, place)
-    model.config.quantization_config = model_quantization_config(model)
+    tell_transformers(model)
     return accelerate_or_warn(model.eval())
 
 

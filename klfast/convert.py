@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 
 from torch import nn
 
@@ -12,6 +11,7 @@ from klfast.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.layers import head_name, is_head_tied, linear, refuse_moving_weights, require_match, sharers, warn_unquantizable
 from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.transformers_view import description, set_own, ties_left
 from klfast.types import SCALES, Plan, QuantSpec
 
 
@@ -21,7 +21,8 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads its
     rows from the head's tensor. Layers that share a weight go on sharing it: it is quantized once. The model's
     configuration says what is quantized (``quantization_config``), so that its own save_pretrained writes a folder that
-    transformers loads; where it could not, save_pretrained refuses. A warning says so where a large part of the model is in no linear layer (experts, GPT-2's Conv1D), and thus stays as it is.
+    transformers loads; where it could not, save_pretrained refuses. A warning says so where a large part of the model is in
+    no linear layer (experts, GPT-2's Conv1D), and thus stays as it is.
 
     Everything is replaced or nothing, an interruption included. Biases and all other parameters stay the same objects.
 
@@ -107,74 +108,17 @@ def _quantized(model: nn.Module, names: list[str], spec: QuantSpec, activation: 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put the modules in their places, and say so where transformers looks; whatever interrupts this, nothing has changed."""
-    attributes = _ties_left(model, {model.get_submodule(name) for name in modules})
+    attributes = ties_left(model, {model.get_submodule(name) for name in modules})
     with ExitStack() as undo:
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
             home = model.get_submodule(parent)._modules
             undo.callback(home.__setitem__, leaf, home[leaf])
             home[leaf] = module
-        for owner, name, value in [*attributes, *(_description(model) if modules else [])]:
-            undo.callback(_set_own, owner, name, vars(owner).get(name))
-            _set_own(owner, name, value)
+        for owner, name, value in [*attributes, *(description(model) if modules else [])]:
+            undo.callback(set_own, owner, name, vars(owner).get(name))
+            set_own(owner, name, value)
         undo.pop_all()
-
-
-def _set_own(owner: object, name: str, value: object) -> None:
-    """Set an attribute of the instance; None takes it away."""
-    vars(owner).pop(name, None)
-    if value is not None:
-        setattr(owner, name, value)
-
-
-def tell_transformers(model: nn.Module) -> None:
-    """Say in a model that holds quantized layers, however it came by them, what its tie_weights and save_pretrained have to know."""
-    quantized = {module for module in model.modules() if isinstance(module, (QuantLinear, QuantEmbedding))}
-    for owner, name, value in [*_ties_left(model, quantized), *_description(model)]:
-        _set_own(owner, name, value)
-
-
-def _ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Module, str, dict[str, str]]]:
-    """What the models in ``model`` have to tie without those modules: (owner, attribute, its new value) of each that changes."""
-    found = []
-    for part in model.modules():
-        if not getattr(part, "_tied_weights_keys", None) or not hasattr(part, "get_expanded_tied_weights_keys"):
-            continue
-        names = {name for name, module in part.named_modules(remove_duplicate=False) if module in quantized}
-        try:
-            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
-        except ValueError:  # a pattern that finds nothing any more
-            ties = dict(part._tied_weights_keys)
-        left = {target: source for target, source in ties.items() if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names}
-        if left != ties:
-            known = getattr(part, "all_tied_weights_keys", {})
-            found.append((part, "_tied_weights_keys", left))
-            all_left = {target: source for target, source in known.items() if target in left or target not in ties}
-            found.append((part, "all_tied_weights_keys", all_left))
-    return found
-
-
-def _description(model: nn.Module) -> list[tuple[object, str, object]]:
-    """What makes transformers' save_pretrained write a folder that can be loaded, or refuse: (owner, attribute, value) each."""
-    from klfast.checkpoint_format import quantization_config
-
-    if (config := getattr(model, "config", None)) is None:
-        return []
-    layers = {name: model.get_submodule(name) for names in sharers(model) for name in names}
-    quantized = {name: (layer.spec, layer.in_features) for name, layer in layers.items() if isinstance(layer, QuantLinear)}
-    try:
-        description = quantization_config(quantized, (name for name in layers if name not in quantized))
-    except InvalidInputError:  # groups that do not divide a row
-        description = None
-    readable = description is not None and not any(isinstance(module, QuantEmbedding) for module in model.modules())
-    return [(config, "quantization_config", description), (model, "save_pretrained", None if readable else partial(_refuse_saving, model))]
-
-
-def _refuse_saving(model: nn.Module, *args, **kwargs) -> None:
-    raise InvalidInputError(
-        f"transformers could not load what save_pretrained would write of this quantized {type(model).__name__} (its head is tied to the "
-        "embedding, or its groups do not divide a row); use klfast.save_quantized(model, folder)"
-    )
 
 
 def plan_scale(plan: Plan, asked: str | None = None) -> str:
