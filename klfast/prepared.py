@@ -28,7 +28,6 @@ except ImportError:  # not built
 
 FEW_ROWS = 8  # for these the kernels read a weight as it lies, at the speed of memory
 Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
-_GONE = object()
 _READY = _C is not None and not MISSING
 
 
@@ -70,7 +69,7 @@ class Watch:
 
     def __init__(self, *places: Place) -> None:
         self.tensors: tuple[torch.Tensor | None, ...] = ()
-        self._seen = []
+        self._seen = ()  # csrc/step/watch.h names the fields
         for home, name in places:
             t = home[name]
             if t is None or not _is_array(t):
@@ -80,26 +79,11 @@ class Watch:
                 storage = alias.untyped_storage()
                 facts = (id(t), StorageWeakRef(storage), storage._cdata, alias.data_ptr(), alias.shape, alias.dtype)
             self.tensors += (alias,)
-            self._seen.append((home, name, *facts))
+            self._seen += ((home, name, *facts),)
 
     def hold(self) -> list[torch.UntypedStorage] | None:
         """The memory of the tensors, which stays where it is while the list lives; None if a tensor has changed or takes gradients."""
-        held, gradients = [], is_grad_enabled()
-        for home, name, identity, _, storage, address, shape, dtype in self._seen:
-            t = home.get(name, _GONE)
-            if identity is None:
-                if t is not None:
-                    return None
-                continue
-            if id(t) != identity:
-                return None
-            memory = t.untyped_storage()
-            held.append(memory)
-            if memory._cdata != storage or t.data_ptr() != address or t.dtype is not dtype or t.shape != shape or not t.is_contiguous():
-                return None
-            if gradients and t.requires_grad:
-                return None
-        return held
+        return _C.hold(self._seen, is_grad_enabled())
 
 
 def has(*places: Place) -> bool:

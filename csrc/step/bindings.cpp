@@ -4,15 +4,33 @@
 #include <cstdint>
 
 #include "step/mamba_step.h"
+#include "step/watch.h"
 #include "view_caster.h"
 
 namespace py = pybind11;
 
 namespace klfast {
+namespace {
+
+// Not by pybind11, whose conversions take as long as the work itself.
+PyObject* hold_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (count != 2 || !PyTuple_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "hold(seen, gradients)");
+        return nullptr;
+    }
+    return hold(args[0], args[1] == Py_True);
+}
+
+PyMethodDef kHold[] = {{"hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hold_tensors)), METH_FASTCALL,
+                        "hold(seen, gradients): the storages of tensors; None if one has changed or takes gradients."},
+                       {}};
+
+}  // namespace
 
 void bind_step(py::module_& m) {
     using Int = std::int64_t;
     using Address = std::uintptr_t;
+    if (PyModule_AddFunctions(m.ptr(), kHold) < 0) throw py::error_already_set();
     py::class_<Projection>(m, "Projection")
         .def_static("dense", [](View weight, View bias, Int n, Int k) {
             LinearArgs layer{};
