@@ -330,7 +330,7 @@ COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "generate", "report", "
 def run(*arguments, **environment):
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "klfast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
 
 
 def test_help_of_every_command_without_torch():
