@@ -88,7 +88,7 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
         # The bare op and the dictionary: a QuantizedTensor made at each call would cost as much as a small product, and
         # nn.Module takes three times as long to find a buffer.
         spec, buffers = self.spec, self._buffers
-        return ops.dequant_matmul_op(
+        return ops.call_dequant_matmul(
             x, buffers["weight_packed"], buffers["weight_scale"], buffers["weight_zero_point"], self.bias, self.out_features, self.in_features,
             spec.bits, spec.group_size, self.layout.value, self.activation,
         )

@@ -66,6 +66,7 @@ _define(
     reference=_reference_dequant_matmul,
 )
 dequant_matmul_op = torch.ops.klfast.dequant_matmul.default
+call_dequant_matmul = transforms.past_autograd(dequant_matmul_op)
 
 
 @public
@@ -88,7 +89,7 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
         InvalidInputError: a wrong dtype, shape, device or activation; a scale that requires a gradient.
     """
     spec = qt.spec
-    return dequant_matmul_op(
+    return call_dequant_matmul(
         x, qt.packed, qt.scale, qt.zero_point, bias, *qt.shape, spec.bits, spec.group_size, qt.layout.value, activation
     )
 

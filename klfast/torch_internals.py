@@ -42,12 +42,12 @@ single_level_autograd = _bound(torch, "_functorch.utils.enable_single_level_auto
 forward_mode_enabled = _bound(torch, "autograd.forward_ad._set_fwd_grad_enabled")  # a context manager
 StorageWeakRef = _bound(reductions, "StorageWeakRef")  # while one is alive no other storage gets the same ``_cdata``
 
-for _owner, _names in (
-    (torch.UntypedStorage(0), ("_cdata",)),
-    (nn.Module(), ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")),
-    (forward_ad, ("_current_level",)),
+for _owner, _label, _names in (
+    (torch.UntypedStorage(0), "torch.UntypedStorage", ("_cdata",)),
+    (nn.Module(), "torch.nn.Module", ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")),
+    (forward_ad, "torch.autograd.forward_ad", ("_current_level",)),
 ):
-    MISSING += [f"{type(_owner).__name__}.{_name}" for _name in _names if not hasattr(_owner, _name)]
+    MISSING += [f"{_label}.{_name}" for _name in _names if not hasattr(_owner, _name)]
 
 
 def is_forward_mode() -> bool:
