@@ -203,7 +203,9 @@ def plan(
     )  # fmt: skip
 
     def launch(kernel, config: Config, is_chunk_each: bool, **tensors) -> Launch:
-        BN, BP = min(size, config.BN), min(channels, config.BP)
+        BP = min(channels, config.BP)
+        # Tiles of no more states than channels: of others, Triton 3.6's outputs on an H100 are wrong, or read beyond shared memory.
+        BN = min(size, config.BN, BP) if is_chunk_each else min(size, config.BN)
         args = both | strided(DIMS, **tensors) | dict(BL=config.BL, BN=BN, BP=BP)
         return Launch(kernel, (channels // BP * (chunks if is_chunk_each else size // BN) * batch * heads,), args, options(config))
 
