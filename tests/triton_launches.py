@@ -43,6 +43,17 @@ def side(dtype: torch.dtype, spec: QuantSpec | None = None, tokens: int = 4096, 
     return linear_divergence.Side(hidden, *quantized_parts(vocab, features, spec), features, spec.bits, spec.group_size)
 
 
+def heads() -> Iterator[tuple[str, Launch, str | None]]:
+    def sums(teacher: linear_divergence.Side, student: linear_divergence.Side) -> Launch:
+        return linear_divergence.plan_sums(teacher, student, 4096, 50280, None, empty(4096, dtype=torch.float32), cores=CORES["intel"])[0]
+
+    for name, dtype in FLOATS.items():
+        for spec in (None, SPECS[0], SPECS[3], *(OTHER_SPECS[:1] if dtype is torch.float32 else ())):
+            yield f"linear_divergence {name} {spec or 'float head'}", sums(side(dtype), side(dtype, spec)), "float"
+    mixed = side(torch.float32), side(torch.bfloat16, SPECS[0])
+    yield f"linear_divergence float32 teacher, bfloat16 student {SPECS[0]}", sums(*mixed), "float"
+
+
 def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     for spec in SPECS:
         for name, dtype in FLOATS.items():
@@ -69,16 +80,8 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
         logits, anchor = empty(512, 50280, dtype=dtype), empty(512, dtype=torch.float32)
         yield f"logit_divergence {name}", logit_divergence.plan_sums(logits, logits, None, anchor, family=family, cores=CORES[family])[0], None
         yield f"first_anchors {name}", logit_divergence.plan_anchors(logits, logits, anchor), None
-        for spec in (None, SPECS[0], SPECS[3], *(OTHER_SPECS[:1] if dtype is torch.float32 else ())):
-            launch, *_ = linear_divergence.plan_sums(
-                side(dtype), side(dtype, spec), 4096, 50280, None, empty(4096, dtype=torch.float32), family=family, cores=CORES[family]
-            )
-            # on NVIDIA GPUs, float32 by float32 has no matrix instruction that rounds nothing
-            matrix = None if dtype is torch.float32 and spec is None and family == "nvidia" else "float"
-            yield f"linear_divergence {name} {spec or 'float head'}", launch, matrix
-    mixed = side(torch.float32), side(torch.bfloat16, SPECS[0])
-    launch, *_ = linear_divergence.plan_sums(*mixed, 4096, 50280, None, empty(4096, dtype=torch.float32), family=family, cores=CORES[family])
-    yield f"linear_divergence float32 teacher, bfloat16 student {SPECS[0]}", launch, "float"
+    if family == "intel":
+        yield from heads()
     rows = empty(7, dtype=torch.int64)
     logits = empty(512, 50280, dtype=torch.bfloat16)
     again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]

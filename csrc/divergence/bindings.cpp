@@ -40,9 +40,9 @@ void bind_divergence(py::module_& m) {
     }, Release());
     m.attr("divergence_part_floats") = sizeof(divergence::Part) / sizeof(float);
     m.def("divergence_from_parts", [](Address parts, Address index, Int tokens, Int n_parts, Int vocab, Address targets, Address anchor, Address runs,
-                                      Address out, Address verdict) {
+                                      Address out, Address verdict, int n_threads) {
         divergence::from_parts({pointer<const divergence::Part>(parts), pointer<const divergence::PartIndex>(index), tokens, n_parts, vocab,
-                                pointer<const double>(targets), pointer<float>(anchor), pointer<Int>(runs)},
+                                pointer<const double>(targets), pointer<float>(anchor), pointer<Int>(runs), n_threads},
                                pointer<float>(out), pointer<divergence::Verdict>(verdict));
     }, Release());
     m.attr("divergence_again") = static_cast<int>(divergence::Verdict::again);

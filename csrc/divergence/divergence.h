@@ -52,6 +52,7 @@ struct PartsArgs {
     const double* targets;     // [T, 2], both models' logits of the targets, NaN where there is none; may be null
     float* anchor;             // [T], the parts' anchors; where another run is needed, the next
     std::int64_t* runs;        // [T], how many there were before
+    int n_threads;
 };
 enum class Verdict : std::int8_t {
     done,

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "divergence/divergence.h"
+#include "parallel.h"
 
 namespace klfast::divergence {
 namespace {
@@ -43,29 +44,29 @@ bool add_parts(State& state, const Part* parts, const PartIndex* index, std::int
     return true;
 }
 
+Verdict measure(const PartsArgs& args, std::int64_t token, float* out) {
+    State state{};
+    state.anchor = args.anchor[token], state.runs = args.runs[token];
+    if (!add_parts(state, args.parts + token * args.n_parts, args.index + token * args.n_parts, args.n_parts)) return Verdict::wide;
+    if (args.targets != nullptr) {
+        state.target_a = args.targets[2 * token], state.target_b = args.targets[2 * token + 1];
+        state.has_target = !std::isnan(state.target_a);
+    }
+    const bool is_near = std::abs(state.anchor) <= kWide;
+    if (is_near && metrics(state, args.vocab, out + token, args.tokens)) return Verdict::done;
+    if (!is_near) state.sums.mu[1] = state.sums.mu[0];  // such sums ask for the difference of the maxima as the anchor
+    restart(state);
+    if (state.phase != kPlain) return Verdict::wide;
+    args.anchor[token] = static_cast<float>(state.anchor), args.runs[token] = state.runs;
+    return Verdict::again;
+}
+
 }  // namespace
 
 void from_parts(const PartsArgs& args, float* out, Verdict* verdict) {
-    for (std::int64_t token = 0; token < args.tokens; ++token) {
-        State state{};
-        state.anchor = args.anchor[token], state.runs = args.runs[token];
-        verdict[token] = Verdict::wide;
-        if (!add_parts(state, args.parts + token * args.n_parts, args.index + token * args.n_parts, args.n_parts)) continue;
-        if (args.targets != nullptr) {
-            state.target_a = args.targets[2 * token], state.target_b = args.targets[2 * token + 1];
-            state.has_target = !std::isnan(state.target_a);
-        }
-        const bool is_near = std::abs(state.anchor) <= kWide;
-        if (is_near && metrics(state, args.vocab, out + token, args.tokens)) {
-            verdict[token] = Verdict::done;
-            continue;
-        }
-        if (!is_near) state.sums.mu[1] = state.sums.mu[0];  // such sums ask for the difference of the maxima as the anchor
-        restart(state);
-        if (state.phase != kPlain) continue;
-        verdict[token] = Verdict::again;
-        args.anchor[token] = static_cast<float>(state.anchor), args.runs[token] = state.runs;
-    }
+    parallel_for(args.tokens, 32, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t token = begin; token < end; ++token) verdict[token] = measure(args, token, out);
+    });
 }
 
 }  // namespace klfast::divergence

@@ -14,20 +14,83 @@ TILE = tl.constexpr(1)  # all of a tile lies in one group: once a tile
 BLOCK_EACH = tl.constexpr(2)  # the two blocks of an INT4 tile may lie in two groups
 
 
+# PTX that takes four packed bytes apart at once, as compilers do not: for each value a byte, then a `prmt` for each register
+# that puts it below the constant of ``centred``. LLVM takes the bytes one by one, at three times the instructions.
+LOW, HIGH, WHOLE = "and.b32 t, $4, 0x0F0F0F0F;", "shr.b32 t, $4, 4; and.b32 t, t, 0x0F0F0F0F;", "mov.b32 t, $4;"
+
+
+def _ptx(take: str, registers: int, *lines: str) -> tl.constexpr:
+    """Of lines that make registers $0, $1 ... of t, the bytes that ``take`` leaves of the packed ones."""
+    return tl.constexpr("{ .reg .b32 t; " + take.replace("$4", f"${registers}") + " " + " ".join(lines) + " }")
+
+
+def _ptx_16(take: str, constant: str) -> tl.constexpr:
+    return _ptx(take, 2, f"prmt.b32 $0, t, {constant}, 0x4140;", f"prmt.b32 $1, t, {constant}, 0x4342;")
+
+
+def _ptx_32(take: str) -> tl.constexpr:
+    return _ptx(take, 4, *(f"prmt.b32 ${i}, t, 0x4B000000, 0x744{i};" for i in range(4)))
+
+
+def _ptx_int8(take: str) -> tl.constexpr:
+    """Less the zero points in $2, byte by byte: no byte borrows from the next with its upper bit set meanwhile."""
+    return _ptx(take.replace("$4", "$1"), 1, "or.b32 t, t, 0x80808080;", "sub.u32 t, t, $2;", "xor.b32 $0, t, 0x80808080;")
+
+
+LOW_F16, HIGH_F16, WHOLE_F16 = (_ptx_16(take, "0x64646464") for take in (LOW, HIGH, WHOLE))
+LOW_BF16, HIGH_BF16 = (_ptx_16(take, "0x43434343") for take in (LOW, HIGH))
+LOW_F32, HIGH_F32, WHOLE_F32 = (_ptx_32(take) for take in (LOW, HIGH, WHOLE))
+LOW_INT8, HIGH_INT8 = (_ptx_int8(take) for take in (LOW, HIGH))
+TO_16, TO_32 = tl.constexpr("=r,=r,r"), tl.constexpr("=r,=r,=r,=r,r")
+
+
 @triton.jit
-def centred(stored, zero, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """stored - zero in DTYPE: uint8 and float32, broadcast against each other.
+def stored_values(packed, HALF: tl.constexpr, BITS: tl.constexpr):
+    """uint8: of INT4 the low nibbles of packed bytes, or with HALF 1 the high ones; of INT8 the bytes."""
+    if BITS == 8:
+        return packed
+    else:
+        return packed >> 4 if HALF else packed & 0xF
+
+
+@triton.jit
+def centred(packed, zero, HALF: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """``stored_values`` less zero in DTYPE: uint8 and float32, broadcast against each other.
 
     The integer goes into the low bits of the significand of 2^10 (float16), 2^7 (bfloat16) or 2^23 (float32), which takes
     no conversion instruction: on GPUs they run at a fraction of the rate of additions.
     """
     if DTYPE == tl.float16:
-        return (stored.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024.0).to(tl.float16)
+        if PTX:
+            code: tl.constexpr = WHOLE_F16 if BITS == 8 else HIGH_F16 if HALF else LOW_F16
+            raised = tl.inline_asm_elementwise(code, TO_16, [packed], dtype=tl.float16, is_pure=True, pack=4)
+        else:
+            raised = (stored_values(packed, HALF, BITS).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+        return raised - (zero + 1024.0).to(tl.float16)
     elif DTYPE == tl.bfloat16 and BITS == 4:
-        return (stored.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128.0).to(tl.bfloat16)
+        if PTX:
+            code: tl.constexpr = HIGH_BF16 if HALF else LOW_BF16
+            raised = tl.inline_asm_elementwise(code, TO_16, [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+        else:
+            raised = (stored_values(packed, HALF, BITS).to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        return raised - (zero + 128.0).to(tl.bfloat16)
     else:
-        wide = (stored.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)
-        return wide.to(DTYPE)
+        if PTX:
+            code: tl.constexpr = WHOLE_F32 if BITS == 8 else HIGH_F32 if HALF else LOW_F32
+            raised = tl.inline_asm_elementwise(code, TO_32, [packed], dtype=tl.float32, is_pure=True, pack=4)
+        else:
+            raised = (stored_values(packed, HALF, BITS).to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
+        return (raised - (zero + 8388608.0)).to(DTYPE)
+
+
+@triton.jit
+def centred_int8(packed, zero, HALF: tl.constexpr, PTX: tl.constexpr):
+    """The values of an INT4 weight less zero (uint8) in int8."""
+    if PTX:
+        code: tl.constexpr = HIGH_INT8 if HALF else LOW_INT8
+        return tl.inline_asm_elementwise(code, "=r,r,r", [packed, zero], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return stored_values(packed, HALF, 4).to(tl.int8) - zero.to(tl.int8)
 
 
 @triton.jit
@@ -53,27 +116,24 @@ def top_bits(x):
 
 
 @triton.jit
-def multiply(b_x, b_w, acc, AXIS: tl.constexpr):
-    """acc + b_x @ b_w; if AXIS, the weight's rows', is 0, acc + b_w @ b_x."""
-    if AXIS:
-        return tl.dot(b_x, b_w, acc, input_precision="ieee")
-    else:
-        return tl.dot(b_w, b_x, acc, input_precision="ieee")
+def multiply(b_w, b_x, acc):
+    """acc + b_w @ b_x."""
+    return tl.dot(b_w, b_x, acc, input_precision="ieee")
 
 
 @triton.jit
-def product(b_x, stored, zero, acc, BITS: tl.constexpr, UPCAST: tl.constexpr, AXIS: tl.constexpr):
-    """acc plus x's product with a quantized weight, stored - zero (uint8 and float32), as in ``multiply``.
+def product(b_x, packed, zero, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr):
+    """acc plus a quantized weight, packed bytes and float32 zero points as in ``centred``, times x.
 
     float32 x is cut into three bfloat16 parts, which together hold every bit of it: no product is rounded.
     """
     if b_x.dtype == tl.float32:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
-        b_w = centred(stored, zero, DTYPE, BITS)
+        b_w = centred(packed, zero, HALF, DTYPE, BITS, PTX)
         high = top_bits(b_x)
         middle = top_bits(b_x - high)
-        acc = multiply((b_x - high - middle).to(DTYPE), b_w, acc, AXIS)
-        return multiply(high.to(DTYPE), b_w, multiply(middle.to(DTYPE), b_w, acc, AXIS), AXIS)
+        acc = multiply(b_w, (b_x - high - middle).to(DTYPE), acc)
+        return multiply(b_w, high.to(DTYPE), multiply(b_w, middle.to(DTYPE), acc))
     else:
         DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
-        return multiply(b_x.to(DTYPE), centred(stored, zero, DTYPE, BITS), acc, AXIS)
+        return multiply(centred(packed, zero, HALF, DTYPE, BITS, PTX), b_x.to(DTYPE), acc)

@@ -9,30 +9,45 @@ runs on matrix instructions too and no product is rounded. int8 x (activation="i
 import triton
 import triton.language as tl
 
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, load_scale, load_zero, product
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred_int8, load_scale, load_zero, product
 
 
 @triton.jit
-def _product(stored, zero, b_x, acc, BITS: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + (stored - zero) @ b_x: uint8 [BN, BLOCK], float32 [BN], [BLOCK, BM], float32 [BN, BM]."""
+def _product(packed, zero, b_x, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr):
+    """acc + (values - zero) @ b_x: packed bytes [BN, BLOCK], float32 [BN], [BLOCK, BM], float32 [BN, BM]."""
     if b_x.dtype != tl.int8:
-        return product(b_x, stored, zero[:, None], acc, BITS, UPCAST, 0)
+        return product(b_x, packed, zero[:, None], acc, HALF, BITS, UPCAST, PTX)
     elif BITS == 4:
-        b_w = stored.to(tl.int8) - zero.to(tl.int8)[:, None]
+        b_w = centred_int8(packed, zero.to(tl.uint8)[:, None], HALF, PTX)
         return acc + tl.dot(b_w, b_x, out_dtype=tl.int32).to(tl.float32)
     else:  # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
-        b_w = (stored ^ 0x80).to(tl.int8, bitcast=True)
+        b_w = (packed ^ 0x80).to(tl.int8, bitcast=True)
         sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
         sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
         return acc + sums.to(tl.float32)
 
 
 @triton.jit
-def _scaled(sums, s_ptr, xs_ptr, i_group, N, o_row, o_m, stride_xs):
-    """sums [BN, BM] times the scales of the weight's rows o_row and, of int8 x, its rows o_m in a group."""
-    sums *= load_scale(s_ptr, i_group, N, o_row)[:, None]
+def _group(i_tile, n_blocks, group_blocks, HALF: tl.constexpr, BITS: tl.constexpr):
+    """The group of a tile's block; of an odd number of blocks, the last pairs with zeros."""
+    return tl.minimum(i_tile * (8 // BITS) + HALF, n_blocks - 1) // group_blocks
+
+
+@triton.jit
+def _factors(s_ptr, z_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, BITS: tl.constexpr):
+    """A group's (scales, zero points) of the weight's rows, float32 [BN], and scales of int8 x's, [BM]; of other x unused."""
+    x_scale = tl.zeros_like(o_col).to(tl.float32)
     if xs_ptr is not None:
-        sums *= tl.load(xs_ptr + o_m * stride_xs + i_group)[None, :]
+        x_scale = tl.load(xs_ptr + o_col * stride_xs + i_group)
+    return load_scale(s_ptr, i_group, N, o_row), load_zero(z_ptr, i_group, N, o_row, BITS), x_scale
+
+
+@triton.jit
+def _scaled(sums, scale, x_scale, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, READ: tl.constexpr):
+    """sums [BN, BM] times the scales [BN] of the weight's rows and, of int8 x, [BM] of x's: those given, or READ now."""
+    sums *= (load_scale(s_ptr, i_group, N, o_row) if READ else scale)[:, None]
+    if xs_ptr is not None:
+        sums *= (tl.load(xs_ptr + o_col * stride_xs + i_group) if READ else x_scale)[None, :]
     return sums
 
 
@@ -48,7 +63,8 @@ def dequant_gemm(
     M, N, n_tiles, n_blocks, group_blocks, tiles_per_part, stride_xm, stride_xs,
     BITS: tl.constexpr, SCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
     BAND: tl.constexpr,  # tiles of rows of y that pass over the weight together: their x stays in cache
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, PTX: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether there are registers for another tile's scales
 ):
     n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     i_band = tl.program_id(0) // (BAND * n_n)
@@ -63,28 +79,45 @@ def dequant_gemm(
     o_k = tl.arange(0, BLOCK)
     p_w = w_ptr + o_row[:, None].to(tl.int64) * BLOCK + o_k[None, :]  # [BN, BLOCK]
     p_x = x_ptr + o_k[:, None] + o_col[None, :] * stride_xm  # [BLOCK, BM]
-    zero = load_zero(z_ptr, i_part * 0, N, o_row, BITS)
+    first = i_part * tiles_per_part
+    end = tl.minimum(first + tiles_per_part, n_tiles)
+    # AHEAD: what scales a tile is read while the tile before it is multiplied. A second block of another group has its own.
+    start = first * 0 if SCALES == ROW else _group(first, n_blocks, group_blocks, 0, BITS)
+    scale, zero, x_scale = _factors(s_ptr, z_ptr, xs_ptr, start, N, o_row, o_col, stride_xs, BITS)
+    scale_1, zero_1, x_scale_1 = scale, zero, x_scale
+    if AHEAD and SCALES == BLOCK_EACH:
+        start = _group(first, n_blocks, group_blocks, 1, BITS)
+        scale_1, zero_1, x_scale_1 = _factors(s_ptr, z_ptr, xs_ptr, start, N, o_row, o_col, stride_xs, BITS)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for i_tile in range(i_part * tiles_per_part, tl.minimum((i_part + 1) * tiles_per_part, n_tiles)):
+    for i_tile in range(first, end):
         b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * N * BLOCK)
-        i_block = i_tile * 2 if BITS == 4 else i_tile
+        this, this_zero, this_x = scale, zero, x_scale
+        this_1, this_zero_1, this_x_1 = scale_1, zero_1, x_scale_1
+        if AHEAD and SCALES != ROW:
+            ahead = _group(i_tile + 1, n_blocks, group_blocks, 0, BITS)
+            scale, zero, x_scale = _factors(s_ptr, z_ptr, xs_ptr, ahead, N, o_row, o_col, stride_xs, BITS)
+        if AHEAD and SCALES == BLOCK_EACH:
+            ahead = _group(i_tile + 1, n_blocks, group_blocks, 1, BITS)
+            scale_1, zero_1, x_scale_1 = _factors(s_ptr, z_ptr, xs_ptr, ahead, N, o_row, o_col, stride_xs, BITS)
+        i_block = i_tile * (8 // BITS)
         i_group = i_block // group_blocks
-        if SCALES != ROW and z_ptr is not None:
-            zero = load_zero(z_ptr, i_group, N, o_row, BITS)
+        if not AHEAD and SCALES != ROW:
+            this_zero = load_zero(z_ptr, i_group, N, o_row, BITS)
         sums = acc if SCALES == ROW else tl.zeros((BN, BM), dtype=tl.float32)
-        sums = _product(b_w & 0xF if BITS == 4 else b_w, zero, tl.load(p_x + i_block * BLOCK), sums, BITS, UPCAST)
+        sums = _product(b_w, this_zero, tl.load(p_x + i_block * BLOCK), sums, 0, BITS, UPCAST, PTX)
         if BITS == 4:
-            i_next = tl.minimum(i_block + 1, n_blocks - 1)  # of an odd number of blocks, the last pairs with zeros
+            i_next = tl.minimum(i_block + 1, n_blocks - 1)
             if SCALES == BLOCK_EACH:
-                acc += _scaled(sums, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs)
+                acc += _scaled(sums, this, this_x, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, not AHEAD)
+                this, this_zero, this_x = this_1, this_zero_1, this_x_1
                 i_group = i_next // group_blocks
-                if z_ptr is not None:
-                    zero = load_zero(z_ptr, i_group, N, o_row, BITS)
+                if not AHEAD:
+                    this_zero = load_zero(z_ptr, i_group, N, o_row, BITS)
                 sums = tl.zeros((BN, BM), dtype=tl.float32)
-            sums = _product(b_w >> 4, zero, tl.load(p_x + i_next * BLOCK), sums, BITS, UPCAST)
-        acc = sums if SCALES == ROW else acc + _scaled(sums, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs)
+            sums = _product(b_w, this_zero, tl.load(p_x + i_next * BLOCK), sums, 1, BITS, UPCAST, PTX)
+        acc = sums if SCALES == ROW else acc + _scaled(sums, this, this_x, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, not AHEAD)
     if SCALES == ROW:
-        acc = _scaled(acc, s_ptr, xs_ptr, i_part * 0, N, o_row, o_col, stride_xs)
+        acc = _scaled(acc, scale, x_scale, s_ptr, xs_ptr, first * 0, N, o_row, o_col, stride_xs, False)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o_row).to(tl.float32)[:, None]
     y = tl.trans(acc).to(y_ptr.dtype.element_ty)  # [BM, BN]

@@ -19,7 +19,7 @@ def dequant_gemv(
     bias_ptr,  # float [N] or None; only without parts
     y_ptr,  # [N], or float32 [parts, N]
     N, n_tiles, n_blocks, group_blocks, tiles_per_part,
-    BITS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):
     i_part = tl.program_id(1)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -35,7 +35,7 @@ def dequant_gemv(
         if SCALES != ROW and z_ptr is not None:
             zero = load_zero(z_ptr, i_group, N, o_row, BITS)
         b_x = tl.load(x_ptr + i_block * BLOCK + o_k).to(tl.float32)  # [BLOCK]
-        part = centred(b_w & 0xF if BITS == 4 else b_w, zero[:, None], tl.float32, BITS) * b_x[None, :]
+        part = centred(b_w, zero[:, None], 0, tl.float32, BITS, PTX) * b_x[None, :]
         if BITS == 4:
             i_next = tl.minimum(i_block + 1, n_blocks - 1)  # of an odd number of blocks, the last pairs with zeros
             if SCALES == BLOCK_EACH:
@@ -45,7 +45,7 @@ def dequant_gemv(
                     zero = load_zero(z_ptr, i_group, N, o_row, BITS)
                 part = tl.zeros((BN, BLOCK), dtype=tl.float32)
             b_x = tl.load(x_ptr + i_next * BLOCK + o_k).to(tl.float32)
-            part += centred(b_w >> 4, zero[:, None], tl.float32, BITS) * b_x[None, :]
+            part += centred(b_w, zero[:, None], 1, tl.float32, BITS, PTX) * b_x[None, :]
         acc += part if SCALES == ROW else part * load_scale(s_ptr, i_group, N, o_row)[:, None]
     y = tl.sum(acc, axis=1)  # [BN]
     if SCALES == ROW:

@@ -4,9 +4,8 @@ For one row of exact x a kernel without matrix instructions (dequant_gemv.py), e
 to 8 rows on NVIDIA GPUs with their narrowest, whose 8 columns x fills or nearly so. Where y alone makes too few programs, K
 is split between several.
 
-Instructions a weight in the loop on sm_90, x float16, INT4 in groups of 128: 8.7 without matrix instructions for one row,
-and 11.6, 16 and 26 in a form of that kernel for 2, 4 and 8; 4.5 with them for up to 8. Three quarters of an H100's
-bandwidth leave time for about 7. So one row of 16-bit x times INT4 takes them there, too; INT8 has twice the time.
+Instructions a weight in the loop on sm_90, INT4 in groups of 128: 2.6 with the narrowest instructions, 5.9 without any. An
+H100's memory gives time for about 7, and half of it is not hidden behind the reads: so one row of 16-bit x takes them there.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from klfast.kernels.dequant_common import BLOCK_EACH, ROW, TILE
 from klfast.kernels.dequant_gemm import dequant_gemm
 from klfast.kernels.dequant_gemv import dequant_gemv, split_sum
-from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, speaks_ptx
 from klfast.kernels.quantize_rows import quantize_rows
 from klfast.layouts import Tiling
 
@@ -27,25 +26,26 @@ BAND = 8
 
 @dataclass(frozen=True)
 class Config:
-    """A tile: BM rows of x, for x of up to ``rows`` rows, by BN rows of the weight."""
+    """A tile: BM rows of x, for x of up to ``rows`` rows, by BN rows of the weight; K split for ``per_core`` programs a core."""
 
     rows: int
     BM: int
     BN: int
     num_warps: int
     num_stages: int = 1
+    per_core: int = 4
     grf_mode: str | None = None
 
 
 MANY = 1 << 62
-GEMV = {"nvidia": Config(1, 1, 32, 4), "intel": Config(1, 1, 16, 4)}
-_SMALL = (Config(8, 8, 128, 4, 4), Config(16, 16, 64, 4, 4), Config(32, 32, 64, 4, 4), Config(64, 64, 64, 4, 3))
+GEMV = {"nvidia": Config(1, 1, 64, 4, per_core=8), "intel": Config(1, 1, 16, 4)}
+_SMALL = (Config(8, 8, 128, 4, 3), Config(16, 16, 64, 2, 3), Config(32, 32, 64, 2, 3), Config(64, 64, 64, 4, 3, 2))
 _INTEL = (Config(16, 16, 32, 4, grf_mode="256"), Config(MANY, 32, 64, 8, grf_mode="256"))
 GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 scales of its own
-    ("nvidia", torch.float16): (*_SMALL, Config(MANY, 128, 128, 8, 3)),
-    ("nvidia", torch.bfloat16): (*_SMALL, Config(MANY, 128, 128, 8, 3)),
-    ("nvidia", torch.float32): (*_SMALL[:3], Config(MANY, 64, 64, 4, 3)),
-    ("nvidia", torch.int8): (*_SMALL, Config(MANY, 64, 128, 8, 3)),
+    ("nvidia", torch.float16): (*_SMALL, Config(MANY, 128, 128, 8, 4)),
+    ("nvidia", torch.bfloat16): (*_SMALL, Config(MANY, 128, 128, 8, 4)),
+    ("nvidia", torch.float32): (*_SMALL[:2], Config(32, 32, 64, 4, 3), Config(MANY, 64, 64, 4, 3)),
+    ("nvidia", torch.int8): (*_SMALL[:3], Config(64, 64, 64, 2, 3, 1), Config(MANY, 128, 64, 4, 3)),
     ("intel", torch.float16): _INTEL,
     ("intel", torch.bfloat16): _INTEL,
     ("intel", torch.float32): (_INTEL[0], Config(MANY, 16, 64, 8, grf_mode="256")),
@@ -58,9 +58,9 @@ def pick(configs: tuple[Config, ...], m: int) -> Config:
     return next(config for config in configs if m <= config.rows)
 
 
-def parts_of(programs: int, n_tiles: int, cores: int) -> tuple[int, int]:
-    """(parts to split K into, tiles in each): four programs a core, but four tiles or more a part."""
-    parts = min(cdiv(4 * cores, max(programs, 1)), max(n_tiles // 4, 1))
+def parts_of(programs: int, n_tiles: int, wanted: int) -> tuple[int, int]:
+    """(parts to split K into, tiles in each): as many programs as are wanted, but four tiles or more a part."""
+    parts = min(cdiv(wanted, max(programs, 1)), max(n_tiles // 4, 1))
     tiles = cdiv(n_tiles, parts) if n_tiles else 0
     return (cdiv(n_tiles, tiles) if tiles else 1), tiles
 
@@ -87,19 +87,22 @@ def plan(
         x_scale = torch.empty(m, scale.shape[0], dtype=torch.float32, device=x.device)
         launches.append(plan_rounding(x, rounded, x_scale, tiling))
         x = rounded
-    gemv = m == 1 and not int8 and not (family == "nvidia" and bits == 4 and x.dtype != torch.float32)
+    gemv = m == 1 and not int8 and not (family == "nvidia" and x.dtype != torch.float32)
     config = GEMV[family] if gemv else pick(GEMM[family, x.dtype], m)
     programs = cdiv(n, config.BN) * cdiv(m, config.BM)
-    parts, tiles = parts_of(programs, tiling.n_tiles, cores)
+    parts, tiles = parts_of(programs, tiling.n_tiles, config.per_core * cores)
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=x.device)
     scales = ROW if scale.shape[0] == 1 else TILE if tiling.group_blocks * bits % 8 == 0 else BLOCK_EACH
     args = dict(
         x_ptr=x, w_ptr=packed, s_ptr=scale, z_ptr=zero_point, bias_ptr=bias if parts == 1 else None, y_ptr=out, N=n,
         n_tiles=tiling.n_tiles, n_blocks=tiling.n_blocks, group_blocks=tiling.group_blocks, tiles_per_part=tiles,
-        BITS=bits, SCALES=scales.value, BN=config.BN, BLOCK=tiling.block,
+        BITS=bits, SCALES=scales.value, BN=config.BN, BLOCK=tiling.block, PTX=speaks_ptx(family),
     )  # fmt: skip
     if not gemv:
-        args |= dict(M=m, stride_xm=x.stride(0), xs_ptr=x_scale, stride_xs=scale.shape[0], BM=config.BM, BAND=BAND, UPCAST=INTERPRETED)
+        args |= dict(
+            M=m, stride_xm=x.stride(0), xs_ptr=x_scale, stride_xs=scale.shape[0], BM=config.BM, BAND=BAND,
+            UPCAST=INTERPRETED, AHEAD=family == "nvidia",
+        )  # fmt: skip
     grid = (programs, parts)
     launches.append(Launch(dequant_gemv if gemv else dequant_gemm, grid, args, options(config)))
     if parts > 1:

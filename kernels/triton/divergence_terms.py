@@ -15,9 +15,36 @@ N_SUMS = 18
 
 
 @triton.jit
-def expm1_negative(x):
-    """e^x - 1 for x <= 0, to 2e-7 of its size."""
-    small = tl.maximum(x, -0.5)
+def exponential(x, PTX: tl.constexpr):
+    """e^x, 0 below float32's normal range; of what is compiled from tl.exp, half takes care of what lies there."""
+    if PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def reciprocal(x, PTX: tl.constexpr):
+    """1 / x of a normal x."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def logarithm(x, PTX: tl.constexpr):
+    """log(x) of x between 1 and 2, to 2e-7."""
+    if PTX:
+        return 0.6931471805599453 * tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log(x)
+
+
+@triton.jit
+def expm1_negative(x, ALL_SMALL: tl.constexpr, PTX: tl.constexpr):
+    """e^x - 1 for x <= 0, to 2e-7 of its size; ALL_SMALL: none is below -0.5."""
+    small = x if ALL_SMALL else tl.maximum(x, -0.5)
     poly = small * (1.0 / 362880.0) + 1.0 / 40320.0
     poly = poly * small + 1.0 / 5040.0
     poly = poly * small + 1.0 / 720.0
@@ -25,34 +52,37 @@ def expm1_negative(x):
     poly = poly * small + 1.0 / 24.0
     poly = poly * small + 1.0 / 6.0
     poly = poly * small + 0.5
-    return tl.where(x > -0.5, small + small * small * poly, tl.exp(x) - 1.0)
+    near = small + small * small * poly
+    return near if ALL_SMALL else tl.where(x > -0.5, near, exponential(x, PTX) - 1.0)
 
 
 @triton.jit
-def divergence_terms(a, b, anchor, reference, valid):
+def divergence_terms(a, b, anchor, reference, valid, ALL_NEAR: tl.constexpr, PTX: tl.constexpr):
     """(W, u, k1, k2, j, q) of logits a and b, float32; valid is 1.0, or 0.0 for an entry that does not count.
 
-    W u^k is the term of mu_k.
+    W u^k is the term of mu_k. ALL_NEAR: no b - a is further than 0.5 from the anchor.
     """
     x = (b - a - anchor) * valid
     y = tl.abs(x)
-    less_one = expm1_negative(-y)
+    less_one = expm1_negative(-y, ALL_NEAR, PTX)
     e = less_one + 1.0
-    t = -less_one / (e + 1.0)  # tanh(y / 2)
+    t = -less_one * reciprocal(e + 1.0, PTX)  # tanh(y / 2)
     t2 = t * t
-    w = tl.exp(tl.maximum(a - reference, b - anchor - reference)) * (e + 1.0) * valid
-    near = y < 0.5
+    w = exponential(tl.maximum(a - reference, b - anchor - reference), PTX) * (e + 1.0) * valid
+    quarter = 0.25 * y
 
     poly = t2 * 1.22889162e-1 + 1.42402410e-1
     poly = poly * t2 + 2.00005580e-1
     poly = poly * t2 + 3.33333320e-1
-    rest = tl.where(near, t * t2 * poly, 0.5 * y - t)  # atanh(t) - t
+    rest = t * t2 * poly  # atanh(t) - t
     poly = t2 * 9.63774e-3 + 1.663943e-2
     poly = poly * t2 + 4.166700e-2
     poly = poly * t2 + 0.25
-    quarter = 0.25 * y
-    far = quarter * (t - 1.0) + 0.5 * (0.69314718 - tl.log(1.0 + e))
-    mixture = tl.where(near, t2 * poly, far)  # t y / 4 - log cosh(y / 2) / 2
+    mixture = t2 * poly  # t y / 4 - log cosh(y / 2) / 2
+    if not ALL_NEAR:
+        near = y < 0.5
+        rest = tl.where(near, rest, 0.5 * y - t)
+        mixture = tl.where(near, mixture, quarter * (t - 1.0) + 0.5 * (0.69314718 - logarithm(1.0 + e, PTX)))
 
     negative = x < 0
     u = tl.where(negative, -t, t)

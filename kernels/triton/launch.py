@@ -63,6 +63,11 @@ def family(device: torch.device) -> str:
     return "intel" if device.type == "xpu" else "nvidia"
 
 
+def speaks_ptx(family: str) -> bool:
+    """Whether kernels may hold NVIDIA's instructions; the interpreter knows none."""
+    return family == "nvidia" and not INTERPRETED
+
+
 @cache
 def cores(device: torch.device) -> int:
     """Streaming multiprocessors, or Xe cores, to keep busy; 1 for the interpreter."""

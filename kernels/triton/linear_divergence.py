@@ -1,10 +1,12 @@
-"""linear_divergence: both heads' products and the sums of logit_divergence in one kernel; the logits stay in registers.
+"""linear_divergence on Intel GPUs: both heads' products and the sums of logit_divergence in one kernel; the logits stay in registers.
+
+NVIDIA GPUs have much faster products of their own, and a cache that holds the logits of some thousand entries of the
+vocabulary: there the backend makes those, and sums them with logit_divergence's kernel.
 
 A program takes BM tokens and a part of the vocabulary, BN entries at a time: the teacher's logits of them, the student's,
 then what they add to the sums of each token (divergence_terms.py). A head is a float matrix or a quantized one
-(``Layout.TILED``), multiplied as in dequant_gemm.py. The tokens lie where a thread holds few of them, so that their 19
-sums take few registers: in rows of the products on NVIDIA GPUs, in columns on Intel's, whose matrix instructions give each
-lane all rows of one column.
+(``Layout.TILED``), multiplied as in dequant_gemm.py. The tokens lie in columns of the products, of which a thread holds few,
+so that their 19 sums take few registers.
 """
 
 from __future__ import annotations
@@ -25,35 +27,33 @@ from klfast.layouts import Tiling
 def head_logits(
     x_ptr, w_ptr, s_ptr, z_ptr, o_token, o_v, V, n_tiles, n_blocks, group_blocks, stride_x, stride_w,
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr,
-    AXIS: tl.constexpr,
 ):
-    """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BM, BN], [BN, BM] if AXIS, the vocabulary's, is 0.
+    """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BN, BM].
 
     A tile's BLOCK features go in parts of STEP.
     """
     o_k = tl.arange(0, STEP)
-    p_x = x_ptr + tl.expand_dims(o_token, AXIS) * stride_x + tl.expand_dims(o_k, 1 - AXIS)
+    p_x = x_ptr + o_token[None, :] * stride_x + o_k[:, None]
     row = BLOCK if BITS else stride_w
-    p_w = w_ptr + tl.expand_dims(o_v, 1 - AXIS).to(tl.int64) * row + tl.expand_dims(o_k, AXIS)
-    acc = tl.zeros((BM, BN), dtype=tl.float32) if AXIS else tl.zeros((BN, BM), dtype=tl.float32)
+    p_w = w_ptr + o_v[:, None].to(tl.int64) * row + o_k[None, :]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
     for i_step in range(0, n_tiles * (BLOCK // STEP)):
         if BITS == 0:
-            acc = float_product(tl.load(p_x + i_step * STEP), tl.load(p_w + i_step * STEP), acc, UPCAST, IN_PARTS, AXIS)
+            acc = float_product(tl.load(p_x + i_step * STEP), tl.load(p_w + i_step * STEP), acc, UPCAST, IN_PARTS)
         else:
             i_tile, o_step = i_step // (BLOCK // STEP), i_step % (BLOCK // STEP) * STEP
             b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * V * BLOCK + o_step)
             for i_half in tl.static_range(8 // BITS):
-                stored = (b_w >> 4 * i_half) & 0xF if BITS == 4 else b_w
                 i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
                 i_group = i_block // group_blocks
-                zero = tl.expand_dims(load_zero(z_ptr, i_group, V, o_v, BITS), 1 - AXIS)
-                sums = product(tl.load(p_x + i_block * BLOCK + o_step), stored, zero, tl.zeros_like(acc), BITS, UPCAST, AXIS)
-                acc += sums * tl.expand_dims(load_scale(s_ptr, i_group, V, o_v), 1 - AXIS)
+                zero = load_zero(z_ptr, i_group, V, o_v, BITS)[:, None]
+                sums = product(tl.load(p_x + i_block * BLOCK + o_step), b_w, zero, tl.zeros_like(acc), i_half, BITS, UPCAST, False)
+                acc += sums * load_scale(s_ptr, i_group, V, o_v)[:, None]
     return acc
 
 
 @triton.jit
-def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, AXIS: tl.constexpr):
+def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr):
     """acc plus the product with a float head. IN_PARTS: each operand as three bfloat16 parts, whose products are exact."""
     if IN_PARTS:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
@@ -62,15 +62,15 @@ def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr, A
         x_middle, w_middle = top_bits(b_x - x_high), top_bits(b_w - w_high)
         x_low, w_low = (b_x - x_high - x_middle).to(DTYPE), (b_w - w_high - w_middle).to(DTYPE)
         x_high, w_high, x_middle, w_middle = x_high.to(DTYPE), w_high.to(DTYPE), x_middle.to(DTYPE), w_middle.to(DTYPE)
-        acc = multiply(x_low, w_low, acc, AXIS)
-        acc = multiply(x_low, w_middle, multiply(x_middle, w_low, acc, AXIS), AXIS)
-        acc = multiply(x_low, w_high, multiply(x_middle, w_middle, multiply(x_high, w_low, acc, AXIS), AXIS), AXIS)
-        acc = multiply(x_middle, w_high, multiply(x_high, w_middle, acc, AXIS), AXIS)
-        return multiply(x_high, w_high, acc, AXIS)
+        acc = multiply(w_low, x_low, acc)
+        acc = multiply(w_middle, x_low, multiply(w_low, x_middle, acc))
+        acc = multiply(w_high, x_low, multiply(w_middle, x_middle, multiply(w_low, x_high, acc)))
+        acc = multiply(w_high, x_middle, multiply(w_middle, x_high, acc))
+        return multiply(w_high, x_high, acc)
     else:
         if UPCAST:
             b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
-        return multiply(b_x, b_w, acc, AXIS)
+        return multiply(b_w, b_x, acc)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def linear_divergence_sums(
     s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
     T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_STEP: tl.constexpr, T_UPCAST: tl.constexpr, T_IN_PARTS: tl.constexpr,
     S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_STEP: tl.constexpr, S_UPCAST: tl.constexpr, S_IN_PARTS: tl.constexpr,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AXIS: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
     i_part = tl.program_id(1)
     o_r = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -107,41 +107,41 @@ def linear_divergence_sums(
         o_v = tl.minimum(start + tl.arange(0, BN), last - 1)
         a = head_logits(
             t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr, o_teacher, o_v, V, t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
-            T_BITS, BM, BN, T_BLOCK, T_STEP, T_UPCAST, T_IN_PARTS, AXIS,
+            T_BITS, BM, BN, T_BLOCK, T_STEP, T_UPCAST, T_IN_PARTS,
         )  # fmt: skip
         b = head_logits(
             s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr, o_token, o_v, V, s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-            S_BITS, BM, BN, S_BLOCK, S_STEP, S_UPCAST, S_IN_PARTS, AXIS,
+            S_BITS, BM, BN, S_BLOCK, S_STEP, S_UPCAST, S_IN_PARTS,
         )  # fmt: skip
-        valid = tl.expand_dims(tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0), 1 - AXIS)
-        top_a, top_b = tl.max(a, axis=AXIS), tl.max(b, axis=AXIS)  # [BM]
+        valid = tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0)[:, None]
+        top_a, top_b = tl.max(a, axis=0), tl.max(b, axis=0)  # [BM]
         needed = tl.maximum(reference, tl.maximum(top_a, top_b - anchor))
         shrink = tl.exp(reference - needed)
         reference = needed
-        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(a, b, tl.expand_dims(anchor, AXIS), tl.expand_dims(reference, AXIS), valid)
-        k1, k2 = k1 * shrink + tl.sum(k1_term, axis=AXIS), k2 * shrink + tl.sum(k2_term, axis=AXIS)
-        j, q = j * shrink + tl.sum(j_term, axis=AXIS), q * shrink + tl.sum(q_term, axis=AXIS)
-        mu0 = mu0 * shrink + tl.sum(w, axis=AXIS)
+        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(a, b, anchor[None, :], reference[None, :], valid, False, False)
+        k1, k2 = k1 * shrink + tl.sum(k1_term, axis=0), k2 * shrink + tl.sum(k2_term, axis=0)
+        j, q = j * shrink + tl.sum(j_term, axis=0), q * shrink + tl.sum(q_term, axis=0)
+        mu0 = mu0 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu1 = mu1 * shrink + tl.sum(w, axis=AXIS)
+        mu1 = mu1 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu2 = mu2 * shrink + tl.sum(w, axis=AXIS)
+        mu2 = mu2 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu3 = mu3 * shrink + tl.sum(w, axis=AXIS)
+        mu3 = mu3 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu4 = mu4 * shrink + tl.sum(w, axis=AXIS)
+        mu4 = mu4 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu5 = mu5 * shrink + tl.sum(w, axis=AXIS)
+        mu5 = mu5 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu6 = mu6 * shrink + tl.sum(w, axis=AXIS)
+        mu6 = mu6 * shrink + tl.sum(w, axis=0)
         w *= u
-        mu7 = mu7 * shrink + tl.sum(w, axis=AXIS)
-        mu8 = mu8 * shrink + tl.sum(w * u, axis=AXIS)
+        mu7 = mu7 * shrink + tl.sum(w, axis=0)
+        mu8 = mu8 * shrink + tl.sum(w * u, axis=0)
         d = (b - a) * valid
-        a2, d2 = a2 + tl.sum(a * a * valid, axis=AXIS), d2 + tl.sum(d * d, axis=AXIS)
-        entry = tl.expand_dims(o_v, 1 - AXIS)
-        here_a = tl.min(tl.where(a == tl.expand_dims(top_a, AXIS), entry, 2147483647), axis=AXIS)
-        here_b = tl.min(tl.where(b == tl.expand_dims(top_b, AXIS), entry, 2147483647), axis=AXIS)
+        a2, d2 = a2 + tl.sum(a * a * valid, axis=0), d2 + tl.sum(d * d, axis=0)
+        entry = o_v[:, None]
+        here_a = tl.min(tl.where(a == top_a[None, :], entry, 2147483647), axis=0)
+        here_b = tl.min(tl.where(b == top_b[None, :], entry, 2147483647), axis=0)
         at_a, at_b = tl.where(top_a > max_a, here_a, at_a), tl.where(top_b > max_b, here_b, at_b)
         max_a, max_b = tl.maximum(max_a, top_a), tl.maximum(max_b, top_b)
 
@@ -154,23 +154,18 @@ def linear_divergence_sums(
 
 @dataclass(frozen=True)
 class Config:
-    """BM tokens by BN entries of the vocabulary, which lie along ``axis``; parts of at least ``part`` entries."""
+    """BM tokens by BN entries of the vocabulary; parts of at least ``part`` entries."""
 
     BM: int
     BN: int
     part: int
-    axis: int
     num_warps: int
     num_stages: int = 1
     grf_mode: str | None = None
 
 
-CONFIGS = {  # family, whether an operand is float32: that takes more registers
-    ("nvidia", False): Config(128, 32, 2048, 1, 8, 3),
-    ("nvidia", True): Config(64, 32, 2048, 1, 8, 3),
-    ("intel", False): Config(16, 64, 2048, 0, 8, grf_mode="256"),
-    ("intel", True): Config(16, 32, 2048, 0, 8, grf_mode="256"),
-}
+# Whether an operand is float32 (that takes more registers) -> what to launch.
+CONFIGS = {False: Config(16, 64, 2048, 8, grf_mode="256"), True: Config(16, 32, 2048, 8, grf_mode="256")}
 
 
 @dataclass(frozen=True)
@@ -197,26 +192,25 @@ class Side:
         """Whether an operand is float32."""
         return torch.float32 in (self.hidden.dtype, self.weight.dtype)
 
-    def args(self, name: str, family: str, is_wide: bool) -> dict:
+    def args(self, name: str, is_wide: bool) -> dict:
         """The kernel's arguments of this side, whose names begin with ``name``; is_wide: whether either side is.
 
-        UPCAST widens what the interpreter cannot multiply, and float16 with bfloat16. On Intel GPUs float32 times float32
-        goes in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others. Where
+        UPCAST widens what the interpreter cannot multiply. float32 times float32, and float16 times bfloat16,
+        go in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others. Where
         there are such parts, of hidden states or head, features go 16 at a time, so that all fit in registers.
         """
         common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
         differ = self.hidden.dtype != self.weight.dtype
-        in_parts = family == "intel" and not self.bits and (self.is_wide or differ)
+        in_parts = not self.bits and (self.is_wide or differ)
         if self.bits:
             tiling = Tiling.of(self.features, self.bits, self.group_size)
             rest = {"tiles": tiling.n_tiles, "blocks": tiling.n_blocks, "group_blocks": tiling.group_blocks, "stride_w": 0}
-            block, upcast = tiling.block, INTERPRETED
+            block = tiling.block
         else:
             block = 32 if in_parts else float_block(self.hidden.shape[1])
             rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
-            upcast = INTERPRETED or (differ and not in_parts)
-        step = 16 if family == "intel" and is_wide else block
-        constants = {"BITS": self.bits, "BLOCK": block, "STEP": step, "UPCAST": int(upcast), "IN_PARTS": in_parts}
+        step = 16 if is_wide else block
+        constants = {"BITS": self.bits, "BLOCK": block, "STEP": step, "UPCAST": INTERPRETED, "IN_PARTS": in_parts}
         return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
 
 
@@ -226,11 +220,11 @@ def float_block(features: int) -> int:
 
 
 def plan_sums(
-    teacher: Side, student: Side, n_teacher: int, vocab: int, rows: torch.Tensor | None, anchor: torch.Tensor, *, family: str, cores: int
+    teacher: Side, student: Side, n_teacher: int, vocab: int, rows: torch.Tensor | None, anchor: torch.Tensor, *, cores: int
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """As logit_divergence.plan_sums, of hidden states: token i of the student goes with token i % n_teacher of the teacher."""
     is_wide, count = teacher.is_wide or student.is_wide, anchor.numel()
-    config = CONFIGS[family, is_wide]
+    config = CONFIGS[is_wide]
     programs = cdiv(count, config.BM)
     parts = max(1, min(cdiv(vocab, config.part), cdiv(2 * cores, max(programs, 1))))
     columns = cdiv(cdiv(vocab, parts), config.BN) * config.BN
@@ -238,7 +232,7 @@ def plan_sums(
     sums = torch.empty(count, parts, N_SUMS, device=anchor.device)
     index = torch.empty(count, parts, 2, dtype=torch.int32, device=anchor.device)
     args = dict(
-        **teacher.args("t", family, is_wide), **student.args("s", family, is_wide), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count,
-        n_teacher=n_teacher, V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN, AXIS=config.axis,
+        **teacher.args("t", is_wide), **student.args("s", is_wide), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count,
+        n_teacher=n_teacher, V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN,
     )  # fmt: skip
     return Launch(linear_divergence_sums, (programs, parts), args, options(config)), sums, index

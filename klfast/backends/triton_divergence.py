@@ -21,6 +21,8 @@ from klfast.types import IGNORED_TARGET, Layout, QuantizedTensor
 
 ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
 AT_ONCE = 1024  # tokens
+LOGITS_AT_ONCE = 1 << 23  # of both models: 32 MB, which an H100's second-level cache holds
+Model = tuple[torch.Tensor, torch.Tensor | QuantizedTensor]  # hidden states [T, K] and a head [V, K], if quantized a tiled one
 
 
 def logit_divergence(teacher, student, targets):
@@ -50,8 +52,7 @@ def logit_divergence(teacher, student, targets):
 
 
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
-    from klfast.kernels import linear_divergence as kernel
-    from klfast.kernels.launch import cores, family
+    from klfast.kernels.launch import family
 
     shape = list(student.shape)
     t_head = _tiled(ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]), shape)
@@ -64,21 +65,70 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     if targets is not None:
         targets = ops_divergence.flat_targets(targets, tokens)
     models = ((teacher, t_head), (student, s_head))
-    t_side, s_side = (_side(kernel, hidden, head) for hidden, head in models)
     first = [_level(_rows(head, slice(0, ANCHOR_ENTRIES)), hidden) for hidden, head in models]
     anchor = first[1] - first[0].repeat(tokens // teacher.shape[0])
-    options = dict(family=family(device), cores=cores(device))
-
-    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        launch, *found = kernel.plan_sums(t_side, s_side, teacher.shape[0], vocab, rows, anchor, **options)
-        launch.run()
-        return tuple(found)
+    sums = _sums_in_one_kernel(*models) if family(device) == "intel" else _sums_of_products(*models)
 
     def logits(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(hidden[rows % hidden.shape[0]].float() @ _rows(head, slice(None)).T for hidden, head in models)
 
     picked = None if targets is None else torch.stack([_picked(hidden, head, targets) for hidden, head in models], 1)
     return finish("linear_divergence", shape, sums, logits, anchor, vocab, targets, picked)
+
+
+Sums = Callable[[torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see ``finish``
+
+
+def _sums_in_one_kernel(teacher: Model, student: Model) -> Sums:
+    from klfast.kernels import linear_divergence as kernel
+    from klfast.kernels.launch import cores
+
+    (n_teacher, _), (vocab, _), device = teacher[0].shape, teacher[1].shape, student[0].device
+    sides = [_side(kernel, *model) for model in (teacher, student)]
+
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        launch, *found = kernel.plan_sums(*sides, n_teacher, vocab, rows, anchor, cores=cores(device))
+        launch.run()
+        return tuple(found)
+
+    return sums
+
+
+def _sums_of_products(teacher: Model, student: Model) -> Sums:
+    """Of logits made of some entries of the vocabulary at a time, so few that they stay in the GPU's cache."""
+    from klfast.kernels import logit_divergence as kernel
+    from klfast.kernels.launch import cores, family
+
+    vocab, device = student[1].shape[0], student[0].device
+    options = dict(family=family(device), cores=cores(device))
+
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = [teacher[0], student[0]] if rows is None else [teacher[0][rows % teacher[0].shape[0]], student[0][rows]]
+        entries = max(LOGITS_AT_ONCE // sum(map(len, hidden)) // 512, 1) * 512
+        found = []
+        for first in range(0, vocab, entries):
+            logits = [_product(some, head, first, min(first + entries, vocab)) for some, (_, head) in zip(hidden, (teacher, student), strict=True)]
+            launch, some, index = kernel.plan_sums(*logits, None, anchor, **options)
+            launch.run()
+            found.append((some, index + first))
+        return torch.cat([some for some, _ in found], 1), torch.cat([index for _, index in found], 1)
+
+    return sums
+
+
+def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: int, end: int) -> torch.Tensor:
+    """float32 logits [T, end - first] of some entries of a head, if quantized a tiled one; no product is rounded."""
+    if isinstance(head, QuantizedTensor):
+        from klfast.backends.triton import dequant_product
+
+        y = torch.empty(hidden.shape[0], end - first, device=hidden.device)
+        zero_point = None if head.zero_point is None else head.zero_point[:, first:end]
+        dequant_product(hidden, head.packed[:, first:end], head.scale[:, first:end], zero_point, None, y, head.shape[1], head.spec.bits, head.spec.group_size)
+        return y
+    head = head[first:end].detach().T
+    if hidden.is_cuda and hidden.dtype == head.dtype != torch.float32:
+        return torch.mm(hidden, head, out_dtype=torch.float32)
+    return hidden.float() @ head.float()
 
 
 def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tensor | QuantizedTensor:
@@ -154,7 +204,7 @@ def finish(
         verdict = torch.empty(rows.numel(), dtype=torch.int8)
         _C.divergence_from_parts(
             parts.data_ptr(), index.data_ptr(), rows.numel(), parts.shape[1], vocab, address(some_picked),
-            anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(),
+            anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         out[:, rows] = metrics
         wide.append(rows[verdict == _C.divergence_wide])

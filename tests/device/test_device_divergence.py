@@ -176,7 +176,8 @@ def test_linear_with_every_configuration(family, dtypes):
     hidden, head = torch.randn(35, 96).to(dtypes[0]), torch.randn(70, 96).to(dtypes[1])
     student = (hidden.float() + 0.1 * torch.randn(35, 96)).to(dtypes[0])
     logits = hidden.double() @ head.double().T, student.double() @ head.double().T
-    cases.assert_matches(klfast.linear_divergence(hidden, head, student, head), cases.truth(*logits), rtol=1e-4)
+    # A float32 sum of 96 products leaves up to 5e-6 in a logit, and that times sqrt(2 KL) in a KL: 3e-4 of the smaller ones here.
+    cases.assert_matches(klfast.linear_divergence(hidden, head, student, head), cases.truth(*logits), rtol=5e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,8 +15,12 @@ def tier():
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device):
+    """Without torch's default on NVIDIA GPUs to add parts of a bfloat16 product up in bfloat16."""
+    usual = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     with device:
         yield
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = usual
 
 
 def test_strides_and_empty():

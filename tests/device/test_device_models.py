@@ -99,5 +99,6 @@ def test_16_bit_logits_are_no_further_from_the_truth(model, device, launched, dt
         fast = klfast.accelerate(model)(x).logits
     scan = {"ssd_states", "ssd_outputs"} if model.config.model_type == "mamba2" else {"selective_scan"}
     assert launched == {"causal_conv1d", "rms_norm"} | scan
-    factor = 1.05 if device.type != "cpu" else 2  # the interpreter cuts bfloat16 off instead of rounding it
+    # Two draws of roundings over 38 tokens; the interpreter cuts bfloat16 off instead of rounding it.
+    factor = 1.25 if device.type != "cpu" else 2
     assert (fast - truth).square().mean().sqrt() <= factor * (plain - truth).square().mean().sqrt() + 1e-4

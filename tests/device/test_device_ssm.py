@@ -119,13 +119,16 @@ def test_what_is_not_finite_stays_behind_its_step_in_a_chunk(value, family):
 
 
 def test_softplus_and_silu():
-    """Over their whole range, to a few units of the last digit."""
+    """Over their whole range, to a few units of the last digit of what an exponential is of."""
     x = torch.linspace(-80, 80, 501)
     ones, b = torch.ones(1, x.numel(), 1), torch.ones(1, 1, 1)
-    found = cases.ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True).flatten()
-    torch.testing.assert_close(found.double(), torch.log1p(torch.exp(-x.double().abs())) + x.double().clamp_min(0), rtol=1e-6, atol=1e-37)
-    found = cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu").flatten()
-    torch.testing.assert_close(found.double(), x.double() / (1 + torch.exp(-x.double())), rtol=1e-6, atol=1e-37)
+    true, rtol = x.double(), 2e-7 * (4 + x.double().abs())
+
+    def check(found, expected):
+        assert ((found.flatten().double() - expected).abs() <= rtol * expected.abs() + 1e-37).all()
+
+    check(cases.ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True), torch.log1p(torch.exp(-true.abs())) + true.clamp_min(0))
+    check(cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu"), true / (1 + torch.exp(-true)))
 
 
 @pytest.mark.parametrize(("shape", "group"), [((1,), 1), ((3, 63), 21), ((2, 5, 100), None), ((2, 3, 4, 48), 16), ((0, 8), None), ((1, 9, 5000), None)])
