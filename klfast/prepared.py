@@ -93,7 +93,10 @@ def has(*places: Place) -> bool:
 
 def plain(*tensors: torch.Tensor | None) -> bool:
     """Whether all are ordinary CPU tensors, contiguous, of a float type and in memory, or absent."""
-    return all(t is None or (_is_array(t) and t.dtype in FLOAT_DTYPES) for t in tensors)
+    for t in tensors:  # a generator in all() would take as long as the checks
+        if t is not None and not (_is_array(t) and t.dtype in FLOAT_DTYPES):
+            return False
+    return True
 
 
 def _is_array(t: torch.Tensor) -> bool:

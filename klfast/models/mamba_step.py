@@ -22,6 +22,9 @@ except ImportError:  # not built: then everything counts as observed
     _C = None
 
 
+_LAYERS = (nn.Linear, QuantLinear)
+
+
 class Parts(NamedTuple):
     """What lies between a mixer's first and last projection.
 
@@ -126,13 +129,14 @@ def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.T
     return partial(step, held) if held is not None and step.takes(x, conv_state, ssm_state) else None
 
 
-def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, list]:
+def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, tuple]:
     """x_proj and dt_proj, and what must live while they are called; None for layers that the extension cannot take."""
-    layers = (parts.x_proj, parts.dt_proj)
-    if any(type(layer) not in (nn.Linear, QuantLinear) for layer in layers) or not all(_is_untouched(module) for module in (*layers, *parts.norms)):
-        return None, []
-    found, held = zip(*(current(layer, PreparedLinear, layer) for layer in layers), strict=True)
-    return (None, []) if any(one is None for one in held) else (found, held)
+    x_proj, dt_proj = parts.x_proj, parts.dt_proj
+    if type(x_proj) not in _LAYERS or type(dt_proj) not in _LAYERS or not (_is_untouched(x_proj) and _is_untouched(dt_proj) and all(map(_is_untouched, parts.norms))):
+        return None, ()
+    first, first_held = current(x_proj, PreparedLinear, x_proj)
+    second, second_held = current(dt_proj, PreparedLinear, dt_proj)
+    return (None, ()) if first_held is None or second_held is None else ((first, second), (first_held, second_held))
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -149,7 +149,7 @@ def mixer_forward(module_class: type, original: Callable) -> Callable:
     def forward(self, hidden_states, *args, **kwargs):
         if torch.compiler.is_compiling():  # which cannot look through the stand-ins below
             return copy(self, hidden_states, *args, **kwargs)
-        if hidden_states.is_cpu and hidden_states.shape[1] == 1 and hasattr(self, "x_proj"):
+        if hidden_states.is_cpu and hidden_states.shape[1] == 1 and "x_proj" in self._modules:
             out = _one_token(self, hidden_states, *args, **kwargs)
             if out is not None:
                 return out
@@ -168,7 +168,7 @@ def _one_token(mixer, hidden_states, cache_params=None, attention_mask=None, **_
     layer = cache_params.layers[mixer.layer_idx]
     states = layer.conv_states[0], layer.recurrent_states[0]
     own, eps = mixer._parameters, None
-    if hasattr(mixer, "b_layernorm"):
+    if "b_layernorm" in mixer._modules:  # hasattr would raise and catch an error at each token
         norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
         eps = norms[0].eps
         if any(type(norm).__name__ != "FalconMambaWeightlessRMSNorm" or norm.eps != eps or _is_watched(norm) for norm in norms):
@@ -307,7 +307,7 @@ def norm_forward(module_class: type, original: Callable) -> Callable:
         return original
 
     def forward(self, hidden_states, gate=None):
-        if gate is None and not hasattr(self, "group_size") and (y := prepared.rms_norm(hidden_states, self.weight, self.variance_epsilon)) is not None:
+        if gate is None and "group_size" not in self.__dict__ and (y := prepared.rms_norm(hidden_states, self.weight, self.variance_epsilon)) is not None:
             return y
         return ops.rms_norm(hidden_states, self.weight, gate, self.variance_epsilon, getattr(self, "group_size", None))
 
