@@ -14,27 +14,27 @@ TILE = tl.constexpr(1)  # all of a tile lies in one group: once a tile
 BLOCK_EACH = tl.constexpr(2)  # the two blocks of an INT4 tile may lie in two groups
 
 
-# PTX that takes four packed bytes apart at once, as compilers do not: for each value a byte, then a `prmt` for each register
-# that puts it below the constant of ``centred``. LLVM takes the bytes one by one, at three times the instructions.
-LOW, HIGH, WHOLE = "and.b32 t, $4, 0x0F0F0F0F;", "shr.b32 t, $4, 4; and.b32 t, t, 0x0F0F0F0F;", "mov.b32 t, $4;"
+# PTX that takes four packed bytes apart at once: t gets a value a byte, then a `prmt` for each register puts the bytes below the
+# constant of ``centred``. LLVM takes the bytes one by one, at three times the instructions. {} is the operand with the bytes.
+LOW, HIGH, WHOLE = "and.b32 t, {}, 0x0F0F0F0F;", "shr.b32 t, {}, 4; and.b32 t, t, 0x0F0F0F0F;", "mov.b32 t, {};"
 
 
-def _ptx(take: str, registers: int, *lines: str) -> tl.constexpr:
-    """Of lines that make registers $0, $1 ... of t, the bytes that ``take`` leaves of the packed ones."""
-    return tl.constexpr("{ .reg .b32 t; " + take.replace("$4", f"${registers}") + " " + " ".join(lines) + " }")
+def _ptx(take: str, operand: str, *lines: str) -> tl.constexpr:
+    """Of lines that make the results $0, $1 ... of t, which ``take`` makes of the operand."""
+    return tl.constexpr("{ .reg .b32 t; " + " ".join((take.format(operand), *lines)) + " }")
 
 
 def _ptx_16(take: str, constant: str) -> tl.constexpr:
-    return _ptx(take, 2, f"prmt.b32 $0, t, {constant}, 0x4140;", f"prmt.b32 $1, t, {constant}, 0x4342;")
+    return _ptx(take, "$2", f"prmt.b32 $0, t, {constant}, 0x4140;", f"prmt.b32 $1, t, {constant}, 0x4342;")
 
 
 def _ptx_32(take: str) -> tl.constexpr:
-    return _ptx(take, 4, *(f"prmt.b32 ${i}, t, 0x4B000000, 0x744{i};" for i in range(4)))
+    return _ptx(take, "$4", *(f"prmt.b32 ${i}, t, 0x4B000000, 0x744{i};" for i in range(4)))
 
 
 def _ptx_int8(take: str) -> tl.constexpr:
     """Less the zero points in $2, byte by byte: no byte borrows from the next with its upper bit set meanwhile."""
-    return _ptx(take.replace("$4", "$1"), 1, "or.b32 t, t, 0x80808080;", "sub.u32 t, t, $2;", "xor.b32 $0, t, 0x80808080;")
+    return _ptx(take, "$1", "or.b32 t, t, 0x80808080;", "sub.u32 t, t, $2;", "xor.b32 $0, t, 0x80808080;")
 
 
 LOW_F16, HIGH_F16, WHOLE_F16 = (_ptx_16(take, "0x64646464") for take in (LOW, HIGH, WHOLE))

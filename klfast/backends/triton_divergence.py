@@ -117,7 +117,7 @@ def _sums_of_products(teacher: Model, student: Model) -> Sums:
 
 
 def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: int, end: int) -> torch.Tensor:
-    """float32 logits [T, end - first] of some entries of a head, if quantized a tiled one; no product is rounded."""
+    """float32 logits [T, end - first] of some entries of a head, if quantized a tiled one; 16-bit operands are multiplied exactly."""
     if isinstance(head, QuantizedTensor):
         from klfast.backends.triton import dequant_product
 
