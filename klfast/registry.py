@@ -15,10 +15,11 @@ from klfast.op_arguments import check_writable, no_memory
 
 LIBRARY = torch.library.Library("klfast", "DEF")
 _checks: dict[str, Callable] = {}
-_ready: dict[str, Callable] = {}
+_runs: dict[str, Callable] = {}
 _references: dict[str, Callable] = {}
 _kernels: dict[tuple[str, str], Callable] = {}
 _handed_over: dict[tuple[str, str], Callable] = {}
+_see_addresses: set[tuple[str, str]] = set()
 _unavailable: dict[tuple[str, str], str] = {}
 
 
@@ -64,14 +65,25 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
                 raise InvalidInputError(f"{name}: {argument} must be a tensor, got None")
         check(*args)
 
-    def ready(*args):
+    def has_memory(*args):
         for i, _, argument in tensors:
             t = args[i]
             if t is not None and not t.data_ptr() and t.numel():
                 raise InvalidInputError(no_memory(name, argument, t))
+
+    def run(key, function, *args):
+        """Run a kernel, or the reference (key "")."""
         for i, argument in written:
             if args[i] is not None:
                 check_writable(name, argument, args[i])
+        if (name, key) not in _see_addresses:
+            has_memory(*args)
+            return function(*args)
+        try:
+            return function(*args)
+        except InvalidInputError:
+            has_memory(*args)  # names the argument
+            raise
 
     def checked_fake(*args):
         checked(*args)
@@ -88,21 +100,20 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
             if args[i] is not None and args[i].layout is not torch.strided:
                 raise InvalidInputError(f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first")
         checked(*args)
-        if all(t is None or t.is_cpu or t.is_cuda or t.is_xpu for t in (args[i] for i, *_ in tensors)):
-            ready(*args)
         first = next(a for a in args if isinstance(a, torch.Tensor))
         if runtime.pinned() != "reference":
             runtime.slow_path(name, list(first.shape), why_no_kernel(first.device.type, name))
-        return reference(*args)
+        known = all(t is None or t.is_cpu or t.is_cuda or t.is_xpu for t in (args[i] for i, *_ in tensors))
+        return run("", reference, *args) if known else reference(*args)
 
-    _checks[name], _ready[name], _references[name] = checked, ready, reference
+    _checks[name], _runs[name], _references[name] = checked, run, reference
     torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
     LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     if written:
         LIBRARY.impl(name, negated, "Negative")
 
 
-def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_over: Callable[..., str] | None = None) -> None:
+def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_over: Callable[..., str] | None = None, sees_addresses: bool = False) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still goes past it.
 
     Args:
@@ -110,16 +121,19 @@ def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_ov
         kernel: takes the op's arguments.
         handed_over: takes the public function's arguments and says why the kernel leaves the call to torch; empty if it
             does not. The kernel itself decides by it, and ``klfast.explain`` reports it.
+        sees_addresses: it reads no tensor before it has taken the addresses of all (backends/memory.py), which raises for
+            one without memory. A check before it would cost a small op more than a microsecond.
     """
-    check, ready = _checks[name], _ready[name]
+    check, run = _checks[name], _runs[name]
     _kernels[name, dispatch_key] = kernel
     if handed_over is not None:
         _handed_over[name, dispatch_key] = handed_over
+    if sees_addresses:
+        _see_addresses.add((name, dispatch_key))
 
     def dispatched(*args):
         check(*args)
-        ready(*args)
-        return implementation(name, dispatch_key)[1](*args)
+        return run(*implementation(name, dispatch_key), *args)
 
     LIBRARY.impl(name, dispatched, dispatch_key)
 

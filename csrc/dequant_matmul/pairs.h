@@ -28,7 +28,7 @@ struct WordPairs<4> {
     WordPairs(const Table& t, Vec z) : table(_mm512_load_si512(t.bf16)), zero(_mm512_mullo_epi32(_mm512_cvtps_epi32(z.v), _mm512_set1_epi32(0x10001))) {}
 
     // Digits 2 j and 2 j + 1, turned to the lowest bits of either half.
-    Ints pair(Ints word, int j) const {
+    [[gnu::always_inline]] Ints pair(Ints word, int j) const {
         const __m512i low = _mm512_rorv_epi32(word.v, _mm512_set1_epi32(8 * j)), high = _mm512_rorv_epi32(word.v, _mm512_set1_epi32((8 * j + 20) % 32));
         const __m512i digits = _mm512_ternarylogic_epi32(_mm512_and_si512(low, _mm512_set1_epi32(0xf)), high, _mm512_set1_epi32(0xf0000), 0xf8);  // a | (b & c)
         return {_mm512_permutexvar_epi16(_mm512_sub_epi16(digits, zero), table)};
@@ -44,7 +44,7 @@ struct WordPairs<8> {
     Vec zero;
     WordPairs(const Table&, Vec z) : zero(z + set(0x1p23f)) {}
 
-    Ints pair(Ints word, int j) const {
+    [[gnu::always_inline]] Ints pair(Ints word, int j) const {
         const __m512i low = value(word, 16 * j).v, high = value(word, 16 * j + 8).v;
         return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high)};
     }
@@ -89,8 +89,11 @@ struct QuantizedPairs {
             const auto one = [&](std::int64_t p, int j) __attribute__((always_inline)) { write(out + p * pitch, of.pair(read(words + p / Pairs::count * W), j)); };
             std::int64_t p = begin;
             for (; p < end && p % Pairs::count != 0; ++p) one(p, static_cast<int>(p % Pairs::count));
-            for (; p + Pairs::count <= end; p += Pairs::count)
-                for (int j = 0; j < Pairs::count; ++j) one(p + j, j);
+            for (; p + Pairs::count <= end; p += Pairs::count) {
+                const Ints word = read(words + p / Pairs::count * W);
+                std::int32_t* const to = out + p * pitch;
+                unrolled<Pairs::count>([&](int j) KLFAST_INLINE { write(to + j * pitch, of.pair(word, j)); });
+            }
             for (; p < end; ++p) one(p, static_cast<int>(p % Pairs::count));
         }
     };

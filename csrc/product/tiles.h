@@ -60,13 +60,12 @@ struct Waiting {
     std::int64_t rows = 0;
 };
 
-// sums[R 16, V W] = `steps` tiles of x by as many of W. Meanwhile adds the terms that wait, made of what `sums` held before.
-// Not inlined: it needs most of the registers.
-template <class Factors, int R, int V>
+// sums[R 16, V W] = `steps` tiles of x by as many of W. Meanwhile adds the terms that wait, made of what `sums` held before:
+// `Share` rows of them a step, written out, or if 0 all of them at the end. Not inlined: it needs most of the registers.
+template <class Factors, int R, int V, int Share>
 [[gnu::noinline]] void multiply(const std::int32_t* x, const std::int32_t* w, std::int64_t pitch, std::ptrdiff_t depth, std::int64_t steps, std::int32_t* sums,
                                 const Waiting<typename Factors::Terms>& waiting) {
     const auto terms = waiting.terms;
-    const std::int64_t rows = waiting.rows, share = (rows + steps - 1) / steps;
     const std::int32_t* from = sums;
     float* to = waiting.total;
     std::int64_t row = 0;
@@ -87,8 +86,10 @@ template <class Factors, int R, int V>
             Factors::template dot<2, 5, 6>();
             if constexpr (V == 2) Factors::template dot<3, 5, 7>();
         }
-        for (const std::int64_t until = smaller(row + share, rows); row < until; ++row, from += kSumsPitch, to += kTotalPitch) terms.add(from, to, row);
+        unrolled<Share>([&](int r) KLFAST_INLINE { terms.add(from + r * kSumsPitch, to + r * kTotalPitch, row + r); });
+        row += Share, from += Share * kSumsPitch, to += Share * kTotalPitch;
     }
+    for (; row < waiting.rows; ++row, from += kSumsPitch, to += kTotalPitch) terms.add(from, to, row);
     constexpr std::ptrdiff_t stride = 4 * kSumsPitch;
     tile_store<0>(sums, stride);
     if constexpr (V == 2) tile_store<1>(sums + W, stride);
@@ -96,10 +97,19 @@ template <class Factors, int R, int V>
     if constexpr (R == 2 && V == 2) tile_store<3>(sums + kTileSide * kSumsPitch + W, stride);
 }
 
-template <class Factors, class... Rest>
-void multiply(std::int64_t rows, std::int64_t vectors, Rest&&... rest) {
-    if (rows > kTileSide) return vectors > 1 ? multiply<Factors, 2, 2>(rest...) : multiply<Factors, 2, 1>(rest...);
-    return vectors > 1 ? multiply<Factors, 1, 2>(rest...) : multiply<Factors, 1, 1>(rest...);
+template <class Factors>
+void multiply(std::int64_t rows, std::int64_t vectors, const std::int32_t* x, const std::int32_t* w, std::int64_t pitch, std::ptrdiff_t depth, std::int64_t steps,
+              std::int32_t* sums, const Waiting<typename Factors::Terms>& waiting) {
+    const auto call = [&](auto* function) KLFAST_INLINE { function(x, w, pitch, depth, steps, sums, waiting); };
+    if (rows <= kTileSide) return call(vectors > 1 ? multiply<Factors, 1, 2, 0> : multiply<Factors, 1, 1, 0>);
+    if (vectors == 1) return call(multiply<Factors, 2, 1, 0>);
+    if (waiting.rows < kBlockRows) return call(multiply<Factors, 2, 2, 0>);
+    switch (steps) {  // a division would cost as much as two products
+        case 2: return call(multiply<Factors, 2, 2, kBlockRows / 2>);
+        case 4: return call(multiply<Factors, 2, 2, kBlockRows / 4>);
+        case 8: return call(multiply<Factors, 2, 2, kBlockRows / 8>);
+        default: return call(multiply<Factors, 2, 2, 0>);
+    }
 }
 
 // `Factors` says what is multiplied and what the sums stand for:

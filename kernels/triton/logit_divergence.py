@@ -1,7 +1,7 @@
 """logit_divergence in one pass over the logits: sums of each row, in parts of the vocabulary, all around one anchor a row.
 
-On NVIDIA GPUs a program is one warp, so that no maximum waits for others. The anchor comes from the first columns of a row. The parts are added, and the metrics made of them, in float64 on the
-CPU: 80 bytes a part instead of the logits.
+On NVIDIA GPUs a program is one warp, so that no maximum waits for others. The anchor comes from the first columns of a row.
+The parts are added, and the metrics made of them, in float64 on the CPU: 80 bytes a part instead of the logits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from klfast.kernels.launch import Launch, cdiv, options, speaks_ptx
 
 
 @triton.jit
-def first_anchors(t_ptr, s_ptr, anchor_ptr, V, stride_t, stride_s, BV: tl.constexpr):
-    """log(sum e^b) - log(sum e^a) of the first BV columns of each row, float32 [T]."""
+def first_anchors(t_ptr, s_ptr, anchor_ptr, T, V, stride_t, stride_s, BV: tl.constexpr):
+    """log(sum e^b) - log(sum e^a) of the first BV columns of each of the student's rows and the teacher's row modulo T, float32 [S * T]."""
     i_row = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BV)
-    a = tl.load(t_ptr + i_row * stride_t + tl.minimum(o_v, V - 1)).to(tl.float32)
+    a = tl.load(t_ptr + (i_row % T) * stride_t + tl.minimum(o_v, V - 1)).to(tl.float32)
     b = tl.load(s_ptr + i_row * stride_s + tl.minimum(o_v, V - 1)).to(tl.float32)
     max_a, max_b = tl.max(a, axis=0), tl.max(b, axis=0)
     sum_a = tl.sum(tl.where(o_v < V, tl.exp(a - max_a), 0.0), axis=0)
@@ -115,15 +115,16 @@ class Config:
     grf_mode: str | None = None
 
 
-CONFIGS = {"nvidia": Config(2, 128, 8192, 1), "intel": Config(1, 512, 8192, 8, "256")}
+CONFIGS = {"nvidia": Config(2, 128, 2048, 1), "intel": Config(1, 512, 8192, 8, "256")}
 ANCHOR_COLUMNS = 2048
 
 
 def plan_anchors(teacher: torch.Tensor, student: torch.Tensor, anchor: torch.Tensor) -> Launch:
-    """The launch that finds the first anchors, float32 [T], of logits [T, V]."""
+    """The launch that finds the first anchors, float32 [S * T], of logits [T, V] and [S * T, V]."""
     args = dict(
-        t_ptr=teacher, s_ptr=student, anchor_ptr=anchor, V=teacher.shape[1], stride_t=teacher.stride(0), stride_s=student.stride(0), BV=ANCHOR_COLUMNS
-    )
+        t_ptr=teacher, s_ptr=student, anchor_ptr=anchor, T=teacher.shape[0], V=teacher.shape[1],
+        stride_t=teacher.stride(0), stride_s=student.stride(0), BV=ANCHOR_COLUMNS,
+    )  # fmt: skip
     return Launch(first_anchors, (anchor.numel(),), args, dict(num_warps=8))
 
 

@@ -18,7 +18,7 @@ def register() -> None:
         ("mamba_chunk_scan", mamba_chunk_scan),
         ("rms_norm", rms_norm),
     ):
-        register_kernel(name, "CPU", kernel)
+        register_kernel(name, "CPU", kernel, sees_addresses=True)
 
 
 def _machine():

@@ -21,7 +21,7 @@ from klfast.types import IGNORED_TARGET, Layout, QuantizedTensor
 
 ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
 AT_ONCE = 1024  # tokens
-LOGITS_AT_ONCE = 1 << 23  # of both models: 32 MB, which an H100's second-level cache holds
+LOGITS_AT_ONCE = 1 << 24  # of both models: 64 MB, which an H100's second-level cache mostly holds
 Model = tuple[torch.Tensor, torch.Tensor | QuantizedTensor]  # hidden states [T, K] and a head [V, K], if quantized a tiled one
 
 
@@ -31,15 +31,17 @@ def logit_divergence(teacher, student, targets):
 
     tokens, vocab = teacher.shape
     check_targets(targets, vocab)
+    if not tokens:
+        return torch.empty(8, 0, device=student.device)
     teacher, student = (t.detach() if t.stride(1) == 1 else t.detach().contiguous() for t in (teacher, student))
-    anchor = torch.empty(tokens, device=teacher.device)
-    kernel.plan_anchors(teacher, student, anchor).run()
     device = dict(family=family(teacher.device), cores=cores(teacher.device))
 
-    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
+        if anchor is None:
+            anchor = _first_anchors(teacher, student)
         launch, *found = kernel.plan_sums(teacher, student, rows, anchor, **device)
         launch.run()
-        return tuple(found)
+        return *found, anchor
 
     def logits(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return teacher[rows], student[rows]
@@ -48,7 +50,7 @@ def logit_divergence(teacher, student, targets):
     if targets is not None:
         index = targets.clamp(min=0).unsqueeze(1)
         picked = torch.cat([each.gather(1, index).float() for each in (teacher, student)], 1)
-    return finish("logit_divergence", list(student.shape), sums, logits, anchor, vocab, targets, picked)
+    return finish("logit_divergence", list(student.shape), sums, logits, vocab, targets, picked, student.device)
 
 
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
@@ -65,18 +67,28 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     if targets is not None:
         targets = ops_divergence.flat_targets(targets, tokens)
     models = ((teacher, t_head), (student, s_head))
-    first = [_level(_rows(head, slice(0, ANCHOR_ENTRIES)), hidden) for hidden, head in models]
-    anchor = first[1] - first[0].repeat(tokens // teacher.shape[0])
     sums = _sums_in_one_kernel(*models) if family(device) == "intel" else _sums_of_products(*models)
 
     def logits(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(hidden[rows % hidden.shape[0]].float() @ _rows(head, slice(None)).T for hidden, head in models)
 
     picked = None if targets is None else torch.stack([_picked(hidden, head, targets) for hidden, head in models], 1)
-    return finish("linear_divergence", shape, sums, logits, anchor, vocab, targets, picked)
+    return finish("linear_divergence", shape, sums, logits, vocab, targets, picked, device)
 
 
-Sums = Callable[[torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see ``finish``
+# What the kernels leave of R rows: sums float32 [R, parts, N_SUMS], where both are largest int32 [R, parts, 2], anchors float32 [R].
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Of rows int64 [R] around their anchors; None for all of the student's and for first anchors.
+Sums = Callable[[torch.Tensor | None, torch.Tensor | None], Found]
+
+
+def _first_anchors(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """float32 [S * T], of some logits [T, V] and [S * T, V]."""
+    from klfast.kernels import logit_divergence as kernel
+
+    anchor = torch.empty(student.shape[0], device=student.device)
+    kernel.plan_anchors(teacher, student, anchor).run()
+    return anchor
 
 
 def _sums_in_one_kernel(teacher: Model, student: Model) -> Sums:
@@ -86,10 +98,13 @@ def _sums_in_one_kernel(teacher: Model, student: Model) -> Sums:
     (n_teacher, _), (vocab, _), device = teacher[0].shape, teacher[1].shape, student[0].device
     sides = [_side(kernel, *model) for model in (teacher, student)]
 
-    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
+        if anchor is None:
+            first = [_level(_rows(head, slice(0, ANCHOR_ENTRIES)), hidden) for hidden, head in (teacher, student)]
+            anchor = first[1] - first[0].repeat(first[1].numel() // n_teacher)
         launch, *found = kernel.plan_sums(*sides, n_teacher, vocab, rows, anchor, cores=cores(device))
         launch.run()
-        return tuple(found)
+        return *found, anchor
 
     return sums
 
@@ -102,16 +117,18 @@ def _sums_of_products(teacher: Model, student: Model) -> Sums:
     vocab, device = student[1].shape[0], student[0].device
     options = dict(family=family(device), cores=cores(device))
 
-    def sums(rows: torch.Tensor | None, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
         hidden = [teacher[0], student[0]] if rows is None else [teacher[0][rows % teacher[0].shape[0]], student[0][rows]]
         entries = max(LOGITS_AT_ONCE // sum(map(len, hidden)) // 512, 1) * 512
         found = []
         for first in range(0, vocab, entries):
             logits = [_product(some, head, first, min(first + entries, vocab)) for some, (_, head) in zip(hidden, (teacher, student), strict=True)]
+            if anchor is None:
+                anchor = _first_anchors(*logits)
             launch, some, index = kernel.plan_sums(*logits, None, anchor, **options)
             launch.run()
             found.append((some, index + first))
-        return torch.cat([some for some, _ in found], 1), torch.cat([index for _, index in found], 1)
+        return torch.cat([some for some, _ in found], 1), torch.cat([index for _, index in found], 1), anchor
 
     return sums
 
@@ -177,42 +194,45 @@ def _picked(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, targets:
 
 
 def finish(
-    op: str, shape: list[int], sums: Callable, logits: Callable, anchor: torch.Tensor, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None
+    op: str, shape: list[int], sums: Sums, logits: Callable, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Metrics, float32 [8, T].
 
     Args:
         op, shape: the op and its student's shape, for a warning.
-        sums: of (rows int64 [R] or None for all, their anchors), gives what the kernels leave of them: float32 [R, parts,
-            N_SUMS] and int32 [R, parts, 2].
-        logits: of rows, both models' logits of them, float [R, V].
-        anchor: float32 [T], the first.
+        sums: see ``Sums``.
+        logits: of rows int64 [R], both models' logits of them, float [R, V].
         targets, picked: int64 [T] and both models' logits of them [T, 2], or None.
     """
-    tokens, device = anchor.numel(), anchor.device
-    out = torch.empty(8, tokens)
-    rows, runs = torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64)
-    wide = []
-    targets = None if targets is None else targets.cpu()
-    if picked is not None:
+    if targets is not None:
+        targets = targets.cpu()
         picked = picked.cpu().double().masked_fill((targets == IGNORED_TARGET).unsqueeze(1), math.nan)
-    anchor = anchor.cpu()
-    while rows.numel():
-        parts, index = (t.cpu() for t in sums(None if rows.numel() == tokens else rows.to(device), anchor.to(device)))
-        some_picked = None if picked is None else picked[rows]
-        metrics = torch.empty(8, rows.numel())
-        verdict = torch.empty(rows.numel(), dtype=torch.int8)
-        _C.divergence_from_parts(
-            parts.data_ptr(), index.data_ptr(), rows.numel(), parts.shape[1], vocab, address(some_picked),
-            anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        out[:, rows] = metrics
+    parts, index, anchor = (t.cpu() for t in sums(None, None))
+    runs = torch.zeros(anchor.numel(), dtype=torch.int64)
+    out, verdict = _metrics(parts, index, vocab, picked, anchor, runs)
+    rows, wide = torch.arange(verdict.numel()), []
+    while verdict.any():
         wide.append(rows[verdict == _C.divergence_wide])
         again = verdict == _C.divergence_again
         rows, anchor, runs = rows[again], anchor[again], runs[again]
+        if not rows.numel():
+            break
+        parts, index, _ = (t.cpu() for t in sums(rows.to(device), anchor.to(device)))
+        out[:, rows], verdict = _metrics(parts, index, vocab, None if picked is None else picked[rows], anchor, runs)
     for some in torch.cat(wide).sort().values.split(AT_ONCE // 16) if wide else ():
         if some.numel():
             teacher, student = (t.cpu() for t in logits(some.to(device)))
             out[:, some] = cpu_divergence.compare(teacher, student, None if targets is None else targets[some], some)
             runtime.slow_path(op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens")
     return out.to(device)
+
+
+def _metrics(parts: torch.Tensor, index: torch.Tensor, vocab: int, picked: torch.Tensor | None, anchor: torch.Tensor, runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Metrics float32 [8, R] and verdicts int8 [R], 0 where these hold; ``anchor`` and ``runs`` [R] get those of a further run."""
+    count = anchor.numel()
+    metrics, verdict = torch.empty(8, count), torch.empty(count, dtype=torch.int8)
+    _C.divergence_from_parts(
+        parts.data_ptr(), index.data_ptr(), count, parts.shape[1], vocab, address(picked),
+        anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return metrics, verdict
