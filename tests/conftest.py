@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin make tests on busy machines crawl
 
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from klfast import runtime
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests of Triton kernels run on a GPU or, as test_triton.py does, in a process of their own under Triton's interpreter.
 collect_ignore = [] if runtime.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["device"]

@@ -238,11 +238,14 @@ def test_what_was_made_stays_after_an_interrupt(folders, tmp_path):
     shown = tmp_path / "shown"
     with shown.open("wb") as file:
         running = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE)
-        begin = time.monotonic()
-        while time.monotonic() < begin + 90 and shown.stat().st_size < 200:
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        _, errors = running.communicate(timeout=60)
+        try:
+            begin = time.monotonic()
+            while time.monotonic() < begin + 90 and shown.stat().st_size < 200:
+                time.sleep(0.05)
+            running.send_signal(signal.SIGINT)
+            _, errors = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130 and errors == b""
     text = shown.read_text(encoding="utf-8")
     assert text.startswith("The sea") and text.endswith("\n") and len(text) >= 200

@@ -194,9 +194,9 @@ def test_16_bit(dtype):
     whole, cache = model(ids).logits, model(ids[:, :20], use_cache=True).past_key_values
     rest = model(ids[:, 20:], past_key_values=cache).logits
     assert whole.dtype == torch.float32 and cache.layers[0].keys.dtype == dtype and cache.layers[0].ssm.dtype == torch.float32
-    inevitable = (model.float()(ids).logits - expected).std()
-    assert (whole - expected).std() < 3 * inevitable
-    assert (rest - expected[:, 20:]).std() < 3 * inevitable
+    inevitable = model.float()(ids).logits - expected
+    assert (whole - expected).std() < 3 * inevitable.std()
+    assert (rest - expected[:, 20:]).std() < 3 * inevitable[:, 20:].std()  # later tokens are further off
 
 
 @torch.inference_mode()
