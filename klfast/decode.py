@@ -15,6 +15,7 @@ from klfast.models.forward import check_ids, evaluation_mode
 from klfast.sampling import Chooser
 from klfast.stepper import Stepper
 from klfast.stopping import Stopping
+from klfast.token_buffer import TokenBuffer
 
 
 @torch.inference_mode()
@@ -93,7 +94,7 @@ def generate(
     with _streaming(streamer, ids), evaluation_mode(model):
         made = _continue(Stepper(model, mask), ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)
     with torch.inference_mode(False):  # else the caller could not write to the result
-        return torch.cat([part.clone() for part in made], dim=1)
+        return torch.cat([ids, made], dim=1)
 
 
 def _continue(
@@ -105,24 +106,21 @@ def _continue(
     stopping: Stopping,
     callback: Callable[[torch.Tensor], bool | None] | None,
     streamer: object | None,
-) -> list[torch.Tensor]:
-    """The prompts, int64 [B, T], and the tokens of each step, int64 [B, 1]."""
-    made, fed = [ids], ids
-    looks_back = choose.looks_back or stopping.looks_back
+) -> torch.Tensor:
+    """The new tokens, int64 [B, N]."""
     # Padding does not count as text: the last token stands in its place.
-    seen = None if not looks_back else ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:])
-    while len(made) <= most:
-        token = stopping.fill(choose(step(fed), seen))
+    text = TokenBuffer(ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:]))
+    fed, length = ids, ids.shape[1]
+    for _ in range(most):
+        token = stopping.fill(choose(step(fed), text.tokens))
         fed = token.unsqueeze(1)
-        made.append(fed)
-        if looks_back:
-            seen = torch.cat([seen, fed], dim=1)
-        done = stopping.update(token, seen)
+        text.append(token)
+        done = stopping.update(token, text.tokens)
         if streamer is not None:
             streamer.put(token.cpu())
         if (callback is not None and _is_true(callback(token))) or done:
             break
-    return made
+    return text.tokens[:, length:]
 
 
 def _is_true(answer: object) -> bool:

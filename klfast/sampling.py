@@ -37,13 +37,8 @@ class Chooser:
             self._penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
         self._filters = None if sampling is None else _filters(sampling)
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether the choice depends on the tokens before."""
-        return self._penalty is not None
-
-    def __call__(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """Tokens, int64 [B], from float32 logits [B, V] and, if ``looks_back``, the int64 [B, T] tokens before."""
+    def __call__(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Tokens, int64 [B], from float32 logits [B, V] and the int64 [B, T] tokens before."""
         token = logits.argmax(-1)  # a NaN counts as the largest
         top = logits.gather(1, token.unsqueeze(1))
         if top.isnan().any():
@@ -62,7 +57,7 @@ class Chooser:
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).squeeze(1)
 
 
-def _filters(sampling: Sampling) -> list[Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]]:
+def _filters(sampling: Sampling) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Those of transformers, in its order. Its temperature is not among them: it overflows where the temperature is tiny."""
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -46,16 +46,11 @@ class Stopping:
         if self._fills and pad is None:
             raise InvalidInputError("rows may end at different lengths, and the model names no padding token; give pad_token_id")
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether ``update`` needs the tokens before."""
-        return self._strings is not None
-
     def fill(self, token: torch.Tensor) -> torch.Tensor:
         """The tokens, int64 [B], with the padding token in rows that are done."""
         return torch.where(self._running, token, self._pad) if self._fills else token
 
-    def update(self, token: torch.Tensor, seen: torch.Tensor | None) -> bool:
+    def update(self, token: torch.Tensor, seen: torch.Tensor) -> bool:
         """Note the newest tokens, int64 [B], the last of ``seen``, int64 [B, T]; whether all rows are done."""
         if self._ends is not None:
             self._running &= token != self._ends if len(self._ends) == 1 else ~torch.isin(token, self._ends)

@@ -1,0 +1,35 @@
+"""Tokens of a text that grows."""
+
+from __future__ import annotations
+
+import torch
+
+
+class TokenBuffer:
+    """Tokens of several texts of one length, in one tensor that doubles when it is full.
+
+    A tensor of its own for each step would lie between the caches that grow from step to step: their memory could not be
+    given back, and a long text would cost its length squared.
+
+    Args:
+        tokens: int64 [B, T], the texts so far; copied.
+    """
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        rows, self._length = tokens.shape
+        self._memory = tokens.new_empty(rows, 2 * self._length)
+        self._memory[:, : self._length] = tokens
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The texts so far, int64 [B, T]: a view, which a later ``append`` leaves as it is."""
+        return self._memory[:, : self._length]
+
+    def append(self, token: torch.Tensor) -> None:
+        """Add a token, int64 [B], to each text."""
+        if self._length == self._memory.shape[1]:
+            longer = self._memory.new_empty(len(self._memory), 2 * self._length)
+            longer[:, : self._length] = self._memory
+            self._memory = longer
+        self._memory[:, self._length] = token
+        self._length += 1
