@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from klfast.cli.bench import SUITES
 from klfast.files import write_atomic
+from klfast.suites import SUITES
 
 from . import results
 

@@ -12,7 +12,8 @@ import klfast
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from klfast.models.hymba.mixer import HymbaMixer
 from klfast.models.layers import linears
-from klfast.types import Plan, QuantSpec
+from klfast.plan_file import Plan
+from klfast.types import QuantSpec
 
 from .contest import distance
 

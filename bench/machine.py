@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import klfast
 from klfast.device import facts as devices
 from klfast.device.timing import Clock
-from klfast.diagnostics import cpu_name
+from klfast.machine import cpu_name
 
 from .settings import Settings
 

@@ -11,7 +11,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 import klfast
 from klfast.models.layers import linears, weight_bytes
-from klfast.types import Plan, QuantSpec
+from klfast.plan_file import Plan
+from klfast.types import QuantSpec
 
 from .contest import distance, timed
 

@@ -8,7 +8,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
-from klfast import reference
+from klfast import packing
 from klfast.types import QuantizedTensor
 
 _core = ov.Core()
@@ -18,7 +18,7 @@ def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[]
     """What multiplies float32 ``rows`` [M, K] by a weight of its own: i4 [N, G, L] times a float16 scale a group."""
     n, k = qt.shape
     groups = qt.scale.shape[1]
-    codes = reference.unpack(qt.packed, 4, k).numpy()
+    codes = packing.unpack(qt.packed, 4, k).numpy()
     nibbles = codes.astype(np.uint8) & 0xF
     packed = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     integers = op.constant(ov.Tensor(packed.reshape(-1), ov.Shape([n, groups, k // groups]), ov.Type.i4))

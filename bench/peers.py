@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from klfast import reference
+from klfast import packing, reference
 from klfast.types import QuantizedTensor, QuantSpec
 
 from .contest import Contender, Unavailable, distance, tolerance
@@ -65,7 +65,7 @@ def _int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor
 
 def _codes(qt: QuantizedTensor) -> torch.Tensor:
     """uint8 [N, K], 8 for 0."""
-    return (reference.unpack(qt.packed, 4, qt.shape[1]) + 8).to(torch.uint8)
+    return (packing.unpack(qt.packed, 4, qt.shape[1]) + 8).to(torch.uint8)
 
 
 def _scales_and_zeros(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +88,7 @@ def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
     if weights.k % 32:
         raise Unavailable(f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32")
     qt = weights.quantized(QuantSpec(8, -1))
-    codes, scales = reference.unpack(qt.packed, 8, weights.k), qt.scale[:, 0].to(x.dtype)
+    codes, scales = packing.unpack(qt.packed, 8, weights.k), qt.scale[:, 0].to(x.dtype)
     copies = weights.copies("int8pack", codes.nbytes, codes.clone)
     calls = [lambda w=w: torch.ops.aten._weight_int8pack_mm(x, w, scales) for w in copies]
     return _contender(calls, lambda: reference.dequant_matmul(x, qt), 2e-2, codes.nbytes)

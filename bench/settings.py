@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from klfast.cli.options import parse_bytes
+from klfast.arguments import parse_bytes
 
 
 def _sizes(text: str) -> tuple[int, ...]:

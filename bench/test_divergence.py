@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from klfast import layouts, ops, quantize, reference_divergence
-from klfast.types import Divergence, QuantSpec
+from klfast import ops, quantize, reference_divergence
+from klfast.backends import operands
+from klfast.ops_divergence import Divergence
+from klfast.types import QuantSpec
 
 from . import machine
 from .contest import Contender, Group, distance
@@ -61,7 +63,7 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
     def klfast_quantized() -> Contender:
         teacher, head, student, other = draw()
         require_kernel("linear_divergence", teacher)
-        rounded = quantize(other, HEAD).to_layout(layouts.native(teacher.device))
+        rounded = quantize(other, HEAD).to_layout(operands.preferred_layout(teacher.device))
         return _contender(lambda: ops.linear_divergence(teacher, head, student, rounded), truth(teacher, head, student, rounded.dequantize(torch.float32)), 1e-3, 0, device)
 
     def products(dtype: torch.dtype) -> Callable[[], Contender]:

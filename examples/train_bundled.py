@@ -22,7 +22,6 @@ import argparse
 import copy
 import csv
 import math
-import shutil
 import subprocess
 import time
 from collections.abc import Callable

@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 # Public name -> module. Modules load on first use: `import klfast` costs no more than torch.
 _PUBLIC = {
-    "Divergence": "types",
+    "Divergence": "ops_divergence",
     "Layout": "types",
-    "Plan": "types",
+    "Plan": "plan_file",
     "QuantSpec": "types",
     "QuantizedTensor": "types",
     "quantize": "quantization",

@@ -1,14 +1,16 @@
-"""Checks of numeric arguments, with one line that says what is wanted."""
+"""Numbers that users give, checked; one line says what is wanted."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from numbers import Integral, Real
 
 from klfast.errors import InvalidInputError
 
 _LARGEST = 2**63 - 1  # what torch can hold
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
 
 
 def integer(name: str, value: object, least: int) -> int:
@@ -29,3 +31,15 @@ def number(name: str, value: object, holds: Callable[[float], bool], wanted: str
     if not (math.isfinite(found) and holds(found)):
         raise InvalidInputError(f"{name} must be {wanted}, got {value!r}")
     return found
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "3200000", "3.2MB" (powers of 1000) or "1.5GiB" (of 1024); InvalidInputError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
+    if unit is None:
+        raise InvalidInputError(f"{text!r} is not a size (examples: 3200000, 3.2MB, 1.5GiB)")
+    size = float(match[1]) * _UNITS[unit]
+    if size > _LARGEST:
+        raise InvalidInputError("that is more bytes than any model has (examples: 3200000, 3.2MB, 1.5GiB)")
+    return int(size)

@@ -9,10 +9,12 @@ from torch import nn
 
 from klfast.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
-from klfast.models.layers import head_name, is_head_tied, linear, refuse_moving_weights, require_match, sharers, warn_unquantizable
+from klfast.models.fingerprint import require_match
+from klfast.models.layers import head_name, is_head_tied, linear, refuse_moving_weights, sharers, warn_unquantizable
 from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.plan_file import Plan
 from klfast.transformers_view import description, set_own, ties_left
-from klfast.types import SCALES, Plan, QuantSpec
+from klfast.types import SCALES, QuantSpec
 
 
 def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:

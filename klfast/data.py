@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from klfast.bundled import ASSETS
 from klfast.errors import InvalidInputError
 from klfast.files import parse_json
-from klfast.loading import ASSETS
 
 BUNDLED_TEXTS = {"calibration": ASSETS / "text" / "calibration.txt", "evaluation": ASSETS / "text" / "evaluation.txt"}
 _FIRST_READ = 16  # characters read at first for each token wanted; more where that does not suffice

@@ -18,8 +18,9 @@ from torch import nn
 import klfast
 from klfast import loading, report
 from klfast.data import token_batches
-from klfast.diagnostics import cpu_name, explain
+from klfast.diagnostics import explain
 from klfast.files import write_atomic
+from klfast.machine import cpu_name
 from klfast.models.layers import linears, other_bytes, row_parts, weight_bytes
 from klfast.sensitivity.results import Sensitivities
 from klfast.types import QuantSpec, dtype_name

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 import klfast
 from klfast import registry, runtime
 from klfast.errors import InvalidInputError, one_line
+from klfast.machine import cpu_name, extension, installed_version
 from klfast.types import QuantizedTensor
 
 # Public functions that bear another name than their op: that of the CUDA original.
@@ -162,34 +161,6 @@ def doctor() -> Report:
         extension=extension(),
         checks=tuple(_check(op, tier) for op in registry.op_names() for tier in runtime.available_tiers()),
     )
-
-
-def cpu_name() -> str:
-    """The CPU's model as the system calls it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def installed_version(package: str) -> str:
-    """Of a package; "none" if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def extension() -> str:
-    """Where klfast's C++ extension lies, or why it cannot be imported."""
-    try:
-        from klfast import _C
-    except ImportError as error:
-        return f"missing ({error}); build it with pip install ."
-    return str(_C.__file__)
 
 
 def _check(op: str, tier: str) -> Check:

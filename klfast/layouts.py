@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from klfast import reference, registry
+from klfast import packing
 from klfast.errors import InvalidInputError
 from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec
 
@@ -70,17 +70,12 @@ def parts_in(
     return qt.packed, qt.scale, qt.zero_point
 
 
-def native(device: torch.device) -> Layout:
-    """What the kernels for a device read fastest."""
-    return Layout.TILED if registry.has_kernel("dequant_matmul", device.type.upper()) and device.type != "cpu" else Layout.PLAIN
-
-
 def _tiled(qt: QuantizedTensor) -> QuantizedTensor:
     (n, k), bits, group = qt.shape, qt.spec.bits, qt.spec.group_size
     tiling, middle = Tiling.of(k, bits, group), 1 << (bits - 1)
-    zero_point = None if qt.zero_point is None else _stored(reference.unpack(qt.zero_point.T, bits, n), bits)  # [G, N]
+    zero_point = None if qt.zero_point is None else _stored(packing.unpack(qt.zero_point.T, bits, n), bits)  # [G, N]
     # The zero point is taken off first, so that what fills the blocks becomes the zero point too.
-    values = reference.unpack(qt.packed, bits, k).to(torch.int16)
+    values = packing.unpack(qt.packed, bits, k).to(torch.int16)
     zeros = torch.zeros(n, max(qt.scale.shape[1], 1), dtype=torch.int16, device=qt.device) if zero_point is None else zero_point.T.to(torch.int16) - middle
     length = max(qt.spec.group_length(k), 1)
     values = fill_blocks(values - zeros.repeat_interleave(length, 1)[:, :k], bits, group)
@@ -104,8 +99,8 @@ def _plain(qt: QuantizedTensor) -> QuantizedTensor:
     filled = blocks.transpose(0, 1).flatten(1)  # [N, n_blocks * block]
     filled = F.pad(filled, (0, -filled.shape[1] % (tiling.group_blocks * tiling.block)))
     values = filled.unflatten(1, (-1, tiling.group_blocks * tiling.block))[..., :length].flatten(1)[:, :k]
-    packed = reference.pack(_signed(values, bits), bits)
-    zero_point = None if qt.zero_point is None else reference.pack(_signed(qt.zero_point, bits), bits).T.contiguous()
+    packed = packing.pack(_signed(values, bits), bits)
+    zero_point = None if qt.zero_point is None else packing.pack(_signed(qt.zero_point, bits), bits).T.contiguous()
     return QuantizedTensor(packed, qt.scale.T.contiguous(), zero_point, qt.shape, qt.spec)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from klfast.bundled import ASSETS, bundled_models
 from klfast.checkpoint_format import MANIFEST, read_generation_config, read_manifest
 from klfast.errors import CheckpointError
 from klfast.loading_errors import one_line_errors
@@ -16,7 +17,7 @@ from klfast.model_config import bounded, check_config
 from klfast.model_folder import TOKENIZERS, check_explicit_file, read_config, read_headers, require_known
 from klfast.models.native_ssm import accelerate_or_warn
 from klfast.placement import DTYPES, as_device, as_dtype
-from klfast.sources import ASSETS, bundled_models, resolve
+from klfast.sources import resolve
 
 __all__ = ["ASSETS", "DTYPES", "as_dtype", "bundled_models", "find_tokenizer", "load_model", "load_tokenizer"]
 

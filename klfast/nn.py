@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from klfast import layouts, ops, prepared, reference, runtime
+from klfast.backends import operands
 from klfast.errors import InvalidInputError
 from klfast.lazy_weight import READ_ONLY, LazyWeight, TiedWeight
 from klfast.quantization import quantize
@@ -39,7 +40,7 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
         if activation not in ("exact", "int8"):
             raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
         self.out_features, self.in_features = qt.shape
-        qt = qt.to_layout(layouts.native(qt.device))
+        qt = qt.to_layout(operands.preferred_layout(qt.device))
         self.spec, self.layout, self.activation, self.dtype = qt.spec, qt.layout, activation, dtype
         for name, tensor in _buffers(qt).items():
             self.register_buffer(name, tensor)
@@ -105,7 +106,7 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         if self.weight_scale.dtype != scale.dtype:  # values were rounded with the scale as it is stored
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._set_layout(layouts.native(self.weight_packed.device))
+        self._set_layout(operands.preferred_layout(self.weight_packed.device))
         return self
 
     def _set_layout(self, layout: Layout) -> None:

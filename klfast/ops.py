@@ -23,7 +23,7 @@ from klfast.ops_ssm import (  # noqa: F401
     selective_state_update,
 )
 from klfast.registry import define as _define
-from klfast.registry import register_kernel, same_device, unavailable  # noqa: F401 (register_kernel: for klfast.backends)
+from klfast.registry import same_device, unavailable
 from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, check_parts
 
 # dequant_matmul ---------------------------------------------------------------------------------------------------

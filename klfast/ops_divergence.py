@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from klfast import reference_divergence
-from klfast.op_arguments import public
+from klfast.backends.operands import as_head, flat_targets, head_rows
 from klfast.errors import InvalidInputError
+from klfast.op_arguments import public
 from klfast.registry import define as _define
 from klfast.registry import same_device
-from klfast.types import FLOAT_DTYPES, Divergence, Layout, QuantizedTensor, QuantSpec
+from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """Per-token comparison of a student's next-token distribution with a teacher's; each a 1-D float32 tensor [T].
+
+    With p the teacher's probabilities, q the student's, d = student - teacher logits:
+        kl_teacher_student  KL(p || q), nats
+        kl_student_teacher  KL(q || p), nats
+        jsd                 Jensen-Shannon divergence, nats (at most log 2)
+        mse                 mean of d^2 over the vocabulary (inf beyond float32's range)
+        sqnr_db             10 log10(sum teacher^2 / sum d^2), dB (inf where the logits are equal)
+        ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets, NaN where ignored (-100)
+        top1_agree          1.0 where both have the same most likely token (the lowest index among equals)
+    """
+
+    kl_teacher_student: torch.Tensor
+    kl_student_teacher: torch.Tensor
+    jsd: torch.Tensor
+    mse: torch.Tensor
+    sqnr_db: torch.Tensor
+    ce_teacher: torch.Tensor | None
+    ce_student: torch.Tensor | None
+    top1_agree: torch.Tensor
+
 
 # logit_divergence -------------------------------------------------------------------------------------------------
 
@@ -109,7 +137,7 @@ def _check_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weig
             raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] with H at least 1, got {list(hidden.shape)}")
         if hidden.dim() == 0 or weight.dim() != (3 if layout == Layout.TILED.value else 2) or (scale is None and hidden.shape[-1] != weight.shape[1]):
             raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
-    t_rows, s_rows = map(_head_rows, (t_weight, s_weight), layouts)
+    t_rows, s_rows = map(head_rows, (t_weight, s_weight), layouts)
     if t_rows != s_rows or t_rows == 0:
         raise InvalidInputError(f"{op}: both heads must have the same number of rows, at least 1, got {t_rows} and {s_rows}")
     leading = teacher.dim() - 1
@@ -123,18 +151,6 @@ def _fake_linear_divergence(teacher, t_weight, t_scale, t_zero, student, *rest):
     return student.new_empty((8, student.shape[:-1].numel()), dtype=torch.float32)
 
 
-def _head_rows(weight, layout):
-    return weight.shape[1 if layout == Layout.TILED.value else 0]
-
-
-def as_head(weight: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None, features: int, bits: int, group_size: int, layout: str) -> torch.Tensor | QuantizedTensor:
-    """A head as linear_divergence's caller gave it, from the op's arguments; ``features`` is H."""
-    if scale is None:
-        return weight
-    spec = QuantSpec(bits, group_size, zero_point is None)
-    return QuantizedTensor(weight, scale, zero_point, (_head_rows(weight, layout), features), spec, Layout(layout))
-
-
 def _reference_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
     t_head = as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
     s_head = as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
@@ -142,11 +158,6 @@ def _reference_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_
     if targets is not None:
         targets = flat_targets(targets, student.shape[0])
     return reference_divergence.linear_divergence(teacher, t_head, student, s_head, targets)
-
-
-def flat_targets(targets: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Targets of every student token, [S * T], from [S, ..., T] or the teacher's [..., T]."""
-    return targets.reshape(-1).repeat(tokens // targets.numel()) if targets.numel() else targets.reshape(-1)
 
 
 _define(

@@ -12,8 +12,9 @@ import math
 import torch
 
 from klfast import reference_ssm
-from klfast.op_arguments import public
+from klfast.backends.operands import empty_channel_last
 from klfast.errors import InvalidInputError
+from klfast.op_arguments import public
 from klfast.registry import define as _define
 from klfast.registry import same_device
 from klfast.types import FLOAT_DTYPES
@@ -55,12 +56,6 @@ def _is_silu(op, activation):
     return activation is not None
 
 
-def _empty_channel_last(x):
-    """[B, D, L] uninitialised, in memory [B, L, D]: what follows (transposed) is a linear layer."""
-    batch, channels, length = x.shape
-    return x.new_empty(batch, length, channels).transpose(1, 2)
-
-
 # causal_conv1d ----------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +76,7 @@ def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu
 
 
 def _fake_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    return _empty_channel_last(x)
+    return empty_channel_last(x)
 
 
 _define(
@@ -138,7 +133,7 @@ def _check_causal_conv1d_update(x, conv_state, weight, bias, silu):
 
 
 def _fake_causal_conv1d_update(x, conv_state, weight, bias, silu):
-    return _empty_channel_last(x)
+    return empty_channel_last(x)
 
 
 _define(
@@ -195,7 +190,7 @@ def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, d
 
 
 def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
-    return _empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
+    return empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
 
 
 _define(

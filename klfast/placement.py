@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from klfast.device import facts
+from klfast import machine
 from klfast.errors import InvalidInputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -28,5 +28,5 @@ def as_device(name: torch.device | str) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError):
         raise InvalidInputError(f"there is no device called {name!r}; write cpu, cuda or xpu") from None
-    facts.require(device.type)
+    machine.require(device.type)
     return device

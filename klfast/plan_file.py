@@ -1,18 +1,69 @@
-"""Plans as JSON: what ``Plan.to_json`` and ``Plan.from_json`` do."""
+"""Plans, and plans as JSON."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from klfast import signed_json
 from klfast.errors import CheckpointError, InvalidInputError
+from klfast.models.fingerprint import Fingerprint
 from klfast.signed_json import is_a, number
-from klfast.types import Fingerprint, Plan
+from klfast.types import SCALES, QuantSpec
 
 SCHEMA = "klfast-plan/1"
 _REMEDY = "create the plan again"
 _ENTRIES = ("schema", "method", "fingerprint", "specs", "predicted", "notes")
 _ADDED = ("scale", signed_json.DIGEST)  # plans of klfast 0.1.0 have neither, later ones have both
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A precision for each linear layer.
+
+    Attributes:
+        specs: layer name -> spec (a QuantSpec, or its text). A layer that is not named keeps its full precision.
+        method: "optimal", "greedy" or "uniform".
+        fingerprint: the model that the plan was made for; None if made from published files.
+        predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
+            headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included),
+            "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, an estimate: as if what
+            each layer adds to the cross-entropy added up.
+        notes: anything that the planner changed or found, one sentence each.
+        scale: how scales were chosen in the sweep behind the plan, "absmax" or "mse", and are chosen when the plan is applied.
+            None if that is not known.
+    """
+
+    specs: Mapping[str, QuantSpec]
+    method: str
+    fingerprint: Fingerprint | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    scale: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.specs, Mapping):
+            raise InvalidInputError(f"the specs of a plan must be a mapping from layer names to specs, got {type(self.specs).__name__}")
+        object.__setattr__(self, "specs", {name: QuantSpec.of(spec) for name, spec in self.specs.items()})
+        if self.scale not in (None, *SCALES):
+            raise InvalidInputError(f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}")
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
+        return write(self, path)
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Plan:
+        """Read back what ``to_json`` wrote. Layer names and the model are checked when the plan is applied.
+
+        Args:
+            source: a path, or the JSON text itself (recognized by its opening brace).
+
+        Raises:
+            CheckpointError: no such file, or it is truncated, altered or not a plan.
+        """
+        return read(source)
 
 
 def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:

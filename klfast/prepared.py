@@ -17,8 +17,17 @@ from torch.compiler import is_compiling
 
 from klfast import runtime
 from klfast.backends.memory import DTYPE_CODES, view
+from klfast.backends.operands import FEW_ROWS
 from klfast.errors import InvalidInputError
-from klfast.torch_internals import MISSING, StorageWeakRef, dispatch_modes, function_modes, is_profiled, tracing_state, transform
+from klfast.torch_internals import (
+    MISSING,
+    StorageWeakRef,
+    dispatch_modes,
+    function_modes,
+    is_profiled,
+    tracing_state,
+    transform,
+)
 from klfast.types import FLOAT_DTYPES, Layout, check_parts
 
 try:
@@ -26,7 +35,6 @@ try:
 except ImportError:  # not built
     _C = None
 
-FEW_ROWS = 8  # for these the kernels read a weight as it lies, at the speed of memory
 Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
 _READY = _C is not None and not MISSING
 

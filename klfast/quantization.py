@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from klfast import reference
+from klfast import packing
 from klfast.errors import InvalidInputError
 from klfast.types import FLOAT_DTYPES, QuantizedTensor, QuantSpec
 
@@ -42,8 +42,8 @@ def quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absma
         s[rows, groups] = tile_s.squeeze(-1)
         if z is not None:
             z[rows, groups] = tile_z.squeeze(-1)
-    zero_point = None if z is None else reference.pack(z.T, spec.bits).T.contiguous()
-    return QuantizedTensor(reference.pack(q, spec.bits), s, zero_point, (n, k), spec)
+    zero_point = None if z is None else packing.pack(z.T, spec.bits).T.contiguous()
+    return QuantizedTensor(packing.pack(q, spec.bits), s, zero_point, (n, k), spec)
 
 
 def fake_quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> torch.Tensor:

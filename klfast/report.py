@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from klfast.errors import InvalidInputError, ModelMismatchError
 from klfast.files import write_atomic
+from klfast.plan_file import Plan
 from klfast.sensitivity.coverage import require_measurements, unfinished_note
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
-from klfast.types import Plan, QuantSpec, storable_spec
+from klfast.types import QuantSpec, storable_spec
 
 if TYPE_CHECKING:
     import rich.table

@@ -9,7 +9,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from klfast import layouts, ops, runtime
+from klfast import ops, runtime
+from klfast.backends import operands
 from klfast.errors import SlowPathWarning, one_line
 from klfast.quantization import quantize
 from klfast.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, dtype_name
@@ -63,7 +64,7 @@ class Case:
 def _copy(argument: object, device: str) -> object:
     if isinstance(argument, QuantizedTensor):
         interpreted = device == "cpu" and runtime.pinned() == "triton" and runtime.interprets_triton()
-        return argument.to(device).to_layout(Layout.TILED if interpreted else layouts.native(torch.device(device)))
+        return argument.to(device).to_layout(Layout.TILED if interpreted else operands.preferred_layout(torch.device(device)))
     return argument.to(device, copy=True) if isinstance(argument, torch.Tensor) else argument
 
 

@@ -6,20 +6,14 @@ import glob
 import os
 from pathlib import Path
 
+from klfast.bundled import ASSETS, bundled_models
 from klfast.checkpoint_format import MANIFEST, read_json
 from klfast.errors import CheckpointError, InvalidInputError
 from klfast.files import recover
 from klfast.loading_errors import one_line_errors
 from klfast.model_folder import ADAPTER, foreign, require_model, weight_names
 
-ASSETS = Path(__file__).parent / "assets"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-
-
-def bundled_models() -> list[str]:
-    """Names of the models that come with klfast."""
-    folder = ASSETS / "models"
-    return sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file()) if folder.is_dir() else []
 
 
 def resolve(name_or_path: str | os.PathLike, *, weights: bool, local_files_only: bool, trust_remote_code: bool) -> Path:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -192,9 +190,9 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The [N, K] float matrix, computed in ``dtype`` (the scale's by default: bit for bit what
         compressed-tensors decompresses)."""
-        from klfast import reference
+        from klfast import packing
 
-        return reference.dequantize(self, dtype)
+        return packing.dequantize(self, dtype)
 
 
 def check_parts(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, bits: int, groups: int) -> None:
@@ -210,102 +208,3 @@ def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tup
         raise InvalidInputError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise InvalidInputError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A precision for each linear layer.
-
-    Attributes:
-        specs: layer name -> spec (a QuantSpec, or its text). A layer that is not named keeps its full precision.
-        method: "optimal", "greedy" or "uniform".
-        fingerprint: the model that the plan was made for; None if made from published files.
-        predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
-            headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included),
-            "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, an estimate: as if what
-            each layer adds to the cross-entropy added up.
-        notes: anything that the planner changed or found, one sentence each.
-        scale: how scales were chosen in the sweep behind the plan, "absmax" or "mse", and are chosen when the plan is applied.
-            None if that is not known.
-    """
-
-    specs: Mapping[str, QuantSpec]
-    method: str
-    fingerprint: Fingerprint | None = None
-    predicted: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    scale: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.specs, Mapping):
-            raise InvalidInputError(f"the specs of a plan must be a mapping from layer names to specs, got {type(self.specs).__name__}")
-        object.__setattr__(self, "specs", {name: QuantSpec.of(spec) for name, spec in self.specs.items()})
-        if self.scale not in (None, *SCALES):
-            raise InvalidInputError(f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}")
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
-        from klfast import plan_file
-
-        return plan_file.write(self, path)
-
-    @classmethod
-    def from_json(cls, source: str | os.PathLike[str]) -> Plan:
-        """Read back what ``to_json`` wrote. Layer names and the model are checked when the plan is applied.
-
-        Args:
-            source: a path, or the JSON text itself (recognized by its opening brace).
-
-        Raises:
-            CheckpointError: no such file, or it is truncated, altered or not a plan.
-        """
-        from klfast import plan_file
-
-        return plan_file.read(source)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What sensitivities and plans remember of their model (made by klfast.models.layers.fingerprint).
-
-    Attributes:
-        structure: SHA-256 of the names and shapes of all linear layers.
-        norms: Frobenius norm of each linear layer, in order. Compared to 1 %, so that a model matches itself in
-            another dtype, but not another training run.
-    """
-
-    structure: str
-    norms: tuple[float, ...]
-
-    def matches(self, other: Fingerprint) -> bool:
-        """Whether both can be of one model: the same structure, and norms that are equal to 1 %.
-
-        ``==`` is stricter than that: the norms of one model differ a little from one device or dtype to another.
-        """
-        if self.structure != other.structure or len(self.norms) != len(other.norms):
-            return False
-        return all(abs(a - b) <= 0.01 * max(a, b) for a, b in zip(self.norms, other.norms, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class Divergence:
-    """Per-token comparison of a student's next-token distribution with a teacher's; each a 1-D float32 tensor [T].
-
-    With p the teacher's probabilities, q the student's, d = student - teacher logits:
-        kl_teacher_student  KL(p || q), nats
-        kl_student_teacher  KL(q || p), nats
-        jsd                 Jensen-Shannon divergence, nats (at most log 2)
-        mse                 mean of d^2 over the vocabulary (inf beyond float32's range)
-        sqnr_db             10 log10(sum teacher^2 / sum d^2), dB (inf where the logits are equal)
-        ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets, NaN where ignored (-100)
-        top1_agree          1.0 where both have the same most likely token (the lowest index among equals)
-    """
-
-    kl_teacher_student: torch.Tensor
-    kl_student_teacher: torch.Tensor
-    jsd: torch.Tensor
-    mse: torch.Tensor
-    sqnr_db: torch.Tensor
-    ce_teacher: torch.Tensor | None
-    ce_student: torch.Tensor | None
-    top1_agree: torch.Tensor

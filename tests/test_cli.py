@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import klfast
-from klfast import loading, planner
+from klfast import loading, machine, planner
 from klfast.cli import app, options
-from klfast.device import facts
 from klfast.progress import reporter
 from klfast.sensitivity import sweeping
 from klfast.sensitivity.results import METRICS
@@ -300,7 +299,7 @@ def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
 
     right = loading.load_model
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(facts, "require", lambda device: None)
+    monkeypatch.setattr(machine, "require", lambda device: None)
     monkeypatch.chdir(tmp_path)
     devices, devices_wanted = [], ["xpu"] * arguments.count("{}")
     assert fails(*(a.format(work / "model") for a in arguments), "--device", "xpu") == "klfast: enough"

@@ -9,9 +9,10 @@ import torch
 from families import FAMILIES, batch, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, errors, nn, reference
+from klfast import Plan, QuantSpec, errors, nn, packing
 from klfast.lazy_weight import LazyWeight
-from klfast.models.layers import fingerprint, head_name, is_head_tied, linears
+from klfast.models.fingerprint import fingerprint
+from klfast.models.layers import head_name, is_head_tied, linears
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
 
@@ -219,7 +220,7 @@ def lazy():
 
 
 def test_lazy_weight_metadata_is_free(lazy, monkeypatch):
-    monkeypatch.setattr(reference, "dequantize", lambda *args: pytest.fail("dequantized"))
+    monkeypatch.setattr(packing, "dequantize", lambda *args: pytest.fail("dequantized"))
     weight = lazy.weight
     assert (weight.dtype, weight.shape, weight.device, weight.dim(), weight.numel()) == (torch.float32, (6, 16), torch.device("cpu"), 2, 96)
     assert not weight.requires_grad and weight.size(0) == 6 and weight.is_floating_point()

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import klfast
-from klfast import _C, diagnostics, ops, registry, runtime, selfcheck
+from klfast import _C, machine, ops, registry, runtime, selfcheck
 from klfast.errors import InvalidInputError
 
 
@@ -115,5 +115,5 @@ def test_explain_unknown_op():
 
 
 def test_cpu_name_without_proc(monkeypatch):
-    monkeypatch.setattr(diagnostics.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
-    assert diagnostics.cpu_name()
+    monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert machine.cpu_name()

@@ -91,7 +91,8 @@ def test_attention_to_more_keys_than_a_float_counts(tier):
 
 
 def test_the_extension_and_python_agree_on_tiers_and_few_rows():
-    from klfast import _C, prepared
+    from klfast import _C
+    from klfast.backends import operands
 
     assert tuple(_C.tiers) == runtime.CPU_TIERS
-    assert _C.few_rows == prepared.FEW_ROWS
+    assert _C.few_rows == operands.FEW_ROWS

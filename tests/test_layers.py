@@ -6,10 +6,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from klfast.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
-from klfast.models import layers
+from klfast.models import fingerprint, layers
+from klfast.models.fingerprint import Fingerprint
 from klfast.nn import QuantLinear
 from klfast.sensitivity.results import Sensitivities
-from klfast.types import Fingerprint, QuantSpec
+from klfast.types import QuantSpec
 
 
 def mamba(tied, dtype=torch.float32):
@@ -74,14 +75,14 @@ def test_bytes_of_a_quantized_layer():
 
 def test_fingerprint_knows_a_model_in_another_dtype_but_not_another_model():
     model = mamba(tied=True)
-    known = layers.fingerprint(model)
-    layers.require_match(known, model.to(torch.bfloat16), "the plan")
+    known = fingerprint.fingerprint(model)
+    fingerprint.require_match(known, model.to(torch.bfloat16), "the plan")
     with torch.no_grad():
         model.backbone.layers[1].mixer.x_proj.weight.mul_(1.05)
     with pytest.raises(ModelMismatchError, match="the plan was made for other weights"):
-        layers.require_match(known, model, "the plan")
+        fingerprint.require_match(known, model, "the plan")
     with pytest.raises(ModelMismatchError, match="the plan was made for a model with other layers"):
-        layers.require_match(known, mamba(tied=True).backbone, "the plan")
+        fingerprint.require_match(known, mamba(tied=True).backbone, "the plan")
 
 
 def test_fingerprints_match_to_one_percent():
@@ -97,6 +98,6 @@ def test_fingerprints_match_to_one_percent():
 
 def test_a_fingerprint_with_too_few_norms_is_of_other_weights():
     model = mamba(tied=True)
-    known = layers.fingerprint(model)
+    known = fingerprint.fingerprint(model)
     with pytest.raises(ModelMismatchError, match="the plan was made for other weights"):
-        layers.require_match(Fingerprint(known.structure, known.norms[:-1]), model, "the plan")
+        fingerprint.require_match(Fingerprint(known.structure, known.norms[:-1]), model, "the plan")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klfast import Layout, QuantizedTensor, QuantLinear, QuantSpec, dequant_matmul, layouts, quantize
+from klfast.backends import operands
 from klfast.errors import InvalidInputError, SlowPathWarning
 from klfast.nn import QuantEmbedding
 
@@ -85,7 +86,7 @@ def test_a_layer_in_another_layout(spec, monkeypatch):
     """As on a GPU: tiled in memory, plain in its state dict."""
     linear = torch.nn.Linear(100, 37, bias=False)
     plain = QuantLinear.from_linear(linear, spec)
-    monkeypatch.setattr(layouts, "native", lambda _: Layout.TILED)
+    monkeypatch.setattr(operands, "preferred_layout", lambda _: Layout.TILED)
     layer = QuantLinear.from_linear(linear, spec)
     assert layer.layout is Layout.TILED and layer.weight_packed.dim() == 3
     state = layer.state_dict()

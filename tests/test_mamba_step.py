@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import klfast
-from klfast import prepared
+from klfast.backends import operands
 from klfast.errors import InvalidInputError
 from klfast.models import mamba_step
 from klfast.models.hymba import HymbaCache
@@ -210,7 +210,7 @@ def test_what_a_step_cannot_do_is_left_to_the_ops(steps):
     assert len(seen) == 6 and steps.taken == 5  # one of two mixers
     hook.remove()
     steps.taken = 0
-    decoded(model, prepared.FEW_ROWS + 1)
+    decoded(model, operands.FEW_ROWS + 1)
     assert not steps.taken
 
 

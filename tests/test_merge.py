@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from klfast.errors import InvalidInputError, ModelMismatchError
+from klfast.models.fingerprint import Fingerprint
 from klfast.sensitivity import files
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import Fingerprint, QuantSpec
+from klfast.types import QuantSpec
 
 KL = "kl_teacher_student"
 INT4, INT8 = QuantSpec(4), QuantSpec(8)

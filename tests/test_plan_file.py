@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from klfast.errors import CheckpointError, InvalidInputError
-from klfast.types import Fingerprint, Plan, QuantSpec
+from klfast.models.fingerprint import Fingerprint
+from klfast.plan_file import Plan
+from klfast.types import QuantSpec
 
 PLAN = Plan(
     {"a.b": QuantSpec(4, 64), "head": QuantSpec(8, -1, symmetric=False)}, "optimal", Fingerprint("abc", (1.5, 2.25)),

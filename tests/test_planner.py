@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 import klfast
 from klfast.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError, KlfastError
+from klfast.models.fingerprint import Fingerprint
+from klfast.plan_file import Plan
 from klfast.planner import milp, optimal, plan
 from klfast.quantization import quantize
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import Fingerprint, Plan, QuantSpec
+from klfast.types import QuantSpec
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 OTHER_BYTES = 1000

@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klfast import QuantSpec, quantization, quantize, reference
+from klfast import QuantSpec, packing, quantization, quantize
 from klfast.errors import InvalidInputError
 from klfast.quantization import fake_quantize
 from klfast.types import FLOAT_DTYPES, storable_spec
@@ -156,11 +156,11 @@ def test_bad_input(function, weight, options, message):
 @given(st.sampled_from([4, 8]), st.integers(1, 9), st.integers(1, 70), st.randoms())
 def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, count, random):
     values = torch.tensor([[random.randrange(-(1 << bits - 1), 1 << bits - 1) for _ in range(count)] for _ in range(rows)], dtype=torch.int8)
-    words = reference.pack(values, bits)
-    assert torch.equal(reference.unpack(words, bits, count), values)
+    words = packing.pack(values, bits)
+    assert torch.equal(packing.unpack(words, bits, count), values)
     assert torch.equal(words, pack_to_int32(values, bits))
     assert torch.equal(unpack_from_int32(words, bits, values.shape), values)
-    assert torch.equal(reference.pack(values.T.contiguous(), bits).T, pack_to_int32(values, bits, packed_dim=0))
+    assert torch.equal(packing.pack(values.T.contiguous(), bits).T, pack_to_int32(values, bits, packed_dim=0))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

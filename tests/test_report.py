@@ -9,8 +9,10 @@ import pytest
 import klfast
 from klfast import report
 from klfast.errors import InvalidInputError, ModelMismatchError
+from klfast.models.fingerprint import Fingerprint
+from klfast.plan_file import Plan
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import Fingerprint, Plan, QuantSpec
+from klfast.types import QuantSpec
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 NAMES = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.1.mixer.in_proj",

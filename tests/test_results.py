@@ -8,8 +8,9 @@ import stat
 import pytest
 
 from klfast.errors import CheckpointError
+from klfast.models.fingerprint import Fingerprint
 from klfast.sensitivity.results import METRICS, LayerInfo, Measurement, Sensitivities
-from klfast.types import Fingerprint, QuantSpec
+from klfast.types import QuantSpec
 
 
 @pytest.fixture

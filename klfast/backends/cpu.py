@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from klfast import _C, ops, runtime
+from klfast import _C, registry, runtime
 from klfast.backends import cpu_divergence, cpu_ssm
 from klfast.backends.cpu_products import dequant_matmul_into, linear_into
 from klfast.backends.memory import empty, view
+from klfast.backends.operands import FEW_ROWS
 from klfast.layouts import parts_in
-from klfast.prepared import FEW_ROWS
 from klfast.types import Layout
 
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
@@ -65,8 +65,8 @@ def decode_attention(q, k, v, scale):
 
 def register() -> None:
     """Register every CPU kernel with its op."""
-    ops.register_kernel("dequant_matmul", "CPU", dequant_matmul)
-    ops.register_kernel("linear", "CPU", linear, handed_over=why_torch_multiplies)
-    ops.register_kernel("decode_attention", "CPU", decode_attention)
+    registry.register_kernel("dequant_matmul", "CPU", dequant_matmul)
+    registry.register_kernel("linear", "CPU", linear, handed_over=why_torch_multiplies)
+    registry.register_kernel("decode_attention", "CPU", decode_attention)
     cpu_divergence.register()
     cpu_ssm.register()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from klfast import _C, ops_divergence, registry, runtime
+from klfast import _C, registry, runtime
+from klfast.backends import operands
 from klfast.backends.cpu_products import dequant_matmul_into, linear_into
 from klfast.backends.memory import DTYPE_CODES, address
 from klfast.reference_divergence import check_targets, raise_not_finite, raise_too_large
@@ -37,15 +38,15 @@ def compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor 
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
     same_head = quantization[:3] == quantization[3:] and all(map(_same, (t_weight, t_scale, t_zero), (s_weight, s_scale, s_zero)))
     same_hidden = _same(teacher, student)
-    t_head = _plain(ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]))
-    s_head = t_head if same_head else _plain(ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
+    t_head = _plain(operands.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]))
+    s_head = t_head if same_head else _plain(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
     dtype = _operands(teacher, t_head, student, s_head)
     teacher = teacher.detach().reshape(-1, teacher.shape[-1]).to(dtype).contiguous()
     student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).to(dtype).contiguous()
     tokens, vocab = student.shape[0], t_head.shape[0]
     check_targets(targets, vocab)
     if targets is not None:
-        targets = ops_divergence.flat_targets(targets, tokens).contiguous()
+        targets = operands.flat_targets(targets, tokens).contiguous()
     out = torch.empty(8, tokens)
     states = torch.zeros(tokens, _C.divergence_state_bytes, dtype=torch.uint8)
     rows = torch.arange(tokens)

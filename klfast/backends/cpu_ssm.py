@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from klfast import _C, ops_ssm, runtime
+from klfast import _C, runtime
+from klfast.backends import operands
 from klfast.backends.memory import view
 from klfast.registry import register_kernel
 
@@ -26,7 +27,7 @@ def _machine():
 
 
 def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    out = ops_ssm._empty_channel_last(x)
+    out = operands.empty_channel_last(x)
     past = weight.shape[1] - 1
     states = (initial_states, final_states_out)
     _C.causal_conv1d(*map(view, (x, weight, bias, *states, out)), *x.shape, weight.shape[1], past, past, silu, *_machine())
@@ -34,7 +35,7 @@ def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
 
 
 def causal_conv1d_update(x, conv_state, weight, bias, silu):
-    out = ops_ssm._empty_channel_last(x)
+    out = operands.empty_channel_last(x)
     length = conv_state.shape[-1]
     tensors = (x, weight, bias, conv_state, conv_state, out)
     _C.causal_conv1d(*map(view, tensors), *x.shape, weight.shape[1], length, length, silu, *_machine())
@@ -42,7 +43,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu):
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
-    out = ops_ssm._empty_channel_last(u)
+    out = operands.empty_channel_last(u)
     state = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_states, out, state)
     _C.selective_scan(*map(view, tensors), *u.shape, *B.shape[1:3], delta_softplus, *_machine())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from klfast import ops, registry, runtime
+from klfast import registry, runtime
 from klfast.layouts import RELAID, fill_blocks, parts_in
 from klfast.types import Layout
 
@@ -100,7 +100,7 @@ def _why_no_triton(device: str) -> str:
 def register() -> None:
     """Register every kernel with its op; Triton's only where they can run."""
     for device in DEVICES:
-        ops.register_kernel("linear", device, linear, handed_over=lambda *_: "torch's own product serves GPUs.")
+        registry.register_kernel("linear", device, linear, handed_over=lambda *_: "torch's own product serves GPUs.")
         if reason := _why_no_triton(device):
             registry.unavailable(device, reason)
             continue
@@ -108,4 +108,4 @@ def register() -> None:
             if name in DIVERGENCE and not registry.has_kernel(name, "CPU"):
                 registry.unavailable(device, registry.why_no_kernel("cpu", name), name)
             else:
-                ops.register_kernel(name, device, kernel)
+                registry.register_kernel(name, device, kernel)

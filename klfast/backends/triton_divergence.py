@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from klfast import _C, layouts, ops_divergence, runtime
-from klfast.backends import cpu_divergence
+from klfast import _C, layouts, runtime
+from klfast.backends import cpu_divergence, operands
 from klfast.backends.memory import address
 from klfast.layouts import RELAID, fill_blocks
 from klfast.reference_divergence import check_targets
@@ -57,15 +57,15 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
     from klfast.kernels.launch import family
 
     shape = list(student.shape)
-    t_head = _tiled(ops_divergence.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]), shape)
-    s_head = _tiled(ops_divergence.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]), shape)
+    t_head = _tiled(operands.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]), shape)
+    s_head = _tiled(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]), shape)
     teacher, student = (t.detach().reshape(-1, t.shape[-1]) for t in (teacher, student))
     tokens, vocab, device = student.shape[0], t_head.shape[0], student.device
     check_targets(targets, vocab)
     if not tokens:
         return torch.empty(8, 0, device=device)
     if targets is not None:
-        targets = ops_divergence.flat_targets(targets, tokens)
+        targets = operands.flat_targets(targets, tokens)
     models = ((teacher, t_head), (student, s_head))
     sums = _sums_in_one_kernel(*models) if family(device) == "intel" else _sums_of_products(*models)
 

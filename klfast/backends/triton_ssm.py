@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from klfast import ops_ssm
+from klfast.backends import operands
 
 
 def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
@@ -23,7 +23,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu):
 def _convolve(x, weight, bias, past, silu):
     from klfast.kernels import causal_conv1d as kernel
 
-    out = ops_ssm._empty_channel_last(x)
+    out = operands.empty_channel_last(x)
     if out.numel():
         kernel.plan(x.detach(), weight.detach(), None if bias is None else bias.detach().contiguous(), past, out, silu).run()
     return out
@@ -42,7 +42,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_so
     """[B, D, L] as heads of D / G channels each, one for each group of B and C."""
     batch, channels, length = u.shape
     groups = B.shape[1]
-    out = ops_ssm._empty_channel_last(u)
+    out = operands.empty_channel_last(u)
     state = u.new_empty(batch, *A.shape, dtype=torch.float32)
 
     def timed(t):  # [B, D, L] -> [B, L, G, D / G]

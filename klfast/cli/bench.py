@@ -16,8 +16,8 @@ import klfast
 from klfast.cli import options
 from klfast.cli.console import emit
 from klfast.errors import KlfastError
+from klfast.suites import SUITES
 
-SUITES = ("linear", "divergence", "scan", "sweep", "decode", "hymba")
 # "python -m pytest" would take a pytest.py of the current folder. Without that folder, klfast's own must be on the path.
 _PYTEST = (
     "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; own in sys.path or sys.path.insert(0, own); "

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from klfast.arguments import parse_bytes as _parse_bytes
 from klfast.errors import InvalidInputError
 from klfast.files import require_writable
 
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
-
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as "3200000", "3.2MB" (powers of 1000) or "1.5GiB" (of 1024)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
-    if unit is None:
-        raise typer.BadParameter(f"{text!r} is not a size (examples: 3200000, 3.2MB, 1.5GiB)")
-    size = float(match[1]) * _UNITS[unit]
-    if size >= 2**63:
-        raise typer.BadParameter("that is more bytes than any model has (examples: 3200000, 3.2MB, 1.5GiB)")
-    return int(size)
+    """As ``klfast.arguments.parse_bytes``; a wrong one is wrong usage."""
+    try:
+        return _parse_bytes(text)
+    except InvalidInputError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def parse_spec(text: str):

@@ -9,14 +9,13 @@ import warnings
 import torch
 from torch import nn
 
-from klfast import loading
+from klfast import loading, machine
 from klfast.data import token_batches
-from klfast.device import facts
 
 
 def prepare(threads: int | None = None, device: str = "cpu") -> None:
     """Set the thread count, show warnings as one line each, and raise if there is no such device."""
-    facts.require(device)
+    machine.require(device)
     if threads is not None:
         torch.set_num_threads(threads)
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)

@@ -12,30 +12,16 @@ from pathlib import Path
 import torch
 
 import klfast
-from klfast.diagnostics import cpu_name, extension, installed_version
-from klfast.errors import KernelUnavailableError, one_line
+from klfast.errors import one_line
+from klfast.machine import cpu_name, extension, installed_version
 from klfast.runtime import available_tiers
 
 _TRITONS = ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")  # packages that hold it
-_INSTALL = {
-    "cuda": "for an NVIDIA GPU, install PyTorch's CUDA build (on Linux what pip install torch brings)",
-    "xpu": "for an Intel GPU, pip install torch --index-url https://download.pytorch.org/whl/xpu (docs/XPU.md)",
-}
-_DRIVER = {"cuda": "nvidia-smi must list the GPU", "xpu": "Intel's GPU driver and Level Zero must be installed, and clinfo or sycl-ls list the GPU"}
 _VARIABLES = (
     "KLFAST_ISA", "KLFAST_STRICT", "TRITON_INTERPRET",
     "CUDA_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR", "ZE_AFFINITY_MASK", "ZE_FLAT_DEVICE_HIERARCHY",
 )  # fmt: skip
 _PRIVATE = ("uuid", "pci_")  # beginnings of properties that tell one machine from another of its kind
-
-
-def require(device: str) -> None:
-    """KernelUnavailableError, with what to do, if torch cannot compute on a type of device; of others than cuda and xpu torch tells."""
-    if device not in _INSTALL or getattr(torch, device).is_available():
-        return
-    if getattr(torch.version, device, None) is None:
-        raise KernelUnavailableError(f"this PyTorch ({torch.__version__}) cannot use {device} devices; {_INSTALL[device]}")
-    raise KernelUnavailableError(f"PyTorch ({torch.__version__}) finds no {device} device; {_DRIVER[device]}")
 
 
 def gather(device: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from klfast import registry
+from klfast import machine, registry
 from klfast.device import bench, checks, facts
 from klfast.device.checks import FAIL, Check
 from klfast.device.timing import Clock
@@ -65,7 +65,7 @@ def run(device: str, seconds: float = 60.0, out: Path | None = None, say: Callab
     Raises:
         KernelUnavailableError: torch cannot compute on such a device; says what to do.
     """
-    facts.require(device)
+    machine.require(device)
     found, text = Report(device), _Text(say, out)
     text.add(f"klfast doctor --device {device}, {datetime.now(timezone.utc).isoformat(timespec='seconds')}")
     text.now("torch's look at the device")

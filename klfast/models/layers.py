@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import warnings
 
 import torch
 from torch import nn
 
-from klfast.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
-from klfast.types import SHAPE_BYTES, Fingerprint
+from klfast.errors import InvalidInputError, UnknownLayerError
+from klfast.types import SHAPE_BYTES
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -138,25 +136,3 @@ def refuse_moving_weights(model: nn.Module) -> None:
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-
-
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """What identifies ``model`` to sensitivities and plans."""
-    layers = linears(model)
-    shapes = [(name, module.out_features, module.in_features) for name, module in layers.items()]
-    structure = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    return Fingerprint(structure, tuple(_norm(module) for module in layers.values()))
-
-
-def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
-    """Raise ModelMismatchError unless ``what``, with the fingerprint ``expected``, was made for ``model``."""
-    found = fingerprint(model)
-    if expected.structure != found.structure:
-        raise ModelMismatchError(f"{what} was made for a model with other layers; make a new one for this model")
-    if not expected.matches(found):
-        raise ModelMismatchError(f"{what} was made for other weights of this architecture; make a new one for these")
-
-
-@torch.no_grad()
-def _norm(module: nn.Module) -> float:
-    return float(torch.linalg.vector_norm(module.weight.float()))

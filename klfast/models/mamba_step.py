@@ -10,9 +10,10 @@ from torch import nn
 
 from klfast import runtime
 from klfast.backends.memory import view
+from klfast.backends.operands import FEW_ROWS
 from klfast.errors import InvalidInputError
 from klfast.nn import QuantLinear
-from klfast.prepared import FEW_ROWS, Place, PreparedLinear, Watch, current, has, plain, unobserved
+from klfast.prepared import Place, PreparedLinear, Watch, current, has, plain, unobserved
 from klfast.torch_internals import has_global_hooks
 from klfast.types import FLOAT_DTYPES
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from klfast.errors import InvalidInputError
 from klfast.models.selection import Patterns
+from klfast.plan_file import Plan
 from klfast.planner.budget import Budget
 from klfast.planner.constraints import Keep, settled
 from klfast.planner.greedy import plan_greedy, plan_greedy_evaluated
@@ -15,7 +16,7 @@ from klfast.planner.optimal import plan_optimal
 from klfast.planner.problem import Problem
 from klfast.planner.uniform import plan_uniform
 from klfast.sensitivity.results import Sensitivities
-from klfast.types import Plan, QuantSpec
+from klfast.types import QuantSpec
 
 __all__ = ["plan"]
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable
 
 from klfast.errors import InvalidInputError
+from klfast.plan_file import Plan
 from klfast.planner.budget import Budget
 from klfast.planner.numbers_given import require_number
 from klfast.planner.problem import Choice, Problem
-from klfast.types import Plan
 
 
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:

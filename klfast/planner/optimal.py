@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from klfast.plan_file import Plan
 from klfast.planner.budget import Budget
 from klfast.planner.milp import solve_milp
-from klfast.planner.problem import Choice, Problem
-from klfast.types import Plan
+from klfast.planner.problem import Problem
 
 Option = tuple[float, float]  # value, weight
 

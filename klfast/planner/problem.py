@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from klfast.errors import InvalidInputError
+from klfast.plan_file import Plan
 from klfast.planner.numbers_given import shortened
 from klfast.sensitivity.coverage import require_measurements, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
-from klfast.types import SCALES, SHAPE_BYTES, Plan, QuantSpec, storable_spec
+from klfast.types import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
 
 KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
 # Costs between these, and 0: sums and rates of them stay within floats. Above it is damage, as an infinity is; below it is 0.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from klfast.errors import InvalidInputError
+from klfast.plan_file import Plan
 from klfast.planner.budget import Budget
 from klfast.planner.problem import Choice, Problem
-from klfast.types import Plan, QuantSpec, storable_spec
+from klfast.types import QuantSpec, storable_spec
 
 
 def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None) -> Plan:

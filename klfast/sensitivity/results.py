@@ -12,9 +12,11 @@ from torch import nn
 
 from klfast import signed_json
 from klfast.errors import CheckpointError, KlfastError
+from klfast.models import fingerprint
 from klfast.models import layers as model_layers
+from klfast.models.fingerprint import Fingerprint
 from klfast.signed_json import is_a, number, whole
-from klfast.types import Fingerprint, QuantSpec
+from klfast.types import QuantSpec
 
 # As in klfast.Divergence (a token's SQNR counts as at most 150 dB); delta_ce = ce_student - ce_teacher.
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
@@ -76,7 +78,7 @@ class Sensitivities:
             name: LayerInfo((module.out_features, module.in_features), model_layers.weight_bytes(module))
             for name, module in model_layers.linears(model).items()
         }
-        return cls(model_layers.fingerprint(model), found, model_layers.other_bytes(model))
+        return cls(fingerprint.fingerprint(model), found, model_layers.other_bytes(model))
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, extra: Mapping[str, object] | None = None) -> str:
         """The sensitivities as JSON text, written to ``path`` if given (beside it first, then renamed over it).

@@ -5,6 +5,7 @@ import torch
 from test_dequant_matmul import CHECKS, SPECS, operands
 
 from klfast import Layout, QuantLinear, QuantSpec, dequant_matmul, layouts, quantize
+from klfast.backends import operands
 from klfast.errors import SlowPathWarning
 from klfast.kernels import dequant_matmul as kernel
 from klfast.kernels import launch
@@ -147,7 +148,7 @@ def test_opcheck(device):
 
 def test_a_layer_comes_to_its_layout_by_itself(device, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(layouts, "native", lambda _: Layout.TILED)
+        monkeypatch.setattr(operands, "preferred_layout", lambda _: Layout.TILED)
     linear = torch.nn.Linear(100, 37)
     layer = QuantLinear.from_linear(linear, QuantSpec(4, 64, False)).to(device)
     assert layer.layout is Layout.TILED

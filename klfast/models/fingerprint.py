@@ -1,0 +1,58 @@
+"""What tells one model from another: the structure and norms of its linear layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from klfast.errors import ModelMismatchError
+from klfast.models.layers import linears
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What sensitivities and plans remember of their model (made by klfast.models.fingerprint.fingerprint).
+
+    Attributes:
+        structure: SHA-256 of the names and shapes of all linear layers.
+        norms: Frobenius norm of each linear layer, in order. Compared to 1 %, so that a model matches itself in
+            another dtype, but not another training run.
+    """
+
+    structure: str
+    norms: tuple[float, ...]
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both can be of one model: the same structure, and norms that are equal to 1 %.
+
+        ``==`` is stricter than that: the norms of one model differ a little from one device or dtype to another.
+        """
+        if self.structure != other.structure or len(self.norms) != len(other.norms):
+            return False
+        return all(abs(a - b) <= 0.01 * max(a, b) for a, b in zip(self.norms, other.norms, strict=True))
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """What identifies ``model`` to sensitivities and plans."""
+    layers = linears(model)
+    shapes = [(name, module.out_features, module.in_features) for name, module in layers.items()]
+    structure = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    return Fingerprint(structure, tuple(_norm(module) for module in layers.values()))
+
+
+def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
+    """Raise ModelMismatchError unless ``what``, with the fingerprint ``expected``, was made for ``model``."""
+    found = fingerprint(model)
+    if expected.structure != found.structure:
+        raise ModelMismatchError(f"{what} was made for a model with other layers; make a new one for this model")
+    if not expected.matches(found):
+        raise ModelMismatchError(f"{what} was made for other weights of this architecture; make a new one for these")
+
+
+@torch.no_grad()
+def _norm(module: nn.Module) -> float:
+    return float(torch.linalg.vector_norm(module.weight.float()))
