@@ -8,8 +8,8 @@ import torch
 import klfast
 
 from . import machine, results, roofline
-from .contest import Contender, Race, Times, Unavailable
-from .settings import Settings, add_options
+from klfast.benchkit.runner import Contender, Race, Times, Unavailable
+from klfast.benchkit.settings import Settings, add_options
 
 
 def pytest_addoption(parser):

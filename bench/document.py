@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from klfast.files import write_atomic
-from klfast.suites import SUITES
+from klfast.benchkit.suites import SUITES
+from klfast.core.io import write_atomic
 
 from . import results
 

@@ -11,11 +11,11 @@ from torch import nn
 import klfast
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from klfast.models.hymba.mixer import HymbaMixer
-from klfast.models.layers import linears
-from klfast.plan_file import Plan
-from klfast.types import QuantSpec
+from klfast.models.linears import linears
+from klfast.planning.plan_file import Plan
+from klfast.quant.types import QuantSpec
 
-from .contest import distance
+from klfast.benchkit.runner import distance
 
 CONFIGS = {
     "hymba-1.5b": HymbaConfig(),  # the released size

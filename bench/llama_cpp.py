@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from .contest import Unavailable
+from klfast.benchkit.runner import Unavailable
 
 
 def seconds(program: Path, gguf: Path, *, prompt: int, new: int, threads: int) -> float:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import klfast
-from klfast.device import facts as devices
-from klfast.device.timing import Clock
-from klfast.machine import cpu_name
+from klfast.benchkit import device_facts as devices
+from klfast.benchkit.clock import Clock
+from klfast.core.machine import cpu_name
 
-from .settings import Settings
+from klfast.benchkit.settings import Settings
 
 
 def facts(settings: Settings) -> dict[str, object]:

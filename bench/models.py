@@ -10,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import klfast
-from klfast.models.layers import linears, weight_bytes
-from klfast.plan_file import Plan
-from klfast.types import QuantSpec
+from klfast.models.linears import linears, weight_bytes
+from klfast.planning.plan_file import Plan
+from klfast.quant.types import QuantSpec
 
-from .contest import distance, timed
+from klfast.benchkit.runner import distance, timed
 
 _SCANS = ("klfast::selective_scan", "klfast::mamba_chunk_scan")
 

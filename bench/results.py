@@ -7,9 +7,9 @@ import io
 import math
 from pathlib import Path
 
-from klfast.files import write_atomic
+from klfast.core.io import write_atomic
 
-from .contest import is_ours
+from klfast.benchkit.runner import is_ours
 
 RATIO = "times as fast as "  # begins the columns of ratios; the peer's name follows
 _KEY = ("suite", "group", "contender")

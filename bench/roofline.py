@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .contest import is_ours
+from klfast.benchkit.runner import is_ours
 from .results import number
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import klfast
-from klfast.types import QuantSpec
+from klfast.quant.types import QuantSpec
 
 from . import llama_cpp, models
-from .contest import Contender, Group, Unavailable
-from .settings import Settings
+from klfast.benchkit.runner import Contender, Group, Unavailable
+from klfast.benchkit.settings import Settings
 
 VARIANTS = {  # dtype, spec, activation
     "bf16": (torch.bfloat16, None, "exact"),

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from klfast import ops, quantize, reference_divergence
+from klfast import ops, quantize
 from klfast.backends import operands
-from klfast.ops_divergence import Divergence
-from klfast.types import QuantSpec
+from klfast.ops.divergence import Divergence
+from klfast.quant.types import QuantSpec
+from klfast.reference import divergence as reference_divergence
 
 from . import machine
-from .contest import Contender, Group, distance
-from .settings import Settings
+from klfast.benchkit.runner import Contender, Group, distance
+from klfast.benchkit.settings import Settings
 from .test_linear import require_kernel
 
 HEAD = QuantSpec(8, 128)

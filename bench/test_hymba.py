@@ -12,8 +12,8 @@ import torch
 import klfast
 
 from . import hymba, models
-from .contest import Contender, Group, Unavailable
-from .settings import Settings
+from klfast.benchkit.runner import Contender, Group, Unavailable
+from klfast.benchkit.settings import Settings
 
 PRECISIONS = ("bf16", "int4", "mixed")
 TOLERANCE = 3e-2  # of a mixer's or feed-forward part's output in bfloat16, rounded at each step on the way

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from klfast import ops, reference, registry
+from klfast import ops, reference
+from klfast.dispatch import registry
 from klfast.nn import QuantLinear
-from klfast.types import QuantSpec
+from klfast.quant.types import QuantSpec
 
-from . import peers
-from .contest import Contender, Group, Unavailable, distance, tolerance
-from .settings import Settings
-from .weights import Weights, weights
+from klfast.benchkit import peers
+from klfast.benchkit.runner import Contender, Group, Unavailable, distance, tolerance
+from klfast.benchkit.settings import Settings
+from klfast.benchkit.weights import Weights, weights
 
 # (K, N): an input projection of Mamba-1.4B, then layers of Mamba-130M, a head, Mamba-1.4B again, and Hymba-1.5B.
 SHAPES = (

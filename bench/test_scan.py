@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from klfast import ops, registry
+from klfast import ops
+from klfast.dispatch import registry
 
-from .contest import Contender, Group, Unavailable, distance
-from .settings import Settings
+from klfast.benchkit.runner import Contender, Group, Unavailable, distance
+from klfast.benchkit.settings import Settings
 
 Run = Callable[[], torch.Tensor]
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 
 import klfast
-from klfast.data import token_batches
-from klfast.loading import load_model, load_tokenizer
-from klfast.models.layers import linears
-from klfast.quantization import fake_quantize
-from klfast.types import QuantSpec
+from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.models.linears import linears
+from klfast.quant.rounding import fake_quantize
+from klfast.quant.types import QuantSpec
+from klfast.text import token_batches
 
 from . import models
-from .contest import Contender, Group, distance
-from .settings import Settings
+from klfast.benchkit.runner import Contender, Group, distance
+from klfast.benchkit.settings import Settings
 from .test_divergence import kl
 
 MODEL = "mamba2"

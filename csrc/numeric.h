@@ -7,7 +7,7 @@
 
 namespace klfast {
 
-// The values are those that klfast/backends/memory.py passes for a torch.dtype.
+// The values are those that klfast/backends/cpu/memory.py passes for a torch.dtype.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline constexpr int size_of(DType t) { return t == DType::f32 ? 4 : 2; }

@@ -8,18 +8,20 @@ __version__ = "0.1.0"
 
 # Public name -> module. Modules load on first use: `import klfast` costs no more than torch.
 _PUBLIC = {
-    "Divergence": "ops_divergence",
-    "Layout": "types",
-    "Plan": "plan_file",
-    "QuantSpec": "types",
-    "QuantizedTensor": "types",
-    "quantize": "quantization",
-    "quantize_model": "convert",
+    "Divergence": "ops.divergence",
+    "Layout": "quant.types",
+    "Plan": "planning.plan_file",
+    "QuantSpec": "quant.types",
+    "QuantizedTensor": "quant.types",
+    "quantize": "quant.rounding",
+    "quantize_model": "checkpoint.apply_plan",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
-    "generate": "decode",
-    "load_quantized": "checkpoint",
-    "save_quantized": "checkpoint",
+    "generate": "generation.loop",
+    "load_model": "checkpoint.loading",
+    "load_quantized": "checkpoint.save_load",
+    "load_tokenizer": "checkpoint.loading",
+    "save_quantized": "checkpoint.save_load",
     "dequant_matmul": "ops",
     "linear_divergence": "ops",
     "logit_divergence": "ops",
@@ -28,29 +30,34 @@ _PUBLIC = {
     "selective_scan_fn": "ops",
     "selective_state_update": "ops",
     "mamba_chunk_scan_combined": "ops",
-    "accelerate": "models.native_ssm",
-    "unaccelerate": "models.native_ssm",
+    "accelerate": "acceleration.patch",
+    "unaccelerate": "acceleration.patch",
     "QuantLinear": "nn",
-    "using": "runtime",
+    "token_batches": "text",
+    "using": "dispatch.pins",
     "sweep": "sensitivity.sweeping",
-    "doctor": "diagnostics",
-    "explain": "diagnostics",
+    "doctor": "diagnostics.overview",
+    "explain": "diagnostics.overview",
     "Sensitivities": "sensitivity.results",
-    "plan": "planner",
-    "CheckpointError": "errors",
-    "InfeasibleBudgetError": "errors",
-    "InvalidInputError": "errors",
-    "KernelUnavailableError": "errors",
-    "KlfastError": "errors",
-    "ModelMismatchError": "errors",
-    "SlowPathWarning": "errors",
-    "UnknownLayerError": "errors",
+    "plan": "planning",
+    "CheckpointError": "core.errors",
+    "InfeasibleBudgetError": "core.errors",
+    "InvalidInputError": "core.errors",
+    "KernelUnavailableError": "core.errors",
+    "KlfastError": "core.errors",
+    "ModelMismatchError": "core.errors",
+    "SlowPathWarning": "core.errors",
+    "UnknownLayerError": "core.errors",
 }
+
+_MODULES = ("data", "errors", "loading")  # public names of modules that have moved
 
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"klfast.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'klfast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"klfast.{_PUBLIC[name]}"), name)

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 import klfast
-from klfast import loading, report
-from klfast.data import token_batches
-from klfast.diagnostics import explain
-from klfast.files import write_atomic
-from klfast.machine import cpu_name
-from klfast.models.layers import linears, other_bytes, row_parts, weight_bytes
+from klfast.checkpoint import loading
+from klfast.core.io import write_atomic
+from klfast.core.machine import cpu_name
+from klfast.diagnostics.overview import explain
+from klfast.models.linears import linears, other_bytes, row_parts, weight_bytes
+from klfast.quant.types import QuantSpec, dtype_name
+from klfast.reporting import tables as report
 from klfast.sensitivity.results import Sensitivities
-from klfast.types import QuantSpec, dtype_name
+from klfast.text import token_batches
 
 PROMPT = "It was a fine morning, and the old man"
 HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
@@ -87,7 +88,7 @@ def run(name: str = "hymba", *, effort: Effort = FULL, out: str | os.PathLike | 
         effort: FULL or QUICK.
         out: the folder to save the mixed model in, which must not exist; None for one in a new temporary folder.
         say: takes each sentence about what goes on.
-        loading_options: local_files_only and trust_remote_code, as for ``klfast.loading.load_model``.
+        loading_options: local_files_only and trust_remote_code, as for ``klfast.checkpoint.loading.load_model``.
     """
     tokenizer = loading.load_tokenizer(name, **loading_options)
     model = loading.load_model(name, "auto", **loading_options)

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from klfast import ops
-from klfast.batches import Batches, is_single, read
-from klfast.errors import InvalidInputError
-from klfast.interrupts import deferred, interruptible
+from klfast.core.errors import InvalidInputError
+from klfast.core.interrupts import deferred, interruptible
+from klfast.core.progress import Progress, reporter
+from klfast.core.window_stats import Tally
 from klfast.models.adapters import refuse_wrapper
+from klfast.models.batches import Batches, is_single, read
 from klfast.models.forward import check_plain_head, evaluation_mode, head_inputs, plain_head
 from klfast.nn import QuantLinear
-from klfast.progress import Progress, reporter
-from klfast.tally import Tally
-from klfast.types import QuantizedTensor
+from klfast.quant.types import QuantizedTensor
 
 _MOST_TOKENS = 8192  # computed at once where the caller made no batches
 _MEASURED = ("nll", "teacher_nll", "kl", "kl_student_teacher", "jsd", "top1")

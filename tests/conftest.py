@@ -8,14 +8,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 import pytest
 import torch
 
-from klfast import runtime
+from klfast.dispatch import pins
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests of Triton kernels run on a GPU or, as test_triton.py does, in a process of their own under Triton's interpreter.
-collect_ignore = [] if runtime.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["device"]
+collect_ignore = [] if pins.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["device"]
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -29,10 +29,10 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", *runtime.available_tiers()])
+@pytest.fixture(params=["reference", *pins.available_tiers()])
 def tier(request):
     """Run a test once per implementation that this machine has."""
-    with runtime.using(request.param):
+    with pins.using(request.param):
         yield request.param
 
 

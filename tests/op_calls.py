@@ -6,8 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klfast import ops
-from klfast.quantization import quantize
-from klfast.types import QuantSpec
+from klfast.quant.rounding import quantize
+from klfast.quant.types import QuantSpec
 
 
 def calls() -> dict:

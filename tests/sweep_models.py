@@ -16,7 +16,7 @@ from transformers import (
 
 import klfast
 from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
-from klfast.sensitivity.engine import SQNR_CAP
+from klfast.sensitivity.measure import SQNR_CAP
 
 VOCAB = 61
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}

@@ -12,11 +12,12 @@ from families import FAMILIES, VOCABULARY, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import klfast
-from klfast import registry
-from klfast.errors import InvalidInputError, KernelUnavailableError
-from klfast.models import native_forwards, native_ssm
-from klfast.models.native_ssm import is_accelerated
-from klfast.sensitivity.prepared import prepared
+from klfast.acceleration import forwards
+from klfast.acceleration import patch as native_ssm
+from klfast.acceleration.patch import is_accelerated
+from klfast.core.errors import InvalidInputError, KernelUnavailableError
+from klfast.dispatch import registry
+from klfast.sensitivity.measuring_mode import prepared
 
 
 @pytest.fixture(params=[family for family in FAMILIES if "mamba" in family])
@@ -59,7 +60,7 @@ def test_logits_in_bfloat16_are_no_further_from_the_truth(model, tier):
 def test_head_returns_the_same_logits_in_float32(bias, dtype, tier):
     head, x = torch.nn.Linear(24, 200, bias).to(dtype), torch.randn(2, 9, 24).to(dtype)
     with torch.inference_mode():
-        logits = native_forwards.head_forward(head, x)
+        logits = forwards.head_forward(head, x)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, head(x).float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
@@ -163,7 +164,7 @@ def test_a_mixer_that_calls_other_functions_is_refused_whole(model, monkeypatch)
     mixer_class = type(mixers(model)[0])
     x = ids(2, 9)
     plain = logits(model, x)
-    for name in native_forwards.MIXERS[mixer_class.__name__]:
+    for name in forwards.MIXERS[mixer_class.__name__]:
         with monkeypatch.context() as patch:
             of_another_version(mixer_class, name, patch)
             where = f"{mixer_class.__name__} of transformers {version('transformers')}"
@@ -171,7 +172,7 @@ def test_a_mixer_that_calls_other_functions_is_refused_whole(model, monkeypatch)
                 klfast.accelerate(model)
             assert not any("forward" in vars(m) for m in model.modules())
             torch.testing.assert_close(logits(model, x), plain, rtol=0, atol=0)
-            patch.setattr("klfast.runtime._warned", set())
+            patch.setattr("klfast.dispatch.pins._warned", set())
             with pytest.warns(klfast.SlowPathWarning, match=name):
                 native_ssm.accelerate_or_warn(model)
             assert not any(is_accelerated(m) for m in model.modules())
@@ -186,7 +187,7 @@ def test_gradients_take_the_plain_path_and_say_so(model, monkeypatch):
     model(x).logits.sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr("klfast.runtime._warned", set())
+    monkeypatch.setattr("klfast.dispatch.pins._warned", set())
     with pytest.warns(klfast.SlowPathWarning, match="gradients"):
         klfast.accelerate(model)(x).logits.sum().backward()
     for name, p in model.named_parameters():
@@ -278,7 +279,7 @@ def test_hymba_runs_klfast_ops_on_a_device_with_kernels(attention, monkeypatch):
 @pytest.mark.parametrize("there, called", [(("rms_norm",), {"rms_norm"}), ((), set())], ids=str)
 def test_the_model_takes_its_own_path_where_a_kernel_is_missing(model, there, called, monkeypatch):
     has_kernels(there, monkeypatch)
-    monkeypatch.setattr("klfast.runtime._warned", set())
+    monkeypatch.setattr("klfast.dispatch.pins._warned", set())
     with pytest.warns(klfast.SlowPathWarning, match=r"(Mixer|Norm\w*) \[.* runs the model's own forward: klfast has no meta kernel"):
         assert ops_called_off_the_cpu(klfast.accelerate(model)) == called
 

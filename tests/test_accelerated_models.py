@@ -13,8 +13,8 @@ import transformers
 from families import VOCABULARY, batch, tiny
 
 import klfast
-from klfast.models import native_forwards
-from klfast.models.native_ssm import is_accelerated
+from klfast.acceleration import forwards
+from klfast.acceleration.patch import is_accelerated
 
 SSM = ["mamba", "mamba2", "falcon_mamba"]
 _CONFIGS = {"mamba": transformers.MambaConfig, "mamba2": transformers.Mamba2Config, "falcon_mamba": transformers.FalconMambaConfig}
@@ -127,7 +127,7 @@ def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkey
     plain = logits(model, ids)
     klfast.accelerate(model)
     stored = pickle.dumps(model)
-    monkeypatch.setattr(native_forwards, "_natives", {})
+    monkeypatch.setattr(forwards, "_natives", {})
     model = pickle.loads(stored) if pickled else klfast.accelerate(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -248,7 +248,7 @@ def hook_around(module):
 
 @pytest.fixture
 def warned(monkeypatch):
-    monkeypatch.setattr("klfast.runtime._warned", set())
+    monkeypatch.setattr("klfast.dispatch.pins._warned", set())
 
 
 @pytest.mark.usefixtures("warned")
@@ -310,7 +310,7 @@ def test_functions_that_are_patched_later_are_seen(monkeypatch):
     """The copied forward has the globals of the original, not a snapshot of them."""
     model = tiny("mamba2")
     module = sys.modules[type(mixers(model)[0]).__module__]
-    before = {name: getattr(module, name) for name in native_forwards.MIXERS["Mamba2Mixer"]}
+    before = {name: getattr(module, name) for name in forwards.MIXERS["Mamba2Mixer"]}
     logits(klfast.accelerate(model), batch())
     calls, original = [], module.apply_mask_to_padding_states
     monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda *args: calls.append(1) or original(*args))

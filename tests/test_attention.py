@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from klfast import ops
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 
 # batch, heads, groups, keys, key width, value width
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 5, 5, 3, 8, 8), (1, 25, 5, 131, 64, 128), (3, 9, 1, 63, 7, 33), (2, 16, 2, 17, 100, 63), (1, 12, 4, 300, 48, 24)]

@@ -8,8 +8,8 @@ from sweep_models import KL, MAKERS, VOCAB, make, means, naive, tokens
 from torch.utils.data import DataLoader, TensorDataset
 
 import klfast
-from klfast import batches
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
+from klfast.models import batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INT4 = klfast.QuantSpec(4, 32)

@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 import klfast
-from bench import contest, document, machine, peers, results, test_linear, test_sweep
-from bench.contest import Contender, Group, Race, Unavailable
-from bench.settings import Settings
+from klfast.benchkit import peers, runner
+from bench import document, machine, results, test_linear, test_sweep
+from klfast.benchkit.runner import Contender, Group, Race, Unavailable
+from klfast.benchkit.settings import Settings
 from klfast.cli import app
 
 
@@ -137,7 +138,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
         def samples(self, calls, seconds, most_rounds):
             return {name: [1.0, 3.0, 8.0] if name == "torch" else [2.0] for name in calls}
 
-    monkeypatch.setattr(contest, "Clock", Clock)
+    monkeypatch.setattr(runner, "Clock", Clock)
     found, _ = race("xpu", klfast=0.0, torch=0.0)
     times, ratios = found.run("torch", None)
     assert (times.median, times.min, len(times.rounds)) == (3.0, 1.0, 3) and ratios == {"klfast": 1.5}

@@ -22,8 +22,8 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from klfast.errors import InvalidInputError
-from klfast.models.chain import Carry, Chain
+from klfast.core.errors import InvalidInputError
+from klfast.models.block_chain import Carry, Chain
 from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3}

@@ -17,8 +17,9 @@ from families import FAMILIES, batch, tiny
 from safetensors.torch import load_file
 
 import klfast
-from klfast import Plan, QuantSpec, errors, nn
-from klfast.models.layers import head_name, is_head_tied, linears
+from klfast import Plan, QuantSpec, nn
+from klfast.core import errors
+from klfast.models.linears import head_name, is_head_tied, linears
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False), QuantSpec(8, 32, symmetric=False))
 
@@ -27,7 +28,7 @@ def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="
     """A tiny model with every layer but one quantized, the specs in turn; accelerated, as loaded ones are."""
     model = tiny(family, tied, dtype)
     names = [name for name in list(linears(model))[1:] if head or name != head_name(model)]
-    plan = {name: klfast.types.storable_spec(specs[i % len(specs)], linears(model)[name].in_features) for i, name in enumerate(names)}
+    plan = {name: klfast.quant.types.storable_spec(specs[i % len(specs)], linears(model)[name].in_features) for i, name in enumerate(names)}
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform"), activation=activation))
 
 
@@ -46,7 +47,7 @@ def damaged(saved, tmp_path):
 
 def sign(folder):
     """Make the manifest agree with the files again, as somebody would who alters them on purpose."""
-    from klfast.checkpoint_format import write_manifest
+    from klfast.checkpoint.folder_format import write_manifest
 
     manifest = json.loads((folder / "klfast.json").read_text())
     write_manifest(folder, **{k: v for k, v in manifest.items() if k not in ("format_version", "files")})
@@ -142,7 +143,7 @@ def test_save_pretrained_of_a_loaded_model_says_that_it_is_quantized(tmp_path):
     """transformers reads its folder, though klfast wants its own klfast.json."""
     from transformers import AutoModelForCausalLM
 
-    from klfast.checkpoint_format import model_quantization_config
+    from klfast.checkpoint.folder_format import model_quantization_config
 
     model = quantized("llama", specs=SPECS[:2])
     klfast.save_quantized(model, tmp_path / "model")
@@ -290,8 +291,8 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, lim
 
 def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):
     """The next to ask for it puts it back."""
-    from klfast import temporaries
-    from klfast.loading import load_model
+    from klfast.checkpoint.loading import load_model
+    from klfast.core import temporaries
 
     beside = temporaries.name_beside(damaged)
     process, _, start = beside.name.split("-")[1:4]

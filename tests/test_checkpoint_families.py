@@ -5,9 +5,10 @@ import torch
 from hybrid_families import CONFIGS, VOCABULARY, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, checkpoint_tensors
-from klfast.errors import CheckpointError, InvalidInputError
-from klfast.models.layers import is_head_tied, linears
+from klfast import Plan, QuantSpec
+from klfast.checkpoint import tensors
+from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.models.linears import is_head_tied, linears
 
 pytestmark = pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")  # most of them run transformers' own functions
 
@@ -16,7 +17,7 @@ def quantized(family, tied):
     model = tiny(family, tied)
     names = list(linears(model))[1:]
     specs = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False))
-    plan = {name: klfast.types.storable_spec(specs[i % 3], linears(model)[name].in_features) for i, name in enumerate(names)}
+    plan = {name: klfast.quant.types.storable_spec(specs[i % 3], linears(model)[name].in_features) for i, name in enumerate(names)}
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform")))
 
 
@@ -46,7 +47,7 @@ def test_falcon_h1_scales_its_projections():
 def test_a_buffer_that_transformers_does_not_compute(dtype, tmp_path, monkeypatch):
     """Of any dtype, and before anything is written."""
     model = quantized("lfm2", False)
-    real = checkpoint_tensors.empty_model
+    real = tensors.empty_model
 
     def with_buffer(*args):
         built = real(*args)
@@ -54,7 +55,7 @@ def test_a_buffer_that_transformers_does_not_compute(dtype, tmp_path, monkeypatc
         return built
 
     klfast.save_quantized(model, tmp_path / "model")
-    monkeypatch.setattr(klfast.checkpoint, "empty_model", with_buffer)
+    monkeypatch.setattr(klfast.checkpoint.save_load, "empty_model", with_buffer)
     message = r"transformers does not compute the buffer lost of model\.layers\.0"
     with pytest.raises(CheckpointError, match=f"{message}; this model cannot be loaded"):
         klfast.load_quantized(tmp_path / "model")

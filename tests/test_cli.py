@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import klfast
-from klfast import loading, machine, planner
+from klfast import planning
+from klfast.checkpoint import loading
 from klfast.cli import app, options
-from klfast.progress import reporter
+from klfast.core import machine
+from klfast.core.progress import reporter
 from klfast.sensitivity import sweeping
 from klfast.sensitivity.results import METRICS
 
@@ -65,7 +67,7 @@ def test_the_pipeline_leaves_only_finished_files(work):
 
 def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
     import torch
-    from klfast.loading import load_model
+    from klfast.checkpoint.loading import load_model
 
     load_model(work / "model").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tiny_folder.save_tokenizer(tmp_path / "half")
@@ -267,7 +269,7 @@ def test_wrong_usage_is_exit_code_2(arguments, message):
 def test_names_of_options_are_the_library_s():
     for parse, names in (
         (options.dtype_name, loading.DTYPES),
-        (options.method_name, planner.METHODS),
+        (options.method_name, planning.METHODS),
         (options.metric_name, METRICS),
     ):
         assert [parse(name) for name in names] == list(names)
@@ -278,7 +280,7 @@ def test_names_of_options_are_the_library_s():
 @pytest.mark.parametrize("arguments", [("demo",), ("sweep", "m"), ("quantize", "m", "--uniform", "int4", "--out", "q"), ("eval", "m"), ("generate", "m", "Once")])
 def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monkeypatch):
     def refuse(name, *rest, device=None, **given):
-        raise klfast.errors.InvalidInputError(f"asked for {given}")
+        raise klfast.core.errors.InvalidInputError(f"asked for {given}")
 
     monkeypatch.setattr(loading, "load_model", refuse)
     monkeypatch.setattr(loading, "load_tokenizer", refuse)
@@ -294,7 +296,7 @@ def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
     def load(name, dtype, device, **_):
         devices.append(device)
         if devices == devices_wanted:
-            raise klfast.errors.InvalidInputError("enough")
+            raise klfast.core.errors.InvalidInputError("enough")
         return right(name, dtype)
 
     right = loading.load_model
@@ -353,10 +355,11 @@ def test_as_a_process(work, tmp_path):
 def test_doctor_fails_where_a_check_fails(monkeypatch):
     import torch
 
-    from klfast import runtime, selfcheck
+    from klfast.diagnostics import op_checks
+    from klfast.dispatch import pins
 
-    wrong = selfcheck.Case("dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(runtime.pinned() == "reference")])])
-    monkeypatch.setitem(selfcheck.CASES, "dequant_matmul", lambda _: [wrong])
+    wrong = op_checks.Case("dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(pins.pinned() == "reference")])])
+    monkeypatch.setitem(op_checks.CASES, "dequant_matmul", lambda _: [wrong])
     result = klf("doctor", code=1)
     assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout
 

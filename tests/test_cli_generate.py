@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from writing_model import writing_model
 
 import klfast
-from klfast import loading
+from klfast.checkpoint import loading
 from klfast.cli.console import command
 
 TEMPLATE = (
@@ -281,7 +281,7 @@ def test_running_out_of_memory_is_one_line(folders, monkeypatch):
 
 def test_an_unknown_error_asks_for_a_report(folders):
     code = (
-        "import sys; from klfast import cli, loading\ndef broken(*_, **__): raise ZeroDivisionError('of all things')\n"
+        "import sys; from klfast import cli; from klfast.checkpoint import loading\ndef broken(*_, **__): raise ZeroDivisionError('of all things')\n"
         f"loading.load_model = broken; sys.argv = ['klfast', 'generate', {str(folders / 'plain')!r}, 'Once']; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -12,7 +12,7 @@ from test_cli import FEW, TEXT, fails, klf
 from typer.testing import CliRunner
 
 import klfast
-from klfast import loading
+from klfast.checkpoint import loading
 from klfast.cli import app, options
 
 HEAD = "lm_head"
@@ -99,7 +99,7 @@ def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
     for path, asked, its in ((work / "plan.json", "mse", "absmax"), (tmp_path / "mse-plan.json", "absmax", "mse")):
         error = fails("quantize", work / "model", path, "--scale", asked, "--out", tmp_path / "r")
         assert f"made from a sweep with scale {its}" in error and f"leave scale out, or sweep with scale {asked}" in error
-        with pytest.raises(klfast.errors.InvalidInputError, match=f"with scale {its}"):
+        with pytest.raises(klfast.core.errors.InvalidInputError, match=f"with scale {its}"):
             klfast.quantize_model(None, klfast.Plan.from_json(path), scale=asked)
     monkeypatch.undo()
     model = loading.load_model(work / "model")
@@ -190,7 +190,7 @@ def test_next_commands_can_be_copied(work, tmp_path):
 def test_a_folder_for_a_file_is_refused_before_the_work(work, tmp_path, monkeypatch, arguments):
     for name in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(loading, name, lambda *_, **__: pytest.fail("work has begun"))
-    monkeypatch.setattr("klfast.sensitivity.files.read", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("klfast.sensitivity.merge.read", lambda *_: pytest.fail("work has begun"))
     arguments = [argument.format(work=work) for argument in arguments]
     (tmp_path / "folder.md").mkdir()
     os.mkfifo(tmp_path / "pipe.md")

@@ -55,7 +55,7 @@ def test_all_windows(work, tmp_path):
 def test_ctrl_c_says_how_to_go_on(work, tmp_path, monkeypatch):
     import signal
 
-    from klfast.models.chain import Chain
+    from klfast.models.block_chain import Chain
 
     out, step, made = tmp_path / "s.json", Chain.step, []
     arguments = ("sweep", work / "model", "--calibration", work / "text.txt", "--windows", 2, "--length", 32, "--out", out)

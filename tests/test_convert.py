@@ -9,10 +9,12 @@ import torch
 from families import FAMILIES, batch, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, errors, nn, packing
-from klfast.lazy_weight import LazyWeight
+from klfast import Plan, QuantSpec, nn
+from klfast.core import errors
 from klfast.models.fingerprint import fingerprint
-from klfast.models.layers import head_name, is_head_tied, linears
+from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.nn.lazy_weight import LazyWeight
+from klfast.quant import packing
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
 
@@ -231,7 +233,7 @@ def test_lazy_weight_metadata_is_free(lazy, monkeypatch):
 def test_lazy_weight_products_use_the_kernel(lazy, monkeypatch):
     dense, x = lazy.quantized.dequantize(torch.float32), torch.randn(2, 16, 5)
     calls = []
-    monkeypatch.setattr("klfast.lazy_weight.ops.dequant_matmul", lambda *args: calls.append(1) or klfast.ops.reference.dequant_matmul(*args))
+    monkeypatch.setattr("klfast.nn.lazy_weight.ops.dequant_matmul", lambda *args: calls.append(1) or klfast.ops.reference.dequant_matmul(*args))
     torch.testing.assert_close(lazy.weight @ x, dense @ x)
     torch.testing.assert_close(torch.matmul(lazy.weight, x[0]), dense @ x[0])
     torch.testing.assert_close(torch.nn.functional.linear(x.mT, lazy.weight, torch.ones(6)), x.mT @ dense.T + 1)

@@ -7,8 +7,8 @@ import pytest
 import tiny_folder as tiny
 import torch
 
-from klfast.data import token_batches
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
+from klfast.text import token_batches
 
 
 @pytest.fixture(scope="module")

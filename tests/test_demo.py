@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import klfast
-from klfast import demo, report
+from klfast import demo
+from klfast.checkpoint.loading import load_model
 from klfast.cli import app
-from klfast.loading import load_model
-from klfast.models.layers import linears
+from klfast.models.linears import linears
+from klfast.reporting import tables
 
 EFFORT = demo.Effort(calibration_windows=2, evaluation_windows=12, length=128, new_tokens=8)
 
@@ -51,7 +52,7 @@ def test_what_is_sensitive(ran):
     result = ran[0]
     places, *uses = result.sensitivities
     kinds = [row[0] for row in places.rows[:-1]]
-    assert set(kinds) == {report.kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
+    assert set(kinds) == {tables.kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
     costs = [row[-1] for row in places.rows[:-1]]
     assert costs == sorted(costs, reverse=True) and min(costs) > 0
     assert result.findings[0].startswith(f"Most sensitive within the blocks: {kinds[0]}. One layer in int4-g64-sym costs, in nats: {kinds[0]} ")

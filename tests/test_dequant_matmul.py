@@ -8,13 +8,14 @@ from guarded_memory import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klfast import QuantizedTensor, QuantSpec, dequant_matmul, quantize, reference, runtime, using
-from klfast.errors import InvalidInputError
-from klfast.types import FLOAT_DTYPES
+from klfast import QuantizedTensor, QuantSpec, dequant_matmul, quantize, reference, using
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
+from klfast.quant.types import FLOAT_DTYPES
 
 EPS = torch.finfo(torch.float32).eps
 SPECS = [QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 32, 64, 96, 128) for symmetric in (True, False)]
-TIERS = runtime.available_tiers()
+TIERS = pins.available_tiers()
 
 
 def operands(m, n, k, spec, *, x_dtype=torch.float32, scale_dtype=torch.float16, bias=True):
@@ -181,7 +182,7 @@ def test_touches_nothing_outside(tier, activation):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("m", [1, 6, 20])
 def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
-    from klfast.backends import cpu
+    from klfast.backends.cpu import matmul as cpu
 
     n, guard, buffers = 37, 64, []
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import klfast
-from klfast import QuantSpec, runtime
-from klfast.backends import cpu_divergence
-from klfast.errors import InvalidInputError
+from klfast import QuantSpec
+from klfast.backends.cpu import divergence as cpu_divergence
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
 
 FIELDS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "ce_teacher", "ce_student", "top1_agree")
 SIZES = (1, 2, 63, 100, 1600, 2049)
@@ -291,7 +292,7 @@ def test_never_negative(seed, vocab, scale, noise, shift):
     generator = torch.Generator().manual_seed(seed)
     teacher = scale * torch.randn(4, vocab, generator=generator)
     student = teacher + 10**noise * torch.randn(4, vocab, generator=generator) + shift
-    for name in runtime.available_tiers():
+    for name in pins.available_tiers():
         with klfast.using(name):
             found = klfast.logit_divergence(teacher, student)
         for metric in (found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.mse):
@@ -312,7 +313,7 @@ def test_gpus_without_the_extension_have_no_divergence_kernels():
     """The extension makes the metrics of what those kernels leave."""
     code = (
         "import sys; sys.modules['klfast._C'] = None\n"
-        "import klfast.ops; from klfast import registry\n"
+        "import klfast.ops; from klfast.dispatch import registry\n"
         "print([registry.has_kernel(name, 'CUDA') for name in ('logit_divergence', 'linear_divergence', 'rms_norm')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

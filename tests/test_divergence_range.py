@@ -7,8 +7,8 @@ import torch
 from test_divergence import FIELDS, assert_matches, truth
 
 import klfast
-from klfast import runtime
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
 
 LOWEST = torch.finfo(torch.float32).min
 MASKS = (-65504.0, -1e4, -1e7, -1e9, -1e12, -1e17, -1e20, -1e30, torch.finfo(torch.bfloat16).min, LOWEST)
@@ -136,7 +136,7 @@ def test_random_magnitudes(seed):
     teacher, student, targets = random_pair(seed)
     expected = expected_of(teacher, student, targets)
     largest = min(256.0, max(teacher.abs().max().item(), student.abs().max().item()))
-    for tier in runtime.available_tiers():
+    for tier in pins.available_tiers():
         with klfast.using(tier):
             found = klfast.logit_divergence(teacher, student, targets)
         for name, value in expected.items():

@@ -12,12 +12,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from klfast import errors, ops, registry, runtime, selfcheck
+from klfast import ops
 from klfast.bench import test_linear
-from klfast.bench.contest import Contender, Group, Unavailable
+from klfast.benchkit import clock as timing
+from klfast.benchkit import device_facts
+from klfast.benchkit.clock import Clock
+from klfast.benchkit.runner import Contender, Group, Unavailable
 from klfast.cli import app
-from klfast.device import bench, checks, facts, report, timing
-from klfast.device.timing import Clock
+from klfast.core import errors
+from klfast.diagnostics import device_bench, device_report, kernel_checks, op_checks
+from klfast.dispatch import pins, registry
 
 KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [op for op in registry.op_names() if op != "dequant_matmul"]
 
@@ -34,13 +38,13 @@ def break_conv(monkeypatch, fault):
 
     def wrong(*args, **more):
         out, state = right(*args, **more)
-        return (out, state) if runtime.pinned() == "reference" else (fault(out), state)
+        return (out, state) if pins.pinned() == "reference" else (fault(out), state)
 
     monkeypatch.setattr(ops, "causal_conv1d_fn", wrong)
 
 
 def checked(op, device="cpu"):
-    return list(checks.of_op(op, device, lambda _: None))
+    return list(kernel_checks.of_op(op, device, lambda _: None))
 
 
 def raising(*_, **__):
@@ -60,7 +64,7 @@ def test_every_kernel_passes_and_the_file_is_what_was_shown(tmp_path):
 
 
 def test_cases_have_every_dtype_format_and_number_of_rows():
-    some = {(case.kernel, case.what) for case in selfcheck.cases("dequant_matmul")}
+    some = {(case.kernel, case.what) for case in op_checks.cases("dequant_matmul")}
     for dtype in ("float32", "float16", "bfloat16"):
         for rows in (1, 5, 33, 70):
             for bits in (4, 8):
@@ -68,12 +72,13 @@ def test_cases_have_every_dtype_format_and_number_of_rows():
                     for activation in ("exact", "int8"):
                         assert (f"dequant_matmul int{bits} {activation}", f"{dtype} [{rows}, 331] x {spec} [67, 331]") in some
     for op in registry.op_names():
-        assert {case.what.split()[0] for case in selfcheck.cases(op)} == {"float32", "float16", "bfloat16"}
+        assert {case.what.split()[0] for case in op_checks.cases(op)} == {"float32", "float16", "bfloat16"}
 
 
 LAUNCHES = """
 import torch
-from klfast import runtime, selfcheck
+from klfast.dispatch import pins
+from klfast.diagnostics import op_checks
 from klfast.kernels import launch
 from klfast.kernels.launch import Launch
 
@@ -86,10 +91,10 @@ def noted(launch):
 
 Launch.run = noted
 for op, words in (("mamba_chunk_scan", "4, 32], "), ("decode_attention", "2000 keys"), ("logit_divergence", "20000]"), ("logit_divergence", "misleading"), ("dequant_matmul", "2048]")):
-    for case in selfcheck.cases(op, (torch.float16,)):
+    for case in op_checks.cases(op, (torch.float16,)):
         if words in case.what:
             launched.clear()
-            outcome = selfcheck.run([case], "triton")
+            outcome = op_checks.run([case], "triton")
             print(" | ".join([case.kernel, ", ".join(launched), *outcome.faults]))
 """
 
@@ -122,7 +127,7 @@ def test_cases_reach_the_kernels_that_only_larger_sizes_take():
 def test_a_broken_kernel_is_named(monkeypatch, fault, says):
     break_conv(monkeypatch, fault)
     (found,) = checked("causal_conv1d")
-    assert found.status == checks.FAIL and str(found).startswith("FAIL  causal_conv1d ") and says in str(found)
+    assert found.status == kernel_checks.FAIL and str(found).startswith("FAIL  causal_conv1d ") and says in str(found)
 
 
 def test_the_other_kernels_go_on(monkeypatch):
@@ -134,31 +139,31 @@ def test_the_other_kernels_go_on(monkeypatch):
 
 
 def test_cases_that_cannot_be_made_fail(monkeypatch):
-    monkeypatch.setitem(selfcheck.CASES, "rms_norm", raising)
+    monkeypatch.setitem(op_checks.CASES, "rms_norm", raising)
     (found,) = checked("rms_norm")
-    assert found.status == checks.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
+    assert found.status == kernel_checks.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
 
 
 def test_a_kernel_that_goes_another_way_fails(monkeypatch):
-    break_conv(monkeypatch, lambda _: runtime.slow_path("causal_conv1d", [1], "there is none for this device."))
+    break_conv(monkeypatch, lambda _: pins.slow_path("causal_conv1d", [1], "there is none for this device."))
     (found,) = checked("causal_conv1d")
-    assert found.status == checks.FAIL and "SlowPathWarning: causal_conv1d [1] runs the slow" in str(found)
+    assert found.status == kernel_checks.FAIL and "SlowPathWarning: causal_conv1d [1] runs the slow" in str(found)
 
 
 def test_an_op_without_a_kernel(monkeypatch):
     """On the CPU every op has one; on a GPU all have but those that klfast has no Triton kernel of."""
     monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
 
-    for op, device, status in (("decode_attention", "cpu", checks.FAIL), ("selective_scan", "xpu", checks.FAIL), ("linear", "xpu", checks.NONE)):
+    for op, device, status in (("decode_attention", "cpu", kernel_checks.FAIL), ("selective_scan", "xpu", kernel_checks.FAIL), ("linear", "xpu", kernel_checks.NONE)):
         (found,) = checked(op, device)
         assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
 
 
 def test_checks_in_a_process_of_their_own():
     told = []
-    found = checks.in_a_process("rms_norm", "rms_norm", "cpu", told.append)
-    assert found == checks.of_kernel("rms_norm", selfcheck.cases("rms_norm"), "cpu", lambda _: None) and found.status == checks.PASS
-    assert told == [f"rms_norm, {case.what}" for case in selfcheck.cases("rms_norm")]
+    found = kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", told.append)
+    assert found == kernel_checks.of_kernel("rms_norm", op_checks.cases("rms_norm"), "cpu", lambda _: None) and found.status == kernel_checks.PASS
+    assert told == [f"rms_norm, {case.what}" for case in op_checks.cases("rms_norm")]
 
 
 WRITES = "import os, sys, time; print('hello'); print('{\"now\": \"case 7\"}', flush=True); "
@@ -166,19 +171,19 @@ WRITES = "import os, sys, time; print('hello'); print('{\"now\": \"case 7\"}', f
 
 def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
     """As on a GPU: two kernels take their processes down, the next passes."""
-    right = checks._command
+    right = kernel_checks._command
     broken = {
         "causal_conv1d": WRITES + "print('first\\n\\n an illegal memory access \\n', file=sys.stderr, flush=True); os._exit(3)",
         "rms_norm": "import os; os.kill(os.getpid(), 9)",
     }
-    monkeypatch.setattr(checks, "_command", lambda op, kernel, _: [sys.executable, "-c", broken[op]] if op in broken else right(op, kernel, "cpu"))
+    monkeypatch.setattr(kernel_checks, "_command", lambda op, kernel, _: [sys.executable, "-c", broken[op]] if op in broken else right(op, kernel, "cpu"))
     monkeypatch.setattr(registry, "op_names", lambda: [*broken, "decode_attention"])
     monkeypatch.setattr(registry, "has_kernel", lambda *_: True)
     for look in ("require", "gather"):
-        monkeypatch.setattr(facts, look, lambda _: {})
+        monkeypatch.setattr(device_facts, look, lambda _: {})
     lines = []
-    found = report.run("xpu", 0, None, lines.append)
-    assert found.failed == list(broken) and found.checks[-1].status == checks.PASS
+    found = device_report.run("xpu", 0, None, lines.append)
+    assert found.failed == list(broken) and found.checks[-1].status == kernel_checks.PASS
     assert [check.reason for check in found.checks[:2]] == [
         "its process ended with exit code 3 in the case of case 7: an illegal memory access",
         "its process ended with exit code -9: it said nothing",
@@ -187,10 +192,10 @@ def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(checks, "PATIENCE", 1.0)
-    monkeypatch.setattr(checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
-    found = checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
-    assert found.status == checks.FAIL and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
+    monkeypatch.setattr(kernel_checks, "PATIENCE", 1.0)
+    monkeypatch.setattr(kernel_checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
+    found = kernel_checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
+    assert found.status == kernel_checks.FAIL and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
 
 
 @pytest.mark.parametrize("short", [1, 2])
@@ -204,21 +209,21 @@ def test_no_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypatch):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return right(*args, **kwargs)
 
-    monkeypatch.setattr(checks, "PAUSE", 0.0)
-    monkeypatch.setattr(checks.subprocess, "Popen", popen)
-    found = checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None)
+    monkeypatch.setattr(kernel_checks, "PAUSE", 0.0)
+    monkeypatch.setattr(kernel_checks.subprocess, "Popen", popen)
+    found = kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None)
     if short == 1:
-        assert found.status == checks.PASS
+        assert found.status == kernel_checks.PASS
     else:
-        assert found.status == checks.FAIL and found.reason.startswith("not checked, since the machine has no room for another process; try again later (")
+        assert found.status == kernel_checks.FAIL and found.reason.startswith("not checked, since the machine has no room for another process; try again later (")
 
 
 def test_threads_that_a_process_cannot_start_are_tried_again(monkeypatch, tmp_path):
     code = f"import os, sys; os.mkdir({str(tmp_path / 'tried')!r}); sys.exit('libgomp: Thread creation failed: Resource temporarily unavailable')"
-    right = checks._command
-    monkeypatch.setattr(checks, "PAUSE", 0.0)
-    monkeypatch.setattr(checks, "_command", lambda *args: right(*args) if (tmp_path / "tried").exists() else [sys.executable, "-c", code])
-    assert checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None).status == checks.PASS
+    right = kernel_checks._command
+    monkeypatch.setattr(kernel_checks, "PAUSE", 0.0)
+    monkeypatch.setattr(kernel_checks, "_command", lambda *args: right(*args) if (tmp_path / "tried").exists() else [sys.executable, "-c", code])
+    assert kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None).status == kernel_checks.PASS
 
 
 def test_json(monkeypatch):
@@ -230,7 +235,7 @@ def test_json(monkeypatch):
 def test_a_run_that_ends_before_its_end_leaves_what_it_found(monkeypatch, tmp_path):
     break_conv(monkeypatch, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        report.run("cpu", 0, tmp_path / "report.txt", lambda _: None)
+        device_report.run("cpu", 0, tmp_path / "report.txt", lambda _: None)
     text = (tmp_path / "report.txt").read_text()
     assert "pass  logit_divergence" in text and text.endswith("(causal_conv1d, float32 [2, 19, 1] runs; if nothing follows, it ended the run)\n")
 
@@ -260,7 +265,7 @@ def test_facts_of_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Intel(R) Arc(TM) Graphics")
     monkeypatch.setattr(torch.xpu, "mem_get_info", raising)
     monkeypatch.setenv("ZE_AFFINITY_MASK", "0")
-    found = facts.gather("xpu")
+    found = device_facts.gather("xpu")
     assert found["driver_version"] == "1.6" and found["sub_group_sizes"] == "[16, 32]" and found["device name"] == "Intel(R) Arc(TM) Graphics"
     assert found["free and total memory, bytes"] == "RuntimeError: ptxas gave up" and found["ZE_AFFINITY_MASK"] == "0"
     assert not {"uuid", "pci_bus_id", "_hidden", "method"} & set(found)
@@ -272,19 +277,19 @@ def test_a_long_error_is_one_line_of_its_beginning_and_end():
 
 
 def test_the_bench_has_float16_and_torchs_int4_beside_klfast():
-    groups = {group.name: list(group.contenders) for group in bench.groups("xpu")}
+    groups = {group.name: list(group.contenders) for group in device_bench.groups("xpu")}
     assert groups["linear 2048x8192, M=1"] == ["klfast int4 exact", "klfast int4 int8", "torch fp16", "torch int4pack"]
     assert len(groups) < 25 and all(name.startswith("klfast") for name, *_ in groups.values()) and all(len(names) > 1 for names in groups.values())
 
 
 def test_a_report_with_a_bench(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", ((96, 64),))
-    monkeypatch.setattr(bench, "ROWS", (1, 5))
-    monkeypatch.setattr(bench, "SUITES", {"linear": test_linear})
-    monkeypatch.setattr(bench, "WORKING_SET", 10_000)
-    monkeypatch.setattr(bench, "PATIENCE", 1000)
+    monkeypatch.setattr(device_bench, "SHAPES", ((96, 64),))
+    monkeypatch.setattr(device_bench, "ROWS", (1, 5))
+    monkeypatch.setattr(device_bench, "SUITES", {"linear": test_linear})
+    monkeypatch.setattr(device_bench, "WORKING_SET", 10_000)
+    monkeypatch.setattr(device_bench, "PATIENCE", 1000)
     lines = []
-    found = report.run("cpu", 0.05, None, lines.append)
+    found = device_report.run("cpu", 0.05, None, lines.append)
     assert [row.group for row in found.bench] == 4 * ["linear 96x64, M=1"] + 4 * ["linear 96x64, M=5"]
     for row in found.bench:
         assert not row.note and row.seconds > 0 and row.error < 0.05 and row.speedup > 0, row
@@ -301,7 +306,7 @@ def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
     made = {"off": contender(0.1), "nan": contender(float("nan")), "raises": raising, "none": unavailable, "klfast": contender(0.0), "torch": contender(0.0)}
     later = {"torch": lambda: Contender([raising], lambda: 0.0, 0.0)}
     groups = [Group("one", {}, made), Group("two", {}, {"klfast": contender(0.0)}), Group("three", {}, later)]
-    found = {(row.group, row.contender): row for rows in bench.run(groups, Clock("cpu"), 0.02) for row in rows}
+    found = {(row.group, row.contender): row for rows in device_bench.run(groups, Clock("cpu"), 0.02) for row in rows}
     notes = {"off": "wrong: off by 1.0e-01", "nan": "wrong: off by nan", "raises": "fails: RuntimeError: ptxas gave up", "none": "not on this device"}
     for name, note in notes.items():
         row = found["one", name]
@@ -312,7 +317,7 @@ def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
 
 
 def test_the_bench_ends_in_time():
-    ((row,),) = bench.run([Group("one", {}, {"torch": raising})], Clock("cpu"), -1.0)
+    ((row,),) = device_bench.run([Group("one", {}, {"torch": raising})], Clock("cpu"), -1.0)
     assert row.note == "left out, the time is over"
 
 

@@ -7,9 +7,10 @@ import torch
 from families import FAMILIES, VOCABULARY, batch, tiny
 
 import klfast
-from klfast import Plan, QuantSpec, errors
-from klfast.backends import cpu_divergence
-from klfast.models.layers import linears
+from klfast import Plan, QuantSpec
+from klfast.backends.cpu import divergence as cpu_divergence
+from klfast.core import errors
+from klfast.models.linears import linears
 
 
 def quantized(family, spec, activation="exact", **options):

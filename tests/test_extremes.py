@@ -5,11 +5,13 @@ import pytest
 import torch
 from test_attention import truth
 
-from klfast import ops, runtime, using
+from klfast import ops, using
+from klfast.dispatch import pins
 
 BEGIN = """
 import torch
-from klfast import ops, runtime, using
+from klfast import ops, using
+from klfast.dispatch import pins
 """
 
 
@@ -81,7 +83,7 @@ def test_attention_to_many_keys_goes_in_parts(keys, tier):
     assert ops.decode_attention(q, k, v, 1.0).isnan().all()
 
 
-@pytest.mark.parametrize("tier", runtime.available_tiers())
+@pytest.mark.parametrize("tier", pins.available_tiers())
 def test_attention_to_more_keys_than_a_float_counts(tier):
     """Their weights and values are added up in parts: one after the other they would stop at 2^24."""
     keys = 1 << 26
@@ -94,5 +96,5 @@ def test_the_extension_and_python_agree_on_tiers_and_few_rows():
     from klfast import _C
     from klfast.backends import operands
 
-    assert tuple(_C.tiers) == runtime.CPU_TIERS
+    assert tuple(_C.tiers) == pins.CPU_TIERS
     assert _C.few_rows == operands.FEW_ROWS

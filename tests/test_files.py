@@ -1,4 +1,4 @@
-"""klfast.files: a write is whole or not at all."""
+"""klfast.core.io: a write is whole or not at all."""
 
 import errno
 import itertools
@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from klfast import files, temporaries
-from klfast.files import folder_atomic, require_writable, write_atomic
+from klfast.core import io as files
+from klfast.core import temporaries
+from klfast.core.io import folder_atomic, require_writable, write_atomic
 
 
 @pytest.mark.parametrize("content", ["text with an é\n", b"\x00bytes", ""])
@@ -199,7 +200,7 @@ def test_interrupted_at_any_line(tmp_path, exchange, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from klfast import files
+from klfast.core import io as files
 step, n, kind, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if sys.argv[5] == "renames":
     files._renameat2 = lambda: None

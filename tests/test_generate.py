@@ -9,8 +9,9 @@ from families import FAMILIES, VOCABULARY, batch, tiny
 from other_families import OTHER_FAMILIES, other
 
 import klfast
-from klfast import Plan, QuantSpec, errors
-from klfast.models.layers import linears
+from klfast import Plan, QuantSpec
+from klfast.core import errors
+from klfast.models.linears import linears
 
 
 @pytest.fixture(params=FAMILIES)

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from writing_model import writing_model
 
 import klfast
-from klfast import errors
+from klfast.core import errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

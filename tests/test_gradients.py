@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 import klfast
 from klfast import QuantLinear, QuantSpec, ops
-from klfast.errors import InvalidInputError
-from klfast.models.layers import linears
+from klfast.core.errors import InvalidInputError
+from klfast.models.linears import linears
 
 SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, symmetric=False), QuantSpec(8, -1), QuantSpec(8, 48, symmetric=False)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -201,7 +201,7 @@ def twin_of(model):
     return twin.requires_grad_(False)
 
 
-@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore::klfast.core.errors.SlowPathWarning")
 @pytest.mark.parametrize("is_accelerated", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model(family, is_accelerated):

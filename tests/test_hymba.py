@@ -7,8 +7,8 @@ import torch
 from hymba_models import SETS, golden_model, golden_tensors, tiny_model
 
 import klfast
-from klfast import runtime
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM, attention, state_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +41,7 @@ def test_forward_with_gradients(golden):
     """The same through functions that have gradients; and every parameter gets one."""
     model, expected = golden
     with pytest.warns(klfast.SlowPathWarning, match="no gradients"):
-        runtime._warned.clear()
+        pins._warned.clear()
         out = model(expected["short.input_ids"], labels=expected["short.input_ids"])
     torch.testing.assert_close(out.logits, expected["short.logits"], **LOGITS)
     out.loss.backward()
@@ -140,7 +140,7 @@ def test_continuing_with_gradients():
     with torch.no_grad():
         whole = model(ids).logits
     with pytest.warns(klfast.SlowPathWarning):
-        runtime._warned.clear()
+        pins._warned.clear()
         cache = model(ids[:, :9], use_cache=True).past_key_values
     rest = model(ids[:, 9:], past_key_values=cache).logits
     torch.testing.assert_close(rest, whole[:, 9:], rtol=0, atol=1e-4)

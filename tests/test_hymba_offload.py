@@ -7,7 +7,7 @@ import torch
 from families import batch, tiny
 
 import klfast
-from klfast.models.layers import linears
+from klfast.models.linears import linears
 
 
 class OffloadHook:

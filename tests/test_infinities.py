@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from test_ssm_ops import true_scan
 
 from klfast import ops
-from klfast.quantization import quantize
-from klfast.types import FLOAT_DTYPES, QuantSpec
+from klfast.quant.rounding import quantize
+from klfast.quant.types import FLOAT_DTYPES, QuantSpec
 
 ROUNDS = range(12)
 

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from klfast.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
-from klfast.models import fingerprint, layers
+from klfast.core.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
+from klfast.models import fingerprint, linears
 from klfast.models.fingerprint import Fingerprint
 from klfast.nn import QuantLinear
+from klfast.quant.types import QuantSpec
 from klfast.sensitivity.results import Sensitivities
-from klfast.types import QuantSpec
 
 
 def mamba(tied, dtype=torch.float32):
@@ -19,28 +19,28 @@ def mamba(tied, dtype=torch.float32):
 
 
 def test_linears_are_all_but_convolutions_and_embeddings():
-    names = list(layers.linears(mamba(tied=False)))
+    names = list(linears.linears(mamba(tied=False)))
     per_block = ["in_proj", "x_proj", "dt_proj", "out_proj"]
     assert names == [f"backbone.layers.{i}.mixer.{n}" for i in range(2) for n in per_block] + ["lm_head"]
     mamba2 = Mamba2Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4, n_groups=1)
-    assert list(layers.linears(Mamba2ForCausalLM(mamba2))) == ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj", "lm_head"]
+    assert list(linears.linears(Mamba2ForCausalLM(mamba2))) == ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj", "lm_head"]
 
 
 def test_unknown_layer_names_the_closest():
     with pytest.raises(UnknownLayerError, match=r"no linear layer 'lm_haed'; did you mean 'lm_head'\?"):
-        layers.linear(mamba(tied=True), "lm_haed")
+        linears.linear(mamba(tied=True), "lm_haed")
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_head(tied):
     model = mamba(tied)
-    assert layers.head_name(model) == "lm_head"
-    assert layers.is_head_tied(model) == tied
+    assert linears.head_name(model) == "lm_head"
+    assert linears.is_head_tied(model) == tied
 
 
 def test_model_without_head():
     with pytest.raises(InvalidInputError, match="MambaModel has no output embeddings"):
-        layers.head_name(mamba(tied=True).backbone)
+        linears.head_name(mamba(tied=True).backbone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,16 +61,16 @@ def test_rotary_tables_are_not_counted():
     config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = LlamaForCausalLM(config)
     norms_and_embedding = 4 * (3 * 16 + 50 * 16)
-    assert layers.other_bytes(model) == norms_and_embedding
+    assert linears.other_bytes(model) == norms_and_embedding
 
 
 def test_bytes_of_a_quantized_layer():
     spec = QuantSpec(4, 32, False)
     model = nn.Sequential(nn.Linear(96, 40), nn.Linear(40, 8, bias=False))
-    before = layers.other_bytes(model)
+    before = linears.other_bytes(model)
     model[0] = QuantLinear.from_linear(model[0], spec)
-    assert layers.weight_bytes(model[0]) == spec.nbytes((40, 96)) + 16
-    assert layers.other_bytes(model) == before == 40 * 4
+    assert linears.weight_bytes(model[0]) == spec.nbytes((40, 96)) + 16
+    assert linears.other_bytes(model) == before == 40 * 4
 
 
 def test_fingerprint_knows_a_model_in_another_dtype_but_not_another_model():

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klfast import Layout, QuantizedTensor, QuantLinear, QuantSpec, dequant_matmul, layouts, quantize
+from klfast import Layout, QuantizedTensor, QuantLinear, QuantSpec, dequant_matmul, quantize
 from klfast.backends import operands
-from klfast.errors import InvalidInputError, SlowPathWarning
+from klfast.core.errors import InvalidInputError, SlowPathWarning
 from klfast.nn import QuantEmbedding
+from klfast.quant import layouts
 
 
 def quantized(n, k, spec):

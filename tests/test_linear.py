@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from guarded_memory import guarded
 
-from klfast import ops, runtime, using
-from klfast.errors import InvalidInputError
-from klfast.types import FLOAT_DTYPES
+from klfast import ops, using
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
+from klfast.quant.types import FLOAT_DTYPES
 
 SHAPES = [(1, 48, 100), (2, 100, 63), (3, 9, 31), (4, 7, 200), (5, 1, 1600), (6, 33, 64), (8, 18, 95), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515), (100, 80, 64), (7, 200, 258)]
 
@@ -60,7 +61,7 @@ def test_strides_and_empty(tier):
         assert torch.equal(ops.linear(x[:, :0], weight[:, :0], bias), bias.to(dtype).expand(20, -1))
 
 
-@pytest.mark.parametrize("tier", runtime.available_tiers())
+@pytest.mark.parametrize("tier", pins.available_tiers())
 def test_touches_nothing_outside(tier):
     for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
         for dtype in FLOAT_DTYPES:
@@ -69,7 +70,7 @@ def test_touches_nothing_outside(tier):
                 check(x, weight, bias, ops.linear(guarded(x), guarded(weight), guarded(bias)), dtype)
 
 
-@pytest.mark.parametrize("tier", runtime.available_tiers())
+@pytest.mark.parametrize("tier", pins.available_tiers())
 def test_any_number_of_threads_gives_the_same_bits(tier):
     before = torch.get_num_threads()
     try:

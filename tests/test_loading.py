@@ -8,8 +8,8 @@ import tiny_folder as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from klfast.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
-from klfast.loading import bundled_models, load_model, load_tokenizer
+from klfast.checkpoint.loading import bundled_models, load_model, load_tokenizer
+from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
 
@@ -41,7 +41,7 @@ def test_bundled_models_load_in_their_stored_precision():
 
 def test_a_quantized_folder_is_loaded_as_such(original, tmp_path):
     import klfast
-    from klfast.models.layers import linears
+    from klfast.models.linears import linears
 
     model = load_model(original)
     name = next(iter(linears(model)))
@@ -76,19 +76,20 @@ def test_the_tokenizer_of_a_quantized_folder_is_checked(original, tmp_path, file
 
 
 def test_a_loaded_model_is_accelerated(original):
-    from klfast.models.native_ssm import is_accelerated
+    from klfast.acceleration.patch import is_accelerated
 
     model = load_model(original)
     assert is_accelerated(model.backbone.layers[0].mixer) and is_accelerated(model.lm_head)
 
 
 def test_without_the_extension_a_model_loads_with_a_warning(original, monkeypatch):
-    from klfast import SlowPathWarning, registry, runtime
-    from klfast.models.native_ssm import is_accelerated
+    from klfast import SlowPathWarning
+    from klfast.acceleration.patch import is_accelerated
+    from klfast.dispatch import pins, registry
 
     monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
-    monkeypatch.setattr(runtime, "_warned", set())
-    monkeypatch.setattr(runtime, "why_not", lambda tier: "the extension was not built.")
+    monkeypatch.setattr(pins, "_warned", set())
+    monkeypatch.setattr(pins, "why_not", lambda tier: "the extension was not built.")
     with pytest.warns(SlowPathWarning, match="accelerate Mamba2ForCausalLM"):
         assert not is_accelerated(load_model(original).lm_head)
 
@@ -234,7 +235,7 @@ def test_unknown_dtype(original):
 def test_the_device_of_a_model(original, tmp_path, monkeypatch):
     """The meta device stands in for a GPU."""
     import klfast
-    from klfast.models.layers import linears
+    from klfast.models.linears import linears
 
     model = load_model(original, device="meta")
     assert {p.device.type for p in model.parameters()} == {"meta"} and not model.training

@@ -10,12 +10,12 @@ from torch.nn.utils import parametrize, prune
 
 import klfast
 from klfast.backends import operands
-from klfast.errors import InvalidInputError
-from klfast.models import mamba_step
+from klfast.core.errors import InvalidInputError
 from klfast.models.hymba import HymbaCache
 from klfast.models.hymba.norm import HymbaRMSNorm
-from klfast.models.layers import linears
-from klfast.types import QuantSpec
+from klfast.models.linears import linears
+from klfast.nn import mamba_step
+from klfast.quant.types import QuantSpec
 
 FAMILIES = ("mamba", "falcon_mamba", "hymba")
 
@@ -214,7 +214,7 @@ def test_what_a_step_cannot_do_is_left_to_the_ops(steps):
     assert not steps.taken
 
 
-@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore::klfast.core.errors.SlowPathWarning")
 def test_no_step_under_gradients(steps):
     with torch.inference_mode(False):
         model = model_of("hymba", "float32")

@@ -8,8 +8,8 @@ import other_process
 import pytest
 import torch
 
-from klfast.backends import memory
-from klfast.errors import InvalidInputError
+from klfast.backends.cpu import memory
+from klfast.core.errors import InvalidInputError
 
 LARGE = (4096, 1100)  # of float32: beyond the size from which blocks are kept
 
@@ -149,7 +149,7 @@ def test_a_fork_at_any_moment_leaves_the_child_able_to_allocate():
         BEGIN
         + """
 import signal, threading
-from klfast.backends import memory
+from klfast.backends.cpu import memory
 stop = threading.Event()
 def churn():
     while not stop.is_set():

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from klfast.errors import InvalidInputError, ModelMismatchError
+from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
-from klfast.sensitivity import files
+from klfast.quant.types import QuantSpec
+from klfast.sensitivity import merge
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import QuantSpec
 
 KL = "kl_teacher_student"
 INT4, INT8 = QuantSpec(4), QuantSpec(8)
@@ -24,7 +24,7 @@ def read(folder, *parts):
     paths = [folder / f"{i}.json" for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
         part.to_json(path)
-    return files.read(paths)
+    return merge.read(paths)
 
 
 def test_norms_of_another_device_are_those_of_the_same_model(tmp_path):

@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from klfast.errors import CheckpointError, InvalidInputError
-from klfast.loading import load_model, load_tokenizer
+from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.core.errors import CheckpointError, InvalidInputError
 
 INDEX = "model.safetensors.index.json"
 
@@ -227,7 +227,7 @@ def test_very_many_layers_are_refused_at_once(folder, layers):
 
 def test_very_many_experts_are_refused_at_once(tmp_path):
     """There is no name by which each configuration counts them, so what is built is counted, too."""
-    from klfast.model_config import bounded
+    from klfast.checkpoint.model_config import bounded
 
     with pytest.raises(CheckpointError, match="far larger model"), bounded(tmp_path / "config.json", 10), torch.device("meta"):
         torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(10**9))

@@ -8,15 +8,16 @@ import pytest
 import torch
 from op_calls import calls, dispatched
 
-from klfast import ops, runtime, using
-from klfast.errors import InvalidInputError
+from klfast import ops, using
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
 
-IMPLEMENTATIONS = ["reference", *runtime.available_tiers()]
+IMPLEMENTATIONS = ["reference", *pins.available_tiers()]
 BEGIN = """
 import inspect, sys, torch
 from op_calls import calls, dispatched
-from klfast import runtime, using
-from klfast.errors import InvalidInputError
+from klfast.dispatch import pins as runtime; from klfast import using
+from klfast.core.errors import InvalidInputError
 torch.set_num_threads(1)
 
 def everywhere():  # each call at each implementation

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from klfast.errors import CheckpointError, InvalidInputError
+from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.fingerprint import Fingerprint
-from klfast.plan_file import Plan
-from klfast.types import QuantSpec
+from klfast.planning.plan_file import Plan
+from klfast.quant.types import QuantSpec
 
 PLAN = Plan(
     {"a.b": QuantSpec(4, 64), "head": QuantSpec(8, -1, symmetric=False)}, "optimal", Fingerprint("abc", (1.5, 2.25)),

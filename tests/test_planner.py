@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import klfast
-from klfast.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError, KlfastError
+from klfast.core.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError, KlfastError
 from klfast.models.fingerprint import Fingerprint
-from klfast.plan_file import Plan
-from klfast.planner import milp, optimal, plan
-from klfast.quantization import quantize
+from klfast.planning import milp, optimal, plan
+from klfast.planning.plan_file import Plan
+from klfast.quant.rounding import quantize
+from klfast.quant.types import QuantSpec
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import QuantSpec
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 OTHER_BYTES = 1000

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_planner import INT4, INT8, OTHER_BYTES, every_plan, sensitivities
 
-from klfast.errors import InfeasibleBudgetError, InvalidInputError
-from klfast.planner import plan
+from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
+from klfast.planning import plan
 from klfast.sensitivity.results import LayerInfo
 
 HUGE = 10**400

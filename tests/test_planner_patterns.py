@@ -7,9 +7,9 @@ import random
 import pytest
 from test_planner import INT4, INT8, OTHER_BYTES, SHAPE, Perplexity, check, layer_bytes, sensitivities
 
-from klfast.errors import InfeasibleBudgetError, InvalidInputError, UnknownLayerError
-from klfast.planner import plan
-from klfast.types import QuantSpec
+from klfast.core.errors import InfeasibleBudgetError, InvalidInputError, UnknownLayerError
+from klfast.planning import plan
+from klfast.quant.types import QuantSpec
 
 NAMES = [f"layers.{n}.proj" for n in range(5)]
 

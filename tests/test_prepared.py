@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import klfast
-from klfast import ops, prepared
-from klfast.errors import InvalidInputError
-from klfast.nn import QuantLinear
-from klfast.types import QuantSpec
+from klfast import ops
+from klfast.core.errors import InvalidInputError
+from klfast.nn import QuantLinear, direct_call
+from klfast.quant.types import QuantSpec
 
 SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, symmetric=False), QuantSpec(8, -1), QuantSpec(8, 48, symmetric=False)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +37,7 @@ def by_op(layer, x):
 
 
 def is_taken(layer, x):
-    return prepared.linear(layer, x) is not None
+    return direct_call.linear(layer, x) is not None
 
 
 @pytest.mark.parametrize("activation", ["exact", "int8"])
@@ -56,7 +56,7 @@ def test_quantized_layer_gives_what_its_op_gives(shape, spec, bias, activation, 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_dense_layer_gives_what_its_op_gives(dtype, bias, tier):
     layer, x = nn.Linear(100, 21, bias).to(dtype), torch.randn(3, 100).to(dtype)
-    found = prepared.linear(layer, x)
+    found = direct_call.linear(layer, x)
     assert (found is None) == (tier == "reference")
     if found is not None:
         assert torch.equal(found, ops.linear(x, layer.weight, layer.bias))
@@ -117,22 +117,22 @@ def test_other_memory_under_the_same_tensor_is_seen():
     layer, x = nn.Linear(64, 8, bias=False).bfloat16(), torch.randn(1, 64).bfloat16()
     first, second = layer.weight.data, layer.weight.data + 1  # both alive, so that only the address tells
     layer.weight.data = second
-    found = prepared.linear(layer, x)
+    found = direct_call.linear(layer, x)
     layer.weight.data = first
-    assert not torch.equal(prepared.linear(layer, x), found)
+    assert not torch.equal(direct_call.linear(layer, x), found)
 
 
 def test_address_used_anew_is_seen():
     """The same tensor object at the same address, other values in between: the address alone would say that nothing changed."""
     layer, again = nn.Linear(64, 8, bias=False).bfloat16(), 0
-    prepared.linear(layer, torch.randn(1, 64).bfloat16())
+    direct_call.linear(layer, torch.randn(1, 64).bfloat16())
     for n, k in [(8, 64), (4, 128)] * 20:
         address = layer.weight.data_ptr()
         for _ in range(2):  # the first takes other memory, the second that which the first gave back
             layer.weight.data = torch.randn(n, k).bfloat16()
         layer.out_features, layer.in_features = n, k
         x = torch.randn(1, k).bfloat16()
-        assert torch.equal(prepared.linear(layer, x), ops.linear(x, layer.weight))
+        assert torch.equal(direct_call.linear(layer, x), ops.linear(x, layer.weight))
         again += layer.weight.data_ptr() == address
     assert again  # it did happen
 
@@ -166,7 +166,7 @@ def test_swapped_tensors(make):
         torch.__future__.set_swap_module_params_on_conversion(False)
     x = torch.randn(1, 100).half()
     want = by_op(layer, x) if isinstance(layer, QuantLinear) else ops.linear(x, layer.weight, layer.bias)
-    assert is_taken(layer, x) and torch.equal(prepared.linear(layer, x), want)
+    assert is_taken(layer, x) and torch.equal(direct_call.linear(layer, x), want)
 
 
 @pytest.mark.parametrize("make", [quantized, lambda: nn.Linear(100, 21).bfloat16()])

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from klfast import QuantLinear, QuantSpec, prepared
-from klfast.models import mamba_step
+from klfast import QuantLinear, QuantSpec
+from klfast.nn import direct_call, mamba_step
 
 SECONDS = 1.5
 
@@ -60,7 +60,7 @@ def test_quantized_layer(change, one_thread):
     x = torch.randn(1, 512)
     with torch.no_grad():
         values = (first.weight_packed, second.weight_packed)
-        assert not wrong_results(first._buffers, "weight_packed", values, change, lambda: prepared.linear(first, x))
+        assert not wrong_results(first._buffers, "weight_packed", values, change, lambda: direct_call.linear(first, x))
 
 
 @pytest.mark.parametrize("change", [replace, other_memory])
@@ -68,7 +68,7 @@ def test_dense_layer(change, one_thread):
     layer, x = nn.Linear(512, 512).bfloat16(), torch.randn(1, 512).bfloat16()
     values = [torch.randn(512, 512).bfloat16() for _ in range(2)]
     with torch.no_grad():
-        assert not wrong_results(layer._parameters, "weight", values, change, lambda: prepared.linear(layer, x))
+        assert not wrong_results(layer._parameters, "weight", values, change, lambda: direct_call.linear(layer, x))
 
 
 @pytest.mark.parametrize("part", ["x_proj", "A_log"])

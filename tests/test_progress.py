@@ -8,7 +8,7 @@ import pytest
 from sweep_models import make, tokens
 
 import klfast
-from klfast import progress
+from klfast.core import progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from scipy.stats import kendalltau
 
-from klfast.errors import CheckpointError, InvalidInputError
-from klfast.planner import plan
-from klfast.sensitivity import published
+from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.planning import plan
+from klfast.quant.types import QuantSpec
+from klfast.sensitivity import kl_ssm_quant
 from klfast.sensitivity.results import Sensitivities
-from klfast.types import QuantSpec
 
 FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "published"
 INT4, INT8 = QuantSpec(4, -1), QuantSpec(8, -1)
@@ -38,15 +38,15 @@ def rows(sqnr=20.0):
 
 
 def test_what_is_kept_and_what_is_dropped():
-    found = published.read(rows())
+    found = kl_ssm_quant.read(rows())
     assert found.provenance["scale"] == "absmax"
     assert found.fingerprint is None and found.provenance["model"] == "state-spaces/mamba-130m"
     measurement = found.measurements["lm_head", INT4]
     assert measurement.mean == {"kl_student_teacher": 0.1, "sqnr_db": 20.0}
     assert measurement.tokens == 64 * 512 and all(map(math.isnan, measurement.stderr.values()))
     assert found.provenance["perplexity"]["int4-channel-sym"]["lm_head"] == 26.0
-    assert {spec for _, spec in published.read(rows(sqnr=50.0)).measurements} == {INT8}
-    assert {spec for _, spec in published.read(rows(sqnr=50.0), bits=4).measurements} == {INT4}
+    assert {spec for _, spec in kl_ssm_quant.read(rows(sqnr=50.0)).measurements} == {INT8}
+    assert {spec for _, spec in kl_ssm_quant.read(rows(sqnr=50.0), bits=4).measurements} == {INT4}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_sizes_are_those_of_transformers(config, names):
     with torch.device("meta"):
         model = MambaForCausalLM(MambaConfig(**config, vocab_size=50280))
     shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    found = published.read(names or dict.fromkeys(shapes, row()), dtype_bytes=4)
+    found = kl_ssm_quant.read(names or dict.fromkeys(shapes, row()), dtype_bytes=4)
     assert {name: info.shape for name, info in found.layers.items()} == shapes
     total = sum(info.float_bytes for info in found.layers.values()) + found.other_bytes
     assert total == 4 * sum(p.numel() for p in model.parameters())  # tied: parameters() gives the embedding once
@@ -85,11 +85,11 @@ def test_unknown_and_damaged_files(damage, message, tmp_path):
     data = rows()
     damage(data)
     with pytest.raises(CheckpointError, match=message):
-        published.read(data)
+        kl_ssm_quant.read(data)
     file = tmp_path / "results_4bits.json"
     file.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=f"results_4bits.json: .*{message}"):
-        published.read_files([file])
+        kl_ssm_quant.read_files([file])
     with pytest.raises(CheckpointError, match=f"results_4bits.json: .*{message}"):
         Sensitivities.from_json(file)
 
@@ -101,17 +101,17 @@ def test_files_that_do_not_go_together(tmp_path):
     names = [f"backbone.layers.{i}.mixer.{kind}" for i in range(48) for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")]
     large.write_text(json.dumps({name: row() for name in [*names, "lm_head"]}))
     with pytest.raises(CheckpointError, match=r"other_4bits.json repeats a bit width"):
-        published.read_files([four, other])
+        kl_ssm_quant.read_files([four, other])
     with pytest.raises(CheckpointError, match=r"large_8bits.json is of state-spaces/mamba-1.4b"):
-        published.read_files([four, large])
+        kl_ssm_quant.read_files([four, large])
     with pytest.raises(CheckpointError, match="absent.json"):
-        published.read_files([tmp_path / "absent.json"])
+        kl_ssm_quant.read_files([tmp_path / "absent.json"])
     with pytest.raises(InvalidInputError, match="at least one file"):
-        published.read_files([])
+        kl_ssm_quant.read_files([])
     with pytest.raises(InvalidInputError, match="dtype_bytes"):
-        published.read(rows(), dtype_bytes=3)
+        kl_ssm_quant.read(rows(), dtype_bytes=3)
     with pytest.raises(CheckpointError, match="JSON object, not a list"):
-        published.read([])
+        kl_ssm_quant.read([])
 
 
 @needs_files
@@ -126,7 +126,7 @@ def test_bits_are_told_from_the_data(model, bits):
 @needs_files
 @pytest.mark.parametrize(("model", "kl", "sqnr"), [("mamba130m", 0.839, 0.690), ("mamba1_4b", 0.831, 0.792)])
 def test_kendall_tau_at_4_bits(model, kl, sqnr):
-    found = published.read_files([path(model, 4)])
+    found = kl_ssm_quant.read_files([path(model, 4)])
     perplexity = found.provenance["perplexity"][str(INT4)]
     names = [name for name in found.layers if name != "lm_head"]
     for metric, sign, expected in (("kl_student_teacher", 1, kl), ("sqnr_db", -1, sqnr)):
@@ -137,7 +137,7 @@ def test_kendall_tau_at_4_bits(model, kl, sqnr):
 @needs_files
 def test_optimum_of_the_larger_model():
     """At the size of the paper's uniform INT4 (723 MB, perplexity 60 against 11.2), the mixed optimum is within 0.1 nat."""
-    found = published.read_files([path("mamba1_4b", bits) for bits in (4, 8)])
+    found = kl_ssm_quant.read_files([path("mamba1_4b", bits) for bits in (4, 8)])
     uniform = plan(found, method="uniform", spec=INT4)
     assert uniform.predicted["kl"] == pytest.approx(2.675, abs=0.001)
     for mib, most in ((720, 0.0917), (723, 0.0842)):

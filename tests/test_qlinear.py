@@ -13,10 +13,10 @@ from torch import nn
 import klfast
 
 from klfast import QuantLinear, QuantSpec, dequant_matmul
-from klfast.errors import InvalidInputError
-from klfast.models.layers import linears
+from klfast.core.errors import InvalidInputError
+from klfast.models.linears import linears
 from klfast.nn import QuantEmbedding
-from klfast.quantization import fake_quantize, quantize
+from klfast.quant.rounding import fake_quantize, quantize
 
 SPECS = [QuantSpec(4, 32), QuantSpec(8, 64, False), QuantSpec(4, -1, False)]
 
@@ -78,7 +78,7 @@ def test_bad_input():
         QuantLinear.from_linear(layer, QuantSpec())
 
 
-@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore::klfast.core.errors.SlowPathWarning")
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_float64(spec):
     layer = QuantLinear.from_linear(nn.Linear(100, 48), spec)
@@ -91,7 +91,7 @@ def test_float64(spec):
     torch.testing.assert_close(layer(x.float()).double(), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::klfast.errors.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore::klfast.core.errors.SlowPathWarning")
 def test_float64_with_rounded_activations():
     layer = QuantLinear.from_linear(nn.Linear(100, 48), SPECS[1], "int8")
     x = torch.randn(3, 100)

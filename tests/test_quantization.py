@@ -8,10 +8,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klfast import QuantSpec, packing, quantization, quantize
-from klfast.errors import InvalidInputError
-from klfast.quantization import fake_quantize
-from klfast.types import FLOAT_DTYPES, storable_spec
+from klfast import QuantSpec, quantize
+from klfast.core.errors import InvalidInputError
+from klfast.quant import packing, rounding
+from klfast.quant.rounding import fake_quantize
+from klfast.quant.types import FLOAT_DTYPES, storable_spec
 
 SPECS = [QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)]
 
@@ -49,7 +50,7 @@ def test_absmax_against_one_group_at_a_time(spec, scale_dtype):
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (9, 100)])
 def test_fake_quantize_is_the_round_trip(spec, scale, scale_dtype, shape, monkeypatch):
-    monkeypatch.setattr(quantization, "_TILE", 400)  # several tiles, the last one shorter
+    monkeypatch.setattr(rounding, "_TILE", 400)  # several tiles, the last one shorter
     weight = torch.randn(shape)
     want = quantize(weight, spec, scale=scale, scale_dtype=scale_dtype).dequantize(torch.float32)
     assert torch.equal(fake_quantize(weight, spec, scale=scale, scale_dtype=scale_dtype), want)

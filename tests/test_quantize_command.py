@@ -8,7 +8,7 @@ import tiny_folder
 from typer.testing import CliRunner
 
 import klfast
-from klfast import loading
+from klfast.checkpoint import loading
 from klfast.cli import app
 
 

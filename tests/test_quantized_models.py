@@ -10,8 +10,9 @@ from families import FAMILIES, batch, tiny
 from test_convert import fake_quantized, unchanged
 
 import klfast
-from klfast import Plan, QuantSpec, errors, nn
-from klfast.models.layers import head_name, is_head_tied, linears, other_bytes, unquantizable, weight_bytes
+from klfast import Plan, QuantSpec, nn
+from klfast.core import errors
+from klfast.models.linears import head_name, is_head_tied, linears, other_bytes, unquantizable, weight_bytes
 
 # Shared layers ----------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,14 @@ import other_process
 import pytest
 import torch
 
-from klfast import ops, registry, selfcheck
-from klfast.errors import InvalidInputError
+from klfast import ops
+from klfast.core.errors import InvalidInputError
+from klfast.diagnostics import op_checks
+from klfast.dispatch import registry
 
 
 def test_every_op_has_a_cpu_kernel_and_a_self_check():
-    assert set(registry.op_names()) == set(selfcheck.CASES)
+    assert set(registry.op_names()) == set(op_checks.CASES)
     assert all(registry.has_kernel(name, "CPU") for name in registry.op_names())
 
 
@@ -40,7 +42,7 @@ with warnings.catch_warnings(record=True) as caught:
 reason = "the extension klfast._C cannot be imported (ModuleNotFoundError: "
 assert len(caught) == 1 and reason in str(caught[0].message) and "build it with pip install ." in str(caught[0].message), caught
 found = klfast.explain("rms_norm")
-assert found.chosen == "reference" and all("klfast._C cannot be imported" in found.rejected[tier] for tier in klfast.runtime.CPU_TIERS)
+assert found.chosen == "reference" and all("klfast._C cannot be imported" in found.rejected[tier] for tier in klfast.dispatch.pins.CPU_TIERS)
 """
 
 
@@ -52,11 +54,11 @@ def test_an_import_error_of_a_bug_is_not_swallowed():
     other_process.run(
         """
         import sys
-        sys.modules["klfast.backends.cpu_products"] = None
+        sys.modules["klfast.backends.cpu.products"] = None
         try:
             from klfast import ops
         except ImportError as error:
-            assert "cpu_products" in str(error)
+            assert "cpu.products" in str(error)
         else:
             raise AssertionError("klfast.ops was imported without its kernels")
         """
@@ -77,7 +79,8 @@ def test_amd_gpus_get_no_kernels_made_for_nvidia():
         """
         import torch
         torch.version.hip = "7.0"
-        from klfast import ops, registry
+        from klfast import ops
+        from klfast.dispatch import registry
         assert not registry.has_kernel("rms_norm", "CUDA") and registry.has_kernel("linear", "CUDA")
         assert "AMD GPUs (ROCm)" in registry.why_no_kernel("cuda", "rms_norm") and "AMD" not in registry.why_no_kernel("xpu")
         """

@@ -1,4 +1,4 @@
-"""klfast.report: the tables' figures, and their renderings."""
+"""klfast.reporting.tables: the tables' figures, and their renderings."""
 
 import io
 import json
@@ -7,12 +7,12 @@ import math
 import pytest
 
 import klfast
-from klfast import report
-from klfast.errors import InvalidInputError, ModelMismatchError
+from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
-from klfast.plan_file import Plan
+from klfast.planning.plan_file import Plan
+from klfast.quant.types import QuantSpec
+from klfast.reporting import tables as report
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
-from klfast.types import QuantSpec
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
 NAMES = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.1.mixer.in_proj",

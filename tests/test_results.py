@@ -7,10 +7,10 @@ import stat
 
 import pytest
 
-from klfast.errors import CheckpointError
+from klfast.core.errors import CheckpointError
 from klfast.models.fingerprint import Fingerprint
+from klfast.quant.types import QuantSpec
 from klfast.sensitivity.results import METRICS, LayerInfo, Measurement, Sensitivities
-from klfast.types import QuantSpec
 
 
 @pytest.fixture

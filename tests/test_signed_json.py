@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from klfast import signed_json
-from klfast.errors import CheckpointError
+from klfast.core import signed_json
+from klfast.core.errors import CheckpointError
 
 DATA = {"schema": "x/1", "specs": {"b": "int4", "a": "int8"}, "values": [0.1, 1e-300, -0.0, 7, None, True, "Straße"]}
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from klfast import ops
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}  # of the largest value; the storage type's rounding

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from klfast.quantization import quantize
-from klfast.types import QuantSpec, storable_spec
+from klfast.quant.rounding import quantize
+from klfast.quant.types import QuantSpec, storable_spec
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from sweep_models import KL, MAKERS, VOCAB, make, means, naive, tokens
 
 import klfast
-from klfast.data import token_batches
-from klfast.loading import bundled_models, load_model, load_tokenizer
-from klfast.models import layers as model_layers
+from klfast.checkpoint.loading import bundled_models, load_model, load_tokenizer
+from klfast.models import linears as model_layers
 from klfast.sensitivity.results import Sensitivities
+from klfast.text import token_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

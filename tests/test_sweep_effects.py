@@ -7,7 +7,7 @@ import torch
 from sweep_models import KL, make, means, tokens
 
 import klfast
-from klfast.models.chain import Chain
+from klfast.models.block_chain import Chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

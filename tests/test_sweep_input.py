@@ -7,7 +7,7 @@ import torch
 from sweep_models import VOCAB, make, tokens
 
 import klfast
-from klfast.errors import InvalidInputError, UnknownLayerError
+from klfast.core.errors import InvalidInputError, UnknownLayerError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +81,7 @@ def test_a_damaged_weight_is_named_before_anything_is_written(value, tmp_path):
 
 
 def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
-    from klfast.sensitivity import engine
+    from klfast.sensitivity import measure as engine
 
     whole = engine.fake_quantize
 

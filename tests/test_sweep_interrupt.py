@@ -15,9 +15,9 @@ from sweep_models import make, means, tokens
 from test_sweep_effects import assert_same, snapshot
 
 import klfast
-from klfast import interrupts, signed_json
-from klfast.errors import InvalidInputError
-from klfast.models.chain import Chain
+from klfast.core import interrupts, signed_json
+from klfast.core.errors import InvalidInputError
+from klfast.models.block_chain import Chain
 from klfast.sensitivity import sweeping, unfinished
 from klfast.sensitivity.results import Sensitivities
 
@@ -291,7 +291,7 @@ def test_interrupts_wait_for_their_place():
 
 
 def test_the_step_file_survives_every_dtype(tmp_path):
-    from klfast.models.chain import Carry
+    from klfast.models.block_chain import Carry
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         parts = torch.randn(4, 3, 2).to(dtype).split(1)

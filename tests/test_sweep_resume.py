@@ -10,7 +10,7 @@ import pytest
 from sweep_models import make, means, tokens
 
 import klfast
-from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
+from klfast.core.errors import CheckpointError, InvalidInputError, ModelMismatchError
 from klfast.sensitivity.results import Sensitivities
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from klfast.errors import CheckpointError
-from klfast.tally import Tally
+from klfast.core.errors import CheckpointError
+from klfast.core.window_stats import Tally
 
 
 def test_tally_matches_the_formula_and_survives_json():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from klfast import torch_internals
+from klfast.core import torch_internals
 
 
 def test_torch_has_them_all():
@@ -16,7 +16,7 @@ WITHOUT = """
 import torch
 from torch import nn
 del {owner}.{name}
-from klfast import QuantLinear, QuantSpec, prepared, torch_internals
+from klfast import QuantLinear, QuantSpec; from klfast.nn import direct_call as prepared; from klfast.core import torch_internals
 assert torch_internals.MISSING == ['{owner}.{name}'], torch_internals.MISSING
 layer = QuantLinear.from_linear(nn.Linear(64, 8), QuantSpec(4, 32))
 x, weight = torch.randn(2, 64, requires_grad=True), layer.quantized.dequantize(torch.float32)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hymba_models import tiny_model
 
 import klfast
-from klfast import runtime
+from klfast.dispatch import pins
 from klfast.models.hymba import ssm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -175,10 +175,10 @@ def test_hymba_trains_through_them(monkeypatch):
         return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
     with pytest.warns(klfast.SlowPathWarning):
-        runtime._warned.clear()
+        pins._warned.clear()
         expected = gradients()
     training_scan.install("hymba")
-    runtime._warned.clear()
+    pins._warned.clear()
     for name, found in gradients().items():
         assert (found - expected[name]).abs().max() <= 2e-3 * expected[name].abs().max(), name
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from klfast import registry
-from klfast.models import native_forwards
+from klfast.acceleration import forwards
+from klfast.dispatch import registry
 
 HERE = Path(__file__).parent
 
@@ -32,7 +32,7 @@ def test_kernels_import_without_a_driver():
 
 @pytest.mark.parametrize("device", ["CUDA", "XPU"])
 def test_accelerate_finds_its_kernels(device):
-    assert all(registry.has_kernel(op, device) for op in (*native_forwards._OPS.values(), "rms_norm"))
+    assert all(registry.has_kernel(op, device) for op in (*forwards._OPS.values(), "rms_norm"))
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "xpu:1"])

@@ -7,9 +7,18 @@ from collections.abc import Iterator
 import torch
 
 from klfast import QuantSpec
-from klfast.kernels import causal_conv1d, decode_attention, dequant_matmul, linear_divergence, logit_divergence, rms_norm, selective_scan, ssd_scan
+from klfast.kernels import (
+    causal_conv1d,
+    decode_attention,
+    dequant_matmul,
+    linear_divergence,
+    logit_divergence,
+    rms_norm,
+    selective_scan,
+    ssd_scan,
+)
 from klfast.kernels.launch import Launch
-from klfast.layouts import Tiling
+from klfast.quant.layouts import Tiling
 
 CORES = {"nvidia": 132, "intel": 8}
 SPECS = [QuantSpec(4, 64), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]  # klfast's default first

@@ -1,4 +1,4 @@
-// Tensors are checked by klfast/registry.py; klfast/backends/cpu.py passes them and allocates the result. No arithmetic.
+// Tensors are checked by klfast/dispatch/registry.py; klfast/backends/cpu/matmul.py passes them and allocates the result. No arithmetic.
 #include "attention/bindings.h"
 
 #include <cstdint>

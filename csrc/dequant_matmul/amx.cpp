@@ -21,7 +21,7 @@ void run_bf16(const DequantMatmulArgs& a) {
 // Whether groups begin where tiles do, for tiles of `values` values along k.
 bool tiles_within_groups(const DequantMatmulArgs& a, std::int64_t values) { return a.group % values == 0 || a.groups() <= 1; }
 
-// The fewest rows that tiles, which always multiply sixteen, take less time for than tier avx512bf16 (bench/NOTES.md).
+// The fewest rows that tiles, which always multiply sixteen, take less time for than tier avx512bf16 (docs/KERNEL_NOTES.md).
 template <int Bits>
 std::int64_t fewest_rows(const DequantMatmulArgs& a) {
     if (a.int8_activation) return Bits == 4 ? 6 : 7;

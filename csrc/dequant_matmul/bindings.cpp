@@ -1,4 +1,4 @@
-// Tensors come as addresses with shapes and strides in elements, checked by klfast/registry.py; klfast/backends/cpu_products.py passes them.
+// Tensors come as addresses with shapes and strides in elements, checked by klfast/dispatch/registry.py; klfast/backends/cpu/products.py passes them.
 #include "dequant_matmul/bindings.h"
 
 #include "dequant_matmul/dequant_matmul.h"

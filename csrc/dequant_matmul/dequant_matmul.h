@@ -1,4 +1,4 @@
-// y = x W^T + bias with W quantized, on Layout.PLAIN of klfast/types.py.
+// y = x W^T + bias with W quantized, on Layout.PLAIN of klfast/quant/types.py.
 #pragma once
 
 #include <cstdint>

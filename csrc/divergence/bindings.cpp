@@ -1,4 +1,4 @@
-// Tensors come as addresses, logits as (address, element type, row stride, column stride); klfast/backends/cpu_divergence.py
+// Tensors come as addresses, logits as (address, element type, row stride, column stride); klfast/backends/cpu/divergence.py
 // has checked them and allocates. No arithmetic.
 #include "divergence/bindings.h"
 

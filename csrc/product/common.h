@@ -18,7 +18,7 @@ constexpr int W = Vec::width;
 constexpr int kBlock = 256;
 
 // Bytes of W ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and
-// into the first cache too few can be under way at once (bench/NOTES.md).
+// into the first cache too few can be under way at once (docs/KERNEL_NOTES.md).
 constexpr int kAhead = 8192;
 
 inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -1,4 +1,4 @@
-// Shapes come from klfast/backends/cpu_ssm.py, which also allocates. No arithmetic.
+// Shapes come from klfast/backends/cpu/ssm.py, which also allocates. No arithmetic.
 #include "scan/bindings.h"
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Layers made once and called often; klfast/prepared.py has checked their tensors and holds their memory during each call.
+// Layers made once and called often; klfast/nn/direct_call.py has checked their tensors and holds their memory during each call.
 #include "step/bindings.h"
 
 #include <cstdint>

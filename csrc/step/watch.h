@@ -1,4 +1,4 @@
-// Detects whether the tensors of a layer were replaced, and keeps their memory alive during a call (klfast/prepared.py, Watch).
+// Detects whether the tensors of a layer were replaced, and keeps their memory alive during a call (klfast/nn/direct_call.py, Watch).
 #pragma once
 
 #include <Python.h>

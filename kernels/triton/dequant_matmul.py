@@ -19,7 +19,7 @@ from klfast.kernels.dequant_gemm import dequant_gemm
 from klfast.kernels.dequant_gemv import dequant_gemv, split_sum
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, speaks_ptx
 from klfast.kernels.quantize_rows import quantize_rows
-from klfast.layouts import Tiling
+from klfast.quant.layouts import Tiling
 
 BAND = 8
 

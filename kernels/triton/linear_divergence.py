@@ -20,7 +20,7 @@ import triton.language as tl
 from klfast.kernels.dequant_common import load_scale, load_zero, multiply, product, top_bits
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
-from klfast.layouts import Tiling
+from klfast.quant.layouts import Tiling
 
 
 @triton.jit

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from klfast import registry
-from klfast.types import Layout, QuantizedTensor, QuantSpec
+from klfast.dispatch import registry
+from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
 
 FEW_ROWS = 8  # for these the kernels read a weight as it lies, at the speed of memory
 

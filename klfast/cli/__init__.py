@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import klfast
 from klfast.cli import output
-from klfast.errors import KlfastError
+from klfast.core.errors import KlfastError
 
 
 class _BareFlags:
@@ -84,10 +84,10 @@ def _klfast(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, generate, info, pipeline, run  # noqa: E402
+from klfast.cli import bench, evaluate, generate, info, pipeline  # noqa: E402
 
-for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, run.evaluate, generate.generate, bench.bench, info.report, info.doctor):
-    app.command("eval" if command is run.evaluate else command.__name__, cls=_Command)(command)
+for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, evaluate.evaluate, generate.generate, bench.bench, info.report, info.doctor):
+    app.command("eval" if command is evaluate.evaluate else command.__name__, cls=_Command)(command)
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 import klfast
+from klfast.benchkit.suites import SUITES
 from klfast.cli import options
 from klfast.cli.console import emit
-from klfast.errors import KlfastError
-from klfast.suites import SUITES
+from klfast.core.errors import KlfastError
 
 # "python -m pytest" would take a pytest.py of the current folder. Without that folder, klfast's own must be on the path.
 _PYTEST = (

@@ -50,10 +50,10 @@ def generate(
         raise typer.BadParameter("--system goes with --chat")
     import torch
 
-    from klfast.cli import session
-    from klfast.loading import load_model, load_tokenizer
+    from klfast.checkpoint.loading import load_model, load_tokenizer
+    from klfast.cli import runtime
 
-    session.prepare(threads, device)
+    runtime.prepare(threads, device)
     texts = [_unicode(prompt)] if prompts is None else _lines(prompts)
     tokenizer = load_tokenizer(model, **loading)
     encoded = [_encode(tokenizer, text, model, chat, system) for text in texts]
@@ -110,7 +110,7 @@ def _several(
 ) -> None:
     """Texts for each prompt, shown batch by batch."""
     import klfast
-    from klfast.stepper import reads_padding
+    from klfast.generation.stepper import reads_padding
 
     pad = next(i for i in range(len(asked["eos_token_id"]) + 1) if i not in asked["eos_token_id"])
     size = 1 if reads_padding(network) else batch_size
@@ -154,7 +154,7 @@ def _trimmed(row: list[int], tokenizer, before: list[int], asked: dict, pad: int
 
 
 def _encode(tokenizer, text: str, model: str, chat: bool, system: str | None) -> list[int]:
-    from klfast.errors import InvalidInputError
+    from klfast.core.errors import InvalidInputError
 
     if chat:
         text = _chat(tokenizer, text, model, system)
@@ -166,7 +166,7 @@ def _encode(tokenizer, text: str, model: str, chat: bool, system: str | None) ->
 
 def _chat(tokenizer, text: str, model: str, system: str | None) -> str:
     """The prompt as the model's chat template writes it."""
-    from klfast.errors import InvalidInputError, one_line
+    from klfast.core.errors import InvalidInputError, one_line
 
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError(f"{model} has no chat template; leave --chat out, and the model goes on from the prompt")
@@ -180,7 +180,7 @@ def _chat(tokenizer, text: str, model: str, system: str | None) -> str:
 
 def _ends(network: nn.Module, tokenizer) -> list[int]:
     """End tokens of the model's generation_config and of its tokenizer: files often name one in just one of them."""
-    from klfast.stopping import end_tokens
+    from klfast.generation.stopping import end_tokens
 
     named = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     own = tokenizer.eos_token_id
@@ -193,7 +193,7 @@ def _usual_length(network: nn.Module) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    from klfast.errors import InvalidInputError
+    from klfast.core.errors import InvalidInputError
 
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -207,7 +207,7 @@ def _lines(path: Path) -> list[str]:
 
 def _unicode(text: str) -> str:
     """The text; invalid UTF-8 on the command line, which Python keeps as lone surrogates, raises InvalidInputError."""
-    from klfast.errors import InvalidInputError
+    from klfast.core.errors import InvalidInputError
 
     try:
         text.encode()

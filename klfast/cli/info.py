@@ -30,7 +30,7 @@ def demo(
         for name in ("demo.md", "demo.csv"):
             options.require_free(results / name, force=True, option="--results")
     from klfast import demo as pipeline
-    from klfast.cli.session import prepare
+    from klfast.cli.runtime import prepare
 
     prepare(threads)
     found = pipeline.run(
@@ -67,11 +67,11 @@ def report(
         if path is not None:
             options.require_free(path, force, option=option)
     import klfast
-    from klfast import report as reports
-    from klfast.errors import InvalidInputError
-    from klfast.sensitivity import files
+    from klfast.core.errors import InvalidInputError
+    from klfast.reporting import tables as reports
+    from klfast.sensitivity import merge
 
-    found = files.read(sensitivities)
+    found = merge.read(sensitivities)
     if plan is None:
         tables = reports.sweep_tables(found, metric, top)
     else:
@@ -107,7 +107,7 @@ def doctor(
     else:
         if out is not None:
             options.require_free(out, force)
-        from klfast.device import report as of_device
+        from klfast.diagnostics import device_report as of_device
 
         found = of_device.run(device, 60.0 if seconds is None else seconds, out, lambda line: say(line, as_json))
         if as_json:

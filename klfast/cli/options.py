@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from klfast.arguments import parse_bytes as _parse_bytes
-from klfast.errors import InvalidInputError
-from klfast.files import require_writable
+from klfast.core.arguments import parse_bytes as _parse_bytes
+from klfast.core.errors import InvalidInputError
+from klfast.core.io import require_writable
 
 
 def parse_bytes(text: str) -> int:
-    """As ``klfast.arguments.parse_bytes``; a wrong one is wrong usage."""
+    """As ``klfast.core.arguments.parse_bytes``; a wrong one is wrong usage."""
     try:
         return _parse_bytes(text)
     except InvalidInputError as error:
@@ -25,7 +25,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_spec(text: str):
     """A QuantSpec; a wrong one is wrong usage."""
-    from klfast.types import QuantSpec
+    from klfast.quant.types import QuantSpec
 
     try:
         return QuantSpec.parse(text)
@@ -121,7 +121,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out."
 
 def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of how models are loaded, before its last one; it gets them as ``loading``, keyword
-    arguments of klfast.loading's functions."""
+    arguments of klfast.checkpoint.loading's functions."""
     own = inspect.signature(command, eval_str=True)
     parameters = [parameter for parameter in own.parameters.values() if parameter.name != "loading"]
     parameters[-1:-1] = [

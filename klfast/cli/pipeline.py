@@ -41,9 +41,9 @@ def sweep(
     specs = [options.parse_spec(text) for text in spec]
     options.require_free(out, force)
     import klfast
-    from klfast import report
-    from klfast.cli.session import count, open_batches, prepare
-    from klfast.loading import as_dtype, load_model
+    from klfast.checkpoint.loading import as_dtype, load_model
+    from klfast.cli.runtime import count, open_batches, prepare
+    from klfast.reporting import tables
 
     prepare(threads, device)
     computed = as_dtype(dtype)
@@ -63,7 +63,7 @@ def sweep(
         print(f"klfast: stopped; {left}.", file=sys.stderr)
         raise typer.Exit(130) from None
     partial.unlink(missing_ok=True)
-    ranking = report.ranking(found, "kl_teacher_student", 5)
+    ranking = tables.ranking(found, "kl_teacher_student", 5)
     data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "resumed": resumed, "noise_floor": found.noise_floor, "ranking": ranking.data()}
     emit(data, ranking.rich(), as_json)
     if resumed:
@@ -91,15 +91,15 @@ def plan(
     kept = options.parse_keep(keep)
     options.require_free(out, force)
     import klfast
-    from klfast import report
-    from klfast.sensitivity import files
+    from klfast.reporting import tables
+    from klfast.sensitivity import merge
 
-    found = files.read(sensitivities)
+    found = merge.read(sensitivities)
     made = klfast.plan(found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept)
     made.to_json(out)
-    by_spec = Counter(str(made.specs.get(name, report.FULL)) for name in found.layers)
+    by_spec = Counter(str(made.specs.get(name, tables.FULL)) for name in found.layers)
     facts = {"method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes), "scale": made.scale}
-    emit({"out": str(out), **facts}, [one.rich() for one in report.plan_tables(made, found)], as_json)
+    emit({"out": str(out), **facts}, [one.rich() for one in tables.plan_tables(made, found)], as_json)
     say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)
 
 
@@ -125,13 +125,13 @@ def quantize(
         raise typer.BadParameter("--layers and --exclude go with --uniform; with a plan, give them to klfast plan")
     options.require_free(out, force, folder=True)
     import klfast
-    from klfast.checkpoint import require_target
-    from klfast.cli.session import prepare
-    from klfast.convert import plan_scale
-    from klfast.loading import find_tokenizer, load_model
-    from klfast.models.layers import linears
+    from klfast.checkpoint.apply_plan import plan_scale
+    from klfast.checkpoint.loading import find_tokenizer, load_model
+    from klfast.checkpoint.save_load import require_target
+    from klfast.cli.runtime import prepare
+    from klfast.models.linears import linears
     from klfast.models.selection import select
-    from klfast.types import storable_spec
+    from klfast.quant.types import storable_spec
 
     prepare()
     require_target(out, overwrite=force)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 
 
 def refuse_wrapper(model: nn.Module) -> None:

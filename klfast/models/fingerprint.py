@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from klfast.errors import ModelMismatchError
-from klfast.models.layers import linears
+from klfast.core.errors import ModelMismatchError
+from klfast.models.linears import linears
 
 
 @dataclass(frozen=True)

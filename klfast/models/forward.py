@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from klfast import reference
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 from klfast.nn import QuantLinear
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from klfast.errors import InvalidInputError, UnknownLayerError
+from klfast.core.errors import InvalidInputError, UnknownLayerError
 
 Patterns = str | Iterable[str]
 

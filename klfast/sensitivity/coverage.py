@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 from klfast.sensitivity.results import Sensitivities
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from klfast import batches
-from klfast.batches import Batches
-from klfast.errors import InvalidInputError
-from klfast.models.layers import linears
+from klfast.core.errors import InvalidInputError
+from klfast.models import batches
+from klfast.models.batches import Batches
+from klfast.models.linears import linears
 from klfast.models.selection import Patterns, select
 from klfast.nn import QuantLinear
+from klfast.quant.types import QuantSpec
 from klfast.sensitivity.results import METRICS
-from klfast.types import QuantSpec
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 
 try:
     import fcntl

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from klfast import signed_json
-from klfast.errors import CheckpointError, KlfastError
+from klfast.core import signed_json
+from klfast.core.errors import CheckpointError, KlfastError
+from klfast.core.signed_json import is_a, number, whole
 from klfast.models import fingerprint
-from klfast.models import layers as model_layers
+from klfast.models import linears as model_layers
 from klfast.models.fingerprint import Fingerprint
-from klfast.signed_json import is_a, number, whole
-from klfast.types import QuantSpec
+from klfast.quant.types import QuantSpec
 
 # As in klfast.Divergence (a token's SQNR counts as at most 150 dB); delta_ce = ce_student - ce_teacher.
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
@@ -112,9 +112,9 @@ class Sensitivities:
         """
         data, origin = signed_json.read(source, "sensitivities", _REMEDY, verified=False)
         if not isinstance(data, dict) or "schema" not in data:
-            from klfast.sensitivity import published
+            from klfast.sensitivity import kl_ssm_quant
 
-            return published.read(data, origin=origin)
+            return kl_ssm_quant.read(data, origin=origin)
         found = cls.from_data(data, origin)
         signed_json.verify(data, origin, _REMEDY)
         return found

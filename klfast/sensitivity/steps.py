@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from klfast.errors import InvalidInputError
-from klfast.models.chain import Chain
-from klfast.models.layers import is_head_tied, linears, row_parts
-from klfast.sensitivity.engine import COMPARED_TOGETHER, Candidate, chunks
-from klfast.types import QuantSpec
+from klfast.core.errors import InvalidInputError
+from klfast.models.block_chain import Chain
+from klfast.models.linears import is_head_tied, linears, row_parts
+from klfast.quant.types import QuantSpec
+from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from klfast import __version__, signed_json
-from klfast.batches import Batches
-from klfast.errors import CheckpointError, InvalidInputError, ModelMismatchError
+from klfast import __version__
+from klfast.core import signed_json
+from klfast.core.errors import CheckpointError, InvalidInputError, ModelMismatchError
+from klfast.core.progress import Progress, reporter
+from klfast.core.window_stats import Tally
 from klfast.models.adapters import refuse_adapters
-from klfast.models.chain import Chain
-from klfast.models.layers import is_head_tied, warn_unquantizable
+from klfast.models.batches import Batches
+from klfast.models.block_chain import Chain
+from klfast.models.linears import is_head_tied, warn_unquantizable
 from klfast.models.selection import Patterns
-from klfast.progress import Progress, reporter
+from klfast.quant.types import QuantSpec
 from klfast.sensitivity import inputs, lock, unfinished
-from klfast.sensitivity.engine import COLUMNS, Engine, Teacher
-from klfast.sensitivity.prepared import prepared
+from klfast.sensitivity.measure import COLUMNS, Engine, Teacher
+from klfast.sensitivity.measuring_mode import prepared
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
 from klfast.sensitivity.steps import Step, from_group, steps
 from klfast.sensitivity.unfinished import Unfinished
-from klfast.tally import Tally
-from klfast.types import QuantSpec
 
 NOISE_MULTIPLE = 10  # a KL below this many noise floors is more than a tenth noise
 _KL = METRICS[0]

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from klfast.files import write_atomic
-from klfast.models.chain import Carry
+from klfast.core.io import write_atomic
+from klfast.models.block_chain import Carry
 
 
 @dataclass(frozen=True)

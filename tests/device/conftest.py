@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from klfast import runtime
+from klfast.dispatch import pins
 
-INTERPRETED = runtime.interprets_triton()
+INTERPRETED = pins.interprets_triton()
 
 with torch.device("cpu"):  # lets torch list its functions that make tensors, before a test puts its own in their place
     torch.empty(0)
@@ -26,7 +26,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def _triton():
-    with runtime.using("triton"):
+    with pins.using("triton"):
         yield
 
 

@@ -15,7 +15,7 @@ from test_attention import (  # noqa: F401
 from klfast import ops
 from klfast.kernels import decode_attention as kernel
 from klfast.kernels import launch
-from klfast.types import FLOAT_DTYPES
+from klfast.quant.types import FLOAT_DTYPES
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 import pytest
 
-from klfast import registry, selfcheck
+from klfast.diagnostics import op_checks
+from klfast.dispatch import registry
 
 
 @pytest.mark.parametrize("op", registry.op_names())
 def test_every_kernel_passes(device, op):
-    cases = selfcheck.cases(op)
-    assert selfcheck.run(cases[::5] if device.type == "cpu" else cases, device=device.type).faults == ()
+    cases = op_checks.cases(op)
+    assert op_checks.run(cases[::5] if device.type == "cpu" else cases, device=device.type).faults == ()

@@ -4,12 +4,13 @@ import pytest
 import torch
 from test_dequant_matmul import CHECKS, SPECS, operands
 
-from klfast import Layout, QuantLinear, QuantSpec, dequant_matmul, layouts, quantize
+from klfast import Layout, QuantLinear, QuantSpec, dequant_matmul, quantize
 from klfast.backends import operands
-from klfast.errors import SlowPathWarning
+from klfast.core.errors import SlowPathWarning
 from klfast.kernels import dequant_matmul as kernel
 from klfast.kernels import launch
-from klfast.types import FLOAT_DTYPES
+from klfast.quant import layouts
+from klfast.quant.types import FLOAT_DTYPES
 
 EXACT_INT8 = pytest.mark.parametrize("activation", CHECKS)
 

@@ -11,11 +11,13 @@ import torch
 
 
 import klfast
-from klfast import _C, layouts, runtime
-from klfast.backends import triton_divergence
-from klfast.errors import SlowPathWarning
+from klfast import _C
+from klfast.backends.triton import divergence as triton_divergence
+from klfast.core.errors import SlowPathWarning
+from klfast.dispatch import pins
 from klfast.kernels import divergence_terms, launch
-from klfast.types import FLOAT_DTYPES
+from klfast.quant import layouts
+from klfast.quant.types import FLOAT_DTYPES
 
 # Each of these takes the tier that runs it; here that is Triton.
 from test_divergence import (  # noqa: F401
@@ -103,7 +105,7 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_too_large_for_the_kernels(kind, monkeypatch):
-    monkeypatch.setattr(runtime, "_warned", set())
+    monkeypatch.setattr(pins, "_warned", set())
     (teacher, student), targets = LARGE[kind](), torch.randint(0, 3000, (3,))
     teacher[1], student[1] = torch.randn(2, 3000)  # an ordinary row among them
     with pytest.warns(SlowPathWarning, match=r"logit_divergence \[3, 3000\] runs on the CPU for some tokens"):
@@ -159,7 +161,7 @@ def test_quantized_heads(spec, family):
 def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
     """However many parts the tokens go in."""
     monkeypatch.setattr(triton_divergence, "AT_ONCE", 2)
-    monkeypatch.setattr(runtime, "_warned", set())
+    monkeypatch.setattr(pins, "_warned", set())
     converted, convert = [], layouts.convert
     monkeypatch.setattr(layouts, "convert", lambda qt, layout: converted.append((qt.layout, layout)) or convert(qt, layout))
     hidden, qt = torch.randn(7, 70), klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(4, 32, False))

@@ -2,9 +2,17 @@
 
 import torch
 
-from klfast.kernels import causal_conv1d, decode_attention, dequant_matmul, logit_divergence, rms_norm, selective_scan, ssd_scan
+from klfast.kernels import (
+    causal_conv1d,
+    decode_attention,
+    dequant_matmul,
+    logit_divergence,
+    rms_norm,
+    selective_scan,
+    ssd_scan,
+)
 from klfast.kernels.ssm_common import NO_LIMIT
-from klfast.layouts import Tiling
+from klfast.quant.layouts import Tiling
 
 MANY = 70_000
 

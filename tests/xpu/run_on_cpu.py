@@ -7,7 +7,7 @@ from itertools import groupby
 
 import pytest
 import torch
-from klfast import runtime
+from klfast.dispatch import pins
 from klfast.kernels import launch
 from test_ssm_ops import poison
 
@@ -56,6 +56,6 @@ def runtime_of_kernels(patch: pytest.MonkeyPatch, cpu: OpenCLCPU, cores: int):
     patch.setattr(launch, "family", lambda _: "intel")
     patch.setattr(launch, "cores", lambda _: cores)
     patch.setattr(launch.Launch, "run", lambda self: cpu.run(self))
-    patch.setattr(runtime, "interprets_triton", lambda: True)  # Triton kernels for tensors on the CPU; it is no interpreter here
+    patch.setattr(pins, "interprets_triton", lambda: True)  # Triton kernels for tensors on the CPU; it is no interpreter here
     poison(patch)
-    return runtime.using("triton")
+    return pins.using("triton")

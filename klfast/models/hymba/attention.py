@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from klfast import ops, registry
+from klfast import ops
+from klfast.dispatch import registry
 from klfast.models.hymba.configuration import HymbaConfig
 
 

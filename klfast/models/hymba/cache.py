@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 from klfast.models.hymba.configuration import HymbaConfig
 from klfast.models.hymba.padding import Padding
 

@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedConfig
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 
 _RELEASED_GROUPS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (16, 17, 18), *((i, i + 1) for i in range(19, 31, 2)))
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from klfast import ops
-from klfast.models import mamba_step
 from klfast.models.hymba import ssm
 from klfast.models.hymba.attention import Mask, attend, rotate
 from klfast.models.hymba.cache import HymbaCache
 from klfast.models.hymba.configuration import HymbaConfig
 from klfast.models.hymba.norm import HymbaRMSNorm
+from klfast.nn import mamba_step
 
 SharedKV = tuple[torch.Tensor, torch.Tensor]
 

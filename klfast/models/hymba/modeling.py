@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 from klfast.models.hymba.attention import Mask, rotary_tables
 from klfast.models.hymba.attention import attention_mask as key_mask
 from klfast.models.hymba.cache import HymbaCache
@@ -47,7 +47,7 @@ class HymbaExperts(nn.Module):
 class HymbaLayer(nn.Module):
     """One block. Beside the hidden states it returns the keys and values that the next block takes, or None."""
 
-    carry_argument = "shared_kv"  # see klfast.models.chain
+    carry_argument = "shared_kv"  # see klfast.models.block_chain
 
     def __init__(self, config: HymbaConfig, layer: int) -> None:
         super().__init__()

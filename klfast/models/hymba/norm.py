@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from klfast import ops, prepared, registry
+from klfast import ops
+from klfast.dispatch import registry
+from klfast.nn import direct_call
 
 
 class HymbaRMSNorm(nn.Module):
@@ -19,7 +21,7 @@ class HymbaRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if not gradients and (x.is_cpu or registry.has_kernel("rms_norm", x.device.type.upper())):
-            y = prepared.rms_norm(x, self.weight, self.eps)
+            y = direct_call.rms_norm(x, self.weight, self.eps)
             return (ops.rms_norm(x, self.weight, eps=self.eps) if y is None else y).to(x.dtype)
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from klfast.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from klfast import ops, reference_ssm, runtime
+from klfast import ops
+from klfast.dispatch import pins
+from klfast.reference import ssm as reference_ssm
 
 
 def causal_conv1d_fn(x, weight, bias, activation):
     """For gradients: as ops.causal_conv1d_fn, in plain torch. A training script may put a faster one in its place."""
-    runtime.slow_path("causal_conv1d_fn", list(x.shape), _NO_GRADIENTS)
+    pins.slow_path("causal_conv1d_fn", list(x.shape), _NO_GRADIENTS)
     return reference_ssm.causal_conv1d(x, weight, bias, None, None, activation == "silu")
 
 
 def mamba_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False):
     """For gradients: as ops.selective_scan_fn, in plain torch. A training script may put a faster one in its place."""
-    runtime.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
+    pins.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
     y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, None, delta_softplus)
     return (y, last) if return_last_state else y
 

@@ -1,0 +1,1 @@
+"""klfast's kernels inside transformers' own models: ``klfast.accelerate``."""

@@ -1,0 +1,186 @@
+"""Let transformers' Mamba, Mamba-2 and FalconMamba models run klfast's kernels.
+
+``accelerate`` gives each mixer, norm and linear layer of one model a forward of its own (forwards.py): no class
+changes, and other models in the process stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from klfast.acceleration import forwards
+from klfast.core.errors import InvalidInputError, KernelUnavailableError
+from klfast.dispatch import pins, registry
+from klfast.models.recurrent import recurrent_classes
+
+_lock = threading.Lock()
+
+
+def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
+    """Let a transformers Mamba, Mamba-2 or FalconMamba model run klfast's kernels; returns the same model.
+
+    Works in place on this model only, caches and generation included; ``unaccelerate`` undoes it. Copies and pickles of
+    the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is returned
+    unchanged, as is one already accelerated; one with others (a Jamba, an LFM2) stays as it is too, with a
+    ``SlowPathWarning``. The same warning names modules whose forward another library has replaced (accelerate's hooks,
+    for instance): these keep it, so call ``klfast.accelerate`` before that library does its work.
+
+    Which kernels run goes by the device of the tensors at each call: the CPU's, or on CUDA and XPU those in Triton, where
+    the linear layers stay torch's. On devices without kernels the model takes its own path, with a ``SlowPathWarning``;
+    so do gradients: run inference under ``torch.inference_mode()`` or ``torch.no_grad()``. On the CPU, with 16-bit weights,
+    the output head of an accelerated model returns the logits in float32, which the model would make of them anyway.
+
+    Args:
+        ssm: whose convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these to the
+            mixers' own forward, which calls the packages mamba_ssm and causal_conv1d. The last call decides.
+
+    Raises:
+        InvalidInputError: ``model`` is no nn.Module, ``ssm`` is unknown, or "mamba_ssm" for a model elsewhere.
+        KernelUnavailableError: the model is on the CPU and the extension klfast._C was not built, a package that ``ssm``
+            asks for cannot be imported, or the mixers of the installed transformers do not call every function that
+            klfast replaces. The model is left as it was.
+    """
+    if ssm not in ("klfast", "mamba_ssm"):
+        raise InvalidInputError(f'accelerate: ssm must be "klfast" or "mamba_ssm", got {ssm!r}')
+    with _lock:
+        replacements, left = _replacements(model), []
+        if ssm == "mamba_ssm":
+            _require_mamba_ssm(model)
+            left = [module for module, forward in replacements.items() if forward is forwards.mixer_forward]
+        if replacements and not registry.has_kernel("selective_scan", "CPU") and any(p.device.type == "cpu" for p in model.parameters()):
+            raise KernelUnavailableError(f"accelerate: {pins.why_not('scalar')} Install klfast with a C++ compiler present")
+        wanted = {module: forward for module, forward in replacements.items() if module not in left}
+        for mixer in {type(module) for module, forward in wanted.items() if forward is forwards.mixer_forward}:
+            forwards.require_functions(mixer)
+        _say_what_stays_slow(model, wanted)
+        for module in left:
+            _restore(module)
+        for module, forward in wanted.items():
+            if not _is_foreign(module):
+                module.forward = forwards.Bound(forward, module)
+    return model
+
+
+def accelerate_or_warn(model: nn.Module) -> nn.Module:
+    """``accelerate``; where it cannot be done the model stays as it is, with a ``SlowPathWarning``."""
+    try:
+        return accelerate(model)
+    except KernelUnavailableError as error:
+        pins.slow_path("accelerate", type(model).__name__, str(error))
+        return model
+
+
+def unaccelerate(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``; a model that was not accelerated is returned unchanged.
+
+    Where another library has since put a forward of its own around klfast's (accelerate's hooks, for instance), a warning
+    names the modules, which keep both.
+
+    Raises:
+        InvalidInputError: ``model`` is no nn.Module.
+    """
+    _require_module(model)
+    with _lock:
+        for module in model.modules():
+            _restore(module)
+        if wrapped := [name for name, module in model.named_modules() if _wraps_klfasts(vars(module).get("forward"))]:
+            warnings.warn(
+                f"unaccelerate: another library's forward calls klfast's in {_listed(wrapped)}; remove it first (of accelerate: "
+                "remove_hook_from_submodules), then call klfast.unaccelerate again", UserWarning, stacklevel=2,
+            )  # fmt: skip
+    return model
+
+
+def _restore(module: nn.Module) -> None:
+    if forwards.is_own(vars(module).get("forward")):
+        del module.forward
+
+
+def _require_mamba_ssm(model: nn.Module) -> None:
+    if elsewhere := {p.device.type for p in model.parameters()} - {"cuda"}:
+        raise InvalidInputError(
+            f'accelerate: ssm="mamba_ssm" needs a model on a CUDA device, this one is on {", ".join(sorted(elsewhere))}; '
+            'move it with model.to("cuda") first, or leave ssm out'
+        )
+    for package in ("mamba_ssm", "causal_conv1d"):
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a binary built for another torch raises all sorts of things
+            reason = " ".join(str(error).split())
+            raise KernelUnavailableError(
+                f'accelerate: ssm="mamba_ssm" needs the package {package}, which cannot be imported ({reason}); '
+                "install mamba-ssm and causal-conv1d for this PyTorch and CUDA, or leave ssm out"
+            ) from error
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """Whether this mixer, norm or head runs klfast's functions."""
+    forward = vars(module).get("forward")
+    return forwards.is_own(forward) or _wraps_klfasts(forward)
+
+
+def _wraps_klfasts(forward: object) -> bool:
+    """Whether this is another library's forward around klfast's, as far as it says so (functools.wraps)."""
+    while (forward := getattr(forward, "__wrapped__", None)) is not None:
+        if forwards.is_own(forward):
+            return True
+    return False
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether the module has a forward that is neither its class's nor klfast's."""
+    forward = vars(module).get("forward")
+    own_class = getattr(forward, "__func__", None) is type(module).forward  # bound to the module, say by unpickling
+    return forward is not None and not own_class and not forwards.is_own(forward)
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"accelerate takes a transformers model, got {type(model).__name__}")
+
+
+def _replacements(model: nn.Module) -> dict[nn.Module, Callable]:
+    """The modules to change, each with its new forward; none without a mixer among them."""
+    _require_module(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {}
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            found[module] = forwards.head_forward if module is head else forwards.linear_forward
+        if not type(module).__module__.startswith("transformers."):
+            continue
+        if type(module).__name__ in forwards.MIXERS:
+            found[module] = forwards.mixer_forward
+        elif type(module).__name__ in forwards.NORMS:
+            found[module] = forwards.norm_forward
+    has_mixer = forwards.mixer_forward in found.values()
+    return found if has_mixer or type(model).__module__.startswith("klfast.models.") else {}
+
+
+def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) -> None:
+    kind = type(model).__name__
+    known = forwards.MIXERS
+    if unknown := sorted(c.__name__ for c in recurrent_classes(model) if c.__name__ not in known and not c.__module__.startswith("klfast.")):
+        pins.slow_path("accelerate", kind, f"klfast's functions are not for the recurrent layers {', '.join(unknown)}.", _OWN)
+    foreign = [name for name, module in model.named_modules() if module in wanted and _is_foreign(module) and not is_accelerated(module)]
+    if foreign:
+        pins.slow_path(
+            "accelerate", kind, f"another library has replaced the forward of {_listed(foreign)} in this {kind}; call klfast.accelerate "
+            "before it does, or undo that first.", _OWN,
+        )  # fmt: skip
+    patched = {type(module) for module, forward in wanted.items() if forward is not forwards.mixer_forward}
+    if patched := sorted(c.__name__ for c in patched if not forwards.has_its_own_forward(c)):
+        pins.slow_path("accelerate", kind, f"another library has replaced the forward of the classes {', '.join(patched)}.", _OWN)
+
+
+_OWN = "the model's own forward"
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,1 @@
+"""Kernels on CUDA and XPU devices, in Triton but for linear."""

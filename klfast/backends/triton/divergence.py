@@ -1,0 +1,241 @@
+"""Divergence ops by Triton kernels, which reduce each token to sums of parts of the vocabulary.
+
+The extension turns these into metrics in float64. Tokens whose logits are not finite, or too large for the kernels
+(beyond 256 at the top, or 1e17 anywhere), go to the CPU's kernel, which raises or compares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from klfast import _C
+from klfast.backends import operands
+from klfast.backends.cpu import divergence as cpu_divergence
+from klfast.backends.cpu.memory import address
+from klfast.dispatch import pins
+from klfast.quant import layouts
+from klfast.quant.layouts import RELAID, fill_blocks
+from klfast.quant.types import IGNORED_TARGET, Layout, QuantizedTensor
+from klfast.reference.divergence import check_targets
+
+ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
+AT_ONCE = 1024  # tokens
+LOGITS_AT_ONCE = 1 << 24  # of both models: 64 MB, which an H100's second-level cache mostly holds
+Model = tuple[torch.Tensor, torch.Tensor | QuantizedTensor]  # hidden states [T, K] and a head [V, K], if quantized a tiled one
+
+
+def logit_divergence(teacher, student, targets):
+    from klfast.kernels import logit_divergence as kernel
+    from klfast.kernels.launch import cores, family
+
+    tokens, vocab = teacher.shape
+    check_targets(targets, vocab)
+    if not tokens:
+        return torch.empty(8, 0, device=student.device)
+    teacher, student = (t.detach() if t.stride(1) == 1 else t.detach().contiguous() for t in (teacher, student))
+    device = dict(family=family(teacher.device), cores=cores(teacher.device))
+
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
+        if anchor is None:
+            anchor = _first_anchors(teacher, student)
+        launch, *found = kernel.plan_sums(teacher, student, rows, anchor, **device)
+        launch.run()
+        return *found, anchor
+
+    def logits(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return teacher[rows], student[rows]
+
+    picked = None
+    if targets is not None:
+        index = targets.clamp(min=0).unsqueeze(1)
+        picked = torch.cat([each.gather(1, index).float() for each in (teacher, student)], 1)
+    return finish("logit_divergence", list(student.shape), sums, logits, vocab, targets, picked, student.device)
+
+
+def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
+    from klfast.kernels.launch import family
+
+    shape = list(student.shape)
+    t_head = _tiled(operands.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]), shape)
+    s_head = _tiled(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]), shape)
+    teacher, student = (t.detach().reshape(-1, t.shape[-1]) for t in (teacher, student))
+    tokens, vocab, device = student.shape[0], t_head.shape[0], student.device
+    check_targets(targets, vocab)
+    if not tokens:
+        return torch.empty(8, 0, device=device)
+    if targets is not None:
+        targets = operands.flat_targets(targets, tokens)
+    models = ((teacher, t_head), (student, s_head))
+    sums = _sums_in_one_kernel(*models) if family(device) == "intel" else _sums_of_products(*models)
+
+    def logits(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(hidden[rows % hidden.shape[0]].float() @ _rows(head, slice(None)).T for hidden, head in models)
+
+    picked = None if targets is None else torch.stack([_picked(hidden, head, targets) for hidden, head in models], 1)
+    return finish("linear_divergence", shape, sums, logits, vocab, targets, picked, device)
+
+
+# What the kernels leave of R rows: sums float32 [R, parts, N_SUMS], where both are largest int32 [R, parts, 2], anchors float32 [R].
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Of rows int64 [R] around their anchors; None for all of the student's and for first anchors.
+Sums = Callable[[torch.Tensor | None, torch.Tensor | None], Found]
+
+
+def _first_anchors(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """float32 [S * T], of some logits [T, V] and [S * T, V]."""
+    from klfast.kernels import logit_divergence as kernel
+
+    anchor = torch.empty(student.shape[0], device=student.device)
+    kernel.plan_anchors(teacher, student, anchor).run()
+    return anchor
+
+
+def _sums_in_one_kernel(teacher: Model, student: Model) -> Sums:
+    from klfast.kernels import linear_divergence as kernel
+    from klfast.kernels.launch import cores
+
+    (n_teacher, _), (vocab, _), device = teacher[0].shape, teacher[1].shape, student[0].device
+    sides = [_side(kernel, *model) for model in (teacher, student)]
+
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
+        if anchor is None:
+            first = [_level(_rows(head, slice(0, ANCHOR_ENTRIES)), hidden) for hidden, head in (teacher, student)]
+            anchor = first[1] - first[0].repeat(first[1].numel() // n_teacher)
+        launch, *found = kernel.plan_sums(*sides, n_teacher, vocab, rows, anchor, cores=cores(device))
+        launch.run()
+        return *found, anchor
+
+    return sums
+
+
+def _sums_of_products(teacher: Model, student: Model) -> Sums:
+    """Of logits made of some entries of the vocabulary at a time, so few that they stay in the GPU's cache."""
+    from klfast.kernels import logit_divergence as kernel
+    from klfast.kernels.launch import cores, family
+
+    vocab, device = student[1].shape[0], student[0].device
+    options = dict(family=family(device), cores=cores(device))
+
+    def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
+        hidden = [teacher[0], student[0]] if rows is None else [teacher[0][rows % teacher[0].shape[0]], student[0][rows]]
+        entries = max(LOGITS_AT_ONCE // sum(map(len, hidden)) // 512, 1) * 512
+        found = []
+        for first in range(0, vocab, entries):
+            logits = [_product(some, head, first, min(first + entries, vocab)) for some, (_, head) in zip(hidden, (teacher, student), strict=True)]
+            if anchor is None:
+                anchor = _first_anchors(*logits)
+            launch, some, index = kernel.plan_sums(*logits, None, anchor, **options)
+            launch.run()
+            found.append((some, index + first))
+        return torch.cat([some for some, _ in found], 1), torch.cat([index for _, index in found], 1), anchor
+
+    return sums
+
+
+def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: int, end: int) -> torch.Tensor:
+    """float32 logits [T, end - first] of some entries of a head, if quantized a tiled one; 16-bit operands are multiplied exactly."""
+    if isinstance(head, QuantizedTensor):
+        from klfast.backends.triton.matmul import dequant_product
+
+        y = torch.empty(hidden.shape[0], end - first, device=hidden.device)
+        zero_point = None if head.zero_point is None else head.zero_point[:, first:end]
+        dequant_product(hidden, head.packed[:, first:end], head.scale[:, first:end], zero_point, None, y, head.shape[1], head.spec.bits, head.spec.group_size)
+        return y
+    head = head[first:end].detach().T
+    if hidden.is_cuda and hidden.dtype == head.dtype != torch.float32:
+        return torch.mm(hidden, head, out_dtype=torch.float32)
+    return hidden.float() @ head.float()
+
+
+def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tensor | QuantizedTensor:
+    """A head as the kernels read it; ``shape`` is the student's, for the warning if a quantized one is not."""
+    if not isinstance(head, QuantizedTensor) or head.layout is Layout.TILED:
+        return head
+    pins.slow_path("linear_divergence", shape, RELAID, how="with another pass over a head's weight")
+    return head.to_layout(Layout.TILED)
+
+
+def _side(kernel, hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor):
+    """What the kernel takes of a model; a quantized head is tiled."""
+    if isinstance(head, QuantizedTensor):
+        bits, group_size = head.spec.bits, head.spec.group_size
+        filled = fill_blocks(hidden, bits, group_size)
+        packed, scale, zero_point = (None if t is None else t.contiguous() for t in (head.packed, head.scale, head.zero_point))
+        return kernel.Side(_dense_rows(filled), packed, scale, zero_point, head.shape[1], bits, group_size)
+    head = head.detach()
+    if missing := -hidden.shape[1] % kernel.float_block(hidden.shape[1]):
+        hidden, head = F.pad(hidden, (0, missing)), F.pad(head, (0, missing))
+    return kernel.Side(_dense_rows(hidden), _dense_rows(head))
+
+
+def _dense_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _rows(head: torch.Tensor | QuantizedTensor, which: slice | torch.Tensor) -> torch.Tensor:
+    """float32 rows of a head, if quantized a tiled one."""
+    if isinstance(head, QuantizedTensor):
+        every = torch.arange(head.shape[0], device=head.device)
+        return layouts.rows(head, every[which]).dequantize(torch.float32)
+    return head[which].detach().float()
+
+
+def _level(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """log(sum of e^logit) over some rows of a head, float32 [T]."""
+    return torch.cat([torch.logsumexp(some.float() @ rows.T, 1) for some in hidden.split(AT_ONCE)])
+
+
+def _picked(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logits of the targets, float32 [T]; of an ignored one that of entry 0."""
+    hidden = hidden.repeat(targets.numel() // hidden.shape[0], 1) if targets.numel() != hidden.shape[0] else hidden
+    parts = zip(hidden.split(AT_ONCE), targets.clamp(min=0).split(AT_ONCE), strict=True)
+    return torch.cat([(some.float() * _rows(head, index)).sum(1) for some, index in parts])
+
+
+def finish(
+    op: str, shape: list[int], sums: Sums, logits: Callable, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Metrics, float32 [8, T].
+
+    Args:
+        op, shape: the op and its student's shape, for a warning.
+        sums: see ``Sums``.
+        logits: of rows int64 [R], both models' logits of them, float [R, V].
+        targets, picked: int64 [T] and both models' logits of them [T, 2], or None.
+    """
+    if targets is not None:
+        targets = targets.cpu()
+        picked = picked.cpu().double().masked_fill((targets == IGNORED_TARGET).unsqueeze(1), math.nan)
+    parts, index, anchor = (t.cpu() for t in sums(None, None))
+    runs = torch.zeros(anchor.numel(), dtype=torch.int64)
+    out, verdict = _metrics(parts, index, vocab, picked, anchor, runs)
+    rows, wide = torch.arange(verdict.numel()), []
+    while verdict.any():
+        wide.append(rows[verdict == _C.divergence_wide])
+        again = verdict == _C.divergence_again
+        rows, anchor, runs = rows[again], anchor[again], runs[again]
+        if not rows.numel():
+            break
+        parts, index, _ = (t.cpu() for t in sums(rows.to(device), anchor.to(device)))
+        out[:, rows], verdict = _metrics(parts, index, vocab, None if picked is None else picked[rows], anchor, runs)
+    for some in torch.cat(wide).sort().values.split(AT_ONCE // 16) if wide else ():
+        if some.numel():
+            teacher, student = (t.cpu() for t in logits(some.to(device)))
+            out[:, some] = cpu_divergence.compare(teacher, student, None if targets is None else targets[some], some)
+            pins.slow_path(op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens")
+    return out.to(device)
+
+
+def _metrics(parts: torch.Tensor, index: torch.Tensor, vocab: int, picked: torch.Tensor | None, anchor: torch.Tensor, runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Metrics float32 [8, R] and verdicts int8 [R], 0 where these hold; ``anchor`` and ``runs`` [R] get those of a further run."""
+    count = anchor.numel()
+    metrics, verdict = torch.empty(8, count), torch.empty(count, dtype=torch.int8)
+    _C.divergence_from_parts(
+        parts.data_ptr(), index.data_ptr(), count, parts.shape[1], vocab, address(picked),
+        anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return metrics, verdict

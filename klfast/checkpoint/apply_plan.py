@@ -1,0 +1,152 @@
+"""Quantizing a model in memory, as a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from torch import nn
+
+from klfast.checkpoint.transformers_view import description, set_own, ties_left
+from klfast.core.errors import InvalidInputError
+from klfast.models.adapters import refuse_wrapper
+from klfast.models.fingerprint import require_match
+from klfast.models.linears import head_name, is_head_tied, linear, refuse_moving_weights, sharers, warn_unquantizable
+from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.planning.plan_file import Plan
+from klfast.quant.types import SCALES, QuantSpec
+
+
+def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
+    """Replace each linear layer that ``plan`` names by a QuantLinear, in place.
+
+    If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads its
+    rows from the head's tensor. Layers that share a weight go on sharing it: it is quantized once. The model's
+    configuration says what is quantized (``quantization_config``), so that its own save_pretrained writes a folder that
+    transformers loads; where it could not, save_pretrained refuses. A warning says so where a large part of the model is in
+    no linear layer (experts, GPT-2's Conv1D), and thus stays as it is.
+
+    Everything is replaced or nothing, an interruption included. Biases and all other parameters stay the same objects.
+
+    Args:
+        model: a transformers causal language model, with its weights on any device.
+        plan: a spec for each layer to quantize; the others are left alone.
+        scale: "absmax" or "mse", as in ``klfast.quantize``. By default as in the sweep that the plan was made from, or
+            "absmax" if the plan does not say.
+        activation: "exact" or "int8", as in ``klfast.dequant_matmul``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ModelMismatchError: the plan was made for another model.
+        UnknownLayerError: the model has no linear layer of a name that the plan bears.
+        InvalidInputError: a layer that is quantized already, or whose weight is not finite or not in memory; a quantized
+            head tied to an embedding that does more than look rows up; different specs for one shared weight; an RWKV
+            with ``rescale_every``; a model in peft's wrapper; a wrong argument, or another ``scale`` than the plan's.
+    """
+    if not isinstance(plan, Plan):
+        raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
+    if activation not in ("exact", "int8"):
+        raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
+    scale = plan_scale(plan, scale)
+    refuse_wrapper(model)
+    refuse_moving_weights(model)
+    groups = {names[0]: names for names in sharers(model)}
+    known = {name for names in groups.values() for name in names}
+    for name in (name for name in plan.specs if name in known):
+        _refuse_unfit(name, model.get_submodule(name))
+    if plan.fingerprint is not None:
+        require_match(plan.fingerprint, model, "the plan")
+    specs = _specs_by_first_name(model, plan, groups)
+    embedding = embedding_name(model) if specs and is_head_tied(model) and head_name(model) in specs else None
+
+    modules: dict[str, nn.Module] = {}
+    for name, spec in specs.items():
+        try:
+            modules |= _quantized(model, groups[name], spec, activation, scale)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{name}: {error}") from None
+    if embedding is not None:
+        modules[embedding] = QuantEmbedding(modules[head_name(model)]).train(model.training)
+    if specs:
+        warn_unquantizable(model, "quantize_model")
+    _swap(model, modules)
+    return model
+
+
+def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
+    """The plan's specs, of layers that share a weight under the first of their names."""
+    first = {name: names[0] for names in groups.values() for name in names}
+    specs: dict[str, QuantSpec] = {}
+    for name, spec in plan.specs.items():
+        if name not in first:
+            linear(model, name)  # raises, and names the closest
+        if specs.setdefault(first[name], spec) != spec:
+            one, other = specs[first[name]], spec
+            raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {other} for one and {one} for the other")
+    return specs
+
+
+def _refuse_unfit(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, QuantLinear):
+        raise InvalidInputError(f"{name} is quantized already ({layer.spec}); load the full-precision model again")
+    if layer.weight.is_meta:
+        raise InvalidInputError(f"{name} has no weight in memory (it is on the meta device); load the model without offloading it")
+
+
+def _quantized(model: nn.Module, names: list[str], spec: QuantSpec, activation: str, scale: str) -> dict[str, nn.Module]:
+    """The replacements of layers that share one weight, by name; one module where they do not differ in their bias."""
+    layers = {name: model.get_submodule(name) for name in names}
+    module = QuantLinear.from_linear(layers[names[0]], spec, activation, scale)
+    made: dict[int, QuantLinear] = {}  # by bias
+    for layer in layers.values():
+        if id(layer.bias) not in made:
+            one = QuantLinear(module.quantized, activation=activation, dtype=module.dtype) if made else module
+            one.bias = layer.bias  # the same parameter, so that optimizers and requires_grad stay as they are
+            made[id(layer.bias)] = one.train(layer.training)
+    return {name: made[id(layer.bias)] for name, layer in layers.items()}
+
+
+def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put the modules in their places, and say so where transformers looks; whatever interrupts this, nothing has changed."""
+    attributes = ties_left(model, {model.get_submodule(name) for name in modules})
+    with ExitStack() as undo:
+        for name, module in modules.items():
+            parent, _, leaf = name.rpartition(".")
+            home = model.get_submodule(parent)._modules
+            undo.callback(home.__setitem__, leaf, home[leaf])
+            home[leaf] = module
+        for owner, name, value in [*attributes, *(description(model) if modules else [])]:
+            undo.callback(set_own, owner, name, vars(owner).get(name))
+            set_own(owner, name, value)
+        undo.pop_all()
+
+
+def plan_scale(plan: Plan, asked: str | None = None) -> str:
+    """How to choose scales for a plan: as ``asked``, else as in its sweep, else "absmax".
+
+    Raises:
+        InvalidInputError: ``asked`` is not what the plan was made with.
+    """
+    if asked is not None and plan.scale not in (None, asked):
+        raise InvalidInputError(
+            f"the plan was made from a sweep with scale {plan.scale}, which says nothing about {asked}; "
+            f"leave scale out, or sweep with scale {asked}"
+        )
+    return asked or plan.scale or SCALES[0]
+
+
+def embedding_name(model: nn.Module) -> str:
+    """Module name of the input embedding, which must be a plain nn.Embedding to be read from a quantized head.
+
+    Raises:
+        InvalidInputError: it is of another class, which may compute something else than a row look-up.
+    """
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding:
+        raise InvalidInputError(
+            f"the input embedding is a {type(embedding).__name__}, which does more than look rows up and cannot read them from a quantized head; "
+            "leave the head out of the plan, or untie it: head.weight = torch.nn.Parameter(head.weight.detach().clone())"
+        )
+    return next(name for name, module in model.named_modules() if module is embedding)

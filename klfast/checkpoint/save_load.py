@@ -1,0 +1,263 @@
+"""Saving and loading quantized models, in the ``pack-quantized`` format of compressed-tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from klfast import __version__
+from klfast.acceleration.patch import accelerate_or_warn
+from klfast.checkpoint.folder_format import (
+    MANIFEST,
+    model_quantization_config,
+    quantized_layers,
+    read_layer_facts,
+    read_manifest,
+    read_specs,
+    write_manifest,
+)
+from klfast.checkpoint.tensors import (
+    PARTS,
+    Tensors,
+    empty_model,
+    fill,
+    initialise_buffers,
+    set_tied_in_config,
+    tied_places,
+)
+from klfast.checkpoint.transformers_view import tell_transformers
+from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
+from klfast.core.placement import as_device
+from klfast.models.linears import is_head_tied
+from klfast.nn import QuantLinear
+from klfast.quant.types import dtype_name
+
+_LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def save_quantized(
+    model: nn.Module, directory: str | os.PathLike, tokenizer=None, *, overwrite: bool = False, max_shard_size: int | str = "5GB"
+) -> None:
+    """Save a model that holds QuantLinear layers.
+
+    The folder gets config.json, model.safetensors (or shards of it and their index), generation_config.json, the
+    tokenizer's files and klfast.json (digests of all of these; files may be added later, but none of these altered). It
+    appears under its name only when it is complete. ``load_quantized`` reads back every bit of it: what it could not read
+    is refused before anything is written. A weight that the model ties is stored once, one that merely happens to be
+    shared under each of its names; config.json says whether the head is tied, as it is in memory.
+
+    Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
+    ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers (5.23) reads
+    symmetric specs, but no asymmetric ones, and no Mamba with a quantized out_proj or dt_proj, whose missing ``.weight``
+    its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name:
+    only klfast reads such a folder, the others miss the embedding. For a folder that others are to serve leave the head
+    out of the plan, or give it a weight of its own before quantizing: the embedding is then stored in full, too.
+
+    Args:
+        model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.
+        directory: the folder to make; its parent must exist.
+        tokenizer: anything with ``save_pretrained``.
+        overwrite: replace the folder if ``save_quantized`` wrote what is there.
+        max_shard_size: bytes, or text such as "5GB".
+
+    Raises:
+        InvalidInputError: nothing is quantized; groups that the format cannot store; the folder exists; tensors on the
+            meta device; a model that its configuration does not describe.
+        OSError: the folder cannot be written, or the disk is full. Nothing is left behind.
+    """
+    layers = quantized_layers(model)
+    target = Path(directory).resolve()
+    require_target(target, overwrite)
+    _require_numbers(model)
+    config = copy.deepcopy(model.config)
+    config.quantization_config = model_quantization_config(model)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype_name(model.dtype)
+    set_tied_in_config(config, is_head_tied(model))
+    facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
+    with folder_atomic(target) as folder:
+        _save_settings(config, "config", folder)
+        _write_tensors(_readable_state(model, layers, folder), folder, max_shard_size)
+        if getattr(model, "generation_config", None) is not None:
+            _save_settings(model.generation_config, "generation_config", folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
+
+
+def load_quantized(
+    directory: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, verify: bool = True
+) -> nn.Module:
+    """Load a model saved by ``save_quantized``, in evaluation mode.
+
+    The model is built without memory, then each tensor is read when its place is filled: the full-precision weight of a
+    quantized layer never exists. Nothing is unpickled and no code from the folder runs.
+
+    Args:
+        directory: the folder.
+        device: where the tensors go.
+        dtype: float32, bfloat16 or float16 for what is not quantized (scales stay as they are); None for that of the
+            saved model.
+        verify: compare each file's SHA-256 with the saved one.
+
+    Returns:
+        The transformers model, with QuantLinear layers and klfast's native SSM functions (``klfast.accelerate``); its
+        parameters take no gradients.
+
+    Raises:
+        InvalidInputError: another dtype; no such device.
+        KernelUnavailableError: torch finds no device of that kind.
+        CheckpointError: a file or tensor that is missing, superfluous, truncated or altered, or a folder that
+            ``save_quantized`` did not write.
+    """
+    if dtype is not None and dtype not in _LOADED_DTYPES:
+        raise InvalidInputError(f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}")
+    place = as_device(device)
+    folder = Path(directory)
+    recover(folder)
+    manifest = read_manifest(folder, verify)
+    specs = read_specs(folder)
+    facts = read_layer_facts(folder, manifest)
+    tensors = Tensors.of_files(folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype)
+    model = empty_model(folder, dtype, len(tensors.names()))
+    fill(model, tensors, specs, facts)
+    initialise_buffers(model, place)
+    tell_transformers(model)
+    return accelerate_or_warn(model.eval())
+
+
+def _require_numbers(model: nn.Module) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(f"{name} of the model is a {type(tensor).__name__}, which the file format cannot hold")
+        if tensor.is_meta:
+            raise InvalidInputError(f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, first")
+
+
+def _save_settings(settings, what: str, folder: Path) -> None:
+    """Write config.json or generation_config.json."""
+    try:
+        settings.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # transformers checks some settings only when they are saved
+        reason = " ".join(str(error).split())
+        raise InvalidInputError(f"transformers refuses to save model.{what} ({reason}); set it right and save again") from error
+
+
+def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors to store: those from which the model is rebuilt that the folder's config.json describes.
+
+    Raises:
+        InvalidInputError: ``load_quantized`` could not rebuild this model.
+    """
+    state = model.state_dict()
+    try:
+        built = empty_model(folder, None, len(state))
+        stored = _without_tied(state, tied_places(built), layers)
+        specs = {name: module.spec for name, module in layers.items()}
+        dtypes = {name: (module.dtype, module.activation) for name, module in layers.items()}
+        fill(built, Tensors(folder, {name: _shadow(name, tensor) for name, tensor in stored.items()}), specs, dtypes)
+        initialise_buffers(built, torch.device("cpu"))
+    except CheckpointError as error:
+        reason = str(error).removesuffix("; save the model again").replace(str(folder), folder.name.split(".")[1])
+        raise InvalidInputError(f"the saved model could not be loaded, since its configuration does not describe it ({reason})") from error
+    for name, module in layers.items():
+        if built.get_submodule(name).activation != module.activation:
+            raise InvalidInputError(f"{name} shares its weight with a layer whose activation differs; give both the same")
+    return stored
+
+
+def _shadow(name: str, tensor: torch.Tensor):
+    """A reader of a tensor's shape and dtype alone; of weight_shape the numbers, too, which are compared."""
+    return lambda: tensor.cpu() if name.endswith(".weight_shape") else torch.empty_like(tensor, device="meta")
+
+
+def _without_tied(state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]) -> dict[str, torch.Tensor]:
+    """The model's state, each weight once that both the model in memory and the rebuilt one share between several names."""
+    left_out: set[str] = set()
+    for names in ([name for name, _, _ in same] for same in places.values() if len(same) > 1):
+        quantized = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in layers]
+        for _, *others in _same((name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized):
+            left_out.update(f"{name}.{part}" for name in others for part in PARTS)
+        for _, *others in _same((name, _memory(state[name])) for name in names if name in state):
+            left_out.update(others)
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+def _same(keyed: Iterable[tuple[str, tuple]]) -> list[list[str]]:
+    """Names with the same key together."""
+    found: dict[tuple, list[str]] = {}
+    for name, key in keyed:
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    """What is equal for two tensors that are the same numbers at the same place."""
+    where = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+    return tensor.device, where, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor contiguous and in a storage of its own, as safetensors wants them; copied only where it is not yet so."""
+    separate, taken = {}, set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        where = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if where in taken else plain
+        taken.add(where)
+    return separate
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Write model.safetensors, or shards and their index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    tensors = _separate(tensors)
+    try:
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise InvalidInputError(f'max_shard_size must be bytes or text such as "5GB", got {max_shard_size!r} ({error})') from error
+    for file, names in split.filename_to_tensors.items():
+        try:
+            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder / file)) from error
+            raise CheckpointError(f"the weights cannot be written ({' '.join(str(error).split())})") from error
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes private files
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def require_target(directory: str | os.PathLike, overwrite: bool) -> None:
+    """Raise, before the work begins, unless ``save_quantized`` may and can make the folder.
+
+    Raises:
+        InvalidInputError, OSError: as for ``save_quantized``.
+    """
+    target = Path(directory).resolve()
+    if not target.parent.is_dir():
+        raise InvalidInputError(f"there is no folder {target.parent} to save into; make it first")
+    if target.exists() and not target.is_dir():
+        raise InvalidInputError(f"{target} is a file; name a folder")
+    recover(target)
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST).is_file():
+            raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
+        if not overwrite:
+            raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
+    require_writable(target, folder=True)

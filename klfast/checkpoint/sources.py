@@ -1,0 +1,83 @@
+"""Which folder a model's name stands for: a bundled model, a local folder, or what the hub's cache holds or fetches."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from klfast.checkpoint.folder_format import MANIFEST, read_json
+from klfast.checkpoint.loading_errors import one_line_errors
+from klfast.checkpoint.model_folder import ADAPTER, foreign, require_model, weight_names
+from klfast.core.bundled import ASSETS, bundled_models
+from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.core.io import recover
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+
+
+def resolve(name_or_path: str | os.PathLike, *, weights: bool, local_files_only: bool, trust_remote_code: bool) -> Path:
+    """The folder that a name stands for, looked at by ``model_folder.require_model``.
+
+    What the hub has of a model is fetched into its cache first: with ``weights`` the safetensors files, too. With
+    ``local_files_only`` nothing is asked of the network.
+    """
+    name = os.fspath(name_or_path)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise InvalidInputError(f"{name!r} is no model's name; give a folder, a hub id or a bundled name")
+    if name in bundled_models():
+        return ASSETS / "models" / name
+    path = Path(os.path.expanduser(name))
+    recover(path)
+    if path.is_dir():
+        require_model(path)
+        return path
+    if path.exists():
+        what = foreign(name)
+        raise InvalidInputError(f"{name} is {what}" if what else f"{name} is a file; give the folder of a transformers model")
+    if _is_path(name) or "/" not in name or name.count("/") > 1:
+        hint = f"the bundled models are {', '.join(bundled_models()) or 'not installed'}; a hub id reads owner/name"
+        raise InvalidInputError(f"there is no model folder {name!r} ({hint})")
+    with one_line_errors(name, "model" if weights else "tokenizer"):
+        folder = _from_hub(name, weights, local_files_only, trust_remote_code)
+    require_model(folder)
+    return folder
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~", os.sep)) or "\\" in name
+
+
+def _from_hub(name: str, weights: bool, local_files_only: bool, trust_remote_code: bool) -> Path:
+    """The snapshot of a hub id, once the files are there that klfast and transformers read."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if local_files_only:
+        return _cached(name)
+    wanted = [*_SMALL_FILES, "*.py"] if trust_remote_code else _SMALL_FILES
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*.json", "*/*.txt", "*/*.model"]))
+        if weights and not (folder / ADAPTER).exists():
+            files = list(_manifest_files(folder)) if (folder / MANIFEST).is_file() else weight_names(folder)
+            snapshot_download(name, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
+        return folder
+    except LocalEntryNotFoundError:  # no network: the cache may hold enough of it
+        return _cached(name)
+
+
+def _manifest_files(folder: Path) -> list[str]:
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged; fetch it again")
+    return list(files)
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for file in ("config.json", ADAPTER):
+        if isinstance(found := try_to_load_from_cache(name, file), str):
+            return Path(found).parent
+    raise LocalEntryNotFoundError(f"{name} is not in the cache")

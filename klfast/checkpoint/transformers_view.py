@@ -1,0 +1,65 @@
+"""What transformers has to know of a model that holds quantized layers: what is still tied, and what save_pretrained may write."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from functools import partial
+
+from torch import nn
+
+from klfast.checkpoint.folder_format import model_quantization_config
+from klfast.core.errors import InvalidInputError
+from klfast.nn import QuantEmbedding, QuantLinear
+
+
+def set_own(owner: object, name: str, value: object) -> None:
+    """Set an attribute of the instance; None takes it away."""
+    vars(owner).pop(name, None)
+    if value is not None:
+        setattr(owner, name, value)
+
+
+def tell_transformers(model: nn.Module) -> None:
+    """Say in a model that holds quantized layers, however it came by them, what its tie_weights and save_pretrained have to know."""
+    quantized = {module for module in model.modules() if isinstance(module, (QuantLinear, QuantEmbedding))}
+    for owner, name, value in [*ties_left(model, quantized), *description(model)]:
+        set_own(owner, name, value)
+
+
+def ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Module, str, dict[str, str]]]:
+    """What the models in ``model`` have to tie without those modules: (owner, attribute, its new value) of each that changes."""
+    found = []
+    for part in model.modules():
+        if not getattr(part, "_tied_weights_keys", None) or not hasattr(part, "get_expanded_tied_weights_keys"):
+            continue
+        names = {name for name, module in part.named_modules(remove_duplicate=False) if module in quantized}
+        try:
+            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
+        except ValueError:  # a pattern that finds nothing any more
+            ties = dict(part._tied_weights_keys)
+        left = {target: source for target, source in ties.items() if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names}
+        if left != ties:
+            known = getattr(part, "all_tied_weights_keys", {})
+            found.append((part, "_tied_weights_keys", left))
+            all_left = {target: source for target, source in known.items() if target in left or target not in ties}
+            found.append((part, "all_tied_weights_keys", all_left))
+    return found
+
+
+def description(model: nn.Module) -> list[tuple[object, str, object]]:
+    """What makes transformers' save_pretrained write a folder that can be loaded, or refuse: (owner, attribute, value) each."""
+    if (config := getattr(model, "config", None)) is None:
+        return []
+    try:
+        found = model_quantization_config(model)
+    except InvalidInputError:  # groups that do not divide a row
+        found = None
+    readable = found is not None and not any(isinstance(module, QuantEmbedding) for module in model.modules())
+    return [(config, "quantization_config", found), (model, "save_pretrained", None if readable else partial(_refuse_saving, model))]
+
+
+def _refuse_saving(model: nn.Module, *args, **kwargs) -> None:
+    raise InvalidInputError(
+        f"transformers could not load what save_pretrained would write of this quantized {type(model).__name__} (its head is tied to the "
+        "embedding, or its groups do not divide a row); use klfast.save_quantized(model, folder)"
+    )

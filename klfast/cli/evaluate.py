@@ -1,0 +1,49 @@
+"""klfast eval: what a model is worth."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import typer
+
+from klfast.cli import options
+from klfast.cli.console import emit, table
+
+
+@options.loads_models
+def evaluate(
+    model: options.Model,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model, for instance the full-precision one.")] = None,
+    text: Annotated[str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')] = "evaluation",
+    windows: options.Windows = "all",
+    length: options.Length = 512,
+    batch_size: options.BatchSize = 4,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
+) -> None:
+    """Measure perplexity on a text, and with --teacher how far the model has moved from another one."""
+    from dataclasses import asdict
+
+    import klfast
+    from klfast.checkpoint.loading import load_model
+    from klfast.cli import runtime
+
+    runtime.prepare(threads, device)
+    network = load_model(model, dtype, device=device, **loading)
+    other = None if teacher is None else load_model(teacher, dtype, device=device, **loading)
+    batches = runtime.open_batches(text, model, network, length=length, windows=windows, batch_size=batch_size, **loading)
+    found = klfast.evaluate(network, batches, other, progress=None)
+    rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
+    if other is not None:
+        rows += [
+            ("the teacher's perplexity", f"{found.teacher_perplexity:.4f}"),
+            ("KL(teacher || model), nats per token", f"{found.kl:.6f}" + ("" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}")),
+            ("top-1 agreement", f"{found.top1_agreement:.2%}"),
+        ]
+    data = {key: value for key, value in asdict(found).items() if value is not None}
+    emit({"model": model, "teacher": teacher, "text": text, **data}, table([model, ""], rows), as_json)

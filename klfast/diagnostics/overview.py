@@ -1,0 +1,175 @@
+"""What would run on this machine and why not the rest: ``klfast.explain`` and ``klfast.doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+import klfast
+from klfast.core.errors import InvalidInputError, one_line
+from klfast.core.machine import cpu_name, extension, installed_version
+from klfast.dispatch import pins, registry
+from klfast.quant.types import QuantizedTensor
+
+# Public functions that bear another name than their op: that of the CUDA original.
+_OPS_OF = {"causal_conv1d_fn": "causal_conv1d", "selective_scan_fn": "selective_scan", "mamba_chunk_scan_combined": "mamba_chunk_scan"}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run an op, and for every other implementation why it would not (one sentence each).
+
+    ``chosen`` is one of ``klfast.dispatch.pins.IMPLEMENTATIONS``, or "torch" where klfast leaves the call to torch's own product.
+    """
+
+    op: str
+    device: str
+    chosen: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.chosen}"]
+        return "\n".join([*lines, *(f"  not {name}: {reason}" for name, reason in self.rejected.items())])
+
+
+def explain(op: str | Callable, *args: object) -> Explanation:
+    """Say which implementation of an op would run now, and why the others would not.
+
+    Args:
+        op: an op's name ("dequant_matmul") or its public function (``klfast.dequant_matmul``).
+        args: what the public function would be called with; the CPU without any. ``linear`` goes by the dtype and shape of
+            its x, too: without one, klfast's own kernel is explained.
+
+    Raises:
+        InvalidInputError: no such op.
+    """
+    from klfast import ops  # noqa: F401 (defines the ops)
+
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    name = _OPS_OF.get(name, name)
+    if name not in registry.op_names():
+        raise InvalidInputError(f"klfast has no op {name!r}; its ops are {', '.join(registry.op_names())}")
+    device = next((a.device.type for a in args if isinstance(a, (torch.Tensor, QuantizedTensor))), "cpu")
+    chosen, why = _chosen(name, device, args)
+    rejected = {tier: _why_not(name, tier, device) or why for tier in (*reversed(pins.CPU_TIERS), "triton") if tier != chosen}
+    if chosen != "reference":
+        rejected["reference"] = why if chosen == "torch" else "a kernel runs instead."
+    return Explanation(name, device, chosen, rejected)
+
+
+def _chosen(op: str, device: str, args: tuple) -> tuple[str, str]:
+    """The implementation that runs an op, and why no other that could: asks what the calls themselves ask."""
+    key, _ = registry.implementation(op, device.upper())
+    if not key:
+        return "reference", "klfast.using or KLFAST_ISA asks for the reference."
+    if args and (why := registry.handed_over(op, key, *args)):
+        return "torch", why
+    if key == "CPU":
+        from klfast import _C
+
+        chosen = pins.CPU_TIERS[_C.best_tier(op, pins.cpu_tier_limit())]
+    else:
+        chosen = "triton"
+    return chosen, f"{chosen} comes before it."
+
+
+def _why_not(op: str, tier: str, device: str) -> str:
+    """Why a tier cannot run an op now, one sentence; empty if it can."""
+    pin = pins.pinned()
+    if pin == "reference":
+        return "klfast.using or KLFAST_ISA asks for the reference."
+    if tier == "triton":
+        if device == "cpu":
+            return "the tensors are on the CPU."
+        return "" if registry.has_kernel(op, device.upper()) else registry.why_no_kernel(device, op)
+    if device != "cpu":
+        return f"the tensors are on {device}."
+    if reason := pins.why_not(tier):
+        return reason
+    if not registry.has_kernel(op, "CPU"):
+        return registry.why_no_kernel("cpu", op)
+    from klfast import _C
+
+    if tier not in _C.kernel_tiers().get(op, ()):
+        return f"this op has no {tier} kernel."
+    if pins.CPU_TIERS.index(tier) > pins.cpu_tier_limit():
+        return f"klfast.using or KLFAST_ISA asks for {pin}."
+    return ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op at one tier against the reference: the error of the case nearest to its tolerance, relative to the largest value."""
+
+    op: str
+    tier: str
+    error: float
+    passed: bool
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``doctor`` found. ``tiers`` maps each CPU tier to the reason why it cannot run, empty where it can."""
+
+    versions: dict[str, str]
+    cpu: str
+    cores: int
+    threads: int
+    tiers: dict[str, str]
+    environment: dict[str, str]
+    extension: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
+        lines.append(f"{self.cpu}; {self.cores} cores, {self.threads} threads")
+        lines.append(f"extension: {self.extension}")
+        lines += [f"{name}={value}" for name, value in self.environment.items()]
+        lines.append("CPU tiers:")
+        lines += [f"  {tier:<11} {'no: ' + reason if reason else 'yes'}" for tier, reason in self.tiers.items()]
+        lines.append("Ops against the reference (error of the case nearest to its tolerance, relative to the largest value):")
+        for op in dict.fromkeys(check.op for check in self.checks):
+            results = (f"{c.tier} {c.error:.0e}" + ("" if c.passed else f" FAILED {c.message}") for c in self.checks if c.op == op)
+            lines.append(f"  {op}: {', '.join(results)}")
+        lines.append("All is well." if self.passed else "Something is wrong; see above.")
+        return "\n".join(lines)
+
+
+def doctor() -> Report:
+    """Look at this machine and run every op on a small case at every CPU tier that it has. Takes a few seconds."""
+    from klfast import ops  # noqa: F401 (defines the ops)
+
+    return Report(
+        versions={"klfast": klfast.__version__, "python": platform.python_version(), **{name: installed_version(name) for name in ("torch", "transformers", "triton")}},
+        cpu=cpu_name(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        tiers={tier: pins.why_not(tier) for tier in pins.CPU_TIERS},
+        environment={name: os.environ.get(name, "") for name in ("KLFAST_ISA", "KLFAST_STRICT")},
+        extension=extension(),
+        checks=tuple(_check(op, tier) for op in registry.op_names() for tier in pins.available_tiers()),
+    )
+
+
+def _check(op: str, tier: str) -> Check:
+    from klfast.diagnostics import op_checks
+
+    if not registry.has_kernel(op, "CPU"):
+        return Check(op, tier, float("nan"), False, f"the slow reference would run: {registry.why_no_kernel('cpu', op)}")
+    try:
+        found = op_checks.run(op_checks.cases(op), tier)
+    except Exception as failure:  # a case that cannot be made: of an extension of another version, for instance
+        return Check(op, tier, float("nan"), False, one_line(failure))
+    return Check(op, tier, found.error, not found.faults, "; ".join(found.faults[:1]))

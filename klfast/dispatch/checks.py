@@ -1,0 +1,76 @@
+"""Checks of arguments that hold for every op: their types, their memory, and that tensors written in place can be."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+
+import torch
+
+from klfast.core.errors import InvalidInputError
+
+_NAMES = {torch.Tensor: "a tensor", int: "an int", type(None): "None"}
+
+
+def public(function: Callable) -> Callable:
+    """Make a public function raise InvalidInputError for an argument of a type other than its annotation, or without memory.
+
+    Arguments are looked at after an error only, so that this costs nothing: torch and the function itself raise for a wrong
+    one, but say nothing that helps.
+    """
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            complaint = _complaint(function, args, kwargs)
+            if complaint:
+                raise InvalidInputError(complaint) from error
+            raise
+
+    return checked
+
+
+def _complaint(function: Callable, args: tuple, kwargs: dict) -> str:
+    """What is wrong with the first argument that is, one sentence; empty if none is."""
+    hints = typing.get_type_hints(function)
+    for name, value in {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}.items():
+        if name not in hints:
+            continue
+        kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        if any(typing.get_origin(kind) is not None for kind in kinds):
+            continue
+        allowed = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, allowed):
+            wanted = " or ".join(_NAMES.get(kind, f"a {kind.__name__}") for kind in kinds)
+            return f"{function.__name__}: {name} must be {wanted}, got {'None' if value is None else type(value).__name__}"
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and (value.is_cpu or value.is_cuda) and not value.data_ptr() and value.numel():
+            return no_memory(function.__name__, name, value)
+    return ""
+
+
+def no_memory(op: str, name: str, t: torch.Tensor) -> str:
+    """The message for a tensor with elements but without memory: kernels would read from address 0."""
+    return f"{op}: {name} {list(t.shape)} has no memory: its storage was freed or never allocated; pass a tensor with data"
+
+
+def check_writable(op: str, name: str, t: torch.Tensor) -> None:
+    """Raise InvalidInputError for a tensor that an op must not write in place, where torch's own operations would raise.
+
+    As these do, count the write, so that autograd finds a tensor that it saved to have changed since.
+    """
+    if t.requires_grad and torch.is_grad_enabled():
+        raise InvalidInputError(f"{op}: {name} is written in place and must not require grad; pass {name}.detach() or call under torch.no_grad()")
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)
+    if t.is_contiguous():
+        return
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise InvalidInputError(f"{op}: {name} is written in place, but several of its elements share memory; pass {name}.clone()")
+        reach += stride * (size - 1)

@@ -1,0 +1,166 @@
+"""Definition of ops: one torch.library schema each, with its checks, a fake, the reference, and kernels by device.
+
+Kernels register by dispatch key (klfast/backends); where a device has none, the reference runs and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
+from klfast.dispatch.checks import check_writable, no_memory
+
+LIBRARY = torch.library.Library("klfast", "DEF")
+_checks: dict[str, Callable] = {}
+_runs: dict[str, Callable] = {}
+_references: dict[str, Callable] = {}
+_kernels: dict[tuple[str, str], Callable] = {}
+_handed_over: dict[tuple[str, str], Callable] = {}
+_see_addresses: set[tuple[str, str]] = set()
+_unavailable: dict[tuple[str, str], str] = {}
+
+
+def op_names() -> list[str]:
+    """Every op, in order of definition."""
+    return list(_references)
+
+
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether a device ("CPU", "CUDA", "XPU") has a kernel of an op."""
+    return (name, dispatch_key) in _kernels
+
+
+def unavailable(dispatch_key: str, reason: str, *names: str) -> None:
+    """Record why a device has no kernel of some ops (all without ``names``): one sentence, for warnings and reports."""
+    for name in names or ("",):
+        _unavailable[name, dispatch_key] = reason
+
+
+def why_no_kernel(device: str, name: str = "") -> str:
+    """Why a type of device ("cuda") has no kernel of an op, or of any: one sentence."""
+    key = device.upper()
+    return _unavailable.get((name, key)) or _unavailable.get(("", key)) or f"klfast has no {device} kernel of this op."
+
+
+def define(schema: str, *, check: Callable, fake: Callable, reference: Callable) -> None:
+    """Define an op.
+
+    ``check`` raises InvalidInputError unless the op can take the arguments. It runs first on every path: before ``fake``
+    (shape inference), before a kernel, and before ``reference`` (used where no kernel is registered). What the schema
+    implies is checked here: tensors that are not optional are given, all have memory, and those written to can be.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+    tensors = [(i, *kind.rsplit(" ", 1)) for i, kind in enumerate(arguments) if kind.startswith("Tensor")]
+    required = tuple((i, argument) for i, kind, argument in tensors if not kind.endswith("?"))
+    written = tuple((i, argument) for i, kind, argument in tensors if "!" in kind)
+
+    def checked(*args):
+        for i, argument in required:
+            if args[i] is None:  # torch lets it pass
+                raise InvalidInputError(f"{name}: {argument} must be a tensor, got None")
+        check(*args)
+
+    def has_memory(*args):
+        for i, _, argument in tensors:
+            t = args[i]
+            if t is not None and not t.data_ptr() and t.numel():
+                raise InvalidInputError(no_memory(name, argument, t))
+
+    def run(key, function, *args):
+        """Run a kernel, or the reference (key "")."""
+        for i, argument in written:
+            if args[i] is not None:
+                check_writable(name, argument, args[i])
+        if (name, key) not in _see_addresses:
+            has_memory(*args)
+            return function(*args)
+        try:
+            return function(*args)
+        except InvalidInputError:
+            has_memory(*args)  # names the argument
+            raise
+
+    def checked_fake(*args):
+        checked(*args)
+        return fake(*args)
+
+    def negated(*args):  # views such as z.conj().imag: torch's own fallback fails where an op writes to one
+        for i, argument in written:
+            if args[i] is not None and args[i].is_neg():
+                raise InvalidInputError(f"{name}: {argument} is written in place and must not be a negated view; pass {argument}.resolve_neg()")
+        return getattr(torch.ops.klfast, name).default(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
+
+    def without_kernel(*args):
+        for i, _, argument in tensors:
+            if args[i] is not None and args[i].layout is not torch.strided:
+                raise InvalidInputError(f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first")
+        checked(*args)
+        first = next(a for a in args if isinstance(a, torch.Tensor))
+        if pins.pinned() != "reference":
+            pins.slow_path(name, list(first.shape), why_no_kernel(first.device.type, name))
+        known = all(t is None or t.is_cpu or t.is_cuda or t.is_xpu for t in (args[i] for i, *_ in tensors))
+        return run("", reference, *args) if known else reference(*args)
+
+    _checks[name], _runs[name], _references[name] = checked, run, reference
+    torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
+    LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
+    if written:
+        LIBRARY.impl(name, negated, "Negative")
+
+
+def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_over: Callable[..., str] | None = None, sees_addresses: bool = False) -> None:
+    """Register a device's kernel of an op; ``klfast.using("reference")`` still goes past it.
+
+    Args:
+        name, dispatch_key: of the op and the device.
+        kernel: takes the op's arguments.
+        handed_over: takes the public function's arguments and says why the kernel leaves the call to torch; empty if it
+            does not. The kernel itself decides by it, and ``klfast.explain`` reports it.
+        sees_addresses: it reads no tensor before it has taken the addresses of all (backends/memory.py), which raises for
+            one without memory. A check before it would cost a small op more than a microsecond.
+    """
+    check, run = _checks[name], _runs[name]
+    _kernels[name, dispatch_key] = kernel
+    if handed_over is not None:
+        _handed_over[name, dispatch_key] = handed_over
+    if sees_addresses:
+        _see_addresses.add((name, dispatch_key))
+
+    def dispatched(*args):
+        check(*args)
+        return run(*implementation(name, dispatch_key), *args)
+
+    LIBRARY.impl(name, dispatched, dispatch_key)
+
+
+def implementation(name: str, dispatch_key: str) -> tuple[str, Callable]:
+    """What runs an op on a device now: the key of the kernel, "" for the reference, and the function."""
+    pin = pins.pinned()
+    if pin == "reference" or (name, dispatch_key) not in _kernels:
+        return "", _references[name]
+    if pin == "triton" and dispatch_key == "CPU" and pins.interprets_triton() and (name, "CUDA") in _kernels:
+        dispatch_key = "CUDA"
+    return dispatch_key, _kernels[name, dispatch_key]
+
+
+def handed_over(name: str, dispatch_key: str, *args: object) -> str:
+    """Why an op's kernel leaves a call of the public function with these arguments to torch; empty if it does not."""
+    why = _handed_over.get((name, dispatch_key))
+    return "" if why is None else why(*args)
+
+
+def same_device(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise unless all tensors given are on the first one's device."""
+    device = None
+    for t in tensors:
+        if t is None or t.device == device:
+            continue
+        if device is not None:
+            devices = {str(t.device) for t in tensors if t is not None}
+            raise InvalidInputError(f"{op}: all tensors must be on one device, got {', '.join(sorted(devices))}")
+        device = t.device

@@ -1,0 +1,1 @@
+"""Generating text: the loop, cache and positions, settings, draws, ends."""

@@ -1,0 +1,69 @@
+"""The choice of the next token from the model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from klfast.core.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; what is None has no effect."""
+
+    temperature: float
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+class Chooser:
+    """Chooses the next token of each row.
+
+    Args:
+        sampling: how to draw; None takes the likeliest token.
+        repetition_penalty: what divides the positive logits of tokens that have occurred and multiplies the negative ones; 1 for none.
+        generator: source of the draws; torch's own if None.
+    """
+
+    def __init__(self, sampling: Sampling | None, repetition_penalty: float, generator: torch.Generator | None) -> None:
+        self._generator, self._penalty = generator, None
+        if repetition_penalty != 1:
+            from transformers import RepetitionPenaltyLogitsProcessor
+
+            self._penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
+        self._filters = None if sampling is None else _filters(sampling)
+
+    def __call__(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Tokens, int64 [B], from float32 logits [B, V] and the int64 [B, T] tokens before."""
+        token = logits.argmax(-1)  # a NaN counts as the largest
+        top = logits.gather(1, token.unsqueeze(1))
+        if top.isnan().any():
+            raise InvalidInputError("the model's logits hold a NaN; its weights are damaged")
+        if self._penalty is not None:
+            logits = self._penalty(seen, logits)
+            token = logits.argmax(-1)
+            top = logits.gather(1, token.unsqueeze(1))
+        if self._filters is None:
+            return token
+        if not top.isfinite().all():
+            raise InvalidInputError("the model's logits hold an infinity, from which nothing can be drawn; its weights are damaged")
+        scores = logits - top  # the largest is 0, which no temperature can take out of range
+        for change in self._filters:
+            scores = change(seen, scores)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).squeeze(1)
+
+
+def _filters(sampling: Sampling) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """Those of transformers, in its order. Its temperature is not among them: it overflows where the temperature is tiny."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    limits = torch.finfo(torch.float32)
+    temperature = min(max(sampling.temperature, limits.tiny), limits.max)
+    found = [] if temperature == 1 else [lambda _, scores: scores / temperature]
+    found += [] if sampling.top_k is None else [TopKLogitsWarper(sampling.top_k)]
+    found += [] if sampling.top_p in (None, 1) else [TopPLogitsWarper(sampling.top_p)]
+    return found + ([] if not sampling.min_p else [MinPLogitsWarper(sampling.min_p)])

@@ -1,0 +1,73 @@
+"""Feeding a language model token by token, on its cache."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import torch
+from torch import nn
+
+from klfast.core.errors import InvalidInputError
+from klfast.models.forward import cache_argument
+
+
+class Stepper:
+    """Feeds tokens to the model and keeps its cache, mask and positions.
+
+    Args:
+        model: a causal language model of transformers.
+        mask: int64 [B, T] of zeros and ones for the first tokens, zeros on the left; None if there is no padding.
+    """
+
+    def __init__(self, model: nn.Module, mask: torch.Tensor | None) -> None:
+        self._model, self._cache, self._positions = model, None, None
+        self._name = cache_argument(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._fixed = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
+        self._wants_positions = "position_ids" in accepted
+        self._mask = None if mask is None or bool(mask.all()) else mask
+        if self._mask is not None and reads_padding(model):
+            warnings.warn(
+                f"{type(model).__name__} reads padding as text; generate prompts of different lengths one by one", UserWarning, stacklevel=5
+            )
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """The float32 [B, V] logits that follow int64 [B, T] ids, which come after what was fed before."""
+        options = self._options(ids)
+        output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
+        cache = getattr(output, self._name, None)
+        if cache is None and self._cache is None:  # the model fills a cache, but does not return it
+            self._cache = self._own_cache()
+            output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
+        elif cache is not None:
+            self._cache = cache
+        return output.logits[:, -1].float()
+
+    def _options(self, ids: torch.Tensor) -> dict[str, object]:
+        first, options = self._cache is None, dict(self._fixed)
+        if self._wants_positions:
+            self._positions = self._first_positions(ids) if first else self._positions[:, -1:] + 1
+            options["position_ids"] = self._positions
+        if self._mask is not None and (first or self._name != "cache_params"):  # of a pure SSM, padding concerns the prompt alone
+            self._mask = self._mask if first else torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
+            options["attention_mask"] = self._mask
+        return options
+
+    def _first_positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """0, 1, 2 ... for each row, int64 [B, T]; padding counts as 0."""
+        if self._mask is None:
+            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return (self._mask.cumsum(1) - 1).clamp_(min=0)
+
+    def _own_cache(self) -> object:
+        if self._name != "past_key_values":
+            raise InvalidInputError(f"{type(self._model).__name__} returns no {self._name}; generate cannot continue its text")
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config.get_text_config(decoder=True))
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether the model takes no heed of a mask, so that padding changes what it writes."""
+    return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters

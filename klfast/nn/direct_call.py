@@ -1,0 +1,226 @@
+"""Direct calls into the CPU extension, for layers that run on a few rows in microseconds.
+
+Dispatching an op, validating its arguments and passing a dozen pointers costs more than a small product. Here a layer's
+tensors are validated once; each later call only verifies that they are still the same, and keeps their memory alive until
+it returns. In any unusual situation the caller takes the op instead. Results are those of the ops.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import get_num_threads, is_autocast_enabled, is_grad_enabled, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from klfast.backends.cpu.memory import DTYPE_CODES, view
+from klfast.backends.operands import FEW_ROWS
+from klfast.core.errors import InvalidInputError
+from klfast.core.torch_internals import (
+    MISSING,
+    StorageWeakRef,
+    dispatch_modes,
+    function_modes,
+    is_profiled,
+    tracing_state,
+    transform,
+)
+from klfast.dispatch import pins
+from klfast.quant.types import FLOAT_DTYPES, Layout, check_parts
+
+try:
+    from klfast import _C
+except ImportError:  # not built
+    _C = None
+
+Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
+_READY = _C is not None and not MISSING
+
+
+def unobserved(x: torch.Tensor) -> bool:
+    """True if x is a plain CPU tensor and nothing intercepts operations on it.
+
+    Interceptors are: a tensor subclass, a lazy negation, gradients, forward-mode tangents, autocast, a dispatch or function
+    mode, a transform such as vmap, a tracer, a compiler, a profiler, and a pin to another implementation than the
+    extension's. Without the extension every tensor counts as observed.
+    """
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not is_compiling()
+        and _READY
+        and not (x.requires_grad and is_grad_enabled())
+        and not is_autocast_enabled("cpu")
+        and not dispatch_modes()
+        and not function_modes()
+        and transform() is None
+        and tracing_state() is None
+        and forward_ad._current_level < 0
+        and not is_profiled()
+        and not x.is_neg()
+        and pins.pinned() not in ("reference", "triton")
+    )
+
+
+class Watch:
+    """Detects whether any of some tensors was replaced, reshaped or moved to other memory.
+
+    It refers to their memory weakly: a model that moves to a GPU must not leave its weights behind. It does not refer to
+    the tensors at all, since torch.utils.swap_tensors refuses to swap those that a weak reference points to.
+
+    Attributes:
+        tensors: aliases of what lay at the places when the watch was made, None for an absent one. Addresses have to come from
+            these; they keep the memory alive, so whoever made the watch clears them.
+    """
+
+    def __init__(self, *places: Place) -> None:
+        self.tensors: tuple[torch.Tensor | None, ...] = ()
+        self._seen = ()  # csrc/step/watch.h names the fields
+        for home, name in places:
+            t = home[name]
+            if t is None or not _is_array(t):
+                alias, facts = t, (None, None, None, None, None, None)
+            else:
+                alias = t.detach()  # another thread may give t other memory at any moment, but not this one
+                storage = alias.untyped_storage()
+                facts = (id(t), StorageWeakRef(storage), storage._cdata, alias.data_ptr(), alias.shape, alias.dtype)
+            self.tensors += (alias,)
+            self._seen += ((home, name, *facts),)
+
+    def hold(self) -> list[torch.UntypedStorage] | None:
+        """The memory of the tensors, which stays where it is while the list lives; None if a tensor has changed or takes gradients."""
+        return _C.hold(self._seen, is_grad_enabled())
+
+
+def has(*places: Place) -> bool:
+    """Whether there is a tensor, or None, at each. There is not where a parameter was pruned or parametrized."""
+    return all(name in home for home, name in places)
+
+
+def plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are ordinary CPU tensors, contiguous, of a float type and in memory, or absent."""
+    for t in tensors:  # a generator in all() would take as long as the checks
+        if t is not None and not (_is_array(t) and t.dtype in FLOAT_DTYPES):
+            return False
+    return True
+
+
+def _is_array(t: torch.Tensor) -> bool:
+    ordinary = type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided and t.is_contiguous()
+    return ordinary and not t.is_neg() and (t.data_ptr() != 0 or not t.numel())
+
+
+class PreparedLinear:
+    """An nn.Linear or a QuantLinear.
+
+    Attributes:
+        n, k: features out and in.
+        projection: what the extension calls; None if it cannot take this layer. To call it the layer has to be held.
+        dtype: of the x that it takes; None for any float type.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.n, self.k = layer.out_features, layer.in_features
+        self.projection, self.dtype, self._options = None, None, _options(layer)
+        names = ("weight", "bias") if self._options is None else ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+        homes = [layer._buffers if name in layer._buffers else layer._parameters for name in names]
+        places = tuple(zip(homes, names, strict=True))
+        if not has(*places):
+            return
+        self._watch = Watch(*places)
+        *weight, bias = self._watch.tensors
+        if plain(bias) and (bias is None or bias.shape == (self.n,)):
+            if self._options is None:
+                self._prepare_dense(*weight, bias)
+            elif layer.layout is Layout.PLAIN:
+                self._prepare_quantized(layer, *weight, bias)
+        self._watch.tensors = ()
+
+    def _prepare_dense(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        if weight is not None and plain(weight) and weight.shape == (self.n, self.k):
+            self.dtype = weight.dtype
+            self.projection = _C.Projection.dense(view(weight), view(bias), self.n, self.k)
+
+    def _prepare_quantized(self, layer: nn.Module, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        spec = layer.spec
+        words = [t for t in (packed, zero_point) if t is not None]
+        if not plain(scale) or not all(map(_is_array, words)):
+            return
+        try:
+            check_parts(packed, scale, zero_point, self.n, self.k, spec.bits, spec.n_groups(self.k))
+        except InvalidInputError:
+            return  # the op says it
+        self.projection = _C.Projection.quantized(
+            packed.data_ptr(), view(scale), 0 if zero_point is None else zero_point.data_ptr(), view(bias), self.n, self.k,
+            spec.bits, max(1, spec.group_length(self.k)), layer.activation == "int8",
+        )  # fmt: skip
+
+    def hold(self, layer: nn.Module) -> list | None:
+        """What must live until a call returns; None if the layer has changed, or cannot be called at all."""
+        return self._watch.hold() if self.projection is not None and self._options == _options(layer) else None
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return self.projection is not None and (dtype in DTYPE_CODES if self.dtype is None else dtype is self.dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x [..., K] to [..., N], while the layer is held; None if the extension cannot take this x, or another way is faster."""
+        shape, code = x.shape, DTYPE_CODES.get(x.dtype)
+        if not shape or shape[-1] != self.k or code is None or not x.is_contiguous():
+            return None
+        rows, address = x.numel() // (self.k or 1), x.data_ptr()
+        if not address:  # no rows, zeros that torch has not written, or memory that was freed
+            return None
+        if self.dtype is not None and (rows > FEW_ROWS or x.dtype is torch.float32 or x.dtype is not self.dtype):
+            return None
+        y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # a default device is a mode, which ``unobserved`` has seen
+        self.projection(address, code, self.k, y.data_ptr(), rows, get_num_threads(), pins.cpu_tier_limit())
+        return y
+
+
+def _options(layer: nn.Module) -> tuple | None:
+    """What beside its tensors makes up a QuantLinear; None for an nn.Linear."""
+    return None if type(layer) is nn.Linear else (layer.spec, layer.activation, layer.layout)
+
+
+_prepared: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+
+
+def current(module: nn.Module, make: Callable, of: object) -> tuple[object, list | None]:
+    """``make(of)`` as cached for a module, and what its ``hold(of)`` returned; made again where that is None.
+
+    What is cached must not refer to the module. The second is None if ``of`` cannot be held, or another thread changes it.
+    """
+    found = _prepared.get(module)
+    held = None if found is None else found.hold(of)
+    if held is None:
+        found = _prepared[module] = make(of)
+        held = found.hold(of)
+    return found, held
+
+
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """y [..., N] of an nn.Linear or a QuantLinear; None where the op has to be called."""
+    if not unobserved(x):
+        return None
+    found, held = current(layer, PreparedLinear, layer)
+    return None if held is None else found(x)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
+    """``ops.rms_norm`` without a gate; None where the op has to be called."""
+    shape = x.shape
+    if not unobserved(x) or not plain(x, weight) or not shape or weight.shape != shape[-1:] or not weight.shape[0]:
+        return None
+    if weight.requires_grad and is_grad_enabled():
+        return None
+    weight_view, held = view(weight), weight.untyped_storage()
+    if not held.data_ptr() <= weight_view[0] < held.data_ptr() + held.nbytes():  # another thread gave it other memory
+        return None
+    out = torch.empty_like(x) if x.dtype is weight.dtype else x.new_empty(shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    channels = shape[-1]
+    rows, strides = x.numel() // channels, (channels, channels, 1)
+    x_view, out_view = ((t.data_ptr(), DTYPE_CODES[t.dtype], strides) for t in (x, out))
+    _C.rms_norm(x_view, weight_view, None, out_view, rows, 1, channels, channels, eps, torch.get_num_threads(), pins.cpu_tier_limit())
+    return out

@@ -1,0 +1,147 @@
+"""One token through the inside of a Mamba mixer, in one call of the extension."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from klfast.backends.cpu.memory import view
+from klfast.backends.operands import FEW_ROWS
+from klfast.core.errors import InvalidInputError
+from klfast.core.torch_internals import has_global_hooks
+from klfast.dispatch import pins
+from klfast.nn import QuantLinear
+from klfast.nn.direct_call import Place, PreparedLinear, Watch, current, has, plain, unobserved
+from klfast.quant.types import FLOAT_DTYPES
+
+try:
+    from klfast import _C
+except ImportError:  # not built: then everything counts as observed
+    _C = None
+
+
+_LAYERS = (nn.Linear, QuantLinear)
+
+
+class Parts(NamedTuple):
+    """What lies between a mixer's first and last projection.
+
+    Attributes:
+        conv1d: depthwise nn.Conv1d over D channels; SiLU follows.
+        x_proj: linear layer from D to R + 2 N: dt, B, C.
+        dt_proj: linear layer from R to D; its bias is added in float32.
+        A_log, D: the parameters [D, N] and [D].
+        norm_eps: of RMS norms over dt, B and C; None if there are none.
+        norms: the modules of these, with weights [R], [N] and [N]; none if the weights are ones.
+    """
+
+    conv1d: nn.Module
+    x_proj: nn.Module
+    dt_proj: nn.Module
+    A_log: Place
+    D: Place
+    norm_eps: float | None = None
+    norms: tuple[nn.Module, ...] = ()
+
+    def are(self, others: Parts) -> bool:
+        """Whether all are identical. The dictionaries come first: unless they are one, ``==`` would compare their tensors."""
+        return self.A_log[0] is others.A_log[0] and self.D[0] is others.D[0] and self == others
+
+
+class MambaStep:
+    """A mixer's parts, checked and handed to the extension. ``mixer`` is None if it cannot take them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.mixer, self._parts = None, parts
+        self._projections, _ = _projections(parts)
+        convolution = parts.conv1d._parameters
+        norms = tuple((norm._parameters, "weight") for norm in parts.norms)
+        places = ((convolution, "weight"), (convolution, "bias"), parts.A_log, parts.D, (parts.dt_proj._parameters, "bias"), *norms)
+        if self._projections is None or not has(*places):
+            return
+        self._watch = Watch(*places)
+        self._prepare(parts.norm_eps, *self._watch.tensors)
+        self._watch.tensors = ()
+
+    def _prepare(self, norm_eps: float | None, *tensors: torch.Tensor | None) -> None:
+        weight, conv_bias, A_log, D, dt_bias, *norms = tensors
+        if any(t is None for t in (weight, A_log, D)) or not plain(*tensors) or A_log.dim() != 2:
+            return
+        x_proj, dt_proj = self._projections
+        (channels, states), rank, width = A_log.shape, dt_proj.k, weight.shape[-1]
+        shapes = ((channels, 1, width), (channels,), (channels, states), (channels,), (channels,), (rank,), (states,), (states,))[: len(tensors)]
+        fit = all(t is None or t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
+        if not fit or (x_proj.k, x_proj.n, dt_proj.n) != (channels, rank + 2 * states, channels):
+            return
+        self._channels, self._states, self._past = channels, states, width - 1
+        self.mixer = _C.MambaMixer(
+            view(weight.squeeze(1)), view(conv_bias), x_proj.projection, dt_proj.projection, norm_eps is not None,
+            *(view(t) for t in norms or (None, None, None)), norm_eps or 0.0, view(A_log), view(D), view(dt_bias), channels, width, rank, states,
+        )  # fmt: skip
+
+    def hold(self, parts: Parts) -> list | None:
+        """What must live until a call returns; None if a part has changed, or the extension cannot take these."""
+        if self.mixer is None or not self._parts.are(parts):
+            return None
+        projections, held = _projections(parts)
+        own = self._watch.hold()
+        return None if own is None or projections != self._projections else [own, held]
+
+    def takes(self, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> bool:
+        """Whether one token of each of B sequences, x [B, ...], can go through, with the states [B, D, S] and [B, D, N]."""
+        batch = x.shape[0]
+        return (
+            self.mixer is not None
+            and 0 < batch <= FEW_ROWS
+            and all(projection.takes(x.dtype) for projection in self._projections)
+            and plain(conv_state, ssm_state)
+            and conv_state.dim() == 3
+            and conv_state.shape[:2] == (batch, self._channels)
+            and conv_state.shape[2] >= self._past
+            and ssm_state.shape == (batch, self._channels, self._states)
+        )
+
+    def __call__(self, held: list, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
+        """y [B, D] in the dtype of x from the input x and the gate z, both [B, D]; the states, which it ``takes``, move on in place.
+
+        ``held`` is what ``hold`` returned: its life is what matters.
+        """
+        shape = (len(conv_state), self._channels)
+        taken = all(projection.takes(x.dtype) for projection in self._projections) and z.dtype in FLOAT_DTYPES and x.is_cpu and z.is_cpu
+        if x.shape != shape or z.shape != shape or not taken:
+            raise InvalidInputError(f"x and z must be {list(shape)} after the first projection, got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}")
+        out = x.new_empty(x.shape)
+        self.mixer(view(x), view(z), view(conv_state), view(ssm_state), view(out), len(x), conv_state.shape[2], torch.get_num_threads(), pins.cpu_tier_limit())
+        return out
+
+
+def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> partial[torch.Tensor] | None:
+    """The step of the mixer whose parts these are, for an input of x's dtype and batch, to be called with x, z and both states.
+
+    It keeps the parts' memory alive while it lives. Returns None where the ops have to be called: a part is unsupported, a module that
+    would be called has hooks or a replaced forward, a global hook is set, x is observed, or gradients are enabled.
+    """
+    if torch.is_grad_enabled() or not unobserved(x) or has_global_hooks():
+        return None
+    step, held = current(mixer, MambaStep, parts)
+    return partial(step, held) if held is not None and step.takes(x, conv_state, ssm_state) else None
+
+
+def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, tuple]:
+    """x_proj and dt_proj, and what must live while they are called; None for layers that the extension cannot take."""
+    x_proj, dt_proj = parts.x_proj, parts.dt_proj
+    if type(x_proj) not in _LAYERS or type(dt_proj) not in _LAYERS or not (_is_untouched(x_proj) and _is_untouched(dt_proj) and all(map(_is_untouched, parts.norms))):
+        return None, ()
+    first, first_held = current(x_proj, PreparedLinear, x_proj)
+    second, second_held = current(dt_proj, PreparedLinear, dt_proj)
+    return (None, ()) if first_held is None or second_held is None else ((first, second), (first_held, second_held))
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module would do what its class does: no hook, and no forward of its own but klfast's."""
+    forward = module.__dict__.get("forward")
+    own = forward is not None and (not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__"))  # functools.wraps copies the mark
+    return not (own or module._forward_hooks or module._forward_pre_hooks)

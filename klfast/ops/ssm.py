@@ -1,0 +1,450 @@
+"""The state-space ops: schemas, argument checks, fakes and public wrappers; part of klfast.ops.
+
+The wrappers have the signatures of their CUDA originals in the packages causal_conv1d and mamba_ssm, so that they can
+stand in for them. Tensors are float32, bfloat16 or float16, types may be mixed, any strides; all arithmetic is in
+float32. What the originals can and these cannot (packed sequences, cache indices, complex A) raises InvalidInputError.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from klfast.backends.operands import empty_channel_last
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch.checks import public
+from klfast.dispatch.registry import define as _define
+from klfast.dispatch.registry import same_device
+from klfast.quant.types import FLOAT_DTYPES
+from klfast.reference import ssm as reference_ssm
+
+
+def _check(op, sizes, **tensors):
+    """Check each (tensor, dimension names), None passing; equal names must have equal sizes, collected in ``sizes``."""
+    for name, (tensor, dims) in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOAT_DTYPES:
+            if tensor.is_complex():
+                raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
+            raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        shape, known = tensor.shape, len(sizes)
+        fits = len(shape) == len(dims)
+        for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (as long as each other)
+            fits &= sizes.setdefault(d, n) == n
+        if not fits:
+            before = dict(list(sizes.items())[:known])
+            raise InvalidInputError(f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}")
+    same_device(op, *(tensor for tensor, _ in tensors.values()))
+
+
+def _check_groups(op, what, count, groups):
+    if groups < 1 or count % groups:
+        raise InvalidInputError(f"{op}: the number of groups of B and C must divide the {count} {what}, got {groups}")
+
+
+def _unsupported(op, **given):
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InvalidInputError(f"{op}: klfast does not support {name}; leave it out")
+
+
+def _is_silu(op, activation):
+    if activation not in (None, "silu", "swish"):
+        raise InvalidInputError(f'{op}: activation must be None, "silu" or "swish", got {activation!r}')
+    return activation is not None
+
+
+# causal_conv1d ----------------------------------------------------------------------------------------------------
+
+
+def _check_conv(op, x, weight, bias, state, state_name, silu):
+    sizes = {}
+    _check(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"), **{state_name: (state, "BDS")})
+    if sizes["W"] < 1:
+        raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(weight.shape)}")
+    if state is not None and sizes["S"] < sizes["W"] - 1:
+        raise InvalidInputError(f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}")
+
+
+def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
+    for name, state in (("initial_states", initial_states), ("final_states_out", final_states_out)):
+        _check_conv("causal_conv1d_fn", x, weight, bias, state, name, silu)
+        if state is not None and state.shape[-1] != (past := weight.shape[-1] - 1):
+            raise InvalidInputError(f"causal_conv1d_fn: {name} must be [{x.shape[0]}, {x.shape[1]}, {past}], got {list(state.shape)}")
+
+
+def _fake_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
+    return empty_channel_last(x)
+
+
+_define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor(a!)? final_states_out, bool silu) -> Tensor",
+    check=_check_causal_conv1d,
+    fake=_fake_causal_conv1d,
+    reference=reference_ssm.causal_conv1d,
+)
+
+
+@public
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Depthwise causal convolution: ``act(bias + sum_k weight[:, k] seq[..., t + k])``, seq = initial_states, then x.
+
+    Args:
+        x: [B, D, L].
+        weight: [D, W], W at least 1.
+        bias: [D], optional.
+        initial_states: [B, D, W-1], zeros if absent.
+        return_final_states: also return the last W-1 values of seq, [B, D, W-1] in x's dtype.
+        final_states_out: where to write these; optional.
+        activation: None, "silu" or "swish" (the same).
+
+    Returns:
+        [B, D, L] in x's dtype, channels side by side in memory; with return_final_states also the final states.
+
+    Raises:
+        InvalidInputError: a wrong dtype, shape, device or activation, or ``seq_idx``.
+
+    Signature: causal_conv1d.causal_conv1d_fn.
+    """
+    _unsupported("causal_conv1d_fn", seq_idx=seq_idx)
+    silu = _is_silu("causal_conv1d_fn", activation)
+    # torch.compile's inductor cannot take an op whose tensor to write to is None
+    wanted = return_final_states or torch.compiler.is_compiling()
+    if wanted and final_states_out is None and x.dim() == 3 and weight.dim():
+        final_states_out = x.new_empty(*x.shape[:2], max(weight.shape[-1] - 1, 0))
+    args = (x, weight, bias, initial_states, final_states_out, silu)
+    out = torch.ops.klfast.causal_conv1d.default(*args)
+    return (out, final_states_out) if return_final_states else out
+
+
+def _check_causal_conv1d_update(x, conv_state, weight, bias, silu):
+    _check_conv("causal_conv1d_update", x, weight, bias, conv_state, "conv_state", silu)
+
+
+def _fake_causal_conv1d_update(x, conv_state, weight, bias, silu):
+    return empty_channel_last(x)
+
+
+_define(
+    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    check=_check_causal_conv1d_update,
+    fake=_fake_causal_conv1d_update,
+    reference=reference_ssm.causal_conv1d_update,
+)
+
+
+@public
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: None = None,
+    conv_state_indices: None = None,
+) -> torch.Tensor:
+    """The same convolution for the next steps: x follows conv_state, which moves on in place.
+
+    Args:
+        x: [B, D] (one step) or [B, D, L].
+        conv_state: [B, D, S], S at least W-1, any float dtype: the last S values seen.
+        weight, bias, activation: as in causal_conv1d_fn.
+
+    Returns:
+        x's shape and dtype.
+
+    Raises:
+        InvalidInputError: a wrong dtype, shape, device or activation, or ``cache_seqlens`` or ``conv_state_indices``.
+
+    Signature: causal_conv1d.causal_conv1d_update.
+    """
+    op = "causal_conv1d_update"
+    _unsupported(op, cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
+    one_step = x.dim() == 2
+    args = (x.unsqueeze(-1) if one_step else x, conv_state, weight, bias, _is_silu(op, activation))
+    out = torch.ops.klfast.causal_conv1d_update.default(*args)
+    return out.squeeze(-1) if one_step else out
+
+
+# selective_scan ---------------------------------------------------------------------------------------------------
+
+
+def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
+    op, sizes = "selective_scan_fn", {}
+    _check(
+        op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"), D=(D, "D"), z=(z, "BDL"),
+        delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"),
+    )  # fmt: skip
+    _check_groups(op, "channels", sizes["D"], sizes["G"])
+
+
+def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
+    return empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
+
+
+_define(
+    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? initial_states, bool delta_softplus) -> (Tensor, Tensor)",
+    check=_check_selective_scan,
+    fake=_fake_selective_scan,
+    reference=reference_ssm.selective_scan,
+)
+
+
+def _grouped(t, u):
+    """B or C as [B, G, N, L]: from [B, N, L] (one group) or [D, N] (constant in time, a group a channel)."""
+    if t.dim() == 3:
+        return t.unsqueeze(1)
+    return t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]) if t.dim() == 2 else t
+
+
+@public
+def selective_scan_fn(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    initial_states: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Mamba's recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t).
+
+    Args:
+        u, delta: [B, D, L]; dt = softplus(delta + delta_bias) with delta_softplus, else delta + delta_bias.
+        A: real [D, N].
+        B, C: [B, N, L], [B, G, N, L] with G a divisor of D, or [D, N]; both of the same kind.
+        D, delta_bias: [D], optional.
+        z: [B, D, L], optional gate.
+        return_last_state: also return h_L, float32 [B, D, N].
+        initial_states: h_0 [B, D, N], zeros if absent: a sequence goes on from the last state of what came before.
+
+    Returns:
+        y [B, D, L] in u's dtype, channels side by side in memory; with return_last_state also h_L.
+
+    Raises:
+        InvalidInputError: a wrong dtype (complex ones among them), shape or device.
+
+    Signature: mamba_ssm.ops.selective_scan_interface.selective_scan_fn, and initial_states as in mamba_chunk_scan_combined.
+    """
+    if u.dim() == 3:
+        B, C = _grouped(B, u), _grouped(C, u)
+    args = (u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus)
+    out, last_state = torch.ops.klfast.selective_scan.default(*args)
+    return (out, last_state) if return_last_state else out
+
+
+# selective_state_update -------------------------------------------------------------------------------------------
+
+
+def _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    op, sizes = "selective_state_update", {}
+    _check(
+        op, sizes, state=(state, "BHPN"), x=(x, "BHP"), dt=(dt, "BHP"), A=(A, "HPN"), B=(B, "BGN"), C=(C, "BGN"), D=(D, "HP"), z=(z, "BHP"), dt_bias=(dt_bias, "HP")
+    )
+    _check_groups(op, "heads", sizes["H"], sizes["G"])
+
+
+def _fake_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    return x.new_empty(x.shape)
+
+
+_define(
+    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    check=_check_selective_state_update,
+    fake=_fake_selective_state_update,
+    reference=reference_ssm.selective_state_update,
+)
+
+
+@public
+def selective_state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+) -> torch.Tensor:
+    """One step of the recurrence of selective_scan_fn; ``state`` moves on in place, rounded to its dtype.
+
+    Args:
+        state: [B, D, N], or [B, H, P, N] with heads.
+        x, dt: [B, D] or [B, H, P]; dt = softplus(dt + dt_bias) with dt_softplus.
+        A: real [D, N] or [H, P, N].
+        B, C: [B, N] or [B, G, N] with G a divisor of H.
+        D, dt_bias: [D] or [H, P], optional.
+        z: as x, optional gate.
+
+    Returns:
+        y in x's shape and dtype.
+
+    Raises:
+        InvalidInputError: a wrong dtype (complex ones among them), shape or device.
+
+    Signature: mamba_ssm.ops.triton.selective_state_update.selective_state_update.
+    """
+    headless = state.dim() == 3
+    if headless:  # one head that holds all channels
+        state, x, dt, z = (None if t is None else t.unsqueeze(1) for t in (state, x, dt, z))
+        A, D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_bias))
+    if B.dim() == 2:
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
+    args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    out = torch.ops.klfast.selective_state_update.default(*args)
+    return out.squeeze(1) if headless else out
+
+
+# mamba_chunk_scan -------------------------------------------------------------------------------------------------
+
+
+def _check_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
+    op, sizes = "mamba_chunk_scan_combined", {}
+    _check(
+        op,
+        sizes,
+        x=(x, "BLHP"),
+        dt=(dt, "BLH"),
+        A=(A, "H"),
+        B=(B, "BLGN"),
+        C=(C, "BLGN"),
+        D=(D, "HP"),
+        z=(z, "BLHP"),
+        dt_bias=(dt_bias, "H"),
+        initial_states=(initial_states, "BHPN"),
+    )
+    _check_groups(op, "heads", sizes["H"], sizes["G"])
+    if not dt_min <= dt_max:
+        raise InvalidInputError(f"{op}: dt_limit must be (low, high) with low <= high, got ({dt_min}, {dt_max})")
+
+
+def _fake_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
+    batch, _, heads, dim = x.shape
+    final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else x.new_empty(0, dtype=torch.float32)
+    return x.new_empty(x.shape), final
+
+
+_define(
+    "mamba_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)",
+    check=_check_mamba_chunk_scan,
+    fake=_fake_mamba_chunk_scan,
+    reference=reference_ssm.mamba_chunk_scan,
+)
+
+
+@public
+def mamba_chunk_scan_combined(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    seq_idx: None = None,
+    cu_seqlens: None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Mamba-2's recurrence (SSD): as selective_scan_fn, with one A and one dt a head.
+
+    Args:
+        x: [B, L, H, P].
+        dt: [B, L, H]; dt = softplus(dt + dt_bias) with dt_softplus, then clamped to dt_limit.
+        A: real [H].
+        B, C: [B, L, G, N] with G a divisor of H.
+        chunk_size: ignored: the result does not depend on it, and the kernels choose their own.
+        D: [H] or [H, P], optional.
+        z: [B, L, H, P], optional gate.
+        dt_bias: [H], optional.
+        initial_states: [B, H, P, N], zeros if absent.
+        return_final_states: also return the last state, float32 [B, H, P, N].
+
+    Returns:
+        y [B, L, H, P] in x's dtype; with return_final_states also the last state.
+
+    Raises:
+        InvalidInputError: a wrong dtype (complex ones among them), shape or device, or ``seq_idx``, ``cu_seqlens`` or
+            ``return_varlen_states``.
+
+    Signature: mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined.
+    """
+    _unsupported("mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
+    if D is not None and D.dim() == 1 and x.dim() == 4:
+        D = D[:, None].expand(-1, x.shape[-1])
+    low, high = map(float, dt_limit)
+    args = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, low, high, return_final_states)
+    out, final_states = torch.ops.klfast.mamba_chunk_scan.default(*args)
+    return (out, final_states) if return_final_states else out
+
+
+# rms_norm ---------------------------------------------------------------------------------------------------------
+
+
+def _check_rms_norm(x, weight, gate, eps, group_size):
+    op = "rms_norm"
+    _check(op, {}, x=(x, "ABD"), weight=(weight, "D"), gate=(gate, "ABD"))
+    if group_size < 1 or x.shape[-1] % group_size:
+        raise InvalidInputError(f"{op}: group_size must divide the {x.shape[-1]} channels, got {group_size}")
+
+
+def _fake_rms_norm(x, weight, gate, eps, group_size):
+    return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+
+
+_define(
+    "rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, int group_size) -> Tensor",
+    check=_check_rms_norm,
+    fake=_fake_rms_norm,
+    reference=reference_ssm.rms_norm,
+)
+
+
+@public
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = None, eps: float = 1e-6, group_size: int | None = None) -> torch.Tensor:
+    """Root-mean-square normalisation: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        gate: as x, optional.
+        group_size: take the mean over each run of so many channels, not over all; divides D.
+
+    Returns:
+        x's shape, in the wider of x's and weight's dtypes.
+
+    Raises:
+        InvalidInputError: a wrong dtype, shape, device or group size.
+    """
+    shape = x.shape
+    if x.dim() != 3:
+        x = x.reshape(-1, 1, shape[-1]) if x.dim() else x
+        gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])
+    args = (x, weight, gate, eps, group_size or (weight.shape[-1] if weight.dim() else 1))
+    return torch.ops.klfast.rms_norm.default(*args).view(shape)

@@ -1,0 +1,153 @@
+"""What torch's transforms make of klfast's matrix products: gradients, forward mode, vmap and autocast.
+
+The weight is quantized and takes no gradient; x and the bias do. The derivative with respect to x is the dequantized
+weight, in float32, whatever ``activation`` is: rounding x to int8 counts as the identity (straight-through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+from klfast.core import torch_internals
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import registry
+from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
+
+_AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+
+
+def register(dequant_matmul: Callable, linear: Callable) -> None:
+    """Register derivatives, vmap and autocast of these two ops."""
+    _register_derivative(dequant_matmul)
+    torch.library.register_vmap("klfast::dequant_matmul", _batched(dequant_matmul), lib=registry.LIBRARY)
+    for device, key in _AUTOCAST_DEVICES.items():
+        registry.LIBRARY.impl("dequant_matmul", _autocast(dequant_matmul, device, 1), key)
+        registry.LIBRARY.impl("linear", _autocast(linear, device, 2), key)
+
+
+def past_autograd(op: Callable) -> Callable:
+    """The op, called past its Autograd kernel where no derivative can be asked for: under ``torch.no_grad()`` that saves 4 us."""
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return op(*args)
+        if torch_internals.MISSING or torch_internals.transform() is not None or torch_internals.is_forward_mode():
+            return op(*args)
+        with torch_internals.below_autograd():
+            return op(*args)
+
+    return call
+
+
+def _register_derivative(op: Callable) -> None:
+    derivative = _derivative(op)
+    if torch_internals.MISSING:
+        # torch's own registration: no forward mode, and neither torch.func.
+        torch.library.register_autograd(
+            "klfast::dequant_matmul", lambda ctx, dy: derivative.backward(ctx, dy)[:-1], setup_context=_remember, lib=registry.LIBRARY
+        )
+        return
+
+    def differentiable(keyset, *args):
+        x, _, scale, _, bias = args[:5]
+        if not _is_differentiated(x, scale, bias):
+            return _below_autograd(op, keyset, args)
+        _refuse_scale(scale)
+        with torch_internals.single_level_autograd():
+            return super(torch.autograd.Function, derivative).apply(*args, keyset)
+
+    registry.LIBRARY.impl("dequant_matmul", differentiable, "Autograd", with_keyset=True)
+
+
+def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether one takes a gradient or carries a tangent."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return torch_internals.is_forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _below_autograd(op: Callable, keyset: object, args: tuple) -> torch.Tensor:
+    with torch_internals.below_autograd():
+        return op.redispatch(keyset & torch_internals.after_autograd, *args)
+
+
+def _refuse_scale(scale: torch.Tensor) -> None:
+    if _is_differentiated(scale):
+        raise InvalidInputError("dequant_matmul: the scale of a quantized weight takes no gradient; give it as scale.detach()")
+
+
+def _remember(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    _, packed, scale, zero_point, bias, *ctx.numbers = inputs
+    _refuse_scale(scale)
+    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.save_for_forward(packed, scale, zero_point)
+    ctx.bias_dtype, ctx.shape, ctx.dtype = None if bias is None else bias.dtype, output.shape, output.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _derivative(op: Callable) -> type[torch.autograd.Function]:
+    class DequantMatmul(torch.autograd.Function):
+        """Runs inside the dispatcher, one transform of torch.func at a time, so ``forward`` takes a context."""
+
+        @staticmethod
+        def forward(ctx, *args):
+            *args, keyset = args
+            if torch_internals.transform() is None:
+                y = _below_autograd(op, keyset, args)
+            else:  # torch turns derivatives off in here, of the transforms around this one too
+                with torch.enable_grad(), torch_internals.forward_mode_enabled(True):
+                    y = _below_autograd(op, keyset, args)
+            _remember(ctx, args, y)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx = dbias = None
+            if dy is not None:
+                with torch.autocast(dy.device.type, enabled=False):
+                    if ctx.needs_input_grad[0]:
+                        dx = (dy.float() @ _weight(*ctx.saved_tensors, *ctx.numbers)).to(dy.dtype)
+                    if ctx.needs_input_grad[4]:
+                        dbias = dy.float().sum_to_size(dy.shape[-1]).to(ctx.bias_dtype)
+            return dx, None, None, None, dbias, *(None for _ in ctx.numbers), None
+
+        @staticmethod
+        def jvp(ctx, dx, dpacked, dscale, dzero_point, dbias, *_):
+            dy = None if dx is None else op(dx, *ctx.saved_tensors, None, *ctx.numbers[:-1], "exact")
+            if dbias is not None:
+                dbias = dbias.to(ctx.dtype).expand(ctx.shape)
+                dy = dbias.clone() if dy is None else dy + dbias
+            return dy
+
+    return DequantMatmul
+
+
+def _weight(packed, scale, zero_point, n, k, bits, group_size, layout, _):
+    spec = QuantSpec(bits, group_size, zero_point is None)
+    return QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)).dequantize(torch.float32)
+
+
+def _batched(op: Callable) -> Callable:
+    def batched(info, in_dims, x, *rest):
+        if any(dim is not None for dim in in_dims[1:]):  # another weight for each: one call for each
+            each = [[a if dim is None else a.select(dim, i) for a, dim in zip((x, *rest), in_dims, strict=True)] for i in range(info.batch_size)]
+            return torch.stack([op(*args) for args in each]), 0
+        x = x.movedim(in_dims[0], 0)
+        return op(x, *rest), 0
+
+    return batched
+
+
+def _autocast(op: Callable, device: str, operands: int) -> Callable:
+    """The op as autocast wants it: its first ``operands`` arguments in autocast's dtype, but for float64, as for torch's own ops."""
+
+    def cast(*args):
+        dtype = torch.get_autocast_dtype(device)
+        cast = [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in args[:operands]]
+        with torch.autocast(device, enabled=False):
+            return op(*cast, *args[operands:])
+
+    return cast

@@ -1,0 +1,109 @@
+"""Mixed-precision plans: a spec for each layer under a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from klfast.core.errors import InvalidInputError
+from klfast.models.selection import Patterns
+from klfast.planning.budget import Budget
+from klfast.planning.constraints import Keep, settled
+from klfast.planning.greedy import plan_greedy, plan_greedy_evaluated
+from klfast.planning.numbers_given import require_number
+from klfast.planning.optimal import plan_optimal
+from klfast.planning.plan_file import Plan
+from klfast.planning.problem import Problem
+from klfast.planning.uniform import plan_uniform
+from klfast.quant.types import QuantSpec
+from klfast.sensitivity.results import Sensitivities
+
+__all__ = ["plan"]
+
+METHODS = ("optimal", "greedy", "uniform")
+
+
+def plan(
+    sensitivities: Sensitivities,
+    max_bytes: float | None = None,
+    mean_bits: float | None = None,
+    max_kl: float | None = None,
+    method: str = "optimal",
+    *,
+    metric: str | None = None,
+    evaluate: Callable[[Plan], float] | None = None,
+    gamma: float = 1.10,
+    spec: QuantSpec | str | None = None,
+    time_limit: float = 60.0,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
+    keep: Keep | None = None,
+) -> Plan:
+    """Choose a precision for each layer: full precision, or one of the specs that the sweep measured on it.
+
+    Give one budget:
+        max_bytes: of all tensors of the saved model: packed weights, scales (2 bytes each), packed zero points, shapes
+            (16 bytes a quantized layer), layers left alone, and everything that is never quantized; a tied head once.
+            The files' headers (names, shapes and offsets of the tensors) come on top.
+        mean_bits: per weight of all linear layers, scales and zero points included. Layers that stay in full precision count.
+        max_kl: summed KL over the layers, nats per token; the plan is then the smallest that stays within.
+
+    Args:
+        sensitivities: from klfast.sweep, or the published files (klfast.sensitivity.kl_ssm_quant).
+        method:
+            "optimal": the least summed cost within the budget, a knapsack solved to proven optimality.
+            "greedy": candidates (layer, spec) by rising cost. With ``evaluate``, as in the paper: a candidate whose
+                perplexity is above ``gamma`` times that of the full-precision model is taken back; ends with the list,
+                or once max_bytes or mean_bits (optional) is met. Without it: until the budget is met.
+            "uniform": ``spec`` on all layers; without ``spec``, the measured one that meets the budget best.
+        metric: what the cost is made of, any metric that the sweep measured. By default KL(teacher || student): what
+            quantization adds to the cross-entropy on the teacher's own text distribution, so that its sum predicts
+            the growth of log-perplexity, and the KL that klfast.evaluate reports; KL(student || teacher) if only that was
+            measured. "sqnr_db" counts as noise power 10^(-dB/10), "top1_agree" as 1 - agreement.
+        evaluate: for "greedy": plan -> perplexity of the model so quantized. Called first with an empty plan.
+        gamma: for "greedy" with ``evaluate``.
+        spec: for "uniform"; a QuantSpec or its text, such as "int4-g64-sym".
+        time_limit: seconds for "optimal"; a note says so if it was reached. It takes well under a second as a rule.
+        layers: patterns of the only layers that may be quantized: names, their last parts ("in_proj"), wildcards
+            ("layers.0.*") or "re:" and a regular expression, see klfast.models.selection. All by default.
+        exclude: patterns of layers that stay in full precision, such as "lm_head".
+        keep: pattern -> spec, or None or "full" for full precision, of layers that have this precision whatever the budget
+            and the method. The sweep must have measured the spec on them. Under "greedy" with ``evaluate`` they have it
+            from the second evaluation on.
+
+    Returns:
+        Plan, its ``predicted`` holding "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, where the sweep
+        measured delta_ce, "perplexity" on its calibration text, an estimate as if what each layer adds to the
+        cross-entropy added up: exp(the teacher's cross-entropy + the sum of delta_ce). Where a file cannot hold a
+        measured group size (``storable_spec``) the plan has the storable one and a note. Ties go to fewer bytes.
+
+    Raises:
+        InvalidInputError: no budget or more than one, an unknown method or metric, nothing measured or not finite, patterns
+            that contradict each other, a kept spec that was not measured.
+        UnknownLayerError: a pattern selects no layer.
+        InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
+    """
+    if not isinstance(sensitivities, Sensitivities):
+        raise InvalidInputError(f"plan takes Sensitivities (from klfast.sweep), got {type(sensitivities).__name__}")
+    if method not in METHODS:
+        raise InvalidInputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if evaluate is not None and method != "greedy":
+        raise InvalidInputError(f"evaluate belongs to method='greedy', not {method!r}")
+    if spec is not None and method != "uniform":
+        raise InvalidInputError(f"spec belongs to method='uniform', not {method!r}; leave it out")
+    if evaluate is not None and not callable(evaluate):
+        raise InvalidInputError(f"evaluate must be a function from a plan to a perplexity, got {type(evaluate).__name__}")
+    spec = None if spec is None else QuantSpec.of(spec)
+    if time_limit != math.inf:
+        time_limit = require_number("time_limit", time_limit, 0.0)
+    problem = Problem(sensitivities, metric, settled(sensitivities.layers, layers, exclude, keep))
+    budget = Budget.of(problem, max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    if method == "uniform":
+        return plan_uniform(problem, budget, spec)
+    if evaluate is not None:
+        return plan_greedy_evaluated(problem, budget, evaluate, gamma)
+    if budget is None:
+        raise InvalidInputError("give a budget: max_bytes (of the model), mean_bits (per weight) or max_kl (nats per token)")
+    if method == "greedy":
+        return plan_greedy(problem, budget)
+    return plan_optimal(problem, budget, time_limit)

@@ -1,0 +1,77 @@
+"""What a plan may cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
+from klfast.planning.numbers_given import require_number
+from klfast.planning.problem import KL_METRICS, Choice, Problem
+
+_ANY_BITS = 1e6  # more bits per weight than any model has
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on the summed size of the quantizable layers, or on the summed cost.
+
+    Attributes:
+        name: the argument of klfast.plan that it came from.
+        value: as the user gave it.
+        limit: what the sum may not exceed: size (an int, see ``size``), or cost.
+    """
+
+    name: str
+    value: float
+    limit: float
+
+    @classmethod
+    def of(cls, problem: Problem, **given: float | None) -> Budget | None:
+        """The one budget among ``given`` (max_bytes, mean_bits, max_kl); None if all are None."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            return None
+        if len(given) > 1:
+            raise InvalidInputError(f"give one budget, not {' and '.join(given)}")
+        [(name, value)] = given.items()
+        number = require_number(name, value, 0.0)
+        if name == "max_bytes":
+            return cls(name, value, math.floor(value) - problem.other_bytes)
+        if name == "mean_bits":  # rounded up by less than a byte, so that a plan's own predicted mean_bits is enough for it
+            return cls(name, value, math.floor(min(number, _ANY_BITS) * problem.n_weights / 8 * (1 + 1e-12)))
+        if problem.metric not in KL_METRICS:
+            raise InvalidInputError(f"max_kl limits a KL, but the metric is {problem.metric}; use {' or '.join(KL_METRICS)}, or max_bytes")
+        return cls(name, value, number)
+
+    @property
+    def of_bytes(self) -> bool:
+        return self.name != "max_kl"
+
+    def size(self, choice: Choice) -> int:
+        """Bytes counted against the budget; under max_kl, the bytes being minimised."""
+        return choice.weight_bytes if self.name == "mean_bits" else choice.nbytes
+
+    def used(self, picks: dict[str, Choice]) -> float:
+        return sum(map(self.size, picks.values())) if self.of_bytes else math.fsum(c.cost for c in picks.values())
+
+    def met(self, picks: dict[str, Choice]) -> bool:
+        return self.used(picks) <= self.limit
+
+    def require(self, problem: Problem, smallest: dict[str, Choice], remedy: str) -> None:
+        """Raise InfeasibleBudgetError unless ``smallest``, the least that the method reaches, meets the budget."""
+        if self.met(smallest):
+            return
+        used = self.used(smallest)
+        total = sum(choice.nbytes for choice in smallest.values()) + problem.other_bytes
+        if self.name == "max_bytes":
+            what, least = f"{math.floor(self.value):,} bytes", f"{total:,} bytes"
+        elif self.name == "mean_bits":
+            what, least = f"{self.value:g} bits per weight", f"{8 * used / problem.n_weights:.4f} ({total:,} bytes)"
+        else:
+            what, least = f"a KL of {self.value:g} nats per token", f"{used:.6g}"
+        if problem.settled:
+            least, remedy = f"{least} under these patterns", f"{remedy}, or leave the planner more layers"
+        if problem.n_left_out:
+            remedy += f" ({problem.n_left_out} measurements are left out: {problem.metric} is not finite)"
+        raise InfeasibleBudgetError(f"no plan meets {what}: the smallest reachable is {least}; {remedy}")

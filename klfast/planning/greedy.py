@@ -1,0 +1,82 @@
+"""Candidates (layer, spec) one by one, the cheapest first: the paper's allocation, and a budgeted one.
+
+The paper's (arXiv 2604.13440) quantizes a candidate, measures the perplexity and takes the candidate back if it rose
+above gamma times the baseline. Two differences: here the baseline is the full-precision model's throughout (the
+paper's code resets it after each accepted layer, so that its 10 % compounds), and a layer that moves from 8 bits to 4
+is rounded from its original weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from klfast.core.errors import InvalidInputError
+from klfast.planning.budget import Budget
+from klfast.planning.numbers_given import require_number
+from klfast.planning.plan_file import Plan
+from klfast.planning.problem import Choice, Problem
+
+
+def plan_greedy(problem: Problem, budget: Budget) -> Plan:
+    """Without measuring: candidates in order until the bytes are within the budget, or while the KL is."""
+    picks = _start(problem)
+    for name, choice in _candidates(problem):
+        if budget.of_bytes and budget.met(picks):
+            break
+        trial = {**picks, name: choice}
+        if choice.nbytes < picks[name].nbytes and (budget.of_bytes or budget.met(trial)):
+            picks = trial
+    budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits")
+    return problem.plan(picks, "greedy")
+
+
+def plan_greedy_evaluated(problem: Problem, budget: Budget | None, evaluate: Callable[[Plan], float], gamma: float) -> Plan:
+    """The paper's: a candidate stays if the perplexity that ``evaluate`` measures stays within gamma x baseline."""
+    if budget is not None and not budget.of_bytes:
+        raise InvalidInputError("greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl")
+    gamma = require_number("gamma", gamma, 1.0)
+    picks, notes = _start(problem), []
+    baseline = perplexity = _perplexity(evaluate, problem.plan(problem.full, "greedy"))
+    if not math.isfinite(baseline) or baseline <= 0:
+        raise InvalidInputError(f"evaluate gave {baseline} for the full-precision model; it must return a perplexity")
+    if any(choice.spec is not None for choice in picks.values()):
+        perplexity = _perplexity(evaluate, problem.plan(picks, "greedy"))
+        if not perplexity <= gamma * baseline:
+            notes.append(f"what keep asks for raises the perplexity to {perplexity:.4f}, above gamma times that of full precision")
+    accepted = tried = 0
+    for name, choice in _candidates(problem):
+        if budget is not None and budget.met(picks):
+            break
+        if choice.nbytes >= picks[name].nbytes:
+            continue
+        trial = {**picks, name: choice}
+        result = _perplexity(evaluate, problem.plan(trial, "greedy"))
+        tried += 1
+        if result <= gamma * baseline:  # a NaN is turned down too
+            picks, perplexity, accepted = trial, result, accepted + 1
+    if budget is not None:
+        budget.require(problem, picks, f"raise {budget.name} or gamma")
+    notes.append(
+        f"accepted {accepted} of {tried} candidates tried; perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
+    )
+    return problem.plan(picks, "greedy", notes)
+
+
+def _start(problem: Problem) -> dict[str, Choice]:
+    """Full precision for every layer whose precision the user has not settled."""
+    return {name: choices[0] for name, choices in problem.layers.items()}
+
+
+def _perplexity(evaluate: Callable[[Plan], float], plan: Plan) -> float:
+    found = evaluate(plan)
+    try:
+        return float(found)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInputError(f"evaluate must return a perplexity, got {type(found).__name__}") from None
+
+
+def _candidates(problem: Problem) -> list[tuple[str, Choice]]:
+    """(layer, choice) by rising cost; of equals, more bytes first, then in module order."""
+    pairs = [(name, choice) for name, choices in problem.layers.items() for choice in choices[1:]]
+    return sorted(pairs, key=lambda pair: (pair[1].cost, -pair[1].nbytes))

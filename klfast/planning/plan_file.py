@@ -1,0 +1,139 @@
+"""Plans, and plans as JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from klfast.core import signed_json
+from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.core.signed_json import is_a, number
+from klfast.models.fingerprint import Fingerprint
+from klfast.quant.types import SCALES, QuantSpec
+
+SCHEMA = "klfast-plan/1"
+_REMEDY = "create the plan again"
+_ENTRIES = ("schema", "method", "fingerprint", "specs", "predicted", "notes")
+_ADDED = ("scale", signed_json.DIGEST)  # plans of klfast 0.1.0 have neither, later ones have both
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A precision for each linear layer.
+
+    Attributes:
+        specs: layer name -> spec (a QuantSpec, or its text). A layer that is not named keeps its full precision.
+        method: "optimal", "greedy" or "uniform".
+        fingerprint: the model that the plan was made for; None if made from published files.
+        predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
+            headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included),
+            "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, an estimate: as if what
+            each layer adds to the cross-entropy added up.
+        notes: anything that the planner changed or found, one sentence each.
+        scale: how scales were chosen in the sweep behind the plan, "absmax" or "mse", and are chosen when the plan is applied.
+            None if that is not known.
+    """
+
+    specs: Mapping[str, QuantSpec]
+    method: str
+    fingerprint: Fingerprint | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    scale: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.specs, Mapping):
+            raise InvalidInputError(f"the specs of a plan must be a mapping from layer names to specs, got {type(self.specs).__name__}")
+        object.__setattr__(self, "specs", {name: QuantSpec.of(spec) for name, spec in self.specs.items()})
+        if self.scale not in (None, *SCALES):
+            raise InvalidInputError(f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}")
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
+        return write(self, path)
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Plan:
+        """Read back what ``to_json`` wrote. Layer names and the model are checked when the plan is applied.
+
+        Args:
+            source: a path, or the JSON text itself (recognized by its opening brace).
+
+        Raises:
+            CheckpointError: no such file, or it is truncated, altered or not a plan.
+        """
+        return read(source)
+
+
+def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
+    """Return the plan as JSON text with its digest, written to ``path`` if given.
+
+    Raises:
+        InvalidInputError: the plan holds something that JSON lacks, such as a NaN.
+    """
+    data = {
+        "schema": SCHEMA,
+        "method": plan.method,
+        "fingerprint": plan.fingerprint and {"structure": plan.fingerprint.structure, "norms": list(plan.fingerprint.norms)},
+        "specs": {name: str(spec) for name, spec in plan.specs.items()},
+        "predicted": dict(plan.predicted),
+        "notes": list(plan.notes),
+        "scale": plan.scale,
+    }
+    try:
+        return signed_json.write(data, path)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the plan cannot be written as JSON ({error}); its numbers must be finite, its notes text") from error
+
+
+def read(source: str | os.PathLike[str]) -> Plan:
+    """Return the plan in a file that ``write`` made, or in its JSON text (recognized by the opening brace).
+
+    Raises:
+        CheckpointError: no such file, or it is truncated, altered or not a plan.
+    """
+    data, origin = signed_json.read(source, "a plan", _REMEDY, verified=False)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        if str(schema).startswith("klfast-sensitivities/"):
+            raise CheckpointError(f"{origin} holds sensitivities; make a plan of them first (klfast plan)")
+        raise CheckpointError(f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give what klfast plan wrote")
+    try:
+        _check_entries(data)
+        plan = _plan(data)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
+    try:
+        signed_json.verify(data, origin, _REMEDY)
+    except CheckpointError as error:
+        remedy = f"{_REMEDY}, or if you edited it remove {' and '.join(_ADDED)}"
+        raise CheckpointError(f"{origin} is damaged (its content does not match its {signed_json.DIGEST}); {remedy}") from error
+    return plan
+
+
+def _check_entries(data: dict[str, object]) -> None:
+    """Raise unless the entries are those of a plan: without its name a digest would not be looked at."""
+    if unknown := [name for name in data if name not in (*_ENTRIES, *_ADDED)]:
+        raise ValueError(f"it has an unknown entry {unknown[0]!r}")
+    if missing := [name for name in _ADDED if name not in data]:
+        if len(missing) < len(_ADDED):
+            raise KeyError(missing[0])
+
+
+def _plan(data: dict[str, object]) -> Plan:
+    specs = {name: is_a(str, spec, f"the spec of {name}") for name, spec in is_a(dict, data["specs"], "specs").items()}
+    predicted = {name: _finite(value, name) for name, value in is_a(dict, data["predicted"], "predicted").items()}
+    notes = tuple(is_a(str, note, "a note") for note in is_a(list, data["notes"], "notes"))
+    fingerprint = data["fingerprint"]
+    if fingerprint is not None:
+        fields = is_a(dict, fingerprint, "fingerprint")
+        norms = tuple(number(norm, "a norm") for norm in is_a(list, fields["norms"], "norms"))
+        fingerprint = Fingerprint(is_a(str, fields["structure"], "structure"), norms)
+    return Plan(specs, is_a(str, data["method"], "method"), fingerprint, predicted, notes, data.get("scale"))
+
+
+def _finite(value: object, what: str) -> float:
+    number(value, what)
+    return value  # bytes stay an int

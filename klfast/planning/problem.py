@@ -1,0 +1,245 @@
+"""What every method plans from: for each layer, the precisions it can have, with their bytes and costs."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from klfast.core.errors import InvalidInputError
+from klfast.planning.numbers_given import shortened
+from klfast.planning.plan_file import Plan
+from klfast.quant.types import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
+from klfast.sensitivity.coverage import require_measurements, unfinished_note, unmeasured
+from klfast.sensitivity.results import METRICS, Sensitivities
+
+KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
+# Costs between these, and 0: sums and rates of them stay within floats. Above it is damage, as an infinity is; below it is 0.
+_TINY, _TOO_LARGE = 1e-100, 1e100
+_ANY_SIZE = 2**63
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One precision of one layer.
+
+    Attributes:
+        spec: as it will be stored; None for full precision.
+        nbytes: of the layer in that precision, as saved.
+        cost: what the method minimises; adds up over layers.
+        kl: measured KL in nats per token, None if it was not measured.
+        delta_ce: measured growth of the cross-entropy, nats per token; None if it was not measured.
+        measured: the spec that the cost was measured with.
+    """
+
+    spec: QuantSpec | None
+    nbytes: int
+    cost: float
+    kl: float | None
+    delta_ce: float | None
+    measured: QuantSpec | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights alone, scales and zero points included: what bits per weight are reckoned from."""
+        return self.nbytes if self.spec is None else self.nbytes - SHAPE_BYTES
+
+
+class Problem:
+    """Sensitivities as choices.
+
+    Attributes:
+        full: name -> full precision.
+        layers: name -> choices. Full precision first, then by falling bytes; a single choice where the user settled one.
+        settled: name -> the spec (None: full precision) that the user settled; the other layers are free.
+        n_weights: weights in all linear layers together.
+        metric: the metric that costs are made of.
+        notes: what was found while reading the measurements.
+        n_left_out: measurements that no plan can use, since the metric is not finite.
+    """
+
+    def __init__(self, sensitivities: Sensitivities, metric: str | None, settled: Mapping[str, QuantSpec | None] | None = None):
+        self.sensitivities = sensitivities
+        self.settled = dict(settled or {})
+        self.notes: list[str] = []
+        _check(sensitivities)
+        self._measurements = {key: m for key, m in sensitivities.measurements.items() if self._may_be(*key)}
+        self.metric = self._metric(metric)
+        self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
+        self.n_weights = sum(math.prod(info.shape) for info in sensitivities.layers.values())
+        self.full = {name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()}
+        negative, noise, broken = 0, 0, []
+        found: dict[str, list[Choice]] = {name: [] for name in self.full}
+        for (name, measured), measurement in self._measurements.items():
+            cost = _cost(self.metric, measurement.mean[self.metric])
+            if not abs(cost) < _TOO_LARGE:
+                broken.append(f"{name} at {measured}")
+                continue
+            negative += cost < 0
+            noise += measurement.below_noise
+            kl = None if self.kl_metric is None else measurement.mean[self.kl_metric]
+            kl = _counted(kl) if kl is not None and abs(kl) < _TOO_LARGE else None
+            shape = sensitivities.layers[name].shape
+            spec = storable_spec(measured, shape[1])
+            found[name].append(Choice(spec, spec.saved_bytes(shape), _counted(cost), kl, measurement.mean.get("delta_ce"), measured))
+        self.n_left_out = len(broken)
+        if broken and not any(found.values()):
+            raise InvalidInputError(f"{self.metric} is not finite in any measurement ({_some(broken)}); pass another metric or sweep again")
+        self.layers = {name: self._choices(name, choices) for name, choices in found.items()}
+        self._note_layers()
+        self._note_measurements(negative, noise, broken)
+
+    @property
+    def free(self) -> list[str]:
+        """Layers whose precision is the planner's to choose."""
+        return [name for name in self.full if name not in self.settled]
+
+    def _may_be(self, name: str, measured: QuantSpec) -> bool:
+        if name not in self.settled:
+            return True
+        wanted, k = self.settled[name], self.sensitivities.layers[name].shape[1]
+        return wanted is not None and storable_spec(wanted, k) == storable_spec(measured, k)
+
+    def _choices(self, name: str, found: list[Choice]) -> list[Choice]:
+        if name not in self.settled:
+            return _unique(self.full[name], found)
+        wanted = self.settled[name]
+        if wanted is None:
+            return [self.full[name]]
+        if not found:
+            specs = ", ".join(str(spec) for layer, spec in self.sensitivities.measurements if layer == name)
+            why = f"{self.metric} of {name} at {wanted} is not finite" if self._measured(name) else f"{name} was not measured at {wanted}"
+            raise InvalidInputError(f"{why} (measured: {specs or 'nothing'}), so keep cannot ask for it; choose another spec, or sweep it")
+        return [next((choice for choice in found if choice.spec == choice.measured), found[0])]
+
+    def _measured(self, name: str) -> bool:
+        return any(layer == name for layer, _ in self._measurements)
+
+    def _all_have(self, metric: str) -> bool:
+        return all(metric in m.mean for m in self._measurements.values())
+
+    def _metric(self, asked: str | None) -> str:
+        if asked is None:
+            asked = next(filter(self._all_have, KL_METRICS), KL_METRICS[0])
+            if asked != KL_METRICS[0]:
+                self.notes.append(f"planned by {asked}: {KL_METRICS[0]} was not measured")
+        if asked not in METRICS:
+            raise InvalidInputError(f"unknown metric {asked!r}; choose one of {', '.join(METRICS)}")
+        for (name, spec), measurement in self._measurements.items():
+            if asked not in measurement.mean:
+                held = ", ".join(measurement.mean) or "nothing"
+                raise InvalidInputError(f"{asked} was not measured for {name} at {spec} (only {held}); pass another metric or sweep with it")
+        return asked
+
+    def _note_layers(self) -> None:
+        """Note which layers the user settled, and which the planner cannot quantize."""
+        if note := unfinished_note(self.sensitivities):
+            self.notes.append(note)
+        by_spec: dict[QuantSpec | None, list[str]] = {}
+        for name, spec in self.settled.items():
+            by_spec.setdefault(spec, []).append(name)
+        self.notes += [f"{_some(names)} kept in {spec or 'full precision'}, as asked" for spec, names in by_spec.items()]
+        single = [name for name in self.free if len(self.layers[name]) == 1]
+        missing = set(unmeasured(self.sensitivities)) if single else set()
+        for why, names in (
+            ("not measured", [name for name in single if name in missing]),
+            ("no measured spec makes it smaller", [name for name in single if name not in missing]),
+        ):
+            if names:
+                self.notes.append(f"{_some(names)} keeping full precision: {why}")
+
+    def _note_measurements(self, negative: int, noise: int, broken: list[str]) -> None:
+        if negative:
+            self.notes.append(f"{negative} negative measurements of {self.metric} were taken as 0")
+        if noise:
+            self.notes.append(f"{noise} measurements lie below the noise floor: their order is chance, their size an upper bound")
+        if broken:
+            self.notes.append(f"{_some(broken)} left out: {self.metric} is not finite")
+
+    @property
+    def other_bytes(self) -> int:
+        return int(self.sensitivities.other_bytes)
+
+    def plan(self, picks: dict[str, Choice], method: str, notes: list[str] = []) -> Plan:  # noqa: B006 (never changed)
+        """The Plan of these choices, with what it is predicted to cost."""
+        predicted = {
+            "bytes": sum(choice.nbytes for choice in picks.values()) + self.other_bytes,
+            "mean_bits": 8 * sum(choice.weight_bytes for choice in picks.values()) / self.n_weights,
+        }
+        if all(choice.kl is not None for choice in picks.values()):
+            predicted["kl"] = math.fsum(choice.kl for choice in picks.values())
+        teacher = self.sensitivities.provenance.get("ce_teacher")
+        if isinstance(teacher, (int, float)) and all(choice.delta_ce is not None for choice in picks.values()):
+            nll = _sum([teacher, *(choice.delta_ce for choice in picks.values())])
+            if math.isfinite(nll):
+                predicted["perplexity"] = math.exp(min(nll, 700.0))
+        specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
+        notes = [*self.notes, *self._note_groups(picks), *notes]
+        scale = self.sensitivities.provenance.get("scale")
+        return Plan(specs, method, self.sensitivities.fingerprint, predicted, tuple(notes), scale if scale in SCALES else None)
+
+    def _note_groups(self, picks: dict[str, Choice]) -> list[str]:
+        changed = Counter()
+        for name, choice in picks.items():
+            k = self.sensitivities.layers[name].shape[1]
+            if choice.measured is not None and choice.spec.group_length(k) != choice.measured.group_length(k):
+                changed[choice.measured, choice.spec, k] += 1
+        return [
+            f"{asked} became {spec} on {count} layers with {k} inputs: a saved group size must divide the inputs"
+            for (asked, spec, k), count in changed.items()
+        ]
+
+
+def _check(sensitivities: Sensitivities) -> None:
+    """Raise InvalidInputError unless something was measured, on layers that are there and have a size."""
+    require_measurements(sensitivities)
+    for name, _ in sensitivities.measurements:
+        if name not in sensitivities.layers:
+            raise InvalidInputError(f"the sensitivities measure {name!r}, which is not among their layers; sweep again")
+    sizes = [("what is never quantized", "bytes", sensitivities.other_bytes)]
+    for name, info in sensitivities.layers.items():
+        sizes += [(name, "bytes", info.float_bytes), *((name, "rows or columns", n) for n in info.shape)]
+    for name, what, size in sizes:
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool) or not 0 <= size < _ANY_SIZE:
+            raise InvalidInputError(f"the sensitivities are damaged: {name} has {shortened(size)} {what}; sweep again")
+    if not any(math.prod(info.shape) for info in sensitivities.layers.values()):
+        raise InvalidInputError("the layers of the sensitivities have no weights; sweep again")
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The sum without rounding errors; NaN if it has none (infinities of both signs) or leaves the range of floats."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+def _cost(metric: str, mean: float) -> float:
+    """The additive cost of one measurement."""
+    if metric == "sqnr_db":  # noise power relative to the signal's
+        return 10.0 ** (-mean / 10.0) if mean > -3000 else math.inf
+    if metric == "top1_agree":
+        return 1.0 - mean
+    return mean
+
+
+def _counted(cost: float) -> float:
+    return cost if cost > _TINY else 0.0
+
+
+def _unique(full: Choice, found: list[Choice]) -> list[Choice]:
+    """One choice a stored spec, none that saves nothing over full precision; by falling bytes, then bits.
+
+    Of two measured specs that are stored as the same one, the one that needed no change counts.
+    """
+    by_spec: dict[QuantSpec, Choice] = {}
+    for choice in found:
+        if choice.nbytes < full.nbytes and (choice.spec not in by_spec or choice.spec == choice.measured):
+            by_spec[choice.spec] = choice
+    return [full, *sorted(by_spec.values(), key=lambda c: (-c.nbytes, -c.spec.bits, c.spec))]
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,65 @@
+"""One spec for every layer: what mixed precision is compared with."""
+
+from __future__ import annotations
+
+import math
+
+from klfast.core.errors import InvalidInputError
+from klfast.planning.budget import Budget
+from klfast.planning.plan_file import Plan
+from klfast.planning.problem import Choice, Problem
+from klfast.quant.types import QuantSpec, storable_spec
+
+
+def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None) -> Plan:
+    """``spec`` everywhere; without one, the measured spec that meets the budget best (least cost in bytes, or fewest
+    bytes under a KL)."""
+    if spec is not None:
+        picks = {name: _choice(problem, name, spec) for name in problem.layers}
+        if budget is not None:
+            if not budget.of_bytes and any(c.kl is None for c in picks.values()):
+                raise InvalidInputError(f"{spec} was not measured on every layer, so its KL is not known; sweep it, or give max_bytes")
+            budget.require(problem, picks, "raise the budget or choose another spec")
+        return _plan(problem, picks)
+    if budget is None:
+        raise InvalidInputError("a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits or max_kl")
+    specs = sorted({measured for _, measured in problem.sensitivities.measurements})
+    trials = [{name: _choice(problem, name, s) for name in problem.layers} for s in specs]
+    if not problem.free:
+        trials = [{name: choices[0] for name, choices in problem.layers.items()}]
+    trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
+    trials = [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
+    if not trials:
+        raise InvalidInputError("no spec was measured on every layer; pass spec=, or finish the sweep")
+    least = min(trials, key=budget.used)
+    budget.require(problem, least, "raise the budget, or use method='optimal'")
+    fitting = [picks for picks in trials if budget.met(picks)]
+    return _plan(problem, min(fitting, key=lambda picks: _order(picks, budget)))
+
+
+def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
+    """``spec`` on that layer, or full precision where the spec saves nothing; cost infinite, KL None if not measured.
+    A layer that the user settled has its one choice."""
+    if name in problem.settled:
+        return problem.layers[name][0]
+    full = problem.full[name]
+    shape = problem.sensitivities.layers[name].shape
+    stored = storable_spec(spec, shape[1])
+    nbytes = stored.saved_bytes(shape)
+    if nbytes >= full.nbytes:
+        return full
+    found = next((c for c in problem.layers[name] if c.spec == stored), None)
+    if found is None:
+        return Choice(stored, nbytes, math.inf, None, None, spec)
+    return Choice(stored, nbytes, found.cost, found.kl, found.delta_ce, spec)
+
+
+def _order(picks: dict[str, Choice], budget: Budget) -> tuple[float, float]:
+    nbytes, cost = sum(c.nbytes for c in picks.values()), math.fsum(c.cost for c in picks.values())
+    return (cost, nbytes) if budget.of_bytes else (nbytes, cost)
+
+
+def _plan(problem: Problem, picks: dict[str, Choice]) -> Plan:
+    full = [name for name, choice in picks.items() if choice.spec is None and len(problem.layers[name]) > 1]
+    notes = [f"{len(full)} layers keep full precision, where the spec saves nothing: {', '.join(full)}"] if full else []
+    return problem.plan(picks, "uniform", notes)

@@ -1,0 +1,1 @@
+"""Quantization formats: specs, quantized tensors, their layouts, and rounding to them."""

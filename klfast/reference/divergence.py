@@ -1,0 +1,108 @@
+"""The truth of the divergence ops: plain torch in float64, a few tokens at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from klfast.core.errors import InvalidInputError
+from klfast.quant.types import IGNORED_TARGET, QuantizedTensor
+
+_CHUNK = 16  # tokens whose float64 rows are alive at a time
+
+
+def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    """The metrics of ``Divergence``, float32 [8, T] in its order, of logits [T, V]; cross-entropies NaN without targets."""
+    tokens, vocab = teacher.shape
+    check_targets(targets, vocab)
+    metrics = torch.full((8, tokens), math.nan, dtype=torch.float64, device=teacher.device)
+    for start in range(0, tokens, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        rows = [logits[part].double() for logits in (teacher, student)]
+        for who, logits in zip(("teacher", "student"), rows, strict=True):
+            if not torch.isfinite(logits).all():
+                token, column = (~torch.isfinite(logits)).nonzero()[0].tolist()
+                raise_not_finite(who, start + token, column)
+        metrics[:, part] = _compare(*rows, None if targets is None else targets[part])
+    return metrics.float()
+
+
+def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor | QuantizedTensor, student_hidden: torch.Tensor, student_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None) -> torch.Tensor:
+    """``logit_divergence`` of hidden states [T, H] and [S * T, H] times their heads [V, H], multiplied in float32.
+
+    Token s * T + t of the student is compared with token t of the teacher.
+    """
+    tokens = student_hidden.shape[0]
+    heads = [head.dequantize(torch.float32) if isinstance(head, QuantizedTensor) else head.float() for head in (teacher_head, student_head)]
+    check_targets(targets, heads[0].shape[0])
+    metrics = torch.empty(8, tokens, device=student_hidden.device)
+    for start in range(0, tokens, _CHUNK):
+        part = torch.arange(start, min(start + _CHUNK, tokens), device=student_hidden.device)
+        teacher = teacher_hidden[part % teacher_hidden.shape[0]].float() @ heads[0].T
+        student = student_hidden[part].float() @ heads[1].T
+        metrics[:, part] = logit_divergence(teacher, student, None if targets is None else targets[part])
+    return metrics
+
+
+def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    """[8, T] of float64 logits [T, V]."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    x = log_q - log_p
+    jsd = -(log_p.exp() * _log_mixture(x) + log_q.exp() * _log_mixture(-x)).sum(-1) / 2
+    d = student - teacher
+    noise = d.square().sum(-1)
+    sqnr = torch.where(noise > 0, 10 * torch.log10(teacher.square().sum(-1) / noise), math.inf)
+    if targets is None:
+        ce = torch.full((2, len(teacher)), math.nan, dtype=torch.float64, device=teacher.device)
+    else:
+        index = targets.clamp(min=0).unsqueeze(-1)
+        ce = torch.stack([-x.gather(-1, index).squeeze(-1) for x in (log_p, log_q)])
+        ce = ce.masked_fill(targets == IGNORED_TARGET, math.nan)
+    agree = (_first_argmax(teacher) == _first_argmax(student)).double()
+    return torch.stack((_kl(log_p, log_q), _kl(log_q, log_p), jsd.clamp(min=0), noise / teacher.shape[-1], sqnr, *ce, agree))
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) as the sum of p (e^x - 1 - x), x = log(q / p): no term is negative, and p (e^x - 1) sums to zero."""
+    x, p = log_q - log_p, log_p.exp()
+    small = p * (torch.expm1(x) - x).clamp(min=0)
+    return torch.where(x.abs() < 1, small, log_q.exp() - p - p * x).sum(-1)
+
+
+def _log_mixture(x: torch.Tensor) -> torch.Tensor:
+    """log(m / p), with m = (p + q) / 2 and x = log(q / p)."""
+    return torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=40) - math.log(2))
+
+
+def _first_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Lowest index of the largest value (torch.argmax promises no particular one among equals)."""
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.where(logits == logits.amax(-1, keepdim=True), index, logits.shape[-1]).amin(-1)
+
+
+def check_targets(targets: torch.Tensor | None, vocab: int) -> None:
+    """Raise unless every target is a token of the vocabulary or the ignored index."""
+    if targets is None:
+        return
+    bad = ((targets < 0) & (targets != IGNORED_TARGET)) | (targets >= vocab)
+    if bad.any():
+        value = targets[bad][0].item()
+        raise InvalidInputError(f"targets must be in 0..{vocab - 1}, or {IGNORED_TARGET} to ignore a token; got {value}")
+
+
+def raise_not_finite(who: str, token: int, column: int) -> None:
+    """Raise the error for a NaN or infinity in the logits of ``who`` ("teacher" or "student")."""
+    raise InvalidInputError(
+        f"the {who}'s logit of token {token}, vocabulary entry {column}, is a NaN or an infinity; "
+        "give masked entries a large finite value in both models, or leave them out"
+    )
+
+
+def raise_too_large(who: str, token: int, column: int) -> None:
+    """Raise the error for a finite logit of ``who`` that lies further below the token's largest than float32 reaches."""
+    raise InvalidInputError(
+        f"the {who}'s logit of token {token}, vocabulary entry {column}, is too large: the difference to the token's largest logit "
+        f"must stay within float32, {torch.finfo(torch.float32).max:.1e}"
+    )

@@ -1,0 +1,1 @@
+"""What sweeps and plans say, as tables and plots."""

@@ -1,0 +1,219 @@
+"""One micro-batch of a sweep: what each candidate does to the model's next-token distributions.
+
+A candidate is one linear layer quantized, all others at full precision. The teacher runs once and leaves the carry at
+every block boundary; a candidate re-runs its own block from there, and all candidates of a block go through the rest
+of the network as one larger batch. Logits are never made whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from klfast.core.errors import InvalidInputError
+from klfast.core.interrupts import interruptible
+from klfast.models.block_chain import Carry, Chain, Passage
+from klfast.ops import linear_divergence
+from klfast.quant.rounding import fake_quantize
+from klfast.quant.types import QuantSpec
+from klfast.sensitivity.results import METRICS
+from klfast.sensitivity.unfinished import Unfinished
+
+SQNR_CAP = 150.0  # dB; beyond what float32 resolves, so that a token with equal logits does not make the mean infinite
+COLUMNS = (*METRICS, "ce_teacher")  # what the measuring methods sum
+STAGES = ("teacher", "quantize", "own_block", "suffix", "divergence")
+COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's logits
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear layer (and its name) with the spec that it is quantized to; or only its rows first..end, and their use."""
+
+    name: str
+    layer: nn.Linear
+    spec: QuantSpec
+    use: str | None = None
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}{f' ({self.use} rows)' if self.use else ''} as {self.spec}"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The full-precision model on one micro-batch of B windows, T tokens each.
+
+    Attributes:
+        passage: the micro-batch.
+        carries: what enters each block, in order.
+        hidden: what enters the head, [B * (T - 1), H]; a window's last token has no next one to be compared at.
+        targets: the next tokens, int64 [B * (T - 1)].
+    """
+
+    passage: Passage
+    carries: list[Carry]
+    hidden: torch.Tensor
+    targets: torch.Tensor
+
+
+class Engine:
+    """Measures candidates, micro-batch by micro-batch. The measuring methods return sums over each window's T - 1
+    tokens, float64 [C, len(COLUMNS), B]; they go on from where ``unfinished`` says that an earlier run of theirs was.
+
+    Attributes:
+        seconds: wall time spent so far, by stage.
+        block_tokens: tokens that went through a block so far, counted once for each block.
+        pause: called after each block that candidates went through, with what it takes to go on from there.
+    """
+
+    def __init__(self, chain: Chain, scale: str, max_batch_tokens: int) -> None:
+        self.chain = chain
+        self._full_head = chain.head.weight.data  # stays what it is while the head is swapped
+        self.scale = scale
+        self.max_batch_tokens = max_batch_tokens
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.block_tokens = 0
+        self.pause: Callable[[Unfinished], None] = lambda unfinished: None
+
+    def teach(self, input_ids: torch.Tensor) -> Teacher:
+        """Run the full-precision model on a micro-batch, int64 [B, T]."""
+        with self._timed("teacher"):
+            passage = self.chain.enter(input_ids)
+            carries = [passage.entry]
+            for index in range(len(self.chain.blocks)):
+                carries.append(self._step(index, carries[-1], passage))
+            hidden = self.chain.finish(carries[-1], passage)
+            if not torch.isfinite(hidden).all():
+                self._blame_block(carries)
+            return Teacher(passage, carries[:-1], self._compared(hidden)[0], input_ids[:, 1:].flatten())
+
+    def measure_block(self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None) -> torch.Tensor:
+        """All of ``candidates``, at most COMPARED_TOGETHER, whose layers lie in block ``index``."""
+        windows, length = teacher.passage.input_ids.shape
+        width = max(1, self.max_batch_tokens // (windows * length))
+        finals = [] if unfinished is None else list(unfinished.finals)
+        for part in chunks(candidates, width)[len(finals) // width :]:
+            if unfinished is None:
+                carry, start = Carry.stack([self._own_block(teacher, index, candidate) for candidate in part]), index + 1
+                self.pause(Unfinished(list(finals), carry, start))
+            else:
+                carry, start, unfinished = unfinished.carry, unfinished.block, None
+            with self._timed("suffix"):
+                hidden = self._run(teacher.passage, carry, start, finals)
+            for candidate, final in zip(part, hidden.split(windows), strict=True):
+                self._require_finite(candidate, final)
+                finals.append(final)
+        return self._compare(teacher, torch.cat(finals))
+
+    def measure_head(self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None) -> torch.Tensor:
+        """The head under one spec. A tied embedding looks up the quantized rows, which changes the whole network."""
+        with self._swapped(candidate):
+            if tied:
+                with self._timed("suffix"):
+                    passage = self.chain.enter(teacher.passage.input_ids)
+                    hidden = self._compared(self._run(passage, *_start(unfinished, passage.entry)))
+                self._require_finite(candidate, hidden)
+            else:
+                hidden = teacher.hidden.unsqueeze(0)
+            return self._diverge(teacher, hidden, self.chain.head.weight.data)
+
+    def measure_noise(self, teacher: Teacher, seed: int, unfinished: Unfinished | None = None) -> torch.Tensor:
+        """The teacher once more, each embedding moved by at most one unit in the last place: rounds anew everywhere."""
+        entry = teacher.carries[0].hidden
+        generator = torch.Generator().manual_seed(seed)
+        ulps = (torch.rand(entry.shape, generator=generator) * 2 - 1).to(entry.device)
+        nudged = (entry.float() * (1 + torch.finfo(entry.dtype).eps * ulps)).to(entry.dtype)
+        with self._timed("suffix"):
+            hidden = self._run(teacher.passage, *_start(unfinished, Carry(nudged, teacher.carries[0].extra)))
+        return self._compare(teacher, hidden)
+
+    def _own_block(self, teacher: Teacher, index: int, candidate: Candidate) -> Carry:
+        with self._swapped(candidate), self._timed("own_block"):
+            return self._step(index, teacher.carries[index], teacher.passage)
+
+    def _run(self, passage: Passage, carry: Carry, start: int, finals: list[torch.Tensor]) -> torch.Tensor:
+        """What enters the head, [C * B, T, H], from what enters block ``start`` of C candidates; ``finals`` are those before them."""
+        copies = len(carry.hidden) // len(passage.input_ids)
+        if copies > 1:
+            passage = self.chain.enter(passage.input_ids.repeat(copies, 1))
+        for index in range(start, len(self.chain.blocks)):
+            carry = self._step(index, carry, passage)
+            self.pause(Unfinished(list(finals), carry, index + 1))
+        return self.chain.finish(carry, passage)
+
+    def _step(self, index: int, carry: Carry, passage: Passage) -> Carry:
+        self.block_tokens += passage.input_ids.numel()
+        with interruptible():
+            return self.chain.step(index, carry, passage)
+
+    @contextmanager
+    def _swapped(self, candidate: Candidate) -> Iterator[None]:
+        """Give the layer its quantized weight, and its own storage back afterwards. A tied embedding shares both."""
+        weight = candidate.layer.weight
+        first, end = candidate.rows or (0, len(weight))
+        with self._timed("quantize"):
+            try:
+                with interruptible():
+                    rounded = fake_quantize(weight[first:end], candidate.spec, scale=self.scale).to(weight.dtype)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{candidate}: {error}") from error
+            if candidate.rows:
+                rounded = torch.cat((weight[:first], rounded, weight[end:]))
+        original = weight.data
+        try:
+            weight.data = rounded
+            yield
+        finally:
+            weight.data = original
+
+    def _compare(self, teacher: Teacher, hidden: torch.Tensor) -> torch.Tensor:
+        """``_diverge`` of hidden states [C * B, T, H] under the full-precision head."""
+        windows = teacher.passage.input_ids.shape[0]
+        return self._diverge(teacher, self._compared(hidden, len(hidden) // windows), self._full_head)
+
+    def _compared(self, hidden: torch.Tensor, candidates: int = 1) -> torch.Tensor:
+        """[C * B, T, H] without each window's last token, as the head takes it: [C, B * (T - 1), H]."""
+        dtype = self.chain.head.weight.dtype
+        return hidden[:, :-1].to(dtype).reshape(candidates, -1, hidden.shape[-1])
+
+    def _diverge(self, teacher: Teacher, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        with self._timed("divergence"):
+            with interruptible():
+                found = linear_divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
+            columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
+            per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
+            windows, length = teacher.passage.input_ids.shape
+            # On the CPU, since some GPUs have no float64.
+            return per_token.cpu().double().view(len(COLUMNS), -1, windows, length - 1).sum(-1).transpose(0, 1)
+
+    def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
+        if not torch.isfinite(hidden).all():
+            raise InvalidInputError(f"{candidate} makes the model's hidden states NaN or infinite; leave this layer out of `layers`, or sweep other specs")
+
+    def _blame_block(self, carries: Sequence[Carry]) -> None:
+        names = {id(module): name for name, module in self.chain.model.named_modules()}
+        places = ["the embedding", *(names[id(block)] for block in self.chain.blocks)]
+        broken = next((place for place, carry in zip(places, carries, strict=True) if not torch.isfinite(carry.hidden).all()), "the final norm")
+        raise InvalidInputError(f"the full-precision model's hidden states are NaN or infinite from {broken} on; repair the checkpoint before sweeping it")
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+def _start(unfinished: Unfinished | None, entry: Carry) -> tuple[Carry, int, list[torch.Tensor]]:
+    return (entry, 0, []) if unfinished is None else (unfinished.carry, unfinished.block, [])
+
+
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    """``items`` in pieces of at most ``size``."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

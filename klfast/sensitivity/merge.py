@@ -1,0 +1,46 @@
+"""Several files of sensitivities of one model, read as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from klfast.core.errors import InvalidInputError, ModelMismatchError
+from klfast.sensitivity import kl_ssm_quant
+from klfast.sensitivity.results import Sensitivities
+
+
+def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
+    """What all of ``paths`` hold: sweeps of one model with different specs or layers, or its published files.
+
+    Raises:
+        InvalidInputError: no path, one candidate measured in two files, or files of sweeps with different scales.
+        ModelMismatchError: files of different models.
+        CheckpointError: a file that is absent or damaged.
+    """
+    if not paths:
+        raise InvalidInputError("no file of sensitivities was given")
+    found = Sensitivities.from_json(paths[0])
+    if found.fingerprint is None:
+        return kl_ssm_quant.read_files(paths)
+    merged = replace(found, measurements=dict(found.measurements), rows=dict(found.rows), provenance=dict(found.provenance))
+    for path in paths[1:]:
+        other = Sensitivities.from_json(path)
+        is_known = other.fingerprint is not None and other.fingerprint.matches(found.fingerprint)
+        if not is_known or (other.layers, other.other_bytes) != (found.layers, found.other_bytes):
+            raise ModelMismatchError(f"{os.fspath(path)} and {os.fspath(paths[0])} are of different models; give files of one model")
+        if twice := [*(other.measurements.keys() & merged.measurements.keys()), *(other.rows.keys() & merged.rows.keys())]:
+            name, *_, spec = min(twice)
+            raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out")
+        merged.measurements.update(other.measurements)
+        merged.rows.update(other.rows)
+        if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
+            merged.provenance.pop("ce_teacher", None)  # there is no one text to predict a perplexity of
+        scales = [one.provenance.get("scale") for one in (found, other)]
+        if None in scales:
+            merged.provenance.pop("scale", None)
+        elif scales[0] != scales[1]:
+            both = f"{os.fspath(path)} was swept with scale {scales[1]}, {os.fspath(paths[0])} with {scales[0]}"
+            raise InvalidInputError(f"{both}; a plan needs one of them")
+    return merged

@@ -1,0 +1,34 @@
+"""What klfast exports, and what the wheel holds."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import klfast
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", klfast.__all__)
+def test_public_names(name):
+    assert getattr(klfast, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", ["errors", "data", "loading"])
+def test_earlier_names_of_modules(name):
+    module = importlib.import_module(f"klfast.{name}")
+    assert all(getattr(module, public) is getattr(klfast, public) for public in module.__all__)
+    code = f"import klfast; print(klfast.{name}.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == f"klfast.{name}"
+
+
+def test_pyproject_lists_every_package():
+    """klfast.kernels and klfast.bench lie in kernels/triton and bench, which no tool can guess."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "klfast").rglob("__init__.py")}
+    assert set(project["packages"]) == found | {"klfast.bench", "klfast.kernels"}
+    assert project["package-dir"] == {"klfast": "klfast", "klfast.bench": "bench", "klfast.kernels": "kernels/triton"}
