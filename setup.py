@@ -34,7 +34,7 @@ TIER_FLAGS = {  # file name without suffix -> flags
 AVXVNNI_TWIN = os.environ.get("KLFAST_AVXVNNI_TWIN") == "1"
 if AVXVNNI_TWIN:
     TIER_FLAGS["avxvnni"] = [*AVX2, "-mavx512vl", "-mavx512vnni"]
-# Likewise where AVX-512-BF16 is there but not AMX: tiles of a model (csrc/vec/tiles_model.h) take the place of registers.
+# Likewise where AVX-512-BF16 is there but not AMX: tiles of a model (csrc/simd/amx_model.h) take the place of registers.
 AMX_TWIN = os.environ.get("KLFAST_AMX_TWIN") == "1"
 if AMX_TWIN:
     TIER_FLAGS["amx"] = TIER_FLAGS["avx512bf16"]

@@ -10,7 +10,7 @@ IN_WHEEL = (
     "klfast/_C.", "klfast/kernels/__init__.py", "klfast/kernels/dequant_matmul.py", "klfast/bench/conftest.py", "klfast/assets/text/evaluation.txt",
     *(f"klfast/assets/models/{name}/model.safetensors" for name in ("hymba", "mamba", "mamba2")),
 )
-IN_SDIST = ("csrc/module.cpp", "csrc/dispatch.h", "kernels/triton/__init__.py", "klfast/__init__.py", "tests/conftest.py", "Makefile", "constraints.txt", "LICENSE")
+IN_SDIST = ("csrc/python/module.cpp", "csrc/core/tiers.h", "kernels/triton/__init__.py", "klfast/__init__.py", "tests/conftest.py", "Makefile", "constraints.txt", "LICENSE")
 
 
 def main(folder: Path) -> None:

@@ -1,10 +1,10 @@
-// Decode attention at tier avx2: see the body for the algebra, vec/avx2.h for the instructions.
-#include "attention/attention.h"
-#include "vec/avx2.h"
+// Decode attention at tier avx2: see the body for the algebra, simd/floats_avx2.h for the instructions.
+#include "attention/decode_attention.h"
+#include "simd/floats_avx2.h"
 
-#include "vec/ints_avx2.h"
+#include "simd/ints_avx2.h"
 
-#include "attention/attention_body.h"
+#include "attention/body.h"
 
 namespace klfast::avx2 {
 

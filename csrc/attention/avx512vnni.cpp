@@ -1,10 +1,10 @@
-// Decode attention at tier avx512vnni: see the body for the algebra, vec/avx512.h for the instructions.
-#include "attention/attention.h"
-#include "vec/avx512.h"
+// Decode attention at tier avx512vnni: see the body for the algebra, simd/floats_avx512.h for the instructions.
+#include "attention/decode_attention.h"
+#include "simd/floats_avx512.h"
 
-#include "vec/ints_avx512.h"
+#include "simd/ints_avx512.h"
 
-#include "attention/attention_body.h"
+#include "attention/body.h"
 
 namespace klfast::avx512vnni {
 

@@ -1,10 +1,10 @@
-// Decode attention at tier scalar: see the body for the algebra, vec/scalar.h for the instructions.
-#include "attention/attention.h"
-#include "vec/scalar.h"
+// Decode attention at tier scalar: see the body for the algebra, simd/floats_scalar.h for the instructions.
+#include "attention/decode_attention.h"
+#include "simd/floats_scalar.h"
 
-#include "vec/ints_scalar.h"
+#include "simd/ints_scalar.h"
 
-#include "attention/attention_body.h"
+#include "attention/body.h"
 
 namespace klfast::scalar {
 

@@ -1,7 +1,7 @@
-// The divergence loops at tier avx2: see sums.h for the algebra, vec/avx2.h for the instructions.
-#include "vec/avx2.h"
+// The divergence loops at tier avx2: see vector_loops.h for the algebra, simd/floats_avx2.h for the instructions.
+#include "simd/floats_avx2.h"
 
-#include "divergence/sums.h"
+#include "divergence/vector_loops.h"
 
 namespace klfast::avx2 {
 

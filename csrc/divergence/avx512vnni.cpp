@@ -1,7 +1,7 @@
-// The divergence loops at tier avx512vnni: see sums.h for the algebra, vec/avx512.h for the instructions.
-#include "vec/avx512.h"
+// The divergence loops at tier avx512vnni: see vector_loops.h for the algebra, simd/floats_avx512.h for the instructions.
+#include "simd/floats_avx512.h"
 
-#include "divergence/sums.h"
+#include "divergence/vector_loops.h"
 
 namespace klfast::avx512vnni {
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "parallel.h"
+#include "core/parallel.h"
 
 namespace klfast::divergence {
 namespace {
@@ -70,7 +70,7 @@ float largest_x(const State& state, const Scan& scan) {
     return std::max(scan.max_d - anchor, anchor - scan.min_d);
 }
 
-// Whether a block's weights cannot be told from its logits as they are; see state.h.
+// Whether a block's weights cannot be told from its logits as they are; see token_state.h.
 bool is_wide(const State& state, const Scan& scan) {
     constexpr double kLargest = 0x1p21, kSquares = 1e34;  // M is exact as a float, a log2 e - M finite
     const double largest = std::max<double>(scan.max_a, scan.max_b - state.anchor);

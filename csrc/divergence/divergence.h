@@ -1,12 +1,12 @@
 // Per-token comparison of two next-token distributions: every metric of klfast.Divergence in one pass over the two
-// rows of logits, whole or in blocks of columns. The algebra is in state.h, the vector loops are in sums.h.
+// rows of logits, whole or in blocks of columns. The algebra is in token_state.h, the vector loops are in vector_loops.h.
 #pragma once
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "divergence/state.h"
-#include "numeric.h"
+#include "core/tiers.h"
+#include "divergence/token_state.h"
+#include "core/dtype.h"
 
 namespace klfast::divergence {
 

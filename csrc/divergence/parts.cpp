@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "divergence/divergence.h"
-#include "parallel.h"
+#include "core/parallel.h"
 
 namespace klfast::divergence {
 namespace {

@@ -1,4 +1,4 @@
-// Powers of 2 for the weights of sums.h, over the Vec of the including tier: relative error 9e-8, any exponent up to 126,
+// Powers of 2 for the weights of vector_loops.h, over the Vec of the including tier: relative error 9e-8, any exponent up to 126,
 // also -infinity; below 2^-125 the result is as good as 0. Local to the including translation unit, for its flags are its own.
 #pragma once
 

@@ -1,7 +1,7 @@
-// The divergence loops at tier scalar: see sums.h for the algebra, vec/scalar.h for the instructions.
-#include "vec/scalar.h"
+// The divergence loops at tier scalar: see vector_loops.h for the algebra, simd/floats_scalar.h for the instructions.
+#include "simd/floats_scalar.h"
 
-#include "divergence/sums.h"
+#include "divergence/vector_loops.h"
 
 namespace klfast::scalar {
 

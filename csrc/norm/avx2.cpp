@@ -1,10 +1,10 @@
-// RMS normalisation at tier avx2: see the body for the algebra, vec/avx2.h for the instructions.
-#include "norm/norm.h"
-#include "vec/avx2.h"
+// RMS normalisation at tier avx2: see the body for the algebra, simd/floats_avx2.h for the instructions.
+#include "norm/rms_norm.h"
+#include "simd/floats_avx2.h"
 
-#include "vec/ints_avx2.h"
+#include "simd/ints_avx2.h"
 
-#include "norm/norm_body.h"
+#include "norm/body.h"
 
 namespace klfast::avx2 {
 

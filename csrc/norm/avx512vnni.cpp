@@ -1,10 +1,10 @@
-// RMS normalisation at tier avx512vnni: see the body for the algebra, vec/avx512.h for the instructions.
-#include "norm/norm.h"
-#include "vec/avx512.h"
+// RMS normalisation at tier avx512vnni: see the body for the algebra, simd/floats_avx512.h for the instructions.
+#include "norm/rms_norm.h"
+#include "simd/floats_avx512.h"
 
-#include "vec/ints_avx512.h"
+#include "simd/ints_avx512.h"
 
-#include "norm/norm_body.h"
+#include "norm/body.h"
 
 namespace klfast::avx512vnni {
 

@@ -1,10 +1,10 @@
-// RMS normalisation at tier scalar: see the body for the algebra, vec/scalar.h for the instructions.
-#include "norm/norm.h"
-#include "vec/scalar.h"
+// RMS normalisation at tier scalar: see the body for the algebra, simd/floats_scalar.h for the instructions.
+#include "norm/rms_norm.h"
+#include "simd/floats_scalar.h"
 
-#include "vec/ints_scalar.h"
+#include "simd/ints_scalar.h"
 
-#include "norm/norm_body.h"
+#include "norm/body.h"
 
 namespace klfast::scalar {
 

@@ -1,5 +1,5 @@
-"""What one vocabulary entry adds to the sums of csrc/divergence/state.h, where the algebra stands; the polynomials are
-those of csrc/divergence/sums.h. Sums of one row, in the order in which the kernels store them:
+"""What one vocabulary entry adds to the sums of csrc/divergence/token_state.h, where the algebra stands; the polynomials are
+those of csrc/divergence/vector_loops.h. Sums of one row, in the order in which the kernels store them:
 
     mu_0 .. mu_8, k1, k2, j, q, sum a^2, sum (b - a)^2, max a, max b, reference
 

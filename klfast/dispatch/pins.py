@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 from klfast.core.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
 
-CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/dispatch.h has them
+CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/core/tiers.h has them
 _ALL_TIERS = len(CPU_TIERS) - 1
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 

@@ -77,7 +77,7 @@ class Watch:
 
     def __init__(self, *places: Place) -> None:
         self.tensors: tuple[torch.Tensor | None, ...] = ()
-        self._seen = ()  # csrc/step/watch.h names the fields
+        self._seen = ()  # csrc/python/watch.h names the fields
         for home, name in places:
             t = home[name]
             if t is None or not _is_array(t):

@@ -12,7 +12,7 @@ import torch
 
 from klfast.core.errors import InvalidInputError
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/core/dtype.h
 
 _LARGE = 1 << 24  # bytes; smaller blocks the C library reuses by itself
 # The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``_block``,
@@ -30,7 +30,7 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def view(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """Address (as ``address`` gives it), element type and strides (csrc/view_caster.h)."""
+    """Address (as ``address`` gives it), element type and strides (csrc/python/view_caster.h)."""
     return None if tensor is None else (tensor.data_ptr() or _nowhere(tensor), DTYPE_CODES[tensor.dtype], tensor.stride())
 
 

@@ -1,0 +1,133 @@
+// Decode attention over Vec, in float32: the query heads that share a key head go over its keys and values together, so
+// that each is loaded and widened once. Scores stay in L1 or L2: as many floats as keys (kKeys at most) times heads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "attention/decode_attention.h"
+#include "core/parallel.h"
+#include "simd/tile_io.h"
+
+namespace klfast {
+namespace {
+
+constexpr int kHeads = 8;                // that go together at most
+constexpr std::int64_t kKeys = 1 << 16;  // whose scores are held at a time
+
+// One key head's rows, or those of its values: `first` is the index of the first element, `stride` from row to row.
+struct Rows {
+    const void* data;
+    DType dtype;
+    std::int64_t first, stride, width;
+
+    Vec operator()(std::int64_t row, std::int64_t column) const { return load(data, first + row * stride + column, dtype, lanes(width - column)); }
+
+    Rows from(std::int64_t row) const { return {data, dtype, first + row * stride, stride, width}; }
+};
+
+// scores[h * pitch + s] = q_h . k_s, q [H, padded] with zeros behind its width.
+template <int H>
+void score(const Rows& k, const float* q, std::int64_t padded, std::int64_t keys, float* scores, std::int64_t pitch) {
+    for (std::int64_t s = 0; s < keys; ++s) {
+        Vec dot[H];
+        for (int h = 0; h < H; ++h) dot[h] = set(0.0f);
+        for (std::int64_t c = 0; c < padded; c += Vec::width) {
+            const Vec key = k(s, c);
+            for (int h = 0; h < H; ++h) dot[h] = fma(load(q + h * padded + c), key, dot[h]);
+        }
+        for (int h = 0; h < H; ++h) scores[h * pitch + s] = sum(dot[h]);
+    }
+}
+
+// The highest of scores, or `highest`.
+inline float highest_of(const float* scores, std::int64_t keys, float highest) {
+    for (std::int64_t s = 0; s < keys; ++s) highest = scores[s] > highest ? scores[s] : highest;
+    return highest;
+}
+
+// Scores of one head become weights, not normalised; returns their sum. What lies between keys and pitch becomes 0.
+inline float weigh(float* scores, std::int64_t keys, std::int64_t pitch, float highest) {
+    if (highest == -__builtin_inff()) highest = 0.0f;  // all masked: weights of 0, and a total of 0 if no other part has more
+    for (std::int64_t s = keys; s < pitch; ++s) scores[s] = -__builtin_inff();
+    Vec total = set(0.0f);
+    for (std::int64_t s = 0; s < pitch; s += Vec::width) {
+        const Vec weight = exp(load(scores + s) - set(highest));
+        store(scores + s, weight);
+        total = total + weight;
+    }
+    return sum(total);
+}
+
+// to[h * padded + c] = old[h] to[h * padded + c] + sum_s weights[h * pitch + s] v_s[c], two vectors of columns at a time;
+// without `old` what `to` held is ignored.
+template <int H>
+void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t keys, const float* old, float* to, std::int64_t padded) {
+    for (std::int64_t c = 0; c < v.width; c += 2 * Vec::width) {
+        const bool both = c + Vec::width < v.width;
+        Vec low[H], high[H];
+        for (int h = 0; h < H; ++h) low[h] = high[h] = set(0.0f);
+        for (std::int64_t s = 0; s < keys; ++s) {
+            const Vec first = v(s, c), second = both ? v(s, c + Vec::width) : set(0.0f);
+            for (int h = 0; h < H; ++h) {
+                const Vec weight = set(weights[h * pitch + s]);
+                low[h] = fma(weight, first, low[h]), high[h] = fma(weight, second, high[h]);
+            }
+        }
+        for (int h = 0; h < H; ++h) {  // what came before is added last: a part's terms do not vanish beside a long sum
+            float* const at = to + h * padded + c;
+            store(at, old ? fma(load(at), set(old[h]), low[h]) : low[h]);
+            if (both) store(at + Vec::width, old ? fma(load(at + Vec::width), set(old[h]), high[h]) : high[h]);
+        }
+    }
+}
+
+// Long sequences in parts of kKeys: when a part raises the highest score, what was summed before is scaled down to it.
+template <int H>
+void attend(const DecodeAttentionArgs& a, std::int64_t b, std::int64_t first_head, const Rows& k, const Rows& v) {
+    const std::int64_t q_padded = round_up(a.key_dim), out_padded = round_up(a.value_dim);
+    const std::int64_t part = a.keys < kKeys ? a.keys : kKeys, pitch = round_up(part);
+    const Scratch scratch(H * (q_padded + out_padded + pitch));
+    float* const q = scratch.data;
+    float* const out = q + H * q_padded;
+    float* const scores = out + H * out_padded;
+    load_tile(q, q_padded, a.q, b * a.q.stride[0] + first_head * a.q.stride[1], 1, a.q.stride[1], a.key_dim, H);
+    for (std::int64_t i = 0; i < H * q_padded; ++i) q[i] *= a.scale;
+    float total[H] = {}, highest[H], old[H];
+    for (std::int64_t first = 0; first < a.keys; first += part) {
+        const std::int64_t keys = a.keys - first < part ? a.keys - first : part;
+        score<H>(k.from(first), q, q_padded, keys, scores, pitch);
+        for (int h = 0; h < H; ++h) {
+            const float before = first ? highest[h] : scores[h * pitch];
+            highest[h] = highest_of(scores + h * pitch, keys, before);
+            old[h] = before == highest[h] ? 1.0f : std::exp(before - highest[h]);
+            total[h] = total[h] * old[h] + weigh(scores + h * pitch, keys, pitch, highest[h]);
+        }
+        mix<H>(v.from(first), scores, pitch, keys, first ? old : nullptr, out, out_padded);
+    }
+    for (int h = 0; h < H; ++h)
+        for (std::int64_t c = 0; c < out_padded; ++c) out[h * out_padded + c] /= total[h];
+    store_tile(out, out_padded, a.out, b * a.out.stride[0] + first_head * a.out.stride[1], 1, a.out.stride[1], a.value_dim, H);
+}
+
+inline void run(const DecodeAttentionArgs& a) {
+    using Attend = void(const DecodeAttentionArgs&, std::int64_t, std::int64_t, const Rows&, const Rows&);
+    constexpr Attend* kAttend[kHeads + 1] = {nullptr, attend<1>, attend<2>, attend<3>, attend<4>, attend<5>, attend<6>, attend<7>, attend<8>};
+    const std::int64_t shared_by = a.heads / a.groups;  // query heads of a group
+    const int threads = worthwhile_threads(a.n_threads, 1.0 * a.batch * a.heads * a.keys * (a.key_dim + a.value_dim));
+    parallel_for(a.batch * a.groups, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t b = item / a.groups, g = item % a.groups;
+            const auto rows = [&](const View& t, std::int64_t width) {
+                return Rows{t.data, t.dtype, b * t.stride[0] + g * t.stride[1], t.stride[2], width};
+            };
+            for (std::int64_t h = 0; h < shared_by; h += kHeads) {
+                const std::int64_t together = shared_by - h < kHeads ? shared_by - h : kHeads;
+                kAttend[together](a, b, g * shared_by + h, rows(a.k, a.key_dim), rows(a.v, a.value_dim));
+            }
+        }
+    });
+}
+
+}  // namespace
+}  // namespace klfast

@@ -1,0 +1,74 @@
+// What every product of x with panels of W needs: W rows of the weight make a panel, one row a lane.
+// Included by the tiers after their vectors; local to the including translation unit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/buffer.h"
+#include "core/parallel.h"
+#include "gemm/args.h"
+
+namespace klfast {
+namespace {
+
+constexpr int W = Vec::width;
+// Values of a row handled at a time. Sums of 256 products of stored values (at most 255) and int8 stay below 2^24, so
+// that they are exact as floats too.
+constexpr int kBlock = 256;
+
+// Bytes of W ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and
+// into the first cache too few can be under way at once (docs/KERNEL_NOTES.md).
+constexpr int kAhead = 8192;
+
+inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// body(0) .. body(N - 1), written out. Where a loop indexes an array of vectors, the compiler may unroll it too late to
+// keep the array in registers, and store every element at every turn.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(body);
+        body(N - 1);
+    }
+}
+#define KLFAST_INLINE __attribute__((always_inline))  // for the bodies
+
+inline Vec rounded(Vec v, DType type) {
+    if (type == DType::f32) return v;
+    alignas(64) std::uint16_t stored[W];
+    store(stored, 0, type, W, v);
+    return load(stored, 0, type, W);
+}
+
+// Writes total + bias to y[m, n0 .. n0 + valid].
+inline void store_columns(const Product& a, std::int64_t m, std::int64_t n0, int valid, Vec total) {
+    if (a.bias != nullptr) total = total + load(a.bias, n0, a.bias_type, valid);
+    if (a.y_type != a.rounded_to) total = rounded(total, a.rounded_to);
+    store(a.y, m * a.n + n0, a.y_type, valid, total);
+}
+
+// The same for a whole panel: y[m, n0 ..].
+inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec total) {
+    store_columns(a, m, n0, static_cast<int>(smaller(W, a.n - n0)), total);
+}
+
+// A tile of panels, row r of it at total + r * pitch: y[m .. m + rows, n0 .. n0 + vectors W]. Asks once what it need not ask
+// for every vector.
+inline void store_tile(const Product& a, std::int64_t m, std::int64_t n0, std::int64_t rows, std::int64_t vectors, const float* total, std::int64_t pitch) {
+    const bool plain = a.y_type == DType::bf16 && a.rounded_to == DType::bf16 && a.bias == nullptr && n0 + vectors * W <= a.n;
+    for (std::int64_t r = 0; r < rows; ++r, total += pitch)
+        for (std::int64_t v = 0; v < vectors; ++v) {
+            const Vec y = load(total + v * W);
+            if (plain) store(a.y, (m + r) * a.n + n0 + v * W, DType::bf16, W, y);
+            else store_panel(a, m + r, n0 + v * W, y);
+        }
+}
+
+// Threads for `macs` multiplications.
+inline int useful_threads(const Product& a, double macs) { return worthwhile_threads(a.n_threads, macs, 65536); }
+
+}  // namespace
+}  // namespace klfast

@@ -1,0 +1,77 @@
+// dequant_matmul at tier avx512bf16: "exact" with bf16 x by vdpbf16ps; whatever else as tier avx512vnni does.
+//
+// Many rows of x: tiles of gemm/bf16.h.
+// Few rows: vpermw looks up the bf16 of 32 digits at a time, by the lowest bits of each 16-bit half of the words; an
+// int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts and
+// 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
+#include "matmul/quantized/dequant_matmul.h"
+#include "simd/floats_avx512.h"
+
+#include "simd/ints_avx512.h"
+
+#include "matmul/quantized/exact_few_rows.h"
+#include "matmul/quantized/exact_bf16_source.h"
+#include "gemm/bf16.h"
+
+namespace klfast {
+namespace {
+
+// bf16 of `factor` (d - middle), for the digit d in the lowest four bits of an index; bit 4, the next digit's, says nothing.
+inline __m512i digit_table(int middle, int factor) {
+    alignas(64) std::uint16_t table[2 * W];
+    for (int i = 0; i < 2 * W; ++i) table[i] = float_to_bf16(static_cast<float>(factor * (i % 16 - middle)));
+    return _mm512_load_si512(table);
+}
+
+// A step takes digit `step` (of 4 or 8 bits) of either half of each word.
+template <int Bits>
+struct PairLines {
+    static constexpr int steps = 16 / Bits;
+    __m512i low = digit_table(Bits == 4 ? 8 : 0, 1), high = digit_table(8, 16);
+
+    void arrange(const float* x, std::int32_t* out) const {
+        for (int i = 0; i < W; ++i)
+            for (int j = 0; j < steps; ++j) {
+                const auto bits = [&](int k) { return static_cast<std::uint32_t>(float_to_bf16(x[i * 2 * steps + k])); };  // x was bf16
+                out[j * W + i] = static_cast<std::int32_t>(bits(j) | bits(j + steps) << 16);
+            }
+    }
+
+    static __m512 dot(Vec sum, __m512i table, __m512i index, __m512bh x) {
+        return _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table)), x);
+    }
+
+    template <int R, int M>
+    void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, Vec (&acc)[M][R]) const {
+        for (int j = 0; j < steps; ++j)
+            for (int r = 0; r < R; ++r) {
+                const __m512i digits = _mm512_srli_epi32(words[r].v, Bits * j);
+                for (int m = 0; m < M; ++m) {
+                    const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_load_si512(x + m * x_pitch + j * W));
+                    acc[m][r].v = dot(acc[m][r], low, digits, pair);
+                    if constexpr (Bits == 8) acc[m][r].v = dot(acc[m][r], high, _mm512_srli_epi32(digits, 4), pair);
+                }
+            }
+    }
+};
+
+template <int Bits>
+void run_bf16(const DequantMatmulArgs& a) {
+    if (a.m <= kFewRows && words_within_groups<Bits>(a)) return FewRows<PairLines, Bits>(a).run();
+    const Segments segments(a.k, a.group);
+    product_bf16(a, QuantizedPairs<Bits>{a, segments});
+}
+
+}  // namespace
+
+namespace avx512bf16 {
+
+void dequant_matmul(const DequantMatmulArgs& a) {
+    const bool pairs_within_groups = a.group % 2 == 0 || a.groups() <= 1;
+    if (a.int8_activation || a.x_type != DType::bf16 || a.m == 0 || a.n == 0 || !pairs_within_groups) return avx512vnni::dequant_matmul(a);
+    if (a.bits == 4) run_bf16<4>(a);
+    else run_bf16<8>(a);
+}
+
+}  // namespace avx512bf16
+}  // namespace klfast

@@ -1,0 +1,132 @@
+// Selective scan over Vec: one lane a channel, so that all of a step but C . h is elementwise and C . h is a chain of
+// FMAs without horizontal sums. Time goes in tiles of floats (dt, dt u, y) that stay in L1, and the states are taken
+// kStates at a time through a whole tile with h and A in registers.
+//
+// Operations per channel, step and state: 1 multiply (dt A log2 e), exp2 (5 FMAs, round, subtract, scale), 1 multiply
+// (dt u B), 2 FMAs (h, y).
+#pragma once
+
+#include <cstdint>
+
+#include "core/parallel.h"
+#include "ssm/scan/scan.h"
+#include "simd/tile_io.h"
+
+namespace klfast {
+namespace {
+
+constexpr int kTime = 32;
+constexpr float kLog2E = 0x1.715476p+0f;
+
+// K states through a tile. a, h: [K, W], b, c: [time, pitch] from the first state on; dt, du, y: [time, W].
+template <int K>
+void advance(const float* a, float* h, const float* b, const float* c, std::int64_t pitch, const float* dt, const float* du, float* y, std::int64_t n_t) {
+    constexpr int W = Vec::width;
+    Vec state[K], rate[K];
+    for (int k = 0; k < K; ++k) state[k] = load(h + k * W), rate[k] = load(a + k * W);
+    for (std::int64_t t = 0; t < n_t; ++t) {
+        const Vec step = load(dt + t * W), input = load(du + t * W);
+        Vec sum = load(y + t * W);
+        for (int k = 0; k < K; ++k) {
+            state[k] = fma(exp2(step * rate[k]), state[k], input * set(b[t * pitch + k]));
+            sum = fma(state[k], set(c[t * pitch + k]), sum);
+        }
+        store(y + t * W, sum);
+    }
+    for (int k = 0; k < K; ++k) store(h + k * W, state[k]);
+}
+
+// A block of neighbouring channels of one group and batch entry, at most kBlock: its rows fill whole cache lines, and
+// B and C are read once for all of it.
+struct Block {
+    std::int64_t batch, group, c0, n;
+};
+
+constexpr int kBlock = 128;
+
+struct ScanScratch {
+    float *a, *h, *d, *bias;  // [block / W, states, W] (a times log2 e) twice, [block] twice
+    float *b, *c;             // [time, state pitch]
+};
+
+// W channels from c on, n_t steps from t0 on.
+inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0, std::int64_t c, std::int64_t n, std::int64_t t0, std::int64_t n_t) {
+    constexpr int W = Vec::width, kStates = 4;
+    const std::int64_t n_states = s.states, pitch = round_up(s.states);
+    alignas(64) float dt[kTime * W], u[kTime * W], y[kTime * W];
+    const auto at = [&](const View& v) { return batch * v.stride[0] + (c0 + c) * v.stride[1] + t0 * v.stride[2]; };
+    load_tile(u, W, s.u, at(s.u), s.u.stride[1], s.u.stride[2], n, n_t);
+    load_tile(dt, W, s.delta, at(s.delta), s.delta.stride[1], s.delta.stride[2], n, n_t);
+    const Vec bias = load(w.bias + c), d = load(w.d + c);
+    for (std::int64_t i = 0; i < n_t * W; i += W) {
+        Vec step = load(dt + i) + bias;
+        if (s.softplus) step = softplus(step);
+        const Vec input = load(u + i);
+        store(dt + i, step);
+        store(u + i, step * input);
+        store(y + i, s.d ? d * input : set(0.0f));  // an absent D meets no infinity of u
+    }
+    const float* const a = w.a + c * n_states;
+    float* const h = w.h + c * n_states;
+    std::int64_t k = 0;
+    for (; k + kStates <= n_states; k += kStates) advance<kStates>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
+    for (; k < n_states; ++k) advance<1>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
+    if (s.z) {
+        load_tile(u, W, s.z, at(s.z), s.z.stride[1], s.z.stride[2], n, n_t);
+        for (std::int64_t i = 0; i < n_t * W; i += W) store(y + i, load(y + i) * silu(load(u + i)));
+    }
+    store_tile(y, W, s.out, at(s.out), s.out.stride[1], s.out.stride[2], n, n_t);
+}
+
+inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const Block& block) {
+    constexpr int W = Vec::width;
+    const std::int64_t n_states = s.states, pitch = round_up(s.states);
+    const auto used = [&](std::int64_t c) { return lanes(block.n - c); };
+    const auto carried = [&](const View& v, std::int64_t c) { return block.batch * v.stride[0] + (block.c0 + c) * v.stride[1]; };
+    for (std::int64_t c = 0; c < block.n; c += W) {
+        load_tile(w.a + c * n_states, W, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1], used(c), n_states);
+        if (s.initial) load_tile(w.h + c * n_states, W, s.initial, carried(s.initial, c), s.initial.stride[1], s.initial.stride[2], used(c), n_states);
+        else for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.h + i, set(0.0f));
+        for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.a + i, load(w.a + i) * set(kLog2E));
+        store(w.d + c, set(0.0f)), store(w.bias + c, set(0.0f));
+    }
+    if (s.d) load_tile(w.d, round_up(block.n), s.d, block.c0 * s.d.stride[0], s.d.stride[0], 0, block.n, 1);
+    if (s.delta_bias) load_tile(w.bias, round_up(block.n), s.delta_bias, block.c0 * s.delta_bias.stride[0], s.delta_bias.stride[0], 0, block.n, 1);
+    for (std::int64_t t0 = 0; t0 < s.length; t0 += kTime) {
+        const auto steps = [&](std::int64_t from) { return s.length - from < kTime ? s.length - from : kTime; };
+        const auto states = [&](float* tile, const View& v) {
+            load_tile(tile, pitch, v, block.batch * v.stride[0] + block.group * v.stride[1] + t0 * v.stride[3], v.stride[2], v.stride[3], n_states, steps(t0));
+        };
+        states(w.b, s.b);
+        states(w.c, s.c);
+        for (std::int64_t c = 0; c < block.n; c += W) {
+            for (const View* v : {&s.u, &s.delta, &s.z})  // the next tile, while this one is worked on
+                if (*v && t0 + kTime < s.length) prefetch(*v, block.batch * v->stride[0] + (block.c0 + c) * v->stride[1] + (t0 + kTime) * v->stride[2], v->stride[1], v->stride[2], used(c), steps(t0 + kTime));
+            scan_tile(s, w, block.batch, block.c0, c, used(c), t0, steps(t0));
+        }
+    }
+    for (std::int64_t c = 0; c < block.n; c += W)
+        store_tile(w.h + c * n_states, W, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2], used(c), n_states);
+}
+
+inline void run(const SelectiveScanArgs& s) {
+    const std::int64_t n_states = s.states, pitch = round_up(s.states);
+    const std::int64_t group = s.channels / s.groups;
+    std::int64_t size = kBlock;  // smaller where there would be too few blocks for the threads
+    const int threads = worthwhile_threads(s.n_threads, 15.0 * s.batch * s.channels * s.length * s.states);
+    while (size > Vec::width && s.batch * s.groups * ((group + size - 1) / size) < 4 * threads) size /= 2;
+    const std::int64_t blocks = (group + size - 1) / size;
+    parallel_for(s.batch * s.groups * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        const Scratch scratch(2 * (n_states + 1) * kBlock + 2 * kTime * pitch);
+        ScanScratch w;
+        w.a = scratch.data, w.h = w.a + n_states * kBlock, w.d = w.h + n_states * kBlock, w.bias = w.d + kBlock;
+        w.b = w.bias + kBlock, w.c = w.b + kTime * pitch;
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t g = item / blocks % s.groups, first = item % blocks * size;
+            scan_block(s, w, {item / (s.groups * blocks), g, g * group + first, group - first < size ? group - first : size});
+        }
+    });
+}
+
+}  // namespace
+}  // namespace klfast
