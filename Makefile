@@ -45,16 +45,16 @@ sanitize: install
 	    --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive .venv/bin/pytest $(IN_PARALLEL) -q -p no:cacheprovider \
-	    tests/test_dequant_matmul.py tests/test_linear.py tests/test_divergence.py tests/test_ssm_ops.py tests/test_attention.py \
-	    tests/test_mamba_step.py
+	    tests/ops/test_dequant_matmul.py tests/ops/test_linear.py tests/ops/test_divergence.py tests/ops/test_ssm_ops.py \
+	    tests/ops/test_attention.py tests/nn/test_mamba_step.py
 
 # Triton's XPU backend comes as another package named triton, so in an environment of its own; the rest is that of .venv.
 # Intel's OpenCL runtime for CPUs runs what it makes, where it installs; its own .icd file names another folder. Machine code
 # is made by the ocloc on the PATH, or by a newer one: make verify-xpu OCLOC=/path/to/ocloc
 XPU := build/xpu
 verify-xpu: $(XPU)/.installed
-	PYTHONPATH=.:tests TRITON_CACHE_DIR=$(abspath $(XPU))/cache OCL_ICD_VENDORS=$(abspath $(XPU))/lib/libintelocl.so \
-	    OCLOC=$(OCLOC) $(XPU)/bin/python tests/verify_xpu.py
+	PYTHONPATH=.:tests/support:tests/ops TRITON_CACHE_DIR=$(abspath $(XPU))/cache \
+	    OCL_ICD_VENDORS=$(abspath $(XPU))/lib/libintelocl.so OCLOC=$(OCLOC) $(XPU)/bin/python tests/backends/verify_xpu.py
 
 $(XPU)/.made: .venv/.installed
 	test -x $(XPU)/bin/python || $(PYTHON) -m venv $(XPU)

@@ -10,7 +10,7 @@
 
 The compiled functions are used where a C++ compiler is found. Sources of the formulas: Mamba, arXiv 2312.00752 (eq. 2, section 3.3); Mamba-2 / SSD, arXiv 2405.21060 (section 6).
 The compiled path exists because it trains Mamba 15 times faster on a CPU (0.43 against 6.5 CPU seconds for 1024 tokens of the
-bundled model); gradients of both are compared with a step-by-step loop in tests/test_training_scan.py.
+bundled model); gradients of both are compared with a step-by-step loop in tests/project/test_training_scan.py.
 """
 
 import ctypes

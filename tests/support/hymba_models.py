@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 
-GOLDEN = Path(__file__).parent / "golden" / "hymba"
+GOLDEN = Path(__file__).parents[1] / "golden" / "hymba"
 SETS = ("hybrid_full", "swa_plain")
 TINY = {
     "vocab_size": 61, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 10,

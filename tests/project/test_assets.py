@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import klfast
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from train_bundled import bits_per_byte  # noqa: E402
 
 ASSETS = Path(klfast.__file__).parent / "assets"

@@ -17,7 +17,7 @@ import klfast
 from klfast.dispatch import pins
 from klfast.models.hymba import ssm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import train_bundled  # noqa: E402
 import training_scan  # noqa: E402
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, batch, tiny
-from test_convert import fake_quantized, unchanged
+from test_apply_plan import fake_quantized, unchanged
 
 import klfast
 from klfast import Plan, QuantSpec, nn

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / ".ci" / "verify_xpu"
+SCRIPT = Path(__file__).parents[2] / ".ci" / "verify_xpu"
 MAKE = """#!/bin/sh
 echo "$1" >> {called}
 [ "$1" = {fails} ] || exit 0

@@ -365,5 +365,5 @@ def test_doctor_fails_where_a_check_fails(monkeypatch):
 
 
 def test_the_installed_script_and_the_packages():
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'klfast = "klfast.cli:main"' in project and '"klfast.cli",' in project

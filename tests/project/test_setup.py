@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+SETUP = Path(__file__).parents[2] / "setup.py"
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(not SETUP.is_file() or COMPILER is None, reason="needs setup.py and g++")
 

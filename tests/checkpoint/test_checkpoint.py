@@ -281,8 +281,8 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, lim
     """A limit on the size of files stands for it."""
     folder = shutil.copytree(saved, tmp_path / "model")
     command = [sys.executable, "-c", FULL, folder, shards, str(limit)]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(rf"\[Errno {errno.EFBIG}\] File too large: '{re.escape(str(folder))}(/model.*\.safetensors)?'\n", run.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -13,7 +13,7 @@ with torch.device("cpu"):  # lets torch list its functions that make tensors, be
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if not INTERPRETED and "tests/device" in item.path.as_posix():
+        if not INTERPRETED and "tests/backends/device" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter must be chosen before a kernel is imported: the tests in tests/device run in a process of their own."""
+"""Triton's interpreter must be chosen before a kernel is imported: the tests in tests/backends/device run in a process of their own."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from klfast.acceleration import forwards
 from klfast.dispatch import registry
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error::klfast.SlowPathWarning", str(HERE / "device")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error::klfast.SlowPathWarning", str(HERE / "backends" / "device")]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
 

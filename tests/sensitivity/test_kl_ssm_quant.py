@@ -16,7 +16,7 @@ from klfast.quant.types import QuantSpec
 from klfast.sensitivity import kl_ssm_quant
 from klfast.sensitivity.results import Sensitivities
 
-FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "published"
+FOLDER = Path(__file__).resolve().parents[3] / "shared" / "published"
 INT4, INT8 = QuantSpec(4, -1), QuantSpec(8, -1)
 MIB = 2**20
 

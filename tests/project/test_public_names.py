@@ -9,7 +9,7 @@ import pytest
 
 import klfast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", klfast.__all__)
