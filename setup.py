@@ -22,7 +22,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512_VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+AVX512_VNNI = [
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vnni",
+    "-mprefer-vector-width=512",
+]
 TIER_FLAGS = {  # file name without suffix -> flags
     "avx2": AVX2,
     "avxvnni": [*AVX2, "-mavxvnni"],
@@ -40,15 +48,27 @@ if AMX_TWIN:
     TIER_FLAGS["amx"] = TIER_FLAGS["avx512bf16"]
 # An instruction of each extension in a tier. An assembler older than the compiler (they come in packages of their own) takes the
 # flags, and stops at the first of these.
-AVX2_PROBE = ["vpabsd %ymm0, %ymm1", "vfmadd231ps %ymm0, %ymm1, %ymm2", "vcvtph2ps %xmm0, %ymm1", "pextl %eax, %ebx, %ecx"]
+AVX2_PROBE = [
+    "vpabsd %ymm0, %ymm1",
+    "vfmadd231ps %ymm0, %ymm1, %ymm2",
+    "vcvtph2ps %xmm0, %ymm1",
+    "pextl %eax, %ebx, %ecx",
+]
 AVX512_VNNI_PROBE = [
-    *AVX2_PROBE, "vpabsd %zmm0, %zmm1", "vpabsb %zmm0, %zmm1", "vpmullq %zmm0, %zmm1, %zmm2", "vpabsd %ymm0, %ymm1{%k1}",
+    *AVX2_PROBE,
+    "vpabsd %zmm0, %zmm1",
+    "vpabsb %zmm0, %zmm1",
+    "vpmullq %zmm0, %zmm1, %zmm2",
+    "vpabsd %ymm0, %ymm1{%k1}",
     "vpdpbusd %zmm0, %zmm1, %zmm2",
-]  # fmt: skip
+]
 AVX512_BF16_PROBE = [*AVX512_VNNI_PROBE, "vdpbf16ps %zmm0, %zmm1, %zmm2"]
 TIER_PROBES = {
     "avx2": AVX2_PROBE,
-    "avxvnni": [*AVX2_PROBE, "vpdpbusd %ymm0, %ymm1, %ymm2{%k1}" if AVXVNNI_TWIN else "{vex} vpdpbusd %ymm0, %ymm1, %ymm2"],
+    "avxvnni": [
+        *AVX2_PROBE,
+        "vpdpbusd %ymm0, %ymm1, %ymm2{%k1}" if AVXVNNI_TWIN else "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
+    ],
     "avx512vnni": AVX512_VNNI_PROBE,
     "avx512bf16": AVX512_BF16_PROBE,
     "amx": AVX512_BF16_PROBE
@@ -58,8 +78,16 @@ TIER_PROBES = {
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 # -fno-tree-loop-distribute-patterns: a loop that sets a tile to zero stays one; `rep stos` takes longer than small products.
 COMMON_FLAGS = [
-    "-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-tree-loop-distribute-patterns", "-Wall", "-Wextra",
-]  # fmt: skip
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-tree-loop-distribute-patterns",
+    "-Wall",
+    "-Wextra",
+]
 
 
 class BuildPerTier(build_ext):
@@ -75,20 +103,29 @@ class BuildPerTier(build_ext):
             macros.append(("KLFAST_AMX_TWIN", "1"))
         sources = [s for s in ext.sources if Path(s).stem in tiers or Path(s).stem not in TIER_FLAGS]
         extra = os.environ.get("KLFAST_CXXFLAGS", "").split()
-        compiler = [*self.compiler.compiler_so_cxx, subprocess.check_output([*self.compiler.compiler_so_cxx, "--version"], text=True)]
+        compiler = [
+            *self.compiler.compiler_so_cxx,
+            subprocess.check_output([*self.compiler.compiler_so_cxx, "--version"], text=True),
+        ]
 
         def compile_one(source):
             flags = [*COMMON_FLAGS, *TIER_FLAGS.get(Path(source).stem, []), *extra]
             [built] = self.compiler.object_filenames([source], output_dir=self.build_temp)
             record = Path(f"{built}.command")
-            command = repr([compiler, self.compiler.include_dirs, self.compiler.macros, macros, ext.include_dirs, flags])
+            command = repr(
+                [compiler, self.compiler.include_dirs, self.compiler.macros, macros, ext.include_dirs, flags]
+            )
             if not self.force and is_current(Path(built), record, command):
                 return built
             record.unlink(missing_ok=True)
             started = time.time_ns()
             self.compiler.compile(
-                [source], output_dir=self.build_temp, macros=macros, include_dirs=ext.include_dirs,
-                extra_postargs=[*flags, "-MMD", "-MF", f"{built}.d"], depends=ext.depends,
+                [source],
+                output_dir=self.build_temp,
+                macros=macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*flags, "-MMD", "-MF", f"{built}.d"],
+                depends=ext.depends,
             )
             os.utime(built, ns=(started, started))  # so that what is edited meanwhile is newer
             record.write_text(command)
@@ -102,7 +139,9 @@ class BuildPerTier(build_ext):
 
     def _tiers(self):
         is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-        return [tier for tier, flags in TIER_FLAGS.items() if self._compiles(flags, TIER_PROBES[tier])] if is_x86 else []
+        return (
+            [tier for tier, flags in TIER_FLAGS.items() if self._compiles(flags, TIER_PROBES[tier])] if is_x86 else []
+        )
 
     def _check_tools(self):
         """Say what is missing in one line, before the compiler says it in many."""
@@ -113,7 +152,9 @@ class BuildPerTier(build_ext):
                 f"python{version}-dev) and try again"
             )
         if not shutil.which(compiler := self.compiler.compiler_so_cxx[0]):
-            raise SystemExit(f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try again")
+            raise SystemExit(
+                f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try again"
+            )
 
     def _compiles(self, flags, instructions):
         with tempfile.TemporaryDirectory() as folder:

@@ -7,10 +7,23 @@ from pathlib import Path
 
 MAX_WHEEL_BYTES = 30_000_000
 IN_WHEEL = (
-    "klfast/_C.", "klfast/kernels/__init__.py", "klfast/kernels/dequant_matmul.py", "klfast/bench/conftest.py", "klfast/assets/text/evaluation.txt",
+    "klfast/_C.",
+    "klfast/kernels/__init__.py",
+    "klfast/kernels/dequant_matmul.py",
+    "klfast/bench/conftest.py",
+    "klfast/assets/text/evaluation.txt",
     *(f"klfast/assets/models/{name}/model.safetensors" for name in ("hymba", "mamba", "mamba2")),
 )
-IN_SDIST = ("csrc/python/module.cpp", "csrc/core/tiers.h", "kernels/triton/__init__.py", "klfast/__init__.py", "tests/conftest.py", "Makefile", "constraints.txt", "LICENSE")
+IN_SDIST = (
+    "csrc/python/module.cpp",
+    "csrc/core/tiers.h",
+    "kernels/triton/__init__.py",
+    "klfast/__init__.py",
+    "tests/conftest.py",
+    "Makefile",
+    "constraints.txt",
+    "LICENSE",
+)
 
 
 def main(folder: Path) -> None:
@@ -24,7 +37,9 @@ def main(folder: Path) -> None:
     packed = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
     missing = [name for name in IN_SDIST if name not in packed]
     assert not missing, f"missing from the sdist: {missing}"
-    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(names)} files; {sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(names)} files; {sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import klfast
-
-from . import machine, results, roofline
 from klfast.benchkit.runner import Contender, Race, Times, Unavailable
 from klfast.benchkit.settings import Settings, add_options
+
+from . import machine, results, roofline
 
 
 def pytest_addoption(parser):
@@ -31,7 +31,11 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "group" in metafunc.fixturenames:
-        pairs = [(group, name) for group in metafunc.module.groups(metafunc.config.klfast_settings) for name in group.contenders]
+        pairs = [
+            (group, name)
+            for group in metafunc.module.groups(metafunc.config.klfast_settings)
+            for name in group.contenders
+        ]
         metafunc.parametrize(("group", "name"), pairs, ids=[f"{group.name}, {name}" for group, name in pairs])
 
 
@@ -40,7 +44,9 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.race, self.results = settings, Race(settings), results.Results()
-        self.earlier = None if settings.compare is None else results.read(settings.compare)  # now: it may be the folder that is written to
+        self.earlier = (
+            None if settings.compare is None else results.read(settings.compare)
+        )  # now: it may be the folder that is written to
         self.facts: dict[str, object] = {}
         self._read_gbps = 0.0
         self._bandwidth: machine.Bandwidth | None = None
@@ -74,11 +80,22 @@ class Run:
             self.results.ratio(suite, group.name, ours, name, ratio)
 
     def _columns(self, group, contender: Contender, times: Times) -> dict[str, object]:
-        columns = {**group.facts, "median_s": times.median, "min_s": times.min, "rounds": len(times.rounds), "error": f"{contender.measured_error:.1e}"}
+        columns = {
+            **group.facts,
+            "median_s": times.median,
+            "min_s": times.min,
+            "rounds": len(times.rounds),
+            "error": f"{contender.measured_error:.1e}",
+        }
         columns["read_gbps"] = round(self._read_gbps, 2)
         if contender.nbytes:
             floor = contender.nbytes / self._read_gbps / 1e9
-            columns |= {"read_mb": contender.nbytes / 1e6, "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6), "floor_s": floor, "share_of_floor": round(floor / times.median, 4)}
+            columns |= {
+                "read_mb": contender.nbytes / 1e6,
+                "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6),
+                "floor_s": floor,
+                "share_of_floor": round(floor / times.median, 4),
+            }
         if group.flops:
             columns["tflops"] = round(group.flops / times.median / 1e12, 5)
             if contender.peak:

@@ -45,7 +45,11 @@ def render(folder: Path) -> str:
     parts = [_HEAD]
     for suite in SUITES:
         chosen = [row for row in rows if row["suite"] == suite]
-        parts.append(results.markdown(suite, chosen, level=2) if chosen else f"## {suite}\n\nNo results of a whole run are here yet.\n")
+        parts.append(
+            results.markdown(suite, chosen, level=2)
+            if chosen
+            else f"## {suite}\n\nNo results of a whole run are here yet.\n"
+        )
         if suite == "linear" and chosen:
             parts.append("![Roofline of the linear layers](../bench/results/roofline.png)\n")
     return "\n".join(parts)

@@ -9,21 +9,28 @@ import torch
 from torch import nn
 
 import klfast
+from klfast.benchkit.runner import distance
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from klfast.models.hymba.mixer import HymbaMixer
 from klfast.models.linears import linears
 from klfast.planning.plan_file import Plan
 from klfast.quant.types import QuantSpec
 
-from klfast.benchkit.runner import distance
-
 CONFIGS = {
     "hymba-1.5b": HymbaConfig(),  # the released size
     "hymba-tiny": HymbaConfig(
-        vocab_size=512, hidden_size=160, intermediate_size=320, num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5,
-        num_memory_tokens=16, sliding_window=32, global_attn_idx=[0, 3], kv_reuse_group=[[1, 2]],
+        vocab_size=512,
+        hidden_size=160,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        num_memory_tokens=16,
+        sliding_window=32,
+        global_attn_idx=[0, 3],
+        kv_reuse_group=[[1, 2]],
     ),
-}  # fmt: skip
+}
 INT4, INT8 = QuantSpec(4, 64), QuantSpec(8, 64)
 _SENSITIVE = ("x_proj", "dt_proj", "lm_head")  # small, or known to hurt at 4 bits
 
@@ -50,8 +57,14 @@ def variant(plain: HymbaForCausalLM, precision: str) -> HymbaForCausalLM:
     model.tie_weights()
     if precision != "bf16":
         last = f"layers.{plain.config.num_hidden_layers - 1}."
-        wide = {layer for layer in linears(model) if precision == "mixed" and (last in layer or set(_SENSITIVE) & set(layer.split(".")))}
-        klfast.quantize_model(model, Plan({layer: INT8 if layer in wide else INT4 for layer in linears(model)}, "uniform"))
+        wide = {
+            layer
+            for layer in linears(model)
+            if precision == "mixed" and (last in layer or set(_SENSITIVE) & set(layer.split(".")))
+        }
+        klfast.quantize_model(
+            model, Plan({layer: INT8 if layer in wide else INT4 for layer in linears(model)}, "uniform")
+        )
     return klfast.accelerate(model)
 
 
@@ -62,9 +75,15 @@ def error(model: HymbaForCausalLM, tokens: int = 8) -> float:
     a rounding up until two correct results have little in common.
     """
     errors: list[float] = []
-    hooks = [part.register_forward_hook(functools.partial(_compare, errors)) for part in [*(layer.moe for layer in model.model.layers), model.lm_head]]
+    hooks = [
+        part.register_forward_hook(functools.partial(_compare, errors))
+        for part in [*(layer.moe for layer in model.model.layers), model.lm_head]
+    ]
     for mixer in (layer.mamba for layer in model.model.layers):
-        hooks += [mixer.register_forward_pre_hook(_remember), mixer.register_forward_hook(functools.partial(_compare_mixer, errors))]
+        hooks += [
+            mixer.register_forward_pre_hook(_remember),
+            mixer.register_forward_hook(functools.partial(_compare_mixer, errors)),
+        ]
     ids, cache = torch.randint(0, 512, (1, tokens + 4)), HymbaCache(model.config)
     try:
         for part in ids.split([tokens, 3, 1], dim=1):

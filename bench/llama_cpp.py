@@ -11,7 +11,14 @@ from klfast.benchkit.runner import Unavailable
 
 def seconds(program: Path, gguf: Path, *, prompt: int, new: int, threads: int) -> float:
     """Of one run over ``prompt`` tokens and then ``new`` ones, one by one, as llama-bench times it; loading is not counted."""
-    binary = next((path for path in (program, program / "llama-bench", program / "build" / "bin" / "llama-bench") if path.is_file()), None)
+    binary = next(
+        (
+            path
+            for path in (program, program / "llama-bench", program / "build" / "bin" / "llama-bench")
+            if path.is_file()
+        ),
+        None,
+    )
     if binary is None or not gguf.is_file():
         raise Unavailable(f"there is no {program if binary is None else gguf}")
     what = ["-p", prompt, "-n", 0] if not new else ["-p", 0, "-n", 0, "-pg", f"{prompt},{new}"]

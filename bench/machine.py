@@ -14,9 +14,8 @@ import torch.nn.functional as F
 import klfast
 from klfast.benchkit import device_facts as devices
 from klfast.benchkit.clock import Clock
-from klfast.core.machine import cpu_name
-
 from klfast.benchkit.settings import Settings
+from klfast.core.machine import cpu_name
 
 
 def facts(settings: Settings) -> dict[str, object]:
@@ -58,17 +57,25 @@ class Bandwidth:
 
 def peaks(settings: Settings) -> dict[str, float]:
     """peak_<dtype>_tflops: the fastest that torch multiplies large matrices, a lower bound of what the machine can do; NaN
-    where it has no such product."""
+    where it has no such product.
+    """
     size = 1024 if settings.quick else 4096
     rows = 512 if settings.device == "cpu" else size  # too few would leave much of a large GPU idle
     clock, found = Clock(settings.device), {}
-    for dtype, product in ((torch.float32, F.linear), (torch.bfloat16, F.linear), (torch.int8, lambda x, w: torch._int_mm(x, w.T))):
+    for dtype, product in (
+        (torch.float32, F.linear),
+        (torch.bfloat16, F.linear),
+        (torch.int8, lambda x, w: torch._int_mm(x, w.T)),
+    ):
         x, w = (torch.ones(n, size, dtype=dtype, device=settings.device) for n in (rows, size))
         try:
             found[dtype] = _best(lambda x=x, w=w, product=product: product(x, w), clock, 3)
         except (RuntimeError, NotImplementedError):
             found[dtype] = float("nan")
-    return {f"peak_{str(dtype).removeprefix('torch.')}_tflops": round(2 * rows * size**2 / seconds / 1e12, 4) for dtype, seconds in found.items()}
+    return {
+        f"peak_{str(dtype).removeprefix('torch.')}_tflops": round(2 * rows * size**2 / seconds / 1e12, 4)
+        for dtype, seconds in found.items()
+    }
 
 
 def _best(call: Callable[[], object], clock: Clock, times: int) -> float:

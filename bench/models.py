@@ -10,11 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import klfast
+from klfast.benchkit.runner import distance, timed
 from klfast.models.linears import linears, weight_bytes
 from klfast.planning.plan_file import Plan
 from klfast.quant.types import QuantSpec
-
-from klfast.benchkit.runner import distance, timed
 
 _SCANS = ("klfast::selective_scan", "klfast::mamba_chunk_scan")
 
@@ -25,13 +24,20 @@ def _mamba(hidden: int, layers: int, vocab: int) -> MambaForCausalLM:
 
 def _mamba2(hidden: int, layers: int, vocab: int) -> Mamba2ForCausalLM:
     heads = 2 * hidden // 64
-    return Mamba2ForCausalLM(Mamba2Config(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_heads=heads, head_dim=64, state_size=128, n_groups=1))
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_heads=heads,
+            head_dim=64,
+            state_size=128,
+            n_groups=1,
+        )
+    )
 
 
-MODELS = {
-    "mamba-130m": lambda: _mamba(768, 24, 50280),
-    "mamba2-130m": lambda: _mamba2(768, 24, 50288),
-}
+MODELS = {"mamba-130m": lambda: _mamba(768, 24, 50280), "mamba2-130m": lambda: _mamba2(768, 24, 50288)}
 LARGE = "mamba-1.4b"  # for GPUs
 LARGE_MODELS = {LARGE: lambda: _mamba(2048, 48, 50280)}
 QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda: _mamba2(128, 2, 512)}
@@ -101,7 +107,10 @@ def _largest_layer_error(model: nn.Module, prompt: torch.Tensor) -> float:
 
 def read_bytes(model: nn.Module) -> int:
     """Bytes of the linear layers' weights, which each decoded token reads."""
-    return sum(layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in linears(model).values())
+    return sum(
+        layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer)
+        for layer in linears(model).values()
+    )
 
 
 def shares(model: nn.Module, prompt: torch.Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:

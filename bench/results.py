@@ -7,13 +7,24 @@ import io
 import math
 from pathlib import Path
 
-from klfast.core.io import write_atomic
-
 from klfast.benchkit.runner import is_ours
+from klfast.core.io import write_atomic
 
 RATIO = "times as fast as "  # begins the columns of ratios; the peer's name follows
 _KEY = ("suite", "group", "contender")
-_FIGURES = ("median_s", "min_s", "rounds", "error", "read_mb", "rotated_mb", "read_gbps", "floor_s", "share_of_floor", "tflops", "share_of_peak")
+_FIGURES = (
+    "median_s",
+    "min_s",
+    "rounds",
+    "error",
+    "read_mb",
+    "rotated_mb",
+    "read_gbps",
+    "floor_s",
+    "share_of_floor",
+    "tflops",
+    "share_of_peak",
+)
 
 
 class Results:
@@ -25,7 +36,10 @@ class Results:
     def add(self, suite: str, group: str, contender: str, **columns: object) -> None:
         """A row, behind the others of its group."""
         behind = [i for i, row in enumerate(self.rows, 1) if (row["suite"], row["group"]) == (suite, group)]
-        self.rows.insert(behind[-1] if behind else len(self.rows), {"suite": suite, "group": group, "contender": contender, **columns})
+        self.rows.insert(
+            behind[-1] if behind else len(self.rows),
+            {"suite": suite, "group": group, "contender": contender, **columns},
+        )
 
     def ratio(self, suite: str, group: str, ours: str, peer: str, ratio: float) -> None:
         """Note in the row of ``ours``, if it has one (pytest's -k may leave it out), how many times as fast as ``peer`` it is."""
@@ -34,7 +48,10 @@ class Results:
                 row[RATIO + peer] = round(ratio, 3)
 
     def suites(self) -> dict[str, list[dict[str, object]]]:
-        return {suite: [r for r in self.rows if r["suite"] == suite] for suite in dict.fromkeys(r["suite"] for r in self.rows)}
+        return {
+            suite: [r for r in self.rows if r["suite"] == suite]
+            for suite in dict.fromkeys(r["suite"] for r in self.rows)
+        }
 
     def write(self, folder: Path, facts: dict[str, object]) -> list[Path]:
         """Write <suite>.csv and <suite>.md for each suite that ran, with ``facts`` about the machine."""
@@ -88,9 +105,15 @@ def seconds(value: float) -> str:
 
 def conditions(row: dict[str, object]) -> str:
     """One sentence on the machine, the threads and the versions of a run."""
-    versions = ", ".join(f"{name} {row[name]}" for name in ("klfast", "torch", "triton", "driver", "transformers", "openvino", "python") if row.get(name))
+    versions = ", ".join(
+        f"{name} {row[name]}"
+        for name in ("klfast", "torch", "triton", "driver", "transformers", "openvino", "python")
+        if row.get(name)
+    )
     limit = f" (oneDNN limited to {row['onednn_max_cpu_isa']})" if row.get("onednn_max_cpu_isa") else ""
-    tops = ", ".join(f"{name[5:-7]} {number(row[name]):.3g}" for name in row if name.startswith("peak_") and number(row[name]) > 0)
+    tops = ", ".join(
+        f"{name[5:-7]} {number(row[name]):.3g}" for name in row if name.startswith("peak_") and number(row[name]) > 0
+    )
     return (
         f"{row['machine']}, {row['device']}, tier {row['tier']}, {row['threads']} threads{limit}; {versions}; {row['time']}. "
         f"Weights rotate through up to {row['working_set_mb']} MB. Fastest large products of torch, in TFLOP/s: {tops}."
@@ -101,8 +124,19 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
     """A table for a suite under a heading: a line for each contender, grouped; the columns that have figures."""
     peers = list(dict.fromkeys(name for row in rows for name in row if name and name.startswith(RATIO)))
     floors = any(number(row.get("share_of_floor")) > 0 for row in rows)
-    extra = [name for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb", "weights_mb", "memory_gb") if any(number(row.get(name)) >= 0 for row in rows)]
-    headings = ["group", "contender", "median", *(["GB/s read", "of the floor", "TFLOP/s", "of the peak"] if floors else []), *extra, *(f"vs {name.removeprefix(RATIO)}" for name in peers)]
+    extra = [
+        name
+        for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb", "weights_mb", "memory_gb")
+        if any(number(row.get(name)) >= 0 for row in rows)
+    ]
+    headings = [
+        "group",
+        "contender",
+        "median",
+        *(["GB/s read", "of the floor", "TFLOP/s", "of the peak"] if floors else []),
+        *extra,
+        *(f"vs {name.removeprefix(RATIO)}" for name in peers),
+    ]
     lines = [f"{'#' * level} {suite}", "", conditions(rows[0]), ""]
     lines += ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]
     last = None
@@ -110,7 +144,12 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
         cells = [row["group"] if row["group"] != last else "", row["contender"], seconds(number(row["median_s"]))]
         last = row["group"]
         if floors:
-            cells += [_cell(row.get("read_gbps"), ".1f"), _cell(row.get("share_of_floor"), ".2f"), _cell(row.get("tflops"), ".3f"), _cell(row.get("share_of_peak"), ".2f")]
+            cells += [
+                _cell(row.get("read_gbps"), ".1f"),
+                _cell(row.get("share_of_floor"), ".2f"),
+                _cell(row.get("tflops"), ".3f"),
+                _cell(row.get("share_of_peak"), ".2f"),
+            ]
         cells += [_cell(row.get(name), ".4g") for name in extra]
         cells += [_cell(row.get(name), ".2f") for name in peers]
         lines.append("| " + " | ".join(cells) + " |")
@@ -128,22 +167,35 @@ def summary(rows: list[dict[str, object]]) -> list[str]:
     for row in rows:
         if not is_ours(row["contender"]):
             continue
-        ratios = {name.removeprefix(RATIO): number(value) for name, value in row.items() if name.startswith(RATIO) and value}
+        ratios = {
+            name.removeprefix(RATIO): number(value) for name, value in row.items() if name.startswith(RATIO) and value
+        }
         best = min(ratios, key=ratios.get, default=None)
         share = f", {number(row['share_of_floor']):.2f} of the floor" if row.get("share_of_floor") else ""
         against = f", {ratios[best]:.2f} times as fast as {best}" if best else ""
-        lines.append(f"{row['suite']} {row['group']}: {row['contender']} {seconds(number(row['median_s']))}{share}{against}")
+        lines.append(
+            f"{row['suite']} {row['group']}: {row['contender']} {seconds(number(row['median_s']))}{share}{against}"
+        )
     return lines
 
 
 def compare(earlier: list[dict[str, str]], now: list[dict[str, object]]) -> str:
     """A Markdown table of the contenders that both runs have; the ratio is above 1 where the later run is faster."""
     before = {tuple(row[name] for name in _KEY): row for row in earlier}
-    lines = ["| suite | group | contender | earlier | now | earlier / now | share of the floor, earlier | now |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| suite | group | contender | earlier | now | earlier / now | share of the floor, earlier | now |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
     for row in now:
         old = before.get(tuple(row[name] for name in _KEY))
         if old is not None:
             then, since = number(old["median_s"]), number(row["median_s"])
             shares = (_cell(r.get("share_of_floor"), ".2f") for r in (old, row))
-            lines.append("| " + " | ".join((*(str(row[name]) for name in _KEY), seconds(then), seconds(since), f"{then / since:.2f}", *shares)) + " |")
+            lines.append(
+                "| "
+                + " | ".join(
+                    (*(str(row[name]) for name in _KEY), seconds(then), seconds(since), f"{then / since:.2f}", *shares)
+                )
+                + " |"
+            )
     return "\n".join([*lines, ""]) if len(lines) > 2 else "No contender took part in both runs.\n"

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import klfast
+from klfast.benchkit.runner import Contender, Group, Unavailable
+from klfast.benchkit.settings import Settings
 from klfast.quant.types import QuantSpec
 
 from . import llama_cpp, models
-from klfast.benchkit.runner import Contender, Group, Unavailable
-from klfast.benchkit.settings import Settings
 
 VARIANTS = {  # dtype, spec, activation
     "bf16": (torch.bfloat16, None, "exact"),
@@ -35,10 +35,21 @@ def _sizes(settings: Settings) -> tuple[list[str], int, int]:
 def groups(settings: Settings) -> Iterator[Group]:
     names, length, new = _sizes(settings)
     for name in names:
-        for stage, tokens, ours, theirs in (("prefill", length, _prefill, _plain_prefill), ("decode", new, _decode, _plain_decode)):
-            contenders = {f"klfast {variant}": functools.partial(ours, name, tokens, settings, *how) for variant, how in VARIANTS.items()}
-            contenders |= {f"transformers {dtype}": functools.partial(theirs, name, tokens, settings, VARIANTS[dtype][0]) for dtype in ("bf16", "fp32")}
-            yield Group(f"{name} {stage} {tokens} tokens", {"model": name, "stage": stage, "tokens": tokens}, contenders)
+        for stage, tokens, ours, theirs in (
+            ("prefill", length, _prefill, _plain_prefill),
+            ("decode", new, _decode, _plain_decode),
+        ):
+            contenders = {
+                f"klfast {variant}": functools.partial(ours, name, tokens, settings, *how)
+                for variant, how in VARIANTS.items()
+            }
+            contenders |= {
+                f"transformers {dtype}": functools.partial(theirs, name, tokens, settings, VARIANTS[dtype][0])
+                for dtype in ("bf16", "fp32")
+            }
+            yield Group(
+                f"{name} {stage} {tokens} tokens", {"model": name, "stage": stage, "tokens": tokens}, contenders
+            )
 
 
 def _prompt(length: int) -> torch.Tensor:
@@ -46,7 +57,9 @@ def _prompt(length: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=len(VARIANTS))  # for prefill, then for decode
-def _model(name: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> tuple[torch.nn.Module, float]:
+def _model(
+    name: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+) -> tuple[torch.nn.Module, float]:
     """klfast's model in ``dtype``, and its error while in float32: infinite if it goes on with other tokens."""
     _require_cpu(device)
     model = models.ours(name, spec, activation)
@@ -68,7 +81,9 @@ def _require_cpu(device: str) -> None:
         raise Unavailable("whole models are timed on the CPU only")
 
 
-def _prefill(name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
+def _prefill(
+    name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+) -> Contender:
     model, error = _model(name, settings.device, dtype, spec, activation)
     prompt = _prompt(length)
 
@@ -83,15 +98,29 @@ def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtyp
     return Contender([lambda: model(prompt, use_cache=False)], lambda: 0.0, 0.0, facts=_rate(length))
 
 
-def _decode(name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str) -> Contender:
+def _decode(
+    name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+) -> Contender:
     model, error = _model(name, settings.device, dtype, spec, activation)
     prompt = _prompt(_DECODE_PROMPT)
-    return Contender([lambda: klfast.generate(model, prompt, new, eos_token_id=())], lambda: error, TOLERANCE, models.read_bytes(model) * new, facts=_rate(new))
+    return Contender(
+        [lambda: klfast.generate(model, prompt, new, eos_token_id=())],
+        lambda: error,
+        TOLERANCE,
+        models.read_bytes(model) * new,
+        facts=_rate(new),
+    )
 
 
 def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
     model, prompt = _plain_model(name, settings.device, dtype), _prompt(_DECODE_PROMPT)
-    return Contender([lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=_rate(new))
+    return Contender(
+        [lambda: models.generate(model, prompt, new)],
+        lambda: 0.0,
+        0.0,
+        models.read_bytes(model) * new,
+        facts=_rate(new),
+    )
 
 
 def _rate(tokens: int) -> Callable[[float], dict[str, float]]:
@@ -116,7 +145,9 @@ def test_llama_cpp(run):
                 continue
             tokens = group.facts["tokens"]
             prompt, new = (tokens, 0) if group.facts["stage"] == "prefill" else (_DECODE_PROMPT, tokens)
-            once = functools.partial(llama_cpp.seconds, settings.llama_cpp, gguf, prompt=prompt, new=new, threads=settings.threads)
+            once = functools.partial(
+                llama_cpp.seconds, settings.llama_cpp, gguf, prompt=prompt, new=new, threads=settings.threads
+            )
             try:
                 run.time_outside("decode", group, f"llama.cpp {gguf.stem}", once, _rate(tokens))
             except Unavailable as reason:

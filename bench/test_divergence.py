@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from klfast import ops, quantize
 from klfast.backends import operands
+from klfast.benchkit.runner import Contender, Group, distance
+from klfast.benchkit.settings import Settings
 from klfast.ops.divergence import Divergence
 from klfast.quant.types import QuantSpec
 from klfast.reference import divergence as reference_divergence
 
 from . import machine
-from klfast.benchkit.runner import Contender, Group, distance
-from klfast.benchkit.settings import Settings
 from .test_linear import require_kernel
 
 HEAD = QuantSpec(8, 128)
@@ -24,9 +24,16 @@ Compute = Callable[[], torch.Tensor]  # the KL per token
 
 def groups(settings: Settings) -> Iterator[Group]:
     tokens, vocab, hidden = (64, 4096, 256) if settings.quick else (512, 50280, 2048)
-    yield Group(f"logits {tokens}x{vocab}", {"tokens": tokens, "vocab": vocab}, _of_logits(tokens, vocab, settings.device))
+    yield Group(
+        f"logits {tokens}x{vocab}", {"tokens": tokens, "vocab": vocab}, _of_logits(tokens, vocab, settings.device)
+    )
     facts = {"tokens": tokens, "vocab": vocab, "hidden": hidden}
-    yield Group(f"heads {tokens}x{hidden}x{vocab}", facts, _of_heads(tokens, vocab, hidden, settings.device), flops=4.0 * tokens * vocab * hidden)
+    yield Group(
+        f"heads {tokens}x{hidden}x{vocab}",
+        facts,
+        _of_heads(tokens, vocab, hidden, settings.device),
+        flops=4.0 * tokens * vocab * hidden,
+    )
 
 
 def _of_logits(tokens: int, vocab: int, device: str) -> dict[str, Callable[[], Contender]]:
@@ -37,7 +44,9 @@ def _of_logits(tokens: int, vocab: int, device: str) -> dict[str, Callable[[], C
     def klfast() -> Contender:
         teacher, student = draw()
         require_kernel("logit_divergence", teacher)
-        return _contender(lambda: ops.logit_divergence(teacher, student), _truth(teacher, student), 1e-4, 2 * teacher.nbytes, device)
+        return _contender(
+            lambda: ops.logit_divergence(teacher, student), _truth(teacher, student), 1e-4, 2 * teacher.nbytes, device
+        )
 
     def torch_kl() -> Contender:
         teacher, student = draw()
@@ -65,7 +74,13 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
         teacher, head, student, other = draw()
         require_kernel("linear_divergence", teacher)
         rounded = quantize(other, HEAD).to_layout(operands.preferred_layout(teacher.device))
-        return _contender(lambda: ops.linear_divergence(teacher, head, student, rounded), truth(teacher, head, student, rounded.dequantize(torch.float32)), 1e-3, 0, device)
+        return _contender(
+            lambda: ops.linear_divergence(teacher, head, student, rounded),
+            truth(teacher, head, student, rounded.dequantize(torch.float32)),
+            1e-3,
+            0,
+            device,
+        )
 
     def products(dtype: torch.dtype) -> Callable[[], Contender]:
         def built() -> Contender:
@@ -77,13 +92,21 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
 
     def torch_kl() -> Contender:
         teacher, head, student, other = (t.float() for t in draw())
-        return _contender(lambda: kl(F.linear(teacher, head), F.linear(student, other)), truth(teacher, head, student, other), 1e-2, 0, device)
+        return _contender(
+            lambda: kl(F.linear(teacher, head), F.linear(student, other)),
+            truth(teacher, head, student, other),
+            1e-2,
+            0,
+            device,
+        )
 
     return {
-        "klfast": klfast, "klfast, student int8": klfast_quantized,
-        "torch bf16 products alone": products(torch.bfloat16), "torch fp32 products alone": products(torch.float32),
+        "klfast": klfast,
+        "klfast, student int8": klfast_quantized,
+        "torch bf16 products alone": products(torch.bfloat16),
+        "torch fp32 products alone": products(torch.float32),
         "torch fp32 products and KL": torch_kl,
-    }  # fmt: skip
+    }
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -92,15 +115,21 @@ def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 def _truth(teacher: torch.Tensor, student: torch.Tensor) -> Compute:
-    return lambda: reference_divergence.logit_divergence(teacher.cpu(), student.cpu(), None)[0]  # in float64, which some GPUs lack
+    return lambda: reference_divergence.logit_divergence(teacher.cpu(), student.cpu(), None)[
+        0
+    ]  # in float64, which some GPUs lack
 
 
-def _contender(call: Callable[[], Divergence | torch.Tensor], truth: Compute, allowed: float, nbytes: int, device: str) -> Contender:
+def _contender(
+    call: Callable[[], Divergence | torch.Tensor], truth: Compute, allowed: float, nbytes: int, device: str
+) -> Contender:
     def error() -> float:
         found = call()
         return distance(found.kl_teacher_student if isinstance(found, Divergence) else found, truth())
 
-    return Contender([call], error, allowed, nbytes, facts=lambda _: {"extra_mb": round(machine.memory_peak(call, device), 2)})
+    return Contender(
+        [call], error, allowed, nbytes, facts=lambda _: {"extra_mb": round(machine.memory_peak(call, device), 2)}
+    )
 
 
 def test_divergence(group, name, run, benchmark):

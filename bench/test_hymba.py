@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 
 import klfast
-
-from . import hymba, models
 from klfast.benchkit.runner import Contender, Group, Unavailable
 from klfast.benchkit.settings import Settings
+
+from . import hymba, models
 
 PRECISIONS = ("bf16", "int4", "mixed")
 TOLERANCE = 3e-2  # of a mixer's or feed-forward part's output in bfloat16, rounded at each step on the way
@@ -26,8 +26,14 @@ def _sizes(settings: Settings) -> tuple[str, int, int]:
 
 def groups(settings: Settings) -> Iterator[Group]:
     name, length, new = _sizes(settings)
-    for stage, tokens, title, build in (("prefill", length, f"{length} tokens", _prefill), ("decode", new, f"{new} tokens after {length}", _decode)):
-        contenders = {f"klfast {precision}": functools.partial(build, name, length, new, settings, precision) for precision in PRECISIONS}
+    for stage, tokens, title, build in (
+        ("prefill", length, f"{length} tokens", _prefill),
+        ("decode", new, f"{new} tokens after {length}", _decode),
+    ):
+        contenders = {
+            f"klfast {precision}": functools.partial(build, name, length, new, settings, precision)
+            for precision in PRECISIONS
+        }
         contenders["reference bf16"] = functools.partial(build, name, length, new, settings, None)
         yield Group(f"{name} {stage} {title}", {"model": name, "tokens": tokens}, contenders)
 
@@ -64,7 +70,14 @@ def _decode(name: str, length: int, new: int, settings: Settings, precision: str
     model, error = _contestant(name, settings, precision)
     prompt = _prompt(length)
     cache = _model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1).past_key_values  # the same for all
-    return _contender(model, lambda: hymba.step_by_step(model, cache, prompt[:, -1:], new), precision, error, new, models.read_bytes(model) * new)
+    return _contender(
+        model,
+        lambda: hymba.step_by_step(model, cache, prompt[:, -1:], new),
+        precision,
+        error,
+        new,
+        models.read_bytes(model) * new,
+    )
 
 
 def _contender(model, call, precision: str | None, error: float, tokens: int, nbytes: int = 0) -> Contender:
@@ -76,7 +89,11 @@ def _contender(model, call, precision: str | None, error: float, tokens: int, nb
 
     def facts(seconds: float) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-        return {"tok_s": round(tokens / seconds, 2), "weights_mb": round(models.read_bytes(model) / 1e6), "memory_gb": round(peak, 2)}
+        return {
+            "tok_s": round(tokens / seconds, 2),
+            "weights_mb": round(models.read_bytes(model) / 1e6),
+            "memory_gb": round(peak, 2),
+        }
 
     return Contender([run], lambda: error, TOLERANCE, nbytes, facts=facts)
 

@@ -8,26 +8,37 @@ from collections.abc import Callable, Iterator
 import torch
 
 from klfast import ops, reference
-from klfast.dispatch import registry
-from klfast.nn import QuantLinear
-from klfast.quant.types import QuantSpec
-
 from klfast.benchkit import peers
 from klfast.benchkit.runner import Contender, Group, Unavailable, distance, tolerance
 from klfast.benchkit.settings import Settings
 from klfast.benchkit.weights import Weights, weights
+from klfast.dispatch import registry
+from klfast.nn import QuantLinear
+from klfast.quant.types import QuantSpec
 
 # (K, N): an input projection of Mamba-1.4B, then layers of Mamba-130M, a head, Mamba-1.4B again, and Hymba-1.5B.
 SHAPES = (
     (2048, 8192),
-    (768, 3072), (1536, 768), (1536, 80), (48, 1536), (2048, 50280), (4096, 2048),
-    (1600, 8960), (3200, 1600), (3200, 132), (100, 3200), (5504, 1600),
-)  # fmt: skip
+    (768, 3072),
+    (1536, 768),
+    (1536, 80),
+    (48, 1536),
+    (2048, 50280),
+    (4096, 2048),
+    (1600, 8960),
+    (3200, 1600),
+    (3200, 132),
+    (100, 3200),
+    (5504, 1600),
+)
 ROWS = (1, 4, 8, 16, 128, 512)
 GPU_SHAPES, GPU_ROWS = ((8192, 8192), *SHAPES), (*ROWS[:4], 64, *ROWS[4:], 4096)
 SPECS = {"int4": QuantSpec(4, 128), "int8": QuantSpec(8, 128)}
 # The other formats, at one shape and fewer numbers of rows.
-FORMATS = tuple(QuantSpec(*form) for form in ((4, 32), (4, 64), (4, -1), (4, 32, False), (4, 128, False), (8, 32), (8, -1), (8, 128, False)))
+FORMATS = tuple(
+    QuantSpec(*form)
+    for form in ((4, 32), (4, 64), (4, -1), (4, 32, False), (4, 128, False), (8, 32), (8, -1), (8, 128, False))
+)
 FORMAT_SHAPE, FORMAT_ROWS = (2048, 8192), (1, 16, 128)
 
 
@@ -78,14 +89,26 @@ def _dequant_matmul(x: torch.Tensor, weights: Weights, spec: QuantSpec, activati
     require_kernel("dequant_matmul", x)
     copies = weights.klfast(spec)
     calls = [functools.partial(QuantLinear(copy, activation=activation), x) for copy in copies]
-    return Contender(calls, lambda: distance(calls[0](), reference.dequant_matmul(x, copies[0], None, activation)), tolerance(x.dtype), copies[0].nbytes, peak="int8" if activation == "int8" else "bfloat16")
+    return Contender(
+        calls,
+        lambda: distance(calls[0](), reference.dequant_matmul(x, copies[0], None, activation)),
+        tolerance(x.dtype),
+        copies[0].nbytes,
+        peak="int8" if activation == "int8" else "bfloat16",
+    )
 
 
 def _linear(x: torch.Tensor, weights: Weights, dtype: torch.dtype) -> Contender:
     require_kernel("linear", x)
     copies, x = weights.dense(dtype), x.to(dtype)
     calls = [functools.partial(peers.layer(Linear, w), x) for w in copies]
-    return Contender(calls, lambda: distance(calls[0](), reference.linear(x, copies[0])), tolerance(dtype), copies[0].nbytes, peak="bfloat16" if dtype == torch.bfloat16 else "")
+    return Contender(
+        calls,
+        lambda: distance(calls[0](), reference.linear(x, copies[0])),
+        tolerance(dtype),
+        copies[0].nbytes,
+        peak="bfloat16" if dtype == torch.bfloat16 else "",
+    )
 
 
 class Linear(torch.nn.Linear):

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from klfast import ops
-from klfast.dispatch import registry
-
 from klfast.benchkit.runner import Contender, Group, Unavailable, distance
 from klfast.benchkit.settings import Settings
+from klfast.dispatch import registry
 
 Run = Callable[[], torch.Tensor]
 
@@ -46,7 +45,14 @@ def _selective_scan(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
         B, C = (draw.normal(batch, 16, length) for _ in range(2))
         return u, delta, draw.decay(1536, 16), B, C, draw.weight(1536), z, draw.weight(1536), True
 
-    return _group(f"selective_scan B={batch} D=1536 N=16 L={length} {dtype}", draw, "selective_scan", arguments, ops.selective_scan_fn, "mamba.mamba_selective_scan")
+    return _group(
+        f"selective_scan B={batch} D=1536 N=16 L={length} {dtype}",
+        draw,
+        "selective_scan",
+        arguments,
+        ops.selective_scan_fn,
+        "mamba.mamba_selective_scan",
+    )
 
 
 def _chunk_scan(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
@@ -57,21 +63,48 @@ def _chunk_scan(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def more() -> dict:
         return {"D": draw.weight(24), "dt_bias": draw.weight(24), "dt_softplus": True}
 
-    return _group(f"mamba_chunk_scan B={batch} H=24 P=64 N=128 L={length} {dtype}", draw, "mamba_chunk_scan", arguments, ops.mamba_chunk_scan_combined, "mamba2.mamba2_chunk_scan", more)
+    return _group(
+        f"mamba_chunk_scan B={batch} H=24 P=64 N=128 L={length} {dtype}",
+        draw,
+        "mamba_chunk_scan",
+        arguments,
+        ops.mamba_chunk_scan_combined,
+        "mamba2.mamba2_chunk_scan",
+        more,
+    )
 
 
 def _conv(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def arguments() -> tuple:
         return draw.normal(batch, 1536, length), draw.normal(1536, 4), draw.normal(1536)
 
-    return _group(f"causal_conv1d B={batch} D=1536 W=4 L={length} {dtype}", draw, "causal_conv1d", arguments, ops.causal_conv1d_fn, "mamba.causal_conv1d_fn", lambda: {"activation": "silu"})
+    return _group(
+        f"causal_conv1d B={batch} D=1536 W=4 L={length} {dtype}",
+        draw,
+        "causal_conv1d",
+        arguments,
+        ops.causal_conv1d_fn,
+        "mamba.causal_conv1d_fn",
+        lambda: {"activation": "silu"},
+    )
 
 
 def _state_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def arguments() -> tuple:
         x, dt, z = (draw.normal(1, 1536) for _ in range(3))
         B, C = (draw.normal(1, 16) for _ in range(2))
-        return draw.weight(1, 1536, 16), x, dt, draw.decay(1536, 16), B, C, draw.weight(1536), z, draw.weight(1536), True
+        return (
+            draw.weight(1, 1536, 16),
+            x,
+            dt,
+            draw.decay(1536, 16),
+            B,
+            C,
+            draw.weight(1536),
+            z,
+            draw.weight(1536),
+            True,
+        )
 
     def ours(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
         return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
@@ -79,13 +112,26 @@ def _state_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def theirs(function, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
         return function(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
 
-    return _group(f"selective_state_update B=1 D=1536 N=16 {dtype}", draw, "selective_state_update", arguments, ours, "mamba.mamba_selective_state_update", call_theirs=theirs)
+    return _group(
+        f"selective_state_update B=1 D=1536 N=16 {dtype}",
+        draw,
+        "selective_state_update",
+        arguments,
+        ours,
+        "mamba.mamba_selective_state_update",
+        call_theirs=theirs,
+    )
 
 
 def _state_update_heads(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def arguments() -> tuple:
         B, C = (draw.normal(1, 1, 128) for _ in range(2))
-        dt, A, D, bias = draw.normal(1, 24, 1).expand(1, 24, 64), draw.decay(24, 1, 1).expand(24, 64, 128), draw.weight(24, 1).expand(24, 64), draw.weight(24, 1).expand(24, 64)
+        dt, A, D, bias = (
+            draw.normal(1, 24, 1).expand(1, 24, 64),
+            draw.decay(24, 1, 1).expand(24, 64, 128),
+            draw.weight(24, 1).expand(24, 64),
+            draw.weight(24, 1).expand(24, 64),
+        )
         return draw.weight(1, 24, 64, 128), draw.normal(1, 24, 64), dt, A, B, C, D, bias
 
     def ours(state, x, dt, A, B, C, D, dt_bias):
@@ -94,20 +140,41 @@ def _state_update_heads(draw: _Draw, dtype: str, batch: int, length: int) -> Gro
     def theirs(function, state, x, dt, A, B, C, D, dt_bias):
         return function(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
 
-    return _group(f"selective_state_update B=1 H=24 P=64 N=128 {dtype}", draw, "selective_state_update", arguments, ours, "mamba2.mamba2_selective_state_update", call_theirs=theirs)
+    return _group(
+        f"selective_state_update B=1 H=24 P=64 N=128 {dtype}",
+        draw,
+        "selective_state_update",
+        arguments,
+        ours,
+        "mamba2.mamba2_selective_state_update",
+        call_theirs=theirs,
+    )
 
 
 def _conv_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def arguments() -> tuple:
         return draw.normal(1, 1536, 1), draw.normal(1, 1536, 4), draw.normal(1536, 4), draw.normal(1536), "silu"
 
-    return _group(f"causal_conv1d_update B=1 D=1536 W=4 {dtype}", draw, "causal_conv1d_update", arguments, ops.causal_conv1d_update, "mamba.causal_conv1d_update")
+    return _group(
+        f"causal_conv1d_update B=1 D=1536 W=4 {dtype}",
+        draw,
+        "causal_conv1d_update",
+        arguments,
+        ops.causal_conv1d_update,
+        "mamba.causal_conv1d_update",
+    )
 
 
 def _group(
-    title: str, draw: _Draw, op: str, arguments: Callable[[], tuple], ours: Callable, theirs: str,
-    more: Callable[[], dict] = dict, call_theirs: Callable | None = None,
-) -> Group:  # fmt: skip
+    title: str,
+    draw: _Draw,
+    op: str,
+    arguments: Callable[[], tuple],
+    ours: Callable,
+    theirs: str,
+    more: Callable[[], dict] = dict,
+    call_theirs: Callable | None = None,
+) -> Group:
     """``theirs``: module and name of transformers' function, which takes the same arguments unless ``call_theirs`` adapts them."""
 
     def klfast() -> Contender:

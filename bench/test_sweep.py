@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 import klfast
+from klfast.benchkit.runner import Contender, Group, distance
+from klfast.benchkit.settings import Settings
 from klfast.checkpoint.loading import load_model, load_tokenizer
 from klfast.models.linears import linears
 from klfast.quant.rounding import fake_quantize
@@ -20,8 +22,6 @@ from klfast.quant.types import QuantSpec
 from klfast.text import token_batches
 
 from . import models
-from klfast.benchkit.runner import Contender, Group, distance
-from klfast.benchkit.settings import Settings
 from .test_divergence import kl
 
 MODEL = "mamba2"
@@ -52,12 +52,20 @@ def groups(settings: Settings) -> Iterator[Group]:
     facts = {"windows": windows, "length": length}
     makers = {"klfast": _ours, "torch, whole forwards": _plain}
     arguments = (name, windows, length, layers, settings.device)
-    yield Group(f"{name}, {windows}x{length} tokens", facts, {title: functools.partial(make, *arguments) for title, make in makers.items()})
+    yield Group(
+        f"{name}, {windows}x{length} tokens",
+        facts,
+        {title: functools.partial(make, *arguments) for title, make in makers.items()},
+    )
 
 
 def bundled(name: str, windows: int, length: int, layers: int | None) -> Setting:
     model = load_model(name, "float32")
-    text = torch.cat(token_batches("calibration", load_tokenizer(name), vocab_size=model.config.vocab_size, length=length, windows=windows))
+    text = torch.cat(
+        token_batches(
+            "calibration", load_tokenizer(name), vocab_size=model.config.vocab_size, length=length, windows=windows
+        )
+    )
     return Setting(model, text, list(linears(model))[:layers], torch.float32)
 
 
@@ -70,7 +78,9 @@ def random(name: str, windows: int, length: int, layers: int | None, device: str
 @functools.lru_cache(maxsize=1)
 def _ready(name: str, windows: int, length: int, layers: int | None, device: str) -> tuple[Setting, float]:
     """What is timed, and the error found before."""
-    setting = bundled(name, windows, length, layers) if device == "cpu" else random(name, windows, length, layers, device)
+    setting = (
+        bundled(name, windows, length, layers) if device == "cpu" else random(name, windows, length, layers, device)
+    )
     error = setting.error()
     setting.model.to(setting.timed)
     return setting, error
@@ -89,12 +99,16 @@ def _plain(*arguments: object) -> Contender:
 def _contender(setting: Setting, call, error: float) -> Contender:
     # Both ways round in float32; the KL of 8-bit candidates is small enough to show it.
     candidates = len(setting.names) * len(SPECS)
-    return Contender([call], lambda: error, 1e-2, facts=lambda seconds: {"tok_s": round(candidates * setting.text.numel() / seconds)})
+    return Contender(
+        [call], lambda: error, 1e-2, facts=lambda seconds: {"tok_s": round(candidates * setting.text.numel() / seconds)}
+    )
 
 
 def swept(model, text: torch.Tensor, names: list[str]) -> torch.Tensor:
     """The mean KL of each (layer, spec)."""
-    found = klfast.sweep(model, text, specs=SPECS, metrics=("kl_teacher_student",), layers=names, dtype=None, progress=False)
+    found = klfast.sweep(
+        model, text, specs=SPECS, metrics=("kl_teacher_student",), layers=names, dtype=None, progress=False
+    )
     return torch.tensor([found.measurements[name, spec].mean["kl_teacher_student"] for name in names for spec in SPECS])
 
 

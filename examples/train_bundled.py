@@ -81,7 +81,14 @@ def build_mamba():
 
 def build_mamba2():
     # transformers' default limit of infinity is not JSON; a step of 100 forgets everything at any decay rate in use.
-    sizes = {"num_heads": 8, "head_dim": 64, "n_groups": 1, "state_size": 64, "chunk_size": 64, "time_step_limit": [0.0, 100.0]}
+    sizes = {
+        "num_heads": 8,
+        "head_dim": 64,
+        "n_groups": 1,
+        "state_size": 64,
+        "chunk_size": 64,
+        "time_step_limit": [0.0, 100.0],
+    }
     return Mamba2ForCausalLM(Mamba2Config(**COMMON, **sizes))
 
 
@@ -206,7 +213,9 @@ def bits_per_byte(model, tokenizer, text, stride=WINDOW // 2, batch=4):
     for group in [starts[i : i + batch] for i in range(0, len(starts), batch)]:
         windows = torch.stack([pad[s : s + WINDOW + 1] for s in group]).to(model.device)
         logits = model(windows[:, :-1], use_cache=False).logits.float()
-        losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").double().cpu()  # [batch, WINDOW]
+        losses = (
+            F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").double().cpu()
+        )  # [batch, WINDOW]
         for start, loss in zip(group, losses, strict=True):
             target = slice(start + 1, min(start + 1 + WINDOW, len(ids)))
             new = ~scored[target]
@@ -280,7 +289,9 @@ def train(arguments):
     tokenizer = train_tokenizer(text)
     ids = encode(tokenizer, split_documents(text))
     model = architecture.build().to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(ids):,} tokens, {len(text.encode()) / len(ids):.2f} bytes a token")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(ids):,} tokens, {len(text.encode()) / len(ids):.2f} bytes a token"
+    )
 
     optimizer_list = optimizers(model, arguments.rate)
     stream = batches(ids, arguments.batch, arguments.seed)
@@ -313,7 +324,13 @@ def train(arguments):
                     with autocast:
                         bits = f"{bits_per_byte(model, tokenizer, valid, stride=WINDOW):.4f}"
                     save(model, tokenizer, out)
-                row = [done, done * arguments.batch * WINDOW, f"{arguments.rate * fraction:.3e}", f"{sum(running) / len(running):.4f}", bits]
+                row = [
+                    done,
+                    done * arguments.batch * WINDOW,
+                    f"{arguments.rate * fraction:.3e}",
+                    f"{sum(running) / len(running):.4f}",
+                    bits,
+                ]
                 row.append(f"{time.monotonic() - begin:.0f}")
                 log.writerow(row)
                 file.flush()

@@ -79,13 +79,19 @@ def ssd_scan(x, delta, A, B, C, D, chunk):
         delta = F.pad(delta, (0, 0, 0, pad))
     n = (length + pad) // chunk
 
-    xs = x.reshape(batch, n, chunk, groups, share, width).permute(0, 1, 3, 4, 2, 5)  # [batch, n, groups, share, chunk, width]
-    Bs, Cs = (t.reshape(batch, n, chunk, groups, state).transpose(2, 3) for t in (B, C))  # [batch, n, groups, chunk, state]
+    xs = x.reshape(batch, n, chunk, groups, share, width).permute(
+        0, 1, 3, 4, 2, 5
+    )  # [batch, n, groups, share, chunk, width]
+    Bs, Cs = (
+        t.reshape(batch, n, chunk, groups, state).transpose(2, 3) for t in (B, C)
+    )  # [batch, n, groups, chunk, state]
     steps = delta.reshape(batch, n, chunk, groups, share).permute(0, 1, 3, 4, 2)  # [batch, n, groups, share, chunk]
     log_decay = torch.cumsum(steps * A.reshape(groups, share, 1), dim=-1)
 
     upper = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    mask = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(upper, float("-inf")).exp() * steps[..., None, :]
+    mask = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(upper, float("-inf")).exp() * steps[
+        ..., None, :
+    ]
     scores = (Cs @ Bs.transpose(-1, -2)).unsqueeze(3)  # [batch, n, groups, 1, chunk, chunk]
     within = (scores * mask).to(x.dtype) @ xs
 
@@ -116,7 +122,17 @@ def kernels(state):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
-    command = [compiler, "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O3",
+        "-march=native",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fopenmp",
+        "-shared",
+        "-fPIC",
+    ]
     command.append(f"-DSTATE={state}")
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([*command, cpu()]).encode()).hexdigest()[:16]
     folder = own_folder()
@@ -155,7 +171,9 @@ def own_folder():
         pass  # a file or a dangling link, see below
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} must be a folder of your own that is closed to others (mode 700); remove it, or set XDG_CACHE_HOME")
+        raise PermissionError(
+            f"{folder} must be a folder of your own that is closed to others (mode 700); remove it, or set XDG_CACHE_HOME"
+        )
     return folder
 
 
@@ -207,7 +225,13 @@ class CompiledScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         u, delta, A, B, C, D, z, saved = ctx.saved_tensors
-        du, dstep, dB, dC, dz = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(B), torch.empty_like(C), torch.empty_like(u)
+        du, dstep, dB, dC, dz = (
+            torch.empty_like(u),
+            torch.empty_like(delta),
+            torch.empty_like(B),
+            torch.empty_like(C),
+            torch.empty_like(u),
+        )
         dA, dD = torch.empty(u.shape[0], *A.shape), torch.empty(u.shape[0], u.shape[2])
         tensors = (u, delta, A, B, C, D, z, ctx.z_row, saved, grad.contiguous(), du, dstep, dA, dB, dC, dD, dz)
         call(kernels(A.shape[0]), f"scan_backward_{suffix(u.dtype)}", (ctx.shape, *tensors))
@@ -247,7 +271,9 @@ def can_compile(tensor, state, channels):
     return tensor.device.type == "cpu" and channels % LANES == 0 and kernels(state) is not None
 
 
-def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **kwargs):
+def mamba_selective_scan(
+    hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **kwargs
+):
     """As transformers' function: hidden_states, dt, z [batch, channels, length]; A [channels, state]; B, C [batch, state, length]."""
     if return_last_state or D is None or z is None or delta_bias is None or not delta_softplus:
         raise NotImplementedError("the training scan serves the whole-sequence pass of MambaMixer only")
@@ -258,9 +284,20 @@ def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=
 
 
 def mamba2_chunk_scan(
-    hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False, dt_limit=(0.0, float("inf")),
-    return_final_states=False, **kwargs,
-):  # fmt: skip
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    dt_bias=None,
+    initial_states=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    **kwargs,
+):
     """As transformers' function: hidden_states [batch, length, heads, head_dim]; dt [batch, length, heads]; B, C [batch, length, groups, state]."""
     if return_final_states or initial_states is not None or D is None or dt_bias is None or not dt_softplus:
         raise NotImplementedError("the training scan serves the whole-sequence pass of Mamba2Mixer only")

@@ -29,7 +29,12 @@ from klfast.text import token_batches
 PROMPT = "It was a fine morning, and the old man"
 HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
 INT4, INT4_FINE, INT4_COARSE, INT8 = QuantSpec(4, 64), QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8, 64)
-SPECS = (INT4_FINE, INT4, INT4_COARSE, INT8)  # the group size is a choice, too: half the group costs a quarter bit a weight
+SPECS = (
+    INT4_FINE,
+    INT4,
+    INT4_COARSE,
+    INT8,
+)  # the group size is a choice, too: half the group costs a quarter bit a weight
 _KL = "kl_teacher_student"
 BASELINE, MIXED = "full precision", "KL-planned mixed"
 
@@ -52,7 +57,8 @@ QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tok
 class Row:
     """One variant: bytes of the saved tensors, bits per weight of the linear layers (scales included), and on the
     evaluation text perplexity, mean KL(full precision || variant) in nats with its standard error (by windows), and how often both
-    hold the same token likeliest."""
+    hold the same token likeliest.
+    """
 
     variant: str
     bytes: int
@@ -66,7 +72,8 @@ class Row:
 @dataclass(frozen=True)
 class DemoResult:
     """What the sweep found (tables, and sentences that sum them up), the variants, where the mixed model is, what it
-    wrote, and under which conditions."""
+    wrote, and under which conditions.
+    """
 
     model: str
     sensitivities: tuple[report.Table, ...]
@@ -81,7 +88,14 @@ class DemoResult:
         return asdict(self) | {"sensitivities": [table.data() for table in self.sensitivities]}
 
 
-def run(name: str = "hymba", *, effort: Effort = FULL, out: str | os.PathLike | None = None, say: Callable[[str], None] = print, **loading_options: bool) -> DemoResult:
+def run(
+    name: str = "hymba",
+    *,
+    effort: Effort = FULL,
+    out: str | os.PathLike | None = None,
+    say: Callable[[str], None] = print,
+    **loading_options: bool,
+) -> DemoResult:
     """Run the pipeline on the model ``name`` (bundled, folder or hub id).
 
     Args:
@@ -100,16 +114,23 @@ def run(name: str = "hymba", *, effort: Effort = FULL, out: str | os.PathLike | 
         chosen = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
         return list(windows[chosen].split(4))
 
-    calibration, evaluation = text("calibration", effort.calibration_windows), text("evaluation", effort.evaluation_windows)
+    calibration, evaluation = (
+        text("calibration", effort.calibration_windows),
+        text("evaluation", effort.evaluation_windows),
+    )
     say(
         f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {dtype_name(dtype)}. "
         f"Everything is computed in float32 on {_counted(torch.get_num_threads(), 'thread')}; sizes are those of the stored tensors."
     )
-    say(f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text.")
+    say(
+        f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text."
+    )
     swept = klfast.sweep(model, calibration, specs=SPECS, metrics=(_KL, "sqnr_db"))
     split = [layer for layer in linears(model) if row_parts(model, layer)]
     if split:
-        say(f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({', '.join(dict.fromkeys(map(report.kind, split)))}) alone in {INT4}.")
+        say(
+            f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({', '.join(dict.fromkeys(map(report.kind, split)))}) alone in {INT4}."
+        )
         swept.rows.update(klfast.sweep(model, calibration, specs=(INT4,), metrics=(), layers=split, rows=True).rows)
     tables, findings = _sensitive(swept)
     uniform8, uniform4, fine4 = (klfast.plan(swept, method="uniform", spec=spec) for spec in (INT8, INT4, INT4_FINE))
@@ -144,7 +165,16 @@ def run(name: str = "hymba", *, effort: Effort = FULL, out: str | os.PathLike | 
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     new = klfast.generate(mixed, ids, effort.new_tokens, temperature=0.8, generator=torch.Generator().manual_seed(0))
     continuation = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
-    return DemoResult(name, tables, findings, tuple(rows), str(saved), PROMPT, continuation, _conditions(effort, calibration, evaluation, dtype))
+    return DemoResult(
+        name,
+        tables,
+        findings,
+        tuple(rows),
+        str(saved),
+        PROMPT,
+        continuation,
+        _conditions(effort, calibration, evaluation, dtype),
+    )
 
 
 def _sensitive(swept: Sensitivities) -> tuple[tuple[report.Table, ...], tuple[str, ...]]:
@@ -155,7 +185,11 @@ def _sensitive(swept: Sensitivities) -> tuple[tuple[report.Table, ...], tuple[st
         f"Most sensitive within the blocks: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed((row[0], row[-1]) for row in kinds)}.",
         f"By depth, over all kinds: {_listed(zip(places.headings[1:-1], together[1:-1], strict=True))}.",
     ]
-    if outside := [(name, m.mean[_KL]) for (name, spec), m in swept.measurements.items() if spec == INT4 and report.depth(name) is None]:
+    if outside := [
+        (name, m.mean[_KL])
+        for (name, spec), m in swept.measurements.items()
+        if spec == INT4 and report.depth(name) is None
+    ]:
         found.append(f"Outside of the blocks: {_listed(outside)}.")
     for layer in dict.fromkeys(row[0] for row in uses.rows):
         parts = sorted(((use, kl) for of, use, kl in uses.rows if of == layer), key=lambda part: -part[1])
@@ -169,14 +203,20 @@ def _listed(costs: Iterable[tuple[str, float]]) -> str:
 
 def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]) -> Row:
     layers = list(linears(model).values())
-    matrices = [layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in layers]
+    matrices = [
+        layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in layers
+    ]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     total = sum(map(weight_bytes, layers)) + other_bytes(model)  # before the cast: as it is stored
     found = klfast.evaluate(model.float(), batches, teacher, progress=None)
-    return Row(variant, total, 8 * sum(matrices) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement)
+    return Row(
+        variant, total, 8 * sum(matrices) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement
+    )
 
 
-def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype) -> dict[str, object]:
+def _conditions(
+    effort: Effort, calibration: list[torch.Tensor], evaluation: list[torch.Tensor], dtype: torch.dtype
+) -> dict[str, object]:
     return {
         "uniform_groups_of": INT4.group_size,
         "stored_as": dtype_name(dtype),
@@ -195,8 +235,18 @@ def _conditions(effort: Effort, calibration: list[torch.Tensor], evaluation: lis
 def write_results(result: DemoResult, folder: str | os.PathLike) -> None:
     """Write the table as demo.md and demo.csv, the conditions with it, into an existing folder."""
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.conditions.items())
-    found = [*(table.markdown() for table in result.sensitivities), *(f"- {sentence}" for sentence in result.findings), ""]
-    lines = [f"`klfast demo` on the model {result.model}.", "", *found, "| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    found = [
+        *(table.markdown() for table in result.sensitivities),
+        *(f"- {sentence}" for sentence in result.findings),
+        "",
+    ]
+    lines = [
+        f"`klfast demo` on the model {result.model}.",
+        "",
+        *found,
+        "| " + " | ".join(HEADINGS) + " |",
+        "|---" + "|---:" * (len(HEADINGS) - 1) + "|",
+    ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result.rows]
     write_atomic(Path(folder, "demo.md"), "\n".join([*lines, "", f"Conditions: {facts}.", ""]))
     text = io.StringIO()
@@ -212,7 +262,14 @@ HEADINGS = ("variant", "MB", "bits/weight", "perplexity", "KL (nats)", "top-1 ag
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as the table shows it, in the order of HEADINGS."""
-    return (row.variant, f"{row.bytes / 1e6:.3f}", f"{row.bits_per_weight:.2f}", f"{row.perplexity:.3f}", f"{row.kl:.5f} ± {row.kl_stderr:.5f}", f"{row.top1_agreement:.2%}")
+    return (
+        row.variant,
+        f"{row.bytes / 1e6:.3f}",
+        f"{row.bits_per_weight:.2f}",
+        f"{row.perplexity:.3f}",
+        f"{row.kl:.5f} ± {row.kl_stderr:.5f}",
+        f"{row.top1_agreement:.2%}",
+    )
 
 
 def _counted(n: int, noun: str) -> str:

@@ -84,12 +84,19 @@ def evaluate(
     head = _weight(plain_head(model))
     teacher_head = head if teacher is None else _weight(plain_head(teacher))
     if teacher_head.shape[0] != head.shape[0]:
-        raise InvalidInputError(f"the teacher has {teacher_head.shape[0]} tokens, the model {head.shape[0]}; they need one vocabulary")
+        raise InvalidInputError(
+            f"the teacher has {teacher_head.shape[0]} tokens, the model {head.shape[0]}; they need one vocabulary"
+        )
     most = _MOST_TOKENS if is_single(batches) else None
     parts = [batch.equal_lengths(most) for batch in read(batches, head.shape[0])]
 
     tally = Tally(1, len(_MEASURED))
-    with deferred(), evaluation_mode(model), evaluation_mode(model if teacher is None else teacher), reporter(progress, "evaluate", len(parts)) as advance:
+    with (
+        deferred(),
+        evaluation_mode(model),
+        evaluation_mode(model if teacher is None else teacher),
+        reporter(progress, "evaluate", len(parts)) as advance,
+    ):
         some = next(ids for part in parts for ids in part)[:1, :8]
         for one in (model, teacher):
             if one is not None:
@@ -99,10 +106,21 @@ def evaluate(
                 with interruptible():
                     hidden = head_inputs(model, ids[:, :-1])
                     teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
-                    found = ops.linear_divergence(teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device))
-                metrics = (found.ce_student, found.ce_teacher, found.kl_teacher_student, found.kl_student_teacher, found.jsd, found.top1_agree)
+                    found = ops.linear_divergence(
+                        teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device)
+                    )
+                metrics = (
+                    found.ce_student,
+                    found.ce_teacher,
+                    found.kl_teacher_student,
+                    found.kl_student_teacher,
+                    found.jsd,
+                    found.top1_agree,
+                )
                 rows, length = ids.shape
-                tally.add(0, torch.stack(metrics).cpu().double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1)
+                tally.add(
+                    0, torch.stack(metrics).cpu().double().view(1, len(_MEASURED), rows, length - 1).sum(-1), length - 1
+                )
             advance(1, "")
 
     mean, stderr = (dict(zip(_MEASURED, values, strict=True)) for values in (tally.mean(0), tally.stderr(0)))

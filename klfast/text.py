@@ -55,17 +55,23 @@ def token_batches(
             raise InvalidInputError(f"{name} must be at least {least}, got {value}")
     path = Path(BUNDLED_TEXTS.get(os.fspath(source), os.path.expanduser(source)))
     if not path.is_file():
-        raise InvalidInputError(f"there is no file {os.fspath(source)!r}; give a text file, a token file or one of {', '.join(BUNDLED_TEXTS)}")
+        raise InvalidInputError(
+            f"there is no file {os.fspath(source)!r}; give a text file, a token file or one of {', '.join(BUNDLED_TEXTS)}"
+        )
     if path.suffix in (".npy", ".json"):
         rows = _cut(_read_ids(path), length, path)
     else:
         if tokenizer is None:
-            raise InvalidInputError(f"{path} is a text and there is no tokenizer; give token ids in a .npy or .json file")
+            raise InvalidInputError(
+                f"{path} is a text and there is no tokenizer; give token ids in a .npy or .json file"
+            )
         rows = _windows_of_text(path, tokenizer, length, windows)
     rows = rows[:windows]
     low, high = rows.aminmax()
     if low < 0 or high >= vocab_size:
-        raise InvalidInputError(f"{path} holds token id {int(low if low < 0 else high)}; the model's ids lie between 0 and {vocab_size - 1}")
+        raise InvalidInputError(
+            f"{path} holds token id {int(low if low < 0 else high)}; the model's ids lie between 0 and {vocab_size - 1}"
+        )
     return list(rows.split(batch_size))
 
 
@@ -113,17 +119,27 @@ def _cut(ids: torch.Tensor, length: int, path: Path, least: int = 2) -> torch.Te
 
 def _read_ids(path: Path) -> torch.Tensor:
     try:
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(parse_json(path.read_text(encoding="utf-8-sig")))
-    except Exception as error:  # a damaged header makes numpy raise almost anything, MemoryError and tokenize.TokenError included
+        array = (
+            np.load(path, allow_pickle=False)
+            if path.suffix == ".npy"
+            else np.array(parse_json(path.read_text(encoding="utf-8-sig")))
+        )
+    except (
+        Exception
+    ) as error:  # a damaged header makes numpy raise almost anything, MemoryError and tokenize.TokenError included
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InvalidInputError(f"{path} cannot be read as token ids ({reason}); give a .npy integer array or a JSON list") from None
+        raise InvalidInputError(
+            f"{path} cannot be read as token ids ({reason}); give a .npy integer array or a JSON list"
+        ) from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise InvalidInputError(f"{path} is an archive of arrays; save one array with numpy.save")
     if array.size == 0:
         raise InvalidInputError(f"{path} is empty; give some thousands of token ids")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise InvalidInputError(f"{path} must hold integers, [tokens] or [windows, tokens], got {array.dtype} {list(array.shape)}")
+        raise InvalidInputError(
+            f"{path} must hold integers, [tokens] or [windows, tokens], got {array.dtype} {list(array.shape)}"
+        )
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise InvalidInputError(f"{path} holds token id {array.max()}, which no model has")
     return torch.from_numpy(array.astype(np.int64))

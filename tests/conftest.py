@@ -15,13 +15,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests of Triton kernels run on a GPU or, as test_triton.py does, in a process of their own under Triton's interpreter.
-collect_ignore = [] if pins.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["backends/device"]
+collect_ignore = (
+    [] if pins.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["backends/device"]
+)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """What was left out, where all tests were asked for, or those for GPUs."""
     if collect_ignore and (config.option.markexpr or not any(".py" in argument for argument in config.args)):
-        terminalreporter.write_line(f"SKIPPED pytest -m gpu (tests/backends/device on a GPU): torch {torch.__version__} finds neither a CUDA nor an XPU device")
+        terminalreporter.write_line(
+            f"SKIPPED pytest -m gpu (tests/backends/device on a GPU): torch {torch.__version__} finds neither a CUDA nor an XPU device"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,9 @@ def test_what_is_sensitive(ran):
     assert set(kinds) == {tables.kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
     costs = [row[-1] for row in places.rows[:-1]]
     assert costs == sorted(costs, reverse=True) and min(costs) > 0
-    assert result.findings[0].startswith(f"Most sensitive within the blocks: {kinds[0]}. One layer in int4-g64-sym costs, in nats: {kinds[0]} ")
+    assert result.findings[0].startswith(
+        f"Most sensitive within the blocks: {kinds[0]}. One layer in int4-g64-sym costs, in nats: {kinds[0]} "
+    )
     assert any(sentence.startswith("Outside of the blocks: lm_head ") for sentence in result.findings)
     assert [len(table.rows) for table in uses] == ([5] if result.model == "hymba" else [])
 
@@ -64,7 +66,12 @@ def test_the_saved_model_is_the_one_in_the_table(ran):
     result = ran[0]
     file = Path(result.saved, "model.safetensors")
     mixed, tensors = rows(result)["KL-planned mixed"], load_file(file)
-    assert mixed.bytes == sum(tensor.nbytes for tensor in tensors.values()) < file.stat().st_size <= mixed.bytes + 200 * len(tensors)
+    assert (
+        mixed.bytes
+        == sum(tensor.nbytes for tensor in tensors.values())
+        < file.stat().st_size
+        <= mixed.bytes + 200 * len(tensors)
+    )
     assert result.saved in " ".join(ran[1]) and len(result.continuation) > 0
 
 
@@ -76,7 +83,9 @@ def test_results_as_markdown_and_csv(ran, tmp_path):
     assert float(read[0]["perplexity"]) == ran[0].rows[0].perplexity
     assert read[0]["torch"] == torch.__version__ and read[0]["threads"] == str(torch.get_num_threads())
     text = (tmp_path / "demo.md").read_text()
-    assert "| KL-planned mixed |" in text and "threads" in text and ran[0].findings[0] in text and "| all kinds |" in text
+    assert (
+        "| KL-planned mixed |" in text and "threads" in text and ran[0].findings[0] in text and "| all kinds |" in text
+    )
 
 
 def test_command(ran, tmp_path, monkeypatch):
@@ -87,7 +96,11 @@ def test_command(ran, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["rows"] == [asdict(row) for row in ran[0].rows] and data["continuation"] == ran[0].continuation
-    assert data["sensitivities"] == [table.data() | {"rows": list(map(list, table.rows))} for table in ran[0].sensitivities] and data["findings"]
+    assert (
+        data["sensitivities"]
+        == [table.data() | {"rows": list(map(list, table.rows))} for table in ran[0].sensitivities]
+        and data["findings"]
+    )
     assert (tmp_path / "demo.md").exists()
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 1 and "exists" in again.stderr

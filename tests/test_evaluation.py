@@ -30,15 +30,22 @@ def truth(model, batches, teacher):
     middle = torch.logaddexp(p, q) - math.log(2)
     nll = -q.gather(1, y[:, None]).mean().item()
     rows = [row for ids in batches for row in ids]
-    squares = sum((part.sum() - len(part) * kl.mean()) ** 2 for part in kl.split([len(row) - 1 for row in rows]))  # tokens of a row are correlated
+    squares = sum(
+        (part.sum() - len(part) * kl.mean()) ** 2 for part in kl.split([len(row) - 1 for row in rows])
+    )  # tokens of a row are correlated
     stderr = (squares * len(rows) / (len(rows) - 1)).sqrt().item() / len(y) if len(rows) > 1 else math.nan
     return {
-        "tokens": len(y), "nll": nll, "perplexity": math.exp(nll), "bits_per_token": nll / math.log(2),
-        "kl": kl.mean().item(), "kl_stderr": stderr, "kl_student_teacher": (q.exp() * (q - p)).sum(-1).mean().item(),
+        "tokens": len(y),
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "bits_per_token": nll / math.log(2),
+        "kl": kl.mean().item(),
+        "kl_stderr": stderr,
+        "kl_student_teacher": (q.exp() * (q - p)).sum(-1).mean().item(),
         "jsd": (0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)).mean().item(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
         "teacher_perplexity": math.exp(-p.gather(1, y[:, None]).mean().item()),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -50,7 +57,9 @@ def test_equals_whole_softmaxes(family, tied):
     for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
     alone = klfast.evaluate(model, batches)
-    assert (alone.perplexity, alone.nll, alone.bits_per_token, alone.tokens) == pytest.approx((found.perplexity, found.nll, found.bits_per_token, 33 + 1 + 12))
+    assert (alone.perplexity, alone.nll, alone.bits_per_token, alone.tokens) == pytest.approx(
+        (found.perplexity, found.nll, found.bits_per_token, 33 + 1 + 12)
+    )
     assert (alone.kl, alone.top1_agreement, alone.teacher_perplexity) == (None, None, None)
 
 
@@ -60,7 +69,9 @@ def test_the_standard_error_is_that_of_the_sweep():
     swept = klfast.sweep(teacher, ids, [spec], layers=[name]).measurements[name, spec]
     model = klfast.quantize_model(tiny("llama"), Plan({name: spec}, "uniform"))
     found = klfast.evaluate(model, ids.split(4), teacher)
-    assert (found.kl, found.kl_stderr) == pytest.approx((swept.mean["kl_teacher_student"], swept.stderr["kl_teacher_student"]), rel=1e-3)
+    assert (found.kl, found.kl_stderr) == pytest.approx(
+        (swept.mean["kl_teacher_student"], swept.stderr["kl_teacher_student"]), rel=1e-3
+    )
     assert math.isnan(klfast.evaluate(model, [ids[:1]], teacher).kl_stderr)
 
 
@@ -82,7 +93,9 @@ def test_logits_are_never_whole_and_modes_are_kept():
     rows = []
     for one in (model, teacher):
         one.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[:-1].numel()))
-    klfast.evaluate(model, (ids for ids in [batch(2, 40), batch(4, 40)]), teacher, progress=lambda *args: done.append(args))
+    klfast.evaluate(
+        model, (ids for ids in [batch(2, 40), batch(4, 40)]), teacher, progress=lambda *args: done.append(args)
+    )
     assert max(rows) <= 8 and done == [(1, 2, ""), (2, 2, "")]
     assert model.training and not teacher.training
 
@@ -143,9 +156,18 @@ def test_refuses_models():
     refuses("NaN", other, [batch()])
     refuses("NaN", model, [batch()], other)
     config = transformers.Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, final_logit_softcapping=0.5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     capped = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         capped.lm_head.weight.normal_()

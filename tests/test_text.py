@@ -56,7 +56,10 @@ def test_reads_on_where_a_token_takes_many_characters(tmp_path):
 def test_more_windows_than_the_text_has_are_all(tmp_path, tokenizer, windows):
     path = write(tmp_path, "abcdefgh" * 1000)
     found = token_batches(path, tokenizer, vocab_size=257, length=2048, windows=windows)
-    assert torch.cat(found).equal(torch.cat(token_batches(path, tokenizer, vocab_size=257, length=2048))) and len(torch.cat(found)) == 3
+    assert (
+        torch.cat(found).equal(torch.cat(token_batches(path, tokenizer, vocab_size=257, length=2048)))
+        and len(torch.cat(found)) == 3
+    )
 
 
 def test_a_byte_order_mark_is_no_token(tmp_path, tokenizer):
@@ -100,14 +103,20 @@ def test_each_window_starts_with_bos_where_the_tokenizer_adds_one(tmp_path, bos_
 
 @pytest.mark.parametrize("name", ["ids.npy", "ids.json"])
 def test_token_files(tmp_path, name):
-    for ids, length, expected in (([1, 2, 3, 4, 5], 2, [[1, 2], [3, 4]]), ([[1, 2, 3], [4, 5, 6]], 2, [[1, 2, 3], [4, 5, 6]])):
+    for ids, length, expected in (
+        ([1, 2, 3, 4, 5], 2, [[1, 2], [3, 4]]),
+        ([[1, 2, 3], [4, 5, 6]], 2, [[1, 2, 3], [4, 5, 6]]),
+    ):
         path = tmp_path / name
         np.save(path, np.array(ids, dtype=np.uint16)) if name.endswith("npy") else path.write_text(json.dumps(ids))
         assert torch.cat(token_batches(path, vocab_size=7, length=length)).tolist() == expected
 
 
 def test_bundled_texts_differ(tokenizer):
-    calibration, evaluation = (torch.cat(token_batches(n, tokenizer, vocab_size=257, length=64, windows=8)) for n in ("calibration", "evaluation"))
+    calibration, evaluation = (
+        torch.cat(token_batches(n, tokenizer, vocab_size=257, length=64, windows=8))
+        for n in ("calibration", "evaluation")
+    )
     assert calibration.shape == evaluation.shape == (8, 64)
     assert not torch.equal(calibration, evaluation)
 
@@ -128,10 +137,26 @@ def test_bundled_texts_differ(tokenizer):
         ("[1, 300]", "ids.json", "token id 300"),
         ("[1, -1]", "ids.json", "token id -1"),
         (b"\x93NUMPY", "ids.npy", "cannot be read"),
-        (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000,), }"), "ids.npy", "ids.npy cannot be read"),  # 73 TiB
-        (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,"), "ids.npy", "ids.npy cannot be read"),  # tokenize.TokenError
-        (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 1), }"), "ids.npy", "holds windows of 1 tokens; at least 2"),
-        (npy("{'descr': '<u8', 'fortran_order': False, 'shape': (3,), }")[:-1] + b"\xff", "ids.npy", "token id 18374686479671623680, which no"),
+        (
+            npy("{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000,), }"),
+            "ids.npy",
+            "ids.npy cannot be read",
+        ),  # 73 TiB
+        (
+            npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,"),
+            "ids.npy",
+            "ids.npy cannot be read",
+        ),  # tokenize.TokenError
+        (
+            npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 1), }"),
+            "ids.npy",
+            "holds windows of 1 tokens; at least 2",
+        ),
+        (
+            npy("{'descr': '<u8', 'fortran_order': False, 'shape': (3,), }")[:-1] + b"\xff",
+            "ids.npy",
+            "token id 18374686479671623680, which no",
+        ),
         ("[18446744073709551615, 1]", "ids.json", "ids.json (must|holds token id)"),
     ],
 )

@@ -21,7 +21,9 @@ struct Rows {
     DType dtype;
     std::int64_t first, stride, width;
 
-    Vec operator()(std::int64_t row, std::int64_t column) const { return load(data, first + row * stride + column, dtype, lanes(width - column)); }
+    Vec operator()(std::int64_t row, std::int64_t column) const {
+        return load(data, first + row * stride + column, dtype, lanes(width - column));
+    }
 
     Rows from(std::int64_t row) const { return {data, dtype, first + row * stride, stride, width}; }
 };
@@ -48,7 +50,8 @@ inline float highest_of(const float* scores, std::int64_t keys, float highest) {
 
 // Scores of one head become weights, not normalised; returns their sum. What lies between keys and pitch becomes 0.
 inline float weigh(float* scores, std::int64_t keys, std::int64_t pitch, float highest) {
-    if (highest == -__builtin_inff()) highest = 0.0f;  // all masked: weights of 0, and a total of 0 if no other part has more
+    if (highest == -__builtin_inff())
+        highest = 0.0f;  // all masked: weights of 0, and a total of 0 if no other part has more
     for (std::int64_t s = keys; s < pitch; ++s) scores[s] = -__builtin_inff();
     Vec total = set(0.0f);
     for (std::int64_t s = 0; s < pitch; s += Vec::width) {
@@ -59,10 +62,11 @@ inline float weigh(float* scores, std::int64_t keys, std::int64_t pitch, float h
     return sum(total);
 }
 
-// to[h * padded + c] = old[h] to[h * padded + c] + sum_s weights[h * pitch + s] v_s[c], two vectors of columns at a time;
-// without `old` what `to` held is ignored.
+// to[h * padded + c] = old[h] to[h * padded + c] + sum_s weights[h * pitch + s] v_s[c], two vectors of columns at a
+// time; without `old` what `to` held is ignored.
 template <int H>
-void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t keys, const float* old, float* to, std::int64_t padded) {
+void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t keys, const float* old, float* to,
+         std::int64_t padded) {
     for (std::int64_t c = 0; c < v.width; c += 2 * Vec::width) {
         const bool both = c + Vec::width < v.width;
         Vec low[H], high[H];
@@ -107,12 +111,14 @@ void attend(const DecodeAttentionArgs& a, std::int64_t b, std::int64_t first_hea
     }
     for (int h = 0; h < H; ++h)
         for (std::int64_t c = 0; c < out_padded; ++c) out[h * out_padded + c] /= total[h];
-    store_tile(out, out_padded, a.out, b * a.out.stride[0] + first_head * a.out.stride[1], 1, a.out.stride[1], a.value_dim, H);
+    store_tile(out, out_padded, a.out, b * a.out.stride[0] + first_head * a.out.stride[1], 1, a.out.stride[1],
+               a.value_dim, H);
 }
 
 inline void run(const DecodeAttentionArgs& a) {
     using Attend = void(const DecodeAttentionArgs&, std::int64_t, std::int64_t, const Rows&, const Rows&);
-    constexpr Attend* kAttend[kHeads + 1] = {nullptr, attend<1>, attend<2>, attend<3>, attend<4>, attend<5>, attend<6>, attend<7>, attend<8>};
+    constexpr Attend* kAttend[kHeads + 1] = {nullptr,   attend<1>, attend<2>, attend<3>, attend<4>,
+                                             attend<5>, attend<6>, attend<7>, attend<8>};
     const std::int64_t shared_by = a.heads / a.groups;  // query heads of a group
     const int threads = worthwhile_threads(a.n_threads, 1.0 * a.batch * a.heads * a.keys * (a.key_dim + a.value_dim));
     parallel_for(a.batch * a.groups, 1, threads, [&](std::int64_t begin, std::int64_t end) {

@@ -18,7 +18,7 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
     T& operator[](std::int64_t i) const { return data[i]; }
 
-private:
+  private:
     // A size that overflowed is negative.
     static std::size_t bytes(std::int64_t size) {
         if (size < 0 || size >= INT64_MAX / static_cast<std::int64_t>(sizeof(T))) throw std::bad_alloc();

@@ -23,7 +23,8 @@ inline std::uint16_t float_to_bf16(float v) {
 
 // IEEE 754 binary16: 1 sign, 5 exponent (bias 15) and 10 fraction bits.
 inline float f16_to_float(std::uint16_t v) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(v & 0x8000u) << 16, exponent = (v >> 10) & 0x1fu, fraction = v & 0x3ffu;
+    const std::uint32_t sign = static_cast<std::uint32_t>(v & 0x8000u) << 16, exponent = (v >> 10) & 0x1fu,
+                        fraction = v & 0x3ffu;
     if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
         const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
         return sign ? -magnitude : magnitude;
@@ -38,7 +39,7 @@ inline std::uint16_t float_to_f16(float v) {
     const std::uint32_t magnitude = u & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return sign | 0x7e00u;
     if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds beyond 65504
-    if (magnitude < 0x38800000u) {  // subnormal result: adding 0.5 lets the FPU round at 2^-24
+    if (magnitude < 0x38800000u) {                        // subnormal result: adding 0.5 lets the FPU round at 2^-24
         const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
         return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000u));
     }
@@ -53,8 +54,10 @@ inline float load_float(const void* p, std::int64_t i, DType t) {
 }
 
 inline void store_float(void* p, std::int64_t i, DType t, float v) {
-    if (t == DType::f32) static_cast<float*>(p)[i] = v;
-    else static_cast<std::uint16_t*>(p)[i] = t == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+    if (t == DType::f32)
+        static_cast<float*>(p)[i] = v;
+    else
+        static_cast<std::uint16_t*>(p)[i] = t == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
 }
 
 }  // namespace klfast

@@ -49,7 +49,8 @@ std::string check_avxvnni() {
 #ifdef KLFAST_AVXVNNI_TWIN
     const Leaf seven(7, 0);
     if (!bit(seven.ebx, 31) || !bit(seven.ecx, 11)) return missing("AVX-512-VNNI to stand in for AVX-VNNI");
-    if ((saved_registers() & kSaveAvx512) != kSaveAvx512) return "the operating system does not save the AVX-512 registers.";
+    if ((saved_registers() & kSaveAvx512) != kSaveAvx512)
+        return "the operating system does not save the AVX-512 registers.";
 #else
     if (!bit(Leaf(7, 1).eax, 4)) return missing("AVX-VNNI");
 #endif
@@ -64,7 +65,8 @@ std::string check_avx512vnni() {
     if (!bit(seven.ebx, 30)) return missing("AVX-512BW");
     if (!bit(seven.ebx, 31)) return missing("AVX-512VL");
     if (!bit(seven.ecx, 11)) return missing("AVX-512-VNNI");
-    if ((saved_registers() & kSaveAvx512) != kSaveAvx512) return "the operating system does not save the AVX-512 registers.";
+    if ((saved_registers() & kSaveAvx512) != kSaveAvx512)
+        return "the operating system does not save the AVX-512 registers.";
     return {};
 }
 
@@ -105,9 +107,15 @@ std::array<std::string, kTiers> all_reasons() {
     for (std::size_t t = 1; t < kTiers; ++t) reasons[t] = "this is not an x86-64 machine.";
 #endif
     static const int yes = 1;  // any address: the macros give it back where the tier was built
-    const std::array<const int*, kTiers> built{&yes, KLFAST_IF_AVX2(&yes), KLFAST_IF_AVXVNNI(&yes), KLFAST_IF_AVX512VNNI(&yes), KLFAST_IF_AVX512BF16(&yes), KLFAST_IF_AMX(&yes)};
+    const std::array<const int*, kTiers> built{&yes,
+                                               KLFAST_IF_AVX2(&yes),
+                                               KLFAST_IF_AVXVNNI(&yes),
+                                               KLFAST_IF_AVX512VNNI(&yes),
+                                               KLFAST_IF_AVX512BF16(&yes),
+                                               KLFAST_IF_AMX(&yes)};
     for (std::size_t t = 1; t < kTiers; ++t)
-        if (built[t] == nullptr && reasons[t].empty()) reasons[t] = "the compiler that built klfast could not build it.";
+        if (built[t] == nullptr && reasons[t].empty())
+            reasons[t] = "the compiler that built klfast could not build it.";
     return reasons;
 }
 

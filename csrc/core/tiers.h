@@ -13,7 +13,8 @@ namespace klfast {
 // Ascending: a machine that runs a tier runs an op's kernel of any lower one that it can run.
 enum class Tier : int { scalar, avx2, avxvnni, avx512vnni, avx512bf16, amx };
 inline constexpr std::size_t kTiers = 6;
-inline constexpr std::array<const char*, kTiers> kTierNames{"scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"};
+inline constexpr std::array<const char*, kTiers> kTierNames{"scalar",     "avx2",       "avxvnni",
+                                                            "avx512vnni", "avx512bf16", "amx"};
 
 // Empty when the tier can run here, else one sentence that says why not: not built by the compiler,
 // not in CPUID, its registers not saved by the OS (XCR0), or tile permission not granted (AMX).
@@ -27,7 +28,8 @@ struct KernelTable {
 
     template <class... Kernels>
     constexpr KernelTable(Kernels... of_tiers) : kernels{of_tiers...} {
-        static_assert(sizeof...(Kernels) == kTiers, "a kernel table has one entry for each tier, nullptr where there is none");
+        static_assert(sizeof...(Kernels) == kTiers,
+                      "a kernel table has one entry for each tier, nullptr where there is none");
     }
     constexpr Fn* operator[](std::size_t tier) const { return kernels[tier]; }
 };

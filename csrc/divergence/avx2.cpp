@@ -5,7 +5,7 @@
 
 namespace klfast::avx2 {
 
-const divergence::Kernels kDivergence{
-    divergence::scan, divergence::sums<false>, divergence::sums<true>, divergence::moments, divergence::powers, divergence::widen};
+const divergence::Kernels kDivergence{divergence::scan,    divergence::sums<false>, divergence::sums<true>,
+                                      divergence::moments, divergence::powers,      divergence::widen};
 
 }  // namespace klfast::avx2

@@ -9,12 +9,17 @@
 namespace klfast::divergence {
 namespace {
 
-const KernelTable<const Kernels> kTable{
-    &scalar::kDivergence, KLFAST_IF_AVX2(&avx2::kDivergence), nullptr, KLFAST_IF_AVX512VNNI(&avx512vnni::kDivergence), nullptr, nullptr};
+const KernelTable<const Kernels> kTable{&scalar::kDivergence,
+                                        KLFAST_IF_AVX2(&avx2::kDivergence),
+                                        nullptr,
+                                        KLFAST_IF_AVX512VNNI(&avx512vnni::kDivergence),
+                                        nullptr,
+                                        nullptr};
 const Announce announce_logits{"logit_divergence", kTable}, announce_linear{"linear_divergence", kTable};
 
 // n logits from column `column` of a row as contiguous floats: in place, or in `buffer`.
-const float* floats(const Matrix& m, std::int64_t row, std::int64_t column, int n, float* buffer, const Kernels& kernels) {
+const float* floats(const Matrix& m, std::int64_t row, std::int64_t column, int n, float* buffer,
+                    const Kernels& kernels) {
     const std::int64_t offset = row * m.row_stride + column * m.column_stride;
     if (m.column_stride != 1) {
         for (int i = 0; i < n; ++i) buffer[i] = load_float(m.data, offset + i * m.column_stride, m.dtype);
@@ -109,7 +114,8 @@ void find_maxima(State& state, const float* a, const float* b, int n, const Scan
 }
 
 // An anchor from a row's first columns: the difference at the likeliest token, then what that yields for all of them.
-void find_anchor(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column, const Kernels& kernels) {
+void find_anchor(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column,
+                 const Kernels& kernels) {
     const auto top = state.argmax_a - first_column;
     state.anchor = b[top] - a[top];
     state.has_anchor = 1;
@@ -148,8 +154,10 @@ void add(State& state, const float* a, const float* b, int n, std::int64_t first
     }
     if (state.phase == kPlain) {
         set_reference(state, scan);
-        if (state.is_far) state.powers = state.powers + block_powers(state, a, b, n, kernels);
-        else state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
+        if (state.is_far)
+            state.powers = state.powers + block_powers(state, a, b, n, kernels);
+        else
+            state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
     }
     state.columns += n;
 }
@@ -195,7 +203,9 @@ void add_row(State& state, const BlockArgs& args, std::int64_t token, const Kern
     if (args.targets == nullptr) return;
     const std::int64_t column = args.targets[token] - args.first_column;
     if (column < 0 || column >= args.columns) return;
-    const auto logit = [&](const Matrix& m) { return load_float(m.data, token * m.row_stride + column * m.column_stride, m.dtype); };
+    const auto logit = [&](const Matrix& m) {
+        return load_float(m.data, token * m.row_stride + column * m.column_stride, m.dtype);
+    };
     state.target_a = logit(args.teacher);
     state.target_b = logit(args.student);
     state.has_target = 1;
@@ -226,7 +236,8 @@ void logit_divergence(const BlockArgs& args, float* out, Fault* fault, Tier limi
     parallel_for(args.tokens, 1, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t token = begin; token < end; ++token) {
             State state{};
-            for (add_row(state, args, token, kernels); !state.fault && !metrics(state, args.columns, out + token, args.tokens);) {
+            for (add_row(state, args, token, kernels);
+                 !state.fault && !metrics(state, args.columns, out + token, args.tokens);) {
                 restart(state);
                 add_row(state, args, token, kernels);
             }

@@ -1,5 +1,6 @@
 // Per-token comparison of two next-token distributions: every metric of klfast.Divergence in one pass over the two
-// rows of logits, whole or in blocks of columns. The algebra is in token_state.h, the vector loops are in vector_loops.h.
+// rows of logits, whole or in blocks of columns. The algebra is in token_state.h, the vector loops are in
+// vector_loops.h.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +21,9 @@ struct Matrix {
 struct BlockArgs {
     Matrix teacher, student;
     std::int64_t tokens, columns;
-    std::int64_t first_column;     // of the block, in the vocabulary
-    const std::int64_t* targets;   // [T], vocabulary indices
-    State* states;                 // [T]; all-zero bytes are a fresh state
+    std::int64_t first_column;    // of the block, in the vocabulary
+    const std::int64_t* targets;  // [T], vocabulary indices
+    State* states;                // [T]; all-zero bytes are a fresh state
     int n_threads;
 };
 
@@ -46,12 +47,12 @@ struct PartIndex {
     std::int32_t argmax_a, argmax_b;
 };
 struct PartsArgs {
-    const Part* parts;         // [T, n_parts]
-    const PartIndex* index;    // [T, n_parts]
+    const Part* parts;       // [T, n_parts]
+    const PartIndex* index;  // [T, n_parts]
     std::int64_t tokens, n_parts, vocab;
-    const double* targets;     // [T, 2], both models' logits of the targets, NaN where there is none; may be null
-    float* anchor;             // [T], the parts' anchors; where another run is needed, the next
-    std::int64_t* runs;        // [T], how many there were before
+    const double* targets;  // [T, 2], both models' logits of the targets, NaN where there is none; may be null
+    float* anchor;          // [T], the parts' anchors; where another run is needed, the next
+    std::int64_t* runs;     // [T], how many there were before
     int n_threads;
 };
 enum class Verdict : std::int8_t {
@@ -70,16 +71,25 @@ struct Scan {
 };
 struct Kernels {
     void (*scan)(const float* a, const float* b, int n, Scan& out);
-    void (*sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);       // |d - anchor| <= kWide
-    void (*wide_sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);  // any d; of shifted logits
+    void (*sums)(const float* a, const float* b, int n, float anchor, float reference,
+                 Sums& out);  // |d - anchor| <= kWide
+    void (*wide_sums)(const float* a, const float* b, int n, float anchor, float reference,
+                      Sums& out);  // any d; of shifted logits
     // |d - anchor| <= largest <= kSmall
     void (*moments)(const float* a, const float* b, int n, float anchor, float reference, float largest, Moments& out);
-    void (*powers)(const float* a, const float* b, int n, float anchor, float reference, Powers& out);  // |d - anchor| <= kWide
+    void (*powers)(const float* a, const float* b, int n, float anchor, float reference,
+                   Powers& out);  // |d - anchor| <= kWide
     void (*widen)(const void* from, DType dtype, int n, float* to);
 };
 
 }  // namespace klfast::divergence
 
-namespace klfast::scalar { extern const divergence::Kernels kDivergence; }
-namespace klfast::avx2 { extern const divergence::Kernels kDivergence; }
-namespace klfast::avx512vnni { extern const divergence::Kernels kDivergence; }
+namespace klfast::scalar {
+extern const divergence::Kernels kDivergence;
+}
+namespace klfast::avx2 {
+extern const divergence::Kernels kDivergence;
+}
+namespace klfast::avx512vnni {
+extern const divergence::Kernels kDivergence;
+}

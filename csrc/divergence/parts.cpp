@@ -8,7 +8,8 @@
 namespace klfast::divergence {
 namespace {
 
-// The kernels take the student's weights from b - anchor - R in float32, which is wrong by 2^-24 of the largest of these.
+// The kernels take the student's weights from b - anchor - R in float32, which is wrong by 2^-24 of the largest of
+// these.
 constexpr double kLargest = 256;
 
 Sums sums_of(const Part& part) {
@@ -31,7 +32,8 @@ bool add_parts(State& state, const Part* parts, const PartIndex* index, std::int
     for (std::int64_t i = 0; i < n_parts; ++i) {
         if (!is_finite(parts[i])) return false;
         reference = std::max<double>(reference, parts[i].reference);
-        state.max_a = std::max<double>(state.max_a, parts[i].max_a), state.max_b = std::max<double>(state.max_b, parts[i].max_b);
+        state.max_a = std::max<double>(state.max_a, parts[i].max_a),
+        state.max_b = std::max<double>(state.max_b, parts[i].max_b);
     }
     if (std::abs(state.max_a) > kLargest || std::abs(state.max_b) > kLargest) return false;
     state.reference = reference * kLog2e;
@@ -47,7 +49,8 @@ bool add_parts(State& state, const Part* parts, const PartIndex* index, std::int
 Verdict measure(const PartsArgs& args, std::int64_t token, float* out) {
     State state{};
     state.anchor = args.anchor[token], state.runs = args.runs[token];
-    if (!add_parts(state, args.parts + token * args.n_parts, args.index + token * args.n_parts, args.n_parts)) return Verdict::wide;
+    if (!add_parts(state, args.parts + token * args.n_parts, args.index + token * args.n_parts, args.n_parts))
+        return Verdict::wide;
     if (args.targets != nullptr) {
         state.target_a = args.targets[2 * token], state.target_b = args.targets[2 * token + 1];
         state.has_target = !std::isnan(state.target_a);

@@ -1,5 +1,6 @@
-// Powers of 2 for the weights of vector_loops.h, over the Vec of the including tier: relative error 9e-8, any exponent up to 126,
-// also -infinity; below 2^-125 the result is as good as 0. Local to the including translation unit, for its flags are its own.
+// Powers of 2 for the weights of vector_loops.h, over the Vec of the including tier: relative error 9e-8, any exponent
+// up to 126, also -infinity; below 2^-125 the result is as good as 0. Local to the including translation unit, for its
+// flags are its own.
 #pragma once
 
 namespace klfast::divergence {
@@ -40,9 +41,12 @@ Vec power(Vec x) {
     Vec p = fma(set(0x1.5bba1ap-10f), r, set(0x1.3cea88p-7f));
     p = fma(p, r, set(0x1.c6b752p-5f));
     p = fma(p, r, set(0x1.ebf9bcp-3f));
-    if constexpr (Short) p = fma(p, r * r, fma(set(0x1.62e42ap-1f), r, set(1.0f)));
-    else p = fma(fma(p, r, set(0x1.62e42ap-1f)), r, set(1.0f));
-    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)))};
+    if constexpr (Short)
+        p = fma(p, r * r, fma(set(0x1.62e42ap-1f), r, set(1.0f)));
+    else
+        p = fma(fma(p, r, set(0x1.62e42ap-1f)), r, set(1.0f));
+    return {_mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)))};
 }
 
 #else

@@ -5,7 +5,7 @@
 
 namespace klfast::scalar {
 
-const divergence::Kernels kDivergence{
-    divergence::scan, divergence::sums<false>, divergence::sums<true>, divergence::moments, divergence::powers, divergence::widen};
+const divergence::Kernels kDivergence{divergence::scan,    divergence::sums<false>, divergence::sums<true>,
+                                      divergence::moments, divergence::powers,      divergence::widen};
 
 }  // namespace klfast::scalar

@@ -23,8 +23,8 @@ Series multiply(const Series& u, const Series& v) {
     return product;
 }
 
-// A polynomial of degree `count` - 1, whose first `zeros` coefficients vanish, near a power series that begins likewise,
-// in |x| <= limit: through the Chebyshev nodes, by divided differences.
+// A polynomial of degree `count` - 1, whose first `zeros` coefficients vanish, near a power series that begins
+// likewise, in |x| <= limit: through the Chebyshev nodes, by divided differences.
 Row economize(const Series& series, int zeros, int count, double limit) {
     const int n = count - zeros;
     double node[kMoments]{}, value[kMoments]{};
@@ -66,9 +66,11 @@ struct SeriesTable {
             of_j[n] = (xe[n] - mixture[n]) / 2;
         }
         for (int n = 0; n < kTerms; ++n) quarter[n] = (n == 1 ? 0.25 : 0) - l[n] / 2;
-        k1 = economize(of_k1, 2, count, limit), k2 = economize(of_k2, 2, count, limit), j = economize(of_j, 2, count, limit);
+        k1 = economize(of_k1, 2, count, limit), k2 = economize(of_k2, 2, count, limit),
+        j = economize(of_j, 2, count, limit);
         q = economize(multiply(e, quarter), 1, count, limit);
-        for (int k = 0; k < count; ++k, one_and_e = multiply(one_and_e, t)) mu[k] = economize(one_and_e, k, count, limit);
+        for (int k = 0; k < count; ++k, one_and_e = multiply(one_and_e, t))
+            mu[k] = economize(one_and_e, k, count, limit);
     }
 };
 const SeriesTable kTinySeries(5, kTiny), kMediumSeries(7, kMedium), kSmallSeries(9, kSmall);
@@ -90,7 +92,8 @@ struct PowersTable {
             for (int other = 0, degree = 0; other < kPowers; ++other) {
                 if (other == i) continue;
                 ++degree;
-                for (int k = degree; k >= 0; --k) polynomial[k] = (k > 0 ? polynomial[k - 1] : 0) - node[other] * polynomial[k];
+                for (int k = degree; k >= 0; --k)
+                    polynomial[k] = (k > 0 ? polynomial[k - 1] : 0) - node[other] * polynomial[k];
                 scale *= node[i] - node[other];
             }
             for (int k = 0; k < kPowers; ++k) coefficient[k][i] = polynomial[k] / scale;
@@ -161,8 +164,10 @@ Found from_powers(const State& state) {
     const double kl_pq = delta - ax / za, kl_qp = bx / zb - delta;
     const double linear = (p.y[1] + p.signed_y[1]) / 2 + r * (p.y[1] - p.signed_y[1]) / 2;
     const double log2r = std::log(2 * r);
-    const double of_above = kPowersTable.sum(above, [&](double e) { return e * log2 + r * log2r - (e + r) * std::log(e + r); });
-    const double of_below = kPowersTable.sum(below, [&](double e) { return log2 + e * r * log2r - (1 + e * r) * std::log1p(e * r); });
+    const double of_above =
+        kPowersTable.sum(above, [&](double e) { return e * log2 + r * log2r - (e + r) * std::log(e + r); });
+    const double of_below =
+        kPowersTable.sum(below, [&](double e) { return log2 + e * r * log2r - (1 + e * r) * std::log1p(e * r); });
     const double jsd = (of_above + of_below - linear) / (2 * za);
     return {za, delta, kl_pq, kl_qp, jsd, std::abs(tau_of(state)) <= 0.4 && std::min(kl_pq, kl_qp) > kFar};
 }

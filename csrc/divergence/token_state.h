@@ -3,25 +3,28 @@
 // Let a and b be the teacher's and the student's logits, R a reference (at least about the largest logit) and c an
 // anchor near log(sum e^b) - log(sum e^a). Per vocabulary entry
 //     x = b - a - c,   A = exp(a - R),   B = A e^x,   W = A + B,   t = tanh(x / 2) = (B - A) / (B + A).
-// With g(x) = e^x - 1 - x >= 0 and j(x) = (x e^x - (1 + e^x) log((1 + e^x) / 2)) / 2 >= 0, all of second order in x, and
-// l(x) = log cosh(x / 2), a state holds sums over the entries seen so far:
-//     mu_k = sum W t^k (k = 0..8),   k1 = sum A g(x),   k2 = sum B g(-x),   j = sum A j(x),   q = sum B (x / 4 - l(x) / 2).
+// With g(x) = e^x - 1 - x >= 0 and j(x) = (x e^x - (1 + e^x) log((1 + e^x) / 2)) / 2 >= 0, all of second order in x,
+// and l(x) = log cosh(x / 2), a state holds sums over the entries seen so far:
+//     mu_k = sum W t^k (k = 0..8),   k1 = sum A g(x),   k2 = sum B g(-x),   j = sum A j(x),   q = sum B (x / 4 - l(x) /
+//     2).
 // No term of k1, k2 or j is negative, so these lose no digits, however close the distributions.
 //
-// At the end, Za = sum A = (mu_0 - mu_1) / 2 and Zb = (mu_0 + mu_1) / 2. The anchor was off by delta = log(Zb / Za), and
-// tau = tanh(delta / 2) = mu_1 / mu_0. With p = A / Za and q = B / Zb, exactly:
+// At the end, Za = sum A = (mu_0 - mu_1) / 2 and Zb = (mu_0 + mu_1) / 2. The anchor was off by delta = log(Zb / Za),
+// and tau = tanh(delta / 2) = mu_1 / mu_0. With p = A / Za and q = B / Zb, exactly:
 //     KL(p || q) = k1 / Za - g(delta),   KL(q || p) = k2 / Zb - g(-delta),
 //     JSD = [j + (e^-delta - 1) q - 1/2 sum (A + B e^-delta) log(1 - t tau)] / Za - l(delta)
 // (the last from l(x - delta) = l(x) + l(delta) + log(1 - t tau)), where log(1 - t tau) = -sum_k (t tau)^k / k needs
 // mu_1..mu_8 alone. Delta small is all that accuracy needs; the first columns of a row give an anchor that nearly
 // always will do, and where it does not, the row runs again with the anchor that the first run found.
 //
-// Where |x| <= kSmall throughout a block, all these sums are polynomials in x but for at most 6e-6 of each, so the vector
-// loop makes only the moments sum A x^k (k = 0..8; to 6 for |x| <= kMedium, to 4 for |x| <= kTiny): one exponential an entry.
+// Where |x| <= kSmall throughout a block, all these sums are polynomials in x but for at most 6e-6 of each, so the
+// vector loop makes only the moments sum A x^k (k = 0..8; to 6 for |x| <= kMedium, to 4 for |x| <= kTiny): one
+// exponential an entry.
 //
-// Where the distributions are far apart (kFar), cancellation costs nothing, and less will do: with E = e^-|x|, H the larger
-// of A and B and s the sign of x, the sums H E^k, s H E^k (k = 0..6), and H |x|, H E |x|, s H |x|, s H E |x|. They give Za, Zb
-// and both KLs, and the JSD, whatever delta, since x log x is nearly a polynomial in E (from_powers in token_state.cpp).
+// Where the distributions are far apart (kFar), cancellation costs nothing, and less will do: with E = e^-|x|, H the
+// larger of A and B and s the sign of x, the sums H E^k, s H E^k (k = 0..6), and H |x|, H E |x|, s H |x|, s H E |x|.
+// They give Za, Zb and both KLs, and the JSD, whatever delta, since x log x is nearly a polynomial in E (from_powers in
+// token_state.cpp).
 //
 // Vector loops add float32 over kColumns entries; what crosses blocks is double.
 //
@@ -34,15 +37,16 @@
 
 namespace klfast::divergence {
 
-inline constexpr int kMoments = 9;      // of t, and of x where x is small; odd, for the loops take them in pairs
+inline constexpr int kMoments = 9;  // of t, and of x where x is small; odd, for the loops take them in pairs
 inline constexpr float kLog2e = 0x1.715476p+0f;  // as the vector loops have it: R is an integer divided by this
-inline constexpr float kSmall = 1.0f;   // largest |x| for the polynomials
+inline constexpr float kSmall = 1.0f;            // largest |x| for the polynomials
 inline constexpr float kMedium = 0.5f;
 inline constexpr float kTiny = 1.0f / 16;
-inline constexpr double kFar = 0.05;    // least KL for sums of powers, which are right to about 3e-7 nats
+inline constexpr double kFar = 0.05;  // least KL for sums of powers, which are right to about 3e-7 nats
 inline constexpr int kPowers = 7;
-inline constexpr int kColumns = 2048;   // columns per vector loop: both rows stay in the L1 cache
-inline constexpr float kWide = 64.0f;   // largest |x| and |anchor| for weights made of differences: 2^-24 |x| is their error
+inline constexpr int kColumns = 2048;  // columns per vector loop: both rows stay in the L1 cache
+inline constexpr float kWide =
+    64.0f;  // largest |x| and |anchor| for weights made of differences: 2^-24 |x| is their error
 inline constexpr float kDead = -1000.0f;  // an entry this far below its row's largest has no weight
 
 struct Sums {
@@ -67,7 +71,7 @@ struct State {
     Sums sums;
     double reference, anchor;  // the reference as M = R log2 e, an integer; both relative to the bases
     double base_a, base_b;     // 0 unless kShifted
-    double sum_a2, sum_d2;  // over a^2 and (b - a)^2
+    double sum_a2, sum_d2;     // over a^2 and (b - a)^2
     double max_a, max_b;
     std::int64_t argmax_a, argmax_b;  // the lowest index among equals
     double target_a, target_b;        // logits of the target; see has_target

@@ -2,7 +2,8 @@
 // local to the including translation unit, for its flags are its own.
 //
 // Weights are powers of 2 relative to about the largest, 2^(a log2 e - M): exponents of at most about 0, and the
-// product and the difference are one vfmadd, rounded once. Below 2^-126 they count as nothing, beside sums of at least 1 / 4.
+// product and the difference are one vfmadd, rounded once. Below 2^-126 they count as nothing, beside sums of at least
+// 1 / 4.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +42,8 @@ inline void for_each(const float* a, const float* b, int n, float a_fill, float 
     float lane[Vec::width] = {};
     for (int k = 0; k < n - i; ++k) lane[k] = 1.0f;
     const Vec valid = load(lane), other = one - valid;
-    body(fma(other, set(a_fill), load(a, i, DType::f32, n - i)), fma(other, set(b_fill), load(b, i, DType::f32, n - i)), valid, true);
+    body(fma(other, set(a_fill), load(a, i, DType::f32, n - i)), fma(other, set(b_fill), load(b, i, DType::f32, n - i)),
+         valid, true);
 }
 
 // loop(a, b, n) in runs so short that adding float32 in one lane loses no digits that matter.
@@ -63,16 +65,18 @@ void scan(const float* a, const float* b, int n, Scan& out) {
             if (tail) u = u * valid, d = d * valid;
             sum_a2 = fma(u, u, sum_a2), sum_d2 = fma(d, d, sum_d2);
         });
-        out = {extreme(max_a, true), extreme(max_b, true), extreme(min_d, false), extreme(max_d, true),
-               out.sum_a2 + total(sum_a2), out.sum_d2 + total(sum_d2)};
+        out = {extreme(max_a, true), extreme(max_b, true),       extreme(min_d, false),
+               extreme(max_d, true), out.sum_a2 + total(sum_a2), out.sum_d2 + total(sum_d2)};
     });
 }
 
 // a b + c, rounded once, also where Vec has no such instruction.
 template <class V>
 V exact_fma(V a, V b, V c) {
-    if constexpr (V::width == 1) return {static_cast<float>(static_cast<double>(a.v) * b.v + c.v)};
-    else return fma(a, b, c);
+    if constexpr (V::width == 1)
+        return {static_cast<float>(static_cast<double>(a.v) * b.v + c.v)};
+    else
+        return fma(a, b, c);
 }
 
 // Asks for the next kColumns of both rows while these are worked on: the hardware's prefetch stops at each page.
@@ -109,15 +113,17 @@ void add_moments(const float* a, const float* b, int n, float anchor, float refe
 }
 
 void moments(const float* a, const float* b, int n, float anchor, float reference, float largest_x, Moments& out) {
-    const auto add = largest_x <= kTiny ? add_moments<5> : largest_x <= kMedium ? add_moments<7> : add_moments<kMoments>;
+    const auto add = largest_x <= kTiny     ? add_moments<5>
+                     : largest_x <= kMedium ? add_moments<7>
+                                            : add_moments<kMoments>;
     out = {};
     in_runs(a, b, n, [&](const float* u, const float* v, int count) { add(u, v, count, anchor, reference, out); });
 }
 
-// With y = |x|, E = e^-y and t = tanh(y / 2) = (1 - E) / (1 + E) >= 0, the larger of A and B is H = 2^((a + max(x, 0)) log2 e - M)
-// and W = H (1 + E). T = y / 2 - t = atanh(t) - t and J = t y / 4 - log cosh(y / 2) / 2 are t^3 and t^2 times polynomials
-// in t^2 for y < 1/2 (minimax, 4e-8), and direct beyond, where they lose a factor of 50 at most of 6e-8. With the sign s
-// of x and u = s t:
+// With y = |x|, E = e^-y and t = tanh(y / 2) = (1 - E) / (1 + E) >= 0, the larger of A and B is H = 2^((a + max(x, 0))
+// log2 e - M) and W = H (1 + E). T = y / 2 - t = atanh(t) - t and J = t y / 4 - log cosh(y / 2) / 2 are t^3 and t^2
+// times polynomials in t^2 for y < 1/2 (minimax, 4e-8), and direct beyond, where they lose a factor of 50 at most of
+// 6e-8. With the sign s of x and u = s t:
 //     A g(x) = W (t^2 - (1 - u) s T),   B g(-x) = W (t^2 + (1 + u) s T),   A j(x) = W J,
 //     2 B (x / 4 - log cosh(x / 2) / 2) = W (1 + u) (J + (x - t y) / 4).
 //
@@ -125,7 +131,8 @@ void moments(const float* a, const float* b, int n, float anchor, float referenc
 // kUnit, lest sums overflow. This takes logits near 0 wherever they have weight.
 template <bool Wide>
 void add_sums(const float* a, const float* b, int n, float anchor, float reference, Sums& out) {
-    const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference), one = set(1.0f), half = set(0.5f), quarter = set(0.25f);
+    const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference), one = set(1.0f), half = set(0.5f),
+              quarter = set(0.25f);
     constexpr float kUnit = 0x1p24f;
     const Vec minus_mb = set(-(reference + anchor * kLog2e)), unit = set(1 / kUnit);
     Vec mu[kMoments], k1 = set(0), k2 = set(0), j = set(0), q = set(0);
@@ -181,7 +188,8 @@ void add_sums(const float* a, const float* b, int n, float anchor, float referen
 template <bool Wide>
 void sums(const float* a, const float* b, int n, float anchor, float reference, Sums& out) {
     out = {};
-    in_runs(a, b, n, [&](const float* u, const float* v, int count) { add_sums<Wide>(u, v, count, anchor, reference, out); });
+    in_runs(a, b, n,
+            [&](const float* u, const float* v, int count) { add_sums<Wide>(u, v, count, anchor, reference, out); });
 }
 
 void powers(const float* a, const float* b, int n, float anchor, float reference, Powers& out) {
@@ -204,7 +212,8 @@ void powers(const float* a, const float* b, int n, float anchor, float reference
             const Vec e2 = e * e, e3 = e2 * e, e4 = e2 * e2, e5 = e3 * e2, e6 = e3 * e3;
             const Vec power_of[kPowers] = {e, e, e2, e3, e4, e5, e6};
             h[0] = h[0] + larger, signed_h[0] = signed_h[0] + with_sign;
-            for (int k = 1; k < kPowers; ++k) h[k] = fma(power_of[k], larger, h[k]), signed_h[k] = fma(power_of[k], with_sign, signed_h[k]);
+            for (int k = 1; k < kPowers; ++k)
+                h[k] = fma(power_of[k], larger, h[k]), signed_h[k] = fma(power_of[k], with_sign, signed_h[k]);
             y[0] = fma(minus_y, larger, y[0]), signed_y[0] = fma(minus_y, with_sign, signed_y[0]);
             y[1] = fma(ey, larger, y[1]), signed_y[1] = fma(ey, with_sign, signed_y[1]);
         });

@@ -1,11 +1,12 @@
-// x W^T by tiles: blocks of 32 x 32 of y in four accumulators, two tiles of x and two of W a step: four products for four
-// loads. Included by the tier amx only.
+// x W^T by tiles: blocks of 32 x 32 of y in four accumulators, two tiles of x and two of W a step: four products for
+// four loads. Included by the tier amx only.
 //
 // x and W are laid out in tiles of their own, one behind the other along k, each element of 32 bits a pair of bf16 or a
 // quad of int8 (simd/amx.h). Up to four vectors of W are a panel, which stays in L2 and meets all rows of x. Sums are
-// taken segment by segment: a tile cannot be scaled, so it goes to memory and a segment's terms are added to totals that
-// stay in L1. The two halves of a panel take turns, so that the segment of x comes from L1 the second time; and the terms
-// of one block are added between the tile instructions of the next, for both have execution units of their own.
+// taken segment by segment: a tile cannot be scaled, so it goes to memory and a segment's terms are added to totals
+// that stay in L1. The two halves of a panel take turns, so that the segment of x comes from L1 the second time; and
+// the terms of one block are added between the tile instructions of the next, for both have execution units of their
+// own.
 #pragma once
 
 #include "gemm/partition.h"
@@ -40,13 +41,19 @@ struct TiledRows {
     Buffer<std::int32_t> data;
 
     TiledRows(std::int64_t m, std::int64_t elements, int tile_depth)
-        : depth(tile_depth), steps((elements + depth - 1) / depth), pitch(steps * kTileSide * depth), data((m + kTileSide - 1) / kTileSide * pitch) {}
+        : depth(tile_depth),
+          steps((elements + depth - 1) / depth),
+          pitch(steps * kTileSide * depth),
+          data((m + kTileSide - 1) / kTileSide * pitch) {}
 
     void write(std::int64_t m, const void* values, std::int64_t bytes) const {
         std::int32_t* to = data.data + m / kTileSide * pitch + m % kTileSide * depth;
         const char* from = static_cast<const char*>(values);
-        for (std::int64_t step = 0; step < steps; ++step, to += kTileSide * depth, from += 4 * depth, bytes -= 4 * depth) {
-            const __mmask64 mask = bytes >= 4 * depth ? ~__mmask64{0} >> (64 - 4 * depth) : bytes > 0 ? ~__mmask64{0} >> (64 - bytes) : 0;
+        for (std::int64_t step = 0; step < steps;
+             ++step, to += kTileSide * depth, from += 4 * depth, bytes -= 4 * depth) {
+            const __mmask64 mask = bytes >= 4 * depth ? ~__mmask64{0} >> (64 - 4 * depth)
+                                   : bytes > 0        ? ~__mmask64{0} >> (64 - bytes)
+                                                      : 0;
             _mm512_mask_storeu_epi32(to, first(static_cast<int>(depth)), _mm512_maskz_loadu_epi8(mask, from));
         }
     }
@@ -60,10 +67,12 @@ struct Waiting {
     std::int64_t rows = 0;
 };
 
-// sums[R 16, V W] = `steps` tiles of x by as many of W. Meanwhile adds the terms that wait, made of what `sums` held before:
-// `Share` rows of them a step, written out, or if 0 all of them at the end. Not inlined: it needs most of the registers.
+// sums[R 16, V W] = `steps` tiles of x by as many of W. Meanwhile adds the terms that wait, made of what `sums` held
+// before: `Share` rows of them a step, written out, or if 0 all of them at the end. Not inlined: it needs most of the
+// registers.
 template <class Factors, int R, int V, int Share>
-[[gnu::noinline]] void multiply(const std::int32_t* x, const std::int32_t* w, std::int64_t pitch, std::ptrdiff_t depth, std::int64_t steps, std::int32_t* sums,
+[[gnu::noinline]] void multiply(const std::int32_t* x, const std::int32_t* w, std::int64_t pitch, std::ptrdiff_t depth,
+                                std::int64_t steps, std::int32_t* sums,
                                 const Waiting<typename Factors::Terms>& waiting) {
     const auto terms = waiting.terms;
     const std::int32_t* from = sums;
@@ -73,7 +82,8 @@ template <class Factors, int R, int V, int Share>
     if constexpr (V == 2) tile_zero<1>();
     if constexpr (R == 2) tile_zero<2>();
     if constexpr (R == 2 && V == 2) tile_zero<3>();
-    for (const std::int32_t* const end = x + steps * kTileSide * depth; x != end; x += kTileSide * depth, w += kTileSide * depth) {
+    for (const std::int32_t* const end = x + steps * kTileSide * depth; x != end;
+         x += kTileSide * depth, w += kTileSide * depth) {
         tile_load<4>(x, 4 * depth);
         tile_load<6>(w, kTileRowBytes);
         Factors::template dot<0, 4, 6>();
@@ -98,8 +108,9 @@ template <class Factors, int R, int V, int Share>
 }
 
 template <class Factors>
-void multiply(std::int64_t rows, std::int64_t vectors, const std::int32_t* x, const std::int32_t* w, std::int64_t pitch, std::ptrdiff_t depth, std::int64_t steps,
-              std::int32_t* sums, const Waiting<typename Factors::Terms>& waiting) {
+void multiply(std::int64_t rows, std::int64_t vectors, const std::int32_t* x, const std::int32_t* w, std::int64_t pitch,
+              std::ptrdiff_t depth, std::int64_t steps, std::int32_t* sums,
+              const Waiting<typename Factors::Terms>& waiting) {
     const auto call = [&](auto* function) KLFAST_INLINE { function(x, w, pitch, depth, steps, sums, waiting); };
     if (rows <= kTileSide) return call(vectors > 1 ? multiply<Factors, 1, 2, 0> : multiply<Factors, 1, 1, 0>);
     if (vectors == 1) return call(multiply<Factors, 2, 1, 0>);
@@ -116,8 +127,9 @@ void multiply(std::int64_t rows, std::int64_t vectors, const std::int32_t* x, co
 //     values        of an element
 //     dot<C, A, B>  the product of tiles
 //     Panel(factors, pitch), one a thread, has
-//         load(n0, vectors, w)        writes rows n0 .. n0 + vectors W as tiles, those of a vector `pitch` from the last's
-//         terms(segment, s, m, v)     what turns sums of rows m.. and vectors v, v + 1 over segment s into terms:
+//         load(n0, vectors, w)        writes rows n0 .. n0 + vectors W as tiles, those of a vector `pitch` from the
+//         last's terms(segment, s, m, v)     what turns sums of rows m.. and vectors v, v + 1 over segment s into
+//         terms:
 //             add(sums, total, row)   adds those of row m + row to its totals
 template <class Factors>
 void product_tiles(const Product& a, const TiledRows& x, const Segments& segments, const Factors& factors) {
@@ -143,13 +155,16 @@ void product_tiles(const Product& a, const TiledRows& x, const Segments& segment
                 Waiting<typename Factors::Terms> waiting;
                 for (std::int64_t s = 0; s < segments.count; ++s) {
                     const Segment segment = segments.list[s];
-                    const std::int64_t offset = segment.begin / values * kTileSide * x.depth, steps = (segment.end - segment.begin + values - 1) / values;
+                    const std::int64_t offset = segment.begin / values * kTileSide * x.depth,
+                                       steps = (segment.end - segment.begin + values - 1) / values;
                     for (std::int64_t v = 0; v < item.width; v += kBlockVectors) {
-                        multiply<Factors>(rows, item.width - v, x_tiles + offset, weights.data + v * x.pitch + offset, x.pitch, x.depth, steps, sums, waiting);
+                        multiply<Factors>(rows, item.width - v, x_tiles + offset, weights.data + v * x.pitch + offset,
+                                          x.pitch, x.depth, steps, sums, waiting);
                         waiting = {panel.terms(segment, s, m, v), total + v * W, rows};
                     }
                 }
-                for (std::int64_t r = 0; r < waiting.rows; ++r) waiting.terms.add(sums + r * kSumsPitch, waiting.total + r * kTotalPitch, r);
+                for (std::int64_t r = 0; r < waiting.rows; ++r)
+                    waiting.terms.add(sums + r * kSumsPitch, waiting.total + r * kTotalPitch, r);
                 store_tile(a, m, item.v0 * W, rows, item.width, total, kTotalPitch);
             }
         }

@@ -1,5 +1,6 @@
 // x W^T for many rows of bf16 x by tiles: gemm/bf16.h's algebra and its sources, a vector of W at a time, whose pairs
-// are then tiles already. A scale must belong to a multiple of 32 values, or to a whole row. Included by the tier amx only.
+// are then tiles already. A scale must belong to a multiple of 32 values, or to a whole row. Included by the tier amx
+// only.
 #pragma once
 
 #include "gemm/amx.h"
@@ -14,13 +15,16 @@ struct Bf16Factors {
     std::int64_t k, groups;
 
     template <int C, int A, int B>
-    [[gnu::always_inline]] static void dot() { tile_dot_bf16<C, A, B>(); }
+    [[gnu::always_inline]] static void dot() {
+        tile_dot_bf16<C, A, B>();
+    }
 
     struct Terms {
         Vec scale[kBlockVectors];
 
         [[gnu::always_inline]] void add(const std::int32_t* sums, float* total, std::int64_t) const {
-            for (int v = 0; v < kBlockVectors; ++v) store(total + v * W, fma(float_bits(read(sums + v * W)), scale[v], load(total + v * W)));
+            for (int v = 0; v < kBlockVectors; ++v)
+                store(total + v * W, fma(float_bits(read(sums + v * W)), scale[v], load(total + v * W)));
         }
     };
 
@@ -30,7 +34,11 @@ struct Bf16Factors {
         Buffer<float> scale;
 
         Panel(const Bf16Factors& factors, std::int64_t tiles_pitch)
-            : panels(factors.source), k(factors.k), groups(factors.groups), pitch(tiles_pitch), scale(kPanelVectors * groups * W) {}
+            : panels(factors.source),
+              k(factors.k),
+              groups(factors.groups),
+              pitch(tiles_pitch),
+              scale(kPanelVectors * groups * W) {}
 
         void load(std::int64_t n0, std::int64_t vectors, std::int32_t* w) {
             for (std::int64_t v = 0; v < vectors; ++v) {
@@ -38,7 +46,8 @@ struct Bf16Factors {
                 panels.load(n0 + v * W, 1, w + v * pitch, scale.data + v * groups * W);
             }
             if (vectors % 2)  // the last block is a vector short
-                for (std::int64_t i = 0; i < groups * W; i += W) store(scale.data + vectors * groups * W + i, set(0.0f));
+                for (std::int64_t i = 0; i < groups * W; i += W)
+                    store(scale.data + vectors * groups * W + i, set(0.0f));
         }
 
         Terms terms(const Segment& segment, std::int64_t, std::int64_t, std::int64_t v) const {
@@ -53,9 +62,12 @@ void product_bf16_tiles(const Product& a, const Source& source) {
     constexpr int depth = kTileRowBytes / 4;
     const std::int64_t group = larger(1, smaller(source.depth, a.k));
     const TiledRows x(a.m, (a.k + 1) / 2, depth);
-    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 1.0 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t m = begin; m < end; ++m) x.write(m, static_cast<const std::uint16_t*>(a.x) + (m < a.m ? m * a.x_stride : 0), m < a.m ? 2 * a.k : 0);
-    });
+    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 1.0 * a.m * a.k),
+                 [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t m = begin; m < end; ++m)
+                         x.write(m, static_cast<const std::uint16_t*>(a.x) + (m < a.m ? m * a.x_stride : 0),
+                                 m < a.m ? 2 * a.k : 0);
+                 });
     product_tiles(a, x, Segments(a.k, group), Bf16Factors<Source>{source, a.k, larger(1, (a.k + group - 1) / group)});
 }
 

@@ -5,7 +5,8 @@
 //
 // `Source` says what W is stored as. source.depth is how many values of a row share a scale: an even number, or all of
 // them. Source::Panels(source), one a thread, has
-//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors W as pairs[(k / 2 * vectors + v) * W + lane], where
+//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors W as pairs[(k / 2 * vectors + v) * W + lane],
+//     where
 //                                      what follows an odd last value is finite and meets a zero of x,
 //                                      and scales as scale[(group * vectors + v) * W + lane].
 #pragma once
@@ -21,7 +22,8 @@ constexpr int kBf16Rows = 6, kBf16Vectors = 4;
 
 // total[R, V W] += scale * sum of `pairs` pairs of x with those of the panels
 template <int R, int V>
-void add_pairs(const std::uint16_t* x, std::int64_t x_stride, const std::int32_t* weights, std::int64_t pairs, const float* scale, float* total) {
+void add_pairs(const std::uint16_t* x, std::int64_t x_stride, const std::int32_t* weights, std::int64_t pairs,
+               const float* scale, float* total) {
     __m512 sum[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
@@ -36,16 +38,19 @@ void add_pairs(const std::uint16_t* x, std::int64_t x_stride, const std::int32_t
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(total + (r * V + v) * W, fma(Vec{sum[r][v]}, load(scale + v * W), load(total + (r * V + v) * W)));
+        for (int v = 0; v < V; ++v)
+            store(total + (r * V + v) * W, fma(Vec{sum[r][v]}, load(scale + v * W), load(total + (r * V + v) * W)));
 }
 
 // y[m .. m + R, n0 .. n0 + V W]
 template <int R, int V>
-void bf16_tile(const Product& a, const std::uint16_t* x, std::int64_t x_stride, std::int64_t depth, std::int64_t m, std::int64_t n0, const std::int32_t* weights, const float* scale) {
+void bf16_tile(const Product& a, const std::uint16_t* x, std::int64_t x_stride, std::int64_t depth, std::int64_t m,
+               std::int64_t n0, const std::int32_t* weights, const float* scale) {
     alignas(64) float total[R * V * W];
     for (int i = 0; i < R * V; ++i) store(total + i * W, set(0.0f));
     for (std::int64_t k = 0; k < a.k; k += depth)
-        add_pairs<R, V>(x + m * x_stride + k, x_stride, weights + k / 2 * V * W, (smaller(depth, a.k - k) + 1) / 2, scale + k / depth * V * W, total);
+        add_pairs<R, V>(x + m * x_stride + k, x_stride, weights + k / 2 * V * W, (smaller(depth, a.k - k) + 1) / 2,
+                        scale + k / depth * V * W, total);
     store_tile(a, m, n0, R, V, total, V * W);
 }
 
@@ -69,7 +74,10 @@ struct EvenRows {
     Buffer<std::uint16_t> copy;
     const std::uint16_t* data;
 
-    explicit EvenRows(const Product& a) : stride(a.k % 2 ? a.k + 1 : a.x_stride), copy(a.k % 2 ? a.m * stride : 0), data(static_cast<const std::uint16_t*>(a.x)) {
+    explicit EvenRows(const Product& a)
+        : stride(a.k % 2 ? a.k + 1 : a.x_stride),
+          copy(a.k % 2 ? a.m * stride : 0),
+          data(static_cast<const std::uint16_t*>(a.x)) {
         if (a.k % 2 == 0) return;
         for (std::int64_t m = 0; m < a.m; ++m) {
             std::memcpy(copy.data + m * stride, data + m * a.x_stride, a.k * sizeof *data);
@@ -95,7 +103,8 @@ void product_bf16(const Product& a, const Source& source) {
             source_panels.load(item.v0 * W, item.width, weights.data, scale.data);
             for (std::int64_t tile = item.first; tile < item.last; ++tile) {
                 const std::int64_t m = a.m * tile / tiles, rows = a.m * (tile + 1) / tiles - m;
-                bf16_vectors(item.width, rows, a, x.data, x.stride, depth, m, item.v0 * W, static_cast<const std::int32_t*>(weights.data), static_cast<const float*>(scale.data));
+                bf16_vectors(item.width, rows, a, x.data, x.stride, depth, m, item.v0 * W,
+                             static_cast<const std::int32_t*>(weights.data), static_cast<const float*>(scale.data));
             }
         }
     });

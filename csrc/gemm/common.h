@@ -21,7 +21,9 @@ constexpr int kBlock = 256;
 // into the first cache too few can be under way at once (docs/KERNEL_NOTES.md).
 constexpr int kAhead = 8192;
 
-inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
@@ -55,15 +57,19 @@ inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec t
     store_columns(a, m, n0, static_cast<int>(smaller(W, a.n - n0)), total);
 }
 
-// A tile of panels, row r of it at total + r * pitch: y[m .. m + rows, n0 .. n0 + vectors W]. Asks once what it need not ask
-// for every vector.
-inline void store_tile(const Product& a, std::int64_t m, std::int64_t n0, std::int64_t rows, std::int64_t vectors, const float* total, std::int64_t pitch) {
-    const bool plain = a.y_type == DType::bf16 && a.rounded_to == DType::bf16 && a.bias == nullptr && n0 + vectors * W <= a.n;
+// A tile of panels, row r of it at total + r * pitch: y[m .. m + rows, n0 .. n0 + vectors W]. Asks once what it need
+// not ask for every vector.
+inline void store_tile(const Product& a, std::int64_t m, std::int64_t n0, std::int64_t rows, std::int64_t vectors,
+                       const float* total, std::int64_t pitch) {
+    const bool plain =
+        a.y_type == DType::bf16 && a.rounded_to == DType::bf16 && a.bias == nullptr && n0 + vectors * W <= a.n;
     for (std::int64_t r = 0; r < rows; ++r, total += pitch)
         for (std::int64_t v = 0; v < vectors; ++v) {
             const Vec y = load(total + v * W);
-            if (plain) store(a.y, (m + r) * a.n + n0 + v * W, DType::bf16, W, y);
-            else store_panel(a, m + r, n0 + v * W, y);
+            if (plain)
+                store(a.y, (m + r) * a.n + n0 + v * W, DType::bf16, W, y);
+            else
+                store_panel(a, m + r, n0 + v * W, y);
         }
 }
 

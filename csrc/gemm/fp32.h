@@ -20,7 +20,10 @@ struct XTiles {
     Buffer<float> data;
 
     XTiles(const Product& a, std::int64_t rows)
-        : m(rows), count((rows + kTileRows - 1) / kTileRows), blocks((a.k + kBlock - 1) / kBlock), data(rows * blocks * kBlock) {}
+        : m(rows),
+          count((rows + kTileRows - 1) / kTileRows),
+          blocks((a.k + kBlock - 1) / kBlock),
+          data(rows * blocks * kBlock) {}
 
     std::int64_t row(std::int64_t tile) const { return m * tile / count; }  // tiles of nearly equal height
     float* at(std::int64_t tile, std::int64_t block) const {
@@ -74,13 +77,15 @@ void product_fp32(const Product& a, const Source& source) {
             for (std::int64_t tile = begin; tile < end; ++tile) tiles.fill(a, m0, tile);
         });
         // Where W has few rows, several threads share a pair of panels, each with some of the tiles.
-        const std::int64_t pairs = (a.n + kPair - 1) / kPair, shares = larger(1, smaller(tiles.count, 4 * threads / pairs));
+        const std::int64_t pairs = (a.n + kPair - 1) / kPair,
+                           shares = larger(1, smaller(tiles.count, 4 * threads / pairs));
         parallel_for(pairs * shares, 1, threads, [&](std::int64_t begin, std::int64_t end) {
             typename Source::Panels panels(source);
             Buffer<float> weights(kBlock * kPair), sums((tiles.m / shares + kTileRows) * kPair);
             for (std::int64_t item = begin; item < end; ++item) {
                 const std::int64_t n0 = item / shares * kPair;
-                const std::int64_t first = tiles.count * (item % shares) / shares, last = tiles.count * (item % shares + 1) / shares;
+                const std::int64_t first = tiles.count * (item % shares) / shares,
+                                   last = tiles.count * (item % shares + 1) / shares;
                 const std::int64_t row0 = tiles.row(first), rows = tiles.row(last) - row0;
                 panels.load(n0);
                 for (std::int64_t i = 0; i < rows * kPair; i += W) store(sums.data + i, set(0.0f));
@@ -88,8 +93,8 @@ void product_fp32(const Product& a, const Source& source) {
                     const std::int64_t depth = smaller(kBlock, a.k - block);
                     panels.fill(block, depth, weights.data);
                     for (std::int64_t tile = first; tile < last; ++tile)
-                        tile_product(tiles.row(tile + 1) - tiles.row(tile), tiles.at(tile, block / kBlock), weights.data, depth,
-                                     sums.data + (tiles.row(tile) - row0) * kPair);
+                        tile_product(tiles.row(tile + 1) - tiles.row(tile), tiles.at(tile, block / kBlock),
+                                     weights.data, depth, sums.data + (tiles.row(tile) - row0) * kPair);
                 }
                 store_tile(a, m0 + row0, n0, rows, n0 + W < a.n ? 2 : 1, sums.data, kPair);
             }

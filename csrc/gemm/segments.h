@@ -29,8 +29,10 @@ struct Segments {
         std::int64_t low = 0, high = count;
         while (low < high) {
             const std::int64_t middle = (low + high) / 2;
-            if (list[middle].begin < begin) low = middle + 1;
-            else high = middle;
+            if (list[middle].begin < begin)
+                low = middle + 1;
+            else
+                high = middle;
         }
         for (; low < count && list[low].begin < end; ++low) each(list[low]);
     }

@@ -10,9 +10,11 @@ namespace {
 
 constexpr int kRows = 6, kVecs = Vec::width == 16 ? 4 : 2;  // accumulators: 24 of 32 zmm, 12 of 16 ymm
 
-// R rows by V vectors: c[r, :] = alpha c[r, :] + sum_k a[r a_row + k a_step] b[k, :], k < depth, or if `Causal` k < depth + r.
+// R rows by V vectors: c[r, :] = alpha c[r, :] + sum_k a[r a_row + k a_step] b[k, :], k < depth, or if `Causal` k <
+// depth + r.
 template <int R, int V, bool Causal>
-void gemm_block(std::int64_t depth, float alpha, const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_pitch, float* c, std::int64_t c_pitch) {
+void gemm_block(std::int64_t depth, float alpha, const float* a, std::int64_t a_row, std::int64_t a_step,
+                const float* b, std::int64_t b_pitch, float* c, std::int64_t c_pitch) {
     constexpr int W = Vec::width;
     Vec acc[R][V];
     for (int r = 0; r < R; ++r)
@@ -41,21 +43,29 @@ void gemm_block(std::int64_t depth, float alpha, const float* a, std::int64_t a_
 }
 
 template <int R, bool Causal>
-void gemm_rows(std::int64_t columns, std::int64_t depth, float alpha, const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_pitch, float* c, std::int64_t c_pitch) {
+void gemm_rows(std::int64_t columns, std::int64_t depth, float alpha, const float* a, std::int64_t a_row,
+               std::int64_t a_step, const float* b, std::int64_t b_pitch, float* c, std::int64_t c_pitch) {
     constexpr int W = Vec::width;
     std::int64_t j = 0;
-    for (; j + kVecs * W <= columns; j += kVecs * W) gemm_block<R, kVecs, Causal>(depth, alpha, a, a_row, a_step, b + j, b_pitch, c + j, c_pitch);
-    for (; j < columns; j += W) gemm_block<R, 1, Causal>(depth, alpha, a, a_row, a_step, b + j, b_pitch, c + j, c_pitch);
+    for (; j + kVecs * W <= columns; j += kVecs * W)
+        gemm_block<R, kVecs, Causal>(depth, alpha, a, a_row, a_step, b + j, b_pitch, c + j, c_pitch);
+    for (; j < columns; j += W)
+        gemm_block<R, 1, Causal>(depth, alpha, a, a_row, a_step, b + j, b_pitch, c + j, c_pitch);
 }
 
-// c[i, :] = alpha c[i, :] + sum_k a[i a_row + k a_step] b[k, :] for i < rows. columns is a multiple of the vector width.
-// If `Causal`, row i has depth i + 1 instead: what lies above A's diagonal is not read, and meets no infinity of B.
+// c[i, :] = alpha c[i, :] + sum_k a[i a_row + k a_step] b[k, :] for i < rows. columns is a multiple of the vector
+// width. If `Causal`, row i has depth i + 1 instead: what lies above A's diagonal is not read, and meets no infinity of
+// B.
 template <bool Causal = false>
-void gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth, float alpha, const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_pitch, float* c, std::int64_t c_pitch) {
+void gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth, float alpha, const float* a, std::int64_t a_row,
+          std::int64_t a_step, const float* b, std::int64_t b_pitch, float* c, std::int64_t c_pitch) {
     std::int64_t i = 0;
     for (; i + kRows <= rows; i += kRows)
-        gemm_rows<kRows, Causal>(columns, Causal ? i + 1 : depth, alpha, a + i * a_row, a_row, a_step, b, b_pitch, c + i * c_pitch, c_pitch);
-    for (; i < rows; ++i) gemm_rows<1, Causal>(columns, Causal ? i + 1 : depth, alpha, a + i * a_row, a_row, a_step, b, b_pitch, c + i * c_pitch, c_pitch);
+        gemm_rows<kRows, Causal>(columns, Causal ? i + 1 : depth, alpha, a + i * a_row, a_row, a_step, b, b_pitch,
+                                 c + i * c_pitch, c_pitch);
+    for (; i < rows; ++i)
+        gemm_rows<1, Causal>(columns, Causal ? i + 1 : depth, alpha, a + i * a_row, a_row, a_step, b, b_pitch,
+                             c + i * c_pitch, c_pitch);
 }
 
 }  // namespace

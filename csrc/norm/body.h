@@ -17,14 +17,18 @@ inline void run(const RmsNormArgs& a) {
     const int threads = worthwhile_threads(a.n_threads, 5.0 * a.rows * a.rows_inner * n);
     parallel_for(a.rows * a.rows_inner, 16, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(round_up(n) + W + 2 * padded);
-        float* const v = scratch.data;            // [padded]
-        float* const gate = v + padded;           // [padded]
-        float* const weight = gate + padded;      // [n], and a vector that the last group's may reach into
-        if (a.weight) load_tile(weight, 0, a.weight, 0, a.weight.stride[0], 0, n, 1);
-        else for (std::int64_t i = 0; i < n; ++i) weight[i] = 1.0f;
+        float* const v = scratch.data;        // [padded]
+        float* const gate = v + padded;       // [padded]
+        float* const weight = gate + padded;  // [n], and a vector that the last group's may reach into
+        if (a.weight)
+            load_tile(weight, 0, a.weight, 0, a.weight.stride[0], 0, n, 1);
+        else
+            for (std::int64_t i = 0; i < n; ++i) weight[i] = 1.0f;
         for (std::int64_t row = begin; row < end; ++row) {
             for (std::int64_t g = 0; g < groups; ++g) {
-                const auto at = [&](const View& t) { return row / a.rows_inner * t.stride[0] + row % a.rows_inner * t.stride[1] + g * size * t.stride[2]; };
+                const auto at = [&](const View& t) {
+                    return row / a.rows_inner * t.stride[0] + row % a.rows_inner * t.stride[1] + g * size * t.stride[2];
+                };
                 load_tile(v, padded, a.x, at(a.x), a.x.stride[2], 0, size, 1);
                 if (a.gate) load_tile(gate, padded, a.gate, at(a.gate), a.gate.stride[2], 0, size, 1);
                 Vec squares = set(0.0f);
@@ -34,7 +38,8 @@ inline void run(const RmsNormArgs& a) {
                     squares = fma(x, x, squares);
                 }
                 const Vec scale = set(1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + a.eps));
-                for (std::int64_t i = 0; i < padded; i += W) store(v + i, load(v + i) * scale * load(weight + g * size + i));
+                for (std::int64_t i = 0; i < padded; i += W)
+                    store(v + i, load(v + i) * scale * load(weight + g * size + i));
                 store_tile(v, padded, a.out, at(a.out), a.out.stride[2], 0, size, 1);
             }
         }

@@ -4,8 +4,9 @@
 namespace klfast {
 namespace {
 
-const KernelTable<void(const RmsNormArgs&)> kKernels{scalar::rms_norm, KLFAST_IF_AVX2(avx2::rms_norm), nullptr,
-                                                     KLFAST_IF_AVX512VNNI(avx512vnni::rms_norm), nullptr, nullptr};
+const KernelTable<void(const RmsNormArgs&)> kKernels{scalar::rms_norm, KLFAST_IF_AVX2(avx2::rms_norm),
+                                                     nullptr,          KLFAST_IF_AVX512VNNI(avx512vnni::rms_norm),
+                                                     nullptr,          nullptr};
 const Announce announce{"rms_norm", kKernels};
 
 }  // namespace

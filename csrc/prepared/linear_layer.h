@@ -10,11 +10,12 @@
 namespace klfast {
 
 class Projection {
-public:
+  public:
     explicit Projection(const LinearArgs& layer) : layer_(layer) {}
     explicit Projection(const DequantMatmulArgs& layer) : layer_(layer) {}
 
-    // The product with the weight alone, as Python code makes it that takes layer.weight: without bias, and of unrounded rows.
+    // The product with the weight alone, as Python code makes it that takes layer.weight: without bias, and of
+    // unrounded rows.
     Projection weight_only() const {
         Projection other = *this;
         std::visit([](auto& layer) { layer.bias = nullptr; }, other.layer_);
@@ -23,16 +24,18 @@ public:
     }
 
     // y [rows, n], contiguous, from x [rows, k] with x_stride elements from row to row; both of `type`.
-    void operator()(const void* x, DType type, std::int64_t x_stride, void* y, std::int64_t rows, int n_threads, Tier limit) const {
+    void operator()(const void* x, DType type, std::int64_t x_stride, void* y, std::int64_t rows, int n_threads,
+                    Tier limit) const {
         std::visit(
             [&](auto args) {
-                args.x = x, args.x_type = type, args.x_stride = x_stride, args.y = y, args.y_type = args.rounded_to = type, args.m = rows, args.n_threads = n_threads;
+                args.x = x, args.x_type = type, args.x_stride = x_stride, args.y = y,
+                args.y_type = args.rounded_to = type, args.m = rows, args.n_threads = n_threads;
                 multiply(args, limit);
             },
             layer_);
     }
 
-private:
+  private:
     static void multiply(const LinearArgs& args, Tier limit) { linear(args, limit); }
     static void multiply(const DequantMatmulArgs& args, Tier limit) { dequant_matmul(args, limit); }
 

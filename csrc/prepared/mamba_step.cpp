@@ -13,7 +13,8 @@ void mamba_step(const MambaMixer& m, const MambaStepArgs& a, Tier limit) {
     const DType type = a.x.dtype;
     const std::int64_t parts = m.rank + 2 * m.states;
     std::vector<std::byte> memory(a.batch * (2 * m.channels + parts) * size_of(type));
-    const auto rows = [&](std::int64_t first, std::int64_t width) {  // [batch, width], contiguous, first elements into the memory
+    const auto rows = [&](std::int64_t first,
+                          std::int64_t width) {  // [batch, width], contiguous, first elements into the memory
         return View{memory.data() + first * size_of(type), type, {width, 1}};
     };
     const auto from = [&](View v, std::int64_t element) {
@@ -25,10 +26,12 @@ void mamba_step(const MambaMixer& m, const MambaStepArgs& a, Tier limit) {
         return v;
     };
 
-    const View u = rows(0, m.channels), delta = rows(a.batch * m.channels, m.channels), projected = rows(2 * a.batch * m.channels, parts);
-    causal_conv1d({in_time(a.x, a.x.stride[0], a.x.stride[1]), in_time(u, m.channels, 1), m.conv_weight, m.conv_bias, a.conv_state, a.conv_state, a.batch,
-                   m.channels, 1, m.width, a.conv_length, a.conv_length, true, a.n_threads},
-                  limit);
+    const View u = rows(0, m.channels), delta = rows(a.batch * m.channels, m.channels),
+               projected = rows(2 * a.batch * m.channels, parts);
+    causal_conv1d(
+        {in_time(a.x, a.x.stride[0], a.x.stride[1]), in_time(u, m.channels, 1), m.conv_weight, m.conv_bias,
+         a.conv_state, a.conv_state, a.batch, m.channels, 1, m.width, a.conv_length, a.conv_length, true, a.n_threads},
+        limit);
 
     m.x_proj(u.data, type, m.channels, projected.data, a.batch, a.n_threads, limit);
     const View b = from(projected, m.rank), c = from(b, m.states);
@@ -47,8 +50,9 @@ void mamba_step(const MambaMixer& m, const MambaStepArgs& a, Tier limit) {
         v.stride[2] = v.stride[1], v.stride[1] = v.stride[0], v.stride[0] = 0;
         return v;
     };
-    selective_state_update({one_head(a.ssm_state), one_head(u), one_head(delta), one_head(a.z), one_head(a.out), no_batch(m.a_log), one_head(b), one_head(c),
-                            no_batch(m.d), no_batch(m.dt_bias), a.batch, 1, m.channels, 1, m.states, true, true, a.n_threads},
+    selective_state_update({one_head(a.ssm_state), one_head(u), one_head(delta), one_head(a.z), one_head(a.out),
+                            no_batch(m.a_log), one_head(b), one_head(c), no_batch(m.d), no_batch(m.dt_bias), a.batch, 1,
+                            m.channels, 1, m.states, true, true, a.n_threads},
                            limit);
 }
 

@@ -11,12 +11,12 @@ namespace klfast {
 
 // What a mixer consists of. `rank` values of x_proj's output are for dt_proj, then come B and C, `states` each.
 struct MambaMixer {
-    View conv_weight, conv_bias;  // [channels, width], [channels]
-    Projection x_proj, dt_proj;   // of dt_proj the weight only
-    bool normed;                  // RMS norms of x_proj's three parts
-    View dt_norm, b_norm, c_norm; // their weights [rank], [states], [states]; absent: ones
+    View conv_weight, conv_bias;   // [channels, width], [channels]
+    Projection x_proj, dt_proj;    // of dt_proj the weight only
+    bool normed;                   // RMS norms of x_proj's three parts
+    View dt_norm, b_norm, c_norm;  // their weights [rank], [states], [states]; absent: ones
     float eps;
-    View a_log, d, dt_bias;       // A = -exp(a_log) [channels, states], [channels], [channels]
+    View a_log, d, dt_bias;  // A = -exp(a_log) [channels, states], [channels], [channels]
     std::int64_t channels, width, rank, states;
 };
 

@@ -1,4 +1,5 @@
-// The extension module: bind_*.cpp bind the kernels of a family each, GIL released; no arithmetic. Nothing outside csrc/python knows of Python.
+// The extension module: bind_*.cpp bind the kernels of a family each, GIL released; no arithmetic. Nothing outside
+// csrc/python knows of Python.
 #include <string>
 #include <vector>
 
@@ -20,14 +21,20 @@ PYBIND11_MODULE(_C, m) {
     using namespace klfast;
     m.attr("tiers") = py::cast(std::vector<std::string>(kTierNames.begin(), kTierNames.end()));
     m.attr("few_rows") = kFewRows;
-    m.def("why_not", [](int tier) { return why_not(static_cast<Tier>(tier)); }, "Why a tier cannot run here; empty if it can.");
+    m.def(
+        "why_not", [](int tier) { return why_not(static_cast<Tier>(tier)); },
+        "Why a tier cannot run here; empty if it can.");
     bind_attention(m);
     bind_dequant_matmul(m);
     bind_divergence(m);
     bind_linear(m);
     bind_ssm(m);
     bind_step(m);
-    m.def("best_tier", [](const std::string& op, int limit) { return static_cast<int>(Announce::best().at(op)(static_cast<Tier>(limit))); },
-          "The tier whose kernel runs an op under a limit, both as indices.");
+    m.def(
+        "best_tier",
+        [](const std::string& op, int limit) {
+            return static_cast<int>(Announce::best().at(op)(static_cast<Tier>(limit)));
+        },
+        "The tier whose kernel runs an op under a limit, both as indices.");
     m.def("kernel_tiers", &Announce::announced, "Op -> the tiers that it has kernels for.");
 }

@@ -6,7 +6,7 @@ namespace {
 
 // A new reference, let go at the end of a scope. Null where Python raised.
 class Reference {
-public:
+  public:
     explicit Reference(PyObject* object) : object_(object) {}
     Reference(const Reference&) = delete;
     Reference& operator=(const Reference&) = delete;
@@ -14,7 +14,7 @@ public:
     PyObject* get() const { return object_; }
     explicit operator bool() const { return object_ != nullptr; }
 
-private:
+  private:
     PyObject* object_;
 };
 

@@ -1,4 +1,5 @@
-// Tiles, AMX: eight registers tmm0 .. tmm7 of up to 16 rows of 64 bytes, whose shapes a configuration sets for the thread.
+// Tiles, AMX: eight registers tmm0 .. tmm7 of up to 16 rows of 64 bytes, whose shapes a configuration sets for the
+// thread.
 //     ldtilecfg, tilerelease     configure; give the registers back
 //     tileloadd, tilestored      rows from and to memory, `stride` bytes apart
 //     tdpbf16ps  C += A B        A [m, 2 k] bf16, B [k, 2 n]: pairs of k side by side; C [m, n] float32

@@ -37,7 +37,8 @@ struct TileModel {
     void expect_product(int c, int a, int b) {
         expect(c != a && c != b && a != b, "a product's tiles must be three");
         const Tile &to = use(c), &left = use(a), &right = use(b);
-        expect(left.rows == to.rows && right.row_bytes == to.row_bytes && right.rows == left.row_bytes / 4, "a product's tiles do not fit together");
+        expect(left.rows == to.rows && right.row_bytes == to.row_bytes && right.rows == left.row_bytes / 4,
+               "a product's tiles do not fit together");
     }
 };
 
@@ -54,7 +55,8 @@ inline void tile_configure(const TileConfig& config) {
     for (const std::uint8_t byte : config.reserved) TileModel::expect(byte == 0, "reserved bytes must be zero");
     for (int t = 0; t < 16; ++t) {
         const int rows = config.rows[t], row_bytes = config.row_bytes[t];
-        TileModel::expect(rows <= kTileSide && row_bytes <= kTileRowBytes && (rows == 0) == (row_bytes == 0), "a tile has at most 16 rows of 64 bytes");
+        TileModel::expect(rows <= kTileSide && row_bytes <= kTileRowBytes && (rows == 0) == (row_bytes == 0),
+                          "a tile has at most 16 rows of 64 bytes");
         TileModel::expect(row_bytes % 4 == 0, "a row holds whole elements of 32 bits");
         TileModel::expect(t < kTileRegisters || rows == 0, "palette 1 has eight tiles");
         if (t >= kTileRegisters) continue;
@@ -77,7 +79,8 @@ template <int T>
 void tile_load(const void* from, std::ptrdiff_t stride) {
     TileModel::Tile& tile = tile_model().use(T);
     std::memset(tile.data, 0, sizeof tile.data);
-    for (int r = 0; r < tile.rows; ++r) std::memcpy(tile.data[r], static_cast<const char*>(from) + r * stride, tile.row_bytes);
+    for (int r = 0; r < tile.rows; ++r)
+        std::memcpy(tile.data[r], static_cast<const char*>(from) + r * stride, tile.row_bytes);
 }
 
 template <int T>
@@ -129,7 +132,8 @@ void tile_dot_int8() {
         for (int k = 0; k < b.rows; ++k)
             for (int n = 0; n < kTileSide; ++n)
                 for (int i = 0; i < 4; ++i)
-                    sum[n] += static_cast<std::uint32_t>(static_cast<std::int8_t>(a.data[m][4 * k + i]) * static_cast<std::int8_t>(b.data[k][4 * n + i]));
+                    sum[n] += static_cast<std::uint32_t>(static_cast<std::int8_t>(a.data[m][4 * k + i]) *
+                                                         static_cast<std::int8_t>(b.data[k][4 * n + i]));
         std::memcpy(c.data[m], sum, c.row_bytes);
     }
 }

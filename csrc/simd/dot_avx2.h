@@ -31,7 +31,8 @@ struct DotOperand<4> {
 };
 
 inline Ints dot(Ints sum, const DotOperand<4>& w, const Ints* x) {
-    return widen_add(sum, _mm256_add_epi16(_mm256_maddubs_epi16(w.first, x[0].v), _mm256_maddubs_epi16(w.second, x[1].v)));
+    return widen_add(sum,
+                     _mm256_add_epi16(_mm256_maddubs_epi16(w.first, x[0].v), _mm256_maddubs_epi16(w.second, x[1].v)));
 }
 
 template <>
@@ -39,10 +40,13 @@ struct DotOperand<8> {
     static constexpr int quads = 1, offset = 128;
     __m256i q, magnitude;
     DotOperand() = default;
-    explicit DotOperand(const Ints* quad) : q(_mm256_xor_si256(quad->v, _mm256_set1_epi8(-128))), magnitude(_mm256_abs_epi8(q)) {}
+    explicit DotOperand(const Ints* quad)
+        : q(_mm256_xor_si256(quad->v, _mm256_set1_epi8(-128))), magnitude(_mm256_abs_epi8(q)) {}
 };
 
-inline Ints dot(Ints sum, const DotOperand<8>& w, const Ints* x) { return widen_add(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x->v, w.q))); }
+inline Ints dot(Ints sum, const DotOperand<8>& w, const Ints* x) {
+    return widen_add(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x->v, w.q)));
+}
 
 }  // namespace
 }  // namespace klfast

@@ -33,8 +33,12 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(b.v, a.v)}; }  // a NaN in 
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(b.v, a.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec negative_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
-inline Vec copysign(Vec size, Vec sign) { return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))}; }  // size >= 0
-inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
+inline Vec copysign(Vec size, Vec sign) {
+    return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
+}  // size >= 0
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
 inline Vec quotient(Vec a, Vec b) { return a / b; }
 inline Vec wide_quotient(Vec a, Vec b) { return a / b; }
 
@@ -48,7 +52,8 @@ inline float sum(Vec a) {
 inline Vec within_exponents(Vec x) { return min(max(x, set(-127.0f)), set(128.0f)); }
 inline Vec scale_within(Vec p, Vec n) {
     const __m256i e = _mm256_cvtps_epi32(n.v);
-    return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)))};
+    return {
+        _mm256_mul_ps(p.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)))};
 }
 
 // p * 2^n for an integral n; n < -126 gives 0, n > 127 infinity.
@@ -84,7 +89,8 @@ inline void store(void* p, std::int64_t i, DType t, int n, Vec a) {
     if (t == DType::f16) {
         raw = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
     } else {  // round to nearest even by integers; a NaN keeps its upper bits and is made quiet
-        const __m256i u = _mm256_castps_si256(a.v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        const __m256i u = _mm256_castps_si256(a.v),
+                      odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
         const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
         const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
         const __m256i high = _mm256_blendv_epi8(rounded, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);

@@ -32,8 +32,12 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(b.v, a.v)}; }  // a NaN in 
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(b.v, a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec negative_abs(Vec a) { return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))}; }
-inline Vec copysign(Vec size, Vec sign) { return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))}; }  // size >= 0
-inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)}; }
+inline Vec copysign(Vec size, Vec sign) {
+    return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
+}  // size >= 0
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 // p * 2^n for an integral n.
@@ -76,10 +80,12 @@ inline void store(void* p, std::int64_t i, DType t, int n, Vec a) {
         raw = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));  // subnormal numbers become 0
 #else
         // round to nearest even by integers; a NaN keeps its upper bits and is made quiet
-        const __m512i u = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        const __m512i u = _mm512_castps_si512(a.v),
+                      odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-        raw = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
+        raw = _mm512_cvtepi32_epi16(
+            _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
 #endif
     }
     _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(p) + i, first(n), raw);

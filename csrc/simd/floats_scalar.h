@@ -1,5 +1,6 @@
-// One float under the interface of simd/floats_avx2.h and simd/floats_avx512.h, with the C library's functions: what the wider
-// vectors are checked against. Everything is local to the including translation unit, for its flags are its own.
+// One float under the interface of simd/floats_avx2.h and simd/floats_avx512.h, with the C library's functions: what
+// the wider vectors are checked against. Everything is local to the including translation unit, for its flags are its
+// own.
 #pragma once
 
 #include <cmath>

@@ -53,13 +53,16 @@ inline Ints fold(const Ints (&row)[kFoldRows]) {
     return {_mm256_hadd_epi32(_mm256_hadd_epi32(row[0].v, row[1].v), _mm256_hadd_epi32(row[2].v, row[3].v))};
 }
 
-// Of eight rows, four a vector as `fold` has them: sums of 8 / Segments lanes each, one vector a segment, one row a lane.
+// Of eight rows, four a vector as `fold` has them: sums of 8 / Segments lanes each, one vector a segment, one row a
+// lane.
 template <int Segments>
 void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) {
     const __m256i p0 = read(folded).v, p1 = read(folded + 8).v;
     const __m256i low = _mm256_permute2x128_si256(p0, p1, 0x20), high = _mm256_permute2x128_si256(p0, p1, 0x31);
-    if constexpr (Segments == 2) sum[0].v = low, sum[1].v = high;
-    else sum[0].v = _mm256_add_epi32(low, high);
+    if constexpr (Segments == 2)
+        sum[0].v = low, sum[1].v = high;
+    else
+        sum[0].v = _mm256_add_epi32(low, high);
 }
 
 inline void transpose(Ints (&r)[8]) {

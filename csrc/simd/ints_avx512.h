@@ -1,6 +1,6 @@
-// Sixteen int32 in a zmm register, beside simd/floats_avx512.h: AVX-512 F and BW, vpternlogd, and VNNI's vpdpbusd (unsigned by
-// signed bytes, four products added to an int32, without saturation).
-// Everything is local to the including translation unit, for its flags are its own.
+// Sixteen int32 in a zmm register, beside simd/floats_avx512.h: AVX-512 F and BW, vpternlogd, and VNNI's vpdpbusd
+// (unsigned by signed bytes, four products added to an int32, without saturation). Everything is local to the including
+// translation unit, for its flags are its own.
 #pragma once
 
 #include <cstddef>
@@ -49,8 +49,10 @@ inline void transpose(Ints (&r)[16]) {
             b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
         }
     for (int c = 0; c < 4; ++c) {  // gather lane l of the four quads
-        const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
-        const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44), high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
+        const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44),
+                      high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
+        const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44),
+                      high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
         r[c].v = _mm512_shuffle_i32x4(low01, low23, 0x88);
         r[4 + c].v = _mm512_shuffle_i32x4(low01, low23, 0xdd);
         r[8 + c].v = _mm512_shuffle_i32x4(high01, high23, 0x88);
@@ -78,7 +80,9 @@ struct DotOperand {
 };
 
 template <int Bits>
-Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) { return {_mm512_dpbusd_epi32(sum.v, w.stored, x->v)}; }
+Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
+    return {_mm512_dpbusd_epi32(sum.v, w.stored, x->v)};
+}
 
 constexpr int kFoldRows = 4;
 
@@ -86,12 +90,14 @@ constexpr int kFoldRows = 4;
 inline Ints fold(const Ints (&row)[kFoldRows]) {
     const auto halves = [](__m512i a, __m512i b) {  // a0 + a1, a2 + a3, b0 + b1, b2 + b3
         const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
-        return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+        return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)),
+                                _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
     };
     return {halves(halves(row[0].v, row[1].v), halves(row[2].v, row[3].v))};
 }
 
-// Of sixteen rows, four a vector as `fold` has them: sums of 16 / Segments lanes each, one vector a segment, one row a lane.
+// Of sixteen rows, four a vector as `fold` has them: sums of 16 / Segments lanes each, one vector a segment, one row a
+// lane.
 template <int Segments>
 void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) {
     const __m512i p0 = read(folded).v, p1 = read(folded + 16).v, p2 = read(folded + 32).v, p3 = read(folded + 48).v;
@@ -101,10 +107,14 @@ void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) {
         sum[0].v = _mm512_shuffle_i32x4(a, c, 0x88), sum[1].v = _mm512_shuffle_i32x4(a, c, 0xdd);
         sum[2].v = _mm512_shuffle_i32x4(b, d, 0x88), sum[3].v = _mm512_shuffle_i32x4(b, d, 0xdd);
     } else {
-        const auto halves = [](__m512i x, __m512i y) { return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd)); };
+        const auto halves = [](__m512i x, __m512i y) {
+            return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+        };
         const __m512i a = halves(p0, p1), b = halves(p2, p3);
-        if constexpr (Segments == 2) sum[0].v = _mm512_shuffle_i32x4(a, b, 0x88), sum[1].v = _mm512_shuffle_i32x4(a, b, 0xdd);
-        else sum[0].v = halves(a, b);
+        if constexpr (Segments == 2)
+            sum[0].v = _mm512_shuffle_i32x4(a, b, 0x88), sum[1].v = _mm512_shuffle_i32x4(a, b, 0xdd);
+        else
+            sum[0].v = halves(a, b);
     }
 }
 

@@ -19,7 +19,9 @@ inline Ints read(const std::int32_t* p) { return {*p}; }
 inline Ints read(const std::int32_t* p, std::int64_t n) { return {n > 0 ? *p : 0}; }
 inline void write(std::int32_t* p, Ints a) { *p = a.v; }
 inline Ints operator&(Ints a, Ints b) { return {a.v & b.v}; }
-inline Ints shift_right(Ints a, int bits) { return {static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v) >> bits)}; }
+inline Ints shift_right(Ints a, int bits) {
+    return {static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v) >> bits)};
+}
 inline Vec to_float(Ints a) { return {static_cast<float>(a.v)}; }
 inline Ints bits_of(Vec a) { return {__builtin_bit_cast(std::int32_t, a.v)}; }
 inline Vec masked_float(Ints a, Ints mask, Ints base) { return {__builtin_bit_cast(float, (a.v & mask.v) | base.v)}; }
@@ -46,7 +48,9 @@ struct DotOperand {
 template <int Bits>
 Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
     for (int i = 0; i < 4; ++i) {
-        const auto byte = [i](std::int32_t quad) { return static_cast<std::uint8_t>(static_cast<std::uint32_t>(quad) >> (8 * i)); };
+        const auto byte = [i](std::int32_t quad) {
+            return static_cast<std::uint8_t>(static_cast<std::uint32_t>(quad) >> (8 * i));
+        };
         sum.v += byte(w.stored) * static_cast<std::int8_t>(byte(x->v));
     }
     return sum;
@@ -57,7 +61,9 @@ constexpr int kFoldRows = 1;
 inline Ints fold(const Ints (&row)[kFoldRows]) { return row[0]; }
 
 template <int Segments>
-void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) { sum[0] = read(folded); }
+void sums_of_rows(const std::int32_t* folded, Ints (&sum)[Segments]) {
+    sum[0] = read(folded);
+}
 
 }  // namespace
 }  // namespace klfast

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-
 from klfast.kernels.launch import Launch, cdiv, strided
 from klfast.kernels.ssm_common import silu
+
+import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -17,8 +17,24 @@ def causal_conv1d(
     bias_ptr,  # float [D] or None
     past_ptr,  # float [B, D, S], what came before x; None for zeros
     y_ptr,  # [B, D, L]
-    D, L, S, x_b, x_d, x_l, w_d, w_k, past_b, past_d, past_s, y_b, y_d, y_l,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
+    D,
+    L,
+    S,
+    x_b,
+    x_d,
+    x_l,
+    w_d,
+    w_k,
+    past_b,
+    past_d,
+    past_s,
+    y_b,
+    y_d,
+    y_l,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BD: tl.constexpr,
+    BL: tl.constexpr,
 ):
     n_t = tl.cdiv(L, BL)
     i_b = (tl.program_id(0) // n_t).to(tl.int64)
@@ -46,11 +62,25 @@ def causal_conv1d(
 DIMS = {"x": "bdl", "w": "dk", "past": "bds", "y": "bdl"}
 
 
-def plan(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, past: torch.Tensor | None, y: torch.Tensor, is_silu: bool) -> Launch:
+def plan(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    past: torch.Tensor | None,
+    y: torch.Tensor,
+    is_silu: bool,
+) -> Launch:
     """x [B, D, L] after ``past`` [B, D, S >= W-1] (zeros if None); any strides, but bias [D] without gaps."""
     batch, channels, length = x.shape
     BL, BD = (1, 128) if length == 1 else (8, 64)
     args = strided(DIMS, x=x, w=weight, past=past, y=y) | dict(
-        bias_ptr=bias, D=channels, L=length, S=0 if past is None else past.shape[2], WIDTH=weight.shape[1], SILU=is_silu, BD=BD, BL=BL
+        bias_ptr=bias,
+        D=channels,
+        L=length,
+        S=0 if past is None else past.shape[2],
+        WIDTH=weight.shape[1],
+        SILU=is_silu,
+        BD=BD,
+        BL=BL,
     )
     return Launch(causal_conv1d, (cdiv(length, BL) * batch, cdiv(channels, BD)), args, dict(num_warps=4))

@@ -6,10 +6,10 @@ scales multiply float32 sums. float32 x is cut into three bfloat16 parts, which 
 runs on matrix instructions too and no product is rounded. int8 x (activation="int8") has a scale a row and group.
 """
 
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred_int8, load_scale, load_zero, product
+
 import triton
 import triton.language as tl
-
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred_int8, load_scale, load_zero, product
 
 
 @triton.jit
@@ -17,14 +17,14 @@ def _product(packed, zero, b_x, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPC
     """acc + (values - zero) @ b_x: packed bytes [BN, BLOCK], float32 [BN], [BLOCK, BM], float32 [BN, BM]."""
     if b_x.dtype != tl.int8:
         return product(b_x, packed, zero[:, None], acc, HALF, BITS, UPCAST, PTX)
-    elif BITS == 4:
+    if BITS == 4:
         b_w = centred_int8(packed, zero.to(tl.uint8)[:, None], HALF, PTX)
         return acc + tl.dot(b_w, b_x, out_dtype=tl.int32).to(tl.float32)
-    else:  # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
-        b_w = (packed ^ 0x80).to(tl.int8, bitcast=True)
-        sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
-        sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
-        return acc + sums.to(tl.float32)
+    # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
+    b_w = (packed ^ 0x80).to(tl.int8, bitcast=True)
+    sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
+    sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
+    return acc + sums.to(tl.float32)
 
 
 @triton.jit
@@ -60,10 +60,22 @@ def dequant_gemm(
     z_ptr,  # uint8 [G, N] or None
     bias_ptr,  # float [N] or None; only without parts
     y_ptr,  # [M, N], or float32 [parts, M, N]
-    M, N, n_tiles, n_blocks, group_blocks, tiles_per_part, stride_xm, stride_xs,
-    BITS: tl.constexpr, SCALES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    M,
+    N,
+    n_tiles,
+    n_blocks,
+    group_blocks,
+    tiles_per_part,
+    stride_xm,
+    stride_xs,
+    BITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK: tl.constexpr,
     BAND: tl.constexpr,  # tiles of rows of y that pass over the weight together: their x stays in cache
-    UPCAST: tl.constexpr, PTX: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PTX: tl.constexpr,
     AHEAD: tl.constexpr,  # whether there are registers for another tile's scales
 ):
     n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -115,7 +127,11 @@ def dequant_gemm(
                     this_zero = load_zero(z_ptr, i_group, N, o_row, BITS)
                 sums = tl.zeros((BN, BM), dtype=tl.float32)
             sums = _product(b_w, this_zero, tl.load(p_x + i_next * BLOCK), sums, 1, BITS, UPCAST, PTX)
-        acc = sums if SCALES == ROW else acc + _scaled(sums, this, this_x, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, not AHEAD)
+        acc = (
+            sums
+            if SCALES == ROW
+            else acc + _scaled(sums, this, this_x, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, not AHEAD)
+        )
     if SCALES == ROW:
         acc = _scaled(acc, scale, x_scale, s_ptr, xs_ptr, first * 0, N, o_row, o_col, stride_xs, False)
     if bias_ptr is not None:

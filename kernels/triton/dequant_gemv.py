@@ -4,10 +4,10 @@ A program takes BN rows of the weight and a part of K; parts go to a float32 buf
 in a fixed order. Sums run elementwise over tiles, and across threads once at the end.
 """
 
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_zero
+
 import triton
 import triton.language as tl
-
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_zero
 
 
 @triton.jit
@@ -18,8 +18,16 @@ def dequant_gemv(
     z_ptr,  # uint8 [G, N] or None
     bias_ptr,  # float [N] or None; only without parts
     y_ptr,  # [N], or float32 [parts, N]
-    N, n_tiles, n_blocks, group_blocks, tiles_per_part,
-    BITS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+    N,
+    n_tiles,
+    n_blocks,
+    group_blocks,
+    tiles_per_part,
+    BITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     i_part = tl.program_id(1)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)

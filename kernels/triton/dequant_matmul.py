@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from klfast.kernels.dequant_common import BLOCK_EACH, ROW, TILE
 from klfast.kernels.dequant_gemm import dequant_gemm
 from klfast.kernels.dequant_gemv import dequant_gemv, split_sum
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, speaks_ptx
 from klfast.kernels.quantize_rows import quantize_rows
+
 from klfast.quant.layouts import Tiling
 
 BAND = 8
@@ -66,8 +66,19 @@ def parts_of(programs: int, n_tiles: int, wanted: int) -> tuple[int, int]:
 
 
 def plan(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor,
-    k: int, bits: int, group_size: int, *, int8: bool, family: str, cores: int,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    k: int,
+    bits: int,
+    group_size: int,
+    *,
+    int8: bool,
+    family: str,
+    cores: int,
 ) -> list[Launch]:
     """The launches that make y [M, N].
 
@@ -94,15 +105,34 @@ def plan(
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=x.device)
     scales = ROW if scale.shape[0] == 1 else TILE if tiling.group_blocks * bits % 8 == 0 else BLOCK_EACH
     args = dict(
-        x_ptr=x, w_ptr=packed, s_ptr=scale, z_ptr=zero_point, bias_ptr=bias if parts == 1 else None, y_ptr=out, N=n,
-        n_tiles=tiling.n_tiles, n_blocks=tiling.n_blocks, group_blocks=tiling.group_blocks, tiles_per_part=tiles,
-        BITS=bits, SCALES=scales.value, BN=config.BN, BLOCK=tiling.block, PTX=speaks_ptx(family),
-    )  # fmt: skip
+        x_ptr=x,
+        w_ptr=packed,
+        s_ptr=scale,
+        z_ptr=zero_point,
+        bias_ptr=bias if parts == 1 else None,
+        y_ptr=out,
+        N=n,
+        n_tiles=tiling.n_tiles,
+        n_blocks=tiling.n_blocks,
+        group_blocks=tiling.group_blocks,
+        tiles_per_part=tiles,
+        BITS=bits,
+        SCALES=scales.value,
+        BN=config.BN,
+        BLOCK=tiling.block,
+        PTX=speaks_ptx(family),
+    )
     if not gemv:
         args |= dict(
-            M=m, stride_xm=x.stride(0), xs_ptr=x_scale, stride_xs=scale.shape[0], BM=config.BM, BAND=BAND,
-            UPCAST=INTERPRETED, AHEAD=family == "nvidia",
-        )  # fmt: skip
+            M=m,
+            stride_xm=x.stride(0),
+            xs_ptr=x_scale,
+            stride_xs=scale.shape[0],
+            BM=config.BM,
+            BAND=BAND,
+            UPCAST=INTERPRETED,
+            AHEAD=family == "nvidia",
+        )
     grid = (programs, parts)
     launches.append(Launch(dequant_gemv if gemv else dequant_gemm, grid, args, options(config)))
     if parts > 1:
@@ -119,7 +149,15 @@ def plan_rounding(x: torch.Tensor, rounded: torch.Tensor, x_scale: torch.Tensor,
         chunk *= 2
     rows = max(1, 1024 // chunk)
     args = dict(
-        x_ptr=x, q_ptr=rounded, s_ptr=x_scale, M=m, K=x.shape[1], G=groups, n_chunks=tiling.group_blocks * tiling.block // chunk,
-        stride_xm=x.stride(0), BM=rows, CHUNK=chunk,
-    )  # fmt: skip
+        x_ptr=x,
+        q_ptr=rounded,
+        s_ptr=x_scale,
+        M=m,
+        K=x.shape[1],
+        G=groups,
+        n_chunks=tiling.group_blocks * tiling.block // chunk,
+        stride_xm=x.stride(0),
+        BM=rows,
+        CHUNK=chunk,
+    )
     return Launch(quantize_rows, (cdiv(m, rows), groups), args, dict(num_warps=4))

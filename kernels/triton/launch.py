@@ -48,7 +48,9 @@ def strided(dims: dict[str, str], **tensors: torch.Tensor | None) -> dict:
     """Kernel arguments of tensors: x_ptr and, for each letter of its dimensions, the stride x_<letter>; None has strides 0."""
     args = {f"{name}_ptr": t for name, t in tensors.items()}
     for name, t in tensors.items():
-        args |= zip((f"{name}_{dim}" for dim in dims[name]), (0,) * len(dims[name]) if t is None else t.stride(), strict=True)
+        args |= zip(
+            (f"{name}_{dim}" for dim in dims[name]), (0,) * len(dims[name]) if t is None else t.stride(), strict=True
+        )
     return args
 
 

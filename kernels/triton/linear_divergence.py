@@ -14,19 +14,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
-
 from klfast.kernels.dequant_common import load_scale, load_zero, multiply, product, top_bits
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
+
+import triton
+import triton.language as tl
 from klfast.quant.layouts import Tiling
 
 
 @triton.jit
 def head_logits(
-    x_ptr, w_ptr, s_ptr, z_ptr, o_token, o_v, V, n_tiles, n_blocks, group_blocks, stride_x, stride_w,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    o_token,
+    o_v,
+    V,
+    n_tiles,
+    n_blocks,
+    group_blocks,
+    stride_x,
+    stride_w,
+    BITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BN, BM].
 
@@ -37,7 +54,7 @@ def head_logits(
     row = BLOCK if BITS else stride_w
     p_w = w_ptr + o_v[:, None].to(tl.int64) * row + o_k[None, :]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for i_step in range(0, n_tiles * (BLOCK // STEP)):
+    for i_step in range(n_tiles * (BLOCK // STEP)):
         if BITS == 0:
             acc = float_product(tl.load(p_x + i_step * STEP), tl.load(p_w + i_step * STEP), acc, UPCAST, IN_PARTS)
         else:
@@ -47,7 +64,9 @@ def head_logits(
                 i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
                 i_group = i_block // group_blocks
                 zero = load_zero(z_ptr, i_group, V, o_v, BITS)[:, None]
-                sums = product(tl.load(p_x + i_block * BLOCK + o_step), b_w, zero, tl.zeros_like(acc), i_half, BITS, UPCAST, False)
+                sums = product(
+                    tl.load(p_x + i_block * BLOCK + o_step), b_w, zero, tl.zeros_like(acc), i_half, BITS, UPCAST, False
+                )
                 acc += sums * load_scale(s_ptr, i_group, V, o_v)[:, None]
     return acc
 
@@ -67,26 +86,52 @@ def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr):
         acc = multiply(w_high, x_low, multiply(w_middle, x_middle, multiply(w_low, x_high, acc)))
         acc = multiply(w_high, x_middle, multiply(w_middle, x_high, acc))
         return multiply(w_high, x_high, acc)
-    else:
-        if UPCAST:
-            b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
-        return multiply(b_w, b_x, acc)
+    if UPCAST:
+        b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+    return multiply(b_w, b_x, acc)
 
 
 @triton.jit
 def linear_divergence_sums(
-    t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr,  # the teacher's hidden states [n_teacher, H] and head, as in head_logits
-    s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr,  # the student's, [S * n_teacher, H']
+    t_x_ptr,
+    t_w_ptr,
+    t_s_ptr,
+    t_z_ptr,  # the teacher's hidden states [n_teacher, H] and head, as in head_logits
+    s_x_ptr,
+    s_w_ptr,
+    s_s_ptr,
+    s_z_ptr,  # the student's, [S * n_teacher, H']
     rows_ptr,  # int64 [R], the student's tokens to compare; None for all
     anchor_ptr,  # float32 [R]
     sums_ptr,  # float32 [R, parts, N]
     index_ptr,  # int32 [R, parts, 2]
-    R, n_teacher, V, part_columns,
-    t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
-    s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-    T_BITS: tl.constexpr, T_BLOCK: tl.constexpr, T_STEP: tl.constexpr, T_UPCAST: tl.constexpr, T_IN_PARTS: tl.constexpr,
-    S_BITS: tl.constexpr, S_BLOCK: tl.constexpr, S_STEP: tl.constexpr, S_UPCAST: tl.constexpr, S_IN_PARTS: tl.constexpr,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    R,
+    n_teacher,
+    V,
+    part_columns,
+    t_tiles,
+    t_blocks,
+    t_group_blocks,
+    t_stride_x,
+    t_stride_w,
+    s_tiles,
+    s_blocks,
+    s_group_blocks,
+    s_stride_x,
+    s_stride_w,
+    T_BITS: tl.constexpr,
+    T_BLOCK: tl.constexpr,
+    T_STEP: tl.constexpr,
+    T_UPCAST: tl.constexpr,
+    T_IN_PARTS: tl.constexpr,
+    S_BITS: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    S_STEP: tl.constexpr,
+    S_UPCAST: tl.constexpr,
+    S_IN_PARTS: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
     i_part = tl.program_id(1)
     o_r = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -106,19 +151,55 @@ def linear_divergence_sums(
     for start in range(first, last, BN):
         o_v = tl.minimum(start + tl.arange(0, BN), last - 1)
         a = head_logits(
-            t_x_ptr, t_w_ptr, t_s_ptr, t_z_ptr, o_teacher, o_v, V, t_tiles, t_blocks, t_group_blocks, t_stride_x, t_stride_w,
-            T_BITS, BM, BN, T_BLOCK, T_STEP, T_UPCAST, T_IN_PARTS,
-        )  # fmt: skip
+            t_x_ptr,
+            t_w_ptr,
+            t_s_ptr,
+            t_z_ptr,
+            o_teacher,
+            o_v,
+            V,
+            t_tiles,
+            t_blocks,
+            t_group_blocks,
+            t_stride_x,
+            t_stride_w,
+            T_BITS,
+            BM,
+            BN,
+            T_BLOCK,
+            T_STEP,
+            T_UPCAST,
+            T_IN_PARTS,
+        )
         b = head_logits(
-            s_x_ptr, s_w_ptr, s_s_ptr, s_z_ptr, o_token, o_v, V, s_tiles, s_blocks, s_group_blocks, s_stride_x, s_stride_w,
-            S_BITS, BM, BN, S_BLOCK, S_STEP, S_UPCAST, S_IN_PARTS,
-        )  # fmt: skip
+            s_x_ptr,
+            s_w_ptr,
+            s_s_ptr,
+            s_z_ptr,
+            o_token,
+            o_v,
+            V,
+            s_tiles,
+            s_blocks,
+            s_group_blocks,
+            s_stride_x,
+            s_stride_w,
+            S_BITS,
+            BM,
+            BN,
+            S_BLOCK,
+            S_STEP,
+            S_UPCAST,
+            S_IN_PARTS,
+        )
         valid = tl.where(start + tl.arange(0, BN) < last, 1.0, 0.0)[:, None]
         top_a, top_b = tl.max(a, axis=0), tl.max(b, axis=0)  # [BM]
         needed = tl.maximum(reference, tl.maximum(top_a, top_b - anchor))
         shrink = tl.exp(reference - needed)
         reference = needed
-        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(a, b, anchor[None, :], reference[None, :], valid, False, False)
+        w, u, k1_term, k2_term, j_term, q_term = divergence_terms(
+            a, b, anchor[None, :], reference[None, :], valid, False, False
+        )
         k1, k2 = k1 * shrink + tl.sum(k1_term, axis=0), k2 * shrink + tl.sum(k2_term, axis=0)
         j, q = j * shrink + tl.sum(j_term, axis=0), q * shrink + tl.sum(q_term, axis=0)
         mu0 = mu0 * shrink + tl.sum(w, axis=0)
@@ -147,7 +228,28 @@ def linear_divergence_sums(
 
     m_r = o_r < R
     cell = o_row * tl.num_programs(1) + i_part
-    store_sums(sums_ptr + cell * N, mu0, mu1, mu2, mu3, mu4, mu5, mu6, mu7, mu8, k1, k2, j, q, a2, d2, max_a, max_b, reference, m_r)
+    store_sums(
+        sums_ptr + cell * N,
+        mu0,
+        mu1,
+        mu2,
+        mu3,
+        mu4,
+        mu5,
+        mu6,
+        mu7,
+        mu8,
+        k1,
+        k2,
+        j,
+        q,
+        a2,
+        d2,
+        max_a,
+        max_b,
+        reference,
+        m_r,
+    )
     tl.store(index_ptr + cell * 2, at_a, mask=m_r)
     tl.store(index_ptr + cell * 2 + 1, at_b, mask=m_r)
 
@@ -199,19 +301,37 @@ class Side:
         go in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others. Where
         there are such parts, of hidden states or head, features go 16 at a time, so that all fit in registers.
         """
-        common = {"x_ptr": self.hidden, "w_ptr": self.weight, "s_ptr": self.scale, "z_ptr": self.zero_point, "stride_x": self.hidden.stride(0)}
+        common = {
+            "x_ptr": self.hidden,
+            "w_ptr": self.weight,
+            "s_ptr": self.scale,
+            "z_ptr": self.zero_point,
+            "stride_x": self.hidden.stride(0),
+        }
         differ = self.hidden.dtype != self.weight.dtype
         in_parts = not self.bits and (self.is_wide or differ)
         if self.bits:
             tiling = Tiling.of(self.features, self.bits, self.group_size)
-            rest = {"tiles": tiling.n_tiles, "blocks": tiling.n_blocks, "group_blocks": tiling.group_blocks, "stride_w": 0}
+            rest = {
+                "tiles": tiling.n_tiles,
+                "blocks": tiling.n_blocks,
+                "group_blocks": tiling.group_blocks,
+                "stride_w": 0,
+            }
             block = tiling.block
         else:
             block = 32 if in_parts else float_block(self.hidden.shape[1])
-            rest = {"tiles": self.hidden.shape[1] // block, "blocks": 0, "group_blocks": 1, "stride_w": self.weight.stride(0)}
+            rest = {
+                "tiles": self.hidden.shape[1] // block,
+                "blocks": 0,
+                "group_blocks": 1,
+                "stride_w": self.weight.stride(0),
+            }
         step = 16 if is_wide else block
         constants = {"BITS": self.bits, "BLOCK": block, "STEP": step, "UPCAST": INTERPRETED, "IN_PARTS": in_parts}
-        return {f"{name}_{key}": value for key, value in (common | rest).items()} | {f"{name.upper()}_{key}": value for key, value in constants.items()}
+        return {f"{name}_{key}": value for key, value in (common | rest).items()} | {
+            f"{name.upper()}_{key}": value for key, value in constants.items()
+        }
 
 
 def float_block(features: int) -> int:
@@ -220,7 +340,14 @@ def float_block(features: int) -> int:
 
 
 def plan_sums(
-    teacher: Side, student: Side, n_teacher: int, vocab: int, rows: torch.Tensor | None, anchor: torch.Tensor, *, cores: int
+    teacher: Side,
+    student: Side,
+    n_teacher: int,
+    vocab: int,
+    rows: torch.Tensor | None,
+    anchor: torch.Tensor,
+    *,
+    cores: int,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """As logit_divergence.plan_sums, of hidden states: token i of the student goes with token i % n_teacher of the teacher."""
     is_wide, count = teacher.is_wide or student.is_wide, anchor.numel()
@@ -232,7 +359,18 @@ def plan_sums(
     sums = torch.empty(count, parts, N_SUMS, device=anchor.device)
     index = torch.empty(count, parts, 2, dtype=torch.int32, device=anchor.device)
     args = dict(
-        **teacher.args("t", is_wide), **student.args("s", is_wide), rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, R=count,
-        n_teacher=n_teacher, V=vocab, part_columns=columns, N=N_SUMS, BM=config.BM, BN=config.BN,
-    )  # fmt: skip
+        **teacher.args("t", is_wide),
+        **student.args("s", is_wide),
+        rows_ptr=rows,
+        anchor_ptr=anchor,
+        sums_ptr=sums,
+        index_ptr=index,
+        R=count,
+        n_teacher=n_teacher,
+        V=vocab,
+        part_columns=columns,
+        N=N_SUMS,
+        BM=config.BM,
+        BN=config.BN,
+    )
     return Launch(linear_divergence_sums, (programs, parts), args, options(config)), sums, index

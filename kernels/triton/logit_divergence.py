@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
-
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
 from klfast.kernels.launch import Launch, cdiv, options, speaks_ptx
+
+import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -32,14 +32,22 @@ def first_anchors(t_ptr, s_ptr, anchor_ptr, T, V, stride_t, stride_s, BV: tl.con
 
 @triton.jit
 def divergence_sums(
-    t_ptr, s_ptr,  # float [T, V] and [S * T, V], rows stride_t and stride_s times ALIGN apart
+    t_ptr,
+    s_ptr,  # float [T, V] and [S * T, V], rows stride_t and stride_s times ALIGN apart
     rows_ptr,  # int64 [R], the rows of both to compare, S being 1; None for all of the student's, each with row i % T
     anchor_ptr,  # float32 [R]
     sums_ptr,  # float32 [R, parts, N]
     index_ptr,  # int32 [R, parts, 2]: where a and b are largest, the lowest index among equals
-    T, V, part_columns, stride_t, stride_s,
+    T,
+    V,
+    part_columns,
+    stride_t,
+    stride_s,
     ALIGN: tl.constexpr,  # divides V and what lies between rows
-    N: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, PTX: tl.constexpr,
+    N: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     i_row, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t_row, s_row = (tl.program_id(0) % T).to(tl.int64), i_row
@@ -96,10 +104,27 @@ def divergence_sums(
 
     cell = i_row * tl.num_programs(1) + i_part
     store_sums(
-        sums_ptr + cell * N, tl.sum(mu0, axis=0), tl.sum(mu1, axis=0), tl.sum(mu2, axis=0), tl.sum(mu3, axis=0), tl.sum(mu4, axis=0),
-        tl.sum(mu5, axis=0), tl.sum(mu6, axis=0), tl.sum(mu7, axis=0), tl.sum(mu8, axis=0), tl.sum(k1, axis=0), tl.sum(k2, axis=0),
-        tl.sum(j, axis=0), tl.sum(q, axis=0), tl.sum(a2, axis=0), tl.sum(d2, axis=0), max_a, max_b, reference, None,
-    )  # fmt: skip
+        sums_ptr + cell * N,
+        tl.sum(mu0, axis=0),
+        tl.sum(mu1, axis=0),
+        tl.sum(mu2, axis=0),
+        tl.sum(mu3, axis=0),
+        tl.sum(mu4, axis=0),
+        tl.sum(mu5, axis=0),
+        tl.sum(mu6, axis=0),
+        tl.sum(mu7, axis=0),
+        tl.sum(mu8, axis=0),
+        tl.sum(k1, axis=0),
+        tl.sum(k2, axis=0),
+        tl.sum(j, axis=0),
+        tl.sum(q, axis=0),
+        tl.sum(a2, axis=0),
+        tl.sum(d2, axis=0),
+        max_a,
+        max_b,
+        reference,
+        None,
+    )
     tl.store(index_ptr + cell * 2, at_a)
     tl.store(index_ptr + cell * 2 + 1, at_b)
 
@@ -122,14 +147,26 @@ ANCHOR_COLUMNS = 2048
 def plan_anchors(teacher: torch.Tensor, student: torch.Tensor, anchor: torch.Tensor) -> Launch:
     """The launch that finds the first anchors, float32 [S * T], of logits [T, V] and [S * T, V]."""
     args = dict(
-        t_ptr=teacher, s_ptr=student, anchor_ptr=anchor, T=teacher.shape[0], V=teacher.shape[1],
-        stride_t=teacher.stride(0), stride_s=student.stride(0), BV=ANCHOR_COLUMNS,
-    )  # fmt: skip
+        t_ptr=teacher,
+        s_ptr=student,
+        anchor_ptr=anchor,
+        T=teacher.shape[0],
+        V=teacher.shape[1],
+        stride_t=teacher.stride(0),
+        stride_s=student.stride(0),
+        BV=ANCHOR_COLUMNS,
+    )
     return Launch(first_anchors, (anchor.numel(),), args, dict(num_warps=8))
 
 
 def plan_sums(
-    teacher: torch.Tensor, student: torch.Tensor, rows: torch.Tensor | None, anchor: torch.Tensor, *, family: str, cores: int
+    teacher: torch.Tensor,
+    student: torch.Tensor,
+    rows: torch.Tensor | None,
+    anchor: torch.Tensor,
+    *,
+    family: str,
+    cores: int,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch that sums rows around anchors [R], and what it fills: sums [R, parts, N_SUMS], index [R, parts, 2].
 
@@ -145,7 +182,21 @@ def plan_sums(
     sums = torch.empty(count, parts, N_SUMS, device=teacher.device)
     index = torch.empty(count, parts, 2, dtype=torch.int32, device=teacher.device)
     args = dict(
-        t_ptr=teacher, s_ptr=student, rows_ptr=rows, anchor_ptr=anchor, sums_ptr=sums, index_ptr=index, T=teacher.shape[0], V=vocab, part_columns=columns,
-        stride_t=teacher.stride(0) // align, stride_s=student.stride(0) // align, ALIGN=align, N=N_SUMS, BR=config.BR, BV=config.BV, PTX=speaks_ptx(family),
-    )  # fmt: skip
+        t_ptr=teacher,
+        s_ptr=student,
+        rows_ptr=rows,
+        anchor_ptr=anchor,
+        sums_ptr=sums,
+        index_ptr=index,
+        T=teacher.shape[0],
+        V=vocab,
+        part_columns=columns,
+        stride_t=teacher.stride(0) // align,
+        stride_s=student.stride(0) // align,
+        ALIGN=align,
+        N=N_SUMS,
+        BR=config.BR,
+        BV=config.BV,
+        PTX=speaks_ptx(family),
+    )
     return Launch(divergence_sums, (count, parts), args, options(config)), sums, index

@@ -9,8 +9,13 @@ def quantize_rows(
     x_ptr,  # float [M, K], rows stride_xm apart; K is n_chunks * CHUNK a group, the last group may be shorter
     q_ptr,  # int8 [M, K]
     s_ptr,  # float32 [M, G]
-    M, K, G, n_chunks, stride_xm,
-    BM: tl.constexpr, CHUNK: tl.constexpr,
+    M,
+    K,
+    G,
+    n_chunks,
+    stride_xm,
+    BM: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_row = tl.minimum(o_m, M - 1).to(tl.int64)

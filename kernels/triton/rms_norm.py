@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-
 from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
 from klfast.kernels.ssm_common import silu
+
+import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -16,8 +16,22 @@ def rms_norm(
     w_ptr,  # float [D]
     gate_ptr,  # float [A, B, D] or None
     y_ptr,  # [A, B, D]
-    rows, B, group, eps, x_a, x_b, x_d, w_d, gate_a, gate_b, gate_d, y_a, y_b, y_d,
-    BR: tl.constexpr, BG: tl.constexpr,
+    rows,
+    B,
+    group,
+    eps,
+    x_a,
+    x_b,
+    x_d,
+    w_d,
+    gate_a,
+    gate_b,
+    gate_d,
+    y_a,
+    y_b,
+    y_d,
+    BR: tl.constexpr,
+    BG: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_g = tl.arange(0, BG).to(tl.int64)
@@ -27,7 +41,9 @@ def rms_norm(
     i_a, i_b = (o_r // B)[:, None], (o_r % B)[:, None]
     v = tl.load(x_ptr + i_a * x_a + i_b * x_b + o_d[None, :] * x_d, mask=m, other=0.0).to(tl.float32)  # [BR, BG]
     if gate_ptr is not None:
-        v *= silu(tl.load(gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d, mask=m, other=0.0).to(tl.float32))
+        v *= silu(
+            tl.load(gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d, mask=m, other=0.0).to(tl.float32)
+        )
     scale = tl.rsqrt(tl.sum(v * v, axis=1) / group + eps)
     w = tl.load(w_ptr + o_d[None, :] * w_d, mask=m_g, other=0.0).to(tl.float32)
     y = v * scale[:, None] * w
@@ -37,11 +53,15 @@ def rms_norm(
 DIMS = {"x": "abd", "w": "d", "gate": "abd", "y": "abd"}
 
 
-def plan(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor, eps: float, group_size: int) -> Launch:
+def plan(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor, eps: float, group_size: int
+) -> Launch:
     """x, gate and y [A, B, D], weight [D], any strides. A program holds whole groups in registers."""
     rows, channels = x.shape[0] * x.shape[1], x.shape[2]
     BG = power_of_2(group_size)
     BR = min(power_of_2(rows), max(1, 1024 // BG))
-    args = strided(DIMS, x=x, w=weight, gate=gate, y=y) | dict(rows=rows, B=x.shape[1], group=group_size, eps=eps, BR=BR, BG=BG)
+    args = strided(DIMS, x=x, w=weight, gate=gate, y=y) | dict(
+        rows=rows, B=x.shape[1], group=group_size, eps=eps, BR=BR, BG=BG
+    )
     warps = min(16, max(1, BR * BG // 512))
     return Launch(rms_norm, (cdiv(rows, BR), channels // group_size), args, dict(num_warps=warps))

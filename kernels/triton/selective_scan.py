@@ -9,26 +9,76 @@ a head.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-
 from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
 from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus
+
+import triton
+import triton.language as tl
 
 
 @triton.jit
 def selective_scan(
-    x_ptr, dt_ptr,  # float [B, L, H, P]
+    x_ptr,
+    dt_ptr,  # float [B, L, H, P]
     a_ptr,  # float [H, P, N]
-    b_ptr, c_ptr,  # float [B, L, H / heads_per_group, N]
-    d_ptr, bias_ptr,  # float [H, P] or None
+    b_ptr,
+    c_ptr,  # float [B, L, H / heads_per_group, N]
+    d_ptr,
+    bias_ptr,  # float [H, P] or None
     z_ptr,  # float [B, L, H, P] or None
-    first_ptr, last_ptr,  # the states before and after, [B, H, P, N], or None; they may be one tensor
+    first_ptr,
+    last_ptr,  # the states before and after, [B, H, P, N], or None; they may be one tensor
     y_ptr,  # [B, L, H, P]
-    L, H, P, N, heads_per_group, dt_min, dt_max,
-    x_b, x_l, x_h, x_p, dt_b, dt_l, dt_h, dt_p, a_h, a_p, a_n, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n,
-    d_h, d_p, bias_h, bias_p, z_b, z_l, z_h, z_p, first_b, first_h, first_p, first_n, last_b, last_h, last_p, last_n, y_b, y_l, y_h, y_p,
-    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    L,
+    H,
+    P,
+    N,
+    heads_per_group,
+    dt_min,
+    dt_max,
+    x_b,
+    x_l,
+    x_h,
+    x_p,
+    dt_b,
+    dt_l,
+    dt_h,
+    dt_p,
+    a_h,
+    a_p,
+    a_n,
+    b_b,
+    b_l,
+    b_g,
+    b_n,
+    c_b,
+    c_l,
+    c_g,
+    c_n,
+    d_h,
+    d_p,
+    bias_h,
+    bias_p,
+    z_b,
+    z_l,
+    z_h,
+    z_p,
+    first_b,
+    first_h,
+    first_p,
+    first_n,
+    last_b,
+    last_h,
+    last_p,
+    last_n,
+    y_b,
+    y_l,
+    y_h,
+    y_p,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
 ):
     n_p = tl.cdiv(P, BP)
     i_bh = tl.program_id(0) // n_p
@@ -52,8 +102,12 @@ def selective_scan(
         skip = tl.load(d_ptr + i_h * d_h + o_p * d_p, mask=m_p, other=0.0).to(tl.float32)
     h = tl.zeros((BP, BN), dtype=tl.float32)
     if first_ptr is not None:
-        h = tl.load(first_ptr + i_b * first_b + i_h * first_h + o_p[:, None] * first_p + o_n[None, :] * first_n, mask=m, other=0.0).to(tl.float32)
-    for _ in range(0, L):
+        h = tl.load(
+            first_ptr + i_b * first_b + i_h * first_h + o_p[:, None] * first_p + o_n[None, :] * first_n,
+            mask=m,
+            other=0.0,
+        ).to(tl.float32)
+    for _ in range(L):
         x = tl.load(p_x, mask=m_p, other=0.0).to(tl.float32)
         dt = tl.load(p_dt, mask=m_p, other=0.0).to(tl.float32) + bias
         if SOFTPLUS:
@@ -62,7 +116,9 @@ def selective_scan(
             dt = at_most(at_least(dt, dt_min), dt_max)
         B, C = tl.load(p_b, mask=m_n, other=0.0).to(tl.float32), tl.load(p_c, mask=m_n, other=0.0).to(tl.float32)
         h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
-        y = tl.sum(tl.where(m_n[None, :], h * C[None, :], 0.0), axis=1)  # an infinite x makes a NaN behind the last state
+        y = tl.sum(
+            tl.where(m_n[None, :], h * C[None, :], 0.0), axis=1
+        )  # an infinite x makes a NaN behind the last state
         if d_ptr is not None:
             y += skip * x
         if z_ptr is not None:
@@ -75,12 +131,35 @@ def selective_scan(
         tl.store(p_last, h.to(last_ptr.dtype.element_ty), mask=m)
 
 
-DIMS = {"x": "blhp", "dt": "blhp", "a": "hpn", "b": "blgn", "c": "blgn", "d": "hp", "bias": "hp", "z": "blhp", "first": "bhpn", "last": "bhpn", "y": "blhp"}
+DIMS = {
+    "x": "blhp",
+    "dt": "blhp",
+    "a": "hpn",
+    "b": "blgn",
+    "c": "blgn",
+    "d": "hp",
+    "bias": "hp",
+    "z": "blhp",
+    "first": "bhpn",
+    "last": "bhpn",
+    "y": "blhp",
+}
 
 
 def plan(
-    *, x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor | None, bias: torch.Tensor | None,
-    z: torch.Tensor | None, first: torch.Tensor | None, last: torch.Tensor | None, y: torch.Tensor, softplus: bool,
+    *,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    y: torch.Tensor,
+    softplus: bool,
     dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> Launch:
     """The launch for operands of the dimensions in DIMS, any strides (0 where they do not depend on a dimension)."""
@@ -89,7 +168,18 @@ def plan(
     BN = power_of_2(size)
     BP = min(power_of_2(channels), max(1, 512 // BN))
     args = strided(DIMS, x=x, dt=dt, a=a, b=b, c=c, d=d, bias=bias, z=z, first=first, last=last, y=y) | dict(
-        L=length, H=heads, P=channels, N=size, heads_per_group=heads // b.shape[2], dt_min=dt_limit[0], dt_max=dt_limit[1],
-        SOFTPLUS=softplus, CLAMP=dt_limit != NO_LIMIT, BP=BP, BN=BN,
-    )  # fmt: skip
-    return Launch(selective_scan, (cdiv(channels, BP) * batch * heads,), args, dict(num_warps=1 if BP * BN <= 256 else 4))
+        L=length,
+        H=heads,
+        P=channels,
+        N=size,
+        heads_per_group=heads // b.shape[2],
+        dt_min=dt_limit[0],
+        dt_max=dt_limit[1],
+        SOFTPLUS=softplus,
+        CLAMP=dt_limit != NO_LIMIT,
+        BP=BP,
+        BN=BN,
+    )
+    return Launch(
+        selective_scan, (cdiv(channels, BP) * batch * heads,), args, dict(num_warps=1 if BP * BN <= 256 else 4)
+    )

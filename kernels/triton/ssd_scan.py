@@ -22,12 +22,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
-
 from klfast.kernels.dequant_common import top_bits
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, power_of_2, strided
 from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplus
+
+import triton
+import triton.language as tl
 
 NEGLIGIBLE = tl.constexpr(-104.0)  # e^-104 is 0 in float32; longer steps need not be told apart
 TO_MULTIPLES = tl.constexpr(12288.0)  # 1.5 * 2^13: added to numbers below 2^12, it leaves no bits below 2^-10
@@ -80,11 +80,43 @@ def ssd_states(
     a_ptr,  # float [H]
     b_ptr,  # of x's type, [B, L, H / heads_per_group, N]
     bias_ptr,  # float [H] or None
-    first_ptr, last_ptr,  # the states before and after all chunks, [B, H, P, N], or None
+    first_ptr,
+    last_ptr,  # the states before and after all chunks, [B, H, P, N], or None
     states_ptr,  # float32 [B * H, chunks, N, P], the states before each chunk
-    L, H, P, heads_per_group, dt_min, dt_max,
-    x_b, x_l, x_h, x_p, dt_b, dt_l, dt_h, a_h, b_b, b_l, b_g, b_n, bias_h, first_b, first_h, first_p, first_n, last_b, last_h, last_p, last_n,
-    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UPCAST: tl.constexpr,
+    L,
+    H,
+    P,
+    heads_per_group,
+    dt_min,
+    dt_max,
+    x_b,
+    x_l,
+    x_h,
+    x_p,
+    dt_b,
+    dt_l,
+    dt_h,
+    a_h,
+    b_b,
+    b_l,
+    b_g,
+    b_n,
+    bias_h,
+    first_b,
+    first_h,
+    first_p,
+    first_n,
+    last_b,
+    last_h,
+    last_p,
+    last_n,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    N: tl.constexpr,
+    BL: tl.constexpr,
+    BN: tl.constexpr,
+    BP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     n_n: tl.constexpr = N // BN
     n_p = P // BP
@@ -100,7 +132,9 @@ def ssd_states(
     bias = 0.0 if bias_ptr is None else tl.load(bias_ptr + i_h * bias_h).to(tl.float32)
     h = tl.zeros((BN, BP), dtype=tl.float32)
     if first_ptr is not None:
-        h = tl.load(first_ptr + i_b * first_b + i_h * first_h + o_n[:, None] * first_n + o_p[None, :] * first_p).to(tl.float32)
+        h = tl.load(first_ptr + i_b * first_b + i_h * first_h + o_n[:, None] * first_n + o_p[None, :] * first_p).to(
+            tl.float32
+        )
     for start in range(0, L, BL):
         tl.store(p_states, h)
         p_states += N * P
@@ -113,19 +147,64 @@ def ssd_states(
         x = tl.load(p_x + o_row[:, None] * x_l).to(tl.float32) * weight[:, None]  # [BL, BP]
         h = multiply(tl.load(p_b + o_row[None, :] * b_l), x, h * tl.exp(tl.sum(step, axis=0)), UPCAST)
     if last_ptr is not None:
-        tl.store(last_ptr + i_b * last_b + i_h * last_h + o_n[:, None] * last_n + o_p[None, :] * last_p, h.to(last_ptr.dtype.element_ty))
+        tl.store(
+            last_ptr + i_b * last_b + i_h * last_h + o_n[:, None] * last_n + o_p[None, :] * last_p,
+            h.to(last_ptr.dtype.element_ty),
+        )
 
 
 @triton.jit
 def ssd_outputs(
-    x_ptr, dt_ptr, a_ptr, b_ptr, bias_ptr, states_ptr,  # as in ssd_states
+    x_ptr,
+    dt_ptr,
+    a_ptr,
+    b_ptr,
+    bias_ptr,
+    states_ptr,  # as in ssd_states
     c_ptr,  # like b_ptr
     d_ptr,  # float [H, P] or None
     z_ptr,  # float [B, L, H, P] or None
     y_ptr,  # [B, L, H, P]
-    L, H, P, heads_per_group, dt_min, dt_max,
-    x_b, x_l, x_h, x_p, dt_b, dt_l, dt_h, a_h, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n, d_h, d_p, bias_h, z_b, z_l, z_h, z_p, y_b, y_l, y_h, y_p,
-    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, UPCAST: tl.constexpr,
+    L,
+    H,
+    P,
+    heads_per_group,
+    dt_min,
+    dt_max,
+    x_b,
+    x_l,
+    x_h,
+    x_p,
+    dt_b,
+    dt_l,
+    dt_h,
+    a_h,
+    b_b,
+    b_l,
+    b_g,
+    b_n,
+    c_b,
+    c_l,
+    c_g,
+    c_n,
+    d_h,
+    d_p,
+    bias_h,
+    z_b,
+    z_l,
+    z_h,
+    z_p,
+    y_b,
+    y_l,
+    y_h,
+    y_p,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    N: tl.constexpr,
+    BL: tl.constexpr,
+    BN: tl.constexpr,
+    BP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     n_p, chunks = P // BP, tl.cdiv(L, BL)
     i_bh = tl.program_id(0) // (n_p * chunks)
@@ -140,7 +219,7 @@ def ssd_outputs(
     p_c = c_ptr + i_b * c_b + i_g * c_g + o_n[None, :] * c_n + o_row[:, None] * c_l  # [BL, BN]
     p_h = states_ptr + (i_bh.to(tl.int64) * chunks + i_chunk) * N * P + o_n[:, None] * P + o_p[None, :]  # [BN, BP]
     scores, y = tl.zeros((BL, BL), dtype=tl.float32), tl.zeros((BL, BP), dtype=tl.float32)
-    for _ in range(0, N // BN):
+    for _ in range(N // BN):
         C = tl.load(p_c)
         scores = multiply(C, tl.load(p_b), scores, UPCAST)
         y = multiply(C, tl.load(p_h), y, UPCAST)
@@ -163,7 +242,19 @@ def ssd_outputs(
     tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=tl.broadcast_to((o_t < L)[:, None], (BL, BP)))
 
 
-DIMS = {"x": "blhp", "dt": "blh", "a": "h", "b": "blgn", "c": "blgn", "d": "hp", "bias": "h", "z": "blhp", "first": "bhpn", "last": "bhpn", "y": "blhp"}
+DIMS = {
+    "x": "blhp",
+    "dt": "blh",
+    "a": "h",
+    "b": "blgn",
+    "c": "blgn",
+    "d": "hp",
+    "bias": "h",
+    "z": "blhp",
+    "first": "bhpn",
+    "last": "bhpn",
+    "y": "blhp",
+}
 
 
 @dataclass(frozen=True)
@@ -189,8 +280,20 @@ def is_for(x: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
 
 
 def plan(
-    *, x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor | None, bias: torch.Tensor | None,
-    z: torch.Tensor | None, first: torch.Tensor | None, last: torch.Tensor | None, y: torch.Tensor, softplus: bool, dt_limit: tuple[float, float],
+    *,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    y: torch.Tensor,
+    softplus: bool,
+    dt_limit: tuple[float, float],
     family: str,
 ) -> list[Launch]:
     """The launches for operands of the dimensions in DIMS, any strides; see ``is_for``."""
@@ -198,16 +301,26 @@ def plan(
     size, chunks = b.shape[3], cdiv(length, STATES[family].BL)
     both = strided(DIMS, x=x, dt=dt, a=a, b=b, bias=bias) | dict(
         states_ptr=torch.empty(batch * heads, chunks, size, channels, device=x.device),
-        L=length, H=heads, P=channels, heads_per_group=heads // b.shape[2], dt_min=dt_limit[0], dt_max=dt_limit[1],
-        SOFTPLUS=softplus, CLAMP=dt_limit != NO_LIMIT, N=size, UPCAST=INTERPRETED,
-    )  # fmt: skip
+        L=length,
+        H=heads,
+        P=channels,
+        heads_per_group=heads // b.shape[2],
+        dt_min=dt_limit[0],
+        dt_max=dt_limit[1],
+        SOFTPLUS=softplus,
+        CLAMP=dt_limit != NO_LIMIT,
+        N=size,
+        UPCAST=INTERPRETED,
+    )
 
     def launch(kernel, config: Config, is_chunk_each: bool, **tensors) -> Launch:
         BP = min(channels, config.BP)
         # Tiles of no more states than channels: of others, Triton 3.6's outputs on an H100 are wrong, or read beyond shared memory.
         BN = min(size, config.BN, BP) if is_chunk_each else min(size, config.BN)
         args = both | strided(DIMS, **tensors) | dict(BL=config.BL, BN=BN, BP=BP)
-        return Launch(kernel, (channels // BP * (chunks if is_chunk_each else size // BN) * batch * heads,), args, options(config))
+        return Launch(
+            kernel, (channels // BP * (chunks if is_chunk_each else size // BN) * batch * heads,), args, options(config)
+        )
 
     states = launch(ssd_states, STATES[family], False, first=first, last=last)
     return [states, launch(ssd_outputs, OUTPUTS[family], True, c=c, d=d, z=z, y=y)]

@@ -164,7 +164,12 @@ def mixer_forward(module_class: type, original: Callable) -> Callable:
 
 def _one_token(mixer, hidden_states, cache_params=None, attention_mask=None, **_):
     """What a Mamba or FalconMamba mixer makes of one more token of each sequence, [B, 1, H]; None where its own forward has to."""
-    if cache_params is None or attention_mask is not None or mixer.activation not in _SILU or not cache_params.has_previous_state(mixer.layer_idx):
+    if (
+        cache_params is None
+        or attention_mask is not None
+        or mixer.activation not in _SILU
+        or not cache_params.has_previous_state(mixer.layer_idx)
+    ):
         return None
     layer = cache_params.layers[mixer.layer_idx]
     states = layer.conv_states[0], layer.recurrent_states[0]
@@ -172,7 +177,10 @@ def _one_token(mixer, hidden_states, cache_params=None, attention_mask=None, **_
     if "b_layernorm" in mixer._modules:  # hasattr would raise and catch an error at each token
         norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
         eps = norms[0].eps
-        if any(type(norm).__name__ != "FalconMambaWeightlessRMSNorm" or norm.eps != eps or _is_watched(norm) for norm in norms):
+        if any(
+            type(norm).__name__ != "FalconMambaWeightlessRMSNorm" or norm.eps != eps or _is_watched(norm)
+            for norm in norms
+        ):
             return None
     parts = mamba_step.Parts(mixer.conv1d, mixer.x_proj, mixer.dt_proj, (own, "A_log"), (own, "D"), eps)
     step = None if getattr(layer, "record_past", False) else mamba_step.prepare(mixer, parts, hidden_states, *states)
@@ -284,7 +292,20 @@ def _step(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False
     return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-def _chunk_scan(x, dt, A, B, C, chunk_size, *, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs):
+def _chunk_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    *,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    **kwargs,
+):
     return ops.mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **kwargs)
 
 
@@ -308,7 +329,11 @@ def norm_forward(module_class: type, original: Callable) -> Callable:
         return original
 
     def forward(self, hidden_states, gate=None):
-        if gate is None and "group_size" not in self.__dict__ and (y := direct_call.rms_norm(hidden_states, self.weight, self.variance_epsilon)) is not None:
+        if (
+            gate is None
+            and "group_size" not in self.__dict__
+            and (y := direct_call.rms_norm(hidden_states, self.weight, self.variance_epsilon)) is not None
+        ):
             return y
         return ops.rms_norm(hidden_states, self.weight, gate, self.variance_epsilon, getattr(self, "group_size", None))
 
@@ -339,4 +364,3 @@ def linear_forward(module_class: type, original: Callable) -> Callable:
 def head_forward(module_class: type, original: Callable) -> Callable:
     """The head's, with logits in float32: the model's forward calls ``.float()`` on them, a second copy of the largest tensor of all."""
     return _linear(module_class, original, torch.float32)
-

@@ -52,8 +52,14 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
         if ssm == "mamba_ssm":
             _require_mamba_ssm(model)
             left = [module for module, forward in replacements.items() if forward is forwards.mixer_forward]
-        if replacements and not registry.has_kernel("selective_scan", "CPU") and any(p.device.type == "cpu" for p in model.parameters()):
-            raise KernelUnavailableError(f"accelerate: {pins.why_not('scalar')} Install klfast with a C++ compiler present")
+        if (
+            replacements
+            and not registry.has_kernel("selective_scan", "CPU")
+            and any(p.device.type == "cpu" for p in model.parameters())
+        ):
+            raise KernelUnavailableError(
+                f"accelerate: {pins.why_not('scalar')} Install klfast with a C++ compiler present"
+            )
         wanted = {module: forward for module, forward in replacements.items() if module not in left}
         for mixer in {type(module) for module, forward in wanted.items() if forward is forwards.mixer_forward}:
             forwards.require_functions(mixer)
@@ -91,8 +97,10 @@ def unaccelerate(model: nn.Module) -> nn.Module:
         if wrapped := [name for name, module in model.named_modules() if _wraps_klfasts(vars(module).get("forward"))]:
             warnings.warn(
                 f"unaccelerate: another library's forward calls klfast's in {_listed(wrapped)}; remove it first (of accelerate: "
-                "remove_hook_from_submodules), then call klfast.unaccelerate again", UserWarning, stacklevel=2,
-            )  # fmt: skip
+                "remove_hook_from_submodules), then call klfast.unaccelerate again",
+                UserWarning,
+                stacklevel=2,
+            )
     return model
 
 
@@ -165,17 +173,32 @@ def _replacements(model: nn.Module) -> dict[nn.Module, Callable]:
 def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) -> None:
     kind = type(model).__name__
     known = forwards.MIXERS
-    if unknown := sorted(c.__name__ for c in recurrent_classes(model) if c.__name__ not in known and not c.__module__.startswith("klfast.")):
-        pins.slow_path("accelerate", kind, f"klfast's functions are not for the recurrent layers {', '.join(unknown)}.", _OWN)
-    foreign = [name for name, module in model.named_modules() if module in wanted and _is_foreign(module) and not is_accelerated(module)]
+    if unknown := sorted(
+        c.__name__
+        for c in recurrent_classes(model)
+        if c.__name__ not in known and not c.__module__.startswith("klfast.")
+    ):
+        pins.slow_path(
+            "accelerate", kind, f"klfast's functions are not for the recurrent layers {', '.join(unknown)}.", _OWN
+        )
+    foreign = [
+        name
+        for name, module in model.named_modules()
+        if module in wanted and _is_foreign(module) and not is_accelerated(module)
+    ]
     if foreign:
         pins.slow_path(
-            "accelerate", kind, f"another library has replaced the forward of {_listed(foreign)} in this {kind}; call klfast.accelerate "
-            "before it does, or undo that first.", _OWN,
-        )  # fmt: skip
+            "accelerate",
+            kind,
+            f"another library has replaced the forward of {_listed(foreign)} in this {kind}; call klfast.accelerate "
+            "before it does, or undo that first.",
+            _OWN,
+        )
     patched = {type(module) for module, forward in wanted.items() if forward is not forwards.mixer_forward}
     if patched := sorted(c.__name__ for c in patched if not forwards.has_its_own_forward(c)):
-        pins.slow_path("accelerate", kind, f"another library has replaced the forward of the classes {', '.join(patched)}.", _OWN)
+        pins.slow_path(
+            "accelerate", kind, f"another library has replaced the forward of the classes {', '.join(patched)}.", _OWN
+        )
 
 
 _OWN = "the model's own forward"

@@ -14,7 +14,15 @@ def head_rows(weight, layout):
     return weight.shape[1 if layout == Layout.TILED.value else 0]
 
 
-def as_head(weight: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None, features: int, bits: int, group_size: int, layout: str) -> torch.Tensor | QuantizedTensor:
+def as_head(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> torch.Tensor | QuantizedTensor:
     """A head as linear_divergence's caller gave it, from the op's arguments; ``features`` is H."""
     if scale is None:
         return weight
@@ -35,4 +43,8 @@ def empty_channel_last(x):
 
 def preferred_layout(device: torch.device) -> Layout:
     """What the kernels for a device read fastest."""
-    return Layout.TILED if registry.has_kernel("dequant_matmul", device.type.upper()) and device.type != "cpu" else Layout.PLAIN
+    return (
+        Layout.TILED
+        if registry.has_kernel("dequant_matmul", device.type.upper()) and device.type != "cpu"
+        else Layout.PLAIN
+    )

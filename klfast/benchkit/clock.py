@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 Call = Callable[[], object]
-_SAMPLE_SECONDS = 0.005  # short calls are timed many at once: the queue stays full, and a clock's tick is small beside them
+_SAMPLE_SECONDS = (
+    0.005  # short calls are timed many at once: the queue stays full, and a clock's tick is small beside them
+)
 _MOST_CALLS, _FEWEST_ROUNDS, _MOST_ROUNDS = 100, 3, 100
 _LONG_SECONDS = 0.2  # calls that take longer are not tried twice
 _BLOCKER_BYTES = 256_000_000
@@ -48,15 +50,23 @@ class Clock:
         queued = time.perf_counter() - start
         return self._by_events(call, count, self._blockers(1.5 * queued * count))
 
-    def samples(self, calls: Mapping[str, Call], seconds: float, most_rounds: int = _MOST_ROUNDS) -> dict[str, list[float]]:
+    def samples(
+        self, calls: Mapping[str, Call], seconds: float, most_rounds: int = _MOST_ROUNDS
+    ) -> dict[str, list[float]]:
         """Seconds of each call, many times; rounds in which each has its turn, for about ``seconds`` in all."""
         usual = {name: self._usual(call) for name, call in calls.items()}
         counts = {name: int(min(max(_SAMPLE_SECONDS / max(one, 1e-9), 1), _MOST_CALLS)) for name, one in usual.items()}
-        rounds = int(min(max(seconds / max(sum(usual[name] * counts[name] for name in calls), 1e-9), _FEWEST_ROUNDS), most_rounds))
+        rounds = int(
+            min(
+                max(seconds / max(sum(usual[name] * counts[name] for name in calls), 1e-9), _FEWEST_ROUNDS), most_rounds
+            )
+        )
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                taken[name].append(self._by_clock(call, 1) if usual[name] > _LONG_SECONDS else self.seconds(call, counts[name]))
+                taken[name].append(
+                    self._by_clock(call, 1) if usual[name] > _LONG_SECONDS else self.seconds(call, counts[name])
+                )
         return taken
 
     def medians(self, calls: Mapping[str, Call], seconds: float) -> dict[str, float]:

@@ -18,9 +18,14 @@ from klfast.dispatch.pins import available_tiers
 
 _TRITONS = ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")  # packages that hold it
 _VARIABLES = (
-    "KLFAST_ISA", "KLFAST_STRICT", "TRITON_INTERPRET",
-    "CUDA_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR", "ZE_AFFINITY_MASK", "ZE_FLAT_DEVICE_HIERARCHY",
-)  # fmt: skip
+    "KLFAST_ISA",
+    "KLFAST_STRICT",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "ONEAPI_DEVICE_SELECTOR",
+    "ZE_AFFINITY_MASK",
+    "ZE_FLAT_DEVICE_HIERARCHY",
+)
 _PRIVATE = ("uuid", "pci_")  # beginnings of properties that tell one machine from another of its kind
 
 
@@ -54,7 +59,13 @@ def driver(device: str) -> str:
     if device == "xpu":
         return str(getattr(torch.xpu.get_device_properties(), "driver_version", ""))
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
     except FileNotFoundError:
         return ""
     except (OSError, subprocess.SubprocessError) as error:
@@ -71,15 +82,24 @@ def _system() -> str:
 
 def _of_accelerator(device: str) -> dict[str, str]:
     module = importlib.import_module(f"torch.{device}")
-    found = {"device name": _or_why_not(module.get_device_name), f"torch.version.{device}": str(getattr(torch.version, device))}
+    found = {
+        "device name": _or_why_not(module.get_device_name),
+        f"torch.version.{device}": str(getattr(torch.version, device)),
+    }
     found |= {"driver": _or_why_not(lambda: driver(device) or "unknown")}
     try:
         properties = module.get_device_properties()
     except RuntimeError as error:
         found["properties"] = one_line(error)
     else:
-        values = {name: getattr(properties, name, None) for name in dir(properties) if not name.startswith(("_", *_PRIVATE))}
-        found |= {name: str(value) for name, value in values.items() if isinstance(value, (bool, int, float, str, list, tuple))}
+        values = {
+            name: getattr(properties, name, None) for name in dir(properties) if not name.startswith(("_", *_PRIVATE))
+        }
+        found |= {
+            name: str(value)
+            for name, value in values.items()
+            if isinstance(value, (bool, int, float, str, list, tuple))
+        }
     return found | {"free and total memory, bytes": _or_why_not(module.mem_get_info)}
 
 

@@ -9,14 +9,19 @@ import torch
 from torch import nn
 
 from klfast import reference
+from klfast.benchkit.runner import Contender, Unavailable, distance, tolerance
+from klfast.benchkit.weights import Weights
 from klfast.quant import packing
 from klfast.quant.types import QuantizedTensor, QuantSpec
 
-from klfast.benchkit.runner import Contender, Unavailable, distance, tolerance
-from klfast.benchkit.weights import Weights
 
-
-def _contender(calls: list[Callable[[], torch.Tensor]], expected: Callable[[], torch.Tensor], allowed: float, nbytes: int, **more: object) -> Contender:
+def _contender(
+    calls: list[Callable[[], torch.Tensor]],
+    expected: Callable[[], torch.Tensor],
+    allowed: float,
+    nbytes: int,
+    **more: object,
+) -> Contender:
     return Contender(calls, lambda: distance(calls[0](), expected()), allowed, nbytes, **more)
 
 
@@ -55,7 +60,9 @@ def _int4pack_cuda(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tenso
     """Of tiles of 16 values along K, as many side by side as divide it."""
     tiles = next(tiles for tiles in (8, 4, 2) if qt.shape[1] % (16 * tiles) == 0)
     codes = _codes(qt)
-    return torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], tiles), _scales_and_zeros(qt, dtype)
+    return torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], tiles), _scales_and_zeros(
+        qt, dtype
+    )
 
 
 def _int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -87,7 +94,9 @@ def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
     """bfloat16 x; one scale a row."""
     _require(x, "_weight_int8pack_mm", ("cpu",))
     if weights.k % 32:
-        raise Unavailable(f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32")
+        raise Unavailable(
+            f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32"
+        )
     qt = weights.quantized(QuantSpec(8, -1))
     codes, scales = packing.unpack(qt.packed, 8, weights.k), qt.scale[:, 0].to(x.dtype)
     copies = weights.copies("int8pack", codes.nbytes, codes.clone)
@@ -118,4 +127,10 @@ def openvino_int4(x: torch.Tensor, weights: Weights) -> Contender:
         calls = [compiled(rows, qt, weights.settings.threads) for _ in range(weights.count(qt.nbytes, most=128))]
     except RuntimeError as error:
         raise Unavailable(f"OpenVINO cannot compile it: {' '.join(str(error).split())}") from None
-    return Contender(calls, lambda: distance(torch.from_numpy(calls[0]()), reference.dequant_matmul(x.float(), qt)), 5e-2, qt.nbytes, own_threads=True)
+    return Contender(
+        calls,
+        lambda: distance(torch.from_numpy(calls[0]()), reference.dequant_matmul(x.float(), qt)),
+        5e-2,
+        qt.nbytes,
+        own_threads=True,
+    )

@@ -23,7 +23,9 @@ from klfast.benchkit.clock import Clock
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 _OUTSIDE_ROUNDS = 7  # of a program of its own
 _LONG_SECONDS = 0.05  # calls that take longer need no untimed call before them
-_SPIN_SECONDS = 0.02  # OpenMP's threads spin for so long after a call, and would slow down a peer with threads of its own
+_SPIN_SECONDS = (
+    0.02  # OpenMP's threads spin for so long after a call, and would slow down a peer with threads of its own
+)
 
 
 class Unavailable(Exception):
@@ -141,7 +143,9 @@ class Race:
     def _built(self, name: str) -> Contender:
         contender = self._group.contenders[name]()
         error = contender.error()
-        assert error <= contender.tolerance, f"{name} is off by {error:.1e}, allowed are {contender.tolerance:.0e}: no figure for a wrong result"
+        assert error <= contender.tolerance, (
+            f"{name} is off by {error:.1e}, allowed are {contender.tolerance:.0e}: no figure for a wrong result"
+        )
         contender.measured_error = error
         return contender
 
@@ -163,17 +167,25 @@ class Race:
         On the CPU by ``benchmark``, on GPUs by the device's clock.
         """
         contender, rivals = self.contender(name), self.rivals(name)
-        own, theirs = self._by_device(name, contender, rivals) if self._settings.device != "cpu" else self._by_benchmark(name, contender, rivals, benchmark)
+        own, theirs = (
+            self._by_device(name, contender, rivals)
+            if self._settings.device != "cpu"
+            else self._by_benchmark(name, contender, rivals, benchmark)
+        )
         return own, {ours: own.median / times.median for ours, times in theirs.items()}
 
-    def _by_device(self, name: str, contender: Contender, rivals: dict[str, Contender]) -> tuple[Times, dict[str, Times]]:
+    def _by_device(
+        self, name: str, contender: Contender, rivals: dict[str, Contender]
+    ) -> tuple[Times, dict[str, Times]]:
         if self._clock is None:
             self._clock = Clock(self._settings.device)
         taken = self._clock.samples(rivals | {name: contender}, self._settings.seconds * (1 + bool(rivals)), MAX_ROUNDS)
         times = {each: Times(some) for each, some in taken.items()}
         return times.pop(name), times
 
-    def _by_benchmark(self, name: str, contender: Contender, rivals: dict[str, Contender], benchmark) -> tuple[Times, dict[str, Times]]:
+    def _by_benchmark(
+        self, name: str, contender: Contender, rivals: dict[str, Contender], benchmark
+    ) -> tuple[Times, dict[str, Times]]:
         calls = rivals | {name: contender}
         usual = {each: _usual_seconds(call) for each, call in calls.items()}
         times: dict[str, list[float]] = {ours: [] for ours in rivals}
@@ -190,7 +202,9 @@ class Race:
                 time.sleep(_SPIN_SECONDS)
             wake(name)
 
-        round_seconds = sum(t if t >= _LONG_SECONDS else 2 * t for t in usual.values()) + contender.own_threads * _SPIN_SECONDS
+        round_seconds = (
+            sum(t if t >= _LONG_SECONDS else 2 * t for t in usual.values()) + contender.own_threads * _SPIN_SECONDS
+        )
         rounds = int(min(max(self._settings.seconds * (1 + bool(rivals)) / round_seconds, MIN_ROUNDS), MAX_ROUNDS))
         benchmark.pedantic(calls[name], setup=before, rounds=rounds)
         return Times(benchmark.stats.stats.data), {ours: Times(taken) for ours, taken in times.items()}

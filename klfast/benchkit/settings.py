@@ -21,18 +21,36 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
 def add_options(parser) -> None:
     """The options of the suite, for pytest."""
     group = parser.getgroup("klfast bench")
-    group.addoption("--quick", action="store_true", help="one small case a suite and little memory: about a minute, to see that all works")
-    group.addoption("--device", default="auto", help="cpu, cuda or xpu; auto: an accelerator if there is one, else the CPU")
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="one small case a suite and little memory: about a minute, to see that all works",
+    )
+    group.addoption(
+        "--device", default="auto", help="cpu, cuda or xpu; auto: an accelerator if there is one, else the CPU"
+    )
     group.addoption("--isa", help="pin klfast to a CPU tier, such as avx2")
     group.addoption("--threads", type=int, help="CPU threads of every contender; torch decides by default")
-    group.addoption("--working-set", type=parse_bytes, help="memory that each contender's weights rotate through (1GB; 64MB with --quick)")
+    group.addoption(
+        "--working-set",
+        type=parse_bytes,
+        help="memory that each contender's weights rotate through (1GB; 64MB with --quick)",
+    )
     group.addoption("--seconds", type=float, help="time for the rounds of one contender (0.5; 0.05 with --quick)")
     group.addoption("--shapes", type=_shapes, help="linear layers as KxN,KxN")
     group.addoption("--rows", type=_sizes, help="rows of x (M) as 1,8,128")
     group.addoption("--out", type=Path, default=Path("klfast-bench"), help="folder for the results, made if need be")
-    group.addoption("--compare", type=Path, help="folder of an earlier run; differences are shown and written to compare.md")
+    group.addoption(
+        "--compare", type=Path, help="folder of an earlier run; differences are shown and written to compare.md"
+    )
     group.addoption("--llama-cpp", type=Path, help="llama.cpp's llama-bench, or the folder that holds it")
-    group.addoption("--gguf", type=Path, action="append", default=[], help="a model for llama-bench; its name's beginning tells the model")
+    group.addoption(
+        "--gguf",
+        type=Path,
+        action="append",
+        default=[],
+        help="a model for llama-bench; its name's beginning tells the model",
+    )
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,16 @@ class Settings:
         if device == "auto":
             device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
         return cls(
-            quick, device, get("isa"), get("threads") or torch.get_num_threads(), get("working_set") or (64_000_000 if quick else 1_000_000_000),
-            get("seconds") or (0.05 if quick else 0.5), get("shapes") or (), get("rows") or (), get("out"), get("compare"), get("llama_cpp"), tuple(get("gguf")),
-        )  # fmt: skip
+            quick,
+            device,
+            get("isa"),
+            get("threads") or torch.get_num_threads(),
+            get("working_set") or (64_000_000 if quick else 1_000_000_000),
+            get("seconds") or (0.05 if quick else 0.5),
+            get("shapes") or (),
+            get("rows") or (),
+            get("out"),
+            get("compare"),
+            get("llama_cpp"),
+            tuple(get("gguf")),
+        )

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import klfast
-from klfast.quant.types import QuantizedTensor, QuantSpec
-
 from klfast.benchkit.settings import Settings
+from klfast.quant.types import QuantizedTensor, QuantSpec
 
 T = TypeVar("T")
 _MOST_COPIES = 4096
@@ -50,7 +49,18 @@ class Weights:
     def klfast(self, spec: QuantSpec) -> list[QuantizedTensor]:
         """As a model holds them once it is loaded."""
         qt = self.quantized(spec)
-        return self.copies(spec, qt.nbytes, lambda: QuantizedTensor(qt.packed.clone(), qt.scale.clone(), None if qt.zero_point is None else qt.zero_point.clone(), qt.shape, qt.spec, qt.layout))
+        return self.copies(
+            spec,
+            qt.nbytes,
+            lambda: QuantizedTensor(
+                qt.packed.clone(),
+                qt.scale.clone(),
+                None if qt.zero_point is None else qt.zero_point.clone(),
+                qt.shape,
+                qt.spec,
+                qt.layout,
+            ),
+        )
 
     def group_size(self, sizes: tuple[int, ...]) -> int | None:
         """The first of ``sizes`` that divides K: what peers without ragged groups can take."""

@@ -84,7 +84,9 @@ def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list
             linear(model, name)  # raises, and names the closest
         if specs.setdefault(first[name], spec) != spec:
             one, other = specs[first[name]], spec
-            raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {other} for one and {one} for the other")
+            raise InvalidInputError(
+                f"{name} shares its weight with {first[name]}, but the plan has {other} for one and {one} for the other"
+            )
     return specs
 
 
@@ -92,10 +94,14 @@ def _refuse_unfit(name: str, layer: nn.Module) -> None:
     if isinstance(layer, QuantLinear):
         raise InvalidInputError(f"{name} is quantized already ({layer.spec}); load the full-precision model again")
     if layer.weight.is_meta:
-        raise InvalidInputError(f"{name} has no weight in memory (it is on the meta device); load the model without offloading it")
+        raise InvalidInputError(
+            f"{name} has no weight in memory (it is on the meta device); load the model without offloading it"
+        )
 
 
-def _quantized(model: nn.Module, names: list[str], spec: QuantSpec, activation: str, scale: str) -> dict[str, nn.Module]:
+def _quantized(
+    model: nn.Module, names: list[str], spec: QuantSpec, activation: str, scale: str
+) -> dict[str, nn.Module]:
     """The replacements of layers that share one weight, by name; one module where they do not differ in their bias."""
     layers = {name: model.get_submodule(name) for name in names}
     module = QuantLinear.from_linear(layers[names[0]], spec, activation, scale)

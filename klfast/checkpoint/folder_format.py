@@ -87,13 +87,19 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The QuantLinear layers of a model, under every name that they have; InvalidInputError if there are none."""
     layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
     if not layers:
-        raise InvalidInputError("no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained")
+        raise InvalidInputError(
+            "no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained"
+        )
     return layers
 
 
 def linear_names(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers under every name that they have: a layer that several blocks share has several."""
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (nn.Linear, QuantLinear))}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (nn.Linear, QuantLinear))
+    }
 
 
 def read_specs(folder: Path) -> dict[str, QuantSpec]:
@@ -111,14 +117,18 @@ def read_specs(folder: Path) -> dict[str, QuantSpec]:
             specs.update(dict.fromkeys(group["targets"], spec))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else shortened(str(error), 200)
-        raise CheckpointError(f"{folder}: the description of the quantized layers is damaged ({reason}); save the model again") from None
+        raise CheckpointError(
+            f"{folder}: the description of the quantized layers is damaged ({reason}); save the model again"
+        ) from None
     return specs
 
 
 def write_manifest(folder: Path, **facts: object) -> None:
     """Write klfast.json: ``facts``, and size and digest of each other file in the folder or in a folder of it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    sizes = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    sizes = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
     content = {"format_version": FORMAT_VERSION, **facts, "files": sizes}
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
@@ -152,9 +162,13 @@ def read_manifest(folder: Path, verify: bool, *, weights: bool = True) -> dict:
 def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bool) -> None:
     path, damaged = folder / name, f"{folder / MANIFEST} is damaged"
     if not isinstance(fact, dict) or type(fact.get("bytes")) is not int or not isinstance(fact.get("sha256"), str):
-        raise CheckpointError(f"{damaged}: size and digest of {shortened(repr(name), 80)} are missing; save the model again")
+        raise CheckpointError(
+            f"{damaged}: size and digest of {shortened(repr(name), 80)} are missing; save the model again"
+        )
     if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-        raise CheckpointError(f"{damaged}: it lists {shortened(repr(name), 80)}, outside of the folder; save the model again")
+        raise CheckpointError(
+            f"{damaged}: it lists {shortened(repr(name), 80)}, outside of the folder; save the model again"
+        )
     if path.suffix == ".safetensors" and not weights:
         return
     try:
@@ -164,11 +178,15 @@ def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bo
     if size is None:
         raise CheckpointError(f"{shortened(str(path))} is missing; copy the whole folder again")
     if is_pointer(path):
-        raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again")
+        raise CheckpointError(
+            f"{path} is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
+        )
     if size != fact["bytes"]:
         raise CheckpointError(f"{path} has {size} bytes where {fact['bytes']} were saved; copy it again")
     if verify and _sha256(path) != fact["sha256"]:
-        raise CheckpointError(f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model again")
+        raise CheckpointError(
+            f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model again"
+        )
 
 
 def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.dtype, str]]:
@@ -186,7 +204,9 @@ def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.d
             value = fact.get(key) if isinstance(fact, dict) else None
             if not isinstance(value, str) or value not in known:
                 found = f"the {key} of {shortened(name, 200)} is {shortened(repr(value), 80)}"
-                raise CheckpointError(f"{damaged}: {found}, not one of {', '.join(known)}; copy it again, or save the model again")
+                raise CheckpointError(
+                    f"{damaged}: {found}, not one of {', '.join(known)}; copy it again, or save the model again"
+                )
         facts[name] = (_DTYPES[fact["dtype"]], fact["activation"])
     return facts
 
@@ -196,7 +216,9 @@ def read_json(path: Path) -> dict:
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({getattr(error, 'strerror', None) or error}); copy it again") from None
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({getattr(error, 'strerror', None) or error}); copy it again"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy it again")
     return content

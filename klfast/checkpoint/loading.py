@@ -93,17 +93,23 @@ def find_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
 
     import klfast.models.hymba  # noqa: F401  (AutoTokenizer may ask AutoConfig)
 
-    folder = resolve(name_or_path, weights=False, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+    folder = resolve(
+        name_or_path, weights=False, local_files_only=local_files_only, trust_remote_code=trust_remote_code
+    )
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     if (folder / MANIFEST).is_file():
         read_manifest(folder, verify=True, weights=False)
     with one_line_errors(str(folder), "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code
+        )
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest > 0:
             path = folder / "tokenizer_config.json"
-            raise CheckpointError(f"{path}: model_max_length must be a positive number, got {longest!r}; fetch or save it again")
+            raise CheckpointError(
+                f"{path}: model_max_length must be a positive number, got {longest!r}; fetch or save it again"
+            )
         tokenizer.decode(tokenizer("A first text.")["input_ids"])  # some damage shows only here
     return tokenizer
 
@@ -116,7 +122,9 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
     tokenizer = find_tokenizer(name_or_path, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         name = os.fspath(name_or_path)
-        raise CheckpointError(f"{name} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file")
+        raise CheckpointError(
+            f"{name} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file"
+        )
     return tokenizer
 
 
@@ -128,9 +136,13 @@ def _require_all_tensors(source: str, model: nn.Module, report: dict, stored: It
             raise CheckpointError(f"{reason}; load the full-precision model instead")
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
-        raise CheckpointError(f"{source}: {name} must have shape {list(expected)}, got {list(found)}; fetch or save it again")
+        raise CheckpointError(
+            f"{source}: {name} must have shape {list(expected)}, got {list(found)}; fetch or save it again"
+        )
     if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again")
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again"
+        )
     unexpected = sorted(report["unexpected_keys"])
     if unexpected and type(model).__module__.startswith("klfast."):  # other families have files with harmless ones
         reason = f"holds {len(unexpected)} tensors that the model does not have, such as {unexpected[0]}"

@@ -19,7 +19,9 @@ _TYPES = {
     "LocalEntryNotFoundError": "it is neither in the local cache nor can the hub be reached; give a local folder instead",
     "OfflineModeIsEnabled": "it is neither in the local cache nor can the hub be reached; give a local folder instead",
 }
-NEEDS_CODE = "it needs Python code of its own; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"
+NEEDS_CODE = (
+    "it needs Python code of its own; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"
+)
 # What has no class of its own: a piece of the message.
 _TEXTS = {"trust_remote_code": NEEDS_CODE}
 
@@ -43,7 +45,9 @@ def one_line_errors(source: str, what: str, quantized_by: str | None = None) -> 
     except (CheckpointError, InvalidInputError, KernelUnavailableError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # what the Rust side of tokenizers ends in
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # what the Rust side of tokenizers ends in
             raise
         raise CheckpointError(f"cannot load the {what} of {source}: {_reason(error, source, quantized_by)}") from error
     finally:

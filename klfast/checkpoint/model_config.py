@@ -63,7 +63,9 @@ def _most(stored: int) -> int:
 
 
 def _too_large(path: Path, stored: int) -> CheckpointError:
-    return CheckpointError(f"{path} describes a far larger model than the {stored} tensors stored; fetch or save it again")
+    return CheckpointError(
+        f"{path} describes a far larger model than the {stored} tensors stored; fetch or save it again"
+    )
 
 
 def _is_range(value: object) -> bool:

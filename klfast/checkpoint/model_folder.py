@@ -15,13 +15,21 @@ from klfast.core.io import parse_json
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 TOKENIZERS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
 )
 _POINTER = "it is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
 # How the name of a weight file that klfast does not read ends: what it is, and the way from there.
 _FOREIGN = {
-    (".gguf",): "GGUF, which klfast does not read; let transformers convert it (from_pretrained with gguf_file, then save_pretrained)",
+    (
+        ".gguf",
+    ): "GGUF, which klfast does not read; let transformers convert it (from_pretrained with gguf_file, then save_pretrained)",
     (".bin", ".pt", ".pth", ".ckpt", ".pkl"): (
         "a pickle; klfast never unpickles, so convert it with transformers (AutoModelForCausalLM.from_pretrained, then save_pretrained)"
     ),
@@ -44,7 +52,10 @@ def require_model(folder: Path) -> None:
         if path.suffix in (".json", ".safetensors", ".model") and is_pointer(path):
             raise CheckpointError(f"cannot load {path}: {_POINTER}")
     if "config.json" not in names:
-        advice = next((f"its {name} is {what}" for name in names if (what := foreign(name))), "give the folder of a transformers model")
+        advice = next(
+            (f"its {name} is {what}" for name in names if (what := foreign(name))),
+            "give the folder of a transformers model",
+        )
         if "params.json" in names:
             advice = "it is in its makers' own format, so fetch the version for transformers"
         raise CheckpointError(f"{folder} holds no config.json; {advice}")
@@ -58,9 +69,13 @@ def read_config(folder: Path) -> dict:
     try:
         config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no valid configuration ({shortened(str(error), 200)}); fetch or save the model again") from None
+        raise CheckpointError(
+            f"{path} is no valid configuration ({shortened(str(error), 200)}); fetch or save the model again"
+        ) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no valid configuration (it holds no JSON object); fetch or save the model again")
+        raise CheckpointError(
+            f"{path} is no valid configuration (it holds no JSON object); fetch or save the model again"
+        )
     return config
 
 
@@ -76,7 +91,9 @@ def require_known(config: Mapping, source: str) -> None:
     if "auto_map" in config and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         refuse(NEEDS_CODE)
     if kind is None and {"d_model", "n_layer"} <= config.keys():
-        refuse("it is in the format of the package mamba_ssm; take the version for transformers, whose name ends in -hf")
+        refuse(
+            "it is in the format of the package mamba_ssm; take the version for transformers, whose name ends in -hf"
+        )
     if not isinstance(kind, str):
         refuse("its config.json names no model_type; fetch or save it again")
     if kind not in CONFIG_MAPPING:
@@ -102,9 +119,17 @@ def weight_names(folder: Path) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is no valid index ({type(error).__name__}); fetch it again") from None
     for name in listed:
-        if not isinstance(name, str) or not name.endswith(".safetensors") or name != os.path.basename(name) or "\\" in name or "\0" in name:
+        if (
+            not isinstance(name, str)
+            or not name.endswith(".safetensors")
+            or name != os.path.basename(name)
+            or "\\" in name
+            or "\0" in name
+        ):
             listing = f"{path} lists {shortened(repr(name), 80)}"
-            raise CheckpointError(f"{listing}, which is not the name of a safetensors file in this folder; klfast reads nothing else")
+            raise CheckpointError(
+                f"{listing}, which is not the name of a safetensors file in this folder; klfast reads nothing else"
+            )
     if not listed:
         raise CheckpointError(f"{path} lists no file; fetch it again")
     return sorted(listed)
@@ -125,7 +150,9 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str]]:
             with safe_open(path, framework="pt") as opened:
                 tensors.update((key, (path, opened.get_slice(key).get_dtype())) for key in opened.keys())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({shortened(str(error), 200)}); fetch or save it again") from error
+            raise CheckpointError(
+                f"{path} is damaged ({shortened(str(error), 200)}); fetch or save it again"
+            ) from error
     return tensors
 
 
@@ -133,7 +160,9 @@ def check_explicit_file(config: Mapping, folder: Path) -> None:
     """transformers reads the weight file that ``transformers_weights`` in config.json names, a pickle among them; klfast does not."""
     if (name := config.get("transformers_weights")) is not None:
         entry = f"transformers_weights, {shortened(repr(name), 80)}"
-        raise CheckpointError(f"{folder / 'config.json'} names a weight file ({entry}); call that file {SINGLE} and remove the entry")
+        raise CheckpointError(
+            f"{folder / 'config.json'} names a weight file ({entry}); call that file {SINGLE} and remove the entry"
+        )
 
 
 def _missing(folder: Path, name: str) -> str:

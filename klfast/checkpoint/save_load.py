@@ -47,7 +47,12 @@ _LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_quantized(
-    model: nn.Module, directory: str | os.PathLike, tokenizer=None, *, overwrite: bool = False, max_shard_size: int | str = "5GB"
+    model: nn.Module,
+    directory: str | os.PathLike,
+    tokenizer=None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Save a model that holds QuantLinear layers.
 
@@ -85,7 +90,9 @@ def save_quantized(
     config.architectures = [type(model).__name__]
     config.dtype = dtype_name(model.dtype)
     set_tied_in_config(config, is_head_tied(model))
-    facts = {name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()}
+    facts = {
+        name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()
+    }
     with folder_atomic(target) as folder:
         _save_settings(config, "config", folder)
         _write_tensors(_readable_state(model, layers, folder), folder, max_shard_size)
@@ -97,7 +104,11 @@ def save_quantized(
 
 
 def load_quantized(
-    directory: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, verify: bool = True
+    directory: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    verify: bool = True,
 ) -> nn.Module:
     """Load a model saved by ``save_quantized``, in evaluation mode.
 
@@ -122,14 +133,18 @@ def load_quantized(
             ``save_quantized`` did not write.
     """
     if dtype is not None and dtype not in _LOADED_DTYPES:
-        raise InvalidInputError(f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}")
+        raise InvalidInputError(
+            f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}"
+        )
     place = as_device(device)
     folder = Path(directory)
     recover(folder)
     manifest = read_manifest(folder, verify)
     specs = read_specs(folder)
     facts = read_layer_facts(folder, manifest)
-    tensors = Tensors.of_files(folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype)
+    tensors = Tensors.of_files(
+        folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
+    )
     model = empty_model(folder, dtype, len(tensors.names()))
     fill(model, tensors, specs, facts)
     initialise_buffers(model, place)
@@ -140,9 +155,13 @@ def load_quantized(
 def _require_numbers(model: nn.Module) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
-            raise InvalidInputError(f"{name} of the model is a {type(tensor).__name__}, which the file format cannot hold")
+            raise InvalidInputError(
+                f"{name} of the model is a {type(tensor).__name__}, which the file format cannot hold"
+            )
         if tensor.is_meta:
-            raise InvalidInputError(f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, first")
+            raise InvalidInputError(
+                f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, first"
+            )
 
 
 def _save_settings(settings, what: str, folder: Path) -> None:
@@ -153,7 +172,9 @@ def _save_settings(settings, what: str, folder: Path) -> None:
         raise
     except Exception as error:  # transformers checks some settings only when they are saved
         reason = " ".join(str(error).split())
-        raise InvalidInputError(f"transformers refuses to save model.{what} ({reason}); set it right and save again") from error
+        raise InvalidInputError(
+            f"transformers refuses to save model.{what} ({reason}); set it right and save again"
+        ) from error
 
 
 def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder: Path) -> dict[str, torch.Tensor]:
@@ -172,10 +193,14 @@ def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder:
         initialise_buffers(built, torch.device("cpu"))
     except CheckpointError as error:
         reason = str(error).removesuffix("; save the model again").replace(str(folder), folder.name.split(".")[1])
-        raise InvalidInputError(f"the saved model could not be loaded, since its configuration does not describe it ({reason})") from error
+        raise InvalidInputError(
+            f"the saved model could not be loaded, since its configuration does not describe it ({reason})"
+        ) from error
     for name, module in layers.items():
         if built.get_submodule(name).activation != module.activation:
-            raise InvalidInputError(f"{name} shares its weight with a layer whose activation differs; give both the same")
+            raise InvalidInputError(
+                f"{name} shares its weight with a layer whose activation differs; give both the same"
+            )
     return stored
 
 
@@ -184,12 +209,16 @@ def _shadow(name: str, tensor: torch.Tensor):
     return lambda: tensor.cpu() if name.endswith(".weight_shape") else torch.empty_like(tensor, device="meta")
 
 
-def _without_tied(state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]) -> dict[str, torch.Tensor]:
+def _without_tied(
+    state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]
+) -> dict[str, torch.Tensor]:
     """The model's state, each weight once that both the model in memory and the rebuilt one share between several names."""
     left_out: set[str] = set()
     for names in ([name for name, _, _ in same] for same in places.values() if len(same) > 1):
         quantized = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in layers]
-        for _, *others in _same((name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized):
+        for _, *others in _same(
+            (name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized
+        ):
             left_out.update(f"{name}.{part}" for name in others for part in PARTS)
         for _, *others in _same((name, _memory(state[name])) for name in names if name in state):
             left_out.update(others)
@@ -229,7 +258,9 @@ def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_siz
     try:
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise InvalidInputError(f'max_shard_size must be bytes or text such as "5GB", got {max_shard_size!r} ({error})') from error
+        raise InvalidInputError(
+            f'max_shard_size must be bytes or text such as "5GB", got {max_shard_size!r} ({error})'
+        ) from error
     for file, names in split.filename_to_tensors.items():
         try:
             save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})

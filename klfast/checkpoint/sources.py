@@ -34,7 +34,9 @@ def resolve(name_or_path: str | os.PathLike, *, weights: bool, local_files_only:
         return path
     if path.exists():
         what = foreign(name)
-        raise InvalidInputError(f"{name} is {what}" if what else f"{name} is a file; give the folder of a transformers model")
+        raise InvalidInputError(
+            f"{name} is {what}" if what else f"{name} is a file; give the folder of a transformers model"
+        )
     if _is_path(name) or "/" not in name or name.count("/") > 1:
         hint = f"the bundled models are {', '.join(bundled_models()) or 'not installed'}; a hub id reads owner/name"
         raise InvalidInputError(f"there is no model folder {name!r} ({hint})")
@@ -57,7 +59,9 @@ def _from_hub(name: str, weights: bool, local_files_only: bool, trust_remote_cod
         return _cached(name)
     wanted = [*_SMALL_FILES, "*.py"] if trust_remote_code else _SMALL_FILES
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*.json", "*/*.txt", "*/*.model"]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*.json", "*/*.txt", "*/*.model"])
+        )
         if weights and not (folder / ADAPTER).exists():
             files = list(_manifest_files(folder)) if (folder / MANIFEST).is_file() else weight_names(folder)
             snapshot_download(name, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])

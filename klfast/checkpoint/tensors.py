@@ -17,8 +17,15 @@ from klfast.models.linears import head_name, is_head_tied
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.quant.types import QuantizedTensor, QuantSpec
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # what stands for a quantized layer's weight
-Facts = Mapping[str, tuple[torch.dtype, str]]  # of each quantized layer: the dtype that its weight had, and its activation
+PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+)  # what stands for a quantized layer's weight
+Facts = Mapping[
+    str, tuple[torch.dtype, str]
+]  # of each quantized layer: the dtype that its weight had, and its activation
 
 
 class Tensors:
@@ -30,7 +37,9 @@ class Tensors:
         dtype: what floating-point tensors of the model become; None leaves them as they are.
     """
 
-    def __init__(self, folder: Path, readers: Mapping[str, Callable[[], torch.Tensor]], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, folder: Path, readers: Mapping[str, Callable[[], torch.Tensor]], dtype: torch.dtype | None = None
+    ) -> None:
         self.folder, self.dtype = folder, dtype
         self._readers = dict(readers)
 
@@ -44,7 +53,9 @@ class Tensors:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{folder / file} is damaged ({error}); copy it again") from None
             if twice := readers.keys() & set(names):
-                raise CheckpointError(f"{folder / file} holds {min(twice)}, which another file holds, too; save the model again")
+                raise CheckpointError(
+                    f"{folder / file} holds {min(twice)}, which another file holds, too; save the model again"
+                )
             readers.update((name, _reader(opened, name, folder / file)) for name in names)
         return cls(folder, readers, dtype)
 
@@ -57,14 +68,18 @@ class Tensors:
             raise CheckpointError(f"{self.folder} lacks the tensor {name}; save the model again")
         tensor = self._readers.pop(name)()
         if shape is not None and tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{self.folder}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; save the model again")
+            raise CheckpointError(
+                f"{self.folder}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; save the model again"
+            )
         return tensor
 
     def take_float(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """In the shape of ``like``; in the dtype asked for, if the model is of one dtype with it."""
         tensor = self.take(name, tuple(like.shape))
         if tensor.is_floating_point() != like.is_floating_point():
-            raise CheckpointError(f"{self.folder}: {name} must be like {like.dtype}, got {tensor.dtype}; save the model again")
+            raise CheckpointError(
+                f"{self.folder}: {name} must be like {like.dtype}, got {tensor.dtype}; save the model again"
+            )
         return tensor if self.dtype is None or not tensor.is_floating_point() else tensor.to(like.dtype)
 
 
@@ -102,7 +117,9 @@ def empty_model(folder: Path, dtype: torch.dtype | None, stored: int) -> nn.Modu
         raise
     except Exception as error:  # transformers raises anything on a configuration that it cannot use
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} describes no model that this transformers can build ({reason}); save the model again") from error
+        raise CheckpointError(
+            f"{path} describes no model that this transformers can build ({reason}); save the model again"
+        ) from error
     if (found := read_generation_config(folder, type(model.generation_config))) is not None:
         model.generation_config = found
     return model
@@ -136,7 +153,9 @@ def set_tied_in_config(config, tied: bool) -> None:
 def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:
     folder, layers = tensors.folder, linear_names(model)
     if unknown := [name for name in specs if name not in layers or name not in facts]:
-        raise CheckpointError(f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again")
+        raise CheckpointError(
+            f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again"
+        )
     made: dict[int, tuple[nn.Linear, QuantLinear]] = {}  # by the weight that the empty model shares between its layers
     for name, spec in specs.items():
         layer = layers[name]
@@ -149,7 +168,9 @@ def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, Quan
         model.set_submodule(name, module)
 
 
-def _quantized_layer(layer: nn.Linear, tensors: Tensors, name: str, spec: QuantSpec, fact: tuple[torch.dtype, str]) -> QuantLinear:
+def _quantized_layer(
+    layer: nn.Linear, tensors: Tensors, name: str, spec: QuantSpec, fact: tuple[torch.dtype, str]
+) -> QuantLinear:
     folder, shape = tensors.folder, (layer.out_features, layer.in_features)
     weight_dtype, activation = fact
     if tensors.take(f"{name}.weight_shape", (2,)).tolist() != list(shape):

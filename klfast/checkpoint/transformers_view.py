@@ -37,7 +37,11 @@ def ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Modu
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
         except ValueError:  # a pattern that finds nothing any more
             ties = dict(part._tied_weights_keys)
-        left = {target: source for target, source in ties.items() if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names}
+        left = {
+            target: source
+            for target, source in ties.items()
+            if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names
+        }
         if left != ties:
             known = getattr(part, "all_tied_weights_keys", {})
             found.append((part, "_tied_weights_keys", left))
@@ -55,7 +59,10 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
     except InvalidInputError:  # groups that do not divide a row
         found = None
     readable = found is not None and not any(isinstance(module, QuantEmbedding) for module in model.modules())
-    return [(config, "quantization_config", found), (model, "save_pretrained", None if readable else partial(_refuse_saving, model))]
+    return [
+        (config, "quantization_config", found),
+        (model, "save_pretrained", None if readable else partial(_refuse_saving, model)),
+    ]
 
 
 def _refuse_saving(model: nn.Module, *args, **kwargs) -> None:

@@ -55,7 +55,11 @@ class _Group(_BareFlags, TyperGroup):
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Also torch's errors, which on the CPU have no type of their own."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 app = typer.Typer(cls=_Group, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,7 +74,9 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _klfast(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """KL-guided mixed-precision quantization of SSM-Transformer language models.
 
@@ -86,7 +92,17 @@ def _klfast(
 
 from klfast.cli import bench, evaluate, generate, info, pipeline  # noqa: E402
 
-for command in (info.demo, pipeline.sweep, pipeline.plan, pipeline.quantize, evaluate.evaluate, generate.generate, bench.bench, info.report, info.doctor):
+for command in (
+    info.demo,
+    pipeline.sweep,
+    pipeline.plan,
+    pipeline.quantize,
+    evaluate.evaluate,
+    generate.generate,
+    bench.bench,
+    info.report,
+    info.doctor,
+):
     app.command("eval" if command is evaluate.evaluate else command.__name__, cls=_Command)(command)
 
 

@@ -33,24 +33,76 @@ def folder() -> Path:
     for found in (package / "bench", package.parent / "bench"):
         if (found / "conftest.py").is_file():
             return found
-    raise KlfastError(f"the bench suite is missing beside {package}; install klfast's wheel or run from its source tree")
+    raise KlfastError(
+        f"the bench suite is missing beside {package}; install klfast's wheel or run from its source tree"
+    )
 
 
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(metavar="SUITE", help=f"Some of {', '.join(SUITES)}; all by default.", show_default=False)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One small case a suite, little memory: about a minute, to see that all works.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the tables, made if need be; those of the same suites are replaced.", file_okay=False)] = Path("klfast-bench"),
-    compare: Annotated[Path | None, typer.Option(help="Folder of an earlier run; shows and writes (compare.md) what has changed.", exists=True, file_okay=False)] = None,
-    device: Annotated[str, typer.Option(parser=_device, metavar="NAME", help="cpu, cuda, xpu; auto takes an accelerator if there is one.")] = "auto",
-    isa: Annotated[str | None, typer.Option(parser=_tier, metavar="TIER", help="Pin klfast to a CPU tier, such as avx2.")] = None,
-    torch_isa: Annotated[str | None, typer.Option(metavar="NAME", help="Limit oneDNN, in torch and OpenVINO, such as AVX2_VNNI (ONEDNN_MAX_CPU_ISA).")] = None,
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SUITE", help=f"Some of {', '.join(SUITES)}; all by default.", show_default=False),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="One small case a suite, little memory: about a minute, to see that all works."),
+    ] = False,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the tables, made if need be; those of the same suites are replaced.", file_okay=False
+        ),
+    ] = Path("klfast-bench"),
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an earlier run; shows and writes (compare.md) what has changed.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(parser=_device, metavar="NAME", help="cpu, cuda, xpu; auto takes an accelerator if there is one."),
+    ] = "auto",
+    isa: Annotated[
+        str | None, typer.Option(parser=_tier, metavar="TIER", help="Pin klfast to a CPU tier, such as avx2.")
+    ] = None,
+    torch_isa: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Limit oneDNN, in torch and OpenVINO, such as AVX2_VNNI (ONEDNN_MAX_CPU_ISA)."
+        ),
+    ] = None,
     threads: options.Threads = None,
-    working_set: Annotated[int | None, typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Memory that each contender's weights rotate through: 1GB, with --quick 64MB.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time for the rounds of a contender: 0.5, with --quick 0.05.", min=0.001)] = None,
-    shapes: Annotated[str | None, typer.Option(metavar="KxN,...", help="Linear layers to time instead of the usual ones.")] = None,
-    rows: Annotated[str | None, typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512 (GPUs: 64 and 4096, too).")] = None,
-    llama_cpp: Annotated[Path | None, typer.Option(help="llama.cpp's llama-bench, or the folder that holds it; a peer in decode.", exists=True)] = None,
-    gguf: Annotated[list[Path] | None, typer.Option(help="A model for llama-bench, its name beginning with the model's: mamba-130m-q4_0.gguf.", exists=True)] = None,
+    working_set: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parse_bytes,
+            metavar="SIZE",
+            help="Memory that each contender's weights rotate through: 1GB, with --quick 64MB.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time for the rounds of a contender: 0.5, with --quick 0.05.", min=0.001)
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="KxN,...", help="Linear layers to time instead of the usual ones.")
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512 (GPUs: 64 and 4096, too)."),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's llama-bench, or the folder that holds it; a peer in decode.", exists=True),
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A model for llama-bench, its name beginning with the model's: mamba-130m-q4_0.gguf.", exists=True
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Time klfast against torch and other peers: linear layers, divergence, scans, sweep, whole models.
@@ -66,10 +118,28 @@ def bench(
     if missing := [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]:
         raise KlfastError(f"bench needs {missing[0]}; pip install 'klfast[bench]'")
     chosen = suites or SUITES
-    command = [sys.executable, "-c", _PYTEST, str(Path(klfast.__file__).parent.parent), "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        _PYTEST,
+        str(Path(klfast.__file__).parent.parent),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-quiet",
+    ]
     command += [str(folder() / f"test_{suite}.py") for suite in SUITES if suite in chosen]
     command += ["--out", str(out), "--device", device]
-    for name, value in {"--compare": compare, "--isa": isa, "--threads": threads, "--working-set": working_set, "--seconds": seconds, "--shapes": shapes, "--rows": rows, "--llama-cpp": llama_cpp}.items():
+    for name, value in {
+        "--compare": compare,
+        "--isa": isa,
+        "--threads": threads,
+        "--working-set": working_set,
+        "--seconds": seconds,
+        "--shapes": shapes,
+        "--rows": rows,
+        "--llama-cpp": llama_cpp,
+    }.items():
         command += [] if value is None else [name, str(value)]
     for path in gguf or ():
         command += ["--gguf", str(path)]
@@ -79,12 +149,24 @@ def bench(
     if done.returncode:
         raise KlfastError(f"some of the suite failed (pytest's exit code {done.returncode}); what it says is above")
     if as_json:
-        emit({"out": str(out), "rows": [row for suite in SUITES if suite in chosen for row in _rows(out / f"{suite}.csv")]}, "", as_json)
+        emit(
+            {
+                "out": str(out),
+                "rows": [row for suite in SUITES if suite in chosen for row in _rows(out / f"{suite}.csv")],
+            },
+            "",
+            as_json,
+        )
 
 
 def _check_sizes(name: str, text: str | None, numbers: int) -> None:
-    if text is not None and not all(len(part.split("x")) == numbers and all(n.isdecimal() and int(n) for n in part.split("x")) for part in text.split(",")):
-        raise typer.BadParameter(f"--{name} must be like {'768x3072,1536x80' if numbers == 2 else '1,16'}, got {text!r}")
+    if text is not None and not all(
+        len(part.split("x")) == numbers and all(n.isdecimal() and int(n) for n in part.split("x"))
+        for part in text.split(",")
+    ):
+        raise typer.BadParameter(
+            f"--{name} must be like {'768x3072,1536x80' if numbers == 2 else '1,16'}, got {text!r}"
+        )
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -14,8 +14,12 @@ from klfast.cli.console import emit, table
 @options.loads_models
 def evaluate(
     model: options.Model,
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model, for instance the full-precision one.")] = None,
-    text: Annotated[str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')] = "evaluation",
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this model, for instance the full-precision one.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')
+    ] = "evaluation",
     windows: options.Windows = "all",
     length: options.Length = 512,
     batch_size: options.BatchSize = 4,
@@ -36,13 +40,18 @@ def evaluate(
     runtime.prepare(threads, device)
     network = load_model(model, dtype, device=device, **loading)
     other = None if teacher is None else load_model(teacher, dtype, device=device, **loading)
-    batches = runtime.open_batches(text, model, network, length=length, windows=windows, batch_size=batch_size, **loading)
+    batches = runtime.open_batches(
+        text, model, network, length=length, windows=windows, batch_size=batch_size, **loading
+    )
     found = klfast.evaluate(network, batches, other, progress=None)
     rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
     if other is not None:
         rows += [
             ("the teacher's perplexity", f"{found.teacher_perplexity:.4f}"),
-            ("KL(teacher || model), nats per token", f"{found.kl:.6f}" + ("" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}")),
+            (
+                "KL(teacher || model), nats per token",
+                f"{found.kl:.6f}" + ("" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}"),
+            ),
             ("top-1 agreement", f"{found.top1_agreement:.2%}"),
         ]
     data = {key: value for key, value in asdict(found).items() if value is not None}

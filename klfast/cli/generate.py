@@ -22,21 +22,73 @@ _USUAL_LENGTH = 100  # where the model's generation_config names none
 @options.loads_models
 def generate(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Go on from each line of this UTF-8 file instead; empty lines are left out.", dir_okay=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to go on from.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Go on from each line of this UTF-8 file instead; empty lines are left out.", dir_okay=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts of --prompts that are computed at once.", min=1)] = 8,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt as a chat message, by the model's chat template, and show the answer alone.")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Ask the prompt as a chat message, by the model's chat template, and show the answer alone."
+        ),
+    ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate at most; by default what the model's generation_config says, else 100.", min=1, show_default=False)] = None,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens, with the temperature and limits of the model's generation_config unless they are given.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="0, the default, takes the likeliest token each time; above, tokens are drawn.", callback=options.in_range("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"))] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to generate at most; by default what the model's generation_config says, else 100.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    do_sample: Annotated[
+        bool,
+        typer.Option(
+            "--do-sample",
+            help="Draw tokens, with the temperature and limits of the model's generation_config unless they are given.",
+        ),
+    ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0, the default, takes the likeliest token each time; above, tokens are drawn.",
+            callback=options.in_range("temperature", lambda t: 0 <= t < math.inf, "0 or more, and finite"),
+        ),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens.", min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up this probability.", callback=options.in_range("top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"))] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw among tokens at least this fraction as likely as the likeliest.", callback=options.in_range("min-p", lambda p: 0 <= p <= 1, "between 0 and 1"))] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1, tokens that have occurred become less likely.", callback=options.in_range("repetition-penalty", lambda p: 1e-6 <= p <= 1e6, "between 1e-6 and 1e6"))] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw among the likeliest tokens that make up this probability.",
+            callback=options.in_range("top-p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw among tokens at least this fraction as likely as the likeliest.",
+            callback=options.in_range("min-p", lambda p: 0 <= p <= 1, "between 0 and 1"),
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Above 1, tokens that have occurred become less likely.",
+            callback=options.in_range("repetition-penalty", lambda p: 1e-6 <= p <= 1e6, "between 1e-6 and 1e6"),
+        ),
+    ] = None,
     num_return_sequences: Annotated[int, typer.Option(help="Texts to draw for each prompt.", min=1)] = 1,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop with the token that completes this text; repeat for several.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.", min=0, max=2**63 - 1)] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Stop with the token that completes this text; repeat for several."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the draws; the same seed gives the same text.", min=0, max=2**63 - 1)
+    ] = 0,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -58,20 +110,42 @@ def generate(
     tokenizer = load_tokenizer(model, **loading)
     encoded = [_encode(tokenizer, text, model, chat, system) for text in texts]
     if not chat and getattr(tokenizer, "chat_template", None):
-        print("klfast: the model has a chat template; with --chat it answers the prompt instead of going on from it", file=sys.stderr)
+        print(
+            "klfast: the model has a chat template; with --chat it answers the prompt instead of going on from it",
+            file=sys.stderr,
+        )
     network = load_model(model, dtype, device=device, **loading)
     asked = dict(
-        max_new_tokens=max_new_tokens or _usual_length(network), do_sample=True if do_sample else None, temperature=temperature, top_k=top_k,
-        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, num_return_sequences=num_return_sequences, stop_strings=stop or None,
-        tokenizer=tokenizer, eos_token_id=_ends(network, tokenizer), generator=torch.Generator(device).manual_seed(seed),
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens or _usual_length(network),
+        do_sample=True if do_sample else None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        num_return_sequences=num_return_sequences,
+        stop_strings=stop or None,
+        tokenizer=tokenizer,
+        eos_token_id=_ends(network, tokenizer),
+        generator=torch.Generator(device).manual_seed(seed),
+    )
     if prompts is None and num_return_sequences == 1:
         _one(network, tokenizer, model, texts[0], encoded[0], asked, device, chat, as_json)
     else:
         _several(network, tokenizer, model, texts, encoded, asked, device, batch_size, chat, as_json)
 
 
-def _one(network: nn.Module, tokenizer, model: str, prompt: str, encoded: list[int], asked: dict, device: str, chat: bool, as_json: bool) -> None:
+def _one(
+    network: nn.Module,
+    tokenizer,
+    model: str,
+    prompt: str,
+    encoded: list[int],
+    asked: dict,
+    device: str,
+    chat: bool,
+    as_json: bool,
+) -> None:
     """One text, shown as it grows. If it is interrupted, what there is stays."""
     import torch
 
@@ -94,7 +168,11 @@ def _one(network: nn.Module, tokenizer, model: str, prompt: str, encoded: list[i
     def finish(**more: object) -> None:
         if made:
             show(stream.end())
-        emit({"model": model, "prompt": prompt, "text": "".join(pieces), "token_ids": made, **more}, "" if made else prompt, as_json)
+        emit(
+            {"model": model, "prompt": prompt, "text": "".join(pieces), "token_ids": made, **more},
+            "" if made else prompt,
+            as_json,
+        )
 
     try:
         klfast.generate(network, torch.tensor([encoded], device=device), callback=take, **asked)
@@ -106,7 +184,16 @@ def _one(network: nn.Module, tokenizer, model: str, prompt: str, encoded: list[i
 
 
 def _several(
-    network: nn.Module, tokenizer, model: str, texts: list[str], encoded: list[list[int]], asked: dict, device: str, batch_size: int, chat: bool, as_json: bool
+    network: nn.Module,
+    tokenizer,
+    model: str,
+    texts: list[str],
+    encoded: list[list[int]],
+    asked: dict,
+    device: str,
+    batch_size: int,
+    chat: bool,
+    as_json: bool,
 ) -> None:
     """Texts for each prompt, shown batch by batch."""
     import klfast
@@ -146,7 +233,11 @@ def _trimmed(row: list[int], tokenizer, before: list[int], asked: dict, pad: int
     stream = TextStream(tokenizer, before)
     text = ""
     for i, token in enumerate(row):
-        if token == pad and set(row[i:]) == {pad} and any(stop in text + stream.end() for stop in asked["stop_strings"] or ()):
+        if (
+            token == pad
+            and set(row[i:]) == {pad}
+            and any(stop in text + stream.end() for stop in asked["stop_strings"] or ())
+        ):
             row = row[:i]
             break
         text += stream.push(token)
@@ -158,7 +249,9 @@ def _encode(tokenizer, text: str, model: str, chat: bool, system: str | None) ->
 
     if chat:
         text = _chat(tokenizer, text, model, system)
-    found = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])  # a template writes its special tokens itself
+    found = list(
+        tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    )  # a template writes its special tokens itself
     if not found:
         raise InvalidInputError("the prompt has no tokens; give some text")
     return found
@@ -169,7 +262,9 @@ def _chat(tokenizer, text: str, model: str, system: str | None) -> str:
     from klfast.core.errors import InvalidInputError, one_line
 
     if not getattr(tokenizer, "chat_template", None):
-        raise InvalidInputError(f"{model} has no chat template; leave --chat out, and the model goes on from the prompt")
+        raise InvalidInputError(
+            f"{model} has no chat template; leave --chat out, and the model goes on from the prompt"
+        )
     messages = [] if system is None else [{"role": "system", "content": _unicode(system)}]
     messages.append({"role": "user", "content": text})
     try:
@@ -212,5 +307,7 @@ def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"the prompt is not valid UTF-8 (letter {error.start + 1}); set the terminal's encoding to UTF-8") from None
+        raise InvalidInputError(
+            f"the prompt is not valid UTF-8 (letter {error.start + 1}); set the terminal's encoding to UTF-8"
+        ) from None
     return text

@@ -14,10 +14,18 @@ from klfast.cli.console import command, emit, say, table
 
 @options.loads_models
 def demo(
-    model: Annotated[str, typer.Option(help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.")] = "hymba",
-    quick: Annotated[bool, typer.Option("--quick", help="Less text: some seconds instead of about two minutes.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Save the mixed model here instead of in a temporary folder.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.")
+    ] = "hymba",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less text: some seconds instead of about two minutes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Save the mixed model here instead of in a temporary folder.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")
+    ] = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,
@@ -34,12 +42,23 @@ def demo(
 
     prepare(threads)
     found = pipeline.run(
-        model, effort=pipeline.QUICK if quick else pipeline.FULL, out=out, say=lambda sentence: say(sentence, as_json),
+        model,
+        effort=pipeline.QUICK if quick else pipeline.FULL,
+        out=out,
+        say=lambda sentence: say(sentence, as_json),
         **loading,
     )
     if results is not None:
         pipeline.write_results(found, results)
-    emit(found.as_dict(), [*(one.rich() for one in found.sensitivities), "\n".join(found.findings), table(pipeline.HEADINGS, map(pipeline.cells, found.rows))], as_json)
+    emit(
+        found.as_dict(),
+        [
+            *(one.rich() for one in found.sensitivities),
+            "\n".join(found.findings),
+            table(pipeline.HEADINGS, map(pipeline.cells, found.rows)),
+        ],
+        as_json,
+    )
     say(f"The mixed model goes on from {found.prompt!r}:\n{found.prompt}{found.continuation}\n", as_json)
     say("For a model of your own (a folder, or a hub id):", as_json)
     for line in (
@@ -53,12 +72,26 @@ def demo(
 
 
 def report(
-    sensitivities: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged.")],
-    plan: Annotated[Path | None, typer.Option(help="Report this plan instead, which klfast plan wrote from these files.")] = None,
-    metric: Annotated[str | None, typer.Option(parser=options.metric_name, metavar="NAME", help="Rank layers by it, such as kl_teacher_student or sqnr_db.")] = None,
+    sensitivities: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged."
+        ),
+    ],
+    plan: Annotated[
+        Path | None, typer.Option(help="Report this plan instead, which klfast plan wrote from these files.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            parser=options.metric_name, metavar="NAME", help="Rank layers by it, such as kl_teacher_student or sqnr_db."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Layers to list for each spec.", min=1)] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the tables to this .md or .json file instead.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw sensitivity over depth into this .png, .svg or .pdf file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw sensitivity over depth into this .png, .svg or .pdf file.")
+    ] = None,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -89,9 +122,20 @@ def report(
 
 
 def doctor(
-    device: Annotated[str | None, typer.Option(parser=options.device_name, metavar="NAME", help="Check every kernel on cpu, cuda or xpu instead, then time some; compiling may take minutes.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --device: write all of it into this text file, too.", dir_okay=False)] = None,
-    seconds: Annotated[float | None, typer.Option(help="With --device: time for the bench, 60 by default; 0 leaves it out.", min=0.0)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            parser=options.device_name,
+            metavar="NAME",
+            help="Check every kernel on cpu, cuda or xpu instead, then time some; compiling may take minutes.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --device: write all of it into this text file, too.", dir_okay=False)
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="With --device: time for the bench, 60 by default; 0 leaves it out.", min=0.0)
+    ] = None,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:

@@ -39,7 +39,9 @@ def parse_keep(texts: Iterable[str] | None) -> dict[str, object] | None:
     for text in texts or ():
         pattern, equals, spec = text.rpartition("=")  # the last one: a regular expression may hold others
         if not (pattern and equals):
-            raise typer.BadParameter(f"--keep takes PATTERN=SPEC (examples: lm_head=int8-g64-sym, in_proj=full), got {text!r}")
+            raise typer.BadParameter(
+                f"--keep takes PATTERN=SPEC (examples: lm_head=int8-g64-sym, in_proj=full), got {text!r}"
+            )
         wanted = None if spec == "full" else parse_spec(spec)
         if found.setdefault(pattern, wanted) != wanted:
             raise typer.BadParameter(f"--keep gives {pattern!r} two precisions")
@@ -84,44 +86,78 @@ device_name = one_of("cpu", "cuda", "xpu")
 method_name = one_of("optimal", "greedy", "uniform")
 metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
-Windows = Annotated[str, typer.Option(parser=window_count, metavar="N|all", help="Windows of the text, the first ones, or all.")]
+Windows = Annotated[
+    str, typer.Option(parser=window_count, metavar="N|all", help="Windows of the text, the first ones, or all.")
+]
 Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
-Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error.")]
+Scale = Annotated[
+    str,
+    typer.Option(
+        parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error."
+    ),
+]
 _PATTERN = 'a name, its last part ("in_proj"), wildcards ("layers.0.*") or "re:" and a regular expression; repeatable'
 Layers = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help=f"Quantize only the layers that this selects: {_PATTERN}.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help=f"Quantize only the layers that this selects: {_PATTERN}.", show_default=False
+    ),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Leave the layers that this selects in full precision; repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Leave the layers that this selects in full precision; repeatable.", show_default=False
+    ),
 ]
 Keep = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="PATTERN=SPEC", show_default=False,
+        metavar="PATTERN=SPEC",
+        show_default=False,
         help="Give the layers that PATTERN selects this precision whatever the budget: lm_head=int8-g64-sym, or in_proj=full; repeatable.",
     ),
 ]
 PlanScale = Annotated[
     str | None,
     typer.Option(
-        parser=scale_name, metavar="NAME", show_default=False,
+        parser=scale_name,
+        metavar="NAME",
+        show_default=False,
         help="absmax, or mse: clip each group as gives the least squared error. By default what the plan was made with; absmax with --uniform.",
     ),
 ]
-Dtype = Annotated[str, typer.Option(parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored.")]
-Device = Annotated[str, typer.Option(parser=device_name, metavar="NAME", help="Compute on cpu, cuda (NVIDIA) or xpu (Intel).")]
-LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(parser=device_name, metavar="NAME", help="Compute on cpu, cuda (NVIDIA) or xpu (Intel).")
+]
+LocalFilesOnly = Annotated[
+    bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
 
 
 def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of how models are loaded, before its last one; it gets them as ``loading``, keyword
-    arguments of klfast.checkpoint.loading's functions."""
+    arguments of klfast.checkpoint.loading's functions.
+    """
     own = inspect.signature(command, eval_str=True)
     parameters = [parameter for parameter in own.parameters.values() if parameter.name != "loading"]
     parameters[-1:-1] = [

@@ -16,16 +16,40 @@ from klfast.cli.console import command, emit, megabytes, say
 @options.loads_models
 def sweep(
     model: options.Model,
-    spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = ["int4-g64-sym", "int8-g64-sym"],  # noqa: B006
-    calibration: Annotated[str, typer.Option(help='A text file, a token file (.npy, .json), or "calibration", the bundled text.')] = "calibration",
+    spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = [
+        "int4-g64-sym",
+        "int8-g64-sym",
+    ],
+    calibration: Annotated[
+        str, typer.Option(help='A text file, a token file (.npy, .json), or "calibration", the bundled text.')
+    ] = "calibration",
     windows: options.Windows = "32",
     length: options.Length = 512,
     scale: options.Scale = "absmax",
-    layers: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help='Measure only these linear layers: a name, its end ("in_proj"), a glob ("layers.0.*") or "re:..."; repeat for several.')] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave these layers out, chosen in the same way; repeat for several.")] = None,
-    rows: Annotated[bool, typer.Option("--rows", help="Also measure each use that the rows of one layer are split between (Hymba's in_proj).")] = False,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help='Measure only these linear layers: a name, its end ("in_proj"), a glob ("layers.0.*") or "re:..."; repeat for several.',
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave these layers out, chosen in the same way; repeat for several."),
+    ] = None,
+    rows: Annotated[
+        bool,
+        typer.Option(
+            "--rows", help="Also measure each use that the rows of one layer are split between (Hymba's in_proj)."
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away.")] = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away."
+        ),
+    ] = True,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -54,17 +78,39 @@ def sweep(
         partial.unlink(missing_ok=True)
     resumed = partial.exists()
     try:
-        found = klfast.sweep(network, batches, specs=specs, resume=partial, layers=layers, exclude=exclude, rows=rows, scale=scale, dtype=None if computed == "auto" else computed)
+        found = klfast.sweep(
+            network,
+            batches,
+            specs=specs,
+            resume=partial,
+            layers=layers,
+            exclude=exclude,
+            rows=rows,
+            scale=scale,
+            dtype=None if computed == "auto" else computed,
+        )
         found.provenance.update(model=model, calibration=calibration)
         found.to_json(out)
     except KeyboardInterrupt:
         again = "the same command" if resume else "the same command without --no-resume"
-        left = f"{partial} keeps what was measured, and {again} goes on from there" if partial.exists() else "nothing was measured yet"
+        left = (
+            f"{partial} keeps what was measured, and {again} goes on from there"
+            if partial.exists()
+            else "nothing was measured yet"
+        )
         print(f"klfast: stopped; {left}.", file=sys.stderr)
         raise typer.Exit(130) from None
     partial.unlink(missing_ok=True)
     ranking = tables.ranking(found, "kl_teacher_student", 5)
-    data = {"out": str(out), "layers": len(found.layers), "candidates": len(found.measurements), "tokens": count(batches), "resumed": resumed, "noise_floor": found.noise_floor, "ranking": ranking.data()}
+    data = {
+        "out": str(out),
+        "layers": len(found.layers),
+        "candidates": len(found.measurements),
+        "tokens": count(batches),
+        "resumed": resumed,
+        "noise_floor": found.noise_floor,
+        "ranking": ranking.data(),
+    }
     emit(data, ranking.rich(), as_json)
     if resumed:
         say(f"The sweep went on from {partial}; --no-resume would have started anew.", as_json)
@@ -73,12 +119,29 @@ def sweep(
 
 
 def plan(
-    sensitivities: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged.")],
-    max_bytes: Annotated[int | None, typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Of the whole model: 3200000, 3.2MB, 1.5GiB.")] = None,
+    sensitivities: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged."
+        ),
+    ],
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Of the whole model: 3200000, 3.2MB, 1.5GiB."),
+    ] = None,
     mean_bits: Annotated[float | None, typer.Option(help="Per weight of the linear layers, scales included.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Summed over the layers, nats per token.")] = None,
-    method: Annotated[str, typer.Option(parser=options.method_name, metavar="NAME", help="optimal, greedy or uniform.")] = "optimal",
-    metric: Annotated[str | None, typer.Option(parser=options.metric_name, metavar="NAME", help="What to keep small, such as kl_teacher_student or sqnr_db.")] = None,
+    method: Annotated[
+        str, typer.Option(parser=options.method_name, metavar="NAME", help="optimal, greedy or uniform.")
+    ] = "optimal",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            parser=options.metric_name,
+            metavar="NAME",
+            help="What to keep small, such as kl_teacher_student or sqnr_db.",
+        ),
+    ] = None,
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     keep: options.Keep = None,
@@ -95,10 +158,18 @@ def plan(
     from klfast.sensitivity import merge
 
     found = merge.read(sensitivities)
-    made = klfast.plan(found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept)
+    made = klfast.plan(
+        found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept
+    )
     made.to_json(out)
     by_spec = Counter(str(made.specs.get(name, tables.FULL)) for name in found.layers)
-    facts = {"method": made.method, "layers": by_spec, "predicted": dict(made.predicted), "notes": list(made.notes), "scale": made.scale}
+    facts = {
+        "method": made.method,
+        "layers": by_spec,
+        "predicted": dict(made.predicted),
+        "notes": list(made.notes),
+        "scale": made.scale,
+    }
     emit({"out": str(out), **facts}, [one.rich() for one in tables.plan_tables(made, found)], as_json)
     say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)
 
@@ -106,13 +177,25 @@ def plan(
 @options.loads_models
 def quantize(
     model: options.Model,
-    plan: Annotated[Path | None, typer.Argument(metavar="PLAN", help="What klfast plan wrote.", show_default=False)] = None,
-    uniform: Annotated[str | None, typer.Option(metavar="SPEC", help="Without a plan: every linear layer in this one, such as int4-g64-sym.")] = None,
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="What klfast plan wrote.", show_default=False)
+    ] = None,
+    uniform: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Without a plan: every linear layer in this one, such as int4-g64-sym."),
+    ] = None,
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = ...,
     scale: options.PlanScale = None,
-    dtype: Annotated[str, typer.Option(parser=options.dtype_name, metavar="NAME", help="What the rest of the model is stored in: float32, bfloat16, float16, or auto to leave it.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            parser=options.dtype_name,
+            metavar="NAME",
+            help="What the rest of the model is stored in: float32, bfloat16, float16, or auto to leave it.",
+        ),
+    ] = "auto",
     force: options.Force = False,
     as_json: options.Json = False,
     *,
@@ -148,6 +231,18 @@ def quantize(
         made = klfast.Plan(specs, "uniform", scale=scale)
     klfast.save_quantized(klfast.quantize_model(network, made, scale=scale), out, tokenizer, overwrite=force)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    data = {"out": str(out), "quantized_layers": len(made.specs), "layers": len(linears(network)), "weight_file_bytes": size}
-    emit(data, f"{len(made.specs)} of {data['layers']} linear layers are quantized; {megabytes(size)} of weights are in {out}.", as_json)
-    say(f"Next: {command('klfast', 'eval', out, '--teacher', model)}, {command('klfast', 'generate', out, 'PROMPT')}", as_json)
+    data = {
+        "out": str(out),
+        "quantized_layers": len(made.specs),
+        "layers": len(linears(network)),
+        "weight_file_bytes": size,
+    }
+    emit(
+        data,
+        f"{len(made.specs)} of {data['layers']} linear layers are quantized; {megabytes(size)} of weights are in {out}.",
+        as_json,
+    )
+    say(
+        f"Next: {command('klfast', 'eval', out, '--teacher', model)}, {command('klfast', 'generate', out, 'PROMPT')}",
+        as_json,
+    )

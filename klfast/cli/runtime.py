@@ -22,11 +22,24 @@ def prepare(threads: int | None = None, device: str = "cpu") -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
 
 
-def open_batches(source: str, model_name: str, model: nn.Module, *, length: int, windows: int | None, batch_size: int = 4, **options: bool) -> list[torch.Tensor]:
+def open_batches(
+    source: str,
+    model_name: str,
+    model: nn.Module,
+    *,
+    length: int,
+    windows: int | None,
+    batch_size: int = 4,
+    **options: bool,
+) -> list[torch.Tensor]:
     """Batches of a text or token file; the latter needs no tokenizer."""
-    tokenizer = None if os.path.splitext(source)[1] in (".npy", ".json") else loading.load_tokenizer(model_name, **options)
+    tokenizer = (
+        None if os.path.splitext(source)[1] in (".npy", ".json") else loading.load_tokenizer(model_name, **options)
+    )
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return token_batches(source, tokenizer, vocab_size=vocabulary, length=length, windows=windows, batch_size=batch_size)
+    return token_batches(
+        source, tokenizer, vocab_size=vocabulary, length=length, windows=windows, batch_size=batch_size
+    )
 
 
 def count(batches: list[torch.Tensor]) -> int:

@@ -10,7 +10,12 @@ from numbers import Integral, Real
 from klfast.core.errors import InvalidInputError
 
 _LARGEST = 2**63 - 1  # what torch can hold
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
 
 
 def integer(name: str, value: object, least: int) -> int:

@@ -14,7 +14,12 @@ from pathlib import Path
 
 from klfast.core import temporaries
 
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # the last from sandboxes that filter system calls
+_NO_EXCHANGE = (
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EPERM,
+)  # the last from sandboxes that filter system calls
 
 
 def parse_json(text: str | bytes) -> object:
@@ -42,7 +47,9 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     beside, mode = temporaries.name_beside(path), _mode(path)
     with _naming(beside, path):
         try:
-            with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)) as file:
+            with open(
+                beside, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)
+            ) as file:
                 if mode is not None:
                     os.chmod(beside, mode)
                 file.write(data)
@@ -187,7 +194,9 @@ def _renameat2():
 
 
 def _flush(path: Path) -> None:
-    passes = (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()  # not every folder can be opened or flushed
+    passes = (
+        (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()
+    )  # not every folder can be opened or flushed
     try:
         handle = os.open(path, os.O_RDONLY)
         try:

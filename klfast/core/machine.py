@@ -14,7 +14,10 @@ _INSTALL = {
     "cuda": "for an NVIDIA GPU, install PyTorch's CUDA build (on Linux what pip install torch brings)",
     "xpu": "for an Intel GPU, pip install torch --index-url https://download.pytorch.org/whl/xpu (docs/XPU.md)",
 }
-_DRIVER = {"cuda": "nvidia-smi must list the GPU", "xpu": "Intel's GPU driver and Level Zero must be installed, and clinfo or sycl-ls list the GPU"}
+_DRIVER = {
+    "cuda": "nvidia-smi must list the GPU",
+    "xpu": "Intel's GPU driver and Level Zero must be installed, and clinfo or sycl-ls list the GPU",
+}
 
 
 def require(device: str) -> None:
@@ -22,7 +25,9 @@ def require(device: str) -> None:
     if device not in _INSTALL or getattr(torch, device).is_available():
         return
     if getattr(torch.version, device, None) is None:
-        raise KernelUnavailableError(f"this PyTorch ({torch.__version__}) cannot use {device} devices; {_INSTALL[device]}")
+        raise KernelUnavailableError(
+            f"this PyTorch ({torch.__version__}) cannot use {device} devices; {_INSTALL[device]}"
+        )
     raise KernelUnavailableError(f"PyTorch ({torch.__version__}) finds no {device} device; {_DRIVER[device]}")
 
 

@@ -94,7 +94,9 @@ def _lines(title: str, estimate: _Estimate, always: bool) -> Iterator[Callable[.
     due = FIRST_LINE
 
     def say(end: str) -> None:
-        print(f"{title}: {estimate.done}/{estimate.total}, {duration(estimate.elapsed)}{end}", file=sys.stderr, flush=True)
+        print(
+            f"{title}: {estimate.done}/{estimate.total}, {duration(estimate.elapsed)}{end}", file=sys.stderr, flush=True
+        )
 
     def advance(steps: int, what: str, share: float | None = None) -> None:
         nonlocal due

@@ -52,7 +52,9 @@ def read(source: str | os.PathLike[str], what: str, remedy: str, *, verified: bo
         except UnicodeDecodeError as error:
             raise CheckpointError(f"cannot read {what} from {origin}: it is not UTF-8 text") from error
         except (OSError, ValueError) as error:  # ValueError: a path that no system has
-            raise CheckpointError(f"cannot read {what} from {origin}: {getattr(error, 'strerror', None) or error}") from error
+            raise CheckpointError(
+                f"cannot read {what} from {origin}: {getattr(error, 'strerror', None) or error}"
+            ) from error
     try:
         data = parse_json(text)
     except ValueError as error:
@@ -71,7 +73,9 @@ def verify(data: object, origin: str, remedy: str) -> None:
     except RecursionError:
         intact = False
     if not intact:
-        raise CheckpointError(f'{origin} is damaged (its content does not match its "{DIGEST}"); {remedy}, or remove that entry if you edited the file')
+        raise CheckpointError(
+            f'{origin} is damaged (its content does not match its "{DIGEST}"); {remedy}, or remove that entry if you edited the file'
+        )
 
 
 def digest(data: Mapping[str, object]) -> str:
@@ -90,7 +94,10 @@ def is_a(kind: type, value: object, what: str) -> object:
 def number(value: object, what: str, *, most: float = sys.float_info.max) -> float:
     """``value`` as a float; ValueError, naming ``what`` it is, unless it is a finite number of magnitude ``most`` at most."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -most <= value <= most:
-        raise ValueError(f"{what} is {_shown(value)}, not a finite number" + (f" of at most {most:.3g}" if most < sys.float_info.max else ""))
+        raise ValueError(
+            f"{what} is {_shown(value)}, not a finite number"
+            + (f" of at most {most:.3g}" if most < sys.float_info.max else "")
+        )
     return float(value)
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 
 NEW, OLD = "tmp", "old"
 _MARK = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{16}\.(tmp|old)")
-_FOREIGN_SECONDS = 24 * 3600  # processes of other machines cannot be seen, so only what is as old as this counts as left behind
+_FOREIGN_SECONDS = (
+    24 * 3600
+)  # processes of other machines cannot be seen, so only what is as old as this counts as left behind
 
 
 def name_beside(target: Path) -> Path:

@@ -35,7 +35,9 @@ class Tally:
         self._parts["sum"][rows] += window_sums.sum(-1)
         self._parts["square"][rows] += window_sums.square().sum(-1)
         self._parts["cross"][rows] += tokens * window_sums.sum(-1)
-        self._parts["counts"][rows] += torch.tensor([tokens * windows, windows, tokens * tokens * windows], dtype=torch.float64)
+        self._parts["counts"][rows] += torch.tensor(
+            [tokens * windows, windows, tokens * tokens * windows], dtype=torch.float64
+        )
 
     def tokens(self, candidate: int) -> int:
         return int(self._parts["counts"][candidate, 0])
@@ -49,7 +51,11 @@ class Tally:
         if windows < 2:
             return [math.nan] * self._parts["sum"].shape[1]
         mean = self._parts["sum"][candidate] / tokens
-        squares = self._parts["square"][candidate] - 2 * mean * self._parts["cross"][candidate] + mean.square() * token_squares
+        squares = (
+            self._parts["square"][candidate]
+            - 2 * mean * self._parts["cross"][candidate]
+            + mean.square() * token_squares
+        )
         return (squares.clamp(min=0) * windows / (windows - 1)).sqrt().div(tokens).tolist()
 
     def to_data(self) -> dict[str, str]:

@@ -20,7 +20,16 @@ SHAPES = ((2048, 8192), (4096, 2048), (1600, 8960), (768, 3072))
 ROWS = (1, 8, 128)
 WORKING_SET = 128_000_000  # bytes of weights to go through, more than caches hold
 SUITES = {"linear": test_linear, "scan": test_scan, "divergence": test_divergence}  # the longest last
-CONTENDERS = ("klfast", "klfast int4 exact", "klfast int4 int8", "torch fp16", "torch int4pack", "torch KL", "torch bf16 products alone", "transformers")
+CONTENDERS = (
+    "klfast",
+    "klfast int4 exact",
+    "klfast int4 int8",
+    "torch fp16",
+    "torch int4pack",
+    "torch KL",
+    "torch bf16 products alone",
+    "transformers",
+)
 PATIENCE = 3  # times the seconds asked for, compiling and checking included; what is left then is left out
 
 
@@ -44,14 +53,24 @@ class Row:
 
 def groups(device: str) -> list[Group]:
     """What is timed: of the suite some contenders, and of functions that come in two dtypes bfloat16."""
-    settings = Settings(device=device, threads=torch.get_num_threads(), working_set=WORKING_SET, shapes=SHAPES, rows=ROWS)
+    settings = Settings(
+        device=device, threads=torch.get_num_threads(), working_set=WORKING_SET, shapes=SHAPES, rows=ROWS
+    )
     return [
-        replace(group, name=f"{suite} {group.name}", contenders={name: build for name, build in group.contenders.items() if name in CONTENDERS})
-        for suite, module in SUITES.items() for group in module.groups(settings) if not group.name.endswith("fp32")
-    ]  # fmt: skip
+        replace(
+            group,
+            name=f"{suite} {group.name}",
+            contenders={name: build for name, build in group.contenders.items() if name in CONTENDERS},
+        )
+        for suite, module in SUITES.items()
+        for group in module.groups(settings)
+        if not group.name.endswith("fp32")
+    ]
 
 
-def run(some: Sequence[Group], clock: Clock, seconds: float, tell: Callable[[str], None] = lambda _: None) -> Iterator[list[Row]]:
+def run(
+    some: Sequence[Group], clock: Clock, seconds: float, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[list[Row]]:
     """The rows of each group, timed for its share of ``seconds``. ``tell`` gets the name of each contender before it runs."""
     end = time.monotonic() + PATIENCE * seconds
     for group in some:

@@ -75,14 +75,20 @@ def run(device: str, seconds: float = 60.0, out: Path | None = None, say: Callab
     found.facts = device_facts.gather(device)
     for name, value in found.facts.items():
         text.add(f"  {name}: {value}")
-    text.add("\nKernels against klfast's reference on the CPU (errors relative to the largest value; the first run compiles):")
+    text.add(
+        "\nKernels against klfast's reference on the CPU (errors relative to the largest value; the first run compiles):"
+    )
     for op in registry.op_names():
         for check in kernel_checks.of_op(op, device, text.now):
             found.checks.append(check)
             text.add(str(check))
     if seconds:
         _bench(found, text, seconds)
-    text.add(f"\n{len(found.failed)} of {len(found.checks)} kernels failed: {', '.join(found.failed)}" if found.failed else "\nAll kernels passed.")
+    text.add(
+        f"\n{len(found.failed)} of {len(found.checks)} kernels failed: {', '.join(found.failed)}"
+        if found.failed
+        else "\nAll kernels passed."
+    )
     return found
 
 

@@ -88,7 +88,10 @@ def in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None])
             return found
         if again:
             time.sleep(PAUSE)
-    return replace(found, reason=f"not checked, since the machine has no room for another process; try again later ({found.reason})")
+    return replace(
+        found,
+        reason=f"not checked, since the machine has no room for another process; try again later ({found.reason})",
+    )
 
 
 def _in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]) -> Check:
@@ -96,11 +99,20 @@ def _in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]
     with tempfile.TemporaryFile() as errors:
         # From klfast's own folder: Python looks for modules there first, and a klfast elsewhere may be another.
         folder = Path(klfast.__file__).parent.parent
-        with subprocess.Popen(_command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors) as process:
+        with subprocess.Popen(
+            _command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors
+        ) as process:
             for message in _messages(process):
                 if "check" in message:
                     found = message["check"]
-                    return Check(**found | {"outcome": op_checks.Outcome(**found["outcome"] | {"faults": tuple(found["outcome"]["faults"])})})
+                    return Check(
+                        **found
+                        | {
+                            "outcome": op_checks.Outcome(
+                                **found["outcome"] | {"faults": tuple(found["outcome"]["faults"])}
+                            )
+                        }
+                    )
                 running = message["now"]
                 tell(running)
         errors.seek(0)

@@ -65,13 +65,17 @@ class Case:
 def _copy(argument: object, device: str) -> object:
     if isinstance(argument, QuantizedTensor):
         interpreted = device == "cpu" and pins.pinned() == "triton" and pins.interprets_triton()
-        return argument.to(device).to_layout(Layout.TILED if interpreted else operands.preferred_layout(torch.device(device)))
+        return argument.to(device).to_layout(
+            Layout.TILED if interpreted else operands.preferred_layout(torch.device(device))
+        )
     return argument.to(device, copy=True) if isinstance(argument, torch.Tensor) else argument
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise ValueError(f"a result is {dtype_name(found.dtype)} {list(found.shape)} instead of {dtype_name(expected.dtype)} {list(expected.shape)}")
+        raise ValueError(
+            f"a result is {dtype_name(found.dtype)} {list(found.shape)} instead of {dtype_name(expected.dtype)} {list(expected.shape)}"
+        )
     scale = max(float(expected.abs().max()), 1e-30)
     return float((found.float() - expected.float()).abs().max()) / scale
 
@@ -99,7 +103,9 @@ class Outcome:
     faults: tuple[str, ...]
 
 
-def run(some: Sequence[Case], tier: str | None = None, device: str = "cpu", tell: Callable[[str], None] = lambda _: None) -> Outcome:
+def run(
+    some: Sequence[Case], tier: str | None = None, device: str = "cpu", tell: Callable[[str], None] = lambda _: None
+) -> Outcome:
     """Run cases as ``Case.error`` does; none that fails ends the run. ``tell`` gets the name of each before it runs."""
     faults, errors = [], [(float("-inf"), float("nan"), float("nan"), "")]
     for case in some:
@@ -128,7 +134,13 @@ def cases(op: str, dtypes: Iterable[torch.dtype] = FLOAT_DTYPES) -> list[Case]:
 
 
 def _case(op: str, dtype: torch.dtype, what: str, call: Callable[..., Sequence[torch.Tensor]], *args: object) -> Case:
-    return Case(op, f"{dtype_name(dtype)} {what}", _METRICS_TOLERANCE if op.endswith("_divergence") else TOLERANCE[dtype], call, args)
+    return Case(
+        op,
+        f"{dtype_name(dtype)} {what}",
+        _METRICS_TOLERANCE if op.endswith("_divergence") else TOLERANCE[dtype],
+        call,
+        args,
+    )
 
 
 def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dtype, k: int = 331) -> Case:
@@ -137,7 +149,9 @@ def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dt
     def call(x, weight, bias):
         return [ops.dequant_matmul(x, weight, bias, activation=activation)]
 
-    return _case(f"dequant_matmul int{spec.bits} {activation}", dtype, f"[{rows}, {k}] x {spec} [67, {k}]", call, x, weight, bias)
+    return _case(
+        f"dequant_matmul int{spec.bits} {activation}", dtype, f"[{rows}, {k}] x {spec} [67, {k}]", call, x, weight, bias
+    )
 
 
 def _integers(*shape: int) -> torch.Tensor:
@@ -151,12 +165,32 @@ def _linear(dtype: torch.dtype, rows: int, bias_dtype: torch.dtype) -> Case:
         return [ops.linear(x, weight, bias, dtype=torch.float32)]
 
     what = f"[{rows}, 101] x [37, 101] + {dtype_name(bias_dtype)}"
-    return _case("linear", dtype, what, call, _integers(rows, 101).to(dtype), _integers(37, 101).to(dtype), _integers(37).to(bias_dtype))
+    return _case(
+        "linear",
+        dtype,
+        what,
+        call,
+        _integers(rows, 101).to(dtype),
+        _integers(37, 101).to(dtype),
+        _integers(37).to(bias_dtype),
+    )
 
 
 def _decode_attention(dtype: torch.dtype, keys: int, batch: int = 2, heads: int = 18, groups: int = 2) -> Case:
-    q, k, v = torch.randn(batch, heads, 33).to(dtype), torch.randn(batch, groups, keys, 33).to(dtype), torch.randn(batch, groups, keys, 63).to(dtype)
-    return _case("decode_attention", dtype, f"[{batch}, {heads}, 33], {keys} keys", lambda *args: [ops.decode_attention(*args)], q, k, v)
+    q, k, v = (
+        torch.randn(batch, heads, 33).to(dtype),
+        torch.randn(batch, groups, keys, 33).to(dtype),
+        torch.randn(batch, groups, keys, 63).to(dtype),
+    )
+    return _case(
+        "decode_attention",
+        dtype,
+        f"[{batch}, {heads}, 33], {keys} keys",
+        lambda *args: [ops.decode_attention(*args)],
+        q,
+        k,
+        v,
+    )
 
 
 def _logit_divergence(dtype: torch.dtype, tokens: int, vocab: int, misleading: int = 0) -> Case:
@@ -167,7 +201,15 @@ def _logit_divergence(dtype: torch.dtype, tokens: int, vocab: int, misleading: i
         student[:, :misleading] -= 20
         teacher[:, -100], student[:, -100] = 25, 25.25
     what = f"[{tokens}, {vocab}]" + (f", the first {misleading} misleading" if misleading else "")
-    return _case("logit_divergence", dtype, what, lambda *args: astuple(ops.logit_divergence(*args)), teacher.to(dtype), student.to(dtype), targets)
+    return _case(
+        "logit_divergence",
+        dtype,
+        what,
+        lambda *args: astuple(ops.logit_divergence(*args)),
+        teacher.to(dtype),
+        student.to(dtype),
+        targets,
+    )
 
 
 def _linear_divergence(dtype: torch.dtype, spec: QuantSpec | None, tokens: int) -> Case:
@@ -203,7 +245,9 @@ def _selective_scan(dtype: torch.dtype, length: int) -> Case:
     A, D, delta_bias, initial = -torch.rand(19, 16), torch.randn(19), torch.randn(19), torch.randn(2, 19, 16)
 
     def call(u, delta, A, B, C, D, z, delta_bias, initial):
-        return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True, initial_states=initial)
+        return ops.selective_scan_fn(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True, initial_states=initial
+        )
 
     return _case("selective_scan", dtype, f"[2, 19, {length}]", call, u, delta, A, B, C, D, z, delta_bias, initial)
 
@@ -212,7 +256,12 @@ def _selective_state_update(dtype: torch.dtype, heads: tuple[int, ...]) -> Case:
     """Of 19 channels, or of ``heads`` (1,) times that many."""
     x, dt, z = torch.randn(3, 2, *heads, 19).to(dtype)
     B, C = torch.randn(2, 2, *(1 for _ in heads), 16).to(dtype)
-    before, A, D, dt_bias = torch.randn(2, *heads, 19, 16), -torch.rand(*heads, 19, 16), torch.randn(*heads, 19), torch.randn(*heads, 19)
+    before, A, D, dt_bias = (
+        torch.randn(2, *heads, 19, 16),
+        -torch.rand(*heads, 19, 16),
+        torch.randn(*heads, 19),
+        torch.randn(*heads, 19),
+    )
 
     def call(state, *args):
         return ops.selective_state_update(state, *args, dt_softplus=True), state
@@ -228,9 +277,13 @@ def _mamba_chunk_scan(dtype: torch.dtype, length: int, channels: int = 19, state
     initial = torch.randn(2, 4, channels, states)
 
     def call(x, dt, A, B, C, D, z, dt_bias, initial):
-        return ops.mamba_chunk_scan_combined(x, dt, A, B, C, 16, D, z, dt_bias, initial, dt_softplus=True, return_final_states=True)
+        return ops.mamba_chunk_scan_combined(
+            x, dt, A, B, C, 16, D, z, dt_bias, initial, dt_softplus=True, return_final_states=True
+        )
 
-    return _case("mamba_chunk_scan", dtype, f"{list(x.shape)}, {states} states", call, x, dt, A, B, C, D, z, dt_bias, initial)
+    return _case(
+        "mamba_chunk_scan", dtype, f"{list(x.shape)}, {states} states", call, x, dt, A, B, C, D, z, dt_bias, initial
+    )
 
 
 def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
@@ -240,30 +293,58 @@ def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
     def call(x, weight, gate):
         return [ops.rms_norm(x, weight, None if group_size is None else gate, group_size=group_size)]
 
-    return _case("rms_norm", dtype, f"{list(x.shape)}, {'plain' if group_size is None else f'gated, groups of {group_size}'}", call, x, weight, gate)
+    return _case(
+        "rms_norm",
+        dtype,
+        f"{list(x.shape)}, {'plain' if group_size is None else f'gated, groups of {group_size}'}",
+        call,
+        x,
+        weight,
+        gate,
+    )
 
 
-_FORMATS = [((32, True), rows) for rows in _ROWS] + [((64, False), rows) for rows in _ROWS] + [(group, rows) for group in ((-1, True), (128, False)) for rows in (1, 5)]
+_FORMATS = (
+    [((32, True), rows) for rows in _ROWS]
+    + [((64, False), rows) for rows in _ROWS]
+    + [(group, rows) for group in ((-1, True), (128, False)) for rows in (1, 5)]
+)
 _HEADS = (None, QuantSpec(4, 32), QuantSpec(4, 64, False), QuantSpec(8, 32), QuantSpec(8, -1, False))
 _LENGTHS = (1, 33, 131)
 _SPLIT = [(rows, 2048) for rows in (1, 5, 33)]  # (rows, K) with less to do along N than along K: kernels split K
 # Op -> draws its cases in a dtype.
 CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
     "dequant_matmul": lambda dtype: [
-        *(_dequant_matmul(QuantSpec(bits, *group), a, rows, dtype) for bits in (4, 8) for a in ("exact", "int8") for group, rows in _FORMATS),
+        *(
+            _dequant_matmul(QuantSpec(bits, *group), a, rows, dtype)
+            for bits in (4, 8)
+            for a in ("exact", "int8")
+            for group, rows in _FORMATS
+        ),
         *(_dequant_matmul(QuantSpec(4, 128), a, rows, dtype, k) for a in ("exact", "int8") for rows, k in _SPLIT),
     ],
-    "linear": lambda dtype: [_linear(dtype, rows, bias) for rows in _ROWS for bias in dict.fromkeys((torch.float32, dtype))],
-    "decode_attention": lambda dtype: [*(_decode_attention(dtype, keys) for keys in (1, 19, 300)), _decode_attention(dtype, 2000, 1, 1, 1)],
-    "logit_divergence": lambda dtype: [_logit_divergence(dtype, *shape) for shape in ((1, 63), (5, 101), (3, 5003), (1, 20_000), (3, 5003, 2048))],
-    "linear_divergence": lambda dtype: [_linear_divergence(dtype, head, tokens) for head in _HEADS for tokens in (1, 21)],
+    "linear": lambda dtype: [
+        _linear(dtype, rows, bias) for rows in _ROWS for bias in dict.fromkeys((torch.float32, dtype))
+    ],
+    "decode_attention": lambda dtype: [
+        *(_decode_attention(dtype, keys) for keys in (1, 19, 300)),
+        _decode_attention(dtype, 2000, 1, 1, 1),
+    ],
+    "logit_divergence": lambda dtype: [
+        _logit_divergence(dtype, *shape) for shape in ((1, 63), (5, 101), (3, 5003), (1, 20_000), (3, 5003, 2048))
+    ],
+    "linear_divergence": lambda dtype: [
+        _linear_divergence(dtype, head, tokens) for head in _HEADS for tokens in (1, 21)
+    ],
     "causal_conv1d": lambda dtype: [_causal_conv1d(dtype, length) for length in _LENGTHS],
     "causal_conv1d_update": lambda dtype: [_causal_conv1d_update(dtype)],
     "selective_scan": lambda dtype: [_selective_scan(dtype, length) for length in _LENGTHS],
     "selective_state_update": lambda dtype: [_selective_state_update(dtype, heads) for heads in ((), (3,))],
     "mamba_chunk_scan": lambda dtype: [
         *(_mamba_chunk_scan(dtype, length) for length in _LENGTHS),
-        *(_mamba_chunk_scan(dtype, length, 32, states) for states in (16, 128) for length in (33, 131)),  # 16-bit: with matrix instructions
+        *(
+            _mamba_chunk_scan(dtype, length, 32, states) for states in (16, 128) for length in (33, 131)
+        ),  # 16-bit: with matrix instructions
     ],
     "rms_norm": lambda dtype: [_rms_norm(dtype, group_size) for group_size in (None, 19)],
 }

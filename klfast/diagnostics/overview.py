@@ -16,7 +16,11 @@ from klfast.dispatch import pins, registry
 from klfast.quant.types import QuantizedTensor
 
 # Public functions that bear another name than their op: that of the CUDA original.
-_OPS_OF = {"causal_conv1d_fn": "causal_conv1d", "selective_scan_fn": "selective_scan", "mamba_chunk_scan_combined": "mamba_chunk_scan"}
+_OPS_OF = {
+    "causal_conv1d_fn": "causal_conv1d",
+    "selective_scan_fn": "selective_scan",
+    "mamba_chunk_scan_combined": "mamba_chunk_scan",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def explain(op: str | Callable, *args: object) -> Explanation:
         raise InvalidInputError(f"klfast has no op {name!r}; its ops are {', '.join(registry.op_names())}")
     device = next((a.device.type for a in args if isinstance(a, (torch.Tensor, QuantizedTensor))), "cpu")
     chosen, why = _chosen(name, device, args)
-    rejected = {tier: _why_not(name, tier, device) or why for tier in (*reversed(pins.CPU_TIERS), "triton") if tier != chosen}
+    rejected = {
+        tier: _why_not(name, tier, device) or why for tier in (*reversed(pins.CPU_TIERS), "triton") if tier != chosen
+    }
     if chosen != "reference":
         rejected["reference"] = why if chosen == "torch" else "a kernel runs instead."
     return Explanation(name, device, chosen, rejected)
@@ -139,9 +145,15 @@ class Report:
         lines += [f"{name}={value}" for name, value in self.environment.items()]
         lines.append("CPU tiers:")
         lines += [f"  {tier:<11} {'no: ' + reason if reason else 'yes'}" for tier, reason in self.tiers.items()]
-        lines.append("Ops against the reference (error of the case nearest to its tolerance, relative to the largest value):")
+        lines.append(
+            "Ops against the reference (error of the case nearest to its tolerance, relative to the largest value):"
+        )
         for op in dict.fromkeys(check.op for check in self.checks):
-            results = (f"{c.tier} {c.error:.0e}" + ("" if c.passed else f" FAILED {c.message}") for c in self.checks if c.op == op)
+            results = (
+                f"{c.tier} {c.error:.0e}" + ("" if c.passed else f" FAILED {c.message}")
+                for c in self.checks
+                if c.op == op
+            )
             lines.append(f"  {op}: {', '.join(results)}")
         lines.append("All is well." if self.passed else "Something is wrong; see above.")
         return "\n".join(lines)
@@ -152,7 +164,11 @@ def doctor() -> Report:
     from klfast import ops  # noqa: F401 (defines the ops)
 
     return Report(
-        versions={"klfast": klfast.__version__, "python": platform.python_version(), **{name: installed_version(name) for name in ("torch", "transformers", "triton")}},
+        versions={
+            "klfast": klfast.__version__,
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in ("torch", "transformers", "triton")},
+        },
         cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
@@ -167,7 +183,9 @@ def _check(op: str, tier: str) -> Check:
     from klfast.diagnostics import op_checks
 
     if not registry.has_kernel(op, "CPU"):
-        return Check(op, tier, float("nan"), False, f"the slow reference would run: {registry.why_no_kernel('cpu', op)}")
+        return Check(
+            op, tier, float("nan"), False, f"the slow reference would run: {registry.why_no_kernel('cpu', op)}"
+        )
     try:
         found = op_checks.run(op_checks.cases(op), tier)
     except Exception as failure:  # a case that cannot be made: of an extension of another version, for instance

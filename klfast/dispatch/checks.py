@@ -47,15 +47,25 @@ def _complaint(function: Callable, args: tuple, kwargs: dict) -> str:
         allowed = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, allowed):
             wanted = " or ".join(_NAMES.get(kind, f"a {kind.__name__}") for kind in kinds)
-            return f"{function.__name__}: {name} must be {wanted}, got {'None' if value is None else type(value).__name__}"
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided and (value.is_cpu or value.is_cuda) and not value.data_ptr() and value.numel():
+            return (
+                f"{function.__name__}: {name} must be {wanted}, got {'None' if value is None else type(value).__name__}"
+            )
+        if (
+            isinstance(value, torch.Tensor)
+            and value.layout is torch.strided
+            and (value.is_cpu or value.is_cuda)
+            and not value.data_ptr()
+            and value.numel()
+        ):
             return no_memory(function.__name__, name, value)
     return ""
 
 
 def no_memory(op: str, name: str, t: torch.Tensor) -> str:
     """The message for a tensor with elements but without memory: kernels would read from address 0."""
-    return f"{op}: {name} {list(t.shape)} has no memory: its storage was freed or never allocated; pass a tensor with data"
+    return (
+        f"{op}: {name} {list(t.shape)} has no memory: its storage was freed or never allocated; pass a tensor with data"
+    )
 
 
 def check_writable(op: str, name: str, t: torch.Tensor) -> None:
@@ -64,7 +74,9 @@ def check_writable(op: str, name: str, t: torch.Tensor) -> None:
     As these do, count the write, so that autograd finds a tensor that it saved to have changed since.
     """
     if t.requires_grad and torch.is_grad_enabled():
-        raise InvalidInputError(f"{op}: {name} is written in place and must not require grad; pass {name}.detach() or call under torch.no_grad()")
+        raise InvalidInputError(
+            f"{op}: {name} is written in place and must not require grad; pass {name}.detach() or call under torch.no_grad()"
+        )
     if not t.is_inference():
         torch.autograd.graph.increment_version(t)
     if t.is_contiguous():
@@ -72,5 +84,7 @@ def check_writable(op: str, name: str, t: torch.Tensor) -> None:
     reach = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride <= reach:
-            raise InvalidInputError(f"{op}: {name} is written in place, but several of its elements share memory; pass {name}.clone()")
+            raise InvalidInputError(
+                f"{op}: {name} is written in place, but several of its elements share memory; pass {name}.clone()"
+            )
         reach += stride * (size - 1)

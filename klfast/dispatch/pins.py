@@ -30,7 +30,9 @@ def why_not(tier: str) -> str:
 
 def _check(name: str, source: str) -> str:
     if name not in IMPLEMENTATIONS:
-        raise InvalidInputError(f"{source}: no implementation is called {name!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+        raise InvalidInputError(
+            f"{source}: no implementation is called {name!r}; choose from {', '.join(IMPLEMENTATIONS)}"
+        )
     if name in CPU_TIERS and (reason := why_not(name)):
         raise KernelUnavailableError(f"{source}: {name} cannot run here: {reason}")
     return name
@@ -71,7 +73,9 @@ def available_tiers() -> list[str]:
 def cpu_tier_limit() -> int:
     """Index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
     pin = pinned()
-    return _ALL_TIERS if pin is None else CPU_TIERS.index(pin) if pin in CPU_TIERS else _ALL_TIERS  # "triton" says nothing of CPU tensors
+    return (
+        _ALL_TIERS if pin is None else CPU_TIERS.index(pin) if pin in CPU_TIERS else _ALL_TIERS
+    )  # "triton" says nothing of CPU tensors
 
 
 def interprets_triton() -> bool:

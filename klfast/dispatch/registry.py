@@ -92,13 +92,19 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
     def negated(*args):  # views such as z.conj().imag: torch's own fallback fails where an op writes to one
         for i, argument in written:
             if args[i] is not None and args[i].is_neg():
-                raise InvalidInputError(f"{name}: {argument} is written in place and must not be a negated view; pass {argument}.resolve_neg()")
-        return getattr(torch.ops.klfast, name).default(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
+                raise InvalidInputError(
+                    f"{name}: {argument} is written in place and must not be a negated view; pass {argument}.resolve_neg()"
+                )
+        return getattr(torch.ops.klfast, name).default(
+            *(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
+        )
 
     def without_kernel(*args):
         for i, _, argument in tensors:
             if args[i] is not None and args[i].layout is not torch.strided:
-                raise InvalidInputError(f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first")
+                raise InvalidInputError(
+                    f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first"
+                )
         checked(*args)
         first = next(a for a in args if isinstance(a, torch.Tensor))
         if pins.pinned() != "reference":
@@ -113,7 +119,14 @@ def define(schema: str, *, check: Callable, fake: Callable, reference: Callable)
         LIBRARY.impl(name, negated, "Negative")
 
 
-def register_kernel(name: str, dispatch_key: str, kernel: Callable, *, handed_over: Callable[..., str] | None = None, sees_addresses: bool = False) -> None:
+def register_kernel(
+    name: str,
+    dispatch_key: str,
+    kernel: Callable,
+    *,
+    handed_over: Callable[..., str] | None = None,
+    sees_addresses: bool = False,
+) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still goes past it.
 
     Args:

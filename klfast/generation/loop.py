@@ -75,21 +75,39 @@ def generate(
         InvalidInputError: an argument out of range, ids beyond the vocabulary, padding on the right, a NaN logit.
     """
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise InvalidInputError(f"{type(model).__name__} has no output embeddings; klfast needs a causal language model")
+        raise InvalidInputError(
+            f"{type(model).__name__} has no output embeddings; klfast needs a causal language model"
+        )
     check_ids(ids, model.get_input_embeddings().num_embeddings, minimum=1)
     settings = settle(
-        model, ids.shape[1], max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, eos_token_id=eos_token_id, stop_strings=stop_strings, pad_token_id=pad_token_id,
-    )  # fmt: skip
+        model,
+        ids.shape[1],
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=eos_token_id,
+        stop_strings=stop_strings,
+        pad_token_id=pad_token_id,
+    )
     mask = None if attention_mask is None else _checked_mask(attention_mask, ids)
     if (copies := integer("num_return_sequences", num_return_sequences, 1)) > 1:
         if settings.sampling is None:
-            raise InvalidInputError("num_return_sequences above 1 needs draws, or all would be the same; give a temperature above 0")
+            raise InvalidInputError(
+                "num_return_sequences above 1 needs draws, or all would be the same; give a temperature above 0"
+            )
         ids = ids.repeat_interleave(copies, 0)
         mask = None if mask is None else mask.repeat_interleave(copies, 0)
     stopping = Stopping(len(ids), settings.ends, settings.strings, tokenizer, settings.pad, ids.device)
-    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != ids.device.type):
-        raise InvalidInputError(f"generator must be a torch.Generator on the ids' device, {ids.device}, got {generator!r}")
+    if generator is not None and (
+        not isinstance(generator, torch.Generator) or generator.device.type != ids.device.type
+    ):
+        raise InvalidInputError(
+            f"generator must be a torch.Generator on the ids' device, {ids.device}, got {generator!r}"
+        )
     choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
     with _streaming(streamer, ids), evaluation_mode(model):
         made = _continue(Stepper(model, mask), ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)

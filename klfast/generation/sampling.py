@@ -50,7 +50,9 @@ class Chooser:
         if self._filters is None:
             return token
         if not top.isfinite().all():
-            raise InvalidInputError("the model's logits hold an infinity, from which nothing can be drawn; its weights are damaged")
+            raise InvalidInputError(
+                "the model's logits hold an infinity, from which nothing can be drawn; its weights are damaged"
+            )
         scores = logits - top  # the largest is 0, which no temperature can take out of range
         for change in self._filters:
             scores = change(seen, scores)

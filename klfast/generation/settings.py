@@ -15,11 +15,25 @@ from klfast.generation.sampling import Sampling
 
 # Of generation_config, and the values that ask for nothing.
 _NOT_FOLLOWED = {
-    "num_beams": (1,), "no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,), "bad_words_ids": (), "sequence_bias": (),
-    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (), "guidance_scale": (1,),
-    "exponential_decay_length_penalty": (), "penalty_alpha": (0,), "watermarking_config": (), "max_time": (), "typical_p": (1,),
-    "epsilon_cutoff": (0,), "eta_cutoff": (0,),
-}  # fmt: skip
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "exponential_decay_length_penalty": (),
+    "penalty_alpha": (0,),
+    "watermarking_config": (),
+    "max_time": (),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
 
 
 @dataclass(frozen=True)
@@ -62,36 +76,60 @@ def settle(
     pad = own(pad_token_id, "pad_token_id")
     strings = own(stop_strings, "stop_strings")
     return Settings(
-        max_new_tokens=_length(config, prompt_tokens) if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 0),
+        max_new_tokens=_length(config, prompt_tokens)
+        if max_new_tokens is None
+        else integer("max_new_tokens", max_new_tokens, 0),
         sampling=_sampling(do_sample, temperature, {"top_k": top_k, "top_p": top_p, "min_p": min_p}, own),
-        repetition_penalty=1.0 if penalty is None else number("repetition_penalty", penalty, lambda p: 1e-6 <= p <= 1e6, "between 1e-6 and 1e6"),
+        repetition_penalty=1.0
+        if penalty is None
+        else number("repetition_penalty", penalty, lambda p: 1e-6 <= p <= 1e6, "between 1e-6 and 1e6"),
         ends=ends,
         strings=[] if strings is None else stopping.stop_strings(strings),
-        pad=_pad(model, pad_token_id) if pad_token_id is not None else pad if pad is not None else ends[0] if ends else None,
+        pad=_pad(model, pad_token_id)
+        if pad_token_id is not None
+        else pad
+        if pad is not None
+        else ends[0]
+        if ends
+        else None,
     )
 
 
-def _sampling(do_sample: bool | None, temperature: float | None, limits: dict[str, float | None], own) -> Sampling | None:
+def _sampling(
+    do_sample: bool | None, temperature: float | None, limits: dict[str, float | None], own
+) -> Sampling | None:
     if do_sample is not None and not isinstance(do_sample, bool):
         raise InvalidInputError(f"do_sample must be True, False or None, got {do_sample!r}")
     if temperature is not None:
         temperature = number("temperature", temperature, lambda t: t >= 0, "0 or more")
         if do_sample is not None and do_sample != (temperature > 0):
-            raise InvalidInputError(f"temperature {temperature} and do_sample={do_sample} contradict each other; give one of them")
+            raise InvalidInputError(
+                f"temperature {temperature} and do_sample={do_sample} contradict each other; give one of them"
+            )
     given = [name for name, value in limits.items() if value is not None]
     if do_sample or temperature:
         limits = {name: own(value, name) for name, value in limits.items()}
-        limits["top_k"] = None if limits["top_k"] == 0 and "top_k" not in given else limits["top_k"]  # transformers' word for none
+        limits["top_k"] = (
+            None if limits["top_k"] == 0 and "top_k" not in given else limits["top_k"]
+        )  # transformers' word for none
     found = {
         "top_k": None if limits["top_k"] is None else integer("top_k", limits["top_k"], 1),
-        "top_p": None if limits["top_p"] is None else number("top_p", limits["top_p"], lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        "min_p": None if limits["min_p"] is None else number("min_p", limits["min_p"], lambda p: 0 <= p <= 1, "between 0 and 1"),
+        "top_p": None
+        if limits["top_p"] is None
+        else number("top_p", limits["top_p"], lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        "min_p": None
+        if limits["min_p"] is None
+        else number("min_p", limits["min_p"], lambda p: 0 <= p <= 1, "between 0 and 1"),
     }
     if do_sample or temperature:
         stored = own(temperature, "temperature")
         return Sampling(1.0 if stored is None else number("temperature", stored, lambda t: t > 0, "above 0"), **found)
     if given:
-        warnings.warn(f"{', '.join(given)} has no effect on the likeliest tokens; give a temperature above 0 to draw", UserWarning, stacklevel=6)
+        warnings.warn(
+            f"{', '.join(given)} has no effect on the likeliest tokens; give a temperature above 0 to draw",
+            UserWarning,
+            stacklevel=6,
+        )
     return None
 
 
@@ -103,7 +141,9 @@ def _length(config: object, prompt_tokens: int) -> int:
     if whole is None:
         raise InvalidInputError("the model's generation_config names no length; give max_new_tokens")
     if integer("generation_config.max_length", whole, 1) <= prompt_tokens:
-        raise InvalidInputError(f"the prompt's {prompt_tokens} tokens reach generation_config's max_length of {whole}; give max_new_tokens")
+        raise InvalidInputError(
+            f"the prompt's {prompt_tokens} tokens reach generation_config's max_length of {whole}; give max_new_tokens"
+        )
     return whole - prompt_tokens
 
 
@@ -115,6 +155,14 @@ def _pad(model: nn.Module, given: object) -> int:
 
 
 def _warn_of_what_is_left_out(model: nn.Module, config: object) -> None:
-    left_out = [name for name, neutral in _NOT_FOLLOWED.items() if (value := getattr(config, name, None)) is not None and value not in neutral]
+    left_out = [
+        name
+        for name, neutral in _NOT_FOLLOWED.items()
+        if (value := getattr(config, name, None)) is not None and value not in neutral
+    ]
     if left_out:
-        warnings.warn(f"generate does not follow {', '.join(left_out)} in the generation_config of {type(model).__name__}", UserWarning, stacklevel=5)
+        warnings.warn(
+            f"generate does not follow {', '.join(left_out)} in the generation_config of {type(model).__name__}",
+            UserWarning,
+            stacklevel=5,
+        )

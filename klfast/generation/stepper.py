@@ -29,7 +29,9 @@ class Stepper:
         self._mask = None if mask is None or bool(mask.all()) else mask
         if self._mask is not None and reads_padding(model):
             warnings.warn(
-                f"{type(model).__name__} reads padding as text; generate prompts of different lengths one by one", UserWarning, stacklevel=5
+                f"{type(model).__name__} reads padding as text; generate prompts of different lengths one by one",
+                UserWarning,
+                stacklevel=5,
             )
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -49,7 +51,9 @@ class Stepper:
         if self._wants_positions:
             self._positions = self._first_positions(ids) if first else self._positions[:, -1:] + 1
             options["position_ids"] = self._positions
-        if self._mask is not None and (first or self._name != "cache_params"):  # of a pure SSM, padding concerns the prompt alone
+        if self._mask is not None and (
+            first or self._name != "cache_params"
+        ):  # of a pure SSM, padding concerns the prompt alone
             self._mask = self._mask if first else torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
             options["attention_mask"] = self._mask
         return options
@@ -62,7 +66,9 @@ class Stepper:
 
     def _own_cache(self) -> object:
         if self._name != "past_key_values":
-            raise InvalidInputError(f"{type(self._model).__name__} returns no {self._name}; generate cannot continue its text")
+            raise InvalidInputError(
+                f"{type(self._model).__name__} returns no {self._name}; generate cannot continue its text"
+            )
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config.get_text_config(decoder=True))

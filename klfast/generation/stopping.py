@@ -12,7 +12,9 @@ from klfast.core.errors import InvalidInputError
 
 def end_tokens(given: object) -> list[int]:
     """Token ids of an int, or of an iterable or tensor of ints."""
-    values = given.flatten().tolist() if isinstance(given, torch.Tensor) else [*given] if _is_iterable(given) else [given]
+    values = (
+        given.flatten().tolist() if isinstance(given, torch.Tensor) else [*given] if _is_iterable(given) else [given]
+    )
     return [integer("eos_token_id", value, 0) for value in values]
 
 
@@ -37,14 +39,18 @@ class Stopping:
         device: where the tokens are.
     """
 
-    def __init__(self, rows: int, ends: list[int], strings: list[str], tokenizer: object, pad: int | None, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, ends: list[int], strings: list[str], tokenizer: object, pad: int | None, device: torch.device
+    ) -> None:
         self._ends = torch.tensor(ends, device=device) if ends else None
         self._strings = _criterion(strings, tokenizer) if strings else None
         self._running = torch.ones(rows, dtype=torch.bool, device=device)
         self._pad, self._stops = pad, bool(ends or strings)
         self._fills = self._stops and rows > 1
         if self._fills and pad is None:
-            raise InvalidInputError("rows may end at different lengths, and the model names no padding token; give pad_token_id")
+            raise InvalidInputError(
+                "rows may end at different lengths, and the model names no padding token; give pad_token_id"
+            )
 
     def fill(self, token: torch.Tensor) -> torch.Tensor:
         """The tokens, int64 [B], with the padding token in rows that are done."""
@@ -67,7 +73,9 @@ def _criterion(strings: list[str], tokenizer: object):
     try:
         return StopStringCriteria(tokenizer, strings)
     except (AttributeError, TypeError, ValueError) as error:
-        raise InvalidInputError(f"{type(tokenizer).__name__} cannot write the stop strings {strings}: {' '.join(str(error).split())}") from None
+        raise InvalidInputError(
+            f"{type(tokenizer).__name__} cannot write the stop strings {strings}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _is_iterable(value: object) -> bool:

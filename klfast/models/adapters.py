@@ -10,11 +10,15 @@ from klfast.core.errors import InvalidInputError
 def refuse_wrapper(model: nn.Module) -> None:
     """Raise InvalidInputError for a model inside one of peft's classes, which hides what klfast needs to see of it."""
     if type(model).__module__.partition(".")[0] == "peft":
-        raise InvalidInputError(f"{type(model).__name__} is peft's wrapper of a model; pass model.get_base_model(), which keeps LoRA's adapters")
+        raise InvalidInputError(
+            f"{type(model).__name__} is peft's wrapper of a model; pass model.get_base_model(), which keeps LoRA's adapters"
+        )
 
 
 def refuse_adapters(model: nn.Module) -> None:
     """Raise InvalidInputError if a layer of the model is wrapped in an adapter, so that its weight is not all it computes with."""
     if any(isinstance(getattr(module, "base_layer", None), nn.Module) for module in model.modules()):
-        raise InvalidInputError(f"{type(model).__name__} holds adapters; merge them first and pass what peft's merge_and_unload() returns")
+        raise InvalidInputError(
+            f"{type(model).__name__} holds adapters; merge them first and pass what peft's merge_and_unload() returns"
+        )
     refuse_wrapper(model)

@@ -58,9 +58,15 @@ def read(batches: Batches, vocabulary: int) -> list[Batch]:
     """
     if isinstance(batches, (str, bytes)) or not isinstance(batches, Iterable):
         raise InvalidInputError(f"batches must be token ids, got {type(batches).__name__}; {_AS}")
-    found = [_batch(batch, number, vocabulary) for number, batch in enumerate([batches] if is_single(batches) else batches)]
+    found = [
+        _batch(batch, number, vocabulary) for number, batch in enumerate([batches] if is_single(batches) else batches)
+    ]
     if not any(batch.rows for batch in found):
-        what = "no row has two tokens beside its padding" if any(batch.is_ragged for batch in found) else "batches is empty"
+        what = (
+            "no row has two tokens beside its padding"
+            if any(batch.is_ragged for batch in found)
+            else "batches is empty"
+        )
         raise InvalidInputError(f"there is no text to measure on: {what}; give at least one row of 2 tokens")
     return found
 
@@ -69,7 +75,9 @@ def _batch(batch: object, number: int, vocabulary: int) -> Batch:
     ids, mask = batch, None
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
-            raise InvalidInputError(f"batch {number} has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}; {_AS}")
+            raise InvalidInputError(
+                f"batch {number} has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}; {_AS}"
+            )
         ids, mask = batch["input_ids"], batch.get("attention_mask")
     rows = _rows(ids, number)
     lengths = {len(row) for row in rows}
@@ -79,7 +87,9 @@ def _batch(batch: object, number: int, vocabulary: int) -> Batch:
         is_padded = any(len(text) < len(row) for text, row in zip(texts, rows, strict=True))
         rows = [text for text in texts if len(text) > 1] if is_padded else texts
     if short := [len(row) for row in rows if len(row) < 2]:
-        raise InvalidInputError(f"batch {number} has windows of {short[0]} tokens; they need at least 2, one to see and one to predict")
+        raise InvalidInputError(
+            f"batch {number} has windows of {short[0]} tokens; they need at least 2, one to see and one to predict"
+        )
     if rows:
         low, high = (int(bound) for bound in torch.cat(rows).aminmax())
         if low < 0 or high >= vocabulary:
@@ -95,7 +105,9 @@ def _rows(ids: object, number: int) -> list[torch.Tensor]:
         ids = ids[0]  # a DataLoader of a TensorDataset
     rows = _split(ids)
     if rows is None or any(row.dtype != torch.int64 for row in rows):
-        raise InvalidInputError(f"batch {number} must be an int64 tensor [B, T] of token ids, got {_described(ids)}; {_AS}")
+        raise InvalidInputError(
+            f"batch {number} must be an int64 tensor [B, T] of token ids, got {_described(ids)}; {_AS}"
+        )
     return rows
 
 
@@ -103,13 +115,17 @@ def _without_pads(rows: list[torch.Tensor], mask: object, number: int) -> list[t
     masks = _split(mask)
     fits = masks is not None and [len(row) for row in masks] == [len(row) for row in rows]
     if not fits or any(((row != 0) & (row != 1)).any() for row in masks):
-        raise InvalidInputError(f"the attention_mask of batch {number} must hold a zero or a one for each of its token ids, got {_described(mask)}")
+        raise InvalidInputError(
+            f"the attention_mask of batch {number} must hold a zero or a one for each of its token ids, got {_described(mask)}"
+        )
     found = []
     for row, real in zip(rows, masks, strict=True):
         places = real.nonzero().flatten()
         first, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         if end - first != len(places):
-            raise InvalidInputError(f"the attention_mask of batch {number} has gaps; pads must stand before or after the text")
+            raise InvalidInputError(
+                f"the attention_mask of batch {number} has gaps; pads must stand before or after the text"
+            )
         found.append(row[first:end])
     return found
 

@@ -80,7 +80,14 @@ class Chain:
         parts = module_name.split(".")
         parents = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
         places = {id(block): i for i, block in enumerate(self.blocks)}
-        return next((places[id(module)] for name, module in self.model.named_modules() if name in parents and id(module) in places), None)
+        return next(
+            (
+                places[id(module)]
+                for name, module in self.model.named_modules()
+                if name in parents and id(module) in places
+            ),
+            None,
+        )
 
     @torch.no_grad()
     def enter(self, input_ids: torch.Tensor) -> Passage:
@@ -112,7 +119,9 @@ class Chain:
     def finish(self, carry: Carry, passage: Passage) -> torch.Tensor:
         """What enters the head, [B, T, H], from the carry that leaves the last block."""
         last = len(self.blocks) - 1
-        output = self._forward_around(passage.input_ids, lambda index, state, args, kwargs: carry.hidden if index == last else state)
+        output = self._forward_around(
+            passage.input_ids, lambda index, state, args, kwargs: carry.hidden if index == last else state
+        )
         return output[0]
 
     def run(self, carry: Carry, passage: Passage, start: int = 0) -> torch.Tensor:
@@ -179,10 +188,14 @@ def _find_blocks(base: nn.Module, name: str) -> list[nn.Module]:
     """The entries of the ModuleList that holds the most parameters."""
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise InvalidInputError(f"{name}'s blocks do not form a chain (it has no list of blocks); klfast cannot sweep it")
+        raise InvalidInputError(
+            f"{name}'s blocks do not form a chain (it has no list of blocks); klfast cannot sweep it"
+        )
     blocks = list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
     if len(set(map(id, blocks))) < len(blocks):
-        raise InvalidInputError(f"{name}'s blocks do not form a chain (one block is used several times); klfast cannot sweep it")
+        raise InvalidInputError(
+            f"{name}'s blocks do not form a chain (one block is used several times); klfast cannot sweep it"
+        )
     return blocks
 
 

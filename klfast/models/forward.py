@@ -34,7 +34,9 @@ def check_ids(ids: object, vocabulary: int, minimum: int) -> None:
     if ids.shape[0] < 1 or ids.shape[1] < minimum:
         raise InvalidInputError(f"token ids need at least one row and {minimum} columns, got {list(ids.shape)}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise InvalidInputError(f"token ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}; was another tokenizer used?")
+        raise InvalidInputError(
+            f"token ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}; was another tokenizer used?"
+        )
 
 
 def plain_head(model: nn.Module) -> nn.Module:
@@ -45,7 +47,9 @@ def plain_head(model: nn.Module) -> nn.Module:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, (nn.Linear, QuantLinear)) or head.bias is not None:
-        raise InvalidInputError(f"{type(model).__name__} has no linear head without bias; klfast takes causal language models that have one")
+        raise InvalidInputError(
+            f"{type(model).__name__} has no linear head without bias; klfast takes causal language models that have one"
+        )
     return head
 
 

@@ -29,7 +29,11 @@ def sharers(model: nn.Module) -> list[list[str]]:
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, QuantLinear)):
-            weight = module._buffers.get("weight_packed") if isinstance(module, QuantLinear) else module._parameters.get("weight")
+            weight = (
+                module._buffers.get("weight_packed")
+                if isinstance(module, QuantLinear)
+                else module._parameters.get("weight")
+            )
             groups.setdefault(id(module if weight is None else weight), []).append(name)
     return list(groups.values())
 
@@ -43,7 +47,9 @@ def linear(model: nn.Module, name: str) -> nn.Module:
     found = [known for names in sharers(model) for known in names]
     if name not in found:
         close = difflib.get_close_matches(name, found, 1)
-        raise UnknownLayerError(f"the model has no linear layer {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise UnknownLayerError(
+            f"the model has no linear layer {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     return model.get_submodule(name)
 
 
@@ -86,8 +92,15 @@ def other_bytes(model: nn.Module) -> int:
 
     Shared tensors count once, and an embedding tied to the head not at all: it is counted with the head.
     """
-    weights = {id(tensor) for layer in linears(model).values() for name, tensor in _own_tensors(layer) if name.startswith("weight")}
-    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)}
+    weights = {
+        id(tensor)
+        for layer in linears(model).values()
+        for name, tensor in _own_tensors(layer)
+        if name.startswith("weight")
+    }
+    state = {
+        id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)
+    }
     return sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in weights)
 
 
@@ -108,7 +121,9 @@ def unquantizable(model: nn.Module) -> dict[str, int]:
             stacked = parameter.dim() > 2 and min(parameter.shape[-2:]) > 1
             if (stacked or (parameter.dim() == 2 and name == "weight")) and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found[type(module).__name__] = found.get(type(module).__name__, 0) + parameter.numel() * parameter.element_size()
+                found[type(module).__name__] = (
+                    found.get(type(module).__name__, 0) + parameter.numel() * parameter.element_size()
+                )
     return found
 
 
@@ -118,11 +133,14 @@ def warn_unquantizable(model: nn.Module, what: str) -> None:
     whole = sum(weight_bytes(layer) for layer in linears(model).values()) + other_bytes(model)
     if sum(kinds.values()) < 0.01 * whole:
         return
-    listed = ", ".join(f"{kind} ({size / 1e6:.1f} MB)" for kind, size in sorted(kinds.items(), key=lambda item: -item[1]))
+    listed = ", ".join(
+        f"{kind} ({size / 1e6:.1f} MB)" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
+    )
     warnings.warn(
         f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and stay as they are: "
-        f"the weights of {listed}; klfast quantizes nn.Linear", stacklevel=3,
-    )  # fmt: skip
+        f"the weights of {listed}; klfast quantizes nn.Linear",
+        stacklevel=3,
+    )
 
 
 def refuse_moving_weights(model: nn.Module) -> None:

@@ -9,7 +9,9 @@ from torch import nn
 
 # What transformers' mixers call: the state in a cache, and the functions whose plain-torch versions run without further packages.
 _STATE = {"get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state"}
-_FUNCTION = re.compile(r"causal_conv1d|selective_scan|selective_state_update|chunk_scan|delta_rule|delta_attention|_kda$")
+_FUNCTION = re.compile(
+    r"causal_conv1d|selective_scan|selective_state_update|chunk_scan|delta_rule|delta_attention|_kda$"
+)
 # Those that have their recurrence in code of their own.
 _OWN_CODE = {"RwkvSelfAttention", "RecurrentGemmaRglru", "MiniMaxLightningAttention", "xLSTMLayer", "mLSTMLayer"}
 

@@ -39,7 +39,9 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     if not found:
         endings = {name.rpartition(".")[2] for name in names}
         close = difflib.get_close_matches(pattern, [*names, *sorted(endings)], 1)
-        raise UnknownLayerError(f"no linear layer matches {pattern!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise UnknownLayerError(
+            f"no linear layer matches {pattern!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     return found
 
 
@@ -51,7 +53,9 @@ def select(names: Iterable[str], layers: Patterns | None = None, exclude: Patter
         UnknownLayerError: a pattern selects no name.
     """
     names = list(names)
-    wanted = set(names) if layers is None else {name for pattern in _listed(layers) for name in matching(pattern, names)}
+    wanted = (
+        set(names) if layers is None else {name for pattern in _listed(layers) for name in matching(pattern, names)}
+    )
     unwanted = set() if exclude is None else {name for pattern in _listed(exclude) for name in matching(pattern, names)}
     chosen = [name for name in names if name in wanted and name not in unwanted]
     if not chosen:

@@ -21,7 +21,9 @@ class _ReadOnlyWeight(nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         if name != "weight":
             super().__setattr__(name, value)
-        elif not isinstance(value, TiedWeight) or value.quantized.packed is not self.weight.quantized.packed:  # not what it is already
+        elif (
+            not isinstance(value, TiedWeight) or value.quantized.packed is not self.weight.quantized.packed
+        ):  # not what it is already
             raise InvalidInputError(f"weight: {READ_ONLY}")
 
 
@@ -38,7 +40,14 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
     float64 from the dequantized weight, slowly.
     """
 
-    def __init__(self, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact", *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        qt: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        activation: str = "exact",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a weight
         if activation not in ("exact", "int8"):
             raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
@@ -51,7 +60,9 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: QuantSpec | str, activation: str = "exact", scale: str = "absmax") -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Linear, spec: QuantSpec | str, activation: str = "exact", scale: str = "absmax"
+    ) -> QuantLinear:
         """Quantize a linear layer's weight; its bias is kept as it is. ``scale`` as in ``klfast.quantize``."""
         if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
             raise InvalidInputError(f"QuantLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
@@ -59,14 +70,25 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int], spec: QuantSpec | str, *, bias_dtype: torch.dtype | None = None, scale_dtype: torch.dtype = torch.float16,
-        device: torch.device | str = "meta", activation: str = "exact", dtype: torch.dtype = torch.float32,
+        cls,
+        shape: tuple[int, int],
+        spec: QuantSpec | str,
+        *,
+        bias_dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "meta",
+        activation: str = "exact",
+        dtype: torch.dtype = torch.float32,
     ) -> QuantLinear:
         """A layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
         spec = QuantSpec.of(spec)
         n, k = shape
         groups = spec.n_groups(k)
-        zero_point = None if spec.symmetric else torch.empty(packed_words(n, spec.bits), groups, dtype=torch.int32, device=device)
+        zero_point = (
+            None
+            if spec.symmetric
+            else torch.empty(packed_words(n, spec.bits), groups, dtype=torch.int32, device=device)
+        )
         packed = torch.empty(n, packed_words(k, spec.bits), dtype=torch.int32, device=device)
         qt = QuantizedTensor(packed, torch.empty(n, groups, dtype=scale_dtype, device=device), zero_point, (n, k), spec)
         bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device=device)
@@ -75,7 +97,9 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
     @property
     def quantized(self) -> QuantizedTensor:
         shape = (self.out_features, self.in_features)
-        return QuantizedTensor(self.weight_packed, self.weight_scale, self.weight_zero_point, shape, self.spec, self.layout)
+        return QuantizedTensor(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, shape, self.spec, self.layout
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -93,12 +117,23 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
         # nn.Module takes three times as long to find a buffer.
         spec, buffers = self.spec, self._buffers
         return ops.call_dequant_matmul(
-            x, buffers["weight_packed"], buffers["weight_scale"], buffers["weight_zero_point"], self.bias, self.out_features, self.in_features,
-            spec.bits, spec.group_size, self.layout.value, self.activation,
+            x,
+            buffers["weight_packed"],
+            buffers["weight_scale"],
+            buffers["weight_zero_point"],
+            self.bias,
+            self.out_features,
+            self.in_features,
+            spec.bits,
+            spec.group_size,
+            self.layout.value,
+            self.activation,
         )
 
     def _in_float64(self, x: torch.Tensor) -> torch.Tensor:
-        pins.slow_path("QuantLinear", list(x.shape), "no kernel computes in float64; use float32.", how="with a dequantized weight")
+        pins.slow_path(
+            "QuantLinear", list(x.shape), "no kernel computes in float64; use float32.", how="with a dequantized weight"
+        )
         if self.activation == "int8":
             x = x + (reference.fake_quantize_rows(x, self.spec) - x).detach()
         return F.linear(x, self.quantized.dequantize(torch.float32).to(torch.float64), self.bias)
@@ -128,7 +163,9 @@ class QuantLinear(_ReadOnlyWeight, nn.Linear):
         shape = state_dict.get(prefix + "weight_shape")
         if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
             *_, errors = args
-            errors.append(f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is {[self.out_features, self.in_features]}")
+            errors.append(
+                f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is {[self.out_features, self.in_features]}"
+            )
             return
         layout = self.layout
         self._set_layout(Layout.PLAIN)
@@ -185,7 +222,9 @@ class QuantEmbedding(_ReadOnlyWeight):
             zero = float(1 << (bits - 1))
         else:
             per_word = 32 // bits
-            zero = (F.embedding(ids // per_word, zero_point) >> (ids % per_word * bits).unsqueeze(-1)) & ((1 << bits) - 1)
+            zero = (F.embedding(ids // per_word, zero_point) >> (ids % per_word * bits).unsqueeze(-1)) & (
+                (1 << bits) - 1
+            )
             zero = zero.float().unsqueeze(-1)
         groups = stored.view(*ids.shape, scale.shape[1], length)
         rows = (groups - zero) * F.embedding(ids, scale).float().unsqueeze(-1)

@@ -124,7 +124,11 @@ class PreparedLinear:
     def __init__(self, layer: nn.Module) -> None:
         self.n, self.k = layer.out_features, layer.in_features
         self.projection, self.dtype, self._options = None, None, _options(layer)
-        names = ("weight", "bias") if self._options is None else ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+        names = (
+            ("weight", "bias")
+            if self._options is None
+            else ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+        )
         homes = [layer._buffers if name in layer._buffers else layer._parameters for name in names]
         places = tuple(zip(homes, names, strict=True))
         if not has(*places):
@@ -143,7 +147,14 @@ class PreparedLinear:
             self.dtype = weight.dtype
             self.projection = _C.Projection.dense(view(weight), view(bias), self.n, self.k)
 
-    def _prepare_quantized(self, layer: nn.Module, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    def _prepare_quantized(
+        self,
+        layer: nn.Module,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> None:
         spec = layer.spec
         words = [t for t in (packed, zero_point) if t is not None]
         if not plain(scale) or not all(map(_is_array, words)):
@@ -153,9 +164,16 @@ class PreparedLinear:
         except InvalidInputError:
             return  # the op says it
         self.projection = _C.Projection.quantized(
-            packed.data_ptr(), view(scale), 0 if zero_point is None else zero_point.data_ptr(), view(bias), self.n, self.k,
-            spec.bits, max(1, spec.group_length(self.k)), layer.activation == "int8",
-        )  # fmt: skip
+            packed.data_ptr(),
+            view(scale),
+            0 if zero_point is None else zero_point.data_ptr(),
+            view(bias),
+            self.n,
+            self.k,
+            spec.bits,
+            max(1, spec.group_length(self.k)),
+            layer.activation == "int8",
+        )
 
     def hold(self, layer: nn.Module) -> list | None:
         """What must live until a call returns; None if the layer has changed, or cannot be called at all."""
@@ -174,7 +192,9 @@ class PreparedLinear:
             return None
         if self.dtype is not None and (rows > FEW_ROWS or x.dtype is torch.float32 or x.dtype is not self.dtype):
             return None
-        y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # a default device is a mode, which ``unobserved`` has seen
+        y = torch.empty(
+            (*shape[:-1], self.n), dtype=x.dtype
+        )  # a default device is a mode, which ``unobserved`` has seen
         self.projection(address, code, self.k, y.data_ptr(), rows, get_num_threads(), pins.cpu_tier_limit())
         return y
 
@@ -218,9 +238,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
     weight_view, held = view(weight), weight.untyped_storage()
     if not held.data_ptr() <= weight_view[0] < held.data_ptr() + held.nbytes():  # another thread gave it other memory
         return None
-    out = torch.empty_like(x) if x.dtype is weight.dtype else x.new_empty(shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    out = (
+        torch.empty_like(x)
+        if x.dtype is weight.dtype
+        else x.new_empty(shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    )
     channels = shape[-1]
     rows, strides = x.numel() // channels, (channels, channels, 1)
     x_view, out_view = ((t.data_ptr(), DTYPE_CODES[t.dtype], strides) for t in (x, out))
-    _C.rms_norm(x_view, weight_view, None, out_view, rows, 1, channels, channels, eps, torch.get_num_threads(), pins.cpu_tier_limit())
+    _C.rms_norm(
+        x_view,
+        weight_view,
+        None,
+        out_view,
+        rows,
+        1,
+        channels,
+        channels,
+        eps,
+        torch.get_num_threads(),
+        pins.cpu_tier_limit(),
+    )
     return out

@@ -15,8 +15,15 @@ READ_ONLY = "the weight of a quantized layer is read-only; change the full-preci
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 # What a wrapper without storage answers by itself; every other function sees the dequantized matrix.
 _METADATA = {
-    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "grad")),
-    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size, torch.Tensor.is_floating_point,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "grad")
+    ),
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
 }
 _ITSELF = (torch.Tensor.data.__get__, torch.Tensor.detach, torch.Tensor.detach_)
 _ARRAYS = (torch.Tensor.numpy, torch.Tensor.__array__)
@@ -50,7 +57,9 @@ class LazyWeight(torch.Tensor):
         if func in _ITSELF:
             return args[0]
         if func is torch.Tensor.data_ptr:  # a matrix made for the call would be gone when the pointer is used
-            raise InvalidInputError("the weight of a quantized layer has no memory of its own; use layer.quantized.dequantize()")
+            raise InvalidInputError(
+                "the weight of a quantized layer has no memory of its own; use layer.quantized.dequantize()"
+            )
         if func in _MATMULS and not kwargs and _multiplies(args[0], args[1]):
             weight, x = args
             return ops.dequant_matmul(x.transpose(-1, -2), weight.quantized).transpose(-1, -2)
@@ -92,8 +101,12 @@ def _fit(x: torch.Tensor, weight: LazyWeight) -> bool:
 
 def _multiplies(weight: object, x: object) -> bool:
     return (
-        isinstance(weight, LazyWeight) and isinstance(x, torch.Tensor) and not isinstance(x, LazyWeight)
-        and x.dim() >= 2 and x.shape[-2] == weight.shape[1] and _fit(x, weight)
+        isinstance(weight, LazyWeight)
+        and isinstance(x, torch.Tensor)
+        and not isinstance(x, LazyWeight)
+        and x.dim() >= 2
+        and x.shape[-2] == weight.shape[1]
+        and _fit(x, weight)
     )
 
 

@@ -59,7 +59,14 @@ class MambaStep:
         self._projections, _ = _projections(parts)
         convolution = parts.conv1d._parameters
         norms = tuple((norm._parameters, "weight") for norm in parts.norms)
-        places = ((convolution, "weight"), (convolution, "bias"), parts.A_log, parts.D, (parts.dt_proj._parameters, "bias"), *norms)
+        places = (
+            (convolution, "weight"),
+            (convolution, "bias"),
+            parts.A_log,
+            parts.D,
+            (parts.dt_proj._parameters, "bias"),
+            *norms,
+        )
         if self._projections is None or not has(*places):
             return
         self._watch = Watch(*places)
@@ -72,15 +79,36 @@ class MambaStep:
             return
         x_proj, dt_proj = self._projections
         (channels, states), rank, width = A_log.shape, dt_proj.k, weight.shape[-1]
-        shapes = ((channels, 1, width), (channels,), (channels, states), (channels,), (channels,), (rank,), (states,), (states,))[: len(tensors)]
+        shapes = (
+            (channels, 1, width),
+            (channels,),
+            (channels, states),
+            (channels,),
+            (channels,),
+            (rank,),
+            (states,),
+            (states,),
+        )[: len(tensors)]
         fit = all(t is None or t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
         if not fit or (x_proj.k, x_proj.n, dt_proj.n) != (channels, rank + 2 * states, channels):
             return
         self._channels, self._states, self._past = channels, states, width - 1
         self.mixer = _C.MambaMixer(
-            view(weight.squeeze(1)), view(conv_bias), x_proj.projection, dt_proj.projection, norm_eps is not None,
-            *(view(t) for t in norms or (None, None, None)), norm_eps or 0.0, view(A_log), view(D), view(dt_bias), channels, width, rank, states,
-        )  # fmt: skip
+            view(weight.squeeze(1)),
+            view(conv_bias),
+            x_proj.projection,
+            dt_proj.projection,
+            norm_eps is not None,
+            *(view(t) for t in norms or (None, None, None)),
+            norm_eps or 0.0,
+            view(A_log),
+            view(D),
+            view(dt_bias),
+            channels,
+            width,
+            rank,
+            states,
+        )
 
     def hold(self, parts: Parts) -> list | None:
         """What must live until a call returns; None if a part has changed, or the extension cannot take these."""
@@ -104,21 +132,42 @@ class MambaStep:
             and ssm_state.shape == (batch, self._channels, self._states)
         )
 
-    def __call__(self, held: list, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, held: list, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
+    ) -> torch.Tensor:
         """y [B, D] in the dtype of x from the input x and the gate z, both [B, D]; the states, which it ``takes``, move on in place.
 
         ``held`` is what ``hold`` returned: its life is what matters.
         """
         shape = (len(conv_state), self._channels)
-        taken = all(projection.takes(x.dtype) for projection in self._projections) and z.dtype in FLOAT_DTYPES and x.is_cpu and z.is_cpu
+        taken = (
+            all(projection.takes(x.dtype) for projection in self._projections)
+            and z.dtype in FLOAT_DTYPES
+            and x.is_cpu
+            and z.is_cpu
+        )
         if x.shape != shape or z.shape != shape or not taken:
-            raise InvalidInputError(f"x and z must be {list(shape)} after the first projection, got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}")
+            raise InvalidInputError(
+                f"x and z must be {list(shape)} after the first projection, got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}"
+            )
         out = x.new_empty(x.shape)
-        self.mixer(view(x), view(z), view(conv_state), view(ssm_state), view(out), len(x), conv_state.shape[2], torch.get_num_threads(), pins.cpu_tier_limit())
+        self.mixer(
+            view(x),
+            view(z),
+            view(conv_state),
+            view(ssm_state),
+            view(out),
+            len(x),
+            conv_state.shape[2],
+            torch.get_num_threads(),
+            pins.cpu_tier_limit(),
+        )
         return out
 
 
-def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> partial[torch.Tensor] | None:
+def prepare(
+    mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
+) -> partial[torch.Tensor] | None:
     """The step of the mixer whose parts these are, for an input of x's dtype and batch, to be called with x, z and both states.
 
     It keeps the parts' memory alive while it lives. Returns None where the ops have to be called: a part is unsupported, a module that
@@ -133,7 +182,11 @@ def prepare(mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.T
 def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, tuple]:
     """x_proj and dt_proj, and what must live while they are called; None for layers that the extension cannot take."""
     x_proj, dt_proj = parts.x_proj, parts.dt_proj
-    if type(x_proj) not in _LAYERS or type(dt_proj) not in _LAYERS or not (_is_untouched(x_proj) and _is_untouched(dt_proj) and all(map(_is_untouched, parts.norms))):
+    if (
+        type(x_proj) not in _LAYERS
+        or type(dt_proj) not in _LAYERS
+        or not (_is_untouched(x_proj) and _is_untouched(dt_proj) and all(map(_is_untouched, parts.norms)))
+    ):
         return None, ()
     first, first_held = current(x_proj, PreparedLinear, x_proj)
     second, second_held = current(dt_proj, PreparedLinear, dt_proj)
@@ -143,5 +196,7 @@ def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | 
 def _is_untouched(module: nn.Module) -> bool:
     """Whether calling the module would do what its class does: no hook, and no forward of its own but klfast's."""
     forward = module.__dict__.get("forward")
-    own = forward is not None and (not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__"))  # functools.wraps copies the mark
+    own = forward is not None and (
+        not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__")
+    )  # functools.wraps copies the mark
     return not (own or module._forward_hooks or module._forward_pre_hooks)

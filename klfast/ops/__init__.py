@@ -38,11 +38,15 @@ def _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_
     if x.dim() == 0 or x.shape[-1] != k:
         raise InvalidInputError(f"dequant_matmul: x must be [..., {k}] for a [{n}, {k}] weight, got {list(x.shape)}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOAT_DTYPES):
-        raise InvalidInputError(f"dequant_matmul: bias must be float32, bfloat16 or float16 [{n}], got {bias.dtype} {list(bias.shape)}")
+        raise InvalidInputError(
+            f"dequant_matmul: bias must be float32, bfloat16 or float16 [{n}], got {bias.dtype} {list(bias.shape)}"
+        )
     if activation not in ("exact", "int8"):
         raise InvalidInputError(f'dequant_matmul: activation must be "exact" or "int8", got {activation!r}')
     if bits not in (4, 8) or group_size == 0 or group_size < -1 or layout not in _LAYOUTS:
-        raise InvalidInputError(f"dequant_matmul: bits={bits}, group_size={group_size}, layout={layout!r} is no quantization that it knows")
+        raise InvalidInputError(
+            f"dequant_matmul: bits={bits}, group_size={group_size}, layout={layout!r} is no quantization that it knows"
+        )
     if layout == Layout.TILED.value:
         check_tiled_parts(packed, scale, zero_point, n, k, QuantSpec(bits, group_size, zero_point is None))
     else:
@@ -56,7 +60,9 @@ def _fake_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_s
 
 def _reference_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
     spec = QuantSpec(bits, group_size, zero_point is None)
-    return reference.dequant_matmul(x, QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)), bias, activation)
+    return reference.dequant_matmul(
+        x, QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)), bias, activation
+    )
 
 
 _define(
@@ -71,7 +77,9 @@ call_dequant_matmul = transforms.past_autograd(dequant_matmul_op)
 
 
 @public
-def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, *, activation: str = "exact") -> torch.Tensor:
+def dequant_matmul(
+    x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, *, activation: str = "exact"
+) -> torch.Tensor:
     """Linear layer with a quantized weight: ``x @ qt.dequantize(torch.float32).T + bias``, accumulated in float32.
 
     Args:
@@ -101,11 +109,17 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
 def _check_linear(x, weight, bias, dtype):
     for name, t, dim in (("x", x, 1), ("weight", weight, 2)):
         if t.dtype not in FLOAT_DTYPES or t.dim() < dim:
-            raise InvalidInputError(f"linear: {name} must be float32, bfloat16 or float16 with {dim} or more dimensions, got {t.dtype} {list(t.shape)}")
+            raise InvalidInputError(
+                f"linear: {name} must be float32, bfloat16 or float16 with {dim} or more dimensions, got {t.dtype} {list(t.shape)}"
+            )
     if weight.dim() != 2 or weight.dtype != x.dtype or x.shape[-1] != weight.shape[1]:
-        raise InvalidInputError(f"linear: weight must be {x.dtype} [N, {x.shape[-1]}] for this x, got {weight.dtype} {list(weight.shape)}")
+        raise InvalidInputError(
+            f"linear: weight must be {x.dtype} [N, {x.shape[-1]}] for this x, got {weight.dtype} {list(weight.shape)}"
+        )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in FLOAT_DTYPES):
-        raise InvalidInputError(f"linear: bias must be float32, bfloat16 or float16 [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
+        raise InvalidInputError(
+            f"linear: bias must be float32, bfloat16 or float16 [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
+        )
     if dtype not in (None, *FLOAT_DTYPES):
         raise InvalidInputError(f"linear: dtype must be float32, bfloat16 or float16, got {dtype}")
     same_device("linear", x, weight, bias)
@@ -125,7 +139,9 @@ linear_op = torch.ops.klfast.linear.default
 
 
 @public
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Linear layer, ``F.linear(x, weight, bias).to(dtype)`` without the intermediate, accumulated in float32.
 
     On a GPU it is torch's own product, and torch's settings (``torch.backends.cuda.matmul``) say how that is accumulated.

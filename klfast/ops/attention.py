@@ -14,13 +14,19 @@ from klfast.quant.types import FLOAT_DTYPES
 def _check(q, k, v, scale):
     for name, t, dims in (("q", q, 3), ("k", k, 4), ("v", v, 4)):
         if t.dtype not in FLOAT_DTYPES or t.dim() != dims:
-            raise InvalidInputError(f"decode_attention: {name} must be float32, bfloat16 or float16 with {dims} dimensions, got {t.dtype} {list(t.shape)}")
+            raise InvalidInputError(
+                f"decode_attention: {name} must be float32, bfloat16 or float16 with {dims} dimensions, got {t.dtype} {list(t.shape)}"
+            )
     batch, heads, key_dim = q.shape
     groups, keys = k.shape[1:3]
     if k.shape != (batch, groups, keys, key_dim) or v.shape[:3] != k.shape[:3]:
-        raise InvalidInputError(f"decode_attention: k must be [{batch}, groups, keys, {key_dim}] and v as k but for its last dimension, got {list(k.shape)} and {list(v.shape)}")
+        raise InvalidInputError(
+            f"decode_attention: k must be [{batch}, groups, keys, {key_dim}] and v as k but for its last dimension, got {list(k.shape)} and {list(v.shape)}"
+        )
     if not keys or not groups or heads % groups:
-        raise InvalidInputError(f"decode_attention: there must be a key, and a number of groups that divides the {heads} heads, got {list(k.shape)}")
+        raise InvalidInputError(
+            f"decode_attention: there must be a key, and a number of groups that divides the {heads} heads, got {list(k.shape)}"
+        )
     same_device("decode_attention", q, k, v)
 
 
@@ -28,7 +34,12 @@ def _fake(q, k, v, scale):
     return q.new_empty(*q.shape[:2], v.shape[-1])
 
 
-define("decode_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor", check=_check, fake=_fake, reference=reference.decode_attention)
+define(
+    "decode_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
+    check=_check,
+    fake=_fake,
+    reference=reference.decode_attention,
+)
 
 
 @public

@@ -48,7 +48,9 @@ def _check_logit_divergence(teacher, student, targets):
         if logits.dtype not in FLOAT_DTYPES:
             raise InvalidInputError(f"{op}: {who} logits must be float32, bfloat16 or float16, got {logits.dtype}")
     if teacher.shape != student.shape:
-        raise InvalidInputError(f"{op}: teacher {list(teacher.shape)} and student {list(student.shape)} logits must have one shape")
+        raise InvalidInputError(
+            f"{op}: teacher {list(teacher.shape)} and student {list(student.shape)} logits must have one shape"
+        )
     if teacher.dim() != 2 or teacher.shape[-1] == 0:
         raise InvalidInputError(f"{op}: logits must be [T, V] with V at least 1, got {list(teacher.shape)}")
     _check_targets(op, targets, teacher.shape[:-1])
@@ -78,7 +80,9 @@ _define(
 
 
 @public
-def logit_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, targets: torch.Tensor | None = None) -> Divergence:
+def logit_divergence(
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, targets: torch.Tensor | None = None
+) -> Divergence:
     """Compare two models' next-token distributions, token by token; no KL loses digits to cancellation.
 
     For KL(p || q) alone this replaces ``(p * (log_p - log_q)).sum(-1)`` with ``log_p, log_q = teacher.log_softmax(-1),
@@ -111,7 +115,11 @@ def logit_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor,
         )
     _check_targets("logit_divergence", targets, shape[:-1])
     vocab = shape[-1]
-    args = (teacher_logits.reshape(-1, vocab), student_logits.reshape(-1, vocab), None if targets is None else targets.reshape(-1))
+    args = (
+        teacher_logits.reshape(-1, vocab),
+        student_logits.reshape(-1, vocab),
+        None if targets is None else targets.reshape(-1),
+    )
     return _as_divergence(torch.ops.klfast.logit_divergence.default(*args), targets is not None)
 
 
@@ -127,22 +135,41 @@ def _as_divergence(metrics: torch.Tensor, with_targets: bool) -> Divergence:
 # parts of a QuantizedTensor.
 
 
-def _check_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
+def _check_linear_divergence(
+    teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization
+):
     op = "linear_divergence"
     layouts = quantization[2::3]
-    for who, hidden, weight, scale, layout in (("teacher", teacher, t_weight, t_scale, layouts[0]), ("student", student, s_weight, s_scale, layouts[1])):
+    for who, hidden, weight, scale, layout in (
+        ("teacher", teacher, t_weight, t_scale, layouts[0]),
+        ("student", student, s_weight, s_scale, layouts[1]),
+    ):
         if hidden.dtype not in FLOAT_DTYPES or (scale is None and weight.dtype not in FLOAT_DTYPES):
-            raise InvalidInputError(f"{op}: the {who}'s hidden states and head must be float32, bfloat16 or float16, got {hidden.dtype} and {weight.dtype}")
+            raise InvalidInputError(
+                f"{op}: the {who}'s hidden states and head must be float32, bfloat16 or float16, got {hidden.dtype} and {weight.dtype}"
+            )
         if hidden.dim() and hidden.shape[-1] == 0:
-            raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] with H at least 1, got {list(hidden.shape)}")
-        if hidden.dim() == 0 or weight.dim() != (3 if layout == Layout.TILED.value else 2) or (scale is None and hidden.shape[-1] != weight.shape[1]):
-            raise InvalidInputError(f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
+            raise InvalidInputError(
+                f"{op}: the {who}'s hidden states must be [..., H] with H at least 1, got {list(hidden.shape)}"
+            )
+        if (
+            hidden.dim() == 0
+            or weight.dim() != (3 if layout == Layout.TILED.value else 2)
+            or (scale is None and hidden.shape[-1] != weight.shape[1])
+        ):
+            raise InvalidInputError(
+                f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
+            )
     t_rows, s_rows = map(head_rows, (t_weight, s_weight), layouts)
     if t_rows != s_rows or t_rows == 0:
-        raise InvalidInputError(f"{op}: both heads must have the same number of rows, at least 1, got {t_rows} and {s_rows}")
+        raise InvalidInputError(
+            f"{op}: both heads must have the same number of rows, at least 1, got {t_rows} and {s_rows}"
+        )
     leading = teacher.dim() - 1
     if student.dim() < teacher.dim() or student.shape[student.dim() - 1 - leading : -1] != teacher.shape[:-1]:
-        raise InvalidInputError(f"{op}: the student's leading dimensions must end in the teacher's, got {list(student.shape)} and {list(teacher.shape)}")
+        raise InvalidInputError(
+            f"{op}: the student's leading dimensions must end in the teacher's, got {list(student.shape)} and {list(teacher.shape)}"
+        )
     _check_targets(op, targets, student.shape[:-1], teacher.shape[:-1])
     same_device(op, teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets)
 
@@ -151,7 +178,9 @@ def _fake_linear_divergence(teacher, t_weight, t_scale, t_zero, student, *rest):
     return student.new_empty((8, student.shape[:-1].numel()), dtype=torch.float32)
 
 
-def _reference_linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
+def _reference_linear_divergence(
+    teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization
+):
     t_head = as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
     s_head = as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
     teacher, student = teacher.reshape(-1, teacher.shape[-1]), student.reshape(-1, student.shape[-1])
@@ -171,7 +200,13 @@ _define(
 
 
 @public
-def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor | QuantizedTensor, student_hidden: torch.Tensor, student_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None = None) -> Divergence:
+def linear_divergence(
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor | QuantizedTensor,
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor | QuantizedTensor,
+    targets: torch.Tensor | None = None,
+) -> Divergence:
     """``logit_divergence(teacher_hidden @ teacher_head.T, student_hidden @ student_head.T, targets)`` without the logits.
 
     The vocabulary passes in blocks; every product is made in float32, whatever the operands' dtypes, and no logit is
@@ -195,8 +230,12 @@ def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor |
     for who, head, hidden in (("teacher", teacher_head, teacher_hidden), ("student", student_head, student_hidden)):
         if isinstance(head, QuantizedTensor):
             if hidden.dim() == 0 or hidden.shape[-1] != head.shape[1]:
-                raise InvalidInputError(f"linear_divergence: the {who}'s hidden states must be [..., {head.shape[1]}], got {list(hidden.shape)}")
-            heads.append(((head.packed, head.scale, head.zero_point), (head.spec.bits, head.spec.group_size, head.layout.value)))
+                raise InvalidInputError(
+                    f"linear_divergence: the {who}'s hidden states must be [..., {head.shape[1]}], got {list(hidden.shape)}"
+                )
+            heads.append(
+                ((head.packed, head.scale, head.zero_point), (head.spec.bits, head.spec.group_size, head.layout.value))
+            )
         else:
             heads.append(((head, None, None), (0, 0, "")))
     (teacher, teacher_format), (student, student_format) = heads

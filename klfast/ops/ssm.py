@@ -35,7 +35,9 @@ def _check(op, sizes, **tensors):
             fits &= sizes.setdefault(d, n) == n
         if not fits:
             before = dict(list(sizes.items())[:known])
-            raise InvalidInputError(f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}")
+            raise InvalidInputError(
+                f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}"
+            )
     same_device(op, *(tensor for tensor, _ in tensors.values()))
 
 
@@ -65,14 +67,18 @@ def _check_conv(op, x, weight, bias, state, state_name, silu):
     if sizes["W"] < 1:
         raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(weight.shape)}")
     if state is not None and sizes["S"] < sizes["W"] - 1:
-        raise InvalidInputError(f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}")
+        raise InvalidInputError(
+            f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}"
+        )
 
 
 def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
     for name, state in (("initial_states", initial_states), ("final_states_out", final_states_out)):
         _check_conv("causal_conv1d_fn", x, weight, bias, state, name, silu)
         if state is not None and state.shape[-1] != (past := weight.shape[-1] - 1):
-            raise InvalidInputError(f"causal_conv1d_fn: {name} must be [{x.shape[0]}, {x.shape[1]}, {past}], got {list(state.shape)}")
+            raise InvalidInputError(
+                f"causal_conv1d_fn: {name} must be [{x.shape[0]}, {x.shape[1]}, {past}], got {list(state.shape)}"
+            )
 
 
 def _fake_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
@@ -183,9 +189,18 @@ def causal_conv1d_update(
 def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     op, sizes = "selective_scan_fn", {}
     _check(
-        op, sizes, u=(u, "BDL"), delta=(delta, "BDL"), A=(A, "DN"), B=(B, "BGNL"), C=(C, "BGNL"), D=(D, "D"), z=(z, "BDL"),
-        delta_bias=(delta_bias, "D"), initial_states=(initial_states, "BDN"),
-    )  # fmt: skip
+        op,
+        sizes,
+        u=(u, "BDL"),
+        delta=(delta, "BDL"),
+        A=(A, "DN"),
+        B=(B, "BGNL"),
+        C=(C, "BGNL"),
+        D=(D, "D"),
+        z=(z, "BDL"),
+        delta_bias=(delta_bias, "D"),
+        initial_states=(initial_states, "BDN"),
+    )
     _check_groups(op, "channels", sizes["D"], sizes["G"])
 
 
@@ -255,7 +270,17 @@ def selective_scan_fn(
 def _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     op, sizes = "selective_state_update", {}
     _check(
-        op, sizes, state=(state, "BHPN"), x=(x, "BHP"), dt=(dt, "BHP"), A=(A, "HPN"), B=(B, "BGN"), C=(C, "BGN"), D=(D, "HP"), z=(z, "BHP"), dt_bias=(dt_bias, "HP")
+        op,
+        sizes,
+        state=(state, "BHPN"),
+        x=(x, "BHP"),
+        dt=(dt, "BHP"),
+        A=(A, "HPN"),
+        B=(B, "BGN"),
+        C=(C, "BGN"),
+        D=(D, "HP"),
+        z=(z, "BHP"),
+        dt_bias=(dt_bias, "HP"),
     )
     _check_groups(op, "heads", sizes["H"], sizes["G"])
 
@@ -318,7 +343,9 @@ def selective_state_update(
 # mamba_chunk_scan -------------------------------------------------------------------------------------------------
 
 
-def _check_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
+def _check_mamba_chunk_scan(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states
+):
     op, sizes = "mamba_chunk_scan_combined", {}
     _check(
         op,
@@ -338,9 +365,15 @@ def _check_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_so
         raise InvalidInputError(f"{op}: dt_limit must be (low, high) with low <= high, got ({dt_min}, {dt_max})")
 
 
-def _fake_mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
+def _fake_mamba_chunk_scan(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states
+):
     batch, _, heads, dim = x.shape
-    final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else x.new_empty(0, dtype=torch.float32)
+    final = (
+        x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32)
+        if return_final_states
+        else x.new_empty(0, dtype=torch.float32)
+    )
     return x.new_empty(x.shape), final
 
 
@@ -395,7 +428,9 @@ def mamba_chunk_scan_combined(
 
     Signature: mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined.
     """
-    _unsupported("mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
+    _unsupported(
+        "mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states
+    )
     if D is not None and D.dim() == 1 and x.dim() == 4:
         D = D[:, None].expand(-1, x.shape[-1])
     low, high = map(float, dt_limit)
@@ -427,7 +462,13 @@ _define(
 
 
 @public
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = None, eps: float = 1e-6, group_size: int | None = None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+) -> torch.Tensor:
     """Root-mean-square normalisation: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
 
     Args:

@@ -47,7 +47,10 @@ def _register_derivative(op: Callable) -> None:
     if torch_internals.MISSING:
         # torch's own registration: no forward mode, and neither torch.func.
         torch.library.register_autograd(
-            "klfast::dequant_matmul", lambda ctx, dy: derivative.backward(ctx, dy)[:-1], setup_context=_remember, lib=registry.LIBRARY
+            "klfast::dequant_matmul",
+            lambda ctx, dy: derivative.backward(ctx, dy)[:-1],
+            setup_context=_remember,
+            lib=registry.LIBRARY,
         )
         return
 
@@ -66,7 +69,9 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     """Whether one takes a gradient or carries a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return torch_internals.is_forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return torch_internals.is_forward_mode() and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def _below_autograd(op: Callable, keyset: object, args: tuple) -> torch.Tensor:
@@ -76,7 +81,9 @@ def _below_autograd(op: Callable, keyset: object, args: tuple) -> torch.Tensor:
 
 def _refuse_scale(scale: torch.Tensor) -> None:
     if _is_differentiated(scale):
-        raise InvalidInputError("dequant_matmul: the scale of a quantized weight takes no gradient; give it as scale.detach()")
+        raise InvalidInputError(
+            "dequant_matmul: the scale of a quantized weight takes no gradient; give it as scale.detach()"
+        )
 
 
 def _remember(ctx, inputs: tuple, output: torch.Tensor) -> None:
@@ -133,7 +140,10 @@ def _weight(packed, scale, zero_point, n, k, bits, group_size, layout, _):
 def _batched(op: Callable) -> Callable:
     def batched(info, in_dims, x, *rest):
         if any(dim is not None for dim in in_dims[1:]):  # another weight for each: one call for each
-            each = [[a if dim is None else a.select(dim, i) for a, dim in zip((x, *rest), in_dims, strict=True)] for i in range(info.batch_size)]
+            each = [
+                [a if dim is None else a.select(dim, i) for a, dim in zip((x, *rest), in_dims, strict=True)]
+                for i in range(info.batch_size)
+            ]
             return torch.stack([op(*args) for args in each]), 0
         x = x.movedim(in_dims[0], 0)
         return op(x, *rest), 0

@@ -92,7 +92,9 @@ def plan(
     if spec is not None and method != "uniform":
         raise InvalidInputError(f"spec belongs to method='uniform', not {method!r}; leave it out")
     if evaluate is not None and not callable(evaluate):
-        raise InvalidInputError(f"evaluate must be a function from a plan to a perplexity, got {type(evaluate).__name__}")
+        raise InvalidInputError(
+            f"evaluate must be a function from a plan to a perplexity, got {type(evaluate).__name__}"
+        )
     spec = None if spec is None else QuantSpec.of(spec)
     if time_limit != math.inf:
         time_limit = require_number("time_limit", time_limit, 0.0)
@@ -103,7 +105,9 @@ def plan(
     if evaluate is not None:
         return plan_greedy_evaluated(problem, budget, evaluate, gamma)
     if budget is None:
-        raise InvalidInputError("give a budget: max_bytes (of the model), mean_bits (per weight) or max_kl (nats per token)")
+        raise InvalidInputError(
+            "give a budget: max_bytes (of the model), mean_bits (per weight) or max_kl (nats per token)"
+        )
     if method == "greedy":
         return plan_greedy(problem, budget)
     return plan_optimal(problem, budget, time_limit)

@@ -38,10 +38,14 @@ class Budget:
         number = require_number(name, value, 0.0)
         if name == "max_bytes":
             return cls(name, value, math.floor(value) - problem.other_bytes)
-        if name == "mean_bits":  # rounded up by less than a byte, so that a plan's own predicted mean_bits is enough for it
+        if (
+            name == "mean_bits"
+        ):  # rounded up by less than a byte, so that a plan's own predicted mean_bits is enough for it
             return cls(name, value, math.floor(min(number, _ANY_BITS) * problem.n_weights / 8 * (1 + 1e-12)))
         if problem.metric not in KL_METRICS:
-            raise InvalidInputError(f"max_kl limits a KL, but the metric is {problem.metric}; use {' or '.join(KL_METRICS)}, or max_bytes")
+            raise InvalidInputError(
+                f"max_kl limits a KL, but the metric is {problem.metric}; use {' or '.join(KL_METRICS)}, or max_bytes"
+            )
         return cls(name, value, number)
 
     @property

@@ -49,5 +49,7 @@ def _parsed(keep: Keep | None) -> dict[str, QuantSpec | None]:
     if keep is None:
         return {}
     if not isinstance(keep, Mapping):
-        raise InvalidInputError(f"keep must map patterns to specs, such as {{'lm_head': 'int8-g64-sym'}}, got {type(keep).__name__}")
+        raise InvalidInputError(
+            f"keep must map patterns to specs, such as {{'lm_head': 'int8-g64-sym'}}, got {type(keep).__name__}"
+        )
     return {pattern: None if spec is None or spec == FULL else QuantSpec.of(spec) for pattern, spec in keep.items()}

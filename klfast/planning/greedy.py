@@ -31,10 +31,14 @@ def plan_greedy(problem: Problem, budget: Budget) -> Plan:
     return problem.plan(picks, "greedy")
 
 
-def plan_greedy_evaluated(problem: Problem, budget: Budget | None, evaluate: Callable[[Plan], float], gamma: float) -> Plan:
+def plan_greedy_evaluated(
+    problem: Problem, budget: Budget | None, evaluate: Callable[[Plan], float], gamma: float
+) -> Plan:
     """The paper's: a candidate stays if the perplexity that ``evaluate`` measures stays within gamma x baseline."""
     if budget is not None and not budget.of_bytes:
-        raise InvalidInputError("greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl")
+        raise InvalidInputError(
+            "greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl"
+        )
     gamma = require_number("gamma", gamma, 1.0)
     picks, notes = _start(problem), []
     baseline = perplexity = _perplexity(evaluate, problem.plan(problem.full, "greedy"))
@@ -43,7 +47,9 @@ def plan_greedy_evaluated(problem: Problem, budget: Budget | None, evaluate: Cal
     if any(choice.spec is not None for choice in picks.values()):
         perplexity = _perplexity(evaluate, problem.plan(picks, "greedy"))
         if not perplexity <= gamma * baseline:
-            notes.append(f"what keep asks for raises the perplexity to {perplexity:.4f}, above gamma times that of full precision")
+            notes.append(
+                f"what keep asks for raises the perplexity to {perplexity:.4f}, above gamma times that of full precision"
+            )
     accepted = tried = 0
     for name, choice in _candidates(problem):
         if budget is not None and budget.met(picks):

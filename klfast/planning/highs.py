@@ -15,11 +15,15 @@ import time
 
 _SCALE = 1e4
 _LEEWAY = 1e-9  # of the limit, given to HiGHS so that its tolerances cut off nothing that fits exactly
-_TIE_BREAK = 1e-8  # of the objective goes to the weights: of equally good solutions, the one that uses less of the budget
+_TIE_BREAK = (
+    1e-8  # of the objective goes to the weights: of equally good solutions, the one that uses less of the budget
+)
 _MAX_CUTS = 50
 
 
-def solve(options: list[list[tuple[float, float]]], limit: float, upper: float, seconds: float) -> tuple[list[int] | None, bool]:
+def solve(
+    options: list[list[tuple[float, float]]], limit: float, upper: float, seconds: float
+) -> tuple[list[int] | None, bool]:
     """Return the best choice found for each layer (None if none), and whether it is proven.
 
     Args:
@@ -46,13 +50,19 @@ def solve(options: list[list[tuple[float, float]]], limit: float, upper: float, 
     load = weight * (_SCALE / room) if room > 0 else np.where(weight > 0, _SCALE, 0.0)
     objective = value * (_SCALE / spread) + load * _TIE_BREAK
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(options), len(owner)))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(load[None], -np.inf, _SCALE * (1 + _LEEWAY) if room > 0 else 0.0)]
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(load[None], -np.inf, _SCALE * (1 + _LEEWAY) if room > 0 else 0.0),
+    ]
     for _ in range(_MAX_CUTS):
         left = deadline - time.monotonic()
         if left <= 0:
             break
         result = milp(
-            objective, integrality=np.ones(len(owner)), bounds=Bounds(0, 1), constraints=constraints,
+            objective,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
             options={"mip_rel_gap": 0.0, "time_limit": left},
         )
         if result.x is None:

@@ -20,7 +20,11 @@ _GRACE = 60.0  # seconds beyond the time limit for starting the process, and for
 
 
 def solve_milp(
-    options: Sequence[Sequence[tuple[float, float]]], kept: list[list[int]], limit: float, upper: float, time_limit: float
+    options: Sequence[Sequence[tuple[float, float]]],
+    kept: list[list[int]],
+    limit: float,
+    upper: float,
+    time_limit: float,
 ) -> tuple[list[int] | None, bool]:
     """Return the best solution found among the kept options (None if none), and whether it is proven.
 
@@ -37,7 +41,11 @@ def solve_milp(
     timeout = time_limit + _GRACE if math.isfinite(time_limit) else None
     try:
         done = subprocess.run(
-            [sys.executable, highs.__file__], input=json.dumps(request, default=float), capture_output=True, encoding="utf-8", timeout=timeout
+            [sys.executable, highs.__file__],
+            input=json.dumps(request, default=float),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
         return None, False

@@ -40,10 +40,14 @@ class Solution:
 
 
 def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
-    smallest = {name: min(choices, key=lambda c: budget.size(c) if budget.of_bytes else c.cost) for name, choices in problem.layers.items()}
+    smallest = {
+        name: min(choices, key=lambda c: budget.size(c) if budget.of_bytes else c.cost)
+        for name, choices in problem.layers.items()
+    }
     budget.require(problem, smallest, "raise the budget, or sweep specs with fewer bits")
     options = [
-        [(c.cost, budget.size(c)) if budget.of_bytes else (budget.size(c), c.cost) for c in choices] for choices in problem.layers.values()
+        [(c.cost, budget.size(c)) if budget.of_bytes else (budget.size(c), c.cost) for c in choices]
+        for choices in problem.layers.values()
     ]
     solution = solve(options, budget.limit, time_limit)
     picks = {name: choices[i] for (name, choices), i in zip(problem.layers.items(), solution.picks, strict=True)}
@@ -69,7 +73,10 @@ def solve(options: Sequence[Sequence[Option]], limit: float, time_limit: float =
     found, proven = _by_partial_plans(options, kept, limit, price, value, start + time_limit)
     if found is None and not proven:
         found, proven = solve_milp(options, kept, limit, value, max(time_limit - (time.monotonic() - start), 1.0))
-    if found is not None and (_total(options, found, 0), _total(options, found, 1)) < (value, _total(options, picks, 1)):
+    if found is not None and (_total(options, found, 0), _total(options, found, 1)) < (
+        value,
+        _total(options, picks, 1),
+    ):
         picks, value = found, _total(options, found, 0)
     return Solution(picks, 0.0 if proven else max(value - lower, 0.0))
 
@@ -135,12 +142,20 @@ def _reduce(
     lower = math.fsum([*least, -price * limit])
     # The rounding of sums this large must not cost an option.
     slack = upper - lower + 1e-12 * (upper + math.fsum(least) + price * limit)
-    kept = [[i for i, p in zip(front, row, strict=True) if p - m <= slack] for front, row, m in zip(fronts, priced, least, strict=True)]
+    kept = [
+        [i for i, p in zip(front, row, strict=True) if p - m <= slack]
+        for front, row, m in zip(fronts, priced, least, strict=True)
+    ]
     return lower, kept
 
 
 def _by_partial_plans(
-    options: Sequence[Sequence[Option]], kept: list[list[int]], limit: float, price: float, upper: float, deadline: float
+    options: Sequence[Sequence[Option]],
+    kept: list[list[int]],
+    limit: float,
+    price: float,
+    upper: float,
+    deadline: float,
 ) -> tuple[list[int] | None, bool]:
     """The best solution among the kept options (None if there is none below ``upper``), and whether it is proven."""
     # Extended precision where the machine has it: sums of doubles then decide at the limit as math.fsum does.

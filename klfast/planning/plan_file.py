@@ -44,10 +44,14 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.specs, Mapping):
-            raise InvalidInputError(f"the specs of a plan must be a mapping from layer names to specs, got {type(self.specs).__name__}")
+            raise InvalidInputError(
+                f"the specs of a plan must be a mapping from layer names to specs, got {type(self.specs).__name__}"
+            )
         object.__setattr__(self, "specs", {name: QuantSpec.of(spec) for name, spec in self.specs.items()})
         if self.scale not in (None, *SCALES):
-            raise InvalidInputError(f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}")
+            raise InvalidInputError(
+                f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}"
+            )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
@@ -75,7 +79,8 @@ def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
     data = {
         "schema": SCHEMA,
         "method": plan.method,
-        "fingerprint": plan.fingerprint and {"structure": plan.fingerprint.structure, "norms": list(plan.fingerprint.norms)},
+        "fingerprint": plan.fingerprint
+        and {"structure": plan.fingerprint.structure, "norms": list(plan.fingerprint.norms)},
         "specs": {name: str(spec) for name, spec in plan.specs.items()},
         "predicted": dict(plan.predicted),
         "notes": list(plan.notes),
@@ -84,7 +89,9 @@ def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
     try:
         return signed_json.write(data, path)
     except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"the plan cannot be written as JSON ({error}); its numbers must be finite, its notes text") from error
+        raise InvalidInputError(
+            f"the plan cannot be written as JSON ({error}); its numbers must be finite, its notes text"
+        ) from error
 
 
 def read(source: str | os.PathLike[str]) -> Plan:
@@ -98,7 +105,9 @@ def read(source: str | os.PathLike[str]) -> Plan:
     if schema != SCHEMA:
         if str(schema).startswith("klfast-sensitivities/"):
             raise CheckpointError(f"{origin} holds sensitivities; make a plan of them first (klfast plan)")
-        raise CheckpointError(f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give what klfast plan wrote")
+        raise CheckpointError(
+            f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give what klfast plan wrote"
+        )
     try:
         _check_entries(data)
         plan = _plan(data)
@@ -109,7 +118,9 @@ def read(source: str | os.PathLike[str]) -> Plan:
         signed_json.verify(data, origin, _REMEDY)
     except CheckpointError as error:
         remedy = f"{_REMEDY}, or if you edited it remove {' and '.join(_ADDED)}"
-        raise CheckpointError(f"{origin} is damaged (its content does not match its {signed_json.DIGEST}); {remedy}") from error
+        raise CheckpointError(
+            f"{origin} is damaged (its content does not match its {signed_json.DIGEST}); {remedy}"
+        ) from error
     return plan
 
 

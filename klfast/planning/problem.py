@@ -60,7 +60,9 @@ class Problem:
         n_left_out: measurements that no plan can use, since the metric is not finite.
     """
 
-    def __init__(self, sensitivities: Sensitivities, metric: str | None, settled: Mapping[str, QuantSpec | None] | None = None):
+    def __init__(
+        self, sensitivities: Sensitivities, metric: str | None, settled: Mapping[str, QuantSpec | None] | None = None
+    ):
         self.sensitivities = sensitivities
         self.settled = dict(settled or {})
         self.notes: list[str] = []
@@ -69,7 +71,9 @@ class Problem:
         self.metric = self._metric(metric)
         self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
         self.n_weights = sum(math.prod(info.shape) for info in sensitivities.layers.values())
-        self.full = {name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()}
+        self.full = {
+            name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()
+        }
         negative, noise, broken = 0, 0, []
         found: dict[str, list[Choice]] = {name: [] for name in self.full}
         for (name, measured), measurement in self._measurements.items():
@@ -83,10 +87,14 @@ class Problem:
             kl = _counted(kl) if kl is not None and abs(kl) < _TOO_LARGE else None
             shape = sensitivities.layers[name].shape
             spec = storable_spec(measured, shape[1])
-            found[name].append(Choice(spec, spec.saved_bytes(shape), _counted(cost), kl, measurement.mean.get("delta_ce"), measured))
+            found[name].append(
+                Choice(spec, spec.saved_bytes(shape), _counted(cost), kl, measurement.mean.get("delta_ce"), measured)
+            )
         self.n_left_out = len(broken)
         if broken and not any(found.values()):
-            raise InvalidInputError(f"{self.metric} is not finite in any measurement ({_some(broken)}); pass another metric or sweep again")
+            raise InvalidInputError(
+                f"{self.metric} is not finite in any measurement ({_some(broken)}); pass another metric or sweep again"
+            )
         self.layers = {name: self._choices(name, choices) for name, choices in found.items()}
         self._note_layers()
         self._note_measurements(negative, noise, broken)
@@ -110,8 +118,14 @@ class Problem:
             return [self.full[name]]
         if not found:
             specs = ", ".join(str(spec) for layer, spec in self.sensitivities.measurements if layer == name)
-            why = f"{self.metric} of {name} at {wanted} is not finite" if self._measured(name) else f"{name} was not measured at {wanted}"
-            raise InvalidInputError(f"{why} (measured: {specs or 'nothing'}), so keep cannot ask for it; choose another spec, or sweep it")
+            why = (
+                f"{self.metric} of {name} at {wanted} is not finite"
+                if self._measured(name)
+                else f"{name} was not measured at {wanted}"
+            )
+            raise InvalidInputError(
+                f"{why} (measured: {specs or 'nothing'}), so keep cannot ask for it; choose another spec, or sweep it"
+            )
         return [next((choice for choice in found if choice.spec == choice.measured), found[0])]
 
     def _measured(self, name: str) -> bool:
@@ -130,7 +144,9 @@ class Problem:
         for (name, spec), measurement in self._measurements.items():
             if asked not in measurement.mean:
                 held = ", ".join(measurement.mean) or "nothing"
-                raise InvalidInputError(f"{asked} was not measured for {name} at {spec} (only {held}); pass another metric or sweep with it")
+                raise InvalidInputError(
+                    f"{asked} was not measured for {name} at {spec} (only {held}); pass another metric or sweep with it"
+                )
         return asked
 
     def _note_layers(self) -> None:
@@ -140,7 +156,9 @@ class Problem:
         by_spec: dict[QuantSpec | None, list[str]] = {}
         for name, spec in self.settled.items():
             by_spec.setdefault(spec, []).append(name)
-        self.notes += [f"{_some(names)} kept in {spec or 'full precision'}, as asked" for spec, names in by_spec.items()]
+        self.notes += [
+            f"{_some(names)} kept in {spec or 'full precision'}, as asked" for spec, names in by_spec.items()
+        ]
         single = [name for name in self.free if len(self.layers[name]) == 1]
         missing = set(unmeasured(self.sensitivities)) if single else set()
         for why, names in (
@@ -154,7 +172,9 @@ class Problem:
         if negative:
             self.notes.append(f"{negative} negative measurements of {self.metric} were taken as 0")
         if noise:
-            self.notes.append(f"{noise} measurements lie below the noise floor: their order is chance, their size an upper bound")
+            self.notes.append(
+                f"{noise} measurements lie below the noise floor: their order is chance, their size an upper bound"
+            )
         if broken:
             self.notes.append(f"{_some(broken)} left out: {self.metric} is not finite")
 
@@ -178,7 +198,9 @@ class Problem:
         specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
         notes = [*self.notes, *self._note_groups(picks), *notes]
         scale = self.sensitivities.provenance.get("scale")
-        return Plan(specs, method, self.sensitivities.fingerprint, predicted, tuple(notes), scale if scale in SCALES else None)
+        return Plan(
+            specs, method, self.sensitivities.fingerprint, predicted, tuple(notes), scale if scale in SCALES else None
+        )
 
     def _note_groups(self, picks: dict[str, Choice]) -> list[str]:
         changed = Counter()

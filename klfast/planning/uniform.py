@@ -13,12 +13,15 @@ from klfast.quant.types import QuantSpec, storable_spec
 
 def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None) -> Plan:
     """``spec`` everywhere; without one, the measured spec that meets the budget best (least cost in bytes, or fewest
-    bytes under a KL)."""
+    bytes under a KL).
+    """
     if spec is not None:
         picks = {name: _choice(problem, name, spec) for name in problem.layers}
         if budget is not None:
             if not budget.of_bytes and any(c.kl is None for c in picks.values()):
-                raise InvalidInputError(f"{spec} was not measured on every layer, so its KL is not known; sweep it, or give max_bytes")
+                raise InvalidInputError(
+                    f"{spec} was not measured on every layer, so its KL is not known; sweep it, or give max_bytes"
+                )
             budget.require(problem, picks, "raise the budget or choose another spec")
         return _plan(problem, picks)
     if budget is None:
@@ -39,7 +42,8 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
 
 def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
     """``spec`` on that layer, or full precision where the spec saves nothing; cost infinite, KL None if not measured.
-    A layer that the user settled has its one choice."""
+    A layer that the user settled has its one choice.
+    """
     if name in problem.settled:
         return problem.layers[name][0]
     full = problem.full[name]

@@ -62,7 +62,15 @@ def convert(qt: QuantizedTensor, layout: Layout) -> QuantizedTensor:
 
 
 def parts_in(
-    layout: Layout, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, bits: int, group_size: int, given: str
+    layout: Layout,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    given: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """An op's arguments for a weight whose layout is called ``given``: its parts in ``layout``."""
     spec = QuantSpec(bits, group_size, zero_point is None)
@@ -76,7 +84,11 @@ def _tiled(qt: QuantizedTensor) -> QuantizedTensor:
     zero_point = None if qt.zero_point is None else _stored(packing.unpack(qt.zero_point.T, bits, n), bits)  # [G, N]
     # The zero point is taken off first, so that what fills the blocks becomes the zero point too.
     values = packing.unpack(qt.packed, bits, k).to(torch.int16)
-    zeros = torch.zeros(n, max(qt.scale.shape[1], 1), dtype=torch.int16, device=qt.device) if zero_point is None else zero_point.T.to(torch.int16) - middle
+    zeros = (
+        torch.zeros(n, max(qt.scale.shape[1], 1), dtype=torch.int16, device=qt.device)
+        if zero_point is None
+        else zero_point.T.to(torch.int16) - middle
+    )
     length = max(qt.spec.group_length(k), 1)
     values = fill_blocks(values - zeros.repeat_interleave(length, 1)[:, :k], bits, group)
     blocks = values.unflatten(1, (tiling.n_blocks, tiling.block))  # [N, n_blocks, block]
@@ -116,10 +128,14 @@ def _signed(stored: torch.Tensor, bits: int) -> torch.Tensor:
 def rows(qt: QuantizedTensor, index: torch.Tensor) -> QuantizedTensor:
     """The rows ``index`` (int64 [R]) of a tiled tensor, as a tiled tensor."""
     zero_point = None if qt.zero_point is None else qt.zero_point[:, index]
-    return QuantizedTensor(qt.packed[:, index], qt.scale[:, index], zero_point, (index.numel(), qt.shape[1]), qt.spec, qt.layout)
+    return QuantizedTensor(
+        qt.packed[:, index], qt.scale[:, index], zero_point, (index.numel(), qt.shape[1]), qt.spec, qt.layout
+    )
 
 
-def check_tiled_parts(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, spec: QuantSpec) -> None:
+def check_tiled_parts(
+    packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, spec: QuantSpec
+) -> None:
     """Raise InvalidInputError unless the parts of an [n, k] tensor have the shapes and dtypes of ``Layout.TILED``."""
     tiling = Tiling.of(k, spec.bits, spec.group_size)
     groups = spec.n_groups(k)
@@ -130,4 +146,6 @@ def check_tiled_parts(packed: torch.Tensor, scale: torch.Tensor, zero_point: tor
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
             wanted = " or ".join(map(str, dtypes))
-            raise InvalidInputError(f"{name} of a tiled [{n}, {k}] weight must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+            raise InvalidInputError(
+                f"{name} of a tiled [{n}, {k}] weight must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )

@@ -14,7 +14,9 @@ _CLIP_RATIOS = torch.linspace(1.0, 0.5, 26).tolist()
 _TILE = 1 << 18  # weights rounded at a time on a CPU: the passes over them stay in cache
 
 
-def quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+def quantize(
+    weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
     """Quantize a weight matrix, round to nearest (half to even).
 
     Args:
@@ -46,7 +48,9 @@ def quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absma
     return QuantizedTensor(packing.pack(q, spec.bits), s, zero_point, (n, k), spec)
 
 
-def fake_quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16) -> torch.Tensor:
+def fake_quantize(
+    weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16
+) -> torch.Tensor:
     """float32 [N, K], bit for bit ``quantize(...).dequantize(torch.float32)`` with the same arguments, nothing packed."""
     spec = QuantSpec.of(spec)
     _check(weight, scale, scale_dtype)
@@ -56,10 +60,14 @@ def fake_quantize(weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "
     return out
 
 
-_Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]  # q float32 [N, G, L]; scale and zero point [N, G, 1]
+_Rounded = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | float
+]  # q float32 [N, G, L]; scale and zero point [N, G, 1]
 
 
-def _rounded_tiles(weight: torch.Tensor, spec: QuantSpec, scale: str, scale_dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice, _Rounded]]:
+def _rounded_tiles(
+    weight: torch.Tensor, spec: QuantSpec, scale: str, scale_dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, slice, _Rounded]]:
     """(rows, columns, groups) of each tile with its rounded values; a ragged last group makes tiles of its own."""
     n, k = weight.shape
     length = spec.group_length(k)
@@ -98,7 +106,14 @@ def _round_best(groups: torch.Tensor, spec: QuantSpec, ratios: list[float], scal
     return _round(groups, low, span, best, spec, scale_dtype)
 
 
-def _round(groups: torch.Tensor, low: torch.Tensor | None, span: torch.Tensor, ratio: float | torch.Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> _Rounded:
+def _round(
+    groups: torch.Tensor,
+    low: torch.Tensor | None,
+    span: torch.Tensor,
+    ratio: float | torch.Tensor,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+) -> _Rounded:
     """Groups rounded on the grid of ``span * ratio``; ``low``, the range's lower end, only if asymmetric."""
     tiny = max(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps, 1e-30)  # float16: a subnormal
     steps = spec.q_max if spec.symmetric else spec.q_max - spec.q_min
@@ -133,7 +148,9 @@ def _why_not_finite(weight: torch.Tensor, scale_dtype: torch.dtype) -> str:
 
 def _check(weight: torch.Tensor, scale: str, scale_dtype: torch.dtype) -> None:
     if weight.dim() != 2 or not weight.numel():
-        raise InvalidInputError(f"quantize takes a matrix [N, K] with N and K at least 1, got shape {list(weight.shape)}")
+        raise InvalidInputError(
+            f"quantize takes a matrix [N, K] with N and K at least 1, got shape {list(weight.shape)}"
+        )
     if weight.dtype not in FLOAT_DTYPES:
         raise InvalidInputError(f"quantize takes float32, bfloat16 or float16 weights, got {weight.dtype}")
     if scale not in ("absmax", "mse"):

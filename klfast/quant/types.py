@@ -41,8 +41,14 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in (4, 8):
             raise InvalidInputError(f"bits must be 4 or 8, an integer, got {self.bits!r}")
-        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or (self.group_size < 1 and self.group_size != -1):
-            raise InvalidInputError(f"group_size must be a positive integer, or -1 for one group a row, got {self.group_size!r}")
+        if (
+            not isinstance(self.group_size, int)
+            or isinstance(self.group_size, bool)
+            or (self.group_size < 1 and self.group_size != -1)
+        ):
+            raise InvalidInputError(
+                f"group_size must be a positive integer, or -1 for one group a row, got {self.group_size!r}"
+            )
         if not isinstance(self.symmetric, bool):
             raise InvalidInputError(f"symmetric must be True or False, got {self.symmetric!r}")
 
@@ -58,7 +64,9 @@ class QuantSpec:
             InvalidInputError: the text does not describe a spec.
         """
         if not isinstance(text, str):
-            raise InvalidInputError(f"a quantization spec must be a QuantSpec or text such as int4-g64-sym, got {type(text).__name__}")
+            raise InvalidInputError(
+                f"a quantization spec must be a QuantSpec or text such as int4-g64-sym, got {type(text).__name__}"
+            )
         match = re.fullmatch(r"int([48])(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?", text)
         if match is None:
             raise InvalidInputError(f"{text!r} is not a quantization spec (examples: int4-g64-sym, int8-channel-asym)")
@@ -98,7 +106,8 @@ class QuantSpec:
 
     def saved_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes that a quantized [N, K] weight has in a saved file: ``nbytes`` and weight_shape. Names and offsets, which
-        stand in the file's header, are not counted."""
+        stand in the file's header, are not counted.
+        """
         return self.nbytes(shape) + SHAPE_BYTES
 
 
@@ -166,7 +175,9 @@ class QuantizedTensor:
 
             check_tiled_parts(self.packed, self.scale, self.zero_point, *self.shape, self.spec)
         else:
-            check_parts(self.packed, self.scale, self.zero_point, *self.shape, self.spec.bits, self.spec.n_groups(self.shape[1]))
+            check_parts(
+                self.packed, self.scale, self.zero_point, *self.shape, self.spec.bits, self.spec.n_groups(self.shape[1])
+            )
 
     @property
     def nbytes(self) -> int:
@@ -179,7 +190,9 @@ class QuantizedTensor:
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same tensor on another device."""
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return QuantizedTensor(self.packed.to(device), self.scale.to(device), zero_point, self.shape, self.spec, self.layout)
+        return QuantizedTensor(
+            self.packed.to(device), self.scale.to(device), zero_point, self.shape, self.spec, self.layout
+        )
 
     def to_layout(self, layout: Layout) -> QuantizedTensor:
         """The same tensor in another layout; itself if it has that already."""
@@ -189,13 +202,16 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The [N, K] float matrix, computed in ``dtype`` (the scale's by default: bit for bit what
-        compressed-tensors decompresses)."""
+        compressed-tensors decompresses).
+        """
         from klfast.quant import packing
 
         return packing.dequantize(self, dtype)
 
 
-def check_parts(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, bits: int, groups: int) -> None:
+def check_parts(
+    packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, bits: int, groups: int
+) -> None:
     """Raise InvalidInputError unless the parts of an [n, k] tensor have the shapes and dtypes of ``Layout.PLAIN``."""
     _expect("packed", packed, (n, packed_words(k, bits)), (torch.int32,))
     _expect("scale", scale, (n, groups), FLOAT_DTYPES)

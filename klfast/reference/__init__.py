@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from klfast.quant.packing import dequantize
-from klfast.quant.packing import pack, unpack  # noqa: F401 (public names of this module)
+from klfast.quant.packing import dequantize, pack, unpack  # noqa: F401 (public names of this module)
 from klfast.quant.types import QuantizedTensor, QuantSpec
 
 
-def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact") -> torch.Tensor:
+def dequant_matmul(
+    x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact"
+) -> torch.Tensor:
     """x [..., K] times the dequantized [N, K] transposed, plus bias [N]: [..., N] in x's dtype, accumulated in float32.
 
     "int8" first rounds x per row and group of the weight: x ~ q * s with s = max|x| / 127 and q = round(x / s).
@@ -22,7 +23,9 @@ def dequant_matmul(x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | No
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N], accumulated in float32, rounded to x's dtype, then to ``dtype``."""
     y = x.float() @ weight.float().T
     return (y if bias is None else y + bias.float()).to(x.dtype).to(dtype or x.dtype)

@@ -29,13 +29,22 @@ def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torc
     return metrics.float()
 
 
-def linear_divergence(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor | QuantizedTensor, student_hidden: torch.Tensor, student_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None) -> torch.Tensor:
+def linear_divergence(
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor | QuantizedTensor,
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor | QuantizedTensor,
+    targets: torch.Tensor | None,
+) -> torch.Tensor:
     """``logit_divergence`` of hidden states [T, H] and [S * T, H] times their heads [V, H], multiplied in float32.
 
     Token s * T + t of the student is compared with token t of the teacher.
     """
     tokens = student_hidden.shape[0]
-    heads = [head.dequantize(torch.float32) if isinstance(head, QuantizedTensor) else head.float() for head in (teacher_head, student_head)]
+    heads = [
+        head.dequantize(torch.float32) if isinstance(head, QuantizedTensor) else head.float()
+        for head in (teacher_head, student_head)
+    ]
     check_targets(targets, heads[0].shape[0])
     metrics = torch.empty(8, tokens, device=student_hidden.device)
     for start in range(0, tokens, _CHUNK):
@@ -61,7 +70,9 @@ def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor
         ce = torch.stack([-x.gather(-1, index).squeeze(-1) for x in (log_p, log_q)])
         ce = ce.masked_fill(targets == IGNORED_TARGET, math.nan)
     agree = (_first_argmax(teacher) == _first_argmax(student)).double()
-    return torch.stack((_kl(log_p, log_q), _kl(log_q, log_p), jsd.clamp(min=0), noise / teacher.shape[-1], sqnr, *ce, agree))
+    return torch.stack(
+        (_kl(log_p, log_q), _kl(log_q, log_p), jsd.clamp(min=0), noise / teacher.shape[-1], sqnr, *ce, agree)
+    )
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -89,7 +100,9 @@ def check_targets(targets: torch.Tensor | None, vocab: int) -> None:
     bad = ((targets < 0) & (targets != IGNORED_TARGET)) | (targets >= vocab)
     if bad.any():
         value = targets[bad][0].item()
-        raise InvalidInputError(f"targets must be in 0..{vocab - 1}, or {IGNORED_TARGET} to ignore a token; got {value}")
+        raise InvalidInputError(
+            f"targets must be in 0..{vocab - 1}, or {IGNORED_TARGET} to ignore a token; got {value}"
+        )
 
 
 def raise_not_finite(who: str, token: int, column: int) -> None:

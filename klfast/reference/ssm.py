@@ -46,7 +46,11 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_so
     dt = _step_size(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus)
     repeats = u.shape[1] // B.shape[1]
     B, C = (t.float().repeat_interleave(repeats, 1) for t in (B, C))  # [B, D, N, L]
-    h = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32) if initial_states is None else initial_states.float().clone()
+    h = (
+        u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32)
+        if initial_states is None
+        else initial_states.float().clone()
+    )
     y = torch.empty(u.shape, dtype=torch.float32, device=u.device)
     for t in range(u.shape[-1]):
         step, x = dt[..., t, None], u[..., t, None].float()
@@ -80,7 +84,9 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
         step = dt[:, t, :, None, None]
         h = torch.exp(step * A.float()[:, None, None]) * h + step * x[:, t, ..., None].float() * B[:, t]
         y[:, t] = (h * C[:, t]).sum(-1)
-    final = h.clone(memory_format=torch.contiguous_format) if return_final_states else x.new_empty(0, dtype=torch.float32)
+    final = (
+        h.clone(memory_format=torch.contiguous_format) if return_final_states else x.new_empty(0, dtype=torch.float32)
+    )
     return _finish(y, x, D, z).to(x.dtype), final
 
 

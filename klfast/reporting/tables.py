@@ -39,7 +39,9 @@ class Table:
 
     def data(self) -> dict[str, object]:
         """For JSON, which lacks NaN and infinity: those are None."""
-        rows = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows]
+        rows = [
+            [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows
+        ]
         return {"title": self.title, "headings": list(self.headings), "rows": rows}
 
     def markdown(self) -> str:
@@ -88,7 +90,8 @@ def ranking(sensitivities: Sensitivities, metric: str, top: int) -> Table:
     for spec, found in _by_spec(sensitivities).items():
         worst = sorted(found.items(), key=lambda item: _harm(metric, item[1]), reverse=True)[:top]
         rows += [
-            (str(spec), name, m.mean[metric], m.stderr.get(metric, math.nan), "below" if m.below_noise else "") for name, m in worst
+            (str(spec), name, m.mean[metric], m.stderr.get(metric, math.nan), "below" if m.below_noise else "")
+            for name, m in worst
         ]
     return Table("Most sensitive layers", ("spec", "layer", metric, "standard error", "noise floor"), tuple(rows))
 
@@ -109,14 +112,18 @@ def by_use(sensitivities: Sensitivities, metric: str) -> Table:
     specs = sorted({spec for *_, spec in found})
     rows = []
     for label in dict.fromkeys((kind(name), use) for name, use, _ in found):
-        groups = [[value for (name, use, s), value in found.items() if (kind(name), use) == label and s == spec] for spec in specs]
+        groups = [
+            [value for (name, use, s), value in found.items() if (kind(name), use) == label and s == spec]
+            for spec in specs
+        ]
         rows.append((*label, *(math.fsum(group) / len(group) if group else None for group in groups)))
     return Table(f"By use of a layer's rows: mean {metric}", ("kind", "rows", *map(str, specs)), tuple(rows))
 
 
 def by_kind_and_depth(sensitivities: Sensitivities, metric: str, spec: QuantSpec, parts: int = 3) -> Table:
     """Means of one spec over the layers of one kind: a column for each run of blocks (``parts`` of about equal length) and
-    one for all, a row a kind of layer within the blocks, the most sensitive first, and one for all kinds."""
+    one for all, a row a kind of layer within the blocks, the most sensitive first, and one for all kinds.
+    """
     found = {name: m for name, m in _by_spec(sensitivities).get(spec, {}).items() if depth(name) is not None}
     blocks = sorted({depth(name) for name in found})
     ends = [round(len(blocks) * part / parts) for part in range(parts + 1)]
@@ -124,7 +131,13 @@ def by_kind_and_depth(sensitivities: Sensitivities, metric: str, spec: QuantSpec
 
     def row(label: str, names: list[str]) -> tuple[Cell, ...]:
         groups = [*([name for name in names if depth(name) in run] for run in runs), names]
-        return (label, *(math.fsum(found[name].mean[metric] for name in group) / len(group) if group else None for group in groups))
+        return (
+            label,
+            *(
+                math.fsum(found[name].mean[metric] for name in group) / len(group) if group else None
+                for group in groups
+            ),
+        )
 
     rows = [row(label, [name for name in found if kind(name) == label]) for label in dict.fromkeys(map(kind, found))]
     rows.sort(key=lambda cells: cells[-1], reverse=metric not in _BETTER_HIGH)
@@ -151,7 +164,9 @@ def agreement(sensitivities: Sensitivities, metric: str) -> Table:
         for other, values in columns.items():
             names = [name for name in blocks if name in values]
             if len(names) > 1:
-                tau = kendalltau([_harm(metric, blocks[name]) for name in names], [values[name] for name in names]).statistic
+                tau = kendalltau(
+                    [_harm(metric, blocks[name]) for name in names], [values[name] for name in names]
+                ).statistic
                 rows.append((str(spec), other, float(tau), len(names)))
     return Table(f"Kendall's tau with {metric}", ("spec", "metric", "tau", "layers"), tuple(rows))
 
@@ -161,7 +176,10 @@ def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[
 
     Without ``sensitivities`` the layers that keep full precision are not known, and not counted.
     """
-    facts: list[tuple[Cell, ...]] = [("method", plan.method), *((_PREDICTED.get(name, name), value) for name, value in plan.predicted.items())]
+    facts: list[tuple[Cell, ...]] = [
+        ("method", plan.method),
+        *((_PREDICTED.get(name, name), value) for name, value in plan.predicted.items()),
+    ]
     facts += [("note", note) for note in plan.notes]
     names = plan.specs if sensitivities is None else sensitivities.layers
     counts = Counter((kind(name), str(plan.specs.get(name, FULL))) for name in names)
@@ -182,10 +200,16 @@ def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None =
     """
     metric = _metric(sensitivities, metric)
     models = (plan.fingerprint, sensitivities.fingerprint)
-    if (None not in models and not models[0].matches(models[1])) or not plan.specs.keys() <= sensitivities.layers.keys():
-        raise ModelMismatchError("the plan and the sensitivities are of different models; give those that the plan was made from")
+    if (
+        None not in models and not models[0].matches(models[1])
+    ) or not plan.specs.keys() <= sensitivities.layers.keys():
+        raise ModelMismatchError(
+            "the plan and the sensitivities are of different models; give those that the plan was made from"
+        )
     means = {key: measurement.mean for key, measurement in sensitivities.measurements.items()}
-    measured = {(name, storable_spec(spec, sensitivities.layers[name].shape[1])): mean for (name, spec), mean in means.items()}
+    measured = {
+        (name, storable_spec(spec, sensitivities.layers[name].shape[1])): mean for (name, spec), mean in means.items()
+    }
     measured |= means  # of two that are stored as the same spec, the one that was measured as stored
     rows = []
     for name, info in sensitivities.layers.items():
@@ -203,7 +227,9 @@ def write(path: str | os.PathLike[str], tables: Iterable[Table]) -> None:
     elif suffix == ".json":
         write_atomic(path, json.dumps([table.data() for table in tables], indent=1, allow_nan=False) + "\n")
     else:
-        raise InvalidInputError(f"a report is written as .md or .json, not {suffix or 'without a suffix'!r}; rename {path}")
+        raise InvalidInputError(
+            f"a report is written as .md or .json, not {suffix or 'without a suffix'!r}; rename {path}"
+        )
 
 
 def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str | None = None) -> None:
@@ -216,7 +242,9 @@ def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str
     metric = _metric(sensitivities, metric)
     suffix = Path(path).suffix
     if suffix not in (".png", ".svg", ".pdf"):
-        raise InvalidInputError(f"a plot is written as .png, .svg or .pdf, not {suffix or 'without a suffix'!r}; rename {path}")
+        raise InvalidInputError(
+            f"a plot is written as .png, .svg or .pdf, not {suffix or 'without a suffix'!r}; rename {path}"
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -233,10 +261,14 @@ def _figure(sensitivities: Sensitivities, metric: str):
     from matplotlib.figure import Figure
 
     found = _by_spec(sensitivities)
-    kinds = dict.fromkeys(kind(name) for measurements in found.values() for name in measurements if depth(name) is not None)
+    kinds = dict.fromkeys(
+        kind(name) for measurements in found.values() for name in measurements if depth(name) is not None
+    )
     colors = {name_kind: colormaps["tab10"](i % 10) for i, name_kind in enumerate(kinds)}
     figure = Figure(figsize=(5 * len(found) + 1.5, 3.5), layout="constrained")
-    for axes, (spec, measurements) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True):
+    for axes, (spec, measurements) in zip(
+        figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
+    ):
         blocks = {name: m for name, m in measurements.items() if depth(name) is not None}
         for name_kind, color in colors.items():
             if points := [(depth(name), m.mean[metric]) for name, m in blocks.items() if kind(name) == name_kind]:
@@ -245,7 +277,9 @@ def _figure(sensitivities: Sensitivities, metric: str):
             axes.axhline(measurements[name].mean[metric], label=kind(name), color="gray", linestyle=":")
         axes.set(title=str(spec), xlabel="block", yscale="linear" if metric in (*_BETTER_HIGH, "delta_ce") else "log")
     figure.axes[0].set_ylabel(metric)
-    labelled = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labelled = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(labelled.values(), labelled.keys(), loc="outside right upper", fontsize="small")
     return figure
 
@@ -266,7 +300,9 @@ def _metric(sensitivities: Sensitivities, asked: str | None) -> str:
     if asked is None and held:
         return held[0]
     if asked not in held:
-        raise InvalidInputError(f"{asked} was not measured for every candidate; choose one of {', '.join(held) or 'none'}")
+        raise InvalidInputError(
+            f"{asked} was not measured for every candidate; choose one of {', '.join(held) or 'none'}"
+        )
     return asked
 
 
@@ -287,7 +323,9 @@ def _means(sensitivities: Sensitivities, metric: str, title: str, heading: str, 
     keys = [k for k in dict.fromkeys(map(key, sensitivities.layers)) if k is not None]
     rows = []
     for k in keys:
-        groups = [[m.mean[metric] for name, m in measurements.items() if key(name) == k] for measurements in found.values()]
+        groups = [
+            [m.mean[metric] for name, m in measurements.items() if key(name) == k] for measurements in found.values()
+        ]
         if any(groups):
             rows.append((str(k), *(math.fsum(group) / len(group) if group else None for group in groups)))
     return Table(f"{title}: mean {metric}", (heading, *map(str, found)), tuple(rows))

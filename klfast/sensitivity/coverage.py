@@ -9,7 +9,9 @@ from klfast.sensitivity.results import Sensitivities
 def require_measurements(sensitivities: Sensitivities) -> None:
     """Raise InvalidInputError if nothing was measured."""
     if not sensitivities.layers or not sensitivities.measurements:
-        raise InvalidInputError(f"the sensitivities hold no measurements; {unfinished_note(sensitivities) or 'run klfast.sweep first'}")
+        raise InvalidInputError(
+            f"the sensitivities hold no measurements; {unfinished_note(sensitivities) or 'run klfast.sweep first'}"
+        )
 
 
 def unmeasured(sensitivities: Sensitivities) -> list[str]:

@@ -87,7 +87,9 @@ def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns |
 def choose_metrics(metrics: Iterable[str]) -> list[str]:
     """The metrics to report, checked, in the order of ``METRICS``; kl_teacher_student in any case."""
     if not isinstance(metrics, Iterable):
-        raise InvalidInputError(f"metrics must be names, got {type(metrics).__name__}; choose from {', '.join(METRICS)}")
+        raise InvalidInputError(
+            f"metrics must be names, got {type(metrics).__name__}; choose from {', '.join(METRICS)}"
+        )
     wanted = [metrics] if isinstance(metrics, str) else list(metrics)
     if unknown := [name for name in wanted if name not in METRICS]:
         raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
@@ -98,7 +100,9 @@ def refuse_damaged(names: Iterable[str], norms: Iterable[float]) -> None:
     """Raise if the norm of a linear layer's weight is not finite: neither the sweep nor its files can hold such a model."""
     for name, norm in zip(names, norms, strict=True):
         if not math.isfinite(norm):
-            raise InvalidInputError(f"the weight of {name} holds a NaN, an infinity or numbers too large to add up; repair the checkpoint before sweeping it")
+            raise InvalidInputError(
+                f"the weight of {name} holds a NaN, an infinity or numbers too large to add up; repair the checkpoint before sweeping it"
+            )
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:

@@ -55,7 +55,9 @@ class _Mamba:
             "dt_proj": (self.inner, self.dt_rank),
             "out_proj": (self.hidden, self.inner),
         }
-        layers = {f"backbone.layers.{i}.mixer.{name}": shape for i in range(self.blocks) for name, shape in block.items()}
+        layers = {
+            f"backbone.layers.{i}.mixer.{name}": shape for i in range(self.blocks) for name, shape in block.items()
+        }
         return {**layers, "lm_head": (self.vocabulary, self.hidden)}
 
     def other_weights(self) -> int:
@@ -68,7 +70,9 @@ class _Mamba:
 _MODELS = (_Mamba("state-spaces/mamba-130m", 24, 768, 1536, 48), _Mamba("state-spaces/mamba-1.4b", 48, 2048, 4096, 128))
 
 
-def read(data: object, *, bits: int | None = None, dtype_bytes: int = 2, origin: str = "the JSON text") -> Sensitivities:
+def read(
+    data: object, *, bits: int | None = None, dtype_bytes: int = 2, origin: str = "the JSON text"
+) -> Sensitivities:
     """Sensitivities from the parsed JSON of one file.
 
     Args:
@@ -137,12 +141,18 @@ def read_files(paths: Iterable[str | os.PathLike[str]], *, dtype_bytes: int = 2)
 
 def _merge(a: Sensitivities, b: Sensitivities, path: Path) -> Sensitivities:
     if a.provenance["model"] != b.provenance["model"]:
-        raise CheckpointError(f"{path} is of {b.provenance['model']}, the files before it of {a.provenance['model']}; read them apart")
+        raise CheckpointError(
+            f"{path} is of {b.provenance['model']}, the files before it of {a.provenance['model']}; read them apart"
+        )
     if a.measurements.keys() & b.measurements.keys():
         raise CheckpointError(f"{path} repeats a bit width that was read already; give one file for each")
     perplexity = {**a.provenance["perplexity"], **b.provenance["perplexity"]}
     return Sensitivities(
-        None, a.layers, a.other_bytes, {**a.measurements, **b.measurements}, provenance={**a.provenance, "perplexity": perplexity}
+        None,
+        a.layers,
+        a.other_bytes,
+        {**a.measurements, **b.measurements},
+        provenance={**a.provenance, "perplexity": perplexity},
     )
 
 
@@ -154,7 +164,9 @@ def _model(data: object) -> _Mamba:
         if data.keys() == model.shapes().keys():
             return model
     known = " or ".join(model.name for model in _MODELS)
-    raise CheckpointError(f"neither klfast's sensitivities nor the published ones of {known}: their layer names differ; check the file")
+    raise CheckpointError(
+        f"neither klfast's sensitivities nor the published ones of {known}: their layer names differ; check the file"
+    )
 
 
 def _row(name: str, row: object) -> dict[str, float]:

@@ -47,7 +47,9 @@ def _take(beside: str, path: str | os.PathLike[str]) -> int:
                 return handle
         except BlockingIOError:
             os.close(handle)
-            raise InvalidInputError(f"another sweep is working on {os.fspath(path)}; wait for it, stop it, or name another file") from None
+            raise InvalidInputError(
+                f"another sweep is working on {os.fspath(path)}; wait for it, stop it, or name another file"
+            ) from None
         except OSError:  # a file system without locks
             return handle
         os.close(handle)  # the lock of a sweep that has just ended, and removed it

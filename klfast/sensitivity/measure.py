@@ -92,14 +92,19 @@ class Engine:
                 self._blame_block(carries)
             return Teacher(passage, carries[:-1], self._compared(hidden)[0], input_ids[:, 1:].flatten())
 
-    def measure_block(self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None) -> torch.Tensor:
+    def measure_block(
+        self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None
+    ) -> torch.Tensor:
         """All of ``candidates``, at most COMPARED_TOGETHER, whose layers lie in block ``index``."""
         windows, length = teacher.passage.input_ids.shape
         width = max(1, self.max_batch_tokens // (windows * length))
         finals = [] if unfinished is None else list(unfinished.finals)
         for part in chunks(candidates, width)[len(finals) // width :]:
             if unfinished is None:
-                carry, start = Carry.stack([self._own_block(teacher, index, candidate) for candidate in part]), index + 1
+                carry, start = (
+                    Carry.stack([self._own_block(teacher, index, candidate) for candidate in part]),
+                    index + 1,
+                )
                 self.pause(Unfinished(list(finals), carry, start))
             else:
                 carry, start, unfinished = unfinished.carry, unfinished.block, None
@@ -110,7 +115,9 @@ class Engine:
                 finals.append(final)
         return self._compare(teacher, torch.cat(finals))
 
-    def measure_head(self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None) -> torch.Tensor:
+    def measure_head(
+        self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None
+    ) -> torch.Tensor:
         """The head under one spec. A tied embedding looks up the quantized rows, which changes the whole network."""
         with self._swapped(candidate):
             if tied:
@@ -193,13 +200,20 @@ class Engine:
 
     def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
         if not torch.isfinite(hidden).all():
-            raise InvalidInputError(f"{candidate} makes the model's hidden states NaN or infinite; leave this layer out of `layers`, or sweep other specs")
+            raise InvalidInputError(
+                f"{candidate} makes the model's hidden states NaN or infinite; leave this layer out of `layers`, or sweep other specs"
+            )
 
     def _blame_block(self, carries: Sequence[Carry]) -> None:
         names = {id(module): name for name, module in self.chain.model.named_modules()}
         places = ["the embedding", *(names[id(block)] for block in self.chain.blocks)]
-        broken = next((place for place, carry in zip(places, carries, strict=True) if not torch.isfinite(carry.hidden).all()), "the final norm")
-        raise InvalidInputError(f"the full-precision model's hidden states are NaN or infinite from {broken} on; repair the checkpoint before sweeping it")
+        broken = next(
+            (place for place, carry in zip(places, carries, strict=True) if not torch.isfinite(carry.hidden).all()),
+            "the final norm",
+        )
+        raise InvalidInputError(
+            f"the full-precision model's hidden states are NaN or infinite from {broken} on; repair the checkpoint before sweeping it"
+        )
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

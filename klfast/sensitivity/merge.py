@@ -24,15 +24,24 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     found = Sensitivities.from_json(paths[0])
     if found.fingerprint is None:
         return kl_ssm_quant.read_files(paths)
-    merged = replace(found, measurements=dict(found.measurements), rows=dict(found.rows), provenance=dict(found.provenance))
+    merged = replace(
+        found, measurements=dict(found.measurements), rows=dict(found.rows), provenance=dict(found.provenance)
+    )
     for path in paths[1:]:
         other = Sensitivities.from_json(path)
         is_known = other.fingerprint is not None and other.fingerprint.matches(found.fingerprint)
         if not is_known or (other.layers, other.other_bytes) != (found.layers, found.other_bytes):
-            raise ModelMismatchError(f"{os.fspath(path)} and {os.fspath(paths[0])} are of different models; give files of one model")
-        if twice := [*(other.measurements.keys() & merged.measurements.keys()), *(other.rows.keys() & merged.rows.keys())]:
+            raise ModelMismatchError(
+                f"{os.fspath(path)} and {os.fspath(paths[0])} are of different models; give files of one model"
+            )
+        if twice := [
+            *(other.measurements.keys() & merged.measurements.keys()),
+            *(other.rows.keys() & merged.rows.keys()),
+        ]:
             name, *_, spec = min(twice)
-            raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out")
+            raise InvalidInputError(
+                f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out"
+            )
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):

@@ -85,14 +85,24 @@ class Sensitivities:
 
         ``extra`` adds top-level entries that ``from_json`` passes over: the state of an unfinished sweep.
         """
-        fingerprint = self.fingerprint and {"structure": self.fingerprint.structure, "norms": list(self.fingerprint.norms)}
+        fingerprint = self.fingerprint and {
+            "structure": self.fingerprint.structure,
+            "norms": list(self.fingerprint.norms),
+        }
         data = {
             "schema": SCHEMA,
             "fingerprint": fingerprint,
-            "layers": {name: {"shape": list(info.shape), "float_bytes": info.float_bytes} for name, info in self.layers.items()},
+            "layers": {
+                name: {"shape": list(info.shape), "float_bytes": info.float_bytes} for name, info in self.layers.items()
+            },
             "other_bytes": self.other_bytes,
-            "measurements": [{"layer": name, "spec": str(spec), **_entry(m)} for (name, spec), m in self.measurements.items()],
-            "rows": [{"layer": name, "use": use, "spec": str(spec), **_entry(m)} for (name, use, spec), m in self.rows.items()],
+            "measurements": [
+                {"layer": name, "spec": str(spec), **_entry(m)} for (name, spec), m in self.measurements.items()
+            ],
+            "rows": [
+                {"layer": name, "use": use, "spec": str(spec), **_entry(m)}
+                for (name, use, spec), m in self.rows.items()
+            ],
             "noise_floor": numbers_to_json(self.noise_floor),
             "provenance": self.provenance,
             **(extra or {}),
@@ -124,7 +134,9 @@ class Sensitivities:
         """Those that were read from ``origin``, unverified; CheckpointError, naming the remedy, if the data are none."""
         schema = data.get("schema") if isinstance(data, dict) else None
         if str(schema).startswith("klfast-plan/"):
-            raise CheckpointError(f"{origin} is a plan; give what klfast sweep wrote (klfast report SENSITIVITIES --plan PLAN shows a plan)")
+            raise CheckpointError(
+                f"{origin} is a plan; give what klfast sweep wrote (klfast report SENSITIVITIES --plan PLAN shows a plan)"
+            )
         if schema != SCHEMA:
             raise CheckpointError(f"{origin} has schema {schema!r}, this klfast reads {SCHEMA!r}; {remedy}")
         try:
@@ -133,10 +145,18 @@ class Sensitivities:
                 _fingerprint(data["fingerprint"], len(layers)),
                 layers,
                 whole(data["other_bytes"], "other_bytes"),
-                {(entry["layer"], QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data["measurements"]},
+                {
+                    (entry["layer"], QuantSpec.parse(entry["spec"])): _measurement(entry)
+                    for entry in data["measurements"]
+                },
                 {name: _mean(name, value) for name, value in data["noise_floor"].items()},
                 dict(is_a(dict, data["provenance"], "provenance")),
-                {(entry["layer"], is_a(str, entry["use"], "use"), QuantSpec.parse(entry["spec"])): _measurement(entry) for entry in data.get("rows", ())},
+                {
+                    (entry["layer"], is_a(str, entry["use"], "use"), QuantSpec.parse(entry["spec"])): _measurement(
+                        entry
+                    )
+                    for entry in data.get("rows", ())
+                },
             )
             if "ce_teacher" in found.provenance:
                 number(found.provenance["ce_teacher"], "ce_teacher", most=_MOST)
@@ -144,7 +164,9 @@ class Sensitivities:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{origin} is damaged ({what}); {remedy}") from error
         if unknown := [name for name, *_ in (*found.measurements, *found.rows) if name not in layers]:
-            raise CheckpointError(f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}")
+            raise CheckpointError(
+                f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}"
+            )
         return found
 
 
@@ -154,7 +176,12 @@ def numbers_to_json(numbers: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def _entry(m: Measurement) -> dict[str, object]:
-    return {"tokens": m.tokens, "below_noise": m.below_noise, "mean": numbers_to_json(m.mean), "stderr": numbers_to_json(m.stderr)}
+    return {
+        "tokens": m.tokens,
+        "below_noise": m.below_noise,
+        "mean": numbers_to_json(m.mean),
+        "stderr": numbers_to_json(m.stderr),
+    }
 
 
 def _fingerprint(data: object, layers: int) -> Fingerprint | None:
@@ -173,8 +200,13 @@ def _layer(name: str, info: Mapping[str, object]) -> LayerInfo:
 
 def _measurement(entry: Mapping[str, object]) -> Measurement:
     mean = {name: _mean(name, value) for name, value in entry["mean"].items()}
-    stderr = {name: math.nan if value == "nan" else number(value, f"the standard error of {name}", most=_MOST) for name, value in entry["stderr"].items()}
-    return Measurement(mean, stderr, whole(entry["tokens"], "tokens", 1), is_a(bool, entry["below_noise"], "below_noise"))
+    stderr = {
+        name: math.nan if value == "nan" else number(value, f"the standard error of {name}", most=_MOST)
+        for name, value in entry["stderr"].items()
+    }
+    return Measurement(
+        mean, stderr, whole(entry["tokens"], "tokens", 1), is_a(bool, entry["below_noise"], "below_noise")
+    )
 
 
 def _mean(name: str, value: object) -> float:

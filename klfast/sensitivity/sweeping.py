@@ -116,7 +116,15 @@ def sweep(
             "max_batch_tokens": max_batch_tokens,
             "dtype": str(chain.head.weight.dtype),
         }
-        run = _Run(blank, Engine(chain, scale, max_batch_tokens), windows, steps(chain, names, specs, rows), settings, reported, resume)
+        run = _Run(
+            blank,
+            Engine(chain, scale, max_batch_tokens),
+            windows,
+            steps(chain, names, specs, rows),
+            settings,
+            reported,
+            resume,
+        )
         with nullcontext() if resume is None else lock.held(resume):
             return run.finish(progress)
 
@@ -137,7 +145,9 @@ class _Run:
         self.blank, self.engine, self.windows, self.steps = blank, engine, windows, steps
         self.settings, self.reported, self.path = settings, reported, path
         self.rows = steps[-1].first + steps[-1].rows
-        self.work = list(accumulate((step.work for step in steps), initial=0.0))  # before each step, and of a micro-batch
+        self.work = list(
+            accumulate((step.work for step in steps), initial=0.0)
+        )  # before each step, and of a micro-batch
         self.tally = Tally(self.rows, len(COLUMNS))
         self.micro_batch, self.step = 0, 0  # what comes next
         self.unfinished: Unfinished | None = None  # how far it has come
@@ -149,7 +159,9 @@ class _Run:
             self._load()
         self._save()  # a path that cannot be written is better found out now
         self.engine.pause = self._pause
-        done = self.micro_batch * self.rows + (self.steps[self.step].first if self.micro_batch < len(self.windows) else 0)
+        done = self.micro_batch * self.rows + (
+            self.steps[self.step].first if self.micro_batch < len(self.windows) else 0
+        )
         try:
             with reporter(progress, "sweep", len(self.windows) * self.rows, done) as self.advance:
                 self.advance(0, "", self._share(self.unfinished))
@@ -180,7 +192,9 @@ class _Run:
         if step.place == "noise":
             return self.engine.measure_noise(teacher, self.micro_batch, unfinished)
         if step.place == "head":
-            return self.engine.measure_head(teacher, *step.candidates, is_head_tied(self.engine.chain.model), unfinished)
+            return self.engine.measure_head(
+                teacher, *step.candidates, is_head_tied(self.engine.chain.model), unfinished
+            )
         return self.engine.measure_block(teacher, step.place, step.candidates, unfinished)
 
     def _require_finite(self, step: Step, sums: torch.Tensor) -> None:
@@ -189,7 +203,9 @@ class _Run:
         if len(broken):
             row, column, _ = broken[0].tolist()
             who = step.candidates[row] if step.candidates else "the noise floor"
-            raise InvalidInputError(f"{COLUMNS[column]} of {who} is NaN or infinite; leave this layer out of `layers`, or sweep other specs")
+            raise InvalidInputError(
+                f"{COLUMNS[column]} of {who} is NaN or infinite; leave this layer out of `layers`, or sweep other specs"
+            )
 
     def _pause(self, unfinished: Unfinished) -> None:
         """Between two blocks of a step."""
@@ -254,7 +270,12 @@ class _Run:
         return f"{os.fspath(self.path)}.step"
 
     def _state(self) -> dict[str, object]:
-        return {"settings": self.settings, "steps": len(self.steps), "next": [self.micro_batch, self.step], "sums": self.tally.to_data()}
+        return {
+            "settings": self.settings,
+            "steps": len(self.steps),
+            "next": [self.micro_batch, self.step],
+            "sums": self.tally.to_data(),
+        }
 
     def _save(self, and_unfinished: bool = False) -> None:
         """Write what has been measured, if that has changed, and how far the present step has come."""
@@ -302,10 +323,14 @@ class _Run:
         except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}); {remedy}") from error
         signed_json.verify(data, origin, remedy)
-        self.unfinished = unfinished.read(self._beside, signed_json.digest(self._state()), self.engine.chain.head.weight.device)
+        self.unfinished = unfinished.read(
+            self._beside, signed_json.digest(self._state()), self.engine.chain.head.weight.device
+        )
         if self.unfinished is not None:
             self._load_costs(self.unfinished.costs)
 
     def _load_costs(self, costs: Mapping[str, object]) -> None:
-        self.engine.seconds.update({stage: signed_json.number(costs[stage], f"seconds of {stage}") for stage in self.engine.seconds})
+        self.engine.seconds.update(
+            {stage: signed_json.number(costs[stage], f"seconds of {stage}") for stage in self.engine.seconds}
+        )
         self.engine.block_tokens = signed_json.whole(costs["block_tokens"], "block_tokens")

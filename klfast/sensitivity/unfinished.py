@@ -39,7 +39,13 @@ def write(path: str | os.PathLike[str], unfinished: Unfinished, after: str) -> N
     parts |= {f"carry.{i}": part for i, part in enumerate((unfinished.carry.hidden, *unfinished.carry.extra))}
     tensors = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
     finals = len(unfinished.finals)
-    facts = {"after": after, "block": unfinished.block, "costs": unfinished.costs, "finals": finals, "carry": len(parts) - finals}
+    facts = {
+        "after": after,
+        "block": unfinished.block,
+        "costs": unfinished.costs,
+        "finals": finals,
+        "carry": len(parts) - finals,
+    }
     write_atomic(path, save(tensors, {"facts": json.dumps(facts), "sha256": _digest(facts, tensors)}))
 
 

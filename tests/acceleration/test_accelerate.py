@@ -85,7 +85,10 @@ def test_one_token_compiles(model):
         prompt = ids(1, 5)
         caches = [model(prompt, use_cache=True).cache_params for _ in range(2)]
         for token in ids(1, 3).split(1, dim=1):
-            found, expected = (forward(token, use_cache=True, cache_params=cache).logits for forward, cache in zip((compiled, model), caches, strict=True))
+            found, expected = (
+                forward(token, use_cache=True, cache_params=cache).logits
+                for forward, cache in zip((compiled, model), caches, strict=True)
+            )
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -218,8 +221,18 @@ def test_threads_share_an_accelerated_model(model):
 def test_says_so_of_state_space_layers_that_it_does_not_know():
     from transformers import BambaConfig, BambaForCausalLM
 
-    config = BambaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                         mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, attn_layer_indices=[])  # fmt: skip
+    config = BambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        attn_layer_indices=[],
+    )
     model = BambaForCausalLM(config)
     with pytest.warns(klfast.SlowPathWarning, match="BambaMixer"):
         klfast.accelerate(model)
@@ -280,7 +293,9 @@ def test_hymba_runs_klfast_ops_on_a_device_with_kernels(attention, monkeypatch):
 def test_the_model_takes_its_own_path_where_a_kernel_is_missing(model, there, called, monkeypatch):
     has_kernels(there, monkeypatch)
     monkeypatch.setattr("klfast.dispatch.pins._warned", set())
-    with pytest.warns(klfast.SlowPathWarning, match=r"(Mixer|Norm\w*) \[.* runs the model's own forward: klfast has no meta kernel"):
+    with pytest.warns(
+        klfast.SlowPathWarning, match=r"(Mixer|Norm\w*) \[.* runs the model's own forward: klfast has no meta kernel"
+    ):
         assert ops_called_off_the_cpu(klfast.accelerate(model)) == called
 
 
@@ -300,7 +315,9 @@ def test_mamba_ssm_is_refused_off_cuda(model, device, monkeypatch):
         monkeypatch.setitem(sys.modules, package, ModuleType(package))
     parameters = [SimpleNamespace(device=torch.device(device)) for _ in model.parameters()]
     monkeypatch.setattr(model, "parameters", lambda: iter(parameters))
-    with pytest.raises(InvalidInputError, match=f"needs a model on a CUDA device, this one is on {device}; move it") as caught:
+    with pytest.raises(
+        InvalidInputError, match=f"needs a model on a CUDA device, this one is on {device}; move it"
+    ) as caught:
         klfast.accelerate(model, ssm="mamba_ssm")
     assert "\n" not in str(caught.value)
     assert not any(is_accelerated(m) for m in model.modules())
@@ -311,14 +328,16 @@ def test_mamba_ssm_is_refused_off_cuda(model, device, monkeypatch):
 def test_mamba_ssm_is_refused_where_a_package_is_missing(model, missing, monkeypatch):
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None if package == missing else ModuleType(package))
-    with pytest.raises(KernelUnavailableError, match=f"needs the package {missing}, which cannot be imported") as caught:
+    with pytest.raises(
+        KernelUnavailableError, match=f"needs the package {missing}, which cannot be imported"
+    ) as caught:
         klfast.accelerate(model, ssm="mamba_ssm")
     assert "\n" not in str(caught.value)
     assert not any(is_accelerated(m) for m in model.modules())
 
 
 def test_an_unknown_ssm_is_refused(model):
-    with pytest.raises(InvalidInputError, match="\"klfast\" or \"mamba_ssm\", got 'mamba'"):
+    with pytest.raises(InvalidInputError, match='"klfast" or "mamba_ssm", got \'mamba\''):
         klfast.accelerate(model, ssm="mamba")
     assert not any(is_accelerated(m) for m in model.modules())
 

@@ -17,7 +17,11 @@ from klfast.acceleration import forwards
 from klfast.acceleration.patch import is_accelerated
 
 SSM = ["mamba", "mamba2", "falcon_mamba"]
-_CONFIGS = {"mamba": transformers.MambaConfig, "mamba2": transformers.Mamba2Config, "falcon_mamba": transformers.FalconMambaConfig}
+_CONFIGS = {
+    "mamba": transformers.MambaConfig,
+    "mamba2": transformers.Mamba2Config,
+    "falcon_mamba": transformers.FalconMambaConfig,
+}
 
 
 def mixers(model):
@@ -61,18 +65,39 @@ def configured(family, dtype=torch.float32, **changes):
 
 CHANGES = [
     *({"hidden_act": act} for act in ("gelu", "relu", "gelu_pytorch_tanh", "tanh", "linear", "swish", "quick_gelu")),
-    {"use_conv_bias": False}, {"use_bias": True}, {"use_conv_bias": False, "hidden_act": "relu"}, {"layer_norm_epsilon": 0.1},
-    {"expand": 1}, {"residual_in_fp32": False}, *({"conv_kernel": width} for width in (1, 2, 3, 7)),
-    {"state_size": 5}, {"state_size": 24}, {"time_step_rank": 3},
-]  # fmt: skip
+    {"use_conv_bias": False},
+    {"use_bias": True},
+    {"use_conv_bias": False, "hidden_act": "relu"},
+    {"layer_norm_epsilon": 0.1},
+    {"expand": 1},
+    {"residual_in_fp32": False},
+    *({"conv_kernel": width} for width in (1, 2, 3, 7)),
+    {"state_size": 5},
+    {"state_size": 24},
+    {"time_step_rank": 3},
+]
 OF_ONE_FAMILY = [
-    ("falcon_mamba", {"mixer_rms_eps": 0.1}), ("mamba", {"use_associative_scan": False}), ("mamba", {"use_mambapy": True}),
-    *(("mamba2", change) for change in ({"n_groups": 1}, {"n_groups": 8}, {"chunk_size": 5}, {"chunk_size": 256},
-                                        {"time_step_limit": (0.01, 0.2)}, {"time_step_limit": (0.0, 0.5)}, {"num_heads": 16, "head_dim": 8})),
-]  # fmt: skip
+    ("falcon_mamba", {"mixer_rms_eps": 0.1}),
+    ("mamba", {"use_associative_scan": False}),
+    ("mamba", {"use_mambapy": True}),
+    *(
+        ("mamba2", change)
+        for change in (
+            {"n_groups": 1},
+            {"n_groups": 8},
+            {"chunk_size": 5},
+            {"chunk_size": 256},
+            {"time_step_limit": (0.01, 0.2)},
+            {"time_step_limit": (0.0, 0.5)},
+            {"num_heads": 16, "head_dim": 8},
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize("family, changes", [*((family, change) for change in CHANGES for family in SSM), *OF_ONE_FAMILY], ids=str)
+@pytest.mark.parametrize(
+    "family, changes", [*((family, change) for change in CHANGES for family in SSM), *OF_ONE_FAMILY], ids=str
+)
 def test_every_configuration_computes_what_transformers_does(family, changes):
     if family == "mamba2" and changes.get("expand") == 1:
         changes = {**changes, "num_heads": 4}
@@ -111,7 +136,9 @@ def test_falcon_mamba_decodes_with_the_norms_that_it_has():
         mixer.c_layernorm.eps = 0.5
         mixers(model)[1].b_layernorm.register_forward_hook(lambda module, args, output: output * 2)
     ids = batch(2, 12)
-    torch.testing.assert_close(in_chunks(fast, ids, [10, 1, 1]), in_chunks(plain, ids, [10, 1, 1]), atol=3e-5, rtol=3e-5)
+    torch.testing.assert_close(
+        in_chunks(fast, ids, [10, 1, 1]), in_chunks(plain, ids, [10, 1, 1]), atol=3e-5, rtol=3e-5
+    )
 
 
 # torch.compile ----------------------------------------------------------------------------------------------------
@@ -151,7 +178,9 @@ def test_another_activation_compiles(family):
     plain, fast = configured(family, hidden_act="gelu")
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    torch.testing.assert_close(logits(compiled, batch(2, 9), use_cache=False), logits(plain, batch(2, 9)), rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(
+        logits(compiled, batch(2, 9), use_cache=False), logits(plain, batch(2, 9)), rtol=3e-5, atol=3e-5
+    )
 
 
 def test_the_convolution_compiles_with_inductor():
@@ -256,7 +285,10 @@ def test_modules_with_another_forward_keep_it_and_are_named():
     model = tiny("mamba2")
     ids, plain = batch(), logits(tiny("mamba2"), batch())
     hook_around(mixers(model)[1])
-    with pytest.warns(klfast.SlowPathWarning, match=r"replaced the forward of backbone\.layers\.1\.mixer in this Mamba2ForCausalLM; call klfast\.accelerate before"):
+    with pytest.warns(
+        klfast.SlowPathWarning,
+        match=r"replaced the forward of backbone\.layers\.1\.mixer in this Mamba2ForCausalLM; call klfast\.accelerate before",
+    ):
         klfast.accelerate(model)
     assert [is_accelerated(mixer) for mixer in mixers(model)] == [True, False]
     torch.testing.assert_close(logits(model, ids), plain, rtol=2e-5, atol=2e-5)
@@ -282,6 +314,7 @@ def test_a_hook_around_an_accelerated_module_is_left_in_place():
 
 def counted(original, module):
     """A forward for a class, as another library writes it."""
+
     def forward(self, hidden_states, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
         return original(self, hidden_states, *args, **kwargs)
@@ -316,7 +349,9 @@ def test_functions_that_are_patched_later_are_seen(monkeypatch):
     monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda *args: calls.append(1) or original(*args))
     logits(model, batch())
     assert len(calls) == 4, "twice in each of two mixers"
-    assert all(getattr(module, name) is function for name, function in before.items()), "transformers' own functions stay in their places"
+    assert all(getattr(module, name) is function for name, function in before.items()), (
+        "transformers' own functions stay in their places"
+    )
 
 
 # Layers that klfast has no functions for --------------------------------------------------------------------------
@@ -328,13 +363,22 @@ OTHERS = {
     "Lfm2ShortConv": lambda: transformers.Lfm2Config(**_SMALL, **_ATTENTION, layer_types=["conv", "full_attention"]),
     "RecurrentGemma": lambda: transformers.RecurrentGemmaConfig(**_SMALL, **_ATTENTION, lru_width=32),
     "MiniMaxLightningAttention": lambda: transformers.MiniMaxConfig(
-        **_SMALL, **_ATTENTION, head_dim=8, num_local_experts=2, layer_types=["linear_attention", "full_attention"]),
+        **_SMALL, **_ATTENTION, head_dim=8, num_local_experts=2, layer_types=["linear_attention", "full_attention"]
+    ),
     "xLSTM": lambda: transformers.xLSTMConfig(**_SMALL, num_heads=2, num_blocks=2),
     "Qwen3NextGatedDeltaNet": lambda: transformers.Qwen3NextConfig(
-        **_SMALL, **_ATTENTION, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"]),
-    "BambaMixer": lambda: transformers.BambaConfig(**_SMALL, **_ATTENTION, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, attn_layer_indices=[]),
-}  # fmt: skip
+        **_SMALL,
+        **_ATTENTION,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "BambaMixer": lambda: transformers.BambaConfig(
+        **_SMALL, **_ATTENTION, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, attn_layer_indices=[]
+    ),
+}
 
 
 @pytest.mark.usefixtures("warned")

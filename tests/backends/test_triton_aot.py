@@ -22,7 +22,9 @@ def test_compiles_for_hopper(name):
     assert bool(compiled.count("HGMMA", "HMMA")) == (matrix == "float"), compiled
     assert bool(compiled.count("IGMMA", "IMMA")) == (matrix == "int8"), compiled
     if limits := 2 * ("clamped" in name) + ("ssd" in name):
-        assert compiled.count("FMNMX.NAN") >= limits, "a NaN in dt or A is not lost; the interpreter keeps it in any case"
+        assert compiled.count("FMNMX.NAN") >= limits, (
+            "a NaN in dt or A is not lost; the interpreter keeps it in any case"
+        )
     if "gemv" in name:
         assert compiled.count("LDG.E.128"), "the weight comes in pieces of 16 bytes"
         assert compiled.count("BAR") <= 1, "threads meet once, at the end"

@@ -7,7 +7,9 @@ import pytest
 from klfast.kernels import dequant_common as common
 
 BYTES = np.arange(256, dtype=np.uint64)
-PACKED = BYTES | (BYTES[::-1] << 8) | ((BYTES * 7 % 256) << 16) | ((BYTES * 29 % 256) << 24)  # uint32 [256], as the low half of uint64
+PACKED = (
+    BYTES | (BYTES[::-1] << 8) | ((BYTES * 7 % 256) << 16) | ((BYTES * 29 % 256) << 24)
+)  # uint32 [256], as the low half of uint64
 COLUMNS = [(PACKED >> 8 * i) & 0xFF for i in range(4)]
 TAKEN = {"LOW": lambda byte: byte & 15, "HIGH": lambda byte: byte >> 4, "WHOLE": lambda byte: byte}
 
@@ -15,13 +17,22 @@ TAKEN = {"LOW": lambda byte: byte & 15, "HIGH": lambda byte: byte >> 4, "WHOLE":
 def run(code: str, *operands: np.ndarray, results: int) -> list[np.ndarray]:
     """The result registers, uint32 values [256], of operands that follow them in number."""
     registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
-    for name, target, *sources in (re.split(r"[ ,]+", line.strip()) for line in code.strip("{} ").split(";")[1:] if line.strip()):
+    for name, target, *sources in (
+        re.split(r"[ ,]+", line.strip()) for line in code.strip("{} ").split(";")[1:] if line.strip()
+    ):
         a, *rest = (registers[s] if s in registers else np.full(256, int(s, 0), dtype=np.uint64) for s in sources)
         if name == "prmt.b32":
             both = a | (rest[0] << 32)
             registers[target] = sum(((both >> (8 * ((rest[1] >> 4 * i) & 7))) & 0xFF) << 8 * i for i in range(4))
         else:
-            compute = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "shr": np.right_shift, "sub": np.subtract, "mov": np.array}
+            compute = {
+                "and": np.bitwise_and,
+                "or": np.bitwise_or,
+                "xor": np.bitwise_xor,
+                "shr": np.right_shift,
+                "sub": np.subtract,
+                "mov": np.array,
+            }
             registers[target] = compute[name.removesuffix(".b32").removesuffix(".u32")](a, *rest) & 0xFFFFFFFF
     return [registers[f"${i}"] for i in range(results)]
 
@@ -43,7 +54,9 @@ def test_values_lie_below_the_constant(take, form, constant):
 @pytest.mark.parametrize("take", ["LOW", "HIGH"])
 @pytest.mark.parametrize("zero", range(16))
 def test_int8_values_less_their_zero_point(take, zero):
-    [found] = run(getattr(common, f"{take}_INT8").value, PACKED, np.full(256, zero * 0x01010101, dtype=np.uint64), results=1)
+    [found] = run(
+        getattr(common, f"{take}_INT8").value, PACKED, np.full(256, zero * 0x01010101, dtype=np.uint64), results=1
+    )
     for i, column in enumerate(COLUMNS):
         values = ((found >> 8 * i) & 0xFF).astype(np.uint8).view(np.int8)
         np.testing.assert_array_equal(values, TAKEN[take](column).astype(np.int8) - zero)

@@ -11,11 +11,10 @@ import sys
 import time
 
 import triton
+from triton_launches import launches
 from xpu import machine_code
 from xpu.lunar_lake import Compiled, compile_for_lunar_lake
 from xpu.workers import each
-
-from triton_launches import launches
 
 
 def main() -> int:
@@ -41,7 +40,10 @@ def compile_all() -> tuple[dict[str, Compiled], int]:
             failures += 1
             print(f"FAILED  {name}: {compiled.dpas} DPAS", flush=True)
     count = sum(bool(compiled.dpas) for compiled in shipped.values())
-    print(f"triton {triton.__version__} (XPU), target lnl: {len(shipped)} programs compile, {count} of them with DPAS", flush=True)
+    print(
+        f"triton {triton.__version__} (XPU), target lnl: {len(shipped)} programs compile, {count} of them with DPAS",
+        flush=True,
+    )
     return shipped, failures
 
 

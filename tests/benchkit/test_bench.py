@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 import klfast
-from klfast.benchkit import peers, runner
 from bench import document, machine, results, test_linear, test_sweep
+from klfast.benchkit import peers, runner
 from klfast.benchkit.runner import Contender, Group, Race, Unavailable
 from klfast.benchkit.settings import Settings
 from klfast.cli import app
@@ -28,7 +28,24 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would not time
-        run = klf("bench", "linear", "--quick", "--shapes", "64x96", "--rows", "3", "--threads", 1, "--device", "cpu", "--isa", "scalar", "--out", out, "--json")
+        run = klf(
+            "bench",
+            "linear",
+            "--quick",
+            "--shapes",
+            "64x96",
+            "--rows",
+            "3",
+            "--threads",
+            1,
+            "--device",
+            "cpu",
+            "--isa",
+            "scalar",
+            "--out",
+            out,
+            "--json",
+        )
     assert run.exit_code == 0, run.output
     return out, json.loads(run.stdout)
 
@@ -39,12 +56,24 @@ def test_a_run_writes_csv_markdown_and_a_picture(ran):
     with (out / "linear.csv").open() as file:
         rows = {row["contender"]: row for row in csv.DictReader(file)}
     assert list(rows.values()) == printed["rows"]
-    assert {"klfast int4 exact", "klfast int8 int8", "klfast linear bf16", "torch fp32", "torch bf16", "torch int4pack"} <= set(rows)
+    assert {
+        "klfast int4 exact",
+        "klfast int8 int8",
+        "klfast linear bf16",
+        "torch fp32",
+        "torch bf16",
+        "torch int4pack",
+    } <= set(rows)
     for row in rows.values():
         assert float(row["min_s"]) <= float(row["median_s"]) and int(row["rounds"]) >= 3
-        assert float(row["share_of_floor"]) > 0 and float(row["read_gbps"]) > 0 and float(row["peak_float32_tflops"]) > 0
+        assert (
+            float(row["share_of_floor"]) > 0 and float(row["read_gbps"]) > 0 and float(row["peak_float32_tflops"]) > 0
+        )
         assert row["machine"] and row["tier"] == "scalar" and row["threads"] == "1" and row["torch"] and row["time"]
-    assert all(float(rows["klfast int4 exact"][results.RATIO + peer]) > 0 for peer in ("torch fp32", "torch bf16", "torch fp16", "torch int4pack", "torch int8pack"))
+    assert all(
+        float(rows["klfast int4 exact"][results.RATIO + peer]) > 0
+        for peer in ("torch fp32", "torch bf16", "torch fp16", "torch int4pack", "torch int8pack")
+    )
     table = (out / "linear.md").read_text()
     assert "| 64x96, M=3 | klfast int4 exact |" in table and "tier scalar, 1 threads" in table
 
@@ -66,7 +95,10 @@ def test_the_committed_page_is_made_from_the_committed_results():
     assert document.DOCUMENT.read_text() == document.render(document.RESULTS), "run python -m bench.document"
 
 
-@pytest.mark.parametrize("wrong", [["foo"], ["--shapes", "64"], ["--rows", "1;2"], ["--isa", "sse"], ["--device", "tpu"], ["--working-set", "much"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["foo"], ["--shapes", "64"], ["--rows", "1;2"], ["--isa", "sse"], ["--device", "tpu"], ["--working-set", "much"]],
+)
 def test_wrong_usage(wrong):
     assert klf("bench", *wrong).exit_code == 2
 
@@ -92,7 +124,9 @@ def race(device="cpu", /, **errors):
         return Contender([lambda i=i: calls.append((name, i)) for i in range(2)], lambda: error, 1e-3)
 
     found = Race(SimpleNamespace(device=device, seconds=0.0))
-    found.enter(Group("group", {}, {name: lambda name=name, error=error: built(name, error) for name, error in errors.items()}))
+    found.enter(
+        Group("group", {}, {name: lambda name=name, error=error: built(name, error) for name, error in errors.items()})
+    )
     return found, calls
 
 
@@ -145,8 +179,16 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
 
 
 def test_sizes_for_gpus_alone():
-    names = {device: [group.name for suite in (test_linear, test_sweep) for group in suite.groups(Settings(device=device))] for device in ("cpu", "xpu")}
-    assert set(names["xpu"]) - set(names["cpu"]) >= {"8192x8192, M=1", "8192x8192, M=64", "2048x8192, M=4096", "mamba-1.4b, 8x256 tokens"}
+    names = {
+        device: [group.name for suite in (test_linear, test_sweep) for group in suite.groups(Settings(device=device))]
+        for device in ("cpu", "xpu")
+    }
+    assert set(names["xpu"]) - set(names["cpu"]) >= {
+        "8192x8192, M=1",
+        "8192x8192, M=64",
+        "2048x8192, M=4096",
+        "mamba-1.4b, 8x256 tokens",
+    }
     assert not any("8192x8192" in name or name.endswith(("M=64", "M=4096")) or "1.4b" in name for name in names["cpu"])
 
 
@@ -161,6 +203,11 @@ def test_the_sweep_of_random_weights():
 
 def test_memory_of_a_gpu(monkeypatch):
     used = iter([5_000_000, 30_000_000])
-    module = SimpleNamespace(synchronize=lambda: None, reset_peak_memory_stats=lambda: None, memory_allocated=lambda: next(used), max_memory_allocated=lambda: next(used))
+    module = SimpleNamespace(
+        synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: next(used),
+        max_memory_allocated=lambda: next(used),
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     assert machine.memory_peak(lambda: None, "xpu") == 25.0

@@ -80,9 +80,16 @@ def unchanged(model, plan, error, match, **options):
 
 def test_refuses_without_changing_anything():
     model, spec = tiny("mamba", tied=True), QuantSpec()
-    unchanged(model, Plan({"lm_head": spec, "backbone.layers.0.mixer.in_prj": spec}, "uniform"), errors.UnknownLayerError, "did you mean .*in_proj")
+    unchanged(
+        model,
+        Plan({"lm_head": spec, "backbone.layers.0.mixer.in_prj": spec}, "uniform"),
+        errors.UnknownLayerError,
+        "did you mean .*in_proj",
+    )
     unchanged(model, Plan({"backbone.layers.0.mixer.conv1d": spec}, "uniform"), errors.UnknownLayerError, "conv1d")
-    unchanged(model, mixed_plan(tiny("mamba", seed=5)), errors.ModelMismatchError, "the plan was made for other weights")
+    unchanged(
+        model, mixed_plan(tiny("mamba", seed=5)), errors.ModelMismatchError, "the plan was made for other weights"
+    )
     unchanged(model, mixed_plan(tiny("llama")), errors.ModelMismatchError, "other layers")
     unchanged(model, {"lm_head": spec}, errors.InvalidInputError, "takes a Plan")
     unchanged(model, Plan({"lm_head": spec}, "uniform"), errors.InvalidInputError, "activation", activation="int4")
@@ -114,9 +121,15 @@ def test_refuses_an_embedding_that_computes():
 def state_of(model):
     """All that quantize_model may change."""
     return (
-        {name: (type(module), dict(vars(module)["_parameters"])) for name, module in model.named_modules(remove_duplicate=False)},
-        vars(model.config).get("quantization_config"), set(vars(model)), model._tied_weights_keys, dict(model.all_tied_weights_keys),
-    )  # fmt: skip
+        {
+            name: (type(module), dict(vars(module)["_parameters"]))
+            for name, module in model.named_modules(remove_duplicate=False)
+        },
+        vars(model.config).get("quantization_config"),
+        set(vars(model)),
+        model._tied_weights_keys,
+        dict(model.all_tied_weights_keys),
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -132,7 +145,10 @@ def test_an_interruption_leaves_the_model_as_it_was_wherever_it_comes(kind, tied
 
         def trace(frame, event, arg):
             nonlocal events
-            if frame.f_code.co_filename.startswith(str(Path(klfast.__file__).parent)) and frame.f_code.co_name in ("_swap", "set_own"):
+            if frame.f_code.co_filename.startswith(str(Path(klfast.__file__).parent)) and frame.f_code.co_name in (
+                "_swap",
+                "set_own",
+            ):
                 events += 1
                 if events == wanted:
                     raise kind
@@ -224,7 +240,13 @@ def lazy():
 def test_lazy_weight_metadata_is_free(lazy, monkeypatch):
     monkeypatch.setattr(packing, "dequantize", lambda *args: pytest.fail("dequantized"))
     weight = lazy.weight
-    assert (weight.dtype, weight.shape, weight.device, weight.dim(), weight.numel()) == (torch.float32, (6, 16), torch.device("cpu"), 2, 96)
+    assert (weight.dtype, weight.shape, weight.device, weight.dim(), weight.numel()) == (
+        torch.float32,
+        (6, 16),
+        torch.device("cpu"),
+        2,
+        96,
+    )
     assert not weight.requires_grad and weight.size(0) == 6 and weight.is_floating_point()
     with pytest.raises(errors.InvalidInputError, match="no memory"):
         weight.data_ptr()
@@ -233,7 +255,10 @@ def test_lazy_weight_metadata_is_free(lazy, monkeypatch):
 def test_lazy_weight_products_use_the_kernel(lazy, monkeypatch):
     dense, x = lazy.quantized.dequantize(torch.float32), torch.randn(2, 16, 5)
     calls = []
-    monkeypatch.setattr("klfast.nn.lazy_weight.ops.dequant_matmul", lambda *args: calls.append(1) or klfast.ops.reference.dequant_matmul(*args))
+    monkeypatch.setattr(
+        "klfast.nn.lazy_weight.ops.dequant_matmul",
+        lambda *args: calls.append(1) or klfast.ops.reference.dequant_matmul(*args),
+    )
     torch.testing.assert_close(lazy.weight @ x, dense @ x)
     torch.testing.assert_close(torch.matmul(lazy.weight, x[0]), dense @ x[0])
     torch.testing.assert_close(torch.nn.functional.linear(x.mT, lazy.weight, torch.ones(6)), x.mT @ dense.T + 1)

@@ -28,7 +28,10 @@ def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="
     """A tiny model with every layer but one quantized, the specs in turn; accelerated, as loaded ones are."""
     model = tiny(family, tied, dtype)
     names = [name for name in list(linears(model))[1:] if head or name != head_name(model)]
-    plan = {name: klfast.quant.types.storable_spec(specs[i % len(specs)], linears(model)[name].in_features) for i, name in enumerate(names)}
+    plan = {
+        name: klfast.quant.types.storable_spec(specs[i % len(specs)], linears(model)[name].in_features)
+        for i, name in enumerate(names)
+    }
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform"), activation=activation))
 
 
@@ -65,7 +68,9 @@ def test_loads_to_the_same_logits(family, tied, dtype, tmp_path):
     assert not loaded.training and is_head_tied(loaded) == tied
     assert isinstance(loaded.get_input_embeddings(), nn.QuantEmbedding) == tied
     state, expected = loaded.state_dict(), model.state_dict()
-    assert list(state) == list(expected) and all(torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in expected.items())
+    assert list(state) == list(expected) and all(
+        torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in expected.items()
+    )
     for name, buffer in model.named_buffers():  # those too that no file holds
         assert torch.equal(loaded.get_buffer(name), buffer), name
 
@@ -82,13 +87,22 @@ def test_a_loaded_model_saves_to_the_same_files(saved, tmp_path):
 def test_compressed_tensors_decompresses_the_same_bits(family, tmp_path):
     model = quantized(family)
     klfast.save_quantized(model, tmp_path / "model")
-    config = QuantizationConfig.model_validate(json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"])
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    )
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     checked = 0
     for scheme in config.config_groups.values():
         for name in scheme.targets:
-            parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.weight")}
-            weight, qt = PackedQuantizationCompressor.decompress(parts, scheme)["weight"], model.get_submodule(name).quantized
+            parts = {
+                key.removeprefix(f"{name}."): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(f"{name}.weight")
+            }
+            weight, qt = (
+                PackedQuantizationCompressor.decompress(parts, scheme)["weight"],
+                model.get_submodule(name).quantized,
+            )
             assert torch.equal(weight, qt.dequantize()) and weight.dtype == qt.scale.dtype
             checked += 1
     assert checked == len(linears(model)) - 1
@@ -101,7 +115,9 @@ def test_compressed_tensors_loads_the_whole_model(family, tmp_path):
     """Its own way from a config to a model: apply, compress (the modules take the packed form), fill, decompress."""
     model, ids = quantized(family), batch()
     klfast.save_quantized(model, tmp_path / "model")
-    config = QuantizationConfig.model_validate(json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"])
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    )
     other = tiny(family, seed=9)
     apply_quantization_config(other, config, show_progress=False)
     compressor = ModelCompressor(quantization_config=config)
@@ -204,7 +220,14 @@ def test_never_holds_the_float_weights(tmp_path):
     """100 MB of float32 linear weights, 13 MB of them as int4: loading takes a fraction of the former."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model = model.to_empty(device="cpu")
@@ -244,7 +267,11 @@ def test_save_refuses(tmp_path):
     refuses("did not write", model, tmp_path / "home")
     refuses("did not write", model, tmp_path / "home", overwrite=True)
     ragged = klfast.quantize_model(tiny("mamba"), Plan({"lm_head": QuantSpec(4, 48)}, "uniform"))
-    refuses(r"lm_head: .*no shorter last group, which int4-g48-sym needs at 64 inputs; plan int4-g32-sym", ragged, tmp_path / "model")
+    refuses(
+        r"lm_head: .*no shorter last group, which int4-g48-sym needs at 64 inputs; plan int4-g32-sym",
+        ragged,
+        tmp_path / "model",
+    )
 
     class Broken:
         def save_pretrained(self, folder):
@@ -284,9 +311,13 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, lim
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     assert run.returncode == 0, run.stderr
-    assert re.fullmatch(rf"\[Errno {errno.EFBIG}\] File too large: '{re.escape(str(folder))}(/model.*\.safetensors)?'\n", run.stdout)
+    assert re.fullmatch(
+        rf"\[Errno {errno.EFBIG}\] File too large: '{re.escape(str(folder))}(/model.*\.safetensors)?'\n", run.stdout
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in saved.iterdir()
+    }
 
 
 def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):

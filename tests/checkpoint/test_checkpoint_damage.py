@@ -66,10 +66,26 @@ def test_a_flipped_bit(damaged):
         ("lm_head.weight_shape", lambda t: t + 1, r"lm_head\.weight_shape is not \[61, 64\]"),
         ("backbone.layers.1.mixer.in_proj.bias", lambda t: t[1:].clone(), r"in_proj\.bias must have shape"),
         ("backbone.norm_f.weight", lambda t: None, r"lacks the tensor backbone\.norm_f\.weight"),
-        ("backbone.norm_f.weight", lambda t: t[:3].clone(), r"backbone\.norm_f\.weight must have shape \[64\], got \[3\]"),
-        ("backbone.norm_f.weight", lambda t: t.long(), r"backbone\.norm_f\.weight must be like torch.float32, got torch.int64"),
-        ("backbone.norm_g.weight", lambda t: torch.ones(3), r"1 tensors that the model does not have, such as backbone\.norm_g"),
-        ("backbone.layers.0.mixer.in_proj.weight", lambda t: None, r"lacks the tensor backbone\.layers\.0\.mixer\.in_proj\.weight"),
+        (
+            "backbone.norm_f.weight",
+            lambda t: t[:3].clone(),
+            r"backbone\.norm_f\.weight must have shape \[64\], got \[3\]",
+        ),
+        (
+            "backbone.norm_f.weight",
+            lambda t: t.long(),
+            r"backbone\.norm_f\.weight must be like torch.float32, got torch.int64",
+        ),
+        (
+            "backbone.norm_g.weight",
+            lambda t: torch.ones(3),
+            r"1 tensors that the model does not have, such as backbone\.norm_g",
+        ),
+        (
+            "backbone.layers.0.mixer.in_proj.weight",
+            lambda t: None,
+            r"lacks the tensor backbone\.layers\.0\.mixer\.in_proj\.weight",
+        ),
     ],
 )
 def test_wrong_tensors_under_a_right_manifest(damaged, name, change, match):
@@ -88,7 +104,13 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
         sign(damaged)
 
     group = config["quantization_config"]["config_groups"]["group_0"]
-    for changes in ({"model_type": "nothing"}, {"hidden_size": "wide"}, {"hidden_size": -3}, {"dtype": "float9"}, {"hidden_act": "none"}):
+    for changes in (
+        {"model_type": "nothing"},
+        {"hidden_size": "wide"},
+        {"hidden_size": -3},
+        {"dtype": "float9"},
+        {"hidden_act": "none"},
+    ):
         rewrite(**changes)
         refused(damaged, "config.json describes no model that this transformers can build")
     rewrite(hidden_size=128)
@@ -98,15 +120,31 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
     refused(damaged, "custom code")
     rewrite(quantization_config={"config_groups": {"group_0": {**group, "targets": ["lm_head", "lm_tail"]}}})
     refused(damaged, "quantizes lm_tail, which the model does not have")
-    rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}})
+    rewrite(
+        quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}}
+    )
     refused(damaged, "description of the quantized layers is damaged.*bits must be 4 or 8")
     for weights in (
-        {"group_size": "64"}, {"group_size": 0}, {"group_size": float("nan")}, {"group_size": 10**400}, {"group_size": [1]},
-        {"num_bits": float("inf")}, {"symmetric": 1},
+        {"group_size": "64"},
+        {"group_size": 0},
+        {"group_size": float("nan")},
+        {"group_size": 10**400},
+        {"group_size": [1]},
+        {"num_bits": float("inf")},
+        {"symmetric": 1},
     ):
-        rewrite(quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], **weights}}}})
+        rewrite(
+            quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], **weights}}}}
+        )
         refused(damaged, "description of the quantized layers is damaged|do not fit")
-    for groups in ([], 3, {"group_0": 3}, {"group_0": {}}, {"group_0": {**group, "targets": 7}}, {"group_0": {**group, "targets": [[]]}}):
+    for groups in (
+        [],
+        3,
+        {"group_0": 3},
+        {"group_0": {}},
+        {"group_0": {**group, "targets": 7}},
+        {"group_0": {**group, "targets": [[]]}},
+    ):
         rewrite(quantization_config={"config_groups": groups})
         refused(damaged, "description of the quantized layers is damaged|does not have")
     rewrite(quantization_config={})
@@ -118,7 +156,14 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("dtype", "int32"), ("dtype", "load"), ("dtype", None), ("dtype", ["float32"]), ("activation", "int4"), ("activation", None)],
+    [
+        ("dtype", "int32"),
+        ("dtype", "load"),
+        ("dtype", None),
+        ("dtype", ["float32"]),
+        ("activation", "int4"),
+        ("activation", None),
+    ],
 )
 def test_unknown_layer_facts(damaged, key, value):
     manifest = json.loads((damaged / "klfast.json").read_text())
@@ -156,8 +201,11 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
         (damaged / "klfast.json").write_text(json.dumps(content))
         refused(damaged, match)
     for content, match in (
-        ("[]", "holds no JSON object"), ("9" * 5000, "cannot be read as JSON"), (b"\xff\xfe\xfd", "cannot be read as JSON"),
-        ("{", r"cannot be read as JSON \(Expecting"), ("[" * 200_000, "nested too deeply"),
+        ("[]", "holds no JSON object"),
+        ("9" * 5000, "cannot be read as JSON"),
+        (b"\xff\xfe\xfd", "cannot be read as JSON"),
+        ("{", r"cannot be read as JSON \(Expecting"),
+        ("[" * 200_000, "nested too deeply"),
     ):
         (damaged / "klfast.json").write_bytes(content if isinstance(content, bytes) else content.encode())
         refused(damaged, match)

@@ -10,14 +10,19 @@ from klfast.checkpoint import tensors
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.linears import is_head_tied, linears
 
-pytestmark = pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")  # most of them run transformers' own functions
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::klfast.SlowPathWarning"
+)  # most of them run transformers' own functions
 
 
 def quantized(family, tied):
     model = tiny(family, tied)
     names = list(linears(model))[1:]
     specs = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False))
-    plan = {name: klfast.quant.types.storable_spec(specs[i % 3], linears(model)[name].in_features) for i, name in enumerate(names)}
+    plan = {
+        name: klfast.quant.types.storable_spec(specs[i % 3], linears(model)[name].in_features)
+        for i, name in enumerate(names)
+    }
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform")))
 
 

@@ -92,7 +92,9 @@ def test_two_layers_that_share_one_float_weight(tmp_path):
     saves_and_loads(quantize(model, ["lm_head"]), tmp_path / "model")
     saves_and_loads(quantize(tiny("llama"), ["lm_head"]), tmp_path / "plain")
     stored = load_file(tmp_path / "model" / "model.safetensors")
-    assert torch.equal(stored["model.layers.0.self_attn.q_proj.weight"], stored["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(
+        stored["model.layers.0.self_attn.q_proj.weight"], stored["model.layers.1.self_attn.q_proj.weight"]
+    )
 
 
 def test_a_weight_and_its_transpose_in_one_storage(tmp_path):
@@ -131,7 +133,9 @@ def test_a_quantized_layer_that_blocks_share_is_stored_once(tmp_path):
     assert loaded.get_submodule(names[0]) is loaded.get_submodule(names[1])
     assert sum(name.endswith("weight_packed") for name in load_file(tmp_path / "model" / "model.safetensors")) == 1
     klfast.save_quantized(loaded, tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_what_the_configuration_does_not_describe_is_refused(tmp_path):

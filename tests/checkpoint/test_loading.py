@@ -59,7 +59,9 @@ def test_the_tokenizer_of_a_quantized_folder_is_checked(original, tmp_path, file
     import klfast
 
     plan = klfast.Plan({"lm_head": klfast.QuantSpec()}, "uniform")
-    klfast.save_quantized(klfast.quantize_model(load_model(original), plan), tmp_path / "small", load_tokenizer(original))
+    klfast.save_quantized(
+        klfast.quantize_model(load_model(original), plan), tmp_path / "small", load_tokenizer(original)
+    )
     weights = tmp_path / "small" / "model.safetensors"
     weights.write_bytes(b"")  # not what a tokenizer is made of
     assert load_tokenizer(tmp_path / "small")("Hello")["input_ids"]
@@ -103,7 +105,10 @@ def store(names, dtype, shards=False):
             file.unlink()
             for i, name in enumerate(sorted(tensors)):
                 save_file({name: tensors[name]}, folder / f"part-{i}.safetensors", metadata={"format": "pt"})
-            index = {"metadata": {}, "weight_map": {name: f"part-{i}.safetensors" for i, name in enumerate(sorted(tensors))}}
+            index = {
+                "metadata": {},
+                "weight_map": {name: f"part-{i}.safetensors" for i, name in enumerate(sorted(tensors))},
+            }
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         else:
             save_file(tensors, file, metadata={"format": "pt"})
@@ -156,7 +161,10 @@ def config_with(**entries):
         (truncate, "damaged"),
         (drop_a_tensor, "lacks 1 of the model's tensors.*in_proj"),
         (reshape_a_tensor, r"in_proj.weight must have shape \[296, 64\], got \[3, 3\]"),
-        (store([IN_PROJ], torch.int8), f"model.safetensors stores {IN_PROJ} as I8, where the model has floating-point.*; fetch it again"),
+        (
+            store([IN_PROJ], torch.int8),
+            f"model.safetensors stores {IN_PROJ} as I8, where the model has floating-point.*; fetch it again",
+        ),
         (store([IN_PROJ], torch.int8, shards=True), rf"part-\d+.safetensors stores {IN_PROJ} as I8"),
         (store(["backbone.norm_f.weight"], torch.float8_e4m3fn), "stores backbone.norm_f.weight as F8_E4M3"),
         (only_a_pickle, "never unpickles"),
@@ -166,7 +174,10 @@ def config_with(**entries):
         (nest("config.json"), "no valid configuration.*nested too deeply"),
         (config_with(model_type="unheard-of"), "does not know its architecture"),
         (config_with(model_type="clip"), "no causal language model"),
-        (config_with(model_type="x", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}), "--trust-remote-code"),
+        (
+            config_with(model_type="x", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
+            "--trust-remote-code",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     ],
 )
@@ -207,7 +218,9 @@ def test_no_tokenizer(folder):
 def test_truncated_tokenizer(folder, file):
     data = (folder / file).read_bytes()
     (folder / file).write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again"
+    ) as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
 
@@ -215,7 +228,9 @@ def test_truncated_tokenizer(folder, file):
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_deeply_nested_tokenizer(folder, file):
     nest(file)(folder)
-    with pytest.raises(CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"the tokenizer of .*{folder.name}: {file} is no valid JSON; fetch or save it again"
+    ) as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
 

@@ -53,7 +53,11 @@ def shard(folder, parts=2):
     (folder / "model.safetensors").unlink()
     weight_map = {name: f"model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name, place in weight_map.items() if place == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] for name, place in weight_map.items() if place == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
 
@@ -70,18 +74,30 @@ def test_shards_that_are_missing_truncated_or_pointers_are_named(folder):
     second.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     refused(folder, r"model-00002-of-00002\.safetensors: it is a pointer of git-lfs.*git lfs pull")
     second.unlink()
-    refused(folder, r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json lists; fetch it again")
+    refused(
+        folder, r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json lists; fetch it again"
+    )
     second.symlink_to(folder / "nowhere")
     refused(folder, r"model-00002-of-00002\.safetensors is no file, or a link to none; fetch it again")
     second.unlink()
     (folder / INDEX).unlink()
-    refused(folder, r"lacks model\.safetensors\.index\.json, which says what its 1 safetensors files hold; fetch it again")
+    refused(
+        folder, r"lacks model\.safetensors\.index\.json, which says what its 1 safetensors files hold; fetch it again"
+    )
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "evil.bin", "../evil.safetensors", "sub/evil.safetensors", "/etc/evil.safetensors", "sub\\evil.safetensors", 3, None, "", ".",
+        "evil.bin",
+        "../evil.safetensors",
+        "sub/evil.safetensors",
+        "/etc/evil.safetensors",
+        "sub\\evil.safetensors",
+        3,
+        None,
+        "",
+        ".",
         "a\0.safetensors",
     ],
 )
@@ -93,11 +109,15 @@ def test_an_index_lists_nothing_but_safetensors_files_of_the_folder(folder, name
         shutil.copy(folder / "model-00001-of-00002.safetensors", place / "evil.safetensors")
     weight_map[min(weight_map)] = name
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    refused(folder, r"index\.json lists .*, which is not the name of a safetensors file in this folder; klfast reads nothing else")
+    refused(
+        folder,
+        r"index\.json lists .*, which is not the name of a safetensors file in this folder; klfast reads nothing else",
+    )
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": ["x"]}}', "[" * 200_000]
+    "content",
+    ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": ["x"]}}', "[" * 200_000],
 )
 def test_damaged_indices(folder, content):
     shard(folder)
@@ -116,7 +136,10 @@ def test_a_configuration_that_names_a_weight_file(folder, name):
 @pytest.mark.parametrize(
     ("file", "match"),
     [
-        ("pytorch_model.bin", r"its pytorch_model\.bin is a pickle; klfast never unpickles, so convert it with transformers"),
+        (
+            "pytorch_model.bin",
+            r"its pytorch_model\.bin is a pickle; klfast never unpickles, so convert it with transformers",
+        ),
         ("consolidated.00.pth", r"its consolidated\.00\.pth is a pickle"),
         ("model.Q4_K_M.gguf", r"its model\.Q4_K_M\.gguf is GGUF, which klfast does not read"),
         ("tf_model.h5", r"its tf_model\.h5 is weights of another framework"),
@@ -153,12 +176,18 @@ def test_adapters(folder):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"d_model": 768, "n_layer": 24, "ssm_cfg": {}}, r"format of the package mamba_ssm; take the version .* ends in -hf"),
+        (
+            {"d_model": 768, "n_layer": 24, "ssm_cfg": {}},
+            r"format of the package mamba_ssm; take the version .* ends in -hf",
+        ),
         ({"hidden_size": 3}, r"config\.json names no model_type"),
         ({"model_type": ["a"]}, r"config\.json names no model_type"),
         ({"model_type": "unheard-of"}, r"does not know its architecture 'unheard-of'"),
         ({"model_type": "t5"}, r"t5 is no causal language model"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"bert reads a text in both directions, so it is no causal"),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            r"bert reads a text in both directions, so it is no causal",
+        ),
         ({"model_type": "xlm-roberta"}, r"xlm-roberta reads a text in both directions"),
         ({"model_type": "bart", "is_encoder_decoder": True}, r"bart reads a text in both directions"),
         ({"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}, r"--trust-remote-code"),
@@ -181,7 +210,9 @@ def test_bert_as_a_decoder_is_a_causal_language_model(tmp_path):
 def test_models_that_others_have_quantized(folder, method):
     config = json.loads((folder / "config.json").read_text())
     details = {"bits": 4, "group_size": 128} if method in ("gptq", "awq") else {"load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method, **details}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": method, **details}})
+    )
     refused(folder, rf"its weights are quantized with {method} \(.*\); load the full-precision model instead")
 
 
@@ -191,11 +222,18 @@ def test_models_that_others_have_quantized_without_saying_so(folder, part):
     name = next(name for name in tensors if name.endswith("in_proj.weight"))
     tensors[name.replace("weight", part)] = tensors.pop(name).to(torch.int32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(folder, rf"holds weights that another tool has quantized, such as .*in_proj\.{part}; load the full-precision model instead")
+    refused(
+        folder,
+        rf"holds weights that another tool has quantized, such as .*in_proj\.{part}; load the full-precision model instead",
+    )
 
 
 def test_a_weight_file_in_the_place_of_a_folder(folder):
-    for file, match in (("a.bin", "is a pickle; klfast never unpickles"), ("a.gguf", "a.gguf is GGUF"), ("a.txt", "is a file; give the folder")):
+    for file, match in (
+        ("a.bin", "is a pickle; klfast never unpickles"),
+        ("a.gguf", "a.gguf is GGUF"),
+        ("a.txt", "is a file; give the folder"),
+    ):
         (folder / file).touch()
         with pytest.raises(InvalidInputError, match=match):
             load_model(folder / file)
@@ -205,7 +243,10 @@ def test_pack_quantized_folders_of_others(folder):
     config = json.loads((folder / "config.json").read_text())
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    refused(folder, r"holds no klfast\.json, so klfast\.save_quantized did not write it; copy the whole folder, or quantize the full-")
+    refused(
+        folder,
+        r"holds no klfast\.json, so klfast\.save_quantized did not write it; copy the whole folder, or quantize the full-",
+    )
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors", "chat_template.jinja"])
@@ -229,7 +270,11 @@ def test_very_many_experts_are_refused_at_once(tmp_path):
     """There is no name by which each configuration counts them, so what is built is counted, too."""
     from klfast.checkpoint.model_config import bounded
 
-    with pytest.raises(CheckpointError, match="far larger model"), bounded(tmp_path / "config.json", 10), torch.device("meta"):
+    with (
+        pytest.raises(CheckpointError, match="far larger model"),
+        bounded(tmp_path / "config.json", 10),
+        torch.device("meta"),
+    ):
         torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(10**9))
     torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2000))  # nothing is counted afterwards
 
@@ -238,7 +283,9 @@ def test_very_many_experts_are_refused_at_once(tmp_path):
 def test_wrong_time_step_limits(folder, limit):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "time_step_limit": limit}))
-    refused(folder, r"config\.json: time_step_limit must be two numbers, the smaller first, got .*; fetch or save it again")
+    refused(
+        folder, r"config\.json: time_step_limit must be two numbers, the smaller first, got .*; fetch or save it again"
+    )
 
 
 def test_time_step_limits_that_are_right(folder):

@@ -20,10 +20,21 @@ from klfast.models.linears import head_name, is_head_tied, linears, other_bytes,
 def zamba2():
     torch.manual_seed(0)
     config = transformers.Zamba2Config(
-        vocab_size=61, hidden_size=32, num_hidden_layers=12, layers_block_type=["mamba", "hybrid"] * 6, num_attention_heads=4,
-        num_key_value_heads=4, attention_head_dim=16, mamba_headdim=16, n_mamba_heads=4, mamba_d_state=8, mamba_ngroups=1,
-        intermediate_size=64, num_mem_blocks=1, adapter_rank=4,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=12,
+        layers_block_type=["mamba", "hybrid"] * 6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_head_dim=16,
+        mamba_headdim=16,
+        n_mamba_heads=4,
+        mamba_d_state=8,
+        mamba_ngroups=1,
+        intermediate_size=64,
+        num_mem_blocks=1,
+        adapter_rank=4,
+    )
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -37,9 +48,17 @@ def test_a_block_that_is_called_six_times_is_quantized_once():
     floats = sum(parameter.numel() * 2 for parameter in model.parameters())
     klfast.quantize_model(model, plan)
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    modules = {id(module) for name, module in model.named_modules() if name.endswith("shared_transformer.feed_forward.down_proj")}
-    assert len(modules) == 1 and isinstance(model.model.layers[11].shared_transformer.feed_forward.down_proj, nn.QuantLinear)
-    assert sum(map(weight_bytes, linears(model).values())) + other_bytes(model) < floats / 2, "smaller than the model in bfloat16"
+    modules = {
+        id(module)
+        for name, module in model.named_modules()
+        if name.endswith("shared_transformer.feed_forward.down_proj")
+    }
+    assert len(modules) == 1 and isinstance(
+        model.model.layers[11].shared_transformer.feed_forward.down_proj, nn.QuantLinear
+    )
+    assert sum(map(weight_bytes, linears(model).values())) + other_bytes(model) < floats / 2, (
+        "smaller than the model in bfloat16"
+    )
     model.tie_weights()
 
 
@@ -121,11 +140,23 @@ def test_rwkv_that_divides_its_weights_is_refused_and_one_that_does_not_is_right
 
 
 def test_an_embedding_that_scales_is_refused_before_any_work(monkeypatch):
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=48,
+    )
     model = small(transformers.Gemma3TextConfig, **sizes)
     monkeypatch.setattr(nn.QuantLinear, "from_linear", lambda *args: pytest.fail("quantized before it was checked"))
     plan = Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform")
-    unchanged(model, plan, errors.InvalidInputError, "Gemma3TextScaledWordEmbedding.*leave the head out of the plan, or untie it")
+    unchanged(
+        model,
+        plan,
+        errors.InvalidInputError,
+        "Gemma3TextScaledWordEmbedding.*leave the head out of the plan, or untie it",
+    )
     monkeypatch.undo()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
@@ -136,7 +167,12 @@ def test_an_embedding_that_scales_is_refused_before_any_work(monkeypatch):
 PARTLY = {
     "Conv1D": lambda: small(transformers.GPT2Config, n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=False),
     "MixtralExperts": lambda: small(
-        transformers.MixtralConfig, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+        transformers.MixtralConfig,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
         num_local_experts=4,
     ),
 }
@@ -150,7 +186,9 @@ def test_says_how_much_cannot_be_quantized(kind):
     left = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if matrices(parameter, name))
     assert unquantizable(model)[kind] == left
     others = sum(unquantizable(model).values())
-    with pytest.warns(UserWarning, match=f"quantize_model: {others / total:.0%} of the bytes of .* the weights of {kind} ") as caught:
+    with pytest.warns(
+        UserWarning, match=f"quantize_model: {others / total:.0%} of the bytes of .* the weights of {kind} "
+    ) as caught:
         klfast.quantize_model(model, Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform"))
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
 
@@ -160,7 +198,9 @@ def test_all_matrices_of_the_families_can_be_quantized(family):
     assert unquantizable(tiny(family)) == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        klfast.quantize_model(model := tiny(family), Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform"))
+        klfast.quantize_model(
+            model := tiny(family), Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform")
+        )
 
 
 def test_a_model_in_pefts_wrapper_is_refused():

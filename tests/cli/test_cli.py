@@ -67,6 +67,7 @@ def test_the_pipeline_leaves_only_finished_files(work):
 
 def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
     import torch
+
     from klfast.checkpoint.loading import load_model
 
     load_model(work / "model").to(torch.bfloat16).save_pretrained(tmp_path / "half")
@@ -77,19 +78,35 @@ def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
     assert all(full.layers[name].float_bytes == 2 * info.float_bytes for name, info in half.layers.items())
     klf("plan", tmp_path / "sens.json", "--mean-bits", 6, "--out", tmp_path / "plan.json")
     predicted = json.loads((tmp_path / "plan.json").read_text())["predicted"]["bytes"]
-    made = json.loads(klf("quantize", tmp_path / "half", tmp_path / "plan.json", "--out", tmp_path / "small", "--json").stdout)
+    made = json.loads(
+        klf("quantize", tmp_path / "half", tmp_path / "plan.json", "--out", tmp_path / "small", "--json").stdout
+    )
     file = tmp_path / "small" / "model.safetensors"
     assert predicted == sum(tensor.nbytes for tensor in load_file(file).values())
     assert predicted < made["weight_file_bytes"] == file.stat().st_size  # the file's header
 
 
 def test_eval_and_teacher(work):
-    data = json.loads(klf("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout)
-    assert data["tokens"] == 4 * 63 and 0 < data["kl"] < 1 and data["perplexity"] > 1 and 0 < data["top1_agreement"] <= 1
+    data = json.loads(
+        klf("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout
+    )
+    assert (
+        data["tokens"] == 4 * 63 and 0 < data["kl"] < 1 and data["perplexity"] > 1 and 0 < data["top1_agreement"] <= 1
+    )
     alone = json.loads(klf("eval", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout)
     assert "kl" not in alone
     assert "perplexity" in klf("eval", work / "model", "--text", work / "text.txt", *FEW).stdout
-    compare = ("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", "--length", 64, "--windows")
+    compare = (
+        "eval",
+        work / "small",
+        "--teacher",
+        work / "model",
+        "--text",
+        work / "text.txt",
+        "--length",
+        64,
+        "--windows",
+    )
     assert "+-" in klf(*compare, 2).stdout
     one = klf(*compare, 1).stdout  # which has no standard error
     assert "nats per token" in one and "nan" not in one
@@ -106,7 +123,17 @@ def test_generate_is_repeatable_and_its_text_follows_the_prompt(work):
 
 def test_json_is_all_that_is_on_standard_output(work, tmp_path):
     for arguments in (
-        ("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--spec", "int4-g32-sym", "--out", tmp_path / "s.json"),
+        (
+            "sweep",
+            work / "model",
+            "--calibration",
+            work / "text.txt",
+            *FEW,
+            "--spec",
+            "int4-g32-sym",
+            "--out",
+            tmp_path / "s.json",
+        ),
         ("plan", work / "sens.json", "--max-bytes", "1MB", "--out", tmp_path / "p.json"),
         ("quantize", work / "model", "--uniform", "int8-g64-sym", "--out", tmp_path / "q"),
         ("doctor",),
@@ -118,7 +145,9 @@ def test_report_of_a_sweep_and_of_a_plan(work, tmp_path):
     tables = json.loads(klf("report", work / "sens.json", "--top", 3, "--json").stdout)["tables"]
     assert tables[0]["title"] == "Most sensitive layers" and len(tables[0]["rows"]) == 6
     assert "in_proj" in klf("report", work / "sens.json", "--plan", work / "plan.json").stdout
-    assert klf("report", work / "sens.json", "--out", tmp_path / "report.md", "--plot", tmp_path / "plot.svg").stdout == ""
+    assert (
+        klf("report", work / "sens.json", "--out", tmp_path / "report.md", "--plot", tmp_path / "plot.svg").stdout == ""
+    )
     assert "| lm_head |" in (tmp_path / "report.md").read_text() and (tmp_path / "plot.svg").stat().st_size > 1000
 
 
@@ -138,7 +167,9 @@ def test_several_files_are_merged(work, tmp_path):
     klf("plan", both[0], tmp_path / "text.json", "--mean-bits", 6, "--out", tmp_path / "texts.json")
     assert "perplexity" not in klfast.Plan.from_json(tmp_path / "texts.json").predicted
     replace(whole, other_bytes=1).to_json(tmp_path / "other.json")
-    assert "different models" in fails("plan", both[0], tmp_path / "other.json", "--mean-bits", 6, "--out", tmp_path / "none.json")
+    assert "different models" in fails(
+        "plan", both[0], tmp_path / "other.json", "--mean-bits", 6, "--out", tmp_path / "none.json"
+    )
 
 
 def test_uniform_quantizes_every_linear_layer(work, tmp_path):
@@ -172,7 +203,11 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
     def finish(*more):
         """What the sweep measures and how many steps it had done before."""
         starts = []
-        monkeypatch.setattr(sweeping, "reporter", lambda progress, what, total, done: starts.append(done) or reporter(progress, what, total, done))
+        monkeypatch.setattr(
+            sweeping,
+            "reporter",
+            lambda progress, what, total, done: starts.append(done) or reporter(progress, what, total, done),
+        )
         resumed = json.loads(klf(*arguments, *more, "--json").stdout)["resumed"]
         assert resumed == (starts[0] > 0)
         assert [p.name for p in tmp_path.iterdir()] == ["sens.json"]
@@ -197,7 +232,10 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
         (("plan", "{tmp}/none.json", "--mean-bits", "5"), "none.json"),
         (("plan", "{tmp}/cut.json", "--mean-bits", "5"), "cut.json"),
         (("plan", "{work}/sens.json", "--mean-bits", "5", "--out", "{work}/plan.json"), "exists.*--force"),
-        (("quantize", "{work}/other", "{work}/plan.json", "--out", "{tmp}/q"), "made for a model with other layers|no linear layer"),
+        (
+            ("quantize", "{work}/other", "{work}/plan.json", "--out", "{tmp}/q"),
+            "made for a model with other layers|no linear layer",
+        ),
         (("quantize", "{work}/model", "{tmp}/cut.json", "--out", "{tmp}/q"), "cut.json"),
         (("quantize", "{work}/model", "{tmp}/strange.json", "--out", "{tmp}/q"), "backbone.layers.9.nothing"),
         (("eval", "{tmp}/damaged"), "damaged"),
@@ -277,7 +315,16 @@ def test_names_of_options_are_the_library_s():
             parse("beauty")
 
 
-@pytest.mark.parametrize("arguments", [("demo",), ("sweep", "m"), ("quantize", "m", "--uniform", "int4", "--out", "q"), ("eval", "m"), ("generate", "m", "Once")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo",),
+        ("sweep", "m"),
+        ("quantize", "m", "--uniform", "int4", "--out", "q"),
+        ("eval", "m"),
+        ("generate", "m", "Once"),
+    ],
+)
 def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monkeypatch):
     def refuse(name, *rest, device=None, **given):
         raise klfast.core.errors.InvalidInputError(f"asked for {given}")
@@ -288,10 +335,14 @@ def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for offline, remote in ((False, False), (True, False), (False, True)):
         flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote
-        assert f"asked for {{'local_files_only': {offline}, 'trust_remote_code': {remote}}}" in fails(*arguments, *flags)
+        assert f"asked for {{'local_files_only': {offline}, 'trust_remote_code': {remote}}}" in fails(
+            *arguments, *flags
+        )
 
 
-@pytest.mark.parametrize("arguments", [("sweep", "{}"), ("eval", "{}"), ("eval", "{}", "--teacher", "{}"), ("generate", "{}", "Once")])
+@pytest.mark.parametrize(
+    "arguments", [("sweep", "{}"), ("eval", "{}"), ("eval", "{}", "--teacher", "{}"), ("generate", "{}", "Once")]
+)
 def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
     def load(name, dtype, device, **_):
         devices.append(device)
@@ -319,7 +370,15 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(arguments,
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("3200000", 3_200_000), ("3.2MB", 3_200_000), ("1.5GiB", 1_610_612_736), ("500kb", 500_000), ("2 KiB", 2048), ("7B", 7), ("1TB", 10**12)],
+    [
+        ("3200000", 3_200_000),
+        ("3.2MB", 3_200_000),
+        ("1.5GiB", 1_610_612_736),
+        ("500kb", 500_000),
+        ("2 KiB", 2048),
+        ("7B", 7),
+        ("1TB", 10**12),
+    ],
 )
 def test_sizes(text, size):
     assert options.parse_bytes(text) == size
@@ -358,7 +417,9 @@ def test_doctor_fails_where_a_check_fails(monkeypatch):
     from klfast.diagnostics import op_checks
     from klfast.dispatch import pins
 
-    wrong = op_checks.Case("dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(pins.pinned() == "reference")])])
+    wrong = op_checks.Case(
+        "dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(pins.pinned() == "reference")])]
+    )
     monkeypatch.setitem(op_checks.CASES, "dequant_matmul", lambda _: [wrong])
     result = klf("doctor", code=1)
     assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout

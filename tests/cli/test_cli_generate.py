@@ -78,7 +78,10 @@ def test_chat_is_the_model_s_template(folders):
 
 def test_chat_that_cannot_be(folders):
     assert "plain has no chat template; leave --chat out" in fails("generate", folders / "plain", "Hello", "--chat")
-    assert re.search("chat template of .* refuses these messages: .*no such system", fails("generate", folders / "chat", "Hello", "--chat", "--system", "bad"))
+    assert re.search(
+        "chat template of .* refuses these messages: .*no such system",
+        fails("generate", folders / "chat", "Hello", "--chat", "--system", "bad"),
+    )
     assert "--system goes with --chat" in fails("generate", folders / "chat", "Hello", "--system", "x", code=2)
     hint = klf("generate", folders / "chat", "Hello", "--max-new-tokens", 2).stderr
     assert hint.count("chat template") == hint.count("\n") == 1 and "--chat" in hint
@@ -119,7 +122,9 @@ def test_prompts_of_a_file(folders, tmp_path):
         results = said(folders / "plain", "--prompts", file, "--batch-size", batch, "--max-new-tokens", 8)["results"]
         assert [one["prompt"] for one in results] == prompts
         assert [one["token_ids"] for one in results] == [expected(folders / "plain", prompt, 8) for prompt in prompts]
-        assert [one["text"] for one in results] == [said(folders / "plain", prompt, "--max-new-tokens", 8)["text"] for prompt in prompts]
+        assert [one["text"] for one in results] == [
+            said(folders / "plain", prompt, "--max-new-tokens", 8)["text"] for prompt in prompts
+        ]
     shown = klf("generate", folders / "plain", "--prompts", file, "--max-new-tokens", 8).stdout
     assert shown == "".join(f"--- {i}\n{one['prompt']}{one['text']}\n" for i, one in enumerate(results, 1))
 
@@ -130,16 +135,39 @@ def test_rows_of_a_batch_end_on_their_own(folders, tmp_path):
     words = loaded(folders / "plain")[1]
     free = expected(folders / "plain", prompts[0], 12)
     stop = words.decode(free[5:7])
-    found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--stop", stop)["results"]
-    assert [one["token_ids"] for one in found] == [expected(folders / "plain", prompt, 12, stop_strings=[stop]) for prompt in prompts]
+    found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--stop", stop)[
+        "results"
+    ]
+    assert [one["token_ids"] for one in found] == [
+        expected(folders / "plain", prompt, 12, stop_strings=[stop]) for prompt in prompts
+    ]
     assert len({len(one["token_ids"]) for one in found}) > 1
 
 
 def test_several_texts_of_a_prompt(folders):
-    options = ("--num-return-sequences", 3, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--max-new-tokens", 6)
+    options = (
+        "--num-return-sequences",
+        3,
+        "--temperature",
+        1.5,
+        "--top-k",
+        50,
+        "--top-p",
+        0.95,
+        "--min-p",
+        0.01,
+        "--max-new-tokens",
+        6,
+    )
     found = said(folders / "plain", "The sea", *options)["results"]
-    assert len(found) == 3 and len({one["text"] for one in found}) > 1 and {one["prompt"] for one in found} == {"The sea"}
-    assert found == said(folders / "plain", "The sea", *options)["results"] != said(folders / "plain", "The sea", *options, "--seed", 2)["results"]
+    assert (
+        len(found) == 3 and len({one["text"] for one in found}) > 1 and {one["prompt"] for one in found} == {"The sea"}
+    )
+    assert (
+        found
+        == said(folders / "plain", "The sea", *options)["results"]
+        != said(folders / "plain", "The sea", *options, "--seed", 2)["results"]
+    )
     assert "needs draws" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
 
 
@@ -150,13 +178,17 @@ def test_models_that_read_padding_as_text_get_none(folders, tmp_path, monkeypatc
 
     def without_mask(input_ids, past_key_values=None, use_cache=True, position_ids=None, logits_to_keep=0):
         widths.append(tuple(input_ids.shape))
-        return forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, position_ids=position_ids)
+        return forward(
+            input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, position_ids=position_ids
+        )
 
     model.forward = without_mask
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
     (tmp_path / "prompts.txt").write_text("A\nThe sea was calm\n")
     found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 4)["results"]
-    assert [one["token_ids"] for one in found] == [expected(folders / "plain", prompt, 4) for prompt in ("A", "The sea was calm")]
+    assert [one["token_ids"] for one in found] == [
+        expected(folders / "plain", prompt, 4) for prompt in ("A", "The sea was calm")
+    ]
     assert {rows for rows, _ in widths} == {1}
 
 
@@ -175,11 +207,17 @@ def test_prompts_that_cannot_be(folders, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--min-p", "nan", "min-p must be between 0 and 1"), ("--min-p", "-0.1", "min-p"), ("--repetition-penalty", "0", "repetition-penalty must be"),
-        ("--repetition-penalty", "inf", "repetition-penalty"), ("--seed", "-1", "seed"), ("--seed", str(2**64), "seed"),
-        ("--num-return-sequences", "0", "num-return-sequences"), ("--batch-size", "0", "batch-size"), ("--temperature", "nan", "temperature"),
+        ("--min-p", "nan", "min-p must be between 0 and 1"),
+        ("--min-p", "-0.1", "min-p"),
+        ("--repetition-penalty", "0", "repetition-penalty must be"),
+        ("--repetition-penalty", "inf", "repetition-penalty"),
+        ("--seed", "-1", "seed"),
+        ("--seed", str(2**64), "seed"),
+        ("--num-return-sequences", "0", "num-return-sequences"),
+        ("--batch-size", "0", "batch-size"),
+        ("--temperature", "nan", "temperature"),
     ],
-)  # fmt: skip
+)
 def test_wrong_numbers_are_wrong_usage(option, value, message):
     assert message in fails("generate", "mamba2", "Once", option, value, code=2)
 
@@ -187,12 +225,17 @@ def test_wrong_numbers_are_wrong_usage(option, value, message):
 def test_extreme_numbers(folders):
     likeliest = said(folders / "plain", "The sea", "--max-new-tokens", 8)["token_ids"]
     assert said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", "1e-40")["token_ids"] == likeliest
-    assert said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", 1, "--top-p", "1e-300")["token_ids"] == likeliest
+    assert (
+        said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", 1, "--top-p", "1e-300")["token_ids"]
+        == likeliest
+    )
     assert "64 bits" in fails("generate", folders / "plain", "The sea", "--max-new-tokens", 10**30)
 
 
 def process(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "klfast", *map(str, arguments)], timeout=120, stdin=subprocess.DEVNULL, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "klfast", *map(str, arguments)], timeout=120, stdin=subprocess.DEVNULL, **options
+    )
 
 
 def environment(**more):
@@ -200,7 +243,9 @@ def environment(**more):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("generate", "{}", "Once", "--max-new-tokens", "2"), ("bench", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("generate", "{}", "Once", "--max-new-tokens", "2"), ("bench", "--help")]
+)
 def test_output_that_cannot_be_written(folders, arguments):
     arguments = [a.format(folders / "plain") for a in arguments]
     with open("/dev/full", "w") as full:
@@ -220,13 +265,35 @@ def test_a_reader_that_leaves(folders, arguments):
 
 
 def test_closed_streams(folders):
-    for closed, arguments in ((">&-", "--help"), ("2>&-", "--help"), (">&-", f"generate {folders / 'plain'} Once --max-new-tokens 2"), (">&- 2>&-", "plan x")):
-        done = subprocess.run(["sh", "-c", f"{sys.executable} -m klfast {arguments} {closed}"], capture_output=True, text=True, timeout=120)
-        assert done.returncode == (2 if arguments == "plan x" else 0) and done.stderr == "" and bool(done.stdout) == (closed == "2>&-")
+    for closed, arguments in (
+        (">&-", "--help"),
+        ("2>&-", "--help"),
+        (">&-", f"generate {folders / 'plain'} Once --max-new-tokens 2"),
+        (">&- 2>&-", "plan x"),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", f"{sys.executable} -m klfast {arguments} {closed}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (
+            done.returncode == (2 if arguments == "plan x" else 0)
+            and done.stderr == ""
+            and bool(done.stdout) == (closed == "2>&-")
+        )
 
 
 def test_letters_that_the_encoding_lacks(folders):
-    done = process("generate", folders / "plain", "Ü 🦜", "--max-new-tokens", "2", capture_output=True, env=environment(PYTHONIOENCODING="ascii"))
+    done = process(
+        "generate",
+        folders / "plain",
+        "Ü 🦜",
+        "--max-new-tokens",
+        "2",
+        capture_output=True,
+        env=environment(PYTHONIOENCODING="ascii"),
+    )
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(rb"\xdc \U0001f99c")
     assert process("--help", capture_output=True, env=environment(PYTHONIOENCODING="ascii")).returncode == 0
     lost = process("eval", folders / "plain", "--text", b"no\xff".decode(errors="surrogateescape"), capture_output=True)
@@ -234,7 +301,16 @@ def test_letters_that_the_encoding_lacks(folders):
 
 
 def test_what_was_made_stays_after_an_interrupt(folders, tmp_path):
-    command = [sys.executable, "-m", "klfast", "generate", str(folders / "plain"), "The sea", "--max-new-tokens", "1000000"]
+    command = [
+        sys.executable,
+        "-m",
+        "klfast",
+        "generate",
+        str(folders / "plain"),
+        "The sea",
+        "--max-new-tokens",
+        "1000000",
+    ]
     shown = tmp_path / "shown"
     with shown.open("wb") as file:
         running = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE)
@@ -273,7 +349,12 @@ def test_running_out_of_memory_is_one_line(folders, monkeypatch):
         raise error
 
     monkeypatch.setattr(loading, "load_model", exhausted)
-    for error in (MemoryError(), MemoryError("1 TB"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("GPU")):
+    for error in (
+        MemoryError(),
+        MemoryError("1 TB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("GPU"),
+    ):
         assert "out of memory; use a smaller model" in fails("generate", folders / "plain", "Once")
     error = OSError("a disk\nfailed")
     assert fails("generate", folders / "plain", "Once") == "klfast: a disk failed"
@@ -291,7 +372,10 @@ def test_an_unknown_error_asks_for_a_report(folders):
 
 
 def test_help_shows_flags_without_a_value():
-    for one in ((), *((name,) for name in ("demo", "sweep", "plan", "quantize", "eval", "generate", "bench", "report", "doctor"))):
+    for one in (
+        (),
+        *((name,) for name in ("demo", "sweep", "plan", "quantize", "eval", "generate", "bench", "report", "doctor")),
+    ):
         shown = klf(*one, "--help").stdout
         assert "<bool>" not in shown and "BOOL" not in shown.upper().replace("BOOLEAN VALUE", ""), shown
         assert "--help" in shown
@@ -303,7 +387,9 @@ def test_shells_complete(monkeypatch):
         assert "_KLFAST_COMPLETE" in process("--show-completion", shell, capture_output=True, text=True).stdout
     for words, found in (("klfast ge", "generate"), ("klfast generate --num", "--num-return-sequences")):
         asked = environment(_KLFAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
-        done = subprocess.run([sys.executable, "-c", "from klfast.cli import main; main()"], capture_output=True, text=True, env=asked)
+        done = subprocess.run(
+            [sys.executable, "-c", "from klfast.cli import main; main()"], capture_output=True, text=True, env=asked
+        )
         assert done.stdout.split() == [found]
 
 
@@ -329,10 +415,16 @@ def test_bench_takes_no_module_of_the_current_folder(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(Path(klfast.__file__).parents[1]), str(suite), "bench", "scan", "--quick"],
-        cwd=here, capture_output=True, text=True, timeout=120, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )  # fmt: skip
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
     said = done.stdout + done.stderr
-    assert done.returncode == 0 and "from the current folder" not in said and "1 passed" in said and "Warning" not in said, said
+    assert (
+        done.returncode == 0 and "from the current folder" not in said and "1 passed" in said and "Warning" not in said
+    ), said
 
 
 def test_printed_commands_are_quoted():

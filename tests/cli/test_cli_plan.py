@@ -60,7 +60,11 @@ def test_layers_can_be_left_out_of_a_plan_or_given_a_precision(work, tmp_path):
         (["--keep", "=int4"], 2, "--keep takes PATTERN=SPEC"),
         (["--keep", "lm_head=int3"], 2, "'int3' is not a quantization spec"),
         (["--keep", "lm_head=int4-g64-sym", "--keep", "lm_head=full"], 2, "--keep gives 'lm_head' two precisions"),
-        (["--keep", "lm_head=int4-g16-sym"], 1, r"lm_head was not measured at int4-g16-sym \(measured: int4-g64-sym, int8-g64-sym\)"),
+        (
+            ["--keep", "lm_head=int4-g16-sym"],
+            1,
+            r"lm_head was not measured at int4-g16-sym \(measured: int4-g64-sym, int8-g64-sym\)",
+        ),
         (["--exclude", "lm_heat"], 1, "no linear layer matches 'lm_heat'; did you mean 'lm_head'"),
         (["--layers", "re:("], 1, "not a regular expression"),
         (["--exclude", "in_proj", "--max-bytes", "1kB"], 1, "smallest reachable is [0-9,]+ bytes under these patterns"),
@@ -68,23 +72,48 @@ def test_layers_can_be_left_out_of_a_plan_or_given_a_precision(work, tmp_path):
 )
 def test_patterns_that_cannot_be(work, tmp_path, arguments, code, message):
     budget = () if "--max-bytes" in arguments else ("--mean-bits", 13)
-    assert re.search(message, fails("plan", work / "sens.json", *budget, *arguments, "--out", tmp_path / "plan.json", code=code))
+    assert re.search(
+        message, fails("plan", work / "sens.json", *budget, *arguments, "--out", tmp_path / "plan.json", code=code)
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_uniform_model_without_some_layers(work, tmp_path):
-    klf("quantize", work / "model", "--uniform", "int4", "--layers", "*_proj", "--exclude", "layers.0.*", "--out", tmp_path / "q")
+    klf(
+        "quantize",
+        work / "model",
+        "--uniform",
+        "int4",
+        "--layers",
+        "*_proj",
+        "--exclude",
+        "layers.0.*",
+        "--out",
+        tmp_path / "q",
+    )
     model = klfast.load_quantized(tmp_path / "q")
     quantized = {name for name, module in model.named_modules() if isinstance(module, klfast.QuantLinear)}
     assert quantized == {"backbone.layers.1.mixer.in_proj", "backbone.layers.1.mixer.out_proj"}
     uniform = ("quantize", work / "model", "--uniform", "int4", "--out", tmp_path / "r")
     assert "no linear layer matches 'x_proj'" in fails(*uniform, "--layers", "x_proj")
     for flag in ("--layers", "--exclude"):
-        assert "go with --uniform" in fails("quantize", work / "model", work / "plan.json", flag, HEAD, "--out", tmp_path / "r", code=2)
+        assert "go with --uniform" in fails(
+            "quantize", work / "model", work / "plan.json", flag, HEAD, "--out", tmp_path / "r", code=2
+        )
 
 
 def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
-    klf("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--scale", "mse", "--out", tmp_path / "mse.json")
+    klf(
+        "sweep",
+        work / "model",
+        "--calibration",
+        work / "text.txt",
+        *FEW,
+        "--scale",
+        "mse",
+        "--out",
+        tmp_path / "mse.json",
+    )
     klf("plan", tmp_path / "mse.json", "--mean-bits", 6, "--out", tmp_path / "mse-plan.json")
     assert klfast.Plan.from_json(work / "plan.json").scale == "absmax"
     made = klfast.Plan.from_json(tmp_path / "mse-plan.json")
@@ -98,7 +127,9 @@ def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("it is too late to say so"))
     for path, asked, its in ((work / "plan.json", "mse", "absmax"), (tmp_path / "mse-plan.json", "absmax", "mse")):
         error = fails("quantize", work / "model", path, "--scale", asked, "--out", tmp_path / "r")
-        assert f"made from a sweep with scale {its}" in error and f"leave scale out, or sweep with scale {asked}" in error
+        assert (
+            f"made from a sweep with scale {its}" in error and f"leave scale out, or sweep with scale {asked}" in error
+        )
         with pytest.raises(klfast.core.errors.InvalidInputError, match=f"with scale {its}"):
             klfast.quantize_model(None, klfast.Plan.from_json(path), scale=asked)
     monkeypatch.undo()
@@ -132,7 +163,9 @@ def test_unfinished_sweeps_are_called_that(work, tmp_path, monkeypatch):
     def said(message):
         tables = json.loads(klf("report", partial, "--json").stdout)["tables"]
         assert message in tables[0]["rows"][0][0]
-        made = json.loads(klf("plan", partial, "--max-kl", 100, "--out", tmp_path / "plan.json", "--json", "--force").stdout)
+        made = json.loads(
+            klf("plan", partial, "--max-kl", 100, "--out", tmp_path / "plan.json", "--json", "--force").stdout
+        )
         assert message in made["notes"][0]
         shown = klf("plan", partial, "--max-kl", 100, "--out", tmp_path / "plan.json", "--force").stdout
         return message in " ".join(shown.replace("│", " ").split())
@@ -145,7 +178,9 @@ def test_unfinished_sweeps_are_called_that(work, tmp_path, monkeypatch):
     found.measurements = {}
     found.to_json(partial)
     for command in (("report", partial), ("plan", partial, "--max-kl", 100, "--out", tmp_path / "none.json")):
-        assert "hold no measurements; the sweep is unfinished: 5 of 5 layers have not been measured yet" in fails(*command)
+        assert "hold no measurements; the sweep is unfinished: 5 of 5 layers have not been measured yet" in fails(
+            *command
+        )
 
 
 def test_a_plan_is_listed_by_layer(work, tmp_path):
@@ -166,8 +201,16 @@ def test_next_commands_can_be_copied(work, tmp_path):
     """Also where a folder's name holds a space or a quote."""
     out = tmp_path / "it's"
     out.mkdir()
-    said = klf("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--spec", "int4", "--out", out / "s.json").stdout
-    assert shlex.split(said[said.index("Next: ") :])[1:] == ["klfast", "plan", str(out / "s.json"), "--max-bytes", "SIZE"]
+    said = klf(
+        "sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--spec", "int4", "--out", out / "s.json"
+    ).stdout
+    assert shlex.split(said[said.index("Next: ") :])[1:] == [
+        "klfast",
+        "plan",
+        str(out / "s.json"),
+        "--max-bytes",
+        "SIZE",
+    ]
     said = klf("plan", work / "sens.json", "--mean-bits", 6, "--out", out / "plan.json").stdout
     words = shlex.split(said[said.index("Next: ") :])
     assert words[1:] == ["klfast", "quantize", "MODEL", str(out / "plan.json"), "--out", "FOLDER"]
@@ -198,7 +241,9 @@ def test_a_folder_for_a_file_is_refused_before_the_work(work, tmp_path, monkeypa
     said = fails(*arguments, tmp_path / "folder.md", "--force", code=code)
     assert code == 2 or f"folder.md is a folder; name a file with {arguments[-1]}" in said
     if code == 1:
-        assert f"pipe.md is not a regular file; name another {arguments[-1]}" in fails(*arguments, tmp_path / "pipe.md", "--force")
+        assert f"pipe.md is not a regular file; name another {arguments[-1]}" in fails(
+            *arguments, tmp_path / "pipe.md", "--force"
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.md", "pipe.md"]
 
 
@@ -211,7 +256,9 @@ def test_a_folder_that_quantize_must_not_replace_is_refused_before_the_work(work
     command = ("quantize", work / "model", "--uniform", "int4", "--force", "--out")
     assert "file is a file; name a folder with --out" in fails(*command, tmp_path / "file")
     assert "mine holds something that save_quantized did not write" in fails(*command, tmp_path / "mine")
-    assert "a folder; name a file with --results" in fails("demo", "--results", make_folder(tmp_path / "r" / "demo.csv").parent)
+    assert "a folder; name a file with --results" in fails(
+        "demo", "--results", make_folder(tmp_path / "r" / "demo.csv").parent
+    )
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "text"
 
 
@@ -222,4 +269,7 @@ def make_folder(path):
 
 def test_keep_is_split_at_the_last_equals_sign():
     kept = options.parse_keep(["re:.*(?=in)=int8-g64-sym", "lm_head=full"])
-    assert kept == {"re:.*(?=in)": klfast.QuantSpec(8, 64), "lm_head": None} and options.parse_keep([]) is options.parse_keep(None) is None
+    assert (
+        kept == {"re:.*(?=in)": klfast.QuantSpec(8, 64), "lm_head": None}
+        and options.parse_keep([]) is options.parse_keep(None) is None
+    )

@@ -37,7 +37,11 @@ def test_a_damaged_tokenizer_is_still_an_error(tmp_path):
     folder = tiny_folder.save_model(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{")
     result = quantize(folder, "--out", tmp_path / "small")
-    assert result.exit_code == 1 and "tokenizer.json is no valid JSON" in result.stderr and not (tmp_path / "small").exists()
+    assert (
+        result.exit_code == 1
+        and "tokenizer.json is no valid JSON" in result.stderr
+        and not (tmp_path / "small").exists()
+    )
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -63,7 +67,10 @@ def test_a_target_that_cannot_be_is_refused_before_the_model_is_loaded(model, tm
         (tmp_path / "absent" / "small", "does not exist"),
     ):
         result = quantize(model, "--out", out, *force)
-        assert result.exit_code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, (out, result.stderr)
+        assert result.exit_code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, (
+            out,
+            result.stderr,
+        )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "home", "letter", "locked"]
 
 
@@ -71,4 +78,6 @@ def test_other_commands_look_at_their_files_first(tmp_path):
     (tmp_path / "folder").mkdir()
     for command in (["sweep", "m"], ["plan", "s.json", "--mean-bits", "5"]):
         result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "folder"), "--force"])
-        assert result.exit_code == 1 and f"{tmp_path / 'folder'} is a folder; name a file with --out" in result.stderr, result.stderr
+        assert (
+            result.exit_code == 1 and f"{tmp_path / 'folder'} is a folder; name a file with --out" in result.stderr
+        ), result.stderr

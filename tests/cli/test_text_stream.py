@@ -21,7 +21,9 @@ def streamed(words, ids, prompt=()):
 def test_pieces_make_up_the_whole(kind, data):
     words = tokenizer(kind)
     some = st.integers(0, len(words) - 1)
-    few = st.sampled_from(sorted(data.draw(st.sets(some, min_size=1, max_size=4))))  # runs of the same tokens, bytes among them
+    few = st.sampled_from(
+        sorted(data.draw(st.sets(some, min_size=1, max_size=4)))
+    )  # runs of the same tokens, bytes among them
     ids = data.draw(st.lists(st.one_of(some, few), max_size=90))
     assert "".join(streamed(words, ids)) == words.decode(ids, skip_special_tokens=True)
 
@@ -57,9 +59,12 @@ def test_cost_of_a_token_does_not_grow():
     words = tokenizer("byte-level BPE")
     decoded = []
     counting = SimpleNamespace(
-        decode=lambda ids, **options: decoded.append(len(ids)) or words.decode(ids, **options), all_special_ids=words.all_special_ids,
-        added_tokens_decoder=words.added_tokens_decoder, convert_tokens_to_ids=words.convert_tokens_to_ids, unk_token_id=None,
-    )  # fmt: skip
+        decode=lambda ids, **options: decoded.append(len(ids)) or words.decode(ids, **options),
+        all_special_ids=words.all_special_ids,
+        added_tokens_decoder=words.added_tokens_decoder,
+        convert_tokens_to_ids=words.convert_tokens_to_ids,
+        unk_token_id=None,
+    )
     streamed(counting, words(TEXT[1])["input_ids"] * 100, words(TEXT[0])["input_ids"] * 100)
     assert max(decoded) <= 25
 
@@ -70,6 +75,12 @@ def test_a_run_of_bytes_that_turns_out_invalid():
     letter = words.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "中".encode()])
     wrong, space = words.convert_tokens_to_ids(["<0xFF>", "▁"])
     long = [*letter * 12, wrong, space] * 2
-    for ids in ([*letter, space], [*letter, wrong, space], [space, *letter, *letter, wrong], long, [space] * 9 + letter * 12):
+    for ids in (
+        [*letter, space],
+        [*letter, wrong, space],
+        [space, *letter, *letter, wrong],
+        long,
+        [space] * 9 + letter * 12,
+    ):
         assert "".join(streamed(words, ids)) == words.decode(ids, skip_special_tokens=True)
     assert "".join(streamed(words, [*letter, wrong])) == "\ufffd" * 4

@@ -115,7 +115,9 @@ class Stopper:
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left on device")], ids=["interrupt", "full"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space left on device")], ids=["interrupt", "full"]
+)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -181,7 +183,10 @@ def test_interrupted_at_any_line(tmp_path, exchange, monkeypatch):
             sys.settrace(None)
         return left <= 0
 
-    for what, action in (("file", lambda: write_atomic(tmp_path / "file", "new")), ("folder", lambda: build(tmp_path / "folder"))):
+    for what, action in (
+        ("file", lambda: write_atomic(tmp_path / "file", "new")),
+        ("folder", lambda: build(tmp_path / "folder")),
+    ):
         path, n, interrupted = tmp_path / what, 0, True
         while interrupted:
             n += 1
@@ -223,7 +228,10 @@ else:
 @pytest.mark.parametrize(
     ("step", "n", "kind", "how"),
     [
-        ("replace", 1, "file", ""), ("fsync", 1, "file", ""), ("fsync", 1, "folder", ""), ("rename", 1, "folder", "renames"),
+        ("replace", 1, "file", ""),
+        ("fsync", 1, "file", ""),
+        ("fsync", 1, "folder", ""),
+        ("rename", 1, "folder", "renames"),
         ("rename", 2, "folder", "renames"),
     ],
 )
@@ -250,7 +258,11 @@ def test_the_next_run_clears_what_a_killed_one_left(tmp_path, step, n, kind, how
     else:
         build(path)
         assert read(path) == {"new": "x"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".target.other.tmp", ".target2.00000000-1-1-0000000000000000.tmp", "target"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".target.other.tmp",
+        ".target2.00000000-1-1-0000000000000000.tmp",
+        "target",
+    ]
 
 
 def test_what_belongs_to_a_running_process_stays(tmp_path):

@@ -102,7 +102,18 @@ def test_the_bar_shows_the_estimate(monkeypatch):
         assert "10/100" in shown and "block 0, about" in shown and "left" in shown
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (99, "99 s"), (100, "2 min"), (720, "12 min"), (5900, "98 min"), (6000, "1 h 40 min"), (36000, "10 h 0 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (720, "12 min"),
+        (5900, "98 min"),
+        (6000, "1 h 40 min"),
+        (36000, "10 h 0 min"),
+    ],
+)
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text
 

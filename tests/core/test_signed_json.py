@@ -59,13 +59,18 @@ def test_layout_does_not_matter_and_old_files_have_no_digest(tmp_path):
 def test_an_edited_file_is_refused_with_the_way_out():
     data = json.loads(signed_json.write(DATA))
     data["specs"]["b"] = "int8"
-    with pytest.raises(CheckpointError, match='the JSON text is damaged .* "sha256".; make a new one, or remove that entry if you edited the file'):
+    with pytest.raises(
+        CheckpointError,
+        match='the JSON text is damaged .* "sha256".; make a new one, or remove that entry if you edited the file',
+    ):
         read(json.dumps(data))
     del data["sha256"]
     assert read(json.dumps(data))[0]["specs"]["b"] == "int8"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"sha256": ' + b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"sha256": ' + b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_what_is_no_json(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)

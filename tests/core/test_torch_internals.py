@@ -9,7 +9,9 @@ from klfast.core import torch_internals
 
 
 def test_torch_has_them_all():
-    assert not torch_internals.MISSING, f"this torch lacks {', '.join(torch_internals.MISSING)}: klfast takes the ops, which is slow for few rows"
+    assert not torch_internals.MISSING, (
+        f"this torch lacks {', '.join(torch_internals.MISSING)}: klfast takes the ops, which is slow for few rows"
+    )
 
 
 WITHOUT = """

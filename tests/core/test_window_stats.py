@@ -39,9 +39,7 @@ def test_one_window_has_no_standard_error():
     assert tally.mean(0) == [0.2] and math.isnan(tally.stderr(0)[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("sum", math.nan), ("square", math.inf), ("counts", -1.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("sum", math.nan), ("square", math.inf), ("counts", -1.0)])
 def test_sums_that_cannot_be(name, value):
     tally = Tally(1, 1)
     tally.add(0, torch.ones(1, 1, 2, dtype=torch.float64), 5)

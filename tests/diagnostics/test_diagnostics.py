@@ -17,7 +17,9 @@ from klfast.dispatch import pins, registry
 
 def test_doctor_checks_every_op_at_every_tier_and_passes():
     report = klfast.doctor()
-    assert [(c.op, c.tier) for c in report.checks] == [(op, tier) for op in registry.op_names() for tier in pins.available_tiers()]
+    assert [(c.op, c.tier) for c in report.checks] == [
+        (op, tier) for op in registry.op_names() for tier in pins.available_tiers()
+    ]
     assert report.passed, str(report)
     assert report.versions["torch"] == torch.__version__.split("+")[0] or report.versions["torch"] == torch.__version__
     assert list(report.tiers) == list(pins.CPU_TIERS) and report.tiers["scalar"] == ""
@@ -29,7 +31,9 @@ def test_doctor_checks_every_op_at_every_tier_and_passes():
 @pytest.mark.parametrize("wrong", [torch.full((2,), float("nan")), torch.tensor([1.0, 2.001])])
 def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
     right = torch.tensor([1.0, 2.0])
-    case = op_checks.Case("dequant_matmul", "two numbers", 1e-4, lambda: [right, right if pins.pinned() == "reference" else wrong])
+    case = op_checks.Case(
+        "dequant_matmul", "two numbers", 1e-4, lambda: [right, right if pins.pinned() == "reference" else wrong]
+    )
     monkeypatch.setitem(op_checks.CASES, "dequant_matmul", lambda _: [case])
     report = klfast.doctor()
     assert not report.passed
@@ -38,9 +42,13 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
 
 
 def test_doctor_reports_an_op_that_cannot_run(monkeypatch):
-    monkeypatch.setitem(op_checks.CASES, "dequant_matmul", lambda _: (_ for _ in ()).throw(AttributeError("no such kernel")))
+    monkeypatch.setitem(
+        op_checks.CASES, "dequant_matmul", lambda _: (_ for _ in ()).throw(AttributeError("no such kernel"))
+    )
     report = klfast.doctor()
-    assert {(c.op, c.message) for c in report.checks if not c.passed} == {("dequant_matmul", "AttributeError: no such kernel")}
+    assert {(c.op, c.message) for c in report.checks if not c.passed} == {
+        ("dequant_matmul", "AttributeError: no such kernel")
+    }
 
 
 def test_explain_names_the_tier_that_runs_and_a_reason_for_each_other():
@@ -77,8 +85,14 @@ def test_explain_of_linear_is_what_runs(rows, dtype, out, pin, monkeypatch):
     from klfast.backends.cpu import matmul as cpu
 
     ran = []
-    monkeypatch.setattr(cpu.F, "linear", lambda *args, right=torch.nn.functional.linear: [ran.append("torch"), right(*args)][1])
-    monkeypatch.setattr(cpu, "linear_into", lambda *args, right=cpu.linear_into, **named: [ran.append("klfast"), right(*args, **named)][1])
+    monkeypatch.setattr(
+        cpu.F, "linear", lambda *args, right=torch.nn.functional.linear: [ran.append("torch"), right(*args)][1]
+    )
+    monkeypatch.setattr(
+        cpu,
+        "linear_into",
+        lambda *args, right=cpu.linear_into, **named: [ran.append("klfast"), right(*args, **named)][1],
+    )
     x, weight = torch.randn(rows, 24).to(dtype), torch.randn(16, 24).to(dtype)
     with nullcontext() if pin is None else klfast.using(pin):
         ops.linear(x, weight, dtype=out)
@@ -108,7 +122,12 @@ def test_explain_takes_the_tier_from_the_kernel_tables():
 
 
 def test_explain_knows_the_public_functions():
-    for function in (klfast.causal_conv1d_fn, klfast.selective_scan_fn, klfast.mamba_chunk_scan_combined, klfast.logit_divergence):
+    for function in (
+        klfast.causal_conv1d_fn,
+        klfast.selective_scan_fn,
+        klfast.mamba_chunk_scan_combined,
+        klfast.logit_divergence,
+    ):
         assert klfast.explain(function).chosen in pins.available_tiers()
 
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from klfast.bench import test_linear
 from typer.testing import CliRunner
 
 from klfast import ops
-from klfast.bench import test_linear
 from klfast.benchkit import clock as timing
 from klfast.benchkit import device_facts
 from klfast.benchkit.clock import Clock
@@ -23,7 +23,9 @@ from klfast.core import errors
 from klfast.diagnostics import device_bench, device_report, kernel_checks, op_checks
 from klfast.dispatch import pins, registry
 
-KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [op for op in registry.op_names() if op != "dequant_matmul"]
+KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [
+    op for op in registry.op_names() if op != "dequant_matmul"
+]
 
 
 def doctor(*arguments, code=0):
@@ -58,7 +60,19 @@ def test_every_kernel_passes_and_the_file_is_what_was_shown(tmp_path):
     lines = result.stdout.splitlines()
     for kernel in KERNELS:
         assert any(line.startswith(f"pass  {kernel} ") for line in lines), kernel
-    for fact in ("klfast", "torch", "triton", "transformers", "python", "OS", "cpu", "cores", "tiers", "extension", "device"):
+    for fact in (
+        "klfast",
+        "torch",
+        "triton",
+        "transformers",
+        "python",
+        "OS",
+        "cpu",
+        "cores",
+        "tiers",
+        "extension",
+        "device",
+    ):
         assert any(line.startswith(f"  {fact}: ") for line in lines), fact
     assert lines[-1] == "All kernels passed." and "Median" not in result.stdout
 
@@ -70,7 +84,10 @@ def test_cases_have_every_dtype_format_and_number_of_rows():
             for bits in (4, 8):
                 for spec in (f"int{bits}-g32-sym", f"int{bits}-g64-asym"):
                     for activation in ("exact", "int8"):
-                        assert (f"dequant_matmul int{bits} {activation}", f"{dtype} [{rows}, 331] x {spec} [67, 331]") in some
+                        assert (
+                            f"dequant_matmul int{bits} {activation}",
+                            f"{dtype} [{rows}, 331] x {spec} [67, 331]",
+                        ) in some
     for op in registry.op_names():
         assert {case.what.split()[0] for case in op_checks.cases(op)} == {"float32", "float16", "bfloat16"}
 
@@ -106,10 +123,17 @@ def test_cases_reach_the_kernels_that_only_larger_sizes_take():
     found = [line.split(" | ") for line in done.stdout.splitlines()]
     assert not [line for line in found if line[2:]], done.stdout
     launches = {kernel: [names.split(", ") for name, names, *_ in found if name == kernel] for kernel, *_ in found}
-    assert len(launches["mamba_chunk_scan"]) == 4 and all([name.split()[0] for name in names] == ["ssd_states", "ssd_outputs"] for names in launches["mamba_chunk_scan"])
-    assert all([name.split()[0] for name in names] == ["decode_attention", "combine_parts"] for names in launches["decode_attention"])
+    assert len(launches["mamba_chunk_scan"]) == 4 and all(
+        [name.split()[0] for name in names] == ["ssd_states", "ssd_outputs"] for names in launches["mamba_chunk_scan"]
+    )
+    assert all(
+        [name.split()[0] for name in names] == ["decode_attention", "combine_parts"]
+        for names in launches["decode_attention"]
+    )
     assert launches["logit_divergence"][0] == ["first_anchors 1", "divergence_sums 10"], "parts of the vocabulary"
-    assert launches["logit_divergence"][-1] == ["first_anchors 3", "divergence_sums 3", "divergence_sums 3"], "rows run again"
+    assert launches["logit_divergence"][-1] == ["first_anchors 3", "divergence_sums 3", "divergence_sums 3"], (
+        "rows run again"
+    )
     for kernel in ("dequant_matmul int4 exact", "dequant_matmul int4 int8"):
         assert len(launches[kernel]) == 3 and all(names[-1].startswith("split_sum") for names in launches[kernel])
 
@@ -133,7 +157,10 @@ def test_a_broken_kernel_is_named(monkeypatch, fault, says):
 def test_the_other_kernels_go_on(monkeypatch):
     break_conv(monkeypatch, raising)
     result = doctor("--device", "cpu", "--seconds", 0, code=1)
-    assert "FAIL  causal_conv1d " in result.stdout and f"1 of {len(KERNELS)} kernels failed: causal_conv1d" in result.stdout
+    assert (
+        "FAIL  causal_conv1d " in result.stdout
+        and f"1 of {len(KERNELS)} kernels failed: causal_conv1d" in result.stdout
+    )
     assert result.stdout.count("\npass ") == len(KERNELS) - 1
     assert result.stderr == "klfast: a check failed; the report names it\n"
 
@@ -154,7 +181,11 @@ def test_an_op_without_a_kernel(monkeypatch):
     """On the CPU every op has one; on a GPU all have but those that klfast has no Triton kernel of."""
     monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
 
-    for op, device, status in (("decode_attention", "cpu", kernel_checks.FAIL), ("selective_scan", "xpu", kernel_checks.FAIL), ("linear", "xpu", kernel_checks.NONE)):
+    for op, device, status in (
+        ("decode_attention", "cpu", kernel_checks.FAIL),
+        ("selective_scan", "xpu", kernel_checks.FAIL),
+        ("linear", "xpu", kernel_checks.NONE),
+    ):
         (found,) = checked(op, device)
         assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
 
@@ -162,7 +193,10 @@ def test_an_op_without_a_kernel(monkeypatch):
 def test_checks_in_a_process_of_their_own():
     told = []
     found = kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", told.append)
-    assert found == kernel_checks.of_kernel("rms_norm", op_checks.cases("rms_norm"), "cpu", lambda _: None) and found.status == kernel_checks.PASS
+    assert (
+        found == kernel_checks.of_kernel("rms_norm", op_checks.cases("rms_norm"), "cpu", lambda _: None)
+        and found.status == kernel_checks.PASS
+    )
     assert told == [f"rms_norm, {case.what}" for case in op_checks.cases("rms_norm")]
 
 
@@ -173,10 +207,15 @@ def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
     """As on a GPU: two kernels take their processes down, the next passes."""
     right = kernel_checks._command
     broken = {
-        "causal_conv1d": WRITES + "print('first\\n\\n an illegal memory access \\n', file=sys.stderr, flush=True); os._exit(3)",
+        "causal_conv1d": WRITES
+        + "print('first\\n\\n an illegal memory access \\n', file=sys.stderr, flush=True); os._exit(3)",
         "rms_norm": "import os; os.kill(os.getpid(), 9)",
     }
-    monkeypatch.setattr(kernel_checks, "_command", lambda op, kernel, _: [sys.executable, "-c", broken[op]] if op in broken else right(op, kernel, "cpu"))
+    monkeypatch.setattr(
+        kernel_checks,
+        "_command",
+        lambda op, kernel, _: [sys.executable, "-c", broken[op]] if op in broken else right(op, kernel, "cpu"),
+    )
     monkeypatch.setattr(registry, "op_names", lambda: [*broken, "decode_attention"])
     monkeypatch.setattr(registry, "has_kernel", lambda *_: True)
     for look in ("require", "gather"):
@@ -195,7 +234,10 @@ def test_a_process_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(kernel_checks, "PATIENCE", 1.0)
     monkeypatch.setattr(kernel_checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
     found = kernel_checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
-    assert found.status == kernel_checks.FAIL and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
+    assert (
+        found.status == kernel_checks.FAIL
+        and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
+    )
 
 
 @pytest.mark.parametrize("short", [1, 2])
@@ -215,21 +257,29 @@ def test_no_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypatch):
     if short == 1:
         assert found.status == kernel_checks.PASS
     else:
-        assert found.status == kernel_checks.FAIL and found.reason.startswith("not checked, since the machine has no room for another process; try again later (")
+        assert found.status == kernel_checks.FAIL and found.reason.startswith(
+            "not checked, since the machine has no room for another process; try again later ("
+        )
 
 
 def test_threads_that_a_process_cannot_start_are_tried_again(monkeypatch, tmp_path):
     code = f"import os, sys; os.mkdir({str(tmp_path / 'tried')!r}); sys.exit('libgomp: Thread creation failed: Resource temporarily unavailable')"
     right = kernel_checks._command
     monkeypatch.setattr(kernel_checks, "PAUSE", 0.0)
-    monkeypatch.setattr(kernel_checks, "_command", lambda *args: right(*args) if (tmp_path / "tried").exists() else [sys.executable, "-c", code])
+    monkeypatch.setattr(
+        kernel_checks,
+        "_command",
+        lambda *args: right(*args) if (tmp_path / "tried").exists() else [sys.executable, "-c", code],
+    )
     assert kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None).status == kernel_checks.PASS
 
 
 def test_json(monkeypatch):
     break_conv(monkeypatch, raising)
     data = json.loads(doctor("--device", "cpu", "--seconds", 0, "--json", code=1).stdout)
-    assert data["passed"] is False and [c["kernel"] for c in data["checks"] if c["status"] == "FAIL"] == ["causal_conv1d"]
+    assert data["passed"] is False and [c["kernel"] for c in data["checks"] if c["status"] == "FAIL"] == [
+        "causal_conv1d"
+    ]
 
 
 def test_a_run_that_ends_before_its_end_leaves_what_it_found(monkeypatch, tmp_path):
@@ -237,7 +287,9 @@ def test_a_run_that_ends_before_its_end_leaves_what_it_found(monkeypatch, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         device_report.run("cpu", 0, tmp_path / "report.txt", lambda _: None)
     text = (tmp_path / "report.txt").read_text()
-    assert "pass  logit_divergence" in text and text.endswith("(causal_conv1d, float32 [2, 19, 1] runs; if nothing follows, it ended the run)\n")
+    assert "pass  logit_divergence" in text and text.endswith(
+        "(causal_conv1d, float32 [2, 19, 1] runs; if nothing follows, it ended the run)\n"
+    )
 
 
 def test_a_device_that_is_not_there(monkeypatch, tmp_path):
@@ -260,13 +312,19 @@ def test_wrong_usage(tmp_path):
 
 
 def test_facts_of_an_accelerator(monkeypatch):
-    properties = SimpleNamespace(name="Arc", driver_version="1.6", sub_group_sizes=[16, 32], uuid="secret", pci_bus_id=3, _hidden=1, method=print)
+    properties = SimpleNamespace(
+        name="Arc", driver_version="1.6", sub_group_sizes=[16, 32], uuid="secret", pci_bus_id=3, _hidden=1, method=print
+    )
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda: properties)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Intel(R) Arc(TM) Graphics")
     monkeypatch.setattr(torch.xpu, "mem_get_info", raising)
     monkeypatch.setenv("ZE_AFFINITY_MASK", "0")
     found = device_facts.gather("xpu")
-    assert found["driver_version"] == "1.6" and found["sub_group_sizes"] == "[16, 32]" and found["device name"] == "Intel(R) Arc(TM) Graphics"
+    assert (
+        found["driver_version"] == "1.6"
+        and found["sub_group_sizes"] == "[16, 32]"
+        and found["device name"] == "Intel(R) Arc(TM) Graphics"
+    )
     assert found["free and total memory, bytes"] == "RuntimeError: ptxas gave up" and found["ZE_AFFINITY_MASK"] == "0"
     assert not {"uuid", "pci_bus_id", "_hidden", "method"} & set(found)
 
@@ -279,7 +337,11 @@ def test_a_long_error_is_one_line_of_its_beginning_and_end():
 def test_the_bench_has_float16_and_torchs_int4_beside_klfast():
     groups = {group.name: list(group.contenders) for group in device_bench.groups("xpu")}
     assert groups["linear 2048x8192, M=1"] == ["klfast int4 exact", "klfast int4 int8", "torch fp16", "torch int4pack"]
-    assert len(groups) < 25 and all(name.startswith("klfast") for name, *_ in groups.values()) and all(len(names) > 1 for names in groups.values())
+    assert (
+        len(groups) < 25
+        and all(name.startswith("klfast") for name, *_ in groups.values())
+        and all(len(names) > 1 for names in groups.values())
+    )
 
 
 def test_a_report_with_a_bench(monkeypatch):
@@ -303,11 +365,23 @@ def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
     def unavailable():
         raise Unavailable("not on this device")
 
-    made = {"off": contender(0.1), "nan": contender(float("nan")), "raises": raising, "none": unavailable, "klfast": contender(0.0), "torch": contender(0.0)}
+    made = {
+        "off": contender(0.1),
+        "nan": contender(float("nan")),
+        "raises": raising,
+        "none": unavailable,
+        "klfast": contender(0.0),
+        "torch": contender(0.0),
+    }
     later = {"torch": lambda: Contender([raising], lambda: 0.0, 0.0)}
     groups = [Group("one", {}, made), Group("two", {}, {"klfast": contender(0.0)}), Group("three", {}, later)]
     found = {(row.group, row.contender): row for rows in device_bench.run(groups, Clock("cpu"), 0.02) for row in rows}
-    notes = {"off": "wrong: off by 1.0e-01", "nan": "wrong: off by nan", "raises": "fails: RuntimeError: ptxas gave up", "none": "not on this device"}
+    notes = {
+        "off": "wrong: off by 1.0e-01",
+        "nan": "wrong: off by nan",
+        "raises": "fails: RuntimeError: ptxas gave up",
+        "none": "not on this device",
+    }
     for name, note in notes.items():
         row = found["one", name]
         assert note in str(row) and row.seconds != row.seconds and " ms" not in str(row)

@@ -115,7 +115,11 @@ def test_zero_tensors_count_as_zeros(implementation):
 
 # What is written in place ------------------------------------------------------------------------------------------
 
-WRITTEN = {"causal_conv1d_fn": "final_states_out", "causal_conv1d_update": "conv_state", "selective_state_update": "state"}
+WRITTEN = {
+    "causal_conv1d_fn": "final_states_out",
+    "causal_conv1d_update": "conv_state",
+    "selective_state_update": "state",
+}
 
 
 def written_calls():
@@ -135,9 +139,15 @@ def test_states_that_must_not_be_written(implementation):
             def call(state):
                 return function(**{**arguments, name: state})  # noqa: B023
 
-            for overlapping in (state[:1].expand(state.shape), state[..., :1].expand(state.shape), torch.zeros(99).as_strided(state.shape, [1] * state.dim())):
+            for overlapping in (
+                state[:1].expand(state.shape),
+                state[..., :1].expand(state.shape),
+                torch.zeros(99).as_strided(state.shape, [1] * state.dim()),
+            ):
                 before = overlapping.clone()
-                with pytest.raises(InvalidInputError, match=f"{name} is written in place, but several of its elements share memory"):
+                with pytest.raises(
+                    InvalidInputError, match=f"{name} is written in place, but several of its elements share memory"
+                ):
                     call(overlapping)
                 assert torch.equal(overlapping, before)
             leaf = state.clone().requires_grad_()
@@ -173,6 +183,8 @@ def test_negated_views():
         z = torch.complex(*torch.randn(2, *arguments["x"].shape))
         plain, negated = arguments[name].clone(), arguments[name].clone()
         expected = function(**{**arguments, name: plain, "x": -z.imag})
-        assert torch.equal(function(**{**arguments, name: negated, "x": z.conj().imag}), expected) and torch.equal(negated, plain)
+        assert torch.equal(function(**{**arguments, name: negated, "x": z.conj().imag}), expected) and torch.equal(
+            negated, plain
+        )
         with pytest.raises(InvalidInputError, match=f"{name} is written in place and must not be a negated view"):
             function(**{**arguments, name: torch.complex(plain, plain).conj().imag})

@@ -28,7 +28,9 @@ def left_padded(ids):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_greedy_equals_transformers(model, tokens):
     ids = batch(3, tokens)
-    assert torch.equal(klfast.generate(model, ids, max_new_tokens=12), model.generate(ids, do_sample=False, max_new_tokens=12))
+    assert torch.equal(
+        klfast.generate(model, ids, max_new_tokens=12), model.generate(ids, do_sample=False, max_new_tokens=12)
+    )
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
@@ -38,8 +40,12 @@ def test_greedy_equals_transformers_in_other_families(family, one_thread):
     for mask in (None, torch.ones_like(ids), left_padded(ids)):
         found = klfast.generate(model, ids, 10, attention_mask=mask)
         given = torch.ones_like(ids) if mask is None else mask
-        assert torch.equal(found, model.generate(ids, attention_mask=given, do_sample=False, max_new_tokens=10, pad_token_id=0))
-    expected = model.generate(ids[:, :1], attention_mask=given[:, -1:], do_sample=False, max_new_tokens=10, pad_token_id=0)
+        assert torch.equal(
+            found, model.generate(ids, attention_mask=given, do_sample=False, max_new_tokens=10, pad_token_id=0)
+        )
+    expected = model.generate(
+        ids[:, :1], attention_mask=given[:, -1:], do_sample=False, max_new_tokens=10, pad_token_id=0
+    )
     assert torch.equal(klfast.generate(model, ids[:, :1], 10), expected)
 
 
@@ -51,7 +57,9 @@ def test_models_that_read_padding_as_text_say_so():
 def test_greedy_equals_transformers_quantized(model):
     klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), QuantSpec(4, 16)), "uniform"))
     ids = batch(2, 9)
-    assert torch.equal(klfast.generate(model, ids, max_new_tokens=8), model.generate(ids, do_sample=False, max_new_tokens=8))
+    assert torch.equal(
+        klfast.generate(model, ids, max_new_tokens=8), model.generate(ids, do_sample=False, max_new_tokens=8)
+    )
 
 
 def test_left_padding_changes_nothing(model):
@@ -65,7 +73,9 @@ def test_left_padding_changes_nothing(model):
 def test_left_padding_shifts_absolute_positions():
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     torch.nn.init.normal_(model.transformer.wpe.weight)  # rotary positions would not mind a shift
     ids = batch(3, 9)
@@ -100,20 +110,29 @@ def test_callback_modes_and_result(model):
 
 def test_draws():
     model, ids = tiny("llama"), batch(1, 2)
-    
+
     def draw(rows, **options):
-        return klfast.generate(model, ids.expand(rows, -1), 1, generator=torch.Generator().manual_seed(3), **options)[:, -1]
+        return klfast.generate(model, ids.expand(rows, -1), 1, generator=torch.Generator().manual_seed(3), **options)[
+            :, -1
+        ]
 
     with torch.no_grad():
         p = (model(ids).logits[0, -1] / 1.5).softmax(-1)
     counts = torch.bincount(draw(4000, temperature=1.5), minlength=VOCABULARY) / 4000
     assert (counts - p).abs().max() < 5 * (p.max() / 4000).sqrt()
-    assert torch.equal(draw(50, temperature=1.5), draw(50, temperature=1.5)) and len(set(draw(50, temperature=1.5).tolist())) > 1
+    assert (
+        torch.equal(draw(50, temperature=1.5), draw(50, temperature=1.5))
+        and len(set(draw(50, temperature=1.5).tolist())) > 1
+    )
     order = p.argsort(descending=True)
     assert set(draw(1000, temperature=1.5, top_k=3).tolist()) == set(order[:3].tolist())
     kept = int((p[order].cumsum(0) < 0.5).sum()) + 1
     assert set(draw(1000, temperature=1.5, top_p=0.5).tolist()) == set(order[:kept].tolist())
-    assert set(draw(50, temperature=1.5, top_p=1e-9).tolist()) == set(draw(50, top_k=1, temperature=2).tolist()) == {int(order[0])}
+    assert (
+        set(draw(50, temperature=1.5, top_p=1e-9).tolist())
+        == set(draw(50, top_k=1, temperature=2).tolist())
+        == {int(order[0])}
+    )
     assert set(draw(50, temperature=1e-6).tolist()) == {int(order[0])}
 
 

@@ -41,7 +41,9 @@ def test_stop_strings_end_where_transformers_does(writer):
     free = klfast.generate(model, prompt, 24)[0, prompt.shape[1] :].tolist()
     stops = texts_within(words, free)
     for given in [*stops, stops]:
-        expected = model.generate(prompt, do_sample=False, max_new_tokens=24, stop_strings=given, tokenizer=words, pad_token_id=0)
+        expected = model.generate(
+            prompt, do_sample=False, max_new_tokens=24, stop_strings=given, tokenizer=words, pad_token_id=0
+        )
         found = klfast.generate(model, prompt, 24, stop_strings=given, tokenizer=words)
         assert torch.equal(found, expected) and found.shape[1] < prompt.shape[1] + 24
 
@@ -80,7 +82,9 @@ def test_stop_strings_fill_the_rows_that_are_done(writer):
     found = klfast.generate(model, ids, 12, stop_strings=[stop], tokenizer=words, pad_token_id=7)
     ends = []
     for i in range(3):
-        alone = model.generate(ids[i : i + 1], do_sample=False, max_new_tokens=12, stop_strings=[stop], tokenizer=words, pad_token_id=7)
+        alone = model.generate(
+            ids[i : i + 1], do_sample=False, max_new_tokens=12, stop_strings=[stop], tokenizer=words, pad_token_id=7
+        )
         ends.append(alone.shape[1])
         assert found[i].tolist() == (free[i, : ends[-1]].tolist() + [7] * 12)[: found.shape[1]]
     assert min(ends) <= 10 and found.shape[1] == max(ends) > min(ends)
@@ -93,10 +97,18 @@ def test_repetition_penalty_equals_transformers(model, penalty):
     ids = batch(3, 9)
     for mask in (torch.ones_like(ids), left_padded(ids)):
         found = klfast.generate(model, ids, 12, attention_mask=mask, repetition_penalty=penalty)
-        rows = [klfast.generate(model, ids[i : i + 1, int((mask[i] == 0).sum()) :], 12, repetition_penalty=penalty)[0, -12:] for i in range(3)]
+        rows = [
+            klfast.generate(model, ids[i : i + 1, int((mask[i] == 0).sum()) :], 12, repetition_penalty=penalty)[0, -12:]
+            for i in range(3)
+        ]
         assert torch.equal(found[:, -12:], torch.stack(rows))  # padding is no text
         if mask.all():  # not every version of transformers leaves padding out
-            assert torch.equal(found, model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, repetition_penalty=float(penalty)))
+            assert torch.equal(
+                found,
+                model.generate(
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=12, repetition_penalty=float(penalty)
+                ),
+            )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +140,15 @@ def test_several_sequences_belong_to_their_prompts(model):
     assert torch.equal(cold, likeliest.repeat_interleave(4, 0))
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-300}, {"do_sample": True, "min_p": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 5e-324},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"do_sample": True, "min_p": 1.0},
+    ],
+)
 def test_extremes_draw_the_likeliest_token(model, options):
     assert torch.equal(klfast.generate(model, batch(3, 9), 12, **options), klfast.generate(model, batch(3, 9), 12))
 
@@ -153,7 +173,9 @@ def test_streamer_gets_what_transformers_gives_it(model):
     ids = batch(2, 5)
     found, expected = Recorder(), Recorder()
     klfast.generate(model, ids, 4, streamer=found)
-    model.generate(ids, do_sample=False, max_new_tokens=4, streamer=expected, attention_mask=torch.ones_like(ids), pad_token_id=0)
+    model.generate(
+        ids, do_sample=False, max_new_tokens=4, streamer=expected, attention_mask=torch.ones_like(ids), pad_token_id=0
+    )
     assert found.seen.pop() == expected.seen.pop() == "end"
     assert len(found.seen) == len(expected.seen) and all(map(torch.equal, found.seen, expected.seen))
 
@@ -186,8 +208,12 @@ def test_generation_config_counts(model):
     ids = batch(3, 9)
     free = klfast.generate(model, ids, 20)
     ends = [int(free[0, 9 + 2]), int(free[1, 9 + 5])]
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=60, repetition_penalty=1.2, max_new_tokens=15)
-    assert torch.equal(klfast.generate(model, ids), model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False))
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=60, repetition_penalty=1.2, max_new_tokens=15
+    )
+    assert torch.equal(
+        klfast.generate(model, ids), model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False)
+    )
     assert torch.equal(klfast.generate(model, ids, 20, eos_token_id=[], repetition_penalty=1), free)
     model.generation_config = GenerationConfig(max_length=12, eos_token_id=torch.tensor(ends).tolist())
     assert klfast.generate(model, ids[:1]).shape[1] <= 12
@@ -201,7 +227,9 @@ def test_generation_config_counts(model):
 
 def test_generation_config_counts_in_draws(model):
     ids = batch(3, 9)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.7, top_k=7, top_p=0.9, min_p=0.01, pad_token_id=0)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.7, top_k=7, top_p=0.9, min_p=0.01, pad_token_id=0
+    )
     torch.manual_seed(3)
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9)
     torch.manual_seed(3)
@@ -239,7 +267,12 @@ def test_limits_of_draws_say_that_nothing_is_drawn(model):
 def test_refuses_numbers_in_one_line(model, name, wrong):
     for value in wrong:
         with pytest.raises(errors.InvalidInputError, match=f"^{name}") as caught:
-            klfast.generate(model, batch(), **{"max_new_tokens": 2, "temperature": 1.0, **{name: value}} | ({"temperature": None} if name == "do_sample" else {}))
+            klfast.generate(
+                model,
+                batch(),
+                **{"max_new_tokens": 2, "temperature": 1.0, name: value}
+                | ({"temperature": None} if name == "do_sample" else {}),
+            )
         assert "\n" not in str(caught.value)
 
 
@@ -267,5 +300,7 @@ def test_refuses_to_draw_from_an_infinity(model):
 
 
 def test_numpy_numbers_are_numbers(model):
-    found = klfast.generate(model, batch(), np.int64(3), temperature=np.float32(1e-20), top_k=np.int32(5), top_p=np.float64(0.9))
+    found = klfast.generate(
+        model, batch(), np.int64(3), temperature=np.float32(1e-20), top_k=np.int32(5), top_p=np.float64(0.9)
+    )
     assert torch.equal(found, klfast.generate(model, batch(), 3))

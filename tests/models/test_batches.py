@@ -54,11 +54,22 @@ def test_evaluate_counts_no_pads(family, side):
     klfast.quantize_model(model, klfast.Plan({name: INT4}, "uniform"))
     found = klfast.evaluate(model, [padded(side)], teacher)
     expected = truth(teacher, name)
-    nll = torch.cat([-teacher(text[None]).logits[0, :-1].double().log_softmax(-1).gather(1, text[1:, None])[:, 0] for text in TEXTS if len(text) > 1])
+    nll = torch.cat(
+        [
+            -teacher(text[None]).logits[0, :-1].double().log_softmax(-1).gather(1, text[1:, None])[:, 0]
+            for text in TEXTS
+            if len(text) > 1
+        ]
+    )
     assert found.tokens == 52 == len(nll)
     assert found.teacher_perplexity == pytest.approx(nll.mean().exp().item(), rel=1e-4)
     assert found.nll == pytest.approx(nll.mean().item() + expected["delta_ce"], rel=1e-4)
-    for mine, metric in (("kl", KL), ("kl_student_teacher", "kl_student_teacher"), ("jsd", "jsd"), ("top1_agreement", "top1_agree")):
+    for mine, metric in (
+        ("kl", KL),
+        ("kl_student_teacher", "kl_student_teacher"),
+        ("jsd", "jsd"),
+        ("top1_agreement", "top1_agree"),
+    ):
         assert getattr(found, mine) == pytest.approx(expected[metric], rel=1e-3), metric
 
 
@@ -92,14 +103,22 @@ def forms():
     yield "dict", encoding
     yield "dict without a mask", {"input_ids": ids, "labels": ids - 100}
     yield "BatchEncoding", transformers.BatchEncoding(encoding)
-    yield "BatchEncoding of lists", transformers.BatchEncoding({"input_ids": ids.tolist(), "attention_mask": ones.tolist()})
+    yield (
+        "BatchEncoding of lists",
+        transformers.BatchEncoding({"input_ids": ids.tolist(), "attention_mask": ones.tolist()}),
+    )
     yield "dicts of rows", [{"input_ids": row.tolist(), "attention_mask": [1] * 9} for row in ids]
     yield "boolean masks", [{"input_ids": ids, "attention_mask": ones.bool()}]
     yield "float masks", [{"input_ids": ids, "attention_mask": ones.float()}]
     yield "masks of NumPy", [{"input_ids": ids.numpy(), "attention_mask": ones.numpy().astype(np.float32)}]
     yield "DataLoader", DataLoader(ids, batch_size=2)
     yield "DataLoader of a TensorDataset", DataLoader(TensorDataset(ids), batch_size=2)
-    yield "DataLoader of dicts", DataLoader([{"input_ids": row, "attention_mask": one} for row, one in zip(ids, ones, strict=True)], batch_size=2)
+    yield (
+        "DataLoader of dicts",
+        DataLoader(
+            [{"input_ids": row, "attention_mask": one} for row, one in zip(ids, ones, strict=True)], batch_size=2
+        ),
+    )
     yield "padded", [padded("left", list(ids)), padded("right", [ids[0], ids[0][:1]])][:1]
 
 
@@ -141,7 +160,9 @@ def test_rows_of_one_length_run_together_wherever_they_stand(monkeypatch):
 
     found = inputs.micro_batches(given, VOCAB, 40)
     assert [list(ids.shape) for ids in found] == [[1, 2], [3, 9], [1, 12], [2, 17]]
-    assert inputs.digest(found) != inputs.digest(inputs.micro_batches([{**given[0], "attention_mask": given[0]["attention_mask"].flip(0)}, given[1]], 100, 40))
+    assert inputs.digest(found) != inputs.digest(
+        inputs.micro_batches([{**given[0], "attention_mask": given[0]["attention_mask"].flip(0)}, given[1]], 100, 40)
+    )
 
 
 def test_a_resume_file_is_that_of_one_mask(tmp_path):
@@ -168,14 +189,29 @@ def test_a_resume_file_is_that_of_one_mask(tmp_path):
         ([torch.zeros(2, 8)], r"batch 0 must be .* got torch.float32 \[2, 8\]; give tensors"),
         ([np.zeros((2, 8))], r"batch 0 must be .* got float64 \[2, 8\]"),
         ([np.ones((2, 8), bool)], "batch 0 must be"),
-        ([(tokens(2, 9), tokens(2, 9))], r"batch 0 must be .* got a tuple of torch.int64 \[2, 9\]; give tensors .* dicts with input_ids and attention_mask"),
+        (
+            [(tokens(2, 9), tokens(2, 9))],
+            r"batch 0 must be .* got a tuple of torch.int64 \[2, 9\]; give tensors .* dicts with input_ids and attention_mask",
+        ),
         ([{"ids": tokens()}], "batch 0 has no input_ids, only ids"),
         ([{}], "batch 0 has no input_ids, only nothing"),
-        ([{"input_ids": tokens(2, 9), "attention_mask": torch.ones(2, 8)}], "attention_mask of batch 0 must hold a zero or a one for each"),
-        ([{"input_ids": tokens(2, 9), "attention_mask": torch.full((2, 9), 0.5)}], "attention_mask of batch 0 must hold a zero or a one"),
-        ([{"input_ids": tokens(2, 9), "attention_mask": torch.ones(2, 1, 9, 9)}], r"attention_mask of batch 0 must .* got torch.float32 \[2, 1, 9, 9\]"),
+        (
+            [{"input_ids": tokens(2, 9), "attention_mask": torch.ones(2, 8)}],
+            "attention_mask of batch 0 must hold a zero or a one for each",
+        ),
+        (
+            [{"input_ids": tokens(2, 9), "attention_mask": torch.full((2, 9), 0.5)}],
+            "attention_mask of batch 0 must hold a zero or a one",
+        ),
+        (
+            [{"input_ids": tokens(2, 9), "attention_mask": torch.ones(2, 1, 9, 9)}],
+            r"attention_mask of batch 0 must .* got torch.float32 \[2, 1, 9, 9\]",
+        ),
         ([tokens(), {"input_ids": tokens(1, 3), "attention_mask": [[1, 0, 1]]}], "attention_mask of batch 1 has gaps"),
-        ([{"input_ids": tokens(2, 9), "attention_mask": torch.zeros(2, 9)}], "no row has two tokens beside its padding"),
+        (
+            [{"input_ids": tokens(2, 9), "attention_mask": torch.zeros(2, 9)}],
+            "no row has two tokens beside its padding",
+        ),
         ([[[]]], "batch 0 must be|windows of 0 tokens"),
         ([[]], "batches is empty"),
         ([torch.empty(1, 0, dtype=torch.int64)], "windows of 0 tokens"),

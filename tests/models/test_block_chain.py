@@ -31,13 +31,23 @@ ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4}
 
 FAMILIES = {
     "mamba": lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
-    "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8)),
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8)
+    ),
     "falcon_mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**SMALL, state_size=4)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, num_key_value_heads=2)),
     "llama-eager": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, attn_implementation="eager")),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8)),
     "hymba": lambda: HymbaForCausalLM(
-        HymbaConfig(**SMALL, **ATTENTION, num_key_value_heads=2, num_memory_tokens=3, sliding_window=4, global_attn_idx=[], kv_reuse_group=[[0, 1, 2]])
+        HymbaConfig(
+            **SMALL,
+            **ATTENTION,
+            num_key_value_heads=2,
+            num_memory_tokens=3,
+            sliding_window=4,
+            global_attn_idx=[],
+            kv_reuse_group=[[0, 1, 2]],
+        )
     ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **ATTENTION)),
 }
@@ -188,7 +198,10 @@ def test_refuses_weights_that_move(training):
     config = RwkvConfig(**SMALL, attention_hidden_size=32, intermediate_size=48, rescale_every=2)
     model = RwkvForCausalLM(config).train(training)
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(InvalidInputError, match=r"rescale_every=2\), so they cannot be quantized; load it with from_pretrained\(\.\.\., rescale_every=0\)"):
+    with pytest.raises(
+        InvalidInputError,
+        match=r"rescale_every=2\), so they cannot be quantized; load it with from_pretrained\(\.\.\., rescale_every=0\)",
+    ):
         Chain(model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     config.rescale_every = 0

@@ -22,8 +22,14 @@ def test_linears_are_all_but_convolutions_and_embeddings():
     names = list(linears.linears(mamba(tied=False)))
     per_block = ["in_proj", "x_proj", "dt_proj", "out_proj"]
     assert names == [f"backbone.layers.{i}.mixer.{n}" for i in range(2) for n in per_block] + ["lm_head"]
-    mamba2 = Mamba2Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4, n_groups=1)
-    assert list(linears.linears(Mamba2ForCausalLM(mamba2))) == ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj", "lm_head"]
+    mamba2 = Mamba2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4, n_groups=1
+    )
+    assert list(linears.linears(Mamba2ForCausalLM(mamba2))) == [
+        "backbone.layers.0.mixer.in_proj",
+        "backbone.layers.0.mixer.out_proj",
+        "lm_head",
+    ]
 
 
 def test_unknown_layer_names_the_closest():
@@ -58,7 +64,14 @@ def test_bytes_add_up_to_the_saved_file(tied, dtype, tmp_path):
 
 
 def test_rotary_tables_are_not_counted():
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = LlamaForCausalLM(config)
     norms_and_embedding = 4 * (3 * 16 + 50 * 16)
     assert linears.other_bytes(model) == norms_and_embedding

@@ -3,7 +3,9 @@ import pytest
 from klfast.core.errors import InvalidInputError, UnknownLayerError
 from klfast.models.selection import matching, select
 
-NAMES = [f"backbone.layers.{i}.mixer.{part}" for i in (0, 1, 10) for part in ("in_proj", "x_proj", "out_proj")] + ["lm_head"]
+NAMES = [f"backbone.layers.{i}.mixer.{part}" for i in (0, 1, 10) for part in ("in_proj", "x_proj", "out_proj")] + [
+    "lm_head"
+]
 
 
 @pytest.mark.parametrize(

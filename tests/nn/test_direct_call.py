@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import klfast
@@ -79,7 +78,11 @@ def test_what_is_left_to_the_op():
 def test_what_the_kernel_would_misread_is_left_to_the_op():
     layer, x = quantized(), torch.randn(2, 100)
     negated = torch.randn(2, 100, dtype=torch.complex64).conj().imag
-    for lazy, values in ((torch._neg_view(x), -x), (negated, negated.resolve_neg()), (torch._efficientzerotensor((2, 100)), torch.zeros(2, 100))):
+    for lazy, values in (
+        (torch._neg_view(x), -x),
+        (negated, negated.resolve_neg()),
+        (torch._efficientzerotensor((2, 100)), torch.zeros(2, 100)),
+    ):
         assert not is_taken(layer, lazy)
         assert torch.equal(layer(lazy), layer(values))
     one = quantized(n=3, k=1)
@@ -93,7 +96,9 @@ def test_what_the_kernel_would_misread_is_left_to_the_op():
 CHANGES = {
     "buffer": lambda layer: setattr(layer, "weight_scale", layer.weight_scale * 2),
     "data": lambda layer: setattr(layer.weight_packed, "data", layer.weight_packed ^ 0x11111111),
-    "dtype of the same memory": lambda layer: setattr(layer.weight_scale, "data", layer.weight_scale.data.view(torch.bfloat16)),
+    "dtype of the same memory": lambda layer: setattr(
+        layer.weight_scale, "data", layer.weight_scale.data.view(torch.bfloat16)
+    ),
     "in place": lambda layer: layer.weight_packed.bitwise_xor_(0x11111111),
     "bias": lambda layer: setattr(layer.bias, "data", layer.bias.data + 1),
     "no bias": lambda layer: setattr(layer, "bias", None),

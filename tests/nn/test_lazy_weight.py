@@ -25,7 +25,10 @@ def assigned(name, value):
 
 
 WRITES = {
-    **{f"i{name}": lambda w, name=name: getattr(operator, f"i{name}")(w, 2) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
+    **{
+        f"i{name}": lambda w, name=name: getattr(operator, f"i{name}")(w, 2)
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+    },
     "mul_": lambda w: w.mul_(2),
     "copy_": lambda w: w.copy_(X),
     "zero_": lambda w: w.zero_(),
@@ -69,7 +72,9 @@ def test_writing_raises(name, layer):
     assert torch.equal(layer(X), before)
 
 
-@pytest.mark.parametrize("make", [QuantLinear.from_linear, lambda linear, spec: QuantEmbedding(QuantLinear.from_linear(linear, spec))])
+@pytest.mark.parametrize(
+    "make", [QuantLinear.from_linear, lambda linear, spec: QuantEmbedding(QuantLinear.from_linear(linear, spec))]
+)
 @pytest.mark.parametrize("value", [X, nn.Parameter(X)], ids=["tensor", "parameter"])
 def test_assigning_another_weight_raises(value, make):
     with pytest.raises(InvalidInputError, match="weight: the weight of a quantized layer is read-only"):
@@ -112,5 +117,3 @@ def test_initialisers_of_transformers_leave_it_alone(layer):
 
     for initialise in (initialization.normal_, initialization.kaiming_uniform_, initialization.zeros_):
         initialise(layer.weight)
-
-

@@ -100,7 +100,9 @@ def test_step_against_float64(family, rows, steps, tier):
     assert steps.taken or tier == "reference"
     truth, true_cache = decoded(tiny(family).double(), rows)
     for ours, true in [(found, truth), *zip(states(cache), states(true_cache), strict=True)]:
-        torch.testing.assert_close(ours.double(), true.double(), rtol=0, atol=allowed_error(model, 10) * true.abs().max().item())
+        torch.testing.assert_close(
+            ours.double(), true.double(), rtol=0, atol=allowed_error(model, 10) * true.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,14 +118,20 @@ def test_dt_is_never_rounded_to_int8(family, steps, tier):
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed_error(model, 10) * expected.abs().max().item())
 
 
-PARTS = [(family, part) for family in FAMILIES for part in ("A_log", "conv1d.bias", ".D")] + [("hymba", "layernorm.weight")]
+PARTS = [(family, part) for family in FAMILIES for part in ("A_log", "conv1d.bias", ".D")] + [
+    ("hymba", "layernorm.weight")
+]
 
 
 @pytest.mark.parametrize(("family", "part"), PARTS)
 def test_changed_mixer_is_seen(family, part, steps):
     model = model_of(family, "float32")
     before, _ = decoded(model, 1)
-    changed = [p for name, p in model.named_parameters() if (name + ".").find(part + ".") > 0 and ("mixer" in name or "mamba" in name)]
+    changed = [
+        p
+        for name, p in model.named_parameters()
+        if (name + ".").find(part + ".") > 0 and ("mixer" in name or "mamba" in name)
+    ]
     for parameter in changed:
         parameter.data = parameter.data + 0.5
     found, _ = decoded(model, 1)
@@ -171,7 +179,8 @@ HYMBA_CHANGES = {
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [(family, change) for family in FAMILIES for change in MIXER_CHANGES] + [("hymba", change) for change in HYMBA_CHANGES],
+    [(family, change) for family in FAMILIES for change in MIXER_CHANGES]
+    + [("hymba", change) for change in HYMBA_CHANGES],
 )
 def test_mixer_changed_after_a_step(family, change, steps):
     """What the ops' path would see."""
@@ -219,7 +228,9 @@ def test_no_step_under_gradients(steps):
     with torch.inference_mode(False):
         model = model_of("hymba", "float32")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("A_log" in name and ".2." in name)  # of the last layer alone: what enters it has no gradient
+            parameter.requires_grad_(
+                "A_log" in name and ".2." in name
+            )  # of the last layer alone: what enters it has no gradient
         with torch.no_grad():
             decoded(model, 1)
         assert steps.taken == 15
@@ -230,6 +241,8 @@ def test_no_step_under_gradients(steps):
 
 def test_first_projection_of_another_width_is_refused(steps):
     model = model_of("mamba", "float32")
-    model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda layer, args, y: y[..., :64] if args[0].shape[1] == 1 else y)
+    model.backbone.layers[0].mixer.in_proj.register_forward_hook(
+        lambda layer, args, y: y[..., :64] if args[0].shape[1] == 1 else y
+    )
     with pytest.raises(InvalidInputError, match="after the first projection"):
         decoded(model, 1)

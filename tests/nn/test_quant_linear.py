@@ -11,7 +11,6 @@ from families import batch, tiny
 from torch import nn
 
 import klfast
-
 from klfast import QuantLinear, QuantSpec, dequant_matmul
 from klfast.core.errors import InvalidInputError
 from klfast.models.linears import linears
@@ -55,7 +54,11 @@ def test_state_dict_into_an_empty_layer(spec):
 @pytest.mark.parametrize("spec", SPECS[:2], ids=str)
 def test_torch_compile(spec):
     """No graph break, and the same numbers."""
-    model = nn.Sequential(QuantLinear.from_linear(nn.Linear(100, 48), spec), nn.SiLU(), QuantLinear.from_linear(nn.Linear(48, 7, False), spec))
+    model = nn.Sequential(
+        QuantLinear.from_linear(nn.Linear(100, 48), spec),
+        nn.SiLU(),
+        QuantLinear.from_linear(nn.Linear(48, 7, False), spec),
+    )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for shape in [(100,), (4, 100), (2, 5, 100)]:
         x = torch.randn(shape)
@@ -82,7 +85,11 @@ def test_bad_input():
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_float64(spec):
     layer = QuantLinear.from_linear(nn.Linear(100, 48), spec)
-    weight, bias, x = layer.quantized.dequantize(torch.float32).double(), layer.bias.detach().double(), torch.randn(3, 100).double()
+    weight, bias, x = (
+        layer.quantized.dequantize(torch.float32).double(),
+        layer.bias.detach().double(),
+        torch.randn(3, 100).double(),
+    )
     layer.double()
     torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(F.linear(x, layer.weight), x @ weight.T, rtol=1e-12, atol=1e-12)
@@ -110,7 +117,9 @@ def test_state_dict_of_another_shape(shape, strict):
     """As many words and groups, but other features: nothing else tells them apart."""
     layer, other = (QuantLinear.from_linear(nn.Linear(k, n, False), QuantSpec(4, -1)) for n, k in ((48, 38), shape))
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(RuntimeError, match=rf"weight_shape is \[{shape[0]}, {shape[1]}\], but the layer's weight is \[48, 38\]"):
+    with pytest.raises(
+        RuntimeError, match=rf"weight_shape is \[{shape[0]}, {shape[1]}\], but the layer's weight is \[48, 38\]"
+    ):
         layer.load_state_dict(other.state_dict(), strict=strict)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     layer.load_state_dict(before)

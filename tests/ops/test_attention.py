@@ -7,7 +7,14 @@ from klfast import ops
 from klfast.core.errors import InvalidInputError
 
 # batch, heads, groups, keys, key width, value width
-SHAPES = [(1, 1, 1, 1, 1, 1), (2, 5, 5, 3, 8, 8), (1, 25, 5, 131, 64, 128), (3, 9, 1, 63, 7, 33), (2, 16, 2, 17, 100, 63), (1, 12, 4, 300, 48, 24)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 5, 5, 3, 8, 8),
+    (1, 25, 5, 131, 64, 128),
+    (3, 9, 1, 63, 7, 33),
+    (2, 16, 2, 17, 100, 63),
+    (1, 12, 4, 300, 48, 24),
+]
 
 
 def truth(q, k, v, scale):
@@ -18,7 +25,11 @@ def truth(q, k, v, scale):
 
 
 def inputs(batch, heads, groups, keys, key_dim, value_dim, dtype=torch.float32):
-    return torch.randn(batch, heads, key_dim).to(dtype), torch.randn(batch, groups, keys, key_dim).to(dtype), torch.randn(batch, groups, keys, value_dim).to(dtype)
+    return (
+        torch.randn(batch, heads, key_dim).to(dtype),
+        torch.randn(batch, groups, keys, key_dim).to(dtype),
+        torch.randn(batch, groups, keys, value_dim).to(dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,7 +63,9 @@ def test_keys_without_width_are_all_alike(tier):
 
 def test_large_scores_stay_finite(tier):
     q, k, v = inputs(1, 4, 2, 70, 32, 32)
-    torch.testing.assert_close(ops.decode_attention(q * 1e4, k, v, 1.0).double(), truth(q * 1e4, k, v, 1.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ops.decode_attention(q * 1e4, k, v, 1.0).double(), truth(q * 1e4, k, v, 1.0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_nan_shows(tier):

@@ -14,7 +14,12 @@ from klfast.dispatch import pins
 from klfast.quant.types import FLOAT_DTYPES
 
 EPS = torch.finfo(torch.float32).eps
-SPECS = [QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 32, 64, 96, 128) for symmetric in (True, False)]
+SPECS = [
+    QuantSpec(bits, group, symmetric)
+    for bits in (4, 8)
+    for group in (-1, 7, 32, 64, 96, 128)
+    for symmetric in (True, False)
+]
 TIERS = pins.available_tiers()
 
 
@@ -56,7 +61,17 @@ CHECKS = {"exact": check_exact, "int8": check_int8}
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_against_float64(tier, spec, x_dtype, activation):
-    for m, n, k in [(1, 48, 100), (1, 132, 1600), (2, 100, 63), (5, 1, 1600), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515), (33, 200, 160)]:
+    for m, n, k in [
+        (1, 48, 100),
+        (1, 132, 1600),
+        (2, 100, 63),
+        (5, 1, 1600),
+        (63, 132, 100),
+        (63, 48, 1),
+        (1, 1, 1),
+        (9, 17, 515),
+        (33, 200, 160),
+    ]:
         x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
         CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
 
@@ -93,8 +108,15 @@ def test_int8_is_the_same_at_every_tier(spec):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(TIERS), st.sampled_from(FLOAT_DTYPES), st.integers(1, 40), st.integers(1, 70), st.integers(1, 600), st.sampled_from([4, 8]),
-    st.one_of(st.just(-1), st.integers(1, 300)), st.booleans(), st.sampled_from(list(CHECKS)),
+    st.sampled_from(TIERS),
+    st.sampled_from(FLOAT_DTYPES),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.integers(1, 600),
+    st.sampled_from([4, 8]),
+    st.one_of(st.just(-1), st.integers(1, 300)),
+    st.booleans(),
+    st.sampled_from(list(CHECKS)),
 )
 def test_any_shape(tier, x_dtype, m, n, k, bits, group, symmetric, activation):
     x, qt, bias = operands(m, n, k, QuantSpec(bits, group, symmetric), x_dtype=x_dtype)
@@ -128,7 +150,9 @@ def test_not_finite_x_stays_in_its_row(tier, activation, m, x_dtype):
 def test_x_of_tiny_or_zero_magnitude(tier, activation):
     _, qt, bias = operands(1, 40, 200, QuantSpec(4, 64))
     for value in (0.0, 1e-38, 1e-43):
-        got = dequant_matmul(torch.full((2, 200), value).index_fill(1, torch.tensor(3), 0), qt, bias, activation=activation)
+        got = dequant_matmul(
+            torch.full((2, 200), value).index_fill(1, torch.tensor(3), 0), qt, bias, activation=activation
+        )
         torch.testing.assert_close(got, bias.expand(2, -1), rtol=0, atol=1e-35)
 
 
@@ -144,13 +168,19 @@ def test_strides_and_dimensions(tier, activation):
     expect(x.view(2, 3, 4, 130), want.view(2, 3, 4, 50))
     expect(x.T.contiguous().T, want)
     expect(torch.cat([x, x], 1)[:, :130], want)
-    expect(torch.cat([x, x], 1)[:2, 65:195], dequant_matmul(torch.cat([x[:2, 65:], x[:2, :65]], 1), qt, bias, activation=activation))
+    expect(
+        torch.cat([x, x], 1)[:2, 65:195],
+        dequant_matmul(torch.cat([x[:2, 65:], x[:2, :65]], 1), qt, bias, activation=activation),
+    )
     expect(x.view(4, 6, 130).transpose(0, 1), want.view(4, 6, 50).transpose(0, 1))
     expect(x[0], want[0])
     expect(x[:1].expand(9, 130), want[:1].expand(9, 50))
     expect(x[:0], want[:0])
     expect(x.view(2, 12, 130)[:, :0], want.view(2, 12, 50)[:, :0])
-    parts = [torch.empty(2 * t.shape[0], 2 * t.shape[1], dtype=t.dtype)[::2, ::2].copy_(t) for t in (qt.packed, qt.scale, qt.zero_point)]
+    parts = [
+        torch.empty(2 * t.shape[0], 2 * t.shape[1], dtype=t.dtype)[::2, ::2].copy_(t)
+        for t in (qt.packed, qt.scale, qt.zero_point)
+    ]
     expect(x, want, QuantizedTensor(*parts, qt.shape, spec))
 
 
@@ -197,7 +227,9 @@ def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
     for activation in CHECKS:
         x, qt, bias = operands(m, n, 200, QuantSpec(4, 64))
         with using(tier):
-            y = cpu.dequant_matmul(x.as_subclass(NaNs), qt.packed, qt.scale, None, bias, n, 200, 4, 64, "plain", activation)
+            y = cpu.dequant_matmul(
+                x.as_subclass(NaNs), qt.packed, qt.scale, None, bias, n, 200, 4, 64, "plain", activation
+            )
         assert torch.isfinite(y).all()
         assert buffers[-1][:guard].isnan().all() and buffers[-1][-guard:].isnan().all()
 
@@ -207,7 +239,12 @@ def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
 def test_any_number_of_threads_gives_the_same_bits(tier, activation):
     before = torch.get_num_threads()
     try:
-        for m, n, k, x_dtype in [(1, 500, 700, torch.float32), (30, 70, 600, torch.float32), (600, 40, 130, torch.float32), (600, 40, 130, torch.bfloat16)]:
+        for m, n, k, x_dtype in [
+            (1, 500, 700, torch.float32),
+            (30, 70, 600, torch.float32),
+            (600, 40, 130, torch.float32),
+            (600, 40, 130, torch.bfloat16),
+        ]:
             x, qt, bias = operands(m, n, k, QuantSpec(4, 64, False), x_dtype=x_dtype)
             results = []
             for threads in (1, 2, 5):
@@ -254,11 +291,32 @@ def test_bad_input(tier):
 
 def test_the_op_itself_checks_its_parts(tier):
     x, qt, _ = operands(3, 20, 100, QuantSpec(4, 32, False))
-    good = dict(x=x, packed=qt.packed, scale=qt.scale, zero_point=qt.zero_point, bias=None, n=20, k=100, bits=4, group_size=32, layout="plain", activation="exact")
+    good = dict(
+        x=x,
+        packed=qt.packed,
+        scale=qt.scale,
+        zero_point=qt.zero_point,
+        bias=None,
+        n=20,
+        k=100,
+        bits=4,
+        group_size=32,
+        layout="plain",
+        activation="exact",
+    )
     torch.ops.klfast.dequant_matmul(**good)
     for change in (
-        {"packed": qt.packed[:, 1:]}, {"packed": qt.packed.long()}, {"scale": qt.scale[:19]}, {"scale": qt.scale.double()},
-        {"zero_point": qt.zero_point[1:]}, {"bits": 3}, {"group_size": 0}, {"group_size": -2}, {"group_size": 16}, {"layout": "other"}, {"n": 21},
+        {"packed": qt.packed[:, 1:]},
+        {"packed": qt.packed.long()},
+        {"scale": qt.scale[:19]},
+        {"scale": qt.scale.double()},
+        {"zero_point": qt.zero_point[1:]},
+        {"bits": 3},
+        {"group_size": 0},
+        {"group_size": -2},
+        {"group_size": 16},
+        {"layout": "other"},
+        {"n": 21},
     ):
         with pytest.raises(InvalidInputError):
             torch.ops.klfast.dequant_matmul(**good | change)

@@ -43,7 +43,14 @@ def truth(teacher, student, targets=None):
 def assert_matches(found, expected, rtol=3e-5):
     for name, value in expected.items():
         atol = 1e-6 if name.startswith("ce") else 1e-4 if name == "sqnr_db" else 1e-13
-        torch.testing.assert_close(getattr(found, name).double(), value, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            getattr(found, name).double(),
+            value,
+            rtol=rtol,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 @pytest.mark.parametrize("vocab", SIZES)
@@ -74,7 +81,9 @@ def test_a_few_changed_entries_among_equal_ones(tier):
     assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student))
     student = teacher + 1e-4 * torch.randn(5, 4100)
     student[:, teacher[0].argmin()] += 3
-    assert_matches(klfast.logit_divergence(teacher, student + 12), truth(teacher, student + 12), rtol=1e-3)  # b - a is rounded at 12
+    assert_matches(
+        klfast.logit_divergence(teacher, student + 12), truth(teacher, student + 12), rtol=1e-3
+    )  # b - a is rounded at 12
 
 
 def test_misleading_first_columns(tier):
@@ -107,7 +116,9 @@ def test_unrelated_first_columns_of_close_distributions(tier):
         student[:2, 5000:] += 1e-2 * torch.randn(2, 1000)
         assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student), rtol=1e-3)
         hidden = torch.eye(3)
-        assert_matches(klfast.linear_divergence(hidden, teacher.T, hidden, student.T), truth(teacher, student), rtol=1e-3)
+        assert_matches(
+            klfast.linear_divergence(hidden, teacher.T, hidden, student.T), truth(teacher, student), rtol=1e-3
+        )
 
 
 def test_equal_rows_are_exactly_zero(tier):
@@ -120,7 +131,10 @@ def test_equal_rows_are_exactly_zero(tier):
 
 
 def test_huge_logits(tier):
-    for teacher, student in ((1e4 * torch.randn(4, 777), 1e4 * torch.randn(4, 777)), (torch.randn(4, 777), 1e4 * torch.randn(4, 777))):
+    for teacher, student in (
+        (1e4 * torch.randn(4, 777), 1e4 * torch.randn(4, 777)),
+        (torch.randn(4, 777), 1e4 * torch.randn(4, 777)),
+    ):
         assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student))
 
 
@@ -186,7 +200,10 @@ def test_bad_input():
         (lambda: klfast.logit_divergence(a, a, torch.tensor([0, -1, 1])), "got -1"),
         (lambda: klfast.logit_divergence(a, a.to("meta")), "one device"),
         (lambda: klfast.logit_divergence(torch.zeros(()), torch.zeros(())), "V at least 1"),
-        (lambda: klfast.logit_divergence(a[None], a[None], torch.zeros(3, dtype=torch.int64)), r"targets must have shape \[1, 3\]"),
+        (
+            lambda: klfast.logit_divergence(a[None], a[None], torch.zeros(3, dtype=torch.int64)),
+            r"targets must have shape \[1, 3\]",
+        ),
         (lambda: torch.ops.klfast.logit_divergence(a[None], a[None], None), r"logits must be \[T, V\]"),
         (lambda: torch.ops.klfast.logit_divergence(a[0], a[0], None), r"logits must be \[T, V\]"),
         (lambda: klfast.linear_divergence(h[:, :0], w[:, :0], h, w), "teacher's hidden states must be .* H at least 1"),
@@ -216,7 +233,9 @@ def test_linear_equals_logits(tier, vocab, students):
 def test_linear_with_targets_per_student_and_more_tokens_than_a_block(tier):
     teacher, head = torch.randn(2, 150, 8), torch.randn(1100, 8)
     student, targets = teacher + torch.randn(2, 2, 150, 8), torch.randint(0, 1100, (2, 2, 150))
-    expected = truth((teacher @ head.T).repeat(2, 1, 1).flatten(0, 1), (student @ head.T).flatten(0, 2), targets.flatten())
+    expected = truth(
+        (teacher @ head.T).repeat(2, 1, 1).flatten(0, 1), (student @ head.T).flatten(0, 2), targets.flatten()
+    )
     assert_matches(klfast.linear_divergence(teacher, head, student, head, targets), expected, rtol=1e-3)
 
 
@@ -248,13 +267,20 @@ def test_bfloat16_operands_lose_nothing(tier, spec):
     s_head = other if spec is None else klfast.quantize(other.float(), spec)
     dense = (other if spec is None else s_head.dequantize(torch.float32)).double()
     expected = truth(hidden.double() @ head.double().T, student.double() @ dense.T)
-    assert_matches(klfast.linear_divergence(hidden, head, student, s_head), {name: value.flatten() for name, value in expected.items()}, rtol=1e-3)
+    assert_matches(
+        klfast.linear_divergence(hidden, head, student, s_head),
+        {name: value.flatten() for name, value in expected.items()},
+        rtol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_of_one_model_with_itself_is_exactly_zero(tier, dtype):
     hidden, head = torch.randn(300, 16).to(dtype), torch.randn(1500, 16).to(dtype)
-    assert klfast.linear_divergence(hidden, head, hidden.expand(2, 300, 16), head.clone()).kl_teacher_student.abs().max() == 0
+    assert (
+        klfast.linear_divergence(hidden, head, hidden.expand(2, 300, 16), head.clone()).kl_teacher_student.abs().max()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -287,7 +313,13 @@ def test_thread_count_changes_nothing(tier):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), vocab=st.integers(1, 400), scale=st.floats(0, 50), noise=st.floats(-7, 2), shift=st.floats(-30, 30))
+@given(
+    seed=st.integers(0, 2**31),
+    vocab=st.integers(1, 400),
+    scale=st.floats(0, 50),
+    noise=st.floats(-7, 2),
+    shift=st.floats(-30, 30),
+)
 def test_never_negative(seed, vocab, scale, noise, shift):
     generator = torch.Generator().manual_seed(seed)
     teacher = scale * torch.randn(4, vocab, generator=generator)
@@ -306,7 +338,10 @@ def test_opcheck(tier):
     hidden, head = torch.randn(3, 8), torch.randn(40, 8)
     qt = klfast.quantize(head, QuantSpec(4, 4, False))
     plain, quantized = (head, None, None), (qt.packed, qt.scale, qt.zero_point)
-    torch.library.opcheck(torch.ops.klfast.linear_divergence.default, (hidden, *plain, hidden.expand(2, 3, 8).clone(), *quantized, targets, 0, 0, "", 4, 4, "plain"))
+    torch.library.opcheck(
+        torch.ops.klfast.linear_divergence.default,
+        (hidden, *plain, hidden.expand(2, 3, 8).clone(), *quantized, targets, 0, 0, "", 4, 4, "plain"),
+    )
 
 
 def test_gpus_without_the_extension_have_no_divergence_kernels():

@@ -91,7 +91,9 @@ def test_a_row_further_apart_than_float32_reaches(tier):
     if tier == "reference":
         assert_matches(klfast.logit_divergence(teacher, student), expected_of(teacher, student))
         return
-    with pytest.raises(InvalidInputError, match="the student's logit of token 1, vocabulary entry 2500, is too large: the difference"):
+    with pytest.raises(
+        InvalidInputError, match="the student's logit of token 1, vocabulary entry 2500, is too large: the difference"
+    ):
         klfast.logit_divergence(teacher, student)
 
 
@@ -143,6 +145,10 @@ def test_random_magnitudes(seed):
             close = name in FIELDS[:3] and value.min() < 1e-5  # KL is promised to 1 %
             atol = 1e-6 + 2e-8 * largest if name.startswith("ce") else 3e-4 if name == "sqnr_db" else 1e-12
             torch.testing.assert_close(
-                getattr(found, name).double(), value, rtol=1e-2 if close else 1e-4, atol=atol, equal_nan=True,
+                getattr(found, name).double(),
+                value,
+                rtol=1e-2 if close else 1e-4,
+                atol=atol,
+                equal_nan=True,
                 msg=lambda m, name=name, tier=tier: f"{tier}, {name}: {m}",
-            )  # fmt: skip
+            )

@@ -87,7 +87,11 @@ def test_attention_to_many_keys_goes_in_parts(keys, tier):
 def test_attention_to_more_keys_than_a_float_counts(tier):
     """Their weights and values are added up in parts: one after the other they would stop at 2^24."""
     keys = 1 << 26
-    q, k, v = torch.ones(1, 1, 1), torch.full((1, 1, 1, 1), 0.5).expand(1, 1, keys, 1), torch.full((1, 1, 1, 1), 3.0).expand(1, 1, keys, 1)
+    q, k, v = (
+        torch.ones(1, 1, 1),
+        torch.full((1, 1, 1, 1), 0.5).expand(1, 1, keys, 1),
+        torch.full((1, 1, 1, 1), 3.0).expand(1, 1, keys, 1),
+    )
     with using(tier):
         torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0), torch.full((1, 1, 1), 3.0))
 

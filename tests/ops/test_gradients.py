@@ -34,7 +34,10 @@ def assert_sum(found, factors, addends):
     """Whether ``found`` is the product of two float64 matrices, but for float32's rounding of each addend and one of the result."""
     want = factors @ addends
     terms = max(factors.shape[-1], 1)
-    allowed = torch.finfo(torch.float32).eps * terms * (factors.abs() @ addends.abs()) + torch.finfo(found.dtype).eps * want.abs()
+    allowed = (
+        torch.finfo(torch.float32).eps * terms * (factors.abs() @ addends.abs())
+        + torch.finfo(found.dtype).eps * want.abs()
+    )
     assert bool(((found.double() - want).abs() <= allowed + 1e-30).all())
 
 
@@ -122,8 +125,12 @@ FUNC = {
     "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (torch.cos(x),))[1],
     "grad of jvp": lambda f: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]),
     "vmap": lambda f: lambda x: torch.func.vmap(f)(x.expand(3, -1) + torch.arange(3.0)[:, None]),
-    "vmap of grad": lambda f: lambda x: torch.func.vmap(torch.func.grad(f))(x.expand(3, -1) + torch.arange(3.0)[:, None]),
-    "grad of vmap": lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x.expand(3, -1) + torch.arange(3.0)[:, None]).sum()),
+    "vmap of grad": lambda f: (
+        lambda x: torch.func.vmap(torch.func.grad(f))(x.expand(3, -1) + torch.arange(3.0)[:, None])
+    ),
+    "grad of vmap": lambda f: torch.func.grad(
+        lambda x: torch.func.vmap(f)(x.expand(3, -1) + torch.arange(3.0)[:, None]).sum()
+    ),
 }
 
 
@@ -138,12 +145,17 @@ def test_torch_func(name, tier):
 def test_vmap_over_weights():
     """One layer for each row of x, as in an ensemble."""
     layers, x = [quantized() for _ in range(3)], torch.randn(3, 2, 100)
-    parts = [torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight_packed", "weight_scale", "bias")]
+    parts = [
+        torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight_packed", "weight_scale", "bias")
+    ]
 
     def call(x, packed, scale, bias):
         return ops.dequant_matmul_op(x, packed, scale, None, bias, 21, 100, 4, 32, "plain", "exact")
 
-    torch.testing.assert_close(torch.func.vmap(call, (1, 0, 0, 0))(x.transpose(0, 1), *parts), torch.stack([layer(row) for layer, row in zip(layers, x, strict=True)]))
+    torch.testing.assert_close(
+        torch.func.vmap(call, (1, 0, 0, 0))(x.transpose(0, 1), *parts),
+        torch.stack([layer(row) for layer, row in zip(layers, x, strict=True)]),
+    )
     shared = torch.func.vmap(call, (0, None, None, None))(x, *(part[0] for part in parts))
     torch.testing.assert_close(shared, layers[0](x))
 
@@ -166,7 +178,9 @@ def test_forward_mode(activation):
     torch.testing.assert_close(y, layer(x).detach(), rtol=0, atol=0)
     with forward_ad.dual_level():
         bias = forward_ad.make_dual(layer.bias.detach(), torch.ones(21))
-        moved = ops.dequant_matmul_op(x, layer.weight_packed, layer.weight_scale, None, bias, 21, 100, 4, 32, "plain", activation)
+        moved = ops.dequant_matmul_op(
+            x, layer.weight_packed, layer.weight_scale, None, bias, 21, 100, 4, 32, "plain", activation
+        )
         torch.testing.assert_close(forward_ad.unpack_dual(moved).tangent, torch.ones(3, 21))
 
 
@@ -181,7 +195,19 @@ def test_compiled_backward():
 def test_registration():
     layer = quantized(spec=SPECS[1])
     x = torch.randn(2, 100, requires_grad=True)
-    args = (x, layer.weight_packed, layer.weight_scale, layer.weight_zero_point, layer.bias, 21, 100, 4, 64, "plain", "exact")
+    args = (
+        x,
+        layer.weight_packed,
+        layer.weight_scale,
+        layer.weight_zero_point,
+        layer.bias,
+        21,
+        100,
+        4,
+        64,
+        "plain",
+        "exact",
+    )
     torch.library.opcheck(ops.dequant_matmul_op, args)
 
 
@@ -239,7 +265,13 @@ class Adapter(nn.Module):
 
 def test_adapters_train_as_around_dense_layers():
     torch.manual_seed(0)
-    model = nn.Sequential(Adapter(quantized(48, 32)), nn.SiLU(), Adapter(quantized(48, 48, SPECS[2])), nn.SiLU(), Adapter(quantized(8, 48)))
+    model = nn.Sequential(
+        Adapter(quantized(48, 32)),
+        nn.SiLU(),
+        Adapter(quantized(48, 48, SPECS[2])),
+        nn.SiLU(),
+        Adapter(quantized(8, 48)),
+    )
     for adapter in model[::2]:
         adapter.layer.requires_grad_(False)
     twin = twin_of(model).double()

@@ -62,7 +62,10 @@ def test_decode_attention(tier):
     for _ in ROUNDS:
         q, k, v = some(2, 6, 9), some(2, 2, 17, 9), some(2, 2, 17, 5)
         scores = (0.25 * q.double()[:, :, None] * k.double().repeat_interleave(3, 1)).sum(-1)
-        check(ops.decode_attention(q, k, v, 0.25), (scores.softmax(-1)[..., None] * v.double().repeat_interleave(3, 1)).sum(2))
+        check(
+            ops.decode_attention(q, k, v, 0.25),
+            (scores.softmax(-1)[..., None] * v.double().repeat_interleave(3, 1)).sum(2),
+        )
 
 
 def test_convolutions(tier):
@@ -70,7 +73,10 @@ def test_convolutions(tier):
         for width in (1, 3, 4, 6):
             x, weight, bias, state = some(2, 21, 19), some(21, width), some(21), some(2, 21, width - 1)
             sequence = torch.cat((state, x), -1).double()
-            truth = sum(weight.double()[:, i, None] * sequence[..., i : i + 19] for i in range(width)) + bias.double()[:, None]
+            truth = (
+                sum(weight.double()[:, i, None] * sequence[..., i : i + 19] for i in range(width))
+                + bias.double()[:, None]
+            )
             truth = F.silu(truth) if silu else truth
             found, final = ops.causal_conv1d_fn(x, weight, bias, None, state, True, None, silu)
             check(found, truth)
@@ -84,16 +90,42 @@ def test_convolutions(tier):
 def test_scans(states, full, tier):
     for _ in ROUNDS:
         u, delta, z = some(2, 18, 9), some(2, 18, 9), some(2, 18, 9)
-        A, B, C, D, bias, initial = -some(18, states).abs(), some(2, 2, states, 9), some(2, 2, states, 9), some(18), some(18), some(2, 18, states)
+        A, B, C, D, bias, initial = (
+            -some(18, states).abs(),
+            some(2, 2, states, 9),
+            some(2, 2, states, 9),
+            some(18),
+            some(18),
+            some(2, 18, states),
+        )
         if not full:
             D = z = bias = initial = None
         truth, last = true_scan(u, delta, A, B, C, D, z, bias, True, initial)
         found, state = ops.selective_scan_fn(u, delta, A, B, C, D, z, bias, True, True, initial)
         check(found, truth)
         check(state, last)
-        state, first = torch.zeros(2, 18, states) if initial is None else initial.clone(), (None if z is None else z[..., 0])
-        truth, last = true_scan(u[..., :1], delta[..., :1], A, B[:, :1, :, :1], C[:, :1, :, :1], D, None if z is None else z[..., :1], bias, True, state)
-        check(ops.selective_state_update(state, u[..., 0], delta[..., 0], A, B[:, 0, :, 0], C[:, 0, :, 0], D, first, bias, True), truth[..., 0])
+        state, first = (
+            torch.zeros(2, 18, states) if initial is None else initial.clone(),
+            (None if z is None else z[..., 0]),
+        )
+        truth, last = true_scan(
+            u[..., :1],
+            delta[..., :1],
+            A,
+            B[:, :1, :, :1],
+            C[:, :1, :, :1],
+            D,
+            None if z is None else z[..., :1],
+            bias,
+            True,
+            state,
+        )
+        check(
+            ops.selective_state_update(
+                state, u[..., 0], delta[..., 0], A, B[:, 0, :, 0], C[:, 0, :, 0], D, first, bias, True
+            ),
+            truth[..., 0],
+        )
         check(state, last)
 
 
@@ -109,11 +141,20 @@ def test_chunk_scan(full, tier):
         channels = lambda t: t.permute(0, 2, 3, 1).reshape(batch, heads * dim, length)  # noqa: E731
         each = lambda t: t[:, None].expand(-1, dim).reshape(-1)  # noqa: E731
         truth, last = true_scan(
-            channels(x), channels(dt[..., None].expand_as(x)), each(A)[:, None].expand(-1, states), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1),
-            D.reshape(-1) if full else None, channels(z) if full else None, each(bias) if full else None, True,
+            channels(x),
+            channels(dt[..., None].expand_as(x)),
+            each(A)[:, None].expand(-1, states),
+            B.permute(0, 2, 3, 1),
+            C.permute(0, 2, 3, 1),
+            D.reshape(-1) if full else None,
+            channels(z) if full else None,
+            each(bias) if full else None,
+            True,
             initial.reshape(batch, heads * dim, states) if full else None,
-        )  # fmt: skip
-        found, final = ops.mamba_chunk_scan_combined(x, dt, A, B, C, 64, **kwargs, dt_softplus=True, return_final_states=True)
+        )
+        found, final = ops.mamba_chunk_scan_combined(
+            x, dt, A, B, C, 64, **kwargs, dt_softplus=True, return_final_states=True
+        )
         check(channels(found), truth)
         check(final.reshape(last.shape), last)
 
@@ -122,4 +163,7 @@ def test_rms_norm(tier):
     for _ in ROUNDS:
         x, weight, gate = some(3, 2, 30), some(30), some(3, 2, 30)
         v = (x.double() * F.silu(gate.double())).unflatten(-1, (3, 10))
-        check(ops.rms_norm(x, weight, gate, 1e-5, 10), (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight.double())
+        check(
+            ops.rms_norm(x, weight, gate, 1e-5, 10),
+            (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight.double(),
+        )

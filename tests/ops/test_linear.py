@@ -10,7 +10,21 @@ from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 from klfast.quant.types import FLOAT_DTYPES
 
-SHAPES = [(1, 48, 100), (2, 100, 63), (3, 9, 31), (4, 7, 200), (5, 1, 1600), (6, 33, 64), (8, 18, 95), (63, 132, 100), (63, 48, 1), (1, 1, 1), (9, 17, 515), (100, 80, 64), (7, 200, 258)]
+SHAPES = [
+    (1, 48, 100),
+    (2, 100, 63),
+    (3, 9, 31),
+    (4, 7, 200),
+    (5, 1, 1600),
+    (6, 33, 64),
+    (8, 18, 95),
+    (63, 132, 100),
+    (63, 48, 1),
+    (1, 1, 1),
+    (9, 17, 515),
+    (100, 80, 64),
+    (7, 200, 258),
+]
 
 
 def operands(m, n, k, dtype):
@@ -22,7 +36,11 @@ def check(x, weight, bias, got, dtype):
     truth = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     magnitude = x.double().abs() @ weight.double().abs().T + abs(truth)
     eps = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 0
-    allowed = eps * truth.abs() + torch.finfo(torch.float32).eps * (2 + x.shape[-1] ** 0.5) * magnitude + torch.finfo(x.dtype).smallest_normal
+    allowed = (
+        eps * truth.abs()
+        + torch.finfo(torch.float32).eps * (2 + x.shape[-1] ** 0.5) * magnitude
+        + torch.finfo(x.dtype).smallest_normal
+    )
     assert got.dtype == dtype and got.shape == truth.shape
     assert ((got.double() - truth).abs() <= allowed).all()
     assert torch.equal(got, got.to(x.dtype).to(dtype))
@@ -54,7 +72,11 @@ def test_strides_and_empty(tier):
         x, weight, bias = operands(20, 50, 130, dtype)
         want = ops.linear(x, weight, bias)
         wide = torch.cat([weight, weight], 1)
-        for a, w in ((x.T.contiguous().T, weight), (torch.cat([x, x], 1)[:, :130], wide[:, 130:]), (x, weight.T.contiguous().T)):
+        for a, w in (
+            (x.T.contiguous().T, weight),
+            (torch.cat([x, x], 1)[:, :130], wide[:, 130:]),
+            (x, weight.T.contiguous().T),
+        ):
             assert torch.equal(ops.linear(a, w, bias), want)
         assert torch.equal(ops.linear(x.view(2, 2, 5, 130), weight, bias), want.view(2, 2, 5, 50))
         assert ops.linear(x[:0], weight).shape == (0, 50) and ops.linear(x, weight[:0]).shape == (20, 0)

@@ -11,7 +11,11 @@ from klfast import ops
 from klfast.core.errors import InvalidInputError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}  # of the largest value; the storage type's rounding
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 5e-3,
+    torch.float16: 6e-4,
+}  # of the largest value; the storage type's rounding
 
 
 def close(actual, expected, dtype=torch.float32, factor=1.0):
@@ -56,13 +60,17 @@ def true_conv(x, weight, bias, initial, silu):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize(("batch", "channels", "length"), [(1, 1, 1), (2, 5, 2), (3, 48, 63), (1, 100, 100), (1, 1536, 17), (0, 5, 3)])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length"), [(1, 1, 1), (2, 5, 2), (3, 48, 63), (1, 100, 100), (1, 1536, 17), (0, 5, 3)]
+)
 def test_conv(batch, channels, length, width, tier):
     for last, dtype, full in ((1, torch.float32, True), (2, torch.bfloat16, False), (1, torch.float16, True)):
         x, weight = make(batch, channels, length, dtype=dtype, last=last), make(channels, width)
         bias = make(channels, dtype=dtype) if full else None
         initial = make(batch, channels, width - 1, last=1) if full else None
-        out, final = ops.causal_conv1d_fn(x, weight, bias, initial_states=initial, return_final_states=True, activation="silu" if full else None)
+        out, final = ops.causal_conv1d_fn(
+            x, weight, bias, initial_states=initial, return_final_states=True, activation="silu" if full else None
+        )
         expected, state = true_conv(x, weight, bias, initial, full)
         close(out, expected, dtype)
         close(final, state, dtype)
@@ -71,7 +79,9 @@ def test_conv(batch, channels, length, width, tier):
 
 def test_conv_of_nothing_hands_the_state_on(tier):
     initial = make(2, 33, 3, last=1)
-    out, final = ops.causal_conv1d_fn(torch.randn(2, 33, 0), make(33, 4), initial_states=initial, return_final_states=True)
+    out, final = ops.causal_conv1d_fn(
+        torch.randn(2, 33, 0), make(33, 4), initial_states=initial, return_final_states=True
+    )
     assert out.shape == (2, 33, 0) and torch.equal(final, initial)
 
 
@@ -83,10 +93,15 @@ def test_conv_update_continues_a_sequence(held, tier):
         x_rounded = x.to(state_dtype).float()
         expected, _ = true_conv(x_rounded, weight, bias, None, True)
         state = torch.zeros(2, 21, held, dtype=state_dtype)
-        pieces = [ops.causal_conv1d_update(piece, state, weight, bias, "silu") for piece in x_rounded.split(lengths, -1)]
+        pieces = [
+            ops.causal_conv1d_update(piece, state, weight, bias, "silu") for piece in x_rounded.split(lengths, -1)
+        ]
         close(torch.cat(pieces, -1), expected)
         assert torch.equal(state, x_rounded[..., -held:].to(state_dtype))
-    close(ops.causal_conv1d_update(x[..., 0], torch.zeros(2, 21, held), weight, bias), true_conv(x[..., :1], weight, bias, None, False)[0][..., 0])
+    close(
+        ops.causal_conv1d_update(x[..., 0], torch.zeros(2, 21, held), weight, bias),
+        true_conv(x[..., :1], weight, bias, None, False)[0][..., 0],
+    )
 
 
 # selective_scan ---------------------------------------------------------------------------------------------------
@@ -108,7 +123,10 @@ def true_scan(u, delta, A, B, C, D, z, bias, softplus, state=None):
 
 
 @pytest.mark.parametrize("states", [1, 3, 16, 64, 128])
-@pytest.mark.parametrize(("batch", "channels", "length", "groups"), [(1, 1, 1, 1), (2, 5, 2, 5), (1, 48, 63, 3), (2, 100, 100, 1), (1, 300, 33, 2)])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length", "groups"),
+    [(1, 1, 1, 1), (2, 5, 2, 5), (1, 48, 63, 3), (2, 100, 100, 1), (1, 300, 33, 2)],
+)
 def test_scan(batch, channels, length, groups, states, tier):
     for last, dtype, full in ((1, torch.float32, True), (2, torch.bfloat16, True), (2, torch.float16, False)):
         u, delta, z = (make(batch, channels, length, dtype=dtype, last=last) for _ in range(3))
@@ -127,9 +145,15 @@ def test_scan(batch, channels, length, groups, states, tier):
 def test_scan_takes_one_group_and_constants(tier):
     u, delta, A = make(2, 6, 9), make(2, 6, 9).abs(), -torch.rand(6, 4)
     one, constant = make(2, 4, 9), make(6, 4)
-    close(ops.selective_scan_fn(u, delta, A, one, one), true_scan(u, delta, A, one[:, None], one[:, None], None, None, None, False)[0])
+    close(
+        ops.selective_scan_fn(u, delta, A, one, one),
+        true_scan(u, delta, A, one[:, None], one[:, None], None, None, None, False)[0],
+    )
     steady = constant[None, :, :, None].expand(2, -1, -1, 9)
-    close(ops.selective_scan_fn(u, delta, A, constant, constant), true_scan(u, delta, A, steady, steady, None, None, None, False)[0])
+    close(
+        ops.selective_scan_fn(u, delta, A, constant, constant),
+        true_scan(u, delta, A, steady, steady, None, None, None, False)[0],
+    )
 
 
 @pytest.mark.parametrize("lengths", [[100], [1] * 100, [33, 0, 1, 66], [64, 36]])
@@ -165,7 +189,10 @@ def test_scan_forgets_and_remembers_over_long_sequences(tier):
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "heads", "dim", "groups", "states"), [(1, 1, 1, 1, 1), (2, 4, 5, 2, 3), (1, 3, 64, 1, 128), (3, 1, 100, 1, 16)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "dim", "groups", "states"),
+    [(1, 1, 1, 1, 1), (2, 4, 5, 2, 3), (1, 3, 64, 1, 128), (3, 1, 100, 1, 16)],
+)
 def test_state_update(batch, heads, dim, groups, states, state_dtype, tier):
     for shared, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         x, z, dt = (make(batch, heads, dim, dtype=dtype) for _ in range(3))
@@ -177,9 +204,17 @@ def test_state_update(batch, heads, dim, groups, states, state_dtype, tier):
         state = make(batch, heads, dim, states).to(state_dtype)
         flat = (lambda t: t.reshape(batch, heads * dim, 1)), (lambda t: t.reshape(heads * dim, -1))
         expected, after = true_scan(
-            flat[0](x), flat[0](dt), flat[1](A), B[..., None], C[..., None], flat[1](D)[:, 0], flat[0](z), flat[1](bias)[:, 0], True,
+            flat[0](x),
+            flat[0](dt),
+            flat[1](A),
+            B[..., None],
+            C[..., None],
+            flat[1](D)[:, 0],
+            flat[0](z),
+            flat[1](bias)[:, 0],
+            True,
             state.reshape(batch, heads * dim, states),
-        )  # fmt: skip
+        )
         out = ops.selective_state_update(state, x, dt, A, B, C, D, z, bias, True)
         close(out, expected.view(batch, heads, dim), dtype)
         close(state, after.view(state.shape), state_dtype)
@@ -188,7 +223,9 @@ def test_state_update(batch, heads, dim, groups, states, state_dtype, tier):
 
 def test_state_update_without_heads(tier):
     state, x, dt, A, B, C = make(2, 7, 5), make(2, 7), make(2, 7), -torch.rand(7, 5), make(2, 5), make(2, 5)
-    expected, after = true_scan(x[..., None], dt[..., None], A, B[:, None, :, None], C[:, None, :, None], None, None, None, True, state)
+    expected, after = true_scan(
+        x[..., None], dt[..., None], A, B[:, None, :, None], C[:, None, :, None], None, None, None, True, state
+    )
     close(ops.selective_state_update(state, x, dt, A, B, C, dt_softplus=True), expected[..., 0])
     close(state, after)
 
@@ -198,10 +235,26 @@ def test_state_update_without_heads(tier):
 
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "dim", "groups", "states"),
-    [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 63, 2, 16, 1, 16), (2, 100, 3, 48, 3, 7), (1, 193, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)],
+    [
+        (1, 1, 1, 1, 1, 1),
+        (2, 2, 4, 5, 2, 3),
+        (1, 63, 2, 16, 1, 16),
+        (2, 100, 3, 48, 3, 7),
+        (1, 193, 2, 64, 1, 128),
+        (1, 0, 2, 4, 1, 4),
+    ],
 )
 def test_chunk_scan(batch, length, heads, dim, groups, states, tier):
-    check_chunk_scan(batch, length, heads, dim, groups, states, ((True, torch.float32), (False, torch.bfloat16), (True, torch.float16)), factor=2)
+    check_chunk_scan(
+        batch,
+        length,
+        heads,
+        dim,
+        groups,
+        states,
+        ((True, torch.float32), (False, torch.bfloat16), (True, torch.float16)),
+        factor=2,
+    )
 
 
 def check_chunk_scan(batch, length, heads, dim, groups, states, variants, factor):
@@ -214,29 +267,50 @@ def check_chunk_scan(batch, length, heads, dim, groups, states, variants, factor
         if not full:
             D = D[:, 0]
         kwargs = dict(D=D, z=z, dt_bias=bias, initial_states=initial) if full else dict(D=D)
-        out, final = ops.mamba_chunk_scan_combined(x, dt, A, B, C, 256, **kwargs, dt_softplus=True, dt_limit=limit, return_final_states=True)
+        out, final = ops.mamba_chunk_scan_combined(
+            x, dt, A, B, C, 256, **kwargs, dt_softplus=True, dt_limit=limit, return_final_states=True
+        )
         step = dt.double() + (bias.double() if full else 0)
         step = torch.logaddexp(step, torch.zeros(())).clamp(*limit)
         channels = lambda t: t.permute(0, 2, 3, 1).reshape(batch, heads * dim, length)  # noqa: E731
         expected, state = true_scan(
-            channels(x), channels(step[..., None].expand_as(x)), A[:, None].expand(-1, dim).reshape(-1, 1).expand(-1, states),
-            B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), D[:, None].expand(-1, dim).reshape(-1) if D.dim() == 1 else D.reshape(-1),
-            channels(z) if full else None, None, False, initial.reshape(batch, heads * dim, states) if full else None,
-        )  # fmt: skip
+            channels(x),
+            channels(step[..., None].expand_as(x)),
+            A[:, None].expand(-1, dim).reshape(-1, 1).expand(-1, states),
+            B.permute(0, 2, 3, 1),
+            C.permute(0, 2, 3, 1),
+            D[:, None].expand(-1, dim).reshape(-1) if D.dim() == 1 else D.reshape(-1),
+            channels(z) if full else None,
+            None,
+            False,
+            initial.reshape(batch, heads * dim, states) if full else None,
+        )
         close(out, expected.view(batch, heads, dim, length).permute(0, 3, 1, 2), dtype, factor=2)
         close(final, state.view(batch, heads, dim, states), factor=factor)
         assert out.dtype == dtype and final.dtype == torch.float32
-        same = ops.mamba_chunk_scan_combined(x, dt, A, B, C, 64, **kwargs, dt_softplus=True, dt_limit=limit, return_final_states=True)[0]
+        same = ops.mamba_chunk_scan_combined(
+            x, dt, A, B, C, 64, **kwargs, dt_softplus=True, dt_limit=limit, return_final_states=True
+        )[0]
         assert torch.equal(same, out), "the chunk size changes nothing"
-        close(ops.mamba_chunk_scan_combined(x, dt, A, B, C, 256, **kwargs, dt_softplus=True, dt_limit=limit), out.double(), dtype)
+        close(
+            ops.mamba_chunk_scan_combined(x, dt, A, B, C, 256, **kwargs, dt_softplus=True, dt_limit=limit),
+            out.double(),
+            dtype,
+        )
 
 
 # rms_norm ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "group"), [((1,), 1), ((3, 63), 21), ((2, 5, 100), None), ((2, 3, 4, 48), 16), ((0, 8), None)])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((1,), 1), ((3, 63), 21), ((2, 5, 100), None), ((2, 3, 4, 48), 16), ((0, 8), None)]
+)
 def test_rms_norm(shape, group, tier):
-    for dtype, weight_dtype, gated in ((torch.float32, torch.float32, True), (torch.bfloat16, torch.bfloat16, False), (torch.float16, torch.float32, True)):
+    for dtype, weight_dtype, gated in (
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float32, True),
+    ):
         x, weight = make(*shape, dtype=dtype), make(shape[-1], dtype=weight_dtype)
         gate = make(*shape, dtype=dtype) if gated else None
         v = x.double() * (F.silu(gate.double()) if gated else 1)
@@ -287,7 +361,9 @@ def test_scan_decay_is_within_its_absolute_bound(tier):
     x = -torch.logspace(-8, 2, 4001)
     ones = torch.ones(1, x.numel(), 2)
     u = ones * torch.tensor([1.0, 0.0])
-    _, state = ops.selective_scan_fn(u, ones, x[:, None], torch.ones(1, 1, 2), torch.ones(1, 1, 2), return_last_state=True)
+    _, state = ops.selective_scan_fn(
+        u, ones, x[:, None], torch.ones(1, 1, 2), torch.ones(1, 1, 2), return_last_state=True
+    )
     assert (state.flatten().double() - torch.exp(x.double())).abs().max() < 2**-22
 
 
@@ -311,14 +387,38 @@ def test_opcheck():
     check(op.causal_conv1d_update.default, (x, make(2, 5, 4), make(5, 4), None, False))
     check(op.selective_scan.default, (x, x, A, B, B, make(5), x, make(5), None, True))
     check(op.selective_scan.default, (x, x, A, B, B, None, None, None, make(2, 5, 3), False))
-    check(op.selective_state_update.default, (make(2, 1, 5, 3), x[:, None, :, 0], x[:, None, :, 1], A[None], B[..., 0], B[..., 1], None, None, None, True))
-    step = (make(2, 9, 2, 5), make(2, 9, 2), -torch.rand(2), make(2, 9, 1, 3), make(2, 9, 1, 3), None, None, None, None, True, 0.0, math.inf, True)
+    check(
+        op.selective_state_update.default,
+        (make(2, 1, 5, 3), x[:, None, :, 0], x[:, None, :, 1], A[None], B[..., 0], B[..., 1], None, None, None, True),
+    )
+    step = (
+        make(2, 9, 2, 5),
+        make(2, 9, 2),
+        -torch.rand(2),
+        make(2, 9, 1, 3),
+        make(2, 9, 1, 3),
+        None,
+        None,
+        None,
+        None,
+        True,
+        0.0,
+        math.inf,
+        True,
+    )
     check(op.mamba_chunk_scan.default, step)
     check(op.rms_norm.default, (x, make(9), None, 1e-5, 3))
 
 
 X, W, A, BC = torch.zeros(2, 5, 9), torch.zeros(5, 4), torch.zeros(5, 3), torch.zeros(2, 1, 3, 9)
-HEADS = (torch.zeros(2, 9, 4, 5), torch.zeros(2, 9, 4), torch.zeros(4), torch.zeros(2, 9, 3, 6), torch.zeros(2, 9, 3, 6), 64)
+HEADS = (
+    torch.zeros(2, 9, 4, 5),
+    torch.zeros(2, 9, 4),
+    torch.zeros(4),
+    torch.zeros(2, 9, 3, 6),
+    torch.zeros(2, 9, 3, 6),
+    64,
+)
 
 
 @pytest.mark.parametrize(
@@ -338,12 +438,20 @@ HEADS = (torch.zeros(2, 9, 4, 5), torch.zeros(2, 9, 4), torch.zeros(4), torch.ze
         (lambda: ops.selective_scan_fn(X, X, A.to(torch.complex64), BC, BC), "real"),
         (lambda: ops.selective_scan_fn(X, X[..., :3], A, BC, BC), "delta"),
         (lambda: ops.selective_scan_fn(X, X, A, BC.expand(-1, 2, -1, -1), BC.expand(-1, 2, -1, -1)), "groups"),
-        (lambda: ops.selective_scan_fn(X, X, A, BC, BC, initial_states=torch.zeros(2, 3, 5)), r"initial_states must be \[2, 5, 3\]"),
+        (
+            lambda: ops.selective_scan_fn(X, X, A, BC, BC, initial_states=torch.zeros(2, 3, 5)),
+            r"initial_states must be \[2, 5, 3\]",
+        ),
         (lambda: ops.selective_state_update(torch.zeros(2, 5, 3), X[..., 0], X[..., 0], A, A, A), "B must be"),
         (lambda: ops.mamba_chunk_scan_combined(*HEADS), "groups"),
         (lambda: ops.mamba_chunk_scan_combined(*HEADS, cu_seqlens=torch.zeros(2)), "cu_seqlens"),
         (lambda: ops.mamba_chunk_scan_combined(*HEADS, seq_idx=torch.zeros(2)), "seq_idx"),
-        (lambda: ops.mamba_chunk_scan_combined(*HEADS[:3], HEADS[3][:, :, :1], HEADS[4][:, :, :1], 64, dt_limit=(1.0, 0.0)), "dt_limit"),
+        (
+            lambda: ops.mamba_chunk_scan_combined(
+                *HEADS[:3], HEADS[3][:, :, :1], HEADS[4][:, :, :1], 64, dt_limit=(1.0, 0.0)
+            ),
+            "dt_limit",
+        ),
         (lambda: ops.rms_norm(X, torch.zeros(9), group_size=4), "group_size"),
         (lambda: ops.rms_norm(X, torch.zeros(())), r"weight must be \[9\]"),
     ],

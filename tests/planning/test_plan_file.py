@@ -12,8 +12,12 @@ from klfast.planning.plan_file import Plan
 from klfast.quant.types import QuantSpec
 
 PLAN = Plan(
-    {"a.b": QuantSpec(4, 64), "head": QuantSpec(8, -1, symmetric=False)}, "optimal", Fingerprint("abc", (1.5, 2.25)),
-    {"bytes": 1234, "kl": 0.0625}, ("a note",), "mse",
+    {"a.b": QuantSpec(4, 64), "head": QuantSpec(8, -1, symmetric=False)},
+    "optimal",
+    Fingerprint("abc", (1.5, 2.25)),
+    {"bytes": 1234, "kl": 0.0625},
+    ("a note",),
+    "mse",
 )
 
 
@@ -22,7 +26,9 @@ def test_round_trip(plan, tmp_path):
     text = plan.to_json(tmp_path / "plan.json")
     assert (tmp_path / "plan.json").read_text() == text
     read = Plan.from_json(tmp_path / "plan.json")
-    assert read == plan and [type(value) for value in read.predicted.values()] == [type(value) for value in plan.predicted.values()]
+    assert read == plan and [type(value) for value in read.predicted.values()] == [
+        type(value) for value in plan.predicted.values()
+    ]
 
 
 def unsigned(plan):
@@ -37,7 +43,10 @@ def test_plans_without_a_digest_and_a_scale_are_read():
 def test_an_edited_plan_says_how_it_can_be_read():
     edited = json.loads(PLAN.to_json())
     edited["specs"]["head"] = "int4-g64-sym"
-    with pytest.raises(CheckpointError, match="damaged .its content does not match its sha256.*if you edited it remove scale and sha256"):
+    with pytest.raises(
+        CheckpointError,
+        match="damaged .its content does not match its sha256.*if you edited it remove scale and sha256",
+    ):
         Plan.from_json(json.dumps(edited))
     del edited["sha256"]
     with pytest.raises(CheckpointError, match="it lacks 'sha256'"):
@@ -62,7 +71,6 @@ def test_no_flipped_bit_passes(tmp_path):
                 assert "plan.json" in str(error)
                 refused += 1
     assert refused > 0.8 * 8 * len(text)
-
 
 
 def without(key):
@@ -103,7 +111,12 @@ def test_truncated_absent_or_something_else(tmp_path):
     (tmp_path / "cut.json").write_text(PLAN.to_json()[:-10])
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    for name, message in (("cut", "truncated"), ("deep", "nested too deeply"), ("list", "not a klfast plan"), ("none", "cannot read")):
+    for name, message in (
+        ("cut", "truncated"),
+        ("deep", "nested too deeply"),
+        ("list", "not a klfast plan"),
+        ("none", "cannot read"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             Plan.from_json(tmp_path / f"{name}.json")
 
@@ -116,8 +129,15 @@ def test_integers_beyond_what_python_parses(tmp_path):
 
 
 def test_plans_by_hand():
-    assert Plan({"a": "int4-g64-sym", "b": QuantSpec(8)}, "uniform").specs == {"a": QuantSpec(4, 64), "b": QuantSpec(8, 64)}
-    for wrong, message in (({"a": "int5"}, "not a quantization spec"), ({"a": 4}, "got int"), (["a"], "must be a mapping")):
+    assert Plan({"a": "int4-g64-sym", "b": QuantSpec(8)}, "uniform").specs == {
+        "a": QuantSpec(4, 64),
+        "b": QuantSpec(8, 64),
+    }
+    for wrong, message in (
+        ({"a": "int5"}, "not a quantization spec"),
+        ({"a": 4}, "got int"),
+        (["a"], "must be a mapping"),
+    ):
         with pytest.raises(InvalidInputError, match=message):
             Plan(wrong, "uniform")
     with pytest.raises(InvalidInputError, match="absmax or mse, or None"):

@@ -63,7 +63,9 @@ def check(found, made):
     specs = {name: made.specs.get(name) for name in found.layers}
     total = sum(layer_bytes(found, name, spec) for name, spec in specs.items())
     assert made.predicted["bytes"] == total + OTHER_BYTES
-    assert made.predicted["mean_bits"] == 8 * (total - SHAPE * len(made.specs)) / sum(math.prod(info.shape) for info in found.layers.values())
+    assert made.predicted["mean_bits"] == 8 * (total - SHAPE * len(made.specs)) / sum(
+        math.prod(info.shape) for info in found.layers.values()
+    )
     kl = math.fsum(found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in specs.items() if spec)
     assert made.predicted["kl"] == pytest.approx(kl, rel=1e-12, abs=1e-300)
     assert made.fingerprint == found.fingerprint
@@ -159,7 +161,9 @@ def random_options(seed, share):
     generator = torch.Generator().manual_seed(seed)
     cost = (10 ** torch.empty(60, 2, dtype=torch.float64).uniform_(-6, 0, generator=generator)).sort().values.tolist()
     size = torch.randint(1, 200, (60,), generator=generator).tolist()
-    return [[(0.0, 16 * n), (a, 8 * n), (b, 4 * n)] for (a, b), n in zip(cost, size, strict=True)], int(share * sum(size))
+    return [[(0.0, 16 * n), (a, 8 * n), (b, 4 * n)] for (a, b), n in zip(cost, size, strict=True)], int(
+        share * sum(size)
+    )
 
 
 @pytest.mark.parametrize(("seed", "share"), [(6, 5.0), (19, 5.5), (3, 7.0)])
@@ -269,8 +273,13 @@ def test_storable_groups_are_planned_and_reported():
     found = sensitivities([(0.1,), (0.2,), (0.3,)], [(64, 1600), (64, 1600), (64, 256)], [g128])
     made = plan(found, mean_bits=5)
     assert list(made.specs.values()) == [QuantSpec(4, 100), QuantSpec(4, 100), g128]
-    assert made.notes == ("int4-g128-sym became int4-g100-sym on 2 layers with 1600 inputs: a saved group size must divide the inputs",)
-    assert made.predicted["bytes"] == OTHER_BYTES + 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256)) + 3 * SHAPE
+    assert made.notes == (
+        "int4-g128-sym became int4-g100-sym on 2 layers with 1600 inputs: a saved group size must divide the inputs",
+    )
+    assert (
+        made.predicted["bytes"]
+        == OTHER_BYTES + 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256)) + 3 * SHAPE
+    )
     # of two specs that are stored as one, the one that was measured as stored counts
     for specs in ([g128, QuantSpec(4, 100)], [QuantSpec(4, 100), g128]):
         found = sensitivities([[0.3 if spec == g128 else 0.1 for spec in specs]], [(64, 1600)], specs)

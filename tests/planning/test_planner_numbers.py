@@ -17,7 +17,20 @@ BEYOND = pytest.param(HUGE, id="1e400")
 @pytest.mark.parametrize("budget", ["max_bytes", "mean_bits", "max_kl"])
 @pytest.mark.parametrize(
     "value",
-    [-1, -0.5, math.nan, math.inf, -math.inf, True, False, BEYOND, pytest.param(10**5000, id="1e5000"), "8", [8], np.bool_(True)],
+    [
+        -1,
+        -0.5,
+        math.nan,
+        math.inf,
+        -math.inf,
+        True,
+        False,
+        BEYOND,
+        pytest.param(10**5000, id="1e5000"),
+        "8",
+        [8],
+        np.bool_(True),
+    ],
 )
 def test_budgets_that_are_not(budget, value):
     for method in ("optimal", "greedy", "uniform"):
@@ -44,7 +57,10 @@ def test_sensitivities_without_a_usable_measurement(kl):
 def test_a_few_of_them_are_left_out_with_a_note():
     found = sensitivities([(0.1, 1e308), (1e308, 1e308)])
     assert plan(found, max_kl=1.0).specs == {"layers.0.proj": INT8}
-    assert "layers.0.proj at int4-g32-sym and 2 more left out: kl_teacher_student is not finite" in plan(found, max_kl=1.0).notes
+    assert (
+        "layers.0.proj at int4-g32-sym and 2 more left out: kl_teacher_student is not finite"
+        in plan(found, max_kl=1.0).notes
+    )
     with pytest.raises(InfeasibleBudgetError, match="3 measurements are left out: kl_teacher_student is not finite"):
         plan(found, mean_bits=6)
 
@@ -63,7 +79,10 @@ def test_the_smallest_costs_neither_stop_nor_mislead():
     """Differences of 1e-310 make rates that leave the range of floats; costs that small count as 0."""
     found = sensitivities([(0.0, 1e-310), (1e-320, 0.1), (1e-300, 5e-324)])
     made = plan(found, max_kl=0.0)
-    assert made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8, "layers.2.proj": INT4} and made.predicted["kl"] == 0
+    assert (
+        made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8, "layers.2.proj": INT4}
+        and made.predicted["kl"] == 0
+    )
     found = sensitivities([(0.1, 9e99), (1e-8, 1.0)])
     for size, _ in every_plan(found):
         best = min(cost for other, cost in every_plan(found) if other <= size)
@@ -73,7 +92,11 @@ def test_the_smallest_costs_neither_stop_nor_mislead():
 @pytest.mark.parametrize("wrong", [math.inf, math.nan, -1, True, BEYOND, "8192", None, 0.5])
 def test_sizes_that_are_not(wrong):
     found = sensitivities([(0.1, 0.2)])
-    for layer, other in ((LayerInfo((64, 64), wrong), 0), (LayerInfo((64, wrong), 8192), 0), (LayerInfo((64, 64), 8192), wrong)):
+    for layer, other in (
+        (LayerInfo((64, 64), wrong), 0),
+        (LayerInfo((64, wrong), 8192), 0),
+        (LayerInfo((64, 64), 8192), wrong),
+    ):
         found.layers["layers.0.proj"], found.other_bytes = layer, other
         for arguments in ({"mean_bits": 6}, {"max_bytes": 10**6}, {"max_kl": 1.0}):
             with pytest.raises(InvalidInputError, match="the sensitivities are damaged: .* has .*; sweep again"):

@@ -25,7 +25,10 @@ CONSTRAINTS = [
     ({"layers": ["layers.[0-2].proj"]}, {3: [None], 4: [None]}),
     ({"layers": "re:.*[0-2]", "exclude": ["layers.1.*"]}, {1: [None], 3: [None], 4: [None]}),
     ({"keep": {"layers.4.proj": "int8-g32-sym"}}, {4: [INT8]}),
-    ({"keep": {"layers.0.proj": INT4, "layers.[34].proj": "full", "layers.1.*": None}}, {0: [INT4], 1: [None], 3: [None], 4: [None]}),
+    (
+        {"keep": {"layers.0.proj": INT4, "layers.[34].proj": "full", "layers.1.*": None}},
+        {0: [INT4], 1: [None], 3: [None], 4: [None]},
+    ),
     ({"exclude": "layers.0.proj", "keep": {"layers.0.proj": None, "layers.1.proj": INT8}}, {0: [None], 1: [INT8]}),
     ({"keep": {"*": INT8}}, {n: [INT8] for n in range(5)}),
 ]
@@ -37,7 +40,9 @@ def allowed(found, fixed):
     for specs in itertools.product(*(fixed.get(n, [None, INT8, INT4]) for n in range(len(NAMES)))):
         chosen = {name: spec for name, spec in zip(NAMES, specs, strict=True)}
         size = sum(layer_bytes(found, name, spec) for name, spec in chosen.items())
-        kl = math.fsum(found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in chosen.items() if spec)
+        kl = math.fsum(
+            found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in chosen.items() if spec
+        )
         yield specs, size + OTHER_BYTES, 8 * (size - SHAPE * sum(map(bool, specs))) / weights, kl
 
 
@@ -88,7 +93,9 @@ def test_infeasible_budgets_say_what_the_patterns_leave_reachable(arguments, fix
 
 def test_uniform_quantizes_what_is_free_and_keeps_the_rest():
     found = problem(1)
-    made = plan(found, method="uniform", spec="int4-g32-sym", exclude="layers.0.proj", keep={"layers.1.proj": "int8-g32-sym"})
+    made = plan(
+        found, method="uniform", spec="int4-g32-sym", exclude="layers.0.proj", keep={"layers.1.proj": "int8-g32-sym"}
+    )
     assert made.specs == {NAMES[1]: INT8, **dict.fromkeys(NAMES[2:], INT4)}
     check(found, made)
     only_measured_where_free = problem(1)
@@ -136,7 +143,10 @@ def test_what_is_left_out_needs_no_measurement():
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"layers.0.proj": "int4-g16-sym"}, r"layers.0.proj was not measured at int4-g16-sym \(measured: int8-g32-sym, int4-g32-sym\)"),
+        (
+            {"layers.0.proj": "int4-g16-sym"},
+            r"layers.0.proj was not measured at int4-g16-sym \(measured: int8-g32-sym, int4-g32-sym\)",
+        ),
         ({"layers.4.proj": "int8-g32-sym"}, r"layers.4.proj was not measured at int8-g32-sym \(measured: nothing\)"),
         ({"layers.3.proj": "int4-g32-sym"}, "kl_teacher_student of layers.3.proj at int4-g32-sym is not finite"),
         ({"*": INT8, "layers.0.proj": None}, r"two precisions of layers.0.proj, by '\*' and by 'layers.0.proj'"),
@@ -152,8 +162,16 @@ def test_precisions_that_cannot_be_kept(keep, message):
         ({"keep": {"layers.0.proj": "int3"}}, InvalidInputError, "'int3' is not a quantization spec"),
         ({"keep": {"layers.0.proj": 4}}, InvalidInputError, "a QuantSpec or text such as int4-g64-sym, got int"),
         ({"keep": "layers.0.proj=int4"}, InvalidInputError, "keep must map patterns to specs"),
-        ({"keep": {"layers.0.proj": INT8}, "exclude": "layers.0.*"}, InvalidInputError, "which layers or exclude leave in full precision"),
-        ({"keep": {"layers.0.proj": INT8}, "layers": "layers.1.*"}, InvalidInputError, "which layers or exclude leave in full precision"),
+        (
+            {"keep": {"layers.0.proj": INT8}, "exclude": "layers.0.*"},
+            InvalidInputError,
+            "which layers or exclude leave in full precision",
+        ),
+        (
+            {"keep": {"layers.0.proj": INT8}, "layers": "layers.1.*"},
+            InvalidInputError,
+            "which layers or exclude leave in full precision",
+        ),
         ({"keep": {"layers.9.proj": INT8}}, UnknownLayerError, "no linear layer matches 'layers.9.proj'"),
         ({"layers": "lm_head"}, UnknownLayerError, "no linear layer matches 'lm_head'"),
         ({"exclude": "nothing"}, UnknownLayerError, "no linear layer matches 'nothing'"),

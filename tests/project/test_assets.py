@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import klfast
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from train_bundled import bits_per_byte  # noqa: E402
+from train_bundled import bits_per_byte
 
 ASSETS = Path(klfast.__file__).parent / "assets"
 MODELS = sorted(p for p in (ASSETS / "models").iterdir() if p.is_dir())
@@ -90,5 +90,7 @@ def test_log_ends_at_its_best(folder):
 def test_texts_are_disjoint():
     calibration, evaluation = (path.read_text(encoding="utf-8") for path in TEXTS)
     assert all(120_000 <= path.stat().st_size <= 200_000 for path in TEXTS)
-    shared = {p for p in calibration.split("\n\n") if len(p) > 80} & {p for p in evaluation.split("\n\n") if len(p) > 80}
+    shared = {p for p in calibration.split("\n\n") if len(p) > 80} & {
+        p for p in evaluation.split("\n\n") if len(p) > 80
+    }
     assert not shared

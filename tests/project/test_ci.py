@@ -22,11 +22,20 @@ def run(tmp_path, fails):
     """The script in a folder where make only notes what it is asked for, and fails for one target."""
     (tmp_path / ".ci").mkdir()
     (tmp_path / "bin").mkdir()
-    for name, text in (("bin/make", MAKE.format(called=tmp_path / "called", fails=fails)), (".ci/newer_ocloc", "#!/bin/sh\nexit 1\n"), ("bin/id", "#!/bin/sh\necho 1000\n")):
+    for name, text in (
+        ("bin/make", MAKE.format(called=tmp_path / "called", fails=fails)),
+        (".ci/newer_ocloc", "#!/bin/sh\nexit 1\n"),
+        ("bin/id", "#!/bin/sh\necho 1000\n"),
+    ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     shutil.copy(SCRIPT, tmp_path / ".ci")
-    done = subprocess.run([tmp_path / ".ci" / "verify_xpu"], env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [tmp_path / ".ci" / "verify_xpu"],
+        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout.splitlines(), (tmp_path / "called").read_text().split()
 
 
@@ -39,4 +48,6 @@ def test_verify_xpu_is_skipped_only_where_triton_does_not_install(tmp_path, fail
     found, lines, called = run(tmp_path, fails)
     assert found == code and called == ["build/xpu/.made", "build/xpu/.triton", "verify-xpu"][:asked]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
-    assert skipped == ["SKIPPED make verify-xpu: triton-xpu does not install here: ERROR: No matching distribution found for triton-xpu"] * (asked == 2)
+    assert skipped == [
+        "SKIPPED make verify-xpu: triton-xpu does not install here: ERROR: No matching distribution found for triton-xpu"
+    ] * (asked == 2)

@@ -22,7 +22,10 @@ def test_earlier_names_of_modules(name):
     module = importlib.import_module(f"klfast.{name}")
     assert all(getattr(module, public) is getattr(klfast, public) for public in module.__all__)
     code = f"import klfast; print(klfast.{name}.__name__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == f"klfast.{name}"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == f"klfast.{name}"
+    )
 
 
 def test_pyproject_lists_every_package():

@@ -82,7 +82,9 @@ def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
 
 def test_a_source_that_an_old_assembler_cannot_build_is_left_out_of_the_extension(tmp_path):
     (tmp_path / "amx.cpp").write_text('void amx() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }\n')
-    (tmp_path / "module.cpp").write_text("#ifdef KLFAST_BUILT_AMX\nvoid amx();\nvoid use() { amx(); }\n#endif\nint zero() { return 0; }\n")
+    (tmp_path / "module.cpp").write_text(
+        "#ifdef KLFAST_BUILT_AMX\nvoid amx();\nvoid use() { amx(); }\n#endif\nint zero() { return 0; }\n"
+    )
     compiler = old_assembler(tmp_path, "tdpbf16ps")
     code = """
 import glob

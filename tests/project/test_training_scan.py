@@ -18,8 +18,8 @@ from klfast.dispatch import pins
 from klfast.models.hymba import ssm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import train_bundled  # noqa: E402
-import training_scan  # noqa: E402
+import train_bundled
+import training_scan
 
 
 def loop_scan(u, step, A, B, C, D, z):
@@ -35,7 +35,13 @@ def loop_scan(u, step, A, B, C, D, z):
 def scan_inputs(length, channels=32, state=16, batch=2):
     torch.manual_seed(length)
     rates = -torch.arange(1.0, state + 1).repeat(channels, 1) * torch.rand(channels, 1)
-    shapes = [(batch, length, channels), (batch, length, state), (batch, length, state), (channels,), (batch, length, channels)]
+    shapes = [
+        (batch, length, channels),
+        (batch, length, state),
+        (batch, length, state),
+        (channels,),
+        (batch, length, channels),
+    ]
     u, B, C, D, z = (torch.randn(shape) for shape in shapes)
     return [t.requires_grad_() for t in (u, torch.randn(batch, length, channels) * 2, rates, B, C, D, z)]
 
@@ -56,7 +62,9 @@ def agree(function, expected, inputs, tolerance=2e-5):
 def test_selective_scan(length, compiled):
     if compiled and training_scan.kernels(16) is None:
         pytest.skip("no C++ compiler")
-    agree(training_scan.CompiledScan.apply if compiled else training_scan.selective_scan, loop_scan, scan_inputs(length))
+    agree(
+        training_scan.CompiledScan.apply if compiled else training_scan.selective_scan, loop_scan, scan_inputs(length)
+    )
 
 
 def test_compiled_scan_in_bfloat16():
@@ -138,7 +146,10 @@ def test_ssd_scan(length, groups):
         B, C = (t.repeat_interleave(share, dim=2) for t in (B, C))
         h, outputs = torch.zeros(2, heads, width, state), []
         for t in range(length):
-            h = torch.exp(delta[:, t] * A)[..., None, None] * h + (delta[..., None] * x)[:, t, ..., None] * B[:, t, :, None]
+            h = (
+                torch.exp(delta[:, t] * A)[..., None, None] * h
+                + (delta[..., None] * x)[:, t, ..., None] * B[:, t, :, None]
+            )
             outputs.append((h * C[:, t, :, None]).sum(-1))
         return torch.stack(outputs, dim=1) + D[:, None] * x
 

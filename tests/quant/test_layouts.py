@@ -17,11 +17,21 @@ def quantized(n, k, spec):
 
 
 def same(a, b):
-    return torch.equal(a.packed, b.packed) and torch.equal(a.scale, b.scale) and (a.spec.symmetric or torch.equal(a.zero_point, b.zero_point))
+    return (
+        torch.equal(a.packed, b.packed)
+        and torch.equal(a.scale, b.scale)
+        and (a.spec.symmetric or torch.equal(a.zero_point, b.zero_point))
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 400), st.sampled_from([4, 8]), st.one_of(st.just(-1), st.integers(1, 300)), st.booleans())
+@given(
+    st.integers(1, 40),
+    st.integers(1, 400),
+    st.sampled_from([4, 8]),
+    st.one_of(st.just(-1), st.integers(1, 300)),
+    st.booleans(),
+)
 def test_to_tiled_and_back(n, k, bits, group, symmetric):
     qt = quantized(n, k, QuantSpec(bits, group, symmetric))
     tiled = qt.to_layout(Layout.TILED)
@@ -34,7 +44,15 @@ def test_to_tiled_and_back(n, k, bits, group, symmetric):
 
 @pytest.mark.parametrize(
     ("k", "bits", "group", "packed"),
-    [(1600, 4, 64, (13, 64)), (1600, 4, 128, (13, 64)), (1600, 8, -1, (25, 64)), (256, 4, 32, (4, 32)), (192, 8, 96, (6, 32)), (100, 4, -1, (1, 64)), (14, 8, 7, (2, 32))],
+    [
+        (1600, 4, 64, (13, 64)),
+        (1600, 4, 128, (13, 64)),
+        (1600, 8, -1, (25, 64)),
+        (256, 4, 32, (4, 32)),
+        (192, 8, 96, (6, 32)),
+        (100, 4, -1, (1, 64)),
+        (14, 8, 7, (2, 32)),
+    ],
 )
 def test_tiles(k, bits, group, packed):
     tiles, block = packed
@@ -67,7 +85,12 @@ def test_fill_blocks():
 
 def test_wrong_parts():
     tiled = quantized(5, 100, QuantSpec(4, 32, False)).to_layout(Layout.TILED)
-    for change in ({"packed": tiled.packed[1:]}, {"packed": tiled.packed.int()}, {"scale": tiled.scale.T}, {"zero_point": tiled.zero_point.int()}):
+    for change in (
+        {"packed": tiled.packed[1:]},
+        {"packed": tiled.packed.int()},
+        {"scale": tiled.scale.T},
+        {"zero_point": tiled.zero_point.int()},
+    ):
         parts = dict(packed=tiled.packed, scale=tiled.scale, zero_point=tiled.zero_point) | change
         with pytest.raises(InvalidInputError, match=next(iter(change))) as error:
             QuantizedTensor(**parts, shape=tiled.shape, spec=tiled.spec, layout=Layout.TILED)
@@ -91,7 +114,9 @@ def test_a_layer_in_another_layout(spec, monkeypatch):
     layer = QuantLinear.from_linear(linear, spec)
     assert layer.layout is Layout.TILED and layer.weight_packed.dim() == 3
     state = layer.state_dict()
-    assert list(state) == list(plain.state_dict()) and all(torch.equal(state[name], t) for name, t in plain.state_dict().items())
+    assert list(state) == list(plain.state_dict()) and all(
+        torch.equal(state[name], t) for name, t in plain.state_dict().items()
+    )
     other = QuantLinear.from_linear(torch.nn.Linear(100, 37, bias=False), spec)
     other.load_state_dict(plain.state_dict())
     assert other.layout is Layout.TILED and torch.equal(other.weight_packed, layer.weight_packed)

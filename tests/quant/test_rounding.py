@@ -14,7 +14,9 @@ from klfast.quant import packing, rounding
 from klfast.quant.rounding import fake_quantize
 from klfast.quant.types import FLOAT_DTYPES, storable_spec
 
-SPECS = [QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)]
+SPECS = [
+    QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)
+]
 
 
 def naive(weight, spec, scale_dtype):
@@ -100,7 +102,9 @@ def test_no_weight_of_a_tiny_group_is_off_by_more_than_half_a_step(spec, largest
 def test_mse_is_no_worse_than_absmax_in_tiny_groups(spec, largest):
     weight = torch.distributions.StudentT(3.0).sample((16, 100))
     weight *= largest / weight.abs().max()
-    absmax, mse = ((fake_quantize(weight, spec, scale=scale) - weight).double().square().sum() for scale in ("absmax", "mse"))
+    absmax, mse = (
+        (fake_quantize(weight, spec, scale=scale) - weight).double().square().sum() for scale in ("absmax", "mse")
+    )
     assert mse <= absmax * (1 + 1e-5)
 
 
@@ -125,7 +129,15 @@ def test_half_precision_and_strided_weights(dtype):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [((4.0, 64), "bits"), ((True, 64), "bits"), ((3, 64), "bits"), ((4, True), "group_size"), ((4, 64.0), "group_size"), ((4, 0), "group_size"), ((4, 64, 1), "symmetric")],
+    [
+        ((4.0, 64), "bits"),
+        ((True, 64), "bits"),
+        ((3, 64), "bits"),
+        ((4, True), "group_size"),
+        ((4, 64.0), "group_size"),
+        ((4, 0), "group_size"),
+        ((4, 64, 1), "symmetric"),
+    ],
 )
 def test_spec_takes_no_other_types(fields, message):
     with pytest.raises(InvalidInputError, match=f"{message} must be"):
@@ -133,17 +145,20 @@ def test_spec_takes_no_other_types(fields, message):
 
 
 @pytest.mark.parametrize("function", [quantize, fake_quantize])
-@pytest.mark.parametrize("weight, options, message", [
-    (torch.zeros(4), {}, r"matrix \[N, K\]"),
-    (torch.zeros(0, 4), {}, "at least 1"),
-    (torch.zeros(4, 0), {}, "at least 1"),
-    (torch.zeros(4, 4, dtype=torch.float64), {}, "float64"),
-    (torch.zeros(4, 4), {"scale": "max"}, "absmax"),
-    (torch.zeros(4, 4), {"scale_dtype": torch.int8}, "scale_dtype"),
-    (torch.tensor([[1.0, torch.nan]]), {}, "NaN"),
-    (torch.tensor([[1.0, -torch.inf]]), {"scale": "mse"}, "infinity"),
-    (torch.tensor([[1.0, 1e6]]), {}, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    "weight, options, message",
+    [
+        (torch.zeros(4), {}, r"matrix \[N, K\]"),
+        (torch.zeros(0, 4), {}, "at least 1"),
+        (torch.zeros(4, 0), {}, "at least 1"),
+        (torch.zeros(4, 4, dtype=torch.float64), {}, "float64"),
+        (torch.zeros(4, 4), {"scale": "max"}, "absmax"),
+        (torch.zeros(4, 4), {"scale_dtype": torch.int8}, "scale_dtype"),
+        (torch.tensor([[1.0, torch.nan]]), {}, "NaN"),
+        (torch.tensor([[1.0, -torch.inf]]), {"scale": "mse"}, "infinity"),
+        (torch.tensor([[1.0, 1e6]]), {}, "bfloat16"),
+    ],
+)
 def test_bad_input(function, weight, options, message):
     for spec in (QuantSpec(4, 32), QuantSpec(8, -1, False)):
         if message == "bfloat16" and spec.bits == 8:
@@ -156,7 +171,10 @@ def test_bad_input(function, weight, options, message):
 @settings(deadline=None)
 @given(st.sampled_from([4, 8]), st.integers(1, 9), st.integers(1, 70), st.randoms())
 def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, count, random):
-    values = torch.tensor([[random.randrange(-(1 << bits - 1), 1 << bits - 1) for _ in range(count)] for _ in range(rows)], dtype=torch.int8)
+    values = torch.tensor(
+        [[random.randrange(-(1 << bits - 1), 1 << bits - 1) for _ in range(count)] for _ in range(rows)],
+        dtype=torch.int8,
+    )
     words = packing.pack(values, bits)
     assert torch.equal(packing.unpack(words, bits, count), values)
     assert torch.equal(words, pack_to_int32(values, bits))
@@ -172,8 +190,12 @@ def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, coun
 def test_compressed_tensors_decompresses_the_same_bits(bits, group, symmetric, scale_dtype, shape):
     spec = storable_spec(QuantSpec(bits, group, symmetric), shape[1])
     qt = quantize(torch.randn(shape) + torch.randn(shape[0], 1), spec, scale_dtype=scale_dtype)
-    grouping = {"strategy": "channel"} if spec.group_size == -1 else {"strategy": "group", "group_size": spec.group_size}
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **grouping))
+    grouping = (
+        {"strategy": "channel"} if spec.group_size == -1 else {"strategy": "group", "group_size": spec.group_size}
+    )
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **grouping)
+    )
     state = {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_shape": torch.tensor(shape)}
     if not symmetric:
         state["weight_zero_point"] = qt.zero_point

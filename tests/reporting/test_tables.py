@@ -15,8 +15,13 @@ from klfast.reporting import tables as report
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
-NAMES = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.1.mixer.in_proj",
-         "backbone.layers.1.mixer.x_proj", "lm_head"]
+NAMES = [
+    "backbone.layers.0.mixer.in_proj",
+    "backbone.layers.0.mixer.x_proj",
+    "backbone.layers.1.mixer.in_proj",
+    "backbone.layers.1.mixer.x_proj",
+    "lm_head",
+]
 
 
 @pytest.fixture
@@ -26,7 +31,9 @@ def found():
     for n, name in enumerate(NAMES):
         for spec, scale in ((INT4, 1e-2), (INT8, 1e-4)):
             mean = {"kl_teacher_student": scale * (n + 1), "sqnr_db": 30.0 - [0, 2, 1, 3, 4][n]}
-            measurements[name, spec] = Measurement(mean, {"kl_teacher_student": 1e-5, "sqnr_db": math.nan}, 10, below_noise=scale < 1e-3)
+            measurements[name, spec] = Measurement(
+                mean, {"kl_teacher_student": 1e-5, "sqnr_db": math.nan}, 10, below_noise=scale < 1e-3
+            )
     return Sensitivities(None, {name: LayerInfo((64, 64), 8192) for name in NAMES}, 100, measurements)
 
 
@@ -37,14 +44,19 @@ def table(tables, start):
 def test_sweep_figures(found):
     tables = report.sweep_tables(found, top=2)
     assert table(tables, "Most").rows[:2] == (
-        ("int4-g32-sym", "lm_head", 0.05, 1e-5, ""), ("int4-g32-sym", "backbone.layers.1.mixer.x_proj", 0.04, 1e-5, ""),
+        ("int4-g32-sym", "lm_head", 0.05, 1e-5, ""),
+        ("int4-g32-sym", "backbone.layers.1.mixer.x_proj", 0.04, 1e-5, ""),
     )
     assert [row[4] for row in table(tables, "Most").rows] == ["", "", "below", "below"]
     kinds = {row[0]: row[1:] for row in table(tables, "By kind").rows}
     assert kinds["in_proj"] == pytest.approx((0.02, 0.0002)) and kinds["x_proj"] == pytest.approx((0.03, 0.0003))
     assert list(kinds) == ["in_proj", "x_proj", "lm_head"]
     depths = {row[0]: row[1:] for row in table(tables, "By depth").rows}
-    assert [row[0] for row in table(tables, "By kind and depth in int4-g32-sym").rows] == ["x_proj", "in_proj", "all kinds"]
+    assert [row[0] for row in table(tables, "By kind and depth in int4-g32-sym").rows] == [
+        "x_proj",
+        "in_proj",
+        "all kinds",
+    ]
     assert list(depths) == ["0", "1"] and depths["1"] == pytest.approx((0.035, 0.00035))
     # four layers in blocks, one of six pairs the other way round: (5 - 1) / 6
     assert table(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
@@ -55,10 +67,22 @@ def test_by_kind_and_depth(found):
     assert places.headings == ("kind", "block 0", "block 1", "all blocks")
     expected = (("x_proj", 0.02, 0.04, 0.03), ("in_proj", 0.01, 0.03, 0.02), ("all kinds", 0.015, 0.035, 0.025))
     assert [(row[0], *map(pytest.approx, row[1:])) for row in expected] == [tuple(row) for row in places.rows]
-    assert [row[0] for row in report.by_kind_and_depth(found, "sqnr_db", INT4).rows] == ["x_proj", "in_proj", "all kinds"]
+    assert [row[0] for row in report.by_kind_and_depth(found, "sqnr_db", INT4).rows] == [
+        "x_proj",
+        "in_proj",
+        "all kinds",
+    ]
     deep = {f"m.layers.{i}.up": found.measurements[NAMES[0], INT4] for i in range(8)}
-    many = Sensitivities(None, {name: found.layers[NAMES[0]] for name in deep}, 0, {(name, INT4): m for name, m in deep.items()})
-    assert report.by_kind_and_depth(many, "kl_teacher_student", INT4).headings == ("kind", "blocks 0-2", "blocks 3-4", "blocks 5-7", "all blocks")
+    many = Sensitivities(
+        None, dict.fromkeys(deep, found.layers[NAMES[0]]), 0, {(name, INT4): m for name, m in deep.items()}
+    )
+    assert report.by_kind_and_depth(many, "kl_teacher_student", INT4).headings == (
+        "kind",
+        "blocks 0-2",
+        "blocks 3-4",
+        "blocks 5-7",
+        "all blocks",
+    )
     assert not report.by_kind_and_depth(many, "kl_teacher_student", INT8).rows
 
 
@@ -85,11 +109,20 @@ def test_published_perplexity_is_compared(found):
 
 
 def test_plan_tables(found):
-    plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[4]: INT8}, "optimal", None, {"bytes": 1234567, "kl": 0.0123456, "perplexity": 12.5}, ("a | note",))
+    plan = Plan(
+        {NAMES[0]: INT4, NAMES[2]: INT8, NAMES[4]: INT8},
+        "optimal",
+        None,
+        {"bytes": 1234567, "kl": 0.0123456, "perplexity": 12.5},
+        ("a | note",),
+    )
     facts, layers = report.plan_tables(plan, found)
     assert layers.headings == ("kind", "int4-g32-sym", "int8-g32-sym", "full precision")
     assert layers.rows == (("in_proj", 1, 1, 0), ("x_proj", 0, 0, 2), ("lm_head", 0, 1, 0))
-    assert ("kl", 0.0123456) in facts.rows and ("perplexity on the calibration text, if what the layers add to it adds up", 12.5) in facts.rows
+    assert ("kl", 0.0123456) in facts.rows and (
+        "perplexity on the calibration text, if what the layers add to it adds up",
+        12.5,
+    ) in facts.rows
     assert "| bytes | 1,234,567 |" in facts.markdown() and "a \\| note" in facts.markdown()
     assert report.plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
 
@@ -99,11 +132,17 @@ def test_a_plan_by_layer(found):
     found.measurements[NAMES[3], g48] = Measurement({"kl_teacher_student": 0.5, "sqnr_db": 1.0}, {}, 10)
     found.measurements.pop((NAMES[3], INT4))
     plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[3]: INT4, NAMES[4]: QuantSpec(8, 16)}, "optimal")
-    rows = {NAMES[0]: ("int4-g32-sym", 2320, 0.01), NAMES[1]: ("full precision", 8192, None), NAMES[2]: ("int8-g32-sym", 4368, 0.0003)}
+    rows = {
+        NAMES[0]: ("int4-g32-sym", 2320, 0.01),
+        NAMES[1]: ("full precision", 8192, None),
+        NAMES[2]: ("int8-g32-sym", 4368, 0.0003),
+    }
     rows |= {NAMES[3]: ("int4-g32-sym", 2320, 0.5), NAMES[4]: ("int8-g16-sym", 4624, None)}
     by_layer = report.plan_by_layer(plan, found)
     assert by_layer.headings == ("layer", "precision", "bytes", "kl_teacher_student")
-    assert {row[0]: row[1:] for row in by_layer.rows} == {name: (*row[:2], row[2] and pytest.approx(row[2])) for name, row in rows.items()}
+    assert {row[0]: row[1:] for row in by_layer.rows} == {
+        name: (*row[:2], row[2] and pytest.approx(row[2])) for name, row in rows.items()
+    }
     assert report.plan_by_layer(plan, found, "sqnr_db").rows[0][3] == 30.0
     for spec, kl in ((INT4, 0.25), (g48, 0.5)):  # in this order, the second must not take the first one's place
         found.measurements.pop((NAMES[3], spec), None)
@@ -141,9 +180,10 @@ def test_renderings(found, tmp_path):
     text = console.export_text()
     assert "backbone.layers.1.mixer.x_proj" in text and "0.05" in text
     report.write(tmp_path / "report.md", tables)
-    assert "| spec | layer | kl_teacher_student | standard error | noise floor |\n| --- | --- | ---: | ---: | --- |" in (
-        tmp_path / "report.md"
-    ).read_text()
+    assert (
+        "| spec | layer | kl_teacher_student | standard error | noise floor |\n| --- | --- | ---: | ---: | --- |"
+        in (tmp_path / "report.md").read_text()
+    )
     report.write(tmp_path / "report.json", tables)
     data = json.loads((tmp_path / "report.json").read_text())
     assert [entry["title"] for entry in data] == [one.title for one in tables]

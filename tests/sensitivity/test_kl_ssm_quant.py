@@ -20,7 +20,9 @@ FOLDER = Path(__file__).resolve().parents[3] / "shared" / "published"
 INT4, INT8 = QuantSpec(4, -1), QuantSpec(8, -1)
 MIB = 2**20
 
-needs_files = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/published, with the published sensitivities, is absent")
+needs_files = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="../shared/published, with the published sensitivities, is absent"
+)
 
 
 def path(model, bits):
@@ -28,12 +30,20 @@ def path(model, bits):
 
 
 def row(kl=51.2, sqnr=20.0):
-    return {"perplexity": 26.0, "sqnr_db": sqnr, "kl_teacher_to_student": 4.9e8, "kl_student_to_teacher": kl, "delta_cross_entropy": 0.1}
+    return {
+        "perplexity": 26.0,
+        "sqnr_db": sqnr,
+        "kl_teacher_to_student": 4.9e8,
+        "kl_student_to_teacher": kl,
+        "delta_cross_entropy": 0.1,
+    }
 
 
 def rows(sqnr=20.0):
     """A file of the smaller model, made up."""
-    names = [f"backbone.layers.{i}.mixer.{kind}" for i in range(24) for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    names = [
+        f"backbone.layers.{i}.mixer.{kind}" for i in range(24) for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")
+    ]
     return {name: row(sqnr=sqnr) for name in [*names, "lm_head"]}
 
 
@@ -51,10 +61,7 @@ def test_what_is_kept_and_what_is_dropped():
 
 @pytest.mark.parametrize(
     ("config", "names"),
-    [
-        ({"hidden_size": 768, "num_hidden_layers": 24}, rows()),
-        ({"hidden_size": 2048, "num_hidden_layers": 48}, None),
-    ],
+    [({"hidden_size": 768, "num_hidden_layers": 24}, rows()), ({"hidden_size": 2048, "num_hidden_layers": 48}, None)],
 )
 def test_sizes_are_those_of_transformers(config, names):
     import torch
@@ -98,7 +105,9 @@ def test_files_that_do_not_go_together(tmp_path):
     four, other, large = tmp_path / "4bits.json", tmp_path / "other_4bits.json", tmp_path / "large_8bits.json"
     for file in (four, other):
         file.write_text(json.dumps(rows()))
-    names = [f"backbone.layers.{i}.mixer.{kind}" for i in range(48) for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    names = [
+        f"backbone.layers.{i}.mixer.{kind}" for i in range(48) for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")
+    ]
     large.write_text(json.dumps({name: row() for name in [*names, "lm_head"]}))
     with pytest.raises(CheckpointError, match=r"other_4bits.json repeats a bit width"):
         kl_ssm_quant.read_files([four, other])
@@ -147,5 +156,8 @@ def test_optimum_of_the_larger_model():
         assert made.specs["lm_head"] == INT8
         assert sum(spec == INT4 for spec in made.specs.values()) in range(160, 191)
         assert plan(found, max_kl=made.predicted["kl"]).predicted["bytes"] <= made.predicted["bytes"]
-        for other in (plan(found, max_bytes=mib * MIB, method="greedy"), plan(found, max_bytes=mib * MIB, metric="sqnr_db")):
+        for other in (
+            plan(found, max_bytes=mib * MIB, method="greedy"),
+            plan(found, max_bytes=mib * MIB, metric="sqnr_db"),
+        ):
             assert other.predicted["kl"] > made.predicted["kl"]

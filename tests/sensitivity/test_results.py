@@ -17,14 +17,20 @@ from klfast.sensitivity.results import METRICS, LayerInfo, Measurement, Sensitiv
 def sensitivities():
     mean = {metric: 0.1 * i + 1e-17 for i, metric in enumerate(METRICS)} | {"sqnr_db": math.inf}
     stderr = dict.fromkeys(METRICS, math.nan)
-    layers = {"b.in_proj": LayerInfo((6, 5), 120), "a.out_proj": LayerInfo((5, 3), 60), "lm_head": LayerInfo((9, 5), 180)}
+    layers = {
+        "b.in_proj": LayerInfo((6, 5), 120),
+        "a.out_proj": LayerInfo((5, 3), 60),
+        "lm_head": LayerInfo((9, 5), 180),
+    }
     return Sensitivities(
         Fingerprint("abc", (0.1, 1 / 3, 2.0)),
         layers,
         other_bytes=77,
         measurements={
             ("b.in_proj", QuantSpec(4)): Measurement(mean, stderr, 510),
-            ("lm_head", QuantSpec(8, -1, False)): Measurement(mean, {m: 1e-300 for m in METRICS}, 510, below_noise=True),
+            ("lm_head", QuantSpec(8, -1, False)): Measurement(
+                mean, dict.fromkeys(METRICS, 1e-300), 510, below_noise=True
+            ),
         },
         noise_floor={"kl_teacher_student": 3e-12},
         provenance={"model": "tiny", "windows": 2},
@@ -127,9 +133,18 @@ def test_missing_file(tmp_path):
         (lambda d: d["measurements"][0].update(tokens=1e400), "damaged .tokens is inf"),
         (lambda d: d["measurements"][0].update(tokens=0), "damaged .tokens is 0"),
         (lambda d: d["measurements"][0].update(below_noise="no"), "damaged .below_noise is 'no'"),
-        (lambda d: d["measurements"][0]["mean"].update(kl_teacher_student=10**400), "damaged .kl_teacher_student is 1000"),
-        (lambda d: d["measurements"][0]["mean"].update(kl_teacher_student=1e308), r"damaged .kl_teacher_student is 1e\+308, not a finite number of at most 3.4e\+38"),
-        (lambda d: d["measurements"][0]["mean"].update(kl_teacher_student="nan"), "damaged .kl_teacher_student is 'nan'"),
+        (
+            lambda d: d["measurements"][0]["mean"].update(kl_teacher_student=10**400),
+            "damaged .kl_teacher_student is 1000",
+        ),
+        (
+            lambda d: d["measurements"][0]["mean"].update(kl_teacher_student=1e308),
+            r"damaged .kl_teacher_student is 1e\+308, not a finite number of at most 3.4e\+38",
+        ),
+        (
+            lambda d: d["measurements"][0]["mean"].update(kl_teacher_student="nan"),
+            "damaged .kl_teacher_student is 'nan'",
+        ),
         (lambda d: d["measurements"][0]["mean"].update(jsd="inf"), "damaged .jsd is 'inf'"),
         (lambda d: d["measurements"][0]["mean"].update(jsd=math.nan), "damaged .jsd is nan"),
         (lambda d: d["measurements"][0]["stderr"].update(jsd="inf"), "damaged .the standard error of jsd is 'inf'"),

@@ -30,16 +30,28 @@ def test_equals_the_naive_computation(family, tied):
         for metric, values in expected.items():
             # Float32 cross-entropies of about 5 nats; logits that are equal in one computation, rounded in the other.
             room = {"delta_ce": 5e-6, "sqnr_db": 1.5 if family == "llama" else 0}.get(metric, 0)
-            assert measured.mean[metric] == pytest.approx(values.mean().item(), rel=1e-3, abs=room), (name, spec, metric)
+            assert measured.mean[metric] == pytest.approx(values.mean().item(), rel=1e-3, abs=room), (
+                name,
+                spec,
+                metric,
+            )
             stderr = values.mean(1).std().item() / math.sqrt(3)
-            assert measured.stderr[metric] == pytest.approx(stderr, rel=2e-3, abs=1e-4 * values.mean().abs().item() + room), (name, spec, metric)
+            assert measured.stderr[metric] == pytest.approx(
+                stderr, rel=2e-3, abs=1e-4 * values.mean().abs().item() + room
+            ), (name, spec, metric)
 
 
 @pytest.mark.parametrize("name", bundled_models())
 def test_equals_the_naive_computation_on_trained_models(name):
     model = klfast.unaccelerate(load_model(name))
-    ids = token_batches("calibration", load_tokenizer(name), vocab_size=model.config.vocab_size, length=64, windows=2)[0]
-    layers = [layer for layer in model_layers.linears(model) if ".layers.0." in layer or ".layers.6." in layer or layer == "lm_head"]
+    ids = token_batches("calibration", load_tokenizer(name), vocab_size=model.config.vocab_size, length=64, windows=2)[
+        0
+    ]
+    layers = [
+        layer
+        for layer in model_layers.linears(model)
+        if ".layers.0." in layer or ".layers.6." in layer or layer == "lm_head"
+    ]
     found = klfast.sweep(model, ids, layers=layers)
     whole = copy.deepcopy(model).float()
     assert len(found.measurements) == 2 * len(layers) >= 10
@@ -52,7 +64,10 @@ def test_equals_the_naive_computation_on_trained_models(name):
 def test_quantizing_a_tied_head_changes_the_embedding():
     tied, untied = make(tied=True), make(tied=False)
     untied.load_state_dict(tied.state_dict())
-    kl = [next(iter(klfast.sweep(m, tokens(), "int4", layers=["lm_head"]).measurements.values())).mean[KL] for m in (tied, untied)]
+    kl = [
+        next(iter(klfast.sweep(m, tokens(), "int4", layers=["lm_head"]).measurements.values())).mean[KL]
+        for m in (tied, untied)
+    ]
     assert kl[0] != pytest.approx(kl[1], rel=0.1)
 
 
@@ -71,7 +86,12 @@ def test_grouping_makes_no_difference():
     model, ids = make("llama"), tokens(4)
     layers = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
     together = klfast.sweep(model, ids, layers=layers)
-    for batches, limit in ((ids.split(1), 8192), (ids, 1), ([ids[:1], ids[1:1], ids[1:]], 4 * 3 * 17), (iter(ids.split(3)), 8 * 17)):
+    for batches, limit in (
+        (ids.split(1), 8192),
+        (ids, 1),
+        ([ids[:1], ids[1:1], ids[1:]], 4 * 3 * 17),
+        (iter(ids.split(3)), 8 * 17),
+    ):
         other = klfast.sweep(model, batches, layers=layers, max_batch_tokens=limit)
         for key, measured in together.measurements.items():
             assert other.measurements[key].tokens == measured.tokens
@@ -89,8 +109,12 @@ def test_windows_of_different_lengths_count_by_token():
 
 def test_the_plan_predicts_the_perplexity_on_the_calibration_text():
     model = load_model("mamba2")
-    ids = token_batches("calibration", load_tokenizer("mamba2"), vocab_size=model.config.vocab_size, length=64, windows=4)
-    found = klfast.sweep(model, ids, "int4", ["delta_ce"], layers=[f"backbone.layers.{i}.mixer.in_proj" for i in (0, 5)])
+    ids = token_batches(
+        "calibration", load_tokenizer("mamba2"), vocab_size=model.config.vocab_size, length=64, windows=4
+    )
+    found = klfast.sweep(
+        model, ids, "int4", ["delta_ce"], layers=[f"backbone.layers.{i}.mixer.in_proj" for i in (0, 5)]
+    )
     full = klfast.evaluate(model, ids)
     assert found.provenance["ce_teacher"] == pytest.approx(full.nll, rel=1e-6)
     plan = klfast.plan(found, max_kl=10.0)
@@ -113,7 +137,9 @@ def test_one_metric_or_spec_needs_no_list():
     found = klfast.sweep(model, tokens(1), "int4-g64-sym", "jsd", layers="lm_head")
     assert list(found.measurements) == [("lm_head", klfast.QuantSpec(4))]
     assert list(found.measurements["lm_head", klfast.QuantSpec(4)].mean) == [KL, "jsd"]
-    assert list(klfast.sweep(model, tokens(1), klfast.QuantSpec(8), layers="lm_head").measurements) == [("lm_head", klfast.QuantSpec(8))]
+    assert list(klfast.sweep(model, tokens(1), klfast.QuantSpec(8), layers="lm_head").measurements) == [
+        ("lm_head", klfast.QuantSpec(8))
+    ]
 
 
 def test_layers_are_chosen_by_patterns():
@@ -122,7 +148,12 @@ def test_layers_are_chosen_by_patterns():
     def swept(**choice):
         return [name for name, _ in klfast.sweep(model, tokens(1, 5), "int4", **choice).measurements]
 
-    projections = ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj", "backbone.layers.1.mixer.in_proj", "backbone.layers.1.mixer.out_proj"]
+    projections = [
+        "backbone.layers.0.mixer.in_proj",
+        "backbone.layers.0.mixer.out_proj",
+        "backbone.layers.1.mixer.in_proj",
+        "backbone.layers.1.mixer.out_proj",
+    ]
     assert swept(exclude="lm_head") == projections
     assert swept(layers="in_proj") == projections[::2]
     assert swept(layers=["layers.1.*", "lm_head"], exclude=["re:.*out_proj"]) == [projections[2], "lm_head"]
@@ -130,7 +161,12 @@ def test_layers_are_chosen_by_patterns():
 
 def test_scale_search_is_passed_on():
     model = make()
-    kl = [next(iter(klfast.sweep(model, tokens(), "int4", layers=["lm_head"], scale=scale).measurements.values())).mean["mse"] for scale in ("absmax", "mse")]
+    kl = [
+        next(iter(klfast.sweep(model, tokens(), "int4", layers=["lm_head"], scale=scale).measurements.values())).mean[
+            "mse"
+        ]
+        for scale in ("absmax", "mse")
+    ]
     assert kl[1] < kl[0]
 
 
@@ -144,8 +180,14 @@ def test_what_cannot_be_quantized_is_said_once():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         klfast.sweep(model, tokens(1), "int4")
-        assert [" ".join(str(one.message).split()) for one in said if "quantized" in str(one.message)] == [str(said[0].message)]
-        assert str(said[0].message).startswith("sweep: ") and "Conv1D" in str(said[0].message) and said[0].filename == __file__
+        assert [" ".join(str(one.message).split()) for one in said if "quantized" in str(one.message)] == [
+            str(said[0].message)
+        ]
+        assert (
+            str(said[0].message).startswith("sweep: ")
+            and "Conv1D" in str(said[0].message)
+            and said[0].filename == __file__
+        )
         said.clear()
         klfast.sweep(model, tokens(1), "int4", layers="lm_head")  # of which one knows what it is
         klfast.sweep(make(), tokens(1), "int4")

@@ -14,8 +14,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def snapshot(model):
     """Identity, storage, dtype and bits of every tensor, and every module's own attributes."""
-    tensors = {name: (id(t), t.data_ptr(), t.dtype, t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
-    return tensors, {name: (module.training, set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()}
+    tensors = {
+        name: (id(t), t.data_ptr(), t.dtype, t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()
+    }
+    return tensors, {
+        name: (module.training, set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()
+    }
 
 
 def assert_same(before, after):
@@ -57,7 +61,9 @@ def test_half_precision_models_are_measured_in_float32():
     assert means(found) == means(klfast.sweep(copy.deepcopy(model).float(), ids, "int8"))
     coarse = klfast.sweep(model, ids, "int8", dtype=None)
     assert coarse.noise_floor[KL] > 1e3 * found.noise_floor[KL]
-    assert any(m.below_noise for m in coarse.measurements.values()) and not any(m.below_noise for m in found.measurements.values())
+    assert any(m.below_noise for m in coarse.measurements.values()) and not any(
+        m.below_noise for m in found.measurements.values()
+    )
 
 
 @torch.no_grad()
@@ -88,7 +94,7 @@ def test_memory_does_not_grow_with_the_calibration_set():
     layers = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
     few, many = peak(2), peak(8)
     ids_bytes = 8 * 64 * 8
-    assert 100_000 < few and many < few + 3 * ids_bytes
+    assert few > 100_000 and many < few + 3 * ids_bytes
 
 
 def test_progress_callback_counts_every_candidate():
@@ -96,7 +102,12 @@ def test_progress_callback_counts_every_candidate():
     klfast.sweep(make(), tokens(2), "int4", max_batch_tokens=4 * 17, progress=lambda *args: seen.append(args))
     total = 2 * (1 + 5)
     assert [done for done, _, _ in seen] == [1, 3, 5, 6, 7, 9, 11, 12]
-    assert {t for _, t, _ in seen} == {total} and [what for *_, what in seen][:4] == ["noise", "block 0", "block 1", "head"]
+    assert {t for _, t, _ in seen} == {total} and [what for *_, what in seen][:4] == [
+        "noise",
+        "block 0",
+        "block 1",
+        "head",
+    ]
 
 
 def test_no_progress_bar_unless_asked(capfd):

@@ -17,12 +17,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ({"batches": []}, InvalidInputError, "batches is empty"),
         ({"batches": torch.empty(0, 8, dtype=torch.int64)}, InvalidInputError, "batches is empty"),
-        ({"batches": [torch.zeros(2, 8)]}, InvalidInputError, r"batch 0 must be an int64 tensor \[B, T\] of token ids, got torch.float32 \[2, 8\]"),
-        ({"batches": [torch.zeros(1, 2, 8, dtype=torch.int64)]}, InvalidInputError, r"batch 0 must be .* got torch.int64 \[1, 2, 8\]"),
+        (
+            {"batches": [torch.zeros(2, 8)]},
+            InvalidInputError,
+            r"batch 0 must be an int64 tensor \[B, T\] of token ids, got torch.float32 \[2, 8\]",
+        ),
+        (
+            {"batches": [torch.zeros(1, 2, 8, dtype=torch.int64)]},
+            InvalidInputError,
+            r"batch 0 must be .* got torch.int64 \[1, 2, 8\]",
+        ),
         ({"batches": ["text"]}, InvalidInputError, "batch 0 must be .* got str"),
         ({"batches": "text"}, InvalidInputError, "batches must be token ids, got str"),
         ({"batches": [tokens(), tokens(2, 1)]}, InvalidInputError, "batch 1 has windows of 1 tokens"),
-        ({"batches": tokens() + 50}, InvalidInputError, r"batch 0 holds token id \d+; the model's ids lie between 0 and 60"),
+        (
+            {"batches": tokens() + 50},
+            InvalidInputError,
+            r"batch 0 holds token id \d+; the model's ids lie between 0 and 60",
+        ),
         ({"batches": tokens() - 50}, InvalidInputError, "batch 0 holds token id -"),
         ({"specs": []}, InvalidInputError, "there are no specs"),
         ({"specs": ["int5"]}, InvalidInputError, "'int5' is not a quantization spec"),
@@ -56,7 +68,9 @@ def test_quantized_and_shared_layers_are_refused():
     model = make()
     first, second = model.backbone.layers
     second.mixer.in_proj = first.mixer.in_proj
-    with pytest.raises(InvalidInputError, match=r"layers\.0\.mixer\.in_proj and backbone\.layers\.1\.mixer\.in_proj share one weight"):
+    with pytest.raises(
+        InvalidInputError, match=r"layers\.0\.mixer\.in_proj and backbone\.layers\.1\.mixer\.in_proj share one weight"
+    ):
         klfast.sweep(model, tokens())
     klfast.sweep(model, tokens(), layers=["lm_head"])
 
@@ -66,7 +80,9 @@ def test_a_broken_model_is_named_where_it_breaks(value):
     model = make()
     with torch.no_grad():
         model.backbone.layers[1].norm.weight[3] = value
-    with pytest.raises(InvalidInputError, match=r"full-precision model's hidden states are NaN or infinite from backbone\.layers\.1 on"):
+    with pytest.raises(
+        InvalidInputError, match=r"full-precision model's hidden states are NaN or infinite from backbone\.layers\.1 on"
+    ):
         klfast.sweep(model, tokens())
 
 
@@ -75,7 +91,9 @@ def test_a_damaged_weight_is_named_before_anything_is_written(value, tmp_path):
     model = make()
     with torch.no_grad():
         model.backbone.layers[1].mixer.in_proj.weight[3, 4] = value
-    with pytest.raises(InvalidInputError, match=r"the weight of backbone\.layers\.1\.mixer\.in_proj holds a NaN.*repair"):
+    with pytest.raises(
+        InvalidInputError, match=r"the weight of backbone\.layers\.1\.mixer\.in_proj holds a NaN.*repair"
+    ):
         klfast.sweep(model, tokens(), layers=["lm_head"], resume=tmp_path / "sweep.json")
     assert not list(tmp_path.iterdir())
 
@@ -91,7 +109,9 @@ def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
 
     model = make(tied=True)
     monkeypatch.setattr(engine, "fake_quantize", overflowing)
-    with pytest.raises(InvalidInputError, match=r"lm_head as int4-g64-sym makes the model's hidden states NaN or infinite"):
+    with pytest.raises(
+        InvalidInputError, match=r"lm_head as int4-g64-sym makes the model's hidden states NaN or infinite"
+    ):
         klfast.sweep(model, tokens())
 
 
@@ -116,5 +136,7 @@ def test_adapters_are_refused():
 
     wrapper = type("PeftModelForCausalLM", (torch.nn.Module,), {"__module__": "peft.peft_model"})()
     for measure in (klfast.sweep, klfast.evaluate):
-        with pytest.raises(InvalidInputError, match=r"PeftModelForCausalLM is peft's wrapper of a model; pass model\.get_base_model"):
+        with pytest.raises(
+            InvalidInputError, match=r"PeftModelForCausalLM is peft's wrapper of a model; pass model\.get_base_model"
+        ):
             measure(wrapper, tokens())

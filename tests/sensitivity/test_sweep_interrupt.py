@@ -57,7 +57,9 @@ def test_a_sweep_killed_within_a_block_resumes_bit_for_bit(family, tied, tmp_pat
         assert stopped_at(monkeypatch, number, lambda: klfast.sweep(model, ids, resume=path, **OPTIONS)) == number
         found = []
         again = stopped_at(monkeypatch, -1, lambda: found.append(klfast.sweep(model, ids, resume=path, **OPTIONS)))
-        assert again <= total - number + teacher + 8  # and the own blocks of the (up to 8) candidates that go on together
+        assert (
+            again <= total - number + teacher + 8
+        )  # and the own blocks of the (up to 8) candidates that go on together
         assert means(found[0]) == means(whole) and found[0].noise_floor == whole.noise_floor, number
         assert sorted(os.listdir(tmp_path)) == ["r.json"]
         path.unlink()
@@ -126,7 +128,9 @@ print("done", flush=True)
 
 def start(path):
     command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), str(path)]
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "ready\n"
     return child
 
@@ -167,7 +171,13 @@ def test_a_damaged_step_is_measured_again(tmp_path, monkeypatch):
     whole = klfast.sweep(model, ids, **OPTIONS)
     stopped_at(monkeypatch, 20, lambda: klfast.sweep(model, ids, resume=path, **OPTIONS))
     before, intact = path.read_bytes(), beside.read_bytes()
-    for damage in (intact[:-1], b"", intact[:100] + bytes([intact[100] ^ 1]) + intact[101:], intact[:-1] + bytes([intact[-1] ^ 1]), b"{}" * 100):
+    for damage in (
+        intact[:-1],
+        b"",
+        intact[:100] + bytes([intact[100] ^ 1]) + intact[101:],
+        intact[:-1] + bytes([intact[-1] ^ 1]),
+        b"{}" * 100,
+    ):
         path.write_bytes(before)
         beside.write_bytes(damage)
         with pytest.warns(UserWarning, match=r"r\.json\.step is damaged .*; the step that it holds is measured again"):
@@ -175,7 +185,9 @@ def test_a_damaged_step_is_measured_again(tmp_path, monkeypatch):
         assert means(found) == means(whole) and not beside.exists()
     path.write_bytes(before)
     beside.write_bytes(intact)
-    stopped_at(monkeypatch, 5, lambda: klfast.sweep(model, ids, resume=tmp_path / "other.json", layers="lm_head", **OPTIONS))
+    stopped_at(
+        monkeypatch, 5, lambda: klfast.sweep(model, ids, resume=tmp_path / "other.json", layers="lm_head", **OPTIONS)
+    )
     (tmp_path / "other.json.step").replace(beside)  # of another sweep
     assert means(klfast.sweep(model, ids, resume=path, **OPTIONS)) == means(whole)
 
@@ -184,18 +196,26 @@ def test_a_file_of_klfast_0_1_0_goes_on(tmp_path, monkeypatch):
     """It counted by blocks, the head one of them, and had no digest."""
     import json
 
-    specs = [f"int{bits}-{group}-sym" for bits in (4, 8) for group in ("g8", "g16", "g32", "channel")]  # 16 candidates and more in a block
+    specs = [
+        f"int{bits}-{group}-sym" for bits in (4, 8) for group in ("g8", "g16", "g32", "channel")
+    ]  # 16 candidates and more in a block
     model, ids, path = make("llama"), tokens(1), tmp_path / "r.json"
     whole = klfast.sweep(model, ids, specs, **OPTIONS)
     saves = []
     monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)
     with monkeypatch.context() as patch:
         to_json = Sensitivities.to_json
-        patch.setattr(Sensitivities, "to_json", lambda self, *args, extra: saves.append(to_json(self, *args, extra=extra)))
+        patch.setattr(
+            Sensitivities, "to_json", lambda self, *args, extra: saves.append(to_json(self, *args, extra=extra))
+        )
         klfast.sweep(model, ids, specs, resume=path, **OPTIONS)
     places = [json.loads(text)["sweep"]["next"][1] for text in saves]
     assert max(places) > 4  # more steps than the noise, two blocks and the head
-    for group, text in [(1, saves[places.index(1)]), (2, saves[places.index(1 + 4)]), (3, saves[places.index(1 + 4 + 4)])]:
+    for group, text in [
+        (1, saves[places.index(1)]),
+        (2, saves[places.index(1 + 4)]),
+        (3, saves[places.index(1 + 4 + 4)]),
+    ]:
         old = json.loads(text)
         old["sweep"]["next"] = [0, group]
         del old["sha256"], old["sweep"]["steps"]
@@ -259,7 +279,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
             klfast.sweep(model, tokens(3), resume=path, **OPTIONS)
     assert 40 <= len(made) <= 41 and Sensitivities.from_json(path).measurements and (tmp_path / "r.json.step").exists()
     total = stopped_at(monkeypatch, -1, lambda: klfast.sweep(model, tokens(3), **OPTIONS))
-    assert stopped_at(monkeypatch, -1, lambda: klfast.sweep(model, tokens(3), resume=path, **OPTIONS)) <= total - 40 + 2 * 3 + 8
+    assert (
+        stopped_at(monkeypatch, -1, lambda: klfast.sweep(model, tokens(3), resume=path, **OPTIONS))
+        <= total - 40 + 2 * 3 + 8
+    )
 
 
 def test_interrupts_wait_for_their_place():
@@ -270,9 +293,8 @@ def test_interrupts_wait_for_their_place():
         with interrupts.interruptible():
             seen.append("not reached")
     assert seen == ["held back"]
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        with interrupts.interruptible():
-            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred(), interrupts.interruptible():
+        signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         with interrupts.deferred(), interrupts.deferred():
             signal.raise_signal(signal.SIGINT)
@@ -295,10 +317,16 @@ def test_the_step_file_survives_every_dtype(tmp_path):
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         parts = torch.randn(4, 3, 2).to(dtype).split(1)
-        made = unfinished.Unfinished(list(parts[:2]), Carry(parts[2], (parts[3], torch.ones(2, dtype=torch.int64))), 5, {"suffix": 1.5})
+        made = unfinished.Unfinished(
+            list(parts[:2]), Carry(parts[2], (parts[3], torch.ones(2, dtype=torch.int64))), 5, {"suffix": 1.5}
+        )
         unfinished.write(tmp_path / "x", made, "before")
         found = unfinished.read(tmp_path / "x", "before", torch.device("cpu"))
-        for a, b in zip([*made.finals, made.carry.hidden, *made.carry.extra], [*found.finals, found.carry.hidden, *found.carry.extra], strict=True):
+        for a, b in zip(
+            [*made.finals, made.carry.hidden, *made.carry.extra],
+            [*found.finals, found.carry.hidden, *found.carry.extra],
+            strict=True,
+        ):
             assert a.dtype == b.dtype and a.equal(b)
         assert (found.block, found.costs) == (5, {"suffix": 1.5})
         assert unfinished.read(tmp_path / "x", "other", torch.device("cpu")) is None

@@ -42,17 +42,24 @@ def test_a_killed_sweep_resumes_bit_for_bit(tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert json.loads(path.read_text())["sweep"]["next"] == [1, 2]  # in the middle of a micro-batch
     partial = Sensitivities.from_json(path)
-    assert partial.provenance["micro_batches"] == [1, 3] and {m.tokens for m in partial.measurements.values()} == {16, 32}
+    assert partial.provenance["micro_batches"] == [1, 3] and {m.tokens for m in partial.measurements.values()} == {
+        16,
+        32,
+    }
 
     whole = klfast.sweep(make(), tokens(), max_batch_tokens=4 * 17)
     steps = []
-    resumed = klfast.sweep(make(), tokens(), resume=path, max_batch_tokens=4 * 17, progress=lambda *args: steps.append(args))
+    resumed = klfast.sweep(
+        make(), tokens(), resume=path, max_batch_tokens=4 * 17, progress=lambda *args: steps.append(args)
+    )
     assert steps[0][0] > 15 and steps[-1][:2] == (33, 33)
     assert means(resumed) == means(whole) and resumed.noise_floor == whole.noise_floor
     assert means(Sensitivities.from_json(path)) == means(whole)
 
     steps.clear()
-    again = klfast.sweep(make(), tokens(), resume=path, max_batch_tokens=4 * 17, progress=lambda *args: steps.append(args))
+    again = klfast.sweep(
+        make(), tokens(), resume=path, max_batch_tokens=4 * 17, progress=lambda *args: steps.append(args)
+    )
     assert means(again) == means(whole) and not steps
 
 
@@ -79,7 +86,12 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
     path.write_text(before[: len(before) // 2])
     with pytest.raises(CheckpointError, match=r"truncated or no JSON .*; to start anew delete it \(--no-resume\)"):
         klfast.sweep(model, ids, "int4", **options)
-    for content in ("[]", "{}", '{"schema": "klfast-sensitivities/9"}', json.dumps({**json.loads(before), "layers": 3})):
+    for content in (
+        "[]",
+        "{}",
+        '{"schema": "klfast-sensitivities/9"}',
+        json.dumps({**json.loads(before), "layers": 3}),
+    ):
         path.write_text(content)
         with pytest.raises(CheckpointError, match=r"; to start anew delete it \(--no-resume\)") as caught:
             klfast.sweep(model, ids, "int4", **options)
@@ -93,4 +105,9 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
 
 def test_an_unwritable_resume_path_is_found_out_at_once(tmp_path):
     with pytest.raises(FileNotFoundError):
-        klfast.sweep(make(), tokens(), resume=tmp_path / "missing" / "resume.json", progress=lambda *_: pytest.fail("it measured"))
+        klfast.sweep(
+            make(),
+            tokens(),
+            resume=tmp_path / "missing" / "resume.json",
+            progress=lambda *_: pytest.fail("it measured"),
+        )

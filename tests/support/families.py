@@ -10,14 +10,29 @@ FAMILIES = ("mamba", "mamba2", "falcon_mamba", "hymba", "llama")
 _SSM = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)
 _CONFIGS = {
     "mamba": lambda: transformers.MambaConfig(**_SSM, use_bias=True),
-    "mamba2": lambda: transformers.Mamba2Config(**_SSM | dict(state_size=16), num_heads=4, head_dim=32, n_groups=2, chunk_size=16),
+    "mamba2": lambda: transformers.Mamba2Config(
+        **_SSM | dict(state_size=16), num_heads=4, head_dim=32, n_groups=2, chunk_size=16
+    ),
     "falcon_mamba": lambda: transformers.FalconMambaConfig(**_SSM),
     "hymba": lambda: HymbaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        num_memory_tokens=3, sliding_window=6, global_attn_idx=[0], kv_reuse_group=[[1, 2]],
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_memory_tokens=3,
+        sliding_window=6,
+        global_attn_idx=[0],
+        kv_reuse_group=[[1, 2]],
     ),
     "llama": lambda: transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     ),
 }
 

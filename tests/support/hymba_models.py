@@ -11,10 +11,21 @@ from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 GOLDEN = Path(__file__).parents[1] / "golden" / "hymba"
 SETS = ("hybrid_full", "swa_plain")
 TINY = {
-    "vocab_size": 61, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 10,
-    "num_key_value_heads": 5, "mamba_d_state": 16, "num_memory_tokens": 3, "sliding_window": 6, "global_attn_idx": [0, 4],
-    "kv_reuse_group": [[1, 2, 3]], "max_position_embeddings": 128, "orig_max_position_embeddings": 32, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "mamba_d_state": 16,
+    "num_memory_tokens": 3,
+    "sliding_window": 6,
+    "global_attn_idx": [0, 4],
+    "kv_reuse_group": [[1, 2, 3]],
+    "max_position_embeddings": 128,
+    "orig_max_position_embeddings": 32,
+    "eos_token_id": None,
+}
 
 
 def golden_model(name):
@@ -34,5 +45,8 @@ def tiny_model(dtype=torch.float32, **changes):
             if name.endswith("norm.weight") or "layernorm" in name or name.endswith(("D.0", "bias")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             elif parameter.dim() > 1 and "A_log" not in name:
-                parameter.copy_(torch.randn_like(parameter) * (0.3 if "embed" in name or "memory" in name else parameter[0].numel() ** -0.5))
+                parameter.copy_(
+                    torch.randn_like(parameter)
+                    * (0.3 if "embed" in name or "memory" in name else parameter[0].numel() ** -0.5)
+                )
     return model.to(dtype)

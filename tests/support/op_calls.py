@@ -21,24 +21,64 @@ def calls() -> dict:
         ops.dequant_matmul: dict(x=f(3, 32), qt=qt, bias=f(5)),
         ops.linear: dict(x=f(3, 8).bfloat16(), weight=f(5, 8).bfloat16(), bias=f(5)),
         ops.decode_attention: dict(q=f(2, 4, 8), k=f(2, 2, 9, 8), v=f(2, 2, 9, 6)),
-        ops.logit_divergence: dict(teacher_logits=f(3, 11), student_logits=f(3, 11), targets=torch.zeros(3, dtype=torch.int64)),
-        ops.linear_divergence: dict(
-            teacher_hidden=f(3, 8), teacher_head=f(5, 8), student_hidden=f(3, 32), student_head=qt, targets=torch.zeros(3, dtype=torch.int64)
+        ops.logit_divergence: dict(
+            teacher_logits=f(3, 11), student_logits=f(3, 11), targets=torch.zeros(3, dtype=torch.int64)
         ),
-        ops.causal_conv1d_fn: dict(x=f(2, 6, 5), weight=f(6, 4), bias=f(6), initial_states=f(2, 6, 3), final_states_out=f(2, 6, 3), activation="silu"),
+        ops.linear_divergence: dict(
+            teacher_hidden=f(3, 8),
+            teacher_head=f(5, 8),
+            student_hidden=f(3, 32),
+            student_head=qt,
+            targets=torch.zeros(3, dtype=torch.int64),
+        ),
+        ops.causal_conv1d_fn: dict(
+            x=f(2, 6, 5),
+            weight=f(6, 4),
+            bias=f(6),
+            initial_states=f(2, 6, 3),
+            final_states_out=f(2, 6, 3),
+            activation="silu",
+        ),
         ops.causal_conv1d_update: dict(x=f(2, 6), conv_state=f(2, 6, 3), weight=f(6, 4), bias=f(6)),
         ops.selective_scan_fn: dict(
-            u=f(2, 6, 5), delta=f(2, 6, 5), A=-f(6, 3).abs(), B=f(2, 2, 3, 5), C=f(2, 2, 3, 5), D=f(6), z=f(2, 6, 5), delta_bias=f(6), initial_states=f(2, 6, 3), delta_softplus=True
+            u=f(2, 6, 5),
+            delta=f(2, 6, 5),
+            A=-f(6, 3).abs(),
+            B=f(2, 2, 3, 5),
+            C=f(2, 2, 3, 5),
+            D=f(6),
+            z=f(2, 6, 5),
+            delta_bias=f(6),
+            initial_states=f(2, 6, 3),
+            delta_softplus=True,
         ),
         ops.selective_state_update: dict(
-            state=f(2, 6, 4, 3), x=f(2, 6, 4), dt=f(2, 6, 4), A=-f(6, 4, 3).abs(), B=f(2, 2, 3), C=f(2, 2, 3), D=f(6, 4), z=f(2, 6, 4), dt_bias=f(6, 4), dt_softplus=True
+            state=f(2, 6, 4, 3),
+            x=f(2, 6, 4),
+            dt=f(2, 6, 4),
+            A=-f(6, 4, 3).abs(),
+            B=f(2, 2, 3),
+            C=f(2, 2, 3),
+            D=f(6, 4),
+            z=f(2, 6, 4),
+            dt_bias=f(6, 4),
+            dt_softplus=True,
         ),
         ops.mamba_chunk_scan_combined: dict(
-            x=f(2, 5, 6, 4), dt=f(2, 5, 6), A=-f(6).abs(), B=f(2, 5, 2, 3), C=f(2, 5, 2, 3), chunk_size=64, D=f(6, 4), z=f(2, 5, 6, 4), dt_bias=f(6),
-            initial_states=f(2, 6, 4, 3), dt_softplus=True,
+            x=f(2, 5, 6, 4),
+            dt=f(2, 5, 6),
+            A=-f(6).abs(),
+            B=f(2, 5, 2, 3),
+            C=f(2, 5, 2, 3),
+            chunk_size=64,
+            D=f(6, 4),
+            z=f(2, 5, 6, 4),
+            dt_bias=f(6),
+            initial_states=f(2, 6, 4, 3),
+            dt_softplus=True,
         ),
         ops.rms_norm: dict(x=f(2, 3, 8), weight=f(8), gate=f(2, 3, 8)),
-    }  # fmt: skip
+    }
 
 
 class _Recorder(TorchDispatchMode):

@@ -23,17 +23,33 @@ SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
 MAKERS = {
     "mamba": lambda tied: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, tie_word_embeddings=tied)),
     "mamba2": lambda tied: Mamba2ForCausalLM(
-        Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8, tie_word_embeddings=tied)
+        Mamba2Config(
+            **SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8, tie_word_embeddings=tied
+        )
     ),
-    "falcon_mamba": lambda tied: FalconMambaForCausalLM(FalconMambaConfig(**SMALL, state_size=4, tie_word_embeddings=tied)),
+    "falcon_mamba": lambda tied: FalconMambaForCausalLM(
+        FalconMambaConfig(**SMALL, state_size=4, tie_word_embeddings=tied)
+    ),
     "hymba": lambda tied: HymbaForCausalLM(
         HymbaConfig(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, mamba_d_state=4,
-            num_memory_tokens=3, sliding_window=6, global_attn_idx=[2], kv_reuse_group=[[0, 1]], tie_word_embeddings=tied,
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            mamba_d_state=4,
+            num_memory_tokens=3,
+            sliding_window=6,
+            global_attn_idx=[2],
+            kv_reuse_group=[[0, 1]],
+            tie_word_embeddings=tied,
         )
     ),
     "llama": lambda tied: LlamaForCausalLM(
-        LlamaConfig(**SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+        LlamaConfig(
+            **SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
+        )
     ),
 }
 KL = "kl_teacher_student"

@@ -27,8 +27,18 @@ def save_model(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A Mamba-2 of ``layers`` blocks with random weights, and its tokenizer."""
     torch.manual_seed(seed)
     config = Mamba2Config(
-        vocab_size=257, hidden_size=64, num_hidden_layers=layers, num_heads=8, head_dim=16, state_size=16, n_groups=1,
-        expand=2, chunk_size=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        vocab_size=257,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+        expand=2,
+        chunk_size=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     save_tokenizer(folder)

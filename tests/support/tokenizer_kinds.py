@@ -30,23 +30,37 @@ def _byte_level():
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return made, trainers.BpeTrainer(vocab_size=SIZE, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False), {}
+    return (
+        made,
+        trainers.BpeTrainer(
+            vocab_size=SIZE, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+        ),
+        {},
+    )
 
 
 def _sentencepiece_bpe():
     """As Llama 2: spaces as an underline, other letters as bytes, no space in front of a text."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    return made, trainers.BpeTrainer(vocab_size=SIZE, special_tokens=special, limit_alphabet=60, show_progress=False), {}
+    return (
+        made,
+        trainers.BpeTrainer(vocab_size=SIZE, special_tokens=special, limit_alphabet=60, show_progress=False),
+        {},
+    )
 
 
 def _unigram():
     """As T5 and XLNet, with transformers' clean-up of spaces before punctuation."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
     return made, trainer, {"clean_up_tokenization_spaces": True}
 
 
@@ -62,11 +76,18 @@ def _word_level():
 def _word_piece():
     made = Tokenizer(models.WordPiece(unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
-    return made, trainers.WordPieceTrainer(vocab_size=SIZE, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False), {}
+    return (
+        made,
+        trainers.WordPieceTrainer(vocab_size=SIZE, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
+        {},
+    )
 
 
 _KINDS = {
-    "byte-level BPE": _byte_level, "BPE with byte fallback": _sentencepiece_bpe, "Unigram": _unigram, "WordLevel": _word_level,
+    "byte-level BPE": _byte_level,
+    "BPE with byte fallback": _sentencepiece_bpe,
+    "Unigram": _unigram,
+    "WordLevel": _word_level,
     "WordPiece": _word_piece,
-}  # fmt: skip
+}
 KINDS = tuple(_KINDS)

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import torch
 import triton
+from klfast.kernels.launch import FUSED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from klfast.kernels.launch import FUSED
-
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",
-    torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
@@ -41,7 +45,10 @@ def source(launch) -> ASTSource:
         elif isinstance(value, float):
             signature[param.name], aligned = "fp32", False
         else:
-            signature[param.name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not param.do_not_specialize
+            signature[param.name], aligned = (
+                "i32" if -(2**31) <= value < 2**31 else "i64",
+                value % 16 == 0 and not param.do_not_specialize,
+            )
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-
-from klfast import QuantSpec
 from klfast.kernels import (
     causal_conv1d,
     decode_attention,
@@ -18,6 +16,8 @@ from klfast.kernels import (
     ssd_scan,
 )
 from klfast.kernels.launch import Launch
+
+from klfast import QuantSpec
 from klfast.quant.layouts import Tiling
 
 CORES = {"nvidia": 132, "intel": 8}
@@ -37,15 +37,27 @@ def quantized_parts(n: int, k: int, spec: QuantSpec) -> tuple[torch.Tensor, torc
     return empty(tiling.n_tiles, n, tiling.block, dtype=torch.uint8), empty(groups, n, dtype=torch.float16), zero_point
 
 
-def dequant(family: str, m: int, spec: QuantSpec, dtype: torch.dtype, activation: str = "exact", n: int = 8192, k: int = 8192) -> list[Launch]:
+def dequant(
+    family: str, m: int, spec: QuantSpec, dtype: torch.dtype, activation: str = "exact", n: int = 8192, k: int = 8192
+) -> list[Launch]:
     tiling = Tiling.of(k, spec.bits, spec.group_size)
     return dequant_matmul.plan(
-        empty(m, tiling.n_blocks * tiling.block, dtype=dtype), *quantized_parts(n, k, spec), empty(n, dtype=dtype), empty(m, n, dtype=dtype),
-        k, spec.bits, spec.group_size, int8=activation == "int8", family=family, cores=CORES[family],
-    )  # fmt: skip
+        empty(m, tiling.n_blocks * tiling.block, dtype=dtype),
+        *quantized_parts(n, k, spec),
+        empty(n, dtype=dtype),
+        empty(m, n, dtype=dtype),
+        k,
+        spec.bits,
+        spec.group_size,
+        int8=activation == "int8",
+        family=family,
+        cores=CORES[family],
+    )
 
 
-def side(dtype: torch.dtype, spec: QuantSpec | None = None, tokens: int = 4096, features: int = 2048, vocab: int = 50280) -> linear_divergence.Side:
+def side(
+    dtype: torch.dtype, spec: QuantSpec | None = None, tokens: int = 4096, features: int = 2048, vocab: int = 50280
+) -> linear_divergence.Side:
     hidden = empty(tokens, features, dtype=dtype)
     if spec is None:
         return linear_divergence.Side(hidden, empty(vocab, features, dtype=dtype))
@@ -54,7 +66,9 @@ def side(dtype: torch.dtype, spec: QuantSpec | None = None, tokens: int = 4096, 
 
 def heads() -> Iterator[tuple[str, Launch, str | None]]:
     def sums(teacher: linear_divergence.Side, student: linear_divergence.Side) -> Launch:
-        return linear_divergence.plan_sums(teacher, student, 4096, 50280, None, empty(4096, dtype=torch.float32), cores=CORES["intel"])[0]
+        return linear_divergence.plan_sums(
+            teacher, student, 4096, 50280, None, empty(4096, dtype=torch.float32), cores=CORES["intel"]
+        )[0]
 
     for name, dtype in FLOATS.items():
         for spec in (None, SPECS[0], SPECS[3], *(OTHER_SPECS[:1] if dtype is torch.float32 else ())):
@@ -75,7 +89,11 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
             for config in dequant_matmul.GEMM[family, torch.int8 if x == "int8" else dtype]:
                 for one in dequant(family, min(config.rows, 4096), spec, dtype, activation):
                     if one.kernel.__name__ == "dequant_gemm":
-                        yield f"dequant_gemm {x} {spec} {config.BM}x{config.BN}", one, "int8" if x == "int8" else "float"
+                        yield (
+                            f"dequant_gemm {x} {spec} {config.BM}x{config.BN}",
+                            one,
+                            "int8" if x == "int8" else "float",
+                        )
     for spec in OTHER_SPECS:  # in their largest tiles, which take the most registers
         for x in ("float16", "float32", "int8"):
             *_, one = dequant(family, 4096, spec, FLOATS.get(x, torch.float16), "int8" if x == "int8" else "exact")
@@ -83,17 +101,31 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
         yield f"dequant_gemv float32 {spec}", dequant(family, 1, spec, torch.float32)[0], None
     rounding, *_ = dequant(family, 16, SPECS[0], torch.bfloat16, "int8")
     yield "quantize_rows", rounding, None
-    args = dict(part_ptr=empty(4, 16, 4096, dtype=torch.float32), bias_ptr=None, y_ptr=empty(16, 4096, dtype=torch.bfloat16), M=16, N=4096, PARTS=4, BN=256)
+    args = dict(
+        part_ptr=empty(4, 16, 4096, dtype=torch.float32),
+        bias_ptr=None,
+        y_ptr=empty(16, 4096, dtype=torch.bfloat16),
+        M=16,
+        N=4096,
+        PARTS=4,
+        BN=256,
+    )
     yield "split_sum", Launch(dequant_matmul.split_sum, (16, 16), args, dict(num_warps=4)), None
     for name, dtype in FLOATS.items():
         logits, anchor = empty(512, 50280, dtype=dtype), empty(512, dtype=torch.float32)
-        yield f"logit_divergence {name}", logit_divergence.plan_sums(logits, logits, None, anchor, family=family, cores=CORES[family])[0], None
+        yield (
+            f"logit_divergence {name}",
+            logit_divergence.plan_sums(logits, logits, None, anchor, family=family, cores=CORES[family])[0],
+            None,
+        )
         yield f"first_anchors {name}", logit_divergence.plan_anchors(logits, logits, anchor), None
     if family == "intel":
         yield from heads()
     rows = empty(7, dtype=torch.int64)
     logits = empty(512, 50280, dtype=torch.bfloat16)
-    again = logit_divergence.plan_sums(logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family])[0]
+    again = logit_divergence.plan_sums(
+        logits, logits, rows, empty(7, dtype=torch.float32), family=family, cores=CORES[family]
+    )[0]
     yield "logit_divergence, some rows", again, None
     yield from state_space()
     yield from chunks(family)
@@ -115,7 +147,21 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
             a, d = empty(heads, channels, size, dtype=torch.float32), empty(heads, channels, dtype=torch.float32)
             state = empty(2, heads, channels, size, dtype=torch.float32)
             for limit in ((float("-inf"), float("inf")), (0.0, 1.0)):
-                launch = selective_scan.plan(x=x, dt=x, a=a, b=b, c=b, d=d, bias=d, z=x, first=state, last=state, y=x, softplus=True, dt_limit=limit)
+                launch = selective_scan.plan(
+                    x=x,
+                    dt=x,
+                    a=a,
+                    b=b,
+                    c=b,
+                    d=d,
+                    bias=d,
+                    z=x,
+                    first=state,
+                    last=state,
+                    y=x,
+                    softplus=True,
+                    dt_limit=limit,
+                )
                 yield f"selective_scan, {name}, {length} steps{', dt clamped' if limit[0] == 0 else ''}", launch, None
 
 
@@ -127,7 +173,20 @@ def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:
             head, d, state = (empty(*shape, dtype=torch.float32) for shape in ((24,), (24, 64), (2, 24, 64, 128)))
             for limit in ((float("-inf"), float("inf")), (0.0, 1.0)):
                 for launch in ssd_scan.plan(
-                    x=x, dt=dt, a=head, b=b, c=b, d=d, bias=head, z=x, first=state, last=state, y=x, softplus=True, dt_limit=limit, family=family
+                    x=x,
+                    dt=dt,
+                    a=head,
+                    b=b,
+                    c=b,
+                    d=d,
+                    bias=head,
+                    z=x,
+                    first=state,
+                    last=state,
+                    y=x,
+                    softplus=True,
+                    dt_limit=limit,
+                    family=family,
                 ):
                     yield f"{launch.kernel.__name__} {name}{', dt clamped' if limit[0] == 0 else ''}", launch, "float"
 
@@ -135,16 +194,28 @@ def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:
 def norms() -> Iterator[tuple[str, Launch, str | None]]:
     """Before a block (Mamba-130M's and FalconMamba-7B's widths), behind a mixer (Mamba-2's, gated), over dt, B and C (a few channels)."""
     for length in (512, 1):
-        for channels, group, is_gated in ((768, 768, False), (4096, 4096, False), (5120, 5120, True), (1536, 192, True), (16, 16, False)):
+        for channels, group, is_gated in (
+            (768, 768, False),
+            (4096, 4096, False),
+            (5120, 5120, True),
+            (1536, 192, True),
+            (16, 16, False),
+        ):
             x = empty(2, length, channels, dtype=torch.bfloat16)
             gate = empty(2, length, 2 * channels, dtype=torch.bfloat16)[..., :channels] if is_gated else None
             launch = rms_norm.plan(x, empty(channels, dtype=torch.float32), gate, x, 1e-5, group)
-            yield f"rms_norm{', gated' if is_gated else ''}, {channels} in groups of {group}, {length} tokens", launch, None
+            yield (
+                f"rms_norm{', gated' if is_gated else ''}, {channels} in groups of {group}, {length} tokens",
+                launch,
+                None,
+            )
 
 
 def attention(family: str, *lengths: int) -> Iterator[tuple[str, Launch, str | None]]:
     """Of Hymba-1.5B's heads, one sequence with so many keys."""
     for keys in lengths:
-        q, k, v, y = (empty(1, *shape, dtype=torch.bfloat16) for shape in ((25, 64), (5, keys, 64), (5, keys, 128), (25, 128)))
+        q, k, v, y = (
+            empty(1, *shape, dtype=torch.bfloat16) for shape in ((25, 64), (5, keys, 64), (5, keys, 128), (25, 128))
+        )
         for one in decode_attention.plan(q, k, v, y, 0.125, cores=CORES[family]):
             yield f"{one.kernel.__name__} of {keys} keys", one, None

@@ -8,7 +8,13 @@ def writing_model(words):
     """A Llama over the vocabulary of ``words``; tokens that are not letters and spaces never come."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=None
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -16,6 +22,10 @@ def writing_model(words):
             if parameter.dim() == 2:
                 parameter.normal_(std=0.15)
         for token in range(len(words)):
-            if not (text := words.decode([token])).isascii() or not text.replace(" ", "a").isalpha() or token in words.all_special_ids:
+            if (
+                not (text := words.decode([token])).isascii()
+                or not text.replace(" ", "a").isalpha()
+                or token in words.all_special_ids
+            ):
                 model.lm_head.weight[token] = 0
     return model

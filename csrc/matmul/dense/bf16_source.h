@@ -27,15 +27,19 @@ struct Bf16Rows {
                 store(scale + v * W, set(1.0f));
                 for (std::int64_t p = 0; p < pairs_in_all; p += W) {
                     Ints rows[W];
-                    for (int lane = 0; lane < W; ++lane) rows[lane] = row(smaller(n0 + v * W + lane, args.n - 1), 2 * p);
+                    for (int lane = 0; lane < W; ++lane)
+                        rows[lane] = row(smaller(n0 + v * W + lane, args.n - 1), 2 * p);
                     transpose(rows);
-                    for (int i = 0; i < smaller(W, pairs_in_all - p); ++i) write(pairs + ((p + i) * vectors + v) * W, rows[i]);
+                    for (int i = 0; i < smaller(W, pairs_in_all - p); ++i)
+                        write(pairs + ((p + i) * vectors + v) * W, rows[i]);
                 }
             }
         }
 
         // Values k .. k + 2 W of row n, zeros behind the last.
-        Ints row(std::int64_t n, std::int64_t k) const { return read_pairs(args.weight, n * args.weight_stride + k, args.k - k); }
+        Ints row(std::int64_t n, std::int64_t k) const {
+            return read_pairs(args.weight, n * args.weight_stride + k, args.k - k);
+        }
     };
 };
 

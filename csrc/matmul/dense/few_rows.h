@@ -23,7 +23,8 @@ struct FewRows {
     explicit FewRows(const LinearArgs& args) : a(args), x(args.m * pitch) {
         for (std::int64_t m = 0; m < a.m; ++m)
             for (std::int64_t s = 0; s < steps; ++s)
-                Terms::arrange(a, m * a.x_stride + s * Terms::values, smaller(Terms::values, a.k - s * Terms::values), x.data + m * pitch + s * W);
+                Terms::arrange(a, m * a.x_stride + s * Terms::values, smaller(Terms::values, a.k - s * Terms::values),
+                               x.data + m * pitch + s * W);
     }
 
     // y[.., n .. n + R] for all M rows of x
@@ -38,11 +39,14 @@ struct FewRows {
         const auto add = [&](std::int64_t s, int valid) KLFAST_INLINE {
             unrolled<R>([&](int r) KLFAST_INLINE {
                 const auto w = Terms::read(weight, base + r * stride + s * Terms::values, valid);
-                unrolled<M>([&](int m) KLFAST_INLINE { total[m][r] = Terms::add(total[m][r], w, row_x + m * x_pitch + s * W); });
+                unrolled<M>([&](int m) KLFAST_INLINE {
+                    total[m][r] = Terms::add(total[m][r], w, row_x + m * x_pitch + s * W);
+                });
             });
         };
         for (std::int64_t s = 0; s < whole; ++s) {
-            for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + (r * stride + s * Terms::values) * Terms::size, 0, 2);
+            for (int r = 0; r < R; ++r)
+                __builtin_prefetch(ahead + (r * stride + s * Terms::values) * Terms::size, 0, 2);
             add(s, Terms::values);
         }
         if (whole < steps) add(whole, static_cast<int>(a.k - whole * Terms::values));
@@ -69,7 +73,9 @@ template <DType T>
 struct FloatTerms {
     static constexpr int values = W, size = T == DType::f32 ? 4 : 2;
 
-    static void arrange(const LinearArgs& a, std::int64_t i, std::int64_t n, std::int32_t* out) { write(out, bits_of(load(a.x, i, a.x_type, static_cast<int>(n)))); }
+    static void arrange(const LinearArgs& a, std::int64_t i, std::int64_t n, std::int32_t* out) {
+        write(out, bits_of(load(a.x, i, a.x_type, static_cast<int>(n))));
+    }
     static Vec read(const void* weight, std::int64_t i, int n) { return load(weight, i, T, n); }
     static Vec add(Vec sum, Vec weight, const std::int32_t* x) { return fma(weight, float_bits(klfast::read(x)), sum); }
 };

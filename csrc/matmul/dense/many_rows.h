@@ -22,11 +22,14 @@ struct FloatRows {
                 for (std::int64_t k = 0; k < depth; k += W) {
                     Ints rows[W];
                     for (int lane = 0; lane < W; ++lane) {
-                        const std::int64_t n = smaller(n0 + half * W + lane, args.n - 1);  // columns behind the last are not stored
-                        rows[lane] = bits_of(klfast::load(args.weight, n * args.weight_stride + block + k, args.weight_type, static_cast<int>(smaller(W, depth - k))));
+                        const std::int64_t n =
+                            smaller(n0 + half * W + lane, args.n - 1);  // columns behind the last are not stored
+                        rows[lane] = bits_of(klfast::load(args.weight, n * args.weight_stride + block + k,
+                                                          args.weight_type, static_cast<int>(smaller(W, depth - k))));
                     }
                     transpose(rows);
-                    for (int i = 0; i < W; ++i) write(reinterpret_cast<std::int32_t*>(out + (k + i) * kPair + half * W), rows[i]);
+                    for (int i = 0; i < W; ++i)
+                        write(reinterpret_cast<std::int32_t*>(out + (k + i) * kPair + half * W), rows[i]);
                 }
         }
     };
@@ -34,8 +37,10 @@ struct FloatRows {
 
 inline void run(const LinearArgs& args) {
     if (args.m == 0 || args.n == 0) return;
-    if (args.m <= kFewRows) few_rows(args);
-    else product_fp32(args, FloatRows{args});
+    if (args.m <= kFewRows)
+        few_rows(args);
+    else
+        product_fp32(args, FloatRows{args});
 }
 
 }  // namespace

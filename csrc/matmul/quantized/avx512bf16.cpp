@@ -2,8 +2,8 @@
 //
 // Many rows of x: tiles of gemm/bf16.h.
 // Few rows: vpermw looks up the bf16 of 32 digits at a time, by the lowest bits of each 16-bit half of the words; an
-// int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts and
-// 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
+// int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts
+// and 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
 #include "matmul/quantized/dequant_matmul.h"
 #include "simd/floats_avx512.h"
 
@@ -16,7 +16,8 @@
 namespace klfast {
 namespace {
 
-// bf16 of `factor` (d - middle), for the digit d in the lowest four bits of an index; bit 4, the next digit's, says nothing.
+// bf16 of `factor` (d - middle), for the digit d in the lowest four bits of an index; bit 4, the next digit's, says
+// nothing.
 inline __m512i digit_table(int middle, int factor) {
     alignas(64) std::uint16_t table[2 * W];
     for (int i = 0; i < 2 * W; ++i) table[i] = float_to_bf16(static_cast<float>(factor * (i % 16 - middle)));
@@ -32,7 +33,9 @@ struct PairLines {
     void arrange(const float* x, std::int32_t* out) const {
         for (int i = 0; i < W; ++i)
             for (int j = 0; j < steps; ++j) {
-                const auto bits = [&](int k) { return static_cast<std::uint32_t>(float_to_bf16(x[i * 2 * steps + k])); };  // x was bf16
+                const auto bits = [&](int k) {
+                    return static_cast<std::uint32_t>(float_to_bf16(x[i * 2 * steps + k]));
+                };  // x was bf16
                 out[j * W + i] = static_cast<std::int32_t>(bits(j) | bits(j + steps) << 16);
             }
     }
@@ -68,9 +71,12 @@ namespace avx512bf16 {
 
 void dequant_matmul(const DequantMatmulArgs& a) {
     const bool pairs_within_groups = a.group % 2 == 0 || a.groups() <= 1;
-    if (a.int8_activation || a.x_type != DType::bf16 || a.m == 0 || a.n == 0 || !pairs_within_groups) return avx512vnni::dequant_matmul(a);
-    if (a.bits == 4) run_bf16<4>(a);
-    else run_bf16<8>(a);
+    if (a.int8_activation || a.x_type != DType::bf16 || a.m == 0 || a.n == 0 || !pairs_within_groups)
+        return avx512vnni::dequant_matmul(a);
+    if (a.bits == 4)
+        run_bf16<4>(a);
+    else
+        run_bf16<8>(a);
 }
 
 }  // namespace avx512bf16

@@ -13,17 +13,24 @@ namespace {
 template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
     const Segments segments(args.k, args.group);
-    if (args.int8_activation && args.m <= kFewRows && segments_fit_lines<Bits>(args)) FewRowsInt8<Bits>(args, segments).run();
-    else if (args.int8_activation) run_int8<Bits>(args, segments);
-    else if (args.m < kSeveralRows && words_within_groups<Bits>(args)) FewRows<FloatLines, Bits>(args).run();
-    else if (args.m < kManyRows && words_within_groups<Bits>(args)) SeveralRows<Bits>(args, segments).run();
-    else run_exact_large<Bits>(args, segments);
+    if (args.int8_activation && args.m <= kFewRows && segments_fit_lines<Bits>(args))
+        FewRowsInt8<Bits>(args, segments).run();
+    else if (args.int8_activation)
+        run_int8<Bits>(args, segments);
+    else if (args.m < kSeveralRows && words_within_groups<Bits>(args))
+        FewRows<FloatLines, Bits>(args).run();
+    else if (args.m < kManyRows && words_within_groups<Bits>(args))
+        SeveralRows<Bits>(args, segments).run();
+    else
+        run_exact_large<Bits>(args, segments);
 }
 
 inline void run(const DequantMatmulArgs& args) {
     if (args.m == 0 || args.n == 0) return;
-    if (args.bits == 4) run_bits<4>(args);
-    else run_bits<8>(args);
+    if (args.bits == 4)
+        run_bits<4>(args);
+    else
+        run_bits<8>(args);
 }
 
 }  // namespace

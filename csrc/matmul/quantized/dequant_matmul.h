@@ -9,12 +9,12 @@
 namespace klfast {
 
 struct DequantMatmulArgs : Product {
-    const std::int32_t* packed;      // [n, ceil(k bits / 32)]
-    const void* scale;               // [n, groups]
+    const std::int32_t* packed;  // [n, ceil(k bits / 32)]
+    const void* scale;           // [n, groups]
     DType scale_type;
     const std::int32_t* zero_point;  // [ceil(n bits / 32), groups]; nullptr if symmetric
-    int bits;            // 4 or 8
-    std::int64_t group;  // values of a row that share a scale, at least 1
+    int bits;                        // 4 or 8
+    std::int64_t group;              // values of a row that share a scale, at least 1
     bool int8_activation;
 
     std::int64_t groups() const { return (k + group - 1) / group; }
@@ -26,11 +26,23 @@ using DequantMatmulKernel = void(const DequantMatmulArgs&);
 // Runs the best kernel not above `limit`. The result does not depend on n_threads.
 void dequant_matmul(const DequantMatmulArgs& args, Tier limit);
 
-namespace scalar { void dequant_matmul(const DequantMatmulArgs&); }
-namespace avx2 { void dequant_matmul(const DequantMatmulArgs&); }
-namespace avxvnni { void dequant_matmul(const DequantMatmulArgs&); }
-namespace avx512vnni { void dequant_matmul(const DequantMatmulArgs&); }
-namespace avx512bf16 { void dequant_matmul(const DequantMatmulArgs&); }
-namespace amx { void dequant_matmul(const DequantMatmulArgs&); }
+namespace scalar {
+void dequant_matmul(const DequantMatmulArgs&);
+}
+namespace avx2 {
+void dequant_matmul(const DequantMatmulArgs&);
+}
+namespace avxvnni {
+void dequant_matmul(const DequantMatmulArgs&);
+}
+namespace avx512vnni {
+void dequant_matmul(const DequantMatmulArgs&);
+}
+namespace avx512bf16 {
+void dequant_matmul(const DequantMatmulArgs&);
+}
+namespace amx {
+void dequant_matmul(const DequantMatmulArgs&);
+}
 
 }  // namespace klfast

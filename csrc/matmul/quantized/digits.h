@@ -29,11 +29,14 @@ struct Digits {
     }
 
     // (q - z) B^p of the digit at place p of the lower half of each word.
-    Vec value(Ints word, int p, const Vec (&zero)[placed]) const { return masked_float(word, mask[p], bits_of(set(0x1p23f))) - zero[p]; }
+    Vec value(Ints word, int p, const Vec (&zero)[placed]) const {
+        return masked_float(word, mask[p], bits_of(set(0x1p23f))) - zero[p];
+    }
 
     // Calls each(k, p, (q - z) B^p) for the values k in [begin, end) of a panel's words.
     template <class Each>
-    void for_values(const std::int32_t* words, std::int64_t begin, std::int64_t end, const Vec (&zero)[placed], Each&& each) const {
+    void for_values(const std::int32_t* words, std::int64_t begin, std::int64_t end, const Vec (&zero)[placed],
+                    Each&& each) const {
         std::int64_t k = begin;
         for (; k < end && k % count != 0; ++k) one(words, k, zero, each);
         for (; k + count <= end; k += count) {
@@ -43,7 +46,7 @@ struct Digits {
         for (; k < end; ++k) one(words, k, zero, each);
     }
 
-private:
+  private:
     template <class Each>
     void one(const std::int32_t* words, std::int64_t k, const Vec (&zero)[placed], Each&& each) const {
         const int j = static_cast<int>(k % count);

@@ -1,6 +1,6 @@
-// Quantized weights as a source of products in bf16 with many rows of x. q - z lies between -255 and 255, which bf16 holds
-// exactly, and so the sum of a group is multiplied by its scale afterwards: nothing is rounded but float32 sums. A pair of
-// values must not belong to two groups. Included by the tiers with AVX-512-BF16 only.
+// Quantized weights as a source of products in bf16 with many rows of x. q - z lies between -255 and 255, which bf16
+// holds exactly, and so the sum of a group is multiplied by its scale afterwards: nothing is rounded but float32 sums.
+// A pair of values must not belong to two groups. Included by the tiers with AVX-512-BF16 only.
 #pragma once
 
 #include "matmul/quantized/weight_panel.h"
@@ -25,12 +25,16 @@ struct WordPairs<4> {
     };
 
     __m512i table, zero;
-    WordPairs(const Table& t, Vec z) : table(_mm512_load_si512(t.bf16)), zero(_mm512_mullo_epi32(_mm512_cvtps_epi32(z.v), _mm512_set1_epi32(0x10001))) {}
+    WordPairs(const Table& t, Vec z)
+        : table(_mm512_load_si512(t.bf16)),
+          zero(_mm512_mullo_epi32(_mm512_cvtps_epi32(z.v), _mm512_set1_epi32(0x10001))) {}
 
     // Digits 2 j and 2 j + 1, turned to the lowest bits of either half.
     [[gnu::always_inline]] Ints pair(Ints word, int j) const {
-        const __m512i low = _mm512_rorv_epi32(word.v, _mm512_set1_epi32(8 * j)), high = _mm512_rorv_epi32(word.v, _mm512_set1_epi32((8 * j + 20) % 32));
-        const __m512i digits = _mm512_ternarylogic_epi32(_mm512_and_si512(low, _mm512_set1_epi32(0xf)), high, _mm512_set1_epi32(0xf0000), 0xf8);  // a | (b & c)
+        const __m512i low = _mm512_rorv_epi32(word.v, _mm512_set1_epi32(8 * j)),
+                      high = _mm512_rorv_epi32(word.v, _mm512_set1_epi32((8 * j + 20) % 32));
+        const __m512i digits = _mm512_ternarylogic_epi32(_mm512_and_si512(low, _mm512_set1_epi32(0xf)), high,
+                                                         _mm512_set1_epi32(0xf0000), 0xf8);  // a | (b & c)
         return {_mm512_permutexvar_epi16(_mm512_sub_epi16(digits, zero), table)};
     }
 };
@@ -49,8 +53,10 @@ struct WordPairs<8> {
         return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high)};
     }
 
-private:
-    Ints value(Ints word, int shift) const { return bits_of(masked_float({_mm512_srli_epi32(word.v, shift)}, set_int(0xff), bits_of(set(0x1p23f))) - zero); }
+  private:
+    Ints value(Ints word, int shift) const {
+        return bits_of(masked_float({_mm512_srli_epi32(word.v, shift)}, set_int(0xff), bits_of(set(0x1p23f))) - zero);
+    }
 };
 
 template <int Bits>
@@ -73,12 +79,14 @@ struct QuantizedPairs {
             const DequantMatmulArgs& a = source.args;
             for (std::int64_t v = 0; v < vectors; ++v) {
                 grid.load_panel(a, n0 + v * W);
-                for (std::int64_t g = 0; g < a.groups(); ++g) store(scale + (g * vectors + v) * W, klfast::load(grid.scale.data + g * W));
+                for (std::int64_t g = 0; g < a.groups(); ++g)
+                    store(scale + (g * vectors + v) * W, klfast::load(grid.scale.data + g * W));
                 for (std::int64_t block = 0; block < a.k; block += kBlock) {
                     load_words(a, n0 + v * W, block / count, smaller(kBlock / count, a.words() - block / count), words);
                     source.segments.within(block, block + kBlock, [&](const Segment& seg) {
                         const Pairs of(source.table, klfast::load(grid.zero.data + seg.group * W));
-                        fill(of, (seg.begin - block) / 2, (seg.end - block + 1) / 2, pairs + (block / 2 * vectors + v) * W, vectors * W);
+                        fill(of, (seg.begin - block) / 2, (seg.end - block + 1) / 2,
+                             pairs + (block / 2 * vectors + v) * W, vectors * W);
                     });
                 }
             }
@@ -86,7 +94,9 @@ struct QuantizedPairs {
 
         // Pairs [begin, end) of a block, `pitch` apart.
         void fill(const Pairs& of, std::int64_t begin, std::int64_t end, std::int32_t* out, std::int64_t pitch) const {
-            const auto one = [&](std::int64_t p, int j) __attribute__((always_inline)) { write(out + p * pitch, of.pair(read(words + p / Pairs::count * W), j)); };
+            const auto one = [&](std::int64_t p, int j) __attribute__((always_inline)) {
+                write(out + p * pitch, of.pair(read(words + p / Pairs::count * W), j));
+            };
             std::int64_t p = begin;
             for (; p < end && p % Pairs::count != 0; ++p) one(p, static_cast<int>(p % Pairs::count));
             for (; p + Pairs::count <= end; p += Pairs::count) {

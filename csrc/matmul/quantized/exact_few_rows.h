@@ -6,7 +6,8 @@
 //     steps                      vectors of x for each line (int32 or float lanes)
 //     arrange(x, out)            W words' values of x as out[step * W + lane]
 //     add<R, M>(words, x, x_pitch, acc)  acc[m][r] += line r times x's row m
-// A word must not belong to two groups. Zero points: sum of (q - z) x = sum of (q - 2^(Bits-1)) x - (z - 2^(Bits-1)) sum of x.
+// A word must not belong to two groups. Zero points: sum of (q - z) x = sum of (q - 2^(Bits-1)) x - (z - 2^(Bits-1))
+// sum of x.
 #pragma once
 
 #include "matmul/quantized/digits.h"
@@ -23,11 +24,16 @@ struct LaneGroups {
     Buffer<std::int32_t> lane;  // [lines, W]
     Buffer<std::int64_t> first;
 
-    explicit LaneGroups(const DequantMatmulArgs& a) : lines((a.words() + W - 1) / W), one_a_line(a.groups() <= 1 || a.group * a.bits % (32 * W) == 0), lane(lines * W), first(lines) {
+    explicit LaneGroups(const DequantMatmulArgs& a)
+        : lines((a.words() + W - 1) / W),
+          one_a_line(a.groups() <= 1 || a.group * a.bits % (32 * W) == 0),
+          lane(lines * W),
+          first(lines) {
         const std::int64_t words = a.group * a.bits / 32 ? a.group * a.bits / 32 : 1, last = larger(a.groups() - 1, 0);
         for (std::int64_t line = 0; line < lines; ++line) {
             first[line] = smaller(line * W / words, last);
-            for (int i = 0; i < W; ++i) lane[line * W + i] = static_cast<std::int32_t>(smaller((line * W + i) / words, last) - first[line]);
+            for (int i = 0; i < W; ++i)
+                lane[line * W + i] = static_cast<std::int32_t>(smaller((line * W + i) / words, last) - first[line]);
         }
     }
 };
@@ -37,18 +43,26 @@ struct FewRows {
     const DequantMatmulArgs& a;
     const LaneGroups groups;
     const std::int64_t n_groups, grid_pitch;
-    const std::int64_t pitch;        // of a row of x
-    Buffer<std::int32_t> x;          // [m, lines, steps, W], the bits of whatever Lines takes
-    Buffer<float> sums;              // [m, lines, W]: sums of a word's values of x, for zero points
+    const std::int64_t pitch;  // of a row of x
+    Buffer<std::int32_t> x;    // [m, lines, steps, W], the bits of whatever Lines takes
+    Buffer<float> sums;        // [m, lines, W]: sums of a word's values of x, for zero points
     const Lines<Bits> digits{};
 
     explicit FewRows(const DequantMatmulArgs& args)
-        : a(args), groups(args), n_groups(a.groups()), grid_pitch(round_up_to(n_groups, W) + W), pitch(groups.lines * Lines<Bits>::steps * W), x(a.m * pitch), sums(a.zero_point ? a.m * groups.lines * W : 0) {
+        : a(args),
+          groups(args),
+          n_groups(a.groups()),
+          grid_pitch(round_up_to(n_groups, W) + W),
+          pitch(groups.lines * Lines<Bits>::steps * W),
+          x(a.m * pitch),
+          sums(a.zero_point ? a.m * groups.lines * W : 0) {
         constexpr int count = 32 / Bits;
         Buffer<float> row(groups.lines * W * count + W);
         for (std::int64_t m = 0; m < a.m; ++m) {
             for (std::int64_t k = 0; k < groups.lines * W * count; k += W)
-                store(row.data + k, k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k))) : set(0.0f));
+                store(row.data + k, k < a.k
+                                        ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k)))
+                                        : set(0.0f));
             for (std::int64_t line = 0; line < groups.lines; ++line) {
                 const float* const from = row.data + line * W * count;
                 digits.arrange(from, x.data + m * pitch + line * Lines<Bits>::steps * W);
@@ -74,10 +88,12 @@ struct FewRows {
         for (int r = 0; r < R; ++r)
             for (std::int64_t g = 0; g < n_groups; g += W) {
                 const std::int64_t left = smaller(W, n_groups - g), row = n + r;
-                store(grid.scale.data + r * grid_pitch + g, load(a.scale, row * n_groups + g, a.scale_type, static_cast<int>(left)));
+                store(grid.scale.data + r * grid_pitch + g,
+                      load(a.scale, row * n_groups + g, a.scale_type, static_cast<int>(left)));
                 if (!a.zero_point) continue;
                 const Ints word = read(a.zero_point + row / per_word * n_groups + g, left);
-                const Ints stored = shift_right(word, static_cast<int>(row % per_word) * Bits) & set_int((1 << Bits) - 1);
+                const Ints stored =
+                    shift_right(word, static_cast<int>(row % per_word) * Bits) & set_int((1 << Bits) - 1);
                 store(grid.zero.data + r * grid_pitch + g, to_float(stored) - set(static_cast<float>(1 << (Bits - 1))));
             }
     }
@@ -89,7 +105,8 @@ struct FewRows {
     }
 
     template <int R, int M>
-    [[gnu::always_inline]] void add_line(const Grid& grid, std::int64_t m0, std::int64_t line, const std::int32_t* line_x, const Ints (&word)[R], Vec (&total)[M][R]) const {
+    [[gnu::always_inline]] void add_line(const Grid& grid, std::int64_t m0, std::int64_t line,
+                                         const std::int32_t* line_x, const Ints (&word)[R], Vec (&total)[M][R]) const {
         Vec acc[M][R];
         for (int m = 0; m < M; ++m)
             for (int r = 0; r < R; ++r) acc[m][r] = set(0.0f);
@@ -97,7 +114,8 @@ struct FewRows {
         for (int r = 0; r < R; ++r) {
             if (a.zero_point) {
                 const Vec z = spread(grid.zero.data + r * grid_pitch, line);
-                for (int m = 0; m < M; ++m) acc[m][r] = acc[m][r] - z * load(sums.data + ((m0 + m) * groups.lines + line) * W);
+                for (int m = 0; m < M; ++m)
+                    acc[m][r] = acc[m][r] - z * load(sums.data + ((m0 + m) * groups.lines + line) * W);
             }
             const Vec s = spread(grid.scale.data + r * grid_pitch, line);
             for (int m = 0; m < M; ++m) total[m][r] = fma(acc[m][r], s, total[m][r]);
@@ -135,8 +153,8 @@ struct FewRows {
             }
     }
 
-    // One result digit by digit. Where x is infinite, parts of an integer or of its zero point may give infinities of both
-    // signs, and so a NaN, though the whole has one sign.
+    // One result digit by digit. Where x is infinite, parts of an integer or of its zero point may give infinities of
+    // both signs, and so a NaN, though the whole has one sign.
     [[gnu::cold, gnu::noinline]] float in_order(std::int64_t m, std::int64_t n) const {
         constexpr int count = 32 / Bits;
         constexpr std::int32_t mask = (1 << Bits) - 1;
@@ -144,8 +162,10 @@ struct FewRows {
         for (std::int64_t k = 0; k < a.k; ++k) {
             const std::int64_t g = k / a.group;
             const std::int32_t q = (a.packed[n * a.words() + k / count] >> (k % count * Bits)) & mask;
-            const std::int32_t z = a.zero_point ? (a.zero_point[n / count * n_groups + g] >> (n % count * Bits)) & mask : 1 << (Bits - 1);
-            total += load_float(a.x, m * a.x_stride + k, a.x_type) * (static_cast<float>(q - z) * load_float(a.scale, n * n_groups + g, a.scale_type));
+            const std::int32_t z =
+                a.zero_point ? (a.zero_point[n / count * n_groups + g] >> (n % count * Bits)) & mask : 1 << (Bits - 1);
+            total += load_float(a.x, m * a.x_stride + k, a.x_type) *
+                     (static_cast<float>(q - z) * load_float(a.scale, n * n_groups + g, a.scale_type));
         }
         return total;
     }
@@ -163,11 +183,13 @@ struct FewRows {
     }
 
     void run() const {
-        if (a.m <= 2) run<4>();
-        else run<2>();
+        if (a.m <= 2)
+            run<4>();
+        else
+            run<2>();
     }
 
-private:
+  private:
     template <int R>
     void run() const {
         parallel_for(a.n, R, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
@@ -191,7 +213,8 @@ struct FloatLines {
 
     void arrange(const float* x, std::int32_t* out) const {
         for (int i = 0; i < W; ++i)
-            for (int j = 0; j < steps; ++j) out[j * W + i] = __builtin_bit_cast(std::int32_t, x[i * steps + j] * digits.power[j % D::placed]);
+            for (int j = 0; j < steps; ++j)
+                out[j * W + i] = __builtin_bit_cast(std::int32_t, x[i * steps + j] * digits.power[j % D::placed]);
     }
 
     template <int R, int M>
@@ -201,7 +224,8 @@ struct FloatLines {
         for (int j = 0; j < steps; ++j)
             for (int r = 0; r < R; ++r) {
                 const Vec value = digits.value(j < D::placed ? words[r] : high[r], j % D::placed, zero);
-                for (int m = 0; m < M; ++m) acc[m][r] = fma(value, float_bits(read(x + m * x_pitch + j * W)), acc[m][r]);
+                for (int m = 0; m < M; ++m)
+                    acc[m][r] = fma(value, float_bits(read(x + m * x_pitch + j * W)), acc[m][r]);
             }
     }
 };

@@ -9,7 +9,8 @@ namespace {
 
 // Values [begin, end) of one panel, dequantized, as out[k * pitch + lane] for k from 0 at the words' begin.
 template <int Bits>
-void dequantize(const Digits<Bits>& digits, const std::int32_t* words, std::int64_t begin, std::int64_t end, Vec z, Vec scale, float* out, int pitch) {
+void dequantize(const Digits<Bits>& digits, const std::int32_t* words, std::int64_t begin, std::int64_t end, Vec z,
+                Vec scale, float* out, int pitch) {
     using D = Digits<Bits>;
     Vec zero[D::placed], scales[D::placed];
     digits.zeros(z, zero);
@@ -44,7 +45,8 @@ struct QuantizedRows {
                 load_words(source.args, n0 + half * W, block / count, (depth + count - 1) / count, words);
                 const Grid& grid = grids[half];
                 source.segments.within(block, block + depth, [&](const Segment& seg) {
-                    dequantize(source.digits, words, seg.begin - block, seg.end - block, klfast::load(grid.zero.data + seg.group * W),
+                    dequantize(source.digits, words, seg.begin - block, seg.end - block,
+                               klfast::load(grid.zero.data + seg.group * W),
                                klfast::load(grid.scale.data + seg.group * W), out + half * W, kPair);
                 });
             }

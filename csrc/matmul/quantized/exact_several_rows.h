@@ -2,9 +2,8 @@
 // soon as it is a float, so that no dequantized value goes through memory. Included by the tiers only.
 //
 // Per vector of digits: two or three instructions to make them floats (digits.h), and an fma for each row of x, whose
-// value is broadcast from L1. With lanes along k (exact_few_rows.h) each row needs vectors of x of its own, and x of more than
-// two rows no longer fits in L1.
-// A word must not belong to two groups.
+// value is broadcast from L1. With lanes along k (exact_few_rows.h) each row needs vectors of x of its own, and x of
+// more than two rows no longer fits in L1. A word must not belong to two groups.
 #pragma once
 
 #include "matmul/quantized/digits.h"
@@ -17,7 +16,7 @@ constexpr std::int64_t kSeveralRows = 3, kManyRows = 17;  // from there on, gemm
 template <int Bits>
 struct SeveralRows {
     using D = Digits<Bits>;
-    static constexpr int count = D::count, kMost = kPanelSums;        // rows of x in a tile
+    static constexpr int count = D::count, kMost = kPanelSums;  // rows of x in a tile
     static constexpr std::int64_t kWords = kBlock / count, kPanels = 2;
 
     const DequantMatmulArgs& a;
@@ -31,7 +30,9 @@ struct SeveralRows {
         for (std::int64_t tile = 0; tile < tiles; ++tile)
             for (std::int64_t m = first(tile); m < first(tile + 1); ++m) {
                 for (std::int64_t k = 0; k < depth; k += W)
-                    store(row.data + k, k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k))) : set(0.0f));
+                    store(row.data + k,
+                          k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k)))
+                                  : set(0.0f));
                 const std::int64_t rows = first(tile + 1) - first(tile);
                 float* const out = x.data + first(tile) * depth + m - first(tile);
                 for (std::int64_t k = 0; k < depth; ++k) out[k * rows] = row[k] * digits.power[k % D::placed];
@@ -49,7 +50,8 @@ struct SeveralRows {
 
     // total[m, p] += x[m] times words [begin, end) of panel p, in one group
     template <int M, int P>
-    void segment(const Panels& panels, const float* x_at, std::int64_t begin, std::int64_t end, std::int64_t group, float* total) const {
+    void segment(const Panels& panels, const float* x_at, std::int64_t begin, std::int64_t end, std::int64_t group,
+                 float* total) const {
         Vec sum[M][P], zero[P][D::placed];
         for (int p = 0; p < P; ++p) digits.zeros(load(panels.grid[p].zero.data + group * W), zero[p]);
         unrolled<M>([&](int m) KLFAST_INLINE { unrolled<P>([&](int p) KLFAST_INLINE { sum[m][p] = set(0.0f); }); });
@@ -61,7 +63,9 @@ struct SeveralRows {
             });
             unrolled<count>([&](int j) KLFAST_INLINE {
                 Vec value[P];
-                unrolled<P>([&](int p) KLFAST_INLINE { value[p] = digits.value(j < D::placed ? low[p] : high[p], j % D::placed, zero[p]); });
+                unrolled<P>([&](int p) KLFAST_INLINE {
+                    value[p] = digits.value(j < D::placed ? low[p] : high[p], j % D::placed, zero[p]);
+                });
                 unrolled<M>([&](int m) KLFAST_INLINE {
                     const Vec v = set(x_at[j * M + m]);
                     unrolled<P>([&](int p) KLFAST_INLINE { sum[m][p] = fma(value[p], v, sum[m][p]); });
@@ -81,7 +85,8 @@ struct SeveralRows {
     template <int M, int P>
     void block(const Panels& panels, std::int64_t m0, std::int64_t begin, float* total) const {
         segments.within(begin, begin + kBlock, [&](const Segment& seg) {
-            segment<M, P>(panels, x.data + m0 * depth + seg.begin * M, (seg.begin - begin) / count, (seg.end - begin + count - 1) / count, seg.group, total);
+            segment<M, P>(panels, x.data + m0 * depth + seg.begin * M, (seg.begin - begin) / count,
+                          (seg.end - begin + count - 1) / count, seg.group, total);
         });
     }
 
@@ -97,7 +102,9 @@ struct SeveralRows {
         for (std::int64_t i = 0; i < a.m * P; ++i) store(total + i * W, set(0.0f));
         for (int p = 0; p < P; ++p) panels.grid[p].load_panel(a, n0 + p * W);
         for (std::int64_t begin = 0; begin < a.k; begin += kBlock) {
-            for (int p = 0; p < P; ++p) load_words(a, n0 + p * W, begin / count, smaller(kWords, a.words() - begin / count), panels.words[p], P * W);
+            for (int p = 0; p < P; ++p)
+                load_words(a, n0 + p * W, begin / count, smaller(kWords, a.words() - begin / count), panels.words[p],
+                           P * W);
             for (std::int64_t tile = 0; tile < tiles; ++tile)
                 block<P>(first(tile + 1) - first(tile), panels, first(tile), begin, total + first(tile) * P * W);
         }
@@ -105,13 +112,14 @@ struct SeveralRows {
     }
 
     void run() const {
-        parallel_for((a.n + W - 1) / W, kPanels, useful_threads(a, a.m * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
-            Panels panels(a);
-            Buffer<float> total(a.m * kPanels * W);
-            std::int64_t panel = begin;
-            for (; panel + kPanels <= end; panel += kPanels) rows<kPanels>(panels, panel * W, total.data);
-            for (; panel < end; ++panel) rows<1>(panels, panel * W, total.data);
-        });
+        parallel_for((a.n + W - 1) / W, kPanels, useful_threads(a, a.m * a.n * a.k),
+                     [&](std::int64_t begin, std::int64_t end) {
+                         Panels panels(a);
+                         Buffer<float> total(a.m * kPanels * W);
+                         std::int64_t panel = begin;
+                         for (; panel + kPanels <= end; panel += kPanels) rows<kPanels>(panels, panel * W, total.data);
+                         for (; panel < end; ++panel) rows<1>(panels, panel * W, total.data);
+                     });
     }
 };
 

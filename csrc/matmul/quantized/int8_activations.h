@@ -1,5 +1,5 @@
-// Rows of x as int8, for activation "int8": x ~ s q, with s = max|x| / 127 and q = round(x / s), half to even, per row and
-// group of W. Included by the tiers only.
+// Rows of x as int8, for activation "int8": x ~ s q, with s = max|x| / 127 and q = round(x / s), half to even, per row
+// and group of W. Included by the tiers only.
 //
 // q is stored by words of W. For int8 in natural order; for int4 the eight values that meet one word become
 // 0 2 4 6 | 1 3 5 7, as the lower and the upper nibbles of the word's bytes lie.
@@ -72,7 +72,7 @@ struct QuantizedX {
         arrange(rounded, a.words(), q);
     }
 
-private:
+  private:
     // Rounds one group and returns its scale; NaN where x holds a NaN or infinity.
     static float round_group(const float* x, std::int64_t begin, std::int64_t end, std::int8_t* rounded) {
         std::int32_t largest = 0;  // magnitudes compare as their bits do, and a NaN above infinity

@@ -1,6 +1,7 @@
-// activation "int8" with few rows of x, int8_many_rows.h's algebra on Layout.PLAIN as it lies: lanes are W neighbouring words of one
-// row of W, a line, and x is laid out so that each quad of bytes meets its own. A segment's lanes are added up for W rows at
-// once, which leaves one row a lane and the terms as int8_many_rows.h has them: the same bits. Included by the tiers only.
+// activation "int8" with few rows of x, int8_many_rows.h's algebra on Layout.PLAIN as it lies: lanes are W neighbouring
+// words of one row of W, a line, and x is laid out so that each quad of bytes meets its own. A segment's lanes are
+// added up for W rows at once, which leaves one row a lane and the terms as int8_many_rows.h has them: the same bits.
+// Included by the tiers only.
 #pragma once
 
 #include "matmul/quantized/int8_activations.h"
@@ -27,28 +28,39 @@ struct FewRowsInt8 {
     Buffer<std::int32_t> x;                  // [m, line, quad, lane], zeros behind the last
 
     FewRowsInt8(const DequantMatmulArgs& args, const Segments& all)
-        : a(args), segments(all), quantized(a, segments), lines_a_step(larger(words_of_segment() / W, 1)),
-          steps((a.words() + lines_a_step * W - 1) / (lines_a_step * W)), pitch(steps * lines_a_step * Q::quads * W), x(a.m * pitch) {
+        : a(args),
+          segments(all),
+          quantized(a, segments),
+          lines_a_step(larger(words_of_segment() / W, 1)),
+          steps((a.words() + lines_a_step * W - 1) / (lines_a_step * W)),
+          pitch(steps * lines_a_step * Q::quads * W),
+          x(a.m * pitch) {
         const Buffer<std::int32_t> q(a.m * quantized.pitch);
         quantized.fill(q.data);
         for (std::int64_t m = 0; m < a.m; ++m)
             for (std::int64_t word = 0; word < pitch / Q::quads; ++word)
                 for (int j = 0; j < Q::quads; ++j)
-                    x[m * pitch + (word / W * Q::quads + j) * W + word % W] = word < a.words() ? q[m * quantized.pitch + word * Q::quads + j] : 0;
+                    x[m * pitch + (word / W * Q::quads + j) * W + word % W] =
+                        word < a.words() ? q[m * quantized.pitch + word * Q::quads + j] : 0;
     }
 
     void run() const {
         switch (larger(W / words_of_segment(), 1)) {
             case 1: return run<1>();
-            case 2: if constexpr (W >= 8) return run<2>(); break;
-            case 4: if constexpr (W >= 16) return run<4>(); break;
+            case 2:
+                if constexpr (W >= 8) return run<2>();
+                break;
+            case 4:
+                if constexpr (W >= 16) return run<4>();
+                break;
         }
     }
 
-private:
+  private:
     std::int64_t words_of_segment() const { return smaller(a.groups() <= 1 ? kBlock : a.group, kBlock) * Bits / 32; }
 
-    // Folded sums of each step for rows n .. n + kFoldRows of W and m .. m + M of x: [step, M, kFolds, W], from `out` on.
+    // Folded sums of each step for rows n .. n + kFoldRows of W and m .. m + M of x: [step, M, kFolds, W], from `out`
+    // on.
     template <int M>
     void dot_rows(std::int64_t n, std::int64_t m, std::int32_t* out) const {
         const std::int64_t words = a.words(), whole = words / (lines_a_step * W);
@@ -57,7 +69,9 @@ private:
         const std::int32_t* line_x = x.data + m * pitch;
         const auto add_step = [&](const auto& word) KLFAST_INLINE {
             Ints sum[M][kFoldRows];
-            unrolled<M>([&](int i) KLFAST_INLINE { unrolled<kFoldRows>([&](int r) KLFAST_INLINE { sum[i][r] = set_int(0); }); });
+            unrolled<M>([&](int i) KLFAST_INLINE {
+                unrolled<kFoldRows>([&](int r) KLFAST_INLINE { sum[i][r] = set_int(0); });
+            });
             for (std::int64_t line = 0; line < lines_a_step; ++line, line_x += Q::quads * W)
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE {
                     Ints quad[Q::quads];
@@ -73,14 +87,18 @@ private:
                 __builtin_prefetch(reinterpret_cast<const char*>(row[r] + first + i) + kAhead, 0, 2);
                 return read(row[r] + first + i);
             });
-        if (whole < steps) add_step([&](int r, std::int64_t i) KLFAST_INLINE { return read(row[r] + smaller(first + i, words), words - first - i); });
+        if (whole < steps)
+            add_step([&](int r, std::int64_t i)
+                         KLFAST_INLINE { return read(row[r] + smaller(first + i, words), words - first - i); });
     }
 
     [[gnu::always_inline]] static Ints add(Ints sum, const Ints (&quad)[Q::quads], const std::int32_t* line_x) {
         using Operand = DotOperand<Bits>;
         Ints of_x[Q::quads];
         unrolled<Q::quads>([&](int j) KLFAST_INLINE { of_x[j] = read(line_x + j * W); });
-        unrolled<Q::quads / Operand::quads>([&](int j) KLFAST_INLINE { sum = dot(sum, Operand(quad + j * Operand::quads), of_x + j * Operand::quads); });
+        unrolled<Q::quads / Operand::quads>([&](int j) KLFAST_INLINE {
+            sum = dot(sum, Operand(quad + j * Operand::quads), of_x + j * Operand::quads);
+        });
         return sum;
     }
 
@@ -97,8 +115,10 @@ private:
                 sums_of_rows<S>(folded + (step * M + i) * kFolds * W, sum);
                 for (std::int64_t j = 0; j < S && step * S + j < segments.count; ++j) {
                     const std::int64_t s = step * S + j, group = segments.list[s].group;
-                    const Vec zero = load(grid.zero.data + group * W) - offset, scale = load(grid.scale.data + group * W);
-                    const Vec exact = fma(zero, set(-quantized.sum[s * a.m + m + i]), to_float(sum[j]));  // integers below 2^24
+                    const Vec zero = load(grid.zero.data + group * W) - offset,
+                              scale = load(grid.scale.data + group * W);
+                    const Vec exact =
+                        fma(zero, set(-quantized.sum[s * a.m + m + i]), to_float(sum[j]));  // integers below 2^24
                     total[i] = total[i] + exact * (scale * set(quantized.scale[group * a.m + m + i]));
                 }
             }
@@ -113,14 +133,15 @@ private:
 
     template <int S>
     void run() const {
-        parallel_for((a.n + W - 1) / W, 1, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
-            Grid grid(a);
-            const Buffer<std::int32_t> folded(steps * kFewDotRows * kFolds * W);
-            for (std::int64_t panel = begin; panel < end; ++panel) {
-                grid.load_panel(a, panel * W);
-                rows<S>(grid, folded.data, 0, panel * W);
-            }
-        });
+        parallel_for((a.n + W - 1) / W, 1, useful_threads(a, 1.0 * a.n * a.k),
+                     [&](std::int64_t begin, std::int64_t end) {
+                         Grid grid(a);
+                         const Buffer<std::int32_t> folded(steps * kFewDotRows * kFolds * W);
+                         for (std::int64_t panel = begin; panel < end; ++panel) {
+                             grid.load_panel(a, panel * W);
+                             rows<S>(grid, folded.data, 0, panel * W);
+                         }
+                     });
     }
 };
 

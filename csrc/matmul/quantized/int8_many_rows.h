@@ -2,8 +2,8 @@
 // y += (sum q_x q_w - z sum q_x) (scale_w scale_x)  in float32, segment after segment, one product and one sum each
 // rounded: every tier gives the same bits. Included by the tiers only.
 //
-// Up to kDotVectors panels of W at a time are laid out whole, a quad of bytes of each lane's row side by side, in a buffer
-// that stays in L2 and meets all rows of x in tiles of kDotRows x kDotVectors accumulators.
+// Up to kDotVectors panels of W at a time are laid out whole, a quad of bytes of each lane's row side by side, in a
+// buffer that stays in L2 and meets all rows of x in tiles of kDotRows x kDotVectors accumulators.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,8 @@
 namespace klfast {
 namespace {
 
-// W as quads [quad][vector][lane], in the order in which x has them, with scales and zero points as [group][vector][lane].
+// W as quads [quad][vector][lane], in the order in which x has them, with scales and zero points as
+// [group][vector][lane].
 template <int Bits>
 struct QuadPanels {
     static constexpr int count = QuantizedX<Bits>::count, quads = QuantizedX<Bits>::quads;
@@ -24,7 +25,11 @@ struct QuadPanels {
     Buffer<float> scale, zero;  // zero: less what the dot products take off themselves
 
     explicit QuadPanels(const DequantMatmulArgs& args)
-        : a(args), weights(a.words() * quads * kDotVectors * W), scale(a.groups() * kDotVectors * W), zero(a.groups() * kDotVectors * W), grid_(a) {}
+        : a(args),
+          weights(a.words() * quads * kDotVectors * W),
+          scale(a.groups() * kDotVectors * W),
+          zero(a.groups() * kDotVectors * W),
+          grid_(a) {}
 
     // Rows n0 .. n0 + vectors W.
     void load(std::int64_t n0, std::int64_t vectors) {
@@ -38,12 +43,14 @@ struct QuadPanels {
             for (std::int64_t first = 0; first < a.words(); first += kWords) {
                 const std::int64_t words = smaller(kWords, a.words() - first);
                 load_words(a, n0 + v * W, first, words, words_);
-                for (std::int64_t w = 0; w < words; ++w) write_quads(read(words_ + w * W), weights.data + ((first + w) * quads * vectors + v) * W, vectors * W);
+                for (std::int64_t w = 0; w < words; ++w)
+                    write_quads(read(words_ + w * W), weights.data + ((first + w) * quads * vectors + v) * W,
+                                vectors * W);
             }
         }
     }
 
-private:
+  private:
     static constexpr std::int64_t kWords = kBlock / count;
     Grid grid_;
     alignas(64) std::int32_t words_[(kWords + W) * W];
@@ -55,10 +62,11 @@ private:
     }
 };
 
-// out[r][v] = integer dot products of R rows of q with quads [first, last) of V vectors; with Add, on top of what it holds.
-// Loops as short as these the compiler unrolls in time to keep the sums in registers.
+// out[r][v] = integer dot products of R rows of q with quads [first, last) of V vectors; with Add, on top of what it
+// holds. Loops as short as these the compiler unrolls in time to keep the sums in registers.
 template <int Bits, int R, int V, bool Add>
-void dot_quads(const std::int32_t* weights, const std::int32_t* q, std::int64_t pitch, std::int64_t first, std::int64_t last, std::int32_t* out) {
+void dot_quads(const std::int32_t* weights, const std::int32_t* q, std::int64_t pitch, std::int64_t first,
+               std::int64_t last, std::int32_t* out) {
     using Operand = DotOperand<Bits>;
     Ints sum[R][V];
     for (int r = 0; r < R; ++r)
@@ -81,7 +89,8 @@ void dot_quads(const std::int32_t* weights, const std::int32_t* q, std::int64_t 
 
 // out += those of values [begin, end) of one word: the others of q are taken as 0.
 template <int Bits, int R, int V>
-void dot_values(const std::int32_t* weights, const std::int32_t* q, std::int64_t pitch, std::int64_t begin, std::int64_t end, std::int32_t* out) {
+void dot_values(const std::int32_t* weights, const std::int32_t* q, std::int64_t pitch, std::int64_t begin,
+                std::int64_t end, std::int32_t* out) {
     constexpr int count = QuantizedX<Bits>::count, quads = QuantizedX<Bits>::quads;
     const std::int64_t word = begin / count;
     std::uint8_t mask[8] = {};
@@ -95,17 +104,19 @@ void dot_values(const std::int32_t* weights, const std::int32_t* q, std::int64_t
 
 // total[r][v] += the terms of one segment.
 template <int Bits, int R, int V>
-void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t pitch, const Segment& segment, const float* x_scale, const float* x_sum,
-                 float* total) {
+void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t pitch, const Segment& segment,
+                 const float* x_scale, const float* x_sum, float* total) {
     constexpr int count = QuantizedX<Bits>::count, quads = QuantizedX<Bits>::quads;
     const std::int32_t* const weights = panels.weights.data;
-    const std::int64_t begin = segment.begin, end = segment.end, first = round_up_to(begin, count), last = end / count * count;
+    const std::int64_t begin = segment.begin, end = segment.end, first = round_up_to(begin, count),
+                       last = end / count * count;
     alignas(64) std::int32_t sum[R * V * W];
     dot_quads<Bits, R, V, false>(weights, q, pitch, first / count * quads, last / count * quads, sum);
     if (begin < first) dot_values<Bits, R, V>(weights, q, pitch, begin, smaller(first, end), sum);
     if (last < end && last >= first) dot_values<Bits, R, V>(weights, q, pitch, last, end, sum);
     for (int v = 0; v < V; ++v) {
-        const Vec scale = load(panels.scale.data + (segment.group * V + v) * W), zero = load(panels.zero.data + (segment.group * V + v) * W);
+        const Vec scale = load(panels.scale.data + (segment.group * V + v) * W),
+                  zero = load(panels.zero.data + (segment.group * V + v) * W);
         for (int r = 0; r < R; ++r) {
             const Vec exact = fma(zero, set(-x_sum[r]), to_float(read(sum + (r * V + v) * W)));  // integers below 2^24
             float* const to = total + (r * V + v) * W;
@@ -116,13 +127,14 @@ void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int
 
 // y[m .. m + R, n0 .. n0 + V W]
 template <int Bits, int R, int V>
-void int8_tile(const DequantMatmulArgs& a, const Segments& segments, const QuantizedX<Bits>& x, const QuadPanels<Bits>& panels, const std::int32_t* q,
-               std::int64_t m, std::int64_t n0) {
+void int8_tile(const DequantMatmulArgs& a, const Segments& segments, const QuantizedX<Bits>& x,
+               const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t m, std::int64_t n0) {
     alignas(64) float total[R * V * W];
     for (int i = 0; i < R * V; ++i) store(total + i * W, set(0.0f));
     for (std::int64_t s = 0; s < segments.count; ++s) {
         const Segment& segment = segments.list[s];
-        add_segment<Bits, R, V>(panels, q + m * x.pitch, x.pitch, segment, x.scale.data + segment.group * a.m + m, x.sum.data + s * a.m + m, total);
+        add_segment<Bits, R, V>(panels, q + m * x.pitch, x.pitch, segment, x.scale.data + segment.group * a.m + m,
+                                x.sum.data + s * a.m + m, total);
     }
     store_tile(a, m, n0, R, V, total, V * W);
 }
@@ -157,7 +169,8 @@ void run_int8(const DequantMatmulArgs& a, const Segments& segments) {
             panels.load(item.v0 * W, item.width);
             for (std::int64_t tile = item.first; tile < item.last; ++tile) {
                 const std::int64_t m = a.m * tile / tiles, rows = a.m * (tile + 1) / tiles - m;
-                int8_vectors<Bits>(item.width, rows, a, segments, x, panels, static_cast<const std::int32_t*>(q.data), m, item.v0 * W);
+                int8_vectors<Bits>(item.width, rows, a, segments, x, panels, static_cast<const std::int32_t*>(q.data),
+                                   m, item.v0 * W);
             }
         }
     });

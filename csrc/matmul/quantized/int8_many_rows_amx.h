@@ -1,6 +1,6 @@
-// activation "int8" with many rows of x by tiles: int8_many_rows.h's algebra, its integers taken by tdpbssd. For int4 q_w - z lies
-// between -15 and 15, so that z is taken off on the way into a tile and nothing is left to correct; for int8 128 is, and
-// what is left of z only where there are zero points. Included by the tier amx only.
+// activation "int8" with many rows of x by tiles: int8_many_rows.h's algebra, its integers taken by tdpbssd. For int4
+// q_w - z lies between -15 and 15, so that z is taken off on the way into a tile and nothing is left to correct; for
+// int8 128 is, and what is left of z only where there are zero points. Included by the tier amx only.
 #pragma once
 
 #include "matmul/quantized/int8_activations.h"
@@ -17,7 +17,9 @@ struct Int8Factors {
     const QuantizedX<Bits>& x;
 
     template <int C, int A, int B>
-    [[gnu::always_inline]] static void dot() { tile_dot_int8<C, A, B>(); }
+    [[gnu::always_inline]] static void dot() {
+        tile_dot_int8<C, A, B>();
+    }
 
     struct Terms {
         Vec scale[kBlockVectors], zero[kBlockVectors];
@@ -46,12 +48,16 @@ struct Int8Factors {
                 fill(grids[v], n0 + v * W, w + v * pitch);
             }
             if (vectors % 2)  // the last block is a vector short
-                for (std::int64_t g = 0; g < factors.a.groups(); ++g) store(grids[vectors].scale.data + g * W, set(0.0f));
+                for (std::int64_t g = 0; g < factors.a.groups(); ++g)
+                    store(grids[vectors].scale.data + g * W, set(0.0f));
         }
 
         Terms terms(const Segment& segment, std::int64_t s, std::int64_t m, std::int64_t v) const {
             const DequantMatmulArgs& a = factors.a;
-            Terms terms{{}, {}, factors.x.scale.data + segment.group * a.m + m, a.zero_point ? factors.x.sum.data + s * a.m + m : nullptr};
+            Terms terms{{},
+                        {},
+                        factors.x.scale.data + segment.group * a.m + m,
+                        a.zero_point ? factors.x.sum.data + s * a.m + m : nullptr};
             for (int i = 0; i < kBlockVectors; ++i) {
                 const Grid& grid = grids[v + i];
                 terms.scale[i] = klfast::load(grid.scale.data + segment.group * W);
@@ -60,7 +66,7 @@ struct Int8Factors {
             return terms;
         }
 
-    private:
+      private:
         // Tiles of W rows, k in the order in which x has it. Behind the last value, where x is zero, anything may be.
         void fill(const Grid& grid, std::int64_t n0, std::int32_t* w) const {
             const DequantMatmulArgs& a = factors.a;
@@ -72,13 +78,16 @@ struct Int8Factors {
                 load_words(a, n0, block / count, block_words, words);
                 factors.segments.within(block, block + kBlock, [&](const Segment& segment) {
                     const __m512i zero = bytes(klfast::load(grid.zero.data + segment.group * W));
-                    for (std::int64_t i = segment.begin / count; i < (segment.end + count - 1) / count; ++i) tile_rows(words + (i - block / count) * W, zero, w + i * QuantizedX<Bits>::quads * W);
+                    for (std::int64_t i = segment.begin / count; i < (segment.end + count - 1) / count; ++i)
+                        tile_rows(words + (i - block / count) * W, zero, w + i * QuantizedX<Bits>::quads * W);
                 });
             }
         }
 
         // Each lane's integer in its four bytes.
-        static __m512i bytes(Vec v) { return _mm512_mullo_epi32(_mm512_cvtps_epi32(v.v), _mm512_set1_epi32(0x01010101)); }
+        static __m512i bytes(Vec v) {
+            return _mm512_mullo_epi32(_mm512_cvtps_epi32(v.v), _mm512_set1_epi32(0x01010101));
+        }
 
         static void tile_rows(const std::int32_t* word, __m512i zero, std::int32_t* out) {
             const __m512i stored = read(word).v;
@@ -100,14 +109,15 @@ void run_int8_tiles(const DequantMatmulArgs& a, int depth) {
     const Segments segments(a.k, a.group);
     const Q x(a, segments);
     const TiledRows tiles(a.m, x.pitch, depth);
-    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
-        const typename Q::Row row(x);
-        const Buffer<std::int32_t> q(x.pitch);
-        for (std::int64_t m = begin; m < end; ++m) {
-            if (m < a.m) x.fill(m, row, q.data);
-            tiles.write(m, q.data, m < a.m ? 4 * x.pitch : 0);
-        }
-    });
+    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k),
+                 [&](std::int64_t begin, std::int64_t end) {
+                     const typename Q::Row row(x);
+                     const Buffer<std::int32_t> q(x.pitch);
+                     for (std::int64_t m = begin; m < end; ++m) {
+                         if (m < a.m) x.fill(m, row, q.data);
+                         tiles.write(m, q.data, m < a.m ? 4 * x.pitch : 0);
+                     }
+                 });
     product_tiles(a, tiles, segments, Int8Factors<Bits>{a, segments, x});
 }
 

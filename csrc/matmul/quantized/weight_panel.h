@@ -14,7 +14,8 @@ namespace {
 
 // Words of `count` columns from `first` on, rows n0.., as out[column * W + lane]; zeros for rows behind the last.
 // `out` has room for count rounded up to a multiple of W. Asks for the same words of the rows `ahead` further on.
-inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count, std::int32_t* out, std::int64_t ahead = W) {
+inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count,
+                       std::int32_t* out, std::int64_t ahead = W) {
     const std::int64_t words = a.words(), valid = smaller(W, a.n - n0);
     const std::int32_t* base = a.packed + n0 * words + first;
     for (std::int64_t c = 0; c < count; c += W) {
@@ -25,7 +26,8 @@ inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t
                 __builtin_prefetch(base + (lane + ahead) * words + c, 0, 2);
             }
         else
-            for (int lane = 0; lane < W; ++lane) rows[lane] = read(base + (lane < valid ? lane * words + c : 0), lane < valid ? count - c : 0);
+            for (int lane = 0; lane < W; ++lane)
+                rows[lane] = read(base + (lane < valid ? lane * words + c : 0), lane < valid ? count - c : 0);
         transpose(rows);
         for (int i = 0; i < W; ++i) write(out + (c + i) * W, rows[i]);
     }
@@ -35,7 +37,8 @@ inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t
 struct Grid {
     Buffer<float> scale, zero;
 
-    explicit Grid(const DequantMatmulArgs& a) : scale(round_up_to(a.groups(), W) * W), zero(round_up_to(a.groups(), W) * W) {
+    explicit Grid(const DequantMatmulArgs& a)
+        : scale(round_up_to(a.groups(), W) * W), zero(round_up_to(a.groups(), W) * W) {
         const Vec middle = set(static_cast<float>(1 << (a.bits - 1)));
         if (a.zero_point == nullptr)
             for (std::int64_t g = 0; g < a.groups(); ++g) store(zero.data + g * W, middle);
@@ -63,7 +66,7 @@ struct Grid {
         }
     }
 
-private:
+  private:
     static void transpose_to(Ints (&rows)[W], float* out) {
         transpose(rows);
         for (int i = 0; i < W; ++i) write(reinterpret_cast<std::int32_t*>(out + i * W), rows[i]);

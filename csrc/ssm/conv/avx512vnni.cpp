@@ -1,4 +1,5 @@
-// The depthwise causal convolution at tier avx512vnni: see the body for the algebra, simd/floats_avx512.h for the instructions.
+// The depthwise causal convolution at tier avx512vnni: see the body for the algebra, simd/floats_avx512.h for the
+// instructions.
 #include "ssm/conv/causal_conv1d.h"
 #include "simd/floats_avx512.h"
 

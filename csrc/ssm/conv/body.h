@@ -15,20 +15,27 @@ namespace {
 inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, std::int64_t n) {
     const std::int64_t total = a.initial_length + a.length;  // initial then x
     for (std::int64_t c = 0; c < n; ++c)
-        for (std::int64_t j = 0; j < a.final_length; ++j) {  // ascending: reads stay ahead of writes where final is initial
+        for (std::int64_t j = 0; j < a.final_length;
+             ++j) {  // ascending: reads stay ahead of writes where final is initial
             const std::int64_t i = total - a.final_length + j;
             const std::int64_t channel = c0 + c, from_x = i - a.initial_length;
             float v = 0.0f;
-            if (from_x >= 0) v = load_one(a.x.data, b * a.x.stride[0] + channel * a.x.stride[1] + from_x * a.x.stride[2], a.x.dtype);
-            else if (i >= 0 && a.initial) v = load_one(a.initial.data, b * a.initial.stride[0] + channel * a.initial.stride[1] + i * a.initial.stride[2], a.initial.dtype);
-            store(a.final.data, b * a.final.stride[0] + channel * a.final.stride[1] + j * a.final.stride[2], a.final.dtype, 1, set(v));
+            if (from_x >= 0)
+                v = load_one(a.x.data, b * a.x.stride[0] + channel * a.x.stride[1] + from_x * a.x.stride[2], a.x.dtype);
+            else if (i >= 0 && a.initial)
+                v = load_one(a.initial.data,
+                             b * a.initial.stride[0] + channel * a.initial.stride[1] + i * a.initial.stride[2],
+                             a.initial.dtype);
+            store(a.final.data, b * a.final.stride[0] + channel * a.final.stride[1] + j * a.final.stride[2],
+                  a.final.dtype, 1, set(v));
         }
 }
 
 // Rows t of the tile become act(bias + sum_k w[k] tile[t + k]), t < n_t; row t is read last when it is written.
 // K is the width, or 0 for one that is known at run time only.
 template <int K>
-void convolve(float* tile, std::int64_t pitch, const float* weight, const float* bias, std::int64_t width, std::int64_t n_t, bool silu_after) {
+void convolve(float* tile, std::int64_t pitch, const float* weight, const float* bias, std::int64_t width,
+              std::int64_t n_t, bool silu_after) {
     for (std::int64_t c = 0; c < pitch; c += Vec::width) {
         const Vec b = load(bias + c);
         Vec w[K + 1], x[K + 1];  // K known: the last K rows stay in registers
@@ -41,7 +48,8 @@ void convolve(float* tile, std::int64_t pitch, const float* weight, const float*
                 x[K - 1] = load(tile + (t + K - 1) * pitch + c);
                 for (int k = 0; k < K; ++k) y = fma(w[k], x[k], y);
             } else {
-                for (std::int64_t k = 0; k < width; ++k) y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
+                for (std::int64_t k = 0; k < width; ++k)
+                    y = fma(load(weight + k * pitch + c), load(tile + (t + k) * pitch + c), y);
             }
             store(tile + t * pitch + c, silu_after ? silu(y) : y);
         }
@@ -57,18 +65,22 @@ inline void run(const ConvArgs& a) {
     const std::int64_t blocks = (a.channels + size - 1) / size;
     parallel_for(a.batch * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch((kTime + 2 * past + a.width + 1) * kChannels);
-        float* const tile = scratch.data;                            // [past + kTime, pitch]
-        float* const kept = tile + (kTime + past) * kChannels;       // [past, pitch]
-        float* const weight = kept + past * kChannels;               // [width, pitch]
-        float* const bias = weight + a.width * kChannels;            // [pitch]
+        float* const tile = scratch.data;                       // [past + kTime, pitch]
+        float* const kept = tile + (kTime + past) * kChannels;  // [past, pitch]
+        float* const weight = kept + past * kChannels;          // [width, pitch]
+        float* const bias = weight + a.width * kChannels;       // [pitch]
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t b = item / blocks, c0 = item % blocks * size;
             const std::int64_t n = a.channels - c0 < size ? a.channels - c0 : size, pitch = round_up(n);
-            load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n, a.width);
-            if (a.bias) load_tile(bias, pitch, a.bias, c0 * a.bias.stride[0], a.bias.stride[0], 0, n, 1);
-            else for (std::int64_t c = 0; c < pitch; ++c) bias[c] = 0.0f;
+            load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n,
+                      a.width);
+            if (a.bias)
+                load_tile(bias, pitch, a.bias, c0 * a.bias.stride[0], a.bias.stride[0], 0, n, 1);
+            else
+                for (std::int64_t c = 0; c < pitch; ++c) bias[c] = 0.0f;
             if (a.initial) {
-                const std::int64_t base = b * a.initial.stride[0] + c0 * a.initial.stride[1] + (a.initial_length - past) * a.initial.stride[2];
+                const std::int64_t base = b * a.initial.stride[0] + c0 * a.initial.stride[1] +
+                                          (a.initial_length - past) * a.initial.stride[2];
                 load_tile(tile, pitch, a.initial, base, a.initial.stride[1], a.initial.stride[2], n, past);
             } else {
                 for (std::int64_t i = 0; i < past * pitch; ++i) tile[i] = 0.0f;
@@ -77,17 +89,24 @@ inline void run(const ConvArgs& a) {
             if (a.final && !in_tile) carry(a, b, c0, n);
             for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
                 const std::int64_t n_t = a.length - t0 < kTime ? a.length - t0 : kTime;
-                const auto from = [&](std::int64_t t) { return b * a.x.stride[0] + c0 * a.x.stride[1] + t * a.x.stride[2]; };
+                const auto from = [&](std::int64_t t) {
+                    return b * a.x.stride[0] + c0 * a.x.stride[1] + t * a.x.stride[2];
+                };
                 load_tile(tile + past * pitch, pitch, a.x, from(t0), a.x.stride[1], a.x.stride[2], n, n_t);
                 if (t0 + 2 * kTime <= a.length) prefetch(a.x, from(t0 + kTime), a.x.stride[1], a.x.stride[2], n, kTime);
                 if (a.final && in_tile) {  // its last rows, before they become the result
                     const std::int64_t base = b * a.final.stride[0] + c0 * a.final.stride[1];
-                    store_tile(tile + (past + a.length - a.final_length) * pitch, pitch, a.final, base, a.final.stride[1], a.final.stride[2], n, a.final_length);
+                    store_tile(tile + (past + a.length - a.final_length) * pitch, pitch, a.final, base,
+                               a.final.stride[1], a.final.stride[2], n, a.final_length);
                 }
                 for (std::int64_t i = 0; i < past * pitch; ++i) kept[i] = tile[n_t * pitch + i];
-                const auto kernel = a.width == 4 ? convolve<4> : a.width == 3 ? convolve<3> : a.width == 2 ? convolve<2> : convolve<0>;
+                const auto kernel = a.width == 4   ? convolve<4>
+                                    : a.width == 3 ? convolve<3>
+                                    : a.width == 2 ? convolve<2>
+                                                   : convolve<0>;
                 kernel(tile, pitch, weight, bias, a.width, n_t, a.silu);
-                store_tile(tile, pitch, a.out, b * a.out.stride[0] + c0 * a.out.stride[1] + t0 * a.out.stride[2], a.out.stride[1], a.out.stride[2], n, n_t);
+                store_tile(tile, pitch, a.out, b * a.out.stride[0] + c0 * a.out.stride[1] + t0 * a.out.stride[2],
+                           a.out.stride[1], a.out.stride[2], n, n_t);
                 for (std::int64_t i = 0; i < past * pitch; ++i) tile[i] = kept[i];
             }
         }

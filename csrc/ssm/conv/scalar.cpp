@@ -1,4 +1,5 @@
-// The depthwise causal convolution at tier scalar: see the body for the algebra, simd/floats_scalar.h for the instructions.
+// The depthwise causal convolution at tier scalar: see the body for the algebra, simd/floats_scalar.h for the
+// instructions.
 #include "ssm/conv/causal_conv1d.h"
 #include "simd/floats_scalar.h"
 

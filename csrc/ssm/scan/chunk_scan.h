@@ -21,20 +21,25 @@ namespace {
 
 constexpr int kChunk = 64;  // a multiple of every vector width
 
-inline std::int64_t steps_from(std::int64_t t0, std::int64_t length) { return length - t0 < kChunk ? length - t0 : kChunk; }
+inline std::int64_t steps_from(std::int64_t t0, std::int64_t length) {
+    return length - t0 < kChunk ? length - t0 : kChunk;
+}
 
 // G [chunk, chunk] for each (batch, chunk, group), rows and columns beyond the sequence's end zero.
 inline void chunk_products(const ChunkScanArgs& s, std::int64_t n_chunks, float* products) {
     const std::int64_t n_states = s.states, pitch = round_up(s.states);
     parallel_for(s.batch * n_chunks * s.groups, 1, s.n_threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(kChunk * (pitch + n_states));
-        float* const c = scratch.data;          // [chunk, pitch]
-        float* const b = c + kChunk * pitch;    // [states, chunk]
+        float* const c = scratch.data;        // [chunk, pitch]
+        float* const b = c + kChunk * pitch;  // [states, chunk]
         for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t batch = item / (n_chunks * s.groups), t0 = item / s.groups % n_chunks * kChunk, g = item % s.groups;
+            const std::int64_t batch = item / (n_chunks * s.groups), t0 = item / s.groups % n_chunks * kChunk,
+                               g = item % s.groups;
             const std::int64_t n_t = steps_from(t0, s.length);
-            load_tile(c, pitch, s.c, batch * s.c.stride[0] + t0 * s.c.stride[1] + g * s.c.stride[2], s.c.stride[3], s.c.stride[1], n_states, n_t);
-            load_tile(b, kChunk, s.b, batch * s.b.stride[0] + t0 * s.b.stride[1] + g * s.b.stride[2], s.b.stride[1], s.b.stride[3], n_t, n_states);
+            load_tile(c, pitch, s.c, batch * s.c.stride[0] + t0 * s.c.stride[1] + g * s.c.stride[2], s.c.stride[3],
+                      s.c.stride[1], n_states, n_t);
+            load_tile(b, kChunk, s.b, batch * s.b.stride[0] + t0 * s.b.stride[1] + g * s.b.stride[2], s.b.stride[1],
+                      s.b.stride[3], n_t, n_states);
             float* const out = products + item * kChunk * kChunk;
             for (int i = 0; i < kChunk * kChunk; ++i) out[i] = 0.0f;
             gemm(n_t, round_up(n_t), n_states, 1.0f, c, pitch, 1, b, kChunk, out, kChunk);
@@ -43,18 +48,20 @@ inline void chunk_products(const ChunkScanArgs& s, std::int64_t n_chunks, float*
 }
 
 struct ChunkScratch {
-    float *x, *y;        // [chunk, dim pitch]
-    float *b, *c;        // [chunk, state pitch]
-    float* state;        // [states, dim pitch]
-    float* mixed;        // [chunk, chunk]: G o L o dt
+    float *x, *y;                    // [chunk, dim pitch]
+    float *b, *c;                    // [chunk, state pitch]
+    float* state;                    // [states, dim pitch]
+    float* mixed;                    // [chunk, chunk]: G o L o dt
     float *dt, *decay, *ladder, *d;  // [chunk] thrice, [dim pitch]
 };
 
 // dt, decays and tiles of x, B and C for one chunk of one head.
-inline void load_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t batch, std::int64_t head, std::int64_t t0, std::int64_t n_t) {
+inline void load_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t batch, std::int64_t head,
+                       std::int64_t t0, std::int64_t n_t) {
     constexpr int W = Vec::width;
     const std::int64_t g = head / (s.heads / s.groups);
-    load_tile(w.dt, kChunk, s.dt, batch * s.dt.stride[0] + t0 * s.dt.stride[1] + head * s.dt.stride[2], s.dt.stride[1], 0, n_t, 1);
+    load_tile(w.dt, kChunk, s.dt, batch * s.dt.stride[0] + t0 * s.dt.stride[1] + head * s.dt.stride[2], s.dt.stride[1],
+              0, n_t, 1);
     const Vec bias = set(s.dt_bias ? load_one(s.dt_bias.data, head * s.dt_bias.stride[0], s.dt_bias.dtype) : 0.0f);
     const Vec rate = set(load_one(s.a.data, head * s.a.stride[0], s.a.dtype));
     for (std::int64_t i = 0; i < round_up(n_t); i += W) {
@@ -64,20 +71,25 @@ inline void load_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::int64
         store(w.dt + i, step);
         store(w.decay + i, exp(step * rate));
     }
-    load_tile(w.x, round_up(s.dim), s.x, batch * s.x.stride[0] + t0 * s.x.stride[1] + head * s.x.stride[2], s.x.stride[3], s.x.stride[1], s.dim, n_t);
-    load_tile(w.b, round_up(s.states), s.b, batch * s.b.stride[0] + t0 * s.b.stride[1] + g * s.b.stride[2], s.b.stride[3], s.b.stride[1], s.states, n_t);
-    load_tile(w.c, round_up(s.states), s.c, batch * s.c.stride[0] + t0 * s.c.stride[1] + g * s.c.stride[2], s.c.stride[3], s.c.stride[1], s.states, n_t);
+    load_tile(w.x, round_up(s.dim), s.x, batch * s.x.stride[0] + t0 * s.x.stride[1] + head * s.x.stride[2],
+              s.x.stride[3], s.x.stride[1], s.dim, n_t);
+    load_tile(w.b, round_up(s.states), s.b, batch * s.b.stride[0] + t0 * s.b.stride[1] + g * s.b.stride[2],
+              s.b.stride[3], s.b.stride[1], s.states, n_t);
+    load_tile(w.c, round_up(s.states), s.c, batch * s.c.stride[0] + t0 * s.c.stride[1] + g * s.c.stride[2],
+              s.c.stride[3], s.c.stride[1], s.states, n_t);
 }
 
 // Y = D X, zeros without D (an absent D meets no infinity of X).
 inline void begin_outputs(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t n_t) {
     const std::int64_t wide = round_up(s.dim);
     for (std::int64_t t = 0; t < n_t; ++t)
-        for (std::int64_t i = 0; i < wide; i += Vec::width) store(w.y + t * wide + i, s.d ? load(w.d + i) * load(w.x + t * wide + i) : set(0.0f));
+        for (std::int64_t i = 0; i < wide; i += Vec::width)
+            store(w.y + t * wide + i, s.d ? load(w.d + i) * load(w.x + t * wide + i) : set(0.0f));
 }
 
 // Y and S as the products say; `product` is G. Without a state before it S is zero, and meets no infinity of C.
-inline void advance_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t n_t, const float* product, bool has_state) {
+inline void advance_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t n_t, const float* product,
+                          bool has_state) {
     constexpr int W = Vec::width;
     const std::int64_t n_states = s.states, pitch = round_up(s.states), wide = round_up(s.dim);
     for (int i = 0; i < kChunk; ++i) w.ladder[i] = 0.0f;
@@ -86,14 +98,17 @@ inline void advance_chunk(const ChunkScanArgs& s, const ChunkScratch& w, std::in
         const Vec a = set(w.decay[t]);
         for (std::int64_t i = 0; i < t; i += W) store(w.ladder + i, load(w.ladder + i) * a);
         w.ladder[t] = 1.0f;
-        for (int i = 0; i < kChunk; i += W) store(w.mixed + t * kChunk + i, load(product + t * kChunk + i) * load(w.ladder + i) * load(w.dt + i));
+        for (int i = 0; i < kChunk; i += W)
+            store(w.mixed + t * kChunk + i, load(product + t * kChunk + i) * load(w.ladder + i) * load(w.dt + i));
         since_start *= w.decay[t];
-        for (std::int64_t i = 0; i < pitch; i += W) store(w.c + t * pitch + i, load(w.c + t * pitch + i) * set(since_start));
+        for (std::int64_t i = 0; i < pitch; i += W)
+            store(w.c + t * pitch + i, load(w.c + t * pitch + i) * set(since_start));
     }
     gemm<true>(n_t, wide, n_t, 1.0f, w.mixed, kChunk, 1, w.x, wide, w.y, wide);
     if (has_state) gemm(n_t, wide, n_states, 1.0f, w.c, pitch, 1, w.state, wide, w.y, wide);
     for (std::int64_t t = 0; t < n_t; ++t)
-        for (std::int64_t i = 0; i < pitch; i += W) store(w.b + t * pitch + i, load(w.b + t * pitch + i) * set(w.ladder[t] * w.dt[t]));
+        for (std::int64_t i = 0; i < pitch; i += W)
+            store(w.b + t * pitch + i, load(w.b + t * pitch + i) * set(w.ladder[t] * w.dt[t]));
     gemm(n_states, wide, n_t, since_start, w.b, 1, pitch, w.x, wide, w.state, wide);
 }
 
@@ -120,31 +135,42 @@ inline bool all_finite(const float* values, std::int64_t n) {
     return sum(zero) == 0.0f;
 }
 
-// All chunks of one head by products or, if `plainly`, by the recurrence. Returns whether the results, but for the gate,
-// are finite.
-inline bool scan_head(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t batch, std::int64_t head, const float* products, bool plainly) {
+// All chunks of one head by products or, if `plainly`, by the recurrence. Returns whether the results, but for the
+// gate, are finite.
+inline bool scan_head(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t batch, std::int64_t head,
+                      const float* products, bool plainly) {
     constexpr int W = Vec::width;
-    const std::int64_t n_states = s.states, wide = round_up(s.dim), n_chunks = (s.length + kChunk - 1) / kChunk, g = head / (s.heads / s.groups);
+    const std::int64_t n_states = s.states, wide = round_up(s.dim), n_chunks = (s.length + kChunk - 1) / kChunk,
+                       g = head / (s.heads / s.groups);
     const auto carried = [&](const View& v) { return batch * v.stride[0] + head * v.stride[1]; };
     for (int i = 0; i < kChunk; ++i) w.dt[i] = 0.0f;
     if (s.d) load_tile(w.d, wide, s.d, head * s.d.stride[0], s.d.stride[1], 0, s.dim, 1);
-    if (s.initial) load_tile(w.state, wide, s.initial, carried(s.initial), s.initial.stride[2], s.initial.stride[3], s.dim, n_states);
-    else for (std::int64_t i = 0; i < n_states * wide; i += W) store(w.state + i, set(0.0f));
+    if (s.initial)
+        load_tile(w.state, wide, s.initial, carried(s.initial), s.initial.stride[2], s.initial.stride[3], s.dim,
+                  n_states);
+    else
+        for (std::int64_t i = 0; i < n_states * wide; i += W) store(w.state + i, set(0.0f));
     bool finite = true;
     for (std::int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         const std::int64_t t0 = chunk * kChunk, n_t = steps_from(t0, s.length);
         load_chunk(s, w, batch, head, t0, n_t);
         begin_outputs(s, w, n_t);
-        if (plainly) recur_chunk(s, w, n_t);
-        else advance_chunk(s, w, n_t, products + ((batch * n_chunks + chunk) * s.groups + g) * kChunk * kChunk, chunk > 0 || s.initial);
+        if (plainly)
+            recur_chunk(s, w, n_t);
+        else
+            advance_chunk(s, w, n_t, products + ((batch * n_chunks + chunk) * s.groups + g) * kChunk * kChunk,
+                          chunk > 0 || s.initial);
         finite = finite && all_finite(w.y, n_t * wide);
         if (s.z) {
-            load_tile(w.x, wide, s.z, batch * s.z.stride[0] + t0 * s.z.stride[1] + head * s.z.stride[2], s.z.stride[3], s.z.stride[1], s.dim, n_t);
+            load_tile(w.x, wide, s.z, batch * s.z.stride[0] + t0 * s.z.stride[1] + head * s.z.stride[2], s.z.stride[3],
+                      s.z.stride[1], s.dim, n_t);
             for (std::int64_t i = 0; i < n_t * wide; i += W) store(w.y + i, load(w.y + i) * silu(load(w.x + i)));
         }
-        store_tile(w.y, wide, s.out, batch * s.out.stride[0] + t0 * s.out.stride[1] + head * s.out.stride[2], s.out.stride[3], s.out.stride[1], s.dim, n_t);
+        store_tile(w.y, wide, s.out, batch * s.out.stride[0] + t0 * s.out.stride[1] + head * s.out.stride[2],
+                   s.out.stride[3], s.out.stride[1], s.dim, n_t);
     }
-    if (s.final) store_tile(w.state, wide, s.final, carried(s.final), s.final.stride[2], s.final.stride[3], s.dim, n_states);
+    if (s.final)
+        store_tile(w.state, wide, s.final, carried(s.final), s.final.stride[2], s.final.stride[3], s.dim, n_states);
     return finite && (!s.final || all_finite(w.state, n_states * wide));
 }
 

@@ -3,12 +3,12 @@
 
 namespace klfast {
 
-#define KLFAST_SCAN_ENTRY(op, Args)                                                                                     \
-    namespace {                                                                                                         \
-    const KernelTable<void(const Args&)> k_##op{scalar::op, KLFAST_IF_AVX2(avx2::op), nullptr,                          \
-                                                KLFAST_IF_AVX512VNNI(avx512vnni::op), nullptr, nullptr};                \
-    const Announce announce_##op{#op, k_##op};                                                                          \
-    }                                                                                                                   \
+#define KLFAST_SCAN_ENTRY(op, Args)                                                                             \
+    namespace {                                                                                                 \
+    const KernelTable<void(const Args&)> k_##op{                                                                \
+        scalar::op, KLFAST_IF_AVX2(avx2::op), nullptr, KLFAST_IF_AVX512VNNI(avx512vnni::op), nullptr, nullptr}; \
+    const Announce announce_##op{#op, k_##op};                                                                  \
+    }                                                                                                           \
     void op(const Args& args, Tier limit) { pick(k_##op, limit)(args); }
 KLFAST_SCAN_ENTRY(selective_scan, SelectiveScanArgs)
 KLFAST_SCAN_ENTRY(selective_state_update, StateUpdateArgs)

@@ -23,14 +23,14 @@ struct SelectiveScanArgs {
 
 // One step of the recurrence; `state` is read and written.
 struct StateUpdateArgs {
-    View state;         // [batch, heads, dim, states]
-    View x, dt, z, out; // [batch, heads, dim]
-    View a;             // [heads, dim, states]
-    View b, c;          // [batch, groups, states]
-    View d, dt_bias;    // [heads, dim]
+    View state;          // [batch, heads, dim, states]
+    View x, dt, z, out;  // [batch, heads, dim]
+    View a;              // [heads, dim, states]
+    View b, c;           // [batch, groups, states]
+    View d, dt_bias;     // [heads, dim]
     std::int64_t batch, heads, dim, groups, states;
     bool softplus;
-    bool a_is_log;      // `a` holds log(-A)
+    bool a_is_log;  // `a` holds log(-A)
     int n_threads;
 };
 
@@ -52,11 +52,11 @@ void selective_scan(const SelectiveScanArgs& args, Tier limit);
 void selective_state_update(const StateUpdateArgs& args, Tier limit);
 void mamba_chunk_scan(const ChunkScanArgs& args, Tier limit);
 
-#define KLFAST_DECLARE_SCAN(tier)                        \
-    namespace tier {                                     \
-    void selective_scan(const SelectiveScanArgs& args);  \
+#define KLFAST_DECLARE_SCAN(tier)                             \
+    namespace tier {                                          \
+    void selective_scan(const SelectiveScanArgs& args);       \
     void selective_state_update(const StateUpdateArgs& args); \
-    void mamba_chunk_scan(const ChunkScanArgs& args);          \
+    void mamba_chunk_scan(const ChunkScanArgs& args);         \
     }
 KLFAST_DECLARE_SCAN(scalar)
 KLFAST_DECLARE_SCAN(avx2)

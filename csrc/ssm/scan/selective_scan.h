@@ -20,7 +20,8 @@ constexpr float kLog2E = 0x1.715476p+0f;
 
 // K states through a tile. a, h: [K, W], b, c: [time, pitch] from the first state on; dt, du, y: [time, W].
 template <int K>
-void advance(const float* a, float* h, const float* b, const float* c, std::int64_t pitch, const float* dt, const float* du, float* y, std::int64_t n_t) {
+void advance(const float* a, float* h, const float* b, const float* c, std::int64_t pitch, const float* dt,
+             const float* du, float* y, std::int64_t n_t) {
     constexpr int W = Vec::width;
     Vec state[K], rate[K];
     for (int k = 0; k < K; ++k) state[k] = load(h + k * W), rate[k] = load(a + k * W);
@@ -50,7 +51,8 @@ struct ScanScratch {
 };
 
 // W channels from c on, n_t steps from t0 on.
-inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0, std::int64_t c, std::int64_t n, std::int64_t t0, std::int64_t n_t) {
+inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0,
+                      std::int64_t c, std::int64_t n, std::int64_t t0, std::int64_t n_t) {
     constexpr int W = Vec::width, kStates = 4;
     const std::int64_t n_states = s.states, pitch = round_up(s.states);
     alignas(64) float dt[kTime * W], u[kTime * W], y[kTime * W];
@@ -69,7 +71,8 @@ inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int
     const float* const a = w.a + c * n_states;
     float* const h = w.h + c * n_states;
     std::int64_t k = 0;
-    for (; k + kStates <= n_states; k += kStates) advance<kStates>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
+    for (; k + kStates <= n_states; k += kStates)
+        advance<kStates>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
     for (; k < n_states; ++k) advance<1>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
     if (s.z) {
         load_tile(u, W, s.z, at(s.z), s.z.stride[1], s.z.stride[2], n, n_t);
@@ -82,31 +85,44 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
     constexpr int W = Vec::width;
     const std::int64_t n_states = s.states, pitch = round_up(s.states);
     const auto used = [&](std::int64_t c) { return lanes(block.n - c); };
-    const auto carried = [&](const View& v, std::int64_t c) { return block.batch * v.stride[0] + (block.c0 + c) * v.stride[1]; };
+    const auto carried = [&](const View& v, std::int64_t c) {
+        return block.batch * v.stride[0] + (block.c0 + c) * v.stride[1];
+    };
     for (std::int64_t c = 0; c < block.n; c += W) {
-        load_tile(w.a + c * n_states, W, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1], used(c), n_states);
-        if (s.initial) load_tile(w.h + c * n_states, W, s.initial, carried(s.initial, c), s.initial.stride[1], s.initial.stride[2], used(c), n_states);
-        else for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.h + i, set(0.0f));
+        load_tile(w.a + c * n_states, W, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1], used(c),
+                  n_states);
+        if (s.initial)
+            load_tile(w.h + c * n_states, W, s.initial, carried(s.initial, c), s.initial.stride[1], s.initial.stride[2],
+                      used(c), n_states);
+        else
+            for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.h + i, set(0.0f));
         for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.a + i, load(w.a + i) * set(kLog2E));
         store(w.d + c, set(0.0f)), store(w.bias + c, set(0.0f));
     }
     if (s.d) load_tile(w.d, round_up(block.n), s.d, block.c0 * s.d.stride[0], s.d.stride[0], 0, block.n, 1);
-    if (s.delta_bias) load_tile(w.bias, round_up(block.n), s.delta_bias, block.c0 * s.delta_bias.stride[0], s.delta_bias.stride[0], 0, block.n, 1);
+    if (s.delta_bias)
+        load_tile(w.bias, round_up(block.n), s.delta_bias, block.c0 * s.delta_bias.stride[0], s.delta_bias.stride[0], 0,
+                  block.n, 1);
     for (std::int64_t t0 = 0; t0 < s.length; t0 += kTime) {
         const auto steps = [&](std::int64_t from) { return s.length - from < kTime ? s.length - from : kTime; };
         const auto states = [&](float* tile, const View& v) {
-            load_tile(tile, pitch, v, block.batch * v.stride[0] + block.group * v.stride[1] + t0 * v.stride[3], v.stride[2], v.stride[3], n_states, steps(t0));
+            load_tile(tile, pitch, v, block.batch * v.stride[0] + block.group * v.stride[1] + t0 * v.stride[3],
+                      v.stride[2], v.stride[3], n_states, steps(t0));
         };
         states(w.b, s.b);
         states(w.c, s.c);
         for (std::int64_t c = 0; c < block.n; c += W) {
             for (const View* v : {&s.u, &s.delta, &s.z})  // the next tile, while this one is worked on
-                if (*v && t0 + kTime < s.length) prefetch(*v, block.batch * v->stride[0] + (block.c0 + c) * v->stride[1] + (t0 + kTime) * v->stride[2], v->stride[1], v->stride[2], used(c), steps(t0 + kTime));
+                if (*v && t0 + kTime < s.length)
+                    prefetch(*v,
+                             block.batch * v->stride[0] + (block.c0 + c) * v->stride[1] + (t0 + kTime) * v->stride[2],
+                             v->stride[1], v->stride[2], used(c), steps(t0 + kTime));
             scan_tile(s, w, block.batch, block.c0, c, used(c), t0, steps(t0));
         }
     }
     for (std::int64_t c = 0; c < block.n; c += W)
-        store_tile(w.h + c * n_states, W, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2], used(c), n_states);
+        store_tile(w.h + c * n_states, W, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2], used(c),
+                   n_states);
 }
 
 inline void run(const SelectiveScanArgs& s) {
@@ -123,7 +139,8 @@ inline void run(const SelectiveScanArgs& s) {
         w.b = w.bias + kBlock, w.c = w.b + kTime * pitch;
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t g = item / blocks % s.groups, first = item % blocks * size;
-            scan_block(s, w, {item / (s.groups * blocks), g, g * group + first, group - first < size ? group - first : size});
+            scan_block(s, w,
+                       {item / (s.groups * blocks), g, g * group + first, group - first < size ? group - first : size});
         }
     });
 }

@@ -16,10 +16,14 @@ inline void run(const StateUpdateArgs& s) {
     const std::int64_t n_states = s.states, pitch = round_up(s.states);
     const std::int64_t blocks = (s.dim + W - 1) / W, per_group = s.heads / s.groups;
     const bool shared_rate = n_states > 0 && s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
-    const auto whole_rows = [&](const View& v, int dim) { return v.dtype == DType::f32 && v.stride[dim] == 1 && pitch == n_states; };
-    const bool state_in_place = whole_rows(s.state, 3), a_in_place = whole_rows(s.a, 2);  // usual: no way through scratch
+    const auto whole_rows = [&](const View& v, int dim) {
+        return v.dtype == DType::f32 && v.stride[dim] == 1 && pitch == n_states;
+    };
+    const bool state_in_place = whole_rows(s.state, 3),
+               a_in_place = whole_rows(s.a, 2);  // usual: no way through scratch
     const auto negative_rate = [&](Vec a) { return s.a_is_log ? set(0.0f) - exp(a) : a; };
-    const int threads = worthwhile_threads(s.n_threads, (s.a_is_log ? 27.0 : 15.0) * s.batch * s.heads * s.dim * s.states);
+    const int threads =
+        worthwhile_threads(s.n_threads, (s.a_is_log ? 27.0 : 15.0) * s.batch * s.heads * s.dim * s.states);
     parallel_for(s.batch * s.heads * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const Scratch scratch(4 * pitch);
         float* const a_copy = scratch.data;  // [pitch] each
@@ -29,13 +33,18 @@ inline void run(const StateUpdateArgs& s) {
         alignas(64) float dt[W], x[W], y[W], rate[W], d[W], lane[W];
         for (int i = 0; i < W; ++i) lane[i] = static_cast<float>(i);
         for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads, c0 = item % blocks * W;
+            const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads,
+                               c0 = item % blocks * W;
             const int n = lanes(s.dim - c0);
-            const auto channels = [&](float* to, const View& v, int head_dim) {  // head_dim: which of v's dimensions is the head
-                const std::int64_t base = head_dim * batch * v.stride[0] + head * v.stride[head_dim] + c0 * v.stride[head_dim + 1];
+            const auto channels = [&](float* to, const View& v,
+                                      int head_dim) {  // head_dim: which of v's dimensions is the head
+                const std::int64_t base =
+                    head_dim * batch * v.stride[0] + head * v.stride[head_dim] + c0 * v.stride[head_dim + 1];
                 load_tile(to, W, v, base, v.stride[head_dim + 1], 0, n, 1);
             };
-            const auto states = [&](float* to, const View& v, std::int64_t base, int dim) { load_tile(to, pitch, v, base, v.stride[dim], 0, n_states, 1); };
+            const auto states = [&](float* to, const View& v, std::int64_t base, int dim) {
+                load_tile(to, pitch, v, base, v.stride[dim], 0, n_states, 1);
+            };
             channels(dt, s.dt, 1);
             channels(x, s.x, 1);
             Vec step = load(dt);
@@ -49,7 +58,8 @@ inline void run(const StateUpdateArgs& s) {
             states(b, s.b, batch * s.b.stride[0] + g * s.b.stride[1], 2);
             states(c, s.c, batch * s.c.stride[0] + g * s.c.stride[1], 2);
             for (int i = 0; i < n; ++i) {
-                const std::int64_t base = batch * s.state.stride[0] + head * s.state.stride[1] + (c0 + i) * s.state.stride[2];
+                const std::int64_t base =
+                    batch * s.state.stride[0] + head * s.state.stride[1] + (c0 + i) * s.state.stride[2];
                 const std::int64_t a_base = head * s.a.stride[0] + (c0 + i) * s.a.stride[1];
                 if (!state_in_place) states(h_copy, s.state, base, 3);
                 if (!shared_rate && !a_in_place) states(a_copy, s.a, a_base, 2);
@@ -68,7 +78,8 @@ inline void run(const StateUpdateArgs& s) {
                     store(h + k, next);
                 }
                 if (k < n_states) {  // lanes behind the last state are zeros, whatever an infinite input makes of them
-                    const Vec next = select_less(load(lane), set(static_cast<float>(n_states - k)), step_of(k), set(0.0f));
+                    const Vec next =
+                        select_less(load(lane), set(static_cast<float>(n_states - k)), step_of(k), set(0.0f));
                     dot = fma(next, load(c + k), dot);
                     store(h + k, next);
                 }
@@ -77,7 +88,8 @@ inline void run(const StateUpdateArgs& s) {
             }
             for (int i = n; i < W; ++i) y[i] = 0.0f;
             if (s.z) channels(x, s.z, 1), store(y, load(y) * silu(load(x)));
-            store_tile(y, W, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2], s.out.stride[2], 0, n, 1);
+            store_tile(y, W, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2],
+                       s.out.stride[2], 0, n, 1);
         }
     });
 }

@@ -25,22 +25,40 @@ def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torc
     return compare(teacher, student, targets, torch.arange(teacher.shape[0]))
 
 
-def compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+def compare(
+    teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None, rows: torch.Tensor
+) -> torch.Tensor:
     """Metrics, float32 [8, T], of logits [T, V]; ``rows`` int64 [T] are their tokens' numbers, for errors."""
     tokens, vocab = teacher.shape
     targets = None if targets is None else targets.contiguous()
     out = torch.empty(8, tokens)
     fault = torch.zeros(tokens, dtype=torch.int64)
-    _C.logit_divergence(_matrix(teacher), _matrix(student), tokens, vocab, address(targets), out.data_ptr(), fault.data_ptr(), torch.get_num_threads(), pins.cpu_tier_limit())
+    _C.logit_divergence(
+        _matrix(teacher),
+        _matrix(student),
+        tokens,
+        vocab,
+        address(targets),
+        out.data_ptr(),
+        fault.data_ptr(),
+        torch.get_num_threads(),
+        pins.cpu_tier_limit(),
+    )
     _raise_fault(fault, rows)
     return out
 
 
 def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
-    same_head = quantization[:3] == quantization[3:] and all(map(_same, (t_weight, t_scale, t_zero), (s_weight, s_scale, s_zero)))
+    same_head = quantization[:3] == quantization[3:] and all(
+        map(_same, (t_weight, t_scale, t_zero), (s_weight, s_scale, s_zero))
+    )
     same_hidden = _same(teacher, student)
     t_head = _plain(operands.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]))
-    s_head = t_head if same_head else _plain(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
+    s_head = (
+        t_head
+        if same_head
+        else _plain(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
+    )
     dtype = _operands(teacher, t_head, student, s_head)
     teacher = teacher.detach().reshape(-1, teacher.shape[-1]).to(dtype).contiguous()
     student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).to(dtype).contiguous()
@@ -57,18 +75,27 @@ def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_s
         metrics = torch.empty(8, rows.numel())
         fault = torch.empty(rows.numel(), dtype=torch.int64)
         again = torch.empty(rows.numel(), dtype=torch.bool)
-        _C.divergence_finish(states.data_ptr(), rows.numel(), vocab, metrics.data_ptr(), fault.data_ptr(), again.data_ptr())
+        _C.divergence_finish(
+            states.data_ptr(), rows.numel(), vocab, metrics.data_ptr(), fault.data_ptr(), again.data_ptr()
+        )
         _raise_fault(fault, rows)
         out[:, rows] = metrics
         rows, states = rows[again], states[again]  # states that now hold a better anchor and nothing else
         if rows.numel():
             some_targets = None if targets is None else targets[rows]
             some = student[rows]
-            _accumulate(some if same_hidden else teacher[rows % teacher.shape[0]], t_head, some, s_head, some_targets, states)
+            _accumulate(
+                some if same_hidden else teacher[rows % teacher.shape[0]], t_head, some, s_head, some_targets, states
+            )
     return out
 
 
-def _operands(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, student: torch.Tensor, s_head: torch.Tensor | QuantizedTensor) -> torch.dtype:
+def _operands(
+    teacher: torch.Tensor,
+    t_head: torch.Tensor | QuantizedTensor,
+    student: torch.Tensor,
+    s_head: torch.Tensor | QuantizedTensor,
+) -> torch.dtype:
     """What the products take: float32, which keeps every digit, or what keeps every digit, too, and is faster.
 
     That is bfloat16 for operands in it where the CPU multiplies them natively: its products are exact in float32, where
@@ -88,9 +115,17 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.dtype == b.dtype and a.is_set_to(b))
 
 
-def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, student: torch.Tensor, s_head: torch.Tensor | QuantizedTensor, targets: torch.Tensor | None, states: torch.Tensor) -> None:
+def _accumulate(
+    teacher: torch.Tensor,
+    t_head: torch.Tensor | QuantizedTensor,
+    student: torch.Tensor,
+    s_head: torch.Tensor | QuantizedTensor,
+    targets: torch.Tensor | None,
+    states: torch.Tensor,
+) -> None:
     """Add the whole vocabulary to each student token's state, a block of columns and teacher tokens at a time; the
-    teacher's logits of a block serve all S students, and a student that is the teacher itself needs none of its own."""
+    teacher's logits of a block serve all S students, and a student that is the teacher itself needs none of its own.
+    """
     n_teacher, vocab = teacher.shape[0], t_head.shape[0]
     students = student.shape[0] // n_teacher
     rows = min(_BLOCK_ROWS, n_teacher)
@@ -107,10 +142,22 @@ def _accumulate(teacher: torch.Tensor, t_head: torch.Tensor | QuantizedTensor, s
                 some = slice(s * n_teacher + start, s * n_teacher + stop)
                 s_logits = t_logits if alone else _logits(student[some], s_block, scratch[1])
                 some_targets = None if targets is None else targets[some]
-                _C.divergence_accumulate(_matrix(t_logits), _matrix(s_logits), stop - start, columns, first, address(some_targets), states[some].data_ptr(), torch.get_num_threads(), pins.cpu_tier_limit())
+                _C.divergence_accumulate(
+                    _matrix(t_logits),
+                    _matrix(s_logits),
+                    stop - start,
+                    columns,
+                    first,
+                    address(some_targets),
+                    states[some].data_ptr(),
+                    torch.get_num_threads(),
+                    pins.cpu_tier_limit(),
+                )
 
 
-def _block(head: torch.Tensor | QuantizedTensor, first: int, columns: int, dtype: torch.dtype) -> torch.Tensor | QuantizedTensor:
+def _block(
+    head: torch.Tensor | QuantizedTensor, first: int, columns: int, dtype: torch.dtype
+) -> torch.Tensor | QuantizedTensor:
     """Rows of a head for products with hidden states in ``dtype``."""
     rows = _rows(head, first, columns) if isinstance(head, QuantizedTensor) else head[first : first + columns].detach()
     if dtype == torch.bfloat16:
@@ -122,7 +169,14 @@ def _rows(qt: QuantizedTensor, first: int, count: int) -> QuantizedTensor:
     """Rows of a plain QuantizedTensor; ``first`` is a multiple of 8, so that no word of zero points is cut."""
     words = 32 // qt.spec.bits
     zero_point = None if qt.zero_point is None else qt.zero_point[first // words : -(-(first + count) // words)]
-    return QuantizedTensor(qt.packed[first : first + count], qt.scale[first : first + count], zero_point, (count, qt.shape[1]), qt.spec, qt.layout)
+    return QuantizedTensor(
+        qt.packed[first : first + count],
+        qt.scale[first : first + count],
+        zero_point,
+        (count, qt.shape[1]),
+        qt.spec,
+        qt.layout,
+    )
 
 
 def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
@@ -130,7 +184,17 @@ def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch:
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, head.T, out=out)
     if isinstance(head, QuantizedTensor):
-        dequant_matmul_into(out, hidden, head.packed, head.scale, head.zero_point, None, hidden.shape[1], head.spec.bits, head.spec.group_size)
+        dequant_matmul_into(
+            out,
+            hidden,
+            head.packed,
+            head.scale,
+            head.zero_point,
+            None,
+            hidden.shape[1],
+            head.spec.bits,
+            head.spec.group_size,
+        )
     else:
         linear_into(out, hidden, head, rounded_to=torch.float32)
     return out

@@ -31,12 +31,16 @@ def address(tensor: torch.Tensor | None) -> int:
 
 def view(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
     """Address (as ``address`` gives it), element type and strides (csrc/python/view_caster.h)."""
-    return None if tensor is None else (tensor.data_ptr() or _nowhere(tensor), DTYPE_CODES[tensor.dtype], tensor.stride())
+    return (
+        None if tensor is None else (tensor.data_ptr() or _nowhere(tensor), DTYPE_CODES[tensor.dtype], tensor.stride())
+    )
 
 
 def _nowhere(tensor: torch.Tensor) -> int:
     if tensor.numel():
-        raise InvalidInputError(f"a {list(tensor.shape)} tensor has no memory: its storage was freed or never allocated; pass a tensor with data")
+        raise InvalidInputError(
+            f"a {list(tensor.shape)} tensor has no memory: its storage was freed or never allocated; pass a tensor with data"
+        )
     return 0
 
 

@@ -17,11 +17,26 @@ def dequant_matmul_into(y, x, packed, scale, zero_point, bias, k, bits, group_si
     bias = None if bias is None else bias.contiguous()
     n = y.shape[-1]
     _C.dequant_matmul(
-        address(rows), DTYPE_CODES[x.dtype], stride, address(packed), address(scale), DTYPE_CODES[scale.dtype],
-        address(zero_point), address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y), DTYPE_CODES[y.dtype],
-        y.numel() // max(n, 1), n, k, bits, max(1, k if group_size == -1 else min(group_size, k)), activation == "int8",
-        torch.get_num_threads(), pins.cpu_tier_limit(),
-    )  # fmt: skip
+        address(rows),
+        DTYPE_CODES[x.dtype],
+        stride,
+        address(packed),
+        address(scale),
+        DTYPE_CODES[scale.dtype],
+        address(zero_point),
+        address(bias),
+        DTYPE_CODES[x.dtype if bias is None else bias.dtype],
+        address(y),
+        DTYPE_CODES[y.dtype],
+        y.numel() // max(n, 1),
+        n,
+        k,
+        bits,
+        max(1, k if group_size == -1 else min(group_size, k)),
+        activation == "int8",
+        torch.get_num_threads(),
+        pins.cpu_tier_limit(),
+    )
 
 
 def linear_into(y, x, weight, bias=None, *, rounded_to):
@@ -32,10 +47,23 @@ def linear_into(y, x, weight, bias=None, *, rounded_to):
         weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     _C.linear(
-        address(rows), DTYPE_CODES[x.dtype], stride, address(weight), DTYPE_CODES[weight.dtype], weight.stride(0),
-        address(bias), DTYPE_CODES[x.dtype if bias is None else bias.dtype], address(y), DTYPE_CODES[y.dtype], DTYPE_CODES[rounded_to],
-        y.numel() // max(n, 1), n, k, torch.get_num_threads(), pins.cpu_tier_limit(),
-    )  # fmt: skip
+        address(rows),
+        DTYPE_CODES[x.dtype],
+        stride,
+        address(weight),
+        DTYPE_CODES[weight.dtype],
+        weight.stride(0),
+        address(bias),
+        DTYPE_CODES[x.dtype if bias is None else bias.dtype],
+        address(y),
+        DTYPE_CODES[y.dtype],
+        DTYPE_CODES[rounded_to],
+        y.numel() // max(n, 1),
+        n,
+        k,
+        torch.get_num_threads(),
+        pins.cpu_tier_limit(),
+    )
 
 
 def _rows(x, k):

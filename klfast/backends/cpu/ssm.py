@@ -31,7 +31,9 @@ def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
     out = operands.empty_channel_last(x)
     past = weight.shape[1] - 1
     states = (initial_states, final_states_out)
-    _C.causal_conv1d(*map(view, (x, weight, bias, *states, out)), *x.shape, weight.shape[1], past, past, silu, *_machine())
+    _C.causal_conv1d(
+        *map(view, (x, weight, bias, *states, out)), *x.shape, weight.shape[1], past, past, silu, *_machine()
+    )
     return out
 
 

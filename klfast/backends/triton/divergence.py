@@ -25,7 +25,9 @@ from klfast.reference.divergence import check_targets
 ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
 AT_ONCE = 1024  # tokens
 LOGITS_AT_ONCE = 1 << 24  # of both models: 64 MB, which an H100's second-level cache mostly holds
-Model = tuple[torch.Tensor, torch.Tensor | QuantizedTensor]  # hidden states [T, K] and a head [V, K], if quantized a tiled one
+Model = tuple[
+    torch.Tensor, torch.Tensor | QuantizedTensor
+]  # hidden states [T, K] and a head [V, K], if quantized a tiled one
 
 
 def logit_divergence(teacher, student, targets):
@@ -121,11 +123,16 @@ def _sums_of_products(teacher: Model, student: Model) -> Sums:
     options = dict(family=family(device), cores=cores(device))
 
     def sums(rows: torch.Tensor | None, anchor: torch.Tensor | None) -> Found:
-        hidden = [teacher[0], student[0]] if rows is None else [teacher[0][rows % teacher[0].shape[0]], student[0][rows]]
+        hidden = (
+            [teacher[0], student[0]] if rows is None else [teacher[0][rows % teacher[0].shape[0]], student[0][rows]]
+        )
         entries = max(LOGITS_AT_ONCE // sum(map(len, hidden)) // 512, 1) * 512
         found = []
         for first in range(0, vocab, entries):
-            logits = [_product(some, head, first, min(first + entries, vocab)) for some, (_, head) in zip(hidden, (teacher, student), strict=True)]
+            logits = [
+                _product(some, head, first, min(first + entries, vocab))
+                for some, (_, head) in zip(hidden, (teacher, student), strict=True)
+            ]
             if anchor is None:
                 anchor = _first_anchors(*logits)
             launch, some, index = kernel.plan_sums(*logits, None, anchor, **options)
@@ -143,7 +150,17 @@ def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: 
 
         y = torch.empty(hidden.shape[0], end - first, device=hidden.device)
         zero_point = None if head.zero_point is None else head.zero_point[:, first:end]
-        dequant_product(hidden, head.packed[:, first:end], head.scale[:, first:end], zero_point, None, y, head.shape[1], head.spec.bits, head.spec.group_size)
+        dequant_product(
+            hidden,
+            head.packed[:, first:end],
+            head.scale[:, first:end],
+            zero_point,
+            None,
+            y,
+            head.shape[1],
+            head.spec.bits,
+            head.spec.group_size,
+        )
         return y
     head = head[first:end].detach().T
     if hidden.is_cuda and hidden.dtype == head.dtype != torch.float32:
@@ -164,7 +181,9 @@ def _side(kernel, hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor):
     if isinstance(head, QuantizedTensor):
         bits, group_size = head.spec.bits, head.spec.group_size
         filled = fill_blocks(hidden, bits, group_size)
-        packed, scale, zero_point = (None if t is None else t.contiguous() for t in (head.packed, head.scale, head.zero_point))
+        packed, scale, zero_point = (
+            None if t is None else t.contiguous() for t in (head.packed, head.scale, head.zero_point)
+        )
         return kernel.Side(_dense_rows(filled), packed, scale, zero_point, head.shape[1], bits, group_size)
     head = head.detach()
     if missing := -hidden.shape[1] % kernel.float_block(hidden.shape[1]):
@@ -197,7 +216,14 @@ def _picked(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, targets:
 
 
 def finish(
-    op: str, shape: list[int], sums: Sums, logits: Callable, vocab: int, targets: torch.Tensor | None, picked: torch.Tensor | None, device: torch.device
+    op: str,
+    shape: list[int],
+    sums: Sums,
+    logits: Callable,
+    vocab: int,
+    targets: torch.Tensor | None,
+    picked: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:
     """Metrics, float32 [8, T].
 
@@ -226,16 +252,34 @@ def finish(
         if some.numel():
             teacher, student = (t.cpu() for t in logits(some.to(device)))
             out[:, some] = cpu_divergence.compare(teacher, student, None if targets is None else targets[some], some)
-            pins.slow_path(op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens")
+            pins.slow_path(
+                op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens"
+            )
     return out.to(device)
 
 
-def _metrics(parts: torch.Tensor, index: torch.Tensor, vocab: int, picked: torch.Tensor | None, anchor: torch.Tensor, runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _metrics(
+    parts: torch.Tensor,
+    index: torch.Tensor,
+    vocab: int,
+    picked: torch.Tensor | None,
+    anchor: torch.Tensor,
+    runs: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Metrics float32 [8, R] and verdicts int8 [R], 0 where these hold; ``anchor`` and ``runs`` [R] get those of a further run."""
     count = anchor.numel()
     metrics, verdict = torch.empty(8, count), torch.empty(count, dtype=torch.int8)
     _C.divergence_from_parts(
-        parts.data_ptr(), index.data_ptr(), count, parts.shape[1], vocab, address(picked),
-        anchor.data_ptr(), runs.data_ptr(), metrics.data_ptr(), verdict.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        parts.data_ptr(),
+        index.data_ptr(),
+        count,
+        parts.shape[1],
+        vocab,
+        address(picked),
+        anchor.data_ptr(),
+        runs.data_ptr(),
+        metrics.data_ptr(),
+        verdict.data_ptr(),
+        torch.get_num_threads(),
+    )
     return metrics, verdict

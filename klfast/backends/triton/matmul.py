@@ -26,13 +26,24 @@ def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, l
     if layout != Layout.TILED.value:
         pins.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
         packed, scale, zero_point = parts_in(Layout.TILED, packed, scale, zero_point, n, k, bits, group_size, layout)
-    dequant_product(x.reshape(-1, k), packed, scale, zero_point, bias, y.view(-1, n), k, bits, group_size, int8=activation == "int8")
+    dequant_product(
+        x.reshape(-1, k), packed, scale, zero_point, bias, y.view(-1, n), k, bits, group_size, int8=activation == "int8"
+    )
     return y
 
 
 def dequant_product(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor,
-    k: int, bits: int, group_size: int, *, int8: bool = False,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    k: int,
+    bits: int,
+    group_size: int,
+    *,
+    int8: bool = False,
 ) -> None:
     """Write x [M, K] times a weight's parts in ``Layout.TILED`` to y [M, N], of any float dtype; neither is empty."""
     from klfast.kernels import dequant_matmul as kernel
@@ -42,7 +53,9 @@ def dequant_product(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     contiguous = [None if t is None else t.detach().contiguous() for t in (packed, scale, zero_point, bias)]
-    for launch in kernel.plan(rows, *contiguous, y, k, bits, group_size, int8=int8, family=family(x.device), cores=cores(x.device)):
+    for launch in kernel.plan(
+        rows, *contiguous, y, k, bits, group_size, int8=int8, family=family(x.device), cores=cores(x.device)
+    ):
         launch.run()
 
 
@@ -75,14 +88,24 @@ def _from(module: str, name: str) -> Callable:
     return kernel
 
 
-DIVERGENCE = ("logit_divergence", "linear_divergence")  # their kernels leave sums, which the extension turns into metrics
+DIVERGENCE = (
+    "logit_divergence",
+    "linear_divergence",
+)  # their kernels leave sums, which the extension turns into metrics
 KERNELS = {
     "dequant_matmul": dequant_matmul,
     "decode_attention": decode_attention,
     **{name: _from("divergence", name) for name in DIVERGENCE},
     **{
         name: _from("ssm", name)
-        for name in ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan", "rms_norm")
+        for name in (
+            "causal_conv1d",
+            "causal_conv1d_update",
+            "selective_scan",
+            "selective_state_update",
+            "mamba_chunk_scan",
+            "rms_norm",
+        )
     },
 }
 

@@ -25,7 +25,9 @@ def _convolve(x, weight, bias, past, silu):
 
     out = operands.empty_channel_last(x)
     if out.numel():
-        kernel.plan(x.detach(), weight.detach(), None if bias is None else bias.detach().contiguous(), past, out, silu).run()
+        kernel.plan(
+            x.detach(), weight.detach(), None if bias is None else bias.detach().contiguous(), past, out, silu
+        ).run()
     return out
 
 
@@ -33,7 +35,11 @@ def _keep_last(state, x, before):
     """The last values of ``before`` (zeros if None), then x, into state [B, D, S]."""
     count, length = state.shape[-1], x.shape[-1]
     if length < count:
-        kept = state.new_zeros(*state.shape[:2], count - length) if before is None else before[..., before.shape[-1] - (count - length) :]
+        kept = (
+            state.new_zeros(*state.shape[:2], count - length)
+            if before is None
+            else before[..., before.shape[-1] - (count - length) :]
+        )
         x = torch.cat((kept.to(torch.promote_types(kept.dtype, x.dtype)), x), -1)
     state.copy_(x[..., x.shape[-1] - count :])
 
@@ -53,16 +59,39 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_so
 
     B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     _scan(
-        x=timed(u), dt=timed(delta), a=headed(A, 0), b=B, c=C, d=headed(D, 0), bias=headed(delta_bias, 0), z=timed(z),
-        first=headed(initial_states, 1), last=headed(state, 1), y=timed(out), softplus=delta_softplus,
-    )  # fmt: skip
+        x=timed(u),
+        dt=timed(delta),
+        a=headed(A, 0),
+        b=B,
+        c=C,
+        d=headed(D, 0),
+        bias=headed(delta_bias, 0),
+        z=timed(z),
+        first=headed(initial_states, 1),
+        last=headed(state, 1),
+        y=timed(out),
+        softplus=delta_softplus,
+    )
     return out, state
 
 
 def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     out = x.new_empty(x.shape)
     x, dt, z, y = (None if t is None else t.unsqueeze(1) for t in (x, dt, z, out))
-    _scan(x=x, dt=dt, a=A, b=B.unsqueeze(1), c=C.unsqueeze(1), d=D, bias=dt_bias, z=z, first=state, last=state, y=y, softplus=dt_softplus)
+    _scan(
+        x=x,
+        dt=dt,
+        a=A,
+        b=B.unsqueeze(1),
+        c=C.unsqueeze(1),
+        d=D,
+        bias=dt_bias,
+        z=z,
+        first=state,
+        last=state,
+        y=y,
+        softplus=dt_softplus,
+    )
     return out
 
 
@@ -73,7 +102,18 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
     batch, _, heads, dim = x.shape
     out = x.new_empty(x.shape)
     final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else None
-    same = dict(x=x, b=B, c=C, d=D, z=z, first=initial_states, last=final, y=out, softplus=dt_softplus, dt_limit=(dt_min, dt_max))
+    same = dict(
+        x=x,
+        b=B,
+        c=C,
+        d=D,
+        z=z,
+        first=initial_states,
+        last=final,
+        y=out,
+        softplus=dt_softplus,
+        dt_limit=(dt_min, dt_max),
+    )
     if ssd_scan.is_for(x, B, C):
         for launch in ssd_scan.plan(**_detached(dt=dt, a=A, bias=dt_bias, **same), family=family(x.device)):
             launch.run()

@@ -16,7 +16,9 @@ from klfast.dispatch import registry
 from klfast.models.hymba.configuration import HymbaConfig
 
 
-def rotary_tables(config: HymbaConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+def rotary_tables(
+    config: HymbaConfig, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """cos and sin [B, 1, L, key_dim] of the positions [B, L], computed in float32; None for a model without rotation."""
     if not config.rope:
         return None
@@ -114,7 +116,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
         has_kernel = q.is_cpu or registry.has_kernel("decode_attention", q.device.type.upper())
         if mask is None and has_kernel and not torch.is_grad_enabled():
             return ops.decode_attention(q.squeeze(2), k, v, scale).reshape(batch, 1, heads * value_dim)
-        q = q.reshape(batch, groups, heads // groups, key_dim)  # query heads of a group are queries of one head: no key is copied
+        q = q.reshape(
+            batch, groups, heads // groups, key_dim
+        )  # query heads of a group are queries of one head: no key is copied
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(batch, 1, heads * value_dim)
     if value_dim > key_dim:  # the fast kernels want equal widths; zeros add nothing to a product
         q, k = (F.pad(t, (0, value_dim - key_dim)) for t in (q, k))

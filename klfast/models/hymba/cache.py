@@ -14,7 +14,8 @@ from klfast.models.hymba.padding import Padding
 @dataclass
 class LayerState:
     """Attributes: conv [B, D, d_conv], the last inputs of the convolution; ssm, float32 [B, D, N]; keys (rotated) and
-    values [B, kv_heads, S, width], None in layers that take those of another."""
+    values [B, kv_heads, S, width], None in layers that take those of another.
+    """
 
     conv: torch.Tensor | None = None
     ssm: torch.Tensor | None = None
@@ -53,9 +54,13 @@ class HymbaCache:
         """Raise unless an attention mask [B, length] of what the cache has seen has as much padding as that had."""
         made_with = 0 if self._padding is None else self._padding.counts
         if not bool(((mask == 0).sum(1, keepdim=True) == made_with).all()):
-            raise InvalidInputError("attention_mask has other padding than the Hymba cache was made with; start it with this mask")
+            raise InvalidInputError(
+                "attention_mask has other padding than the Hymba cache was made with; start it with this mask"
+            )
 
-    def begin(self, length: int, batch: int, device: torch.device, padding: Padding | None) -> tuple[torch.Tensor, dict[bool, torch.Tensor]]:
+    def begin(
+        self, length: int, batch: int, device: torch.device, padding: Padding | None
+    ) -> tuple[torch.Tensor, dict[bool, torch.Tensor]]:
         """Positions [B or 1, L] of what comes now, and for each kind of layer those of all keys it will then attend to."""
         if not self.length:
             self._padding = padding

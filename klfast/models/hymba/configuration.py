@@ -8,7 +8,17 @@ from transformers import PreTrainedConfig
 
 from klfast.core.errors import InvalidInputError
 
-_RELEASED_GROUPS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (16, 17, 18), *((i, i + 1) for i in range(19, 31, 2)))
+_RELEASED_GROUPS = (
+    (1, 2),
+    (3, 4),
+    (5, 6),
+    (7, 8),
+    (9, 10),
+    (11, 12),
+    (13, 14),
+    (16, 17, 18),
+    *((i, i + 1) for i in range(19, 31, 2)),
+)
 
 
 class HymbaConfig(PreTrainedConfig):
@@ -125,27 +135,45 @@ class HymbaConfig(PreTrainedConfig):
             if (found := getattr(self, name, -1)) not in (-1, own):
                 raise InvalidInputError(f"klfast's Hymba supports {name} -1 only (here {own}), got {found!r}")
         for whole, part in (
-            ("hidden_size", "num_attention_heads"), ("d_inner", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"), ("key_dim", None),
-        ):  # fmt: skip
+            ("hidden_size", "num_attention_heads"),
+            ("d_inner", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+            ("key_dim", None),
+        ):
             divisor = 2 if part is None else getattr(self, part)
             if divisor < 1 or getattr(self, whole) % divisor:
-                raise InvalidInputError(f"Hymba's {whole} must be a multiple of {part or 2}, got {getattr(self, whole)} and {divisor}")
+                raise InvalidInputError(
+                    f"Hymba's {whole} must be a multiple of {part or 2}, got {getattr(self, whole)} and {divisor}"
+                )
         if self.rope and self.rope_type == "ntk" and (self.key_dim < 4 or not self.orig_max_position_embeddings):
-            raise InvalidInputError("Hymba's rope_type 'ntk' needs orig_max_position_embeddings and query heads of 4 or more channels")
+            raise InvalidInputError(
+                "Hymba's rope_type 'ntk' needs orig_max_position_embeddings and query heads of 4 or more channels"
+            )
         if self.sliding_window is not None and self.global_attn_idx is None:
-            raise InvalidInputError("Hymba's global_attn_idx must be a list where sliding_window is set; give [] if every layer slides")
+            raise InvalidInputError(
+                "Hymba's global_attn_idx must be a list where sliding_window is set; give [] if every layer slides"
+            )
         self._require_neighbours()
 
     def _require_neighbours(self) -> None:
         for group in self.kv_reuse_group or ():
-            if not group or group != list(range(group[0], group[0] + len(group))) or group[0] < 0 or group[-1] >= self.num_hidden_layers:
-                raise InvalidInputError(f"the layers of each kv_reuse_group must be neighbours within 0..{self.num_hidden_layers - 1}, got {group}")
+            if (
+                not group
+                or group != list(range(group[0], group[0] + len(group)))
+                or group[0] < 0
+                or group[-1] >= self.num_hidden_layers
+            ):
+                raise InvalidInputError(
+                    f"the layers of each kv_reuse_group must be neighbours within 0..{self.num_hidden_layers - 1}, got {group}"
+                )
         members = [layer for group in self.kv_reuse_group or () for layer in group]
         if len(members) > len(set(members)):
             raise InvalidInputError("a layer must not be in two groups of kv_reuse_group")
         for layer in range(1, self.num_hidden_layers):
             if not self.owns_kv(layer) and self.is_global(layer) != self.is_global(layer - 1):
-                raise InvalidInputError(f"layers {layer - 1} and {layer} share keys and values, so both or neither must be in global_attn_idx")
+                raise InvalidInputError(
+                    f"layers {layer - 1} and {layer} share keys and values, so both or neither must be in global_attn_idx"
+                )
 
 
 _SUPPORTED = {

@@ -30,7 +30,12 @@ class HymbaMixer(nn.Module):
 
     def __init__(self, config: HymbaConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.key_dim, self.value_dim = layer, config.num_attention_heads, config.key_dim, config.value_dim
+        self.layer, self.heads, self.key_dim, self.value_dim = (
+            layer,
+            config.num_attention_heads,
+            config.key_dim,
+            config.value_dim,
+        )
         self.owns_kv = config.owns_kv(layer)
         width, inner, states, rank = config.hidden_size, config.d_inner, config.mamba_d_state, config.dt_rank
         kv_heads = config.num_key_value_heads
@@ -38,7 +43,9 @@ class HymbaMixer(nn.Module):
         if not self.owns_kv:
             del self.rows["k"], self.rows["v"]
         ends = list(itertools.accumulate(self.rows.values()))
-        self.row_parts = {"in_proj": {use: (end - size, end) for (use, size), end in zip(self.rows.items(), ends, strict=True)}}
+        self.row_parts = {
+            "in_proj": {use: (end - size, end) for (use, size), end in zip(self.rows.items(), ends, strict=True)}
+        }
         self.split = (rank, states, states)
 
         self.in_proj = nn.Linear(width, sum(self.rows.values()), bias=config.mamba_proj_bias)
@@ -48,7 +55,9 @@ class HymbaMixer(nn.Module):
         self.A_log = nn.ParameterList([nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))])
         self.D = nn.ParameterList([nn.Parameter(torch.ones(inner))])
         if config.mamba_inner_layernorms:
-            self.dt_layernorm, self.B_layernorm, self.C_layernorm = (HymbaRMSNorm(part, config.rms_norm_eps) for part in self.split)
+            self.dt_layernorm, self.B_layernorm, self.C_layernorm = (
+                HymbaRMSNorm(part, config.rms_norm_eps) for part in self.split
+            )
         else:
             self.dt_layernorm = self.B_layernorm = self.C_layernorm = None
         self.pre_avg_layernorm1 = HymbaRMSNorm(inner, config.rms_norm_eps)
@@ -93,7 +102,9 @@ class HymbaMixer(nn.Module):
     @contextmanager
     def _weights_loaded(self) -> Iterator[None]:
         """With the weights that are used without calling their module, where accelerate offloads them until it is called."""
-        modules = [module for module in (self.conv1d, self.dt_proj[0], self.A_log, self.D) if hasattr(module, "_hf_hook")]
+        modules = [
+            module for module in (self.conv1d, self.dt_proj[0], self.A_log, self.D) if hasattr(module, "_hf_hook")
+        ]
         for module in modules:
             module._hf_hook.pre_forward(module)
         try:
@@ -102,7 +113,9 @@ class HymbaMixer(nn.Module):
             for module in modules:
                 module._hf_hook.post_forward(module, None)
 
-    def _state_space(self, x: torch.Tensor, z: torch.Tensor, padding: torch.Tensor | None, cache: HymbaCache | None) -> torch.Tensor:
+    def _state_space(
+        self, x: torch.Tensor, z: torch.Tensor, padding: torch.Tensor | None, cache: HymbaCache | None
+    ) -> torch.Tensor:
         """silu(convolution), then the selective scan, gated by z: [B, L, D]."""
         state = None if cache is None else cache.layers[self.layer]
         continued = state is not None and state.conv is not None
@@ -125,7 +138,9 @@ class HymbaMixer(nn.Module):
         delta = _product(dt, projection.weight)  # its bias is added in float32
         A = -torch.exp(self.A_log[0].float())
         u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
-        y, last = ssm.scan(u, delta, A, B, C, self.D[0], z, projection.bias, state.ssm if continued else None, state is not None)
+        y, last = ssm.scan(
+            u, delta, A, B, C, self.D[0], z, projection.bias, state.ssm if continued else None, state is not None
+        )
         if state is not None:
             state.ssm = last
             if not continued:
@@ -138,7 +153,9 @@ class HymbaMixer(nn.Module):
         if not all(type(norm) is HymbaRMSNorm and norm.eps == norms[0].eps for norm in norms):
             return None
         A_log, D = (self.A_log._parameters, "0"), (self.D._parameters, "0")
-        return mamba_step.Parts(self.conv1d, self.x_proj[0], self.dt_proj[0], A_log, D, norms[0].eps if norms else None, norms)
+        return mamba_step.Parts(
+            self.conv1d, self.x_proj[0], self.dt_proj[0], A_log, D, norms[0].eps if norms else None, norms
+        )
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

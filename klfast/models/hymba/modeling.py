@@ -155,7 +155,9 @@ class HymbaModel(HymbaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give either input_ids or inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, HymbaCache):
-            raise InvalidInputError(f"past_key_values must be a klfast.models.hymba.HymbaCache, got {type(past_key_values).__name__}")
+            raise InvalidInputError(
+                f"past_key_values must be a klfast.models.hymba.HymbaCache, got {type(past_key_values).__name__}"
+            )
         text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = text.shape[:2]
         if not batch or not length:
@@ -173,12 +175,16 @@ class HymbaModel(HymbaPreTrainedModel):
         if cache is not None:
             positions, keys = cache.begin(memory + length, batch, text.device, padding)
         else:
-            positions = padding.positions() if padding else torch.arange(memory + length, device=text.device).unsqueeze(0)
+            positions = (
+                padding.positions() if padding else torch.arange(memory + length, device=text.device).unsqueeze(0)
+            )
             keys = {True: positions, False: positions}
         hidden = self._with_memory(text, memory, padding)
         padded = padding is not None or (cache is not None and cache.padded)
         windows = {True: None, False: self.config.sliding_window}
-        masks = {kind: key_mask(positions, keys[kind], self.config.num_memory_tokens, windows[kind], padded) for kind in keys}
+        masks = {
+            kind: key_mask(positions, keys[kind], self.config.num_memory_tokens, windows[kind], padded) for kind in keys
+        }
         rotary = rotary_tables(self.config, positions, text.dtype)
         nothing = None if padding is None else (positions < 0).unsqueeze(-1)
 
@@ -188,7 +194,9 @@ class HymbaModel(HymbaPreTrainedModel):
             if wanted:
                 seen.append(hidden)
             mask = masks[self.config.is_global(index)]
-            hidden, shared_kv = layer(hidden, shared_kv=shared_kv, rotary=rotary, attention_mask=mask, padding=nothing, cache=cache)
+            hidden, shared_kv = layer(
+                hidden, shared_kv=shared_kv, rotary=rotary, attention_mask=mask, padding=nothing, cache=cache
+            )
         hidden = self.final_layernorm(hidden)
         if cache is not None:
             cache.finish(length, positions, keys)
@@ -196,7 +204,9 @@ class HymbaModel(HymbaPreTrainedModel):
         if padding is not None:
             hidden, seen = padding.restore(hidden), [padding.restore(one) for one in seen]
         all_hidden = (*seen, hidden) if wanted else None
-        return BaseModelOutputWithPast(last_hidden_state=hidden[:, memory:], past_key_values=cache, hidden_states=all_hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[:, memory:], past_key_values=cache, hidden_states=all_hidden
+        )
 
     def _with_memory(self, text: torch.Tensor, memory: int, padding: Padding | None) -> torch.Tensor:
         """[B, memory + T, H]: the memory tokens, if they are to come, and the text."""
@@ -243,13 +253,24 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             Others: as for HymbaModel.
         """
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
         hidden = outputs.last_hidden_state
-        places = slice(-logits_to_keep if logits_to_keep else None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        places = (
+            slice(-logits_to_keep if logits_to_keep else None, None)
+            if isinstance(logits_to_keep, int)
+            else logits_to_keep
+        )
         logits = self.lm_head(hidden[:, places]).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )

@@ -17,7 +17,8 @@ from klfast.core.errors import InvalidInputError
 @dataclass(frozen=True)
 class Padding:
     """Attributes: order, int64 [B, T], the input place of each token, padding first; counts, int64 [B, 1], how many are
-    padding; memory, the number of memory tokens."""
+    padding; memory, the number of memory tokens.
+    """
 
     order: torch.Tensor
     counts: torch.Tensor
@@ -29,7 +30,9 @@ class Padding:
         if mask is None:
             return None
         if tuple(mask.shape) != tuple(shape):
-            raise InvalidInputError(f"attention_mask must be {list(shape)} like the tokens, 0 for padding, got {list(mask.shape)}")
+            raise InvalidInputError(
+                f"attention_mask must be {list(shape)} like the tokens, 0 for padding, got {list(mask.shape)}"
+            )
         real = (mask != 0).long()
         if bool(real.all()):
             return None
@@ -44,7 +47,9 @@ class Padding:
         text = text.gather(1, self.order.unsqueeze(-1).expand_as(text))
         together = torch.cat((memory_tokens, text), dim=1)
         places, counts = self._places(), self.counts
-        source = torch.where(places < counts, places + self.memory, torch.where(places < counts + self.memory, places - counts, places))
+        source = torch.where(
+            places < counts, places + self.memory, torch.where(places < counts + self.memory, places - counts, places)
+        )
         return together.gather(1, source.unsqueeze(-1).expand_as(together))
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +61,11 @@ class Padding:
     def memory_first(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Places (along ``dim``) as arranged -> [memory tokens | padding | text]."""
         places, counts = self._places(), self.counts
-        source = torch.where(places < self.memory, places + counts, torch.where(places < counts + self.memory, places - self.memory, places))
+        source = torch.where(
+            places < self.memory,
+            places + counts,
+            torch.where(places < counts + self.memory, places - self.memory, places),
+        )
         shape = [x.shape[0], *(-1 if d == dim else 1 for d in range(1, x.dim()))]
         return x.gather(dim, source.view(shape).expand_as(x))
 

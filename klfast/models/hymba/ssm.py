@@ -18,14 +18,18 @@ def causal_conv1d_fn(x, weight, bias, activation):
 def mamba_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False):
     """For gradients: as ops.selective_scan_fn, in plain torch. A training script may put a faster one in its place."""
     pins.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
-    y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, None, delta_softplus)
+    y, last = reference_ssm.selective_scan(
+        u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, None, delta_softplus
+    )
     return (y, last) if return_last_state else y
 
 
 _NO_GRADIENTS = "klfast's functions have no gradients; use torch.inference_mode()."
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None) -> torch.Tensor:
+def convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None
+) -> torch.Tensor:
     """silu(causal depthwise convolution) of x [B, D, L]; ``state`` [B, D, W], what came before, moves on in place."""
     if state is not None:
         if _gradients(x, weight):
@@ -54,7 +58,9 @@ def scan(u, delta, A, B, C, D, z, delta_bias, state, want_state: bool) -> tuple[
         out = function(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=want_state)
         return (out[0], out[1].detach()) if want_state else (out, None)
     if _gradients(u, delta, A):
-        y, last = reference_ssm.selective_scan(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, state, True)
+        y, last = reference_ssm.selective_scan(
+            u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, state, True
+        )
         return y, last.detach()
     if u.shape[-1] > 1:
         return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, True, True, state)

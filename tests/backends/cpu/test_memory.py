@@ -167,7 +167,9 @@ thread.join()
     )
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages to advise")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages to advise"
+)
 def test_the_system_takes_both_advices(monkeypatch):
     advised = []
 

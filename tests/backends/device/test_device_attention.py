@@ -3,6 +3,8 @@
 import pytest
 import test_attention as cases
 import torch
+from klfast.kernels import decode_attention as kernel
+from klfast.kernels import launch
 from test_attention import (  # noqa: F401
     test_a_nan_shows,
     test_any_strides_and_mixed_types,
@@ -13,8 +15,6 @@ from test_attention import (  # noqa: F401
 )
 
 from klfast import ops
-from klfast.kernels import decode_attention as kernel
-from klfast.kernels import launch
 from klfast.quant.types import FLOAT_DTYPES
 
 
@@ -42,7 +42,9 @@ def test_the_last_part_may_be_short_and_the_largest_score_anywhere(device):
     for at in (0, 63, 64, 199):
         q, k, v = cases.inputs(1, 4, 2, 200, 16, 16)
         k[:, :, at] *= 50
-        torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0).double(), cases.truth(q, k, v, 1.0), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            ops.decode_attention(q, k, v, 1.0).double(), cases.truth(q, k, v, 1.0), rtol=1e-4, atol=2e-5
+        )
 
 
 def test_writes_all_of_y_and_no_more(device):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from klfast.kernels import dequant_matmul as kernel
+from klfast.kernels import launch
 from test_dequant_matmul import CHECKS, SPECS, operands
 
 from klfast import Layout, QuantLinear, QuantSpec, dequant_matmul, quantize
 from klfast.backends import operands
 from klfast.core.errors import SlowPathWarning
-from klfast.kernels import dequant_matmul as kernel
-from klfast.kernels import launch
 from klfast.quant import layouts
 from klfast.quant.types import FLOAT_DTYPES
 
@@ -84,7 +84,20 @@ def test_writes_all_of_y_and_no_more(device, m, activation):
         buffer = torch.full((2 * guard + m * n,), torch.nan, device=device)
         y = buffer[guard : guard + m * n].view(m, n)
         rows = layouts.fill_blocks(x.to(device), spec.bits, spec.group_size)
-        for one in kernel.plan(rows, tiled.packed, tiled.scale, None, bias.to(device), y, k, 4, 64, int8=activation == "int8", family="nvidia", cores=cores):
+        for one in kernel.plan(
+            rows,
+            tiled.packed,
+            tiled.scale,
+            None,
+            bias.to(device),
+            y,
+            k,
+            4,
+            64,
+            int8=activation == "int8",
+            family="nvidia",
+            cores=cores,
+        ):
             one.run()
         CHECKS[activation](x, qt, bias, y.cpu())
         assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all()
@@ -123,13 +136,23 @@ def test_strides_dimensions_and_empty_operands(device, activation):
     spec = QuantSpec(4, 32, False)
     x, qt, bias = operands(6, 20, 128, spec)
     want = run(device, x, qt, bias, activation)
-    for other in (x.view(2, 3, 128), x.T.contiguous().T, torch.cat([x, x], 1)[:, :128], x.view(3, 2, 128), x[:1].expand(6, 128)):
+    for other in (
+        x.view(2, 3, 128),
+        x.T.contiguous().T,
+        torch.cat([x, x], 1)[:, :128],
+        x.view(3, 2, 128),
+        x[:1].expand(6, 128),
+    ):
         rows = want if other.stride(0) else want[:1].expand(6, 20)
-        torch.testing.assert_close(run(device, other, qt, bias, activation), rows.reshape(*other.shape[:-1], 20), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            run(device, other, qt, bias, activation), rows.reshape(*other.shape[:-1], 20), rtol=1e-5, atol=1e-4
+        )
     torch.testing.assert_close(run(device, x[0], qt, bias, activation), want[0], rtol=1e-5, atol=1e-4)
     assert run(device, x[:0], qt, bias, activation).shape == (0, 20)
     narrow = quantize(torch.randn(20, 4), QuantSpec(8, -1)).to_layout(Layout.TILED)
-    narrow = type(narrow)(narrow.packed[:0].new_zeros(0, 20, 32), narrow.scale[:0], None, (20, 0), narrow.spec, Layout.TILED)
+    narrow = type(narrow)(
+        narrow.packed[:0].new_zeros(0, 20, 32), narrow.scale[:0], None, (20, 0), narrow.spec, Layout.TILED
+    )
     assert torch.equal(run(device, x[:, :0], narrow, bias, activation), bias.expand(6, -1))
 
 

@@ -8,16 +8,7 @@ import pytest
 import test_divergence as cases
 import test_divergence_range as ranges
 import torch
-
-
-import klfast
-from klfast import _C
-from klfast.backends.triton import divergence as triton_divergence
-from klfast.core.errors import SlowPathWarning
-from klfast.dispatch import pins
 from klfast.kernels import divergence_terms, launch
-from klfast.quant import layouts
-from klfast.quant.types import FLOAT_DTYPES
 
 # Each of these takes the tier that runs it; here that is Triton.
 from test_divergence import (  # noqa: F401
@@ -26,6 +17,14 @@ from test_divergence import (  # noqa: F401
     test_strides_and_leading_dimensions,
     test_ties_go_to_the_lowest_index,
 )
+
+import klfast
+from klfast import _C
+from klfast.backends.triton import divergence as triton_divergence
+from klfast.core.errors import SlowPathWarning
+from klfast.dispatch import pins
+from klfast.quant import layouts
+from klfast.quant.types import FLOAT_DTYPES
 
 
 @pytest.fixture
@@ -92,7 +91,9 @@ def test_masks(who, mask):
         for noise, vocab, entries in ((1e-3, 50, 7), (0.1, 3000, 400), (2.0, 3000, 2995)):
             teacher, student = ranges.masked(who, mask, noise, vocab, entries)
             targets = torch.randint(0, vocab, (3,))
-            cases.assert_matches(klfast.logit_divergence(teacher, student, targets), ranges.expected_of(teacher, student, targets))
+            cases.assert_matches(
+                klfast.logit_divergence(teacher, student, targets), ranges.expected_of(teacher, student, targets)
+            )
 
 
 LARGE = {
@@ -120,7 +121,9 @@ def test_too_large_for_the_kernels(kind, monkeypatch):
 def test_names_of_wide_tokens():
     teacher, student = torch.randn(3, 300), 1e4 * torch.randn(3, 300)
     student[2, 7] = math.inf
-    with pytest.raises(klfast.KlfastError, match="the student's logit of token 2, vocabulary entry 7, is a NaN or an infinity"):
+    with pytest.raises(
+        klfast.KlfastError, match="the student's logit of token 2, vocabulary entry 7, is a NaN or an infinity"
+    ):
         klfast.logit_divergence(teacher, student)
 
 
@@ -147,15 +150,25 @@ def test_linear_equals_logits(students):
     cases.test_linear_equals_logits("triton", 300, students)
 
 
-@pytest.mark.parametrize("spec", [klfast.QuantSpec(4, 8), klfast.QuantSpec(4, 64, False), klfast.QuantSpec(8, -1, False)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [klfast.QuantSpec(4, 8), klfast.QuantSpec(4, 64, False), klfast.QuantSpec(8, -1, False)], ids=str
+)
 def test_quantized_heads(spec, family):
     hidden, head = torch.randn(4, 70), torch.randn(205, 70)
     qt = klfast.quantize(head, spec)
     plain, rounded = hidden @ head.T, hidden @ qt.dequantize(torch.float32).T
     targets = torch.randint(0, 205, (4,))
     qt = qt.to_layout(klfast.Layout.TILED)
-    for teacher, student, logits in ((head, qt, (plain, rounded)), (qt, head, (rounded, plain)), (qt, qt, (rounded, rounded))):
-        cases.assert_matches(klfast.linear_divergence(hidden, teacher, hidden, student, targets), cases.truth(*logits, targets), rtol=1e-3)
+    for teacher, student, logits in (
+        (head, qt, (plain, rounded)),
+        (qt, head, (rounded, plain)),
+        (qt, qt, (rounded, rounded)),
+    ):
+        cases.assert_matches(
+            klfast.linear_divergence(hidden, teacher, hidden, student, targets),
+            cases.truth(*logits, targets),
+            rtol=1e-3,
+        )
 
 
 def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
@@ -163,7 +176,9 @@ def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
     monkeypatch.setattr(triton_divergence, "AT_ONCE", 2)
     monkeypatch.setattr(pins, "_warned", set())
     converted, convert = [], layouts.convert
-    monkeypatch.setattr(layouts, "convert", lambda qt, layout: converted.append((qt.layout, layout)) or convert(qt, layout))
+    monkeypatch.setattr(
+        layouts, "convert", lambda qt, layout: converted.append((qt.layout, layout)) or convert(qt, layout)
+    )
     hidden, qt = torch.randn(7, 70), klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(4, 32, False))
     other, targets = klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(8, -1)), torch.randint(0, 205, (7,))
     logits = [hidden @ each.dequantize(torch.float32).T for each in (qt, other)]
@@ -188,13 +203,22 @@ def test_linear_of_half_precision(dtype):
     student = (teacher.float() + 0.1 * torch.randn(70, 64)).to(dtype)
     logits = teacher.float() @ head.float().T, student.float() @ head.float().T
     cases.assert_matches(klfast.linear_divergence(teacher, head, student, head), cases.truth(*logits), rtol=1e-4)
-    cases.assert_matches(klfast.linear_divergence(teacher, head.float(), student, head), cases.truth(*logits), rtol=1e-4)
+    cases.assert_matches(
+        klfast.linear_divergence(teacher, head.float(), student, head), cases.truth(*logits), rtol=1e-4
+    )
 
 
 def test_linear_of_other_widths_and_split_over_the_vocabulary(monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda _: 100)
-    (teacher, t_head), (student, s_head) = (torch.randn(5, 33), torch.randn(4300, 33)), (torch.randn(5, 20), torch.randn(20, 4300).T)
-    cases.assert_matches(klfast.linear_divergence(teacher, t_head, student, s_head), cases.truth(teacher @ t_head.T, student @ s_head.T), rtol=1e-4)
+    (teacher, t_head), (student, s_head) = (
+        (torch.randn(5, 33), torch.randn(4300, 33)),
+        (torch.randn(5, 20), torch.randn(20, 4300).T),
+    )
+    cases.assert_matches(
+        klfast.linear_divergence(teacher, t_head, student, s_head),
+        cases.truth(teacher @ t_head.T, student @ s_head.T),
+        rtol=1e-4,
+    )
 
 
 def test_linear_with_misleading_first_entries():

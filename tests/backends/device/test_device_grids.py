@@ -1,7 +1,6 @@
 """CUDA takes at most 65,535 programs along a grid's second and third axis: many tokens or heads belong along the first."""
 
 import torch
-
 from klfast.kernels import (
     causal_conv1d,
     decode_attention,
@@ -12,6 +11,7 @@ from klfast.kernels import (
     ssd_scan,
 )
 from klfast.kernels.ssm_common import NO_LIMIT
+
 from klfast.quant.layouts import Tiling
 
 MANY = 70_000
@@ -34,17 +34,37 @@ def test_many_sequences():
     for family in ("nvidia", "intel"):
         check(*ssd_scan.plan(dt=x[..., 0], a=d[:, 0], bias=d[:, 0], family=family, **scan))
     check(causal_conv1d.plan(empty(MANY, 48, 4), empty(48, 4), empty(48), None, empty(MANY, 48, 4), True))
-    check(*decode_attention.plan(empty(MANY, 1, 16), empty(MANY, 1, 300, 16), empty(MANY, 1, 300, 16), empty(MANY, 1, 16), 1.0, cores=132))
+    check(
+        *decode_attention.plan(
+            empty(MANY, 1, 16), empty(MANY, 1, 300, 16), empty(MANY, 1, 300, 16), empty(MANY, 1, 16), 1.0, cores=132
+        )
+    )
 
 
 def test_many_tokens():
     x = empty(MANY, 1, 64)
     check(rms_norm.plan(x, empty(64), None, x, 1e-5, 16))
     logits, anchor = empty(MANY, 500), empty(MANY, dtype=torch.float32)
-    check(logit_divergence.plan_anchors(logits, logits, anchor), logit_divergence.plan_sums(logits, logits, None, anchor, family="nvidia", cores=132)[0])
+    check(
+        logit_divergence.plan_anchors(logits, logits, anchor),
+        logit_divergence.plan_sums(logits, logits, None, anchor, family="nvidia", cores=132)[0],
+    )
     tiling = Tiling.of(1024, 4, 64)
     packed, scale = empty(tiling.n_tiles, 16, 64, dtype=torch.uint8), empty(16, 16)
     for int8 in (False, True):
-        launches = dequant_matmul.plan(empty(MANY, 1024), packed, scale, None, None, empty(MANY, 16), 1024, 4, 64, int8=int8, family="nvidia", cores=132_000)
+        launches = dequant_matmul.plan(
+            empty(MANY, 1024),
+            packed,
+            scale,
+            None,
+            None,
+            empty(MANY, 16),
+            1024,
+            4,
+            64,
+            int8=int8,
+            family="nvidia",
+            cores=132_000,
+        )
         assert launches[-1].kernel is dequant_matmul.split_sum
         check(*launches)

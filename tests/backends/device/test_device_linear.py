@@ -26,7 +26,10 @@ def _on_the_device(device):
 def test_strides_and_empty():
     for dtype in FLOAT_DTYPES:
         x, weight, bias = operands(20, 50, 130, dtype)
-        for a, w in ((x.T.contiguous().T, weight), (torch.cat([x, x], 1)[:, :130], torch.cat([weight, weight], 1)[:, 130:])):
+        for a, w in (
+            (x.T.contiguous().T, weight),
+            (torch.cat([x, x], 1)[:, :130], torch.cat([weight, weight], 1)[:, 130:]),
+        ):
             check(x, weight, bias, ops.linear(a.view(2, 10, 130), w, bias).view(20, 50), dtype)
         assert ops.linear(x[:0], weight).shape == (0, 50) and ops.linear(x, weight[:0]).shape == (20, 0)
         assert torch.equal(ops.linear(x[:, :0], weight[:, :0], bias), bias.to(dtype).expand(20, -1))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny
+from klfast.kernels.launch import Launch
 
 import klfast
-from klfast.kernels.launch import Launch
 
 
 @pytest.fixture(params=[family for family in FAMILIES if "mamba" in family])
@@ -65,7 +65,9 @@ def test_generates_the_same_tokens(model, device):
     x = ids(device, 2, 5)
     with torch.inference_mode():
         plain = model.generate(x, max_new_tokens=3, do_sample=False)
-        torch.testing.assert_close(klfast.accelerate(model).generate(x, max_new_tokens=3, do_sample=False), plain, rtol=0, atol=0)
+        torch.testing.assert_close(
+            klfast.accelerate(model).generate(x, max_new_tokens=3, do_sample=False), plain, rtol=0, atol=0
+        )
         torch.testing.assert_close(klfast.generate(model, x, 3), plain, rtol=0, atol=0)
 
 

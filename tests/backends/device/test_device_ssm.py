@@ -35,7 +35,9 @@ def test_conv(shape, width):
     cases.test_conv(*shape, width, "triton")
 
 
-@pytest.mark.parametrize("shape, states", [((1, 1, 1, 1), 1), ((2, 5, 2, 5), 3), ((1, 48, 33, 3), 16), ((1, 100, 20, 1), 128)])
+@pytest.mark.parametrize(
+    "shape, states", [((1, 1, 1, 1), 1), ((2, 5, 2, 5), 3), ((1, 48, 33, 3), 16), ((1, 100, 20, 1), 128)]
+)
 def test_scan(shape, states):
     cases.test_scan(*shape, states, "triton")
 
@@ -51,7 +53,9 @@ def test_state_update(shape, state_dtype):
     cases.test_state_update(*shape, state_dtype, "triton")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 33, 2, 16, 1, 16), (1, 20, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 33, 2, 16, 1, 16), (1, 20, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)]
+)
 def test_chunk_scan(shape, monkeypatch):
     monkeypatch.setattr(ssd_scan, "is_for", lambda *_: False)  # step by step
     cases.test_chunk_scan(*shape, "triton")
@@ -61,7 +65,10 @@ def test_chunk_scan(shape, monkeypatch):
 def test_chunk_scan_in_chunks(shape, family):
     """What is computed in two bfloat16 parts loses more in the interpreter, which cuts them off instead of rounding."""
     variants = [(full, dtype) for full in (True, False) for dtype in (torch.bfloat16, torch.float16)]
-    assert all(ssd_scan.is_for(torch.empty(1, *shape[1:4], dtype=dtype), *[torch.empty(1, 1, 1, shape[5], dtype=dtype)] * 2) for _, dtype in variants)
+    assert all(
+        ssd_scan.is_for(torch.empty(1, *shape[1:4], dtype=dtype), *[torch.empty(1, 1, 1, shape[5], dtype=dtype)] * 2)
+        for _, dtype in variants
+    )
     cases.check_chunk_scan(*shape, variants, factor=12)
 
 
@@ -85,7 +92,11 @@ def in_chunks(x, dt, a, b, c, family):
 
 
 def operands_of_chunks(length, heads=2, channels=16, states=16):
-    x, b, c = torch.randn(1, length, heads, channels), torch.randn(1, length, 1, states), torch.randn(1, length, 1, states)
+    x, b, c = (
+        torch.randn(1, length, heads, channels),
+        torch.randn(1, length, 1, states),
+        torch.randn(1, length, 1, states),
+    )
     return x.half(), torch.rand(1, length, heads) / 8, -torch.rand(heads) - 1, b.half(), c.half()
 
 
@@ -96,7 +107,17 @@ def test_chunks_keep_the_digits_of_short_steps_among_long_ones(family):
     y, last = in_chunks(x, dt, a, b, c, family)
     flat = lambda t: t.permute(0, 2, 3, 1).reshape(1, 32, 96)  # noqa: E731
     rate = a.repeat_interleave(16)[:, None].expand(-1, 16)
-    true, state = cases.true_scan(flat(x), flat(dt[..., None].expand(x.shape)), rate, b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), None, None, None, False)
+    true, state = cases.true_scan(
+        flat(x),
+        flat(dt[..., None].expand(x.shape)),
+        rate,
+        b.permute(0, 2, 3, 1),
+        c.permute(0, 2, 3, 1),
+        None,
+        None,
+        None,
+        False,
+    )
     # What is cut into two bfloat16 parts loses 3e-5.
     assert (last.double() - state.view(last.shape)).abs().max() <= 6e-5 * state.abs().max()
     true = true.view(1, 2, 16, 96).permute(0, 3, 1, 2)
@@ -127,10 +148,19 @@ def test_softplus_and_silu():
     def check(found, expected):
         assert ((found.flatten().double() - expected).abs() <= rtol * expected.abs() + 1e-37).all()
 
-    check(cases.ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True), torch.log1p(torch.exp(-true.abs())) + true.clamp_min(0))
-    check(cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu"), true / (1 + torch.exp(-true)))
+    check(
+        cases.ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True),
+        torch.log1p(torch.exp(-true.abs())) + true.clamp_min(0),
+    )
+    check(
+        cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu"),
+        true / (1 + torch.exp(-true)),
+    )
 
 
-@pytest.mark.parametrize(("shape", "group"), [((1,), 1), ((3, 63), 21), ((2, 5, 100), None), ((2, 3, 4, 48), 16), ((0, 8), None), ((1, 9, 5000), None)])
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((1,), 1), ((3, 63), 21), ((2, 5, 100), None), ((2, 3, 4, 48), 16), ((0, 8), None), ((1, 9, 5000), None)],
+)
 def test_rms_norm(shape, group):
     cases.test_rms_norm(shape, group, "triton")

@@ -12,5 +12,7 @@ os.environ["CL_CONFIG_LLVM_OPTIONS"] = "-optimize-regalloc=0 -fast-isel"
 
 if importlib.util.find_spec("klfast.kernels") is None:  # a source tree, not installed in this environment
     folder = Path(__file__).resolve().parents[3] / "kernels" / "triton"
-    spec = importlib.util.spec_from_file_location("klfast.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        "klfast.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     sys.modules["klfast.kernels"] = importlib.util.module_from_spec(spec)

@@ -10,17 +10,20 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import klfast
 import test_divergence
 import torch
 import torch.nn.functional as F
-from klfast import Layout, QuantSpec, ops, reference
 from klfast.kernels import rms_norm, selective_scan
 from test_dequant_matmul import operands
 from test_ssm_ops import true_conv, true_scan
 from triton_launches import FLOATS, OTHER_SPECS, SPECS
 
-ROUNDING = {dtype: torch.finfo(dtype).eps / 2 + 1e-5 for dtype in FLOATS.values()}  # of the largest value: storing y, float32 sums
+import klfast
+from klfast import Layout, QuantSpec, ops, reference
+
+ROUNDING = {
+    dtype: torch.finfo(dtype).eps / 2 + 1e-5 for dtype in FLOATS.values()
+}  # of the largest value: storing y, float32 sums
 OF_METRICS = 3e-5
 OF_TWO_PARTS = 3e-5  # factors in two bfloat16 parts lose 2^-16 each
 OF_PRODUCTS = 1e-4  # metrics of logits that are sums of float32 products themselves
@@ -53,7 +56,16 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 def cases() -> list[Case]:
     """All, those of a group together."""
-    every = (*dequant_matmul(), *logit_divergence(), *linear_divergence(), *convolution(), *scan(), *chunks(), *norm(), *attention())
+    every = (
+        *dequant_matmul(),
+        *logit_divergence(),
+        *linear_divergence(),
+        *convolution(),
+        *scan(),
+        *chunks(),
+        *norm(),
+        *attention(),
+    )
     return sorted(every, key=lambda case: case.group)
 
 
@@ -67,17 +79,28 @@ def dequant_matmul() -> Iterator[Case]:
                 yield matmul_case(m, 112, 2048, spec, dtype, "exact")
             yield matmul_case(m, 112, 2048, spec, torch.float16, "int8")
     for spec in OTHER_SPECS:
-        for m, dtype, activation in ((1, torch.float32, "exact"), (80, torch.float32, "exact"), (80, torch.float16, "exact"), (80, torch.float16, "int8")):
+        for m, dtype, activation in (
+            (1, torch.float32, "exact"),
+            (80, torch.float32, "exact"),
+            (80, torch.float16, "exact"),
+            (80, torch.float16, "int8"),
+        ):
             yield matmul_case(m, 112, 2048, spec, dtype, activation)
     yield matmul_case(16, 48, 2048, SPECS[0], torch.bfloat16, "int8", cores=2, has_bias=False)  # in four parts
     for spec in (QuantSpec(4, 100, False), QuantSpec(4, 32, False), QuantSpec(8, -1)):
         for m, n, k, activation, cores in (
-            (1, 45, 700, "exact", 100), (13, 45, 515, "exact", 1), (13, 45, 515, "int8", 100), (67, 70, 160, "exact", 100), (67, 70, 160, "int8", 1),
-        ):  # fmt: skip
+            (1, 45, 700, "exact", 100),
+            (13, 45, 515, "exact", 1),
+            (13, 45, 515, "int8", 100),
+            (67, 70, 160, "exact", 100),
+            (67, 70, 160, "int8", 1),
+        ):
             yield matmul_case(m, n, k, spec, torch.float32, activation, cores)
 
 
-def matmul_case(m: int, n: int, k: int, spec: QuantSpec, dtype: torch.dtype, activation: str, cores: int = 1, has_bias: bool = True) -> Case:
+def matmul_case(
+    m: int, n: int, k: int, spec: QuantSpec, dtype: torch.dtype, activation: str, cores: int = 1, has_bias: bool = True
+) -> Case:
     def run() -> float:
         x, qt, bias = operands(m, n, k, spec, x_dtype=dtype)
         bias = bias.to(dtype) if has_bias else None
@@ -95,7 +118,10 @@ def matmul_case(m: int, n: int, k: int, spec: QuantSpec, dtype: torch.dtype, act
 
 def error_of_metrics(found: klfast.Divergence, truth: dict[str, torch.Tensor]) -> float:
     """The largest one of all metrics, each relative to its value."""
-    each = [((getattr(found, name).double() - value).abs() / value.abs().clamp_min(1e-12)).nan_to_num(nan=math.inf) for name, value in truth.items()]
+    each = [
+        ((getattr(found, name).double() - value).abs() / value.abs().clamp_min(1e-12)).nan_to_num(nan=math.inf)
+        for name, value in truth.items()
+    ]
     return float(torch.stack(each).max())
 
 
@@ -114,9 +140,16 @@ def logits_case(vocab: int, dtype: torch.dtype, misleading: bool = False) -> Cas
             student[:2, :2048] -= 20
             teacher[:2, 3000], student[:2, 3000] = 25, 25.5
         teacher, student, targets = teacher.to(dtype), student.to(dtype), torch.tensor([5, 0, vocab - 1])
-        return error_of_metrics(klfast.logit_divergence(teacher, student, targets), test_divergence.truth(teacher, student, targets))
+        return error_of_metrics(
+            klfast.logit_divergence(teacher, student, targets), test_divergence.truth(teacher, student, targets)
+        )
 
-    return Case(f"logit_divergence, {str(dtype)[6:]}", f"{vocab} entries{', misleading first ones' if misleading else ''}", run, OF_METRICS)
+    return Case(
+        f"logit_divergence, {str(dtype)[6:]}",
+        f"{vocab} entries{', misleading first ones' if misleading else ''}",
+        run,
+        OF_METRICS,
+    )
 
 
 def linear_divergence() -> Iterator[Case]:
@@ -129,12 +162,26 @@ def linear_divergence() -> Iterator[Case]:
 
 
 def heads_case(
-    tokens: int, vocab: int, features: int, dtype: torch.dtype, spec: QuantSpec | None, cores: int = 1, teacher: torch.dtype | None = None
+    tokens: int,
+    vocab: int,
+    features: int,
+    dtype: torch.dtype,
+    spec: QuantSpec | None,
+    cores: int = 1,
+    teacher: torch.dtype | None = None,
 ) -> Case:
     def run() -> float:
         hidden, head = torch.randn(tokens, features), 2 * torch.randn(vocab, features) / features**0.5
-        noisy, other = hidden + 0.1 * torch.randn(tokens, features), head + 0.1 * torch.randn(vocab, features) / features**0.5
-        hidden, head, noisy, other = hidden.to(teacher or dtype), head.to(teacher or dtype), noisy.to(dtype), other.to(dtype)
+        noisy, other = (
+            hidden + 0.1 * torch.randn(tokens, features),
+            head + 0.1 * torch.randn(vocab, features) / features**0.5,
+        )
+        hidden, head, noisy, other = (
+            hidden.to(teacher or dtype),
+            head.to(teacher or dtype),
+            noisy.to(dtype),
+            other.to(dtype),
+        )
         plain = other
         if spec is not None:
             other = klfast.quantize(other.float(), spec).to_layout(Layout.TILED)
@@ -152,10 +199,18 @@ def heads_case(
 
 
 def convolution() -> Iterator[Case]:
-    for batch, channels, length, dtype in ((2, 1536, 32, torch.bfloat16), (2, 1536, 1, torch.bfloat16), (3, 77, 19, torch.float32)):
+    for batch, channels, length, dtype in (
+        (2, 1536, 32, torch.bfloat16),
+        (2, 1536, 1, torch.bfloat16),
+        (3, 77, 19, torch.float32),
+    ):
 
         def run(batch=batch, channels=channels, length=length, dtype=dtype) -> float:
-            x, weight, bias = torch.randn(batch, length, channels).transpose(1, 2).to(dtype), torch.randn(channels, 4).to(dtype), torch.randn(channels).to(dtype)
+            x, weight, bias = (
+                torch.randn(batch, length, channels).transpose(1, 2).to(dtype),
+                torch.randn(channels, 4).to(dtype),
+                torch.randn(channels).to(dtype),
+            )
             past = torch.randn(batch, channels, 3)
             found = ops.causal_conv1d_fn(x, weight, bias, initial_states=past, activation="silu")
             return error(found, true_conv(x, weight, bias, past, True)[0])
@@ -173,7 +228,9 @@ def scan() -> Iterator[Case]:
     yield scan_case(1, 200, 1, 33, 16, torch.float32, free)
 
 
-def scan_case(batch: int, length: int, heads: int, channels: int, size: int, dtype: torch.dtype, limit: tuple[float, float]) -> Case:
+def scan_case(
+    batch: int, length: int, heads: int, channels: int, size: int, dtype: torch.dtype, limit: tuple[float, float]
+) -> Case:
     def run() -> float:
         x, dt, z = (torch.randn(batch, length, heads, channels).to(dtype) for _ in range(3))
         b, c = (torch.randn(batch, length, 1, size).to(dtype) for _ in range(2))
@@ -182,10 +239,20 @@ def scan_case(batch: int, length: int, heads: int, channels: int, size: int, dty
         step = F.softplus(dt.double() + bias.double(), threshold=1e3).clamp(*limit)
         flat = lambda t: t.permute(0, 2, 3, 1).reshape(batch, heads * channels, length)  # noqa: E731
         truth, last = true_scan(
-            flat(x), flat(step), a.reshape(heads * channels, size), b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), d.flatten(), flat(z), None, False,
+            flat(x),
+            flat(step),
+            a.reshape(heads * channels, size),
+            b.permute(0, 2, 3, 1),
+            c.permute(0, 2, 3, 1),
+            d.flatten(),
+            flat(z),
+            None,
+            False,
             state.reshape(batch, heads * channels, size),
-        )  # fmt: skip
-        selective_scan.plan(x=x, dt=dt, a=a, b=b, c=c, d=d, bias=bias, z=z, first=state, last=state, y=y, softplus=True, dt_limit=limit).run()
+        )
+        selective_scan.plan(
+            x=x, dt=dt, a=a, b=b, c=c, d=d, bias=bias, z=z, first=state, last=state, y=y, softplus=True, dt_limit=limit
+        ).run()
         error_of_y = error(y, truth.view(batch, heads, channels, length).permute(0, 3, 1, 2))
         return max(error_of_y, error(state, last.view(state.shape)) * ROUNDING[dtype] / ROUNDING[torch.float32])
 
@@ -200,20 +267,37 @@ def chunks() -> Iterator[Case]:
         yield chunk_case(1, 75, 3, 32, 16, dtype, (0.0, 1.0))
 
 
-def chunk_case(batch: int, length: int, heads: int, channels: int, size: int, dtype: torch.dtype, limit: tuple[float, float]) -> Case:
+def chunk_case(
+    batch: int, length: int, heads: int, channels: int, size: int, dtype: torch.dtype, limit: tuple[float, float]
+) -> Case:
     def run() -> float:
         x, z = (torch.randn(batch, length, heads, channels).to(dtype) for _ in range(2))
         b, c = (torch.randn(batch, length, 1, size).to(dtype) for _ in range(2))
-        dt, a, bias, d = torch.randn(batch, length, heads).to(dtype), -4 * torch.rand(heads), torch.randn(heads), torch.randn(heads, channels)
+        dt, a, bias, d = (
+            torch.randn(batch, length, heads).to(dtype),
+            -4 * torch.rand(heads),
+            torch.randn(heads),
+            torch.randn(heads, channels),
+        )
         first = torch.randn(batch, heads, channels, size)
-        options = dict(D=d, z=z, dt_bias=bias, initial_states=first, dt_softplus=True, dt_limit=limit, return_final_states=True)
+        options = dict(
+            D=d, z=z, dt_bias=bias, initial_states=first, dt_softplus=True, dt_limit=limit, return_final_states=True
+        )
         y, last = ops.mamba_chunk_scan_combined(x, dt, a, b, c, 64, **options)
         step = F.softplus(dt.double() + bias.double(), threshold=1e3).clamp(*limit)
         flat = lambda t: t.permute(0, 2, 3, 1).reshape(batch, heads * channels, length)  # noqa: E731
         truth, state = true_scan(
-            flat(x), flat(step[..., None].expand(x.shape)), a.repeat_interleave(channels)[:, None].expand(-1, size),
-            b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), d.flatten(), flat(z), None, False, first.reshape(batch, heads * channels, size),
-        )  # fmt: skip
+            flat(x),
+            flat(step[..., None].expand(x.shape)),
+            a.repeat_interleave(channels)[:, None].expand(-1, size),
+            b.permute(0, 2, 3, 1),
+            c.permute(0, 2, 3, 1),
+            d.flatten(),
+            flat(z),
+            None,
+            False,
+            first.reshape(batch, heads * channels, size),
+        )
         error_of_y = error(y, truth.view(batch, heads, channels, length).permute(0, 3, 1, 2))
         return max(error_of_y, error(last, state.view(last.shape)) * ROUNDING[dtype] / OF_TWO_PARTS)
 
@@ -223,7 +307,13 @@ def chunk_case(batch: int, length: int, heads: int, channels: int, size: int, dt
 
 def norm() -> Iterator[Case]:
     for length in (32, 1):
-        for channels, group, is_gated in ((768, 768, False), (4096, 4096, False), (5120, 5120, True), (1536, 192, True), (16, 16, False)):
+        for channels, group, is_gated in (
+            (768, 768, False),
+            (4096, 4096, False),
+            (5120, 5120, True),
+            (1536, 192, True),
+            (16, 16, False),
+        ):
             yield norm_case(2, length, channels, group, is_gated, torch.bfloat16)
     yield norm_case(3, 5, 99, 33, True, torch.float32)
 
@@ -237,7 +327,12 @@ def norm_case(batch: int, length: int, channels: int, group: int, is_gated: bool
         v = (x.double() if gate is None else x.double() * F.silu(gate.double())).unflatten(2, (-1, group))
         return error(y, (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight.double())
 
-    return Case(f"rms_norm, {str(dtype)[6:]}", f"{batch} x {length} x {channels}, groups of {group}{', gated' if is_gated else ''}", run, ROUNDING[dtype])
+    return Case(
+        f"rms_norm, {str(dtype)[6:]}",
+        f"{batch} x {length} x {channels}, groups of {group}{', gated' if is_gated else ''}",
+        run,
+        ROUNDING[dtype],
+    )
 
 
 # attention --------------------------------------------------------------------------------------------------------
@@ -249,9 +344,14 @@ def attention() -> Iterator[Case]:
     yield attention_case(2, 6, 2, 700, 48, 33, torch.float32, cores=10)
 
 
-def attention_case(batch: int, heads: int, groups: int, keys: int, key_dim: int, value_dim: int, dtype: torch.dtype, cores: int = 1) -> Case:
+def attention_case(
+    batch: int, heads: int, groups: int, keys: int, key_dim: int, value_dim: int, dtype: torch.dtype, cores: int = 1
+) -> Case:
     def run() -> float:
-        q, k, v = (torch.randn(batch, *shape).to(dtype) for shape in ((heads, key_dim), (groups, keys, key_dim), (groups, keys, value_dim)))
+        q, k, v = (
+            torch.randn(batch, *shape).to(dtype)
+            for shape in ((heads, key_dim), (groups, keys, key_dim), (groups, keys, value_dim))
+        )
         found = ops.decode_attention(q, k, v, 0.125)
         wide, k, v = q.double(), *(t.double().repeat_interleave(heads // groups, 1) for t in (k, v))
         weight = torch.softmax(0.125 * torch.einsum("bhd,bhsd->bhs", wide, k), -1)

@@ -33,8 +33,15 @@ def check_all(shipped: dict[str, Compiled]) -> int:
             continue
         with ThreadPoolExecutor(WORKERS) as pool:
             complaints = pool.map(lambda compiled: _complaint(ocloc, device, compiled), shipped.values())  # noqa: B023
-            wrong = [f"FAILED  {name}: {complaint}" for name, complaint in zip(shipped, complaints, strict=True) if complaint]
-        print(f"Machine code for {device} ({ocloc}): {len(shipped) - len(wrong)} of {len(shipped)} programs compile without spills", *wrong, sep="\n", flush=True)
+            wrong = [
+                f"FAILED  {name}: {complaint}" for name, complaint in zip(shipped, complaints, strict=True) if complaint
+            ]
+        print(
+            f"Machine code for {device} ({ocloc}): {len(shipped) - len(wrong)} of {len(shipped)} programs compile without spills",
+            *wrong,
+            sep="\n",
+            flush=True,
+        )
         failures += len(wrong)
     return failures
 
@@ -45,10 +52,26 @@ def _knows(ocloc: str, device: str) -> bool:
 
 def _complaint(ocloc: str, device: str, compiled: Compiled) -> str:
     """What is wrong with a program on a device; empty if nothing."""
-    command = [ocloc, "compile", "-device", device, "-spirv_input", "-file", "in.spv", "-output", "out", "-output_no_suffix"]
+    command = [
+        ocloc,
+        "compile",
+        "-device",
+        device,
+        "-spirv_input",
+        "-file",
+        "in.spv",
+        "-output",
+        "out",
+        "-output_no_suffix",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in.spv").write_bytes(compiled.spirv)
-        done = subprocess.run([*command, "-options", compiled.build_flags, "--format", "zebin"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-options", compiled.build_flags, "--format", "zebin"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             return " ".join((done.stdout + done.stderr).split())[-300:]
         size = SPILL_SIZE.search(next(Path(folder).glob("out*")).read_bytes())  # out, later out.bin

@@ -28,9 +28,16 @@ class OpenCLCPU:
     """
 
     def __init__(self):
-        devices = [device for platform in cl.get_platforms() if "Intel" in platform.vendor for device in platform.get_devices(cl.device_type.CPU)]
+        devices = [
+            device
+            for platform in cl.get_platforms()
+            if "Intel" in platform.vendor
+            for device in platform.get_devices(cl.device_type.CPU)
+        ]
         if not devices:
-            raise RuntimeError("no Intel OpenCL CPU device; is intel-opencl-rt installed, and does OCL_ICD_VENDORS name its libintelocl.so?")
+            raise RuntimeError(
+                "no Intel OpenCL CPU device; is intel-opencl-rt installed, and does OCL_ICD_VENDORS name its libintelocl.so?"
+            )
         self.device = devices[0]
         self._context = cl.Context([self.device])
         self._queue = cl.CommandQueue(self._context)
@@ -48,14 +55,20 @@ class OpenCLCPU:
         if compiled.spirv not in self._linked:
             program = cl.Program(self._context, for_cpu(compiled.spirv))
             program.compile()
-            self._linked[compiled.spirv] = cl.Kernel(cl.link_program(self._context, [program, self._builtins] if compiled.dpas else [program]), compiled.name)
+            self._linked[compiled.spirv] = cl.Kernel(
+                cl.link_program(self._context, [program, self._builtins] if compiled.dpas else [program]), compiled.name
+            )
         kernel = self._linked[compiled.spirv]
-        args = [_argument(launch.args[p.name]) for p in launch.kernel.params if not is_compiled_in(p, launch.args[p.name])]
+        args = [
+            _argument(launch.args[p.name]) for p in launch.kernel.params if not is_compiled_in(p, launch.args[p.name])
+        ]
         if kernel.num_args > len(args):
             args.append(cl.LocalMemory(max(compiled.shared, 1)))
         kernel.set_args(*args)
         grid = (*launch.grid, 1, 1)[:3]
-        cl.enqueue_nd_range_kernel(self._queue, kernel, (grid[0] * compiled.threads, *grid[1:]), (compiled.threads, 1, 1)).wait()
+        cl.enqueue_nd_range_kernel(
+            self._queue, kernel, (grid[0] * compiled.threads, *grid[1:]), (compiled.threads, 1, 1)
+        ).wait()
         self.ran[compiled.spirv] = compiled.name
 
 

@@ -7,10 +7,10 @@ from itertools import groupby
 
 import pytest
 import torch
-from klfast.dispatch import pins
 from klfast.kernels import launch
 from test_ssm_ops import poison
 
+from klfast.dispatch import pins
 from xpu.cases import cases
 from xpu.lunar_lake import Compiled
 from xpu.opencl_cpu import OpenCLCPU
@@ -35,7 +35,10 @@ def run_all(shipped: dict[str, Compiled]) -> int:
         failures += len(idle)
         print(f"FAILED  no case runs {', '.join(sorted(idle))}")
     left = [name for name, compiled in shipped.items() if compiled.spirv not in ran]
-    print(f"{len(shipped) - len(left)} of {len(shipped)} shipped programs ran as they are{'; not ' + ', '.join(left) if left else ''}", flush=True)
+    print(
+        f"{len(shipped) - len(left)} of {len(shipped)} shipped programs ran as they are{'; not ' + ', '.join(left) if left else ''}",
+        flush=True,
+    )
     return failures
 
 
@@ -56,6 +59,8 @@ def runtime_of_kernels(patch: pytest.MonkeyPatch, cpu: OpenCLCPU, cores: int):
     patch.setattr(launch, "family", lambda _: "intel")
     patch.setattr(launch, "cores", lambda _: cores)
     patch.setattr(launch.Launch, "run", lambda self: cpu.run(self))
-    patch.setattr(pins, "interprets_triton", lambda: True)  # Triton kernels for tensors on the CPU; it is no interpreter here
+    patch.setattr(
+        pins, "interprets_triton", lambda: True
+    )  # Triton kernels for tensors on the CPU; it is no interpreter here
     poison(patch)
     return pins.using("triton")

@@ -33,4 +33,6 @@ def _is_attribute(instruction: tuple[int, ...]) -> bool:
     op = instruction[0] & 0xFFFF
     if op == OP_EXTENSION:
         return struct.pack(f"<{len(instruction) - 1}I", *instruction[1:]).rstrip(b"\0") == ATTRIBUTES_EXTENSION
-    return (op == OP_CAPABILITY and instruction[1] == KERNEL_ATTRIBUTES) or (op == OP_EXECUTION_MODE and instruction[2] == MAX_WORKGROUP_SIZE)
+    return (op == OP_CAPABILITY and instruction[1] == KERNEL_ATTRIBUTES) or (
+        op == OP_EXECUTION_MODE and instruction[2] == MAX_WORKGROUP_SIZE
+    )

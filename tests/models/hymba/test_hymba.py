@@ -124,13 +124,23 @@ def test_visible():
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [-2, -1, 0, 1, 2, 3, 4]])
     seen = attention.visible(positions, positions, memory=2, window=2)[:, 0].int().tolist()
     assert seen[0] == [
-        [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1, 1, 1],
+    ]
     assert seen[1] == [
-        [1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0],
-        [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 1, 1],
+    ]
 
 
 def test_continuing_with_gradients():
@@ -152,7 +162,14 @@ def test_continuing_with_gradients():
 def test_sampling():
     model = tiny_model()
     ids = torch.randint(0, 61, (3, 5))
-    options = {"max_new_tokens": 15, "do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": None, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": 15,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 20,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     found = []
     for use_cache in (False, True):
         torch.manual_seed(3)
@@ -193,7 +210,11 @@ def test_16_bit(dtype):
     model.to(dtype)
     whole, cache = model(ids).logits, model(ids[:, :20], use_cache=True).past_key_values
     rest = model(ids[:, 20:], past_key_values=cache).logits
-    assert whole.dtype == torch.float32 and cache.layers[0].keys.dtype == dtype and cache.layers[0].ssm.dtype == torch.float32
+    assert (
+        whole.dtype == torch.float32
+        and cache.layers[0].keys.dtype == dtype
+        and cache.layers[0].ssm.dtype == torch.float32
+    )
     inevitable = model.float()(ids).logits - expected
     assert (whole - expected).std() < 3 * inevitable.std()
     assert (rest - expected[:, 20:]).std() < 3 * inevitable[:, 20:].std()  # later tokens are further off
@@ -202,7 +223,8 @@ def test_16_bit(dtype):
 @torch.inference_mode()
 def test_16_bit_at_the_depth_of_the_release():
     """Over 32 layers roundings grow, and cached and uncached logits differ; but both are equally far from float32 with
-    the same weights, and not further from each other."""
+    the same weights, and not further from each other.
+    """
     depth = {"num_hidden_layers": 32, "global_attn_idx": [0, 15, 31], "kv_reuse_group": HymbaConfig().kv_reuse_group}
     model, ids = tiny_model(torch.bfloat16, **depth), torch.randint(0, 61, (4, 20))
     for name, parameter in model.named_parameters():
@@ -237,9 +259,13 @@ def test_the_sizes_of_the_release():
 def test_without_options():
     """No rotation, no inner norms, biased projections, no window: the recurrence still agrees with itself."""
     for changes in (
-        {"rope": False}, {"mamba_inner_layernorms": False, "mamba_proj_bias": True, "mamba_conv_bias": False}, {"sliding_window": None, "global_attn_idx": None},
-        {"kv_reuse_group": None, "kv_reuse_every_i_layer": 2, "global_attn_idx": []}, {"num_memory_tokens": 0}, {"tie_word_embeddings": False},
-    ):  # fmt: skip
+        {"rope": False},
+        {"mamba_inner_layernorms": False, "mamba_proj_bias": True, "mamba_conv_bias": False},
+        {"sliding_window": None, "global_attn_idx": None},
+        {"kv_reuse_group": None, "kv_reuse_every_i_layer": 2, "global_attn_idx": []},
+        {"num_memory_tokens": 0},
+        {"tie_word_embeddings": False},
+    ):
         model, ids = tiny_model(**changes), torch.randint(0, 61, (2, 20))
         whole = model(ids).logits
         cache = model(ids[:, :11], use_cache=True).past_key_values
@@ -263,12 +289,24 @@ def test_bad_input():
         for message, call in (
             ("give either input_ids or inputs_embeds", lambda: model()),
             (r"at least one sequence of one token, got \[2, 0\]", lambda: model(ids[:, :0])),
-            ("past_key_values must be a klfast.models.hymba.HymbaCache, got list", lambda: model(ids, past_key_values=[])),
+            (
+                "past_key_values must be a klfast.models.hymba.HymbaCache, got list",
+                lambda: model(ids, past_key_values=[]),
+            ),
             (r"attention_mask must be \[2, 5\] like the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
-            ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4]))),
-            ("padding only in the call that starts it", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 9 + [0]] * 2))),
+            (
+                "padding only in the call that starts it",
+                lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4])),
+            ),
+            (
+                "padding only in the call that starts it",
+                lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 9 + [0]] * 2)),
+            ),
             ("the Hymba cache holds 2 sequences, got 1", lambda: model(ids[:1], past_key_values=cache)),
-            ("other padding than the Hymba cache was made with", lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 10, [0] + [1] * 9]))),
+            (
+                "other padding than the Hymba cache was made with",
+                lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 10, [0] + [1] * 9])),
+            ),
         ):
             with pytest.raises(InvalidInputError, match=message):
                 call()

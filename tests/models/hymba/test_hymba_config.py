@@ -19,17 +19,34 @@ CONSUMERS = [2, 4, 6, 8, 10, 12, 14, 17, 18, 20, 22, 24, 26, 28, 30]
 
 def released_shapes():
     """Keys and shapes of nvidia/Hymba-1.5B-Base."""
-    shapes = {"model.embed_tokens.weight": [32001, 1600], "lm_head.weight": [32001, 1600], "model.memory_tokens": [128, 1600], "model.final_layernorm.weight": [1600]}
+    shapes = {
+        "model.embed_tokens.weight": [32001, 1600],
+        "lm_head.weight": [32001, 1600],
+        "model.memory_tokens": [128, 1600],
+        "model.final_layernorm.weight": [1600],
+    }
     for i in range(32):
         layer = {
-            "input_layernorm.weight": [1600], "mamba.in_proj.weight": [8000 if i in CONSUMERS else 8960, 1600],
-            "mamba.conv1d.weight": [3200, 1, 4], "mamba.conv1d.bias": [3200], "mamba.x_proj.0.weight": [132, 3200],
-            "mamba.dt_proj.0.weight": [3200, 100], "mamba.dt_proj.0.bias": [3200], "mamba.A_log.0": [3200, 16], "mamba.D.0": [3200],
-            "mamba.dt_layernorm.weight": [100], "mamba.B_layernorm.weight": [16], "mamba.C_layernorm.weight": [16],
-            "mamba.pre_avg_layernorm1.weight": [3200], "mamba.pre_avg_layernorm2.weight": [3200], "mamba.out_proj.weight": [1600, 3200],
-            "pre_moe_layernorm.weight": [1600], "moe.experts.0.gate_proj.weight": [5504, 1600], "moe.experts.0.up_proj.weight": [5504, 1600],
+            "input_layernorm.weight": [1600],
+            "mamba.in_proj.weight": [8000 if i in CONSUMERS else 8960, 1600],
+            "mamba.conv1d.weight": [3200, 1, 4],
+            "mamba.conv1d.bias": [3200],
+            "mamba.x_proj.0.weight": [132, 3200],
+            "mamba.dt_proj.0.weight": [3200, 100],
+            "mamba.dt_proj.0.bias": [3200],
+            "mamba.A_log.0": [3200, 16],
+            "mamba.D.0": [3200],
+            "mamba.dt_layernorm.weight": [100],
+            "mamba.B_layernorm.weight": [16],
+            "mamba.C_layernorm.weight": [16],
+            "mamba.pre_avg_layernorm1.weight": [3200],
+            "mamba.pre_avg_layernorm2.weight": [3200],
+            "mamba.out_proj.weight": [1600, 3200],
+            "pre_moe_layernorm.weight": [1600],
+            "moe.experts.0.gate_proj.weight": [5504, 1600],
+            "moe.experts.0.up_proj.weight": [5504, 1600],
             "moe.experts.0.down_proj.weight": [1600, 5504],
-        }  # fmt: skip
+        }
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
 
@@ -61,7 +78,9 @@ def test_released_size():
 def test_who_owns_keys(changes, owners):
     config = HymbaConfig(num_hidden_layers=7, global_attn_idx=[], **changes)
     assert [layer for layer in range(7) if config.owns_kv(layer)] == owners
-    assert [layer for layer in range(7) if config.passes_kv(layer)] == [layer for layer in range(6) if layer + 1 not in owners]
+    assert [layer for layer in range(7) if config.passes_kv(layer)] == [
+        layer for layer in range(6) if layer + 1 not in owners
+    ]
     config.require_supported()
 
 
@@ -69,7 +88,11 @@ def test_initial_weights():
     torch.manual_seed(0)
     model = HymbaForCausalLM(HymbaConfig(**{**TINY, "hidden_size": 80, "num_memory_tokens": 50}))
     mixer, embedding = model.model.layers[1].mamba, model.model.embed_tokens.weight
-    assert mixer.in_proj.weight.std().sub(0.02).abs() < 1e-3 and embedding[1:].std().sub(0.02).abs() < 1e-3 and not embedding[0].any()
+    assert (
+        mixer.in_proj.weight.std().sub(0.02).abs() < 1e-3
+        and embedding[1:].std().sub(0.02).abs() < 1e-3
+        and not embedding[0].any()
+    )
     assert model.model.memory_tokens.std().sub(1).abs() < 0.05
     assert not mixer.dt_proj[0].bias.any() and (mixer.D[0] == 1).all()
     torch.testing.assert_close(mixer.A_log[0].exp(), torch.arange(1.0, 17).expand(160, -1))
@@ -83,14 +106,25 @@ def test_config_survives_saving(name, tmp_path):
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert again.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
-    raw, stored = json.loads((GOLDEN / name / "config.json").read_text()), json.loads((tmp_path / "config.json").read_text())
+    raw, stored = (
+        json.loads((GOLDEN / name / "config.json").read_text()),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
     gone = {"attn_implementation", "attn_implementation_new", "torch_dtype", "output_router_logits"}
-    assert {key: stored.get(key) for key in raw if key not in gone} == {key: raw[key] for key in raw if key not in gone} | {"use_cache": False}
+    assert {key: stored.get(key) for key in raw if key not in gone} == {
+        key: raw[key] for key in raw if key not in gone
+    } | {"use_cache": False}
 
 
 def test_auto_map_is_not_followed(tmp_path):
     """The release names code of its own in config.json; it is neither run nor asked for."""
-    copy_golden(tmp_path, auto_map={"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"})
+    copy_golden(
+        tmp_path,
+        auto_map={
+            "AutoConfig": "configuration_hymba.HymbaConfig",
+            "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
+        },
+    )
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is HymbaForCausalLM
     assert type(load_model(tmp_path)) is HymbaForCausalLM
     assert not hasattr(AutoConfig.from_pretrained(tmp_path), "auto_map")
@@ -125,7 +159,11 @@ def test_stored_head(tmp_path):
     model = load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model(ids).logits, expected(ids).logits)
-    copy_golden(tmp_path, tensors=tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, tie_word_embeddings=False)
+    copy_golden(
+        tmp_path,
+        tensors=tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2},
+        tie_word_embeddings=False,
+    )
     torch.testing.assert_close(load_model(tmp_path)(ids).logits, expected(ids).logits * 2)
 
 
@@ -135,7 +173,10 @@ def test_wrong_tensors_are_named(tmp_path):
     for changed, message in (
         ({k: v for k, v in tensors.items() if k != name}, f"lacks 1 of the model's tensors, such as {name}"),
         (tensors | {name: tensors[name][1:]}, rf"{name} must have shape \[35, 96\], got \[34, 96\]"),
-        (tensors | {"model.layers.0.moe.router.weight": torch.ones(2)}, "holds 1 tensors that the model does not have, such as model.layers.0.moe.router.weight"),
+        (
+            tensors | {"model.layers.0.moe.router.weight": torch.ones(2)},
+            "holds 1 tensors that the model does not have, such as model.layers.0.moe.router.weight",
+        ),
     ):
         copy_golden(tmp_path, tensors={k: v.contiguous() for k, v in changed.items()})
         with pytest.raises(CheckpointError, match=message):
@@ -159,7 +200,10 @@ def test_wrong_tensors_are_named(tmp_path):
         ({"kv_reuse_group": [[1, 3]]}, r"kv_reuse_group must be neighbours within 0..4, got \[1, 3\]"),
         ({"kv_reuse_group": [[4, 5]]}, r"kv_reuse_group must be neighbours within 0..4, got \[4, 5\]"),
         ({"kv_reuse_group": [[1, 2], [2, 3]]}, "must not be in two groups"),
-        ({"kv_reuse_group": [[0, 1]]}, "layers 0 and 1 share keys and values, so both or neither must be in global_attn_idx"),
+        (
+            {"kv_reuse_group": [[0, 1]]},
+            "layers 0 and 1 share keys and values, so both or neither must be in global_attn_idx",
+        ),
     ],
 )
 def test_unsupported_configurations(changes, message, tmp_path):
@@ -184,7 +228,11 @@ def test_cache_size(dtype):
         kept = [None if state.keys is None else state.keys.shape[2] for state in cache.layers]
         assert kept == [memory + tokens, min(memory + tokens, memory + window), None, None, memory + tokens]
         stored = [t for state in cache.layers for t in vars(state).values() if t is not None]
-        assert sum(t.untyped_storage().nbytes() for t in stored) == cache.nbytes == state_bytes(model.config, tokens, dtype)
+        assert (
+            sum(t.untyped_storage().nbytes() for t in stored)
+            == cache.nbytes
+            == state_bytes(model.config, tokens, dtype)
+        )
 
 
 def test_cache_size_of_the_release():

@@ -14,7 +14,12 @@ class OffloadHook:
     """What accelerate's cpu_offload gives to each module that holds weights: they are on the meta device but during its call."""
 
     def __init__(self, module):
-        self.weights = {name: (dict_, tensor) for dict_ in (module._parameters, module._buffers) for name, tensor in dict_.items() if tensor is not None}
+        self.weights = {
+            name: (dict_, tensor)
+            for dict_ in (module._parameters, module._buffers)
+            for name, tensor in dict_.items()
+            if tensor is not None
+        }
         self.loaded = 0
         self.post_forward(module, None)
 
@@ -25,7 +30,11 @@ class OffloadHook:
 
     def post_forward(self, module, output):
         for name, (dict_, tensor) in self.weights.items():
-            dict_[name] = torch.nn.Parameter(tensor.to("meta"), tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else tensor.to("meta")
+            dict_[name] = (
+                torch.nn.Parameter(tensor.to("meta"), tensor.requires_grad)
+                if isinstance(tensor, torch.nn.Parameter)
+                else tensor.to("meta")
+            )
 
 
 def offload(model):

@@ -17,7 +17,11 @@ def batch(side, vocab=61):
     rows = [torch.randint(0, vocab, (n,)) for n in LENGTHS]
     ids, mask = torch.randint(0, vocab, (len(rows), width)), torch.zeros(len(rows), width, dtype=torch.long)
     for row, (text, n) in enumerate(zip(rows, LENGTHS, strict=True)):
-        place = {"left": torch.arange(width - n, width), "right": torch.arange(n), "scattered": torch.randperm(width)[:n].sort().values}[side]
+        place = {
+            "left": torch.arange(width - n, width),
+            "right": torch.arange(n),
+            "scattered": torch.randperm(width)[:n].sort().values,
+        }[side]
         ids[row, place], mask[row, place] = text, 1
     return ids, mask, rows
 
@@ -71,7 +75,13 @@ def test_generation_left_padded():
     for row, n in enumerate(prompts):
         ids[row, 40 - n :], mask[row, 40 - n :] = long[0, :n], 1
     want = torch.cat([expected[f"gen{n}.consistent.tokens"] for n in prompts])
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    options = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "attention_mask": mask,
+    }
     for use_cache in (True, False):
         assert torch.equal(model.generate(ids, use_cache=use_cache, **options)[:, 40:], want)
     assert torch.equal(klfast.generate(model, ids, 24, attention_mask=mask)[:, 40:], want)
@@ -82,9 +92,20 @@ def test_sampling_left_padded():
     """Rows end at different lengths, too; and a prompt may come in pieces."""
     model = tiny_model()
     ids, mask, _ = batch("left")
-    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "eos_token_id": [3, 7, 11, 19, 23, 42], "pad_token_id": 0}
+    options = {
+        "max_new_tokens": 20,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "eos_token_id": [3, 7, 11, 19, 23, 42],
+        "pad_token_id": 0,
+    }
     found = []
-    for more in ({"use_cache": False}, {"use_cache": True}, {"use_cache": True, "past_key_values": HymbaCache(model.config), "prefill_chunk_size": 29}):
+    for more in (
+        {"use_cache": False},
+        {"use_cache": True},
+        {"use_cache": True, "past_key_values": HymbaCache(model.config), "prefill_chunk_size": 29},
+    ):
         torch.manual_seed(5)
         found.append(model.generate(ids, attention_mask=mask, **options, **more))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -100,7 +121,9 @@ def test_reordered_rows():
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     cache.reorder_cache(order)
     more = torch.randint(0, 61, (5, 4))
-    logits = model(more, attention_mask=torch.cat((mask[order], torch.ones_like(more)), dim=1), past_key_values=cache).logits
+    logits = model(
+        more, attention_mask=torch.cat((mask[order], torch.ones_like(more)), dim=1), past_key_values=cache
+    ).logits
     for row, source in enumerate(order):
         alone = model(torch.cat((rows[source], more[row])).unsqueeze(0)).logits[0, -4:]
         torch.testing.assert_close(logits[row], alone, rtol=0, atol=1e-4)
@@ -110,5 +133,12 @@ def test_reordered_rows():
 def test_beam_search_left_padded():
     model = tiny_model()
     ids, mask, _ = batch("left")
-    options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    options = {
+        "max_new_tokens": 10,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "attention_mask": mask,
+    }
     assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))

@@ -26,7 +26,11 @@ def test_candidates():
     """Each linear layer, the head too; the convolution never."""
     names = list(linears(tiny_model()))
     mixer, mlp = ("in_proj", "x_proj.0", "dt_proj.0", "out_proj"), ("gate_proj", "up_proj", "down_proj")
-    blocks = [f"model.layers.{i}.{part}" for i in range(5) for part in (*(f"mamba.{m}" for m in mixer), *(f"moe.experts.0.{m}" for m in mlp))]
+    blocks = [
+        f"model.layers.{i}.{part}"
+        for i in range(5)
+        for part in (*(f"mamba.{m}" for m in mixer), *(f"moe.experts.0.{m}" for m in mlp))
+    ]
     assert names == [*blocks, "lm_head"]
 
 
@@ -60,7 +64,10 @@ def test_sweep_by_rows(tmp_path):
     again = Sensitivities.from_json(tmp_path / "s.json")
     assert again.rows == found.rows
     (table,) = [t for t in tables.sweep_tables(again) if t.title.startswith("By use")]
-    kl = {use: [found.rows[name, use, INT4].mean[KL] for name in (OWNER, CONSUMER) if (name, use, INT4) in found.rows] for use in "qkvxz"}
+    kl = {
+        use: [found.rows[name, use, INT4].mean[KL] for name in (OWNER, CONSUMER) if (name, use, INT4) in found.rows]
+        for use in "qkvxz"
+    }
     assert table.rows == tuple(("in_proj", use, pytest.approx(sum(values) / len(values))) for use, values in kl.items())
     assert not any(t.title.startswith("By use") for t in tables.sweep_tables(without))
 
@@ -86,7 +93,12 @@ def test_from_sweep_to_folder(tmp_path):
 
     plain = klfast.generate(loaded.float(), ids, 20)
     with torch.inference_mode():
-        assert torch.equal(plain, loaded.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False, eos_token_id=None, pad_token_id=0))
+        assert torch.equal(
+            plain,
+            loaded.generate(
+                ids, max_new_tokens=20, do_sample=False, use_cache=False, eos_token_id=None, pad_token_id=0
+            ),
+        )
 
 
 def test_loading_makes_hymba_known(tmp_path, monkeypatch):
@@ -94,7 +106,11 @@ def test_loading_makes_hymba_known(tmp_path, monkeypatch):
     model = tiny_model()
     klfast.quantize_model(model, klfast.Plan({OWNER: klfast.QuantSpec(4, 20)}, "uniform"))
     klfast.save_quantized(model, tmp_path / "small", save_tokenizer(tmp_path))
-    for load in (lambda: load_model(GOLDEN / "swa_plain"), lambda: klfast.load_quantized(tmp_path / "small"), lambda: load_tokenizer(tmp_path / "small")):
+    for load in (
+        lambda: load_model(GOLDEN / "swa_plain"),
+        lambda: klfast.load_quantized(tmp_path / "small"),
+        lambda: load_tokenizer(tmp_path / "small"),
+    ):
         known = []
         monkeypatch.setattr(AutoConfig, "register", lambda name, *_, **__: known.append(name))
         monkeypatch.delitem(sys.modules, "klfast.models.hymba")
