@@ -17,11 +17,12 @@ from torch import nn
 
 import klfast
 from klfast.checkpoint import loading
+from klfast.core.dtypes import dtype_name
 from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.diagnostics.overview import explain
 from klfast.models.linears import linears, other_bytes, row_parts, weight_bytes
-from klfast.quant.types import QuantSpec, dtype_name
+from klfast.quant.types import QuantSpec
 from klfast.reporting import tables as report
 from klfast.sensitivity.results import Sensitivities
 from klfast.text import token_batches

@@ -16,10 +16,11 @@ from pathlib import Path, PurePath
 import torch
 from torch import nn
 
+from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError, shortened
 from klfast.core.io import parse_json, write_atomic
 from klfast.nn import QuantLinear
-from klfast.quant.types import QuantSpec, dtype_name, storable_spec
+from klfast.quant.types import QuantSpec, storable_spec
 
 MANIFEST = "klfast.json"
 FORMAT_VERSION = 1

@@ -36,12 +36,12 @@ from klfast.checkpoint.tensors import (
     tied_places,
 )
 from klfast.checkpoint.transformers_view import tell_transformers
+from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
 from klfast.core.placement import as_device
 from klfast.models.linears import is_head_tied
 from klfast.nn import QuantLinear
-from klfast.quant.types import dtype_name
 
 _LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -54,7 +54,7 @@ class Check:
 
 def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
     """Of each of an op's kernels, as torch dispatches the op to the device. ``tell`` gets the name of each case before it runs."""
-    from klfast.backends.triton.matmul import KERNELS
+    from klfast.backends.triton import KERNELS
 
     if not registry.has_kernel(op, device.upper()):
         yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device, op))

@@ -11,10 +11,11 @@ import torch
 
 from klfast import ops
 from klfast.backends import operands
+from klfast.core.dtypes import FLOAT_DTYPES, dtype_name
 from klfast.core.errors import SlowPathWarning, one_line
 from klfast.dispatch import pins
 from klfast.quant.rounding import quantize
-from klfast.quant.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec, dtype_name
+from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
 
 # Largest errors, relative to the reference's largest value, by what the results are rounded to: the reference is
 # rounded, too, and may be one unit in the last place away.
