@@ -19,6 +19,7 @@ import tomllib
 import klfast.ops  # noqa: F401 (registers the kernels)
 from klfast import _C
 from klfast.backends import triton
+from klfast.dispatch import pins
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "ARCHITECTURE.md"
@@ -58,7 +59,7 @@ def implementations() -> str:
     """A Mermaid flowchart from each op to the tiers that have a kernel of it, and to Triton."""
     lines = ["```mermaid", "flowchart LR"]
     for op, tiers in sorted(_C.kernel_tiers().items()):
-        lines.append(f"    {op} --> cpu_{op}[{', '.join(tiers)}]")
+        lines.append(f"    {op} --> cpu_{op}[{', '.join(tier for tier in pins.CPU_TIERS if tier in tiers)}]")
         if op in triton.KERNELS:
             lines.append(f"    {op} --> triton_{op}[Triton]")
     return "\n".join([*lines, "```"])
