@@ -7,7 +7,7 @@ from pathlib import Path
 
 MAX_WHEEL_BYTES = 30_000_000
 IN_WHEEL = (
-    "klfast/_C.",
+    "klfast/_C.cpython-",
     "klfast/kernels/__init__.py",
     "klfast/kernels/dequant_matmul.py",
     "klfast/bench/conftest.py",

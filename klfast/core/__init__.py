@@ -1,1 +1,1 @@
-"""What every layer may use: errors, files, numbers, the machine. Imports nothing of klfast's other packages."""
+"""Errors, files, numbers and the machine, for every layer above. Imports none of klfast's other packages."""

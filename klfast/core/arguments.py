@@ -1,4 +1,4 @@
-"""Numbers that users give, checked; one line says what is wanted."""
+"""Validation of numbers that users pass."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _UNITS = {
 
 
 def integer(name: str, value: object, least: int) -> int:
-    """``value`` as an int of ``least`` or more; a bool, a float or a number beyond 64 bits raises InvalidInputError."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    """Return ``value`` as an int; raise InvalidInputError unless it is an integer of 64 bits, at least ``least``."""
+    found = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if found is None or found < least:
         raise InvalidInputError(f"{name} must be an integer, {least} or more, got {value!r}")
-    if value > _LARGEST:
+    if found > _LARGEST:
         raise InvalidInputError(f"{name} must fit into 64 bits, got {value!r}")
-    return int(value)
+    return found
 
 
 def number(name: str, value: object, holds: Callable[[float], bool], wanted: str) -> float:
-    """``value`` as a finite float for which ``holds``; a bool or anything else raises InvalidInputError."""
+    """Return ``value`` as a float; raise InvalidInputError unless it is finite and satisfies ``holds``."""
     try:
         found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -39,10 +40,14 @@ def number(name: str, value: object, holds: Callable[[float], bool], wanted: str
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as "3200000", "3.2MB" (powers of 1000) or "1.5GiB" (of 1024); InvalidInputError for anything else."""
+    """Return the bytes of a size such as "3200000", "3.2MB" (powers of 1000) or "1.5GiB" (powers of 1024).
+
+    Raises:
+        InvalidInputError: the text is not a size, or exceeds 64 bits.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
-    if unit is None:
+    if match is None or unit is None:
         raise InvalidInputError(f"{text!r} is not a size (examples: 3200000, 3.2MB, 1.5GiB)")
     size = float(match[1]) * _UNITS[unit]
     if size > _LARGEST:

@@ -1,4 +1,4 @@
-"""The models and texts that come with klfast."""
+"""The models and texts bundled with klfast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def bundled_models() -> list[str]:
-    """Names of the models that come with klfast."""
+    """Return the names of the bundled models."""
     folder = ASSETS / "models"
     return sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file()) if folder.is_dir() else []

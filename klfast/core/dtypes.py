@@ -8,5 +8,5 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name without "torch."."""
+    """Return the dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")

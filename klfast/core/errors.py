@@ -1,20 +1,20 @@
-"""What klfast raises. Each message is one line that names the thing at fault and the remedy."""
+"""Exceptions and warnings of klfast. Each message is one line that names the cause and the remedy."""
 
 from pathlib import Path
 
 
 class KlfastError(Exception):
-    """Base of all of klfast's own errors."""
+    """Base class of klfast's errors."""
 
 
 class InvalidInputError(KlfastError, ValueError):
-    """A tensor, text or argument that an operation cannot take (dtype, shape, device, NaN, empty ...)."""
+    """A tensor, text or argument that an operation does not accept (dtype, shape, device, NaN, empty ...)."""
 
 
 class UnknownLayerError(KlfastError, KeyError):
-    """A layer name that the model does not have, or that cannot be quantized."""
+    """A layer that the model lacks or that cannot be quantized."""
 
-    __str__ = Exception.__str__  # KeyError would show the message quoted
+    __str__ = Exception.__str__  # KeyError would quote the message
 
 
 class ModelMismatchError(KlfastError, ValueError):
@@ -26,11 +26,11 @@ class InfeasibleBudgetError(KlfastError, ValueError):
 
 
 class CheckpointError(KlfastError):
-    """A file that is truncated, tampered with, or not what it should be."""
+    """A file that is truncated, altered or of the wrong kind."""
 
 
 class KernelUnavailableError(KlfastError, RuntimeError):
-    """An implementation that was asked for cannot run here, or a slow path under KLFAST_STRICT=1."""
+    """A requested implementation that cannot run here, or a slow path under KLFAST_STRICT=1."""
 
 
 class SlowPathWarning(UserWarning):
@@ -38,11 +38,11 @@ class SlowPathWarning(UserWarning):
 
 
 def one_line(error: BaseException, most: int = 400) -> str:
-    """Any error as one line for a report: of a long one (a compiler's) the beginning and the end, the home folder as "~"."""
+    """Format an error as one line, shortened as by ``shortened``."""
     return shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", most)
 
 
 def shortened(text: str, most: int = 400) -> str:
-    """A line for a report: of a long one the beginning and the end, the home folder as "~"."""
+    """Elide the middle of a long text (a compiler's message, for example); write the home directory as "~"."""
     text = text.replace(str(Path.home()), "~")
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

@@ -1,4 +1,4 @@
-"""Ctrl-C that never comes between a change and its undoing."""
+"""Ctrl-C that cannot interrupt the undoing of a change."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class _Guard:
-    """What is known of SIGINT while it is held back."""
+    """State of SIGINT while it is deferred."""
 
     def __init__(self) -> None:
-        self.handler: Callable | None = None  # what it does otherwise; None while nothing is held back
+        self.handler: Callable[[int, FrameType | None], object] | None = None  # the usual one; None unless deferred
         self.is_open = False
         self.is_pending = False
 
-    def receive(self, number: int, frame: object) -> None:
-        if self.is_open:
-            self.is_open = False  # what unwinds now is not interrupted again
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.is_open and self.handler is not None:
+            self.is_open = False  # a second Ctrl-C must not interrupt the unwinding
             self.handler(number, frame)
         else:
             self.is_pending = True
 
     def deliver(self) -> None:
-        if self.is_pending:
+        if self.is_pending and self.handler is not None:
             self.is_pending = False
             self.handler(signal.SIGINT, None)
 
@@ -38,9 +39,9 @@ def _is_main() -> bool:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends, except within ``interruptible``; so no undoing in it can be cut short.
+    """Defer Ctrl-C to the end of the block, except within ``interruptible``, so that it cannot cut an undo short.
 
-    Only the main thread gets signals; in others, or where SIGINT has no Python handler, this does nothing.
+    Does nothing outside the main thread, which alone receives signals, or where SIGINT has no Python handler.
     """
     handler = signal.getsignal(signal.SIGINT)
     if not _is_main() or not callable(handler) or _guard.handler is not None:
@@ -59,8 +60,8 @@ def deferred() -> Iterator[None]:
             handler(signal.SIGINT, None)
 
 
-class interruptible:
-    """Let Ctrl-C through within this block of a ``deferred`` one: for long work that leaves nothing to undo."""
+class interruptible:  # noqa: N801 (a context manager in lower case, like contextlib.suppress)
+    """Let Ctrl-C through in this part of a ``deferred`` block: for long work that leaves nothing to undo."""
 
     def __enter__(self) -> None:
         self._is_ours = _guard.handler is not None and not _guard.is_open and _is_main()

@@ -1,4 +1,4 @@
-"""Writing files and folders so that nobody ever sees half of one; reading JSON."""
+"""Atomic writes of files and folders; JSON parsing."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from klfast.core import temporaries
 
-_NO_EXCHANGE = (
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EPERM,
-)  # the last from sandboxes that filter system calls
+# Errors of renameat2 where exchanging is unsupported; EPERM comes from sandboxes that filter system calls.
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 def parse_json(text: str | bytes) -> object:
-    """What a JSON text holds. ValueError if it is not JSON, or nested more deeply than Python's parser can follow."""
+    """Parse JSON; raise ValueError if it is invalid or nested too deeply for Python's parser."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -31,13 +27,13 @@ def parse_json(text: str | bytes) -> object:
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``: beside it first, flushed to disk, then renamed over it.
+    """Write ``content`` (text as UTF-8) to a temporary beside ``path``, flush it and rename it to ``path``.
 
-    Whatever stops the write, ``path`` holds either what it held before or all of ``content``; what a killed write leaves
-    beside it is removed by the next one. An existing file keeps its permissions.
+    Even if the write is interrupted, ``path`` holds either its old content or all of the new one; the next write
+    removes leftovers of a killed one. An existing file keeps its permissions.
 
     Raises:
-        OSError: the folder is missing (FileNotFoundError) or cannot be written, the disk is full, ``path`` is not a
+        OSError: the folder is missing (FileNotFoundError) or not writable, the disk is full, or ``path`` is not a
             regular file. The error names ``path``.
     """
     path = _target(path)
@@ -47,9 +43,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     beside, mode = temporaries.name_beside(path), _mode(path)
     with _naming(beside, path):
         try:
-            with open(
-                beside, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)
-            ) as file:
+            opener = functools.partial(os.open, mode=0o666 if mode is None else mode)
+            with open(beside, "xb", opener=opener) as file:
                 if mode is not None:
                     os.chmod(beside, mode)
                 file.write(data)
@@ -64,12 +59,12 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 @contextmanager
 def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside ``path`` to write into; it takes the place of ``path`` when the block ends without an error.
+    """Yield a new folder beside ``path``, which replaces ``path`` when the block ends without an error.
 
-    What stood at ``path`` stays until then; after an error nothing of the new folder is left. Files are flushed to disk
-    first. The two folders change places in one step where the system can do that (Linux, most file systems). Elsewhere
-    the old one is renamed first; should the process die before the new one follows, ``recover`` and the next write put
-    the old one back. Whether an existing folder may be replaced is for the caller to decide.
+    Until then ``path`` is unchanged; after an error the new folder is removed. Files are flushed to disk first. The two
+    folders are exchanged in one step where the system supports it (Linux, most file systems). Elsewhere the old one is
+    renamed first; if the process dies before the new one follows, ``recover`` and the next write restore the old one.
+    The caller decides whether an existing folder may be replaced.
 
     Raises:
         OSError: as for ``write_atomic``.
@@ -93,14 +88,14 @@ def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def recover(path: str | os.PathLike[str]) -> None:
-    """Put back a folder that a killed ``folder_atomic`` had renamed, if nothing stands at ``path``."""
+    """Restore a folder that a killed ``folder_atomic`` had renamed, if ``path`` does not exist."""
     path = _target(path)
     if not path.exists():
         temporaries.clear_leftovers(path)
 
 
 def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raise, before the work begins, the OSError that writing the file (or the folder) ``path`` would end in."""
+    """Raise the OSError that writing the file (or folder) ``path`` would end in, before the work begins."""
     path = _target(path)
     _require_kind(path, stat.S_ISDIR if folder else stat.S_ISREG)
     beside = temporaries.name_beside(path)
@@ -113,19 +108,19 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> N
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    """What a link points at is replaced, not the link."""
+    """Resolve symlinks: the target is replaced, not the link."""
     return Path(os.path.realpath(path))
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of what exists."""
+    """Return the permissions of ``path``, None if it does not exist."""
     with suppress(FileNotFoundError):
         return stat.S_IMODE(path.stat().st_mode)
     return None
 
 
-def _require_kind(path: Path, is_kind) -> None:
-    """Raise OSError if something of another kind stands at ``path``: a folder for a file, a device or pipe for either."""
+def _require_kind(path: Path, is_kind: Callable[[int], bool]) -> None:
+    """Raise OSError if ``path`` exists and is of another kind, such as a folder, a device or a pipe for a file."""
     with suppress(FileNotFoundError):
         mode = path.stat().st_mode
         if not is_kind(mode):
@@ -135,7 +130,7 @@ def _require_kind(path: Path, is_kind) -> None:
 
 @contextmanager
 def _naming(beside: Path, path: Path) -> Iterator[None]:
-    """Have an OSError name the target in the place of the temporary beside it, which is gone when the error is read."""
+    """Make an OSError name the target, not the temporary beside it, which no longer exists when the error is read."""
     try:
         yield
     except OSError as error:
@@ -149,7 +144,7 @@ def _naming(beside: Path, path: Path) -> Iterator[None]:
 
 
 def _take_place(beside: Path, path: Path) -> None:
-    """Rename ``beside`` to ``path``; what stood there then stands under one of the temporary names."""
+    """Rename ``beside`` to ``path``; the previous content moves to a temporary name."""
     if not path.exists():
         os.rename(beside, path)
     elif not _exchange(beside, path):
@@ -158,19 +153,19 @@ def _take_place(beside: Path, path: Path) -> None:
 
 
 def _settle(beside: Path, path: Path) -> None:
-    """Leave one folder, at ``path``. What is on disk decides, since an interrupt may come between any two steps."""
+    """Leave one folder, at ``path``. Goes by what is on disk, since an interrupt may come between any two steps."""
     old = temporaries.old_name(beside)
     if old.exists() and not path.exists():
         try:
             os.rename(old, path)
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; what stood there is now in {old}", str(path)) from error
+            raise OSError(error.errno, f"{error.strerror}; its old content is now in {old}", str(path)) from error
     temporaries.remove(beside)
     temporaries.remove(old)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change names in one step; False where the system or the file system cannot."""
+    """Exchange the names of two folders in one step; return False if the system or file system does not support it."""
     renameat2 = _renameat2()
     if renameat2 is None:
         return False
@@ -184,7 +179,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @functools.cache
-def _renameat2():
+def _renameat2() -> Callable[..., int] | None:
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -194,9 +189,8 @@ def _renameat2():
 
 
 def _flush(path: Path) -> None:
-    passes = (
-        (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()
-    )  # not every folder can be opened or flushed
+    # Not every folder can be opened or flushed.
+    ignored = (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -204,5 +198,5 @@ def _flush(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno not in passes:
+        if error.errno not in ignored:
             raise

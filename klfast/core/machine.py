@@ -1,4 +1,4 @@
-"""What this machine is: CPU, packages, the extension, and which devices torch can use."""
+"""Facts about this machine: CPU, packages, the extension, and the devices that torch can use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _DRIVER = {
 
 
 def require(device: str) -> None:
-    """KernelUnavailableError, with what to do, if torch cannot compute on a type of device; of others than cuda and xpu torch tells."""
+    """Raise KernelUnavailableError, with a remedy, unless torch can use this device type.
+
+    Types other than cuda and xpu are left to torch.
+    """
     if device not in _INSTALL or getattr(torch, device).is_available():
         return
     if getattr(torch.version, device, None) is None:
@@ -32,7 +35,7 @@ def require(device: str) -> None:
 
 
 def cpu_name() -> str:
-    """The CPU's model as the system calls it."""
+    """Return the CPU's model name as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -43,7 +46,7 @@ def cpu_name() -> str:
 
 
 def installed_version(package: str) -> str:
-    """Of a package; "none" if it is not installed."""
+    """Return a package's version, "none" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,9 +54,9 @@ def installed_version(package: str) -> str:
 
 
 def extension() -> str:
-    """Where klfast's C++ extension lies, or why it cannot be imported."""
+    """Return the path of klfast's C++ extension, or why it cannot be imported."""
     try:
         from klfast import _C
     except ImportError as error:
         return f"missing ({error}); build it with pip install ."
-    return str(_C.__file__)
+    return _C.__file__

@@ -1,32 +1,39 @@
-"""What a model is computed in and where: dtypes and devices as users write them."""
+"""Dtypes and devices as users write them."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
 from klfast.core import machine
 from klfast.core.errors import InvalidInputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 
 
-def as_dtype(name: str) -> torch.dtype | str:
-    """The torch dtype of that name; "auto" stays "auto"."""
+def as_dtype(name: str) -> torch.dtype | Literal["auto"]:
+    """Return the torch dtype of that name; "auto" stays "auto"."""
     if not isinstance(name, str) or name not in DTYPES:
         raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 
 
 def as_device(name: torch.device | str) -> torch.device:
-    """A device that this machine can use.
+    """Return the device of that name, which this machine can use.
 
     Raises:
-        InvalidInputError: there is no such kind of device.
-        KernelUnavailableError: torch finds none of that kind.
+        InvalidInputError: an unknown device type.
+        KernelUnavailableError: torch finds no device of that type.
     """
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise InvalidInputError(f"there is no device called {name!r}; write cpu, cuda or xpu") from None
+        raise InvalidInputError(f"unknown device {name!r}; write cpu, cuda or xpu") from None
     machine.require(device.type)
     return device

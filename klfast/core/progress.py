@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere, a callback, or nothing."""
+"""Progress of long work: a bar on a terminal, occasional lines elsewhere, a callback, or nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIRST_LINE, NEXT_LINES = 10.0, 30.0  # seconds until the first line, and between
 
 
 class _Estimate:
-    """How long the rest will take, from the share of the work that is done."""
+    """The remaining time, estimated from the share of the work that is done."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done, self.start = total, done, time.monotonic()
@@ -32,7 +32,7 @@ class _Estimate:
 
     @property
     def left(self) -> str:
-        """Such as ", about 12 min left"; empty as long as nothing is known."""
+        """Text such as ", about 12 min left"; empty while there is no estimate."""
         if self.share <= self.first or self.done >= self.total:
             return ""
         return f", about {duration(self.elapsed * (1 - self.share) / (self.share - self.first))} left"
@@ -42,16 +42,16 @@ class _Estimate:
 def reporter(progress: Progress, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yield ``advance(steps, what, share=None)``, to be called after each piece of work.
 
-    ``share`` is how much of the whole work is done, 0 to 1, where steps differ in length; with 0 steps it tells how far
-    the present one has come or, at the very start, what an earlier run has done.
+    ``share`` is the share of all work that is done, 0 to 1, for steps of different length; with 0 steps it reports
+    progress within the current step or, at the very start, the work done by an earlier run.
 
     Args:
-        progress: True or None for a bar on stderr if that is a terminal, else for a line after 10 s and every 30 s (True
-            also for one at the end); False for nothing; or a function that is called with (done, total, what) after
-            each step.
-        title: what the bar and the lines are called.
-        total: steps in all.
-        done: steps that an earlier run has done.
+        progress: True or None for a bar on stderr if that is a terminal, else a line after 10 s and every 30 s (True
+            also prints one at the end); False for nothing; or a function called with (done, total, what) after each
+            step.
+        title: the label of the bar and the lines.
+        total: the number of steps.
+        done: steps done by an earlier run.
     """
     if callable(progress):
 
@@ -111,7 +111,7 @@ def _lines(title: str, estimate: _Estimate, always: bool) -> Iterator[Callable[.
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people to read: 45 s, 12 min, 3 h 20 min."""
+    """Format seconds for people: 45 s, 12 min, 3 h 20 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,7 +1,7 @@
-"""Names for what is written beside a target before it is complete, and the removal of what killed runs left behind.
+"""Names of temporaries beside a target, and the removal of those that killed runs left behind.
 
-``.NAME.MACHINE-PID-START-RANDOM.tmp`` becomes NAME when it is complete; ``.old`` is what NAME held before. The name says
-which process made it, so that a later run can tell whether that process is gone.
+``.NAME.MACHINE-PID-START-RANDOM.tmp`` becomes NAME when complete; ``.old`` is the previous NAME. The name identifies
+the process that made it, so that a later run can tell whether that process is gone.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ from pathlib import Path
 
 NEW, OLD = "tmp", "old"
 _MARK = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{16}\.(tmp|old)")
-_FOREIGN_SECONDS = (
-    24 * 3600
-)  # processes of other machines cannot be seen, so only what is as old as this counts as left behind
+_FOREIGN_SECONDS = 24 * 3600  # other machines' processes cannot be seen: only temporaries this old count as left behind
 
 
 def name_beside(target: Path) -> Path:
-    """A new name beside ``target`` that belongs to this process."""
+    """Return a new name beside ``target`` that belongs to this process."""
     pid = os.getpid()
     return target.with_name(f"{_prefix(target)}.{_machine()}-{pid}-{_start(pid) or 0}-{secrets.token_hex(8)}.{NEW}")
 
 
 def old_name(beside: Path) -> Path:
-    """Where the target stands while ``beside`` takes its place."""
+    """Return the target's name while ``beside`` takes its place."""
     return beside.with_suffix(f".{OLD}")
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what killed runs left beside ``target``; put its old content back if it was moved away and nothing followed.
+    """Remove what killed runs left beside ``target``; restore its old content if it was moved away but not replaced.
 
-    Whatever belongs to a process that may still be at work stays. A folder that cannot be searched or changed is left as
-    it is: the write that follows tells why.
+    Temporaries of processes that may still be running stay. A folder that cannot be listed or changed is left as it is:
+    the write that follows reports why.
     """
     with suppress(OSError):
         left = [target.with_name(entry) for entry in os.listdir(target.parent) if _is_left(target, entry)]
@@ -60,7 +58,7 @@ def remove(path: Path) -> None:
 
 
 def _prefix(target: Path) -> str:
-    """The target's name with a dot before it; a digest of a name so long that nothing could be appended."""
+    """Return the target's name after a dot, or a digest of it if it is too long to append to."""
     name = os.fsencode(target.name)
     return f".{target.name}" if len(name) <= 160 else f".{hashlib.sha256(name).hexdigest()[:32]}"
 
@@ -83,21 +81,21 @@ def _last_change(path: Path) -> float:
 
 
 def _is_alive(pid: int, start: int) -> bool:
-    """Whether the process may still run. In doubt it does."""
-    if os.name != "posix":  # elsewhere os.kill ends the process
+    """Return False if the process has certainly ended."""
+    if os.name != "posix":  # elsewhere os.kill would end the process
         return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        pass  # it belongs to somebody else
+        pass  # it belongs to another user
     found = _start(pid)
     return found is None or not start or found == start
 
 
 def _start(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None where the system does not say."""
+    """Return a process's start time in clock ticks since boot, None where the system does not report it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return int(stat.rpartition(")")[2].split()[19])
@@ -107,9 +105,10 @@ def _start(pid: int) -> int | None:
 
 @functools.cache
 def _machine() -> str:
-    """What tells this machine, its present start and this container's process numbers from others."""
+    """Return an identifier of this machine, its current boot and this container's process numbers."""
     parts = [platform.node()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
-        with suppress(OSError):
-            parts.append(read().strip())
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()[:8]

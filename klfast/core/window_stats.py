@@ -1,4 +1,4 @@
-"""Streaming means and standard errors of metrics over windows of text, exact to continue after a restart."""
+"""Streaming means and standard errors of metrics over windows; the state can be saved and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from klfast.core.errors import CheckpointError
 
 
 class WindowStats:
-    """Sums over windows, from which come each metric's mean over tokens and its standard error.
+    """Sums over windows, which yield each metric's mean over tokens and its standard error.
 
     Tokens of one window are correlated, windows are (nearly) not: the standard error is that of a ratio of window sums,
     sqrt(W / (W - 1) * sum_w (S_w - n_w m)^2) / N for W windows with n_w tokens and metric sums S_w, N = sum n_w and
@@ -28,7 +28,7 @@ class WindowStats:
         }
 
     def add(self, first: int, window_sums: torch.Tensor, tokens: int) -> None:
-        """Add metric sums of B more windows of ``tokens`` tokens each: float64 [C, metrics, B] of candidates ``first`` on."""
+        """Add sums of B windows of ``tokens`` tokens each, float64 [C, metrics, B], to candidates from ``first`` on."""
         rows = slice(first, first + window_sums.shape[0])
         window_sums = window_sums.cpu()
         windows = window_sums.shape[-1]
@@ -40,37 +40,38 @@ class WindowStats:
         )
 
     def tokens(self, candidate: int) -> int:
+        """Return the number of tokens added to a candidate."""
         return int(self._parts["counts"][candidate, 0])
 
     def mean(self, candidate: int) -> list[float]:
-        return (self._parts["sum"][candidate] / self._parts["counts"][candidate, 0]).tolist()
+        """Return each metric's mean over tokens."""
+        means: list[float] = (self._parts["sum"][candidate] / self._parts["counts"][candidate, 0]).tolist()
+        return means
 
     def stderr(self, candidate: int) -> list[float]:
-        """NaN with fewer than two windows, or where the metric is infinite."""
+        """Return each mean's standard error: NaN with fewer than two windows, or where the metric is infinite."""
         tokens, windows, token_squares = self._parts["counts"][candidate].tolist()
         if windows < 2:
             return [math.nan] * self._parts["sum"].shape[1]
         mean = self._parts["sum"][candidate] / tokens
-        squares = (
-            self._parts["square"][candidate]
-            - 2 * mean * self._parts["cross"][candidate]
-            + mean.square() * token_squares
-        )
-        return (squares.clamp(min=0) * windows / (windows - 1)).sqrt().div(tokens).tolist()
+        square, cross = self._parts["square"][candidate], self._parts["cross"][candidate]
+        squares = square - 2 * mean * cross + mean.square() * token_squares
+        errors: list[float] = (squares.clamp(min=0) * windows / (windows - 1)).sqrt().div(tokens).tolist()
+        return errors
 
     def to_data(self) -> dict[str, str]:
-        """All sums, bit for bit, as JSON can hold them."""
+        """Return all sums, bit for bit, as values that JSON can hold."""
         return {name: base64.b64encode(part.numpy().tobytes()).decode() for name, part in self._parts.items()}
 
     def load(self, data: Mapping[str, str]) -> None:
-        """Take up what ``to_data`` gave; CheckpointError if it does not fit."""
+        """Restore the sums from ``to_data``; raise CheckpointError if they do not fit."""
         for name, part in self._parts.items():
             try:
                 raw = base64.b64decode(data[name], validate=True)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(f"the sums of the sweep are damaged ({type(error).__name__}: {error})") from error
             if len(raw) != part.numel() * part.element_size():
-                raise CheckpointError("the sums of the sweep are damaged (of the wrong size)")
+                raise CheckpointError("the sums of the sweep are damaged (wrong size)")
             values = torch.frombuffer(bytearray(raw), dtype=part.dtype).view_as(part)
             if not values.isfinite().all() or (name == "counts" and (values < 0).any()):
                 raise CheckpointError("the sums of the sweep are damaged (a NaN, an infinity or a negative count)")

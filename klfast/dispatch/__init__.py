@@ -1,1 +1,1 @@
-"""Which implementation of an op runs: definitions and kernels by device, pins, checks of every call."""
+"""Choice of the implementation of an op: definitions, kernels by device, pins, and checks of every call."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that hold for every op: their types, their memory, and that tensors written in place can be."""
+"""Argument checks common to all ops: types, memory, and writability of tensors written in place."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _NAMES = {torch.Tensor: "a tensor", int: "an int", type(None): "None"}
 
 
-def public(function: Callable) -> Callable:
-    """Make a public function raise InvalidInputError for an argument of a type other than its annotation, or without memory.
+def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a public function raise InvalidInputError for arguments of the wrong type or without memory.
 
-    Arguments are looked at after an error only, so that this costs nothing: torch and the function itself raise for a wrong
-    one, but say nothing that helps.
+    Arguments are examined only after an error, so that the check costs nothing: torch and the function itself raise for
+    a wrong argument, but without a helpful message.
     """
 
     @functools.wraps(function)
-    def checked(*args, **kwargs):
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -36,8 +39,8 @@ def public(function: Callable) -> Callable:
     return checked
 
 
-def _complaint(function: Callable, args: tuple, kwargs: dict) -> str:
-    """What is wrong with the first argument that is, one sentence; empty if none is."""
+def _complaint(function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """Describe the first wrong argument in one sentence; empty if there is none."""
     hints = typing.get_type_hints(function)
     for name, value in {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}.items():
         if name not in hints:
@@ -48,9 +51,8 @@ def _complaint(function: Callable, args: tuple, kwargs: dict) -> str:
         allowed = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, allowed):
             wanted = " or ".join(_NAMES.get(kind, f"a {kind.__name__}") for kind in kinds)
-            return (
-                f"{function.__name__}: {name} must be {wanted}, got {'None' if value is None else type(value).__name__}"
-            )
+            given = "None" if value is None else type(value).__name__
+            return f"{function.__name__}: {name} must be {wanted}, got {given}"
         if (
             isinstance(value, torch.Tensor)
             and value.layout is torch.strided
@@ -63,26 +65,27 @@ def _complaint(function: Callable, args: tuple, kwargs: dict) -> str:
 
 
 def no_memory(op: str, name: str, t: torch.Tensor) -> str:
-    """The message for a tensor with elements but without memory: kernels would read from address 0."""
+    """Return the message for a tensor that has elements but no memory: kernels would read from address 0."""
     return (
         f"{op}: {name} {list(t.shape)} has no memory: its storage was freed or never allocated; pass a tensor with data"
     )
 
 
 def check_writable(op: str, name: str, t: torch.Tensor) -> None:
-    """Raise InvalidInputError for a tensor that an op must not write in place, where torch's own operations would raise.
+    """Raise InvalidInputError for a tensor that must not be written in place, as torch's own operations do.
 
-    As these do, count the write, so that autograd finds a tensor that it saved to have changed since.
+    Like these, count the write, so that autograd detects changes to tensors that it saved.
     """
     if t.requires_grad and torch.is_grad_enabled():
         raise InvalidInputError(
-            f"{op}: {name} is written in place and must not require grad; pass {name}.detach() or call under torch.no_grad()"
+            f"{op}: {name} is written in place and must not require grad; "
+            f"pass {name}.detach() or call under torch.no_grad()"
         )
     if not t.is_inference():
         torch.autograd.graph.increment_version(t)
     if t.is_contiguous():
         return
-    reach = 0  # of the dimensions with smaller strides
+    reach = 0  # the last offset within the dimensions of smaller strides
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise InvalidInputError(
@@ -92,7 +95,7 @@ def check_writable(op: str, name: str, t: torch.Tensor) -> None:
 
 
 def same_device(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise unless all tensors given are on the first one's device."""
+    """Raise InvalidInputError unless all given tensors are on one device."""
     device = None
     for t in tensors:
         if t is None or t.device == device:
@@ -104,34 +107,33 @@ def same_device(op: str, *tensors: torch.Tensor | None) -> None:
 
 
 def check_sizes(op: str, sizes: dict[str, int], **tensors: tuple[torch.Tensor | None, str]) -> None:
-    """Check each (tensor, dimension names), None passing; equal names must have equal sizes, collected in ``sizes``."""
+    """Check each (tensor or None, dimension names): equal names must have equal sizes, collected in ``sizes``."""
     for name, (tensor, dims) in tensors.items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             if tensor.is_complex():
-                raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
+                raise InvalidInputError(f"{op}: {name} is complex; klfast supports only real state-space models")
             raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
         shape, known = tensor.shape, len(sizes)
         fits = len(shape) == len(dims)
-        for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (as long as each other)
+        for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (of equal length; strict= is slower)
             fits &= sizes.setdefault(d, n) == n
         if not fits:
             before = dict(list(sizes.items())[:known])
-            raise InvalidInputError(
-                f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}"
-            )
+            wanted = ", ".join(str(before.get(d, d)) for d in dims)
+            raise InvalidInputError(f"{op}: {name} must be [{wanted}], got {list(shape)}")
     same_device(op, *(tensor for tensor, _ in tensors.values()))
 
 
 def check_groups(op: str, what: str, count: int, groups: int) -> None:
-    """Raise unless the groups of B and C divide the heads or channels."""
+    """Raise InvalidInputError unless the groups of B and C divide the heads or channels."""
     if groups < 1 or count % groups:
         raise InvalidInputError(f"{op}: the number of groups of B and C must divide the {count} {what}, got {groups}")
 
 
 def refuse_options(op: str, **given: object) -> None:
-    """Raise for an option of the original function that klfast lacks, if it is given."""
+    """Raise InvalidInputError if an option of the original function that klfast lacks is given."""
     for name, value in given.items():
         if value is not None and value is not False:
             raise InvalidInputError(f"{op}: klfast does not support {name}; leave it out")

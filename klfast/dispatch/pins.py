@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: pins, the environment, and the rule against silent slow paths."""
+"""Pins of implementations, environment variables, and the rule against silent slow paths."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextvars import ContextVar
 
 from klfast.core.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
 
-CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/core/tiers.h has them
+CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as in csrc/core/tiers.h
 _ALL_TIERS = len(CPU_TIERS) - 1
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 
-_process_pin = os.environ.get("KLFAST_ISA")  # read once: a look into the environment takes as long as a small op
+_process_pin = os.environ.get("KLFAST_ISA")  # read once: reading the environment takes as long as a small op
 _pin: ContextVar[str | None] = ContextVar("klfast_pin", default=None)
 _warned: set[tuple[str, str]] = set()
 
 
 def why_not(tier: str) -> str:
-    """Why a CPU tier cannot run on this machine, one sentence; empty if it can."""
+    """Return why a CPU tier cannot run on this machine, one sentence; empty if it can."""
     try:
         from klfast import _C
     except ImportError as error:
@@ -30,16 +30,14 @@ def why_not(tier: str) -> str:
 
 def _check(name: str, source: str) -> str:
     if name not in IMPLEMENTATIONS:
-        raise InvalidInputError(
-            f"{source}: no implementation is called {name!r}; choose from {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise InvalidInputError(f"{source}: unknown implementation {name!r}; choose from {', '.join(IMPLEMENTATIONS)}")
     if name in CPU_TIERS and (reason := why_not(name)):
         raise KernelUnavailableError(f"{source}: {name} cannot run here: {reason}")
     return name
 
 
 def pinned() -> str | None:
-    """The implementation pinned by ``using`` or, for the process, by KLFAST_ISA as it was when klfast was imported; None if none is."""
+    """Return the implementation pinned by ``using`` or, at klfast's import, by KLFAST_ISA; None if none is."""
     pin = _pin.get()
     if pin is None and _process_pin:
         pin = _check(_process_pin, "KLFAST_ISA")
@@ -50,9 +48,8 @@ def pinned() -> str | None:
 def using(implementation: str) -> Iterator[None]:
     """Pin the implementation of every op in this block (and thread): ``"reference"``, a CPU tier or ``"triton"``.
 
-    "triton" is what tensors on a GPU get anyway; with TRITON_INTERPRET=1 it is for tensors on the CPU, too.
-
-    An op that has no kernel of the pinned tier runs its best one below it.
+    Tensors on a GPU use "triton" anyway; with TRITON_INTERPRET=1 it works for tensors on the CPU, too. An op without a
+    kernel of the pinned tier runs its best one below it.
 
     Raises:
         InvalidInputError: an unknown name.
@@ -66,25 +63,25 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def available_tiers() -> list[str]:
-    """The CPU tiers that this machine runs, ascending."""
+    """Return the CPU tiers that this machine runs, ascending."""
     return [tier for tier in CPU_TIERS if not why_not(tier)]
 
 
 def cpu_tier_limit() -> int:
-    """Index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
+    """Return the index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
     pin = pinned()
-    return (
-        _ALL_TIERS if pin is None else CPU_TIERS.index(pin) if pin in CPU_TIERS else _ALL_TIERS
-    )  # "triton" says nothing of CPU tensors
+    if pin is None or pin not in CPU_TIERS:  # "triton" does not limit CPU tensors
+        return _ALL_TIERS
+    return CPU_TIERS.index(pin)
 
 
 def interprets_triton() -> bool:
-    """Whether Triton kernels can run on CPU tensors: TRITON_INTERPRET=1, set before Triton was imported."""
+    """Return True if Triton kernels can run on CPU tensors: TRITON_INTERPRET=1, set before Triton was imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def slow_path(op: str, shape: object, reason: str, how: str = "the slow plain-torch reference") -> None:
-    """Say once per (op, reason) that the reference runs, or ``how`` else; an error under KLFAST_STRICT=1."""
+    """Warn once per (op, reason) that the reference, or whatever ``how`` names, runs; raise under KLFAST_STRICT=1."""
     message = f"{op} {shape} runs {how}: {reason}"
     if os.environ.get("KLFAST_STRICT") == "1":
         raise KernelUnavailableError(f"{message} (KLFAST_STRICT=1 forbids it)")

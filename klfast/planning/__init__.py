@@ -39,47 +39,47 @@ def plan(
     exclude: Patterns | None = None,
     keep: Keep | None = None,
 ) -> Plan:
-    """Choose a precision for each layer: full precision, or one of the specs that the sweep measured on it.
+    """Choose a precision for each layer: full precision, or a spec that the sweep measured on it.
 
-    Give one budget:
-        max_bytes: of all tensors of the saved model: packed weights, scales (2 bytes each), packed zero points, shapes
-            (16 bytes a quantized layer), layers left alone, and everything that is never quantized; a tied head once.
-            The files' headers (names, shapes and offsets of the tensors) come on top.
-        mean_bits: per weight of all linear layers, scales and zero points included. Layers that stay in full precision count.
-        max_kl: summed KL over the layers, nats per token; the plan is then the smallest that stays within.
+    Exactly one of max_bytes, mean_bits and max_kl must be given, except where a method says otherwise.
 
     Args:
         sensitivities: from klfast.sweep, or the published files (klfast.sensitivity.kl_ssm_quant).
+        max_bytes: limit on all tensors of the saved model: packed weights, scales (2 bytes each), packed zero points,
+            shapes (16 bytes per quantized layer), layers left alone, and everything that is never quantized; a tied
+            head counts once. The files' headers (names, shapes and offsets of the tensors) come on top.
+        mean_bits: limit per weight of all linear layers, including scales, zero points and layers in full precision.
+        max_kl: limit on the KL summed over the layers, nats per token; the plan is the smallest within it.
         method:
             "optimal": the least summed cost within the budget, a knapsack solved to proven optimality.
-            "greedy": candidates (layer, spec) by rising cost. With ``evaluate``, as in the paper: a candidate whose
-                perplexity is above ``gamma`` times that of the full-precision model is taken back; ends with the list,
-                or once max_bytes or mean_bits (optional) is met. Without it: until the budget is met.
+            "greedy": candidates (layer, spec) by rising cost. With ``evaluate``, as in the paper: a candidate is taken
+                back if it raises the perplexity above ``gamma`` times that of the full-precision model; stops at the
+                end of the list, or once max_bytes or mean_bits (optional) is met. Without it: until the budget is met.
             "uniform": ``spec`` on all layers; without ``spec``, the measured one that meets the budget best.
-        metric: what the cost is made of, any metric that the sweep measured. By default KL(teacher || student): what
-            quantization adds to the cross-entropy on the teacher's own text distribution, so that its sum predicts
-            the growth of log-perplexity, and the KL that klfast.evaluate reports; KL(student || teacher) if only that was
-            measured. "sqnr_db" counts as noise power 10^(-dB/10), "top1_agree" as 1 - agreement.
+        metric: the measured metric that costs are derived from. By default KL(teacher || student), which quantization
+            adds to the cross-entropy on the teacher's own text distribution: its sum predicts the growth of
+            log-perplexity, and the KL that klfast.evaluate reports. KL(student || teacher) if only that was measured.
+            "sqnr_db" counts as noise power 10^(-dB/10), "top1_agree" as 1 - agreement.
         evaluate: for "greedy": plan -> perplexity of the model so quantized. Called first with an empty plan.
         gamma: for "greedy" with ``evaluate``.
         spec: for "uniform"; a QuantSpec or its text, such as "int4-g64-sym".
-        time_limit: seconds for "optimal"; a note says so if it was reached. It takes well under a second as a rule.
+        time_limit: seconds for "optimal", which usually takes well under one; a note says if the limit was reached.
         layers: patterns of the only layers that may be quantized: names, their last parts ("in_proj"), wildcards
             ("layers.0.*") or "re:" and a regular expression, see klfast.models.selection. All by default.
         exclude: patterns of layers that stay in full precision, such as "lm_head".
-        keep: pattern -> spec, or None or "full" for full precision, of layers that have this precision whatever the budget
+        keep: pattern -> spec, or None or "full" for full precision: the precision of these layers, whatever the budget
             and the method. The sweep must have measured the spec on them. Under "greedy" with ``evaluate`` they have it
             from the second evaluation on.
 
     Returns:
-        Plan, its ``predicted`` holding "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, where the sweep
-        measured delta_ce, "perplexity" on its calibration text, an estimate as if what each layer adds to the
-        cross-entropy added up: exp(the teacher's cross-entropy + the sum of delta_ce). Where a file cannot hold a
-        measured group size (``storable_spec``) the plan has the storable one and a note. Ties go to fewer bytes.
+        The plan. Its ``predicted`` holds "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, if the sweep
+        measured delta_ce, "perplexity" on its calibration text, estimated as if the layers' contributions to the
+        cross-entropy were additive: exp(the teacher's cross-entropy + the sum of delta_ce). If files cannot hold a
+        measured group size (``storable_spec``), the plan has the storable one and a note. Ties go to fewer bytes.
 
     Raises:
-        InvalidInputError: no budget or more than one, an unknown method or metric, nothing measured or not finite, patterns
-            that contradict each other, a kept spec that was not measured.
+        InvalidInputError: no budget or more than one, an unknown method or metric, no finite measurement, contradictory
+            patterns, or a kept spec that was not measured.
         UnknownLayerError: a pattern selects no layer.
         InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
     """

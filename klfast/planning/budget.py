@@ -1,4 +1,4 @@
-"""What a plan may cost."""
+"""Budgets of plans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Budget:
     Attributes:
         name: the argument of klfast.plan that it came from.
         value: as the user gave it.
-        limit: what the sum may not exceed: size (an int, see ``size``), or cost.
+        limit: the largest allowed sum of sizes (an int, see ``size``) or of costs.
     """
 
     name: str
@@ -27,9 +27,9 @@ class Budget:
     limit: float
 
     @classmethod
-    def of(cls, problem: Problem, **given: float | None) -> Budget | None:
-        """The one budget among ``given`` (max_bytes, mean_bits, max_kl); None if all are None."""
-        given = {name: value for name, value in given.items() if value is not None}
+    def of(cls, problem: Problem, **budgets: float | None) -> Budget | None:
+        """Return the one budget that is not None (max_bytes, mean_bits or max_kl); None if all are."""
+        given = {name: value for name, value in budgets.items() if value is not None}
         if not given:
             return None
         if len(given) > 1:
@@ -38,9 +38,8 @@ class Budget:
         number = require_number(name, value, 0.0)
         if name == "max_bytes":
             return cls(name, value, math.floor(value) - problem.other_bytes)
-        if (
-            name == "mean_bits"
-        ):  # rounded up by less than a byte, so that a plan's own predicted mean_bits is enough for it
+        if name == "mean_bits":
+            # Rounded up by less than a byte, so that a plan's own predicted mean_bits suffices for it.
             return cls(name, value, math.floor(min(number, _ANY_BITS) * problem.n_weights / 8 * (1 + 1e-12)))
         if problem.metric not in KL_METRICS:
             raise InvalidInputError(
@@ -50,20 +49,23 @@ class Budget:
 
     @property
     def of_bytes(self) -> bool:
+        """True if sizes are limited, False if costs are."""
         return self.name != "max_kl"
 
     def size(self, choice: Choice) -> int:
-        """Bytes counted against the budget; under max_kl, the bytes being minimised."""
+        """Return the bytes counted against the budget; under max_kl, the bytes being minimised."""
         return choice.weight_bytes if self.name == "mean_bits" else choice.nbytes
 
     def used(self, picks: dict[str, Choice]) -> float:
+        """Return the sum of sizes or of costs that counts against the budget."""
         return sum(map(self.size, picks.values())) if self.of_bytes else math.fsum(c.cost for c in picks.values())
 
     def met(self, picks: dict[str, Choice]) -> bool:
+        """Return True if the choices are within the budget."""
         return self.used(picks) <= self.limit
 
     def require(self, problem: Problem, smallest: dict[str, Choice], remedy: str) -> None:
-        """Raise InfeasibleBudgetError unless ``smallest``, the least that the method reaches, meets the budget."""
+        """Raise InfeasibleBudgetError unless ``smallest``, the method's smallest plan, meets the budget."""
         if self.met(smallest):
             return
         used = self.used(smallest)

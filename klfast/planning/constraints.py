@@ -1,4 +1,4 @@
-"""Precisions that the user's patterns settle before any budget."""
+"""Precisions that the user's patterns fix before any budget."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Keep = Mapping[str, "QuantSpec | str | None"]
 def settled(
     names: Iterable[str], layers: Patterns | None = None, exclude: Patterns | None = None, keep: Keep | None = None
 ) -> dict[str, QuantSpec | None]:
-    """Return the one precision that a layer may have, by name; a layer that is absent may have any.
+    """Return the fixed precision of each layer that has one, by name; other layers may have any.
 
     Args:
         names: all linear layers.
-        layers, exclude: patterns (see klfast.models.selection); a layer that they do not select stays in full precision.
+        layers: patterns (see klfast.models.selection) of the only layers that may be quantized.
+        exclude: patterns of layers that stay in full precision.
         keep: pattern -> spec, or None or "full" for full precision.
 
     Raises:
@@ -35,11 +36,13 @@ def settled(
         for name in matching(pattern, names):
             if name not in free and spec is not None:
                 raise InvalidInputError(
-                    f"keep asks for {spec} on {name}, which layers or exclude leave in full precision; change one of them"
+                    f"keep asks for {spec} on {name}, which layers or exclude leave in full precision; "
+                    "change one of them"
                 )
             if found.get(name, spec) != spec:
                 raise InvalidInputError(
-                    f"keep asks for two precisions of {name}, by {chosen_by[name]!r} and by {pattern!r}; narrow one of them"
+                    f"keep asks for two precisions of {name}, by {chosen_by[name]!r} and by {pattern!r}; "
+                    "narrow one of them"
                 )
             found[name], chosen_by[name] = spec, pattern
     return {name: found[name] for name in names if name in found}

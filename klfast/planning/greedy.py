@@ -1,9 +1,9 @@
-"""Candidates (layer, spec) one by one, the cheapest first: the paper's allocation, and a budgeted one.
+"""Greedy allocation of candidates (layer, spec), cheapest first: the paper's, and one under a budget.
 
-The paper's (arXiv 2604.13440) quantizes a candidate, measures the perplexity and takes the candidate back if it rose
-above gamma times the baseline. Two differences: here the baseline is the full-precision model's throughout (the
-paper's code resets it after each accepted layer, so that its 10 % compounds), and a layer that moves from 8 bits to 4
-is rounded from its original weights.
+The paper (arXiv 2604.13440) quantizes a candidate, measures the perplexity and takes the candidate back if it rose
+above gamma times the baseline. Two differences: here the baseline is always the full-precision model's (the paper's
+code resets it after each accepted layer, so that its 10 % compounds), and a layer that moves from 8 bits to 4 is
+rounded from its original weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from klfast.planning.problem import Choice, Problem
 
 
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:
-    """Without measuring: candidates in order until the bytes are within the budget, or while the KL is."""
+    """Return a plan without evaluation: candidates in order until the bytes meet the budget, or while the KL does."""
     picks = _start(problem)
     for name, choice in _candidates(problem):
         if budget.of_bytes and budget.met(picks):
@@ -34,7 +34,7 @@ def plan_greedy(problem: Problem, budget: Budget) -> Plan:
 def plan_greedy_evaluated(
     problem: Problem, budget: Budget | None, evaluate: Callable[[Plan], float], gamma: float
 ) -> Plan:
-    """The paper's: a candidate stays if the perplexity that ``evaluate`` measures stays within gamma x baseline."""
+    """Return the paper's plan: a candidate stays if the perplexity from ``evaluate`` is at most gamma x baseline."""
     if budget is not None and not budget.of_bytes:
         raise InvalidInputError(
             "greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl"
@@ -48,7 +48,7 @@ def plan_greedy_evaluated(
         perplexity = _perplexity(evaluate, problem.plan(picks, "greedy"))
         if not perplexity <= gamma * baseline:
             notes.append(
-                f"what keep asks for raises the perplexity to {perplexity:.4f}, above gamma times that of full precision"
+                f"the layers in keep raise the perplexity to {perplexity:.4f}, above gamma times that of full precision"
             )
     accepted = tried = 0
     for name, choice in _candidates(problem):
@@ -59,18 +59,19 @@ def plan_greedy_evaluated(
         trial = {**picks, name: choice}
         result = _perplexity(evaluate, problem.plan(trial, "greedy"))
         tried += 1
-        if result <= gamma * baseline:  # a NaN is turned down too
+        if result <= gamma * baseline:  # rejects NaN, too
             picks, perplexity, accepted = trial, result, accepted + 1
     if budget is not None:
         budget.require(problem, picks, f"raise {budget.name} or gamma")
     notes.append(
-        f"accepted {accepted} of {tried} candidates tried; perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
+        f"accepted {accepted} of {tried} candidates tried; "
+        f"perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
     )
     return problem.plan(picks, "greedy", notes)
 
 
 def _start(problem: Problem) -> dict[str, Choice]:
-    """Full precision for every layer whose precision the user has not settled."""
+    """Return full precision for every layer whose precision the user has not fixed."""
     return {name: choices[0] for name, choices in problem.layers.items()}
 
 
@@ -83,6 +84,6 @@ def _perplexity(evaluate: Callable[[Plan], float], plan: Plan) -> float:
 
 
 def _candidates(problem: Problem) -> list[tuple[str, Choice]]:
-    """(layer, choice) by rising cost; of equals, more bytes first, then in module order."""
+    """Return (layer, choice) by rising cost; on ties, more bytes first, then in module order."""
     pairs = [(name, choice) for name, choices in problem.layers.items() for choice in choices[1:]]
     return sorted(pairs, key=lambda pair: (pair[1].cost, -pair[1].nbytes))

@@ -1,10 +1,10 @@
-"""Solve one multiple-choice knapsack with HiGHS (scipy's MILP), as a script in a process of its own.
+"""Script that solves one multiple-choice knapsack with HiGHS (scipy's MILP) in a process of its own.
 
-Some versions of HiGHS (scipy 1.17 among them) print debugging lines on the process's standard output whatever their options
-say. Here these do not reach the output of the caller's process, nor does that have to be shut meanwhile, for all of its threads.
+Some versions of HiGHS (scipy 1.17 among them) print debugging lines on the process's standard output whatever their
+options. In another process they cannot reach the caller's output, which need not be closed to all threads meanwhile.
 
-Standard input: a JSON object with the arguments of ``solve`` and ``path``, the caller's sys.path. Standard output: its result.
-It imports nothing of klfast, so that it starts quickly.
+Standard input: a JSON object with the arguments of ``solve`` and ``path``, the caller's sys.path. Standard output: the
+result. Imports nothing of klfast, to start quickly.
 """
 
 import json
@@ -14,21 +14,19 @@ import sys
 import time
 
 _SCALE = 1e4
-_LEEWAY = 1e-9  # of the limit, given to HiGHS so that its tolerances cut off nothing that fits exactly
-_TIE_BREAK = (
-    1e-8  # of the objective goes to the weights: of equally good solutions, the one that uses less of the budget
-)
+_LEEWAY = 1e-9  # relative, added to the limit so that HiGHS's tolerances do not exclude what fits exactly
+_TIE_BREAK = 1e-8  # the weights' share of the objective: of equally good solutions, the one that uses less budget wins
 _MAX_CUTS = 50
 
 
 def solve(
     options: list[list[tuple[float, float]]], limit: float, upper: float, seconds: float
 ) -> tuple[list[int] | None, bool]:
-    """Return the best choice found for each layer (None if none), and whether it is proven.
+    """Return the best choice found for each layer (None if none), and True if it is proven optimal.
 
     Args:
         options: (value, weight) of each choice of each layer.
-        limit: what the sum of weights may not exceed.
+        limit: an upper limit on the sum of weights.
         upper: an upper bound on the sum of values.
         seconds: time limit.
     """
@@ -40,7 +38,7 @@ def solve(
     owner = np.array([n for n, layer in enumerate(options) for _ in layer])
     first = np.searchsorted(owner, np.arange(len(options)))
     value, weight = np.array([option for layer in options for option in layer], dtype=np.float64).T
-    # Only differences within a layer matter: with the least of each layer taken off, sums lose no digits.
+    # Only differences within a layer matter: subtracting each layer's least keeps the digits of sums.
     base_value, base_weight = ([min(option[i] for option in layer) for layer in options] for i in (0, 1))
     value, weight = value - np.array(base_value)[owner], weight - np.array(base_weight)[owner]
     room = math.fsum([limit, *(-w for w in base_weight)])
@@ -66,12 +64,12 @@ def solve(
             options={"mip_rel_gap": 0.0, "time_limit": left},
         )
         if result.x is None:
-            return None, result.status == 2  # 2: infeasible, which only cuts can bring about
+            return None, result.status == 2  # 2: infeasible, which only cuts can cause
         chosen = [max(np.flatnonzero(owner == n), key=lambda j: result.x[j]) for n in range(len(options))]
         picks = [int(j - first[n]) for n, j in enumerate(chosen)]
         if math.fsum(options[n][i][1] for n, i in enumerate(picks)) <= limit:
             return picks, result.status == 0
-        # Over the limit by less than the solver's tolerance: exclude this very solution and go on.
+        # Over the limit by less than the solver's tolerance: exclude this solution and go on.
         cut = np.zeros(len(owner))
         cut[chosen] = 1.0
         constraints.append(LinearConstraint(cut[None], -np.inf, len(options) - 1))

@@ -1,8 +1,8 @@
 """HiGHS (scipy's MILP) for knapsacks that are too hard for the exact solver of klfast.planning.optimal.
 
-HiGHS works with absolute tolerances of 1e-6, so objective and limit are scaled to 1e4 and each answer's true sum is
-checked afterwards. Where many sums fall within 1e-9 of the limit it has been seen to miss the optimum, and it is some
-ten times slower on real sensitivities: hence the second choice.
+HiGHS has absolute tolerances of 1e-6, so objective and limit are scaled to 1e4 and each answer's true sum is checked.
+It is the second choice because it has missed the optimum where many sums are within 1e-9 of the limit, and is some ten
+times slower on real sensitivities.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from klfast.core.errors import KlfastError
 from klfast.planning import highs
 
-_GRACE = 60.0  # seconds beyond the time limit for starting the process, and for HiGHS to notice the limit
+_GRACE = 60.0  # seconds beyond the time limit for the process to start and for HiGHS to notice the limit
 
 
 def solve_milp(
@@ -26,7 +26,7 @@ def solve_milp(
     upper: float,
     time_limit: float,
 ) -> tuple[list[int] | None, bool]:
-    """Return the best solution found among the kept options (None if none), and whether it is proven.
+    """Return the best solution found among the kept options (None if none), and True if it is proven optimal.
 
     Raises:
         KlfastError: the process that runs HiGHS failed.
@@ -51,6 +51,6 @@ def solve_milp(
         return None, False
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise KlfastError(f"HiGHS failed on a plan that is too hard for the exact solver ({last}); use method='greedy'")
+        raise KlfastError(f"HiGHS failed on a plan too hard for the exact solver ({last}); use method='greedy'")
     picks, proven = json.loads(done.stdout)
     return picks and [kept[n][i] for n, i in enumerate(picks)], proven

@@ -1,15 +1,16 @@
 """The best plan under a budget: a multiple-choice knapsack, solved exactly.
 
-One choice a layer; minimise the sum of values while the sum of weights stays within a limit. (For a byte budget the
-value is the cost and the weight the bytes; for a KL budget the other way round.)
+One choice per layer; minimise the sum of values while the sum of weights stays within a limit. (For a byte budget the
+value is the cost and the weight the bytes; for a KL budget it is the other way round.)
 
-First the problem is cut down: choices that another choice of the layer beats in both value and weight go; a greedy
-solution along the convex hulls gives an upper bound, the Lagrangian at its last step a lower one; a choice that would
-lift the lower bound above the upper is in no better solution and goes too. Then layers are added one by one to the list
-of all partial plans that are worth keeping: those that no other beats in both sums, and that can still end within the
-limit and below the upper bound (dynamic programming by Pareto lists; Nemhauser and Ullmann 1969, with Pisinger's 1995
-bounds). On the sensitivities of real models that list stays below a few thousand entries, and a plan of 200 layers
-takes less than 0.1 s. Should it outgrow memory, which needs costs contrived in proportion to bytes, HiGHS takes over.
+First the problem is reduced: choices that another choice of the layer beats in both value and weight are dropped; a
+greedy solution along the convex hulls gives an upper bound, the Lagrangian at its last step a lower one; choices that
+would lift the lower bound above the upper cannot be in a better solution and are dropped, too. Then layers are added
+one by one to the list of partial plans worth keeping: those that no other beats in both sums, and that can still end
+within the limit and below the upper bound (dynamic programming by Pareto lists; Nemhauser and Ullmann 1969, with
+Pisinger's 1995 bounds). On the sensitivities of real models that list stays below a few thousand entries, and a plan of
+200 layers takes less than 0.1 s. If it outgrows memory, which needs costs contrived in proportion to bytes, HiGHS takes
+over.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -33,13 +35,14 @@ _MAX_PARTIAL_PLANS = 300_000
 
 @dataclass(frozen=True)
 class Solution:
-    """The index of the chosen option for each layer; ``gap``: how far the value may be above the optimum, 0 if proven."""
+    """The index of each layer's chosen option; ``gap`` bounds the value's distance from the optimum, 0 if proven."""
 
     picks: list[int]
     gap: float
 
 
 def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
+    """Return the plan of least summed cost within a byte budget, or of fewest bytes within a KL budget."""
     smallest = {
         name: min(choices, key=lambda c: budget.size(c) if budget.of_bytes else c.cost)
         for name, choices in problem.layers.items()
@@ -61,7 +64,7 @@ def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
 def solve(options: Sequence[Sequence[Option]], limit: float, time_limit: float = 60.0) -> Solution:
     """Minimise the summed value within ``limit``; the least weights must fit. Values and weights are finite and >= 0.
 
-    The limit holds for the sum without rounding error (math.fsum). Of equally good solutions the one of least weight.
+    The limit holds for the exact sum (math.fsum). Of equally good solutions, return the one of least weight.
     """
     start = time.monotonic()
     fronts = [_front(layer) for layer in options]
@@ -73,12 +76,13 @@ def solve(options: Sequence[Sequence[Option]], limit: float, time_limit: float =
     found, proven = _by_partial_plans(options, kept, limit, price, value, start + time_limit)
     if found is None and not proven:
         found, proven = solve_milp(options, kept, limit, value, max(time_limit - (time.monotonic() - start), 1.0))
-    if found is not None and (_total(options, found, 0), _total(options, found, 1)) < (
-        value,
-        _total(options, picks, 1),
-    ):
+    if found is not None and _sums(options, found) < _sums(options, picks):
         picks, value = found, _total(options, found, 0)
     return Solution(picks, 0.0 if proven else max(value - lower, 0.0))
+
+
+def _sums(options: Sequence[Sequence[Option]], picks: Sequence[int]) -> tuple[float, float]:
+    return _total(options, picks, 0), _total(options, picks, 1)
 
 
 def _total(options: Sequence[Sequence[Option]], picks: Sequence[int], which: int) -> float:
@@ -86,7 +90,7 @@ def _total(options: Sequence[Sequence[Option]], picks: Sequence[int], which: int
 
 
 def _front(layer: Sequence[Option]) -> list[int]:
-    """Options that no other beats: rising weight, falling value. Of equals, the first."""
+    """Return the options that no other beats: rising weight, falling value; of equals, the first."""
     front: list[int] = []
     for i in sorted(range(len(layer)), key=lambda i: (layer[i][1], layer[i][0], i)):
         if not front or layer[i][0] < layer[front[-1]][0]:
@@ -95,7 +99,7 @@ def _front(layer: Sequence[Option]) -> list[int]:
 
 
 def _hull(layer: Sequence[Option], front: Sequence[int]) -> list[int]:
-    """The front's lower convex hull: each further step buys less value per weight than the one before."""
+    """Return the front's lower convex hull: each step buys less value per weight than the one before."""
     hull: list[int] = []
     for i in front:
         while len(hull) > 1 and _rate(layer, hull[-2], hull[-1]) <= _rate(layer, hull[-1], i):
@@ -105,24 +109,24 @@ def _hull(layer: Sequence[Option], front: Sequence[int]) -> list[int]:
 
 
 def _rate(layer: Sequence[Option], a: int, b: int) -> float:
-    """Value saved per weight added from option a to option b."""
+    """Return the value saved per weight added from option a to option b."""
     return (layer[a][0] - layer[b][0]) / (layer[b][1] - layer[a][1])
 
 
 def _greedy(options: Sequence[Sequence[Option]], fronts: list[list[int]], limit: float) -> tuple[list[int], float]:
-    """A good solution, and the price of weight in value at the first step that does not fit (0 if all do)."""
+    """Return a good solution, and the price of weight in value at the first step that does not fit (0 if all fit)."""
     picks = [front[0] for front in fronts]
     steps = []
     for n, (layer, front) in enumerate(zip(options, fronts, strict=True)):
         hull = _hull(layer, front)
-        steps += [(-_rate(layer, a, b), n, a, b) for a, b in zip(hull, hull[1:], strict=False)]
+        steps += [(-_rate(layer, a, b), n, a, b) for a, b in pairwise(hull)]
     price = 0.0
     for rate, n, a, b in sorted(steps):
         if picks[n] == a and _fits(options, picks, n, b, limit):
             picks[n] = b
         else:
             price = price or -rate
-    for n, front in enumerate(fronts):  # what room is left, filled in passing
+    for n, front in enumerate(fronts):  # fill the remaining room
         for i in front[front.index(picks[n]) + 1 :]:
             if _fits(options, picks, n, i, limit):
                 picks[n] = i
@@ -136,11 +140,11 @@ def _fits(options: Sequence[Sequence[Option]], picks: list[int], n: int, i: int,
 def _reduce(
     options: Sequence[Sequence[Option]], fronts: list[list[int]], limit: float, price: float, upper: float
 ) -> tuple[float, list[list[int]]]:
-    """A lower bound on the value, and the options that a solution of value <= ``upper`` can have."""
+    """Return a lower bound on the value, and the options that a solution of value <= ``upper`` can have."""
     priced = [[layer[i][0] + price * layer[i][1] for i in front] for layer, front in zip(options, fronts, strict=True)]
     least = [min(row) for row in priced]
     lower = math.fsum([*least, -price * limit])
-    # The rounding of sums this large must not cost an option.
+    # The rounding of such large sums must not drop an option.
     slack = upper - lower + 1e-12 * (upper + math.fsum(least) + price * limit)
     kept = [
         [i for i, p in zip(front, row, strict=True) if p - m <= slack]
@@ -157,11 +161,11 @@ def _by_partial_plans(
     upper: float,
     deadline: float,
 ) -> tuple[list[int] | None, bool]:
-    """The best solution among the kept options (None if there is none below ``upper``), and whether it is proven."""
-    # Extended precision where the machine has it: sums of doubles then decide at the limit as math.fsum does.
+    """Return the best solution among the kept options (None if none is below ``upper``), and True if it is proven."""
+    # Extended precision where the machine has it: sums of doubles then agree with math.fsum at the limit.
     tables = [np.array([options[n][i] for i in front], dtype=np.longdouble).T for n, front in enumerate(kept)]
-    order = sorted(range(len(kept)), key=lambda n: np.ptp(tables[n][1]), reverse=True)  # what decides most comes first
-    # What the layers from the t-th on add at least: weight, and value priced with it.
+    order = sorted(range(len(kept)), key=lambda n: np.ptp(tables[n][1]), reverse=True)  # the most decisive layers first
+    # The least that the layers from the t-th on add: weight, and value plus priced weight.
     rest_weight = _sums_from([tables[n][1].min() for n in order])
     rest_priced = _sums_from([(tables[n][0] + price * tables[n][1]).min() for n in order])
     slack = 1e-12 * (upper + rest_priced[0] + price * limit)
@@ -192,5 +196,5 @@ def _by_partial_plans(
 
 
 def _sums_from(numbers: list[np.longdouble]) -> np.ndarray:
-    """sums[t] = numbers[t] + numbers[t + 1] + ...; one longer than ``numbers``."""
+    """Return sums[t] = numbers[t] + numbers[t + 1] + ...; one longer than ``numbers``."""
     return np.append(np.cumsum(numbers[::-1])[::-1], np.longdouble(0))

@@ -1,4 +1,4 @@
-"""Plans, and plans as JSON."""
+"""Plans and their JSON format."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ class Plan:
     """A precision for each linear layer.
 
     Attributes:
-        specs: layer name -> spec (a QuantSpec, or its text). A layer that is not named keeps its full precision.
+        specs: layer name -> spec (a QuantSpec, or its text). Layers not named keep full precision.
         method: "optimal", "greedy" or "uniform".
         fingerprint: the model that the plan was made for; None if made from published files.
-        predicted: what the plan should cost, as far as known: "bytes" of all tensors of the saved model (its files add
+        predicted: the plan's expected cost, as far as known: "bytes" of all tensors of the saved model (its files add
             headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included),
-            "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, an estimate: as if what
-            each layer adds to the cross-entropy added up.
+            "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, estimated as if the
+            layers' contributions to the cross-entropy were additive.
         notes: anything that the planner changed or found, one sentence each.
-        scale: how scales were chosen in the sweep behind the plan, "absmax" or "mse", and are chosen when the plan is applied.
-            None if that is not known.
+        scale: the choice of scales in the sweep and when the plan is applied, "absmax" or "mse"; None if unknown.
     """
 
     specs: Mapping[str, QuantSpec]
@@ -54,12 +53,12 @@ class Plan:
             )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The plan as JSON text, written to ``path`` if given (beside it first, then renamed over it)."""
+        """Return the plan as JSON text; write it atomically to ``path`` if given."""
         return write(self, path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Plan:
-        """Read back what ``to_json`` wrote. Layer names and the model are checked when the plan is applied.
+        """Read a plan that ``to_json`` wrote. Layer names and the model are checked when the plan is applied.
 
         Args:
             source: a path, or the JSON text itself (recognized by its opening brace).
@@ -71,16 +70,16 @@ class Plan:
 
 
 def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
-    """Return the plan as JSON text with its digest, written to ``path`` if given.
+    """Return the plan as JSON text with its digest; write it to ``path`` if given.
 
     Raises:
         InvalidInputError: the plan holds something that JSON lacks, such as a NaN.
     """
+    made_for = plan.fingerprint
     data = {
         "schema": SCHEMA,
         "method": plan.method,
-        "fingerprint": plan.fingerprint
-        and {"structure": plan.fingerprint.structure, "norms": list(plan.fingerprint.norms)},
+        "fingerprint": made_for and {"structure": made_for.structure, "norms": list(made_for.norms)},
         "specs": {name: str(spec) for name, spec in plan.specs.items()},
         "predicted": dict(plan.predicted),
         "notes": list(plan.notes),
@@ -95,18 +94,18 @@ def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
 
 
 def read(source: str | os.PathLike[str]) -> Plan:
-    """Return the plan in a file that ``write`` made, or in its JSON text (recognized by the opening brace).
+    """Return the plan in a file that ``write`` wrote, or in its JSON text (recognized by the opening brace).
 
     Raises:
         CheckpointError: no such file, or it is truncated, altered or not a plan.
     """
-    data, origin = signed_json.read(source, "a plan", _REMEDY, verified=False)
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        if str(schema).startswith("klfast-sensitivities/"):
-            raise CheckpointError(f"{origin} holds sensitivities; make a plan of them first (klfast plan)")
+    found, origin = signed_json.read(source, "a plan", _REMEDY, verified=False)
+    data = found if isinstance(found, dict) else {}
+    if data.get("schema") != SCHEMA:
+        if str(data.get("schema")).startswith("klfast-sensitivities/"):
+            raise CheckpointError(f"{origin} holds sensitivities; make a plan from them first (klfast plan)")
         raise CheckpointError(
-            f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give what klfast plan wrote"
+            f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give a file that klfast plan wrote"
         )
     try:
         _check_entries(data)
@@ -125,26 +124,38 @@ def read(source: str | os.PathLike[str]) -> Plan:
 
 
 def _check_entries(data: dict[str, object]) -> None:
-    """Raise unless the entries are those of a plan: without its name a digest would not be looked at."""
+    """Raise unless the entries are those of a plan: a digest under a damaged name would not be verified."""
     if unknown := [name for name in data if name not in (*_ENTRIES, *_ADDED)]:
         raise ValueError(f"it has an unknown entry {unknown[0]!r}")
-    if missing := [name for name in _ADDED if name not in data]:
-        if len(missing) < len(_ADDED):
-            raise KeyError(missing[0])
+    missing = [name for name in _ADDED if name not in data]
+    if 0 < len(missing) < len(_ADDED):
+        raise KeyError(missing[0])
 
 
 def _plan(data: dict[str, object]) -> Plan:
-    specs = {name: is_a(str, spec, f"the spec of {name}") for name, spec in is_a(dict, data["specs"], "specs").items()}
+    texts = {name: is_a(str, text, f"the spec of {name}") for name, text in is_a(dict, data["specs"], "specs").items()}
+    specs = {name: QuantSpec.of(text) for name, text in texts.items()}
     predicted = {name: _finite(value, name) for name, value in is_a(dict, data["predicted"], "predicted").items()}
     notes = tuple(is_a(str, note, "a note") for note in is_a(list, data["notes"], "notes"))
-    fingerprint = data["fingerprint"]
-    if fingerprint is not None:
-        fields = is_a(dict, fingerprint, "fingerprint")
-        norms = tuple(number(norm, "a norm") for norm in is_a(list, fields["norms"], "norms"))
-        fingerprint = Fingerprint(is_a(str, fields["structure"], "structure"), norms)
-    return Plan(specs, is_a(str, data["method"], "method"), fingerprint, predicted, notes, data.get("scale"))
+    scale = data.get("scale")
+    return Plan(
+        specs,
+        is_a(str, data["method"], "method"),
+        _fingerprint(data["fingerprint"]),
+        predicted,
+        notes,
+        None if scale is None else is_a(str, scale, "scale"),
+    )
+
+
+def _fingerprint(data: object) -> Fingerprint | None:
+    if data is None:
+        return None
+    fields = is_a(dict, data, "fingerprint")
+    norms = tuple(number(norm, "a norm") for norm in is_a(list, fields["norms"], "norms"))
+    return Fingerprint(is_a(str, fields["structure"], "structure"), norms)
 
 
 def _finite(value: object, what: str) -> float:
-    number(value, what)
-    return value  # bytes stay an int
+    checked = number(value, what)
+    return value if isinstance(value, int) else checked  # bytes stay an int

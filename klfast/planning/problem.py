@@ -1,4 +1,4 @@
-"""What every method plans from: for each layer, the precisions it can have, with their bytes and costs."""
+"""The input of every method: each layer's possible precisions with their bytes and costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from klfast.sensitivity.coverage import require_measurements, unfinished_note, u
 from klfast.sensitivity.results import METRICS, Sensitivities
 
 KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
-# Costs between these, and 0: sums and rates of them stay within floats. Above it is damage, as an infinity is; below it is 0.
+# Sums and rates of costs within this range stay within floats. Above it is damage, like an infinity; below it is 0.
 _TINY, _TOO_LARGE = 1e-100, 1e100
 _ANY_SIZE = 2**63
 
@@ -27,8 +27,8 @@ class Choice:
 
     Attributes:
         spec: as it will be stored; None for full precision.
-        nbytes: of the layer in that precision, as saved.
-        cost: what the method minimises; adds up over layers.
+        nbytes: bytes of the layer in that precision, as saved.
+        cost: the quantity being minimised, additive over layers.
         kl: measured KL in nats per token, None if it was not measured.
         delta_ce: measured growth of the cross-entropy, nats per token; None if it was not measured.
         measured: the spec that the cost was measured with.
@@ -43,7 +43,7 @@ class Choice:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights alone, scales and zero points included: what bits per weight are reckoned from."""
+        """Bytes of the weights with scales and zero points, from which bits per weight are computed."""
         return self.nbytes if self.spec is None else self.nbytes - SHAPE_BYTES
 
 
@@ -52,17 +52,17 @@ class Problem:
 
     Attributes:
         full: name -> full precision.
-        layers: name -> choices. Full precision first, then by falling bytes; a single choice where the user settled one.
-        settled: name -> the spec (None: full precision) that the user settled; the other layers are free.
-        n_weights: weights in all linear layers together.
-        metric: the metric that costs are made of.
-        notes: what was found while reading the measurements.
+        layers: name -> choices. Full precision first, then by falling bytes; a single choice where the user fixed one.
+        settled: name -> the spec (None: full precision) that the user fixed; the other layers are free.
+        n_weights: the number of weights in all linear layers.
+        metric: the metric that costs are derived from.
+        notes: findings about the measurements.
         n_left_out: measurements that no plan can use, since the metric is not finite.
     """
 
     def __init__(
         self, sensitivities: Sensitivities, metric: str | None, settled: Mapping[str, QuantSpec | None] | None = None
-    ):
+    ) -> None:
         self.sensitivities = sensitivities
         self.settled = dict(settled or {})
         self.notes: list[str] = []
@@ -101,7 +101,7 @@ class Problem:
 
     @property
     def free(self) -> list[str]:
-        """Layers whose precision is the planner's to choose."""
+        """Layers whose precision the planner may choose."""
         return [name for name in self.full if name not in self.settled]
 
     def _may_be(self, name: str, measured: QuantSpec) -> bool:
@@ -150,7 +150,7 @@ class Problem:
         return asked
 
     def _note_layers(self) -> None:
-        """Note which layers the user settled, and which the planner cannot quantize."""
+        """Note which layers the user fixed, and which the planner cannot quantize."""
         if note := unfinished_note(self.sensitivities):
             self.notes.append(note)
         by_spec: dict[QuantSpec | None, list[str]] = {}
@@ -173,41 +173,47 @@ class Problem:
             self.notes.append(f"{negative} negative measurements of {self.metric} were taken as 0")
         if noise:
             self.notes.append(
-                f"{noise} measurements lie below the noise floor: their order is chance, their size an upper bound"
+                f"{noise} measurements lie below the noise floor: their order is random, their size an upper bound"
             )
         if broken:
             self.notes.append(f"{_some(broken)} left out: {self.metric} is not finite")
 
     @property
     def other_bytes(self) -> int:
+        """Bytes of everything that is never quantized."""
         return int(self.sensitivities.other_bytes)
 
-    def plan(self, picks: dict[str, Choice], method: str, notes: list[str] = []) -> Plan:  # noqa: B006 (never changed)
-        """The Plan of these choices, with what it is predicted to cost."""
-        predicted = {
+    def plan(self, picks: dict[str, Choice], method: str, notes: Sequence[str] = ()) -> Plan:
+        """Return the Plan of these choices with its predicted cost."""
+        specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
+        notes = (*self.notes, *self._note_groups(picks), *notes)
+        scale = self.sensitivities.provenance.get("scale")
+        known_scale = next((known for known in SCALES if scale == known), None)
+        return Plan(specs, method, self.sensitivities.fingerprint, self._predicted(picks), notes, known_scale)
+
+    def _predicted(self, picks: dict[str, Choice]) -> dict[str, float]:
+        predicted: dict[str, float] = {
             "bytes": sum(choice.nbytes for choice in picks.values()) + self.other_bytes,
             "mean_bits": 8 * sum(choice.weight_bytes for choice in picks.values()) / self.n_weights,
         }
-        if all(choice.kl is not None for choice in picks.values()):
-            predicted["kl"] = math.fsum(choice.kl for choice in picks.values())
+        kl = [choice.kl for choice in picks.values() if choice.kl is not None]
+        if len(kl) == len(picks):
+            predicted["kl"] = math.fsum(kl)
         teacher = self.sensitivities.provenance.get("ce_teacher")
-        if isinstance(teacher, (int, float)) and all(choice.delta_ce is not None for choice in picks.values()):
-            nll = _sum([teacher, *(choice.delta_ce for choice in picks.values())])
+        delta_ce = [choice.delta_ce for choice in picks.values() if choice.delta_ce is not None]
+        if isinstance(teacher, (int, float)) and len(delta_ce) == len(picks):
+            nll = _sum([teacher, *delta_ce])
             if math.isfinite(nll):
                 predicted["perplexity"] = math.exp(min(nll, 700.0))
-        specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
-        notes = [*self.notes, *self._note_groups(picks), *notes]
-        scale = self.sensitivities.provenance.get("scale")
-        return Plan(
-            specs, method, self.sensitivities.fingerprint, predicted, tuple(notes), scale if scale in SCALES else None
-        )
+        return predicted
 
     def _note_groups(self, picks: dict[str, Choice]) -> list[str]:
-        changed = Counter()
+        changed: Counter[tuple[QuantSpec, QuantSpec, int]] = Counter()
         for name, choice in picks.items():
             k = self.sensitivities.layers[name].shape[1]
-            if choice.measured is not None and choice.spec.group_length(k) != choice.measured.group_length(k):
-                changed[choice.measured, choice.spec, k] += 1
+            spec, measured = choice.spec, choice.measured
+            if spec is not None and measured is not None and spec.group_length(k) != measured.group_length(k):
+                changed[measured, spec, k] += 1
         return [
             f"{asked} became {spec} on {count} layers with {k} inputs: a saved group size must divide the inputs"
             for (asked, spec, k), count in changed.items()
@@ -215,7 +221,7 @@ class Problem:
 
 
 def _check(sensitivities: Sensitivities) -> None:
-    """Raise InvalidInputError unless something was measured, on layers that are there and have a size."""
+    """Raise InvalidInputError unless something was measured, on layers that exist and have a size."""
     require_measurements(sensitivities)
     for name, _ in sensitivities.measurements:
         if name not in sensitivities.layers:
@@ -231,7 +237,7 @@ def _check(sensitivities: Sensitivities) -> None:
 
 
 def _sum(values: Sequence[float]) -> float:
-    """The sum without rounding errors; NaN if it has none (infinities of both signs) or leaves the range of floats."""
+    """Return the exactly rounded sum; NaN if undefined (infinities of both signs) or out of the range of floats."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
@@ -239,7 +245,7 @@ def _sum(values: Sequence[float]) -> float:
 
 
 def _cost(metric: str, mean: float) -> float:
-    """The additive cost of one measurement."""
+    """Return the additive cost of one measurement."""
     if metric == "sqnr_db":  # noise power relative to the signal's
         return 10.0 ** (-mean / 10.0) if mean > -3000 else math.inf
     if metric == "top1_agree":
@@ -252,15 +258,17 @@ def _counted(cost: float) -> float:
 
 
 def _unique(full: Choice, found: list[Choice]) -> list[Choice]:
-    """One choice a stored spec, none that saves nothing over full precision; by falling bytes, then bits.
+    """Return one choice per stored spec that is smaller than full precision, by falling bytes, then bits.
 
     Of two measured specs that are stored as the same one, the one that needed no change counts.
     """
     by_spec: dict[QuantSpec, Choice] = {}
     for choice in found:
-        if choice.nbytes < full.nbytes and (choice.spec not in by_spec or choice.spec == choice.measured):
-            by_spec[choice.spec] = choice
-    return [full, *sorted(by_spec.values(), key=lambda c: (-c.nbytes, -c.spec.bits, c.spec))]
+        spec = choice.spec
+        if spec is not None and choice.nbytes < full.nbytes and (spec not in by_spec or spec == choice.measured):
+            by_spec[spec] = choice
+    ordered = sorted(by_spec, key=lambda spec: (-by_spec[spec].nbytes, -spec.bits, spec))
+    return [full, *(by_spec[spec] for spec in ordered)]
 
 
 def _some(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""One spec for every layer: what mixed precision is compared with."""
+"""Uniform plans, one spec for every layer: the baseline of mixed precision."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from klfast.quant.types import QuantSpec, storable_spec
 
 
 def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None) -> Plan:
-    """``spec`` everywhere; without one, the measured spec that meets the budget best (least cost in bytes, or fewest
-    bytes under a KL).
+    """Return the plan with ``spec`` everywhere; without one, with the measured spec that meets the budget best.
+
+    That is the one of least cost under a byte budget, or of fewest bytes under a KL budget.
     """
     if spec is not None:
         picks = {name: _choice(problem, name, spec) for name in problem.layers}
@@ -41,8 +42,9 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
 
 
 def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
-    """``spec`` on that layer, or full precision where the spec saves nothing; cost infinite, KL None if not measured.
-    A layer that the user settled has its one choice.
+    """Return ``spec`` on that layer, or full precision if the spec saves nothing there.
+
+    If it was not measured, the cost is infinite and the KL None. A layer that the user fixed has only its one choice.
     """
     if name in problem.settled:
         return problem.layers[name][0]
@@ -65,5 +67,5 @@ def _order(picks: dict[str, Choice], budget: Budget) -> tuple[float, float]:
 
 def _plan(problem: Problem, picks: dict[str, Choice]) -> Plan:
     full = [name for name, choice in picks.items() if choice.spec is None and len(problem.layers[name]) > 1]
-    notes = [f"{len(full)} layers keep full precision, where the spec saves nothing: {', '.join(full)}"] if full else []
+    notes = [f"{len(full)} layers keep full precision, since the spec saves nothing: {', '.join(full)}"] if full else []
     return problem.plan(picks, "uniform", notes)

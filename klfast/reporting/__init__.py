@@ -1,1 +1,1 @@
-"""What sweeps and plans say, as tables and plots."""
+"""Tables and plots of sweeps and plans."""

@@ -1,4 +1,4 @@
-"""What a plan says, as tables."""
+"""Tables of a plan."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.results import Sensitivities
 
 FULL = "full precision"
-
-
-_PREDICTED = {"perplexity": "perplexity on the calibration text, if what the layers add to it adds up"}
+_PREDICTED = {"perplexity": "perplexity on the calibration text, if the layers' contributions are additive"}
 
 
 def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[Table]:
-    """What a plan says: its predictions and notes, and how many layers of each kind have each precision.
+    """Return tables of a plan's predictions and notes, and of the number of layers by kind and precision.
 
-    Without ``sensitivities`` the layers that keep full precision are not known, and not counted.
+    Without ``sensitivities`` the layers that keep full precision are unknown and not counted.
     """
     facts: list[tuple[Cell, ...]] = [
         ("method", plan.method),
@@ -32,23 +30,23 @@ def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[
     specs = [str(spec) for spec in sorted(set(plan.specs.values()))] + [FULL]
     specs = [spec for spec in specs if any(s == spec for _, s in counts)]
     kinds = dict.fromkeys(kind(name) for name in names)
-    rows = tuple((k, *(counts[k, spec] for spec in specs)) for k in kinds)
+    rows: tuple[tuple[Cell, ...], ...] = tuple((k, *(counts[k, spec] for spec in specs)) for k in kinds)
     return [Table("Plan", ("what", "value"), tuple(facts)), Table("Layers by precision", ("kind", *specs), rows)]
 
 
 def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None = None) -> Table:
-    """Every layer with its precision, the bytes that it takes in the saved model and the ``metric`` measured there, in module
-    order; the metric is empty for full precision, and where it was not measured.
+    """Return a table of every layer's precision, bytes in the saved model and measured ``metric``, in module order.
+
+    The metric is empty for full precision and where it was not measured.
 
     Raises:
         InvalidInputError: no such metric was measured.
         ModelMismatchError: the plan was made for another model.
     """
     metric = settle_metric(sensitivities, metric)
-    models = (plan.fingerprint, sensitivities.fingerprint)
-    if (
-        None not in models and not models[0].matches(models[1])
-    ) or not plan.specs.keys() <= sensitivities.layers.keys():
+    of_plan, swept = plan.fingerprint, sensitivities.fingerprint
+    differ = of_plan is not None and swept is not None and not of_plan.matches(swept)
+    if differ or not plan.specs.keys() <= sensitivities.layers.keys():
         raise ModelMismatchError(
             "the plan and the sensitivities are of different models; give those that the plan was made from"
         )
@@ -56,10 +54,12 @@ def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None =
     measured = {
         (name, storable_spec(spec, sensitivities.layers[name].shape[1])): mean for (name, spec), mean in means.items()
     }
-    measured |= means  # of two that are stored as the same spec, the one that was measured as stored
-    rows = []
+    measured |= means  # of two specs stored as the same one, the one measured as stored counts
+    rows: list[tuple[Cell, ...]] = []
     for name, info in sensitivities.layers.items():
         spec = plan.specs.get(name)
-        nbytes = info.float_bytes if spec is None else spec.saved_bytes(info.shape)
-        rows.append((name, FULL if spec is None else str(spec), nbytes, measured.get((name, spec), {}).get(metric)))
+        if spec is None:
+            rows.append((name, FULL, info.float_bytes, None))
+        else:
+            rows.append((name, str(spec), spec.saved_bytes(info.shape), measured.get((name, spec), {}).get(metric)))
     return Table("Precision by layer", ("layer", "precision", "bytes", metric), tuple(rows))

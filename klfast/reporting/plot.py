@@ -1,23 +1,27 @@
-"""The plot of a sweep: sensitivity over depth."""
+"""Plot of a sweep: sensitivity over depth."""
 
 from __future__ import annotations
 
 import io
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import write_atomic
 from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, kind, settle_metric
 from klfast.sensitivity.results import Sensitivities
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str | None = None) -> None:
-    """Draw the metric of every layer over depth, a panel a spec, a colour a kind, into a .png, .svg or .pdf file.
+    """Draw the metric of every layer over depth into a .png, .svg or .pdf file: a panel per spec, a colour per kind.
 
     Raises:
-        ImportError: matplotlib is absent: ``pip install klfast[plot]``.
-        InvalidInputError: nothing measured, not this metric, or another kind of file.
+        ImportError: matplotlib is not installed: ``pip install klfast[plot]``.
+        InvalidInputError: nothing was measured, or not this metric, or the file has another suffix.
     """
     metric = settle_metric(sensitivities, metric)
     suffix = Path(path).suffix
@@ -35,8 +39,8 @@ def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str
     write_atomic(path, image.getvalue())
 
 
-def _figure(sensitivities: Sensitivities, metric: str):
-    """The matplotlib figure of ``plot``, its legend beside the panels."""
+def _figure(sensitivities: Sensitivities, metric: str) -> Figure:
+    """Return the figure of ``plot``, with its legend beside the panels."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -53,7 +57,7 @@ def _figure(sensitivities: Sensitivities, metric: str):
         for name_kind, color in colors.items():
             if points := [(depth(name), m.mean[metric]) for name, m in blocks.items() if kind(name) == name_kind]:
                 axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name_kind, color=color)
-        for name in measurements.keys() - blocks.keys():  # a line across
+        for name in measurements.keys() - blocks.keys():  # a horizontal line
             axes.axhline(measurements[name].mean[metric], label=kind(name), color="gray", linestyle=":")
         axes.set(title=str(spec), xlabel="block", yscale="linear" if metric in (*BETTER_HIGH, "delta_ce") else "log")
     figure.axes[0].set_ylabel(metric)

@@ -1,4 +1,4 @@
-"""A table as plain data, Markdown, JSON, or rich for a terminal."""
+"""Tables as plain data, Markdown, JSON, or rich for a terminal."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain values under headings; None is an empty cell. Rendered, floats have four significant digits."""
+    """Rows of plain values under headings; None is an empty cell. Floats are shown with four significant digits."""
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
     def data(self) -> dict[str, object]:
-        """For JSON, which lacks NaN and infinity: those are None."""
+        """Return the table for JSON; NaN and infinity, which JSON lacks, become None."""
         rows = [
             [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows
         ]
         return {"title": self.title, "headings": list(self.headings), "rows": rows}
 
     def markdown(self) -> str:
+        """Return the table as Markdown."""
         aligned = ["---:" if self._is_numeric(i) else "---" for i in range(len(self.headings))]
         lines = [self.headings, aligned, *([_text(cell).replace("|", "\\|") for cell in row] for row in self.rows)]
         return f"### {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def rich(self) -> rich.table.Table:
+        """Return the table for rich's console."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
@@ -56,7 +58,7 @@ class Table:
 
 
 def write(path: str | os.PathLike[str], tables: Iterable[Table]) -> None:
-    """Write tables as Markdown (.md) or JSON (.json), all of the file or nothing."""
+    """Write tables as Markdown (.md) or JSON (.json), atomically."""
     suffix = Path(path).suffix
     if suffix == ".md":
         write_atomic(path, "\n".join(table.markdown() for table in tables))

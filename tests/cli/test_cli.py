@@ -218,7 +218,7 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
 
     assert finish() > 0 and finish("--no-resume") == 0
     partial.write_text(before[:-40])
-    assert re.search("sens.json.partial is truncated or no JSON.*--no-resume", fails(*arguments))
+    assert re.search("sens.json.partial is truncated or not valid JSON.*--no-resume", fails(*arguments))
 
 
 @pytest.mark.parametrize(

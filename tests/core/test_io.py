@@ -1,4 +1,4 @@
-"""klfast.core.io: a write is whole or not at all."""
+"""klfast.core.io: a write takes place completely or not at all."""
 
 import errno
 import itertools
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -17,7 +18,7 @@ from klfast.core.io import folder_atomic, require_writable, write_atomic
 @pytest.mark.parametrize("content", ["text with an é\n", b"\x00bytes", ""])
 def test_writes_and_overwrites(tmp_path, content):
     path = tmp_path / "file.json"
-    path.write_text("what was there before, and longer than the new content")
+    path.write_text("the old content, which is longer than the new one")
     write_atomic(path, content)
     assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert list(tmp_path.iterdir()) == [path]
@@ -69,7 +70,7 @@ def build(path):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_folder_appears_whole(tmp_path, old):
+def test_folder_appears_complete(tmp_path, old):
     path = tmp_path / "folder"
     (tmp_path / "plain").mkdir()
     if old:
@@ -82,7 +83,7 @@ def test_a_folder_appears_whole(tmp_path, old):
 
 
 def read(path):
-    """A file's text, or the files of a folder and their texts; None if there is nothing."""
+    """Return a file's text, or the texts of a folder's files by name; None if there is nothing."""
     if path.is_dir():
         return {str(p.relative_to(path)): p.read_text() for p in sorted(path.rglob("*")) if p.is_file()}
     return path.read_text() if path.exists() else None
@@ -92,7 +93,7 @@ STEPS = ("open", "close", "mkdir", "chmod", "rename", "replace", "fsync", "unlin
 
 
 class Stopper:
-    """Stand in for each function of ``os`` that changes a disk; raise at the n-th call, before or after it is done."""
+    """Wraps each function of ``os`` that changes a disk; raises at the n-th call, before or after it."""
 
     def __init__(self, monkeypatch, at, error, after):
         self.left, self.error, self.after, self.fired = at, error, after, None
@@ -122,7 +123,7 @@ class Stopper:
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_stopped_at_any_step(tmp_path, what, existing, after, error, exchange):
-    """The old content or the new one, whole, whichever step fails; and no second thing, unless it is the cleaning up that fails."""
+    """Whichever step fails, all of the old or the new content is there, and nothing else unless the cleanup fails."""
     for n in itertools.count(1):
         parent = tmp_path / str(n)
         parent.mkdir()
@@ -144,7 +145,7 @@ def test_stopped_at_any_step(tmp_path, what, existing, after, error, exchange):
                     with folder_atomic(path) as folder:
                         for name, text in new.items():
                             folder.joinpath(name).write_text(text)
-            except (type(error), OSError):  # of an interrupt after os.close rmtree makes a second close, which fails
+            except (type(error), OSError):  # after an interrupted os.close, rmtree closes again, which fails
                 assert stopper.fired
         assert read(path) in ([old, new] if existing else [None, new]), (n, stopper.fired)
         others = [p.name for p in parent.iterdir() if p != path]
@@ -157,7 +158,7 @@ def test_stopped_at_any_step(tmp_path, what, existing, after, error, exchange):
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])
 def test_interrupted_at_any_line(tmp_path, exchange, monkeypatch):
-    """Ctrl-C comes between any two lines."""
+    """Ctrl-C may come between any two lines."""
     if not exchange:
         monkeypatch.setattr(files, "_renameat2", lambda: None)
 
@@ -198,7 +199,7 @@ def test_interrupted_at_any_line(tmp_path, exchange, monkeypatch):
                 (path / "old").write_text("x")
             interrupted = traced(n, action)
             assert read(path) in (["old", "new"] if what == "file" else [{"old": "x"}, {"new": "x"}]), n
-            for leftover in tmp_path.glob(f".{what}.*"):  # where the cleaning up itself was interrupted
+            for leftover in tmp_path.glob(f".{what}.*"):  # left when the cleanup itself was interrupted
                 temporaries.remove(leftover)
         assert n > 20
 
@@ -235,7 +236,7 @@ else:
         ("rename", 2, "folder", "renames"),
     ],
 )
-def test_the_next_run_clears_what_a_killed_one_left(tmp_path, step, n, kind, how):
+def test_next_run_removes_leftovers_of_a_killed_one(tmp_path, step, n, kind, how):
     path = tmp_path / "target"
     if kind == "file":
         path.write_text("old")
@@ -265,7 +266,7 @@ def test_the_next_run_clears_what_a_killed_one_left(tmp_path, step, n, kind, how
     ]
 
 
-def test_what_belongs_to_a_running_process_stays(tmp_path):
+def test_temporaries_of_running_processes_stay(tmp_path):
     path = tmp_path / "target"
     mine = temporaries.name_beside(path)
     mine.write_text("still being written")
@@ -286,34 +287,46 @@ def test_what_belongs_to_a_running_process_stays(tmp_path):
         sleeper.wait()
 
 
-def test_errors_name_the_target(tmp_path, monkeypatch):
+def write_file(path):
+    write_atomic(path, "x")
+
+
+@pytest.mark.parametrize(
+    ("act", "name", "kind"),
+    [
+        (write_file, "folder", IsADirectoryError),
+        (write_file, "pipe", OSError),
+        (write_file, "/dev/null", OSError),
+        (write_file, "absent/a", FileNotFoundError),
+        (write_file, "/proc/a", OSError),
+        (build, "file", NotADirectoryError),
+        (build, "absent/a", FileNotFoundError),
+        (require_writable, "absent/a", FileNotFoundError),
+        (require_writable, "folder", IsADirectoryError),
+        (partial(require_writable, folder=True), "file", NotADirectoryError),
+        (require_writable, "/proc/a", OSError),
+    ],
+)
+def test_errors_name_the_target(tmp_path, act, name, kind):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
     os.mkfifo(tmp_path / "pipe")
-    cases = [
-        (lambda: write_atomic(tmp_path / "folder", "x"), "folder", IsADirectoryError),
-        (lambda: write_atomic(tmp_path / "pipe", "x"), "pipe", OSError),
-        (lambda: write_atomic("/dev/null", "x"), "/dev/null", OSError),
-        (lambda: build(tmp_path / "file"), "file", NotADirectoryError),
-        (lambda: write_atomic(tmp_path / "absent" / "a", "x"), "absent/a", FileNotFoundError),
-        (lambda: build(tmp_path / "absent" / "a"), "absent/a", FileNotFoundError),
-        (lambda: require_writable(tmp_path / "absent" / "a"), "absent/a", FileNotFoundError),
-        (lambda: require_writable(tmp_path / "folder"), "folder", IsADirectoryError),
-        (lambda: require_writable(tmp_path / "file", folder=True), "file", NotADirectoryError),
-        (lambda: require_writable("/proc/a"), "/proc/a", OSError),
-        (lambda: write_atomic("/proc/a", "x"), "/proc/a", OSError),
-    ]
-    for act, name, kind in cases:
-        with pytest.raises(kind) as caught:
-            act()
-        assert str(caught.value).endswith(f"{name}'") and ".tmp" not in str(caught.value), str(caught.value)
-    require_writable(tmp_path / "file")
-    require_writable(tmp_path / "folder", folder=True)
-    require_writable(tmp_path / "new")
+    with pytest.raises(kind) as caught:
+        act(tmp_path / name)
+    assert str(caught.value).endswith(f"{name}'") and ".tmp" not in str(caught.value), str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
 
 
-def test_an_old_folder_that_cannot_go_back_is_kept_and_named(tmp_path, monkeypatch):
+def test_require_writable_leaves_no_trace(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "folder", folder=True)
+    require_writable(tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_old_folder_that_cannot_be_restored_is_kept_and_named(tmp_path, monkeypatch):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("x")
@@ -327,25 +340,25 @@ def test_an_old_folder_that_cannot_go_back_is_kept_and_named(tmp_path, monkeypat
         real(*args)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(PermissionError, match=r"what stood there is now in .*\.old: '.*folder'"):
+    with pytest.raises(PermissionError, match=r"its old content is now in .*\.old: '.*folder'"):
         build(path)
     kept = next(tmp_path.glob(".folder.*.old"))
     assert read(kept) == {"old": "x"}
 
 
-def test_names_as_long_as_the_system_takes(tmp_path):
+def test_longest_name_that_the_system_allows(tmp_path):
     path = tmp_path / ("é" * 127)
     write_atomic(path, "x")
     assert read(path) == "x"
 
 
-def test_the_umask_is_never_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("a file of another thread could be made meanwhile"))
+def test_umask_is_never_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("another thread could create a file meanwhile"))
     write_atomic(tmp_path / "file", "x")
     build(tmp_path / "folder")
 
 
-def test_a_folder_behind_a_symlink(tmp_path):
+def test_folder_behind_a_symlink(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     build(tmp_path / "link")

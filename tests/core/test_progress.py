@@ -1,4 +1,4 @@
-"""Progress: lines by time without a terminal, a bar with an estimate on one."""
+"""Progress: timed lines without a terminal, a bar with an estimate on one."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that moves only when told to."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -31,7 +31,7 @@ def lines(capsys):
 
 
 @pytest.mark.parametrize("how", [None, True])
-def test_a_line_now_and_then(monkeypatch, capsys, how):
+def test_occasional_lines(monkeypatch, capsys, how):
     clock = Clock(monkeypatch)
     with progress.reporter(how, "sweep", 200) as advance:
         for _ in range(9):
@@ -53,8 +53,8 @@ def test_a_line_now_and_then(monkeypatch, capsys, how):
     assert lines(capsys) == ["sweep: 200/200, 61 min"]
 
 
-def test_the_estimate_goes_by_work_not_by_steps(monkeypatch, capsys):
-    """A step that is half done counts, and what an earlier run has done does not."""
+def test_estimate_goes_by_work_not_by_steps(monkeypatch, capsys):
+    """A step that is half done counts; the work of an earlier run does not."""
     clock = Clock(monkeypatch)
     with progress.reporter(None, "sweep", 10, 4) as advance:
         advance(0, "", 0.5)
@@ -66,14 +66,14 @@ def test_the_estimate_goes_by_work_not_by_steps(monkeypatch, capsys):
         assert lines(capsys) == ["sweep: 5/10, 80 s so far, about 20 s left (block 3)"]
 
 
-def test_short_work_says_nothing_unless_asked(capsys):
-    for how, expected in ((None, []), (False, []), (True, ["sweep: 1/1, 0 s"])):
-        with progress.reporter(how, "sweep", 1) as advance:
-            advance(1, "x")
-        assert lines(capsys) == expected
+@pytest.mark.parametrize(("how", "expected"), [(None, []), (False, []), (True, ["sweep: 1/1, 0 s"])])
+def test_short_work_is_silent_unless_asked(capsys, how, expected):
+    with progress.reporter(how, "sweep", 1) as advance:
+        advance(1, "x")
+    assert lines(capsys) == expected
 
 
-def test_a_callback_hears_of_steps_alone():
+def test_callback_hears_only_of_steps():
     heard = []
     with progress.reporter(lambda *args: heard.append(args), "sweep", 3, 1) as advance:
         advance(0, "", 0.1)
@@ -88,18 +88,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_shows_the_estimate(monkeypatch):
+@pytest.mark.parametrize("how", [None, True])
+def test_bar_shows_the_estimate(monkeypatch, how):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    for how in (None, True):
-        with progress.reporter(how, "sweep", 100) as advance:
-            time.sleep(0.2)
-            advance(10, "block 0", 0.01)
-            time.sleep(0.3)
-        shown = terminal.getvalue()
-        assert "10/100" in shown and "block 0, about" in shown and "left" in shown
+    with progress.reporter(how, "sweep", 100) as advance:
+        time.sleep(0.2)
+        advance(10, "block 0", 0.01)
+        time.sleep(0.3)
+    shown = terminal.getvalue()
+    assert "10/100" in shown and "block 0, about" in shown and "left" in shown
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_durations(seconds, text):
     assert progress.duration(seconds) == text
 
 
-def test_a_sweep_tells_its_work_in_order():
-    """Shares grow, from nothing to all, also within the steps."""
+def test_sweep_reports_its_work_in_order():
+    """Shares grow from 0 to 1, also within the steps."""
     from klfast.sensitivity import sweeping
 
     shares, whole = [], progress.reporter

@@ -1,4 +1,4 @@
-"""The rules that hold for every op."""
+"""Rules that hold for every op."""
 
 import other_process
 import pytest
@@ -19,7 +19,7 @@ def test_linear_on_a_gpu_needs_no_triton():
     assert registry.has_kernel("linear", "CUDA") and registry.has_kernel("linear", "XPU")
 
 
-def test_a_direct_call_is_checked_before_any_kernel_reads_memory(tier):
+def test_direct_calls_are_checked_before_a_kernel_reads_memory(tier):
     u, A, B = torch.randn(2, 19, 33), -torch.rand(19, 16), torch.randn(2, 1, 16, 7)
     with pytest.raises(InvalidInputError, match="selective_scan"):
         torch.ops.klfast.selective_scan.default(u, u, A, B, B, None, None, None, None, False)
@@ -33,24 +33,26 @@ def test_tensors_on_several_devices_are_refused():
 
 WITHOUT_EXTENSION = """
 import sys, warnings
-sys.modules["klfast._C"] = None  # importing it fails
+sys.modules["klfast._C"] = None  # makes its import fail
 import klfast, torch
 from klfast import ops
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     ops.rms_norm(torch.ones(2, 8), torch.ones(8))
 reason = "the extension klfast._C cannot be imported (ModuleNotFoundError: "
-assert len(caught) == 1 and reason in str(caught[0].message) and "build it with pip install ." in str(caught[0].message), caught
+[message] = [str(warning.message) for warning in caught]
+assert reason in message and "build it with pip install ." in message, message
 found = klfast.explain("rms_norm")
-assert found.chosen == "reference" and all("klfast._C cannot be imported" in found.rejected[tier] for tier in klfast.dispatch.pins.CPU_TIERS)
+assert found.chosen == "reference"
+assert all("klfast._C cannot be imported" in found.rejected[tier] for tier in klfast.dispatch.pins.CPU_TIERS)
 """
 
 
-def test_a_missing_extension_is_named():
+def test_warning_names_a_missing_extension():
     other_process.run(WITHOUT_EXTENSION)
 
 
-def test_an_import_error_of_a_bug_is_not_swallowed():
+def test_import_errors_of_bugs_are_not_swallowed():
     other_process.run(
         """
         import sys
@@ -82,6 +84,7 @@ def test_amd_gpus_get_no_kernels_made_for_nvidia():
         from klfast import ops
         from klfast.dispatch import registry
         assert not registry.has_kernel("rms_norm", "CUDA") and registry.has_kernel("linear", "CUDA")
-        assert "AMD GPUs (ROCm)" in registry.why_no_kernel("cuda", "rms_norm") and "AMD" not in registry.why_no_kernel("xpu")
+        assert "AMD GPUs (ROCm)" in registry.why_no_kernel("cuda", "rms_norm")
+        assert "AMD" not in registry.why_no_kernel("xpu")
         """
     )

@@ -1,6 +1,5 @@
-"""klfast.plan and what it is made of: the three methods, budgets, plans on disk."""
+"""klfast.plan: the three methods, budgets and plans on disk."""
 
-import itertools
 import json
 import math
 import os
@@ -11,67 +10,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planning_problems import (
+    INT4,
+    INT8,
+    OTHER_BYTES,
+    SHAPE,
+    Perplexity,
+    check_predictions,
+    every_plan,
+    layer_bytes,
+    sensitivities,
+)
 
 import klfast
 from klfast.core.errors import CheckpointError, InfeasibleBudgetError, InvalidInputError, KlfastError
-from klfast.models.fingerprint import Fingerprint
 from klfast.planning import milp, optimal, plan
 from klfast.planning.plan_file import Plan
 from klfast.quant.rounding import quantize
 from klfast.quant.types import QuantSpec
-from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
+from klfast.sensitivity.results import Measurement
 
-INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
-OTHER_BYTES = 1000
-SHAPE = 16  # bytes of weight_shape
-
-
-def sensitivities(kl, shapes=None, specs=(INT8, INT4), metric="kl_teacher_student", **fields):
-    """Sensitivities of fp16 layers; ``kl`` holds a row a layer, in it a figure a spec (None: not measured)."""
-    shapes = shapes or [(64 * (n + 1), 64) for n in range(len(kl))]
-    layers = {f"layers.{n}.proj": LayerInfo(shape, 2 * math.prod(shape)) for n, shape in enumerate(shapes)}
-    measurements = {
-        (name, spec): Measurement({metric: value}, {metric: 0.0}, 100)
-        for name, row in zip(layers, kl, strict=True)
-        for spec, value in zip(specs, row, strict=True)
-        if value is not None
-    }
-    return Sensitivities(Fingerprint("x", (1.0,)), layers, OTHER_BYTES, measurements, **fields)
-
-
-def layer_bytes(found, name, spec):
-    info = found.layers[name]
-    return info.float_bytes if spec is None else spec.nbytes(info.shape) + SHAPE
-
-
-def every_plan(found, metric="kl_teacher_student"):
-    """(bytes, cost) of every assignment."""
-    per_layer = [
-        [
-            (layer_bytes(found, name, spec), 0.0 if spec is None else found.measurements[name, spec].mean[metric])
-            for spec in (None, INT8, INT4)
-            if spec is None or (name, spec) in found.measurements
-        ]
-        for name in found.layers
-    ]
-    for assignment in itertools.product(*per_layer):
-        yield OTHER_BYTES + sum(b for b, _ in assignment), math.fsum(c for _, c in assignment)
-
-
-def check(found, made):
-    """A plan's predictions are what its specs add up to."""
-    specs = {name: made.specs.get(name) for name in found.layers}
-    total = sum(layer_bytes(found, name, spec) for name, spec in specs.items())
-    assert made.predicted["bytes"] == total + OTHER_BYTES
-    assert made.predicted["mean_bits"] == 8 * (total - SHAPE * len(made.specs)) / sum(
-        math.prod(info.shape) for info in found.layers.values()
-    )
-    kl = math.fsum(found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in specs.items() if spec)
-    assert made.predicted["kl"] == pytest.approx(kl, rel=1e-12, abs=1e-300)
-    assert made.fingerprint == found.fingerprint
-
-
-# KL as sweeps find it: from 1e-8 to 1e2, 4 bits mostly worse than 8, now and then not
+# KL as in sweeps: from 1e-8 to 1e2, 4 bits usually but not always worse than 8
 costs = st.floats(-8, 2).map(lambda exponent: 10.0**exponent)
 rows = st.tuples(costs, costs).map(lambda pair: (min(pair), max(pair))) | st.tuples(costs, costs)
 problems = st.builds(
@@ -85,14 +44,14 @@ problems = st.builds(
 @given(problems, st.floats(0, 1))
 def test_optimal_is_the_best_of_all_plans(found, position):
     plans = sorted(every_plan(found))
-    # a budget that some plan meets exactly: the boundary belongs to it
+    # a budget that some plan meets exactly, since the limit is inclusive
     max_bytes, max_kl = plans[int(position * (len(plans) - 1))]
     made = plan(found, max_bytes=max_bytes)
-    check(found, made)
+    check_predictions(found, made)
     assert made.predicted["bytes"] <= max_bytes
     assert made.predicted["kl"] == pytest.approx(min(c for b, c in plans if b <= max_bytes), rel=1e-12, abs=0)
     made = plan(found, max_kl=max_kl)
-    check(found, made)
+    check_predictions(found, made)
     assert made.predicted["kl"] <= max_kl
     assert made.predicted["bytes"] == min(b for b, c in plans if c <= max_kl)
     if max_bytes > plans[0][0]:
@@ -110,9 +69,9 @@ def test_never_above_the_budget(found, method, mean_bits):
         least = 8.5 if mean_bits >= 8 else smallest / sum(math.prod(info.shape) for info in found.layers.values())
         assert mean_bits < least
         return
-    check(found, made)
+    check_predictions(found, made)
     assert made.predicted["mean_bits"] <= mean_bits
-    again = plan(found, mean_bits=made.predicted["mean_bits"], method=method)  # its own figure is budget enough
+    again = plan(found, mean_bits=made.predicted["mean_bits"], method=method)  # its own figure suffices
     assert again.predicted["mean_bits"] <= made.predicted["mean_bits"]
 
 
@@ -134,14 +93,14 @@ def test_more_budget_is_never_worse(found, a, b):
 
 
 def test_solver_is_exact_where_greedy_is_not():
-    # Densest item first fills the room badly: the two others fit exactly.
+    # Taking the densest item first wastes room: the two others fit exactly.
     options = [[(60.0, 0), (0.0, 10)], [(100.0, 0), (0.0, 20)], [(120.0, 0), (0.0, 30)]]
     solution = optimal.solve(options, 50)
     assert solution.picks == [0, 1, 1] and solution.gap == 0
 
 
-def test_many_layers_with_equal_sizes_are_planned_to_the_end():
-    """200 layers, as in a 1.4B model; the optimum known by construction: the worst layers get the bits."""
+def test_many_layers_of_equal_size_are_solved_exactly():
+    """200 layers, as in a 1.4B model; the optimum is known by construction: the worst layers get 8 bits."""
     kl = [(1e-6 * (n + 1), 1e-4 * (n + 1)) for n in range(200)]
     found = sensitivities(kl, [(64, 64)] * 200)
     small, large = INT4.nbytes((64, 64)) + SHAPE, INT8.nbytes((64, 64)) + SHAPE
@@ -157,13 +116,12 @@ def test_ties_go_to_fewer_bytes_and_are_repeatable():
 
 
 def random_options(seed, share):
-    """60 layers of three choices each, with costs and sizes as real ones, and a limit; values before weights."""
+    """Return 60 layers of three choices (value, weight), with realistic costs and sizes, and a limit."""
     generator = torch.Generator().manual_seed(seed)
     cost = (10 ** torch.empty(60, 2, dtype=torch.float64).uniform_(-6, 0, generator=generator)).sort().values.tolist()
     size = torch.randint(1, 200, (60,), generator=generator).tolist()
-    return [[(0.0, 16 * n), (a, 8 * n), (b, 4 * n)] for (a, b), n in zip(cost, size, strict=True)], int(
-        share * sum(size)
-    )
+    options = [[(0.0, 16 * n), (a, 8 * n), (b, 4 * n)] for (a, b), n in zip(cost, size, strict=True)]
+    return options, int(share * sum(size))
 
 
 @pytest.mark.parametrize(("seed", "share"), [(6, 5.0), (19, 5.5), (3, 7.0)])
@@ -180,7 +138,7 @@ def test_milp_agrees_and_is_silent(seed, share, monkeypatch, capfd):
 
 
 def test_milp_leaves_the_output_of_other_threads_alone(monkeypatch, capfd):
-    """Which write straight to the descriptor, as C code and child processes do."""
+    """Even if these write to the descriptor itself, as C code and child processes do."""
     monkeypatch.setattr(optimal, "_MAX_PARTIAL_PLANS", 10)
     lines, done = [], threading.Event()
 
@@ -203,7 +161,7 @@ def test_milp_that_fails_or_takes_too_long(monkeypatch, tmp_path):
     (tmp_path / "fails.py").write_text("raise SystemExit('out of memory')")
     (tmp_path / "hangs.py").write_text("import time; time.sleep(600)")
     monkeypatch.setattr(milp.highs, "__file__", str(tmp_path / "fails.py"))
-    with pytest.raises(KlfastError, match="HiGHS failed .* .out of memory.; use method='greedy'"):
+    with pytest.raises(KlfastError, match=r"HiGHS failed .* \(out of memory\); use method='greedy'"):
         optimal.solve(*random_options(6, 5.0))
     monkeypatch.setattr(milp.highs, "__file__", str(tmp_path / "hangs.py"))
     monkeypatch.setattr(milp, "_GRACE", 0.5)
@@ -212,13 +170,13 @@ def test_milp_that_fails_or_takes_too_long(monkeypatch, tmp_path):
     assert found.gap > 0 and sum(layer[i][1] for layer, i in zip(options, found.picks, strict=True)) <= limit
 
 
-def test_milp_excludes_what_is_over_the_limit_by_less_than_its_tolerance(monkeypatch):
+def test_milp_excludes_solutions_over_the_limit_by_less_than_its_tolerance(monkeypatch):
     monkeypatch.setattr(optimal, "_MAX_PARTIAL_PLANS", 0)
     options = [[(9.0, 0.0), (5.0, 1.0), (1.0, 1.0 + 1e-12)], [(3.0, 0.0), (2.0, 0.001)]]
     assert optimal.solve(options, 1.0).picks == [1, 0]
 
 
-def test_time_limit_keeps_the_budget_and_says_so(monkeypatch):
+def test_time_limit_keeps_the_budget_and_is_noted(monkeypatch):
     monkeypatch.setattr(optimal, "_MAX_PARTIAL_PLANS", 0)
     monkeypatch.setattr(optimal, "solve_milp", lambda *_: (None, False))
     kl = [(1e-3 * (n + 1), 0.1 / (n + 1)) for n in range(12)]
@@ -227,7 +185,7 @@ def test_time_limit_keeps_the_budget_and_says_so(monkeypatch):
     assert "stopped after 1 s" in made.notes[-1]
 
 
-def test_infeasible_budgets_name_what_can_be_reached():
+def test_infeasible_budgets_name_the_smallest_reachable():
     found = sensitivities([(0.1, 1.0), (0.2, 2.0)])
     smallest = OTHER_BYTES + sum(INT4.nbytes(info.shape) + SHAPE for info in found.layers.values())
     assert plan(found, max_bytes=smallest).specs == dict.fromkeys(found.layers, INT4)
@@ -241,8 +199,8 @@ def test_infeasible_budgets_name_what_can_be_reached():
     assert plan(found, max_kl=0.0).specs == {}
 
 
-def test_a_plan_fits_in_its_own_mean_bits():
-    """Also where 8 * bytes / weights * weights / 8 rounds to less than the bytes, as it does here."""
+def test_plan_meets_its_own_mean_bits():
+    """Even if 8 * bytes / weights * weights / 8 rounds to less than the bytes, as it does here."""
     found = sensitivities([(1.0, 2.0), (1.0, 9.0)], [(1, 64), (12, 64)])
     specs = dict(zip(found.layers, (INT4, INT8), strict=True))
     total = sum(layer_bytes(found, name, spec) for name, spec in specs.items())
@@ -260,7 +218,7 @@ def test_uniform():
     assert "kl" not in unmeasured.predicted and unmeasured.predicted["mean_bits"] == 4 + 16 / 16 + 4 / 16
 
 
-def test_tensors_count_as_the_quantized_tensor_does():
+def test_predicted_bytes_are_those_of_quantized_tensors():
     spec = QuantSpec(4, 32, False)
     found = sensitivities([(0.1,), (0.2,)], [(63, 100), (7, 64)], [spec])
     made = plan(found, method="uniform", spec=spec)
@@ -276,16 +234,14 @@ def test_storable_groups_are_planned_and_reported():
     assert made.notes == (
         "int4-g128-sym became int4-g100-sym on 2 layers with 1600 inputs: a saved group size must divide the inputs",
     )
-    assert (
-        made.predicted["bytes"]
-        == OTHER_BYTES + 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256)) + 3 * SHAPE
-    )
-    # of two specs that are stored as one, the one that was measured as stored counts
+    weights = 2 * QuantSpec(4, 100).nbytes((64, 1600)) + g128.nbytes((64, 256))
+    assert made.predicted["bytes"] == OTHER_BYTES + weights + 3 * SHAPE
+    # of two specs stored as the same one, the one measured as stored counts
     for specs in ([g128, QuantSpec(4, 100)], [QuantSpec(4, 100), g128]):
         found = sensitivities([[0.3 if spec == g128 else 0.1 for spec in specs]], [(64, 1600)], specs)
         made = plan(found, mean_bits=5)
         assert made.predicted["kl"] == 0.1 and made.notes == ()
-    # with a prime number of inputs only groups of 1 are left, larger than fp16: the layer keeps its precision
+    # a prime number of inputs leaves only groups of 1, which are larger than fp16: the layer keeps full precision
     found = sensitivities([(0.1,), (0.2,)], [(64, 1601), (64, 256)], [g128])
     for made in (plan(found, max_kl=1.0), plan(found, method="uniform", spec=g128)):
         assert list(made.specs) == ["layers.1.proj"]
@@ -307,7 +263,7 @@ def test_metrics():
     assert made.predicted["kl"] == 0.1 and "kl_teacher_student was not measured" in made.notes[0]
 
 
-def test_doubtful_measurements_are_noted():
+def test_dubious_measurements_are_noted():
     found = sensitivities([(-1e-9, 0.1), (math.nan, 0.2), (None, None)])
     found.measurements["layers.0.proj", INT4] = Measurement({"kl_teacher_student": 0.1}, {}, 100, below_noise=True)
     made = plan(found, max_kl=0.5)
@@ -316,7 +272,7 @@ def test_doubtful_measurements_are_noted():
     assert "layers.2.proj keeping full precision" in text and "1 negative measurements" in text
     assert "1 measurements lie below the noise floor" in text and "layers.1.proj at int8-g32-sym left out" in text
     assert plan(found, max_kl=0.0).predicted["kl"] == 0.0
-    # noise that came out negative buys no room for what is not noise
+    # negative noise does not offset the cost of other layers
     assert list(plan(sensitivities([(-0.5, -0.5), (0.4, 0.5)]), max_kl=0.1).specs) == ["layers.0.proj"]
 
 
@@ -369,44 +325,32 @@ def test_wrong_sensitivities():
         plan(sensitivities([(0.1, 0.2)], metric="mse"), max_kl=1.0, metric="mse")
 
 
-class Perplexity:
-    """A model in which log-perplexity rises by the KL of each layer; remembers what it was asked."""
-
-    def __init__(self, found, start=10.0):
-        self.found, self.start, self.asked = found, start, []
-
-    def __call__(self, made):
-        self.asked.append(dict(made.specs))
-        kl = sum(self.found.measurements[name, spec].mean["kl_teacher_student"] for name, spec in made.specs.items())
-        return self.start * math.exp(kl)
-
-
 def test_greedy_keeps_its_baseline():
-    # each step is within 10 % of the one before, but only the first two within 10 % of the full-precision model
+    # each step is within 10 % of the previous one, but only the first two are within 10 % of full precision
     found = sensitivities([(0.04,), (0.041,), (0.042,), (0.043,)], specs=[INT8])
     evaluate = Perplexity(found)
     made = plan(found, method="greedy", evaluate=evaluate, gamma=1.10)
     assert list(made.specs) == ["layers.0.proj", "layers.1.proj"]
-    assert evaluate.asked[0] == {} and len(evaluate.asked) == 5  # the list is walked to its end
+    assert evaluate.asked[0] == {} and len(evaluate.asked) == 5  # the whole list is tried
     assert "accepted 2 of 4" in made.notes[-1]
 
 
-def test_greedy_moves_layers_from_8_to_4_bits_and_takes_back():
+def test_greedy_moves_layers_from_8_to_4_bits_and_takes_candidates_back():
     found = sensitivities([(0.001, 0.01), (0.002, 5.0), (0.02, 0.03)])
     evaluate = Perplexity(found)
     made = plan(found, method="greedy", evaluate=evaluate, gamma=1.05)
     assert made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8, "layers.2.proj": INT4}
     assert {"layers.0.proj": INT8} in evaluate.asked
     assert all(spec in (INT4, INT8) for asked in evaluate.asked for spec in asked.values())
-    check(found, made)
-    # a candidate larger than what the layer has is not tried
+    check_predictions(found, made)
+    # a candidate larger than the layer's current choice is not tried
     found = sensitivities([(0.02, 0.01)])
     evaluate = Perplexity(found)
     assert plan(found, method="greedy", evaluate=evaluate).specs == {"layers.0.proj": INT4}
     assert len(evaluate.asked) == 2
 
 
-def test_greedy_with_evaluation_stops_at_its_budget_or_fails():
+def test_evaluated_greedy_stops_at_its_budget_or_fails():
     found = sensitivities([(0.001, 0.01), (0.002, 5.0)])
     evaluate = Perplexity(found)
     made = plan(found, mean_bits=13, method="greedy", evaluate=evaluate)
@@ -434,15 +378,20 @@ def test_plan_survives_json(tmp_path):
     assert klfast.plan is plan
 
 
-def test_damaged_plans(tmp_path):
-    text = plan(sensitivities([(0.1, 0.2)]), mean_bits=8.5).to_json()
-    for cut in range(0, len(text) - 2, 7):
-        path = tmp_path / "cut.json"
-        path.write_text(text[:cut])
-        with pytest.raises(CheckpointError, match="cut.json"):
-            Plan.from_json(path)
-    data = json.loads(text)
-    damages = [
+TEXT = plan(sensitivities([(0.1, 0.2)]), mean_bits=8.5).to_json()
+
+
+@pytest.mark.parametrize("cut", range(0, len(TEXT) - 2, 7))
+def test_truncated_plans(tmp_path, cut):
+    path = tmp_path / "cut.json"
+    path.write_text(TEXT[:cut])
+    with pytest.raises(CheckpointError, match=r"cut\.json"):
+        Plan.from_json(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
         {"schema": "klfast-plan/0"},
         {"specs": {"a": "int3"}},
         {"specs": {"a": 4}},
@@ -452,14 +401,23 @@ def test_damaged_plans(tmp_path):
         {"fingerprint": {"structure": "x"}},
         {"fingerprint": {"structure": "x", "norms": [None]}},
         {"method": None},
-    ]
-    for damage in damages:
-        with pytest.raises(CheckpointError, match="the JSON text"):
-            Plan.from_json(json.dumps({**data, **damage}))
-    for key in data:
-        with pytest.raises(CheckpointError, match="the JSON text"):
-            Plan.from_json(json.dumps({k: v for k, v in data.items() if k != key}))
+    ],
+)
+def test_damaged_plans(damage):
+    with pytest.raises(CheckpointError, match="the JSON text"):
+        Plan.from_json(json.dumps({**json.loads(TEXT), **damage}))
+
+
+@pytest.mark.parametrize("key", json.loads(TEXT))
+def test_plans_that_lack_an_entry(key):
+    data = json.loads(TEXT)
+    del data[key]
+    with pytest.raises(CheckpointError, match="the JSON text"):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["binary", "absent"])
+def test_unreadable_plans(tmp_path, name):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    for path in ("binary", "absent"):
-        with pytest.raises(CheckpointError, match=f"{path}: "):
-            Plan.from_json(tmp_path / path)
+    with pytest.raises(CheckpointError, match=f"{name}: "):
+        Plan.from_json(tmp_path / name)

@@ -1,10 +1,10 @@
-"""klfast.plan of numbers that no sweep and no user should give: klfast's own error, or the right plan."""
+"""klfast.plan with numbers that no sweep or user should give: klfast's own error, or the right plan."""
 
 import math
 
 import numpy as np
 import pytest
-from test_planner import INT4, INT8, OTHER_BYTES, every_plan, sensitivities
+from planning_problems import INT4, INT8, OTHER_BYTES, every_plan, sensitivities
 
 from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
 from klfast.planning import plan
@@ -32,41 +32,46 @@ BEYOND = pytest.param(HUGE, id="1e400")
         np.bool_(True),
     ],
 )
-def test_budgets_that_are_not(budget, value):
-    for method in ("optimal", "greedy", "uniform"):
-        with pytest.raises(InvalidInputError, match=f"{budget} must be a finite number, at least 0, got"):
-            plan(sensitivities([(0.1, 0.2)]), **{budget: value}, method=method)
+@pytest.mark.parametrize("method", ["optimal", "greedy", "uniform"])
+def test_invalid_budgets(budget, value, method):
+    with pytest.raises(InvalidInputError, match=f"{budget} must be a finite number, at least 0, got"):
+        plan(sensitivities([(0.1, 0.2)]), **{budget: value}, method=method)
 
 
 @pytest.mark.parametrize("value", [1e308, pytest.param(2**1000, id="2**1000"), np.float32(1e30), np.int64(2**62)])
-def test_budgets_beyond_every_model(value):
+def test_budgets_larger_than_any_model(value):
     found = sensitivities([(0.1, 0.2), (0.3, 0.1)])
     assert plan(found, max_bytes=value).specs == plan(found, mean_bits=value).specs == {}
     assert plan(found, max_kl=value).specs == dict.fromkeys(found.layers, INT4)
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf, 1e308, -1e308])
-def test_sensitivities_without_a_usable_measurement(kl):
-    message = "kl_teacher_student is not finite in any measurement .layers.0.proj at int8-g32-sym and 3 more"
-    uniform = {"method": "uniform", "spec": INT4, "max_kl": 1.0}
-    for arguments in ({"mean_bits": 6}, {"max_kl": 1.0}, {"max_bytes": 10**6, "method": "greedy"}, uniform):
-        with pytest.raises(InvalidInputError, match=message):
-            plan(sensitivities([(kl, kl), (kl, kl)]), **arguments)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mean_bits": 6},
+        {"max_kl": 1.0},
+        {"max_bytes": 10**6, "method": "greedy"},
+        {"method": "uniform", "spec": INT4, "max_kl": 1.0},
+    ],
+)
+def test_sensitivities_without_a_usable_measurement(kl, arguments):
+    message = r"kl_teacher_student is not finite in any measurement \(layers.0.proj at int8-g32-sym and 3 more"
+    with pytest.raises(InvalidInputError, match=message):
+        plan(sensitivities([(kl, kl), (kl, kl)]), **arguments)
 
 
-def test_a_few_of_them_are_left_out_with_a_note():
+def test_a_few_unusable_measurements_are_left_out_with_a_note():
     found = sensitivities([(0.1, 1e308), (1e308, 1e308)])
-    assert plan(found, max_kl=1.0).specs == {"layers.0.proj": INT8}
-    assert (
-        "layers.0.proj at int4-g32-sym and 2 more left out: kl_teacher_student is not finite"
-        in plan(found, max_kl=1.0).notes
-    )
+    made = plan(found, max_kl=1.0)
+    assert made.specs == {"layers.0.proj": INT8}
+    assert "layers.0.proj at int4-g32-sym and 2 more left out: kl_teacher_student is not finite" in made.notes
     with pytest.raises(InfeasibleBudgetError, match="3 measurements are left out: kl_teacher_student is not finite"):
         plan(found, mean_bits=6)
 
 
 @pytest.mark.parametrize("delta", [1e308, math.inf, -math.inf, math.nan])
-def test_no_perplexity_is_predicted_from_what_does_not_add_up(delta):
+def test_no_perplexity_is_predicted_from_deltas_without_a_sum(delta):
     found = sensitivities([(0.1, 0.2), (0.1, 0.2)], provenance={"ce_teacher": 2.0})
     for n, measurement in enumerate(found.measurements.values()):
         measurement.mean["delta_ce"] = delta if n < 2 or math.isfinite(delta) else -delta
@@ -75,32 +80,31 @@ def test_no_perplexity_is_predicted_from_what_does_not_add_up(delta):
     assert "perplexity" not in plan(found, mean_bits=6).predicted
 
 
-def test_the_smallest_costs_neither_stop_nor_mislead():
-    """Differences of 1e-310 make rates that leave the range of floats; costs that small count as 0."""
+def test_tiny_costs_neither_stop_nor_mislead_the_planner():
+    """Differences of 1e-310 lead to rates beyond the range of floats; such small costs count as 0."""
     found = sensitivities([(0.0, 1e-310), (1e-320, 0.1), (1e-300, 5e-324)])
     made = plan(found, max_kl=0.0)
-    assert (
-        made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8, "layers.2.proj": INT4}
-        and made.predicted["kl"] == 0
-    )
+    assert made.specs == {"layers.0.proj": INT4, "layers.1.proj": INT8, "layers.2.proj": INT4}
+    assert made.predicted["kl"] == 0
     found = sensitivities([(0.1, 9e99), (1e-8, 1.0)])
     for size, _ in every_plan(found):
         best = min(cost for other, cost in every_plan(found) if other <= size)
         assert plan(found, max_bytes=size).predicted["kl"] == best
 
 
+@pytest.mark.parametrize("arguments", [{"mean_bits": 6}, {"max_bytes": 10**6}, {"max_kl": 1.0}])
+@pytest.mark.parametrize("place", ["float_bytes", "shape", "other_bytes"])
 @pytest.mark.parametrize("wrong", [math.inf, math.nan, -1, True, BEYOND, "8192", None, 0.5])
-def test_sizes_that_are_not(wrong):
+def test_invalid_sizes(wrong, place, arguments):
     found = sensitivities([(0.1, 0.2)])
-    for layer, other in (
-        (LayerInfo((64, 64), wrong), 0),
-        (LayerInfo((64, wrong), 8192), 0),
-        (LayerInfo((64, 64), 8192), wrong),
-    ):
-        found.layers["layers.0.proj"], found.other_bytes = layer, other
-        for arguments in ({"mean_bits": 6}, {"max_bytes": 10**6}, {"max_kl": 1.0}):
-            with pytest.raises(InvalidInputError, match="the sensitivities are damaged: .* has .*; sweep again"):
-                plan(found, **arguments)
+    layer = LayerInfo((64, wrong if place == "shape" else 64), wrong if place == "float_bytes" else 8192)
+    found.layers["layers.0.proj"], found.other_bytes = layer, wrong if place == "other_bytes" else 0
+    with pytest.raises(InvalidInputError, match=r"the sensitivities are damaged: .* has .*; sweep again"):
+        plan(found, **arguments)
+
+
+def test_layers_without_weights():
+    found = sensitivities([(0.1, 0.2)])
     found.layers["layers.0.proj"], found.other_bytes = LayerInfo((0, 64), 0), OTHER_BYTES
     with pytest.raises(InvalidInputError, match="have no weights"):
         plan(found, mean_bits=6)
@@ -120,12 +124,12 @@ def test_sizes_that_are_not(wrong):
         ({"method": "uniform", "spec": "int5"}, "'int5' is not a quantization spec"),
     ],
 )
-def test_other_arguments(arguments, message):
+def test_invalid_other_arguments(arguments, message):
     with pytest.raises(InvalidInputError, match=message):
         plan(sensitivities([(0.1, 0.2)]), **arguments)
 
 
-def test_specs_are_given_as_text_too():
+def test_specs_may_be_text():
     found = sensitivities([(0.1, 0.2)])
     assert plan(found, method="uniform", spec="int4-g32-sym") == plan(found, method="uniform", spec=INT4)
     assert plan(found, mean_bits=8, time_limit=math.inf) == plan(found, mean_bits=8)

@@ -1,4 +1,4 @@
-"""klfast.reporting: the tables' figures, and their renderings."""
+"""klfast.reporting: figures and renderings of the tables."""
 
 import io
 import json
@@ -28,7 +28,7 @@ NAMES = [
 
 @pytest.fixture
 def found():
-    """KL 1 to 5 hundredths at 4 bits, a hundredth of that at 8; the SQNR ranks alike but for one pair."""
+    """KL of 0.01 to 0.05 at 4 bits, a hundredth of that at 8; the SQNR ranks the same except for one pair."""
     measurements = {}
     for n, name in enumerate(NAMES):
         for spec, scale in ((INT4, 1e-2), (INT8, 1e-4)):
@@ -60,7 +60,7 @@ def test_sweep_figures(found):
         "all kinds",
     ]
     assert list(depths) == ["0", "1"] and depths["1"] == pytest.approx((0.035, 0.00035))
-    # four layers in blocks, one of six pairs the other way round: (5 - 1) / 6
+    # four layers in blocks, one of six pairs reversed: (5 - 1) / 6
     assert titled(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
 
 
@@ -84,9 +84,9 @@ def test_by_kind_and_depth(found):
     assert not by_kind_and_depth(many, "kl_teacher_student", INT8).rows
 
 
-def test_metrics_where_more_is_better_are_ranked_from_below(found):
+def test_metrics_where_more_is_better_are_ranked_ascending(found):
     assert [row[1] for row in ranking(found, "sqnr_db", 5).rows[:5]] == [NAMES[i] for i in (4, 3, 1, 2, 0)]
-    with pytest.raises(InvalidInputError, match="jsd was not measured.*choose one of kl_teacher_student, sqnr_db"):
+    with pytest.raises(InvalidInputError, match=r"jsd was not measured.*choose one of kl_teacher_student, sqnr_db"):
         sweep_tables(found, "jsd")
     with pytest.raises(InvalidInputError, match="no measurements"):
         sweep_tables(Sensitivities(None, {}, 0))
@@ -117,16 +117,15 @@ def test_plan_tables(found):
     facts, layers = plan_tables(plan, found)
     assert layers.headings == ("kind", "int4-g32-sym", "int8-g32-sym", "full precision")
     assert layers.rows == (("in_proj", 1, 1, 0), ("x_proj", 0, 0, 2), ("lm_head", 0, 1, 0))
-    assert ("kl", 0.0123456) in facts.rows and (
-        "perplexity on the calibration text, if what the layers add to it adds up",
-        12.5,
-    ) in facts.rows
+    assert ("kl", 0.0123456) in facts.rows
+    perplexity = "perplexity on the calibration text, if the layers' contributions are additive"
+    assert (perplexity, 12.5) in facts.rows
     assert "| bytes | 1,234,567 |" in facts.markdown() and "a \\| note" in facts.markdown()
     assert plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
 
 
-def test_a_plan_by_layer(found):
-    g48 = QuantSpec(4, 48)  # stored as groups of 32, where 64 inputs are not a multiple of 48
+def test_plan_by_layer(found):
+    g48 = QuantSpec(4, 48)  # stored as groups of 32, since 64 inputs are not a multiple of 48
     found.measurements[NAMES[3], g48] = Measurement({"kl_teacher_student": 0.5, "sqnr_db": 1.0}, {}, 10)
     found.measurements.pop((NAMES[3], INT4))
     plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[3]: INT4, NAMES[4]: QuantSpec(8, 16)}, "optimal")
@@ -142,7 +141,7 @@ def test_a_plan_by_layer(found):
         name: (*row[:2], row[2] and pytest.approx(row[2])) for name, row in rows.items()
     }
     assert plan_by_layer(plan, found, "sqnr_db").rows[0][3] == 30.0
-    for spec, kl in ((INT4, 0.25), (g48, 0.5)):  # in this order, the second must not take the first one's place
+    for spec, kl in ((INT4, 0.25), (g48, 0.5)):  # in this order: the second must not replace the first
         found.measurements.pop((NAMES[3], spec), None)
         found.measurements[NAMES[3], spec] = Measurement({"kl_teacher_student": kl, "sqnr_db": 1.0}, {}, 10)
     assert plan_by_layer(plan, found).rows[3][3] == 0.25
@@ -152,7 +151,7 @@ def test_a_plan_by_layer(found):
             plan_by_layer(strange, found)
 
 
-def test_an_unfinished_sweep_is_called_that(found):
+def test_unfinished_sweeps_are_noted(found):
     assert not any("nfinished" in one.title for one in sweep_tables(found))
     found.provenance["micro_batches"] = [8, 8]
     assert not any("nfinished" in one.title for one in sweep_tables(found))
@@ -207,7 +206,7 @@ def test_plot(found, tmp_path):
 
 
 @pytest.mark.parametrize("specs", [1, 2, 4])
-def test_the_legend_of_the_plot_covers_no_panel(found, specs):
+def test_legend_covers_no_panel(found, specs):
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import to_rgba

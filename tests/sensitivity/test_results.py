@@ -96,12 +96,12 @@ def test_a_failed_write_leaves_the_old_file(sensitivities, tmp_path, monkeypatch
 def test_truncated(sensitivities, tmp_path, cut):
     path = tmp_path / "s.json"
     path.write_text(sensitivities.to_json()[:cut])
-    with pytest.raises(CheckpointError, match=r"s\.json is truncated or no JSON"):
+    with pytest.raises(CheckpointError, match=r"s\.json is truncated or not valid JSON"):
         Sensitivities.from_json(path)
 
 
 def test_deeply_nested():
-    with pytest.raises(CheckpointError, match="the JSON text is truncated or no JSON .*nested too deeply"):
+    with pytest.raises(CheckpointError, match="the JSON text is truncated or not valid JSON .*nested too deeply"):
         Sensitivities.from_json("[" * 200_000)
 
 
