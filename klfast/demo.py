@@ -20,7 +20,8 @@ from klfast.checkpoint import loading
 from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.diagnostics.overview import explain
-from klfast.models.linears import linears, other_bytes, row_parts, weight_bytes
+from klfast.models.linears import linears, row_parts
+from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.quant.types import QuantSpec, dtype_name
 from klfast.reporting import tables as report
 from klfast.sensitivity.results import Sensitivities

@@ -39,7 +39,7 @@ from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
 from klfast.core.placement import as_device
-from klfast.models.linears import is_head_tied
+from klfast.models.head import is_head_tied
 from klfast.nn import QuantLinear
 from klfast.quant.types import dtype_name
 

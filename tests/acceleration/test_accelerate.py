@@ -17,6 +17,7 @@ from klfast.acceleration import patch as native_ssm
 from klfast.acceleration.patch import is_accelerated
 from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
+from klfast.models.families import mixer_of
 from klfast.sensitivity.measuring_mode import prepared
 
 
@@ -167,7 +168,7 @@ def test_a_mixer_that_calls_other_functions_is_refused_whole(model, monkeypatch)
     mixer_class = type(mixers(model)[0])
     x = ids(2, 9)
     plain = logits(model, x)
-    for name in forwards.MIXERS[mixer_class.__name__]:
+    for name in mixer_of(mixer_class).functions:
         with monkeypatch.context() as patch:
             of_another_version(mixer_class, name, patch)
             where = f"{mixer_class.__name__} of transformers {version('transformers')}"

@@ -15,6 +15,7 @@ from families import VOCABULARY, batch, tiny
 import klfast
 from klfast.acceleration import forwards
 from klfast.acceleration.patch import is_accelerated
+from klfast.models.families import mixer_of
 
 SSM = ["mamba", "mamba2", "falcon_mamba"]
 _CONFIGS = {
@@ -343,7 +344,7 @@ def test_functions_that_are_patched_later_are_seen(monkeypatch):
     """The copied forward has the globals of the original, not a snapshot of them."""
     model = tiny("mamba2")
     module = sys.modules[type(mixers(model)[0]).__module__]
-    before = {name: getattr(module, name) for name in forwards.MIXERS["Mamba2Mixer"]}
+    before = {name: getattr(module, name) for name in mixer_of(type(mixers(model)[0])).functions}
     logits(klfast.accelerate(model), batch())
     calls, original = [], module.apply_mask_to_padding_states
     monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda *args: calls.append(1) or original(*args))

@@ -12,7 +12,8 @@ import klfast
 from klfast import Plan, QuantSpec, nn
 from klfast.core import errors
 from klfast.models.fingerprint import fingerprint
-from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
 from klfast.nn.lazy_weight import LazyWeight
 from klfast.quant import packing
 

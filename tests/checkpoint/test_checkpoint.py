@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import klfast
 from klfast import Plan, QuantSpec, nn
 from klfast.core import errors
-from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False), QuantSpec(8, 32, symmetric=False))
 

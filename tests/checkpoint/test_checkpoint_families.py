@@ -8,7 +8,8 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.checkpoint import tensors
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.models.linears import is_head_tied, linears
+from klfast.models.head import is_head_tied
+from klfast.models.linears import linears
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::klfast.SlowPathWarning"

@@ -11,7 +11,8 @@ from torch import nn
 import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
-from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
 
 FAMILIES = ("mamba", "mamba2", "hymba", "llama")
 

@@ -149,7 +149,9 @@ def test_a_large_tensor_is_evaluated_in_parts(monkeypatch):
     expected = klfast.evaluate(model, [ids])
     monkeypatch.setattr(evaluation, "_MOST_TOKENS", 20)
     whole = evaluation.head_inputs
-    monkeypatch.setattr(evaluation, "head_inputs", lambda model, ids: rows.append(len(ids)) or whole(model, ids))
+    monkeypatch.setattr(
+        evaluation, "head_inputs", lambda model, head, ids: rows.append(len(ids)) or whole(model, head, ids)
+    )
     found = klfast.evaluate(model, ids)
     assert rows == [2, 2, 2] and found.tokens == expected.tokens and found.nll == pytest.approx(expected.nll, rel=1e-6)
 

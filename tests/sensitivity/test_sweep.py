@@ -9,7 +9,7 @@ from sweep_models import KL, MAKERS, VOCAB, make, means, naive, tokens
 
 import klfast
 from klfast.checkpoint.loading import bundled_models, load_model, load_tokenizer
-from klfast.models import linears as model_layers
+from klfast.models.linears import linears
 from klfast.sensitivity.results import Sensitivities
 from klfast.text import token_batches
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_equals_the_naive_computation(family, tied):
     model, ids = make(family, tied), tokens()
     found = klfast.sweep(model, ids, ("int4-g32-sym", "int8-channel-asym"), max_batch_tokens=4 * 2 * ids.shape[1])
-    names = list(model_layers.linears(model))
+    names = list(linears(model))
     specs = (klfast.QuantSpec(4, 32), klfast.QuantSpec(8, -1, False))
     assert set(found.measurements) == {(name, spec) for name in names for spec in specs}
     for (name, spec), measured in found.measurements.items():
@@ -47,11 +47,7 @@ def test_equals_the_naive_computation_on_trained_models(name):
     ids = token_batches("calibration", load_tokenizer(name), vocab_size=model.config.vocab_size, length=64, windows=2)[
         0
     ]
-    layers = [
-        layer
-        for layer in model_layers.linears(model)
-        if ".layers.0." in layer or ".layers.6." in layer or layer == "lm_head"
-    ]
+    layers = [layer for layer in linears(model) if ".layers.0." in layer or ".layers.6." in layer or layer == "lm_head"]
     found = klfast.sweep(model, ids, layers=layers)
     whole = copy.deepcopy(model).float()
     assert len(found.measurements) == 2 * len(layers) >= 10
