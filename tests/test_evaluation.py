@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, batch, tiny
+from tiny_models import FAMILIES, VOCABULARY, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec

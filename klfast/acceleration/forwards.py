@@ -73,14 +73,16 @@ def _native(make: Callable, module_class: type, original: Callable) -> Callable:
     return _natives[key]
 
 
-def _with_own_path(needed: Callable[[type], tuple[str, ...]]) -> Callable:
+def _with_own_path(needed: Callable[[type], tuple[str, ...]], argument: str) -> Callable:
     """Let ``make``, a maker of klfast's forward for a class, become a forward that takes the class's own where klfast's does not apply.
 
-    On another device than the CPU klfast's needs the kernels of the ops ``needed``; where there are none it is for the CPU alone.
+    Its first argument may be given by its name, ``argument``. On another device than the CPU klfast's needs the kernels of the ops ``needed``; where there are none it is for the CPU alone.
     """
 
     def decorate(make: Callable) -> Callable:
-        def forward(self, x, *args, **kwargs):
+        def forward(self, x=None, *args, **kwargs):
+            if x is None:
+                x = kwargs.pop(argument)
             module_class = type(self)
             original = module_class.forward
             device, reason = x.device.type, ""
@@ -130,7 +132,7 @@ def require_functions(mixer: type) -> None:
         )
 
 
-@_with_own_path(lambda mixer: tuple(REPLACEMENTS[name].op for name in mixer_of(mixer).functions))
+@_with_own_path(lambda mixer: tuple(REPLACEMENTS[name].op for name in mixer_of(mixer).functions), "hidden_states")
 def mixer_forward(module_class: type, original: Callable) -> Callable:
     """A mixer's."""
     mixer = mixer_of(module_class)
@@ -208,7 +210,7 @@ def _rename(code: CodeType, names: dict[str, str]) -> CodeType:
 # Norms and linear layers ------------------------------------------------------------------------------------------
 
 
-@_with_own_path(lambda norm: ("rms_norm",))
+@_with_own_path(lambda norm: ("rms_norm",), "hidden_states")
 def norm_forward(module_class: type, original: Callable) -> Callable:
     """A norm's."""
     if not has_its_own_forward(module_class):
@@ -244,13 +246,13 @@ def _linear(module_class: type, original: Callable, dtype: torch.dtype | None) -
     return forward
 
 
-@_with_own_path(lambda linear: ())
+@_with_own_path(lambda linear: (), "input")
 def linear_forward(module_class: type, original: Callable) -> Callable:
     """An nn.Linear's."""
     return _linear(module_class, original, None)
 
 
-@_with_own_path(lambda linear: ())
+@_with_own_path(lambda linear: (), "input")
 def head_forward(module_class: type, original: Callable) -> Callable:
     """The head's, with logits in float32: the model's forward calls ``.float()`` on them, a second copy of the largest tensor of all."""
     return _linear(module_class, original, torch.float32)

@@ -36,7 +36,7 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     Which kernels run goes by the device of the tensors at each call: the CPU's, or on CUDA and XPU those in Triton, where
     the linear layers stay torch's. On devices without kernels the model takes its own path, with a ``SlowPathWarning``;
     so do gradients: run inference under ``torch.inference_mode()`` or ``torch.no_grad()``. On the CPU, with 16-bit weights,
-    the output head of an accelerated model returns the logits in float32, which the model would make of them anyway.
+    the output head of an accelerated model returns the logits in float32 if the model would make that of them anyway.
 
     Args:
         ssm: whose convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these to the
@@ -158,17 +158,19 @@ def _require_module(model: object) -> None:
 def _replacements(model: nn.Module) -> dict[nn.Module, Callable]:
     """The modules to change, each with its new forward; none without a mixer among them."""
     _require_module(model)
+    family = family_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {}
     for module in model.modules():
         if type(module) is nn.Linear:
-            found[module] = forwards.head_forward if module is head else forwards.linear_forward
+            is_wide = module is head and family.widens_logits
+            found[module] = forwards.head_forward if is_wide else forwards.linear_forward
         if mixer_of(type(module)) is not None:
             found[module] = forwards.mixer_forward
         elif norm_of(type(module)) is not None:
             found[module] = forwards.norm_forward
     has_mixer = forwards.mixer_forward in found.values()
-    return found if has_mixer or family_of(model).own_code else {}
+    return found if has_mixer or family.own_code else {}
 
 
 def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) -> None:

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import VOCABULARY, batch, tiny
+from tiny_models import VOCABULARY, batch, tiny
 
 import klfast
 from klfast.acceleration import forwards

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, batch, tiny
+from tiny_models import FAMILIES, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn

@@ -13,8 +13,8 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from families import FAMILIES, batch, tiny
 from safetensors.torch import load_file
+from tiny_models import FAMILIES, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hybrid_families import CONFIGS, VOCABULARY, tiny
+from tiny_models import OTHERS, VARIANTS, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
@@ -29,10 +29,10 @@ def quantized(family, tied):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*VARIANTS, *OTHERS])
 def test_the_same_logits_and_buffers(family, tied, tmp_path):
     model = quantized(family, tied)
-    ids = torch.randint(0, VOCABULARY, (2, 12))
+    ids = batch()
     expected = model(ids).logits
     klfast.save_quantized(model, tmp_path / "model")
     loaded = klfast.load_quantized(tmp_path / "model")

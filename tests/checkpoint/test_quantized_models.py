@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import FAMILIES, batch, tiny
 from test_apply_plan import fake_quantized, unchanged
+from tiny_models import FAMILIES, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn

@@ -104,6 +104,7 @@ class Family:
         logits: what the model does to its head's product, given the text configuration; it is compared with the model's
             logits before it is believed. None to try what the configuration's attributes suggest.
         cache: the cache argument.
+        widens_logits: the model's forward makes float32 of its logits; then so does its accelerated head, at no cost.
         own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers are left to accelerate.
     """
 
@@ -115,6 +116,7 @@ class Family:
     blocks: Blocks = Blocks()
     logits: Callable[[object], LogitRule] | None = None
     cache: CacheUse = CacheUse()
+    widens_logits: bool = False
     own_code: bool = False
 
 

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from klfast.models.families.base import Family
 
-FAMILY = Family(model_type="")
+FAMILY = Family(model_type="", widens_logits=True)

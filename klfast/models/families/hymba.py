@@ -20,5 +20,6 @@ FAMILY = Family(
     blocks=Blocks("layers", carry="shared_kv"),
     logits=plain,
     cache=CacheUse("past_key_values", masks_prompt_only=False),
+    widens_logits=True,
     own_code=True,
 )

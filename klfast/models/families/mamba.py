@@ -22,4 +22,5 @@ FAMILY = Family(
     blocks=Blocks("layers"),
     logits=plain,
     cache=CacheUse(masks_prompt_only=True),
+    widens_logits=True,
 )

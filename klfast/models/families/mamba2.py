@@ -13,4 +13,5 @@ FAMILY = Family(
     blocks=Blocks("layers"),
     logits=plain,
     cache=CacheUse(masks_prompt_only=True),
+    widens_logits=True,
 )
