@@ -1,9 +1,9 @@
 """The forwards that ``klfast.accelerate`` gives to the mixers, norms and linear layers of a model.
 
 Transformers' mixers look their functions up in their module's globals. Theirs is a copy of the class's forward that
-looks up klfast's functions instead, so it follows whatever else the installed version's forward does. Which functions a
-class calls, and what a norm computes, is said by the records of the families (klfast.models.families). ``Bound`` gives a
-forward to a module, in a way that survives pickling.
+looks up klfast's functions instead, so it follows whatever else the installed version's forward does. The families'
+records (klfast.models.families) say which functions a class calls, and what a norm computes. ``Bound`` gives a forward to
+a module, in a way that survives pickling.
 """
 
 from __future__ import annotations
@@ -74,9 +74,14 @@ def _native(make: Callable, module_class: type, original: Callable) -> Callable:
 
 
 def _with_own_path(needed: Callable[[type], tuple[str, ...]], argument: str) -> Callable:
-    """Let ``make``, a maker of klfast's forward for a class, become a forward that takes the class's own where klfast's does not apply.
+    """Turn ``make``, a maker of klfast's forward for a class, into a forward.
 
-    Its first argument may be given by its name, ``argument``. On another device than the CPU klfast's needs the kernels of the ops ``needed``; where there are none it is for the CPU alone.
+    It calls the class's own where klfast's does not apply.
+
+    Args:
+        needed: the ops whose kernels klfast's forward needs on another device than the CPU, given the class; without
+            any it is for the CPU alone.
+        argument: the name of the forward's first argument, which callers may use.
     """
 
     def decorate(make: Callable) -> Callable:
@@ -127,8 +132,8 @@ def require_functions(mixer: type) -> None:
         from transformers import __version__
 
         raise KernelUnavailableError(
-            f"accelerate: {mixer.__name__} of transformers {__version__} does not call {', '.join(missing)}, which klfast "
-            "would replace; install a version of transformers that klfast supports (pip install klfast)"
+            f"accelerate: {mixer.__name__} of transformers {__version__} does not call {', '.join(missing)}, which "
+            "klfast would replace; install a version of transformers that klfast supports (pip install klfast)"
         )
 
 
@@ -162,7 +167,7 @@ def _one_token(
     attention_mask: torch.Tensor | None = None,
     **_: object,
 ) -> torch.Tensor | None:
-    """What a Mamba or FalconMamba mixer makes of one more token of each sequence, [B, 1, H]; None where its own forward has to."""
+    """Run a Mamba-1 mixer on one more token of each sequence, [B, 1, H]; None where its own forward has to."""
     if (
         cache_params is None
         or attention_mask is not None
@@ -185,7 +190,7 @@ def _one_token(
 def _with_functions(function: Callable, functions: dict[str, Callable]) -> Callable:
     """A copy of a function that calls ``functions`` in place of the globals of these names.
 
-    The copy has the same globals, so it sees whatever becomes of them. klfast's functions lie there under names of their own.
+    The copy has the same globals, so it sees whatever becomes of them. klfast's functions lie there under own names.
     """
     closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
     code = function.__code__
@@ -254,5 +259,5 @@ def linear_forward(module_class: type, original: Callable) -> Callable:
 
 @_with_own_path(lambda linear: (), "input")
 def head_forward(module_class: type, original: Callable) -> Callable:
-    """The head's, with logits in float32: the model's forward calls ``.float()`` on them, a second copy of the largest tensor of all."""
+    """The head's, with logits in float32, of a model whose forward would make a second copy of them by ``.float()``."""
     return _linear(module_class, original, torch.float32)

@@ -1,7 +1,7 @@
 """A stand-in for a mixer whose forward multiplies a linear layer's weight from the left.
 
-Mamba's forward writes dt as weight @ x [B, R, L], a batch of products with a broadcast left side, six times as slow (bf16,
-2 x 512 tokens, 48 to 1536) as x^T weight^T, which is the same and leaves the channels side by side.
+Mamba's forward writes dt as weight @ x [B, R, L], a batch of products with a broadcast left side, six times as slow
+(bf16, 2 x 512 tokens, 48 to 1536) as x^T weight^T, which is the same and leaves the channels side by side.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The functions that transformers' mixers call, in klfast's version: same names for the arguments that the mixers pass.
 
-Further keywords mean nothing to klfast's kernels, but for those of packed sequences, which the ops refuse. The signatures are
-those of transformers 5.17 to 5.23.
+Further keywords mean nothing to klfast's kernels, except those of packed sequences, which the ops refuse. The signatures
+are those of transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations

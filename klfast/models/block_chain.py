@@ -2,8 +2,8 @@
 
 The model's own forward stays in charge of all that lies outside the blocks (embedding, masks, rotary tables, final
 norm): it runs with its blocks bypassed, to learn what the first block would get, what else the model hands to each
-block, and what it makes of the last one's output. Where the blocks are, and what crosses from one to the next beside the
-hidden states, is said by the record of the model's family (klfast.models.families).
+block, and what it makes of the last one's output. The record of the model's family (klfast.models.families) says where the
+blocks are, and what crosses from one to the next beside the hidden states.
 """
 
 from __future__ import annotations

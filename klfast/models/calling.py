@@ -26,7 +26,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_ids(ids: object, vocabulary: int, minimum: int) -> None:
-    """Raise InvalidInputError unless ``ids`` is int64 [B, T], B at least 1, T at least ``minimum``, within the vocabulary."""
+    """Raise InvalidInputError unless ``ids`` is int64 [B, T], B >= 1, T >= ``minimum``, within the vocabulary."""
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2:
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise InvalidInputError(f"token ids must be an int64 tensor [B, T], got {found}")
@@ -34,7 +34,8 @@ def check_ids(ids: object, vocabulary: int, minimum: int) -> None:
         raise InvalidInputError(f"token ids need at least one row and {minimum} columns, got {list(ids.shape)}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise InvalidInputError(
-            f"token ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}; was another tokenizer used?"
+            f"token ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}; "
+            "was another tokenizer used?"
         )
 
 
@@ -44,7 +45,7 @@ def last_hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its cache: "past_key_values", "cache_params" in the pure SSM families, "state" in RWKV."""
+    """Name of the forward's cache: "past_key_values", "cache_params" in the pure SSM families, "state" in RWKV."""
     accepted = inspect.signature(model.forward).parameters
     for name in (family_of(model).cache.argument, "past_key_values", "cache_params", "state"):
         if name in accepted:

@@ -1,8 +1,8 @@
 """The output head of a causal language model: from hidden states to logits, and the divergence of two heads' logits.
 
-Most models multiply by a matrix and are done. Some scale the product (Granite, Falcon-H1, Cohere), some cap it with a tanh
-(Gemma 2, RecurrentGemma), some add a bias (Phi). What a family's record or the configuration says of it is compared with
-the model's own logits before it is believed.
+Most models multiply by a matrix and are done. Some scale the product (Granite, Falcon-H1, Cohere), some cap it with a
+tanh (Gemma 2, RecurrentGemma), some add a bias (Phi). What a family's record or the configuration says of it is
+compared with the model's own logits before it is believed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.ops.divergence import Divergence
 from klfast.quant.types import QuantizedTensor
 
-# What transformers' configurations call these (5.23.0). Granite divides by logits_scaling, HyperCLOVA X multiplies by it.
+# Names in the configurations of transformers 5.23.0. Granite divides by logits_scaling, HyperCLOVA X multiplies by it.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+_PLAIN = LogitRule()
 _MOST_LOGITS = 2**25  # made at once where logits have to be whole: 128 MiB for each of the two models
 _WIDENED_ROWS = 8192  # of a 16-bit matrix that are in float32 at a time
 
@@ -44,7 +45,7 @@ class Readout:
 
     weight: torch.Tensor | QuantizedTensor
     bias: torch.Tensor | None = None
-    rule: LogitRule = LogitRule()
+    rule: LogitRule = _PLAIN
 
     @property
     def is_linear(self) -> bool:
@@ -85,7 +86,7 @@ class Head:
     """
 
     module: nn.Module
-    rule: LogitRule = LogitRule()
+    rule: LogitRule = _PLAIN
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits [..., V] of hidden states [..., H]."""
@@ -226,7 +227,8 @@ def find_head(model: nn.Module, ids: torch.Tensor) -> tuple[Head, torch.Tensor]:
                 best = _distance(expected, found), rule
     if best is None:
         raise InvalidInputError(
-            f"{type(model).__name__} does more to its logits than multiply by its head's weight (a scale, a cap), which klfast does not know of"
+            f"{type(model).__name__} does more to its logits than multiply by its head's weight (a scale, a cap), "
+            "which klfast does not know of"
         )
     return Head(module, best[1]), found
 
@@ -250,7 +252,10 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for a little rounding (the operations are the same); NaN equals NaN, so that a broken weight is named elsewhere."""
+    """Equal but for a little rounding (the operations are the same).
+
+    NaN equals NaN, so that a broken weight is named elsewhere.
+    """
     if found.shape != expected.shape:
         return False
     found, expected = found.cpu(), expected.cpu()  # some GPUs have no float64

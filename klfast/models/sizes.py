@@ -37,10 +37,10 @@ def other_bytes(model: nn.Module) -> int:
 
 
 def unquantizable(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weight matrices that klfast cannot quantize since they belong to no ``nn.Linear``, by the class that holds them.
+    """Bytes of the weight matrices that klfast cannot quantize, by the class that holds them: they lie in no ``nn.Linear``.
 
-    These are mixtures of experts, whose weights lie in one tensor of three dimensions, and linear layers of other classes
-    (GPT-2's Conv1D). Embeddings and convolutions are not matrices to multiply by, and are left out.
+    These are mixtures of experts, whose weights lie in one tensor of three dimensions, and linear layers of other
+    classes (GPT-2's Conv1D). Embeddings and convolutions are not matrices to multiply by, and are left out.
     """
     found: dict[str, int] = {}
     seen = set()
@@ -70,8 +70,8 @@ def warn_unquantizable(model: nn.Module, what: str) -> None:
         f"{kind} ({size / 1e6:.1f} MB)" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
     )
     warnings.warn(
-        f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and stay as they are: "
-        f"the weights of {listed}; klfast quantizes nn.Linear",
+        f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and stay "
+        f"as they are: the weights of {listed}; klfast quantizes nn.Linear",
         stacklevel=3,
     )
 

@@ -1,8 +1,8 @@
 """The registry of tiny causal language models with random weights, for all tests.
 
-``FAMILIES`` are those that klfast knows by a record of their own (klfast.models.families), and Llama for the ones that it
-knows by none: they go through every suite. ``OTHERS`` are read through transformers alone. A new family is tested by being
-listed in ``FAMILIES`` with its configuration in ``CONFIGS``.
+``FAMILIES`` are those that klfast knows by a record of their own (klfast.models.families), and Llama for the ones that
+it knows by none: they go through every suite. ``OTHERS`` are read through transformers alone. A new family is tested by
+being listed in ``FAMILIES`` with its configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers.
 """
 
 import torch

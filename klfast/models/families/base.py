@@ -1,7 +1,7 @@
 """The record of a model family: all that klfast has to know of it beyond what it finds out by itself.
 
-Parts of a model (mixers, norms, fused projections) are described by class name; facts about the whole model (blocks, head,
-cache) by the model type of its configuration. What a record leaves at its default is found out from the model.
+Parts of a model (mixers, norms, fused projections) are described by class name; facts about the whole model (blocks,
+head, cache) by the model type of its configuration. What a record leaves at its default is found out from the model.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Blocks:
 
     Attributes:
         path: of their list within the base model; None for the list with the most parameters.
-        carry: the keyword argument of a block that takes what the block before returned as the second entry of its tuple
-            (tensors, batch first, or None); None where hidden states alone cross.
+        carry: the keyword argument of a block that takes what the block before returned as the second entry of its
+            tuple (tensors, batch first, or None); None where hidden states alone cross.
     """
 
     path: str | None = None
@@ -69,7 +69,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class LogitRule:
-    """Logits from the head's product y = h W^T + b: ``softcap * tanh(scale * y / softcap)``, or ``scale * y`` without a cap."""
+    """Logits from the head's product y = h W^T + b: ``scale * y``, or ``softcap * tanh(scale * y / softcap)``."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -81,8 +81,8 @@ class CacheUse:
 
     Attributes:
         argument: the parameter's name; None to read it off the forward's signature.
-        masks_prompt_only: the mask of padding is for the prompt alone, not for the tokens after it, as in models without
-            attention; None to tell it by the parameter's name.
+        masks_prompt_only: the mask of padding is for the prompt alone, not for the tokens after it, as in models
+            without attention; None to tell it by the parameter's name.
     """
 
     argument: str | None = None
@@ -98,13 +98,13 @@ class Family:
         mixers: recurrent layers that ``accelerate`` gives klfast's functions, by class name.
         norms: normalisations that it replaces, by class name: what such a module computes.
         rows: classes that hold fused projections: for such a module {name of the linear layer: the uses of its rows}.
-        matrices: parameters that are multiplied by and lie in no nn.Linear, by the name of the class that holds them. They
-            are counted as weights that klfast cannot quantize yet.
+        matrices: parameters that are multiplied by and lie in no nn.Linear, by the name of the class that holds them.
+            They are counted as weights that klfast cannot quantize yet.
         blocks: the chain of blocks.
-        logits: what the model does to its head's product, given the text configuration; it is compared with the model's
-            logits before it is believed. None to try what the configuration's attributes suggest.
+        logits: what the model does to its head's product, given the text configuration; it is compared with the
+            model's logits before it is believed. None to try what the configuration's attributes suggest.
         cache: the cache argument.
-        widens_logits: the model's forward makes float32 of its logits; then so does its accelerated head, at no cost.
+        widens_logits: the model's forward makes float32 of its logits; then its accelerated head does so.
         own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers are left to accelerate.
     """
 

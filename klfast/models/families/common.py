@@ -1,4 +1,4 @@
-"""What several families have in common: the functions of Mamba-1 and Mamba-2, their norms and the rows of their projections."""
+"""What several families share: the functions of Mamba-1 and Mamba-2, norms, the rows of fused projections."""
 
 from __future__ import annotations
 

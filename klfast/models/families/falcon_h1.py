@@ -1,7 +1,7 @@
 """Falcon-H1 (transformers.models.falcon_h1): Mamba-2 beside attention in each block, with muP multipliers.
 
-Logits are multiplied by ``lm_head_multiplier`` (modeling_falcon_h1.py, FalconH1ForCausalLM.forward, 5.23.0). The gated norm
-may come before the gate, and its result has its input's dtype (FalconH1RMSNormGated.forward).
+Logits are multiplied by ``lm_head_multiplier`` (modeling_falcon_h1.py, FalconH1ForCausalLM.forward, 5.23.0). The gated
+norm may come before the gate, and its result has its input's dtype (FalconH1RMSNormGated.forward).
 """
 
 from __future__ import annotations
