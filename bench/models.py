@@ -11,7 +11,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 import klfast
 from klfast.benchkit.runner import distance, timed
-from klfast.models.linears import linears, weight_bytes
+from klfast.models.linears import linears
+from klfast.models.sizes import weight_bytes
 from klfast.planning.plan_file import Plan
 from klfast.quant.types import QuantSpec
 

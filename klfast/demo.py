@@ -21,7 +21,8 @@ from klfast.core.dtypes import dtype_name
 from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.diagnostics.explain import explain
-from klfast.models.linears import linears, other_bytes, row_parts, weight_bytes
+from klfast.models.linears import linears, row_parts
+from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.quant.types import QuantSpec
 from klfast.reporting.grouping import depth, kind
 from klfast.reporting.sweep_tables import by_kind_and_depth, by_use

@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from klfast import ops
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import deferred, interruptible
 from klfast.core.progress import Progress, reporter
 from klfast.core.window_stats import WindowStats
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.batches import Batches, is_single, read
-from klfast.models.forward import check_plain_head, evaluation_mode, head_inputs, plain_head
-from klfast.nn import QuantLinear
-from klfast.quant.types import QuantizedTensor
+from klfast.models.calling import evaluation_mode, last_hidden
+from klfast.models.head import Head, divergence, find_head, linear_head
 
 _MOST_TOKENS = 8192  # computed at once where the caller made no batches
 _MEASURED = ("nll", "teacher_nll", "kl", "kl_student_teacher", "jsd", "top1")
@@ -65,8 +63,8 @@ def evaluate(
     goes with a batch's hidden states, [B, T, H].
 
     Args:
-        model: a causal language model (transformers), quantized or not, whose logits are a plain product of the last
-            hidden states with the head's weight.
+        model: a causal language model (transformers), quantized or not, whose logits are a product of the last hidden
+            states with the head's weight, perhaps scaled or capped.
         batches: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], texts [T], or dicts with input_ids and
             attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every row is measured as if it were
             alone, without its padding. T may differ from batch to batch.
@@ -76,19 +74,19 @@ def evaluate(
 
     Raises:
         InvalidInputError: no text at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
-            whose logits are not such a product; a NaN or infinite logit.
+            whose logits are made in a way that klfast does not know; a NaN or infinite logit.
     """
     for one in (model, teacher):
         if one is not None:
             refuse_wrapper(one)
-    head = _weight(plain_head(model))
-    teacher_head = head if teacher is None else _weight(plain_head(teacher))
-    if teacher_head.shape[0] != head.shape[0]:
+    vocabulary = linear_head(model).out_features
+    teacher_vocabulary = vocabulary if teacher is None else linear_head(teacher).out_features
+    if teacher_vocabulary != vocabulary:
         raise InvalidInputError(
-            f"the teacher has {teacher_head.shape[0]} tokens, the model {head.shape[0]}; they need one vocabulary"
+            f"the teacher has {teacher_vocabulary} tokens, the model {vocabulary}; they need one vocabulary"
         )
     most = _MOST_TOKENS if is_single(batches) else None
-    parts = [batch.equal_lengths(most) for batch in read(batches, head.shape[0])]
+    parts = [batch.equal_lengths(most) for batch in read(batches, vocabulary)]
 
     tally = WindowStats(1, len(_MEASURED))
     with (
@@ -98,17 +96,17 @@ def evaluate(
         reporter(progress, "evaluate", len(parts)) as advance,
     ):
         some = next(ids for part in parts for ids in part)[:1, :8]
-        for one in (model, teacher):
-            if one is not None:
-                _require_finite(check_plain_head(one, some).isfinite().all())
+        head = _verified_head(model, some)
+        teacher_head = head if teacher is None else _verified_head(teacher, some)
+        readout = head.readout()
+        teacher_readout = readout if teacher is None else teacher_head.readout()
         for part in parts:
             for ids in part:
                 with interruptible():
-                    hidden = head_inputs(model, ids[:, :-1])
-                    teacher_hidden = hidden if teacher is None else head_inputs(teacher, ids[:, :-1])
-                    found = ops.linear_divergence(
-                        teacher_hidden, teacher_head, hidden, head, ids[:, 1:].to(hidden.device)
-                    )
+                    hidden = head_inputs(model, head, ids[:, :-1])
+                    teacher_hidden = hidden if teacher is None else head_inputs(teacher, teacher_head, ids[:, :-1])
+                    targets = ids[:, 1:].to(hidden.device)
+                    found = divergence(teacher_hidden, teacher_readout, hidden, readout, targets)
                 metrics = (
                     found.ce_student,
                     found.ce_teacher,
@@ -139,8 +137,15 @@ def evaluate(
     )
 
 
-def _weight(head: nn.Module) -> torch.Tensor | QuantizedTensor:
-    return head.quantized if isinstance(head, QuantLinear) else head.weight.detach()
+def head_inputs(model: nn.Module, head: Head, ids: torch.Tensor) -> torch.Tensor:
+    """What the head multiplies its weight with, [B, T, H], for int64 [B, T]."""
+    return head.inputs(last_hidden(model, ids.to(head.device)))
+
+
+def _verified_head(model: nn.Module, ids: torch.Tensor) -> Head:
+    head, logits = find_head(model, ids)
+    _require_finite(logits.isfinite().all())
+    return head
 
 
 def _require_finite(finite: object) -> None:

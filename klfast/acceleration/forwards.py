@@ -1,8 +1,9 @@
 """The forwards that ``klfast.accelerate`` gives to the mixers, norms and linear layers of a model.
 
-The mixers of transformers' Mamba, Mamba-2 and FalconMamba look their functions up in their module's globals. Theirs is
-a copy of the class's forward that looks up klfast's functions instead, so it follows whatever else the installed
-version's forward does. ``Bound`` gives a forward to a module, in a way that survives pickling.
+Transformers' mixers look their functions up in their module's globals. Theirs is a copy of the class's forward that
+looks up klfast's functions instead, so it follows whatever else the installed version's forward does. The families'
+records (klfast.models.families) say which functions a class calls, and what a norm computes. ``Bound`` gives a forward to
+a module, in a way that survives pickling.
 """
 
 from __future__ import annotations
@@ -18,25 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from klfast import ops
+from klfast.acceleration.left_weight import StandIn
+from klfast.acceleration.transformers_functions import REPLACEMENTS, SILU
 from klfast.core.errors import KernelUnavailableError
 from klfast.dispatch import pins, registry
+from klfast.models.families import mixer_of, norm_of
 from klfast.nn import direct_call, mamba_step
-
-_MAMBA = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update")
-MIXERS = {  # class: the functions that its forward calls and klfast replaces
-    "MambaMixer": _MAMBA,
-    "FalconMambaMixer": _MAMBA,
-    "Mamba2Mixer": ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update"),
-}
-NORMS = ("MambaRMSNorm", "MambaRMSNormGated", "Mamba2RMSNorm", "FalconMambaRMSNorm")
-_OPS = {  # transformers' functions: the ops that take their place
-    "causal_conv1d_fn": "causal_conv1d",
-    "causal_conv1d_update": "causal_conv1d_update",
-    "mamba_selective_scan": "selective_scan",
-    "mamba_selective_state_update": "selective_state_update",
-    "mamba2_chunk_scan": "mamba_chunk_scan",
-    "mamba2_selective_state_update": "selective_state_update",
-}
 
 
 class Bound(functools.partial):
@@ -85,14 +73,21 @@ def _native(make: Callable, module_class: type, original: Callable) -> Callable:
     return _natives[key]
 
 
-def _with_own_path(needed: Callable[[type], tuple[str, ...]]) -> Callable:
-    """Let ``make``, a maker of klfast's forward for a class, become a forward that takes the class's own where klfast's does not apply.
+def _with_own_path(needed: Callable[[type], tuple[str, ...]], argument: str) -> Callable:
+    """Turn ``make``, a maker of klfast's forward for a class, into a forward.
 
-    On another device than the CPU klfast's needs the kernels of the ops ``needed``; where there are none it is for the CPU alone.
+    It calls the class's own where klfast's does not apply.
+
+    Args:
+        needed: the ops whose kernels klfast's forward needs on another device than the CPU, given the class; without
+            any it is for the CPU alone.
+        argument: the name of the forward's first argument, which callers may use.
     """
 
     def decorate(make: Callable) -> Callable:
-        def forward(self, x, *args, **kwargs):
+        def forward(self, x=None, *args, **kwargs):
+            if x is None:
+                x = kwargs.pop(argument)
             module_class = type(self)
             original = module_class.forward
             device, reason = x.device.type, ""
@@ -128,7 +123,7 @@ def has_its_own_forward(module_class: type) -> bool:
 def missing_functions(mixer: type) -> list[str]:
     """Those of the functions to replace that the forward of this class does not call."""
     called = {i.argval for i in dis.get_instructions(inspect.unwrap(mixer.forward)) if i.opname == "LOAD_GLOBAL"}
-    return [name for name in MIXERS[mixer.__name__] if name not in called]
+    return [name for name in mixer_of(mixer).functions if name not in called]
 
 
 def require_functions(mixer: type) -> None:
@@ -137,52 +132,54 @@ def require_functions(mixer: type) -> None:
         from transformers import __version__
 
         raise KernelUnavailableError(
-            f"accelerate: {mixer.__name__} of transformers {__version__} does not call {', '.join(missing)}, which klfast "
-            "would replace; install a version of transformers that klfast supports (pip install klfast)"
+            f"accelerate: {mixer.__name__} of transformers {__version__} does not call {', '.join(missing)}, which "
+            "klfast would replace; install a version of transformers that klfast supports (pip install klfast)"
         )
 
 
-@_with_own_path(lambda mixer: tuple(_OPS[name] for name in MIXERS[mixer.__name__]))
+@_with_own_path(lambda mixer: tuple(REPLACEMENTS[name].op for name in mixer_of(mixer).functions), "hidden_states")
 def mixer_forward(module_class: type, original: Callable) -> Callable:
     """A mixer's."""
-    copy = _with_functions(original, _FUNCTIONS)
+    mixer = mixer_of(module_class)
+    copy = _with_functions(original, {name: REPLACEMENTS[name].function for name in mixer.functions})
 
     def forward(self, hidden_states, *args, **kwargs):
         if torch.compiler.is_compiling():  # which cannot look through the stand-ins below
             return copy(self, hidden_states, *args, **kwargs)
-        if hidden_states.is_cpu and hidden_states.shape[1] == 1 and "x_proj" in self._modules:
-            out = _one_token(self, hidden_states, *args, **kwargs)
+        if mixer.parts is not None and hidden_states.is_cpu and hidden_states.shape[1] == 1:
+            out = _one_token(mixer.parts, self, hidden_states, *args, **kwargs)
             if out is not None:
                 return out
-        dt_proj = getattr(self, "dt_proj", None)
-        if type(dt_proj) is nn.Linear and hidden_states.shape[1] > 1 and not hasattr(dt_proj, "_hf_hook"):
-            self = _Mixer(self)
+        if mixer.left_weight is not None and hidden_states.shape[1] > 1:
+            linear = getattr(self, mixer.left_weight, None)
+            if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
+                self = StandIn(self, mixer.left_weight)
         return copy(self, hidden_states, *args, **kwargs)
 
     return forward
 
 
-def _one_token(mixer, hidden_states, cache_params=None, attention_mask=None, **_):
-    """What a Mamba or FalconMamba mixer makes of one more token of each sequence, [B, 1, H]; None where its own forward has to."""
+def _one_token(
+    parts_of: Callable[[nn.Module], mamba_step.Parts | None],
+    mixer: nn.Module,
+    hidden_states: torch.Tensor,
+    cache_params: object | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **_: object,
+) -> torch.Tensor | None:
+    """Run a Mamba-1 mixer on one more token of each sequence, [B, 1, H]; None where its own forward has to."""
     if (
         cache_params is None
         or attention_mask is not None
-        or mixer.activation not in _SILU
+        or mixer.activation not in SILU
         or not cache_params.has_previous_state(mixer.layer_idx)
     ):
         return None
     layer = cache_params.layers[mixer.layer_idx]
     states = layer.conv_states[0], layer.recurrent_states[0]
-    own, eps = mixer._parameters, None
-    if "b_layernorm" in mixer._modules:  # hasattr would raise and catch an error at each token
-        norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
-        eps = norms[0].eps
-        if any(
-            type(norm).__name__ != "FalconMambaWeightlessRMSNorm" or norm.eps != eps or _is_watched(norm)
-            for norm in norms
-        ):
-            return None
-    parts = mamba_step.Parts(mixer.conv1d, mixer.x_proj, mixer.dt_proj, (own, "A_log"), (own, "D"), eps)
+    parts = parts_of(mixer)
+    if parts is None:
+        return None
     step = None if getattr(layer, "record_past", False) else mamba_step.prepare(mixer, parts, hidden_states, *states)
     if step is None:
         return None
@@ -190,14 +187,10 @@ def _one_token(mixer, hidden_states, cache_params=None, attention_mask=None, **_
     return mixer.out_proj(step(x, z, *states).unsqueeze(1))
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
-
-
 def _with_functions(function: Callable, functions: dict[str, Callable]) -> Callable:
     """A copy of a function that calls ``functions`` in place of the globals of these names.
 
-    The copy has the same globals, so it sees whatever becomes of them. klfast's functions lie there under names of their own.
+    The copy has the same globals, so it sees whatever becomes of them. klfast's functions lie there under own names.
     """
     closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
     code = function.__code__
@@ -219,123 +212,27 @@ def _rename(code: CodeType, names: dict[str, str]) -> CodeType:
     return code.replace(co_names=tuple(names.get(name, name) for name in code.co_names), co_consts=constants)
 
 
-class _Mixer:
-    """What the copied forward gets as ``self``: the mixer, but ``dt_proj.weight @ x`` is a linear layer.
-
-    The forward writes dt as weight @ x [B, R, L], a batch of products with a broadcast left side, six times as slow
-    (bf16, 2 x 512 tokens, 48 to 1536) as x^T weight^T, which is the same and leaves the channels side by side.
-    """
-
-    def __init__(self, mixer: nn.Module) -> None:
-        self._mixer = mixer
-        self.dt_proj = _Projection(mixer.dt_proj)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._mixer, name)
-
-
-class _Projection:
-    def __init__(self, linear: nn.Linear) -> None:
-        self._linear = linear
-        self.weight = _LeftOperand(linear.weight)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._linear, name)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x)
-
-
-class _LeftOperand:
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._weight, name)
-
-    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.transpose(-1, -2)
-        linear = ops.linear if x.is_cpu and x.dtype == self._weight.dtype != torch.float32 else F.linear
-        return linear(x, self._weight).transpose(-1, -2)
-
-
-# transformers' functions under its names, with the arguments its mixers pass; further keywords mean nothing to klfast's
-# kernels but for packed sequences, which the ops refuse.
-
-_SILU = ("silu", "swish")
-
-
-def _conv1d(x, weight, bias=None, activation=None, seq_idx=None, **_):
-    if activation is None or activation in _SILU:
-        return ops.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
-    return _activated(ops.causal_conv1d_fn(x, weight, bias, seq_idx), activation)
-
-
-def _conv1d_update(x, conv_state, weight, bias=None, activation=None, **kwargs):
-    if activation is None or activation in _SILU:
-        return ops.causal_conv1d_update(x, conv_state, weight, bias, activation, **kwargs)
-    return _activated(ops.causal_conv1d_update(x, conv_state, weight, bias, **kwargs), activation)
-
-
-def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """With an activation that klfast's convolutions do not compute."""
-    from transformers.activations import ACT2FN
-
-    return ACT2FN[activation](x).to(x.dtype)
-
-
-def _scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **_):
-    return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-
-
-def _step(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, **_):
-    return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-
-
-def _chunk_scan(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    chunk_size,
-    *,
-    cu_seq_lens_q=None,
-    cu_seq_lens_k=None,
-    max_length_q=None,
-    max_length_k=None,
-    **kwargs,
-):
-    return ops.mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **kwargs)
-
-
-_FUNCTIONS = {
-    "causal_conv1d_fn": _conv1d,
-    "causal_conv1d_update": _conv1d_update,
-    "mamba_selective_scan": _scan,
-    "mamba_selective_state_update": _step,
-    "mamba2_chunk_scan": _chunk_scan,
-    "mamba2_selective_state_update": _step,
-}
-
-
 # Norms and linear layers ------------------------------------------------------------------------------------------
 
 
-@_with_own_path(lambda norm: ("rms_norm",))
+@_with_own_path(lambda norm: ("rms_norm",), "hidden_states")
 def norm_forward(module_class: type, original: Callable) -> Callable:
     """A norm's."""
     if not has_its_own_forward(module_class):
         return original
+    norm_of_module = norm_of(module_class)
 
-    def forward(self, hidden_states, gate=None):
-        if (
-            gate is None
-            and "group_size" not in self.__dict__
-            and (y := direct_call.rms_norm(hidden_states, self.weight, self.variance_epsilon)) is not None
-        ):
-            return y
-        return ops.rms_norm(hidden_states, self.weight, gate, self.variance_epsilon, getattr(self, "group_size", None))
+    def forward(self: nn.Module, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        norm = norm_of_module(self)
+        y = None
+        if gate is None and norm.group_size is None:
+            y = direct_call.rms_norm(hidden_states, norm.weight, norm.eps)
+        elif gate is not None and not norm.gate_first:
+            y = ops.rms_norm(hidden_states.float(), norm.weight, None, norm.eps, norm.group_size)
+            y = (y * F.silu(gate.float())).to(torch.promote_types(hidden_states.dtype, norm.weight.dtype))
+        if y is None:
+            y = ops.rms_norm(hidden_states, norm.weight, gate, norm.eps, norm.group_size)
+        return y.to(hidden_states.dtype) if norm.keeps_dtype else y
 
     return forward
 
@@ -354,13 +251,13 @@ def _linear(module_class: type, original: Callable, dtype: torch.dtype | None) -
     return forward
 
 
-@_with_own_path(lambda linear: ())
+@_with_own_path(lambda linear: (), "input")
 def linear_forward(module_class: type, original: Callable) -> Callable:
     """An nn.Linear's."""
     return _linear(module_class, original, None)
 
 
-@_with_own_path(lambda linear: ())
+@_with_own_path(lambda linear: (), "input")
 def head_forward(module_class: type, original: Callable) -> Callable:
-    """The head's, with logits in float32: the model's forward calls ``.float()`` on them, a second copy of the largest tensor of all."""
+    """The head's, with logits in float32, of a model whose forward would make a second copy of them by ``.float()``."""
     return _linear(module_class, original, torch.float32)

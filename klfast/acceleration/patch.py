@@ -1,4 +1,4 @@
-"""Let transformers' Mamba, Mamba-2 and FalconMamba models run klfast's kernels.
+"""Let transformers' state-space models (Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1) run klfast's kernels.
 
 ``accelerate`` gives each mixer, norm and linear layer of one model a forward of its own (forwards.py): no class
 changes, and other models in the process stay as they are.
@@ -16,13 +16,16 @@ from torch import nn
 from klfast.acceleration import forwards
 from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import pins, registry
+from klfast.models.families import family_of, mixer_of, norm_of
 from klfast.models.recurrent import recurrent_classes
 
 _lock = threading.Lock()
 
 
 def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
-    """Let a transformers Mamba, Mamba-2 or FalconMamba model run klfast's kernels; returns the same model.
+    """Let a transformers state-space model or hybrid run klfast's kernels; returns the same model.
+
+    Those of Mamba, Mamba-2, FalconMamba, Granite-4.0-H and Falcon-H1, whatever model they are in.
 
     Works in place on this model only, caches and generation included; ``unaccelerate`` undoes it. Copies and pickles of
     the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is returned
@@ -33,7 +36,7 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     Which kernels run goes by the device of the tensors at each call: the CPU's, or on CUDA and XPU those in Triton, where
     the linear layers stay torch's. On devices without kernels the model takes its own path, with a ``SlowPathWarning``;
     so do gradients: run inference under ``torch.inference_mode()`` or ``torch.no_grad()``. On the CPU, with 16-bit weights,
-    the output head of an accelerated model returns the logits in float32, which the model would make of them anyway.
+    the output head of an accelerated model returns the logits in float32 if the model would make that of them anyway.
 
     Args:
         ssm: whose convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these to the
@@ -155,28 +158,25 @@ def _require_module(model: object) -> None:
 def _replacements(model: nn.Module) -> dict[nn.Module, Callable]:
     """The modules to change, each with its new forward; none without a mixer among them."""
     _require_module(model)
+    family = family_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {}
     for module in model.modules():
         if type(module) is nn.Linear:
-            found[module] = forwards.head_forward if module is head else forwards.linear_forward
-        if not type(module).__module__.startswith("transformers."):
-            continue
-        if type(module).__name__ in forwards.MIXERS:
+            is_wide = module is head and family.widens_logits
+            found[module] = forwards.head_forward if is_wide else forwards.linear_forward
+        if mixer_of(type(module)) is not None:
             found[module] = forwards.mixer_forward
-        elif type(module).__name__ in forwards.NORMS:
+        elif norm_of(type(module)) is not None:
             found[module] = forwards.norm_forward
     has_mixer = forwards.mixer_forward in found.values()
-    return found if has_mixer or type(model).__module__.startswith("klfast.models.") else {}
+    return found if has_mixer or family.own_code else {}
 
 
 def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) -> None:
     kind = type(model).__name__
-    known = forwards.MIXERS
     if unknown := sorted(
-        c.__name__
-        for c in recurrent_classes(model)
-        if c.__name__ not in known and not c.__module__.startswith("klfast.")
+        c.__name__ for c in recurrent_classes(model) if mixer_of(c) is None and not c.__module__.startswith("klfast.")
     ):
         pins.slow_path(
             "accelerate", kind, f"klfast's functions are not for the recurrent layers {', '.join(unknown)}.", _OWN

@@ -11,7 +11,9 @@ from klfast.checkpoint.transformers_view import description, set_own, ties_left
 from klfast.core.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.fingerprint import require_match
-from klfast.models.linears import head_name, is_head_tied, linear, refuse_moving_weights, sharers, warn_unquantizable
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import embedding_name, linear, refuse_moving_weights, sharers
+from klfast.models.sizes import warn_unquantizable
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.planning.plan_file import Plan
 from klfast.quant.types import SCALES, QuantSpec
@@ -141,18 +143,3 @@ def plan_scale(plan: Plan, asked: str | None = None) -> str:
             f"leave scale out, or sweep with scale {asked}"
         )
     return asked or plan.scale or SCALES[0]
-
-
-def embedding_name(model: nn.Module) -> str:
-    """Module name of the input embedding, which must be a plain nn.Embedding to be read from a quantized head.
-
-    Raises:
-        InvalidInputError: it is of another class, which may compute something else than a row look-up.
-    """
-    embedding = model.get_input_embeddings()
-    if type(embedding) is not nn.Embedding:
-        raise InvalidInputError(
-            f"the input embedding is a {type(embedding).__name__}, which does more than look rows up and cannot read them from a quantized head; "
-            "leave the head out of the plan, or untie it: head.weight = torch.nn.Parameter(head.weight.detach().clone())"
-        )
-    return next(name for name, module in model.named_modules() if module is embedding)

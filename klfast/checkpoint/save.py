@@ -30,7 +30,7 @@ from klfast.checkpoint.tensors import (
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
-from klfast.models.linears import is_head_tied
+from klfast.models.head import is_head_tied
 from klfast.nn import QuantLinear
 
 

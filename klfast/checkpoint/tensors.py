@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from klfast.checkpoint.apply_plan import embedding_name
 from klfast.checkpoint.compressed_tensors import linear_names
 from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.models.linears import head_name, is_head_tied
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import embedding_name
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.quant.types import QuantizedTensor, QuantSpec
 

@@ -15,7 +15,7 @@ from klfast.generation.settings import settle
 from klfast.generation.stepper import Stepper
 from klfast.generation.stopping import Stopping
 from klfast.generation.token_buffer import TokenBuffer
-from klfast.models.forward import check_ids, evaluation_mode
+from klfast.models.calling import check_ids, evaluation_mode
 
 
 @torch.inference_mode()

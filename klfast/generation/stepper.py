@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.forward import cache_argument
+from klfast.models.calling import cache_argument, masks_prompt_only, reads_padding
 
 
 class Stepper:
@@ -22,7 +22,7 @@ class Stepper:
 
     def __init__(self, model: nn.Module, mask: torch.Tensor | None) -> None:
         self._model, self._cache, self._positions = model, None, None
-        self._name = cache_argument(model)
+        self._name, self._masks_prompt_only = cache_argument(model), masks_prompt_only(model)
         accepted = inspect.signature(model.forward).parameters
         self._fixed = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
         self._wants_positions = "position_ids" in accepted
@@ -51,9 +51,7 @@ class Stepper:
         if self._wants_positions:
             self._positions = self._first_positions(ids) if first else self._positions[:, -1:] + 1
             options["position_ids"] = self._positions
-        if self._mask is not None and (
-            first or self._name != "cache_params"
-        ):  # of a pure SSM, padding concerns the prompt alone
+        if self._mask is not None and (first or not self._masks_prompt_only):
             self._mask = self._mask if first else torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
             options["attention_mask"] = self._mask
         return options
@@ -72,8 +70,3 @@ class Stepper:
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config.get_text_config(decoder=True))
-
-
-def reads_padding(model: nn.Module) -> bool:
-    """Whether the model takes no heed of a mask, so that padding changes what it writes."""
-    return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters

@@ -2,11 +2,8 @@
 
 The model's own forward stays in charge of all that lies outside the blocks (embedding, masks, rotary tables, final
 norm): it runs with its blocks bypassed, to learn what the first block would get, what else the model hands to each
-block, and what it makes of the last one's output. Nothing here knows a family by name.
-
-Where more than the hidden states crosses from block to block, a block's class says so: ``carry_argument`` names the
-keyword argument that takes what the block before returned as the second entry of its tuple (tensors, batch first, or
-None).
+block, and what it makes of the last one's output. The record of the model's family (klfast.models.families) says where the
+blocks are, and what crosses from one to the next beside the hidden states.
 """
 
 from __future__ import annotations
@@ -19,7 +16,9 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.forward import check_plain_head, close, plain_head
+from klfast.models.calling import last_hidden
+from klfast.models.families import family_of
+from klfast.models.head import Head, close, find_head, linear_head
 from klfast.models.linears import refuse_moving_weights
 
 
@@ -58,22 +57,24 @@ class Chain:
     Attributes:
         model: the causal language model (transformers); left as it is.
         blocks: its blocks, in order.
-        head: its output projection, a linear layer without bias.
+        head: its output head, from the final hidden states to the logits.
 
     Raises:
         InvalidInputError: the blocks do not form a chain (the steps do not add up to the model), the logits are not what
-            a plain linear head makes of the final hidden states, or the forward changes the model's weights.
+            the head is known to make of the final hidden states, or the forward changes the model's weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
         refuse_moving_weights(model)
         self.model = model
         self._name = type(model).__name__
-        self.head = plain_head(model)
+        linear_head(model)
         self._base = getattr(model, "base_model", model)
-        self.blocks = _find_blocks(self._base, self._name)
+        place = family_of(model).blocks
+        self._carry_argument = place.carry
+        self.blocks = _find_blocks(self._base, self._name, place.path)
         self._tuples: list[int] = [0] * len(self.blocks)  # per block: the length of the tuple it returns; 0: a tensor
-        self._verify()
+        self.head = self._verify()
 
     def block_of(self, module_name: str) -> int | None:
         """Index of the block that holds a module of the model; None if none does."""
@@ -108,8 +109,7 @@ class Chain:
     def step(self, index: int, carry: Carry, passage: Passage) -> Carry:
         """Block ``index`` of the carry that enters it. ``passage`` is that of a batch of the same size."""
         args, kwargs = passage.calls[index]
-        block = self.blocks[index]
-        name = getattr(block, "carry_argument", None)
+        block, name = self.blocks[index], self._carry_argument
         if name is None:
             return Carry(_hidden_of(block(carry.hidden, *args, **kwargs)))
         hidden, extra = block(carry.hidden, *args, **{**kwargs, name: carry.extra or None})
@@ -151,10 +151,10 @@ class Chain:
             return self._base(input_ids=input_ids, use_cache=False)
 
     @torch.no_grad()
-    def _verify(self) -> None:
-        """Compare the chain with the model on a few tokens."""
-        device = self.head.weight.device
-        ids = (torch.arange(14, device=device).view(2, 7) * 37 + 1) % self.head.out_features
+    def _verify(self) -> Head:
+        """Compare the chain with the model on a few tokens; returns the head, compared as well."""
+        projection = linear_head(self.model)
+        ids = (torch.arange(14, device=projection.weight.device).view(2, 7) * 37 + 1) % projection.out_features
 
         def learn(index):
             def hook(module, args, output):
@@ -164,11 +164,11 @@ class Chain:
 
         hooks = [block.register_forward_hook(learn(i)) for i, block in enumerate(self.blocks)]
         try:
-            check_plain_head(self.model, ids)
+            head, _ = find_head(self.model, ids)
         finally:
             for hook in hooks:
                 hook.remove()
-        final = self._base(input_ids=ids, use_cache=False)[0]
+        final = last_hidden(self.model, ids)
         try:
             passage = self.enter(ids)
             hidden = self.run(passage.entry, passage)
@@ -178,15 +178,17 @@ class Chain:
             raise self._no_chain(f"{type(error).__name__}: {error}") from error
         if not close(hidden, final):
             raise self._no_chain("run one by one they do not reproduce the model")
+        return head
 
     def _no_chain(self, reason: str) -> InvalidInputError:
         reason = " ".join(reason.split())
         return InvalidInputError(f"{self._name}'s blocks do not form a chain ({reason}); klfast cannot sweep it")
 
 
-def _find_blocks(base: nn.Module, name: str) -> list[nn.Module]:
-    """The entries of the ModuleList that holds the most parameters."""
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
+def _find_blocks(base: nn.Module, name: str, path: str | None) -> list[nn.Module]:
+    """The entries of the ModuleList at ``path``; without one of the ModuleList that holds the most parameters."""
+    modules = base.modules() if path is None else [base.get_submodule(path)]
+    lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise InvalidInputError(
             f"{name}'s blocks do not form a chain (it has no list of blocks); klfast cannot sweep it"

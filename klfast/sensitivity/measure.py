@@ -18,7 +18,7 @@ from torch import nn
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
-from klfast.ops import linear_divergence
+from klfast.models.head import Readout, divergence
 from klfast.quant.rounding import fake_quantize
 from klfast.quant.types import QuantSpec
 from klfast.sensitivity.results import METRICS
@@ -73,7 +73,7 @@ class Engine:
 
     def __init__(self, chain: Chain, scale: str, max_batch_tokens: int) -> None:
         self.chain = chain
-        self._full_head = chain.head.weight.data  # stays what it is while the head is swapped
+        self._full_head = chain.head.readout()  # stays what it is while the head is swapped
         self.scale = scale
         self.max_batch_tokens = max_batch_tokens
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -127,7 +127,7 @@ class Engine:
                 self._require_finite(candidate, hidden)
             else:
                 hidden = teacher.hidden.unsqueeze(0)
-            return self._diverge(teacher, hidden, self.chain.head.weight.data)
+            return self._diverge(teacher, hidden, self.chain.head.readout())
 
     def measure_noise(self, teacher: Teacher, seed: int, unfinished: Unfinished | None = None) -> torch.Tensor:
         """The teacher once more, each embedding moved by at most one unit in the last place: rounds anew everywhere."""
@@ -185,13 +185,13 @@ class Engine:
 
     def _compared(self, hidden: torch.Tensor, candidates: int = 1) -> torch.Tensor:
         """[C * B, T, H] without each window's last token, as the head takes it: [C, B * (T - 1), H]."""
-        dtype = self.chain.head.weight.dtype
+        dtype = self.chain.head.dtype
         return hidden[:, :-1].to(dtype).reshape(candidates, -1, hidden.shape[-1])
 
-    def _diverge(self, teacher: Teacher, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def _diverge(self, teacher: Teacher, hidden: torch.Tensor, head: Readout) -> torch.Tensor:
         with self._timed("divergence"):
             with interruptible():
-                found = linear_divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
+                found = divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
             per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
             windows, length = teacher.passage.input_ids.shape

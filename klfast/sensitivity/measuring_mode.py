@@ -10,7 +10,7 @@ from torch import nn
 
 from klfast.acceleration.patch import accelerate_or_warn, is_accelerated, unaccelerate
 from klfast.core.interrupts import deferred
-from klfast.models.forward import evaluation_mode
+from klfast.models.calling import evaluation_mode
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from klfast.core import signed_json
 from klfast.core.errors import CheckpointError, KlfastError
 from klfast.core.signed_json import is_a, number, whole
 from klfast.models import fingerprint
-from klfast.models import linears as model_layers
 from klfast.models.fingerprint import Fingerprint
+from klfast.models.linears import linears
+from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.quant.types import QuantSpec
 
 # As in klfast.Divergence (a token's SQNR counts as at most 150 dB); delta_ce = ce_student - ce_teacher.
@@ -75,10 +76,10 @@ class Sensitivities:
     def of(cls, model: nn.Module) -> Sensitivities:
         """Those of ``model`` before anything is measured: its fingerprint, layers and bytes."""
         found = {
-            name: LayerInfo((module.out_features, module.in_features), model_layers.weight_bytes(module))
-            for name, module in model_layers.linears(model).items()
+            name: LayerInfo((module.out_features, module.in_features), weight_bytes(module))
+            for name, module in linears(model).items()
         }
-        return cls(fingerprint.fingerprint(model), found, model_layers.other_bytes(model))
+        return cls(fingerprint.fingerprint(model), found, other_bytes(model))
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, extra: Mapping[str, object] | None = None) -> str:
         """The sensitivities as JSON text, written to ``path`` if given (beside it first, then renamed over it).

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
-from klfast.models.linears import is_head_tied, linears, row_parts
+from klfast.models.head import is_head_tied
+from klfast.models.linears import linears, row_parts
 from klfast.quant.types import QuantSpec
 from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
@@ -41,14 +42,14 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
     modules = linears(chain.model)
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
     for name in names:
-        place = "head" if modules[name] is chain.head else chain.block_of(name)
+        place = "head" if modules[name] is chain.head.module else chain.block_of(name)
         if place is None:
             raise InvalidInputError(f"{name} lies in no block and is not the head; leave it out of `layers`")
         at[place] += [Candidate(name, modules[name], spec) for spec in specs]
         for use, part in row_parts(chain.model, name).items() if rows else ():
             at[place] += [Candidate(name, modules[name], spec, use, part) for spec in specs]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in chain.blocks]
-    head = chain.head.weight.numel()
+    head = chain.head.module.weight.numel()
     found = [Step("noise", (), 0, 2 * (sum(sizes) + head))]  # the teacher runs before it
     for place, candidates in at.items():
         each = head + (sum(sizes) * is_head_tied(chain.model) if place == "head" else sum(sizes[place:]))

@@ -22,8 +22,9 @@ from klfast.core.window_stats import WindowStats
 from klfast.models.adapters import refuse_adapters
 from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain
-from klfast.models.linears import is_head_tied, warn_unquantizable
+from klfast.models.head import is_head_tied
 from klfast.models.selection import Patterns
+from klfast.models.sizes import warn_unquantizable
 from klfast.quant.types import QuantSpec
 from klfast.sensitivity import inputs, lock, unfinished
 from klfast.sensitivity.measure import COLUMNS, Engine, Teacher
@@ -114,7 +115,7 @@ def sweep(
             "calibration": inputs.digest(windows),
             "scale": scale,
             "max_batch_tokens": max_batch_tokens,
-            "dtype": str(chain.head.weight.dtype),
+            "dtype": str(chain.head.dtype),
         }
         run = _Run(
             blank,
@@ -175,7 +176,7 @@ class _Run:
         return self._result()
 
     def _measure_micro_batch(self) -> None:
-        ids = self.windows[self.micro_batch].to(self.engine.chain.head.weight.device)
+        ids = self.windows[self.micro_batch].to(self.engine.chain.head.device)
         teacher = self.engine.teach(ids)
         for step in self.steps[self.step :]:
             sums = self._measure(teacher, step, self.unfinished)
@@ -324,7 +325,7 @@ class _Run:
             raise CheckpointError(f"{self.path} is damaged ({error}); {remedy}") from error
         signed_json.verify(data, origin, remedy)
         self.unfinished = unfinished.read(
-            self._beside, signed_json.digest(self._state()), self.engine.chain.head.weight.device
+            self._beside, signed_json.digest(self._state()), self.engine.chain.head.device
         )
         if self.unfinished is not None:
             self._load_costs(self.unfinished.costs)

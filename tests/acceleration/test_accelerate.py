@@ -8,7 +8,7 @@ from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny
+from tiny_models import ACCELERATED, STATE_SPACE, VOCABULARY, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import klfast
@@ -17,11 +17,18 @@ from klfast.acceleration import patch as native_ssm
 from klfast.acceleration.patch import is_accelerated
 from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
+from klfast.models.calling import cache_argument
+from klfast.models.families import mixer_of, norm_of
 from klfast.sensitivity.measuring_mode import prepared
 
 
-@pytest.fixture(params=[family for family in FAMILIES if "mamba" in family])
+@pytest.fixture(params=ACCELERATED)
 def model(request):
+    return tiny(request.param)
+
+
+@pytest.fixture(params=STATE_SPACE)
+def state_space_model(request):
     return tiny(request.param)
 
 
@@ -30,7 +37,7 @@ def ids(batch, length):
 
 
 def mixers(model):
-    return [m for m in model.modules() if type(m).__name__.endswith("Mixer")]
+    return [m for m in model.modules() if mixer_of(type(m)) is not None]
 
 
 @torch.inference_mode()
@@ -83,10 +90,11 @@ def test_one_token_compiles(model):
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.inference_mode():
         prompt = ids(1, 5)
-        caches = [model(prompt, use_cache=True).cache_params for _ in range(2)]
+        name = cache_argument(model)
+        caches = [getattr(model(prompt, use_cache=True), name) for _ in range(2)]
         for token in ids(1, 3).split(1, dim=1):
             found, expected = (
-                forward(token, use_cache=True, cache_params=cache).logits
+                forward(token, use_cache=True, **{name: cache}).logits
                 for forward, cache in zip((compiled, model), caches, strict=True)
             )
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -103,10 +111,10 @@ def test_generates_the_same_tokens_after_left_padding(model):
 
 @torch.inference_mode()
 def in_chunks(model, x, lengths):
-    cache, results = None, []
+    cache, results, name = None, [], cache_argument(model)
     for piece in x.split(lengths, dim=1):
-        out = model(piece, cache_params=cache, use_cache=True)
-        cache = out.cache_params
+        out = model(piece, use_cache=True, **{name: cache})
+        cache = getattr(out, name)
         results.append(out.logits)
     layer = cache.layers[-1]
     return torch.cat(results, 1), layer.conv_states[0], layer.recurrent_states[0]
@@ -167,7 +175,7 @@ def test_a_mixer_that_calls_other_functions_is_refused_whole(model, monkeypatch)
     mixer_class = type(mixers(model)[0])
     x = ids(2, 9)
     plain = logits(model, x)
-    for name in forwards.MIXERS[mixer_class.__name__]:
+    for name in mixer_of(mixer_class).functions:
         with monkeypatch.context() as patch:
             of_another_version(mixer_class, name, patch)
             where = f"{mixer_class.__name__} of transformers {version('transformers')}"
@@ -270,10 +278,27 @@ def has_kernels(ops, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_klfast_ops_run_on_a_device_with_kernels(model, dtype, monkeypatch):
+def test_klfast_ops_run_on_a_device_with_kernels(state_space_model, dtype, monkeypatch):
     has_kernels(registry.op_names(), monkeypatch)
-    expected = {"causal_conv1d", "rms_norm", "mamba_chunk_scan" if "2" in type(model).__name__ else "selective_scan"}
-    assert ops_called_off_the_cpu(klfast.accelerate(model.to(dtype))) == expected
+    expected = {
+        "causal_conv1d",
+        "rms_norm",
+        "mamba_chunk_scan" if "2" in type(state_space_model).__name__ else "selective_scan",
+    }
+    assert ops_called_off_the_cpu(klfast.accelerate(state_space_model.to(dtype))) == expected
+
+
+@torch.no_grad()
+def test_mixers_run_klfast_ops_on_a_device_with_kernels(model, monkeypatch):
+    """Of hybrids as well, whose masks cannot be made of shapes alone."""
+    has_kernels(registry.op_names(), monkeypatch)
+    klfast.accelerate(model).to("meta")
+    with OpsCalled() as called:
+        for mixer in mixers(model):
+            mixer(hidden_states=torch.empty(2, 9, 64, device="meta"))
+    normed = any(norm_of(type(module)) for mixer in mixers(model) for module in mixer.modules())
+    scan = "selective_scan" if hasattr(mixer, "x_proj") else "mamba_chunk_scan"
+    assert called.names == {"causal_conv1d", scan} | ({"rms_norm"} if normed else set())
 
 
 @pytest.mark.parametrize("attention", [{"decode_attention"}, set()], ids=str)
@@ -290,13 +315,13 @@ def test_hymba_runs_klfast_ops_on_a_device_with_kernels(attention, monkeypatch):
 
 
 @pytest.mark.parametrize("there, called", [(("rms_norm",), {"rms_norm"}), ((), set())], ids=str)
-def test_the_model_takes_its_own_path_where_a_kernel_is_missing(model, there, called, monkeypatch):
+def test_the_model_takes_its_own_path_where_a_kernel_is_missing(state_space_model, there, called, monkeypatch):
     has_kernels(there, monkeypatch)
     monkeypatch.setattr("klfast.dispatch.pins._warned", set())
     with pytest.warns(
         klfast.SlowPathWarning, match=r"(Mixer|Norm\w*) \[.* runs the model's own forward: klfast has no meta kernel"
     ):
-        assert ops_called_off_the_cpu(klfast.accelerate(model)) == called
+        assert ops_called_off_the_cpu(klfast.accelerate(state_space_model)) == called
 
 
 PACKAGES = ("mamba_ssm", "causal_conv1d")
@@ -349,7 +374,8 @@ def test_mamba_ssm_leaves_the_mixers_their_own_forward(model, monkeypatch):
     for ssm in ("klfast", "mamba_ssm", "klfast", "mamba_ssm"):
         assert klfast.accelerate(model, ssm) is model
         assert all(is_accelerated(m) == (ssm == "klfast") for m in mixers(model))
-        assert is_accelerated(model.lm_head) and is_accelerated(model.backbone.layers[0].norm)
+        norms = [module for module in model.modules() if norm_of(type(module)) is not None]
+        assert is_accelerated(model.lm_head) and norms and all(map(is_accelerated, norms))
     with prepared(model, None):
         assert not any(is_accelerated(m) for m in mixers(model)), "a sweep goes by the user's choice"
     assert not any(is_accelerated(m) for m in klfast.unaccelerate(model).modules())

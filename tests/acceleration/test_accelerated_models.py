@@ -10,13 +10,15 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import VOCABULARY, batch, tiny
+from tiny_models import ACCELERATED, CONFIGS, STATE_SPACE, VOCABULARY, batch, tiny
 
 import klfast
 from klfast.acceleration import forwards
 from klfast.acceleration.patch import is_accelerated
+from klfast.models.calling import cache_argument
+from klfast.models.families import mixer_of
 
-SSM = ["mamba", "mamba2", "falcon_mamba"]
+SSM = list(STATE_SPACE)
 _CONFIGS = {
     "mamba": transformers.MambaConfig,
     "mamba2": transformers.Mamba2Config,
@@ -25,7 +27,7 @@ _CONFIGS = {
 
 
 def mixers(model):
-    return [module for module in model.modules() if type(module).__name__.endswith("Mixer")]
+    return [module for module in model.modules() if mixer_of(type(module)) is not None]
 
 
 @torch.inference_mode()
@@ -36,10 +38,10 @@ def logits(model, ids, **kwargs):
 @torch.inference_mode()
 def in_chunks(model, ids, lengths):
     """The logits of a prompt and of single tokens that follow it."""
-    cache, found = None, []
+    cache, found, name = None, [], cache_argument(getattr(model, "_orig_mod", model))
     for piece in ids.split(lengths, dim=1):
-        out = model(piece, cache_params=cache, use_cache=True)
-        cache = out.cache_params
+        out = model(piece, use_cache=True, **{name: cache})
+        cache = getattr(out, name)
         found.append(out.logits)
     return torch.cat(found, 1)
 
@@ -109,6 +111,52 @@ def test_every_configuration_computes_what_transformers_does(family, changes):
     torch.testing.assert_close(in_chunks(fast, ids, lengths), in_chunks(plain, ids, lengths), atol=3e-5, rtol=3e-5)
 
 
+HYBRID_CHANGES = [
+    *({"hidden_act": act} for act in ("gelu", "relu", "tanh")),
+    {"mamba_conv_bias": False},
+    {"mamba_proj_bias": True},
+    {"rms_norm_eps": 0.1},
+    *({"mamba_d_conv": width} for width in (1, 2, 3, 7)),
+    {"mamba_d_state": 5},
+    {"mamba_n_groups": 1},
+    {"mamba_n_groups": 8},
+    *({"mamba_chunk_size": size} for size in (5, 256)),
+    {"mamba_n_heads": 16, "mamba_d_head": 8},
+]
+OF_ONE_HYBRID = [
+    *(("granite_hybrid", {"time_step_limit": limit}) for limit in ((0.01, 0.2), (0.0, 0.5))),
+    ("granite_hybrid", {"position_embedding_type": "rope"}),
+    *(("falcon_h1_norm", {"time_step_limit": limit}) for limit in ((0.01, 0.2), (0.0, 0.5))),
+    ("falcon_h1", {"mamba_d_ssm": None}),
+    ("falcon_h1_norm", {"mamba_n_groups": 1}),
+    ("falcon_h1_gated_norm", {"mamba_n_groups": 4}),
+]
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [*((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1")), *OF_ONE_HYBRID],
+    ids=str,
+)
+def test_every_configuration_of_a_hybrid_computes_what_transformers_does(family, changes, monkeypatch):
+    config = CONFIGS[family]()
+    config = type(config)(**config.to_dict() | changes)
+    monkeypatch.setitem(CONFIGS, family, lambda: config)
+    plain = tiny(family)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    fast = klfast.accelerate(copy.deepcopy(plain))
+    ids = batch(2, 21)
+    assert mixers(fast) and all(is_accelerated(mixer) for mixer in mixers(fast))
+    truth = copy.deepcopy(plain).double()
+    for lengths in ([21], [18, 1, 1, 1], [9, 4, 1, 7]):
+        found, expected, right = (in_chunks(model, ids, lengths) for model in (fast, plain, truth))
+        torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
+        assert (found - right).square().mean() <= 4 * (expected - right).square().mean()
+
+
 @pytest.mark.parametrize("family", SSM)
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,7 +192,7 @@ def test_falcon_mamba_decodes_with_the_norms_that_it_has():
 # torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", SSM)
+@pytest.mark.parametrize("family", ACCELERATED)
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("tokens", [2, 17])
 def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
@@ -161,7 +209,7 @@ def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkey
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), plain, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", SSM)
+@pytest.mark.parametrize("family", ACCELERATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     model = klfast.accelerate(tiny(family, dtype=dtype))
@@ -210,7 +258,7 @@ COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("family", [*SSM, "hymba"])
+@pytest.mark.parametrize("family", [*ACCELERATED, "hymba"])
 def test_a_copy_is_accelerated_and_can_be_undone(family, copied):
     model = tiny(family)
     ids = batch()
@@ -343,7 +391,7 @@ def test_functions_that_are_patched_later_are_seen(monkeypatch):
     """The copied forward has the globals of the original, not a snapshot of them."""
     model = tiny("mamba2")
     module = sys.modules[type(mixers(model)[0]).__module__]
-    before = {name: getattr(module, name) for name in forwards.MIXERS["Mamba2Mixer"]}
+    before = {name: getattr(module, name) for name in mixer_of(type(mixers(model)[0])).functions}
     logits(klfast.accelerate(model), batch())
     calls, original = [], module.apply_mask_to_padding_states
     monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda *args: calls.append(1) or original(*args))
@@ -391,7 +439,7 @@ def test_says_so_of_recurrent_layers_that_it_does_not_know(name):
 
 
 @pytest.mark.usefixtures("warned")
-@pytest.mark.parametrize("family", [*SSM, "hymba", "llama"])
+@pytest.mark.parametrize("family", [*ACCELERATED, "hymba", "llama"])
 def test_says_nothing_of_models_that_it_knows(family):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

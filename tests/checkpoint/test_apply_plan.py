@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, batch, tiny
+from tiny_models import FAMILIES, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn
 from klfast.core import errors
 from klfast.models.fingerprint import fingerprint
-from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
 from klfast.nn.lazy_weight import LazyWeight
 from klfast.quant import packing
 

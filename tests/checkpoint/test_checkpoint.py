@@ -13,13 +13,14 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from families import FAMILIES, batch, tiny
 from safetensors.torch import load_file
+from tiny_models import FAMILIES, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn
 from klfast.core import errors
-from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False), QuantSpec(8, 32, symmetric=False))
 

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from families import batch, tiny
 from safetensors.torch import load_file
+from tiny_models import batch, tiny
 from torch import nn
 
 import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
-from klfast.models.linears import head_name, is_head_tied, linears
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
 
 FAMILIES = ("mamba", "mamba2", "hymba", "llama")
 
@@ -118,9 +119,7 @@ def test_tensors_that_are_parts_of_one_storage(tmp_path):
 @torch.no_grad()
 def test_a_quantized_layer_that_blocks_share_is_stored_once(tmp_path):
     """Zamba2's attention blocks are one block that is called several times, and its configuration says so."""
-    from hybrid_families import tiny as hybrid
-
-    model = hybrid("zamba2")
+    model = tiny("zamba2", tied=None)
     shared = "shared_transformer.self_attn.q_proj"
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(shared)]
     assert len(names) == 2 and model.get_submodule(names[0]).weight is model.get_submodule(names[1]).weight

@@ -6,13 +6,15 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import FAMILIES, batch, tiny
 from test_apply_plan import fake_quantized, unchanged
+from tiny_models import FAMILIES, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn
 from klfast.core import errors
-from klfast.models.linears import head_name, is_head_tied, linears, other_bytes, unquantizable, weight_bytes
+from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linears
+from klfast.models.sizes import other_bytes, unquantizable, weight_bytes
 
 # Shared layers ----------------------------------------------------------------------------------------------------
 

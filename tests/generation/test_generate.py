@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, batch, tiny
-from other_families import OTHER_FAMILIES, other
+from tiny_models import FAMILIES, OTHERS, VARIANTS, VOCABULARY, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
@@ -33,10 +32,10 @@ def test_greedy_equals_transformers(model, tokens):
     )
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", [*VARIANTS, *OTHERS])
 @pytest.mark.filterwarnings("ignore:.*reads padding as text")
 def test_greedy_equals_transformers_in_other_families(family, one_thread):
-    model, ids = other(family), batch(3, 9)
+    model, ids = tiny(family, tied=None), batch(3, 9)
     for mask in (None, torch.ones_like(ids), left_padded(ids)):
         found = klfast.generate(model, ids, 10, attention_mask=mask)
         given = torch.ones_like(ids) if mask is None else mask
@@ -51,7 +50,7 @@ def test_greedy_equals_transformers_in_other_families(family, one_thread):
 
 def test_models_that_read_padding_as_text_say_so():
     with pytest.warns(UserWarning, match="RwkvForCausalLM reads padding as text; generate prompts .* one by one"):
-        klfast.generate(other("rwkv"), batch(3, 9), 2, attention_mask=left_padded(batch(3, 9)))
+        klfast.generate(tiny("rwkv"), batch(3, 9), 2, attention_mask=left_padded(batch(3, 9)))
 
 
 def test_greedy_equals_transformers_quantized(model):

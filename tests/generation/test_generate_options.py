@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, batch, tiny
 from test_generate import left_padded
+from tiny_models import VOCABULARY, batch, tiny
 from tokenizer_kinds import tokenizer
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer

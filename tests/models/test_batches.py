@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sweep_models import KL, MAKERS, VOCAB, make, means, naive, tokens
+from sweep_models import KL, VOCAB, make, means, naive, tokens
+from tiny_models import FAMILIES
 from torch.utils.data import DataLoader, TensorDataset
 
 import klfast
@@ -33,7 +34,7 @@ def truth(model, name, texts=TEXTS):
     return {metric: torch.cat([part[metric].flatten() for part in parts]).mean().item() for metric in parts[0]}
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_sweep_counts_no_pads(family, side):
     model = make(family)
@@ -45,7 +46,7 @@ def test_a_sweep_counts_no_pads(family, side):
         assert measured.mean[metric] == pytest.approx(expected, rel=1e-3, abs=room), metric
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_evaluate_counts_no_pads(family, side):
@@ -149,7 +150,9 @@ def test_a_large_tensor_is_evaluated_in_parts(monkeypatch):
     expected = klfast.evaluate(model, [ids])
     monkeypatch.setattr(evaluation, "_MOST_TOKENS", 20)
     whole = evaluation.head_inputs
-    monkeypatch.setattr(evaluation, "head_inputs", lambda model, ids: rows.append(len(ids)) or whole(model, ids))
+    monkeypatch.setattr(
+        evaluation, "head_inputs", lambda model, head, ids: rows.append(len(ids)) or whole(model, head, ids)
+    )
     found = klfast.evaluate(model, ids)
     assert rows == [2, 2, 2] and found.tokens == expected.tokens and found.nll == pytest.approx(expected.nll, rel=1e-6)
 

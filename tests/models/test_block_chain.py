@@ -2,66 +2,25 @@
 
 import pytest
 import torch
+from tiny_models import CONFIGS, VOCABULARY, batch, tiny
 from torch import nn
-from transformers import (
-    FalconMambaConfig,
-    FalconMambaForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    RwkvConfig,
-    RwkvForCausalLM,
-)
+from transformers import MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Carry, Chain
-from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3}
-ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4}
-
-FAMILIES = {
-    "mamba": lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
-    "mamba2": lambda: Mamba2ForCausalLM(
-        Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8)
-    ),
-    "falcon_mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**SMALL, state_size=4)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, num_key_value_heads=2)),
-    "llama-eager": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ATTENTION, attn_implementation="eager")),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8)),
-    "hymba": lambda: HymbaForCausalLM(
-        HymbaConfig(
-            **SMALL,
-            **ATTENTION,
-            num_key_value_heads=2,
-            num_memory_tokens=3,
-            sliding_window=4,
-            global_attn_idx=[],
-            kv_reuse_group=[[0, 1, 2]],
-        )
-    ),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **ATTENTION)),
-}
+CHAINS = [name for name in CONFIGS if name != "rwkv"]  # whose weights move
 
 
 def llama():
-    return FAMILIES["llama"]().eval()
+    return tiny("llama")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHAINS)
 @torch.no_grad()
 def test_steps_add_up_to_the_model(family):
-    model = FAMILIES[family]().eval()
-    ids = torch.randint(0, 61, (3, 11))
+    model = tiny(family)
+    ids = batch(3, 11)
     expected = model(ids).logits
     chain = Chain(model)
     passage = chain.enter(ids)
@@ -69,7 +28,7 @@ def test_steps_add_up_to_the_model(family):
 
     # Any suffix, with two carries stacked: one as it was, one changed on the way.
     carry = chain.step(0, passage.entry, passage)
-    changed = Carry(carry.hidden * 1.5, tuple(t * 1.5 for t in carry.extra))
+    changed = Carry(carry.hidden + 0.3 * torch.randn_like(carry.hidden), tuple(t * 1.5 for t in carry.extra))
     wide = chain.enter(ids.repeat(2, 1))
     stacked = chain.head(chain.run(Carry.stack([carry, changed]), wide, start=1)).split(3)
     torch.testing.assert_close(stacked[0], expected)
@@ -79,17 +38,18 @@ def test_steps_add_up_to_the_model(family):
 
 @torch.no_grad()
 def test_carries_shared_keys_and_values():
-    """What Hymba's first layer hands to the other two is part of the carry, and changing it changes the result."""
-    chain = Chain(FAMILIES["hymba"]().eval())
-    passage = chain.enter(torch.randint(0, 61, (3, 11)))
-    assert not passage.entry.extra
-    first = chain.step(0, passage.entry, passage)
-    second = chain.step(1, first, passage)
-    assert [tuple(t.shape) for t in first.extra] == [(3, 2, 14, 8), (3, 2, 14, 16)]
+    """What Hymba's second layer hands to the next two is part of the carry, and changing it changes the result."""
+    chain = Chain(tiny("hymba_release"))
+    passage = chain.enter(batch(3, 11))
+    before = chain.step(0, passage.entry, passage)
+    assert not passage.entry.extra and not before.extra
+    first = chain.step(1, before, passage)
+    second = chain.step(2, first, passage)
+    assert [tuple(t.shape) for t in first.extra] == [(3, 5, 14, 4), (3, 5, 14, 8)]
     assert all(a is b for a, b in zip(first.extra, second.extra, strict=True))
-    assert not chain.step(2, second, passage).extra
+    assert not chain.step(3, second, passage).extra
     other = Carry(second.hidden, (second.extra[0], second.extra[1] * -1))
-    assert not torch.allclose(chain.run(other, passage, start=2), chain.run(second, passage, start=2), atol=1e-4)
+    assert not torch.allclose(chain.run(other, passage, start=3), chain.run(second, passage, start=3), atol=1e-4)
 
 
 @torch.no_grad()
@@ -102,7 +62,7 @@ def test_leaves_the_model_alone():
     passage = chain.enter(ids)
     chain.run(passage.entry, passage)
     with pytest.raises(IndexError):
-        chain.enter(torch.tensor([[61]]))  # fails inside the bypassed forward
+        chain.enter(torch.tensor([[VOCABULARY]]))  # fails inside the bypassed forward
     assert {name: (set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()} == before
     assert torch.equal(model(ids).logits, expected)
 
@@ -127,8 +87,8 @@ def test_keeps_a_forward_that_somebody_else_replaced():
 
 
 def test_block_of():
-    chain = Chain(FAMILIES["mamba"]().eval())
-    assert chain.block_of("backbone.layers.2.mixer.x_proj") == 2
+    chain = Chain(tiny("mamba"))
+    assert chain.block_of("backbone.layers.1.mixer.x_proj") == 1
     assert chain.block_of("lm_head") is None
 
 
@@ -145,7 +105,7 @@ class PairBlock(nn.Module):
 
 @torch.no_grad()
 def test_blocks_that_return_tuples():
-    model = FAMILIES["mamba"]().eval()
+    model = tiny("mamba")
     model.backbone.layers = nn.ModuleList(PairBlock(block) for block in model.backbone.layers)
     ids = torch.randint(0, 61, (2, 6))
 
@@ -164,7 +124,9 @@ def test_blocks_that_return_tuples():
 
 
 def test_refuses_skip_connections_between_blocks():
-    model = FAMILIES["mamba"]().eval()
+    config = CONFIGS["mamba"]()
+    config.num_hidden_layers = 3
+    model = MambaForCausalLM(config).eval()
     backbone = model.backbone
 
     def forward(input_ids, use_cache=False, **kwargs):
@@ -181,21 +143,39 @@ def test_refuses_skip_connections_between_blocks():
 
 def test_refuses_a_block_used_twice():
     model = llama()
-    model.model.layers[2] = model.model.layers[0]
+    model.model.layers[1] = model.model.layers[0]
     with pytest.raises(InvalidInputError, match="one block is used several times"):
         Chain(model)
 
 
-def test_refuses_capped_logits():
-    config = Gemma2Config(**SMALL, **ATTENTION, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)
-    with pytest.raises(InvalidInputError, match="Gemma2ForCausalLM does more to its logits than multiply"):
-        Chain(Gemma2ForCausalLM(config).eval())
+def test_refuses_logits_that_are_made_in_another_way():
+    model = llama()
+    forward = model.forward
+    model.forward = lambda **kwargs: type("Output", (), {"logits": forward(**kwargs).logits.tanh()})
+    with pytest.raises(InvalidInputError, match="LlamaForCausalLM does more to its logits than multiply"):
+        Chain(model)
+
+
+@pytest.mark.parametrize("family", CHAINS)
+def test_the_blocks_of_a_record_are_those_that_hold_most_parameters(family):
+    """The path in a family's record and the search that serves unknown models agree."""
+    chain = Chain(tiny(family))
+    lists = [m for m in chain.model.modules() if isinstance(m, nn.ModuleList)]
+    largest = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    assert chain.blocks == list(largest)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_refuses_weights_that_move(training):
     """RWKV divides weights in place in its first forward; a sweep must not even make that one."""
-    config = RwkvConfig(**SMALL, attention_hidden_size=32, intermediate_size=48, rescale_every=2)
+    config = RwkvConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=3,
+        attention_hidden_size=32,
+        intermediate_size=48,
+        rescale_every=2,
+    )
     model = RwkvForCausalLM(config).train(training)
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(
@@ -208,7 +188,7 @@ def test_refuses_weights_that_move(training):
     assert len(Chain(RwkvForCausalLM(config).eval()).blocks) == 3
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: FAMILIES["mamba"]().backbone])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: tiny("mamba").backbone])
 def test_refuses_what_is_no_causal_language_model(make):
-    with pytest.raises(InvalidInputError, match="has no linear head without bias"):
+    with pytest.raises(InvalidInputError, match="has no linear head"):
         Chain(make())

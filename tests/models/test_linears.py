@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from klfast.core.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
-from klfast.models import fingerprint, linears
+from klfast.models import fingerprint, head, linears, sizes
 from klfast.models.fingerprint import Fingerprint
 from klfast.nn import QuantLinear
 from klfast.quant.types import QuantSpec
@@ -40,13 +40,13 @@ def test_unknown_layer_names_the_closest():
 @pytest.mark.parametrize("tied", [True, False])
 def test_head(tied):
     model = mamba(tied)
-    assert linears.head_name(model) == "lm_head"
-    assert linears.is_head_tied(model) == tied
+    assert head.head_name(model) == "lm_head"
+    assert head.is_head_tied(model) == tied
 
 
 def test_model_without_head():
     with pytest.raises(InvalidInputError, match="MambaModel has no output embeddings"):
-        linears.head_name(mamba(tied=True).backbone)
+        head.head_name(mamba(tied=True).backbone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,16 +74,16 @@ def test_rotary_tables_are_not_counted():
     )
     model = LlamaForCausalLM(config)
     norms_and_embedding = 4 * (3 * 16 + 50 * 16)
-    assert linears.other_bytes(model) == norms_and_embedding
+    assert sizes.other_bytes(model) == norms_and_embedding
 
 
 def test_bytes_of_a_quantized_layer():
     spec = QuantSpec(4, 32, False)
     model = nn.Sequential(nn.Linear(96, 40), nn.Linear(40, 8, bias=False))
-    before = linears.other_bytes(model)
+    before = sizes.other_bytes(model)
     model[0] = QuantLinear.from_linear(model[0], spec)
-    assert linears.weight_bytes(model[0]) == spec.nbytes((40, 96)) + 16
-    assert linears.other_bytes(model) == before == 40 * 4
+    assert sizes.weight_bytes(model[0]) == spec.nbytes((40, 96)) + 16
+    assert sizes.other_bytes(model) == before == 40 * 4
 
 
 def test_fingerprint_knows_a_model_in_another_dtype_but_not_another_model():

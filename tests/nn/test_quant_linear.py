@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from families import batch, tiny
+from tiny_models import batch, tiny
 from torch import nn
 
 import klfast

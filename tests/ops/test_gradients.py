@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from families import batch, tiny
+from tiny_models import batch, tiny
 from torch import nn
 from torch.autograd import forward_ad
 

@@ -4,28 +4,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tiny_models import HYMBA_RELEASE
 from transformers import AutoModelForCausalLM
 
 from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hymba"
 SETS = ("hybrid_full", "swa_plain")
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 40,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 5,
-    "mamba_d_state": 16,
-    "num_memory_tokens": 3,
-    "sliding_window": 6,
-    "global_attn_idx": [0, 4],
-    "kv_reuse_group": [[1, 2, 3]],
-    "max_position_embeddings": 128,
-    "orig_max_position_embeddings": 32,
-    "eos_token_id": None,
-}
 
 
 def golden_model(name):
@@ -39,7 +24,7 @@ def golden_tensors(name):
 def tiny_model(dtype=torch.float32, **changes):
     """Random weights, large enough that layers matter; norms, states and biases random, too."""
     torch.manual_seed(1)
-    model = HymbaForCausalLM(HymbaConfig(**{**TINY, **changes})).eval()
+    model = HymbaForCausalLM(HymbaConfig(**{**HYMBA_RELEASE, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or "layernorm" in name or name.endswith(("D.0", "bias")):

@@ -3,66 +3,18 @@
 import copy
 
 import torch
-from transformers import (
-    FalconMambaConfig,
-    FalconMambaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from tiny_models import VOCABULARY as VOCAB
+from tiny_models import tiny
 
 import klfast
-from klfast.models.hymba import HymbaConfig, HymbaForCausalLM
 from klfast.sensitivity.measure import SQNR_CAP
 
-VOCAB = 61
-SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
-MAKERS = {
-    "mamba": lambda tied: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, tie_word_embeddings=tied)),
-    "mamba2": lambda tied: Mamba2ForCausalLM(
-        Mamba2Config(
-            **SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8, tie_word_embeddings=tied
-        )
-    ),
-    "falcon_mamba": lambda tied: FalconMambaForCausalLM(
-        FalconMambaConfig(**SMALL, state_size=4, tie_word_embeddings=tied)
-    ),
-    "hymba": lambda tied: HymbaForCausalLM(
-        HymbaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            mamba_d_state=4,
-            num_memory_tokens=3,
-            sliding_window=6,
-            global_attn_idx=[2],
-            kv_reuse_group=[[0, 1]],
-            tie_word_embeddings=tied,
-        )
-    ),
-    "llama": lambda tied: LlamaForCausalLM(
-        LlamaConfig(
-            **SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
-        )
-    ),
-}
 KL = "kl_teacher_student"
 
 
 def make(family="mamba2", tied=False, seed=0):
-    """A random model with weights large enough that its predictions are far from uniform."""
-    torch.manual_seed(seed)
-    model = MAKERS[family](tied).eval()
-    with torch.no_grad():
-        for weight in {id(p): p for p in model.parameters() if p.dim() == 2}.values():
-            weight.mul_(4)
-    return model
+    """A random model whose predictions are far from uniform."""
+    return tiny(family, tied, seed=seed)
 
 
 def tokens(windows=3, length=17, seed=1):

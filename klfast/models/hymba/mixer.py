@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -42,10 +41,6 @@ class HymbaMixer(nn.Module):
         self.rows = {"q": width, "k": kv_heads * self.key_dim, "v": kv_heads * self.value_dim, "x": inner, "z": inner}
         if not self.owns_kv:
             del self.rows["k"], self.rows["v"]
-        ends = list(itertools.accumulate(self.rows.values()))
-        self.row_parts = {
-            "in_proj": {use: (end - size, end) for (use, size), end in zip(self.rows.items(), ends, strict=True)}
-        }
         self.split = (rank, states, states)
 
         self.in_proj = nn.Linear(width, sum(self.rows.values()), bias=config.mamba_proj_bias)

@@ -47,8 +47,6 @@ class HymbaExperts(nn.Module):
 class HymbaLayer(nn.Module):
     """One block. Beside the hidden states it returns the keys and values that the next block takes, or None."""
 
-    carry_argument = "shared_kv"  # see klfast.models.block_chain
-
     def __init__(self, config: HymbaConfig, layer: int) -> None:
         super().__init__()
         self.passes_kv = config.passes_kv(layer)

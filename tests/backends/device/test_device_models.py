@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny
 from klfast.kernels.launch import Launch
+from tiny_models import FAMILIES, VOCABULARY, tiny
 
 import klfast
 

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from hymba_models import GOLDEN, SETS, TINY, golden_model, golden_tensors, tiny_model
+from hymba_models import GOLDEN, SETS, golden_model, golden_tensors, tiny_model
 from safetensors.torch import load_file, save_file
+from tiny_models import HYMBA_RELEASE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from klfast.checkpoint.by_name import load_model
@@ -86,7 +87,7 @@ def test_who_owns_keys(changes, owners):
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = HymbaForCausalLM(HymbaConfig(**{**TINY, "hidden_size": 80, "num_memory_tokens": 50}))
+    model = HymbaForCausalLM(HymbaConfig(**{**HYMBA_RELEASE, "hidden_size": 80, "num_memory_tokens": 50}))
     mixer, embedding = model.model.layers[1].mamba, model.model.embed_tokens.weight
     assert (
         mixer.in_proj.weight.std().sub(0.02).abs() < 1e-3
@@ -207,7 +208,7 @@ def test_wrong_tensors_are_named(tmp_path):
     ],
 )
 def test_unsupported_configurations(changes, message, tmp_path):
-    config = HymbaConfig(**{**TINY, **changes})
+    config = HymbaConfig(**{**HYMBA_RELEASE, **changes})
     with pytest.raises(InvalidInputError, match=message), torch.device("meta"):
         HymbaForCausalLM(config)
     config.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from families import batch, tiny
+from tiny_models import batch, tiny
 
 import klfast
 from klfast.models.linears import linears

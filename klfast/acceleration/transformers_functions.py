@@ -1,0 +1,137 @@
+"""The functions that transformers' mixers call, in klfast's version: same names for the arguments that the mixers pass.
+
+Further keywords mean nothing to klfast's kernels, except those of packed sequences, which the ops refuse. The signatures
+are those of transformers 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from klfast import ops
+
+SILU = ("silu", "swish")
+
+
+class Replacement(NamedTuple):
+    """A function in place of transformers', and the op that it runs."""
+
+    function: Callable
+    op: str
+
+
+def _conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: torch.Tensor | None = None,
+    **_: object,
+) -> torch.Tensor:
+    if activation is None or activation in SILU:
+        return ops.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
+    return _activated(ops.causal_conv1d_fn(x, weight, bias, seq_idx), activation)
+
+
+def _conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **kwargs: object,
+) -> torch.Tensor:
+    if activation is None or activation in SILU:
+        return ops.causal_conv1d_update(x, conv_state, weight, bias, activation, **kwargs)
+    return _activated(ops.causal_conv1d_update(x, conv_state, weight, bias, **kwargs), activation)
+
+
+def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """With an activation that klfast's convolutions do not compute."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[activation](x).to(x.dtype)
+
+
+def _scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: object,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+def _step(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    **_: object,
+) -> torch.Tensor:
+    return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _chunk_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+    **_: object,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return ops.mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D,
+        z,
+        dt_bias,
+        initial_states,
+        seq_idx,
+        cu_seqlens,
+        dt_softplus,
+        dt_limit,
+        return_final_states,
+        return_varlen_states,
+    )
+
+
+REPLACEMENTS = {
+    "causal_conv1d_fn": Replacement(_conv1d, "causal_conv1d"),
+    "causal_conv1d_update": Replacement(_conv1d_update, "causal_conv1d_update"),
+    "mamba_selective_scan": Replacement(_scan, "selective_scan"),
+    "mamba_selective_state_update": Replacement(_step, "selective_state_update"),
+    "mamba2_chunk_scan": Replacement(_chunk_scan, "mamba_chunk_scan"),
+    "mamba2_selective_state_update": Replacement(_step, "selective_state_update"),
+}

@@ -1,0 +1,64 @@
+"""Running a causal language model of transformers, whatever its family."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from klfast.core.errors import InvalidInputError
+from klfast.models.families import family_of
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_ids(ids: object, vocabulary: int, minimum: int) -> None:
+    """Raise InvalidInputError unless ``ids`` is int64 [B, T], B >= 1, T >= ``minimum``, within the vocabulary."""
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise InvalidInputError(f"token ids must be an int64 tensor [B, T], got {found}")
+    if ids.shape[0] < 1 or ids.shape[1] < minimum:
+        raise InvalidInputError(f"token ids need at least one row and {minimum} columns, got {list(ids.shape)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise InvalidInputError(
+            f"token ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}; "
+            "was another tokenizer used?"
+        )
+
+
+def last_hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What leaves the final norm, [B, T, H], for int64 [B, T]."""
+    return getattr(model, "base_model", model)(input_ids=ids, use_cache=False)[0]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the forward's cache: "past_key_values", "cache_params" in the pure SSM families, "state" in RWKV."""
+    accepted = inspect.signature(model.forward).parameters
+    for name in (family_of(model).cache.argument, "past_key_values", "cache_params", "state"):
+        if name in accepted:
+            return name
+    raise InvalidInputError(f"{type(model).__name__} takes no cache (past_key_values, cache_params or state)")
+
+
+def masks_prompt_only(model: nn.Module) -> bool:
+    """Whether the model takes a mask for the prompt alone, and none for the tokens after it."""
+    known = family_of(model).cache.masks_prompt_only
+    return cache_argument(model) == "cache_params" if known is None else known
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether the model takes no heed of a mask, so that padding changes what it writes."""
+    return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters

@@ -1,0 +1,63 @@
+"""Model families: one file each, looked up by model type, their parts by class.
+
+To add one, write its file (see base.py for the fields), list it in ``FAMILIES``, and add a tiny model of it to
+tests/support/tiny_models.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from klfast.models.families import falcon_h1, falcon_mamba, generic, granite_hybrid, hymba, mamba, mamba2
+from klfast.models.families.base import Family, Mixer, Norm, Rows
+
+FAMILIES: tuple[Family, ...] = (
+    mamba.FAMILY,
+    mamba2.FAMILY,
+    falcon_mamba.FAMILY,
+    hymba.FAMILY,
+    granite_hybrid.FAMILY,
+    falcon_h1.FAMILY,
+)
+GENERIC = generic.FAMILY
+_BY_TYPE = {family.model_type: family for family in FAMILIES}
+_MIXERS = {name: mixer for family in FAMILIES for name, mixer in family.mixers.items()}
+_NORMS = {name: norm for family in FAMILIES for name, norm in family.norms.items()}
+_ROWS = {name: rows for family in FAMILIES for name, rows in family.rows.items()}
+
+
+def text_config(model: nn.Module) -> object | None:
+    """The configuration of the model, or of its language model if it has several parts; None if it has none."""
+    config = getattr(model, "config", None)
+    try:
+        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several
+        return config
+
+
+def family_of(model: nn.Module) -> Family:
+    """The record of a model; the generic one if klfast does not know its type."""
+    return _BY_TYPE.get(getattr(text_config(model), "model_type", None), GENERIC)
+
+
+def mixer_of(module_class: type) -> Mixer | None:
+    """What is known of a class of transformers' recurrent layers, whatever model holds it; None if nothing is."""
+    return _MIXERS.get(module_class.__name__) if _is_transformers(module_class) else None
+
+
+def norm_of(module_class: type) -> Callable[[nn.Module], Norm] | None:
+    """What tells the parameters of a norm of this class; None if klfast does not replace it."""
+    return _NORMS.get(module_class.__name__) if _is_transformers(module_class) else None
+
+
+def rows_of(module: nn.Module) -> Mapping[str, Rows]:
+    """{name of a linear layer in this module: the uses of its rows}; empty if no layer of it is fused."""
+    kind = type(module)
+    known = _is_transformers(kind) or kind.__module__.startswith("klfast.models.")
+    return _ROWS[kind.__name__](module) if known and kind.__name__ in _ROWS else {}
+
+
+def _is_transformers(module_class: type) -> bool:
+    return module_class.__module__.startswith("transformers.")

@@ -1,0 +1,33 @@
+"""Granite-4.0-H (transformers.models.granitemoehybrid): Mamba-2 and attention in turn, with or without experts.
+
+Logits are divided by ``logits_scaling`` (modeling_granitemoehybrid.py, GraniteMoeHybridForCausalLM.forward, 5.23.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from klfast.models.families import common
+from klfast.models.families.base import Blocks, CacheUse, Family, LogitRule, Mixer, Rows, split
+
+
+def _logits(config: object) -> LogitRule:
+    return LogitRule(scale=1 / config.logits_scaling)
+
+
+def _mlp_rows(mlp: nn.Module) -> Mapping[str, Rows]:
+    return {"input_linear": split(gate=mlp.hidden_size, up=mlp.hidden_size)}
+
+
+FAMILY = Family(
+    model_type="granitemoehybrid",
+    mixers={"GraniteMoeHybridMambaLayer": Mixer(common.MAMBA2_FUNCTIONS)},
+    norms={"GraniteMoeHybridRMSNorm": common.rms_norm, "GraniteMoeHybridRMSNormGated": common.gated_rms_norm},
+    rows={"GraniteMoeHybridMambaLayer": common.mamba2_rows, "GraniteMoeHybridMLP": _mlp_rows},
+    matrices={"GraniteMoeHybridExperts": ("gate_up_proj", "down_proj"), "GraniteMoeHybridTopKRouter": ("weight",)},
+    blocks=Blocks("layers"),
+    logits=_logits,
+    cache=CacheUse("past_key_values", masks_prompt_only=False),
+)

@@ -1,0 +1,25 @@
+"""Hymba (klfast.models.hymba): klfast's own code, whose layers hand keys and values to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from klfast.models.families.base import Blocks, CacheUse, Family, Rows, plain, split
+
+
+def _rows(mixer: nn.Module) -> Mapping[str, Rows]:
+    """Queries, keys and values (in layers that own them), the scan's input and the gate."""
+    return {"in_proj": split(**mixer.rows)}
+
+
+FAMILY = Family(
+    model_type="hymba",
+    rows={"HymbaMixer": _rows},
+    blocks=Blocks("layers", carry="shared_kv"),
+    logits=plain,
+    cache=CacheUse("past_key_values", masks_prompt_only=False),
+    widens_logits=True,
+    own_code=True,
+)

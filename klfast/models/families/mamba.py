@@ -1,0 +1,26 @@
+"""Mamba (transformers.models.mamba)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from klfast.models.families import common
+from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.nn.mamba_step import Parts
+
+
+def _step(mixer: nn.Module) -> Parts:
+    own = mixer._parameters
+    return Parts(mixer.conv1d, mixer.x_proj, mixer.dt_proj, (own, "A_log"), (own, "D"))
+
+
+FAMILY = Family(
+    model_type="mamba",
+    mixers={"MambaMixer": Mixer(common.MAMBA1_FUNCTIONS, _step, left_weight="dt_proj")},
+    norms={"MambaRMSNorm": common.rms_norm},
+    rows={"MambaMixer": common.mamba1_rows},
+    blocks=Blocks("layers"),
+    logits=plain,
+    cache=CacheUse(masks_prompt_only=True),
+    widens_logits=True,
+)

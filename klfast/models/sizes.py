@@ -1,0 +1,80 @@
+"""What the parts of a model weigh, and how much of it cannot be quantized."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from klfast.models.families import family_of
+from klfast.models.linears import linears
+from klfast.nn import QuantLinear
+from klfast.quant.types import SHAPE_BYTES
+
+
+def weight_bytes(layer: nn.Module) -> int:
+    """Bytes of a linear layer's weight as saved: its float matrix, or packed values, scales, zero points and shape."""
+    quantized = getattr(layer, "quantized", None)
+    return layer.weight.numel() * layer.weight.element_size() if quantized is None else quantized.nbytes + SHAPE_BYTES
+
+
+def other_bytes(model: nn.Module) -> int:
+    """Bytes of everything that a saved model holds beside the weights of its linear layers.
+
+    Shared tensors count once, and an embedding tied to the head not at all: it is counted with the head.
+    """
+    weights = {
+        id(tensor)
+        for layer in linears(model).values()
+        for name, tensor in _own_tensors(layer)
+        if name.startswith("weight")
+    }
+    state = {
+        id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)
+    }
+    return sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in weights)
+
+
+def unquantizable(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weight matrices that klfast cannot quantize, by the class that holds them: they lie in no ``nn.Linear``.
+
+    These are mixtures of experts, whose weights lie in one tensor of three dimensions, and linear layers of other
+    classes (GPT-2's Conv1D). Embeddings and convolutions are not matrices to multiply by, and are left out.
+    """
+    found: dict[str, int] = {}
+    seen = set()
+    known = family_of(model).matrices
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, QuantLinear, nn.Embedding, nn.modules.conv._ConvNd)):
+            continue
+        names = known.get(type(module).__name__)
+        for name, parameter in module.named_parameters(recurse=False):
+            stacked = parameter.dim() > 2 and min(parameter.shape[-2:]) > 1
+            is_matrix = stacked or (parameter.dim() == 2 and name == "weight") if names is None else name in names
+            if is_matrix and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[type(module).__name__] = (
+                    found.get(type(module).__name__, 0) + parameter.numel() * parameter.element_size()
+                )
+    return found
+
+
+def warn_unquantizable(model: nn.Module, what: str) -> None:
+    """Say in one line how much of a model ``what`` leaves in full precision, unless it is less than a hundredth."""
+    kinds = unquantizable(model)
+    whole = sum(weight_bytes(layer) for layer in linears(model).values()) + other_bytes(model)
+    if sum(kinds.values()) < 0.01 * whole:
+        return
+    listed = ", ".join(
+        f"{kind} ({size / 1e6:.1f} MB)" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
+    )
+    warnings.warn(
+        f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and stay "
+        f"as they are: the weights of {listed}; klfast quantizes nn.Linear",
+        stacklevel=3,
+    )
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

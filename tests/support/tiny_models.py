@@ -1,0 +1,271 @@
+"""The registry of tiny causal language models with random weights, for all tests.
+
+``FAMILIES`` are those that klfast knows by a record of their own (klfast.models.families), and Llama for the ones that
+it knows by none: they go through every suite. ``OTHERS`` are read through transformers alone. A new family is tested by
+being listed in ``FAMILIES`` with its configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers.
+"""
+
+import torch
+import transformers
+
+from klfast.models.hymba import HymbaConfig
+
+VOCABULARY = 61
+FAMILIES = ("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1")
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # nothing but mixers
+ACCELERATED = (
+    *STATE_SPACE,
+    "granite_hybrid",
+    "granite_hybrid_moe",
+    "falcon_h1",
+    "falcon_h1_norm",
+    "falcon_h1_gated_norm",
+)
+
+_SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)
+_SSM = dict(**_SMALL, state_size=8)
+_ATTENTION = dict(**_SMALL, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+_MAMBA2 = dict(
+    mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=16
+)
+_GRANITE = dict(
+    shared_intermediate_size=48,
+    embedding_multiplier=3.0,
+    attention_multiplier=0.2,
+    residual_multiplier=0.6,
+    logits_scaling=3.0,
+)
+_FALCON = dict(
+    mamba_d_ssm=128,
+    head_dim=16,
+    ssm_multipliers=[0.5, 0.25, 0.75, 1.5, 2.0],
+    embedding_multiplier=2.0,
+    lm_head_multiplier=0.7,
+    ssm_in_multiplier=1.25,
+    ssm_out_multiplier=0.8,
+    attention_in_multiplier=1.5,
+    attention_out_multiplier=0.9,
+    key_multiplier=0.6,
+    mlp_multipliers=[0.9, 0.7],
+)
+_DELTA = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_value_heads=4,
+    linear_num_key_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+)
+_EXPERTS = dict(num_experts=2, num_experts_per_tok=1)
+_ZAMBA = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=4,
+    layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    intermediate_size=96,
+    mamba_d_state=16,
+)
+HYMBA_RELEASE = dict(  # every feature of the released model
+    vocab_size=VOCABULARY,
+    hidden_size=40,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=10,
+    num_key_value_heads=5,
+    mamba_d_state=16,
+    num_memory_tokens=3,
+    sliding_window=6,
+    global_attn_idx=[0, 4],
+    kv_reuse_group=[[1, 2, 3]],
+    max_position_embeddings=128,
+    orig_max_position_embeddings=32,
+    eos_token_id=None,
+)
+
+CONFIGS = {
+    "mamba": lambda: transformers.MambaConfig(**_SSM, use_bias=True),
+    "mamba2": lambda: transformers.Mamba2Config(
+        **_SSM | dict(state_size=16), num_heads=4, head_dim=32, n_groups=2, chunk_size=16
+    ),
+    "falcon_mamba": lambda: transformers.FalconMambaConfig(**_SSM),
+    "hymba": lambda: HymbaConfig(
+        **_ATTENTION | dict(num_hidden_layers=3),
+        num_memory_tokens=3,
+        sliding_window=6,
+        global_attn_idx=[0],
+        kv_reuse_group=[[1, 2]],
+    ),
+    "hymba_release": lambda: HymbaConfig(**HYMBA_RELEASE),
+    "llama": lambda: transformers.LlamaConfig(**_ATTENTION),
+    "granite_hybrid": lambda: transformers.GraniteMoeHybridConfig(  # Granite-4.0-H: dense, without rotary positions
+        **_ATTENTION | _MAMBA2 | _GRANITE | dict(num_hidden_layers=3),
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        position_embedding_type="nope",
+    ),
+    "granite_hybrid_moe": lambda: transformers.GraniteMoeHybridConfig(
+        **_ATTENTION | _MAMBA2 | _GRANITE,
+        layer_types=["attention", "mamba"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        position_embedding_type="rope",
+    ),
+    "falcon_h1": lambda: transformers.FalconH1Config(**_ATTENTION | _MAMBA2 | _FALCON),
+    "falcon_h1_norm": lambda: transformers.FalconH1Config(
+        **_ATTENTION | _MAMBA2 | _FALCON, mamba_rms_norm=True, mamba_norm_before_gate=True
+    ),
+    "falcon_h1_gated_norm": lambda: transformers.FalconH1Config(
+        **_ATTENTION | _MAMBA2 | _FALCON, mamba_rms_norm=True, mamba_norm_before_gate=False
+    ),
+    "bamba": lambda: transformers.BambaConfig(**_ATTENTION | _MAMBA2, attn_layer_indices=[1]),
+    "cohere": lambda: transformers.CohereConfig(**_ATTENTION, logit_scale=0.3),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_ATTENTION, head_dim=16, final_logit_softcapping=2.5, sliding_window=6
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_ATTENTION, head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SMALL, intermediate_size=96, num_attention_heads=4),
+    "granite": lambda: transformers.GraniteConfig(**_ATTENTION, logits_scaling=3.0, embedding_multiplier=3.0),
+    "hyperclovax": lambda: transformers.HyperCLOVAXConfig(**_ATTENTION, logits_scaling=0.3),
+    "jamba": lambda: transformers.JambaConfig(
+        **_ATTENTION,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_ATTENTION, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
+    "llama_eager": lambda: transformers.LlamaConfig(**_ATTENTION, attn_implementation="eager"),
+    "minimax": lambda: transformers.MiniMaxConfig(
+        **_ATTENTION,
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        block_size=4,
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **_ATTENTION,
+        layers_block_type=["mamba", "attention", "moe"],
+        head_dim=16,
+        ssm_state_size=16,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        chunk_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
+    ),
+    "nemotron_h_mlp": lambda: transformers.NemotronHConfig(
+        **_ATTENTION | dict(num_hidden_layers=3),
+        hybrid_override_pattern="M*-",
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=1,
+        chunk_size=8,
+        head_dim=16,
+    ),
+    "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**_ATTENTION | _DELTA),
+    "phi": lambda: transformers.PhiConfig(**_ATTENTION),
+    "qwen3": lambda: transformers.Qwen3Config(**_ATTENTION, head_dim=16),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**_ATTENTION | _DELTA, head_dim=16),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **_ATTENTION,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
+    "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        lru_width=64,
+        attention_window_size=8,
+        conv1d_width=4,
+    ),
+    "rwkv": lambda: transformers.RwkvConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        attention_hidden_size=64,
+        num_hidden_layers=3,
+        intermediate_size=96,
+        context_length=64,
+        rescale_every=2,
+    ),
+    "xlstm": lambda: transformers.xLSTMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        embedding_dim=64,
+        num_hidden_layers=2,
+        num_blocks=2,
+        num_heads=4,
+        qk_dim_factor=1.0,
+        chunk_size=8,
+    ),
+    "zamba": lambda: transformers.ZambaConfig(
+        **_ZAMBA, attn_layer_period=2, attn_layer_offset=1, n_mamba_heads=2, mamba_dt_rank=4
+    ),
+    "zamba2": lambda: transformers.Zamba2Config(
+        **_ATTENTION | dict(num_key_value_heads=4, num_hidden_layers=4),
+        layers_block_type=["mamba", "hybrid"] * 2,
+        mamba_d_state=16,
+        mamba_headdim=32,
+        mamba_ngroups=1,
+        n_mamba_heads=4,
+        num_mem_blocks=1,
+        chunk_size=16,
+        adapter_rank=8,
+        hybrid_layer_ids=[1, 3],
+    ),
+}
+VARIANTS = (
+    "hymba_release",
+    "granite_hybrid_moe",
+    "falcon_h1_norm",
+    "falcon_h1_gated_norm",
+)  # of families with a record
+OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + VARIANTS)
+
+
+def tiny(name, tied=False, dtype=torch.float32, seed=0):
+    """A model in eval mode, with weights well away from their initial symmetries.
+
+    Its head is tied as ``tied`` says; None leaves it to the family's configuration.
+    """
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = None
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "conv" not in parameter_name and "A_log" not in parameter_name:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def batch(rows=2, tokens=12, seed=1):
+    return torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
