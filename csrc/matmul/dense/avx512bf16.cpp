@@ -1,12 +1,14 @@
 // linear at tier avx512bf16: bf16 times bf16 by vdpbf16ps; whatever else as tier avx512vnni does.
 #include "matmul/dense/linear.h"
-#include "simd/floats_avx512.h"
-
-#include "simd/ints_avx512.h"
+#include "simd/avx512vnni.h"
 
 #include "matmul/dense/bf16_source.h"
 #include "matmul/dense/few_rows.h"
 #include "gemm/bf16.h"
+
+namespace klfast::avx512vnni {
+void linear(const LinearArgs&);
+}
 
 namespace klfast {
 namespace {

@@ -5,13 +5,15 @@
 // int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts
 // and 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
 #include "matmul/quantized/dequant_matmul.h"
-#include "simd/floats_avx512.h"
-
-#include "simd/ints_avx512.h"
+#include "simd/avx512vnni.h"
 
 #include "matmul/quantized/exact_few_rows.h"
 #include "matmul/quantized/exact_bf16_source.h"
 #include "gemm/bf16.h"
+
+namespace klfast::avx512vnni {
+void dequant_matmul(const DequantMatmulArgs&);
+}
 
 namespace klfast {
 namespace {

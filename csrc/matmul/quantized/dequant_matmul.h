@@ -21,28 +21,7 @@ struct DequantMatmulArgs : Product {
     std::int64_t words() const { return (k * bits + 31) / 32; }  // of a row
 };
 
-using DequantMatmulKernel = void(const DequantMatmulArgs&);
-
-// Runs the best kernel not above `limit`. The result does not depend on n_threads.
+// Runs the best kernel that `limit` allows. The result does not depend on n_threads.
 void dequant_matmul(const DequantMatmulArgs& args, Tier limit);
-
-namespace scalar {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avx2 {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avxvnni {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avx512vnni {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avx512bf16 {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace amx {
-void dequant_matmul(const DequantMatmulArgs&);
-}
 
 }  // namespace klfast
