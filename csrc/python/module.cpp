@@ -7,14 +7,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "python/bind_attention.h"
-#include "python/bind_dequant_matmul.h"
 #include "core/kernel_table.h"
-#include "python/bind_divergence.h"
-#include "python/bind_linear.h"
 #include "gemm/args.h"
-#include "python/bind_ssm.h"
-#include "python/bind_prepared.h"
+#include "python/bindings.h"
 
 namespace py = pybind11;
 
@@ -48,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
     bind_divergence(m);
     bind_linear(m);
     bind_ssm(m);
-    bind_step(m);
+    bind_prepared(m);
     m.def(
         "best_tier",
         [](const std::string& op, int limit) {

@@ -1,4 +1,4 @@
-"""The build: what is compiled for which tiers, what an old assembler leaves of them, how many jobs, what is built again."""
+"""The build: what is compiled for which tiers, what an old assembler can build, how many jobs, what is built again."""
 
 import json
 import math

@@ -15,7 +15,7 @@ namespace {
 
 // Pairs along k.
 struct PairTerms {
-    static constexpr int values = 2 * W, size = 2;
+    static constexpr int values = 2 * kLanes, size = 2;
 
     static void arrange(const LinearArgs& a, std::int64_t i, std::int64_t n, std::int32_t* out) {
         write(out, read_pairs(a.x, i, n));
@@ -35,7 +35,7 @@ void linear(const LinearArgs& args) {
     if (args.x_type != DType::bf16 || args.weight_type != DType::bf16) return avx512vnni::linear(args);
     if (args.m == 0 || args.n == 0) return;
     if (args.m <= kFewRows)
-        FewRows<PairTerms>(args).run();
+        DenseFewRows<PairTerms>(args).run();
     else
         product_bf16(args, Bf16Rows{args});
 }

@@ -17,7 +17,7 @@ namespace {
 template <int Bits>
 void run_bf16(const DequantMatmulArgs& a) {
     const Segments segments(a.k, a.group);
-    product_bf16_tiles(a, QuantizedPairs<Bits>{a, segments});
+    product_bf16_tiles(a, QuantizedPairs<Bits>{.args = a, .segments = segments});
 }
 
 // Whether groups begin where tiles do, for tiles of `values` values along k.

@@ -8,7 +8,7 @@
 
 namespace klfast {
 
-struct DequantMatmulArgs : Product {
+struct QuantizedWeight {
     const std::int32_t* packed;  // [n, ceil(k bits / 32)]
     const void* scale;           // [n, groups]
     DType scale_type;
@@ -16,7 +16,9 @@ struct DequantMatmulArgs : Product {
     int bits;                        // 4 or 8
     std::int64_t group;              // values of a row that share a scale, at least 1
     bool int8_activation;
+};
 
+struct DequantMatmulArgs : Product, QuantizedWeight {
     std::int64_t groups() const { return (k + group - 1) / group; }
     std::int64_t words() const { return (k * bits + 31) / 32; }  // of a row
 };
