@@ -78,15 +78,14 @@ class BuildPerTier(build_ext):
         self._check_tools()
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(str(Path(target).parent))
-        extra = ["-fopenmp", *os.environ.get("KLFAST_CXXFLAGS", "").split()]
-        self.compiler.link_shared_object(self.build_objects(ext), target, extra_postargs=extra, target_lang="c++")
+        flags = ["-fopenmp", *extra_flags()]
+        self.compiler.link_shared_object(self.build_objects(ext), target, extra_postargs=flags, target_lang="c++")
 
     def build_objects(self, ext):
         """Compile what is not current of an extension's sources; returns all of its objects."""
         built = self._tiers()
         names = ",".join(built)
         macros = [("KLFAST_BUILT", names), *((twin, "1") for twin in TWINS)]
-        extra = os.environ.get("KLFAST_CXXFLAGS", "").split()
         compiler = [
             *self.compiler.compiler_so_cxx,
             subprocess.check_output([*self.compiler.compiler_so_cxx, "--version"], text=True),
@@ -97,7 +96,7 @@ class BuildPerTier(build_ext):
             source, tier = unit
             own = [] if tier is None else [("KLFAST_TIER", tier)]
             folder = self.build_temp if tier is None else str(Path(self.build_temp, tier))
-            flags = [*COMMON_FLAGS, *(() if tier is None else flags_of(needs[tier])), *extra]
+            flags = [*COMMON_FLAGS, *(() if tier is None else flags_of(needs[tier])), *extra_flags()]
             [object_file] = self.compiler.object_filenames([source], output_dir=folder)
             record = Path(f"{object_file}.command")
             command = repr(
@@ -152,6 +151,10 @@ class BuildPerTier(build_ext):
                 print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
                 return False
         return True
+
+
+def extra_flags():
+    return os.environ.get("KLFAST_CXXFLAGS", "").split()
 
 
 @functools.cache
