@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch  # noqa: F401 (before the extension, which then shares its OpenMP library)
+
 from klfast.core.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
 
-CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as in csrc/core/tiers.h
-_ALL_TIERS = len(CPU_TIERS) - 1
+try:
+    from klfast import _C
+except ImportError as error:
+    _C, _MISSING = None, f"the extension klfast._C cannot be imported ({error})."
+
+CPU_TIERS: tuple[str, ...] = _C.tiers if _C else ("scalar",)  # csrc/core/tiers.def; every build has that one
+_ANY_TIER = -1  # as csrc/core/tiers.h has it
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 
 _process_pin = os.environ.get("KLFAST_ISA")  # read once: reading the environment takes as long as a small op
@@ -21,17 +28,13 @@ _warned: set[tuple[str, str]] = set()
 
 def why_not(tier: str) -> str:
     """Return why a CPU tier cannot run on this machine, one sentence; empty if it can."""
-    try:
-        from klfast import _C
-    except ImportError as error:
-        return f"the extension klfast._C cannot be imported ({error})."
-    return _C.why_not(CPU_TIERS.index(tier))
+    return _C.why_not(CPU_TIERS.index(tier)) if _C else _MISSING
 
 
 def _check(name: str, source: str) -> str:
-    if name not in IMPLEMENTATIONS:
+    if name not in IMPLEMENTATIONS and _C:
         raise InvalidInputError(f"{source}: unknown implementation {name!r}; choose from {', '.join(IMPLEMENTATIONS)}")
-    if name in CPU_TIERS and (reason := why_not(name)):
+    if name not in ("reference", "triton") and (reason := why_not(name)):
         raise KernelUnavailableError(f"{source}: {name} cannot run here: {reason}")
     return name
 
@@ -49,7 +52,7 @@ def using(implementation: str) -> Iterator[None]:
     """Pin the implementation of every op in this block (and thread): ``"reference"``, a CPU tier or ``"triton"``.
 
     Tensors on a GPU use "triton" anyway; with TRITON_INTERPRET=1 it works for tensors on the CPU, too. An op without a
-    kernel of the pinned tier runs its best one below it.
+    kernel of the pinned tier runs the best one that the tier falls back to.
 
     Raises:
         InvalidInputError: an unknown name.
@@ -63,16 +66,19 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def available_tiers() -> list[str]:
-    """Return the CPU tiers that this machine runs, ascending."""
+    """Return the CPU tiers that this machine runs, the best last."""
     return [tier for tier in CPU_TIERS if not why_not(tier)]
 
 
 def cpu_tier_limit() -> int:
-    """Return the index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
+    """Return the index in CPU_TIERS of the pinned tier, -1 without one ("triton" does not limit CPU tensors)."""
     pin = pinned()
-    if pin is None or pin not in CPU_TIERS:  # "triton" does not limit CPU tensors
-        return _ALL_TIERS
-    return CPU_TIERS.index(pin)
+    return CPU_TIERS.index(pin) if pin in CPU_TIERS else _ANY_TIER
+
+
+def may_run(tier: str) -> bool:
+    """Return True if CPU kernels of a tier may run now: the machine can, and a pin is that tier or falls back to it."""
+    return not why_not(tier) and _C.allows(cpu_tier_limit(), CPU_TIERS.index(tier))
 
 
 def interprets_triton() -> bool:
