@@ -15,7 +15,7 @@ import torch
 import klfast
 from klfast.benchkit.runner import Contender, Group, distance
 from klfast.benchkit.settings import Settings
-from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.checkpoint.by_name import load_model, load_tokenizer
 from klfast.models.linears import linears
 from klfast.quant.rounding import fake_quantize
 from klfast.quant.types import QuantSpec

@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 import klfast
-from klfast.checkpoint import loading
+from klfast.checkpoint import by_name
+from klfast.core.dtypes import dtype_name
 from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
-from klfast.diagnostics.overview import explain
+from klfast.diagnostics.explain import explain
 from klfast.models.linears import linears, other_bytes, row_parts, weight_bytes
-from klfast.quant.types import QuantSpec, dtype_name
-from klfast.reporting import tables as report
+from klfast.quant.types import QuantSpec
+from klfast.reporting.grouping import depth, kind
+from klfast.reporting.sweep_tables import by_kind_and_depth, by_use
+from klfast.reporting.table import Table
 from klfast.sensitivity.results import Sensitivities
 from klfast.text import token_batches
 
@@ -76,7 +79,7 @@ class DemoResult:
     """
 
     model: str
-    sensitivities: tuple[report.Table, ...]
+    sensitivities: tuple[Table, ...]
     findings: tuple[str, ...]
     rows: tuple[Row, ...]
     saved: str
@@ -102,10 +105,10 @@ def run(
         effort: FULL or QUICK.
         out: the folder to save the mixed model in, which must not exist; None for one in a new temporary folder.
         say: takes each sentence about what goes on.
-        loading_options: local_files_only and trust_remote_code, as for ``klfast.checkpoint.loading.load_model``.
+        loading_options: local_files_only and trust_remote_code, as for ``klfast.checkpoint.by_name.load_model``.
     """
-    tokenizer = loading.load_tokenizer(name, **loading_options)
-    model = loading.load_model(name, "auto", **loading_options)
+    tokenizer = by_name.load_tokenizer(name, **loading_options)
+    model = by_name.load_model(name, "auto", **loading_options)
     dtype, vocabulary = model.dtype, model.get_input_embeddings().weight.shape[0]
 
     def text(which: str, count: int) -> list[torch.Tensor]:
@@ -129,7 +132,7 @@ def run(
     split = [layer for layer in linears(model) if row_parts(model, layer)]
     if split:
         say(
-            f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({', '.join(dict.fromkeys(map(report.kind, split)))}) alone in {INT4}."
+            f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({', '.join(dict.fromkeys(map(kind, split)))}) alone in {INT4}."
         )
         swept.rows.update(klfast.sweep(model, calibration, specs=(INT4,), metrics=(), layers=split, rows=True).rows)
     tables, findings = _sensitive(swept)
@@ -153,7 +156,7 @@ def run(
     rows = []
     teacher = model.float()
     for variant, plan in plans.items():
-        model = loading.load_model(name, "auto", **loading_options)
+        model = by_name.load_model(name, "auto", **loading_options)
         if plan is not None:
             klfast.quantize_model(model, plan)
         if variant == MIXED:
@@ -177,18 +180,16 @@ def run(
     )
 
 
-def _sensitive(swept: Sensitivities) -> tuple[tuple[report.Table, ...], tuple[str, ...]]:
+def _sensitive(swept: Sensitivities) -> tuple[tuple[Table, ...], tuple[str, ...]]:
     """Which kinds of layers are sensitive, at which depth, and which of their rows, in INT4: tables and sentences."""
-    places, uses = report.by_kind_and_depth(swept, _KL, INT4), report.by_use(swept, _KL)
+    places, uses = by_kind_and_depth(swept, _KL, INT4), by_use(swept, _KL)
     *kinds, together = places.rows
     found = [
         f"Most sensitive within the blocks: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed((row[0], row[-1]) for row in kinds)}.",
         f"By depth, over all kinds: {_listed(zip(places.headings[1:-1], together[1:-1], strict=True))}.",
     ]
     if outside := [
-        (name, m.mean[_KL])
-        for (name, spec), m in swept.measurements.items()
-        if spec == INT4 and report.depth(name) is None
+        (name, m.mean[_KL]) for (name, spec), m in swept.measurements.items() if spec == INT4 and depth(name) is None
     ]:
         found.append(f"Outside of the blocks: {_listed(outside)}.")
     for layer in dict.fromkeys(row[0] for row in uses.rows):

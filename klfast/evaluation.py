@@ -12,7 +12,7 @@ from klfast import ops
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import deferred, interruptible
 from klfast.core.progress import Progress, reporter
-from klfast.core.window_stats import Tally
+from klfast.core.window_stats import WindowStats
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.batches import Batches, is_single, read
 from klfast.models.forward import check_plain_head, evaluation_mode, head_inputs, plain_head
@@ -90,7 +90,7 @@ def evaluate(
     most = _MOST_TOKENS if is_single(batches) else None
     parts = [batch.equal_lengths(most) for batch in read(batches, head.shape[0])]
 
-    tally = Tally(1, len(_MEASURED))
+    tally = WindowStats(1, len(_MEASURED))
     with (
         deferred(),
         evaluation_mode(model),

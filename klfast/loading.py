@@ -1,5 +1,5 @@
-"""The earlier name of klfast.checkpoint.loading."""
+"""The earlier name of klfast.checkpoint.by_name."""
 
-from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.checkpoint.by_name import load_model, load_tokenizer
 
 __all__ = ["load_model", "load_tokenizer"]

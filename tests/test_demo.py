@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import klfast
 from klfast import demo
-from klfast.checkpoint.loading import load_model
+from klfast.checkpoint.by_name import load_model
 from klfast.cli import app
 from klfast.models.linears import linears
-from klfast.reporting import tables
+from klfast.reporting.grouping import kind
 
 EFFORT = demo.Effort(calibration_windows=2, evaluation_windows=12, length=128, new_tokens=8)
 
@@ -52,7 +52,7 @@ def test_what_is_sensitive(ran):
     result = ran[0]
     places, *uses = result.sensitivities
     kinds = [row[0] for row in places.rows[:-1]]
-    assert set(kinds) == {tables.kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
+    assert set(kinds) == {kind(name) for name in linears(load_model(result.model))} - {"lm_head"}
     costs = [row[-1] for row in places.rows[:-1]]
     assert costs == sorted(costs, reverse=True) and min(costs) > 0
     assert result.findings[0].startswith(

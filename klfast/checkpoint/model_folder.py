@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from klfast.checkpoint.folder_format import is_pointer
+from klfast.checkpoint.json_files import is_pointer
 from klfast.checkpoint.loading_errors import NEEDS_CODE
 from klfast.core.errors import CheckpointError, shortened
 from klfast.core.io import parse_json

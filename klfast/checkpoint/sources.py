@@ -6,8 +6,9 @@ import glob
 import os
 from pathlib import Path
 
-from klfast.checkpoint.folder_format import MANIFEST, read_json
+from klfast.checkpoint.json_files import read_json
 from klfast.checkpoint.loading_errors import one_line_errors
+from klfast.checkpoint.manifest import MANIFEST
 from klfast.checkpoint.model_folder import ADAPTER, foreign, require_model, weight_names
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError, InvalidInputError

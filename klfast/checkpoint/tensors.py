@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from klfast.checkpoint.apply_plan import embedding_name
-from klfast.checkpoint.folder_format import linear_names, read_generation_config, read_json
+from klfast.checkpoint.compressed_tensors import linear_names
+from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.linears import head_name, is_head_tied

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from klfast.checkpoint.folder_format import model_quantization_config
+from klfast.checkpoint.compressed_tensors import model_quantization_config
 from klfast.core.errors import InvalidInputError
 from klfast.nn import QuantEmbedding, QuantLinear
 

@@ -90,18 +90,18 @@ def _klfast(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, evaluate, generate, info, pipeline  # noqa: E402
+from klfast.cli import bench, demo, doctor, evaluate, generate, plan, quantize, report, sweep  # noqa: E402
 
 for command in (
-    info.demo,
-    pipeline.sweep,
-    pipeline.plan,
-    pipeline.quantize,
+    demo.demo,
+    sweep.sweep,
+    plan.plan,
+    quantize.quantize,
     evaluate.evaluate,
     generate.generate,
     bench.bench,
-    info.report,
-    info.doctor,
+    report.report,
+    doctor.doctor,
 ):
     app.command("eval" if command is evaluate.evaluate else command.__name__, cls=_Command)(command)
 

@@ -34,7 +34,7 @@ def evaluate(
     from dataclasses import asdict
 
     import klfast
-    from klfast.checkpoint.loading import load_model
+    from klfast.checkpoint.by_name import load_model
     from klfast.cli import runtime
 
     runtime.prepare(threads, device)

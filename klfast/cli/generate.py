@@ -102,7 +102,7 @@ def generate(
         raise typer.BadParameter("--system goes with --chat")
     import torch
 
-    from klfast.checkpoint.loading import load_model, load_tokenizer
+    from klfast.checkpoint.by_name import load_model, load_tokenizer
     from klfast.cli import runtime
 
     runtime.prepare(threads, device)

@@ -156,7 +156,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out."
 
 def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of how models are loaded, before its last one; it gets them as ``loading``, keyword
-    arguments of klfast.checkpoint.loading's functions.
+    arguments of klfast.checkpoint.by_name's functions.
     """
     own = inspect.signature(command, eval_str=True)
     parameters = [parameter for parameter in own.parameters.values() if parameter.name != "loading"]

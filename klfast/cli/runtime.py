@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import nn
 
-from klfast.checkpoint import loading
+from klfast.checkpoint import by_name
 from klfast.core import machine
 from klfast.text import token_batches
 
@@ -34,7 +34,7 @@ def open_batches(
 ) -> list[torch.Tensor]:
     """Batches of a text or token file; the latter needs no tokenizer."""
     tokenizer = (
-        None if os.path.splitext(source)[1] in (".npy", ".json") else loading.load_tokenizer(model_name, **options)
+        None if os.path.splitext(source)[1] in (".npy", ".json") else by_name.load_tokenizer(model_name, **options)
     )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return token_batches(

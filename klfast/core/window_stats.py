@@ -11,7 +11,7 @@ import torch
 from klfast.core.errors import CheckpointError
 
 
-class Tally:
+class WindowStats:
     """Sums over windows, from which come each metric's mean over tokens and its standard error.
 
     Tokens of one window are correlated, windows are (nearly) not: the standard error is that of a ratio of window sums,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 import klfast
+from klfast.benchkit import op_cases
 from klfast.core.errors import one_line, shortened
 from klfast.diagnostics import op_checks
 from klfast.dispatch import registry
@@ -54,13 +55,13 @@ class Check:
 
 def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
     """Of each of an op's kernels, as torch dispatches the op to the device. ``tell`` gets the name of each case before it runs."""
-    from klfast.backends.triton.matmul import KERNELS
+    from klfast.backends.triton import KERNELS
 
     if not registry.has_kernel(op, device.upper()):
         yield Check(op, FAIL if device == "cpu" or op in KERNELS else NONE, reason=registry.why_no_kernel(device, op))
         return
     try:
-        cases = op_checks.cases(op)
+        cases = op_cases.cases(op)
     except Exception as error:
         yield Check(op, FAIL, reason=f"its cases cannot be made: {one_line(error)}")
         return
@@ -68,7 +69,7 @@ def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
         yield of_kernel(kernel, cases, device, tell) if device == "cpu" else in_a_process(op, kernel, device, tell)
 
 
-def of_kernel(kernel: str, cases: list[op_checks.Case], device: str, tell: Callable[[str], None]) -> Check:
+def of_kernel(kernel: str, cases: list[op_cases.Case], device: str, tell: Callable[[str], None]) -> Check:
     """Run a kernel's cases, some of ``cases``."""
     outcome = op_checks.run([case for case in cases if case.kernel == kernel], device=device, tell=tell)
     return Check(kernel, FAIL if outcome.faults else PASS, outcome)
@@ -145,7 +146,7 @@ def main(device: str, op: str, kernel: str) -> None:
         def write(**message: object) -> None:
             print(json.dumps(message), file=out, flush=True)
 
-        write(check=asdict(of_kernel(kernel, op_checks.cases(op), device, lambda case: write(now=case))))
+        write(check=asdict(of_kernel(kernel, op_cases.cases(op), device, lambda case: write(now=case))))
 
 
 def _own_output() -> TextIO:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 
 _NAMES = {torch.Tensor: "a tensor", int: "an int", type(None): "None"}
@@ -88,3 +89,49 @@ def check_writable(op: str, name: str, t: torch.Tensor) -> None:
                 f"{op}: {name} is written in place, but several of its elements share memory; pass {name}.clone()"
             )
         reach += stride * (size - 1)
+
+
+def same_device(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise unless all tensors given are on the first one's device."""
+    device = None
+    for t in tensors:
+        if t is None or t.device == device:
+            continue
+        if device is not None:
+            devices = {str(t.device) for t in tensors if t is not None}
+            raise InvalidInputError(f"{op}: all tensors must be on one device, got {', '.join(sorted(devices))}")
+        device = t.device
+
+
+def check_sizes(op: str, sizes: dict[str, int], **tensors: tuple[torch.Tensor | None, str]) -> None:
+    """Check each (tensor, dimension names), None passing; equal names must have equal sizes, collected in ``sizes``."""
+    for name, (tensor, dims) in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOAT_DTYPES:
+            if tensor.is_complex():
+                raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
+            raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        shape, known = tensor.shape, len(sizes)
+        fits = len(shape) == len(dims)
+        for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (as long as each other)
+            fits &= sizes.setdefault(d, n) == n
+        if not fits:
+            before = dict(list(sizes.items())[:known])
+            raise InvalidInputError(
+                f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}"
+            )
+    same_device(op, *(tensor for tensor, _ in tensors.values()))
+
+
+def check_groups(op: str, what: str, count: int, groups: int) -> None:
+    """Raise unless the groups of B and C divide the heads or channels."""
+    if groups < 1 or count % groups:
+        raise InvalidInputError(f"{op}: the number of groups of B and C must divide the {count} {what}, got {groups}")
+
+
+def refuse_options(op: str, **given: object) -> None:
+    """Raise for an option of the original function that klfast lacks, if it is given."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InvalidInputError(f"{op}: klfast does not support {name}; leave it out")

@@ -134,7 +134,7 @@ def register_kernel(
         kernel: takes the op's arguments.
         handed_over: takes the public function's arguments and says why the kernel leaves the call to torch; empty if it
             does not. The kernel itself decides by it, and ``klfast.explain`` reports it.
-        sees_addresses: it reads no tensor before it has taken the addresses of all (backends/memory.py), which raises for
+        sees_addresses: it reads no tensor before it has taken the addresses of all (klfast/backends/cpu/extension.py), which raises for
             one without memory. A check before it would cost a small op more than a microsecond.
     """
     check, run = _checks[name], _runs[name]
@@ -165,15 +165,3 @@ def handed_over(name: str, dispatch_key: str, *args: object) -> str:
     """Why an op's kernel leaves a call of the public function with these arguments to torch; empty if it does not."""
     why = _handed_over.get((name, dispatch_key))
     return "" if why is None else why(*args)
-
-
-def same_device(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise unless all tensors given are on the first one's device."""
-    device = None
-    for t in tensors:
-        if t is None or t.device == device:
-            continue
-        if device is not None:
-            devices = {str(t.device) for t in tensors if t is not None}
-            raise InvalidInputError(f"{op}: all tensors must be on one device, got {', '.join(sorted(devices))}")
-        device = t.device

@@ -15,8 +15,9 @@ from torch import get_num_threads, is_autocast_enabled, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from klfast.backends.cpu.memory import DTYPE_CODES, view
+from klfast.backends.cpu.extension import DTYPE_CODES, view
 from klfast.backends.operands import FEW_ROWS
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.core.torch_internals import (
     MISSING,
@@ -28,7 +29,7 @@ from klfast.core.torch_internals import (
     transform,
 )
 from klfast.dispatch import pins
-from klfast.quant.types import FLOAT_DTYPES, Layout, check_parts
+from klfast.quant.types import Layout, check_parts
 
 try:
     from klfast import _C

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_any, tree_map_only
 
 from klfast import ops
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
-from klfast.quant.types import FLOAT_DTYPES, QuantizedTensor
+from klfast.quant.types import QuantizedTensor
 
 READ_ONLY = "the weight of a quantized layer is read-only; change the full-precision weight and quantize it again (klfast.quantize)"
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -156,3 +158,15 @@ def _memory(t: torch.Tensor) -> int | None:
 
 def _dense(tree):
     return tree_map_only(LazyWeight, lambda weight: weight.quantized.dequantize(torch.float32).to(weight.dtype), tree)
+
+
+class ReadOnlyWeight(nn.Module):
+    """A module whose ``weight`` stands for a quantized one and cannot be replaced."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif (
+            not isinstance(value, TiedWeight) or value.quantized.packed is not self.weight.quantized.packed
+        ):  # not what it is already
+            raise InvalidInputError(f"weight: {READ_ONLY}")

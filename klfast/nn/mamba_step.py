@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from klfast.backends.cpu.memory import view
+from klfast.backends.cpu.extension import view
 from klfast.backends.operands import FEW_ROWS
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.core.torch_internals import has_global_hooks
 from klfast.dispatch import pins
-from klfast.nn import QuantLinear
 from klfast.nn.direct_call import Place, PreparedLinear, Watch, current, has, plain, unobserved
-from klfast.quant.types import FLOAT_DTYPES
+from klfast.nn.linear import QuantLinear
 
 try:
     from klfast import _C

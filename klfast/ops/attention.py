@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from klfast import reference
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
-from klfast.dispatch.checks import public
-from klfast.dispatch.registry import define, same_device
-from klfast.quant.types import FLOAT_DTYPES
+from klfast.dispatch.checks import public, same_device
+from klfast.dispatch.registry import define
 
 
 def _check(q, k, v, scale):

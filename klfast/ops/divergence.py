@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from klfast.backends.operands import as_head, flat_targets, head_rows
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
-from klfast.dispatch.checks import public
+from klfast.dispatch.checks import public, same_device
 from klfast.dispatch.registry import define as _define
-from klfast.dispatch.registry import same_device
-from klfast.quant.types import FLOAT_DTYPES, Layout, QuantizedTensor
+from klfast.quant.types import Layout, QuantizedTensor
 from klfast.reference import divergence as reference_divergence
 
 

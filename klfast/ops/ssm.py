@@ -13,43 +13,9 @@ import torch
 
 from klfast.backends.operands import empty_channel_last
 from klfast.core.errors import InvalidInputError
-from klfast.dispatch.checks import public
-from klfast.dispatch.registry import define as _define
-from klfast.dispatch.registry import same_device
-from klfast.quant.types import FLOAT_DTYPES
+from klfast.dispatch.checks import check_groups, check_sizes, public, refuse_options
+from klfast.dispatch.registry import define
 from klfast.reference import ssm as reference_ssm
-
-
-def _check(op, sizes, **tensors):
-    """Check each (tensor, dimension names), None passing; equal names must have equal sizes, collected in ``sizes``."""
-    for name, (tensor, dims) in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOAT_DTYPES:
-            if tensor.is_complex():
-                raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
-            raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-        shape, known = tensor.shape, len(sizes)
-        fits = len(shape) == len(dims)
-        for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (as long as each other)
-            fits &= sizes.setdefault(d, n) == n
-        if not fits:
-            before = dict(list(sizes.items())[:known])
-            raise InvalidInputError(
-                f"{op}: {name} must be [{', '.join(str(before.get(d, d)) for d in dims)}], got {list(shape)}"
-            )
-    same_device(op, *(tensor for tensor, _ in tensors.values()))
-
-
-def _check_groups(op, what, count, groups):
-    if groups < 1 or count % groups:
-        raise InvalidInputError(f"{op}: the number of groups of B and C must divide the {count} {what}, got {groups}")
-
-
-def _unsupported(op, **given):
-    for name, value in given.items():
-        if value is not None and value is not False:
-            raise InvalidInputError(f"{op}: klfast does not support {name}; leave it out")
 
 
 def _is_silu(op, activation):
@@ -63,7 +29,7 @@ def _is_silu(op, activation):
 
 def _check_conv(op, x, weight, bias, state, state_name, silu):
     sizes = {}
-    _check(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"), **{state_name: (state, "BDS")})
+    check_sizes(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"), **{state_name: (state, "BDS")})
     if sizes["W"] < 1:
         raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(weight.shape)}")
     if state is not None and sizes["S"] < sizes["W"] - 1:
@@ -85,7 +51,7 @@ def _fake_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu)
     return empty_channel_last(x)
 
 
-_define(
+define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor(a!)? final_states_out, bool silu) -> Tensor",
     check=_check_causal_conv1d,
     fake=_fake_causal_conv1d,
@@ -123,7 +89,7 @@ def causal_conv1d_fn(
 
     Signature: causal_conv1d.causal_conv1d_fn.
     """
-    _unsupported("causal_conv1d_fn", seq_idx=seq_idx)
+    refuse_options("causal_conv1d_fn", seq_idx=seq_idx)
     silu = _is_silu("causal_conv1d_fn", activation)
     # torch.compile's inductor cannot take an op whose tensor to write to is None
     wanted = return_final_states or torch.compiler.is_compiling()
@@ -142,7 +108,7 @@ def _fake_causal_conv1d_update(x, conv_state, weight, bias, silu):
     return empty_channel_last(x)
 
 
-_define(
+define(
     "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
     check=_check_causal_conv1d_update,
     fake=_fake_causal_conv1d_update,
@@ -176,7 +142,7 @@ def causal_conv1d_update(
     Signature: causal_conv1d.causal_conv1d_update.
     """
     op = "causal_conv1d_update"
-    _unsupported(op, cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
+    refuse_options(op, cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
     one_step = x.dim() == 2
     args = (x.unsqueeze(-1) if one_step else x, conv_state, weight, bias, _is_silu(op, activation))
     out = torch.ops.klfast.causal_conv1d_update.default(*args)
@@ -188,7 +154,7 @@ def causal_conv1d_update(
 
 def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     op, sizes = "selective_scan_fn", {}
-    _check(
+    check_sizes(
         op,
         sizes,
         u=(u, "BDL"),
@@ -201,14 +167,14 @@ def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, d
         delta_bias=(delta_bias, "D"),
         initial_states=(initial_states, "BDN"),
     )
-    _check_groups(op, "channels", sizes["D"], sizes["G"])
+    check_groups(op, "channels", sizes["D"], sizes["G"])
 
 
 def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
     return empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
 
 
-_define(
+define(
     "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "Tensor? initial_states, bool delta_softplus) -> (Tensor, Tensor)",
     check=_check_selective_scan,
@@ -269,7 +235,7 @@ def selective_scan_fn(
 
 def _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     op, sizes = "selective_state_update", {}
-    _check(
+    check_sizes(
         op,
         sizes,
         state=(state, "BHPN"),
@@ -282,14 +248,14 @@ def _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softp
         z=(z, "BHP"),
         dt_bias=(dt_bias, "HP"),
     )
-    _check_groups(op, "heads", sizes["H"], sizes["G"])
+    check_groups(op, "heads", sizes["H"], sizes["G"])
 
 
 def _fake_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return x.new_empty(x.shape)
 
 
-_define(
+define(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, bool dt_softplus) -> Tensor",
     check=_check_selective_state_update,
@@ -347,7 +313,7 @@ def _check_mamba_chunk_scan(
     x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states
 ):
     op, sizes = "mamba_chunk_scan_combined", {}
-    _check(
+    check_sizes(
         op,
         sizes,
         x=(x, "BLHP"),
@@ -360,7 +326,7 @@ def _check_mamba_chunk_scan(
         dt_bias=(dt_bias, "H"),
         initial_states=(initial_states, "BHPN"),
     )
-    _check_groups(op, "heads", sizes["H"], sizes["G"])
+    check_groups(op, "heads", sizes["H"], sizes["G"])
     if not dt_min <= dt_max:
         raise InvalidInputError(f"{op}: dt_limit must be (low, high) with low <= high, got ({dt_min}, {dt_max})")
 
@@ -377,7 +343,7 @@ def _fake_mamba_chunk_scan(
     return x.new_empty(x.shape), final
 
 
-_define(
+define(
     "mamba_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)",
     check=_check_mamba_chunk_scan,
@@ -428,7 +394,7 @@ def mamba_chunk_scan_combined(
 
     Signature: mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined.
     """
-    _unsupported(
+    refuse_options(
         "mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states
     )
     if D is not None and D.dim() == 1 and x.dim() == 4:
@@ -437,55 +403,3 @@ def mamba_chunk_scan_combined(
     args = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, low, high, return_final_states)
     out, final_states = torch.ops.klfast.mamba_chunk_scan.default(*args)
     return (out, final_states) if return_final_states else out
-
-
-# rms_norm ---------------------------------------------------------------------------------------------------------
-
-
-def _check_rms_norm(x, weight, gate, eps, group_size):
-    op = "rms_norm"
-    _check(op, {}, x=(x, "ABD"), weight=(weight, "D"), gate=(gate, "ABD"))
-    if group_size < 1 or x.shape[-1] % group_size:
-        raise InvalidInputError(f"{op}: group_size must divide the {x.shape[-1]} channels, got {group_size}")
-
-
-def _fake_rms_norm(x, weight, gate, eps, group_size):
-    return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-
-
-_define(
-    "rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, int group_size) -> Tensor",
-    check=_check_rms_norm,
-    fake=_fake_rms_norm,
-    reference=reference_ssm.rms_norm,
-)
-
-
-@public
-def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-) -> torch.Tensor:
-    """Root-mean-square normalisation: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
-
-    Args:
-        x: [..., D].
-        weight: [D].
-        gate: as x, optional.
-        group_size: take the mean over each run of so many channels, not over all; divides D.
-
-    Returns:
-        x's shape, in the wider of x's and weight's dtypes.
-
-    Raises:
-        InvalidInputError: a wrong dtype, shape, device or group size.
-    """
-    shape = x.shape
-    if x.dim() != 3:
-        x = x.reshape(-1, 1, shape[-1]) if x.dim() else x
-        gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])
-    args = (x, weight, gate, eps, group_size or (weight.shape[-1] if weight.dim() else 1))
-    return torch.ops.klfast.rms_norm.default(*args).view(shape)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.quant import packing
-from klfast.quant.types import FLOAT_DTYPES, Layout, QuantizedTensor, QuantSpec
+from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
 
 RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."  # why an op takes longer
 

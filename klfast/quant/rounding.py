@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.quant import packing
-from klfast.quant.types import FLOAT_DTYPES, QuantizedTensor, QuantSpec
+from klfast.quant.types import QuantizedTensor, QuantSpec
 
 _CLIP_RATIOS = torch.linspace(1.0, 0.5, 26).tolist()
 _TILE = 1 << 18  # weights rounded at a time on a CPU: the passes over them stay in cache

@@ -8,17 +8,12 @@ from enum import Enum
 
 import torch
 
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 
 SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE_BYTES = 16  # of a saved weight_shape, int64 [2], which each quantized layer has
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name without "torch."."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, order=True)

@@ -90,14 +90,6 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
     return _finish(y, x, D, z).to(x.dtype), final
 
 
-def rms_norm(x, weight, gate, eps, group_size):
-    """weight v / sqrt(mean(v^2) + eps) for v = x silu(gate), x [A, B, D]; the mean over each group of group_size channels."""
-    v = x.float() if gate is None else x.float() * F.silu(gate.float())
-    grouped = v.unflatten(-1, (-1, group_size))
-    normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
-    return (normed.flatten(-2) * weight.float()).to(torch.promote_types(x.dtype, weight.dtype))
-
-
 def _step_size(dt, bias, softplus):
     dt = dt.float() if bias is None else dt.float() + bias.float()
     return F.softplus(dt) if softplus else dt

@@ -18,7 +18,7 @@ from klfast import __version__
 from klfast.core import signed_json
 from klfast.core.errors import CheckpointError, InvalidInputError, ModelMismatchError
 from klfast.core.progress import Progress, reporter
-from klfast.core.window_stats import Tally
+from klfast.core.window_stats import WindowStats
 from klfast.models.adapters import refuse_adapters
 from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain
@@ -148,7 +148,7 @@ class _Run:
         self.work = list(
             accumulate((step.work for step in steps), initial=0.0)
         )  # before each step, and of a micro-batch
-        self.tally = Tally(self.rows, len(COLUMNS))
+        self.tally = WindowStats(self.rows, len(COLUMNS))
         self.micro_batch, self.step = 0, 0  # what comes next
         self.unfinished: Unfinished | None = None  # how far it has come
         self.is_saved, self.save_at = False, 0.0

@@ -50,7 +50,7 @@ def damaged(saved, tmp_path):
 
 def sign(folder):
     """Make the manifest agree with the files again, as somebody would who alters them on purpose."""
-    from klfast.checkpoint.folder_format import write_manifest
+    from klfast.checkpoint.manifest import write_manifest
 
     manifest = json.loads((folder / "klfast.json").read_text())
     write_manifest(folder, **{k: v for k, v in manifest.items() if k not in ("format_version", "files")})
@@ -159,7 +159,7 @@ def test_save_pretrained_of_a_loaded_model_says_that_it_is_quantized(tmp_path):
     """transformers reads its folder, though klfast wants its own klfast.json."""
     from transformers import AutoModelForCausalLM
 
-    from klfast.checkpoint.folder_format import model_quantization_config
+    from klfast.checkpoint.compressed_tensors import model_quantization_config
 
     model = quantized("llama", specs=SPECS[:2])
     klfast.save_quantized(model, tmp_path / "model")
@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, lim
 
 def test_a_folder_that_a_killed_overwrite_left_under_no_name(damaged):
     """The next to ask for it puts it back."""
-    from klfast.checkpoint.loading import load_model
+    from klfast.checkpoint.by_name import load_model
     from klfast.core import temporaries
 
     beside = temporaries.name_beside(damaged)

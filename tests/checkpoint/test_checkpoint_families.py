@@ -60,7 +60,7 @@ def test_a_buffer_that_transformers_does_not_compute(dtype, tmp_path, monkeypatc
         return built
 
     klfast.save_quantized(model, tmp_path / "model")
-    monkeypatch.setattr(klfast.checkpoint.save_load, "empty_model", with_buffer)
+    monkeypatch.setattr("klfast.checkpoint.load.empty_model", with_buffer)
     message = r"transformers does not compute the buffer lost of model\.layers\.0"
     with pytest.raises(CheckpointError, match=f"{message}; this model cannot be loaded"):
         klfast.load_quantized(tmp_path / "model")

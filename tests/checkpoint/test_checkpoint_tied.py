@@ -58,7 +58,7 @@ def test_tied_in_memory_other_than_in_the_configuration(family, configured, head
 
 def test_a_folder_whose_file_holds_two_matrices_for_a_tied_head(tmp_path):
     """transformers loads it untied; so do the steps from there to the loaded quantized model."""
-    from klfast.checkpoint.loading import load_model
+    from klfast.checkpoint.by_name import load_model
 
     original = tiny("mamba", tied=False)
     original.save_pretrained(tmp_path / "original")

@@ -9,7 +9,7 @@ import torch
 from test_model_folder import INDEX, folder, no_pickle_and_no_network, original, refused, shard  # noqa: F401  (three of them are fixtures)
 
 import klfast
-from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.checkpoint.by_name import load_model, load_tokenizer
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import tiny_folder as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from klfast.checkpoint.loading import bundled_models, load_model, load_tokenizer
+from klfast.checkpoint.by_name import bundled_models, load_model, load_tokenizer
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"

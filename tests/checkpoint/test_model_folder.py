@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.checkpoint.by_name import load_model, load_tokenizer
 from klfast.core.errors import CheckpointError, InvalidInputError
 
 INDEX = "model.safetensors.index.json"

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import klfast
 from klfast import planning
-from klfast.checkpoint import loading
+from klfast.checkpoint import by_name
 from klfast.cli import app, options
 from klfast.core import machine
 from klfast.core.progress import reporter
@@ -68,7 +68,7 @@ def test_the_pipeline_leaves_only_finished_files(work):
 def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
     import torch
 
-    from klfast.checkpoint.loading import load_model
+    from klfast.checkpoint.by_name import load_model
 
     load_model(work / "model").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tiny_folder.save_tokenizer(tmp_path / "half")
@@ -306,7 +306,7 @@ def test_wrong_usage_is_exit_code_2(arguments, message):
 
 def test_names_of_options_are_the_library_s():
     for parse, names in (
-        (options.dtype_name, loading.DTYPES),
+        (options.dtype_name, by_name.DTYPES),
         (options.method_name, planning.METHODS),
         (options.metric_name, METRICS),
     ):
@@ -329,9 +329,9 @@ def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monke
     def refuse(name, *rest, device=None, **given):
         raise klfast.core.errors.InvalidInputError(f"asked for {given}")
 
-    monkeypatch.setattr(loading, "load_model", refuse)
-    monkeypatch.setattr(loading, "load_tokenizer", refuse)
-    monkeypatch.setattr(loading, "find_tokenizer", refuse)
+    monkeypatch.setattr(by_name, "load_model", refuse)
+    monkeypatch.setattr(by_name, "load_tokenizer", refuse)
+    monkeypatch.setattr(by_name, "find_tokenizer", refuse)
     monkeypatch.chdir(tmp_path)
     for offline, remote in ((False, False), (True, False), (False, True)):
         flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote
@@ -350,8 +350,8 @@ def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
             raise klfast.core.errors.InvalidInputError("enough")
         return right(name, dtype)
 
-    right = loading.load_model
-    monkeypatch.setattr(loading, "load_model", load)
+    right = by_name.load_model
+    monkeypatch.setattr(by_name, "load_model", load)
     monkeypatch.setattr(machine, "require", lambda device: None)
     monkeypatch.chdir(tmp_path)
     devices, devices_wanted = [], ["xpu"] * arguments.count("{}")
@@ -414,13 +414,13 @@ def test_as_a_process(work, tmp_path):
 def test_doctor_fails_where_a_check_fails(monkeypatch):
     import torch
 
-    from klfast.diagnostics import op_checks
+    from klfast.benchkit import op_cases
     from klfast.dispatch import pins
 
-    wrong = op_checks.Case(
+    wrong = op_cases.Case(
         "dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(pins.pinned() == "reference")])]
     )
-    monkeypatch.setitem(op_checks.CASES, "dequant_matmul", lambda _: [wrong])
+    monkeypatch.setitem(op_cases.CASES, "dequant_matmul", lambda _: [wrong])
     result = klf("doctor", code=1)
     assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout
 

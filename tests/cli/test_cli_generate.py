@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from writing_model import writing_model
 
 import klfast
-from klfast.checkpoint import loading
+from klfast.checkpoint import by_name
 from klfast.cli.console import command
 
 TEMPLATE = (
@@ -172,7 +172,7 @@ def test_several_texts_of_a_prompt(folders):
 
 
 def test_models_that_read_padding_as_text_get_none(folders, tmp_path, monkeypatch):
-    model = loading.load_model(folders / "plain")
+    model = by_name.load_model(folders / "plain")
     widths = []
     forward = model.forward
 
@@ -183,7 +183,7 @@ def test_models_that_read_padding_as_text_get_none(folders, tmp_path, monkeypatc
         )
 
     model.forward = without_mask
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: model)
     (tmp_path / "prompts.txt").write_text("A\nThe sea was calm\n")
     found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 4)["results"]
     assert [one["token_ids"] for one in found] == [
@@ -336,10 +336,10 @@ def test_interrupt_in_this_process(folders, monkeypatch):
         made.append(0)
         return plain(*arguments, **options)
 
-    model = loading.load_model(folders / "plain")
+    model = by_name.load_model(folders / "plain")
     plain, model.forward = model.forward, forward
     forward.__wrapped__ = plain  # whose arguments inspect shows
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: model)
     result = klf("generate", folders / "plain", "The sea", "--max-new-tokens", 12, "--json", code=130)
     assert json.loads(result.stdout)["token_ids"] == expected(folders / "plain", "The sea", 5)
 
@@ -348,7 +348,7 @@ def test_running_out_of_memory_is_one_line(folders, monkeypatch):
     def exhausted(*_, **__):
         raise error
 
-    monkeypatch.setattr(loading, "load_model", exhausted)
+    monkeypatch.setattr(by_name, "load_model", exhausted)
     for error in (
         MemoryError(),
         MemoryError("1 TB"),
@@ -362,8 +362,8 @@ def test_running_out_of_memory_is_one_line(folders, monkeypatch):
 
 def test_an_unknown_error_asks_for_a_report(folders):
     code = (
-        "import sys; from klfast import cli; from klfast.checkpoint import loading\ndef broken(*_, **__): raise ZeroDivisionError('of all things')\n"
-        f"loading.load_model = broken; sys.argv = ['klfast', 'generate', {str(folders / 'plain')!r}, 'Once']; cli.main()"
+        "import sys; from klfast import cli; from klfast.checkpoint import by_name\ndef broken(*_, **__): raise ZeroDivisionError('of all things')\n"
+        f"by_name.load_model = broken; sys.argv = ['klfast', 'generate', {str(folders / 'plain')!r}, 'Once']; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     lines = done.stderr.splitlines()

@@ -12,7 +12,7 @@ from test_cli import FEW, TEXT, fails, klf
 from typer.testing import CliRunner
 
 import klfast
-from klfast.checkpoint import loading
+from klfast.checkpoint import by_name
 from klfast.cli import app, options
 
 HEAD = "lm_head"
@@ -119,12 +119,12 @@ def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
     made = klfast.Plan.from_json(tmp_path / "mse-plan.json")
     assert made.scale == "mse"
     klf("quantize", work / "model", tmp_path / "mse-plan.json", "--out", tmp_path / "q")
-    weight = loading.load_model(work / "model").get_submodule(name := next(iter(made.specs))).weight
+    weight = by_name.load_model(work / "model").get_submodule(name := next(iter(made.specs))).weight
     saved = klfast.load_quantized(tmp_path / "q").get_submodule(name)
     expected, other = (klfast.quantize(weight, made.specs[name], scale=scale) for scale in ("mse", "absmax"))
     assert saved.weight_scale.equal(expected.scale) and not saved.weight_scale.equal(other.scale)
 
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("it is too late to say so"))
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("it is too late to say so"))
     for path, asked, its in ((work / "plan.json", "mse", "absmax"), (tmp_path / "mse-plan.json", "absmax", "mse")):
         error = fails("quantize", work / "model", path, "--scale", asked, "--out", tmp_path / "r")
         assert (
@@ -133,9 +133,9 @@ def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
         with pytest.raises(klfast.core.errors.InvalidInputError, match=f"with scale {its}"):
             klfast.quantize_model(None, klfast.Plan.from_json(path), scale=asked)
     monkeypatch.undo()
-    model = loading.load_model(work / "model")
+    model = by_name.load_model(work / "model")
     assert klfast.quantize_model(model, made).get_submodule(name).weight_scale.equal(expected.scale)
-    model = loading.load_model(work / "model")
+    model = by_name.load_model(work / "model")
     by_hand = klfast.Plan({name: made.specs[name]}, "uniform")  # which does not know
     assert klfast.quantize_model(model, by_hand).get_submodule(name).weight_scale.equal(other.scale)
     klf("quantize", work / "model", "--uniform", str(made.specs[name]), "--scale", "mse", "--out", tmp_path / "u")
@@ -232,7 +232,7 @@ def test_next_commands_can_be_copied(work, tmp_path):
 )
 def test_a_folder_for_a_file_is_refused_before_the_work(work, tmp_path, monkeypatch, arguments):
     for name in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(loading, name, lambda *_, **__: pytest.fail("work has begun"))
+        monkeypatch.setattr(by_name, name, lambda *_, **__: pytest.fail("work has begun"))
     monkeypatch.setattr("klfast.sensitivity.merge.read", lambda *_: pytest.fail("work has begun"))
     arguments = [argument.format(work=work) for argument in arguments]
     (tmp_path / "folder.md").mkdir()
@@ -249,7 +249,7 @@ def test_a_folder_for_a_file_is_refused_before_the_work(work, tmp_path, monkeypa
 
 def test_a_folder_that_quantize_must_not_replace_is_refused_before_the_work(work, tmp_path, monkeypatch):
     for name in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(loading, name, lambda *_, **__: pytest.fail("work has begun"))
+        monkeypatch.setattr(by_name, name, lambda *_, **__: pytest.fail("work has begun"))
     (tmp_path / "file").write_text("text")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("text")

@@ -8,7 +8,7 @@ import tiny_folder
 from typer.testing import CliRunner
 
 import klfast
-from klfast.checkpoint import loading
+from klfast.checkpoint import by_name
 from klfast.cli import app
 
 
@@ -46,8 +46,8 @@ def test_a_damaged_tokenizer_is_still_an_error(tmp_path):
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_a_target_that_cannot_be_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch, force):
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(loading, "find_tokenizer", lambda *_, **__: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(by_name, "find_tokenizer", lambda *_, **__: pytest.fail("the tokenizer was loaded"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("x")

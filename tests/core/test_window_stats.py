@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from klfast.core.errors import CheckpointError
-from klfast.core.window_stats import Tally
+from klfast.core.window_stats import WindowStats
 
 
 def test_tally_matches_the_formula_and_survives_json():
     generator = torch.Generator().manual_seed(0)
-    tally = Tally(3, 2)
+    tally = WindowStats(3, 2)
     sums, counts = [], []
     for windows, length in ((4, 16), (1, 7), (3, 16)):
         part = torch.rand(2, 2, windows, dtype=torch.float64, generator=generator) * length
         tally.add(1, part, length)
         sums.append(part)
         counts += [length] * windows
-        copied = Tally(3, 2)
+        copied = WindowStats(3, 2)
         copied.load(json.loads(json.dumps(tally.to_data())))
         tally = copied
     sums, counts = torch.cat(sums, -1), torch.tensor(counts, dtype=torch.float64)
@@ -34,15 +34,15 @@ def test_tally_matches_the_formula_and_survives_json():
 
 
 def test_one_window_has_no_standard_error():
-    tally = Tally(1, 1)
+    tally = WindowStats(1, 1)
     tally.add(0, torch.ones(1, 1, 1, dtype=torch.float64), 5)
     assert tally.mean(0) == [0.2] and math.isnan(tally.stderr(0)[0])
 
 
 @pytest.mark.parametrize(("name", "value"), [("sum", math.nan), ("square", math.inf), ("counts", -1.0)])
 def test_sums_that_cannot_be(name, value):
-    tally = Tally(1, 1)
+    tally = WindowStats(1, 1)
     tally.add(0, torch.ones(1, 1, 2, dtype=torch.float64), 5)
     tally._parts[name][0, 0] = value
     with pytest.raises(CheckpointError, match="damaged .a NaN"):
-        Tally(1, 1).load(tally.to_data())
+        WindowStats(1, 1).load(tally.to_data())

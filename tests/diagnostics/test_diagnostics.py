@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import klfast
 from klfast import _C, ops
+from klfast.benchkit import op_cases
 from klfast.core import machine
 from klfast.core.errors import InvalidInputError
-from klfast.diagnostics import op_checks
 from klfast.dispatch import pins, registry
 
 
@@ -31,10 +31,10 @@ def test_doctor_checks_every_op_at_every_tier_and_passes():
 @pytest.mark.parametrize("wrong", [torch.full((2,), float("nan")), torch.tensor([1.0, 2.001])])
 def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
     right = torch.tensor([1.0, 2.0])
-    case = op_checks.Case(
+    case = op_cases.Case(
         "dequant_matmul", "two numbers", 1e-4, lambda: [right, right if pins.pinned() == "reference" else wrong]
     )
-    monkeypatch.setitem(op_checks.CASES, "dequant_matmul", lambda _: [case])
+    monkeypatch.setitem(op_cases.CASES, "dequant_matmul", lambda _: [case])
     report = klfast.doctor()
     assert not report.passed
     assert {c.op for c in report.checks if not c.passed} == {"dequant_matmul"}
@@ -43,7 +43,7 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
 
 def test_doctor_reports_an_op_that_cannot_run(monkeypatch):
     monkeypatch.setitem(
-        op_checks.CASES, "dequant_matmul", lambda _: (_ for _ in ()).throw(AttributeError("no such kernel"))
+        op_cases.CASES, "dequant_matmul", lambda _: (_ for _ in ()).throw(AttributeError("no such kernel"))
     )
     report = klfast.doctor()
     assert {(c.op, c.message) for c in report.checks if not c.passed} == {

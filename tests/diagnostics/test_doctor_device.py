@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from klfast import ops
 from klfast.benchkit import clock as timing
-from klfast.benchkit import device_facts
+from klfast.benchkit import device_facts, op_cases
 from klfast.benchkit.clock import Clock
 from klfast.benchkit.runner import Contender, Group, Unavailable
 from klfast.cli import app
-from klfast.core import errors
-from klfast.diagnostics import device_bench, device_report, kernel_checks, op_checks
+from klfast.core import errors, machine
+from klfast.diagnostics import device_bench, device_report, kernel_checks
 from klfast.dispatch import pins, registry
 
 KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [
@@ -78,7 +78,7 @@ def test_every_kernel_passes_and_the_file_is_what_was_shown(tmp_path):
 
 
 def test_cases_have_every_dtype_format_and_number_of_rows():
-    some = {(case.kernel, case.what) for case in op_checks.cases("dequant_matmul")}
+    some = {(case.kernel, case.what) for case in op_cases.cases("dequant_matmul")}
     for dtype in ("float32", "float16", "bfloat16"):
         for rows in (1, 5, 33, 70):
             for bits in (4, 8):
@@ -89,12 +89,13 @@ def test_cases_have_every_dtype_format_and_number_of_rows():
                             f"{dtype} [{rows}, 331] x {spec} [67, 331]",
                         ) in some
     for op in registry.op_names():
-        assert {case.what.split()[0] for case in op_checks.cases(op)} == {"float32", "float16", "bfloat16"}
+        assert {case.what.split()[0] for case in op_cases.cases(op)} == {"float32", "float16", "bfloat16"}
 
 
 LAUNCHES = """
 import torch
 from klfast.dispatch import pins
+from klfast.benchkit import op_cases
 from klfast.diagnostics import op_checks
 from klfast.kernels import launch
 from klfast.kernels.launch import Launch
@@ -108,7 +109,7 @@ def noted(launch):
 
 Launch.run = noted
 for op, words in (("mamba_chunk_scan", "4, 32], "), ("decode_attention", "2000 keys"), ("logit_divergence", "20000]"), ("logit_divergence", "misleading"), ("dequant_matmul", "2048]")):
-    for case in op_checks.cases(op, (torch.float16,)):
+    for case in op_cases.cases(op, (torch.float16,)):
         if words in case.what:
             launched.clear()
             outcome = op_checks.run([case], "triton")
@@ -166,7 +167,7 @@ def test_the_other_kernels_go_on(monkeypatch):
 
 
 def test_cases_that_cannot_be_made_fail(monkeypatch):
-    monkeypatch.setitem(op_checks.CASES, "rms_norm", raising)
+    monkeypatch.setitem(op_cases.CASES, "rms_norm", raising)
     (found,) = checked("rms_norm")
     assert found.status == kernel_checks.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
 
@@ -194,10 +195,10 @@ def test_checks_in_a_process_of_their_own():
     told = []
     found = kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", told.append)
     assert (
-        found == kernel_checks.of_kernel("rms_norm", op_checks.cases("rms_norm"), "cpu", lambda _: None)
+        found == kernel_checks.of_kernel("rms_norm", op_cases.cases("rms_norm"), "cpu", lambda _: None)
         and found.status == kernel_checks.PASS
     )
-    assert told == [f"rms_norm, {case.what}" for case in op_checks.cases("rms_norm")]
+    assert told == [f"rms_norm, {case.what}" for case in op_cases.cases("rms_norm")]
 
 
 WRITES = "import os, sys, time; print('hello'); print('{\"now\": \"case 7\"}', flush=True); "
@@ -218,8 +219,8 @@ def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
     )
     monkeypatch.setattr(registry, "op_names", lambda: [*broken, "decode_attention"])
     monkeypatch.setattr(registry, "has_kernel", lambda *_: True)
-    for look in ("require", "gather"):
-        monkeypatch.setattr(device_facts, look, lambda _: {})
+    monkeypatch.setattr(machine, "require", lambda _: None)
+    monkeypatch.setattr(device_facts, "gather", lambda _: {})
     lines = []
     found = device_report.run("xpu", 0, None, lines.append)
     assert found.failed == list(broken) and found.checks[-1].status == kernel_checks.PASS

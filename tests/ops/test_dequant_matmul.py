@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klfast import QuantizedTensor, QuantSpec, dequant_matmul, quantize, reference, using
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
-from klfast.quant.types import FLOAT_DTYPES
 
 EPS = torch.finfo(torch.float32).eps
 SPECS = [

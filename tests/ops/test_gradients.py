@@ -13,6 +13,7 @@ import klfast
 from klfast import QuantLinear, QuantSpec, ops
 from klfast.core.errors import InvalidInputError
 from klfast.models.linears import linears
+from klfast.ops.matmul import dequant_matmul_op
 
 SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, symmetric=False), QuantSpec(8, -1), QuantSpec(8, 48, symmetric=False)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,7 +151,7 @@ def test_vmap_over_weights():
     ]
 
     def call(x, packed, scale, bias):
-        return ops.dequant_matmul_op(x, packed, scale, None, bias, 21, 100, 4, 32, "plain", "exact")
+        return dequant_matmul_op(x, packed, scale, None, bias, 21, 100, 4, 32, "plain", "exact")
 
     torch.testing.assert_close(
         torch.func.vmap(call, (1, 0, 0, 0))(x.transpose(0, 1), *parts),
@@ -178,7 +179,7 @@ def test_forward_mode(activation):
     torch.testing.assert_close(y, layer(x).detach(), rtol=0, atol=0)
     with forward_ad.dual_level():
         bias = forward_ad.make_dual(layer.bias.detach(), torch.ones(21))
-        moved = ops.dequant_matmul_op(
+        moved = dequant_matmul_op(
             x, layer.weight_packed, layer.weight_scale, None, bias, 21, 100, 4, 32, "plain", activation
         )
         torch.testing.assert_close(forward_ad.unpack_dual(moved).tangent, torch.ones(3, 21))
@@ -208,7 +209,7 @@ def test_registration():
         "plain",
         "exact",
     )
-    torch.library.opcheck(ops.dequant_matmul_op, args)
+    torch.library.opcheck(dequant_matmul_op, args)
 
 
 # Models --------------------------------------------------------------------------------------------------------------

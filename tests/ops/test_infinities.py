@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from test_ssm_ops import true_scan
 
 from klfast import ops
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.quant.rounding import quantize
-from klfast.quant.types import FLOAT_DTYPES, QuantSpec
+from klfast.quant.types import QuantSpec
 
 ROUNDS = range(12)
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from guarded_memory import guarded
 
 from klfast import ops, using
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
-from klfast.quant.types import FLOAT_DTYPES
 
 SHAPES = [
     (1, 48, 100),

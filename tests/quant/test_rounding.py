@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klfast import QuantSpec, quantize
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.quant import packing, rounding
 from klfast.quant.rounding import fake_quantize
-from klfast.quant.types import FLOAT_DTYPES, storable_spec
+from klfast.quant.types import storable_spec
 
 SPECS = [
     QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)

@@ -1,4 +1,4 @@
-"""klfast.reporting.tables: the tables' figures, and their renderings."""
+"""klfast.reporting: the tables' figures, and their renderings."""
 
 import io
 import json
@@ -11,7 +11,9 @@ from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
 from klfast.planning.plan_file import Plan
 from klfast.quant.types import QuantSpec
-from klfast.reporting import tables as report
+from klfast.reporting import plot, table
+from klfast.reporting.plan_tables import plan_by_layer, plan_tables
+from klfast.reporting.sweep_tables import agreement, by_kind, by_kind_and_depth, ranking, sweep_tables
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
@@ -37,73 +39,69 @@ def found():
     return Sensitivities(None, {name: LayerInfo((64, 64), 8192) for name in NAMES}, 100, measurements)
 
 
-def table(tables, start):
+def titled(tables, start):
     return next(t for t in tables if t.title.startswith(start))
 
 
 def test_sweep_figures(found):
-    tables = report.sweep_tables(found, top=2)
-    assert table(tables, "Most").rows[:2] == (
+    tables = sweep_tables(found, top=2)
+    assert titled(tables, "Most").rows[:2] == (
         ("int4-g32-sym", "lm_head", 0.05, 1e-5, ""),
         ("int4-g32-sym", "backbone.layers.1.mixer.x_proj", 0.04, 1e-5, ""),
     )
-    assert [row[4] for row in table(tables, "Most").rows] == ["", "", "below", "below"]
-    kinds = {row[0]: row[1:] for row in table(tables, "By kind").rows}
+    assert [row[4] for row in titled(tables, "Most").rows] == ["", "", "below", "below"]
+    kinds = {row[0]: row[1:] for row in titled(tables, "By kind").rows}
     assert kinds["in_proj"] == pytest.approx((0.02, 0.0002)) and kinds["x_proj"] == pytest.approx((0.03, 0.0003))
     assert list(kinds) == ["in_proj", "x_proj", "lm_head"]
-    depths = {row[0]: row[1:] for row in table(tables, "By depth").rows}
-    assert [row[0] for row in table(tables, "By kind and depth in int4-g32-sym").rows] == [
+    depths = {row[0]: row[1:] for row in titled(tables, "By depth").rows}
+    assert [row[0] for row in titled(tables, "By kind and depth in int4-g32-sym").rows] == [
         "x_proj",
         "in_proj",
         "all kinds",
     ]
     assert list(depths) == ["0", "1"] and depths["1"] == pytest.approx((0.035, 0.00035))
     # four layers in blocks, one of six pairs the other way round: (5 - 1) / 6
-    assert table(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
+    assert titled(tables, "Kendall").rows[0] == ("int4-g32-sym", "sqnr_db", pytest.approx(4 / 6), 4)
 
 
 def test_by_kind_and_depth(found):
-    places = report.by_kind_and_depth(found, "kl_teacher_student", INT4)
+    places = by_kind_and_depth(found, "kl_teacher_student", INT4)
     assert places.headings == ("kind", "block 0", "block 1", "all blocks")
     expected = (("x_proj", 0.02, 0.04, 0.03), ("in_proj", 0.01, 0.03, 0.02), ("all kinds", 0.015, 0.035, 0.025))
     assert [(row[0], *map(pytest.approx, row[1:])) for row in expected] == [tuple(row) for row in places.rows]
-    assert [row[0] for row in report.by_kind_and_depth(found, "sqnr_db", INT4).rows] == [
-        "x_proj",
-        "in_proj",
-        "all kinds",
-    ]
+    assert [row[0] for row in by_kind_and_depth(found, "sqnr_db", INT4).rows] == ["x_proj", "in_proj", "all kinds"]
     deep = {f"m.layers.{i}.up": found.measurements[NAMES[0], INT4] for i in range(8)}
     many = Sensitivities(
         None, dict.fromkeys(deep, found.layers[NAMES[0]]), 0, {(name, INT4): m for name, m in deep.items()}
     )
-    assert report.by_kind_and_depth(many, "kl_teacher_student", INT4).headings == (
+    assert by_kind_and_depth(many, "kl_teacher_student", INT4).headings == (
         "kind",
         "blocks 0-2",
         "blocks 3-4",
         "blocks 5-7",
         "all blocks",
     )
-    assert not report.by_kind_and_depth(many, "kl_teacher_student", INT8).rows
+    assert not by_kind_and_depth(many, "kl_teacher_student", INT8).rows
 
 
 def test_metrics_where_more_is_better_are_ranked_from_below(found):
-    assert [row[1] for row in report.ranking(found, "sqnr_db", 5).rows[:5]] == [NAMES[i] for i in (4, 3, 1, 2, 0)]
+    assert [row[1] for row in ranking(found, "sqnr_db", 5).rows[:5]] == [NAMES[i] for i in (4, 3, 1, 2, 0)]
     with pytest.raises(InvalidInputError, match="jsd was not measured.*choose one of kl_teacher_student, sqnr_db"):
-        report.sweep_tables(found, "jsd")
+        sweep_tables(found, "jsd")
     with pytest.raises(InvalidInputError, match="no measurements"):
-        report.sweep_tables(Sensitivities(None, {}, 0))
+        sweep_tables(Sensitivities(None, {}, 0))
 
 
 def test_unfinished_sweeps_leave_cells_empty(found):
     del found.measurements[NAMES[4], INT8]
-    kinds = report.by_kind(found, "kl_teacher_student")
+    kinds = by_kind(found, "kl_teacher_student")
     assert kinds.rows[2] == ("lm_head", 0.05, None)
     assert "| lm_head | 0.05 |  |" in kinds.markdown()
 
 
 def test_published_perplexity_is_compared(found):
     found.provenance["perplexity"] = {"int4-g32-sym": {name: 20.0 + n for n, name in enumerate(NAMES)}}
-    rows = report.agreement(found, "kl_teacher_student").rows
+    rows = agreement(found, "kl_teacher_student").rows
     assert ("int4-g32-sym", "perplexity", pytest.approx(1.0), 4) in rows
     assert not any(row[:2] == ("int8-g32-sym", "perplexity") for row in rows)
 
@@ -116,7 +114,7 @@ def test_plan_tables(found):
         {"bytes": 1234567, "kl": 0.0123456, "perplexity": 12.5},
         ("a | note",),
     )
-    facts, layers = report.plan_tables(plan, found)
+    facts, layers = plan_tables(plan, found)
     assert layers.headings == ("kind", "int4-g32-sym", "int8-g32-sym", "full precision")
     assert layers.rows == (("in_proj", 1, 1, 0), ("x_proj", 0, 0, 2), ("lm_head", 0, 1, 0))
     assert ("kl", 0.0123456) in facts.rows and (
@@ -124,7 +122,7 @@ def test_plan_tables(found):
         12.5,
     ) in facts.rows
     assert "| bytes | 1,234,567 |" in facts.markdown() and "a \\| note" in facts.markdown()
-    assert report.plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
+    assert plan_tables(plan)[1].headings == ("kind", "int4-g32-sym", "int8-g32-sym")
 
 
 def test_a_plan_by_layer(found):
@@ -138,33 +136,33 @@ def test_a_plan_by_layer(found):
         NAMES[2]: ("int8-g32-sym", 4368, 0.0003),
     }
     rows |= {NAMES[3]: ("int4-g32-sym", 2320, 0.5), NAMES[4]: ("int8-g16-sym", 4624, None)}
-    by_layer = report.plan_by_layer(plan, found)
+    by_layer = plan_by_layer(plan, found)
     assert by_layer.headings == ("layer", "precision", "bytes", "kl_teacher_student")
     assert {row[0]: row[1:] for row in by_layer.rows} == {
         name: (*row[:2], row[2] and pytest.approx(row[2])) for name, row in rows.items()
     }
-    assert report.plan_by_layer(plan, found, "sqnr_db").rows[0][3] == 30.0
+    assert plan_by_layer(plan, found, "sqnr_db").rows[0][3] == 30.0
     for spec, kl in ((INT4, 0.25), (g48, 0.5)):  # in this order, the second must not take the first one's place
         found.measurements.pop((NAMES[3], spec), None)
         found.measurements[NAMES[3], spec] = Measurement({"kl_teacher_student": kl, "sqnr_db": 1.0}, {}, 10)
-    assert report.plan_by_layer(plan, found).rows[3][3] == 0.25
+    assert plan_by_layer(plan, found).rows[3][3] == 0.25
     for strange in (Plan({"other": INT4}, "optimal"), Plan({}, "optimal", Fingerprint("x", (1.0,)))):
         found.fingerprint = Fingerprint("x", (2.0,))
         with pytest.raises(ModelMismatchError, match="different models"):
-            report.plan_by_layer(strange, found)
+            plan_by_layer(strange, found)
 
 
 def test_an_unfinished_sweep_is_called_that(found):
-    assert not any("nfinished" in one.title for one in report.sweep_tables(found))
+    assert not any("nfinished" in one.title for one in sweep_tables(found))
     found.provenance["micro_batches"] = [8, 8]
-    assert not any("nfinished" in one.title for one in report.sweep_tables(found))
+    assert not any("nfinished" in one.title for one in sweep_tables(found))
     found.provenance["micro_batches"] = [3, 8]
-    [note] = report.sweep_tables(found)[0].rows[0]
+    [note] = sweep_tables(found)[0].rows[0]
     assert "unfinished: it has measured 3 of 8 parts" in note
     found.provenance["micro_batches"] = [0, 8]
     for name in NAMES[3:]:
         del found.measurements[name, INT4], found.measurements[name, INT8]
-    [note] = report.sweep_tables(found)[0].rows[0]
+    [note] = sweep_tables(found)[0].rows[0]
     assert "unfinished: 2 of 5 layers have not been measured yet" in note
     made = klfast.plan(found, max_kl=1.0)
     assert made.notes[0] == note and "lm_head" not in made.specs
@@ -173,37 +171,37 @@ def test_an_unfinished_sweep_is_called_that(found):
 def test_renderings(found, tmp_path):
     from rich.console import Console
 
-    tables = report.sweep_tables(found)
+    tables = sweep_tables(found)
     console = Console(record=True, width=120, file=io.StringIO())
     for one in tables:
         console.print(one.rich())
     text = console.export_text()
     assert "backbone.layers.1.mixer.x_proj" in text and "0.05" in text
-    report.write(tmp_path / "report.md", tables)
+    table.write(tmp_path / "report.md", tables)
     assert (
         "| spec | layer | kl_teacher_student | standard error | noise floor |\n| --- | --- | ---: | ---: | --- |"
         in (tmp_path / "report.md").read_text()
     )
-    report.write(tmp_path / "report.json", tables)
+    table.write(tmp_path / "report.json", tables)
     data = json.loads((tmp_path / "report.json").read_text())
     assert [entry["title"] for entry in data] == [one.title for one in tables]
     assert data[0]["rows"][0][2] == 0.05
-    json.dumps(report.ranking(found, "sqnr_db", 1).data(), allow_nan=False)  # a NaN standard error is null
+    json.dumps(ranking(found, "sqnr_db", 1).data(), allow_nan=False)  # a NaN standard error is null
     with pytest.raises(InvalidInputError, match=r"written as .md or .json"):
-        report.write(tmp_path / "report.html", tables)
+        table.write(tmp_path / "report.html", tables)
 
 
 def test_plot(found, tmp_path):
     with pytest.raises(InvalidInputError, match=r"written as .png"):
-        report.plot(found, tmp_path / "plot.gif")
+        plot.plot(found, tmp_path / "plot.gif")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         with pytest.raises(ImportError, match=r"pip install klfast\[plot\]"):
-            report.plot(found, tmp_path / "plot.svg")
+            plot.plot(found, tmp_path / "plot.svg")
         assert not list(tmp_path.iterdir())
         return
-    report.plot(found, tmp_path / "plot.svg")
+    plot.plot(found, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert "<svg" in text and [p.name for p in tmp_path.iterdir()] == ["plot.svg"]
 
@@ -221,7 +219,7 @@ def test_the_legend_of_the_plot_covers_no_panel(found, specs):
             else:
                 found.measurements.pop((name, spec), None)
     del found.measurements[NAMES[0], INT4], found.measurements[NAMES[2], INT4]  # in_proj is not in the first panel
-    figure = report._figure(found, "kl_teacher_student")
+    figure = plot._figure(found, "kl_teacher_student")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure.legends[0].get_window_extent()

@@ -8,7 +8,7 @@ import torch
 from sweep_models import KL, MAKERS, VOCAB, make, means, naive, tokens
 
 import klfast
-from klfast.checkpoint.loading import bundled_models, load_model, load_tokenizer
+from klfast.checkpoint.by_name import bundled_models, load_model, load_tokenizer
 from klfast.models import linears as model_layers
 from klfast.sensitivity.results import Sensitivities
 from klfast.text import token_batches

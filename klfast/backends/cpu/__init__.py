@@ -1,1 +1,23 @@
 """Kernels on the CPU: the C++ extension klfast._C and what it is told of tensors."""
+
+from klfast.dispatch.registry import register_kernel
+
+
+def register() -> None:
+    """Register every CPU kernel with its op; ImportError if the extension is missing."""
+    from klfast.backends.cpu import attention, divergence, matmul, norm, ssm
+
+    register_kernel("dequant_matmul", "CPU", matmul.dequant_matmul)
+    register_kernel("linear", "CPU", matmul.linear, handed_over=matmul.why_torch_multiplies)
+    register_kernel("decode_attention", "CPU", attention.decode_attention)
+    register_kernel("logit_divergence", "CPU", divergence.logit_divergence)
+    register_kernel("linear_divergence", "CPU", divergence.linear_divergence)
+    for kernel in (
+        ssm.causal_conv1d,
+        ssm.causal_conv1d_update,
+        ssm.selective_scan,
+        ssm.selective_state_update,
+        ssm.mamba_chunk_scan,
+        norm.rms_norm,
+    ):
+        register_kernel(kernel.__name__, "CPU", kernel, sees_addresses=True)

@@ -6,18 +6,13 @@ import torch
 
 from klfast import _C
 from klfast.backends import operands
-from klfast.backends.cpu.memory import DTYPE_CODES, address
-from klfast.backends.cpu.products import dequant_matmul_into, linear_into
-from klfast.dispatch import pins, registry
+from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
+from klfast.backends.cpu.matmul import dequant_matmul_into, linear_into
+from klfast.dispatch import pins
 from klfast.quant.types import Layout, QuantizedTensor
 from klfast.reference.divergence import check_targets, raise_not_finite, raise_too_large
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
-
-
-def register() -> None:
-    registry.register_kernel("logit_divergence", "CPU", logit_divergence)
-    registry.register_kernel("linear_divergence", "CPU", linear_divergence)
 
 
 def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
@@ -41,8 +36,7 @@ def compare(
         address(targets),
         out.data_ptr(),
         fault.data_ptr(),
-        torch.get_num_threads(),
-        pins.cpu_tier_limit(),
+        *resources(),
     )
     _raise_fault(fault, rows)
     return out
@@ -150,8 +144,7 @@ def _accumulate(
                     first,
                     address(some_targets),
                     states[some].data_ptr(),
-                    torch.get_num_threads(),
-                    pins.cpu_tier_limit(),
+                    *resources(),
                 )
 
 

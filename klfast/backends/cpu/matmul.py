@@ -1,4 +1,4 @@
-"""CPU kernels: hands the addresses, shapes and strides of checked tensors to the C++ extension."""
+"""Products with a quantized or a dense weight, by the C++ extension or, where that is faster, by torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from klfast import _C
-from klfast.backends.cpu import divergence as cpu_divergence
-from klfast.backends.cpu import ssm as cpu_ssm
-from klfast.backends.cpu.memory import empty, view
-from klfast.backends.cpu.products import dequant_matmul_into, linear_into
+from klfast.backends.cpu.buffers import empty
+from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
 from klfast.backends.operands import FEW_ROWS
-from klfast.dispatch import pins, registry
+from klfast.dispatch import pins
 from klfast.quant.layouts import parts_in
 from klfast.quant.types import Layout
 
@@ -57,29 +55,66 @@ def linear(x, weight, bias, dtype):
     return y
 
 
-def decode_attention(q, k, v, scale):
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    (batch, heads, key_dim), (groups, keys), value_dim = q.shape, k.shape[1:3], v.shape[-1]
-    out = q.new_empty(batch, heads, value_dim)
-    _C.decode_attention(
-        *map(view, (q, k, v, out)),
-        batch,
-        heads,
-        groups,
-        keys,
-        key_dim,
-        value_dim,
-        scale,
-        torch.get_num_threads(),
-        pins.cpu_tier_limit(),
+def dequant_matmul_into(y, x, packed, scale, zero_point, bias, k, bits, group_size, activation="exact"):
+    """y [..., N], contiguous, in x's dtype or wider, from x [..., K] and a weight in the plain layout."""
+    rows, stride = _rows(x, k)
+    packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    n = y.shape[-1]
+    _C.dequant_matmul(
+        address(rows),
+        DTYPE_CODES[x.dtype],
+        stride,
+        address(packed),
+        address(scale),
+        DTYPE_CODES[scale.dtype],
+        address(zero_point),
+        address(bias),
+        DTYPE_CODES[x.dtype if bias is None else bias.dtype],
+        address(y),
+        DTYPE_CODES[y.dtype],
+        y.numel() // max(n, 1),
+        n,
+        k,
+        bits,
+        max(1, k if group_size == -1 else min(group_size, k)),
+        activation == "int8",
+        *resources(),
     )
-    return out
 
 
-def register() -> None:
-    """Register every CPU kernel with its op."""
-    registry.register_kernel("dequant_matmul", "CPU", dequant_matmul)
-    registry.register_kernel("linear", "CPU", linear, handed_over=why_torch_multiplies)
-    registry.register_kernel("decode_attention", "CPU", decode_attention)
-    cpu_divergence.register()
-    cpu_ssm.register()
+def linear_into(y, x, weight, bias=None, *, rounded_to):
+    """y [..., N], contiguous, from x [..., K] and weight [N, K]; values are rounded to a dtype no wider than y's."""
+    n, k = weight.shape
+    rows, stride = _rows(x, k)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _C.linear(
+        address(rows),
+        DTYPE_CODES[x.dtype],
+        stride,
+        address(weight),
+        DTYPE_CODES[weight.dtype],
+        weight.stride(0),
+        address(bias),
+        DTYPE_CODES[x.dtype if bias is None else bias.dtype],
+        address(y),
+        DTYPE_CODES[y.dtype],
+        DTYPE_CODES[rounded_to],
+        y.numel() // max(n, 1),
+        n,
+        k,
+        *resources(),
+    )
+
+
+def _rows(x, k):
+    """x [..., K] with its last dimension contiguous, and the elements from row to row. Quick for what is contiguous."""
+    if x.is_contiguous():
+        return x, k
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from klfast import _C
 from klfast.backends import operands
 from klfast.backends.cpu import divergence as cpu_divergence
-from klfast.backends.cpu.memory import address
+from klfast.backends.cpu.extension import address
 from klfast.dispatch import pins
 from klfast.quant import layouts
 from klfast.quant.layouts import RELAID, fill_blocks

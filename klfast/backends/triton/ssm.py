@@ -123,14 +123,6 @@ def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus,
     return out, x.new_empty(0, dtype=torch.float32) if final is None else final
 
 
-def rms_norm(x, weight, gate, eps, group_size):
-    from klfast.kernels import rms_norm as kernel
-
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    kernel.plan(*(None if t is None else t.detach() for t in (x, weight, gate)), out, eps, group_size).run()
-    return out
-
-
 def _scan(*, x, **operands):
     from klfast.kernels import selective_scan
 

@@ -15,7 +15,7 @@ from test_attention import (  # noqa: F401
 )
 
 from klfast import ops
-from klfast.quant.types import FLOAT_DTYPES
+from klfast.core.dtypes import FLOAT_DTYPES
 
 
 @pytest.fixture

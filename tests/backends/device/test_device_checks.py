@@ -2,11 +2,12 @@
 
 import pytest
 
+from klfast.benchkit import op_cases
 from klfast.diagnostics import op_checks
 from klfast.dispatch import registry
 
 
 @pytest.mark.parametrize("op", registry.op_names())
 def test_every_kernel_passes(device, op):
-    cases = op_checks.cases(op)
+    cases = op_cases.cases(op)
     assert op_checks.run(cases[::5] if device.type == "cpu" else cases, device=device.type).faults == ()

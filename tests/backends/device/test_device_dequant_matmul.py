@@ -7,10 +7,10 @@ from klfast.kernels import launch
 from test_dequant_matmul import CHECKS, SPECS, operands
 
 from klfast import Layout, QuantLinear, QuantSpec, dequant_matmul, quantize
-from klfast.backends import operands
+from klfast.backends import operands as backend_operands
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import SlowPathWarning
 from klfast.quant import layouts
-from klfast.quant.types import FLOAT_DTYPES
 
 EXACT_INT8 = pytest.mark.parametrize("activation", CHECKS)
 
@@ -172,7 +172,7 @@ def test_opcheck(device):
 
 def test_a_layer_comes_to_its_layout_by_itself(device, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(operands, "preferred_layout", lambda _: Layout.TILED)
+        monkeypatch.setattr(backend_operands, "preferred_layout", lambda _: Layout.TILED)
     linear = torch.nn.Linear(100, 37)
     layer = QuantLinear.from_linear(linear, QuantSpec(4, 64, False)).to(device)
     assert layer.layout is Layout.TILED

@@ -21,10 +21,10 @@ from test_divergence import (  # noqa: F401
 import klfast
 from klfast import _C
 from klfast.backends.triton import divergence as triton_divergence
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import SlowPathWarning
 from klfast.dispatch import pins
 from klfast.quant import layouts
-from klfast.quant.types import FLOAT_DTYPES
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from test_linear import check, operands, test_against_float64  # noqa: F401
 
 from klfast import ops
-from klfast.quant.types import FLOAT_DTYPES
+from klfast.core.dtypes import FLOAT_DTYPES
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hymba_models import GOLDEN, SETS, TINY, golden_model, golden_tensors, tiny_
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from klfast.checkpoint.loading import load_model
+from klfast.checkpoint.by_name import load_model
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.hymba import HymbaConfig, HymbaForCausalLM, state_bytes
 

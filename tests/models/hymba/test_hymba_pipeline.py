@@ -11,10 +11,10 @@ from tiny_folder import save_tokenizer
 from transformers import AutoConfig
 
 import klfast
-from klfast.checkpoint.loading import load_model, load_tokenizer
+from klfast.checkpoint.by_name import load_model, load_tokenizer
 from klfast.models.hymba import HymbaForCausalLM
 from klfast.models.linears import linears, row_parts
-from klfast.reporting import tables
+from klfast.reporting.sweep_tables import sweep_tables
 from klfast.sensitivity.results import Sensitivities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,13 +63,13 @@ def test_sweep_by_rows(tmp_path):
     found.to_json(tmp_path / "s.json")
     again = Sensitivities.from_json(tmp_path / "s.json")
     assert again.rows == found.rows
-    (table,) = [t for t in tables.sweep_tables(again) if t.title.startswith("By use")]
+    (table,) = [t for t in sweep_tables(again) if t.title.startswith("By use")]
     kl = {
         use: [found.rows[name, use, INT4].mean[KL] for name in (OWNER, CONSUMER) if (name, use, INT4) in found.rows]
         for use in "qkvxz"
     }
     assert table.rows == tuple(("in_proj", use, pytest.approx(sum(values) / len(values))) for use, values in kl.items())
-    assert not any(t.title.startswith("By use") for t in tables.sweep_tables(without))
+    assert not any(t.title.startswith("By use") for t in sweep_tables(without))
 
 
 def test_from_sweep_to_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""Saving and loading quantized models, in the ``pack-quantized`` format of compressed-tensors."""
+"""Saving quantized models, in the ``pack-quantized`` format of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from klfast import __version__
-from klfast.acceleration.patch import accelerate_or_warn
-from klfast.checkpoint.folder_format import (
-    MANIFEST,
-    model_quantization_config,
-    quantized_layers,
-    read_layer_facts,
-    read_manifest,
-    read_specs,
-    write_manifest,
-)
+from klfast.checkpoint.compressed_tensors import model_quantization_config, quantized_layers
+from klfast.checkpoint.manifest import MANIFEST, write_manifest
 from klfast.checkpoint.tensors import (
     PARTS,
     Tensors,
@@ -35,15 +27,11 @@ from klfast.checkpoint.tensors import (
     set_tied_in_config,
     tied_places,
 )
-from klfast.checkpoint.transformers_view import tell_transformers
+from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
-from klfast.core.placement import as_device
 from klfast.models.linears import is_head_tied
 from klfast.nn import QuantLinear
-from klfast.quant.types import dtype_name
-
-_LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_quantized(
@@ -101,55 +89,6 @@ def save_quantized(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
-
-
-def load_quantized(
-    directory: str | os.PathLike,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    *,
-    verify: bool = True,
-) -> nn.Module:
-    """Load a model saved by ``save_quantized``, in evaluation mode.
-
-    The model is built without memory, then each tensor is read when its place is filled: the full-precision weight of a
-    quantized layer never exists. Nothing is unpickled and no code from the folder runs.
-
-    Args:
-        directory: the folder.
-        device: where the tensors go.
-        dtype: float32, bfloat16 or float16 for what is not quantized (scales stay as they are); None for that of the
-            saved model.
-        verify: compare each file's SHA-256 with the saved one.
-
-    Returns:
-        The transformers model, with QuantLinear layers and klfast's native SSM functions (``klfast.accelerate``); its
-        parameters take no gradients.
-
-    Raises:
-        InvalidInputError: another dtype; no such device.
-        KernelUnavailableError: torch finds no device of that kind.
-        CheckpointError: a file or tensor that is missing, superfluous, truncated or altered, or a folder that
-            ``save_quantized`` did not write.
-    """
-    if dtype is not None and dtype not in _LOADED_DTYPES:
-        raise InvalidInputError(
-            f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}"
-        )
-    place = as_device(device)
-    folder = Path(directory)
-    recover(folder)
-    manifest = read_manifest(folder, verify)
-    specs = read_specs(folder)
-    facts = read_layer_facts(folder, manifest)
-    tensors = Tensors.of_files(
-        folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
-    )
-    model = empty_model(folder, dtype, len(tensors.names()))
-    fill(model, tensors, specs, facts)
-    initialise_buffers(model, place)
-    tell_transformers(model)
-    return accelerate_or_warn(model.eval())
 
 
 def _require_numbers(model: nn.Module) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from klfast.acceleration.patch import accelerate_or_warn
-from klfast.checkpoint.folder_format import MANIFEST, read_generation_config, read_manifest
+from klfast.checkpoint.json_files import read_generation_config
 from klfast.checkpoint.loading_errors import one_line_errors
+from klfast.checkpoint.manifest import MANIFEST, read_manifest
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.checkpoint.model_folder import TOKENIZERS, check_explicit_file, read_config, read_headers, require_known
 from klfast.checkpoint.sources import resolve
@@ -56,7 +57,7 @@ def load_model(
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
     if quantization.get("format") == "pack-quantized":
-        from klfast.checkpoint.save_load import load_quantized
+        from klfast.checkpoint.load import load_quantized
 
         return load_quantized(folder, place, None if target == "auto" else target)
 

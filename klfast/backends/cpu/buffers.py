@@ -1,4 +1,4 @@
-"""Tensor descriptors passed to the C++ extension, and its allocator for large outputs."""
+"""Memory for large results on the CPU."""
 
 from __future__ import annotations
 
@@ -10,38 +10,10 @@ from collections import deque
 
 import torch
 
-from klfast.core.errors import InvalidInputError
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/core/dtype.h
-
 _LARGE = 1 << 24  # bytes; smaller blocks the C library reuses by itself
 # The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``_block``,
 # and a fork finds it whole.
 _kept: deque[mmap.mmap] = deque(maxlen=1)
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    """Where the tensor's first element lies; 0 for none and for a tensor without elements.
-
-    Raises:
-        InvalidInputError: its memory was freed, or never allocated.
-    """
-    return 0 if tensor is None else tensor.data_ptr() or _nowhere(tensor)
-
-
-def view(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """Address (as ``address`` gives it), element type and strides (csrc/python/view_caster.h)."""
-    return (
-        None if tensor is None else (tensor.data_ptr() or _nowhere(tensor), DTYPE_CODES[tensor.dtype], tensor.stride())
-    )
-
-
-def _nowhere(tensor: torch.Tensor) -> int:
-    if tensor.numel():
-        raise InvalidInputError(
-            f"a {list(tensor.shape)} tensor has no memory: its storage was freed or never allocated; pass a tensor with data"
-        )
-    return 0
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,14 @@
+"""Attention of one query a head on a cache, by the C++ extension."""
+
+from __future__ import annotations
+
+from klfast import _C
+from klfast.backends.cpu.extension import resources, view
+
+
+def decode_attention(q, k, v, scale):
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    (batch, heads, key_dim), (groups, keys), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    out = q.new_empty(batch, heads, value_dim)
+    _C.decode_attention(*map(view, (q, k, v, out)), batch, heads, groups, keys, key_dim, value_dim, scale, *resources())
+    return out

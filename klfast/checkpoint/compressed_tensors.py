@@ -1,0 +1,113 @@
+"""compressed-tensors' ``quantization_config``, as config.json of a saved folder holds it.
+
+It follows the ``pack-quantized`` format of that package: one config group for each distinct spec, its targets the full
+names of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from klfast.checkpoint.json_files import read_json
+from klfast.core.errors import CheckpointError, InvalidInputError, shortened
+from klfast.nn import QuantLinear
+from klfast.quant.types import QuantSpec, storable_spec
+
+
+def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized: Iterable[str]) -> dict[str, object]:
+    """The ``quantization_config`` of a model.
+
+    Args:
+        layers: spec and in_features of each quantized layer, by name.
+        unquantized: names of the linear layers left alone.
+
+    Raises:
+        InvalidInputError: a layer whose groups the format cannot store.
+    """
+    groups: dict[QuantSpec, list[str]] = {}
+    for name, (spec, in_features) in layers.items():
+        stored = storable_spec(spec, in_features)
+        if stored.group_length(in_features) != spec.group_length(in_features):
+            raise InvalidInputError(
+                f"{name}: the file format has no shorter last group, which {spec} needs at {in_features} inputs; "
+                f"plan {stored} for it (klfast.plan does)"
+            )
+        groups.setdefault(stored, []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": names,
+                "format": "pack-quantized",
+                "weights": {
+                    "num_bits": spec.bits,
+                    "type": "int",
+                    "symmetric": spec.symmetric,
+                    "strategy": "channel" if spec.group_size == -1 else "group",
+                    "group_size": None if spec.group_size == -1 else spec.group_size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for i, (spec, names) in enumerate(groups.items())
+        },
+        "ignore": list(unquantized),
+        "kv_cache_scheme": None,
+    }
+
+
+def model_quantization_config(model: nn.Module) -> dict[str, object]:
+    """The ``quantization_config`` (a dict, as in config.json) of a model that holds QuantLinear layers.
+
+    Raises:
+        InvalidInputError: nothing is quantized; groups that the format cannot store.
+    """
+    layers = quantized_layers(model)
+    specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
+    return quantization_config(specs, [name for name in linear_names(model) if name not in layers])
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The QuantLinear layers of a model, under every name that they have; InvalidInputError if there are none."""
+    layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise InvalidInputError(
+            "no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained"
+        )
+    return layers
+
+
+def linear_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers under every name that they have: a layer that several blocks share has several."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (nn.Linear, QuantLinear))
+    }
+
+
+def read_specs(folder: Path) -> dict[str, QuantSpec]:
+    """The spec of each layer that the ``quantization_config`` of a folder's config.json names; the inverse of ``quantization_config``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    config, specs = read_json(folder / "config.json"), {}
+    try:
+        for group in config["quantization_config"]["config_groups"].values():
+            weights = group["weights"]
+            size = -1 if weights["group_size"] is None else weights["group_size"]
+            spec = QuantSpec(weights["num_bits"], size, weights["symmetric"])
+            specs.update(dict.fromkeys(group["targets"], spec))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else shortened(str(error), 200)
+        raise CheckpointError(
+            f"{folder}: the description of the quantized layers is damaged ({reason}); save the model again"
+        ) from None
+    return specs

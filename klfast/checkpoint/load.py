@@ -1,0 +1,70 @@
+"""Loading what ``save_quantized`` wrote."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from klfast.acceleration.patch import accelerate_or_warn
+from klfast.checkpoint.compressed_tensors import read_specs
+from klfast.checkpoint.manifest import read_layer_facts, read_manifest
+from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buffers
+from klfast.checkpoint.transformers_view import tell_transformers
+from klfast.core.dtypes import dtype_name
+from klfast.core.errors import InvalidInputError
+from klfast.core.io import recover
+from klfast.core.placement import as_device
+
+_LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_quantized(
+    directory: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    verify: bool = True,
+) -> nn.Module:
+    """Load a model saved by ``save_quantized``, in evaluation mode.
+
+    The model is built without memory, then each tensor is read when its place is filled: the full-precision weight of a
+    quantized layer never exists. Nothing is unpickled and no code from the folder runs.
+
+    Args:
+        directory: the folder.
+        device: where the tensors go.
+        dtype: float32, bfloat16 or float16 for what is not quantized (scales stay as they are); None for that of the
+            saved model.
+        verify: compare each file's SHA-256 with the saved one.
+
+    Returns:
+        The transformers model, with QuantLinear layers and klfast's native SSM functions (``klfast.accelerate``); its
+        parameters take no gradients.
+
+    Raises:
+        InvalidInputError: another dtype; no such device.
+        KernelUnavailableError: torch finds no device of that kind.
+        CheckpointError: a file or tensor that is missing, superfluous, truncated or altered, or a folder that
+            ``save_quantized`` did not write.
+    """
+    if dtype is not None and dtype not in _LOADED_DTYPES:
+        raise InvalidInputError(
+            f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}"
+        )
+    place = as_device(device)
+    folder = Path(directory)
+    recover(folder)
+    manifest = read_manifest(folder, verify)
+    specs = read_specs(folder)
+    facts = read_layer_facts(folder, manifest)
+    tensors = Tensors.of_files(
+        folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
+    )
+    model = empty_model(folder, dtype, len(tensors.names()))
+    fill(model, tensors, specs, facts)
+    initialise_buffers(model, place)
+    tell_transformers(model)
+    return accelerate_or_warn(model.eval())

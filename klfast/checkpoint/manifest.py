@@ -1,0 +1,125 @@
+"""klfast.json in a saved folder: what the format of compressed-tensors cannot say.
+
+That is the dtype that each layer's weight had, how its activations are treated, and the size and SHA-256 of each file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+import torch
+
+from klfast.checkpoint.json_files import is_pointer, read_json
+from klfast.core.dtypes import dtype_name
+from klfast.core.errors import CheckpointError, shortened
+from klfast.core.io import write_atomic
+
+MANIFEST = "klfast.json"
+
+
+FORMAT_VERSION = 1
+
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+_ACTIVATIONS = ("exact", "int8")
+
+
+def write_manifest(folder: Path, **facts: object) -> None:
+    """Write klfast.json: ``facts``, and size and digest of each other file in the folder or in a folder of it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    sizes = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
+    content = {"format_version": FORMAT_VERSION, **facts, "files": sizes}
+    write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(folder: Path, verify: bool, *, weights: bool = True) -> dict:
+    """Read klfast.json and check that each file it lists is there, complete and, with ``verify``, unchanged.
+
+    ``weights=False`` passes over the safetensors files, which take long to read.
+
+    Raises:
+        CheckpointError: no such folder, no klfast.json or a damaged one, another format, a file that is missing or not as
+            it was saved.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    if not (folder / MANIFEST).is_file():
+        reason = f"{folder} holds no {MANIFEST}, so klfast.save_quantized did not write it"
+        raise CheckpointError(f"{reason}; copy the whole folder, or quantize the full-precision model")
+    manifest = read_json(folder / MANIFEST)
+    version, files = manifest.get("format_version"), manifest.get("files")
+    if version != FORMAT_VERSION and isinstance(version, int):
+        reason = f"{folder / MANIFEST} has format version {version}, this klfast reads {FORMAT_VERSION}"
+        raise CheckpointError(f"{reason}; use the klfast that wrote it")
+    if version != FORMAT_VERSION or not isinstance(files, dict) or "config.json" not in files:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged; save the model again")
+    for name, fact in files.items():
+        _check_file(folder, name, fact, verify, weights)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bool) -> None:
+    path, damaged = folder / name, f"{folder / MANIFEST} is damaged"
+    if not isinstance(fact, dict) or type(fact.get("bytes")) is not int or not isinstance(fact.get("sha256"), str):
+        raise CheckpointError(
+            f"{damaged}: size and digest of {shortened(repr(name), 80)} are missing; save the model again"
+        )
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise CheckpointError(
+            f"{damaged}: it lists {shortened(repr(name), 80)}, outside of the folder; save the model again"
+        )
+    if path.suffix == ".safetensors" and not weights:
+        return
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:  # a name that no file can have
+        size = None
+    if size is None:
+        raise CheckpointError(f"{shortened(str(path))} is missing; copy the whole folder again")
+    if is_pointer(path):
+        raise CheckpointError(
+            f"{path} is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
+        )
+    if size != fact["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes where {fact['bytes']} were saved; copy it again")
+    if verify and _sha256(path) != fact["sha256"]:
+        raise CheckpointError(
+            f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model again"
+        )
+
+
+def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.dtype, str]]:
+    """The dtype that each quantized layer's weight had, and its activation, from klfast.json's content.
+
+    Raises:
+        CheckpointError: a layer for which klfast.json holds anything else.
+    """
+    damaged, layers = f"{folder / MANIFEST} is damaged", manifest.get("layers")
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{damaged}: it lists no layers; save the model again")
+    facts = {}
+    for name, fact in layers.items():
+        for key, known in (("dtype", _DTYPES), ("activation", _ACTIVATIONS)):
+            value = fact.get(key) if isinstance(fact, dict) else None
+            if not isinstance(value, str) or value not in known:
+                found = f"the {key} of {shortened(name, 200)} is {shortened(repr(value), 80)}"
+                raise CheckpointError(
+                    f"{damaged}: {found}, not one of {', '.join(known)}; copy it again, or save the model again"
+                )
+        facts[name] = (_DTYPES[fact["dtype"]], fact["activation"])
+    return facts
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""klfast plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klfast.cli import options
+from klfast.cli.console import command, emit, say
+
+
+def plan(
+    sensitivities: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged."
+        ),
+    ],
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Of the whole model: 3200000, 3.2MB, 1.5GiB."),
+    ] = None,
+    mean_bits: Annotated[float | None, typer.Option(help="Per weight of the linear layers, scales included.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Summed over the layers, nats per token.")] = None,
+    method: Annotated[
+        str, typer.Option(parser=options.method_name, metavar="NAME", help="optimal, greedy or uniform.")
+    ] = "optimal",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            parser=options.metric_name,
+            metavar="NAME",
+            help="What to keep small, such as kl_teacher_student or sqnr_db.",
+        ),
+    ] = None,
+    layers: options.Layers = None,
+    exclude: options.Exclude = None,
+    keep: options.Keep = None,
+    out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Choose a precision for each layer under one budget: --max-bytes, --mean-bits or --max-kl."""
+    options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    kept = options.parse_keep(keep)
+    options.require_free(out, force)
+    import klfast
+    from klfast.reporting.plan_tables import FULL, plan_tables
+    from klfast.sensitivity import merge
+
+    found = merge.read(sensitivities)
+    made = klfast.plan(
+        found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept
+    )
+    made.to_json(out)
+    by_spec = Counter(str(made.specs.get(name, FULL)) for name in found.layers)
+    facts = {
+        "method": made.method,
+        "layers": by_spec,
+        "predicted": dict(made.predicted),
+        "notes": list(made.notes),
+        "scale": made.scale,
+    }
+    emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
+    say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)

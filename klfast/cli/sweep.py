@@ -1,0 +1,117 @@
+"""klfast sweep."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klfast.cli import options
+from klfast.cli.console import command, emit, say
+
+
+@options.loads_models
+def sweep(
+    model: options.Model,
+    spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = [
+        "int4-g64-sym",
+        "int8-g64-sym",
+    ],
+    calibration: Annotated[
+        str, typer.Option(help='A text file, a token file (.npy, .json), or "calibration", the bundled text.')
+    ] = "calibration",
+    windows: options.Windows = "32",
+    length: options.Length = 512,
+    scale: options.Scale = "absmax",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help='Measure only these linear layers: a name, its end ("in_proj"), a glob ("layers.0.*") or "re:..."; repeat for several.',
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave these layers out, chosen in the same way; repeat for several."),
+    ] = None,
+    rows: Annotated[
+        bool,
+        typer.Option(
+            "--rows", help="Also measure each use that the rows of one layer are split between (Hymba's in_proj)."
+        ),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away."
+        ),
+    ] = True,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    *,
+    loading: dict[str, bool],
+) -> None:
+    """Measure how much each linear layer suffers from each quantization.
+
+    A sweep that was stopped leaves what it has measured in OUT.partial, and the same command again goes on from there.
+    """
+    specs = [options.parse_spec(text) for text in spec]
+    options.require_free(out, force)
+    import klfast
+    from klfast.checkpoint.by_name import as_dtype, load_model
+    from klfast.cli.runtime import count, open_batches, prepare
+    from klfast.reporting.sweep_tables import ranking as rank
+
+    prepare(threads, device)
+    computed = as_dtype(dtype)
+    network = load_model(model, "auto", device=device, **loading)  # as it is stored: plans count its bytes
+    batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
+    partial = out.with_name(out.name + ".partial")
+    if not resume:
+        partial.unlink(missing_ok=True)
+    resumed = partial.exists()
+    try:
+        found = klfast.sweep(
+            network,
+            batches,
+            specs=specs,
+            resume=partial,
+            layers=layers,
+            exclude=exclude,
+            rows=rows,
+            scale=scale,
+            dtype=None if computed == "auto" else computed,
+        )
+        found.provenance.update(model=model, calibration=calibration)
+        found.to_json(out)
+    except KeyboardInterrupt:
+        again = "the same command" if resume else "the same command without --no-resume"
+        left = (
+            f"{partial} keeps what was measured, and {again} goes on from there"
+            if partial.exists()
+            else "nothing was measured yet"
+        )
+        print(f"klfast: stopped; {left}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    partial.unlink(missing_ok=True)
+    ranking = rank(found, "kl_teacher_student", 5)
+    data = {
+        "out": str(out),
+        "layers": len(found.layers),
+        "candidates": len(found.measurements),
+        "tokens": count(batches),
+        "resumed": resumed,
+        "noise_floor": found.noise_floor,
+        "ranking": ranking.data(),
+    }
+    emit(data, ranking.rich(), as_json)
+    if resumed:
+        say(f"The sweep went on from {partial}; --no-resume would have started anew.", as_json)
+    following = command("klfast", "plan", out, "--max-bytes", "SIZE")
+    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: {following}", as_json)

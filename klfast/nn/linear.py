@@ -1,0 +1,170 @@
+"""QuantLinear: a drop-in nn.Linear with a quantized weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from klfast import reference
+from klfast.backends import operands
+from klfast.core.errors import InvalidInputError
+from klfast.dispatch import pins
+from klfast.nn import direct_call
+from klfast.nn.lazy_weight import LazyWeight, ReadOnlyWeight
+from klfast.ops.matmul import call_dequant_matmul
+from klfast.quant.rounding import quantize
+from klfast.quant.types import Layout, QuantizedTensor, QuantSpec, packed_words
+
+
+class QuantLinear(ReadOnlyWeight, nn.Linear):
+    """``y = x W^T + b`` with W quantized; x [..., in_features] to [..., out_features].
+
+    Its buffers bear the names of compressed-tensors' ``pack-quantized`` format: weight_packed, weight_scale,
+    weight_zero_point (asymmetric only) and weight_shape; ``bias`` stays a float parameter. ``dtype`` is what
+    ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
+    The buffers are kept in the layout of the device's kernels (``layout``); a state dict always holds ``Layout.PLAIN``.
+
+    The input and the bias, if it ``requires_grad``, get gradients; the weight is frozen and read-only. The layer is an
+    nn.Linear for code that asks, such as peft's, which then trains adapters around it. After ``double()`` it computes in
+    float64 from the dequantized weight, slowly.
+    """
+
+    def __init__(
+        self,
+        qt: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        activation: str = "exact",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
+        if activation not in ("exact", "int8"):
+            raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
+        self.out_features, self.in_features = qt.shape
+        qt = qt.to_layout(operands.preferred_layout(qt.device))
+        self.spec, self.layout, self.activation, self.dtype = qt.spec, qt.layout, activation, dtype
+        for name, tensor in _buffers(qt).items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("weight_shape", torch.tensor(qt.shape))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, spec: QuantSpec | str, activation: str = "exact", scale: str = "absmax"
+    ) -> QuantLinear:
+        """Quantize a linear layer's weight; its bias is kept as it is. ``scale`` as in ``klfast.quantize``."""
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
+            raise InvalidInputError(f"QuantLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
+        return cls(quantize(linear.weight, spec, scale=scale), linear.bias, activation, dtype=linear.weight.dtype)
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        spec: QuantSpec | str,
+        *,
+        bias_dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "meta",
+        activation: str = "exact",
+        dtype: torch.dtype = torch.float32,
+    ) -> QuantLinear:
+        """A layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
+        spec = QuantSpec.of(spec)
+        n, k = shape
+        groups = spec.n_groups(k)
+        zero_point = (
+            None
+            if spec.symmetric
+            else torch.empty(packed_words(n, spec.bits), groups, dtype=torch.int32, device=device)
+        )
+        packed = torch.empty(n, packed_words(k, spec.bits), dtype=torch.int32, device=device)
+        qt = QuantizedTensor(packed, torch.empty(n, groups, dtype=scale_dtype, device=device), zero_point, (n, k), spec)
+        bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device=device)
+        return cls(qt, bias, activation, dtype=dtype)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        shape = (self.out_features, self.in_features)
+        return QuantizedTensor(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, shape, self.spec, self.layout
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Stands for the dequantized weight, which is made only when something computes with it."""
+        if torch.compiler.is_compiling():  # cannot trace the stand-in, but drops a matrix that nobody uses
+            return self.quantized.dequantize(torch.float32).to(self.dtype)
+        return LazyWeight(self.quantized, self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (y := direct_call.linear(self, x)) is not None:
+            return y
+        if x.dtype is self.dtype is torch.float64:
+            return self._in_float64(x)
+        # The bare op and the dictionary: a QuantizedTensor made at each call would cost as much as a small product, and
+        # nn.Module takes three times as long to find a buffer.
+        spec, buffers = self.spec, self._buffers
+        return call_dequant_matmul(
+            x,
+            buffers["weight_packed"],
+            buffers["weight_scale"],
+            buffers["weight_zero_point"],
+            self.bias,
+            self.out_features,
+            self.in_features,
+            spec.bits,
+            spec.group_size,
+            self.layout.value,
+            self.activation,
+        )
+
+    def _in_float64(self, x: torch.Tensor) -> torch.Tensor:
+        pins.slow_path(
+            "QuantLinear", list(x.shape), "no kernel computes in float64; use float32.", how="with a dequantized weight"
+        )
+        if self.activation == "int8":
+            x = x + (reference.fake_quantize_rows(x, self.spec) - x).detach()
+        return F.linear(x, self.quantized.dequantize(torch.float32).to(torch.float64), self.bias)
+
+    def _apply(self, fn, recurse=True):
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        if self.weight_scale.dtype != scale.dtype:  # values were rounded with the scale as it is stored
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self._set_layout(operands.preferred_layout(self.weight_packed.device))
+        return self
+
+    def _set_layout(self, layout: Layout) -> None:
+        if layout is not self.layout:
+            for name, tensor in _buffers(self.quantized.to_layout(layout)).items():
+                setattr(self, name, tensor)
+            self.layout = layout
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout is not Layout.PLAIN:
+            plain = _buffers(self.quantized.to_layout(Layout.PLAIN))
+            destination.update((prefix + name, tensor) for name, tensor in plain.items() if tensor is not None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        shape = state_dict.get(prefix + "weight_shape")
+        if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
+            *_, errors = args
+            errors.append(
+                f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is {[self.out_features, self.in_features]}"
+            )
+            return
+        layout = self.layout
+        self._set_layout(Layout.PLAIN)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._set_layout(layout)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, activation={self.activation}"
+
+
+def _buffers(qt: QuantizedTensor) -> dict[str, torch.Tensor | None]:
+    return {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_zero_point": qt.zero_point}

@@ -1,0 +1,44 @@
+"""Layers and measurements by kind, depth and spec."""
+
+from __future__ import annotations
+
+from klfast.core.errors import InvalidInputError
+from klfast.quant.types import QuantSpec
+from klfast.sensitivity.coverage import require_measurements
+from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
+
+BETTER_HIGH = ("sqnr_db", "top1_agree")
+
+
+def kind(name: str) -> str:
+    """What a layer is called within its block: "x_proj" of "backbone.layers.3.mixer.x_proj"."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
+
+
+def depth(name: str) -> int | None:
+    """The block that a layer lies in: 3 of "backbone.layers.3.mixer.x_proj"; None outside of blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def settle_metric(sensitivities: Sensitivities, asked: str | None) -> str:
+    require_measurements(sensitivities)
+    held = [metric for metric in METRICS if all(metric in m.mean for m in sensitivities.measurements.values())]
+    if asked is None and held:
+        return held[0]
+    if asked not in held:
+        raise InvalidInputError(
+            f"{asked} was not measured for every candidate; choose one of {', '.join(held) or 'none'}"
+        )
+    return asked
+
+
+def by_spec(sensitivities: Sensitivities) -> dict[QuantSpec, dict[str, Measurement]]:
+    """Spec -> layer -> measurement; specs in order, layers in module order."""
+    specs = sorted({spec for _, spec in sensitivities.measurements})
+    found = sensitivities.measurements
+    return {spec: {name: found[name, spec] for name in sensitivities.layers if (name, spec) in found} for spec in specs}
+
+
+def harm(metric: str, measurement: Measurement) -> float:
+    """The metric with the sign that makes more worse."""
+    return -measurement.mean[metric] if metric in BETTER_HIGH else measurement.mean[metric]

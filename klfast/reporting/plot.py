@@ -1,0 +1,64 @@
+"""The plot of a sweep: sensitivity over depth."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from klfast.core.errors import InvalidInputError
+from klfast.core.io import write_atomic
+from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, kind, settle_metric
+from klfast.sensitivity.results import Sensitivities
+
+
+def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str | None = None) -> None:
+    """Draw the metric of every layer over depth, a panel a spec, a colour a kind, into a .png, .svg or .pdf file.
+
+    Raises:
+        ImportError: matplotlib is absent: ``pip install klfast[plot]``.
+        InvalidInputError: nothing measured, not this metric, or another kind of file.
+    """
+    metric = settle_metric(sensitivities, metric)
+    suffix = Path(path).suffix
+    if suffix not in (".png", ".svg", ".pdf"):
+        raise InvalidInputError(
+            f"a plot is written as .png, .svg or .pdf, not {suffix or 'without a suffix'!r}; rename {path}"
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install klfast[plot]") from error
+    figure = _figure(sensitivities, metric)
+    image = io.BytesIO()
+    figure.savefig(image, format=suffix[1:], dpi=150)
+    write_atomic(path, image.getvalue())
+
+
+def _figure(sensitivities: Sensitivities, metric: str):
+    """The matplotlib figure of ``plot``, its legend beside the panels."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    found = by_spec(sensitivities)
+    kinds = dict.fromkeys(
+        kind(name) for measurements in found.values() for name in measurements if depth(name) is not None
+    )
+    colors = {name_kind: colormaps["tab10"](i % 10) for i, name_kind in enumerate(kinds)}
+    figure = Figure(figsize=(5 * len(found) + 1.5, 3.5), layout="constrained")
+    for axes, (spec, measurements) in zip(
+        figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
+    ):
+        blocks = {name: m for name, m in measurements.items() if depth(name) is not None}
+        for name_kind, color in colors.items():
+            if points := [(depth(name), m.mean[metric]) for name, m in blocks.items() if kind(name) == name_kind]:
+                axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name_kind, color=color)
+        for name in measurements.keys() - blocks.keys():  # a line across
+            axes.axhline(measurements[name].mean[metric], label=kind(name), color="gray", linestyle=":")
+        axes.set(title=str(spec), xlabel="block", yscale="linear" if metric in (*BETTER_HIGH, "delta_ce") else "log")
+    figure.axes[0].set_ylabel(metric)
+    labelled = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside right upper", fontsize="small")
+    return figure
