@@ -1,0 +1,199 @@
+"""The records of families: they name what is there, and their families go through the whole pipeline."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VARIANTS, batch, tiny
+from torch import nn
+
+import klfast
+from klfast.acceleration.patch import is_accelerated
+from klfast.acceleration.transformers_functions import REPLACEMENTS
+from klfast.models import families
+from klfast.models.families import family_of, mixer_of, norm_of, rows_of
+from klfast.models.families.base import split
+from klfast.models.linears import linears, row_parts
+from klfast.models.sizes import unquantizable
+
+KNOWN = [name for name in (*FAMILIES, *VARIANTS) if name != "llama"]
+NEW = ["granite_hybrid", "granite_hybrid_moe", "falcon_h1", "falcon_h1_norm", "falcon_h1_gated_norm"]
+INT4 = klfast.QuantSpec(4, 32)
+KL = "kl_teacher_student"
+
+
+@pytest.mark.parametrize("record", families.FAMILIES, ids=lambda record: record.model_type)
+def test_a_record_names_classes_functions_and_blocks_that_are_there(record):
+    models = [model for model in map(tiny, KNOWN) if family_of(model) is record]
+    classes = {type(module).__name__: module for model in models for module in model.modules()}
+    assert models and {*record.mixers, *record.norms, *record.rows, *record.matrices} <= set(classes)
+    for name, mixer in record.mixers.items():
+        assert mixer_of(type(classes[name])) is mixer and set(mixer.functions) <= set(REPLACEMENTS)
+        assert mixer.left_weight is None or isinstance(getattr(classes[name], mixer.left_weight), nn.Linear)
+    for name in record.norms:
+        assert norm_of(type(classes[name]))(classes[name]).weight is classes[name].weight
+    for model in models:
+        assert isinstance(model.base_model.get_submodule(record.blocks.path), nn.ModuleList)
+
+
+def test_an_unknown_model_gets_the_generic_record():
+    assert family_of(tiny("llama")) is family_of(nn.Linear(2, 2)) is families.GENERIC
+    assert mixer_of(nn.Linear) is norm_of(nn.Linear) is None and not rows_of(nn.Linear(2, 2))
+
+
+def test_a_class_of_the_same_name_elsewhere_is_another_one():
+    class MambaMixer(nn.Module):
+        pass
+
+    assert mixer_of(MambaMixer) is None and not rows_of(MambaMixer())
+
+
+# What norms compute -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_norms_in_their_shapes_and_dtypes(family, dtype, weight_dtype):
+    """Each kind of norm, with a gate where it takes one, against its own forward in float64 and in its own dtype."""
+    model = tiny(family)
+    norms = {type(m): m for m in model.modules() if norm_of(type(m)) is not None}
+    klfast.accelerate(model)
+    for kind, norm in norms.items():
+        nn.init.normal_(norm.weight, 1, 0.3)
+        norm.to(weight_dtype)
+        width = norm.weight.shape[0]
+        x, gate = torch.randn(2, 5, width).to(dtype), torch.randn(2, 5, width).to(dtype)
+        gated = "gate" in kind.forward.__code__.co_varnames
+        for args in [(x,), (x, gate)] if gated else [(x,)]:
+            plain, found = kind.forward(norm, *args), norm(*args)
+            truth = kind.forward(copy.deepcopy(norm).double(), *(t.double() for t in args))
+            assert found.dtype == plain.dtype and found.shape == plain.shape
+            errors = [(y.double() - truth).square().mean().sqrt().item() for y in (found, plain)]
+            assert errors[0] <= 1.1 * errors[1] + 1e-6
+
+
+# Uses of rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_uses_cover_the_rows(family):
+    model = tiny(family)
+    parts = {name: row_parts(model, name) for name in linears(model)}
+    fused = {name: ranges for name, ranges in parts.items() if ranges}
+    assert fused
+    for name, ranges in fused.items():
+        ends = [0, *(end for _, end in ranges.values())]
+        assert [first for first, _ in ranges.values()] == ends[:-1], name
+        assert ends[-1] == linears(model)[name].out_features, name
+
+
+def test_split():
+    assert split(a=2, b=3) == {"a": (0, 2), "b": (2, 5)} and split() == {}
+
+
+@pytest.mark.parametrize("family", ["mamba2", *NEW])
+@torch.no_grad()
+def test_the_rows_of_a_mamba2_mixer_do_what_their_names_say(family):
+    mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
+    mixer.conv1d.bias.zero_()
+    ranges = rows_of(mixer)["in_proj"]
+    hidden = torch.randn(2, 7, 64)
+
+    def output(scale):
+        """With the rows of some uses multiplied."""
+        changed = copy.deepcopy(mixer)
+        for use, factor in scale.items():
+            changed.in_proj.weight[slice(*ranges[use])] *= factor
+        return changed(hidden_states=hidden)
+
+    assert output({}).abs().max() > 1e-2
+    for use in ("x", "z"):
+        assert output({use: 0}).abs().max() == 0, use  # no input; the gate is closed
+    for one, other in (("B", "C"), ("C", "B")):  # no state, or none of it read
+        assert torch.equal(output({one: 0}), output({one: 0, other: 3}))
+        assert (output({}) - output({one: 0})).abs().max() > 1e-4
+    assert (output({"dt": 2}) - output({})).abs().max() > 1e-4
+    assert torch.equal(output({"B": 0, "dt": 0}), output({"B": 0}))  # the step size acts through the state alone
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+@torch.no_grad()
+def test_the_rows_of_a_mamba_mixer_do_what_their_names_say(family):
+    mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
+    for layer in (mixer.conv1d, mixer.in_proj, mixer.out_proj):
+        if layer.bias is not None:
+            layer.bias.zero_()
+    ranges, hidden = rows_of(mixer), torch.randn(2, 7, 64)
+
+    def output(layer, scale):
+        changed = copy.deepcopy(mixer)
+        for use, factor in scale.items():
+            getattr(changed, layer).weight[slice(*ranges[layer][use])] *= factor
+        return changed(hidden)
+
+    assert output("in_proj", {"x": 0}).abs().max() == output("in_proj", {"z": 0}).abs().max() == 0
+    assert (output("in_proj", {"x": 2}) - output("in_proj", {"z": 2})).abs().max() > 1e-3
+    for one, other in (("B", "C"), ("C", "B")):
+        assert (output("x_proj", {}) - output("x_proj", {one: 0})).abs().max() > 1e-5
+        if family == "mamba":  # FalconMamba norms them
+            assert torch.equal(output("x_proj", {one: 0}), output("x_proj", {one: 0, other: 3}))
+    assert (output("x_proj", {}) - output("x_proj", {"dt": 0})).abs().max() > 1e-6
+
+
+# The pipeline -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", NEW)
+@torch.no_grad()
+def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
+    model, text = tiny(family, tied), batch(4, 24)
+    plain = copy.deepcopy(model)
+    found = klfast.sweep(model, text, [INT4, "int8-channel-sym"], rows=True, progress=False)
+    assert {name for name, _ in found.measurements} == set(linears(model))
+    assert {(name, use) for name, use, _ in found.rows} == {
+        (name, use) for name in linears(model) for use in row_parts(model, name)
+    }
+    assert all(not measured.below_noise for (_, spec), measured in found.measurements.items() if spec == INT4)
+
+    plan = klfast.plan(found, mean_bits=6.5)
+    assert len({str(spec) for spec in plan.specs.values()}) > 1, "a mixed plan"
+    klfast.quantize_model(model, plan)
+    klfast.save_quantized(model, tmp_path / "model")
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert all(is_accelerated(module) for module in loaded.modules() if mixer_of(type(module)) is not None)
+    klfast.accelerate(model)
+    assert torch.equal(loaded(text).logits, model(text).logits)
+
+    log_p, log_q = (one(text).logits[:, :-1].double().log_softmax(-1) for one in (plain, loaded))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    evaluated = klfast.evaluate(loaded, text, plain)
+    assert evaluated.kl == pytest.approx(expected, rel=1e-4)
+    nll = -log_q.gather(-1, text[:, 1:, None]).mean().item()
+    assert evaluated.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+
+    ids = batch(3, 9, seed=5)
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, :1] = 0, 0
+    dense = klfast.unaccelerate(loaded)  # transformers' own functions on the same quantized layers
+    for padding in (None, mask):
+        by_transformers = dense.generate(
+            ids, attention_mask=padding, do_sample=False, max_new_tokens=16, pad_token_id=0
+        )
+        assert torch.equal(klfast.generate(klfast.accelerate(loaded), ids, 16, attention_mask=padding), by_transformers)
+        klfast.unaccelerate(loaded)
+
+
+def test_experts_are_counted_as_what_cannot_be_quantized():
+    model = tiny("granite_hybrid_moe")
+    experts = [module for module in model.modules() if type(module).__name__ == "GraniteMoeHybridExperts"]
+    size = sum(parameter.numel() * 4 for module in experts for parameter in module.parameters())
+    found = unquantizable(model)
+    assert found["GraniteMoeHybridExperts"] == size > 0 and set(found) == {
+        "GraniteMoeHybridExperts",
+        "GraniteMoeHybridTopKRouter",
+    }
+    assert not unquantizable(tiny("granite_hybrid")) and not unquantizable(tiny("falcon_h1"))
