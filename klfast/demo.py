@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import platform
 import tempfile
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -23,29 +25,32 @@ from klfast.core.machine import cpu_name
 from klfast.diagnostics.explain import explain
 from klfast.models.linears import linears, row_parts
 from klfast.models.sizes import other_bytes, weight_bytes
+from klfast.models.vocabulary import vocabulary_size
 from klfast.quant.types import QuantSpec
 from klfast.reporting.grouping import depth, kind
 from klfast.reporting.sweep_tables import by_kind_and_depth, by_use
-from klfast.reporting.table import Table
+from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.results import Sensitivities
 from klfast.text import token_batches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from klfast.core.loading_options import LoadingOptions
+    from klfast.planning.plan_file import Plan
+
 PROMPT = "It was a fine morning, and the old man"
-HEADROOM = 1.05  # bytes that a mixed plan may have, against uniform INT4
+HEADROOM = 1.05  # size limit of mixed plans, relative to uniform INT4
 INT4, INT4_FINE, INT4_COARSE, INT8 = QuantSpec(4, 64), QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8, 64)
-SPECS = (
-    INT4_FINE,
-    INT4,
-    INT4_COARSE,
-    INT8,
-)  # the group size is a choice, too: half the group costs a quarter bit a weight
+SPECS = (INT4_FINE, INT4, INT4_COARSE, INT8)  # halving the group size costs a quarter bit per weight
 _KL = "kl_teacher_student"
 BASELINE, MIXED = "full precision", "KL-planned mixed"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much text the demo uses: windows of calibration and of evaluation text, tokens in each, tokens to generate."""
+    """Amount of text: windows of calibration and evaluation text, tokens in each window, tokens to generate."""
 
     calibration_windows: int
     evaluation_windows: int
@@ -59,9 +64,16 @@ QUICK = Effort(calibration_windows=6, evaluation_windows=16, length=256, new_tok
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: bytes of the saved tensors, bits per weight of the linear layers (scales included), and on the
-    evaluation text perplexity, mean KL(full precision || variant) in nats with its standard error (by windows), and how often both
-    hold the same token likeliest.
+    """One variant of the model.
+
+    Attributes:
+        variant: its name.
+        bytes: of the saved tensors.
+        bits_per_weight: of the linear layers, including scales.
+        perplexity: on the evaluation text.
+        kl: mean KL(full precision || variant), nats per token.
+        kl_stderr: its standard error (by windows).
+        top1_agreement: how often both models find the same token most likely.
     """
 
     variant: str
@@ -75,8 +87,17 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the sweep found (tables, and sentences that sum them up), the variants, where the mixed model is, what it
-    wrote, and under which conditions.
+    """Results of the demo.
+
+    Attributes:
+        model: its name.
+        sensitivities: tables of the sweep.
+        findings: sentences that summarise them.
+        rows: the variants.
+        saved: the folder of the mixed model.
+        prompt: the prompt given to it.
+        continuation: the text it generated.
+        conditions: texts, machine and versions.
     """
 
     model: str
@@ -88,7 +109,8 @@ class DemoResult:
     continuation: str
     conditions: dict[str, object]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
+        """Return the results for JSON."""
         return asdict(self) | {"sensitivities": [table.data() for table in self.sensitivities]}
 
 
@@ -96,79 +118,45 @@ def run(
     name: str = "hymba",
     *,
     effort: Effort = FULL,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
-    **loading_options: bool,
+    **loading: Unpack[LoadingOptions],
 ) -> DemoResult:
-    """Run the pipeline on the model ``name`` (bundled, folder or hub id).
+    """Run the pipeline on a model.
 
     Args:
+        name: a bundled model, a folder or a hub id.
         effort: FULL or QUICK.
-        out: the folder to save the mixed model in, which must not exist; None for one in a new temporary folder.
-        say: takes each sentence about what goes on.
-        loading_options: local_files_only and trust_remote_code, as for ``klfast.checkpoint.by_name.load_model``.
+        out: the folder to save the mixed model in, which must not exist; None for a new temporary folder.
+        say: called with each sentence about the progress.
+        loading: local_files_only and trust_remote_code, as for ``klfast.checkpoint.by_name.load_model``.
     """
-    tokenizer = by_name.load_tokenizer(name, **loading_options)
-    model = by_name.load_model(name, "auto", **loading_options)
-    dtype, vocabulary = model.dtype, model.get_input_embeddings().weight.shape[0]
-
-    def text(which: str, count: int) -> list[torch.Tensor]:
-        """``count`` windows from all over a bundled text, whose works differ in style."""
-        windows = torch.cat(token_batches(which, tokenizer, vocab_size=vocabulary, length=effort.length))
-        chosen = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
-        return list(windows[chosen].split(4))
-
-    calibration, evaluation = (
-        text("calibration", effort.calibration_windows),
-        text("evaluation", effort.evaluation_windows),
-    )
+    tokenizer = by_name.load_tokenizer(name, **loading)
+    model = _load(name, **loading)
+    dtype, vocabulary = model.dtype, vocabulary_size(model)
+    calibration = _text("calibration", tokenizer, vocabulary, effort.length, effort.calibration_windows)
+    evaluation = _text("evaluation", tokenizer, vocabulary, effort.length, effort.evaluation_windows)
     say(
-        f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, stored as {dtype_name(dtype)}. "
-        f"Everything is computed in float32 on {_counted(torch.get_num_threads(), 'thread')}; sizes are those of the stored tensors."
+        f"Model {name}: {len(linears(model))} linear layers, {model.num_parameters() / 1e6:.1f} M parameters, "
+        f"stored as {dtype_name(dtype)}. Everything is computed in float32 on "
+        f"{_counted(torch.get_num_threads(), 'thread')}; sizes are those of the stored tensors."
     )
-    say(
-        f"Sweep: each layer alone in {', '.join(map(str, SPECS))}, on {_tokens(calibration)} tokens of calibration text."
-    )
-    swept = klfast.sweep(model, calibration, specs=SPECS, metrics=(_KL, "sqnr_db"))
-    split = [layer for layer in linears(model) if row_parts(model, layer)]
-    if split:
-        say(
-            f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({', '.join(dict.fromkeys(map(kind, split)))}) alone in {INT4}."
-        )
-        swept.rows.update(klfast.sweep(model, calibration, specs=(INT4,), metrics=(), layers=split, rows=True).rows)
+    swept = _sweep(model, calibration, say)
     tables, findings = _sensitive(swept)
-    uniform8, uniform4, fine4 = (klfast.plan(swept, method="uniform", spec=spec) for spec in (INT8, INT4, INT4_FINE))
-    budget = int(HEADROOM * uniform4.predicted["bytes"])
-    plans = {
-        BASELINE: None,
-        "uniform INT8": uniform8,
-        "uniform INT4": uniform4,
-        "uniform INT4, groups of 32": fine4,
-        MIXED: klfast.plan(swept, max_bytes=budget),
-        "SQNR-planned mixed": klfast.plan(swept, max_bytes=budget, metric="sqnr_db"),
-    }
-    chosen = Counter(map(str, plans[MIXED].specs.values()))
-    say(
-        f"Plan: at most {budget / 1e6:.3f} MB, which is uniform {INT4} plus {HEADROOM - 1:.0%}. "
-        f"By KL: {', '.join(_counted(count, 'layer') + f' in {spec}' for spec, count in sorted(chosen.items()))}."
-    )
+    plans = _plans(swept, say)
     say(f"Compare on {_tokens(evaluation)} tokens of other text.")
     saved = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="klfast-demo-"), "mixed")
     rows = []
     teacher = model.float()
     for variant, plan in plans.items():
-        model = by_name.load_model(name, "auto", **loading_options)
+        network: nn.Module = _load(name, **loading)
         if plan is not None:
-            klfast.quantize_model(model, plan)
+            klfast.quantize_model(network, plan)
         if variant == MIXED:
-            klfast.save_quantized(model, saved, tokenizer)
-            model = klfast.load_quantized(saved)
-        rows.append(_measure(variant, model, teacher, evaluation))
+            klfast.save_quantized(network, saved, tokenizer)
+            network = klfast.load_quantized(saved)
+        rows.append(_measure(variant, network, teacher, evaluation, swept))
     say(f"The KL-planned model is in {saved}; its row was measured on the model as loaded back from there.")
-    mixed = klfast.load_quantized(saved, dtype=torch.float32)
-    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    new = klfast.generate(mixed, ids, effort.new_tokens, temperature=0.8, generator=torch.Generator().manual_seed(0))
-    continuation = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
     return DemoResult(
         name,
         tables,
@@ -176,44 +164,109 @@ def run(
         tuple(rows),
         str(saved),
         PROMPT,
-        continuation,
+        _continuation(saved, tokenizer, effort.new_tokens),
         _conditions(effort, calibration, evaluation, dtype),
     )
 
 
+def _load(name: str, **loading: Unpack[LoadingOptions]) -> PreTrainedModel:
+    return cast("PreTrainedModel", by_name.load_model(name, "auto", **loading))
+
+
+def _text(
+    which: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int, count: int
+) -> list[torch.Tensor]:
+    """Return ``count`` windows spread over a bundled text, whose works differ in style."""
+    windows = torch.cat(token_batches(which, tokenizer, vocab_size=vocabulary, length=length))
+    chosen = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
+    return list(windows[chosen].split(4))
+
+
+def _sweep(model: nn.Module, calibration: list[torch.Tensor], say: Callable[[str], None]) -> Sensitivities:
+    """Measure each layer in SPECS and, where its rows have several uses, each use in INT4."""
+    specs = ", ".join(map(str, SPECS))
+    say(f"Sweep: each layer alone in {specs}, on {_tokens(calibration)} tokens of calibration text.")
+    swept = klfast.sweep(model, calibration, specs=SPECS, metrics=(_KL, "sqnr_db"))
+    split = [layer for layer in linears(model) if row_parts(model, layer)]
+    if split:
+        kinds = ", ".join(dict.fromkeys(map(kind, split)))
+        say(f"Sweep: each use of the rows of {_counted(len(split), 'layer')} ({kinds}) alone in {INT4}.")
+        swept.rows.update(klfast.sweep(model, calibration, specs=(INT4,), metrics=(), layers=split, rows=True).rows)
+    return swept
+
+
+def _plans(swept: Sensitivities, say: Callable[[str], None]) -> dict[str, Plan | None]:
+    """Return the plan of each variant; None for full precision."""
+    uniform8, uniform4, fine4 = (klfast.plan(swept, method="uniform", spec=spec) for spec in (INT8, INT4, INT4_FINE))
+    budget = int(HEADROOM * uniform4.predicted["bytes"])
+    mixed = klfast.plan(swept, max_bytes=budget)
+    chosen = Counter(map(str, mixed.specs.values()))
+    say(
+        f"Plan: at most {budget / 1e6:.3f} MB, which is uniform {INT4} plus {HEADROOM - 1:.0%}. "
+        f"By KL: {', '.join(_counted(count, 'layer') + f' in {spec}' for spec, count in sorted(chosen.items()))}."
+    )
+    return {
+        BASELINE: None,
+        "uniform INT8": uniform8,
+        "uniform INT4": uniform4,
+        "uniform INT4, groups of 32": fine4,
+        MIXED: mixed,
+        "SQNR-planned mixed": klfast.plan(swept, max_bytes=budget, metric="sqnr_db"),
+    }
+
+
+def _continuation(saved: Path, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+    """Return the text with which the saved model continues PROMPT."""
+    mixed = klfast.load_quantized(saved, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    new = klfast.generate(mixed, ids, new_tokens, temperature=0.8, generator=torch.Generator().manual_seed(0))
+    text = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
 def _sensitive(swept: Sensitivities) -> tuple[tuple[Table, ...], tuple[str, ...]]:
-    """Which kinds of layers are sensitive, at which depth, and which of their rows, in INT4: tables and sentences."""
+    """Return tables and sentences on how sensitive layers are in INT4, by kind, depth and use of their rows."""
     places, uses = by_kind_and_depth(swept, _KL, INT4), by_use(swept, _KL)
     *kinds, together = places.rows
+    costs = [(row[0], row[-1]) for row in kinds]
     found = [
-        f"Most sensitive within the blocks: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed((row[0], row[-1]) for row in kinds)}.",
+        f"Most sensitive within the blocks: {kinds[0][0]}. One layer in {INT4} costs, in nats: {_listed(costs)}.",
         f"By depth, over all kinds: {_listed(zip(places.headings[1:-1], together[1:-1], strict=True))}.",
     ]
-    if outside := [
-        (name, m.mean[_KL]) for (name, spec), m in swept.measurements.items() if spec == INT4 and depth(name) is None
-    ]:
-        found.append(f"Outside of the blocks: {_listed(outside)}.")
+    outside = {
+        name: m.mean[_KL] for (name, spec), m in swept.measurements.items() if spec == INT4 and depth(name) is None
+    }
+    if outside:
+        found.append(f"Outside of the blocks: {_listed(outside.items())}.")
     for layer in dict.fromkeys(row[0] for row in uses.rows):
-        parts = sorted(((use, kl) for of, use, kl in uses.rows if of == layer), key=lambda part: -part[1])
+        parts = sorted(_uses(uses, layer).items(), key=lambda part: -part[1])
         found.append(f"Of {layer}'s rows, those for {parts[0][0]} are the most sensitive: {_listed(parts)}.")
     return tuple(table for table in (places, uses) if table.rows), tuple(found)
 
 
-def _listed(costs: Iterable[tuple[str, float]]) -> str:
+def _uses(table: Table, layer: Cell) -> dict[str, float]:
+    """Return the cost of each use of a layer's rows."""
+    return {str(use): float(kl) for of, use, kl in table.rows if of == layer and kl is not None}
+
+
+def _listed(costs: Iterable[tuple[object, Cell]]) -> str:
     return ", ".join(f"{name} {cost:.2g}" for name, cost in costs)
 
 
-def _measure(variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor]) -> Row:
+def _measure(
+    variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], swept: Sensitivities
+) -> Row:
     layers = list(linears(model).values())
     matrices = [
         layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in layers
     ]
-    weights = sum(layer.out_features * layer.in_features for layer in layers)
-    total = sum(map(weight_bytes, layers)) + other_bytes(model)  # before the cast: as it is stored
+    weights = sum(math.prod(info.shape) for info in swept.layers.values())
+    total = sum(map(weight_bytes, layers)) + other_bytes(model)  # before the cast: as stored
     found = klfast.evaluate(model.float(), batches, teacher, progress=None)
-    return Row(
-        variant, total, 8 * sum(matrices) / weights, found.perplexity, found.kl, found.kl_stderr, found.top1_agreement
-    )
+    kl, kl_stderr, agreement = found.kl, found.kl_stderr, found.top1_agreement
+    assert kl is not None and kl_stderr is not None and agreement is not None  # since there is a teacher
+    return Row(variant, total, 8 * sum(matrices) / weights, found.perplexity, kl, kl_stderr, agreement)
 
 
 def _conditions(
@@ -234,8 +287,8 @@ def _conditions(
     }
 
 
-def write_results(result: DemoResult, folder: str | os.PathLike) -> None:
-    """Write the table as demo.md and demo.csv, the conditions with it, into an existing folder."""
+def write_results(result: DemoResult, folder: str | os.PathLike[str]) -> None:
+    """Write the table with its conditions as demo.md and demo.csv into an existing folder."""
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.conditions.items())
     found = [
         *(table.markdown() for table in result.sensitivities),
@@ -263,7 +316,7 @@ HEADINGS = ("variant", "MB", "bits/weight", "perplexity", "KL (nats)", "top-1 ag
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as the table shows it, in the order of HEADINGS."""
+    """Return a row's cells as text, in the order of HEADINGS."""
     return (
         row.variant,
         f"{row.bytes / 1e6:.3f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,35 +13,38 @@ from klfast.core.bundled import ASSETS
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import parse_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 BUNDLED_TEXTS = {"calibration": ASSETS / "text" / "calibration.txt", "evaluation": ASSETS / "text" / "evaluation.txt"}
-_FIRST_READ = 16  # characters read at first for each token wanted; more where that does not suffice
+_FIRST_READ = 16  # characters read at first per wanted token; more if that does not suffice
 
 
 def token_batches(
-    source: str | os.PathLike,
-    tokenizer=None,
+    source: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     vocab_size: int,
     length: int = 512,
     windows: int | None = None,
     batch_size: int = 4,
 ) -> list[torch.Tensor]:
-    """Cut a text or a token file into windows and stack these to batches.
+    """Cut a text or token file into windows and stack these into batches.
 
-    A text's tokens are cut, from its start, into windows of ``length`` tokens that do not overlap; what is left over
-    is dropped. A text shorter than one window makes a single window of all it has. Where the tokenizer puts a BOS token
-    in front of a text (Llama's does, Mamba's does not), each window starts with one, which counts in ``length``.
+    A text's tokens are cut, from its start, into windows of ``length`` tokens without overlap; the rest is dropped. A
+    text shorter than one window becomes a single, shorter window. If the tokenizer puts a BOS token in front of a text
+    (Llama's does, Mamba's does not), each window starts with one, which counts in ``length``.
 
-    A token file is taken as it is: a flat list of ids is cut like a text, without a BOS; in a list of equally
-    long lists each is a window, and ``length`` plays no part.
+    A token file is taken as it is: a flat list of ids is cut like a text, without a BOS; in a list of equally long
+    lists each is a window, whatever ``length``.
 
     Args:
-        source: "calibration" or "evaluation" (the bundled texts), a token file (.npy integer array, .json), or any other
-            file, read as UTF-8 text.
-        tokenizer: a transformers tokenizer; only a token file does without.
-        vocab_size: ids must lie below it.
+        source: "calibration" or "evaluation" (the bundled texts), a token file (.npy integer array, .json), or any
+            other file, read as UTF-8 text.
+        tokenizer: a transformers tokenizer; needed except for token files.
+        vocab_size: an upper bound, exclusive, on the ids.
         length: tokens in a window, at least 2 (one to see, one to predict).
-        windows: at most so many windows, the first ones; None for all.
+        windows: the largest number of windows, taken from the start; None for all.
         batch_size: windows in a batch; the last batch may hold fewer.
 
     Returns:
@@ -48,7 +52,7 @@ def token_batches(
 
     Raises:
         InvalidInputError: no such file, a text that is empty or not UTF-8, fewer than 2 tokens, ids that the model does
-            not have, or a size below its least value.
+            not have, or a size below its minimum.
     """
     for name, value, least in (("length", length, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
@@ -56,7 +60,8 @@ def token_batches(
     path = Path(BUNDLED_TEXTS.get(os.fspath(source), os.path.expanduser(source)))
     if not path.is_file():
         raise InvalidInputError(
-            f"there is no file {os.fspath(source)!r}; give a text file, a token file or one of {', '.join(BUNDLED_TEXTS)}"
+            f"there is no file {os.fspath(source)!r}; "
+            f"give a text file, a token file or one of {', '.join(BUNDLED_TEXTS)}"
         )
     if path.suffix in (".npy", ".json"):
         rows = _cut(_read_ids(path), length, path)
@@ -75,13 +80,13 @@ def token_batches(
     return list(rows.split(batch_size))
 
 
-def _windows_of_text(path: Path, tokenizer, length: int, windows: int | None) -> torch.Tensor:
+def _windows_of_text(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, windows: int | None) -> torch.Tensor:
     bos = _bos(tokenizer)
     fresh = length - len(bos)  # tokens of text in a window
     wanted = None if windows is None else windows * fresh
     with open(path, encoding="utf-8-sig") as file:
         try:
-            # The end of a text that was cut off may tokenize in another way: read on until there are more than enough.
+            # The end of a truncated text may tokenize differently: read on until there are more than enough tokens.
             text = file.read(-1 if wanted is None else min(wanted * _FIRST_READ, path.stat().st_size))
             ids = _tokenize(tokenizer, text)
             while wanted is not None and len(ids) < wanted + length and (more := file.read(max(len(text), 1))):
@@ -95,18 +100,19 @@ def _windows_of_text(path: Path, tokenizer, length: int, windows: int | None) ->
     return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
 
 
-def _bos(tokenizer) -> list[int]:
-    """The BOS token that the tokenizer puts in front of a text, if it does."""
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the BOS token that the tokenizer puts in front of a text, if any."""
     start = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
 
 
-def _tokenize(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _cut(ids: torch.Tensor, length: int, path: Path, least: int = 2) -> torch.Tensor:
-    """[windows, length] of a flat list of ids; what is a matrix already stays one."""
+    """Cut a flat list of ids into [windows, length]; a matrix stays as it is."""
     if ids.dim() == 2:
         length = ids.shape[1]
         ids = ids.flatten()
@@ -124,9 +130,7 @@ def _read_ids(path: Path) -> torch.Tensor:
             if path.suffix == ".npy"
             else np.array(parse_json(path.read_text(encoding="utf-8-sig")))
         )
-    except (
-        Exception
-    ) as error:  # a damaged header makes numpy raise almost anything, MemoryError and tokenize.TokenError included
+    except Exception as error:  # noqa: BLE001 (numpy raises almost anything for a damaged header)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InvalidInputError(
             f"{path} cannot be read as token ids ({reason}); give a .npy integer array or a JSON list"

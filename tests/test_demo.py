@@ -1,4 +1,4 @@
-"""``klfast demo`` on a bundled model: the table and what it must show."""
+"""``klfast demo`` on a bundled model: the table and the relations in it."""
 
 import csv
 import json
@@ -31,15 +31,15 @@ def rows(result):
     return {row.variant: row for row in result.rows}
 
 
-def test_the_mixed_model_is_better_than_uniform_int4_at_about_its_size(ran):
+def test_mixed_model_beats_uniform_int4_of_about_its_size(ran):
     found = rows(ran[0])
     uniform, fine, mixed = found["uniform INT4"], found["uniform INT4, groups of 32"], found["KL-planned mixed"]
     assert mixed.bytes <= 1.05 * uniform.bytes and mixed.kl < 0.9 * uniform.kl
     assert mixed.bytes < fine.bytes and mixed.kl < fine.kl
-    assert mixed.kl < 1.05 * found["SQNR-planned mixed"].kl  # a tie, as far as so little text can tell
+    assert mixed.kl < 1.05 * found["SQNR-planned mixed"].kl  # a tie, on so little text
 
 
-def test_the_other_rows_are_in_their_order(ran):
+def test_other_variants_rank_as_expected(ran):
     found = rows(ran[0])
     full, int8, int4 = found["full precision"], found["uniform INT8"], found["uniform INT4"]
     assert full.kl == pytest.approx(0, abs=1e-9) and full.top1_agreement == 1.0 and full.bits_per_weight == 16
@@ -48,7 +48,7 @@ def test_the_other_rows_are_in_their_order(ran):
     assert full.kl < int8.kl < int4.kl
 
 
-def test_what_is_sensitive(ran):
+def test_findings_on_sensitivity(ran):
     result = ran[0]
     places, *uses = result.sensitivities
     kinds = [row[0] for row in places.rows[:-1]]
@@ -62,16 +62,12 @@ def test_what_is_sensitive(ran):
     assert [len(table.rows) for table in uses] == ([5] if result.model == "hymba" else [])
 
 
-def test_the_saved_model_is_the_one_in_the_table(ran):
+def test_saved_model_is_the_one_in_the_table(ran):
     result = ran[0]
     file = Path(result.saved, "model.safetensors")
     mixed, tensors = rows(result)["KL-planned mixed"], load_file(file)
-    assert (
-        mixed.bytes
-        == sum(tensor.nbytes for tensor in tensors.values())
-        < file.stat().st_size
-        <= mixed.bytes + 200 * len(tensors)
-    )
+    assert mixed.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert mixed.bytes < file.stat().st_size <= mixed.bytes + 200 * len(tensors)
     assert result.saved in " ".join(ran[1]) and len(result.continuation) > 0
 
 
@@ -83,24 +79,19 @@ def test_results_as_markdown_and_csv(ran, tmp_path):
     assert float(read[0]["perplexity"]) == ran[0].rows[0].perplexity
     assert read[0]["torch"] == torch.__version__ and read[0]["threads"] == str(torch.get_num_threads())
     text = (tmp_path / "demo.md").read_text()
-    assert (
-        "| KL-planned mixed |" in text and "threads" in text and ran[0].findings[0] in text and "| all kinds |" in text
-    )
+    assert all(part in text for part in ("| KL-planned mixed |", "threads", ran[0].findings[0], "| all kinds |"))
 
 
 def test_command(ran, tmp_path, monkeypatch):
-    """A second run, with the same figures."""
+    """A second run gives the same figures."""
     monkeypatch.setattr(demo, "QUICK", EFFORT)
     arguments = ["demo", "--quick", "--out", str(tmp_path / "mixed"), "--results", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["rows"] == [asdict(row) for row in ran[0].rows] and data["continuation"] == ran[0].continuation
-    assert (
-        data["sensitivities"]
-        == [table.data() | {"rows": list(map(list, table.rows))} for table in ran[0].sensitivities]
-        and data["findings"]
-    )
+    tables = [table.data() | {"rows": list(map(list, table.rows))} for table in ran[0].sensitivities]
+    assert data["sensitivities"] == tables and data["findings"]
     assert (tmp_path / "demo.md").exists()
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 1 and "exists" in again.stderr

@@ -27,7 +27,7 @@ def write(folder, content, name="text.txt"):
     return path
 
 
-def test_text_is_cut_from_its_start_and_the_rest_dropped(tmp_path, tokenizer):
+def test_text_is_cut_from_its_start_and_the_rest_is_dropped(tmp_path, tokenizer):
     text = "The quick brown fox jumps over it."
     batches = token_batches(write(tmp_path, text), tokenizer, vocab_size=257, length=10, batch_size=2)
     assert [tuple(b.shape) for b in batches] == [(2, 10), (1, 10)]
@@ -35,14 +35,14 @@ def test_text_is_cut_from_its_start_and_the_rest_dropped(tmp_path, tokenizer):
     assert tokenizer.decode(torch.cat(batches).flatten()) == text[:30]
 
 
-def test_windows_limits_and_reads_no_more_than_needed(tmp_path, tokenizer):
-    path = write(tmp_path, b"abcdefgh" * 5000 + b"\xff")  # the end is no UTF-8
+def test_windows_limit_what_is_read(tmp_path, tokenizer):
+    path = write(tmp_path, b"abcdefgh" * 5000 + b"\xff")  # the end is not UTF-8
     (batch,) = token_batches(path, tokenizer, vocab_size=257, length=8, windows=3, batch_size=4)
     assert tokenizer.batch_decode(batch) == ["abcdefgh"] * 3
 
 
-def test_reads_on_where_a_token_takes_many_characters(tmp_path):
-    class Words:  # one token for 200 characters
+def test_reads_on_if_tokens_take_many_characters(tmp_path):
+    class Words:  # one token per 200 characters
         bos_token_id = None
 
         def __call__(self, text, **_):
@@ -53,16 +53,14 @@ def test_reads_on_where_a_token_takes_many_characters(tmp_path):
 
 
 @pytest.mark.parametrize("windows", [1_000_000, 10**30])
-def test_more_windows_than_the_text_has_are_all(tmp_path, tokenizer, windows):
+def test_more_windows_than_the_text_has(tmp_path, tokenizer, windows):
     path = write(tmp_path, "abcdefgh" * 1000)
-    found = token_batches(path, tokenizer, vocab_size=257, length=2048, windows=windows)
-    assert (
-        torch.cat(found).equal(torch.cat(token_batches(path, tokenizer, vocab_size=257, length=2048)))
-        and len(torch.cat(found)) == 3
-    )
+    found = torch.cat(token_batches(path, tokenizer, vocab_size=257, length=2048, windows=windows))
+    assert len(found) == 3
+    assert torch.equal(found, torch.cat(token_batches(path, tokenizer, vocab_size=257, length=2048)))
 
 
-def test_a_byte_order_mark_is_no_token(tmp_path, tokenizer):
+def test_byte_order_marks_are_skipped(tmp_path, tokenizer):
     (batch,) = token_batches(write(tmp_path, b"\xef\xbb\xbfabcd"), tokenizer, vocab_size=257, windows=1)
     assert tokenizer.decode(batch[0]) == "abcd"
     (batch,) = token_batches(write(tmp_path, b"\xef\xbb\xbf[1, 2, 3]", "ids.json"), vocab_size=257)
@@ -70,7 +68,7 @@ def test_a_byte_order_mark_is_no_token(tmp_path, tokenizer):
 
 
 def npy(header):
-    """A .npy file of version 1.0 with that header and three numbers."""
+    """Return a .npy file of version 1.0 with that header and three numbers."""
     header = header.encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(24)
 
@@ -80,6 +78,7 @@ def test_damaged_npy_files_are_refused(tmp_path):
     whole = npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }")
     path.write_bytes(whole)
     assert token_batches(path, vocab_size=7)[0].tolist() == [[0, 0, 0]]
+    errors = []
     for bit in range(0, 8 * len(whole), 3):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -87,29 +86,34 @@ def test_damaged_npy_files_are_refused(tmp_path):
         try:
             token_batches(path, vocab_size=7)
         except InvalidInputError as error:
-            assert "ids.npy" in str(error) and "\n" not in str(error)
+            errors.append(str(error))
+    assert errors and all("ids.npy" in error and "\n" not in error for error in errors)
 
 
-def test_short_text_makes_one_short_window(tmp_path, tokenizer):
+def test_short_text_becomes_one_short_window(tmp_path, tokenizer):
     (batch,) = token_batches(write(tmp_path, "abc"), tokenizer, vocab_size=257, length=512)
     assert tuple(batch.shape) == (1, 3)
 
 
-def test_each_window_starts_with_bos_where_the_tokenizer_adds_one(tmp_path, bos_tokenizer):
+def test_each_window_starts_with_bos_if_the_tokenizer_adds_one(tmp_path, bos_tokenizer):
     (batch,) = token_batches(write(tmp_path, "abcdefg"), bos_tokenizer, vocab_size=257, length=4)
     assert batch[:, 0].tolist() == [256, 256]
     assert bos_tokenizer.batch_decode(batch[:, 1:]) == ["abc", "def"]
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "ids.json"])
-def test_token_files(tmp_path, name):
-    for ids, length, expected in (
-        ([1, 2, 3, 4, 5], 2, [[1, 2], [3, 4]]),
-        ([[1, 2, 3], [4, 5, 6]], 2, [[1, 2, 3], [4, 5, 6]]),
-    ):
-        path = tmp_path / name
-        np.save(path, np.array(ids, dtype=np.uint16)) if name.endswith("npy") else path.write_text(json.dumps(ids))
-        assert torch.cat(token_batches(path, vocab_size=7, length=length)).tolist() == expected
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([1, 2, 3, 4, 5], [[1, 2], [3, 4]]), ([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]])],
+    ids=["list", "matrix"],
+)
+def test_token_files(tmp_path, name, ids, expected):
+    path = tmp_path / name
+    if name.endswith("npy"):
+        np.save(path, np.array(ids, dtype=np.uint16))
+    else:
+        path.write_text(json.dumps(ids))
+    assert torch.cat(token_batches(path, vocab_size=7, length=2)).tolist() == expected
 
 
 def test_bundled_texts_differ(tokenizer):
@@ -137,27 +141,31 @@ def test_bundled_texts_differ(tokenizer):
         ("[1, 300]", "ids.json", "token id 300"),
         ("[1, -1]", "ids.json", "token id -1"),
         (b"\x93NUMPY", "ids.npy", "cannot be read"),
-        (
+        pytest.param(
             npy("{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000,), }"),
             "ids.npy",
-            "ids.npy cannot be read",
-        ),  # 73 TiB
-        (
+            r"ids\.npy cannot be read",
+            id="73 TiB",
+        ),
+        pytest.param(
             npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,"),
             "ids.npy",
-            "ids.npy cannot be read",
-        ),  # tokenize.TokenError
-        (
+            r"ids\.npy cannot be read",
+            id="tokenize.TokenError",
+        ),
+        pytest.param(
             npy("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 1), }"),
             "ids.npy",
             "holds windows of 1 tokens; at least 2",
+            id="width 1",
         ),
-        (
+        pytest.param(
             npy("{'descr': '<u8', 'fortran_order': False, 'shape': (3,), }")[:-1] + b"\xff",
             "ids.npy",
             "token id 18374686479671623680, which no",
+            id="uint64",
         ),
-        ("[18446744073709551615, 1]", "ids.json", "ids.json (must|holds token id)"),
+        ("[18446744073709551615, 1]", "ids.json", r"ids\.json (must|holds token id)"),
     ],
 )
 def test_bad_content(tmp_path, tokenizer, content, name, message):
@@ -172,12 +180,14 @@ def test_never_unpickles(tmp_path):
         token_batches(tmp_path / "ids.npy", vocab_size=257)
 
 
-def test_bad_arguments(tmp_path, tokenizer):
-    path = write(tmp_path, "abc")
-    for arguments in ({"length": 1}, {"windows": 0}, {"batch_size": 0}):
-        with pytest.raises(InvalidInputError, match=f"{next(iter(arguments))} must be at least"):
-            token_batches(path, tokenizer, vocab_size=257, **arguments)
+@pytest.mark.parametrize(("name", "value"), [("length", 1), ("windows", 0), ("batch_size", 0)])
+def test_sizes_below_their_minimum(tmp_path, tokenizer, name, value):
+    with pytest.raises(InvalidInputError, match=f"{name} must be at least"):
+        token_batches(write(tmp_path, "abc"), tokenizer, vocab_size=257, **{name: value})
+
+
+def test_missing_file_or_tokenizer(tmp_path, tokenizer):
     with pytest.raises(InvalidInputError, match="no file"):
         token_batches(tmp_path / "none.txt", tokenizer, vocab_size=257)
     with pytest.raises(InvalidInputError, match="no tokenizer"):
-        token_batches(path, vocab_size=257)
+        token_batches(write(tmp_path, "abc"), vocab_size=257)

@@ -1,4 +1,4 @@
-"""The command line ``klfast``. Commands import what they need when they run, so that ``--help`` is quick.
+"""The command line ``klfast``. Commands import what they need when they run, so that ``--help`` is fast.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -16,33 +16,36 @@ import klfast
 from klfast.cli import output
 from klfast.core.errors import KlfastError
 
-
-class _BareFlags:
-    """Help shows flags without the type of a value: they take none."""
-
-    def get_params(self, ctx):
-        found = super().get_params(ctx)
-        for parameter in found:
-            if getattr(parameter, "is_flag", False):
-                parameter.metavar = ""
-        return found
+# The classes of contexts and parameters are click's or typer's own, depending on typer's version: hence Any.
 
 
-class _Command(_BareFlags, TyperCommand):
-    pass
+def _without_flag_types(parameters: list[Any]) -> list[Any]:
+    """Hide the value's type in the help of flags, which take no value."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
-class _Group(_BareFlags, TyperGroup):
-    """Commands in the order of their work; klfast's own errors and the system's end as one line and exit code 1."""
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_flag_types(super().get_params(ctx))
 
-    def list_commands(self, ctx):
+
+class _Group(TyperGroup):
+    """Lists commands in pipeline order; turns KlfastError and OSError into one line and exit code 1."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_flag_types(super().get_params(ctx))
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # typer ends quietly
+            raise  # typer exits quietly
         except (KlfastError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
@@ -54,7 +57,7 @@ class _Group(_BareFlags, TyperGroup):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Also torch's errors, which on the CPU have no type of their own."""
+    """Return True for running out of memory, including torch's errors, which have no type of their own on the CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -80,13 +83,14 @@ def _klfast(
 ) -> None:
     """KL-guided mixed-precision quantization of SSM-Transformer language models.
 
-    Start with `klfast demo`. For a model of your own: sweep, plan, quantize, then eval and generate.
+    Start with `klfast demo`. For your own model: sweep, plan, quantize, then eval and generate.
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
     elif ctx.invoked_subcommand not in ("generate", "bench"):
-        # Threads that wait sleep instead of spinning: beside other busy programs a sweep is then several times as fast.
-        # Decoding, all short waits, keeps OpenMP's default, and so does what is timed. Read when torch is imported, so it is set before.
+        # Waiting threads sleep instead of spinning, which makes a sweep several times as fast beside other busy
+        # programs. Decoding, which has only short waits, and timings keep OpenMP's default. Set before torch is
+        # imported, which reads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

@@ -1,4 +1,4 @@
-"""klfast bench: the suite of bench/, run by pytest in a process of its own."""
+"""klfast bench: runs the suite of bench/ with pytest in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from klfast.cli import options
 from klfast.cli.console import emit
 from klfast.core.errors import KlfastError
 
-# "python -m pytest" would take a pytest.py of the current folder. Without that folder, klfast's own must be on the path.
+# "python -m pytest" would import a pytest.py of the current folder. Without that folder, klfast's must be on the path.
 _PYTEST = (
-    "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; own in sys.path or sys.path.insert(0, own); "
-    "import pytest; sys.exit(pytest.main())"
+    "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; "
+    "own in sys.path or sys.path.insert(0, own); import pytest; sys.exit(pytest.main())"
 )
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
 
@@ -35,7 +35,7 @@ def _tier(text: str) -> str:
 
 
 def folder() -> Path:
-    """Where the suite lies: in the package (a wheel) or beside it (a source tree)."""
+    """Return the suite's folder: in the package (a wheel) or beside it (a source tree)."""
     package = Path(klfast.__file__).parent
     for found in (package / "bench", package.parent / "bench"):
         if (found / "conftest.py").is_file():
@@ -52,25 +52,23 @@ def bench(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="One small case a suite, little memory: about a minute, to see that all works."),
+        typer.Option("--quick", help="One small case per suite and little memory: a quick check of about a minute."),
     ] = False,
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for the tables, made if need be; those of the same suites are replaced.", file_okay=False
+            help="Folder for the tables, created if needed; tables of the same suites are replaced.", file_okay=False
         ),
     ] = Path("klfast-bench"),
     compare: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of an earlier run; shows and writes (compare.md) what has changed.",
-            exists=True,
-            file_okay=False,
+            help="Folder of an earlier run; changes are shown and written to compare.md.", exists=True, file_okay=False
         ),
     ] = None,
     device: Annotated[
         str,
-        typer.Option(parser=_device, metavar="NAME", help="cpu, cuda, xpu; auto takes an accelerator if there is one."),
+        typer.Option(parser=_device, metavar="NAME", help="cpu, cuda, xpu; auto uses an accelerator if there is one."),
     ] = "auto",
     isa: Annotated[
         str | None, typer.Option(parser=_tier, metavar="TIER", help="Pin klfast to a CPU tier, such as avx2.")
@@ -78,7 +76,7 @@ def bench(
     torch_isa: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Limit oneDNN, in torch and OpenVINO, such as AVX2_VNNI (ONEDNN_MAX_CPU_ISA)."
+            metavar="NAME", help="Limit oneDNN in torch and OpenVINO, for example AVX2_VNNI (ONEDNN_MAX_CPU_ISA)."
         ),
     ] = None,
     threads: options.Threads = None,
@@ -87,27 +85,27 @@ def bench(
         typer.Option(
             parser=options.parse_bytes,
             metavar="SIZE",
-            help="Memory that each contender's weights rotate through: 1GB, with --quick 64MB.",
+            help="Memory that each contender's weights rotate through: 1GB; 64MB with --quick.",
         ),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Time for the rounds of a contender: 0.5, with --quick 0.05.", min=0.001)
+        float | None, typer.Option(help="Time for the rounds of a contender: 0.5; 0.05 with --quick.", min=0.001)
     ] = None,
     shapes: Annotated[
         str | None, typer.Option(metavar="KxN,...", help="Linear layers to time instead of the usual ones.")
     ] = None,
     rows: Annotated[
         str | None,
-        typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512 (GPUs: 64 and 4096, too)."),
+        typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512 (GPUs: also 64 and 4096)."),
     ] = None,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option(help="llama.cpp's llama-bench, or the folder that holds it; a peer in decode.", exists=True),
+        typer.Option(help="llama.cpp's llama-bench, or the folder that holds it; a peer for decode.", exists=True),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A model for llama-bench, its name beginning with the model's: mamba-130m-q4_0.gguf.", exists=True
+            help="A model for llama-bench; its name starts with the model's: mamba-130m-q4_0.gguf.", exists=True
         ),
     ] = None,
     as_json: options.Json = False,
@@ -119,7 +117,7 @@ def bench(
     installed.
     """
     if unknown := [name for name in suites or () if name not in SUITES]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(SUITES)}")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SUITES)}")
     _check_sizes("shapes", shapes, 2)
     _check_sizes("rows", rows, 1)
     if missing := [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]:
@@ -154,7 +152,7 @@ def bench(
     environment = os.environ | {"KLFAST_STRICT": "1"} | ({} if torch_isa is None else {"ONEDNN_MAX_CPU_ISA": torch_isa})
     done = subprocess.run(command, env=environment, stdout=2 if as_json else None, check=False)
     if done.returncode:
-        raise KlfastError(f"some of the suite failed (pytest's exit code {done.returncode}); what it says is above")
+        raise KlfastError(f"part of the suite failed (pytest's exit code {done.returncode}); see its output above")
     if as_json:
         emit(
             {

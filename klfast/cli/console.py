@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, everything else on standard error."""
+"""Output of commands: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def emit(data: object, text: object, as_json: bool) -> None:
-    """Print a result: ``data`` as JSON, or ``text`` (a string, or what rich renders: one thing or a list)."""
+    """Print a result: ``data`` as JSON, or ``text`` (a string, or one or several renderables of rich)."""
     if as_json:
         print(json.dumps(_finite(data), indent=1, allow_nan=False))
     elif isinstance(text, str):
@@ -24,12 +28,12 @@ def emit(data: object, text: object, as_json: bool) -> None:
 
 
 def say(message: str, as_json: bool = False) -> None:
-    """A sentence about what goes on; on standard error where standard output belongs to JSON."""
+    """Print a sentence about the progress; on standard error if standard output is for JSON."""
     print(message, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None):
-    """A rich table: the first column to the left, the others, numbers, to the right."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """Return a rich table: the first column aligned left, the others, numbers, aligned right."""
     from rich import box
     from rich.table import Table
 
@@ -42,16 +46,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 
 def command(*words: object) -> str:
-    """A command line for the user to copy: each word quoted where a shell needs it."""
+    """Return a command line for the user to copy, with words quoted where a shell needs it."""
     return shlex.join(map(str, words))
 
 
 def megabytes(count: float) -> str:
+    """Format bytes as megabytes."""
     return f"{count / 1e6:.2f} MB"
 
 
 def _finite(data: object) -> object:
-    """JSON has no infinities and no NaN: these become null."""
+    """Replace infinities and NaN, which JSON lacks, by None."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):

@@ -9,6 +9,7 @@ import typer
 
 from klfast.cli import options
 from klfast.cli.console import command, emit, say, table
+from klfast.core.loading_options import LoadingOptions
 
 
 @options.loads_models
@@ -17,20 +18,18 @@ def demo(
         str, typer.Option(help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.")
     ] = "hymba",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Less text: some seconds instead of about two minutes.")
+        bool, typer.Option("--quick", help="Less text: a few seconds instead of about two minutes.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Save the mixed model here instead of in a temporary folder.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Save the mixed model here, not in a temporary folder.")] = None,
     results: Annotated[
         Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")
     ] = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,
-    loading: dict[str, bool],
+    loading: LoadingOptions,
 ) -> None:
-    """Run the whole pipeline on a small bundled model, offline: sweep, plan, quantize, compare, save, load, generate."""
+    """Run the pipeline on a small bundled model, offline: sweep, plan, quantize, compare, save, load, generate."""
     if out is not None:
         options.require_free(out, force=False, folder=True)
     if results is not None:
@@ -58,8 +57,8 @@ def demo(
         ],
         as_json,
     )
-    say(f"The mixed model goes on from {found.prompt!r}:\n{found.prompt}{found.continuation}\n", as_json)
-    say("For a model of your own (a folder, or a hub id):", as_json)
+    say(f"The mixed model continues {found.prompt!r}:\n{found.prompt}{found.continuation}\n", as_json)
+    say("For your own model (a folder, or a hub id):", as_json)
     for line in (
         "klfast sweep MODEL --out sensitivities.json",
         "klfast plan sensitivities.json --max-bytes SIZE --out plan.json",

@@ -18,19 +18,19 @@ def doctor(
         typer.Option(
             parser=options.device_name,
             metavar="NAME",
-            help="Check every kernel on cpu, cuda or xpu instead, then time some; compiling may take minutes.",
+            help="Instead check every kernel on cpu, cuda or xpu, then time some; compiling may take minutes.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="With --device: write all of it into this text file, too.", dir_okay=False)
+        Path | None, typer.Option(help="With --device: also write the report to this text file.", dir_okay=False)
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="With --device: time for the bench, 60 by default; 0 leaves it out.", min=0.0)
+        float | None, typer.Option(help="With --device: time for the bench, 60 by default; 0 skips it.", min=0.0)
     ] = None,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show what this machine can run and why not the rest, and check every op against its reference."""
+    """Show what this machine can run and why not the rest, and check every op against the reference."""
     if device is None:
         if out is not None or seconds is not None or force:
             raise typer.BadParameter("--out, --seconds and --force go with --device")
@@ -42,12 +42,12 @@ def doctor(
     else:
         if out is not None:
             options.require_free(out, force)
-        from klfast.diagnostics import device_report as of_device
+        from klfast.diagnostics import device_report
 
-        found = of_device.run(device, 60.0 if seconds is None else seconds, out, lambda line: say(line, as_json))
+        report = device_report.run(device, 60.0 if seconds is None else seconds, out, lambda line: say(line, as_json))
         if as_json:
-            emit(found.as_dict(), "", as_json)
-        failed = bool(found.failed)
+            emit(report.as_dict(), "", as_json)
+        failed = bool(report.failed)
     if failed:
-        print("klfast: a check failed; the report names it", file=sys.stderr)
+        print("klfast: a check failed; see the report", file=sys.stderr)
         raise typer.Exit(1)

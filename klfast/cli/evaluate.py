@@ -1,4 +1,4 @@
-"""klfast eval: what a model is worth."""
+"""klfast eval: the quality of a model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import typer
 
 from klfast.cli import options
 from klfast.cli.console import emit, table
+from klfast.core.loading_options import LoadingOptions
 
 
 @options.loads_models
 def evaluate(
     model: options.Model,
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare with this model, for instance the full-precision one.")
+        str | None, typer.Option(metavar="MODEL", help="Compare with this model, for example the full-precision one.")
     ] = None,
     text: Annotated[
         str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')
     ] = "evaluation",
-    windows: options.Windows = "all",
+    windows: options.AllWindows = None,
     length: options.Length = 512,
     batch_size: options.BatchSize = 4,
     dtype: options.Dtype = "float32",
@@ -28,9 +29,9 @@ def evaluate(
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,
-    loading: dict[str, bool],
+    loading: LoadingOptions,
 ) -> None:
-    """Measure perplexity on a text, and with --teacher how far the model has moved from another one."""
+    """Measure perplexity on a text and, with --teacher, the distance from another model."""
     from dataclasses import asdict
 
     import klfast
@@ -45,13 +46,11 @@ def evaluate(
     )
     found = klfast.evaluate(network, batches, other, progress=None)
     rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
-    if other is not None:
+    if found.kl is not None and found.kl_stderr is not None:
+        error = "" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}"
         rows += [
             ("the teacher's perplexity", f"{found.teacher_perplexity:.4f}"),
-            (
-                "KL(teacher || model), nats per token",
-                f"{found.kl:.6f}" + ("" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}"),
-            ),
+            ("KL(teacher || model), nats per token", f"{found.kl:.6f}{error}"),
             ("top-1 agreement", f"{found.top1_agreement:.2%}"),
         ]
     data = {key: value for key, value in asdict(found).items() if value is not None}

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how their texts are read."""
+"""Arguments and options shared by several commands, and their parsers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,17 +14,20 @@ from klfast.core.arguments import parse_bytes as _parse_bytes
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import require_writable
 
+if TYPE_CHECKING:
+    from klfast.quant.types import QuantSpec
+
 
 def parse_bytes(text: str) -> int:
-    """As ``klfast.core.arguments.parse_bytes``; a wrong one is wrong usage."""
+    """Parse a size as ``klfast.core.arguments.parse_bytes`` does; an invalid one is wrong usage."""
     try:
         return _parse_bytes(text)
     except InvalidInputError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def parse_spec(text: str):
-    """A QuantSpec; a wrong one is wrong usage."""
+def parse_spec(text: str) -> QuantSpec:
+    """Parse a quantization spec; an invalid one is wrong usage."""
     from klfast.quant.types import QuantSpec
 
     try:
@@ -33,11 +36,11 @@ def parse_spec(text: str):
         raise typer.BadParameter(str(error)) from None
 
 
-def parse_keep(texts: Iterable[str] | None) -> dict[str, object] | None:
-    """The argument ``keep`` of klfast.plan from texts PATTERN=SPEC or PATTERN=full; anything else is wrong usage."""
-    found: dict[str, object] = {}
+def parse_keep(texts: Iterable[str] | None) -> dict[str, QuantSpec | None] | None:
+    """Parse texts PATTERN=SPEC or PATTERN=full into klfast.plan's ``keep``; anything else is wrong usage."""
+    found: dict[str, QuantSpec | None] = {}
     for text in texts or ():
-        pattern, equals, spec = text.rpartition("=")  # the last one: a regular expression may hold others
+        pattern, equals, spec = text.rpartition("=")  # the last one, since a regular expression may hold others
         if not (pattern and equals):
             raise typer.BadParameter(
                 f"--keep takes PATTERN=SPEC (examples: lm_head=int8-g64-sym, in_proj=full), got {text!r}"
@@ -48,19 +51,19 @@ def parse_keep(texts: Iterable[str] | None) -> dict[str, object] | None:
     return found or None
 
 
-def one_of(*choices: str):
-    """The parser of an option that takes one of ``choices``; anything else is wrong usage."""
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return the parser of an option that takes one of ``choices``; anything else is wrong usage."""
 
     def parse(text: str) -> str:
         if text not in choices:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(choices)}")
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(choices)}")
         return text
 
     return parse
 
 
-def in_range(name: str, holds: Callable[[float], bool], wanted: str):
-    """The callback of a numeric option; a number for which ``holds`` is false is wrong usage."""
+def in_range(name: str, holds: Callable[[float], bool], wanted: str) -> Callable[[float | None], float | None]:
+    """Return the callback of a numeric option; a number for which ``holds`` is false is wrong usage."""
 
     def check(value: float | None) -> float | None:
         if value is not None and not holds(value):
@@ -70,16 +73,17 @@ def in_range(name: str, holds: Callable[[float], bool], wanted: str):
     return check
 
 
-def window_count(text: str) -> int | None:
-    """A number of windows; None for "all"."""
+def window_count(given: str | int) -> int | None:
+    """Parse a number of windows; None for "all"."""
+    text = str(given)  # typer parses defaults, too
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is neither a number from 1 on nor all")
+        raise typer.BadParameter(f"{text!r} is neither a positive integer nor all")
     return int(text)
 
 
-# The library's own names, which it would take a second to import for --help.
+# Repeated from the library, whose import would delay --help by a second.
 dtype_name = one_of("float32", "bfloat16", "float16", "auto")
 scale_name = one_of("absmax", "mse")
 device_name = one_of("cpu", "cuda", "xpu")
@@ -92,29 +96,25 @@ Model = Annotated[
         metavar="MODEL", help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.", show_default=False
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
-Windows = Annotated[
-    str, typer.Option(parser=window_count, metavar="N|all", help="Windows of the text, the first ones, or all.")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+_WINDOWS = "Windows of the text, from its start, or all."
+Windows = Annotated[int | None, typer.Option(parser=window_count, metavar="N|all", help=_WINDOWS)]
+AllWindows = Annotated[
+    int | None, typer.Option(parser=window_count, metavar="N|all", help=_WINDOWS, show_default="all")
 ]
 Length = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
-BatchSize = Annotated[int, typer.Option(help="Windows that are computed at once.", min=1)]
-Scale = Annotated[
-    str,
-    typer.Option(
-        parser=scale_name, metavar="NAME", help="absmax, or mse: clip each group as gives the least squared error."
-    ),
-]
+BatchSize = Annotated[int, typer.Option(help="Windows to compute at once.", min=1)]
+_SCALE = "absmax, or mse: clip each group for the least squared error."
+Scale = Annotated[str, typer.Option(parser=scale_name, metavar="NAME", help=_SCALE)]
 _PATTERN = 'a name, its last part ("in_proj"), wildcards ("layers.0.*") or "re:" and a regular expression; repeatable'
 Layers = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="PATTERN", help=f"Quantize only the layers that this selects: {_PATTERN}.", show_default=False
-    ),
+    typer.Option(metavar="PATTERN", help=f"Quantize only the selected layers: {_PATTERN}.", show_default=False),
 ]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="PATTERN", help="Leave the layers that this selects in full precision; repeatable.", show_default=False
+        metavar="PATTERN", help="Leave the selected layers in full precision; repeatable.", show_default=False
     ),
 ]
 Keep = Annotated[
@@ -122,7 +122,8 @@ Keep = Annotated[
     typer.Option(
         metavar="PATTERN=SPEC",
         show_default=False,
-        help="Give the layers that PATTERN selects this precision whatever the budget: lm_head=int8-g64-sym, or in_proj=full; repeatable.",
+        help="Give the selected layers this precision whatever the budget: lm_head=int8-g64-sym, or in_proj=full; "
+        "repeatable.",
     ),
 ]
 PlanScale = Annotated[
@@ -131,33 +132,31 @@ PlanScale = Annotated[
         parser=scale_name,
         metavar="NAME",
         show_default=False,
-        help="absmax, or mse: clip each group as gives the least squared error. By default what the plan was made with; absmax with --uniform.",
+        help=f"{_SCALE} By default the plan's; absmax with --uniform.",
     ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for what is stored."
+        parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for the stored dtype."
     ),
 ]
 Device = Annotated[
     str, typer.Option(parser=device_name, metavar="NAME", help="Compute on cpu, cuda (NVIDIA) or xpu (Intel).")
 ]
 LocalFilesOnly = Annotated[
-    bool, typer.Option("--local-files-only", help="Take a hub id from the local cache, without network.")
+    bool, typer.Option("--local-files-only", help="Look up a hub id in the local cache only, without network.")
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for sources you trust."),
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for trusted sources."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out.")]
 
 
 def loads_models(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of how models are loaded, before its last one; it gets them as ``loading``, keyword
-    arguments of klfast.checkpoint.by_name's functions.
-    """
+    """Add the options for loading models before a command's last one; it receives them as ``loading``."""
     own = inspect.signature(command, eval_str=True)
     parameters = [parameter for parameter in own.parameters.values() if parameter.name != "loading"]
     parameters[-1:-1] = [
@@ -169,16 +168,18 @@ def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     def run(*, local_files_only: bool, trust_remote_code: bool, **rest: object) -> None:
         command(**rest, loading={"local_files_only": local_files_only, "trust_remote_code": trust_remote_code})
 
-    run.__signature__ = own.replace(parameters=parameters)  # what typer makes the command line from
+    run.__dict__["__signature__"] = own.replace(parameters=parameters)  # which typer reads
     return run
 
 
 def require_free(out: Path, force: bool, *, folder: bool = False, option: str = "--out") -> None:
-    """Raise, before the work begins, if the file (or the folder) ``out`` exists and must not be replaced, or cannot be written."""
+    """Raise, before the work begins, if the file (or folder) ``out`` must not be replaced or cannot be written."""
     if out.exists() and not force:
         raise InvalidInputError(f"{out} exists; name another {option} or pass --force to replace it")
     if not out.absolute().parent.is_dir():
-        raise InvalidInputError(f"the folder {out.absolute().parent} does not exist; make it or name another {option}")
+        raise InvalidInputError(
+            f"the folder {out.absolute().parent} does not exist; create it or name another {option}"
+        )
     if folder and out.exists() and not out.is_dir():
         raise InvalidInputError(f"{out} is a file; name a folder with {option}")
     if not folder and out.is_dir():
@@ -189,7 +190,7 @@ def require_free(out: Path, force: bool, *, folder: bool = False, option: str = 
 
 
 def exactly_one(**options: object) -> None:
-    """Wrong usage unless one, and only one, of the options is given."""
+    """Raise BadParameter unless exactly one of the options is given."""
     if sum(value is not None for value in options.values()) != 1:
         names = [name if name.isupper() else f"--{name.replace('_', '-')}" for name in options]
         raise typer.BadParameter(f"give exactly one of {', '.join(names)}")

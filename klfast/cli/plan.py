@@ -16,15 +16,19 @@ def plan(
     sensitivities: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged."
+            metavar="FILE...", help="Files from sweep, or published kl-ssm-quant files; several are merged."
         ),
     ],
     max_bytes: Annotated[
         int | None,
-        typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Of the whole model: 3200000, 3.2MB, 1.5GiB."),
+        typer.Option(
+            parser=options.parse_bytes, metavar="SIZE", help="Limit for the whole model: 3200000, 3.2MB, 1.5GiB."
+        ),
     ] = None,
-    mean_bits: Annotated[float | None, typer.Option(help="Per weight of the linear layers, scales included.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Summed over the layers, nats per token.")] = None,
+    mean_bits: Annotated[
+        float | None, typer.Option(help="Limit per weight of the linear layers, including scales.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Limit on the sum over the layers, nats per token.")] = None,
     method: Annotated[
         str, typer.Option(parser=options.method_name, metavar="NAME", help="optimal, greedy or uniform.")
     ] = "optimal",
@@ -33,13 +37,13 @@ def plan(
         typer.Option(
             parser=options.metric_name,
             metavar="NAME",
-            help="What to keep small, such as kl_teacher_student or sqnr_db.",
+            help="The metric that costs are derived from, such as kl_teacher_student or sqnr_db.",
         ),
     ] = None,
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     keep: options.Keep = None,
-    out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:

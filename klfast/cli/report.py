@@ -15,16 +15,16 @@ def report(
     sensitivities: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="What sweep wrote, or published kl-ssm-quant files; several are merged."
+            metavar="FILE...", help="Files from sweep, or published kl-ssm-quant files; several are merged."
         ),
     ],
     plan: Annotated[
-        Path | None, typer.Option(help="Report this plan instead, which klfast plan wrote from these files.")
+        Path | None, typer.Option(help="Report this plan instead, made by klfast plan from these files.")
     ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            parser=options.metric_name, metavar="NAME", help="Rank layers by it, such as kl_teacher_student or sqnr_db."
+            parser=options.metric_name, metavar="NAME", help="Rank layers by kl_teacher_student, sqnr_db or another."
         ),
     ] = None,
     top: Annotated[int, typer.Option(help="Layers to list for each spec.", min=1)] = 10,
@@ -35,7 +35,7 @@ def report(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show what a sweep found (which layers, kinds and depths are sensitive), or what a plan does."""
+    """Show a sweep's findings (which layers, kinds and depths are sensitive), or a plan."""
     for path, option in ((out, "--out"), (plot, "--plot")):
         if path is not None:
             options.require_free(path, force, option=option)

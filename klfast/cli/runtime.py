@@ -1,21 +1,28 @@
-"""What every command that runs a model does first."""
+"""Setup shared by the commands that run a model."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from klfast.checkpoint import by_name
 from klfast.core import machine
+from klfast.models.vocabulary import vocabulary_size
 from klfast.text import token_batches
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from klfast.core.loading_options import LoadingOptions
 
 
 def prepare(threads: int | None = None, device: str = "cpu") -> None:
-    """Set the thread count, show warnings as one line each, and raise if there is no such device."""
+    """Set the thread count, show warnings as one line each, and raise if the device is unavailable."""
     machine.require(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -30,18 +37,20 @@ def open_batches(
     length: int,
     windows: int | None,
     batch_size: int = 4,
-    **options: bool,
+    **loading: Unpack[LoadingOptions],
 ) -> list[torch.Tensor]:
-    """Batches of a text or token file; the latter needs no tokenizer."""
-    tokenizer = (
-        None if os.path.splitext(source)[1] in (".npy", ".json") else by_name.load_tokenizer(model_name, **options)
-    )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    """Return batches of a text or token file; the latter needs no tokenizer."""
+    is_tokens = os.path.splitext(source)[1] in (".npy", ".json")
     return token_batches(
-        source, tokenizer, vocab_size=vocabulary, length=length, windows=windows, batch_size=batch_size
+        source,
+        None if is_tokens else by_name.load_tokenizer(model_name, **loading),
+        vocab_size=vocabulary_size(model),
+        length=length,
+        windows=windows,
+        batch_size=batch_size,
     )
 
 
 def count(batches: list[torch.Tensor]) -> int:
-    """Tokens in all batches."""
+    """Return the number of tokens in all batches."""
     return sum(batch.numel() for batch in batches)

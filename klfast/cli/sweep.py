@@ -10,43 +10,41 @@ import typer
 
 from klfast.cli import options
 from klfast.cli.console import command, emit, say
+from klfast.core.loading_options import LoadingOptions
+
+_SPECS = ["int4-g64-sym", "int8-g64-sym"]
 
 
 @options.loads_models
 def sweep(
     model: options.Model,
-    spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeat for several.")] = [
-        "int4-g64-sym",
-        "int8-g64-sym",
-    ],
+    spec: Annotated[list[str], typer.Option(help="A quantization to measure on each layer; repeatable.")] = _SPECS,
     calibration: Annotated[
         str, typer.Option(help='A text file, a token file (.npy, .json), or "calibration", the bundled text.')
     ] = "calibration",
-    windows: options.Windows = "32",
+    windows: options.Windows = 32,
     length: options.Length = 512,
     scale: options.Scale = "absmax",
     layers: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help='Measure only these linear layers: a name, its end ("in_proj"), a glob ("layers.0.*") or "re:..."; repeat for several.',
+            help='Measure only these linear layers: a name, its end ("in_proj"), a glob ("layers.0.*") or "re:..."; '
+            "repeatable.",
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave these layers out, chosen in the same way; repeat for several."),
+        typer.Option(metavar="PATTERN", help="Leave out these layers, chosen in the same way; repeatable."),
     ] = None,
     rows: Annotated[
-        bool,
-        typer.Option(
-            "--rows", help="Also measure each use that the rows of one layer are split between (Hymba's in_proj)."
-        ),
+        bool, typer.Option("--rows", help="Also measure each role of the rows of a fused layer (Hymba's in_proj).")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Where the sensitivities go.")] = Path("sensitivities.json"),
+    out: Annotated[Path, typer.Option(help="File for the sensitivities.")] = Path("sensitivities.json"),
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume/--no-resume", help="Go on from OUT.partial, which a stopped sweep leaves, or throw it away."
+            "--resume/--no-resume", help="Continue from OUT.partial, which a stopped sweep leaves, or discard it."
         ),
     ] = True,
     dtype: options.Dtype = "float32",
@@ -55,11 +53,11 @@ def sweep(
     force: options.Force = False,
     as_json: options.Json = False,
     *,
-    loading: dict[str, bool],
+    loading: LoadingOptions,
 ) -> None:
-    """Measure how much each linear layer suffers from each quantization.
+    """Measure how much each quantization of each linear layer harms the model.
 
-    A sweep that was stopped leaves what it has measured in OUT.partial, and the same command again goes on from there.
+    A stopped sweep leaves its measurements in OUT.partial; the same command continues from there.
     """
     specs = [options.parse_spec(text) for text in spec]
     options.require_free(out, force)
@@ -70,7 +68,7 @@ def sweep(
 
     prepare(threads, device)
     computed = as_dtype(dtype)
-    network = load_model(model, "auto", device=device, **loading)  # as it is stored: plans count its bytes
+    network = load_model(model, "auto", device=device, **loading)  # as stored, since plans count its bytes
     batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
     partial = out.with_name(out.name + ".partial")
     if not resume:
@@ -92,12 +90,8 @@ def sweep(
         found.to_json(out)
     except KeyboardInterrupt:
         again = "the same command" if resume else "the same command without --no-resume"
-        left = (
-            f"{partial} keeps what was measured, and {again} goes on from there"
-            if partial.exists()
-            else "nothing was measured yet"
-        )
-        print(f"klfast: stopped; {left}.", file=sys.stderr)
+        kept = f"{partial} keeps the measurements, and {again} continues from there"
+        print(f"klfast: stopped; {kept if partial.exists() else 'nothing was measured yet'}.", file=sys.stderr)
         raise typer.Exit(130) from None
     partial.unlink(missing_ok=True)
     ranking = rank(found, "kl_teacher_student", 5)
@@ -112,6 +106,6 @@ def sweep(
     }
     emit(data, ranking.rich(), as_json)
     if resumed:
-        say(f"The sweep went on from {partial}; --no-resume would have started anew.", as_json)
+        say(f"The sweep continued from {partial}; --no-resume would have started from scratch.", as_json)
     following = command("klfast", "plan", out, "--max-bytes", "SIZE")
     say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: {following}", as_json)

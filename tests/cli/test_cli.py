@@ -1,4 +1,4 @@
-"""The command line on files: the whole pipeline, its JSON, its exit codes, and what it says when something is wrong."""
+"""The command line on files: the whole pipeline, JSON, exit codes and error messages."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import tiny_folder
 import torch
 import typer
+from command_line import FEW, TEXT, fails, klf
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -24,30 +25,10 @@ from klfast.core.progress import reporter
 from klfast.sensitivity import sweeping
 from klfast.sensitivity.results import METRICS
 
-TEXT = "A small text, said over and over, is enough to see how the commands hang together. " * 12
-FEW = ["--windows", "4", "--length", "64"]
-
-
-def klf(*arguments, code=0):
-    """Run a command in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
-
-
-def fails(*arguments, code=1):
-    """The one line on standard error of a command that fails."""
-    result = klf(*arguments, code=code)
-    lines = result.stderr.strip().splitlines()
-    if code == 1:
-        assert len(lines) == 1 and lines[0].startswith("klfast: "), result.stderr
-        assert result.stdout == ""
-    return " ".join(line.strip(" │╭╰─╮╯") for line in lines)
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model, another one, a text, sensitivities, a plan and the model quantized by it."""
+    """Create a folder with two models, a text, sensitivities, a plan and the first model quantized by it."""
     folder = tmp_path_factory.mktemp("work")
     tiny_folder.save_model(folder / "model")
     tiny_folder.save_model(folder / "other", layers=3)
@@ -58,7 +39,7 @@ def work(tmp_path_factory):
     return folder
 
 
-def test_the_pipeline_leaves_only_finished_files(work):
+def test_pipeline_leaves_only_finished_files(work):
     assert sorted(p.name for p in work.iterdir()) == ["model", "other", "plan.json", "sens.json", "small", "text.txt"]
     found = klfast.Sensitivities.from_json(work / "sens.json")
     assert found.provenance["model"] == str(work / "model")
@@ -66,11 +47,7 @@ def test_the_pipeline_leaves_only_finished_files(work):
 
 
 def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
-    import torch
-
-    from klfast.checkpoint.by_name import load_model
-
-    load_model(work / "model").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    by_name.load_model(work / "model").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tiny_folder.save_tokenizer(tmp_path / "half")
     klf("sweep", tmp_path / "half", "--calibration", work / "text.txt", *FEW, "--out", tmp_path / "sens.json")
     full, half = (klfast.Sensitivities.from_json(folder / "sens.json") for folder in (work, tmp_path))
@@ -87,28 +64,15 @@ def test_sizes_are_those_of_the_stored_precision(tmp_path, work):
 
 
 def test_eval_and_teacher(work):
-    data = json.loads(
-        klf("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout
-    )
-    assert (
-        data["tokens"] == 4 * 63 and 0 < data["kl"] < 1 and data["perplexity"] > 1 and 0 < data["top1_agreement"] <= 1
-    )
+    compare = ("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt")
+    data = json.loads(klf(*compare, *FEW, "--json").stdout)
+    assert data["tokens"] == 4 * 63 and data["perplexity"] > 1
+    assert 0 < data["kl"] < 1 and 0 < data["top1_agreement"] <= 1
     alone = json.loads(klf("eval", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout)
     assert "kl" not in alone
     assert "perplexity" in klf("eval", work / "model", "--text", work / "text.txt", *FEW).stdout
-    compare = (
-        "eval",
-        work / "small",
-        "--teacher",
-        work / "model",
-        "--text",
-        work / "text.txt",
-        "--length",
-        64,
-        "--windows",
-    )
-    assert "+-" in klf(*compare, 2).stdout
-    one = klf(*compare, 1).stdout  # which has no standard error
+    assert "+-" in klf(*compare, "--length", 64, "--windows", 2).stdout
+    one = klf(*compare, "--length", 64, "--windows", 1).stdout  # which has no standard error
     assert "nats per token" in one and "nan" not in one
 
 
@@ -121,33 +85,27 @@ def test_generate_is_repeatable_and_its_text_follows_the_prompt(work):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_json_is_all_that_is_on_standard_output(work, tmp_path):
-    for arguments in (
-        (
-            "sweep",
-            work / "model",
-            "--calibration",
-            work / "text.txt",
-            *FEW,
-            "--spec",
-            "int4-g32-sym",
-            "--out",
-            tmp_path / "s.json",
-        ),
-        ("plan", work / "sens.json", "--max-bytes", "1MB", "--out", tmp_path / "p.json"),
-        ("quantize", work / "model", "--uniform", "int8-g64-sym", "--out", tmp_path / "q"),
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sweep", "{work}/model", "--calibration", "{work}/text.txt", *FEW, "--spec", "int4", "--out", "{tmp}/s.json"),
+        ("plan", "{work}/sens.json", "--max-bytes", "1MB", "--out", "{tmp}/p.json"),
+        ("quantize", "{work}/model", "--uniform", "int8-g64-sym", "--out", "{tmp}/q"),
         ("doctor",),
-    ):
-        assert isinstance(json.loads(klf(*arguments, "--json").stdout), dict)
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_json_is_alone_on_standard_output(work, tmp_path, arguments):
+    arguments = [argument.format(work=work, tmp=tmp_path) for argument in arguments]
+    assert isinstance(json.loads(klf(*arguments, "--json").stdout), dict)
 
 
 def test_report_of_a_sweep_and_of_a_plan(work, tmp_path):
     tables = json.loads(klf("report", work / "sens.json", "--top", 3, "--json").stdout)["tables"]
     assert tables[0]["title"] == "Most sensitive layers" and len(tables[0]["rows"]) == 6
     assert "in_proj" in klf("report", work / "sens.json", "--plan", work / "plan.json").stdout
-    assert (
-        klf("report", work / "sens.json", "--out", tmp_path / "report.md", "--plot", tmp_path / "plot.svg").stdout == ""
-    )
+    files = ("--out", tmp_path / "report.md", "--plot", tmp_path / "plot.svg")
+    assert klf("report", work / "sens.json", *files).stdout == ""
     assert "| lm_head |" in (tmp_path / "report.md").read_text() and (tmp_path / "plot.svg").stat().st_size > 1000
 
 
@@ -177,7 +135,7 @@ def test_uniform_quantizes_every_linear_layer(work, tmp_path):
     assert data["quantized_layers"] == data["layers"]
 
 
-def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypatch):
+def test_same_command_continues_from_the_partial_file(work, tmp_path, monkeypatch):
     out = tmp_path / "sens.json"
     arguments = ("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--out", out)
     whole = klfast.Sensitivities.from_json(work / "sens.json")
@@ -186,7 +144,7 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
     def interrupted(self, path=None, **rest):
         text = to_json(self, path, **rest)
         seen.append(len(self.measurements))
-        if len(seen) == 2:  # the first is saved before anything is measured
+        if len(seen) == 2:  # the first call precedes all measurements
             raise KeyboardInterrupt
         return text
 
@@ -197,11 +155,11 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
     before = partial.read_text()
     assert json.loads(before)["sweep"]["next"] != [0, 0]
     assert re.search("with other specs; .*--no-resume", fails(*arguments, "--spec", "int4"))
-    assert partial.read_text() == before  # hours of work, perhaps
+    assert partial.read_text() == before  # it may hold hours of work
     monkeypatch.setattr(klfast.Sensitivities, "to_json", to_json)
 
     def finish(*more):
-        """What the sweep measures and how many steps it had done before."""
+        """Run the sweep to its end and return how many steps had been done before."""
         starts = []
         monkeypatch.setattr(
             sweeping,
@@ -218,7 +176,7 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
 
     assert finish() > 0 and finish("--no-resume") == 0
     partial.write_text(before[:-40])
-    assert re.search("sens.json.partial is truncated or not valid JSON.*--no-resume", fails(*arguments))
+    assert re.search(r"sens\.json\.partial is truncated or not valid JSON.*--no-resume", fails(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +202,7 @@ def test_the_same_command_goes_on_from_the_partial_file(work, tmp_path, monkeypa
         (("generate", "{tmp}/nan", "Hello"), "NaN"),
     ],
 )
-def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, arguments, message):
+def test_failures_print_one_line_and_leave_no_file(work, tmp_path, monkeypatch, arguments, message):
     import shutil
 
     (tmp_path / "empty.txt").write_text("\n")
@@ -261,7 +219,7 @@ def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, ar
     tensors = load_file(tmp_path / "nan" / "model.safetensors")
     tensors["backbone.norm_f.weight"].fill_(float("nan"))
     save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
-    monkeypatch.chdir(tmp_path)  # where default outputs would go
+    monkeypatch.chdir(tmp_path)  # the folder of default outputs
     before = {p: p.stat().st_mtime_ns for folder in (work, tmp_path) for p in folder.rglob("*")}
     line = fails(*(a.format(work=work, tmp=tmp_path) for a in arguments))
     assert re.search(message, line), line
@@ -284,13 +242,13 @@ def test_failures_say_one_line_and_leave_no_file(work, tmp_path, monkeypatch, ar
         (("quantize", "mamba2", "plan.json", "--uniform", "int4", "--out", "x"), "exactly one of"),
         (("quantize", "mamba2", "plan.json"), "Missing option"),
         (("demo", "--no-such-option"), "No such option"),
-        (("plan", "s.json", "--mean-bits", "5", "--metric", "beauty"), "'beauty' is none of"),
-        (("plan", "s.json", "--mean-bits", "5", "--method", "best"), "'best' is none of"),
-        (("report", "s.json", "--metric", "beauty"), "'beauty' is none of"),
-        (("sweep", "mamba2", "--scale", "max"), "'max' is none of"),
-        (("sweep", "mamba2", "--dtype", "int8"), "'int8' is none of"),
-        (("eval", "mamba2", "--dtype", "int8"), "'int8' is none of"),
-        (("quantize", "mamba2", "--uniform", "int4", "--out", "x", "--dtype", "int8"), "'int8' is none of"),
+        (("plan", "s.json", "--mean-bits", "5", "--metric", "beauty"), "'beauty' is not one of"),
+        (("plan", "s.json", "--mean-bits", "5", "--method", "best"), "'best' is not one of"),
+        (("report", "s.json", "--metric", "beauty"), "'beauty' is not one of"),
+        (("sweep", "mamba2", "--scale", "max"), "'max' is not one of"),
+        (("sweep", "mamba2", "--dtype", "int8"), "'int8' is not one of"),
+        (("eval", "mamba2", "--dtype", "int8"), "'int8' is not one of"),
+        (("quantize", "mamba2", "--uniform", "int4", "--out", "x", "--dtype", "int8"), "'int8' is not one of"),
         (("generate", "mamba2", "Once", "--top-p", "0"), "top-p must be above 0"),
         (("generate", "mamba2", "Once", "--top-p", "nan"), "top-p must be above 0"),
         (("generate", "mamba2", "Once", "--top-p", "1.1"), "top-p must be above 0"),
@@ -304,17 +262,18 @@ def test_wrong_usage_is_exit_code_2(arguments, message):
     assert message in fails(*arguments, code=2)
 
 
-def test_names_of_options_are_the_library_s():
-    for parse, names in (
-        (options.dtype_name, by_name.DTYPES),
-        (options.method_name, planning.METHODS),
-        (options.metric_name, METRICS),
-    ):
-        assert [parse(name) for name in names] == list(names)
-        with pytest.raises(typer.BadParameter, match=f"none of {', '.join(names)}$"):
-            parse("beauty")
+@pytest.mark.parametrize(
+    ("parse", "names"),
+    [(options.dtype_name, by_name.DTYPES), (options.method_name, planning.METHODS), (options.metric_name, METRICS)],
+    ids=["dtype", "method", "metric"],
+)
+def test_choices_match_the_library(parse, names):
+    assert [parse(name) for name in names] == list(names)
+    with pytest.raises(typer.BadParameter, match=f"not one of {', '.join(names)}$"):
+        parse("beauty")
 
 
+@pytest.mark.parametrize(("offline", "remote"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -324,8 +283,9 @@ def test_names_of_options_are_the_library_s():
         ("eval", "m"),
         ("generate", "m", "Once"),
     ],
+    ids=lambda arguments: arguments[0],
 )
-def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monkeypatch):
+def test_every_command_passes_on_loading_options(arguments, offline, remote, tmp_path, monkeypatch):
     def refuse(name, *rest, device=None, **given):
         raise klfast.core.errors.InvalidInputError(f"asked for {given}")
 
@@ -333,17 +293,15 @@ def test_every_command_hands_on_how_models_are_loaded(arguments, tmp_path, monke
     monkeypatch.setattr(by_name, "load_tokenizer", refuse)
     monkeypatch.setattr(by_name, "find_tokenizer", refuse)
     monkeypatch.chdir(tmp_path)
-    for offline, remote in ((False, False), (True, False), (False, True)):
-        flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote
-        assert f"asked for {{'local_files_only': {offline}, 'trust_remote_code': {remote}}}" in fails(
-            *arguments, *flags
-        )
+    flags = ["--local-files-only"] * offline + ["--trust-remote-code"] * remote
+    asked = f"asked for {{'local_files_only': {offline}, 'trust_remote_code': {remote}}}"
+    assert asked in fails(*arguments, *flags)
 
 
 @pytest.mark.parametrize(
     "arguments", [("sweep", "{}"), ("eval", "{}"), ("eval", "{}", "--teacher", "{}"), ("generate", "{}", "Once")]
 )
-def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
+def test_models_are_loaded_on_the_device(arguments, work, tmp_path, monkeypatch):
     def load(name, dtype, device, **_):
         devices.append(device)
         if devices == devices_wanted:
@@ -360,11 +318,11 @@ def test_models_go_to_the_device(arguments, work, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [("sweep", "m"), ("eval", "m"), ("generate", "m", "Once")])
-def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(arguments, tmp_path, monkeypatch):
+def test_missing_devices_are_refused_before_anything_is_loaded(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert "xpu device" in fails(*arguments, "--device", "xpu")
-    assert "'tpu' is none of cpu, cuda, xpu" in fails(*arguments, "--device", "tpu", code=2)
+    assert "'tpu' is not one of cpu, cuda, xpu" in fails(*arguments, "--device", "tpu", code=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -388,20 +346,33 @@ COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "generate", "report", "
 
 
 def run(*arguments, **environment):
-    """Run the command line in a process of its own."""
+    """Run the command line in another process."""
     command = [sys.executable, "-m", "klfast", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
 
 
-def test_help_of_every_command_without_torch():
-    for command in COMMANDS:
-        assert "--help" in klf(command, "--help").stdout
-        assert f" {command} " in klf("--help").stdout
-    code = "import sys, runpy; sys.argv = ['klfast', '--help']\ntry: runpy.run_module('klfast', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command):
+    assert "--help" in klf(command, "--help").stdout
+    assert f" {command} " in klf("--help").stdout
 
 
-def test_as_a_process(work, tmp_path):
+HELP = """
+import runpy, sys
+sys.argv = ["klfast", "--help"]
+try:
+    runpy.run_module("klfast", run_name="__main__")
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+
+
+def test_help_does_not_import_torch():
+    assert subprocess.run([sys.executable, "-c", HELP], capture_output=True).returncode == 0
+
+
+def test_command_in_another_process(work, tmp_path):
     assert run("--version").stdout == f"klfast {klfast.__version__}\n"
     done = run("eval", work / "small", "--text", work / "text.txt", *FEW, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 4 * 63, done.stderr
@@ -411,9 +382,7 @@ def test_as_a_process(work, tmp_path):
     assert run("eval").returncode == 2
 
 
-def test_doctor_fails_where_a_check_fails(monkeypatch):
-    import torch
-
+def test_doctor_fails_if_a_check_fails(monkeypatch):
     from klfast.benchkit import op_cases
     from klfast.dispatch import pins
 
@@ -425,6 +394,6 @@ def test_doctor_fails_where_a_check_fails(monkeypatch):
     assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout
 
 
-def test_the_installed_script_and_the_packages():
+def test_script_and_package_are_declared():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'klfast = "klfast.cli:main"' in project and '"klfast.cli",' in project

@@ -1,4 +1,4 @@
-"""klfast generate, and what all commands share: printed commands, output that cannot be written, errors, completion."""
+"""klfast generate, and features of all commands: printed commands, unwritable output, errors, completion."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_folder
 import torch
-from test_cli import fails, klf
+from command_line import fails, klf
 from tokenizer_kinds import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from writing_model import writing_model
@@ -23,14 +23,15 @@ from klfast.checkpoint import by_name
 from klfast.cli.console import command
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' and m.content == 'bad' %}{{ raise_exception('no such system') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' and m.content == 'bad' %}{{ raise_exception('no such system') }}{% endif %}"
     "<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders with a model that writes letters: "plain", and "chat" with a template."""
+    """Create folders with a model that writes letters: "plain", and "chat" with a template."""
     folder, words = tmp_path_factory.mktemp("models"), tokenizer("byte-level BPE")
     model = writing_model(words)
     for name, template in (("plain", None), ("chat", TEMPLATE)):
@@ -48,7 +49,7 @@ def loaded(folder):
 
 
 def expected(folder, text, new=12, special=True, **options):
-    """Token ids that transformers' generate adds."""
+    """Return the token ids that transformers' generate adds."""
     model, words = loaded(folder)
     ids = words(text, return_tensors="pt", add_special_tokens=special)["input_ids"]
     options = {"tokenizer": words, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **options}
@@ -59,7 +60,7 @@ def said(*arguments):
     return json.loads(klf("generate", *arguments, "--json").stdout)
 
 
-def test_shown_text_is_that_of_the_whole(folders):
+def test_shown_text_is_the_decoded_whole(folders):
     found = said(folders / "plain", "The sea 🦜", "--max-new-tokens", 40)
     words = loaded(folders / "plain")[1]
     assert found["token_ids"] == expected(folders / "plain", "The sea 🦜", 40)
@@ -68,15 +69,15 @@ def test_shown_text_is_that_of_the_whole(folders):
     assert klf("generate", folders / "plain", "The sea 🦜", "--max-new-tokens", 40).stdout == whole + "\n"
 
 
-def test_chat_is_the_model_s_template(folders):
+def test_chat_uses_the_template_of_the_model(folders):
     prompt = "<s>system: Be brief.\n<s>user: Hello\nassistant:"
     found = said(folders / "chat", "Hello", "--chat", "--system", "Be brief.", "--max-new-tokens", 12)
     assert found["token_ids"] == expected(folders / "chat", prompt, special=False) and found["prompt"] == "Hello"
     shown = klf("generate", folders / "chat", "Hello", "--chat", "--system", "Be brief.", "--max-new-tokens", 12)
-    assert shown.stdout == found["text"] + "\n" and shown.stderr == ""  # the answer alone
+    assert shown.stdout == found["text"] + "\n" and shown.stderr == ""  # only the answer
 
 
-def test_chat_that_cannot_be(folders):
+def test_impossible_chats(folders):
     assert "plain has no chat template; leave --chat out" in fails("generate", folders / "plain", "Hello", "--chat")
     assert re.search(
         "chat template of .* refuses these messages: .*no such system",
@@ -111,33 +112,32 @@ def test_end_tokens_of_generation_config_and_tokenizer_count(folders, tmp_path):
     assert said(tmp_path, "The sea")["token_ids"] == free[: first + 1]
     GenerationConfig(max_new_tokens=25).save_pretrained(tmp_path)
     assert len(said(tmp_path, "The sea")["token_ids"]) == 25
-    assert len(said(folders / "plain", "The sea")["token_ids"]) == 100  # where nothing is said
+    assert len(said(folders / "plain", "The sea")["token_ids"]) == 100  # without a generation_config
 
 
-def test_prompts_of_a_file(folders, tmp_path):
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_prompts_of_a_file(folders, tmp_path, batch):
     prompts = ["The sea was calm", "Ü", "He's seen 12 birds and three boats", "A"]
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeff" + "\r\n".join([*prompts[:2], "", *prompts[2:], ""]), encoding="utf-8")
-    for batch in (1, 3, 8):
-        results = said(folders / "plain", "--prompts", file, "--batch-size", batch, "--max-new-tokens", 8)["results"]
-        assert [one["prompt"] for one in results] == prompts
-        assert [one["token_ids"] for one in results] == [expected(folders / "plain", prompt, 8) for prompt in prompts]
-        assert [one["text"] for one in results] == [
-            said(folders / "plain", prompt, "--max-new-tokens", 8)["text"] for prompt in prompts
-        ]
-    shown = klf("generate", folders / "plain", "--prompts", file, "--max-new-tokens", 8).stdout
+    command = (folders / "plain", "--prompts", file, "--batch-size", batch, "--max-new-tokens", 8)
+    results = said(*command)["results"]
+    assert [one["prompt"] for one in results] == prompts
+    assert [one["token_ids"] for one in results] == [expected(folders / "plain", prompt, 8) for prompt in prompts]
+    alone = [said(folders / "plain", prompt, "--max-new-tokens", 8)["text"] for prompt in prompts]
+    assert [one["text"] for one in results] == alone
+    shown = klf("generate", *command).stdout
     assert shown == "".join(f"--- {i}\n{one['prompt']}{one['text']}\n" for i, one in enumerate(results, 1))
 
 
-def test_rows_of_a_batch_end_on_their_own(folders, tmp_path):
+def test_rows_of_a_batch_end_independently(folders, tmp_path):
     prompts = ["The sea was calm", "Birds", "He's seen 12 birds and three boats"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     words = loaded(folders / "plain")[1]
     free = expected(folders / "plain", prompts[0], 12)
     stop = words.decode(free[5:7])
-    found = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--stop", stop)[
-        "results"
-    ]
+    command = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--stop", stop)
+    found = said(folders / "plain", *command)["results"]
     assert [one["token_ids"] for one in found] == [
         expected(folders / "plain", prompt, 12, stop_strings=[stop]) for prompt in prompts
     ]
@@ -145,33 +145,16 @@ def test_rows_of_a_batch_end_on_their_own(folders, tmp_path):
 
 
 def test_several_texts_of_a_prompt(folders):
-    options = (
-        "--num-return-sequences",
-        3,
-        "--temperature",
-        1.5,
-        "--top-k",
-        50,
-        "--top-p",
-        0.95,
-        "--min-p",
-        0.01,
-        "--max-new-tokens",
-        6,
-    )
-    found = said(folders / "plain", "The sea", *options)["results"]
-    assert (
-        len(found) == 3 and len({one["text"] for one in found}) > 1 and {one["prompt"] for one in found} == {"The sea"}
-    )
-    assert (
-        found
-        == said(folders / "plain", "The sea", *options)["results"]
-        != said(folders / "plain", "The sea", *options, "--seed", 2)["results"]
-    )
+    limits = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--max-new-tokens", 6)
+    command = (folders / "plain", "The sea", "--num-return-sequences", 3, *limits)
+    found = said(*command)["results"]
+    assert len(found) == 3 and len({one["text"] for one in found}) > 1
+    assert {one["prompt"] for one in found} == {"The sea"}
+    assert found == said(*command)["results"] != said(*command, "--seed", 2)["results"]
     assert "needs draws" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
 
 
-def test_models_that_read_padding_as_text_get_none(folders, tmp_path, monkeypatch):
+def test_models_that_read_padding_as_text_get_no_padding(folders, tmp_path, monkeypatch):
     model = by_name.load_model(folders / "plain")
     widths = []
     forward = model.forward
@@ -192,7 +175,7 @@ def test_models_that_read_padding_as_text_get_none(folders, tmp_path, monkeypatc
     assert {rows for rows, _ in widths} == {1}
 
 
-def test_prompts_that_cannot_be(folders, tmp_path):
+def test_impossible_prompts(folders, tmp_path):
     plain = folders / "plain"
     (tmp_path / "latin").write_bytes("Ü".encode("latin-1"))
     (tmp_path / "empty").write_text("\n \n")
@@ -224,11 +207,8 @@ def test_wrong_numbers_are_wrong_usage(option, value, message):
 
 def test_extreme_numbers(folders):
     likeliest = said(folders / "plain", "The sea", "--max-new-tokens", 8)["token_ids"]
-    assert said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", "1e-40")["token_ids"] == likeliest
-    assert (
-        said(folders / "plain", "The sea", "--max-new-tokens", 8, "--temperature", 1, "--top-p", "1e-300")["token_ids"]
-        == likeliest
-    )
+    for options in (("--temperature", "1e-40"), ("--temperature", 1, "--top-p", "1e-300")):
+        assert said(folders / "plain", "The sea", "--max-new-tokens", 8, *options)["token_ids"] == likeliest
     assert "64 bits" in fails("generate", folders / "plain", "The sea", "--max-new-tokens", 10**30)
 
 
@@ -255,7 +235,7 @@ def test_output_that_cannot_be_written(folders, arguments):
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("generate", "{}", "Once", "--max-new-tokens", "40")])
-def test_a_reader_that_leaves(folders, arguments):
+def test_reader_that_closes_the_pipe(folders, arguments):
     arguments = [a.format(folders / "plain") for a in arguments]
     reading, writing = os.pipe()
     os.close(reading)
@@ -264,53 +244,35 @@ def test_a_reader_that_leaves(folders, arguments):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_closed_streams(folders):
-    for closed, arguments in (
-        (">&-", "--help"),
-        ("2>&-", "--help"),
-        (">&-", f"generate {folders / 'plain'} Once --max-new-tokens 2"),
-        (">&- 2>&-", "plan x"),
-    ):
-        done = subprocess.run(
-            ["sh", "-c", f"{sys.executable} -m klfast {arguments} {closed}"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert (
-            done.returncode == (2 if arguments == "plan x" else 0)
-            and done.stderr == ""
-            and bool(done.stdout) == (closed == "2>&-")
-        )
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code"),
+    [
+        (">&-", "--help", 0),
+        ("2>&-", "--help", 0),
+        (">&-", "generate {plain} Once --max-new-tokens 2", 0),
+        (">&- 2>&-", "plan x", 2),
+    ],
+)
+def test_closed_streams(folders, closed, arguments, code):
+    command = f"{sys.executable} -m klfast {arguments.format(plain=folders / 'plain')} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert bool(done.stdout) == (closed == "2>&-")
 
 
-def test_letters_that_the_encoding_lacks(folders):
-    done = process(
-        "generate",
-        folders / "plain",
-        "Ü 🦜",
-        "--max-new-tokens",
-        "2",
-        capture_output=True,
-        env=environment(PYTHONIOENCODING="ascii"),
-    )
+def test_characters_that_the_encoding_lacks(folders):
+    ascii_only = environment(PYTHONIOENCODING="ascii")
+    command = ("generate", folders / "plain", "Ü 🦜", "--max-new-tokens", "2")
+    done = process(*command, capture_output=True, env=ascii_only)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(rb"\xdc \U0001f99c")
-    assert process("--help", capture_output=True, env=environment(PYTHONIOENCODING="ascii")).returncode == 0
+    assert process("--help", capture_output=True, env=ascii_only).returncode == 0
     lost = process("eval", folders / "plain", "--text", b"no\xff".decode(errors="surrogateescape"), capture_output=True)
     assert lost.returncode == 1 and lost.stderr.count(b"\n") == 1
 
 
-def test_what_was_made_stays_after_an_interrupt(folders, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "klfast",
-        "generate",
-        str(folders / "plain"),
-        "The sea",
-        "--max-new-tokens",
-        "1000000",
-    ]
+def test_interrupt_keeps_the_generated_text(folders, tmp_path):
+    prompt = [str(folders / "plain"), "The sea", "--max-new-tokens", "1000000"]
+    command = [sys.executable, "-m", "klfast", "generate", *prompt]
     shown = tmp_path / "shown"
     with shown.open("wb") as file:
         running = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE)
@@ -338,59 +300,75 @@ def test_interrupt_in_this_process(folders, monkeypatch):
 
     model = by_name.load_model(folders / "plain")
     plain, model.forward = model.forward, forward
-    forward.__wrapped__ = plain  # whose arguments inspect shows
+    forward.__wrapped__ = plain  # inspect then sees its arguments
     monkeypatch.setattr(by_name, "load_model", lambda *_, **__: model)
     result = klf("generate", folders / "plain", "The sea", "--max-new-tokens", 12, "--json", code=130)
     assert json.loads(result.stdout)["token_ids"] == expected(folders / "plain", "The sea", 5)
 
 
-def test_running_out_of_memory_is_one_line(folders, monkeypatch):
-    def exhausted(*_, **__):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory; use a smaller model"),
+        (MemoryError("1 TB"), "out of memory; use a smaller model"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; use a smaller"),
+        (torch.OutOfMemoryError("GPU"), "out of memory; use a smaller model"),
+        (OSError("a disk\nfailed"), "klfast: a disk failed"),
+    ],
+    ids=["bare", "MemoryError", "torch", "GPU", "OSError"],
+)
+def test_system_errors_are_one_line(folders, monkeypatch, error, message):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(by_name, "load_model", exhausted)
-    for error in (
-        MemoryError(),
-        MemoryError("1 TB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        torch.OutOfMemoryError("GPU"),
-    ):
-        assert "out of memory; use a smaller model" in fails("generate", folders / "plain", "Once")
-    error = OSError("a disk\nfailed")
-    assert fails("generate", folders / "plain", "Once") == "klfast: a disk failed"
+    monkeypatch.setattr(by_name, "load_model", fail)
+    assert message in fails("generate", folders / "plain", "Once")
 
 
-def test_an_unknown_error_asks_for_a_report(folders):
-    code = (
-        "import sys; from klfast import cli; from klfast.checkpoint import by_name\ndef broken(*_, **__): raise ZeroDivisionError('of all things')\n"
-        f"by_name.load_model = broken; sys.argv = ['klfast', 'generate', {str(folders / 'plain')!r}, 'Once']; cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+UNEXPECTED = """
+import sys
+from klfast import cli
+from klfast.checkpoint import by_name
+def broken(*_, **__):
+    raise ZeroDivisionError("of all things")
+by_name.load_model = broken
+sys.argv = ["klfast", "generate", sys.argv[1], "Once"]
+cli.main()
+"""
+
+
+def test_unexpected_errors_ask_for_a_report(folders):
+    command = [sys.executable, "-c", UNEXPECTED, str(folders / "plain")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and lines[0].startswith("Traceback") and lines[-2].endswith("of all things")
     assert lines[-1].startswith("klfast: ") and "report" in lines[-1] and "klfast doctor" in lines[-1]
 
 
-def test_help_shows_flags_without_a_value():
-    for one in (
-        (),
-        *((name,) for name in ("demo", "sweep", "plan", "quantize", "eval", "generate", "bench", "report", "doctor")),
-    ):
-        shown = klf(*one, "--help").stdout
-        assert "<bool>" not in shown and "BOOL" not in shown.upper().replace("BOOLEAN VALUE", ""), shown
-        assert "--help" in shown
+@pytest.mark.parametrize(
+    "name", ["", "demo", "sweep", "plan", "quantize", "eval", "generate", "bench", "report", "doctor"]
+)
+def test_help_shows_flags_without_a_value(name):
+    shown = klf(*([name] if name else []), "--help").stdout
+    assert "<bool>" not in shown and "BOOL" not in shown.upper().replace("BOOLEAN VALUE", ""), shown
+    assert "--help" in shown
 
 
-def test_shells_complete(monkeypatch):
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_shells(monkeypatch, shell):
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    for shell in ("bash", "zsh", "fish"):
-        assert "_KLFAST_COMPLETE" in process("--show-completion", shell, capture_output=True, text=True).stdout
-    for words, found in (("klfast ge", "generate"), ("klfast generate --num", "--num-return-sequences")):
-        asked = environment(_KLFAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
-        done = subprocess.run(
-            [sys.executable, "-c", "from klfast.cli import main; main()"], capture_output=True, text=True, env=asked
-        )
-        assert done.stdout.split() == [found]
+    assert "_KLFAST_COMPLETE" in process("--show-completion", shell, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("klfast ge", "generate"), ("klfast generate --num", "--num-return-sequences")]
+)
+def test_completion_of_words(words, found):
+    asked = environment(_KLFAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+    done = subprocess.run(
+        [sys.executable, "-c", "from klfast.cli import main; main()"], capture_output=True, text=True, env=asked
+    )
+    assert done.stdout.split() == [found]
 
 
 OPTIONS = """
@@ -401,7 +379,19 @@ def pytest_addoption(parser):
 """
 
 
-def test_bench_takes_no_module_of_the_current_folder(tmp_path):
+BENCH = """
+import sys
+sys.path[:] = [p for p in sys.path if p]
+sys.path.append(sys.argv.pop(1))
+from pathlib import Path
+from klfast.cli import bench, main
+suite = Path(sys.argv.pop(1))
+bench.folder = lambda: suite
+main()
+"""
+
+
+def test_bench_ignores_modules_of_the_current_folder(tmp_path):
     suite, here = tmp_path / "suite", tmp_path / "here"
     suite.mkdir()
     here.mkdir()
@@ -409,22 +399,18 @@ def test_bench_takes_no_module_of_the_current_folder(tmp_path):
         (here / f"{name}.py").write_text("print('from the current folder'); raise SystemExit(0)")
     (suite / "conftest.py").write_text(OPTIONS)
     (suite / "test_scan.py").write_text("import klfast\n\ndef test_it():\n    print(klfast.__version__)\n")
-    code = (
-        "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv.pop(1))\n"
-        "from pathlib import Path; from klfast.cli import bench, main\nsuite = Path(sys.argv.pop(1)); bench.folder = lambda: suite\nmain()"
-    )
+    own = str(Path(klfast.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(klfast.__file__).parents[1]), str(suite), "bench", "scan", "--quick"],
+        [sys.executable, "-c", BENCH, own, str(suite), "bench", "scan", "--quick"],
         cwd=here,
         capture_output=True,
         text=True,
         timeout=120,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
-    said = done.stdout + done.stderr
-    assert (
-        done.returncode == 0 and "from the current folder" not in said and "1 passed" in said and "Warning" not in said
-    ), said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "1 passed" in output, output
+    assert "from the current folder" not in output and "Warning" not in output, output
 
 
 def test_printed_commands_are_quoted():
@@ -433,7 +419,7 @@ def test_printed_commands_are_quoted():
     assert command("klfast", "plan", "s.json", "--max-bytes", "SIZE") == "klfast plan s.json --max-bytes SIZE"
 
 
-def test_a_model_without_generation_config_generates(tmp_path):
+def test_generation_without_generation_config(tmp_path):
     folder = tiny_folder.save_model(tmp_path / "m")
     (folder / "generation_config.json").unlink()
     assert len(said(folder, "Once", "--max-new-tokens", 3)["token_ids"]) <= 3

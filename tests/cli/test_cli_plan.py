@@ -1,4 +1,4 @@
-"""klfast plan, quantize and report: patterns, scales, unfinished sweeps, and --out that cannot be written."""
+"""klfast plan, quantize and report: patterns, scales, unfinished sweeps, and unwritable --out."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import tiny_folder
-from test_cli import FEW, TEXT, fails, klf
+from command_line import FEW, TEXT, fails, klf
 from typer.testing import CliRunner
 
 import klfast
@@ -20,7 +20,7 @@ HEAD = "lm_head"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model, a text, sensitivities, a plan, and what a stopped sweep leaves."""
+    """Create a folder with a model, a text, sensitivities and a plan."""
     folder = tmp_path_factory.mktemp("a folder")
     tiny_folder.save_model(folder / "model")
     (folder / "text.txt").write_text(TEXT)
@@ -34,7 +34,7 @@ def plan(work, tmp_path, *arguments):
     return klfast.Plan.from_json(tmp_path / "plan.json")
 
 
-def test_layers_can_be_left_out_of_a_plan_or_given_a_precision(work, tmp_path):
+def test_layers_can_be_excluded_from_a_plan_or_given_a_precision(work, tmp_path):
     found = klfast.Sensitivities.from_json(work / "sens.json")
     assert HEAD in plan(work, tmp_path, "--mean-bits", 5).specs
     for arguments, keywords in (
@@ -70,7 +70,7 @@ def test_layers_can_be_left_out_of_a_plan_or_given_a_precision(work, tmp_path):
         (["--exclude", "in_proj", "--max-bytes", "1kB"], 1, "smallest reachable is [0-9,]+ bytes under these patterns"),
     ],
 )
-def test_patterns_that_cannot_be(work, tmp_path, arguments, code, message):
+def test_patterns_that_cannot_be_satisfied(work, tmp_path, arguments, code, message):
     budget = () if "--max-bytes" in arguments else ("--mean-bits", 13)
     assert re.search(
         message, fails("plan", work / "sens.json", *budget, *arguments, "--out", tmp_path / "plan.json", code=code)
@@ -78,42 +78,25 @@ def test_patterns_that_cannot_be(work, tmp_path, arguments, code, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_uniform_model_without_some_layers(work, tmp_path):
-    klf(
-        "quantize",
-        work / "model",
-        "--uniform",
-        "int4",
-        "--layers",
-        "*_proj",
-        "--exclude",
-        "layers.0.*",
-        "--out",
-        tmp_path / "q",
-    )
+def test_uniform_model_without_some_layers(work, tmp_path):
+    patterns = ("--layers", "*_proj", "--exclude", "layers.0.*")
+    klf("quantize", work / "model", "--uniform", "int4", *patterns, "--out", tmp_path / "q")
     model = klfast.load_quantized(tmp_path / "q")
     quantized = {name for name, module in model.named_modules() if isinstance(module, klfast.QuantLinear)}
     assert quantized == {"backbone.layers.1.mixer.in_proj", "backbone.layers.1.mixer.out_proj"}
     uniform = ("quantize", work / "model", "--uniform", "int4", "--out", tmp_path / "r")
     assert "no linear layer matches 'x_proj'" in fails(*uniform, "--layers", "x_proj")
-    for flag in ("--layers", "--exclude"):
-        assert "go with --uniform" in fails(
-            "quantize", work / "model", work / "plan.json", flag, HEAD, "--out", tmp_path / "r", code=2
-        )
 
 
-def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
-    klf(
-        "sweep",
-        work / "model",
-        "--calibration",
-        work / "text.txt",
-        *FEW,
-        "--scale",
-        "mse",
-        "--out",
-        tmp_path / "mse.json",
-    )
+@pytest.mark.parametrize("flag", ["--layers", "--exclude"])
+def test_patterns_with_a_plan_are_wrong_usage(work, tmp_path, flag):
+    command = ("quantize", work / "model", work / "plan.json", flag, HEAD, "--out", tmp_path / "r")
+    assert "go with --uniform" in fails(*command, code=2)
+
+
+def test_quantize_uses_the_scale_of_the_plan(work, tmp_path, monkeypatch):
+    calibration = ("--calibration", work / "text.txt", *FEW)
+    klf("sweep", work / "model", *calibration, "--scale", "mse", "--out", tmp_path / "mse.json")
     klf("plan", tmp_path / "mse.json", "--mean-bits", 6, "--out", tmp_path / "mse-plan.json")
     assert klfast.Plan.from_json(work / "plan.json").scale == "absmax"
     made = klfast.Plan.from_json(tmp_path / "mse-plan.json")
@@ -124,25 +107,24 @@ def test_quantize_takes_the_scale_of_the_plan(work, tmp_path, monkeypatch):
     expected, other = (klfast.quantize(weight, made.specs[name], scale=scale) for scale in ("mse", "absmax"))
     assert saved.weight_scale.equal(expected.scale) and not saved.weight_scale.equal(other.scale)
 
-    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("it is too late to say so"))
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("the model was loaded before the error"))
     for path, asked, its in ((work / "plan.json", "mse", "absmax"), (tmp_path / "mse-plan.json", "absmax", "mse")):
         error = fails("quantize", work / "model", path, "--scale", asked, "--out", tmp_path / "r")
-        assert (
-            f"made from a sweep with scale {its}" in error and f"leave scale out, or sweep with scale {asked}" in error
-        )
+        assert f"made from a sweep with scale {its}" in error
+        assert f"leave scale out, or sweep with scale {asked}" in error
         with pytest.raises(klfast.core.errors.InvalidInputError, match=f"with scale {its}"):
             klfast.quantize_model(None, klfast.Plan.from_json(path), scale=asked)
     monkeypatch.undo()
     model = by_name.load_model(work / "model")
     assert klfast.quantize_model(model, made).get_submodule(name).weight_scale.equal(expected.scale)
     model = by_name.load_model(work / "model")
-    by_hand = klfast.Plan({name: made.specs[name]}, "uniform")  # which does not know
+    by_hand = klfast.Plan({name: made.specs[name]}, "uniform")  # which has no scale
     assert klfast.quantize_model(model, by_hand).get_submodule(name).weight_scale.equal(other.scale)
     klf("quantize", work / "model", "--uniform", str(made.specs[name]), "--scale", "mse", "--out", tmp_path / "u")
     assert klfast.load_quantized(tmp_path / "u").get_submodule(name).weight_scale.equal(expected.scale)
 
 
-def test_unfinished_sweeps_are_called_that(work, tmp_path, monkeypatch):
+def test_unfinished_sweeps_are_noted(work, tmp_path, monkeypatch):
     to_json = klfast.Sensitivities.to_json
 
     def interrupted(self, path=None, **rest):
@@ -151,7 +133,7 @@ def test_unfinished_sweeps_are_called_that(work, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return text
 
-    (tmp_path / "text.txt").write_text(TEXT * 5)  # four windows of 1,024 tokens come in two parts
+    (tmp_path / "text.txt").write_text(TEXT * 5)  # four windows of 1,024 tokens make two parts
     arguments = ["sweep", work / "model", "--calibration", tmp_path / "text.txt", "--windows", 4, "--length", 1024]
     arguments += ["--out", tmp_path / "sens.json"]
     monkeypatch.setattr(klfast.Sensitivities, "to_json", interrupted)
@@ -163,27 +145,23 @@ def test_unfinished_sweeps_are_called_that(work, tmp_path, monkeypatch):
     def said(message):
         tables = json.loads(klf("report", partial, "--json").stdout)["tables"]
         assert message in tables[0]["rows"][0][0]
-        made = json.loads(
-            klf("plan", partial, "--max-kl", 100, "--out", tmp_path / "plan.json", "--json", "--force").stdout
-        )
-        assert message in made["notes"][0]
-        shown = klf("plan", partial, "--max-kl", 100, "--out", tmp_path / "plan.json", "--force").stdout
-        return message in " ".join(shown.replace("│", " ").split())
+        command = ("plan", partial, "--max-kl", 100, "--out", tmp_path / "plan.json", "--force")
+        assert message in json.loads(klf(*command, "--json").stdout)["notes"][0]
+        return message in " ".join(klf(*command).stdout.replace("│", " ").split())
 
     assert said("the sweep is unfinished: it has measured 1 of 2 parts of the calibration text")
-    found.provenance["micro_batches"][0] = 0  # as in the first part, after a block
+    found.provenance["micro_batches"][0] = 0  # as after a block of the first part
     found.measurements = {key: m for key, m in found.measurements.items() if "layers.0." in key[0]}
     found.to_json(partial)
     assert said("the sweep is unfinished: 3 of 5 layers have not been measured yet")
     found.measurements = {}
     found.to_json(partial)
-    for command in (("report", partial), ("plan", partial, "--max-kl", 100, "--out", tmp_path / "none.json")):
-        assert "hold no measurements; the sweep is unfinished: 5 of 5 layers have not been measured yet" in fails(
-            *command
-        )
+    message = "hold no measurements; the sweep is unfinished: 5 of 5 layers have not been measured yet"
+    assert message in fails("report", partial)
+    assert message in fails("plan", partial, "--max-kl", 100, "--out", tmp_path / "none.json")
 
 
-def test_a_plan_is_listed_by_layer(work, tmp_path):
+def test_report_lists_a_plan_by_layer(work, tmp_path):
     made = klfast.Plan.from_json(work / "plan.json")
     tables = json.loads(klf("report", work / "sens.json", "--plan", work / "plan.json", "--json").stdout)["tables"]
     rows = {row[0]: row for row in tables[-1]["rows"]}
@@ -198,19 +176,13 @@ def test_a_plan_is_listed_by_layer(work, tmp_path):
 
 
 def test_next_commands_can_be_copied(work, tmp_path):
-    """Also where a folder's name holds a space or a quote."""
+    """Even if a folder's name holds a space or a quote."""
     out = tmp_path / "it's"
     out.mkdir()
-    said = klf(
-        "sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--spec", "int4", "--out", out / "s.json"
-    ).stdout
-    assert shlex.split(said[said.index("Next: ") :])[1:] == [
-        "klfast",
-        "plan",
-        str(out / "s.json"),
-        "--max-bytes",
-        "SIZE",
-    ]
+    calibration = ("--calibration", work / "text.txt", *FEW)
+    said = klf("sweep", work / "model", *calibration, "--spec", "int4", "--out", out / "s.json").stdout
+    words = shlex.split(said[said.index("Next: ") :])
+    assert words[1:] == ["klfast", "plan", str(out / "s.json"), "--max-bytes", "SIZE"]
     said = klf("plan", work / "sens.json", "--mean-bits", 6, "--out", out / "plan.json").stdout
     words = shlex.split(said[said.index("Next: ") :])
     assert words[1:] == ["klfast", "quantize", "MODEL", str(out / "plan.json"), "--out", "FOLDER"]
@@ -230,7 +202,7 @@ def test_next_commands_can_be_copied(work, tmp_path):
         ("doctor", "--device", "cpu", "--out"),
     ],
 )
-def test_a_folder_for_a_file_is_refused_before_the_work(work, tmp_path, monkeypatch, arguments):
+def test_out_that_is_a_folder_is_refused_before_the_work(work, tmp_path, monkeypatch, arguments):
     for name in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(by_name, name, lambda *_, **__: pytest.fail("work has begun"))
     monkeypatch.setattr("klfast.sensitivity.merge.read", lambda *_: pytest.fail("work has begun"))
@@ -241,13 +213,12 @@ def test_a_folder_for_a_file_is_refused_before_the_work(work, tmp_path, monkeypa
     said = fails(*arguments, tmp_path / "folder.md", "--force", code=code)
     assert code == 2 or f"folder.md is a folder; name a file with {arguments[-1]}" in said
     if code == 1:
-        assert f"pipe.md is not a regular file; name another {arguments[-1]}" in fails(
-            *arguments, tmp_path / "pipe.md", "--force"
-        )
+        said = fails(*arguments, tmp_path / "pipe.md", "--force")
+        assert f"pipe.md is not a regular file; name another {arguments[-1]}" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.md", "pipe.md"]
 
 
-def test_a_folder_that_quantize_must_not_replace_is_refused_before_the_work(work, tmp_path, monkeypatch):
+def test_foreign_folders_are_refused_before_the_work(work, tmp_path, monkeypatch):
     for name in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(by_name, name, lambda *_, **__: pytest.fail("work has begun"))
     (tmp_path / "file").write_text("text")
@@ -256,20 +227,12 @@ def test_a_folder_that_quantize_must_not_replace_is_refused_before_the_work(work
     command = ("quantize", work / "model", "--uniform", "int4", "--force", "--out")
     assert "file is a file; name a folder with --out" in fails(*command, tmp_path / "file")
     assert "mine holds something that save_quantized did not write" in fails(*command, tmp_path / "mine")
-    assert "a folder; name a file with --results" in fails(
-        "demo", "--results", make_folder(tmp_path / "r" / "demo.csv").parent
-    )
+    (tmp_path / "r" / "demo.csv").mkdir(parents=True)
+    assert "a folder; name a file with --results" in fails("demo", "--results", tmp_path / "r")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "text"
-
-
-def make_folder(path):
-    path.mkdir(parents=True)
-    return path
 
 
 def test_keep_is_split_at_the_last_equals_sign():
     kept = options.parse_keep(["re:.*(?=in)=int8-g64-sym", "lm_head=full"])
-    assert (
-        kept == {"re:.*(?=in)": klfast.QuantSpec(8, 64), "lm_head": None}
-        and options.parse_keep([]) is options.parse_keep(None) is None
-    )
+    assert kept == {"re:.*(?=in)": klfast.QuantSpec(8, 64), "lm_head": None}
+    assert options.parse_keep([]) is options.parse_keep(None) is None

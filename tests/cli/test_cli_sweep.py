@@ -1,21 +1,12 @@
-"""klfast sweep and eval on the command line: which layers, how much text, and what they say meanwhile."""
+"""klfast sweep and eval on the command line: choice of layers, amount of text, and messages."""
 
 import json
 
 import pytest
 import tiny_folder
-from typer.testing import CliRunner
+from command_line import TEXT, klf
 
 import klfast
-from klfast.cli import app
-
-TEXT = "A small text, said over and over, is enough to see how the commands hang together. " * 12
-
-
-def klf(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +20,8 @@ def work(tmp_path_factory):
 def test_layers_and_exclude(work, tmp_path):
     def swept(*choice):
         out = tmp_path / "s.json"
-        klf(
-            "sweep",
-            work / "model",
-            "--calibration",
-            work / "text.txt",
-            "--windows",
-            1,
-            "--length",
-            16,
-            "--spec",
-            "int4",
-            *choice,
-            "--out",
-            out,
-            "--force",
-        )
+        text = ("--calibration", work / "text.txt", "--windows", 1, "--length", 16)
+        klf("sweep", work / "model", *text, "--spec", "int4", *choice, "--out", out, "--force")
         return {name for name, _ in klfast.Sensitivities.from_json(out).measurements}
 
     everything = swept()
@@ -55,61 +32,37 @@ def test_layers_and_exclude(work, tmp_path):
     assert swept("--layers", "layers.0.*", "--exclude", "re:.*in_proj") == {
         name for name in everything if ".layers.0." in name and not name.endswith("in_proj")
     }
-    wrong = klf(
-        "sweep", work / "model", "--layers", "lm_heat", "--windows", 1, "--out", tmp_path / "none.json", code=1
-    ).stderr
+    command = ("sweep", work / "model", "--layers", "lm_heat", "--windows", 1, "--out", tmp_path / "none.json")
+    wrong = klf(*command, code=1).stderr
     assert "no linear layer matches 'lm_heat'; did you mean 'lm_head'?" in wrong and wrong.count("\n") == 1
 
 
 def test_all_windows(work, tmp_path):
     def tokens(*windows):
-        return json.loads(
-            klf("eval", work / "model", "--text", work / "text.txt", "--length", 16, *windows, "--json").stdout
-        )["tokens"]
+        command = ("eval", work / "model", "--text", work / "text.txt", "--length", 16)
+        return json.loads(klf(*command, *windows, "--json").stdout)["tokens"]
 
     everything = tokens()
-    assert (
-        tokens("--windows", "all") == tokens("--windows", 1_000_000) == everything > 32 * 15
-        and tokens("--windows", 2) == 30
-    )
-    found = klf(
-        "sweep",
-        work / "model",
-        "--calibration",
-        work / "text.txt",
-        "--windows",
-        "all",
-        "--length",
-        16,
-        "--layers",
-        "lm_head",
-        "--out",
-        tmp_path / "s.json",
-        "--json",
-    )
+    assert tokens("--windows", "all") == tokens("--windows", 1_000_000) == everything > 32 * 15
+    assert tokens("--windows", 2) == 30
+    text = ("--calibration", work / "text.txt", "--windows", "all", "--length", 16)
+    found = klf("sweep", work / "model", *text, "--layers", "lm_head", "--out", tmp_path / "s.json", "--json")
     assert json.loads(found.stdout)["tokens"] == everything // 15 * 16
-    for wrong in ("0", "-1", "some", "1.5"):
-        assert "from 1 on nor all" in klf("eval", work / "model", "--windows", wrong, code=2).stderr
 
 
-def test_ctrl_c_says_how_to_go_on(work, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", ["0", "-1", "some", "1.5"])
+def test_wrong_windows(work, wrong):
+    assert "positive integer nor all" in klf("eval", work / "model", "--windows", wrong, code=2).stderr
+
+
+def test_ctrl_c_says_how_to_continue(work, tmp_path, monkeypatch):
     import signal
 
     from klfast.models.block_chain import Chain
 
     out, step, made = tmp_path / "s.json", Chain.step, []
-    arguments = (
-        "sweep",
-        work / "model",
-        "--calibration",
-        work / "text.txt",
-        "--windows",
-        2,
-        "--length",
-        32,
-        "--out",
-        out,
-    )
+    text = ("--calibration", work / "text.txt", "--windows", 2, "--length", 32)
+    arguments = ("sweep", work / "model", *text, "--out", out)
 
     def interrupting(*args):
         made.append(args)
@@ -119,11 +72,8 @@ def test_ctrl_c_says_how_to_go_on(work, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Chain, "step", interrupting)
     stopped = klf(*arguments, code=130)
-    assert (
-        stopped.stdout == ""
-        and stopped.stderr
-        == f"klfast: stopped; {out}.partial keeps what was measured, and the same command goes on from there.\n"
-    )
+    message = f"stopped; {out}.partial keeps the measurements, and the same command continues from there."
+    assert (stopped.stdout, stopped.stderr) == ("", f"klfast: {message}\n")
     monkeypatch.setattr(Chain, "step", step)
     assert json.loads(klf(*arguments, "--json").stdout)["resumed"]
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]

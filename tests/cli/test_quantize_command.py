@@ -1,4 +1,4 @@
-"""klfast quantize: what it refuses before the work, and models without a tokenizer."""
+"""klfast quantize: refusals before the work, and models without a tokenizer."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def quantize(model, *arguments):
     return CliRunner().invoke(app, ["quantize", str(model), "--uniform", "int4-g32-sym", *map(str, arguments)])
 
 
-def test_a_model_without_a_tokenizer(model, tmp_path):
+def test_model_without_a_tokenizer(model, tmp_path):
     bare = tiny_folder.save_model(tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
@@ -33,19 +33,17 @@ def test_a_model_without_a_tokenizer(model, tmp_path):
     assert with_json.exit_code == 0 and with_json.stdout.lstrip().startswith("{")
 
 
-def test_a_damaged_tokenizer_is_still_an_error(tmp_path):
+def test_damaged_tokenizer_is_an_error(tmp_path):
     folder = tiny_folder.save_model(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{")
     result = quantize(folder, "--out", tmp_path / "small")
-    assert (
-        result.exit_code == 1
-        and "tokenizer.json is no valid JSON" in result.stderr
-        and not (tmp_path / "small").exists()
-    )
+    assert result.exit_code == 1 and "tokenizer.json is no valid JSON" in result.stderr
+    assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.parametrize("force", [[], ["--force"]])
-def test_a_target_that_cannot_be_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch, force):
+@pytest.fixture
+def untouched(tmp_path, monkeypatch):
+    """Create a file, a foreign folder and a folder that cannot be written; fail if anything is loaded or changed."""
     monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(by_name, "find_tokenizer", lambda *_, **__: pytest.fail("the tokenizer was loaded"))
     (tmp_path / "file").write_text("x")
@@ -60,24 +58,30 @@ def test_a_target_that_cannot_be_is_refused_before_the_model_is_loaded(model, tm
 
     (tmp_path / "locked").mkdir()
     monkeypatch.setattr(os, "open", read_only)
-    for out, message in (
-        (tmp_path / "file", "is a file; name a folder with --out" if force else "exists"),
-        (tmp_path / "home", "did not write" if force else "exists"),
-        (tmp_path / "locked" / "small", f"Permission denied: '{tmp_path / 'locked' / 'small'}'"),
-        (tmp_path / "absent" / "small", "does not exist"),
-    ):
-        result = quantize(model, "--out", out, *force)
-        assert result.exit_code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, (
-            out,
-            result.stderr,
-        )
+    yield tmp_path
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "home", "letter", "locked"]
 
 
-def test_other_commands_look_at_their_files_first(tmp_path):
+@pytest.mark.parametrize(
+    ("out", "force", "message"),
+    [
+        ("file", False, "exists"),
+        ("file", True, "is a file; name a folder with --out"),
+        ("home", False, "exists"),
+        ("home", True, "did not write"),
+        *(("locked/small", force, "Permission denied: '{out}'") for force in (False, True)),
+        *(("absent/small", force, "does not exist") for force in (False, True)),
+    ],
+)
+def test_impossible_targets_are_refused_before_the_model_is_loaded(model, untouched, out, force, message):
+    result = quantize(model, "--out", untouched / out, *["--force"] * force)
+    assert result.exit_code == 1 and message.format(out=untouched / out) in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize("command", [["sweep", "m"], ["plan", "s.json", "--mean-bits", "5"]], ids=["sweep", "plan"])
+def test_other_commands_check_their_files_first(tmp_path, command):
     (tmp_path / "folder").mkdir()
-    for command in (["sweep", "m"], ["plan", "s.json", "--mean-bits", "5"]):
-        result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "folder"), "--force"])
-        assert (
-            result.exit_code == 1 and f"{tmp_path / 'folder'} is a folder; name a file with --out" in result.stderr
-        ), result.stderr
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "folder"), "--force"])
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'folder'} is a folder; name a file with --out" in result.stderr

@@ -1,4 +1,4 @@
-"""The text of tokens that come one at a time: its pieces make up the tokenizer's text of the whole."""
+"""Text of tokens that arrive one at a time: the pieces make up the tokenizer's text of the whole."""
 
 from types import SimpleNamespace
 
@@ -21,9 +21,7 @@ def streamed(words, ids, prompt=()):
 def test_pieces_make_up_the_whole(kind, data):
     words = tokenizer(kind)
     some = st.integers(0, len(words) - 1)
-    few = st.sampled_from(
-        sorted(data.draw(st.sets(some, min_size=1, max_size=4)))
-    )  # runs of the same tokens, bytes among them
+    few = st.sampled_from(sorted(data.draw(st.sets(some, min_size=1, max_size=4))))  # runs of the same tokens or bytes
     ids = data.draw(st.lists(st.one_of(some, few), max_size=90))
     assert "".join(streamed(words, ids)) == words.decode(ids, skip_special_tokens=True)
 
@@ -36,11 +34,11 @@ def test_text_follows_its_prompt(kind, text):
     for cut in range(1, len(ids)):
         before = words.decode(ids[:cut], skip_special_tokens=True)
         whole = words.decode(ids, skip_special_tokens=True)
-        if whole.startswith(before) and not before.endswith("\ufffd"):  # a prompt that is a text of its own
+        if whole.startswith(before) and not before.endswith("\ufffd"):  # a prompt that decodes on its own
             assert before + "".join(streamed(words, ids[cut:], ids[:cut])) == whole
 
 
-def test_emoji_appear_when_their_last_byte_does():
+def test_emoji_appear_with_their_last_byte():
     words = tokenizer("byte-level BPE")
     ids = words("🐙🐙 a", add_special_tokens=False)["input_ids"]
     pieces = [piece for piece in streamed(words, ids) if piece]
@@ -55,7 +53,7 @@ def test_words_are_not_held_back(kind, most):
         assert len(streamed(words, ids[:end])[-1]) <= most
 
 
-def test_cost_of_a_token_does_not_grow():
+def test_cost_per_token_is_constant():
     words = tokenizer("byte-level BPE")
     decoded = []
     counting = SimpleNamespace(
@@ -69,8 +67,8 @@ def test_cost_of_a_token_does_not_grow():
     assert max(decoded) <= 25
 
 
-def test_a_run_of_bytes_that_turns_out_invalid():
-    """ByteFallback writes each byte of an invalid run as a replacement, a valid letter at its beginning among them."""
+def test_runs_of_bytes_that_turn_out_invalid():
+    """ByteFallback writes each byte of an invalid run as a replacement, even those of a valid letter at its start."""
     words = tokenizer("BPE with byte fallback")
     letter = words.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "中".encode()])
     wrong, space = words.convert_tokens_to_ids(["<0xFF>", "▁"])
