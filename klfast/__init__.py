@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 # Public name -> module. Modules load on first use: `import klfast` costs no more than torch.
 _PUBLIC = {
     "Divergence": "ops.divergence",
-    "Layout": "quant.types",
+    "Layout": "quant.layouts",
     "Plan": "planning.plan_file",
-    "QuantSpec": "quant.types",
-    "QuantizedTensor": "quant.types",
+    "QuantSpec": "quant.spec",
+    "QuantizedTensor": "quant.tensor",
     "quantize": "quant.rounding",
     "quantize_model": "checkpoint.apply_plan",
     "Evaluation": "evaluation",

@@ -22,7 +22,7 @@ from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.diagnostics.explain import explain
 from klfast.models.linears import linears, other_bytes, row_parts, weight_bytes
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.reporting.grouping import depth, kind
 from klfast.reporting.sweep_tables import by_kind_and_depth, by_use
 from klfast.reporting.table import Table

@@ -17,7 +17,7 @@ from klfast.models.adapters import refuse_wrapper
 from klfast.models.batches import Batches, is_single, read
 from klfast.models.forward import check_plain_head, evaluation_mode, head_inputs, plain_head
 from klfast.nn import QuantLinear
-from klfast.quant.types import QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 
 _MOST_TOKENS = 8192  # computed at once where the caller made no batches
 _MEASURED = ("nll", "teacher_nll", "kl", "kl_student_teacher", "jsd", "top1")

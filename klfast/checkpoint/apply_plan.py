@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from torch import nn
 
 from klfast.checkpoint.transformers_view import description, set_own, ties_left
+from klfast.core.arguments import check_activation
 from klfast.core.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.fingerprint import require_match
 from klfast.models.linears import head_name, is_head_tied, linear, refuse_moving_weights, sharers, warn_unquantizable
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import SCALES, QuantSpec
+from klfast.quant.spec import SCALES, QuantSpec
 
 
 def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
@@ -47,8 +48,7 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
-    if activation not in ("exact", "int8"):
-        raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
+    check_activation("", activation)
     scale = plan_scale(plan, scale)
     refuse_wrapper(model)
     refuse_moving_weights(model)

@@ -25,7 +25,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_spec(text: str):
     """A QuantSpec; a wrong one is wrong usage."""
-    from klfast.quant.types import QuantSpec
+    from klfast.quant.spec import QuantSpec
 
     try:
         return QuantSpec.parse(text)

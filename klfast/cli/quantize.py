@@ -51,7 +51,7 @@ def quantize(
     from klfast.cli.runtime import prepare
     from klfast.models.linears import linears
     from klfast.models.selection import select
-    from klfast.quant.types import storable_spec
+    from klfast.quant.spec import storable_spec
 
     prepare()
     require_target(out, overwrite=force)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 
 _NAMES = {torch.Tensor: "a tensor", int: "an int", type(None): "None"}
@@ -111,7 +111,7 @@ def check_sizes(op: str, sizes: dict[str, int], **tensors: tuple[torch.Tensor | 
         if tensor.dtype not in FLOAT_DTYPES:
             if tensor.is_complex():
                 raise InvalidInputError(f"{op}: {name} is complex; klfast has real state-space models only")
-            raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+            raise InvalidInputError(f"{op}: {name} must be {FLOAT_NAMES}, got {tensor.dtype}")
         shape, known = tensor.shape, len(sizes)
         fits = len(shape) == len(dims)
         for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (as long as each other)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError, UnknownLayerError
-from klfast.quant.types import SHAPE_BYTES
+from klfast.quant.spec import SHAPE_BYTES
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,7 +30,7 @@ def sharers(model: nn.Module) -> list[list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, QuantLinear)):
             weight = (
-                module._buffers.get("weight_packed")
+                module._buffers.get(module.part_names[0])
                 if isinstance(module, QuantLinear)
                 else module._parameters.get("weight")
             )

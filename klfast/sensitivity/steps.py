@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.models.linears import is_head_tied, linears, row_parts
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
 

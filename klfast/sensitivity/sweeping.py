@@ -24,7 +24,7 @@ from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain
 from klfast.models.linears import is_head_tied, warn_unquantizable
 from klfast.models.selection import Patterns
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity import inputs, lock, unfinished
 from klfast.sensitivity.measure import COLUMNS, Engine, Teacher
 from klfast.sensitivity.measuring_mode import prepared

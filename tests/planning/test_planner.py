@@ -18,7 +18,7 @@ from klfast.models.fingerprint import Fingerprint
 from klfast.planning import milp, optimal, plan
 from klfast.planning.plan_file import Plan
 from klfast.quant.rounding import quantize
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
