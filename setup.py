@@ -1,13 +1,15 @@
 """Build of the C++ extension klfast._C.
 
-It does not link torch, so one binary serves every torch version. Each ISA tier is one
-translation unit (named after its tier) with flags of its own; all else is compiled for the
-architecture's baseline, so that a wheel runs anywhere.
+It does not link torch, so one binary serves every torch version. The code of an ISA tier is compiled with the flags of
+the features that csrc/core/tiers.def says it needs; all else for the architecture's baseline, so that a wheel runs
+anywhere.
 """
 
+import functools
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,60 +23,33 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512_VNNI = [
-    *AVX2,
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mavx512vnni",
-    "-mprefer-vector-width=512",
-]
-TIER_FLAGS = {  # file name without suffix -> flags
-    "avx2": AVX2,
-    "avxvnni": [*AVX2, "-mavxvnni"],
-    "avx512vnni": AVX512_VNNI,
-    "avx512bf16": [*AVX512_VNNI, "-mavx512bf16"],
-    "amx": [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+ROOT = Path(__file__).parent
+# Feature of an x86-64 CPU, as csrc/core/tiers.def names it -> compiler flags, and instructions for the assembler: one
+# older than the compiler (they come in packages of their own) takes the flags, and stops at these.
+FEATURES = {
+    "avx": ([], []),
+    "fma": (["-mfma"], ["vfmadd231ps %ymm0, %ymm1, %ymm2"]),
+    "f16c": (["-mf16c"], ["vcvtph2ps %xmm0, %ymm1"]),
+    "avx2": (["-mavx2"], ["vpabsd %ymm0, %ymm1"]),
+    "bmi2": (["-mbmi2"], ["pextl %eax, %ebx, %ecx"]),
+    "avx_vnni": (["-mavxvnni"], ["{vex} vpdpbusd %ymm0, %ymm1, %ymm2"]),
+    "avx512f": (["-mavx512f", "-mprefer-vector-width=512"], ["vpabsd %zmm0, %zmm1"]),
+    "avx512dq": (["-mavx512dq"], ["vpmullq %zmm0, %zmm1, %zmm2"]),
+    "avx512bw": (["-mavx512bw"], ["vpabsb %zmm0, %zmm1"]),
+    "avx512vl": (["-mavx512vl"], ["vpabsd %ymm0, %ymm1{%k1}"]),
+    "avx512_vnni": (["-mavx512vnni"], ["vpdpbusd %zmm0, %zmm1, %zmm2"]),
+    "avx512_bf16": (["-mavx512bf16"], ["vdpbf16ps %zmm0, %zmm1, %zmm2"]),
+    "amx_tile": (["-mamx-tile"], ["tilezero %tmm0"]),
+    "amx_int8": (["-mamx-int8"], ["tdpbssd %tmm0, %tmm1, %tmm2"]),
+    "amx_bf16": (["-mamx-bf16"], ["tdpbf16ps %tmm0, %tmm1, %tmm2"]),
 }
+TWINS = [name for name in ("KLFAST_AVXVNNI_TWIN", "KLFAST_AMX_TWIN") if os.environ.get(name) == "1"]
 # For tests on a machine with AVX-512-VNNI but not AVX-VNNI: that tier with the same instructions in AVX-512's encoding.
-AVXVNNI_TWIN = os.environ.get("KLFAST_AVXVNNI_TWIN") == "1"
-if AVXVNNI_TWIN:
-    TIER_FLAGS["avxvnni"] = [*AVX2, "-mavx512vl", "-mavx512vnni"]
-# Likewise where AVX-512-BF16 is there but not AMX: tiles of a model (csrc/simd/amx_model.h) take the place of registers.
-AMX_TWIN = os.environ.get("KLFAST_AMX_TWIN") == "1"
-if AMX_TWIN:
-    TIER_FLAGS["amx"] = TIER_FLAGS["avx512bf16"]
-# An instruction of each extension in a tier. An assembler older than the compiler (they come in packages of their own) takes the
-# flags, and stops at the first of these.
-AVX2_PROBE = [
-    "vpabsd %ymm0, %ymm1",
-    "vfmadd231ps %ymm0, %ymm1, %ymm2",
-    "vcvtph2ps %xmm0, %ymm1",
-    "pextl %eax, %ebx, %ecx",
-]
-AVX512_VNNI_PROBE = [
-    *AVX2_PROBE,
-    "vpabsd %zmm0, %zmm1",
-    "vpabsb %zmm0, %zmm1",
-    "vpmullq %zmm0, %zmm1, %zmm2",
-    "vpabsd %ymm0, %ymm1{%k1}",
-    "vpdpbusd %zmm0, %zmm1, %zmm2",
-]
-AVX512_BF16_PROBE = [*AVX512_VNNI_PROBE, "vdpbf16ps %zmm0, %zmm1, %zmm2"]
-TIER_PROBES = {
-    "avx2": AVX2_PROBE,
-    "avxvnni": [
-        *AVX2_PROBE,
-        "vpdpbusd %ymm0, %ymm1, %ymm2{%k1}" if AVXVNNI_TWIN else "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
-    ],
-    "avx512vnni": AVX512_VNNI_PROBE,
-    "avx512bf16": AVX512_BF16_PROBE,
-    "amx": AVX512_BF16_PROBE
-    if AMX_TWIN
-    else [*AVX512_BF16_PROBE, "tilezero %tmm0", "tdpbf16ps %tmm0, %tmm1, %tmm2", "tdpbssd %tmm0, %tmm1, %tmm2"],
-}
+if "KLFAST_AVXVNNI_TWIN" in TWINS:
+    FEATURES["avx_vnni"] = (["-mavx512vl", "-mavx512vnni"], ["vpdpbusd %ymm0, %ymm1, %ymm2{%k1}"])
+# Likewise where AVX-512-BF16 is there but not AMX: a model of the tiles (csrc/simd/amx_model.h) takes their place.
+if "KLFAST_AMX_TWIN" in TWINS:
+    FEATURES |= dict.fromkeys(("amx_tile", "amx_int8", "amx_bf16"), ([], []))
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 # -fno-tree-loop-distribute-patterns: a loop that sets a tile to zero stays one; `rep stos` takes longer than small products.
 COMMON_FLAGS = [
@@ -91,57 +66,66 @@ COMMON_FLAGS = [
 
 
 class BuildPerTier(build_ext):
-    """Compile every source with the flags of its tier; leave out tiers that the compiler or the assembler cannot build."""
+    """Compile every source with the flags of its tiers; leave out tiers that compiler or assembler cannot build."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # by default a new folder each time, in which there is nothing that could be current
+            plat = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(Path("build", plat))
 
     def build_extension(self, ext):
         self._check_tools()
-        tiers = self._tiers()
-        macros = [(f"KLFAST_BUILT_{t.upper()}", "1") for t in tiers]
-        if AVXVNNI_TWIN:
-            macros.append(("KLFAST_AVXVNNI_TWIN", "1"))
-        if AMX_TWIN:
-            macros.append(("KLFAST_AMX_TWIN", "1"))
-        sources = [s for s in ext.sources if Path(s).stem in tiers or Path(s).stem not in TIER_FLAGS]
-        extra = os.environ.get("KLFAST_CXXFLAGS", "").split()
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(str(Path(target).parent))
+        flags = ["-fopenmp", *extra_flags()]
+        self.compiler.link_shared_object(self.build_objects(ext), target, extra_postargs=flags, target_lang="c++")
+
+    def build_objects(self, ext):
+        """Compile what is not current of an extension's sources; returns all of its objects."""
+        built = self._tiers()
+        names = ",".join(built)
+        macros = [("KLFAST_BUILT", names), *((twin, "1") for twin in TWINS)]
         compiler = [
             *self.compiler.compiler_so_cxx,
             subprocess.check_output([*self.compiler.compiler_so_cxx, "--version"], text=True),
         ]
+        needs = tiers()
 
-        def compile_one(source):
-            flags = [*COMMON_FLAGS, *TIER_FLAGS.get(Path(source).stem, []), *extra]
-            [built] = self.compiler.object_filenames([source], output_dir=self.build_temp)
-            record = Path(f"{built}.command")
+        def compile_one(unit):
+            source, tier = unit
+            own = [] if tier is None else [("KLFAST_TIER", tier)]
+            folder = self.build_temp if tier is None else str(Path(self.build_temp, tier))
+            flags = [*COMMON_FLAGS, *(() if tier is None else flags_of(needs[tier])), *extra_flags()]
+            [object_file] = self.compiler.object_filenames([source], output_dir=folder)
+            record = Path(f"{object_file}.command")
             command = repr(
-                [compiler, self.compiler.include_dirs, self.compiler.macros, macros, ext.include_dirs, flags]
+                [compiler, self.compiler.include_dirs, self.compiler.macros, macros, own, ext.include_dirs, flags]
             )
-            if not self.force and is_current(Path(built), record, command):
-                return built
+            if not self.force and is_current(Path(object_file), record, command):
+                return object_file
             record.unlink(missing_ok=True)
             started = time.time_ns()
             self.compiler.compile(
                 [source],
-                output_dir=self.build_temp,
-                macros=macros,
+                output_dir=folder,
+                macros=[*macros, *own],
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*flags, "-MMD", "-MF", f"{built}.d"],
+                extra_postargs=[*flags, "-MMD", "-MF", f"{object_file}.d"],
                 depends=ext.depends,
             )
-            os.utime(built, ns=(started, started))  # so that what is edited meanwhile is newer
+            os.utime(object_file, ns=(started, started))  # so that what is edited meanwhile is newer
             record.write_text(command)
-            return built
+            return object_file
 
+        units = [(source, tier) for source in ext.sources for tier in tiers_of(source) if tier is None or tier in built]
         with ThreadPoolExecutor(jobs()) as pool:
-            objects = list(pool.map(compile_one, sources))
-        target = self.get_ext_fullpath(ext.name)
-        self.mkpath(str(Path(target).parent))
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-fopenmp", *extra], target_lang="c++")
+            return list(pool.map(compile_one, units))
 
     def _tiers(self):
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-        return (
-            [tier for tier, flags in TIER_FLAGS.items() if self._compiles(flags, TIER_PROBES[tier])] if is_x86 else []
-        )
+        known = FEATURES if platform.machine().lower() in ("x86_64", "amd64", "i686") else {}
+        found = {name: needs for name, needs in tiers().items() if set(needs) <= set(known)}
+        return [name for name, needs in found.items() if not needs or self._compiles(flags_of(needs), probes_of(needs))]
 
     def _check_tools(self):
         """Say what is missing in one line, before the compiler says it in many."""
@@ -167,6 +151,42 @@ class BuildPerTier(build_ext):
                 print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
                 return False
         return True
+
+
+def extra_flags():
+    return os.environ.get("KLFAST_CXXFLAGS", "").split()
+
+
+@functools.cache
+def tiers():
+    """Every tier of csrc/core/tiers.def, in its order -> what it needs."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc/core/tiers.def").read_text())
+    found = re.findall(r"^TIER\((\w+),\s*FALLS_BACK_TO\([^)]*\),\s*NEEDS\(([^)]*)\)\)", text, re.MULTILINE)
+    return {name: re.findall(r"\w+", needs) for name, needs in found}
+
+
+def flags_of(needs):
+    return [flag for need in needs for flag in FEATURES[need][0]]
+
+
+def probes_of(needs):
+    return [instruction for need in needs for instruction in FEATURES[need][1]]
+
+
+def tiers_of(source):
+    """The tiers that a source is compiled for, each on its own; None stands for the baseline.
+
+    A file named after a tier belongs to that one. A file that defines KLFAST_TIERS is compiled for those of them that
+    have no file of their own beside it, and for the baseline.
+    """
+    path = Path(source)
+    if path.stem in tiers():
+        return [path.stem]
+    names = re.search(r"^#define KLFAST_TIERS (.+)$", path.read_text(), re.MULTILINE)
+    own = [] if names is None else re.findall(r"\w+", names[1])
+    if unknown := set(own) - set(tiers()):
+        raise SystemExit(f"klfast: {source}: csrc/core/tiers.def has no tier {', '.join(sorted(unknown))}")
+    return [None, *(tier for tier in own if not path.with_name(f"{tier}.cpp").exists())]
 
 
 def is_current(built, record, command):
@@ -222,7 +242,7 @@ setup(
         Extension(
             "klfast._C",
             sources=files("*.cpp"),
-            depends=files("*.h"),
+            depends=files("*.h", "*.def"),
             include_dirs=["csrc", pybind11.get_include()],
             language="c++",
         )

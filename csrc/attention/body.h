@@ -25,7 +25,9 @@ struct Rows {
         return load(data, first + row * stride + column, dtype, lanes(width - column));
     }
 
-    Rows from(std::int64_t row) const { return {data, dtype, first + row * stride, stride, width}; }
+    Rows from(std::int64_t row) const {
+        return {.data = data, .dtype = dtype, .first = first + row * stride, .stride = stride, .width = width};
+    }
 };
 
 // scores[h * pitch + s] = q_h . k_s, q [H, padded] with zeros behind its width.
@@ -34,7 +36,7 @@ void score(const Rows& k, const float* q, std::int64_t padded, std::int64_t keys
     for (std::int64_t s = 0; s < keys; ++s) {
         Vec dot[H];
         for (int h = 0; h < H; ++h) dot[h] = set(0.0f);
-        for (std::int64_t c = 0; c < padded; c += Vec::width) {
+        for (std::int64_t c = 0; c < padded; c += kLanes) {
             const Vec key = k(s, c);
             for (int h = 0; h < H; ++h) dot[h] = fma(load(q + h * padded + c), key, dot[h]);
         }
@@ -54,7 +56,7 @@ inline float weigh(float* scores, std::int64_t keys, std::int64_t pitch, float h
         highest = 0.0f;  // all masked: weights of 0, and a total of 0 if no other part has more
     for (std::int64_t s = keys; s < pitch; ++s) scores[s] = -__builtin_inff();
     Vec total = set(0.0f);
-    for (std::int64_t s = 0; s < pitch; s += Vec::width) {
+    for (std::int64_t s = 0; s < pitch; s += kLanes) {
         const Vec weight = exp(load(scores + s) - set(highest));
         store(scores + s, weight);
         total = total + weight;
@@ -67,12 +69,12 @@ inline float weigh(float* scores, std::int64_t keys, std::int64_t pitch, float h
 template <int H>
 void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t keys, const float* old, float* to,
          std::int64_t padded) {
-    for (std::int64_t c = 0; c < v.width; c += 2 * Vec::width) {
-        const bool both = c + Vec::width < v.width;
+    for (std::int64_t c = 0; c < v.width; c += 2 * kLanes) {
+        const bool both = c + kLanes < v.width;
         Vec low[H], high[H];
         for (int h = 0; h < H; ++h) low[h] = high[h] = set(0.0f);
         for (std::int64_t s = 0; s < keys; ++s) {
-            const Vec first = v(s, c), second = both ? v(s, c + Vec::width) : set(0.0f);
+            const Vec first = v(s, c), second = both ? v(s, c + kLanes) : set(0.0f);
             for (int h = 0; h < H; ++h) {
                 const Vec weight = set(weights[h * pitch + s]);
                 low[h] = fma(weight, first, low[h]), high[h] = fma(weight, second, high[h]);
@@ -81,7 +83,7 @@ void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t k
         for (int h = 0; h < H; ++h) {  // what came before is added last: a part's terms do not vanish beside a long sum
             float* const at = to + h * padded + c;
             store(at, old ? fma(load(at), set(old[h]), low[h]) : low[h]);
-            if (both) store(at + Vec::width, old ? fma(load(at + Vec::width), set(old[h]), high[h]) : high[h]);
+            if (both) store(at + kLanes, old ? fma(load(at + kLanes), set(old[h]), high[h]) : high[h]);
         }
     }
 }
@@ -89,9 +91,9 @@ void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t k
 // Long sequences in parts of kKeys: when a part raises the highest score, what was summed before is scaled down to it.
 template <int H>
 void attend(const DecodeAttentionArgs& a, std::int64_t b, std::int64_t first_head, const Rows& k, const Rows& v) {
-    const std::int64_t q_padded = round_up(a.key_dim), out_padded = round_up(a.value_dim);
-    const std::int64_t part = a.keys < kKeys ? a.keys : kKeys, pitch = round_up(part);
-    const Scratch scratch(H * (q_padded + out_padded + pitch));
+    const std::int64_t q_padded = round_up(a.key_dim, kLanes), out_padded = round_up(a.value_dim, kLanes);
+    const std::int64_t part = smaller(a.keys, kKeys), pitch = round_up(part, kLanes);
+    const Buffer<float> scratch(H * (q_padded + out_padded + pitch));
     float* const q = scratch.data;
     float* const out = q + H * q_padded;
     float* const scores = out + H * out_padded;
@@ -99,7 +101,7 @@ void attend(const DecodeAttentionArgs& a, std::int64_t b, std::int64_t first_hea
     for (std::int64_t i = 0; i < H * q_padded; ++i) q[i] *= a.scale;
     float total[H] = {}, highest[H], old[H];
     for (std::int64_t first = 0; first < a.keys; first += part) {
-        const std::int64_t keys = a.keys - first < part ? a.keys - first : part;
+        const std::int64_t keys = smaller(a.keys - first, part);
         score<H>(k.from(first), q, q_padded, keys, scores, pitch);
         for (int h = 0; h < H; ++h) {
             const float before = first ? highest[h] : scores[h * pitch];
@@ -125,10 +127,16 @@ inline void run(const DecodeAttentionArgs& a) {
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t b = item / a.groups, g = item % a.groups;
             const auto rows = [&](const View& t, std::int64_t width) {
-                return Rows{t.data, t.dtype, b * t.stride[0] + g * t.stride[1], t.stride[2], width};
+                return Rows{
+                    .data = t.data,
+                    .dtype = t.dtype,
+                    .first = b * t.stride[0] + g * t.stride[1],
+                    .stride = t.stride[2],
+                    .width = width,
+                };
             };
             for (std::int64_t h = 0; h < shared_by; h += kHeads) {
-                const std::int64_t together = shared_by - h < kHeads ? shared_by - h : kHeads;
+                const std::int64_t together = smaller(shared_by - h, kHeads);
                 kAttend[together](a, b, g * shared_by + h, rows(a.k, a.key_dim), rows(a.v, a.value_dim));
             }
         }

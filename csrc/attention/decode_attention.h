@@ -22,14 +22,4 @@ struct DecodeAttentionArgs {
 
 void decode_attention(const DecodeAttentionArgs& args, Tier limit);
 
-namespace scalar {
-void decode_attention(const DecodeAttentionArgs&);
-}
-namespace avx2 {
-void decode_attention(const DecodeAttentionArgs&);
-}
-namespace avx512vnni {
-void decode_attention(const DecodeAttentionArgs&);
-}
-
 }  // namespace klfast

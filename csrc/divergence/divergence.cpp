@@ -9,14 +9,6 @@
 namespace klfast::divergence {
 namespace {
 
-const KernelTable<const Kernels> kTable{&scalar::kDivergence,
-                                        KLFAST_IF_AVX2(&avx2::kDivergence),
-                                        nullptr,
-                                        KLFAST_IF_AVX512VNNI(&avx512vnni::kDivergence),
-                                        nullptr,
-                                        nullptr};
-const Announce announce_logits{"logit_divergence", kTable}, announce_linear{"linear_divergence", kTable};
-
 // n logits from column `column` of a row as contiguous floats: in place, or in `buffer`.
 const float* floats(const Matrix& m, std::int64_t row, std::int64_t column, int n, float* buffer,
                     const Kernels& kernels) {
@@ -214,7 +206,7 @@ void add_row(State& state, const BlockArgs& args, std::int64_t token, const Kern
 }  // namespace
 
 void accumulate(const BlockArgs& args, Tier limit) {
-    const Kernels& kernels = *pick(kTable, limit);
+    const Kernels& kernels = best_kernels(limit);
     parallel_for(args.tokens, 1, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t token = begin; token < end; ++token) add_row(args.states[token], args, token, kernels);
     });
@@ -232,7 +224,7 @@ std::int64_t finish(State* states, std::int64_t tokens, std::int64_t vocab, floa
 }
 
 void logit_divergence(const BlockArgs& args, float* out, Fault* fault, Tier limit) {
-    const Kernels& kernels = *pick(kTable, limit);
+    const Kernels& kernels = best_kernels(limit);
     parallel_for(args.tokens, 1, args.n_threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t token = begin; token < end; ++token) {
             State state{};

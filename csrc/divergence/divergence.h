@@ -82,14 +82,7 @@ struct Kernels {
     void (*widen)(const void* from, DType dtype, int n, float* to);
 };
 
-}  // namespace klfast::divergence
+// The best that a limit allows.
+const Kernels& best_kernels(Tier limit);
 
-namespace klfast::scalar {
-extern const divergence::Kernels kDivergence;
-}
-namespace klfast::avx2 {
-extern const divergence::Kernels kDivergence;
-}
-namespace klfast::avx512vnni {
-extern const divergence::Kernels kDivergence;
-}
+}  // namespace klfast::divergence

@@ -147,7 +147,7 @@ Found from_sums(const State& state) {
     constexpr double kNothing = 1e-14;
     const bool is_near = g(std::abs(delta)) <= 30 * std::min(kl_pq, kl_qp) + kNothing;
     const bool is_accurate = std::abs(tau) <= 0.5 && left_out <= 1e-5 * jsd + kNothing && is_near;
-    return {za, delta, kl_pq, kl_qp, jsd, is_accurate};
+    return {.za = za, .delta = delta, .kl_pq = kl_pq, .kl_qp = kl_qp, .jsd = jsd, .is_accurate = is_accurate};
 }
 
 // With x > 0, A = H E and B = H; else A = H and B = H E. With r = e^-delta, p = A / Za and q = B r / Za, and
@@ -169,7 +169,8 @@ Found from_powers(const State& state) {
     const double of_below =
         kPowersTable.sum(below, [&](double e) { return log2 + e * r * log2r - (1 + e * r) * std::log1p(e * r); });
     const double jsd = (of_above + of_below - linear) / (2 * za);
-    return {za, delta, kl_pq, kl_qp, jsd, std::abs(tau_of(state)) <= 0.4 && std::min(kl_pq, kl_qp) > kFar};
+    const bool is_accurate = std::abs(tau_of(state)) <= 0.4 && std::min(kl_pq, kl_qp) > kFar;
+    return {.za = za, .delta = delta, .kl_pq = kl_pq, .kl_qp = kl_qp, .jsd = jsd, .is_accurate = is_accurate};
 }
 
 }  // namespace

@@ -35,11 +35,12 @@
 
 #include <cstdint>
 
+#include "core/numbers.h"
+
 namespace klfast::divergence {
 
-inline constexpr int kMoments = 9;  // of t, and of x where x is small; odd, for the loops take them in pairs
-inline constexpr float kLog2e = 0x1.715476p+0f;  // as the vector loops have it: R is an integer divided by this
-inline constexpr float kSmall = 1.0f;            // largest |x| for the polynomials
+inline constexpr int kMoments = 9;     // of t, and of x where x is small; odd, for the loops take them in pairs
+inline constexpr float kSmall = 1.0f;  // largest |x| for the polynomials
 inline constexpr float kMedium = 0.5f;
 inline constexpr float kTiny = 1.0f / 16;
 inline constexpr double kFar = 0.05;  // least KL for sums of powers, which are right to about 3e-7 nats

@@ -15,7 +15,7 @@ namespace klfast::divergence {
 namespace {
 
 inline double total(Vec v) {
-    float lane[Vec::width];
+    float lane[kLanes];
     store(lane, v);
     double sum = 0;
     for (float x : lane) sum += x;
@@ -23,7 +23,7 @@ inline double total(Vec v) {
 }
 
 inline float extreme(Vec v, bool largest) {
-    float lane[Vec::width];
+    float lane[kLanes];
     store(lane, v);
     float best = lane[0];
     for (float x : lane)
@@ -37,9 +37,9 @@ template <class Body>
 inline void for_each(const float* a, const float* b, int n, float a_fill, float b_fill, Body&& body) {
     const Vec one = set(1.0f);
     int i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) body(load(a + i), load(b + i), one, false);
+    for (; i + kLanes <= n; i += kLanes) body(load(a + i), load(b + i), one, false);
     if (i == n) return;
-    float lane[Vec::width] = {};
+    float lane[kLanes] = {};
     for (int k = 0; k < n - i; ++k) lane[k] = 1.0f;
     const Vec valid = load(lane), other = one - valid;
     body(fma(other, set(a_fill), load(a, i, DType::f32, n - i)), fma(other, set(b_fill), load(b, i, DType::f32, n - i)),
@@ -49,13 +49,13 @@ inline void for_each(const float* a, const float* b, int n, float a_fill, float 
 // loop(a, b, n) in runs so short that adding float32 in one lane loses no digits that matter.
 template <class Loop>
 inline void in_runs(const float* a, const float* b, int n, Loop&& loop) {
-    constexpr int kRun = std::min(kColumns, 256 * Vec::width);
+    constexpr int kRun = std::min(kColumns, 256 * kLanes);
     for (int start = 0; start < n; start += kRun) loop(a + start, b + start, std::min(kRun, n - start));
 }
 
 void scan(const float* a, const float* b, int n, Scan& out) {
     const float d = b[0] - a[0];
-    out = {a[0], b[0], d, d, 0, 0};
+    out = {.max_a = a[0], .max_b = b[0], .min_d = d, .max_d = d, .sum_a2 = 0, .sum_d2 = 0};
     in_runs(a, b, n, [&](const float* from_a, const float* from_b, int count) {
         Vec max_a = set(out.max_a), max_b = set(out.max_b), min_d = set(out.min_d), max_d = set(out.max_d);
         Vec sum_a2 = set(0), sum_d2 = set(0);
@@ -65,8 +65,14 @@ void scan(const float* a, const float* b, int n, Scan& out) {
             if (tail) u = u * valid, d = d * valid;
             sum_a2 = fma(u, u, sum_a2), sum_d2 = fma(d, d, sum_d2);
         });
-        out = {extreme(max_a, true), extreme(max_b, true),       extreme(min_d, false),
-               extreme(max_d, true), out.sum_a2 + total(sum_a2), out.sum_d2 + total(sum_d2)};
+        out = {
+            .max_a = extreme(max_a, true),
+            .max_b = extreme(max_b, true),
+            .min_d = extreme(min_d, false),
+            .max_d = extreme(max_d, true),
+            .sum_a2 = out.sum_a2 + total(sum_a2),
+            .sum_d2 = out.sum_d2 + total(sum_d2),
+        };
     });
 }
 
@@ -86,7 +92,7 @@ struct Ahead {
         : a(reinterpret_cast<const char*>(from_a + kColumns)), b(reinterpret_cast<const char*>(from_b + kColumns)) {}
     void step() {
         __builtin_prefetch(a, 0, 2), __builtin_prefetch(b, 0, 2);
-        a += Vec::width * sizeof(float), b += Vec::width * sizeof(float);
+        a += kLanes * sizeof(float), b += kLanes * sizeof(float);
     }
 };
 
@@ -225,9 +231,9 @@ void powers(const float* a, const float* b, int n, float anchor, float reference
 void widen(const void* from, DType dtype, int n, float* to) {
     const char* const ahead = static_cast<const char*>(from) + kColumns * size_of(dtype);  // as in Ahead
     int i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) {
+    for (; i + kLanes <= n; i += kLanes) {
         __builtin_prefetch(ahead + i * size_of(dtype), 0, 2);
-        store(to + i, load(from, i, dtype, Vec::width));
+        store(to + i, load(from, i, dtype, kLanes));
     }
     if (i < n) store(to, i, DType::f32, n - i, load(from, i, dtype, n - i));
 }

@@ -17,8 +17,8 @@ namespace klfast {
 namespace {
 
 constexpr int kBlockRows = 2 * kTileSide, kBlockVectors = 2, kPanelVectors = 4;
-constexpr int kSumsPitch = kBlockVectors * W, kTotalPitch = kPanelVectors * W;
-static_assert(W == kTileSide);
+constexpr int kSumsPitch = kBlockVectors * kLanes, kTotalPitch = kPanelVectors * kLanes;
+static_assert(kLanes == kTileSide);
 
 // A configuration of this thread's tiles: 0 to 3 take sums, 4 and 5 x, 6 and 7 W, with `depth` elements along k.
 struct TilesInUse {
@@ -67,9 +67,9 @@ struct Waiting {
     std::int64_t rows = 0;
 };
 
-// sums[R 16, V W] = `steps` tiles of x by as many of W. Meanwhile adds the terms that wait, made of what `sums` held
-// before: `Share` rows of them a step, written out, or if 0 all of them at the end. Not inlined: it needs most of the
-// registers.
+// sums[R 16, V kLanes] = `steps` tiles of x by as many of W. Meanwhile adds the terms that wait, made of what `sums`
+// held before: `Share` rows of them a step, written out, or if 0 all of them at the end. Not inlined: it needs most of
+// the registers.
 template <class Factors, int R, int V, int Share>
 [[gnu::noinline]] void multiply(const std::int32_t* x, const std::int32_t* w, std::int64_t pitch, std::ptrdiff_t depth,
                                 std::int64_t steps, std::int32_t* sums,
@@ -102,9 +102,9 @@ template <class Factors, int R, int V, int Share>
     for (; row < waiting.rows; ++row, from += kSumsPitch, to += kTotalPitch) terms.add(from, to, row);
     constexpr std::ptrdiff_t stride = 4 * kSumsPitch;
     tile_store<0>(sums, stride);
-    if constexpr (V == 2) tile_store<1>(sums + W, stride);
+    if constexpr (V == 2) tile_store<1>(sums + kLanes, stride);
     if constexpr (R == 2) tile_store<2>(sums + kTileSide * kSumsPitch, stride);
-    if constexpr (R == 2 && V == 2) tile_store<3>(sums + kTileSide * kSumsPitch + W, stride);
+    if constexpr (R == 2 && V == 2) tile_store<3>(sums + kTileSide * kSumsPitch + kLanes, stride);
 }
 
 template <class Factors>
@@ -127,8 +127,8 @@ void multiply(std::int64_t rows, std::int64_t vectors, const std::int32_t* x, co
 //     values        of an element
 //     dot<C, A, B>  the product of tiles
 //     Panel(factors, pitch), one a thread, has
-//         load(n0, vectors, w)        writes rows n0 .. n0 + vectors W as tiles, those of a vector `pitch` from the
-//         last's terms(segment, s, m, v)     what turns sums of rows m.. and vectors v, v + 1 over segment s into
+//         load(n0, vectors, w)        writes rows n0 .. n0 + vectors kLanes as tiles, those of a vector `pitch` from
+//         the last's terms(segment, s, m, v)     what turns sums of rows m.. and vectors v, v + 1 over segment s into
 //         terms:
 //             add(sums, total, row)   adds those of row m + row to its totals
 template <class Factors>
@@ -147,11 +147,11 @@ void product_tiles(const Product& a, const TiledRows& x, const Segments& segment
         alignas(64) float total[kBlockRows * kTotalPitch];
         for (std::int64_t i = begin; i < end; ++i) {
             const Division::Item item = division[i];
-            panel.load(item.v0 * W, item.width, weights.data);
+            panel.load(item.v0 * kLanes, item.width, weights.data);
             for (std::int64_t block = item.first; block < item.last; ++block) {
                 const std::int64_t m = block * kBlockRows, rows = smaller(kBlockRows, a.m - m);
                 const std::int32_t* const x_tiles = x.data.data + m / kTileSide * x.pitch;
-                for (int j = 0; j < kBlockRows * kTotalPitch; j += W) store(total + j, set(0.0f));
+                for (int j = 0; j < kBlockRows * kTotalPitch; j += kLanes) store(total + j, set(0.0f));
                 Waiting<typename Factors::Terms> waiting;
                 for (std::int64_t s = 0; s < segments.count; ++s) {
                     const Segment segment = segments.list[s];
@@ -160,12 +160,12 @@ void product_tiles(const Product& a, const TiledRows& x, const Segments& segment
                     for (std::int64_t v = 0; v < item.width; v += kBlockVectors) {
                         multiply<Factors>(rows, item.width - v, x_tiles + offset, weights.data + v * x.pitch + offset,
                                           x.pitch, x.depth, steps, sums, waiting);
-                        waiting = {panel.terms(segment, s, m, v), total + v * W, rows};
+                        waiting = {.terms = panel.terms(segment, s, m, v), .total = total + v * kLanes, .rows = rows};
                     }
                 }
                 for (std::int64_t r = 0; r < waiting.rows; ++r)
                     waiting.terms.add(sums + r * kSumsPitch, waiting.total + r * kTotalPitch, r);
-                store_tile(a, m, item.v0 * W, rows, item.width, total, kTotalPitch);
+                store_panels(a, m, item.v0 * kLanes, rows, item.width, total, kTotalPitch);
             }
         }
     });

@@ -24,7 +24,7 @@ struct Bf16Factors {
 
         [[gnu::always_inline]] void add(const std::int32_t* sums, float* total, std::int64_t) const {
             for (int v = 0; v < kBlockVectors; ++v)
-                store(total + v * W, fma(float_bits(read(sums + v * W)), scale[v], load(total + v * W)));
+                store(total + v * kLanes, fma(float_bits(read(sums + v * kLanes)), scale[v], load(total + v * kLanes)));
         }
     };
 
@@ -38,21 +38,22 @@ struct Bf16Factors {
               k(factors.k),
               groups(factors.groups),
               pitch(tiles_pitch),
-              scale(kPanelVectors * groups * W) {}
+              scale(kPanelVectors * groups * kLanes) {}
 
         void load(std::int64_t n0, std::int64_t vectors, std::int32_t* w) {
             for (std::int64_t v = 0; v < vectors; ++v) {
-                for (std::int64_t i = (k + 1) / 2 * W; i < pitch; i += W) write(w + v * pitch + i, set_int(0));
-                panels.load(n0 + v * W, 1, w + v * pitch, scale.data + v * groups * W);
+                for (std::int64_t i = (k + 1) / 2 * kLanes; i < pitch; i += kLanes)
+                    write(w + v * pitch + i, set_int(0));
+                panels.load(n0 + v * kLanes, 1, w + v * pitch, scale.data + v * groups * kLanes);
             }
             if (vectors % 2)  // the last block is a vector short
-                for (std::int64_t i = 0; i < groups * W; i += W)
-                    store(scale.data + vectors * groups * W + i, set(0.0f));
+                for (std::int64_t i = 0; i < groups * kLanes; i += kLanes)
+                    store(scale.data + vectors * groups * kLanes + i, set(0.0f));
         }
 
         Terms terms(const Segment& segment, std::int64_t, std::int64_t, std::int64_t v) const {
-            const float* const from = scale.data + (v * groups + segment.group) * W;
-            return {{klfast::load(from), klfast::load(from + groups * W)}};
+            const float* const from = scale.data + (v * groups + segment.group) * kLanes;
+            return {{klfast::load(from), klfast::load(from + groups * kLanes)}};
         }
     };
 };
@@ -62,13 +63,14 @@ void product_bf16_tiles(const Product& a, const Source& source) {
     constexpr int depth = kTileRowBytes / 4;
     const std::int64_t group = larger(1, smaller(source.depth, a.k));
     const TiledRows x(a.m, (a.k + 1) / 2, depth);
-    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 1.0 * a.m * a.k),
+    parallel_for(round_up(a.m, kTileSide), 1, useful_threads(a, 1.0 * a.m * a.k),
                  [&](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t m = begin; m < end; ++m)
                          x.write(m, static_cast<const std::uint16_t*>(a.x) + (m < a.m ? m * a.x_stride : 0),
                                  m < a.m ? 2 * a.k : 0);
                  });
-    product_tiles(a, x, Segments(a.k, group), Bf16Factors<Source>{source, a.k, larger(1, (a.k + group - 1) / group)});
+    product_tiles(a, x, Segments(a.k, group),
+                  Bf16Factors<Source>{.source = source, .k = a.k, .groups = larger(1, (a.k + group - 1) / group)});
 }
 
 }  // namespace

@@ -5,10 +5,10 @@
 //
 // `Source` says what W is stored as. source.depth is how many values of a row share a scale: an even number, or all of
 // them. Source::Panels(source), one a thread, has
-//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors W as pairs[(k / 2 * vectors + v) * W + lane],
-//     where
+//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors kLanes as pairs[(k / 2 * vectors + v) * kLanes +
+//     lane], where
 //                                      what follows an odd last value is finite and meets a zero of x,
-//                                      and scales as scale[(group * vectors + v) * W + lane].
+//                                      and scales as scale[(group * vectors + v) * kLanes + lane].
 #pragma once
 
 #include <cstring>
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kBf16Rows = 6, kBf16Vectors = 4;
 
-// total[R, V W] += scale * sum of `pairs` pairs of x with those of the panels
+// total[R, V kLanes] += scale * sum of `pairs` pairs of x with those of the panels
 template <int R, int V>
 void add_pairs(const std::uint16_t* x, std::int64_t x_stride, const std::int32_t* weights, std::int64_t pairs,
                const float* scale, float* total) {
@@ -29,7 +29,8 @@ void add_pairs(const std::uint16_t* x, std::int64_t x_stride, const std::int32_t
         for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
     for (std::int64_t k = 0; k < pairs; ++k) {
         __m512bh w[V];
-        for (int v = 0; v < V; ++v) w[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(weights + (k * V + v) * W));
+        for (int v = 0; v < V; ++v)
+            w[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(weights + (k * V + v) * kLanes));
         for (int r = 0; r < R; ++r) {
             std::int32_t pair;
             std::memcpy(&pair, x + r * x_stride + 2 * k, sizeof pair);
@@ -39,19 +40,20 @@ void add_pairs(const std::uint16_t* x, std::int64_t x_stride, const std::int32_t
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v)
-            store(total + (r * V + v) * W, fma(Vec{sum[r][v]}, load(scale + v * W), load(total + (r * V + v) * W)));
+            store(total + (r * V + v) * kLanes,
+                  fma(Vec{sum[r][v]}, load(scale + v * kLanes), load(total + (r * V + v) * kLanes)));
 }
 
-// y[m .. m + R, n0 .. n0 + V W]
+// y[m .. m + R, n0 .. n0 + V kLanes]
 template <int R, int V>
 void bf16_tile(const Product& a, const std::uint16_t* x, std::int64_t x_stride, std::int64_t depth, std::int64_t m,
                std::int64_t n0, const std::int32_t* weights, const float* scale) {
-    alignas(64) float total[R * V * W];
-    for (int i = 0; i < R * V; ++i) store(total + i * W, set(0.0f));
+    alignas(64) float total[R * V * kLanes];
+    for (int i = 0; i < R * V; ++i) store(total + i * kLanes, set(0.0f));
     for (std::int64_t k = 0; k < a.k; k += depth)
-        add_pairs<R, V>(x + m * x_stride + k, x_stride, weights + k / 2 * V * W, (smaller(depth, a.k - k) + 1) / 2,
-                        scale + k / depth * V * W, total);
-    store_tile(a, m, n0, R, V, total, V * W);
+        add_pairs<R, V>(x + m * x_stride + k, x_stride, weights + k / 2 * V * kLanes, (smaller(depth, a.k - k) + 1) / 2,
+                        scale + k / depth * V * kLanes, total);
+    store_panels(a, m, n0, R, V, total, V * kLanes);
 }
 
 template <int V, int R = kBf16Rows, class... Rest>
@@ -96,14 +98,14 @@ void product_bf16(const Product& a, const Source& source) {
     const Division division(a, kBf16Vectors, tiles, threads);
     parallel_for(division.count(), 1, threads, [&](std::int64_t begin, std::int64_t end) {
         typename Source::Panels source_panels(source);
-        Buffer<std::int32_t> weights((a.k + 1) / 2 * kBf16Vectors * W);
-        Buffer<float> scale(groups * kBf16Vectors * W);
+        Buffer<std::int32_t> weights((a.k + 1) / 2 * kBf16Vectors * kLanes);
+        Buffer<float> scale(groups * kBf16Vectors * kLanes);
         for (std::int64_t i = begin; i < end; ++i) {
             const Division::Item item = division[i];
-            source_panels.load(item.v0 * W, item.width, weights.data, scale.data);
+            source_panels.load(item.v0 * kLanes, item.width, weights.data, scale.data);
             for (std::int64_t tile = item.first; tile < item.last; ++tile) {
                 const std::int64_t m = a.m * tile / tiles, rows = a.m * (tile + 1) / tiles - m;
-                bf16_vectors(item.width, rows, a, x.data, x.stride, depth, m, item.v0 * W,
+                bf16_vectors(item.width, rows, a, x.data, x.stride, depth, m, item.v0 * kLanes,
                              static_cast<const std::int32_t*>(weights.data), static_cast<const float*>(scale.data));
             }
         }

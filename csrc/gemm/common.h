@@ -1,4 +1,4 @@
-// What every product of x with panels of W needs: W rows of the weight make a panel, one row a lane.
+// What every product of x with panels of W needs: kLanes rows of the weight W make a panel, one row a lane.
 // Included by the tiers after their vectors; local to the including translation unit.
 #pragma once
 
@@ -6,26 +6,20 @@
 #include <cstdint>
 
 #include "core/buffer.h"
+#include "core/integers.h"
 #include "core/parallel.h"
 #include "gemm/args.h"
 
 namespace klfast {
 namespace {
 
-constexpr int W = Vec::width;
 // Values of a row handled at a time. Sums of 256 products of stored values (at most 255) and int8 stay below 2^24, so
 // that they are exact as floats too.
 constexpr int kBlock = 256;
 
-// Bytes of W ahead that lines are asked for, into the second cache: the hardware's own prefetch stops at each page, and
-// into the first cache too few can be under way at once (docs/KERNEL_NOTES.md).
+// Prefetch distance in bytes of W, into L2: the hardware's own prefetch stops at each page, and into L1 too few can be
+// under way at once (docs/KERNEL_NOTES.md).
 constexpr int kAhead = 8192;
-
-inline std::int64_t round_up_to(std::int64_t n, std::int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 // body(0) .. body(N - 1), written out. Where a loop indexes an array of vectors, the compiler may unroll it too late to
 // keep the array in registers, and store every element at every turn.
@@ -40,9 +34,9 @@ template <int N, class Body>
 
 inline Vec rounded(Vec v, DType type) {
     if (type == DType::f32) return v;
-    alignas(64) std::uint16_t stored[W];
-    store(stored, 0, type, W, v);
-    return load(stored, 0, type, W);
+    alignas(64) std::uint16_t stored[kLanes];
+    store(stored, 0, type, kLanes, v);
+    return load(stored, 0, type, kLanes);
 }
 
 // Writes total + bias to y[m, n0 .. n0 + valid].
@@ -54,22 +48,22 @@ inline void store_columns(const Product& a, std::int64_t m, std::int64_t n0, int
 
 // The same for a whole panel: y[m, n0 ..].
 inline void store_panel(const Product& a, std::int64_t m, std::int64_t n0, Vec total) {
-    store_columns(a, m, n0, static_cast<int>(smaller(W, a.n - n0)), total);
+    store_columns(a, m, n0, static_cast<int>(smaller(kLanes, a.n - n0)), total);
 }
 
-// A tile of panels, row r of it at total + r * pitch: y[m .. m + rows, n0 .. n0 + vectors W]. Asks once what it need
-// not ask for every vector.
-inline void store_tile(const Product& a, std::int64_t m, std::int64_t n0, std::int64_t rows, std::int64_t vectors,
-                       const float* total, std::int64_t pitch) {
+// Several panels, row r of them at total + r * pitch: y[m .. m + rows, n0 .. n0 + vectors kLanes]. Hoists the checks
+// that are the same for every vector out of the loop.
+inline void store_panels(const Product& a, std::int64_t m, std::int64_t n0, std::int64_t rows, std::int64_t vectors,
+                         const float* total, std::int64_t pitch) {
     const bool plain =
-        a.y_type == DType::bf16 && a.rounded_to == DType::bf16 && a.bias == nullptr && n0 + vectors * W <= a.n;
+        a.y_type == DType::bf16 && a.rounded_to == DType::bf16 && a.bias == nullptr && n0 + vectors * kLanes <= a.n;
     for (std::int64_t r = 0; r < rows; ++r, total += pitch)
         for (std::int64_t v = 0; v < vectors; ++v) {
-            const Vec y = load(total + v * W);
+            const Vec y = load(total + v * kLanes);
             if (plain)
-                store(a.y, (m + r) * a.n + n0 + v * W, DType::bf16, W, y);
+                store(a.y, (m + r) * a.n + n0 + v * kLanes, DType::bf16, kLanes, y);
             else
-                store_panel(a, m + r, n0 + v * W, y);
+                store_panel(a, m + r, n0 + v * kLanes, y);
         }
 }
 

@@ -11,7 +11,7 @@
 namespace klfast {
 namespace {
 
-constexpr int kPair = 2 * W;           // columns of y computed together
+constexpr int kPair = 2 * kLanes;      // columns of y computed together
 constexpr std::int64_t kChunkM = 512;  // rows of x held as floats at a time
 
 // Rows of x as float32 tiles of up to kTileRows rows: [tile][block][row][kBlock].
@@ -33,9 +33,10 @@ struct XTiles {
     void fill(const Product& a, std::int64_t m0, std::int64_t tile) const {
         const std::int64_t first = row(tile), rows = row(tile + 1) - first;
         for (std::int64_t r = 0; r < rows; ++r)
-            for (std::int64_t k = 0; k < a.k; k += W)
-                store(at(tile, k / kBlock) + r * kBlock + k % kBlock,
-                      load(a.x, (m0 + first + r) * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k))));
+            for (std::int64_t k = 0; k < a.k; k += kLanes)
+                store(
+                    at(tile, k / kBlock) + r * kBlock + k % kBlock,
+                    load(a.x, (m0 + first + r) * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k))));
     }
 };
 
@@ -45,10 +46,10 @@ void tile_product(const float* x, const float* weights, std::int64_t depth, floa
     Vec left[R], right[R];
     for (int r = 0; r < R; ++r) {
         left[r] = load(sums + r * kPair);
-        right[r] = load(sums + r * kPair + W);
+        right[r] = load(sums + r * kPair + kLanes);
     }
     for (std::int64_t k = 0; k < depth; ++k) {
-        const Vec w0 = load(weights + k * kPair), w1 = load(weights + k * kPair + W);
+        const Vec w0 = load(weights + k * kPair), w1 = load(weights + k * kPair + kLanes);
         for (int r = 0; r < R; ++r) {
             const Vec v = set(x[r * kBlock + k]);
             left[r] = fma(v, w0, left[r]);
@@ -57,7 +58,7 @@ void tile_product(const float* x, const float* weights, std::int64_t depth, floa
     }
     for (int r = 0; r < R; ++r) {
         store(sums + r * kPair, left[r]);
-        store(sums + r * kPair + W, right[r]);
+        store(sums + r * kPair + kLanes, right[r]);
     }
 }
 
@@ -88,7 +89,7 @@ void product_fp32(const Product& a, const Source& source) {
                                    last = tiles.count * (item % shares + 1) / shares;
                 const std::int64_t row0 = tiles.row(first), rows = tiles.row(last) - row0;
                 panels.load(n0);
-                for (std::int64_t i = 0; i < rows * kPair; i += W) store(sums.data + i, set(0.0f));
+                for (std::int64_t i = 0; i < rows * kPair; i += kLanes) store(sums.data + i, set(0.0f));
                 for (std::int64_t block = 0; block < a.k; block += kBlock) {
                     const std::int64_t depth = smaller(kBlock, a.k - block);
                     panels.fill(block, depth, weights.data);
@@ -96,7 +97,7 @@ void product_fp32(const Product& a, const Source& source) {
                         tile_product(tiles.row(tile + 1) - tiles.row(tile), tiles.at(tile, block / kBlock),
                                      weights.data, depth, sums.data + (tiles.row(tile) - row0) * kPair);
                 }
-                store_tile(a, m0 + row0, n0, rows, n0 + W < a.n ? 2 : 1, sums.data, kPair);
+                store_panels(a, m0 + row0, n0, rows, n0 + kLanes < a.n ? 2 : 1, sums.data, kPair);
             }
         });
     }

@@ -18,7 +18,7 @@ struct Division {
 
     // `widest`: vectors of a panel at most; `tiles`: of rows, all of about a height; `least`: shares wanted.
     Division(const Product& a, int widest, std::int64_t row_tiles, int threads, std::int64_t least = 1)
-        : vectors((a.n + W - 1) / W), panels((vectors + widest - 1) / widest), tiles(row_tiles) {
+        : vectors((a.n + kLanes - 1) / kLanes), panels((vectors + widest - 1) / widest), tiles(row_tiles) {
         const std::int64_t wanted = (4 * threads + panels - 1) / panels;
         shares = larger(1, smaller(tiles, larger(wanted, least)));
     }
@@ -28,7 +28,12 @@ struct Division {
     // Neighbours have the same rows, and panels are of nearly equal width.
     Item operator[](std::int64_t item) const {
         const std::int64_t panel = item % panels, share = item / panels, v0 = vectors * panel / panels;
-        return {v0, vectors * (panel + 1) / panels - v0, tiles * share / shares, tiles * (share + 1) / shares};
+        return {
+            .v0 = v0,
+            .width = vectors * (panel + 1) / panels - v0,
+            .first = tiles * share / shares,
+            .last = tiles * (share + 1) / shares,
+        };
     }
 };
 

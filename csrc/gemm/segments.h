@@ -18,7 +18,7 @@ struct Segments {
         for (std::int64_t begin = 0; begin < k;) {
             const std::int64_t g = begin / group;
             const std::int64_t end = smaller(smaller((g + 1) * group, (begin / kBlock + 1) * kBlock), k);
-            list[count++] = {begin, end, g};
+            list[count++] = {.begin = begin, .end = end, .group = g};
             begin = end;
         }
     }

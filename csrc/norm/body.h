@@ -12,11 +12,11 @@ namespace klfast {
 namespace {
 
 inline void run(const RmsNormArgs& a) {
-    constexpr int W = Vec::width;
-    const std::int64_t n = a.channels, size = a.group_size, padded = round_up(size), groups = n / (size ? size : 1);
+    const std::int64_t n = a.channels, size = a.group_size, padded = round_up(size, kLanes),
+                       groups = n / (size ? size : 1);
     const int threads = worthwhile_threads(a.n_threads, 5.0 * a.rows * a.rows_inner * n);
     parallel_for(a.rows * a.rows_inner, 16, threads, [&](std::int64_t begin, std::int64_t end) {
-        const Scratch scratch(round_up(n) + W + 2 * padded);
+        const Buffer<float> scratch(round_up(n, kLanes) + kLanes + 2 * padded);
         float* const v = scratch.data;        // [padded]
         float* const gate = v + padded;       // [padded]
         float* const weight = gate + padded;  // [n], and a vector that the last group's may reach into
@@ -32,13 +32,13 @@ inline void run(const RmsNormArgs& a) {
                 load_tile(v, padded, a.x, at(a.x), a.x.stride[2], 0, size, 1);
                 if (a.gate) load_tile(gate, padded, a.gate, at(a.gate), a.gate.stride[2], 0, size, 1);
                 Vec squares = set(0.0f);
-                for (std::int64_t i = 0; i < padded; i += W) {
+                for (std::int64_t i = 0; i < padded; i += kLanes) {
                     Vec x = load(v + i);
                     if (a.gate) x = x * silu(load(gate + i)), store(v + i, x);
                     squares = fma(x, x, squares);
                 }
                 const Vec scale = set(1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + a.eps));
-                for (std::int64_t i = 0; i < padded; i += W)
+                for (std::int64_t i = 0; i < padded; i += kLanes)
                     store(v + i, load(v + i) * scale * load(weight + g * size + i));
                 store_tile(v, padded, a.out, at(a.out), a.out.stride[2], 0, size, 1);
             }

@@ -19,14 +19,4 @@ struct RmsNormArgs {
 
 void rms_norm(const RmsNormArgs& args, Tier limit);
 
-namespace scalar {
-void rms_norm(const RmsNormArgs& args);
-}
-namespace avx2 {
-void rms_norm(const RmsNormArgs& args);
-}
-namespace avx512vnni {
-void rms_norm(const RmsNormArgs& args);
-}
-
 }  // namespace klfast

@@ -1,21 +1,30 @@
 // Tensors are checked by klfast/dispatch/registry.py; klfast/backends/cpu/matmul.py passes them and allocates the
 // result. No arithmetic.
-#include "python/bind_attention.h"
-
-#include <cstdint>
-
 #include "attention/decode_attention.h"
+#include "python/bindings.h"
 #include "python/view_caster.h"
 
 namespace klfast {
 
 void bind_attention(pybind11::module_& m) {
-    using Int = std::int64_t;
     m.def("decode_attention", [](View q, View k, View v, View out, Int batch, Int heads, Int groups, Int keys,
                                  Int key_dim, Int value_dim, float scale, int n_threads, int limit) {
         const pybind11::gil_scoped_release release;
-        decode_attention({q, k, v, out, batch, heads, groups, keys, key_dim, value_dim, scale, n_threads},
-                         static_cast<Tier>(limit));
+        const DecodeAttentionArgs args{
+            .q = q,
+            .k = k,
+            .v = v,
+            .out = out,
+            .batch = batch,
+            .heads = heads,
+            .groups = groups,
+            .keys = keys,
+            .key_dim = key_dim,
+            .value_dim = value_dim,
+            .scale = scale,
+            .n_threads = n_threads,
+        };
+        decode_attention(args, static_cast<Tier>(limit));
     });
 }
 

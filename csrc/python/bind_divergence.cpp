@@ -1,28 +1,25 @@
 // Tensors come as addresses, logits as (address, element type, row stride, column stride);
 // klfast/backends/cpu/divergence.py has checked them and allocates. No arithmetic.
-#include "python/bind_divergence.h"
-
-#include <cstdint>
 #include <tuple>
 
 #include "divergence/divergence.h"
+#include "python/bindings.h"
 
 namespace py = pybind11;
 
 namespace klfast {
 namespace {
 
-using Int = std::int64_t;
-using Address = std::uintptr_t;
 using MatrixArg = std::tuple<Address, int, Int, Int>;
 
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
 divergence::Matrix matrix(const MatrixArg& m) {
-    return {pointer<const void>(std::get<0>(m)), static_cast<DType>(std::get<1>(m)), std::get<2>(m), std::get<3>(m)};
+    const auto [address, type, row_stride, column_stride] = m;
+    return {
+        .data = pointer<const void>(address),
+        .dtype = static_cast<DType>(type),
+        .row_stride = row_stride,
+        .column_stride = column_stride,
+    };
 }
 
 }  // namespace
@@ -34,9 +31,17 @@ void bind_divergence(py::module_& m) {
         "divergence_accumulate",
         [](const MatrixArg& teacher, const MatrixArg& student, Int tokens, Int columns, Int first_column,
            Address targets, Address states, int n_threads, int limit) {
-            divergence::accumulate({matrix(teacher), matrix(student), tokens, columns, first_column,
-                                    pointer<const Int>(targets), pointer<divergence::State>(states), n_threads},
-                                   static_cast<Tier>(limit));
+            const divergence::BlockArgs args{
+                .teacher = matrix(teacher),
+                .student = matrix(student),
+                .tokens = tokens,
+                .columns = columns,
+                .first_column = first_column,
+                .targets = pointer<const Int>(targets),
+                .states = pointer<divergence::State>(states),
+                .n_threads = n_threads,
+            };
+            divergence::accumulate(args, static_cast<Tier>(limit));
         },
         Release());
     m.def(
@@ -51,10 +56,18 @@ void bind_divergence(py::module_& m) {
         "divergence_from_parts",
         [](Address parts, Address index, Int tokens, Int n_parts, Int vocab, Address targets, Address anchor,
            Address runs, Address out, Address verdict, int n_threads) {
-            divergence::from_parts(
-                {pointer<const divergence::Part>(parts), pointer<const divergence::PartIndex>(index), tokens, n_parts,
-                 vocab, pointer<const double>(targets), pointer<float>(anchor), pointer<Int>(runs), n_threads},
-                pointer<float>(out), pointer<divergence::Verdict>(verdict));
+            const divergence::PartsArgs args{
+                .parts = pointer<const divergence::Part>(parts),
+                .index = pointer<const divergence::PartIndex>(index),
+                .tokens = tokens,
+                .n_parts = n_parts,
+                .vocab = vocab,
+                .targets = pointer<const double>(targets),
+                .anchor = pointer<float>(anchor),
+                .runs = pointer<Int>(runs),
+                .n_threads = n_threads,
+            };
+            divergence::from_parts(args, pointer<float>(out), pointer<divergence::Verdict>(verdict));
         },
         Release());
     m.attr("divergence_again") = static_cast<int>(divergence::Verdict::again);
@@ -63,9 +76,17 @@ void bind_divergence(py::module_& m) {
         "logit_divergence",
         [](const MatrixArg& teacher, const MatrixArg& student, Int tokens, Int columns, Address targets, Address out,
            Address fault, int n_threads, int limit) {
-            divergence::logit_divergence(
-                {matrix(teacher), matrix(student), tokens, columns, 0, pointer<const Int>(targets), nullptr, n_threads},
-                pointer<float>(out), pointer<Int>(fault), static_cast<Tier>(limit));
+            const divergence::BlockArgs args{
+                .teacher = matrix(teacher),
+                .student = matrix(student),
+                .tokens = tokens,
+                .columns = columns,
+                .first_column = 0,
+                .targets = pointer<const Int>(targets),
+                .states = nullptr,
+                .n_threads = n_threads,
+            };
+            divergence::logit_divergence(args, pointer<float>(out), pointer<Int>(fault), static_cast<Tier>(limit));
         },
         Release());
 }

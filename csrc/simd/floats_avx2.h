@@ -21,6 +21,8 @@ struct Vec {
     __m256 v;
 };
 
+constexpr int kLanes = Vec::width;
+
 inline Vec set(float a) { return {_mm256_set1_ps(a)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
@@ -63,14 +65,14 @@ inline Vec scale(Vec p, Vec n) { return scale_within(p, within_exponents(n)); }
 inline Vec load(const void* p, std::int64_t i, DType t, int n) {
     if (t == DType::f32) {
         const float* q = static_cast<const float*>(p) + i;
-        if (n == Vec::width) return load(q);
-        float part[Vec::width] = {};
+        if (n == kLanes) return load(q);
+        float part[kLanes] = {};
         std::memcpy(part, q, n * sizeof(float));
         return load(part);
     }
     const std::uint16_t* q = static_cast<const std::uint16_t*>(p) + i;
-    std::uint16_t part[Vec::width] = {};
-    if (n != Vec::width) q = static_cast<const std::uint16_t*>(std::memcpy(part, q, n * sizeof(std::uint16_t)));
+    std::uint16_t part[kLanes] = {};
+    if (n != kLanes) q = static_cast<const std::uint16_t*>(std::memcpy(part, q, n * sizeof(std::uint16_t)));
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
     if (t == DType::f16) return {_mm256_cvtph_ps(raw)};
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
@@ -79,8 +81,8 @@ inline Vec load(const void* p, std::int64_t i, DType t, int n) {
 inline void store(void* p, std::int64_t i, DType t, int n, Vec a) {
     if (t == DType::f32) {
         float* q = static_cast<float*>(p) + i;
-        if (n == Vec::width) return store(q, a);
-        float part[Vec::width];
+        if (n == kLanes) return store(q, a);
+        float part[kLanes];
         store(part, a);
         std::memcpy(q, part, n * sizeof(float));
         return;
@@ -98,8 +100,8 @@ inline void store(void* p, std::int64_t i, DType t, int n, Vec a) {
         raw = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b00001000));
     }
     std::uint16_t* q = static_cast<std::uint16_t*>(p) + i;
-    if (n == Vec::width) return _mm_storeu_si128(reinterpret_cast<__m128i*>(q), raw);
-    std::uint16_t part[Vec::width];
+    if (n == kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(q), raw);
+    std::uint16_t part[kLanes];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(part), raw);
     std::memcpy(q, part, n * sizeof(std::uint16_t));
 }

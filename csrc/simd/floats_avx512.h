@@ -20,6 +20,8 @@ struct Vec {
     __m512 v;
 };
 
+constexpr int kLanes = Vec::width;
+
 inline Vec set(float a) { return {_mm512_set1_ps(a)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }

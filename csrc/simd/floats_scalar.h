@@ -16,6 +16,8 @@ struct Vec {
     float v;
 };
 
+constexpr int kLanes = Vec::width;
+
 inline Vec set(float a) { return {a}; }
 inline Vec load(const float* p) { return {*p}; }
 inline void store(float* p, Vec a) { *p = a.v; }

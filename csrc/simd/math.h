@@ -13,6 +13,8 @@
 // Infinities give what these expressions give: exp2 and exp 0 and infinity, softplus 0 and infinity, silu(-inf) a NaN.
 #pragma once
 
+#include "core/numbers.h"
+
 namespace klfast {
 namespace {
 
@@ -28,7 +30,7 @@ inline Vec exp2(Vec x) {
 
 inline Vec exp(Vec x) {
     x = min(max(x, set(-104.0f)), set(89.0f));  // the reduction of an infinity would be a NaN
-    const Vec n = round(x * set(0x1.715476p+0f));
+    const Vec n = round(x * set(kLog2e));
     const Vec r = fma(n, set(0x1.05c610p-29f), fma(n, set(-0x1.62e430p-1f), x));
     Vec p = fma(set(0x1.6a23d2p-10f), r, set(0x1.123a20p-7f));
     p = fma(p, r, set(0x1.5558f2p-5f));
@@ -40,7 +42,7 @@ inline Vec exp(Vec x) {
 
 inline Vec expm1(Vec x) {
     x = max(x, set(-87.0f));
-    const Vec n = round(x * set(0x1.715476p+0f));
+    const Vec n = round(x * set(kLog2e));
     const Vec r = fma(n, set(-0x1.62e430p-1f), x);  // ln 2 to 2e-9 will do: |n| grows only as the result nears -1
     Vec q = fma(set(8.37287e-3f), r, set(4.187507e-2f));
     q = fma(q, r, set(1.6666479e-1f));

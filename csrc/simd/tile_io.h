@@ -1,24 +1,21 @@
 // Rectangles of a strided tensor as rows of floats: tile[t * pitch + c], c padded with zeros to whole vectors.
-// Included after one of vec/{scalar,avx2,avx512}.h and the integers beside it; local to the including translation unit.
+// Included after simd/tier.h; local to the including translation unit.
 #pragma once
 
 #include <cstdint>
 
 #include "core/buffer.h"
+#include "core/integers.h"
 #include "core/tensor_view.h"
 
 namespace klfast {
 namespace {
 
-inline std::int64_t round_up(std::int64_t n) { return (n + Vec::width - 1) / Vec::width * Vec::width; }
-
 // Lanes of a vector that `left` elements fill.
-inline int lanes(std::int64_t left) { return static_cast<int>(left < Vec::width ? left : Vec::width); }
-
-using Scratch = Buffer<float>;
+inline int lanes(std::int64_t left) { return static_cast<int>(smaller(left, kLanes)); }
 
 inline float load_one(const void* p, std::int64_t i, DType t) {
-    float lanes[Vec::width];
+    float lanes[kLanes];
     store(lanes, load(p, i, t, 1));
     return lanes[0];
 }
@@ -26,20 +23,19 @@ inline float load_one(const void* p, std::int64_t i, DType t) {
 // Elements base + c stride_c + t stride_t of `from`, c < n_c, t < n_t. Memory is read along whichever stride is 1.
 inline void load_tile(float* tile, std::int64_t pitch, const View& from, std::int64_t base, std::int64_t stride_c,
                       std::int64_t stride_t, std::int64_t n_c, std::int64_t n_t) {
-    constexpr int W = Vec::width;
-    const std::int64_t padded = round_up(n_c);
+    const std::int64_t padded = round_up(n_c, kLanes);
     if (stride_c == 1) {
         for (std::int64_t t = 0; t < n_t; ++t)
-            for (std::int64_t c = 0; c < padded; c += W)
+            for (std::int64_t c = 0; c < padded; c += kLanes)
                 store(tile + t * pitch + c, load(from.data, base + t * stride_t + c, from.dtype, lanes(n_c - c)));
         return;
     }
     if (stride_t == 1) {
-        for (std::int64_t t = 0; t < n_t; t += W)
-            for (std::int64_t c = 0; c < padded; c += W) {
-                Ints rows[W];
+        for (std::int64_t t = 0; t < n_t; t += kLanes)
+            for (std::int64_t c = 0; c < padded; c += kLanes) {
+                Ints rows[kLanes];
                 const int n = lanes(n_t - t);
-                for (int i = 0; i < W; ++i)
+                for (int i = 0; i < kLanes; ++i)
                     rows[i] = c + i < n_c ? bits_of(load(from.data, base + (c + i) * stride_c + t, from.dtype, n))
                                           : set_int(0);
                 transpose(rows);
@@ -57,21 +53,21 @@ inline void load_tile(float* tile, std::int64_t pitch, const View& from, std::in
 // The inverse: writes n_c x n_t elements.
 inline void store_tile(const float* tile, std::int64_t pitch, const View& to, std::int64_t base, std::int64_t stride_c,
                        std::int64_t stride_t, std::int64_t n_c, std::int64_t n_t) {
-    constexpr int W = Vec::width;
     if (stride_c == 1) {
         for (std::int64_t t = 0; t < n_t; ++t)
-            for (std::int64_t c = 0; c < n_c; c += W)
+            for (std::int64_t c = 0; c < n_c; c += kLanes)
                 store(to.data, base + t * stride_t + c, to.dtype, lanes(n_c - c), load(tile + t * pitch + c));
         return;
     }
     if (stride_t == 1) {
-        for (std::int64_t t = 0; t < n_t; t += W)
-            for (std::int64_t c = 0; c < n_c; c += W) {
-                Ints rows[W];
+        for (std::int64_t t = 0; t < n_t; t += kLanes)
+            for (std::int64_t c = 0; c < n_c; c += kLanes) {
+                Ints rows[kLanes];
                 const int n = lanes(n_t - t);
-                for (int i = 0; i < W; ++i) rows[i] = i < n ? bits_of(load(tile + (t + i) * pitch + c)) : set_int(0);
+                for (int i = 0; i < kLanes; ++i)
+                    rows[i] = i < n ? bits_of(load(tile + (t + i) * pitch + c)) : set_int(0);
                 transpose(rows);
-                for (int i = 0; i < W && c + i < n_c; ++i)
+                for (int i = 0; i < kLanes && c + i < n_c; ++i)
                     store(to.data, base + (c + i) * stride_c + t, to.dtype, n, float_bits(rows[i]));
             }
         return;

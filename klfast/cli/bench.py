@@ -23,8 +23,15 @@ _PYTEST = (
     "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; own in sys.path or sys.path.insert(0, own); "
     "import pytest; sys.exit(pytest.main())"
 )
-_tier = options.one_of("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
+
+
+def _tier(text: str) -> str:
+    from klfast.dispatch import pins
+
+    if reason := pins.why_not("scalar"):
+        raise KlfastError(f"--isa {text}: {reason}")
+    return options.one_of(*pins.CPU_TIERS)(text)
 
 
 def folder() -> Path:

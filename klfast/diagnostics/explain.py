@@ -105,6 +105,6 @@ def _why_not(op: str, tier: str, device: str, formats: list[str]) -> str:
 
     if tier not in _C.kernel_tiers().get(op, ()):
         return f"this op has no {tier} kernel."
-    if pins.CPU_TIERS.index(tier) > pins.cpu_tier_limit():
+    if not pins.may_run(tier):
         return f"klfast.using or KLFAST_ISA asks for {pin}."
     return ""

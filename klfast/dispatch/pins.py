@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch  # noqa: F401 (before the extension, which then shares its OpenMP library)
+
 from klfast.core.errors import InvalidInputError, KernelUnavailableError, SlowPathWarning
 
-CPU_TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")  # ascending, as csrc/core/tiers.h has them
-_ALL_TIERS = len(CPU_TIERS) - 1
+try:
+    from klfast import _C
+except ImportError as error:
+    _C, _MISSING = None, f"the extension klfast._C cannot be imported ({error})."
+
+CPU_TIERS: tuple[str, ...] = _C.tiers if _C else ("scalar",)  # csrc/core/tiers.def; every build has that one
+_ANY_TIER = -1  # as csrc/core/tiers.h has it
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
 
 _process_pin = os.environ.get("KLFAST_ISA")  # read once: a look into the environment takes as long as a small op
@@ -21,19 +28,15 @@ _warned: set[tuple[str, str]] = set()
 
 def why_not(tier: str) -> str:
     """Why a CPU tier cannot run on this machine, one sentence; empty if it can."""
-    try:
-        from klfast import _C
-    except ImportError as error:
-        return f"the extension klfast._C cannot be imported ({error})."
-    return _C.why_not(CPU_TIERS.index(tier))
+    return _C.why_not(CPU_TIERS.index(tier)) if _C else _MISSING
 
 
 def _check(name: str, source: str) -> str:
-    if name not in IMPLEMENTATIONS:
+    if name not in IMPLEMENTATIONS and _C:
         raise InvalidInputError(
             f"{source}: no implementation is called {name!r}; choose from {', '.join(IMPLEMENTATIONS)}"
         )
-    if name in CPU_TIERS and (reason := why_not(name)):
+    if name not in ("reference", "triton") and (reason := why_not(name)):
         raise KernelUnavailableError(f"{source}: {name} cannot run here: {reason}")
     return name
 
@@ -52,7 +55,7 @@ def using(implementation: str) -> Iterator[None]:
 
     "triton" is what tensors on a GPU get anyway; with TRITON_INTERPRET=1 it is for tensors on the CPU, too.
 
-    An op that has no kernel of the pinned tier runs its best one below it.
+    An op that has no kernel of the pinned tier runs its best one of those that the tier falls back to.
 
     Raises:
         InvalidInputError: an unknown name.
@@ -66,16 +69,19 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def available_tiers() -> list[str]:
-    """The CPU tiers that this machine runs, ascending."""
+    """The CPU tiers that this machine runs, the best last."""
     return [tier for tier in CPU_TIERS if not why_not(tier)]
 
 
 def cpu_tier_limit() -> int:
-    """Index in CPU_TIERS of the highest tier that a CPU kernel may use now."""
+    """Index in CPU_TIERS of the pinned tier, -1 if none is, for the extension ("triton" says nothing of the CPU)."""
     pin = pinned()
-    return (
-        _ALL_TIERS if pin is None else CPU_TIERS.index(pin) if pin in CPU_TIERS else _ALL_TIERS
-    )  # "triton" says nothing of CPU tensors
+    return CPU_TIERS.index(pin) if pin in CPU_TIERS else _ANY_TIER
+
+
+def may_run(tier: str) -> bool:
+    """Whether CPU kernels of a tier may run now: the machine can, and a pin is that tier or falls back to it."""
+    return not why_not(tier) and _C.allows(cpu_tier_limit(), CPU_TIERS.index(tier))
 
 
 def interprets_triton() -> bool:

@@ -96,9 +96,9 @@ def test_attention_to_more_keys_than_a_float_counts(tier):
         torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0), torch.full((1, 1, 1), 3.0))
 
 
-def test_the_extension_and_python_agree_on_tiers_and_few_rows():
+def test_the_extension_and_python_agree_on_few_rows_and_on_no_pin():
     from klfast import _C
     from klfast.backends import operands
 
-    assert tuple(_C.tiers) == pins.CPU_TIERS
     assert _C.few_rows == operands.FEW_ROWS
+    assert pins.cpu_tier_limit() == _C.any_tier or pins.pinned() in pins.CPU_TIERS

@@ -1,4 +1,4 @@
-"""The build: which tiers an old assembler leaves, how many jobs, and what a second build compiles again."""
+"""The build: what is compiled for which tiers, what an old assembler can build, how many jobs, what is built again."""
 
 import json
 import math
@@ -70,12 +70,12 @@ def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
         return python("print(json.dumps(command._tiers()))", tmp_path, CXX=compiler, CC=compiler, **environment)
 
     every = tiers()
-    if every != ["avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"]:
+    if every != ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"]:
         pytest.skip(f"this compiler builds only {every}")
-    assert tiers("tdpbf16ps") == tiers("tilezero") == every[:4]
+    assert tiers("tdpbf16ps") == tiers("tilezero") == every[:5]
     assert tiers(r"\{vex\}") == [tier for tier in every if tier != "avxvnni"]
-    assert tiers("vdpbf16ps") == every[:3]
-    assert tiers("vpdpbusd") == ["avx2"] and tiers("zmm") == ["avx2", "avxvnni"] and tiers("vfmadd") == []
+    assert tiers("vdpbf16ps") == every[:4]
+    assert tiers("vpdpbusd") == every[:2] and tiers("zmm") == every[:3] and tiers("vfmadd") == every[:1]
     twins = {"KLFAST_AVXVNNI_TWIN": "1", "KLFAST_AMX_TWIN": "1"}
     assert tiers("tdpbf16ps", r"\{vex\}", **twins) == every
 
@@ -83,7 +83,9 @@ def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
 def test_a_source_that_an_old_assembler_cannot_build_is_left_out_of_the_extension(tmp_path):
     (tmp_path / "amx.cpp").write_text('void amx() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }\n')
     (tmp_path / "module.cpp").write_text(
-        "#ifdef KLFAST_BUILT_AMX\nvoid amx();\nvoid use() { amx(); }\n#endif\nint zero() { return 0; }\n"
+        "#include <initializer_list>\nconstexpr bool built() {\n  enum { scalar, avx2, avxvnni, avx512vnni, avx512bf16, amx };\n"
+        "  for (int tier : {KLFAST_BUILT}) if (tier == amx) return true;\n  return false;\n}\n"
+        "static_assert(!built());\n"
     )
     compiler = old_assembler(tmp_path, "tdpbf16ps")
     code = """
@@ -92,6 +94,34 @@ command.build_extension(Extension("tiny", ["module.cpp", "amx.cpp"]))
 print(json.dumps(glob.glob("temp/**/*.o", recursive=True)))
 """
     assert python(code, tmp_path, CXX=compiler, CC=compiler) == ["temp/module.o"]
+
+
+def test_compiler_flags_are_known_for_all_that_tiers_need(tmp_path):
+    needs, known = python("print(json.dumps([names['tiers'](), list(names['FEATURES'])]))", tmp_path)
+    assert {feature for features in needs.values() for feature in features} == set(known)
+
+
+def test_a_source_that_names_tiers_is_compiled_once_for_each_of_them_and_once_without(tmp_path):
+    (tmp_path / "tiers.cpp").write_text(
+        "#define KLFAST_TIERS scalar, avx2, amx\n"
+        "#ifdef KLFAST_TIER\nnamespace KLFAST_TIER { int kernel() { return 0; } }\n"
+        "#else\nnamespace scalar { int kernel(); }\nint table() { return scalar::kernel(); }\n#endif\n"
+    )
+    (tmp_path / "amx.cpp").write_text("namespace amx { int kernel() { return 1; } }\n")
+    code = """
+import glob
+command.build_extension(Extension("tiny", ["tiers.cpp", "amx.cpp"]))
+print(json.dumps(sorted(glob.glob("temp/**/*.o", recursive=True))))
+"""
+    compiler = old_assembler(tmp_path, "vfmadd")
+    both = ["temp/scalar/tiers.o", "temp/tiers.o"]
+    assert python(code, tmp_path, CXX=compiler, CC=compiler) == both
+    if os.uname().machine == "x86_64":
+        assert set(python(code, tmp_path)) >= {"temp/avx2/tiers.o", *both}
+        assert "temp/amx/tiers.o" not in python(code, tmp_path)
+    (tmp_path / "tiers.cpp").write_text("#define KLFAST_TIERS scalar, sse\n")
+    with pytest.raises(AssertionError, match=r"tiers\.cpp: csrc/core/tiers\.def has no tier sse"):
+        python(code, tmp_path)
 
 
 def test_only_what_has_changed_is_compiled_again(tmp_path):

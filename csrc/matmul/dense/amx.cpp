@@ -1,11 +1,13 @@
 // linear at tier amx: bf16 times bf16 by tiles; whatever else as tier avx512bf16 does.
 #include "matmul/dense/linear.h"
-#include "simd/floats_avx512.h"
-
-#include "simd/ints_avx512.h"
+#include "simd/avx512vnni.h"
 
 #include "matmul/dense/bf16_source.h"
 #include "gemm/amx_bf16.h"
+
+namespace klfast::avx512bf16 {
+void linear(const LinearArgs&);
+}
 
 namespace klfast::amx {
 

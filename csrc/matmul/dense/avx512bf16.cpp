@@ -1,19 +1,21 @@
 // linear at tier avx512bf16: bf16 times bf16 by vdpbf16ps; whatever else as tier avx512vnni does.
 #include "matmul/dense/linear.h"
-#include "simd/floats_avx512.h"
-
-#include "simd/ints_avx512.h"
+#include "simd/avx512vnni.h"
 
 #include "matmul/dense/bf16_source.h"
 #include "matmul/dense/few_rows.h"
 #include "gemm/bf16.h"
+
+namespace klfast::avx512vnni {
+void linear(const LinearArgs&);
+}
 
 namespace klfast {
 namespace {
 
 // Pairs along k.
 struct PairTerms {
-    static constexpr int values = 2 * W, size = 2;
+    static constexpr int values = 2 * kLanes, size = 2;
 
     static void arrange(const LinearArgs& a, std::int64_t i, std::int64_t n, std::int32_t* out) {
         write(out, read_pairs(a.x, i, n));
@@ -33,7 +35,7 @@ void linear(const LinearArgs& args) {
     if (args.x_type != DType::bf16 || args.weight_type != DType::bf16) return avx512vnni::linear(args);
     if (args.m == 0 || args.n == 0) return;
     if (args.m <= kFewRows)
-        FewRows<PairTerms>(args).run();
+        DenseFewRows<PairTerms>(args).run();
     else
         product_bf16(args, Bf16Rows{args});
 }

@@ -15,16 +15,16 @@ namespace klfast {
 namespace {
 
 template <class Terms>
-struct FewRows {
+struct DenseFewRows {
     const LinearArgs& a;
-    const std::int64_t steps = (a.k + Terms::values - 1) / Terms::values, pitch = steps * W;
-    Buffer<std::int32_t> x;  // [m, steps, W]
+    const std::int64_t steps = (a.k + Terms::values - 1) / Terms::values, pitch = steps * kLanes;
+    Buffer<std::int32_t> x;  // [m, steps, kLanes]
 
-    explicit FewRows(const LinearArgs& args) : a(args), x(args.m * pitch) {
+    explicit DenseFewRows(const LinearArgs& args) : a(args), x(args.m * pitch) {
         for (std::int64_t m = 0; m < a.m; ++m)
             for (std::int64_t s = 0; s < steps; ++s)
                 Terms::arrange(a, m * a.x_stride + s * Terms::values, smaller(Terms::values, a.k - s * Terms::values),
-                               x.data + m * pitch + s * W);
+                               x.data + m * pitch + s * kLanes);
     }
 
     // y[.., n .. n + R] for all M rows of x
@@ -40,7 +40,7 @@ struct FewRows {
             unrolled<R>([&](int r) KLFAST_INLINE {
                 const auto w = Terms::read(weight, base + r * stride + s * Terms::values, valid);
                 unrolled<M>([&](int m) KLFAST_INLINE {
-                    total[m][r] = Terms::add(total[m][r], w, row_x + m * x_pitch + s * W);
+                    total[m][r] = Terms::add(total[m][r], w, row_x + m * x_pitch + s * kLanes);
                 });
             });
         };
@@ -71,7 +71,7 @@ struct FewRows {
 // Floats, converted one vector at a time.
 template <DType T>
 struct FloatTerms {
-    static constexpr int values = W, size = T == DType::f32 ? 4 : 2;
+    static constexpr int values = kLanes, size = T == DType::f32 ? 4 : 2;
 
     static void arrange(const LinearArgs& a, std::int64_t i, std::int64_t n, std::int32_t* out) {
         write(out, bits_of(load(a.x, i, a.x_type, static_cast<int>(n))));
@@ -82,9 +82,9 @@ struct FloatTerms {
 
 inline void few_rows(const LinearArgs& a) {
     switch (a.weight_type) {
-        case DType::f32: return FewRows<FloatTerms<DType::f32>>(a).run();
-        case DType::f16: return FewRows<FloatTerms<DType::f16>>(a).run();
-        case DType::bf16: return FewRows<FloatTerms<DType::bf16>>(a).run();
+        case DType::f32: return DenseFewRows<FloatTerms<DType::f32>>(a).run();
+        case DType::f16: return DenseFewRows<FloatTerms<DType::f16>>(a).run();
+        case DType::bf16: return DenseFewRows<FloatTerms<DType::bf16>>(a).run();
     }
 }
 

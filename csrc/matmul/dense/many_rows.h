@@ -19,17 +19,18 @@ struct FloatRows {
 
         void fill(std::int64_t block, std::int64_t depth, float* out) const {
             for (int half = 0; half < 2; ++half)
-                for (std::int64_t k = 0; k < depth; k += W) {
-                    Ints rows[W];
-                    for (int lane = 0; lane < W; ++lane) {
+                for (std::int64_t k = 0; k < depth; k += kLanes) {
+                    Ints rows[kLanes];
+                    for (int lane = 0; lane < kLanes; ++lane) {
                         const std::int64_t n =
-                            smaller(n0 + half * W + lane, args.n - 1);  // columns behind the last are not stored
-                        rows[lane] = bits_of(klfast::load(args.weight, n * args.weight_stride + block + k,
-                                                          args.weight_type, static_cast<int>(smaller(W, depth - k))));
+                            smaller(n0 + half * kLanes + lane, args.n - 1);  // columns behind the last are not stored
+                        rows[lane] =
+                            bits_of(klfast::load(args.weight, n * args.weight_stride + block + k, args.weight_type,
+                                                 static_cast<int>(smaller(kLanes, depth - k))));
                     }
                     transpose(rows);
-                    for (int i = 0; i < W; ++i)
-                        write(reinterpret_cast<std::int32_t*>(out + (k + i) * kPair + half * W), rows[i]);
+                    for (int i = 0; i < kLanes; ++i)
+                        write(reinterpret_cast<std::int32_t*>(out + (k + i) * kPair + half * kLanes), rows[i]);
                 }
         }
     };

@@ -1,13 +1,15 @@
 // dequant_matmul at tier amx: several rows of x by tiles, "int8" in tdpbssd and "exact" with bf16 x in tdpbf16ps, where
 // no tile meets two groups; whatever else as tier avx512bf16 does.
 #include "matmul/quantized/dequant_matmul.h"
-#include "simd/floats_avx512.h"
-
-#include "simd/ints_avx512.h"
+#include "simd/avx512vnni.h"
 
 #include "matmul/quantized/int8_many_rows_amx.h"
 #include "matmul/quantized/exact_bf16_source.h"
 #include "gemm/amx_bf16.h"
+
+namespace klfast::avx512bf16 {
+void dequant_matmul(const DequantMatmulArgs&);
+}
 
 namespace klfast {
 namespace {
@@ -15,7 +17,7 @@ namespace {
 template <int Bits>
 void run_bf16(const DequantMatmulArgs& a) {
     const Segments segments(a.k, a.group);
-    product_bf16_tiles(a, QuantizedPairs<Bits>{a, segments});
+    product_bf16_tiles(a, QuantizedPairs<Bits>{.args = a, .segments = segments});
 }
 
 // Whether groups begin where tiles do, for tiles of `values` values along k.

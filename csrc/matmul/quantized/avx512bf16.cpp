@@ -5,13 +5,15 @@
 // int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts
 // and 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
 #include "matmul/quantized/dequant_matmul.h"
-#include "simd/floats_avx512.h"
-
-#include "simd/ints_avx512.h"
+#include "simd/avx512vnni.h"
 
 #include "matmul/quantized/exact_few_rows.h"
 #include "matmul/quantized/exact_bf16_source.h"
 #include "gemm/bf16.h"
+
+namespace klfast::avx512vnni {
+void dequant_matmul(const DequantMatmulArgs&);
+}
 
 namespace klfast {
 namespace {
@@ -19,8 +21,8 @@ namespace {
 // bf16 of `factor` (d - middle), for the digit d in the lowest four bits of an index; bit 4, the next digit's, says
 // nothing.
 inline __m512i digit_table(int middle, int factor) {
-    alignas(64) std::uint16_t table[2 * W];
-    for (int i = 0; i < 2 * W; ++i) table[i] = float_to_bf16(static_cast<float>(factor * (i % 16 - middle)));
+    alignas(64) std::uint16_t table[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) table[i] = float_to_bf16(static_cast<float>(factor * (i % 16 - middle)));
     return _mm512_load_si512(table);
 }
 
@@ -31,12 +33,12 @@ struct PairLines {
     __m512i low = digit_table(Bits == 4 ? 8 : 0, 1), high = digit_table(8, 16);
 
     void arrange(const float* x, std::int32_t* out) const {
-        for (int i = 0; i < W; ++i)
+        for (int i = 0; i < kLanes; ++i)
             for (int j = 0; j < steps; ++j) {
                 const auto bits = [&](int k) {
                     return static_cast<std::uint32_t>(float_to_bf16(x[i * 2 * steps + k]));
                 };  // x was bf16
-                out[j * W + i] = static_cast<std::int32_t>(bits(j) | bits(j + steps) << 16);
+                out[j * kLanes + i] = static_cast<std::int32_t>(bits(j) | bits(j + steps) << 16);
             }
     }
 
@@ -50,7 +52,7 @@ struct PairLines {
             for (int r = 0; r < R; ++r) {
                 const __m512i digits = _mm512_srli_epi32(words[r].v, Bits * j);
                 for (int m = 0; m < M; ++m) {
-                    const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_load_si512(x + m * x_pitch + j * W));
+                    const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_load_si512(x + m * x_pitch + j * kLanes));
                     acc[m][r].v = dot(acc[m][r], low, digits, pair);
                     if constexpr (Bits == 8) acc[m][r].v = dot(acc[m][r], high, _mm512_srli_epi32(digits, 4), pair);
                 }
@@ -60,9 +62,9 @@ struct PairLines {
 
 template <int Bits>
 void run_bf16(const DequantMatmulArgs& a) {
-    if (a.m <= kFewRows && words_within_groups<Bits>(a)) return FewRows<PairLines, Bits>(a).run();
+    if (a.m <= kFewRows && words_within_groups<Bits>(a)) return ExactFewRows<PairLines, Bits>(a).run();
     const Segments segments(a.k, a.group);
-    product_bf16(a, QuantizedPairs<Bits>{a, segments});
+    product_bf16(a, QuantizedPairs<Bits>{.args = a, .segments = segments});
 }
 
 }  // namespace

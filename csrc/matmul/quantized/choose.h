@@ -14,11 +14,11 @@ template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
     const Segments segments(args.k, args.group);
     if (args.int8_activation && args.m <= kFewRows && segments_fit_lines<Bits>(args))
-        FewRowsInt8<Bits>(args, segments).run();
+        Int8FewRows<Bits>(args, segments).run();
     else if (args.int8_activation)
         run_int8<Bits>(args, segments);
     else if (args.m < kSeveralRows && words_within_groups<Bits>(args))
-        FewRows<FloatLines, Bits>(args).run();
+        ExactFewRows<FloatLines, Bits>(args).run();
     else if (args.m < kManyRows && words_within_groups<Bits>(args))
         SeveralRows<Bits>(args, segments).run();
     else

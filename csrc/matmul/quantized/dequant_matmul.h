@@ -8,7 +8,7 @@
 
 namespace klfast {
 
-struct DequantMatmulArgs : Product {
+struct QuantizedWeight {
     const std::int32_t* packed;  // [n, ceil(k bits / 32)]
     const void* scale;           // [n, groups]
     DType scale_type;
@@ -16,33 +16,14 @@ struct DequantMatmulArgs : Product {
     int bits;                        // 4 or 8
     std::int64_t group;              // values of a row that share a scale, at least 1
     bool int8_activation;
+};
 
+struct DequantMatmulArgs : Product, QuantizedWeight {
     std::int64_t groups() const { return (k + group - 1) / group; }
     std::int64_t words() const { return (k * bits + 31) / 32; }  // of a row
 };
 
-using DequantMatmulKernel = void(const DequantMatmulArgs&);
-
-// Runs the best kernel not above `limit`. The result does not depend on n_threads.
+// Runs the best kernel that `limit` allows. The result does not depend on n_threads.
 void dequant_matmul(const DequantMatmulArgs& args, Tier limit);
-
-namespace scalar {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avx2 {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avxvnni {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avx512vnni {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace avx512bf16 {
-void dequant_matmul(const DequantMatmulArgs&);
-}
-namespace amx {
-void dequant_matmul(const DequantMatmulArgs&);
-}
 
 }  // namespace klfast

@@ -16,11 +16,11 @@ struct Digits {
     static constexpr int count = 32 / Bits, placed = 16 / Bits;  // of a word, of half a word
 
     Ints mask[placed];
-    float power[placed + W];  // power[i] = B^-(i mod placed), so that W from any place on can be loaded
+    float power[placed + kLanes];  // power[i] = B^-(i mod placed), so that kLanes from any place on can be loaded
 
     Digits() {
         for (int p = 0; p < placed; ++p) mask[p] = set_int(((1 << Bits) - 1) << (Bits * p));
-        for (int i = 0; i < placed + W; ++i) power[i] = 1.0f / static_cast<float>(1 << (Bits * (i % placed)));
+        for (int i = 0; i < placed + kLanes; ++i) power[i] = 1.0f / static_cast<float>(1 << (Bits * (i % placed)));
     }
 
     // What is subtracted from a digit in each place, for zero point z.
@@ -40,7 +40,7 @@ struct Digits {
         std::int64_t k = begin;
         for (; k < end && k % count != 0; ++k) one(words, k, zero, each);
         for (; k + count <= end; k += count) {
-            const Ints low = read(words + k / count * W), high = shift_right(low, 16);
+            const Ints low = read(words + k / count * kLanes), high = shift_right(low, 16);
             for (int j = 0; j < count; ++j) each(k + j, j % placed, value(j < placed ? low : high, j % placed, zero));
         }
         for (; k < end; ++k) one(words, k, zero, each);
@@ -50,7 +50,7 @@ struct Digits {
     template <class Each>
     void one(const std::int32_t* words, std::int64_t k, const Vec (&zero)[placed], Each&& each) const {
         const int j = static_cast<int>(k % count);
-        const Ints word = read(words + k / count * W);
+        const Ints word = read(words + k / count * kLanes);
         each(k, j % placed, value(j < placed ? word : shift_right(word, 16), j % placed, zero));
     }
 };

@@ -18,9 +18,10 @@ struct WordPairs<4> {
     static constexpr int count = 4;
 
     struct Table {
-        alignas(64) std::uint16_t bf16[2 * W];
+        alignas(64) std::uint16_t bf16[2 * kLanes];
         Table() {
-            for (int i = 0; i < 2 * W; ++i) bf16[i] = float_to_bf16(static_cast<float>(i < W ? i : i - 2 * W));
+            for (int i = 0; i < 2 * kLanes; ++i)
+                bf16[i] = float_to_bf16(static_cast<float>(i < kLanes ? i : i - 2 * kLanes));
         }
     };
 
@@ -69,8 +70,8 @@ struct QuantizedPairs {
 
     struct Panels {
         const QuantizedPairs& source;
-        Grid grid{source.args};
-        alignas(64) std::int32_t words[(kBlock * Bits / 32 + W) * W];
+        PanelGrid grid{source.args};
+        alignas(64) std::int32_t words[(kBlock * Bits / 32 + kLanes) * kLanes];
 
         explicit Panels(const QuantizedPairs& pairs) : source(pairs) {}
 
@@ -78,15 +79,16 @@ struct QuantizedPairs {
             constexpr int count = 32 / Bits;
             const DequantMatmulArgs& a = source.args;
             for (std::int64_t v = 0; v < vectors; ++v) {
-                grid.load_panel(a, n0 + v * W);
+                grid.load_panel(a, n0 + v * kLanes);
                 for (std::int64_t g = 0; g < a.groups(); ++g)
-                    store(scale + (g * vectors + v) * W, klfast::load(grid.scale.data + g * W));
+                    store(scale + (g * vectors + v) * kLanes, klfast::load(grid.scale.data + g * kLanes));
                 for (std::int64_t block = 0; block < a.k; block += kBlock) {
-                    load_words(a, n0 + v * W, block / count, smaller(kBlock / count, a.words() - block / count), words);
+                    load_words(a, n0 + v * kLanes, block / count, smaller(kBlock / count, a.words() - block / count),
+                               words);
                     source.segments.within(block, block + kBlock, [&](const Segment& seg) {
-                        const Pairs of(source.table, klfast::load(grid.zero.data + seg.group * W));
+                        const Pairs of(source.table, klfast::load(grid.zero.data + seg.group * kLanes));
                         fill(of, (seg.begin - block) / 2, (seg.end - block + 1) / 2,
-                             pairs + (block / 2 * vectors + v) * W, vectors * W);
+                             pairs + (block / 2 * vectors + v) * kLanes, vectors * kLanes);
                     });
                 }
             }
@@ -95,12 +97,12 @@ struct QuantizedPairs {
         // Pairs [begin, end) of a block, `pitch` apart.
         void fill(const Pairs& of, std::int64_t begin, std::int64_t end, std::int32_t* out, std::int64_t pitch) const {
             const auto one = [&](std::int64_t p, int j) __attribute__((always_inline)) {
-                write(out + p * pitch, of.pair(read(words + p / Pairs::count * W), j));
+                write(out + p * pitch, of.pair(read(words + p / Pairs::count * kLanes), j));
             };
             std::int64_t p = begin;
             for (; p < end && p % Pairs::count != 0; ++p) one(p, static_cast<int>(p % Pairs::count));
             for (; p + Pairs::count <= end; p += Pairs::count) {
-                const Ints word = read(words + p / Pairs::count * W);
+                const Ints word = read(words + p / Pairs::count * kLanes);
                 std::int32_t* const to = out + p * pitch;
                 unrolled<Pairs::count>([&](int j) KLFAST_INLINE { write(to + j * pitch, of.pair(word, j)); });
             }

@@ -1,10 +1,10 @@
-// activation "exact" with few rows of x, on Layout.PLAIN as it lies: lanes are W neighbouring words of one row of W, a
-// line, and x is laid out so that each of a word's digits meets its value. Reads W once, from front to back; bound by
-// memory for one row of x. Included by the tiers only.
+// activation "exact" with few rows of x, on Layout.PLAIN as it lies: lanes are kLanes neighbouring words of one row of
+// W, a line, and x is laid out so that each of a word's digits meets its value. Reads W once, from front to back; bound
+// by memory for one row of x. Included by the tiers only.
 //
 // `Lines<Bits>` says how a line is multiplied, q - 2^(Bits-1) with x:
 //     steps                      vectors of x for each line (int32 or float lanes)
-//     arrange(x, out)            W words' values of x as out[step * W + lane]
+//     arrange(x, out)            kLanes words' values of x as out[step * kLanes + lane]
 //     add<R, M>(words, x, x_pitch, acc)  acc[m][r] += line r times x's row m
 // A word must not belong to two groups. Zero points: sum of (q - z) x = sum of (q - 2^(Bits-1)) x - (z - 2^(Bits-1))
 // sum of x.
@@ -21,73 +21,74 @@ constexpr int kFewAtOnce = 4;  // rows of x
 struct LaneGroups {
     std::int64_t lines;
     bool one_a_line;            // every line lies in one group
-    Buffer<std::int32_t> lane;  // [lines, W]
+    Buffer<std::int32_t> lane;  // [lines, kLanes]
     Buffer<std::int64_t> first;
 
     explicit LaneGroups(const DequantMatmulArgs& a)
-        : lines((a.words() + W - 1) / W),
-          one_a_line(a.groups() <= 1 || a.group * a.bits % (32 * W) == 0),
-          lane(lines * W),
+        : lines((a.words() + kLanes - 1) / kLanes),
+          one_a_line(a.groups() <= 1 || a.group * a.bits % (32 * kLanes) == 0),
+          lane(lines * kLanes),
           first(lines) {
-        const std::int64_t words = a.group * a.bits / 32 ? a.group * a.bits / 32 : 1, last = larger(a.groups() - 1, 0);
+        const std::int64_t words = larger(a.group * a.bits / 32, 1), last = larger(a.groups() - 1, 0);
         for (std::int64_t line = 0; line < lines; ++line) {
-            first[line] = smaller(line * W / words, last);
-            for (int i = 0; i < W; ++i)
-                lane[line * W + i] = static_cast<std::int32_t>(smaller((line * W + i) / words, last) - first[line]);
+            first[line] = smaller(line * kLanes / words, last);
+            for (int i = 0; i < kLanes; ++i)
+                lane[line * kLanes + i] =
+                    static_cast<std::int32_t>(smaller((line * kLanes + i) / words, last) - first[line]);
         }
     }
 };
 
 template <template <int> class Lines, int Bits>
-struct FewRows {
+struct ExactFewRows {
     const DequantMatmulArgs& a;
     const LaneGroups groups;
     const std::int64_t n_groups, grid_pitch;
     const std::int64_t pitch;  // of a row of x
-    Buffer<std::int32_t> x;    // [m, lines, steps, W], the bits of whatever Lines takes
-    Buffer<float> sums;        // [m, lines, W]: sums of a word's values of x, for zero points
+    Buffer<std::int32_t> x;    // [m, lines, steps, kLanes], the bits of whatever Lines takes
+    Buffer<float> sums;        // [m, lines, kLanes]: sums of a word's values of x, for zero points
     const Lines<Bits> digits{};
 
-    explicit FewRows(const DequantMatmulArgs& args)
+    explicit ExactFewRows(const DequantMatmulArgs& args)
         : a(args),
           groups(args),
           n_groups(a.groups()),
-          grid_pitch(round_up_to(n_groups, W) + W),
-          pitch(groups.lines * Lines<Bits>::steps * W),
+          grid_pitch(round_up(n_groups, kLanes) + kLanes),
+          pitch(groups.lines * Lines<Bits>::steps * kLanes),
           x(a.m * pitch),
-          sums(a.zero_point ? a.m * groups.lines * W : 0) {
+          sums(a.zero_point ? a.m * groups.lines * kLanes : 0) {
         constexpr int count = 32 / Bits;
-        Buffer<float> row(groups.lines * W * count + W);
+        Buffer<float> row(groups.lines * kLanes * count + kLanes);
         for (std::int64_t m = 0; m < a.m; ++m) {
-            for (std::int64_t k = 0; k < groups.lines * W * count; k += W)
-                store(row.data + k, k < a.k
-                                        ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k)))
-                                        : set(0.0f));
+            for (std::int64_t k = 0; k < groups.lines * kLanes * count; k += kLanes)
+                store(row.data + k,
+                      k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k)))
+                              : set(0.0f));
             for (std::int64_t line = 0; line < groups.lines; ++line) {
-                const float* const from = row.data + line * W * count;
-                digits.arrange(from, x.data + m * pitch + line * Lines<Bits>::steps * W);
+                const float* const from = row.data + line * kLanes * count;
+                digits.arrange(from, x.data + m * pitch + line * Lines<Bits>::steps * kLanes);
                 if (!a.zero_point) continue;
-                for (int i = 0; i < W; ++i) {
+                for (int i = 0; i < kLanes; ++i) {
                     float total = 0.0f;
                     for (int j = 0; j < count; ++j) total += from[i * count + j];
-                    sums[(m * groups.lines + line) * W + i] = total;
+                    sums[(m * groups.lines + line) * kLanes + i] = total;
                 }
             }
         }
     }
 
     // Scales and zero points (less 2^(Bits-1)) of rows n .. n + R as floats, [R, grid_pitch] each.
-    struct Grid {
+    struct RowGrid {
         Buffer<float> scale, zero;
-        explicit Grid(std::int64_t size, bool symmetric) : scale(size), zero(symmetric ? 0 : size) {}
+        explicit RowGrid(std::int64_t size, bool symmetric) : scale(size), zero(symmetric ? 0 : size) {}
     };
 
     template <int R>
-    void load_grid(const Grid& grid, std::int64_t n) const {
+    void load_grid(const RowGrid& grid, std::int64_t n) const {
         constexpr int per_word = 32 / Bits;
         for (int r = 0; r < R; ++r)
-            for (std::int64_t g = 0; g < n_groups; g += W) {
-                const std::int64_t left = smaller(W, n_groups - g), row = n + r;
+            for (std::int64_t g = 0; g < n_groups; g += kLanes) {
+                const std::int64_t left = smaller(kLanes, n_groups - g), row = n + r;
                 store(grid.scale.data + r * grid_pitch + g,
                       load(a.scale, row * n_groups + g, a.scale_type, static_cast<int>(left)));
                 if (!a.zero_point) continue;
@@ -101,11 +102,11 @@ struct FewRows {
     // Those of one line, lane by lane.
     [[gnu::always_inline]] Vec spread(const float* of_groups, std::int64_t line) const {
         const float* const from = of_groups + groups.first[line];
-        return groups.one_a_line ? set(*from) : pick(load(from), read(groups.lane.data + line * W));
+        return groups.one_a_line ? set(*from) : pick(load(from), read(groups.lane.data + line * kLanes));
     }
 
     template <int R, int M>
-    [[gnu::always_inline]] void add_line(const Grid& grid, std::int64_t m0, std::int64_t line,
+    [[gnu::always_inline]] void add_line(const RowGrid& grid, std::int64_t m0, std::int64_t line,
                                          const std::int32_t* line_x, const Ints (&word)[R], Vec (&total)[M][R]) const {
         Vec acc[M][R];
         for (int m = 0; m < M; ++m)
@@ -115,7 +116,7 @@ struct FewRows {
             if (a.zero_point) {
                 const Vec z = spread(grid.zero.data + r * grid_pitch, line);
                 for (int m = 0; m < M; ++m)
-                    acc[m][r] = acc[m][r] - z * load(sums.data + ((m0 + m) * groups.lines + line) * W);
+                    acc[m][r] = acc[m][r] - z * load(sums.data + ((m0 + m) * groups.lines + line) * kLanes);
             }
             const Vec s = spread(grid.scale.data + r * grid_pitch, line);
             for (int m = 0; m < M; ++m) total[m][r] = fma(acc[m][r], s, total[m][r]);
@@ -124,24 +125,24 @@ struct FewRows {
 
     // y[m0 .. m0 + M, n .. n + R]
     template <int R, int M>
-    void tile(const Grid& grid, std::int64_t m0, std::int64_t n) const {
+    void tile(const RowGrid& grid, std::int64_t m0, std::int64_t n) const {
         Vec total[M][R];
         for (int m = 0; m < M; ++m)
             for (int r = 0; r < R; ++r) total[m][r] = set(0.0f);
-        const std::int64_t words = a.words(), whole = words / W;
+        const std::int64_t words = a.words(), whole = words / kLanes;
         const std::int32_t* const packed = a.packed + n * words;
         const std::int32_t* line_x = x.data + m0 * pitch;
         Ints word[R];
-        for (std::int64_t line = 0; line < whole; ++line, line_x += Lines<Bits>::steps * W) {
+        for (std::int64_t line = 0; line < whole; ++line, line_x += Lines<Bits>::steps * kLanes) {
             for (int r = 0; r < R; ++r) {
-                const std::int32_t* const at = packed + r * words + line * W;
+                const std::int32_t* const at = packed + r * words + line * kLanes;
                 __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 2);
                 word[r] = read(at);
             }
             add_line<R, M>(grid, m0, line, line_x, word, total);
         }
         if (whole < groups.lines) {
-            for (int r = 0; r < R; ++r) word[r] = read(packed + r * words + whole * W, words - whole * W);
+            for (int r = 0; r < R; ++r) word[r] = read(packed + r * words + whole * kLanes, words - whole * kLanes);
             add_line<R, M>(grid, m0, whole, line_x, word, total);
         }
         for (int m = 0; m < M; ++m)
@@ -171,7 +172,7 @@ struct FewRows {
     }
 
     template <int R>
-    void rows(const Grid& grid, std::int64_t n) const {
+    void rows(const RowGrid& grid, std::int64_t n) const {
         load_grid<R>(grid, n);
         std::int64_t m = 0;
         for (; m + kFewAtOnce <= a.m; m += kFewAtOnce) tile<R, kFewAtOnce>(grid, m, n);
@@ -193,7 +194,7 @@ struct FewRows {
     template <int R>
     void run() const {
         parallel_for(a.n, R, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
-            const Grid grid(R * grid_pitch, a.zero_point == nullptr);
+            const RowGrid grid(R * grid_pitch, a.zero_point == nullptr);
             std::int64_t n = begin;
             for (; n + R <= end; n += R) rows<R>(grid, n);
             for (; n < end; ++n) rows<1>(grid, n);
@@ -212,9 +213,9 @@ struct FloatLines {
     FloatLines() { digits.zeros(set(static_cast<float>(1 << (Bits - 1))), zero); }
 
     void arrange(const float* x, std::int32_t* out) const {
-        for (int i = 0; i < W; ++i)
+        for (int i = 0; i < kLanes; ++i)
             for (int j = 0; j < steps; ++j)
-                out[j * W + i] = __builtin_bit_cast(std::int32_t, x[i * steps + j] * digits.power[j % D::placed]);
+                out[j * kLanes + i] = __builtin_bit_cast(std::int32_t, x[i * steps + j] * digits.power[j % D::placed]);
     }
 
     template <int R, int M>
@@ -225,7 +226,7 @@ struct FloatLines {
             for (int r = 0; r < R; ++r) {
                 const Vec value = digits.value(j < D::placed ? words[r] : high[r], j % D::placed, zero);
                 for (int m = 0; m < M; ++m)
-                    acc[m][r] = fma(value, float_bits(read(x + m * x_pitch + j * W)), acc[m][r]);
+                    acc[m][r] = fma(value, float_bits(read(x + m * x_pitch + j * kLanes)), acc[m][r]);
             }
     }
 };

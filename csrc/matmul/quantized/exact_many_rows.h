@@ -28,26 +28,26 @@ struct QuantizedRows {
 
     struct Panels {
         const QuantizedRows& source;
-        Grid grids[2]{Grid(source.args), Grid(source.args)};
+        PanelGrid grids[2]{PanelGrid(source.args), PanelGrid(source.args)};
         std::int64_t n0 = 0;
-        alignas(64) std::int32_t words[(kBlock * Bits / 32 + W) * W];
+        alignas(64) std::int32_t words[(kBlock * Bits / 32 + kLanes) * kLanes];
 
         explicit Panels(const QuantizedRows& rows) : source(rows) {}
 
         void load(std::int64_t row) {
             n0 = row;
-            for (int half = 0; half < 2; ++half) grids[half].load_panel(source.args, n0 + half * W);
+            for (int half = 0; half < 2; ++half) grids[half].load_panel(source.args, n0 + half * kLanes);
         }
 
         void fill(std::int64_t block, std::int64_t depth, float* out) {
             constexpr int count = 32 / Bits;
             for (int half = 0; half < 2; ++half) {
-                load_words(source.args, n0 + half * W, block / count, (depth + count - 1) / count, words);
-                const Grid& grid = grids[half];
+                load_words(source.args, n0 + half * kLanes, block / count, (depth + count - 1) / count, words);
+                const PanelGrid& grid = grids[half];
                 source.segments.within(block, block + depth, [&](const Segment& seg) {
                     dequantize(source.digits, words, seg.begin - block, seg.end - block,
-                               klfast::load(grid.zero.data + seg.group * W),
-                               klfast::load(grid.scale.data + seg.group * W), out + half * W, kPair);
+                               klfast::load(grid.zero.data + seg.group * kLanes),
+                               klfast::load(grid.scale.data + seg.group * kLanes), out + half * kLanes, kPair);
                 });
             }
         }
@@ -56,7 +56,7 @@ struct QuantizedRows {
 
 template <int Bits>
 void run_exact_large(const DequantMatmulArgs& a, const Segments& segments) {
-    product_fp32(a, QuantizedRows<Bits>{a, segments, {}});
+    product_fp32(a, QuantizedRows<Bits>{.args = a, .segments = segments, .digits = {}});
 }
 
 }  // namespace

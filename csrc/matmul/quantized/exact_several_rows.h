@@ -21,17 +21,17 @@ struct SeveralRows {
 
     const DequantMatmulArgs& a;
     const Segments& segments;
-    const std::int64_t tiles = (a.m + kMost - 1) / kMost, depth = round_up_to(a.k, count);
+    const std::int64_t tiles = (a.m + kMost - 1) / kMost, depth = round_up(a.k, count);
     Buffer<float> x;  // [tile][k][row], divided by the power that the digit at k carries
     const D digits{};
 
     SeveralRows(const DequantMatmulArgs& args, const Segments& all) : a(args), segments(all), x(a.m * depth) {
-        Buffer<float> row(depth + W);
+        Buffer<float> row(depth + kLanes);
         for (std::int64_t tile = 0; tile < tiles; ++tile)
             for (std::int64_t m = first(tile); m < first(tile + 1); ++m) {
-                for (std::int64_t k = 0; k < depth; k += W)
+                for (std::int64_t k = 0; k < depth; k += kLanes)
                     store(row.data + k,
-                          k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k)))
+                          k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k)))
                                   : set(0.0f));
                 const std::int64_t rows = first(tile + 1) - first(tile);
                 float* const out = x.data + first(tile) * depth + m - first(tile);
@@ -43,9 +43,9 @@ struct SeveralRows {
 
     // Words of a block and the grids of kPanels panels, one a thread.
     struct Panels {
-        Grid grid[kPanels];
-        alignas(64) std::int32_t words[kPanels][(kWords + W) * W];
-        explicit Panels(const DequantMatmulArgs& args) : grid{Grid(args), Grid(args)} {}
+        PanelGrid grid[kPanels];
+        alignas(64) std::int32_t words[kPanels][(kWords + kLanes) * kLanes];
+        explicit Panels(const DequantMatmulArgs& args) : grid{PanelGrid(args), PanelGrid(args)} {}
     };
 
     // total[m, p] += x[m] times words [begin, end) of panel p, in one group
@@ -53,12 +53,12 @@ struct SeveralRows {
     void segment(const Panels& panels, const float* x_at, std::int64_t begin, std::int64_t end, std::int64_t group,
                  float* total) const {
         Vec sum[M][P], zero[P][D::placed];
-        for (int p = 0; p < P; ++p) digits.zeros(load(panels.grid[p].zero.data + group * W), zero[p]);
+        for (int p = 0; p < P; ++p) digits.zeros(load(panels.grid[p].zero.data + group * kLanes), zero[p]);
         unrolled<M>([&](int m) KLFAST_INLINE { unrolled<P>([&](int p) KLFAST_INLINE { sum[m][p] = set(0.0f); }); });
         for (std::int64_t word = begin; word < end; ++word, x_at += count * M) {
             Ints low[P], high[P];
             unrolled<P>([&](int p) KLFAST_INLINE {
-                low[p] = read(panels.words[p] + word * W);
+                low[p] = read(panels.words[p] + word * kLanes);
                 high[p] = shift_right(low[p], 16);
             });
             unrolled<count>([&](int j) KLFAST_INLINE {
@@ -73,15 +73,15 @@ struct SeveralRows {
             });
         }
         unrolled<P>([&](int p) KLFAST_INLINE {
-            const Vec scale = load(panels.grid[p].scale.data + group * W);
+            const Vec scale = load(panels.grid[p].scale.data + group * kLanes);
             unrolled<M>([&](int m) KLFAST_INLINE {
-                float* const at = total + (m * P + p) * W;
+                float* const at = total + (m * P + p) * kLanes;
                 store(at, fma(sum[m][p], scale, load(at)));
             });
         });
     }
 
-    // y[m0 .. m0 + M, n0 .. n0 + P W], of the block's words
+    // y[m0 .. m0 + M, n0 .. n0 + P kLanes], of the block's words
     template <int M, int P>
     void block(const Panels& panels, std::int64_t m0, std::int64_t begin, float* total) const {
         segments.within(begin, begin + kBlock, [&](const Segment& seg) {
@@ -99,26 +99,27 @@ struct SeveralRows {
 
     template <int P>
     void rows(Panels& panels, std::int64_t n0, float* total) const {
-        for (std::int64_t i = 0; i < a.m * P; ++i) store(total + i * W, set(0.0f));
-        for (int p = 0; p < P; ++p) panels.grid[p].load_panel(a, n0 + p * W);
+        for (std::int64_t i = 0; i < a.m * P; ++i) store(total + i * kLanes, set(0.0f));
+        for (int p = 0; p < P; ++p) panels.grid[p].load_panel(a, n0 + p * kLanes);
         for (std::int64_t begin = 0; begin < a.k; begin += kBlock) {
             for (int p = 0; p < P; ++p)
-                load_words(a, n0 + p * W, begin / count, smaller(kWords, a.words() - begin / count), panels.words[p],
-                           P * W);
+                load_words(a, n0 + p * kLanes, begin / count, smaller(kWords, a.words() - begin / count),
+                           panels.words[p], P * kLanes);
             for (std::int64_t tile = 0; tile < tiles; ++tile)
-                block<P>(first(tile + 1) - first(tile), panels, first(tile), begin, total + first(tile) * P * W);
+                block<P>(first(tile + 1) - first(tile), panels, first(tile), begin, total + first(tile) * P * kLanes);
         }
-        store_tile(a, 0, n0, a.m, P, total, P * W);
+        store_panels(a, 0, n0, a.m, P, total, P * kLanes);
     }
 
     void run() const {
-        parallel_for((a.n + W - 1) / W, kPanels, useful_threads(a, a.m * a.n * a.k),
+        parallel_for((a.n + kLanes - 1) / kLanes, kPanels, useful_threads(a, a.m * a.n * a.k),
                      [&](std::int64_t begin, std::int64_t end) {
                          Panels panels(a);
-                         Buffer<float> total(a.m * kPanels * W);
+                         Buffer<float> total(a.m * kPanels * kLanes);
                          std::int64_t panel = begin;
-                         for (; panel + kPanels <= end; panel += kPanels) rows<kPanels>(panels, panel * W, total.data);
-                         for (; panel < end; ++panel) rows<1>(panels, panel * W, total.data);
+                         for (; panel + kPanels <= end; panel += kPanels)
+                             rows<kPanels>(panels, panel * kLanes, total.data);
+                         for (; panel < end; ++panel) rows<1>(panels, panel * kLanes, total.data);
                      });
     }
 };

@@ -42,7 +42,7 @@ struct QuantizedX {
     struct Row {
         Buffer<float> values;
         Buffer<std::int8_t> rounded;
-        explicit Row(const QuantizedX& x) : values(round_up_to(x.a.k, W)), rounded(x.a.words() * count) {}
+        explicit Row(const QuantizedX& x) : values(round_up(x.a.k, kLanes)), rounded(x.a.words() * count) {}
     };
 
     // Takes all rows; writes q as [m, pitch].
@@ -57,8 +57,8 @@ struct QuantizedX {
     void fill(std::int64_t m, const Row& scratch, std::int32_t* q) const {
         float* const row = scratch.values.data;
         std::int8_t* const rounded = scratch.rounded.data;
-        for (std::int64_t k = 0; k < a.k; k += W)
-            store(row + k, load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(W, a.k - k))));
+        for (std::int64_t k = 0; k < a.k; k += kLanes)
+            store(row + k, load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k))));
         for (std::int64_t g = 0; g < a.groups(); ++g) {
             const std::int64_t begin = g * a.group, end = smaller(begin + a.group, a.k);
             scale[g * a.m + m] = round_group(row, begin, end, rounded);

@@ -1,7 +1,7 @@
-// activation "int8" with few rows of x, int8_many_rows.h's algebra on Layout.PLAIN as it lies: lanes are W neighbouring
-// words of one row of W, a line, and x is laid out so that each quad of bytes meets its own. A segment's lanes are
-// added up for W rows at once, which leaves one row a lane and the terms as int8_many_rows.h has them: the same bits.
-// Included by the tiers only.
+// activation "int8" with few rows of x, int8_many_rows.h's algebra on Layout.PLAIN as it lies: lanes are kLanes
+// neighbouring words of one row of W, a line, and x is laid out so that each quad of bytes meets its own. A segment's
+// lanes are added up for kLanes rows at once, which leaves one row a lane and the terms as int8_many_rows.h has them:
+// the same bits. Included by the tiers only.
 #pragma once
 
 #include "matmul/quantized/int8_activations.h"
@@ -16,9 +16,9 @@ bool segments_fit_lines(const DequantMatmulArgs& a) {
 }
 
 template <int Bits>
-struct FewRowsInt8 {
+struct Int8FewRows {
     using Q = QuantizedX<Bits>;
-    static constexpr int kFolds = W / kFoldRows;  // of a panel's rows
+    static constexpr int kFolds = kLanes / kFoldRows;  // of a panel's rows
 
     const DequantMatmulArgs& a;
     const Segments& segments;
@@ -27,31 +27,31 @@ struct FewRowsInt8 {
     const std::int64_t pitch;                // int32 of a row of x
     Buffer<std::int32_t> x;                  // [m, line, quad, lane], zeros behind the last
 
-    FewRowsInt8(const DequantMatmulArgs& args, const Segments& all)
+    Int8FewRows(const DequantMatmulArgs& args, const Segments& all)
         : a(args),
           segments(all),
           quantized(a, segments),
-          lines_a_step(larger(words_of_segment() / W, 1)),
-          steps((a.words() + lines_a_step * W - 1) / (lines_a_step * W)),
-          pitch(steps * lines_a_step * Q::quads * W),
+          lines_a_step(larger(words_of_segment() / kLanes, 1)),
+          steps((a.words() + lines_a_step * kLanes - 1) / (lines_a_step * kLanes)),
+          pitch(steps * lines_a_step * Q::quads * kLanes),
           x(a.m * pitch) {
         const Buffer<std::int32_t> q(a.m * quantized.pitch);
         quantized.fill(q.data);
         for (std::int64_t m = 0; m < a.m; ++m)
             for (std::int64_t word = 0; word < pitch / Q::quads; ++word)
                 for (int j = 0; j < Q::quads; ++j)
-                    x[m * pitch + (word / W * Q::quads + j) * W + word % W] =
+                    x[m * pitch + (word / kLanes * Q::quads + j) * kLanes + word % kLanes] =
                         word < a.words() ? q[m * quantized.pitch + word * Q::quads + j] : 0;
     }
 
     void run() const {
-        switch (larger(W / words_of_segment(), 1)) {
+        switch (larger(kLanes / words_of_segment(), 1)) {
             case 1: return run<1>();
             case 2:
-                if constexpr (W >= 8) return run<2>();
+                if constexpr (kLanes >= 8) return run<2>();
                 break;
             case 4:
-                if constexpr (W >= 16) return run<4>();
+                if constexpr (kLanes >= 16) return run<4>();
                 break;
         }
     }
@@ -59,11 +59,11 @@ struct FewRowsInt8 {
   private:
     std::int64_t words_of_segment() const { return smaller(a.groups() <= 1 ? kBlock : a.group, kBlock) * Bits / 32; }
 
-    // Folded sums of each step for rows n .. n + kFoldRows of W and m .. m + M of x: [step, M, kFolds, W], from `out`
-    // on.
+    // Folded sums of each step for rows n .. n + kFoldRows of W and m .. m + M of x: [step, M, kFolds, kLanes], from
+    // `out` on.
     template <int M>
     void dot_rows(std::int64_t n, std::int64_t m, std::int32_t* out) const {
-        const std::int64_t words = a.words(), whole = words / (lines_a_step * W);
+        const std::int64_t words = a.words(), whole = words / (lines_a_step * kLanes);
         const std::int32_t* row[kFoldRows];
         for (int r = 0; r < kFoldRows; ++r) row[r] = a.packed + smaller(n + r, a.n - 1) * words;
         const std::int32_t* line_x = x.data + m * pitch;
@@ -72,17 +72,17 @@ struct FewRowsInt8 {
             unrolled<M>([&](int i) KLFAST_INLINE {
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE { sum[i][r] = set_int(0); });
             });
-            for (std::int64_t line = 0; line < lines_a_step; ++line, line_x += Q::quads * W)
+            for (std::int64_t line = 0; line < lines_a_step; ++line, line_x += Q::quads * kLanes)
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE {
                     Ints quad[Q::quads];
-                    split<Bits>(word(r, line * W), quad);
+                    split<Bits>(word(r, line * kLanes), quad);
                     unrolled<M>([&](int i) KLFAST_INLINE { sum[i][r] = add(sum[i][r], quad, line_x + i * pitch); });
                 });
-            unrolled<M>([&](int i) KLFAST_INLINE { write(out + i * kFolds * W, fold(sum[i])); });
-            out += M * kFolds * W;
+            unrolled<M>([&](int i) KLFAST_INLINE { write(out + i * kFolds * kLanes, fold(sum[i])); });
+            out += M * kFolds * kLanes;
         };
         std::int64_t first = 0;
-        for (std::int64_t step = 0; step < whole; ++step, first += lines_a_step * W)
+        for (std::int64_t step = 0; step < whole; ++step, first += lines_a_step * kLanes)
             add_step([&](int r, std::int64_t i) KLFAST_INLINE {
                 __builtin_prefetch(reinterpret_cast<const char*>(row[r] + first + i) + kAhead, 0, 2);
                 return read(row[r] + first + i);
@@ -95,28 +95,28 @@ struct FewRowsInt8 {
     [[gnu::always_inline]] static Ints add(Ints sum, const Ints (&quad)[Q::quads], const std::int32_t* line_x) {
         using Operand = DotOperand<Bits>;
         Ints of_x[Q::quads];
-        unrolled<Q::quads>([&](int j) KLFAST_INLINE { of_x[j] = read(line_x + j * W); });
+        unrolled<Q::quads>([&](int j) KLFAST_INLINE { of_x[j] = read(line_x + j * kLanes); });
         unrolled<Q::quads / Operand::quads>([&](int j) KLFAST_INLINE {
             sum = dot(sum, Operand(quad + j * Operand::quads), of_x + j * Operand::quads);
         });
         return sum;
     }
 
-    // y[m .. m + M, n0 .. n0 + W], for S segments a step
+    // y[m .. m + M, n0 .. n0 + kLanes], for S segments a step
     template <int S, int M>
-    void tile(const Grid& grid, std::int32_t* folded, std::int64_t m, std::int64_t n0) const {
-        for (int f = 0; f < kFolds; ++f) dot_rows<M>(n0 + f * kFoldRows, m, folded + f * W);
+    void tile(const PanelGrid& grid, std::int32_t* folded, std::int64_t m, std::int64_t n0) const {
+        for (int f = 0; f < kFolds; ++f) dot_rows<M>(n0 + f * kFoldRows, m, folded + f * kLanes);
         const Vec offset = set(static_cast<float>(DotOperand<Bits>::offset));
         Vec total[M];
         for (int i = 0; i < M; ++i) total[i] = set(0.0f);
         for (std::int64_t step = 0; step < steps; ++step)
             for (int i = 0; i < M; ++i) {
                 Ints sum[S];
-                sums_of_rows<S>(folded + (step * M + i) * kFolds * W, sum);
+                sums_of_rows<S>(folded + (step * M + i) * kFolds * kLanes, sum);
                 for (std::int64_t j = 0; j < S && step * S + j < segments.count; ++j) {
                     const std::int64_t s = step * S + j, group = segments.list[s].group;
-                    const Vec zero = load(grid.zero.data + group * W) - offset,
-                              scale = load(grid.scale.data + group * W);
+                    const Vec zero = load(grid.zero.data + group * kLanes) - offset,
+                              scale = load(grid.scale.data + group * kLanes);
                     const Vec exact =
                         fma(zero, set(-quantized.sum[s * a.m + m + i]), to_float(sum[j]));  // integers below 2^24
                     total[i] = total[i] + exact * (scale * set(quantized.scale[group * a.m + m + i]));
@@ -126,20 +126,20 @@ struct FewRowsInt8 {
     }
 
     template <int S, int M = kFewDotRows>
-    void rows(const Grid& grid, std::int32_t* folded, std::int64_t m, std::int64_t n0) const {
+    void rows(const PanelGrid& grid, std::int32_t* folded, std::int64_t m, std::int64_t n0) const {
         for (; m + M <= a.m; m += M) tile<S, M>(grid, folded, m, n0);
         if constexpr (M > 1) rows<S, M / 2>(grid, folded, m, n0);
     }
 
     template <int S>
     void run() const {
-        parallel_for((a.n + W - 1) / W, 1, useful_threads(a, 1.0 * a.n * a.k),
+        parallel_for((a.n + kLanes - 1) / kLanes, 1, useful_threads(a, 1.0 * a.n * a.k),
                      [&](std::int64_t begin, std::int64_t end) {
-                         Grid grid(a);
-                         const Buffer<std::int32_t> folded(steps * kFewDotRows * kFolds * W);
+                         PanelGrid grid(a);
+                         const Buffer<std::int32_t> folded(steps * kFewDotRows * kFolds * kLanes);
                          for (std::int64_t panel = begin; panel < end; ++panel) {
-                             grid.load_panel(a, panel * W);
-                             rows<S>(grid, folded.data, 0, panel * W);
+                             grid.load_panel(a, panel * kLanes);
+                             rows<S>(grid, folded.data, 0, panel * kLanes);
                          }
                      });
     }

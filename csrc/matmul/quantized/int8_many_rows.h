@@ -26,34 +26,34 @@ struct QuadPanels {
 
     explicit QuadPanels(const DequantMatmulArgs& args)
         : a(args),
-          weights(a.words() * quads * kDotVectors * W),
-          scale(a.groups() * kDotVectors * W),
-          zero(a.groups() * kDotVectors * W),
+          weights(a.words() * quads * kDotVectors * kLanes),
+          scale(a.groups() * kDotVectors * kLanes),
+          zero(a.groups() * kDotVectors * kLanes),
           grid_(a) {}
 
-    // Rows n0 .. n0 + vectors W.
+    // Rows n0 .. n0 + vectors kLanes.
     void load(std::int64_t n0, std::int64_t vectors) {
         const Vec offset = set(static_cast<float>(DotOperand<Bits>::offset));
         for (std::int64_t v = 0; v < vectors; ++v) {
-            grid_.load_panel(a, n0 + v * W);
+            grid_.load_panel(a, n0 + v * kLanes);
             for (std::int64_t g = 0; g < a.groups(); ++g) {
-                store(scale.data + (g * vectors + v) * W, klfast::load(grid_.scale.data + g * W));
-                store(zero.data + (g * vectors + v) * W, klfast::load(grid_.zero.data + g * W) - offset);
+                store(scale.data + (g * vectors + v) * kLanes, klfast::load(grid_.scale.data + g * kLanes));
+                store(zero.data + (g * vectors + v) * kLanes, klfast::load(grid_.zero.data + g * kLanes) - offset);
             }
             for (std::int64_t first = 0; first < a.words(); first += kWords) {
                 const std::int64_t words = smaller(kWords, a.words() - first);
-                load_words(a, n0 + v * W, first, words, words_);
+                load_words(a, n0 + v * kLanes, first, words, words_);
                 for (std::int64_t w = 0; w < words; ++w)
-                    write_quads(read(words_ + w * W), weights.data + ((first + w) * quads * vectors + v) * W,
-                                vectors * W);
+                    write_quads(read(words_ + w * kLanes), weights.data + ((first + w) * quads * vectors + v) * kLanes,
+                                vectors * kLanes);
             }
         }
     }
 
   private:
     static constexpr std::int64_t kWords = kBlock / count;
-    Grid grid_;
-    alignas(64) std::int32_t words_[(kWords + W) * W];
+    PanelGrid grid_;
+    alignas(64) std::int32_t words_[(kWords + kLanes) * kLanes];
 
     static void write_quads(Ints word, std::int32_t* out, std::int64_t pitch) {
         Ints quad[quads];
@@ -70,12 +70,12 @@ void dot_quads(const std::int32_t* weights, const std::int32_t* q, std::int64_t 
     using Operand = DotOperand<Bits>;
     Ints sum[R][V];
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = Add ? read(out + (r * V + v) * W) : set_int(0);
+        for (int v = 0; v < V; ++v) sum[r][v] = Add ? read(out + (r * V + v) * kLanes) : set_int(0);
     for (std::int64_t i = first; i < last; i += Operand::quads) {
         Operand w[V];
         Ints quad[Operand::quads], x[Operand::quads];
         for (int v = 0; v < V; ++v) {
-            for (int j = 0; j < Operand::quads; ++j) quad[j] = read(weights + ((i + j) * V + v) * W);
+            for (int j = 0; j < Operand::quads; ++j) quad[j] = read(weights + ((i + j) * V + v) * kLanes);
             w[v] = Operand(quad);
         }
         for (int r = 0; r < R; ++r) {
@@ -84,7 +84,7 @@ void dot_quads(const std::int32_t* weights, const std::int32_t* q, std::int64_t 
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) write(out + (r * V + v) * W, sum[r][v]);
+        for (int v = 0; v < V; ++v) write(out + (r * V + v) * kLanes, sum[r][v]);
 }
 
 // out += those of values [begin, end) of one word: the others of q are taken as 0.
@@ -99,7 +99,7 @@ void dot_values(const std::int32_t* weights, const std::int32_t* q, std::int64_t
     std::memcpy(masks, mask, sizeof masks);
     for (int r = 0; r < R; ++r)
         for (int i = 0; i < quads; ++i) part[r * quads + i] = q[r * pitch + word * quads + i] & masks[i];
-    dot_quads<Bits, R, V, true>(weights + word * quads * V * W, part, quads, 0, quads, out);
+    dot_quads<Bits, R, V, true>(weights + word * quads * V * kLanes, part, quads, 0, quads, out);
 }
 
 // total[r][v] += the terms of one segment.
@@ -108,35 +108,36 @@ void add_segment(const QuadPanels<Bits>& panels, const std::int32_t* q, std::int
                  const float* x_scale, const float* x_sum, float* total) {
     constexpr int count = QuantizedX<Bits>::count, quads = QuantizedX<Bits>::quads;
     const std::int32_t* const weights = panels.weights.data;
-    const std::int64_t begin = segment.begin, end = segment.end, first = round_up_to(begin, count),
+    const std::int64_t begin = segment.begin, end = segment.end, first = round_up(begin, count),
                        last = end / count * count;
-    alignas(64) std::int32_t sum[R * V * W];
+    alignas(64) std::int32_t sum[R * V * kLanes];
     dot_quads<Bits, R, V, false>(weights, q, pitch, first / count * quads, last / count * quads, sum);
     if (begin < first) dot_values<Bits, R, V>(weights, q, pitch, begin, smaller(first, end), sum);
     if (last < end && last >= first) dot_values<Bits, R, V>(weights, q, pitch, last, end, sum);
     for (int v = 0; v < V; ++v) {
-        const Vec scale = load(panels.scale.data + (segment.group * V + v) * W),
-                  zero = load(panels.zero.data + (segment.group * V + v) * W);
+        const Vec scale = load(panels.scale.data + (segment.group * V + v) * kLanes),
+                  zero = load(panels.zero.data + (segment.group * V + v) * kLanes);
         for (int r = 0; r < R; ++r) {
-            const Vec exact = fma(zero, set(-x_sum[r]), to_float(read(sum + (r * V + v) * W)));  // integers below 2^24
-            float* const to = total + (r * V + v) * W;
+            const Vec exact =
+                fma(zero, set(-x_sum[r]), to_float(read(sum + (r * V + v) * kLanes)));  // integers below 2^24
+            float* const to = total + (r * V + v) * kLanes;
             store(to, load(to) + exact * (scale * set(x_scale[r])));
         }
     }
 }
 
-// y[m .. m + R, n0 .. n0 + V W]
+// y[m .. m + R, n0 .. n0 + V kLanes]
 template <int Bits, int R, int V>
 void int8_tile(const DequantMatmulArgs& a, const Segments& segments, const QuantizedX<Bits>& x,
                const QuadPanels<Bits>& panels, const std::int32_t* q, std::int64_t m, std::int64_t n0) {
-    alignas(64) float total[R * V * W];
-    for (int i = 0; i < R * V; ++i) store(total + i * W, set(0.0f));
+    alignas(64) float total[R * V * kLanes];
+    for (int i = 0; i < R * V; ++i) store(total + i * kLanes, set(0.0f));
     for (std::int64_t s = 0; s < segments.count; ++s) {
         const Segment& segment = segments.list[s];
         add_segment<Bits, R, V>(panels, q + m * x.pitch, x.pitch, segment, x.scale.data + segment.group * a.m + m,
                                 x.sum.data + s * a.m + m, total);
     }
-    store_tile(a, m, n0, R, V, total, V * W);
+    store_panels(a, m, n0, R, V, total, V * kLanes);
 }
 
 template <int Bits, int V, int R = kDotRows, class... Rest>
@@ -166,11 +167,11 @@ void run_int8(const DequantMatmulArgs& a, const Segments& segments) {
         QuadPanels<Bits> panels(a);
         for (std::int64_t i = begin; i < end; ++i) {
             const Division::Item item = division[i];
-            panels.load(item.v0 * W, item.width);
+            panels.load(item.v0 * kLanes, item.width);
             for (std::int64_t tile = item.first; tile < item.last; ++tile) {
                 const std::int64_t m = a.m * tile / tiles, rows = a.m * (tile + 1) / tiles - m;
                 int8_vectors<Bits>(item.width, rows, a, segments, x, panels, static_cast<const std::int32_t*>(q.data),
-                                   m, item.v0 * W);
+                                   m, item.v0 * kLanes);
             }
         }
     });

@@ -28,9 +28,9 @@ struct Int8Factors {
         [[gnu::always_inline]] void add(const std::int32_t* sums, float* total, std::int64_t row) const {
             const Vec s = set(x_scale[row]);
             for (int v = 0; v < kBlockVectors; ++v) {
-                Vec exact = to_float(read(sums + v * W));  // integers below 2^24
+                Vec exact = to_float(read(sums + v * kLanes));  // integers below 2^24
                 if (Bits == 8 && x_sum != nullptr) exact = exact - zero[v] * set(x_sum[row]);
-                store(total + v * W, load(total + v * W) + exact * (scale[v] * s));
+                store(total + v * kLanes, load(total + v * kLanes) + exact * (scale[v] * s));
             }
         }
     };
@@ -38,48 +38,53 @@ struct Int8Factors {
     struct Panel {
         const Int8Factors& factors;
         std::int64_t pitch;
-        Grid grids[kPanelVectors]{Grid(factors.a), Grid(factors.a), Grid(factors.a), Grid(factors.a)};
+        PanelGrid grids[kPanelVectors]{PanelGrid(factors.a), PanelGrid(factors.a), PanelGrid(factors.a),
+                                       PanelGrid(factors.a)};
 
         Panel(const Int8Factors& f, std::int64_t tiles_pitch) : factors(f), pitch(tiles_pitch) {}
 
         void load(std::int64_t n0, std::int64_t vectors, std::int32_t* w) {
             for (std::int64_t v = 0; v < vectors; ++v) {
-                grids[v].load_panel(factors.a, n0 + v * W);
-                fill(grids[v], n0 + v * W, w + v * pitch);
+                grids[v].load_panel(factors.a, n0 + v * kLanes);
+                fill(grids[v], n0 + v * kLanes, w + v * pitch);
             }
             if (vectors % 2)  // the last block is a vector short
                 for (std::int64_t g = 0; g < factors.a.groups(); ++g)
-                    store(grids[vectors].scale.data + g * W, set(0.0f));
+                    store(grids[vectors].scale.data + g * kLanes, set(0.0f));
         }
 
         Terms terms(const Segment& segment, std::int64_t s, std::int64_t m, std::int64_t v) const {
             const DequantMatmulArgs& a = factors.a;
-            Terms terms{{},
-                        {},
-                        factors.x.scale.data + segment.group * a.m + m,
-                        a.zero_point ? factors.x.sum.data + s * a.m + m : nullptr};
+            Terms terms{
+                .scale = {},
+                .zero = {},
+                .x_scale = factors.x.scale.data + segment.group * a.m + m,
+                .x_sum = a.zero_point ? factors.x.sum.data + s * a.m + m : nullptr,
+            };
             for (int i = 0; i < kBlockVectors; ++i) {
-                const Grid& grid = grids[v + i];
-                terms.scale[i] = klfast::load(grid.scale.data + segment.group * W);
-                terms.zero[i] = klfast::load(grid.zero.data + segment.group * W) - set(128.0f);
+                const PanelGrid& grid = grids[v + i];
+                terms.scale[i] = klfast::load(grid.scale.data + segment.group * kLanes);
+                terms.zero[i] = klfast::load(grid.zero.data + segment.group * kLanes) - set(128.0f);
             }
             return terms;
         }
 
       private:
-        // Tiles of W rows, k in the order in which x has it. Behind the last value, where x is zero, anything may be.
-        void fill(const Grid& grid, std::int64_t n0, std::int32_t* w) const {
+        // Tiles of kLanes rows, k in the order in which x has it. Behind the last value, where x is zero, anything may
+        // be.
+        void fill(const PanelGrid& grid, std::int64_t n0, std::int32_t* w) const {
             const DequantMatmulArgs& a = factors.a;
-            for (std::int64_t i = a.words() * QuantizedX<Bits>::quads * W; i < pitch; i += W) write(w + i, set_int(0));
+            for (std::int64_t i = a.words() * QuantizedX<Bits>::quads * kLanes; i < pitch; i += kLanes)
+                write(w + i, set_int(0));
             constexpr int count = 32 / Bits;
-            alignas(64) std::int32_t words[(kBlock / count + W) * W];
+            alignas(64) std::int32_t words[(kBlock / count + kLanes) * kLanes];
             for (std::int64_t block = 0; block < a.k; block += kBlock) {
                 const std::int64_t block_words = smaller(kBlock / count, a.words() - block / count);
                 load_words(a, n0, block / count, block_words, words);
                 factors.segments.within(block, block + kBlock, [&](const Segment& segment) {
-                    const __m512i zero = bytes(klfast::load(grid.zero.data + segment.group * W));
+                    const __m512i zero = bytes(klfast::load(grid.zero.data + segment.group * kLanes));
                     for (std::int64_t i = segment.begin / count; i < (segment.end + count - 1) / count; ++i)
-                        tile_rows(words + (i - block / count) * W, zero, w + i * QuantizedX<Bits>::quads * W);
+                        tile_rows(words + (i - block / count) * kLanes, zero, w + i * QuantizedX<Bits>::quads * kLanes);
                 });
             }
         }
@@ -96,7 +101,7 @@ struct Int8Factors {
             } else {
                 const Nibbles nibbles(read(word));
                 write(out, {_mm512_sub_epi8(nibbles.even.v, zero)});
-                write(out + W, {_mm512_sub_epi8(nibbles.odd.v, zero)});
+                write(out + kLanes, {_mm512_sub_epi8(nibbles.odd.v, zero)});
             }
         }
     };
@@ -109,7 +114,7 @@ void run_int8_tiles(const DequantMatmulArgs& a, int depth) {
     const Segments segments(a.k, a.group);
     const Q x(a, segments);
     const TiledRows tiles(a.m, x.pitch, depth);
-    parallel_for(round_up_to(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k),
+    parallel_for(round_up(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k),
                  [&](std::int64_t begin, std::int64_t end) {
                      const typename Q::Row row(x);
                      const Buffer<std::int32_t> q(x.pitch);
@@ -118,7 +123,7 @@ void run_int8_tiles(const DequantMatmulArgs& a, int depth) {
                          tiles.write(m, q.data, m < a.m ? 4 * x.pitch : 0);
                      }
                  });
-    product_tiles(a, tiles, segments, Int8Factors<Bits>{a, segments, x});
+    product_tiles(a, tiles, segments, Int8Factors<Bits>{.a = a, .segments = segments, .x = x});
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, std::int64
 template <int K>
 void convolve(float* tile, std::int64_t pitch, const float* weight, const float* bias, std::int64_t width,
               std::int64_t n_t, bool silu_after) {
-    for (std::int64_t c = 0; c < pitch; c += Vec::width) {
+    for (std::int64_t c = 0; c < pitch; c += kLanes) {
         const Vec b = load(bias + c);
         Vec w[K + 1], x[K + 1];  // K known: the last K rows stay in registers
         for (int k = 0; k < K; ++k) w[k] = load(weight + k * pitch + c);
@@ -61,17 +61,17 @@ inline void run(const ConvArgs& a) {
     const std::int64_t past = a.width - 1;
     std::int64_t size = kChannels;  // smaller where there would be too few blocks for the threads
     const int threads = worthwhile_threads(a.n_threads, 1.0 * a.batch * a.channels * a.length * (a.width + 25));
-    while (size > Vec::width && a.batch * ((a.channels + size - 1) / size) < 4 * threads) size /= 2;
+    while (size > kLanes && a.batch * ((a.channels + size - 1) / size) < 4 * threads) size /= 2;
     const std::int64_t blocks = (a.channels + size - 1) / size;
     parallel_for(a.batch * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        const Scratch scratch((kTime + 2 * past + a.width + 1) * kChannels);
+        const Buffer<float> scratch((kTime + 2 * past + a.width + 1) * kChannels);
         float* const tile = scratch.data;                       // [past + kTime, pitch]
         float* const kept = tile + (kTime + past) * kChannels;  // [past, pitch]
         float* const weight = kept + past * kChannels;          // [width, pitch]
         float* const bias = weight + a.width * kChannels;       // [pitch]
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t b = item / blocks, c0 = item % blocks * size;
-            const std::int64_t n = a.channels - c0 < size ? a.channels - c0 : size, pitch = round_up(n);
+            const std::int64_t n = smaller(a.channels - c0, size), pitch = round_up(n, kLanes);
             load_tile(weight, pitch, a.weight, c0 * a.weight.stride[0], a.weight.stride[0], a.weight.stride[1], n,
                       a.width);
             if (a.bias)
@@ -88,7 +88,7 @@ inline void run(const ConvArgs& a) {
             const bool in_tile = a.length > 0 && a.length <= kTime && a.final_length <= past + a.length;
             if (a.final && !in_tile) carry(a, b, c0, n);
             for (std::int64_t t0 = 0; t0 < a.length; t0 += kTime) {
-                const std::int64_t n_t = a.length - t0 < kTime ? a.length - t0 : kTime;
+                const std::int64_t n_t = smaller(a.length - t0, kTime);
                 const auto from = [&](std::int64_t t) {
                     return b * a.x.stride[0] + c0 * a.x.stride[1] + t * a.x.stride[2];
                 };

@@ -24,14 +24,4 @@ struct ConvArgs {
 
 void causal_conv1d(const ConvArgs& args, Tier limit);
 
-namespace scalar {
-void causal_conv1d(const ConvArgs& args);
-}
-namespace avx2 {
-void causal_conv1d(const ConvArgs& args);
-}
-namespace avx512vnni {
-void causal_conv1d(const ConvArgs& args);
-}
-
 }  // namespace klfast

@@ -52,15 +52,4 @@ void selective_scan(const SelectiveScanArgs& args, Tier limit);
 void selective_state_update(const StateUpdateArgs& args, Tier limit);
 void mamba_chunk_scan(const ChunkScanArgs& args, Tier limit);
 
-#define KLFAST_DECLARE_SCAN(tier)                             \
-    namespace tier {                                          \
-    void selective_scan(const SelectiveScanArgs& args);       \
-    void selective_state_update(const StateUpdateArgs& args); \
-    void mamba_chunk_scan(const ChunkScanArgs& args);         \
-    }
-KLFAST_DECLARE_SCAN(scalar)
-KLFAST_DECLARE_SCAN(avx2)
-KLFAST_DECLARE_SCAN(avx512vnni)
-#undef KLFAST_DECLARE_SCAN
-
 }  // namespace klfast

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "core/numbers.h"
 #include "core/parallel.h"
 #include "ssm/scan/scan.h"
 #include "simd/tile_io.h"
@@ -16,51 +17,49 @@ namespace klfast {
 namespace {
 
 constexpr int kTime = 32;
-constexpr float kLog2E = 0x1.715476p+0f;
 
-// K states through a tile. a, h: [K, W], b, c: [time, pitch] from the first state on; dt, du, y: [time, W].
+// K states through a tile. a, h: [K, kLanes]; b, c: [time, pitch] from the first state on; dt, du, y: [time, kLanes].
 template <int K>
 void advance(const float* a, float* h, const float* b, const float* c, std::int64_t pitch, const float* dt,
              const float* du, float* y, std::int64_t n_t) {
-    constexpr int W = Vec::width;
     Vec state[K], rate[K];
-    for (int k = 0; k < K; ++k) state[k] = load(h + k * W), rate[k] = load(a + k * W);
+    for (int k = 0; k < K; ++k) state[k] = load(h + k * kLanes), rate[k] = load(a + k * kLanes);
     for (std::int64_t t = 0; t < n_t; ++t) {
-        const Vec step = load(dt + t * W), input = load(du + t * W);
-        Vec sum = load(y + t * W);
+        const Vec step = load(dt + t * kLanes), input = load(du + t * kLanes);
+        Vec sum = load(y + t * kLanes);
         for (int k = 0; k < K; ++k) {
             state[k] = fma(exp2(step * rate[k]), state[k], input * set(b[t * pitch + k]));
             sum = fma(state[k], set(c[t * pitch + k]), sum);
         }
-        store(y + t * W, sum);
+        store(y + t * kLanes, sum);
     }
-    for (int k = 0; k < K; ++k) store(h + k * W, state[k]);
+    for (int k = 0; k < K; ++k) store(h + k * kLanes, state[k]);
 }
 
-// A block of neighbouring channels of one group and batch entry, at most kBlock: its rows fill whole cache lines, and
-// B and C are read once for all of it.
+// A block of neighbouring channels of one group and batch entry, at most kBlockChannels: its rows fill whole cache
+// lines, and B and C are read once for all of it.
 struct Block {
     std::int64_t batch, group, c0, n;
 };
 
-constexpr int kBlock = 128;
+constexpr int kBlockChannels = 128;
 
 struct ScanScratch {
-    float *a, *h, *d, *bias;  // [block / W, states, W] (a times log2 e) twice, [block] twice
+    float *a, *h, *d, *bias;  // [block / kLanes, states, kLanes] (a times log2 e) twice, [block] twice
     float *b, *c;             // [time, state pitch]
 };
 
-// W channels from c on, n_t steps from t0 on.
+// kLanes channels from c on, n_t steps from t0 on.
 inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0,
                       std::int64_t c, std::int64_t n, std::int64_t t0, std::int64_t n_t) {
-    constexpr int W = Vec::width, kStates = 4;
-    const std::int64_t n_states = s.states, pitch = round_up(s.states);
-    alignas(64) float dt[kTime * W], u[kTime * W], y[kTime * W];
+    constexpr int kStates = 4;
+    const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
+    alignas(64) float dt[kTime * kLanes], u[kTime * kLanes], y[kTime * kLanes];
     const auto at = [&](const View& v) { return batch * v.stride[0] + (c0 + c) * v.stride[1] + t0 * v.stride[2]; };
-    load_tile(u, W, s.u, at(s.u), s.u.stride[1], s.u.stride[2], n, n_t);
-    load_tile(dt, W, s.delta, at(s.delta), s.delta.stride[1], s.delta.stride[2], n, n_t);
+    load_tile(u, kLanes, s.u, at(s.u), s.u.stride[1], s.u.stride[2], n, n_t);
+    load_tile(dt, kLanes, s.delta, at(s.delta), s.delta.stride[1], s.delta.stride[2], n, n_t);
     const Vec bias = load(w.bias + c), d = load(w.d + c);
-    for (std::int64_t i = 0; i < n_t * W; i += W) {
+    for (std::int64_t i = 0; i < n_t * kLanes; i += kLanes) {
         Vec step = load(dt + i) + bias;
         if (s.softplus) step = softplus(step);
         const Vec input = load(u + i);
@@ -72,46 +71,46 @@ inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int
     float* const h = w.h + c * n_states;
     std::int64_t k = 0;
     for (; k + kStates <= n_states; k += kStates)
-        advance<kStates>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
-    for (; k < n_states; ++k) advance<1>(a + k * W, h + k * W, w.b + k, w.c + k, pitch, dt, u, y, n_t);
+        advance<kStates>(a + k * kLanes, h + k * kLanes, w.b + k, w.c + k, pitch, dt, u, y, n_t);
+    for (; k < n_states; ++k) advance<1>(a + k * kLanes, h + k * kLanes, w.b + k, w.c + k, pitch, dt, u, y, n_t);
     if (s.z) {
-        load_tile(u, W, s.z, at(s.z), s.z.stride[1], s.z.stride[2], n, n_t);
-        for (std::int64_t i = 0; i < n_t * W; i += W) store(y + i, load(y + i) * silu(load(u + i)));
+        load_tile(u, kLanes, s.z, at(s.z), s.z.stride[1], s.z.stride[2], n, n_t);
+        for (std::int64_t i = 0; i < n_t * kLanes; i += kLanes) store(y + i, load(y + i) * silu(load(u + i)));
     }
-    store_tile(y, W, s.out, at(s.out), s.out.stride[1], s.out.stride[2], n, n_t);
+    store_tile(y, kLanes, s.out, at(s.out), s.out.stride[1], s.out.stride[2], n, n_t);
 }
 
 inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const Block& block) {
-    constexpr int W = Vec::width;
-    const std::int64_t n_states = s.states, pitch = round_up(s.states);
+    const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
     const auto used = [&](std::int64_t c) { return lanes(block.n - c); };
     const auto carried = [&](const View& v, std::int64_t c) {
         return block.batch * v.stride[0] + (block.c0 + c) * v.stride[1];
     };
-    for (std::int64_t c = 0; c < block.n; c += W) {
-        load_tile(w.a + c * n_states, W, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1], used(c),
-                  n_states);
+    for (std::int64_t c = 0; c < block.n; c += kLanes) {
+        load_tile(w.a + c * n_states, kLanes, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1],
+                  used(c), n_states);
         if (s.initial)
-            load_tile(w.h + c * n_states, W, s.initial, carried(s.initial, c), s.initial.stride[1], s.initial.stride[2],
-                      used(c), n_states);
+            load_tile(w.h + c * n_states, kLanes, s.initial, carried(s.initial, c), s.initial.stride[1],
+                      s.initial.stride[2], used(c), n_states);
         else
-            for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.h + i, set(0.0f));
-        for (std::int64_t i = c * n_states; i < (c + W) * n_states; i += W) store(w.a + i, load(w.a + i) * set(kLog2E));
+            for (std::int64_t i = c * n_states; i < (c + kLanes) * n_states; i += kLanes) store(w.h + i, set(0.0f));
+        for (std::int64_t i = c * n_states; i < (c + kLanes) * n_states; i += kLanes)
+            store(w.a + i, load(w.a + i) * set(kLog2e));
         store(w.d + c, set(0.0f)), store(w.bias + c, set(0.0f));
     }
-    if (s.d) load_tile(w.d, round_up(block.n), s.d, block.c0 * s.d.stride[0], s.d.stride[0], 0, block.n, 1);
+    if (s.d) load_tile(w.d, round_up(block.n, kLanes), s.d, block.c0 * s.d.stride[0], s.d.stride[0], 0, block.n, 1);
     if (s.delta_bias)
-        load_tile(w.bias, round_up(block.n), s.delta_bias, block.c0 * s.delta_bias.stride[0], s.delta_bias.stride[0], 0,
-                  block.n, 1);
+        load_tile(w.bias, round_up(block.n, kLanes), s.delta_bias, block.c0 * s.delta_bias.stride[0],
+                  s.delta_bias.stride[0], 0, block.n, 1);
     for (std::int64_t t0 = 0; t0 < s.length; t0 += kTime) {
-        const auto steps = [&](std::int64_t from) { return s.length - from < kTime ? s.length - from : kTime; };
+        const auto steps = [&](std::int64_t from) { return smaller(s.length - from, kTime); };
         const auto states = [&](float* tile, const View& v) {
             load_tile(tile, pitch, v, block.batch * v.stride[0] + block.group * v.stride[1] + t0 * v.stride[3],
                       v.stride[2], v.stride[3], n_states, steps(t0));
         };
         states(w.b, s.b);
         states(w.c, s.c);
-        for (std::int64_t c = 0; c < block.n; c += W) {
+        for (std::int64_t c = 0; c < block.n; c += kLanes) {
             for (const View* v : {&s.u, &s.delta, &s.z})  // the next tile, while this one is worked on
                 if (*v && t0 + kTime < s.length)
                     prefetch(*v,
@@ -120,27 +119,33 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
             scan_tile(s, w, block.batch, block.c0, c, used(c), t0, steps(t0));
         }
     }
-    for (std::int64_t c = 0; c < block.n; c += W)
-        store_tile(w.h + c * n_states, W, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2], used(c),
-                   n_states);
+    for (std::int64_t c = 0; c < block.n; c += kLanes)
+        store_tile(w.h + c * n_states, kLanes, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2],
+                   used(c), n_states);
 }
 
 inline void run(const SelectiveScanArgs& s) {
-    const std::int64_t n_states = s.states, pitch = round_up(s.states);
+    const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
     const std::int64_t group = s.channels / s.groups;
-    std::int64_t size = kBlock;  // smaller where there would be too few blocks for the threads
+    std::int64_t size = kBlockChannels;  // smaller where there would be too few blocks for the threads
     const int threads = worthwhile_threads(s.n_threads, 15.0 * s.batch * s.channels * s.length * s.states);
-    while (size > Vec::width && s.batch * s.groups * ((group + size - 1) / size) < 4 * threads) size /= 2;
+    while (size > kLanes && s.batch * s.groups * ((group + size - 1) / size) < 4 * threads) size /= 2;
     const std::int64_t blocks = (group + size - 1) / size;
     parallel_for(s.batch * s.groups * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        const Scratch scratch(2 * (n_states + 1) * kBlock + 2 * kTime * pitch);
+        const Buffer<float> scratch(2 * (n_states + 1) * kBlockChannels + 2 * kTime * pitch);
         ScanScratch w;
-        w.a = scratch.data, w.h = w.a + n_states * kBlock, w.d = w.h + n_states * kBlock, w.bias = w.d + kBlock;
-        w.b = w.bias + kBlock, w.c = w.b + kTime * pitch;
+        w.a = scratch.data, w.h = w.a + n_states * kBlockChannels, w.d = w.h + n_states * kBlockChannels,
+        w.bias = w.d + kBlockChannels;
+        w.b = w.bias + kBlockChannels, w.c = w.b + kTime * pitch;
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t g = item / blocks % s.groups, first = item % blocks * size;
-            scan_block(s, w,
-                       {item / (s.groups * blocks), g, g * group + first, group - first < size ? group - first : size});
+            const Block block{
+                .batch = item / (s.groups * blocks),
+                .group = g,
+                .c0 = g * group + first,
+                .n = smaller(group - first, size),
+            };
+            scan_block(s, w, block);
         }
     });
 }

@@ -12,9 +12,8 @@ namespace klfast {
 namespace {
 
 inline void run(const StateUpdateArgs& s) {
-    constexpr int W = Vec::width;
-    const std::int64_t n_states = s.states, pitch = round_up(s.states);
-    const std::int64_t blocks = (s.dim + W - 1) / W, per_group = s.heads / s.groups;
+    const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
+    const std::int64_t blocks = (s.dim + kLanes - 1) / kLanes, per_group = s.heads / s.groups;
     const bool shared_rate = n_states > 0 && s.a.stride[2] == 0;  // Mamba-2 passes one A a head, expanded
     const auto whole_rows = [&](const View& v, int dim) {
         return v.dtype == DType::f32 && v.stride[dim] == 1 && pitch == n_states;
@@ -25,22 +24,22 @@ inline void run(const StateUpdateArgs& s) {
     const int threads =
         worthwhile_threads(s.n_threads, (s.a_is_log ? 27.0 : 15.0) * s.batch * s.heads * s.dim * s.states);
     parallel_for(s.batch * s.heads * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        const Scratch scratch(4 * pitch);
+        const Buffer<float> scratch(4 * pitch);
         float* const a_copy = scratch.data;  // [pitch] each
         float* const h_copy = a_copy + pitch;
         float* const b = h_copy + pitch;
         float* const c = b + pitch;
-        alignas(64) float dt[W], x[W], y[W], rate[W], d[W], lane[W];
-        for (int i = 0; i < W; ++i) lane[i] = static_cast<float>(i);
+        alignas(64) float dt[kLanes], x[kLanes], y[kLanes], rate[kLanes], d[kLanes], lane[kLanes];
+        for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads,
-                               c0 = item % blocks * W;
+                               c0 = item % blocks * kLanes;
             const int n = lanes(s.dim - c0);
             const auto channels = [&](float* to, const View& v,
                                       int head_dim) {  // head_dim: which of v's dimensions is the head
                 const std::int64_t base =
                     head_dim * batch * v.stride[0] + head * v.stride[head_dim] + c0 * v.stride[head_dim + 1];
-                load_tile(to, W, v, base, v.stride[head_dim + 1], 0, n, 1);
+                load_tile(to, kLanes, v, base, v.stride[head_dim + 1], 0, n, 1);
             };
             const auto states = [&](float* to, const View& v, std::int64_t base, int dim) {
                 load_tile(to, pitch, v, base, v.stride[dim], 0, n_states, 1);
@@ -72,7 +71,7 @@ inline void run(const StateUpdateArgs& s) {
                     return fma(decay, load(h + k), input * load(b + k));
                 };
                 std::int64_t k = 0;
-                for (; k + W <= n_states; k += W) {
+                for (; k + kLanes <= n_states; k += kLanes) {
                     const Vec next = step_of(k);
                     dot = fma(next, load(c + k), dot);
                     store(h + k, next);
@@ -86,9 +85,9 @@ inline void run(const StateUpdateArgs& s) {
                 if (!state_in_place) store_tile(h, pitch, s.state, base, s.state.stride[3], 0, n_states, 1);
                 y[i] = sum(dot) + (s.d ? d[i] * x[i] : 0.0f);
             }
-            for (int i = n; i < W; ++i) y[i] = 0.0f;
+            for (int i = n; i < kLanes; ++i) y[i] = 0.0f;
             if (s.z) channels(x, s.z, 1), store(y, load(y) * silu(load(x)));
-            store_tile(y, W, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2],
+            store_tile(y, kLanes, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2],
                        s.out.stride[2], 0, n, 1);
         }
     });

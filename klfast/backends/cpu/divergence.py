@@ -91,7 +91,7 @@ def _operands(
     That is bfloat16 for operands in it where the CPU multiplies them natively: its products are exact in float32, where
     the extension's kernels add them up and leave them. The whole numbers of a quantized head are exact in bfloat16.
     """
-    native = pins.cpu_tier_limit() >= pins.CPU_TIERS.index("avx512bf16") and not pins.why_not("avx512bf16")
+    native = pins.may_run("avx512bf16")
     fit = all(
         t.spec.format.name in MATMUL_FORMATS if isinstance(t, QuantizedTensor) else t.dtype == torch.bfloat16
         for t in (teacher, student, t_head, s_head)

@@ -1,0 +1,67 @@
+// Random tensors for kernels, and the comparison of what kernels make of them with the truth.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/tensor_view.h"
+#include "core/tiers.h"
+
+namespace klfast::test {
+
+using Int = std::int64_t;
+
+inline constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
+inline constexpr int kThreads = 2;
+
+// A contiguous tensor.
+class Tensor {
+  public:
+    // Filled with NaN, which a kernel must replace.
+    Tensor(DType dtype, std::vector<Int> shape);
+
+    static Tensor random(DType dtype, std::vector<Int> shape, double scale = 1.0);
+
+    Int size() const { return size_; }
+    DType dtype() const { return dtype_; }
+    double operator[](Int i) const { return load_float(memory_.data(), i, dtype_); }
+    void set(Int i, double value) { store_float(memory_.data(), i, dtype_, static_cast<float>(value)); }
+    void* data() { return memory_.data(); }
+    View view();
+
+  private:
+    DType dtype_;
+    std::vector<Int> shape_;
+    Int size_;
+    std::vector<std::byte> memory_;
+};
+
+double random_normal();
+Int random_int(Int begin, Int end);
+
+// Calls each(tier) for the tiers that an op has kernels for and this machine can run.
+void for_tiers(const std::string& op, const std::function<void(Tier)>& each);
+
+// Notes how far a result is from the truth, relative to the largest true value and to what its dtype allows.
+void compare(const std::string& op, Tier tier, const Tensor& got, const std::vector<double>& truth);
+
+// Prints a line for each op and tier; returns whether all results were near enough.
+bool report();
+
+double silu(double x);
+double softplus(double x);
+
+// Each checks one family of ops.
+void check_quantized_matmul();
+void check_dense_matmul();
+void check_attention();
+void check_divergence();
+void check_conv();
+void check_scan();
+void check_norm();
+
+}  // namespace klfast::test

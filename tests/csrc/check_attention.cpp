@@ -1,0 +1,57 @@
+// decode_attention against softmax and sums in double.
+#include <algorithm>
+#include <cmath>
+
+#include "attention/decode_attention.h"
+#include "check.h"
+
+namespace klfast::test {
+
+void check_attention() {
+    constexpr Int batch = 2, groups = 2, key_dim = 19, value_dim = 37;
+    for (const DType dtype : kTypes)
+        for (const Int shared_by : {1, 3, 9})
+            for (const Int keys : {1, 5, 131}) {
+                const Int heads = groups * shared_by;
+                Tensor q = Tensor::random(dtype, {batch, heads, key_dim}),
+                       k = Tensor::random(dtype, {batch, groups, keys, key_dim}),
+                       v = Tensor::random(dtype, {batch, groups, keys, value_dim});
+                std::vector<double> truth(batch * heads * value_dim), weight(keys);
+                for (Int b = 0; b < batch; ++b)
+                    for (Int h = 0; h < heads; ++h) {
+                        const Int group = b * groups + h / shared_by;
+                        double total = 0;
+                        for (Int s = 0; s < keys; ++s) {
+                            double dot = 0;
+                            for (Int c = 0; c < key_dim; ++c)
+                                dot += q[(b * heads + h) * key_dim + c] * k[(group * keys + s) * key_dim + c];
+                            total += weight[s] = std::exp(0.3 * dot);
+                        }
+                        for (Int s = 0; s < keys; ++s)
+                            for (Int c = 0; c < value_dim; ++c)
+                                truth[(b * heads + h) * value_dim + c] +=
+                                    weight[s] / total * v[(group * keys + s) * value_dim + c];
+                    }
+                for_tiers("decode_attention", [&](Tier tier) {
+                    Tensor out(dtype, {batch, heads, value_dim});
+                    const DecodeAttentionArgs args{
+                        .q = q.view(),
+                        .k = k.view(),
+                        .v = v.view(),
+                        .out = out.view(),
+                        .batch = batch,
+                        .heads = heads,
+                        .groups = groups,
+                        .keys = keys,
+                        .key_dim = key_dim,
+                        .value_dim = value_dim,
+                        .scale = 0.3f,
+                        .n_threads = kThreads,
+                    };
+                    decode_attention(args, tier);
+                    compare("decode_attention", tier, out, truth);
+                });
+            }
+}
+
+}  // namespace klfast::test

@@ -1,0 +1,147 @@
+// dequant_matmul and linear against products in double.
+#include "check.h"
+#include "matmul/dense/linear.h"
+#include "matmul/quantized/dequant_matmul.h"
+
+namespace klfast::test {
+namespace {
+
+// W [n, k] as integers of 4 or 8 bits in groups that share a scale and, if there are any, a zero point.
+struct Weight {
+    Int n, k, group, groups;
+    int bits, count;  // count: values in a word
+    std::vector<std::int32_t> packed, zero_point;
+    Tensor scale;
+    std::vector<double> value;  // [n, k]
+
+    Weight(Int rows, Int columns, int width, Int group_size, bool symmetric)
+        : n(rows),
+          k(columns),
+          group(group_size),
+          groups((k + group - 1) / group),
+          bits(width),
+          count(32 / width),
+          packed(n * words(k)),
+          zero_point(symmetric ? 0 : words(n) * groups),
+          scale(Tensor::random(DType::f32, {n, groups}, 0.1)),
+          value(n * k) {
+        for (Int r = 0; r < n; ++r)
+            for (Int c = 0; c < k; ++c) {
+                const Int q = random_int(0, Int{1} << bits);
+                put(packed[r * words(k) + c / count], c, q);
+                value[r * k + c] = static_cast<double>(q);
+            }
+        for (Int r = 0; r < n; ++r)
+            for (Int g = 0; g < groups; ++g) {
+                const Int z = symmetric ? Int{1} << (bits - 1) : random_int(0, Int{1} << bits);
+                if (!symmetric) put(zero_point[r / count * groups + g], r, z);
+                for (Int c = g * group; c < k && c < (g + 1) * group; ++c)
+                    value[r * k + c] = (value[r * k + c] - static_cast<double>(z)) * scale[r * groups + g];
+            }
+    }
+
+    Int words(Int values) const { return (values + count - 1) / count; }
+
+  private:
+    void put(std::int32_t& word, Int i, Int q) const {
+        word = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) | static_cast<std::uint32_t>(q)
+                                                                                << (i % count * bits));
+    }
+};
+
+// x W^T + bias, both by [rows, k].
+std::vector<double> product(const Tensor& x, Int m, Int k, const std::vector<double>& w, Int n, const Tensor& bias) {
+    std::vector<double> y(m * n);
+    for (Int i = 0; i < m; ++i)
+        for (Int j = 0; j < n; ++j) {
+            double sum = bias[j];
+            for (Int c = 0; c < k; ++c) sum += x[i * k + c] * w[j * k + c];
+            y[i * n + j] = sum;
+        }
+    return y;
+}
+
+Product product_args(Tensor& x, Tensor& bias, Tensor& y, Int m, Int n, Int k) {
+    return {
+        .x = x.data(),
+        .x_type = x.dtype(),
+        .x_stride = k,
+        .bias = bias.data(),
+        .bias_type = bias.dtype(),
+        .y = y.data(),
+        .y_type = y.dtype(),
+        .rounded_to = y.dtype(),
+        .m = m,
+        .n = n,
+        .k = k,
+        .n_threads = kThreads,
+    };
+}
+
+// Multiples of 1 / 64 up to 127 / 64, which is among them for each row and group: activation "int8" rounds nothing.
+Tensor whole_steps(DType dtype, Int m, Int k, Int group) {
+    Tensor x(dtype, {m, k});
+    for (Int i = 0; i < m * k; ++i)
+        x.set(i, static_cast<double>(i % k % group == 0 ? 127 : random_int(-127, 128)) / 64);
+    return x;
+}
+
+void check_quantized(DType dtype, Weight& w, Int m, bool int8_activation) {
+    Tensor x = int8_activation ? whole_steps(dtype, m, w.k, w.group) : Tensor::random(dtype, {m, w.k});
+    Tensor bias = Tensor::random(DType::f32, {w.n});
+    const std::vector<double> truth = product(x, m, w.k, w.value, w.n, bias);
+    for_tiers("dequant_matmul", [&](Tier tier) {
+        Tensor y(dtype, {m, w.n});
+        const DequantMatmulArgs args{
+            product_args(x, bias, y, m, w.n, w.k),
+            {
+                .packed = w.packed.data(),
+                .scale = w.scale.data(),
+                .scale_type = w.scale.dtype(),
+                .zero_point = w.zero_point.empty() ? nullptr : w.zero_point.data(),
+                .bits = w.bits,
+                .group = w.group,
+                .int8_activation = int8_activation,
+            },
+        };
+        dequant_matmul(args, tier);
+        compare("dequant_matmul", tier, y, truth);
+    });
+}
+
+}  // namespace
+
+void check_quantized_matmul() {
+    for (const int bits : {4, 8})
+        for (const Int group : {Int{20}, Int{32}, Int{128}, Int{601}})
+            for (const bool symmetric : {true, false}) {
+                Weight w(37, 601, bits, group, symmetric);
+                for (const DType dtype : kTypes)
+                    for (const Int m : {1, 3, 7, 19, 35})
+                        for (const bool int8_activation : {false, true}) check_quantized(dtype, w, m, int8_activation);
+            }
+}
+
+void check_dense_matmul() {
+    constexpr Int n = 37, k = 301;
+    for (const DType dtype : kTypes) {
+        Tensor weight = Tensor::random(dtype, {n, k}), bias = Tensor::random(DType::f32, {n});
+        std::vector<double> w(n * k);
+        for (Int i = 0; i < n * k; ++i) w[i] = weight[i];
+        for (const Int m : {1, 3, 8, 9, 35}) {
+            Tensor x = Tensor::random(dtype, {m, k});
+            const std::vector<double> truth = product(x, m, k, w, n, bias);
+            for_tiers("linear", [&](Tier tier) {
+                Tensor y(dtype, {m, n});
+                const LinearArgs args{
+                    product_args(x, bias, y, m, n, k),
+                    {.weight = weight.data(), .weight_type = dtype, .weight_stride = k},
+                };
+                linear(args, tier);
+                compare("linear", tier, y, truth);
+            });
+        }
+    }
+}
+
+}  // namespace klfast::test

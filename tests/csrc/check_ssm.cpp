@@ -1,0 +1,237 @@
+// The convolution and the recurrences against the same in double.
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "ssm/conv/causal_conv1d.h"
+#include "ssm/scan/scan.h"
+
+namespace klfast::test {
+namespace {
+
+constexpr Int kBatch = 2, kGroups = 2, kLength = 71, kStates = 5;
+
+Tensor negative(DType dtype, std::vector<Int> shape) {
+    Tensor made = Tensor::random(dtype, std::move(shape));
+    for (Int i = 0; i < made.size(); ++i) made.set(i, -std::abs(made[i]));
+    return made;
+}
+
+// One step of a channel's recurrence: h moves on; returns y before the gate.
+double step(double* h, double dt, double x, double d, const auto& a, const auto& b, const auto& c) {
+    double y = d * x;
+    for (Int n = 0; n < kStates; ++n) {
+        h[n] = std::exp(dt * a(n)) * h[n] + dt * x * b(n);
+        y += c(n) * h[n];
+    }
+    return y;
+}
+
+void check_selective_scan(DType dtype) {
+    constexpr Int channels = 2 * 19, rows = kBatch * channels;
+    Tensor u = Tensor::random(dtype, {kBatch, channels, kLength}),
+           delta = Tensor::random(dtype, {kBatch, channels, kLength}),
+           z = Tensor::random(dtype, {kBatch, channels, kLength}), a = negative(DType::f32, {channels, kStates}),
+           b = Tensor::random(dtype, {kBatch, kGroups, kStates, kLength}),
+           c = Tensor::random(dtype, {kBatch, kGroups, kStates, kLength}), d = Tensor::random(DType::f32, {channels}),
+           bias = Tensor::random(DType::f32, {channels}),
+           initial = Tensor::random(DType::f32, {kBatch, channels, kStates});
+    std::vector<double> y(rows * kLength), state(rows * kStates);
+    for (Int row = 0; row < rows; ++row) {
+        const Int channel = row % channels, group = row / channels * kGroups + channel / (channels / kGroups);
+        double* const h = state.data() + row * kStates;
+        for (Int n = 0; n < kStates; ++n) h[n] = initial[row * kStates + n];
+        for (Int t = 0; t < kLength; ++t) {
+            const Int i = row * kLength + t;
+            const auto of = [&](const Tensor& all) {
+                return [&all, group, t](Int n) { return all[(group * kStates + n) * kLength + t]; };
+            };
+            y[i] = silu(z[i]) * step(
+                                    h, softplus(delta[i] + bias[channel]), u[i], d[channel],
+                                    [&](Int n) { return a[channel * kStates + n]; }, of(b), of(c));
+        }
+    }
+    for_tiers("selective_scan", [&](Tier tier) {
+        Tensor out(dtype, {kBatch, channels, kLength}), last(DType::f32, {kBatch, channels, kStates});
+        const SelectiveScanArgs args{
+            .u = u.view(),
+            .delta = delta.view(),
+            .z = z.view(),
+            .out = out.view(),
+            .a = a.view(),
+            .b = b.view(),
+            .c = c.view(),
+            .d = d.view(),
+            .delta_bias = bias.view(),
+            .initial = initial.view(),
+            .state = last.view(),
+            .batch = kBatch,
+            .channels = channels,
+            .length = kLength,
+            .groups = kGroups,
+            .states = kStates,
+            .softplus = true,
+            .n_threads = kThreads,
+        };
+        selective_scan(args, tier);
+        compare("selective_scan", tier, out, y);
+        compare("selective_scan", tier, last, state);
+    });
+}
+
+constexpr Int kHeads = 2 * 3, kDim = 19, kRows = kBatch * kHeads * kDim;
+
+void check_state_update(DType dtype) {
+    Tensor before = Tensor::random(DType::f32, {kBatch, kHeads, kDim, kStates}),
+           x = Tensor::random(dtype, {kBatch, kHeads, kDim}), dt = Tensor::random(dtype, {kBatch, kHeads, kDim}),
+           z = Tensor::random(dtype, {kBatch, kHeads, kDim}), a = negative(DType::f32, {kHeads, kDim, kStates}),
+           b = Tensor::random(dtype, {kBatch, kGroups, kStates}), c = Tensor::random(dtype, {kBatch, kGroups, kStates}),
+           d = Tensor::random(DType::f32, {kHeads, kDim}), bias = Tensor::random(DType::f32, {kHeads, kDim});
+    std::vector<double> y(kRows), state(kRows * kStates);
+    for (Int row = 0; row < kRows; ++row) {
+        const Int channel = row % (kHeads * kDim), head = channel / kDim,
+                  group = row / (kHeads * kDim) * kGroups + head / (kHeads / kGroups);
+        double* const h = state.data() + row * kStates;
+        for (Int n = 0; n < kStates; ++n) h[n] = before[row * kStates + n];
+        y[row] = silu(z[row]) * step(
+                                    h, softplus(dt[row] + bias[channel]), x[row], d[channel],
+                                    [&](Int n) { return a[channel * kStates + n]; },
+                                    [&](Int n) { return b[group * kStates + n]; },
+                                    [&](Int n) { return c[group * kStates + n]; });
+    }
+    for_tiers("selective_state_update", [&](Tier tier) {
+        Tensor after = before, out(dtype, {kBatch, kHeads, kDim});
+        const StateUpdateArgs args{
+            .state = after.view(),
+            .x = x.view(),
+            .dt = dt.view(),
+            .z = z.view(),
+            .out = out.view(),
+            .a = a.view(),
+            .b = b.view(),
+            .c = c.view(),
+            .d = d.view(),
+            .dt_bias = bias.view(),
+            .batch = kBatch,
+            .heads = kHeads,
+            .dim = kDim,
+            .groups = kGroups,
+            .states = kStates,
+            .softplus = true,
+            .a_is_log = false,
+            .n_threads = kThreads,
+        };
+        selective_state_update(args, tier);
+        compare("selective_state_update", tier, out, y);
+        compare("selective_state_update", tier, after, state);
+    });
+}
+
+void check_chunk_scan(DType dtype) {
+    Tensor x = Tensor::random(dtype, {kBatch, kLength, kHeads, kDim}),
+           z = Tensor::random(dtype, {kBatch, kLength, kHeads, kDim}),
+           dt = Tensor::random(dtype, {kBatch, kLength, kHeads}), a = negative(DType::f32, {kHeads}),
+           bias = Tensor::random(DType::f32, {kHeads}), b = Tensor::random(dtype, {kBatch, kLength, kGroups, kStates}),
+           c = Tensor::random(dtype, {kBatch, kLength, kGroups, kStates}),
+           d = Tensor::random(DType::f32, {kHeads, kDim}),
+           initial = Tensor::random(DType::f32, {kBatch, kHeads, kDim, kStates});
+    std::vector<double> y(kRows * kLength), state(kRows * kStates);
+    for (Int row = 0; row < kRows; ++row) {
+        const Int channel = row % (kHeads * kDim), head = channel / kDim, batch = row / (kHeads * kDim);
+        double* const h = state.data() + row * kStates;
+        for (Int n = 0; n < kStates; ++n) h[n] = initial[row * kStates + n];
+        for (Int t = 0; t < kLength; ++t) {
+            const Int time = batch * kLength + t, i = time * kHeads * kDim + channel,
+                      group = time * kGroups + head / (kHeads / kGroups);
+            y[i] = silu(z[i]) * step(
+                                    h, softplus(dt[time * kHeads + head] + bias[head]), x[i], d[channel],
+                                    [&](Int) { return a[head]; }, [&](Int n) { return b[group * kStates + n]; },
+                                    [&](Int n) { return c[group * kStates + n]; });
+        }
+    }
+    for_tiers("mamba_chunk_scan", [&](Tier tier) {
+        Tensor out(dtype, {kBatch, kLength, kHeads, kDim}), last(DType::f32, {kBatch, kHeads, kDim, kStates});
+        const ChunkScanArgs args{
+            .x = x.view(),
+            .z = z.view(),
+            .out = out.view(),
+            .dt = dt.view(),
+            .a = a.view(),
+            .dt_bias = bias.view(),
+            .b = b.view(),
+            .c = c.view(),
+            .d = d.view(),
+            .initial = initial.view(),
+            .final = last.view(),
+            .batch = kBatch,
+            .length = kLength,
+            .heads = kHeads,
+            .dim = kDim,
+            .groups = kGroups,
+            .states = kStates,
+            .softplus = true,
+            .dt_min = 0.0f,
+            .dt_max = std::numeric_limits<float>::infinity(),
+            .n_threads = kThreads,
+        };
+        mamba_chunk_scan(args, tier);
+        compare("mamba_chunk_scan", tier, out, y);
+        compare("mamba_chunk_scan", tier, last, state);
+    });
+}
+
+void check_conv(DType dtype, Int channels, Int width) {
+    Tensor x = Tensor::random(dtype, {kBatch, channels, kLength}), weight = Tensor::random(dtype, {channels, width}),
+           bias = Tensor::random(DType::f32, {channels}),
+           initial = Tensor::random(dtype, {kBatch, channels, width - 1});
+    std::vector<double> y(x.size());
+    for (Int row = 0; row < kBatch * channels; ++row)
+        for (Int t = 0; t < kLength; ++t) {
+            double sum = bias[row % channels];
+            for (Int k = 0; k < width; ++k) {
+                const Int at = t + k - (width - 1);
+                sum += weight[row % channels * width + k] *
+                       (at < 0 ? initial[row * (width - 1) + at + width - 1] : x[row * kLength + at]);
+            }
+            y[row * kLength + t] = silu(sum);
+        }
+    for_tiers("causal_conv1d", [&](Tier tier) {
+        Tensor out(dtype, {kBatch, channels, kLength});
+        const ConvArgs args{
+            .x = x.view(),
+            .out = out.view(),
+            .weight = weight.view(),
+            .bias = bias.view(),
+            .initial = initial.view(),
+            .final = {},
+            .batch = kBatch,
+            .channels = channels,
+            .length = kLength,
+            .width = width,
+            .initial_length = width - 1,
+            .final_length = 0,
+            .silu = true,
+            .n_threads = kThreads,
+        };
+        causal_conv1d(args, tier);
+        compare("causal_conv1d", tier, out, y);
+    });
+}
+
+}  // namespace
+
+void check_conv() {
+    for (const DType dtype : kTypes)
+        for (const Int width : {1, 2, 3, 4, 6})
+            for (const Int channels : {1, 37, 301}) check_conv(dtype, channels, width);
+}
+
+void check_scan() {
+    for (const DType dtype : kTypes) {
+        check_selective_scan(dtype);
+        check_state_update(dtype);
+        check_chunk_scan(dtype);
+    }
+}
+
+}  // namespace klfast::test

@@ -1,0 +1,97 @@
+"""The kernels without Python: csrc/ but for csrc/python/ builds alone, and is right at every tier of this machine."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from klfast import _C
+from klfast.dispatch import pins
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = {
+    "quantized_matmul": ["dequant_matmul"],
+    "dense_matmul": ["linear"],
+    "attention": ["decode_attention"],
+    "divergence": ["logit_divergence"],
+    "conv": ["causal_conv1d"],
+    "scan": ["mamba_chunk_scan", "selective_scan", "selective_state_update"],
+    "norm": ["rms_norm"],
+}
+SAME_KERNELS = {"linear_divergence": "logit_divergence", "causal_conv1d_update": "causal_conv1d"}
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file() or shutil.which("g++") is None, reason="needs a source tree and g++"
+)
+
+# As setup.py builds the extension, in the same folder, so that only those objects are compiled that are not current.
+BUILD = """
+import json, runpy, setuptools
+from pathlib import Path
+given = {}
+setuptools.setup = given.update
+names = runpy.run_path("setup.py")
+[extension] = given["ext_modules"]
+extension.sources = [source for source in extension.sources if Path(source).parts[1] != "python"]
+extension.sources += sorted(str(path) for path in Path("tests/csrc").glob("*.cpp"))
+
+class Alone(names["BuildPerTier"]):
+    def build_extensions(self):
+        self.objects = self.build_objects(extension)
+        self.compiler.link_executable(
+            self.objects, "alone", output_dir=self.build_temp, target_lang="c++",
+            extra_postargs=["-fopenmp", *names["extra_flags"]()],
+        )
+
+command = Alone(setuptools.Distribution({"name": "alone", "ext_modules": [extension]}))
+command.ensure_finalized()
+command.run()
+print(json.dumps({"program": str(Path(command.build_temp, "alone").absolute()), "objects": command.objects}))
+"""
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The test program and the objects that it was linked from."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "alone.lock").open("w") as lock:  # of the processes that run tests, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_right_at_every_tier(built, family):
+    done = subprocess.run([built["program"], family], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checked = {tuple(line.partition(":")[0].split()) for line in done.stdout.splitlines()}
+    kernels = _C.kernel_tiers()
+    assert checked == {(op, tier) for op in FAMILIES[family] for tier in pins.available_tiers() if tier in kernels[op]}
+
+
+def test_no_op_is_left_out():
+    tested = {op for ops in FAMILIES.values() for op in ops}
+    assert {SAME_KERNELS.get(op, op) for op in _C.kernel_tiers()} == tested
+
+
+def test_nothing_outside_csrc_python_includes_pythons_headers(built):
+    for path in built["objects"]:
+        headers = (ROOT / f"{path}.d").read_text()
+        assert "Python.h" not in headers and "pybind11" not in headers, path
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_nothing_of_a_tier_runs_or_is_shared_before_the_cpu_is_asked(built):
+    """No initialiser, no function that the linker could take for other units: they could hold a tier's instructions."""
+    of_tiers = [path for path in built["objects"] if set(Path(path).parts) & set(pins.CPU_TIERS)]
+    assert of_tiers
+    for path in of_tiers:
+        sections = subprocess.run(["objdump", "-h", path], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert ".init_array" not in sections and ".ctors" not in sections, path
+        symbols = subprocess.run(["objdump", "-t", path], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        shared = [line for line in symbols.splitlines() if line[17:18] == "w" and " .text" in line]
+        assert not shared, (path, shared)
