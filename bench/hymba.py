@@ -14,7 +14,7 @@ from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from klfast.models.hymba.mixer import HymbaMixer
 from klfast.models.linears import linears
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 CONFIGS = {
     "hymba-1.5b": HymbaConfig(),  # the released size

@@ -14,7 +14,7 @@ from klfast.benchkit.runner import distance, timed
 from klfast.models.linears import linears
 from klfast.models.sizes import weight_bytes
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 _SCANS = ("klfast::selective_scan", "klfast::mamba_chunk_scan")
 

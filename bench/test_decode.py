@@ -12,7 +12,7 @@ import torch
 import klfast
 from klfast.benchkit.runner import Contender, Group, Unavailable
 from klfast.benchkit.settings import Settings
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 from . import llama_cpp, models
 

@@ -12,7 +12,7 @@ from klfast.backends import operands
 from klfast.benchkit.runner import Contender, Group, distance
 from klfast.benchkit.settings import Settings
 from klfast.ops.divergence import Divergence
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.reference import divergence as reference_divergence
 
 from . import machine
@@ -73,7 +73,7 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
     def klfast_quantized() -> Contender:
         teacher, head, student, other = draw()
         require_kernel("linear_divergence", teacher)
-        rounded = quantize(other, HEAD).to_layout(operands.preferred_layout(teacher.device))
+        rounded = quantize(other, HEAD).to_layout(operands.preferred_layout(teacher.device, HEAD))
         return _contender(
             lambda: ops.linear_divergence(teacher, head, student, rounded),
             truth(teacher, head, student, rounded.dequantize(torch.float32)),

@@ -14,7 +14,7 @@ from klfast.benchkit.settings import Settings
 from klfast.benchkit.weights import Weights, weights
 from klfast.dispatch import registry
 from klfast.nn import QuantLinear
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 # (K, N): an input projection of Mamba-1.4B, then layers of Mamba-130M, a head, Mamba-1.4B again, and Hymba-1.5B.
 SHAPES = (

@@ -18,7 +18,7 @@ from klfast.benchkit.settings import Settings
 from klfast.checkpoint.by_name import load_model, load_tokenizer
 from klfast.models.linears import linears
 from klfast.quant.rounding import fake_quantize
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.text import token_batches
 
 from . import models

@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.ops.divergence import Divergence as Divergence
     from klfast.planning import plan as plan
     from klfast.planning.plan_file import Plan as Plan
+    from klfast.quant.layouts import Layout as Layout
     from klfast.quant.rounding import quantize as quantize
-    from klfast.quant.types import Layout as Layout
-    from klfast.quant.types import QuantizedTensor as QuantizedTensor
-    from klfast.quant.types import QuantSpec as QuantSpec
+    from klfast.quant.spec import QuantSpec as QuantSpec
+    from klfast.quant.tensor import QuantizedTensor as QuantizedTensor
     from klfast.sensitivity.results import Sensitivities as Sensitivities
     from klfast.sensitivity.sweeping import sweep as sweep
     from klfast.text import token_batches as token_batches
@@ -52,10 +52,10 @@ __version__ = "0.1.0"
 # Public name -> module. Modules load on first use: `import klfast` costs no more than torch.
 _PUBLIC = {
     "Divergence": "ops.divergence",
-    "Layout": "quant.types",
+    "Layout": "quant.layouts",
     "Plan": "planning.plan_file",
-    "QuantSpec": "quant.types",
-    "QuantizedTensor": "quant.types",
+    "QuantSpec": "quant.spec",
+    "QuantizedTensor": "quant.tensor",
     "quantize": "quant.rounding",
     "quantize_model": "checkpoint.apply_plan",
     "Evaluation": "evaluation",

@@ -26,7 +26,7 @@ from klfast.diagnostics.explain import explain
 from klfast.models.linears import linears, row_parts
 from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.models.vocabulary import vocabulary_size
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.reporting.grouping import depth, kind
 from klfast.reporting.sweep_tables import by_kind_and_depth, by_use
 from klfast.reporting.table import Cell, Table

@@ -10,7 +10,7 @@ H100's memory gives time for about 7, and half of it is not hidden behind the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from klfast.kernels.dequant_common import BLOCK_EACH, ROW, TILE
@@ -20,6 +20,7 @@ from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, speaks_ptx
 from klfast.kernels.quantize_rows import quantize_rows
 
 from klfast.quant.layouts import Tiling
+from klfast.quant.spec import QuantSpec
 
 BAND = 8
 
@@ -65,32 +66,36 @@ def parts_of(programs: int, n_tiles: int, wanted: int) -> tuple[int, int]:
     return (cdiv(n_tiles, tiles) if tiles else 1), tiles
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A quantized [N, K] weight in ``Layout.TILED``, its parts without gaps."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    k: int = field(kw_only=True)
+    spec: QuantSpec = field(kw_only=True)
+
+    @property
+    def tiling(self) -> Tiling:
+        return Tiling.of(self.k, self.spec.bits, self.spec.group_size)
+
+
 def plan(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    k: int,
-    bits: int,
-    group_size: int,
-    *,
-    int8: bool,
-    family: str,
-    cores: int,
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, y: torch.Tensor, *, int8: bool, family: str, cores: int
 ) -> list[Launch]:
     """The launches that make y [M, N].
 
     Args:
         x: [M, n_blocks * block], each row without gaps and each group filled up (``layouts.fill_blocks``).
-        packed, scale, zero_point: ``Layout.TILED`` of an [N, K] weight.
+        weight: [N, K].
+        bias: [N], or None.
         int8: round x to int8 first.
         family: "nvidia" or "intel".
         cores: of the device.
     """
+    scale, bits, tiling = weight.scale, weight.spec.bits, weight.tiling
     (m, width), (_, n) = x.shape, scale.shape
-    tiling = Tiling.of(k, bits, group_size)
     launches = []
     x_scale = None
     if int8:
@@ -106,9 +111,9 @@ def plan(
     scales = ROW if scale.shape[0] == 1 else TILE if tiling.group_blocks * bits % 8 == 0 else BLOCK_EACH
     args = dict(
         x_ptr=x,
-        w_ptr=packed,
+        w_ptr=weight.packed,
         s_ptr=scale,
-        z_ptr=zero_point,
+        z_ptr=weight.zero_point,
         bias_ptr=bias if parts == 1 else None,
         y_ptr=out,
         N=n,

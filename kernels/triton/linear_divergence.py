@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from klfast.kernels.dequant_common import load_scale, load_zero, multiply, product, top_bits
+from klfast.kernels.dequant_matmul import Weight
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
 
 import triton
 import triton.language as tl
-from klfast.quant.layouts import Tiling
 
 
 @triton.jit
@@ -277,23 +277,17 @@ class Side:
 
     Attributes:
         hidden: [T, K], rows without gaps; K as the head needs it, see ``float_block`` and ``layouts.fill_blocks``.
-        weight: float [V, K], rows without gaps, or ``packed`` of Layout.TILED.
-        scale, zero_point: of Layout.TILED, else None.
-        features, bits, group_size: of the quantized head before it was filled up; bits 0 for a float one.
+        head: float [V, K], rows without gaps, or a quantized one.
     """
 
     hidden: torch.Tensor
-    weight: torch.Tensor
-    scale: torch.Tensor | None = None
-    zero_point: torch.Tensor | None = None
-    features: int = 0
-    bits: int = 0
-    group_size: int = 0
+    head: torch.Tensor | Weight
 
     @property
     def is_wide(self) -> bool:
         """Whether an operand is float32."""
-        return torch.float32 in (self.hidden.dtype, self.weight.dtype)
+        head = self.head.dtype if isinstance(self.head, torch.Tensor) else None
+        return torch.float32 in (self.hidden.dtype, head)
 
     def args(self, name: str, is_wide: bool) -> dict:
         """The kernel's arguments of this side, whose names begin with ``name``; is_wide: whether either side is.
@@ -302,34 +296,34 @@ class Side:
         go in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others. Where
         there are such parts, of hidden states or head, features go 16 at a time, so that all fit in registers.
         """
-        common = {
-            "x_ptr": self.hidden,
-            "w_ptr": self.weight,
-            "s_ptr": self.scale,
-            "z_ptr": self.zero_point,
-            "stride_x": self.hidden.stride(0),
-        }
-        differ = self.hidden.dtype != self.weight.dtype
-        in_parts = not self.bits and (self.is_wide or differ)
-        if self.bits:
-            tiling = Tiling.of(self.features, self.bits, self.group_size)
+        common = {"x_ptr": self.hidden, "stride_x": self.hidden.stride(0)}
+        in_parts = bits = 0
+        if isinstance(self.head, torch.Tensor):
+            in_parts = self.is_wide or self.hidden.dtype != self.head.dtype
+            block = 32 if in_parts else float_block(self.hidden.shape[1])
             rest = {
+                "w_ptr": self.head,
+                "s_ptr": None,
+                "z_ptr": None,
+                "tiles": self.hidden.shape[1] // block,
+                "blocks": 0,
+                "group_blocks": 1,
+                "stride_w": self.head.stride(0),
+            }
+        else:
+            bits, tiling = self.head.spec.bits, self.head.tiling
+            block = tiling.block
+            rest = {
+                "w_ptr": self.head.packed,
+                "s_ptr": self.head.scale,
+                "z_ptr": self.head.zero_point,
                 "tiles": tiling.n_tiles,
                 "blocks": tiling.n_blocks,
                 "group_blocks": tiling.group_blocks,
                 "stride_w": 0,
             }
-            block = tiling.block
-        else:
-            block = 32 if in_parts else float_block(self.hidden.shape[1])
-            rest = {
-                "tiles": self.hidden.shape[1] // block,
-                "blocks": 0,
-                "group_blocks": 1,
-                "stride_w": self.weight.stride(0),
-            }
         step = 16 if is_wide else block
-        constants = {"BITS": self.bits, "BLOCK": block, "STEP": step, "UPCAST": INTERPRETED, "IN_PARTS": in_parts}
+        constants = {"BITS": bits, "BLOCK": block, "STEP": step, "UPCAST": INTERPRETED, "IN_PARTS": bool(in_parts)}
         return {f"{name}_{key}": value for key, value in (common | rest).items()} | {
             f"{name.upper()}_{key}": value for key, value in constants.items()
         }

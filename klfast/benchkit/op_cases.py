@@ -12,8 +12,10 @@ from klfast import ops
 from klfast.backends import operands
 from klfast.core.dtypes import FLOAT_DTYPES, dtype_name
 from klfast.dispatch import pins
+from klfast.quant.layouts import Layout
 from klfast.quant.rounding import quantize
-from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
 
 # Largest errors, relative to the reference's largest value, by what the results are rounded to: the reference is
 # rounded, too, and may be one unit in the last place away.
@@ -68,9 +70,8 @@ class Case:
 def _copy(argument: object, device: str) -> object:
     if isinstance(argument, QuantizedTensor):
         interpreted = device == "cpu" and pins.pinned() == "triton" and pins.interprets_triton()
-        return argument.to(device).to_layout(
-            Layout.TILED if interpreted else operands.preferred_layout(torch.device(device))
-        )
+        preferred = operands.preferred_layout(torch.device(device), argument.spec)
+        return argument.to(device).to_layout(Layout.TILED if interpreted else preferred)
     return argument.to(device, copy=True) if isinstance(argument, torch.Tensor) else argument
 
 
@@ -110,7 +111,13 @@ def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dt
         return [ops.dequant_matmul(x, weight, bias, activation=activation)]
 
     return _case(
-        f"dequant_matmul int{spec.bits} {activation}", dtype, f"[{rows}, {k}] x {spec} [67, {k}]", call, x, weight, bias
+        f"dequant_matmul {spec.format.name} {activation}",
+        dtype,
+        f"[{rows}, {k}] x {spec} [67, {k}]",
+        call,
+        x,
+        weight,
+        bias,
     )
 
 

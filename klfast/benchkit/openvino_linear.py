@@ -9,7 +9,7 @@ import openvino as ov
 from openvino import opset13 as op
 
 from klfast.quant import packing
-from klfast.quant.types import QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 
 _core = ov.Core()
 
@@ -18,8 +18,7 @@ def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[]
     """What multiplies float32 ``rows`` [M, K] by a weight of its own: i4 [N, G, L] times a float16 scale a group."""
     n, k = qt.shape
     groups = qt.scale.shape[1]
-    codes = packing.unpack(qt.packed, 4, k).numpy()
-    nibbles = codes.astype(np.uint8) & 0xF
+    nibbles = (packing.unpack(qt.packed, 4, k) ^ 8).numpy()  # in two's complement
     packed = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     integers = op.constant(ov.Tensor(packed.reshape(-1), ov.Shape([n, groups, k // groups]), ov.Type.i4))
     scale = op.constant(qt.scale.float().numpy().astype(np.float16)[..., None])

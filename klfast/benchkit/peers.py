@@ -12,7 +12,8 @@ from klfast import reference
 from klfast.benchkit.runner import Contender, Unavailable, distance, tolerance
 from klfast.benchkit.weights import Weights
 from klfast.quant import packing
-from klfast.quant.types import QuantizedTensor, QuantSpec
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
 
 
 def _contender(
@@ -73,7 +74,7 @@ def _int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor
 
 def _codes(qt: QuantizedTensor) -> torch.Tensor:
     """uint8 [N, K], 8 for 0."""
-    return (packing.unpack(qt.packed, 4, qt.shape[1]) + 8).to(torch.uint8)
+    return packing.unpack(qt.packed, 4, qt.shape[1])
 
 
 def _scales_and_zeros(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -98,7 +99,8 @@ def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
             f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32"
         )
     qt = weights.quantized(QuantSpec(8, -1))
-    codes, scales = packing.unpack(qt.packed, 8, weights.k), qt.scale[:, 0].to(x.dtype)
+    codes = (packing.unpack(qt.packed, 8, weights.k).to(torch.int16) - 128).to(torch.int8)
+    scales = qt.scale[:, 0].to(x.dtype)
     copies = weights.copies("int8pack", codes.nbytes, codes.clone)
     calls = [lambda w=w: torch.ops.aten._weight_int8pack_mm(x, w, scales) for w in copies]
     return _contender(calls, lambda: reference.dequant_matmul(x, qt), 2e-2, codes.nbytes)

@@ -11,7 +11,8 @@ from torch import nn
 
 import klfast
 from klfast.benchkit.settings import Settings
-from klfast.quant.types import QuantizedTensor, QuantSpec
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
 
 T = TypeVar("T")
 _MOST_COPIES = 4096
@@ -50,16 +51,7 @@ class Weights:
         """As a model holds them once it is loaded."""
         qt = self.quantized(spec)
         return self.copies(
-            spec,
-            qt.nbytes,
-            lambda: QuantizedTensor(
-                qt.packed.clone(),
-                qt.scale.clone(),
-                None if qt.zero_point is None else qt.zero_point.clone(),
-                qt.shape,
-                qt.spec,
-                qt.layout,
-            ),
+            spec, qt.nbytes, lambda: QuantizedTensor([part.clone() for part in qt.parts], qt.shape, qt.spec, qt.layout)
         )
 
     def group_size(self, sizes: tuple[int, ...]) -> int | None:

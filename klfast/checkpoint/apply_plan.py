@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from klfast.checkpoint.transformers_view import description, set_own, ties_left
+from klfast.core.arguments import check_activation
 from klfast.core.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.fingerprint import require_match
@@ -16,7 +17,7 @@ from klfast.models.linears import embedding_name, linear, refuse_moving_weights,
 from klfast.models.sizes import warn_unquantizable
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import SCALES, QuantSpec
+from klfast.quant.spec import SCALES, QuantSpec
 
 
 def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
@@ -49,8 +50,7 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
-    if activation not in ("exact", "int8"):
-        raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
+    check_activation("", activation)
     scale = plan_scale(plan, scale)
     refuse_wrapper(model)
     refuse_moving_weights(model)

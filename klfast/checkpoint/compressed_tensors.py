@@ -14,7 +14,7 @@ from torch import nn
 from klfast.checkpoint.json_files import read_json
 from klfast.core.errors import CheckpointError, InvalidInputError, shortened
 from klfast.nn import QuantLinear
-from klfast.quant.types import QuantSpec, storable_spec
+from klfast.quant.spec import QuantSpec, storable_spec
 
 
 def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized: Iterable[str]) -> dict[str, object]:
@@ -41,20 +41,7 @@ def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {
-                "targets": names,
-                "format": "pack-quantized",
-                "weights": {
-                    "num_bits": spec.bits,
-                    "type": "int",
-                    "symmetric": spec.symmetric,
-                    "strategy": "channel" if spec.group_size == -1 else "group",
-                    "group_size": None if spec.group_size == -1 else spec.group_size,
-                    "dynamic": False,
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
+            f"group_{i}": {"targets": names, **spec.format.to_compressed_tensors(spec)}
             for i, (spec, names) in enumerate(groups.items())
         },
         "ignore": list(unquantized),
@@ -101,10 +88,7 @@ def read_specs(folder: Path) -> dict[str, QuantSpec]:
     config, specs = read_json(folder / "config.json"), {}
     try:
         for group in config["quantization_config"]["config_groups"].values():
-            weights = group["weights"]
-            size = -1 if weights["group_size"] is None else weights["group_size"]
-            spec = QuantSpec(weights["num_bits"], size, weights["symmetric"])
-            specs.update(dict.fromkeys(group["targets"], spec))
+            specs.update(dict.fromkeys(group["targets"], QuantSpec.from_compressed_tensors(group)))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else shortened(str(error), 200)
         raise CheckpointError(

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 import torch
 
 from klfast.checkpoint.json_files import is_pointer, read_json
+from klfast.core.arguments import ACTIVATIONS
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, shortened
 from klfast.core.io import write_atomic
@@ -24,9 +25,6 @@ FORMAT_VERSION = 1
 
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-
-
-_ACTIVATIONS = ("exact", "int8")
 
 
 def write_manifest(folder: Path, **facts: object) -> None:
@@ -106,7 +104,7 @@ def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.d
         raise CheckpointError(f"{damaged}: it lists no layers; save the model again")
     facts = {}
     for name, fact in layers.items():
-        for key, known in (("dtype", _DTYPES), ("activation", _ACTIVATIONS)):
+        for key, known in (("dtype", _DTYPES), ("activation", ACTIVATIONS)):
             value = fact.get(key) if isinstance(fact, dict) else None
             if not isinstance(value, str) or value not in known:
                 found = f"the {key} of {shortened(name, 200)} is {shortened(repr(value), 80)}"

@@ -18,15 +18,7 @@ from torch import nn
 from klfast import __version__
 from klfast.checkpoint.compressed_tensors import model_quantization_config, quantized_layers
 from klfast.checkpoint.manifest import MANIFEST, write_manifest
-from klfast.checkpoint.tensors import (
-    PARTS,
-    Tensors,
-    empty_model,
-    fill,
-    initialise_buffers,
-    set_tied_in_config,
-    tied_places,
-)
+from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buffers, set_tied_in_config, tied_places
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
@@ -155,10 +147,8 @@ def _without_tied(
     left_out: set[str] = set()
     for names in ([name for name, _, _ in same] for same in places.values() if len(same) > 1):
         quantized = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in layers]
-        for _, *others in _same(
-            (name, _memory(layers[name].weight_packed) + _memory(layers[name].weight_scale)) for name in quantized
-        ):
-            left_out.update(f"{name}.{part}" for name in others for part in PARTS)
+        for _, *others in _same((name, sum(map(_memory, layers[name].quantized.parts), ())) for name in quantized):
+            left_out.update(f"{name}.{part}" for name in others for part in (*layers[name].part_names, "weight_shape"))
         for _, *others in _same((name, _memory(state[name])) for name in names if name in state):
             left_out.update(others)
     return {name: tensor for name, tensor in state.items() if name not in left_out}

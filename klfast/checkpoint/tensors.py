@@ -16,14 +16,9 @@ from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import embedding_name
 from klfast.nn import QuantEmbedding, QuantLinear
-from klfast.quant.types import QuantizedTensor, QuantSpec
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
 
-PARTS = (
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-)  # what stands for a quantized layer's weight
 Facts = Mapping[
     str, tuple[torch.dtype, str]
 ]  # of each quantized layer: the dtype that its weight had, and its activation
@@ -160,8 +155,8 @@ def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, Quan
     made: dict[int, tuple[nn.Linear, QuantLinear]] = {}  # by the weight that the empty model shares between its layers
     for name, spec in specs.items():
         layer = layers[name]
-        first = made.get(id(layer.weight))
-        if first is not None and f"{name}.weight_packed" not in tensors.names():
+        first, shape = made.get(id(layer.weight)), (layer.out_features, layer.in_features)
+        if first is not None and _part_names(name, spec, shape)[0] not in tensors.names():
             model.set_submodule(name, _same_weight(*first, layer, tensors, name))
             continue
         module = _quantized_layer(layer, tensors, name, spec, facts[name])
@@ -177,13 +172,16 @@ def _quantized_layer(
     if tensors.take(f"{name}.weight_shape", (2,)).tolist() != list(shape):
         raise CheckpointError(f"{folder}: {name}.weight_shape is not {list(shape)}; save the model again")
     bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
-    packed, scale = tensors.take(f"{name}.weight_packed"), tensors.take(f"{name}.weight_scale")
-    zero_point = None if spec.symmetric else tensors.take(f"{name}.weight_zero_point")
+    parts = [tensors.take(part) for part in _part_names(name, spec, shape)]
     dtype = weight_dtype if tensors.dtype is None else layer.weight.dtype
     try:
-        return QuantLinear(QuantizedTensor(packed, scale, zero_point, shape, spec), bias, activation, dtype=dtype)
+        return QuantLinear(QuantizedTensor(parts, shape, spec), bias, activation, dtype=dtype)
     except InvalidInputError as error:
         raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; save the model again") from None
+
+
+def _part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str]:
+    return [f"{layer}.weight_{part.name}" for part in spec.format.parts(shape, spec)]
 
 
 def _same_weight(first: nn.Linear, module: QuantLinear, layer: nn.Linear, tensors: Tensors, name: str) -> QuantLinear:

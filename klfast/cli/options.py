@@ -15,7 +15,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.core.io import require_writable
 
 if TYPE_CHECKING:
-    from klfast.quant.types import QuantSpec
+    from klfast.quant.spec import QuantSpec
 
 
 def parse_bytes(text: str) -> int:
@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_spec(text: str) -> QuantSpec:
     """Parse a quantization spec; an invalid one is wrong usage."""
-    from klfast.quant.types import QuantSpec
+    from klfast.quant.spec import QuantSpec
 
     try:
         return QuantSpec.parse(text)

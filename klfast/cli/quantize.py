@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from klfast.planning.plan_file import Plan
-    from klfast.quant.types import QuantSpec
+    from klfast.quant.spec import QuantSpec
 
 
 @options.loads_models
@@ -94,7 +94,7 @@ def _uniform(
     from klfast.models.selection import select
     from klfast.nn import QuantLinear
     from klfast.planning.plan_file import Plan
-    from klfast.quant.types import storable_spec
+    from klfast.quant.spec import storable_spec
 
     found = linears(network)
     specs = {}

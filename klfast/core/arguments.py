@@ -1,4 +1,4 @@
-"""Validation of numbers that users pass."""
+"""Validation of numbers and choices that users pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 from klfast.core.errors import InvalidInputError
 
+ACTIVATIONS = ("exact", "int8")  # what a quantized layer makes of its input, see klfast.dequant_matmul
 _LARGEST = 2**63 - 1  # what torch can hold
 _UNITS = {
     "": 1,
@@ -37,6 +38,12 @@ def number(name: str, value: object, holds: Callable[[float], bool], wanted: str
     if not (math.isfinite(found) and holds(found)):
         raise InvalidInputError(f"{name} must be {wanted}, got {value!r}")
     return found
+
+
+def check_activation(where: str, value: object) -> None:
+    """Raise InvalidInputError unless ``value`` is one of ``ACTIVATIONS``; ``where`` begins the message."""
+    if value not in ACTIVATIONS:
+        raise InvalidInputError(f'{where}activation must be "exact" or "int8", got {value!r}')
 
 
 def parse_bytes(text: str) -> int:

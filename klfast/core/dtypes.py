@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_NAMES = "float32, bfloat16 or float16"  # for messages
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """Names of dtypes for a message: "torch.float32 or torch.bfloat16"."""
+    return " or ".join(map(str, dtypes))

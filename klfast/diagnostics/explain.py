@@ -9,7 +9,7 @@ import torch
 
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins, registry
-from klfast.quant.types import QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 
 # Public functions that bear another name than their op: that of the CUDA original.
 _OPS_OF = {
@@ -54,18 +54,23 @@ def explain(op: str | Callable, *args: object) -> Explanation:
     if name not in registry.op_names():
         raise InvalidInputError(f"klfast has no op {name!r}; its ops are {', '.join(registry.op_names())}")
     device = next((a.device.type for a in args if isinstance(a, (torch.Tensor, QuantizedTensor))), "cpu")
-    chosen, why = _chosen(name, device, args)
+    formats = [a.spec.format.name for a in args if isinstance(a, QuantizedTensor)]
+    chosen, why = _chosen(name, device, args, formats)
     rejected = {
-        tier: _why_not(name, tier, device) or why for tier in (*reversed(pins.CPU_TIERS), "triton") if tier != chosen
+        tier: _why_not(name, tier, device, formats) or why
+        for tier in (*reversed(pins.CPU_TIERS), "triton")
+        if tier != chosen
     }
     if chosen != "reference":
         rejected["reference"] = why if chosen == "torch" else "a kernel runs instead."
     return Explanation(name, device, chosen, rejected)
 
 
-def _chosen(op: str, device: str, args: tuple) -> tuple[str, str]:
+def _chosen(op: str, device: str, args: tuple, formats: list[str]) -> tuple[str, str]:
     """The implementation that runs an op, and why no other that could: asks what the calls themselves ask."""
-    key, _ = registry.implementation(op, device.upper())
+    key, _ = registry.implementation(op, device.upper(), formats)
+    if not key and pins.pinned() != "reference" and registry.has_kernel(op, device.upper()):
+        return "reference", registry.why_no_format(op, device.upper(), formats)
     if not key:
         return "reference", "klfast.using or KLFAST_ISA asks for the reference."
     if args and (why := registry.handed_over(op, key, *args)):
@@ -79,7 +84,7 @@ def _chosen(op: str, device: str, args: tuple) -> tuple[str, str]:
     return chosen, f"{chosen} comes before it."
 
 
-def _why_not(op: str, tier: str, device: str) -> str:
+def _why_not(op: str, tier: str, device: str, formats: list[str]) -> str:
     """Why a tier cannot run an op now, one sentence; empty if it can."""
     pin = pins.pinned()
     if pin == "reference":
@@ -94,6 +99,8 @@ def _why_not(op: str, tier: str, device: str) -> str:
         return reason
     if not registry.has_kernel(op, "CPU"):
         return registry.why_no_kernel("cpu", op)
+    if reason := registry.why_no_format(op, "CPU", formats):
+        return reason
     from klfast import _C
 
     if tier not in _C.kernel_tiers().get(op, ()):

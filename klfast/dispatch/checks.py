@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 
 _P = ParamSpec("_P")
@@ -114,7 +114,7 @@ def check_sizes(op: str, sizes: dict[str, int], **tensors: tuple[torch.Tensor | 
         if tensor.dtype not in FLOAT_DTYPES:
             if tensor.is_complex():
                 raise InvalidInputError(f"{op}: {name} is complex; klfast supports only real state-space models")
-            raise InvalidInputError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+            raise InvalidInputError(f"{op}: {name} must be {FLOAT_NAMES}, got {tensor.dtype}")
         shape, known = tensor.shape, len(sizes)
         fits = len(shape) == len(dims)
         for d, n in zip(dims, shape) if fits else ():  # noqa: B905 (of equal length; strict= is slower)

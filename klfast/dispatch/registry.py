@@ -5,7 +5,7 @@ Kernels register by dispatch key (klfast/backends); where a device has none, the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from klfast.dispatch import pins
 from klfast.dispatch.checks import check_writable, no_memory
 
 LIBRARY = torch.library.Library("klfast", "DEF")
-_checks: dict[str, Callable[..., None]] = {}
+_checks: dict[str, Callable[..., Sequence[Any]]] = {}
 _runs: dict[str, Callable[..., Any]] = {}
 _references: dict[str, Callable[..., Any]] = {}
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 _handed_over: dict[tuple[str, str], Callable[..., str]] = {}
 _see_addresses: set[tuple[str, str]] = set()
 _unavailable: dict[tuple[str, str], str] = {}
+_formats_of: dict[str, Callable[..., Iterable[str]]] = {}
+_kernel_formats: dict[tuple[str, str], frozenset[str]] = {}
 
 
 def op_names() -> list[str]:
@@ -32,6 +34,18 @@ def op_names() -> list[str]:
 def has_kernel(name: str, dispatch_key: str) -> bool:
     """Return True if a device ("CPU", "CUDA", "XPU") has a kernel of an op."""
     return (name, dispatch_key) in _kernels
+
+
+def kernel_formats(name: str, dispatch_key: str) -> frozenset[str]:
+    """Return the quantization formats that a device's kernel of an op takes; none without a kernel."""
+    return _kernel_formats.get((name, dispatch_key), frozenset())
+
+
+def why_no_format(name: str, dispatch_key: str, formats: Iterable[str]) -> str:
+    """Return why a device's kernel of an op does not take weights in some formats: one sentence; empty if it does."""
+    taken = kernel_formats(name, dispatch_key)
+    lacking = [each for each in formats if each not in taken]
+    return f"klfast's {dispatch_key.lower()} kernel of this op does not take {lacking[0]} weights." if lacking else ""
 
 
 def unavailable(dispatch_key: str, reason: str, *names: str) -> None:
@@ -46,50 +60,75 @@ def why_no_kernel(device: str, name: str = "") -> str:
     return _unavailable.get((name, key)) or _unavailable.get(("", key)) or f"klfast has no {device} kernel of this op."
 
 
-def define(schema: str, *, check: Callable[..., None], fake: Callable[..., Any], reference: Callable[..., Any]) -> None:
+def define(
+    schema: str,
+    *,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: Callable[..., Any] | None = None,
+    formats: Callable[..., Iterable[str]] | None = None,
+) -> None:
     """Define an op.
 
     ``check`` raises InvalidInputError for invalid arguments. It runs first on every path: before ``fake`` (shape
     inference), before a kernel, and before ``reference`` (used where no kernel is registered). Whatever the schema
     implies is checked here: required tensors are given, all have memory, and those written to are writable.
+
+    Args:
+        schema: of torch.library.
+        check: see above; takes the op's arguments, as do the other functions and the kernels.
+        fake: see above.
+        reference: see above.
+        arguments: makes one object of the schema's arguments, which ``check`` and all others then take instead.
+        formats: returns the quantization formats of the weights among the arguments; where a kernel does not take them
+            (``register_kernel``), the reference runs.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
-    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
-    parsed = [(i, *argument.rpartition(" ")) for i, argument in enumerate(arguments)]
+    declared = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+    parsed = [(i, *argument.rpartition(" ")) for i, argument in enumerate(declared)]
     tensors = [(i, kind, argument) for i, kind, _, argument in parsed if kind.startswith("Tensor")]
-    required = tuple((i, argument) for i, kind, argument in tensors if not kind.endswith("?"))
+    required = tuple((i, argument) for i, kind, argument in tensors if kind[-1] not in "?]")
+    singles = tuple((i, argument) for i, kind, argument in tensors if kind != "Tensor[]")
+    lists = tuple((i, argument) for i, kind, argument in tensors if kind == "Tensor[]")
     written = tuple((i, argument) for i, kind, argument in tensors if "!" in kind)
 
-    def checked(*args: Any) -> None:
+    def checked(args: Sequence[Any]) -> Sequence[Any]:
+        """Check the op's arguments and return them as kernels take them."""
         for i, argument in required:
             if args[i] is None:  # torch accepts it
                 raise InvalidInputError(f"{name}: {argument} must be a tensor, got None")
-        check(*args)
+        given = args if arguments is None else (arguments(*args),)
+        check(*given)
+        return given
 
-    def require_memory(*args: Any) -> None:
-        for i, _, argument in tensors:
+    def require_memory(args: Sequence[Any]) -> None:
+        for i, argument in singles:
             t = args[i]
             if t is not None and not t.data_ptr() and t.numel():
                 raise InvalidInputError(no_memory(name, argument, t))
+        for i, argument in lists:
+            for t in args[i]:
+                if not t.data_ptr() and t.numel():
+                    raise InvalidInputError(no_memory(name, argument, t))
 
-    def run(key: str, function: Callable[..., Any], *args: Any) -> Any:
+    def run(key: str, function: Callable[..., Any], args: Sequence[Any], given: Sequence[Any]) -> Any:
         """Run a kernel, or the reference (key "")."""
         for i, argument in written:
             if args[i] is not None:
                 check_writable(name, argument, args[i])
         if (name, key) not in _see_addresses:
-            require_memory(*args)
-            return function(*args)
+            require_memory(args)
+            return function(*given)
         try:
-            return function(*args)
+            return function(*given)
         except InvalidInputError:
-            require_memory(*args)  # its message names the argument
+            require_memory(args)  # its message names the argument
             raise
 
     def checked_fake(*args: Any) -> Any:
-        checked(*args)
-        return fake(*args)
+        return fake(*checked(args))
 
     def negated(*args: Any) -> Any:
         """Resolve views such as z.conj().imag: torch's own fallback fails where an op writes to one."""
@@ -104,19 +143,23 @@ def define(schema: str, *, check: Callable[..., None], fake: Callable[..., Any],
         )
 
     def without_kernel(*args: Any) -> Any:
+        every = list(_tensors_in(args))
         for i, _, argument in tensors:
-            if args[i] is not None and args[i].layout is not torch.strided:
-                raise InvalidInputError(
-                    f"{name}: {argument} must be a dense tensor, got layout {args[i].layout}; call .to_dense() first"
-                )
-        checked(*args)
-        first = next(a for a in args if isinstance(a, torch.Tensor))
+            for t in _tensors_in(args[i : i + 1]):
+                if t.layout is not torch.strided:
+                    raise InvalidInputError(
+                        f"{name}: {argument} must be a dense tensor, got layout {t.layout}; call .to_dense() first"
+                    )
+        given = checked(args)
+        first = every[0]
         if pins.pinned() != "reference":
             pins.slow_path(name, list(first.shape), why_no_kernel(first.device.type, name))
-        known = all(t is None or t.is_cpu or t.is_cuda or t.is_xpu for t in (args[i] for i, *_ in tensors))
-        return run("", reference, *args) if known else reference(*args)
+        known = all(t.is_cpu or t.is_cuda or t.is_xpu for t in every)
+        return run("", reference, args, given) if known else reference(*given)
 
     _checks[name], _runs[name], _references[name] = checked, run, reference
+    if formats is not None:
+        _formats_of[name] = formats
     torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
     LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     if written:
@@ -130,6 +173,7 @@ def register_kernel(
     *,
     handed_over: Callable[..., str] | None = None,
     sees_addresses: bool = False,
+    formats: Iterable[str] = (),
 ) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still bypasses it.
 
@@ -141,29 +185,47 @@ def register_kernel(
             it does not. The kernel itself decides by it, and ``klfast.explain`` reports it.
         sees_addresses: the kernel takes the addresses of all tensors before it reads any, which raises for one without
             memory (klfast/backends/cpu/extension.py). A separate check would cost a small op more than a microsecond.
+        formats: names of the quantization formats that it takes; for an op with quantized weights.
     """
-    check, run = _checks[name], _runs[name]
+    check, run, formats_of = _checks[name], _runs[name], _formats_of.get(name)
     _kernels[name, dispatch_key] = kernel
+    _kernel_formats[name, dispatch_key] = frozenset(formats)
     if handed_over is not None:
         _handed_over[name, dispatch_key] = handed_over
     if sees_addresses:
         _see_addresses.add((name, dispatch_key))
 
     def dispatched(*args: Any) -> Any:
-        check(*args)
-        return run(*implementation(name, dispatch_key), *args)
+        given = check(args)
+        key, function = implementation(name, dispatch_key)
+        if formats_of is not None and key and not _kernel_formats[name, key].issuperset(formats_of(*given)):
+            shape = list(next(_tensors_in(args)).shape)
+            pins.slow_path(name, shape, why_no_format(name, key, formats_of(*given)))
+            key, function = "", _references[name]
+        return run(key, function, args, given)
 
     LIBRARY.impl(name, dispatched, dispatch_key)
 
 
-def implementation(name: str, dispatch_key: str) -> tuple[str, Callable[..., Any]]:
-    """Return what runs an op on a device now: the kernel's key ("" for the reference) and function."""
+def implementation(name: str, dispatch_key: str, formats: Iterable[str] = ()) -> tuple[str, Callable[..., Any]]:
+    """Return what runs an op now, for weights in some formats: the kernel's key ("" for the reference) and function."""
     pin = pins.pinned()
     if pin == "reference" or (name, dispatch_key) not in _kernels:
         return "", _references[name]
     if pin == "triton" and dispatch_key == "CPU" and pins.interprets_triton() and (name, "CUDA") in _kernels:
         dispatch_key = "CUDA"
+    if formats and why_no_format(name, dispatch_key, formats):
+        return "", _references[name]
     return dispatch_key, _kernels[name, dispatch_key]
+
+
+def _tensors_in(args: Iterable[object]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among arguments, those in lists too."""
+    for argument in args:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from argument
 
 
 def handed_over(name: str, dispatch_key: str, *args: object) -> str:

@@ -22,7 +22,7 @@ from klfast.models.families import family_of, text_config
 from klfast.models.families.base import LogitRule
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.ops.divergence import Divergence
-from klfast.quant.types import QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 
 # Names in the configurations of transformers 5.23.0. Granite divides by logits_scaling, HyperCLOVA X multiplies by it.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")

@@ -27,7 +27,7 @@ def sharers(model: nn.Module) -> list[list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, QuantLinear)):
             weight = (
-                module._buffers.get("weight_packed")
+                module._buffers.get(module.part_names[0])
                 if isinstance(module, QuantLinear)
                 else module._parameters.get("weight")
             )

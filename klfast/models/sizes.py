@@ -10,7 +10,7 @@ from torch import nn
 from klfast.models.families import family_of
 from klfast.models.linears import linears
 from klfast.nn import QuantLinear
-from klfast.quant.types import SHAPE_BYTES
+from klfast.quant.spec import SHAPE_BYTES
 
 
 def weight_bytes(layer: nn.Module) -> int:

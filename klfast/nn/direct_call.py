@@ -29,7 +29,8 @@ from klfast.core.torch_internals import (
     transform,
 )
 from klfast.dispatch import pins
-from klfast.quant.types import Layout, check_parts
+from klfast.dispatch.registry import kernel_formats
+from klfast.quant.layouts import Layout
 
 try:
     from klfast import _C
@@ -37,6 +38,7 @@ except ImportError:  # not built
     _C = None
 
 Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
+_INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 _READY = _C is not None and not MISSING
 
 
@@ -125,11 +127,7 @@ class PreparedLinear:
     def __init__(self, layer: nn.Module) -> None:
         self.n, self.k = layer.out_features, layer.in_features
         self.projection, self.dtype, self._options = None, None, _options(layer)
-        names = (
-            ("weight", "bias")
-            if self._options is None
-            else ("weight_packed", "weight_scale", "weight_zero_point", "bias")
-        )
+        names = ("weight", "bias") if self._options is None else (*_INTEGER_PARTS, "bias")
         homes = [layer._buffers if name in layer._buffers else layer._parameters for name in names]
         places = tuple(zip(homes, names, strict=True))
         if not has(*places):
@@ -139,7 +137,7 @@ class PreparedLinear:
         if plain(bias) and (bias is None or bias.shape == (self.n,)):
             if self._options is None:
                 self._prepare_dense(*weight, bias)
-            elif layer.layout is Layout.PLAIN:
+            elif layer.layout is Layout.PLAIN and layer.spec.format.name in _formats():
                 self._prepare_quantized(layer, *weight, bias)
         self._watch.tensors = ()
 
@@ -156,12 +154,11 @@ class PreparedLinear:
         zero_point: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> None:
-        spec = layer.spec
-        words = [t for t in (packed, zero_point) if t is not None]
-        if not plain(scale) or not all(map(_is_array, words)):
+        spec, parts = layer.spec, [t for t in (packed, scale, zero_point) if t is not None]
+        if not plain(scale) or not all(map(_is_array, parts)):
             return
         try:
-            check_parts(packed, scale, zero_point, self.n, self.k, spec.bits, spec.n_groups(self.k))
+            spec.format.check(parts, (self.n, self.k), spec)
         except InvalidInputError:
             return  # the op says it
         self.projection = _C.Projection.quantized(
@@ -198,6 +195,11 @@ class PreparedLinear:
         )  # a default device is a mode, which ``unobserved`` has seen
         self.projection(address, code, self.k, y.data_ptr(), rows, get_num_threads(), pins.cpu_tier_limit())
         return y
+
+
+def _formats() -> frozenset[str]:
+    """The formats that the extension multiplies."""
+    return kernel_formats("dequant_matmul", "CPU")
 
 
 def _options(layer: nn.Module) -> tuple | None:

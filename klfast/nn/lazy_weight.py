@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 from klfast import ops
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
-from klfast.quant.types import QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 
 READ_ONLY = "the weight of a quantized layer is read-only; change the full-precision weight and quantize it again (klfast.quantize)"
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -167,6 +167,6 @@ class ReadOnlyWeight(nn.Module):
         if name != "weight":
             super().__setattr__(name, value)
         elif (
-            not isinstance(value, TiedWeight) or value.quantized.packed is not self.weight.quantized.packed
+            not isinstance(value, TiedWeight) or value.quantized.parts[0] is not self.weight.quantized.parts[0]
         ):  # not what it is already
             raise InvalidInputError(f"weight: {READ_ONLY}")

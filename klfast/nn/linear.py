@@ -8,21 +8,24 @@ from torch import nn
 
 from klfast import reference
 from klfast.backends import operands
+from klfast.core.arguments import check_activation
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 from klfast.nn import direct_call
 from klfast.nn.lazy_weight import LazyWeight, ReadOnlyWeight
 from klfast.ops.matmul import call_dequant_matmul
+from klfast.quant.layouts import Layout
 from klfast.quant.rounding import quantize
-from klfast.quant.types import Layout, QuantizedTensor, QuantSpec, packed_words
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
 
 
 class QuantLinear(ReadOnlyWeight, nn.Linear):
     """``y = x W^T + b`` with W quantized; x [..., in_features] to [..., out_features].
 
-    Its buffers bear the names of compressed-tensors' ``pack-quantized`` format: weight_packed, weight_scale,
-    weight_zero_point (asymmetric only) and weight_shape; ``bias`` stays a float parameter. ``dtype`` is what
-    ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
+    Its buffers are the parts of its format, named as compressed-tensors' ``pack-quantized`` format names them:
+    weight_packed, weight_scale, weight_zero_point (None if symmetric) and weight_shape; ``bias`` stays a float parameter.
+    ``dtype`` is what ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
     The buffers are kept in the layout of the device's kernels (``layout``); a state dict always holds ``Layout.PLAIN``.
 
     The input and the bias, if it ``requires_grad``, get gradients; the weight is frozen and read-only. The layer is an
@@ -39,12 +42,13 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a weight
-        if activation not in ("exact", "int8"):
-            raise InvalidInputError(f'activation must be "exact" or "int8", got {activation!r}')
+        check_activation("", activation)
         self.out_features, self.in_features = qt.shape
-        qt = qt.to_layout(operands.preferred_layout(qt.device))
+        qt = qt.to_layout(operands.preferred_layout(qt.device, qt.spec))
         self.spec, self.layout, self.activation, self.dtype = qt.spec, qt.layout, activation, dtype
-        for name, tensor in _buffers(qt).items():
+        buffers = _buffers(qt)
+        self.part_names = tuple(buffers)  # in the order in which ops take them
+        for name, tensor in ({"weight_zero_point": None} | buffers).items():  # symmetric weights answer None
             self.register_buffer(name, tensor)
         self.register_buffer("weight_shape", torch.tensor(qt.shape))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -72,24 +76,24 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
     ) -> QuantLinear:
         """A layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
         spec = QuantSpec.of(spec)
-        n, k = shape
-        groups = spec.n_groups(k)
-        zero_point = (
-            None
-            if spec.symmetric
-            else torch.empty(packed_words(n, spec.bits), groups, dtype=torch.int32, device=device)
-        )
-        packed = torch.empty(n, packed_words(k, spec.bits), dtype=torch.int32, device=device)
-        qt = QuantizedTensor(packed, torch.empty(n, groups, dtype=scale_dtype, device=device), zero_point, (n, k), spec)
-        bias = None if bias_dtype is None else torch.empty(n, dtype=bias_dtype, device=device)
+        qt = QuantizedTensor.empty(shape, spec, scale_dtype=scale_dtype, device=device)
+        bias = None if bias_dtype is None else torch.empty(shape[0], dtype=bias_dtype, device=device)
         return cls(qt, bias, activation, dtype=dtype)
 
     @property
     def quantized(self) -> QuantizedTensor:
         shape = (self.out_features, self.in_features)
-        return QuantizedTensor(
-            self.weight_packed, self.weight_scale, self.weight_zero_point, shape, self.spec, self.layout
-        )
+        return QuantizedTensor(self._parts(), shape, self.spec, self.layout)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows ``index`` (int64 [...]) of the dequantized weight in float32, [..., in_features]: quick for a few of many."""
+        shape = (self.out_features, self.in_features)
+        return self.spec.format.decode_rows(self._parts(), index, shape, self.spec, self.layout)
+
+    def _parts(self) -> list[torch.Tensor]:
+        # From the dictionary: nn.Module takes three times as long to find a buffer.
+        buffers = self._buffers
+        return [buffers[name] for name in self.part_names]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -103,19 +107,14 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
             return y
         if x.dtype is self.dtype is torch.float64:
             return self._in_float64(x)
-        # The bare op and the dictionary: a QuantizedTensor made at each call would cost as much as a small product, and
-        # nn.Module takes three times as long to find a buffer.
-        spec, buffers = self.spec, self._buffers
+        # The bare op: a QuantizedTensor made at each call would cost as much as a small product.
         return call_dequant_matmul(
             x,
-            buffers["weight_packed"],
-            buffers["weight_scale"],
-            buffers["weight_zero_point"],
+            self._parts(),
             self.bias,
             self.out_features,
             self.in_features,
-            spec.bits,
-            spec.group_size,
+            self.spec.text,
             self.layout.value,
             self.activation,
         )
@@ -129,12 +128,14 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         return F.linear(x, self.quantized.dequantize(torch.float32).to(torch.float64), self.bias)
 
     def _apply(self, fn, recurse=True):
-        scale = self.weight_scale
+        before = self._parts()
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
-        if self.weight_scale.dtype != scale.dtype:  # values were rounded with the scale as it is stored
-            self.weight_scale = scale.to(self.weight_scale.device)
-        self._set_layout(operands.preferred_layout(self.weight_packed.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[0].device)).dtype
+        for name, old in zip(self.part_names, before, strict=True):
+            new = self._buffers[name]
+            if new.dtype != old.dtype:  # values were rounded with the scale as it is stored
+                setattr(self, name, old.to(new.device))
+        self._set_layout(operands.preferred_layout(self._parts()[0].device, self.spec))
         return self
 
     def _set_layout(self, layout: Layout) -> None:
@@ -147,7 +148,7 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout is not Layout.PLAIN:
             plain = _buffers(self.quantized.to_layout(Layout.PLAIN))
-            destination.update((prefix + name, tensor) for name, tensor in plain.items() if tensor is not None)
+            destination.update((prefix + name, tensor) for name, tensor in plain.items())
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shape = state_dict.get(prefix + "weight_shape")
@@ -166,5 +167,5 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, activation={self.activation}"
 
 
-def _buffers(qt: QuantizedTensor) -> dict[str, torch.Tensor | None]:
-    return {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_zero_point": qt.zero_point}
+def _buffers(qt: QuantizedTensor) -> dict[str, torch.Tensor]:
+    return {f"weight_{part.name}": tensor for part, tensor in zip(qt.stored.parts, qt.parts, strict=True)}

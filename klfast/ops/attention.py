@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from klfast import reference
-from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.checks import public, same_device
 from klfast.dispatch.registry import define
@@ -15,7 +15,7 @@ def _check(q, k, v, scale):
     for name, t, dims in (("q", q, 3), ("k", k, 4), ("v", v, 4)):
         if t.dtype not in FLOAT_DTYPES or t.dim() != dims:
             raise InvalidInputError(
-                f"decode_attention: {name} must be float32, bfloat16 or float16 with {dims} dimensions, got {t.dtype} {list(t.shape)}"
+                f"decode_attention: {name} must be {FLOAT_NAMES} with {dims} dimensions, got {t.dtype} {list(t.shape)}"
             )
     batch, heads, key_dim = q.shape
     groups, keys = k.shape[1:3]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from klfast.backends.operands import as_head, flat_targets, head_rows
-from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.backends.operands import DivergenceArgs, flat_targets, head_parts
+from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.checks import public, same_device
 from klfast.dispatch.registry import define as _define
-from klfast.quant.types import Layout, QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 from klfast.reference import divergence as reference_divergence
 
 
@@ -46,7 +46,7 @@ def _check_logit_divergence(teacher, student, targets):
     op = "logit_divergence"
     for who, logits in (("teacher", teacher), ("student", student)):
         if logits.dtype not in FLOAT_DTYPES:
-            raise InvalidInputError(f"{op}: {who} logits must be float32, bfloat16 or float16, got {logits.dtype}")
+            raise InvalidInputError(f"{op}: {who} logits must be {FLOAT_NAMES}, got {logits.dtype}")
     if teacher.shape != student.shape:
         raise InvalidInputError(
             f"{op}: teacher {list(teacher.shape)} and student {list(student.shape)} logits must have one shape"
@@ -131,39 +131,31 @@ def _as_divergence(metrics: torch.Tensor, with_targets: bool) -> Divergence:
 
 
 # linear_divergence ------------------------------------------------------------------------------------------------
-# A head is (weight, scale, zero_point, bits, group_size, layout): a float matrix with scale None and bits 0, or the
-# parts of a QuantizedTensor.
+# A head is the list of its tensors, with its rows, format and layout: a float matrix alone has neither of these texts.
 
 
-def _check_linear_divergence(
-    teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization
-):
+def _check_linear_divergence(args: DivergenceArgs) -> None:
     op = "linear_divergence"
-    layouts = quantization[2::3]
-    for who, hidden, weight, scale, layout in (
-        ("teacher", teacher, t_weight, t_scale, layouts[0]),
-        ("student", student, s_weight, s_scale, layouts[1]),
-    ):
-        if hidden.dtype not in FLOAT_DTYPES or (scale is None and weight.dtype not in FLOAT_DTYPES):
+    teacher, t_head, student, s_head, targets = args
+    for who, hidden, head in (("teacher", teacher, t_head), ("student", student, s_head)):
+        is_float = isinstance(head, torch.Tensor)
+        if hidden.dtype not in FLOAT_DTYPES or (is_float and head.dtype not in FLOAT_DTYPES):
+            dtype = head.dtype if is_float else head.spec
             raise InvalidInputError(
-                f"{op}: the {who}'s hidden states and head must be float32, bfloat16 or float16, got {hidden.dtype} and {weight.dtype}"
+                f"{op}: the {who}'s hidden states and head must be {FLOAT_NAMES}, got {hidden.dtype} and {dtype}"
             )
         if hidden.dim() and hidden.shape[-1] == 0:
             raise InvalidInputError(
                 f"{op}: the {who}'s hidden states must be [..., H] with H at least 1, got {list(hidden.shape)}"
             )
-        if (
-            hidden.dim() == 0
-            or weight.dim() != (3 if layout == Layout.TILED.value else 2)
-            or (scale is None and hidden.shape[-1] != weight.shape[1])
-        ):
+        if hidden.dim() == 0 or len(head.shape) != 2 or hidden.shape[-1] != head.shape[1]:
             raise InvalidInputError(
-                f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
+                f"{op}: the {who}'s hidden states must be [..., H] and its head [V, H], "
+                f"got {list(hidden.shape)} and {list(head.shape)}"
             )
-    t_rows, s_rows = map(head_rows, (t_weight, s_weight), layouts)
-    if t_rows != s_rows or t_rows == 0:
+    if t_head.shape[0] != s_head.shape[0] or t_head.shape[0] == 0:
         raise InvalidInputError(
-            f"{op}: both heads must have the same number of rows, at least 1, got {t_rows} and {s_rows}"
+            f"{op}: both heads must have the same number of rows, at least 1, got {t_head.shape[0]} and {s_head.shape[0]}"
         )
     leading = teacher.dim() - 1
     if student.dim() < teacher.dim() or student.shape[student.dim() - 1 - leading : -1] != teacher.shape[:-1]:
@@ -171,31 +163,29 @@ def _check_linear_divergence(
             f"{op}: the student's leading dimensions must end in the teacher's, got {list(student.shape)} and {list(teacher.shape)}"
         )
     _check_targets(op, targets, student.shape[:-1], teacher.shape[:-1])
-    same_device(op, teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets)
+    same_device(op, teacher, *head_parts(t_head)[0], student, *head_parts(s_head)[0], targets)
 
 
-def _fake_linear_divergence(teacher, t_weight, t_scale, t_zero, student, *rest):
-    return student.new_empty((8, student.shape[:-1].numel()), dtype=torch.float32)
+def _fake_linear_divergence(args: DivergenceArgs) -> torch.Tensor:
+    return args.student.new_empty((8, args.student.shape[:-1].numel()), dtype=torch.float32)
 
 
-def _reference_linear_divergence(
-    teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization
-):
-    t_head = as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3])
-    s_head = as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:])
+def _reference_linear_divergence(args: DivergenceArgs) -> torch.Tensor:
+    teacher, student, targets = args.teacher, args.student, args.targets
     teacher, student = teacher.reshape(-1, teacher.shape[-1]), student.reshape(-1, student.shape[-1])
     if targets is not None:
         targets = flat_targets(targets, student.shape[0])
-    return reference_divergence.linear_divergence(teacher, t_head, student, s_head, targets)
+    return reference_divergence.linear_divergence(teacher, args.t_head, student, args.s_head, targets)
 
 
 _define(
-    "linear_divergence(Tensor teacher, Tensor t_weight, Tensor? t_scale, Tensor? t_zero, "
-    "Tensor student, Tensor s_weight, Tensor? s_scale, Tensor? s_zero, Tensor? targets, "
-    "int t_bits, int t_group_size, str t_layout, int s_bits, int s_group_size, str s_layout) -> Tensor",
+    "linear_divergence(Tensor teacher, Tensor[] t_head, Tensor student, Tensor[] s_head, Tensor? targets, "
+    "int t_rows, str t_format, str t_layout, int s_rows, str s_format, str s_layout) -> Tensor",
     check=_check_linear_divergence,
     fake=_fake_linear_divergence,
     reference=_reference_linear_divergence,
+    arguments=DivergenceArgs.of,
+    formats=DivergenceArgs.formats,
 )
 
 
@@ -226,18 +216,11 @@ def linear_divergence(
     Raises:
         InvalidInputError: a wrong dtype, shape, device or target, or a logit that ``logit_divergence`` refuses, named.
     """
-    heads = []
     for who, head, hidden in (("teacher", teacher_head, teacher_hidden), ("student", student_head, student_hidden)):
-        if isinstance(head, QuantizedTensor):
-            if hidden.dim() == 0 or hidden.shape[-1] != head.shape[1]:
-                raise InvalidInputError(
-                    f"linear_divergence: the {who}'s hidden states must be [..., {head.shape[1]}], got {list(hidden.shape)}"
-                )
-            heads.append(
-                ((head.packed, head.scale, head.zero_point), (head.spec.bits, head.spec.group_size, head.layout.value))
+        if isinstance(head, QuantizedTensor) and (hidden.dim() == 0 or hidden.shape[-1] != head.shape[1]):
+            raise InvalidInputError(
+                f"linear_divergence: the {who}'s hidden states must be [..., {head.shape[1]}], got {list(hidden.shape)}"
             )
-        else:
-            heads.append(((head, None, None), (0, 0, "")))
-    (teacher, teacher_format), (student, student_format) = heads
-    args = (teacher_hidden, *teacher, student_hidden, *student, targets, *teacher_format, *student_format)
+    (teacher, of_teacher), (student, of_student) = head_parts(teacher_head), head_parts(student_head)
+    args = (teacher_hidden, teacher, student_hidden, student, targets, *of_teacher, *of_student)
     return _as_divergence(torch.ops.klfast.linear_divergence.default(*args), targets is not None)

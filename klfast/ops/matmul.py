@@ -5,58 +5,50 @@ from __future__ import annotations
 import torch
 
 from klfast import reference
-from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.backends.operands import MatmulArgs
+from klfast.core.arguments import check_activation
+from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.checks import public, same_device
 from klfast.dispatch.registry import define
 from klfast.ops import transforms
-from klfast.quant.layouts import check_tiled_parts
-from klfast.quant.types import Layout, QuantizedTensor, QuantSpec, check_parts
+from klfast.quant.tensor import QuantizedTensor
 
 # dequant_matmul ---------------------------------------------------------------------------------------------------
 
-_LAYOUTS = tuple(layout.value for layout in Layout)
 
-
-def _check_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+def _check_dequant_matmul(args: MatmulArgs) -> None:
+    x, parts, bias, weight, activation = args
+    n, k = weight.shape
     if x.dtype not in FLOAT_DTYPES:
-        raise InvalidInputError(f"dequant_matmul: x must be float32, bfloat16 or float16, got {x.dtype}")
+        raise InvalidInputError(f"dequant_matmul: x must be {FLOAT_NAMES}, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise InvalidInputError(f"dequant_matmul: x must be [..., {k}] for a [{n}, {k}] weight, got {list(x.shape)}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOAT_DTYPES):
         raise InvalidInputError(
-            f"dequant_matmul: bias must be float32, bfloat16 or float16 [{n}], got {bias.dtype} {list(bias.shape)}"
+            f"dequant_matmul: bias must be {FLOAT_NAMES} [{n}], got {bias.dtype} {list(bias.shape)}"
         )
-    if activation not in ("exact", "int8"):
-        raise InvalidInputError(f'dequant_matmul: activation must be "exact" or "int8", got {activation!r}')
-    if bits not in (4, 8) or group_size == 0 or group_size < -1 or layout not in _LAYOUTS:
-        raise InvalidInputError(
-            f"dequant_matmul: bits={bits}, group_size={group_size}, layout={layout!r} is no quantization that it knows"
-        )
-    if layout == Layout.TILED.value:
-        check_tiled_parts(packed, scale, zero_point, n, k, QuantSpec(bits, group_size, zero_point is None))
-    else:
-        check_parts(packed, scale, zero_point, n, k, bits, 1 if group_size == -1 and k else -(-k // abs(group_size)))
-    same_device("dequant_matmul", x, packed, scale, zero_point, bias)
+    check_activation("dequant_matmul: ", activation)
+    weight.check(parts)
+    same_device("dequant_matmul", x, *parts, bias)
 
 
-def _fake_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    return x.new_empty((*x.shape[:-1], n))
+def _fake_dequant_matmul(args: MatmulArgs) -> torch.Tensor:
+    return args.x.new_empty((*args.x.shape[:-1], args.weight.shape[0]))
 
 
-def _reference_dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    spec = QuantSpec(bits, group_size, zero_point is None)
-    return reference.dequant_matmul(
-        x, QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)), bias, activation
-    )
+def _reference_dequant_matmul(args: MatmulArgs) -> torch.Tensor:
+    return reference.dequant_matmul(args.x, args.quantized, args.bias, args.activation)
 
 
 define(
-    "dequant_matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "int n, int k, int bits, int group_size, str layout, str activation) -> Tensor",
+    "dequant_matmul(Tensor x, Tensor[] parts, Tensor? bias, int n, int k, str format, str layout, str activation) "
+    "-> Tensor",
     check=_check_dequant_matmul,
     fake=_fake_dequant_matmul,
     reference=_reference_dequant_matmul,
+    arguments=MatmulArgs.of,
+    formats=MatmulArgs.formats,
 )
 dequant_matmul_op = torch.ops.klfast.dequant_matmul.default
 call_dequant_matmul = transforms.past_autograd(dequant_matmul_op)
@@ -83,10 +75,7 @@ def dequant_matmul(
     Raises:
         InvalidInputError: a wrong dtype, shape, device or activation; a scale that requires a gradient.
     """
-    spec = qt.spec
-    return call_dequant_matmul(
-        x, qt.packed, qt.scale, qt.zero_point, bias, *qt.shape, spec.bits, spec.group_size, qt.layout.value, activation
-    )
+    return call_dequant_matmul(x, list(qt.parts), bias, *qt.shape, qt.spec.text, qt.layout.value, activation)
 
 
 # linear -----------------------------------------------------------------------------------------------------------
@@ -96,7 +85,7 @@ def _check_linear(x, weight, bias, dtype):
     for name, t, dim in (("x", x, 1), ("weight", weight, 2)):
         if t.dtype not in FLOAT_DTYPES or t.dim() < dim:
             raise InvalidInputError(
-                f"linear: {name} must be float32, bfloat16 or float16 with {dim} or more dimensions, got {t.dtype} {list(t.shape)}"
+                f"linear: {name} must be {FLOAT_NAMES} with {dim} or more dimensions, got {t.dtype} {list(t.shape)}"
             )
     if weight.dim() != 2 or weight.dtype != x.dtype or x.shape[-1] != weight.shape[1]:
         raise InvalidInputError(
@@ -104,10 +93,10 @@ def _check_linear(x, weight, bias, dtype):
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in FLOAT_DTYPES):
         raise InvalidInputError(
-            f"linear: bias must be float32, bfloat16 or float16 [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
+            f"linear: bias must be {FLOAT_NAMES} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
         )
     if dtype not in (None, *FLOAT_DTYPES):
-        raise InvalidInputError(f"linear: dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise InvalidInputError(f"linear: dtype must be {FLOAT_NAMES}, got {dtype}")
     same_device("linear", x, weight, bias)
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from klfast.core import torch_internals
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import registry
-from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
+from klfast.quant.tensor import QuantizedTensor, stored
 
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
@@ -46,19 +46,20 @@ def _register_derivative(op: Callable) -> None:
     derivative = _derivative(op)
     if torch_internals.MISSING:
         # torch's own registration: no forward mode, and neither torch.func.
+        def backward(ctx, dy):
+            dx, _, *rest = derivative.backward(ctx, dy)[:-1]
+            return dx, [None] * len(ctx.saved_tensors), *rest
+
         torch.library.register_autograd(
-            "klfast::dequant_matmul",
-            lambda ctx, dy: derivative.backward(ctx, dy)[:-1],
-            setup_context=_remember,
-            lib=registry.LIBRARY,
+            "klfast::dequant_matmul", backward, setup_context=_remember, lib=registry.LIBRARY
         )
         return
 
     def differentiable(keyset, *args):
-        x, _, scale, _, bias = args[:5]
-        if not _is_differentiated(x, scale, bias):
+        x, parts, bias = args[:3]
+        if not _is_differentiated(x, bias, *parts):
             return _below_autograd(op, keyset, args)
-        _refuse_scale(scale)
+        _refuse_parts(parts)
         with torch_internals.single_level_autograd():
             return super(torch.autograd.Function, derivative).apply(*args, keyset)
 
@@ -79,18 +80,18 @@ def _below_autograd(op: Callable, keyset: object, args: tuple) -> torch.Tensor:
         return op.redispatch(keyset & torch_internals.after_autograd, *args)
 
 
-def _refuse_scale(scale: torch.Tensor) -> None:
-    if _is_differentiated(scale):
+def _refuse_parts(parts: list[torch.Tensor]) -> None:
+    if _is_differentiated(*parts):
         raise InvalidInputError(
             "dequant_matmul: the scale of a quantized weight takes no gradient; give it as scale.detach()"
         )
 
 
 def _remember(ctx, inputs: tuple, output: torch.Tensor) -> None:
-    _, packed, scale, zero_point, bias, *ctx.numbers = inputs
-    _refuse_scale(scale)
-    ctx.save_for_backward(packed, scale, zero_point)
-    ctx.save_for_forward(packed, scale, zero_point)
+    _, parts, bias, *ctx.numbers = inputs
+    _refuse_parts(parts)
+    ctx.save_for_backward(*parts)
+    ctx.save_for_forward(*parts)
     ctx.bias_dtype, ctx.shape, ctx.dtype = None if bias is None else bias.dtype, output.shape, output.dtype
     ctx.set_materialize_grads(False)
 
@@ -116,14 +117,14 @@ def _derivative(op: Callable) -> type[torch.autograd.Function]:
             if dy is not None:
                 with torch.autocast(dy.device.type, enabled=False):
                     if ctx.needs_input_grad[0]:
-                        dx = (dy.float() @ _weight(*ctx.saved_tensors, *ctx.numbers)).to(dy.dtype)
-                    if ctx.needs_input_grad[4]:
+                        dx = (dy.float() @ _weight(list(ctx.saved_tensors), *ctx.numbers)).to(dy.dtype)
+                    if ctx.needs_input_grad[2]:
                         dbias = dy.float().sum_to_size(dy.shape[-1]).to(ctx.bias_dtype)
-            return dx, None, None, None, dbias, *(None for _ in ctx.numbers), None
+            return dx, None, dbias, *(None for _ in ctx.numbers), None
 
         @staticmethod
-        def jvp(ctx, dx, dpacked, dscale, dzero_point, dbias, *_):
-            dy = None if dx is None else op(dx, *ctx.saved_tensors, None, *ctx.numbers[:-1], "exact")
+        def jvp(ctx, dx, dparts, dbias, *_):
+            dy = None if dx is None else op(dx, list(ctx.saved_tensors), None, *ctx.numbers[:-1], "exact")
             if dbias is not None:
                 dbias = dbias.to(ctx.dtype).expand(ctx.shape)
                 dy = dbias.clone() if dy is None else dy + dbias
@@ -132,23 +133,32 @@ def _derivative(op: Callable) -> type[torch.autograd.Function]:
     return DequantMatmul
 
 
-def _weight(packed, scale, zero_point, n, k, bits, group_size, layout, _):
-    spec = QuantSpec(bits, group_size, zero_point is None)
-    return QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(layout)).dequantize(torch.float32)
+def _weight(parts: list[torch.Tensor], n: int, k: int, format: str, layout: str, _: str) -> torch.Tensor:
+    weight = stored(n, k, format, layout)
+    return QuantizedTensor(parts, weight.shape, weight.spec, weight.layout).dequantize(torch.float32)
 
 
 def _batched(op: Callable) -> Callable:
-    def batched(info, in_dims, x, *rest):
-        if any(dim is not None for dim in in_dims[1:]):  # another weight for each: one call for each
+    def batched(info, in_dims, x, parts, *rest):
+        of_x, of_parts, *of_rest = in_dims
+        of_parts = of_parts if isinstance(of_parts, (list, tuple)) else [of_parts] * len(parts)
+        if any(dim is not None for dim in (*of_parts, *of_rest)):  # another weight for each: one call for each
             each = [
-                [a if dim is None else a.select(dim, i) for a, dim in zip((x, *rest), in_dims, strict=True)]
+                op(
+                    _one(x, of_x, i),
+                    [_one(part, dim, i) for part, dim in zip(parts, of_parts, strict=True)],
+                    *(_one(a, dim, i) for a, dim in zip(rest, of_rest, strict=True)),
+                )
                 for i in range(info.batch_size)
             ]
-            return torch.stack([op(*args) for args in each]), 0
-        x = x.movedim(in_dims[0], 0)
-        return op(x, *rest), 0
+            return torch.stack(each), 0
+        return op(x.movedim(of_x, 0), parts, *rest), 0
 
     return batched
+
+
+def _one(argument: object, dim: int | None, i: int) -> object:
+    return argument if dim is None else argument.select(dim, i)
 
 
 def _autocast(op: Callable, device: str, operands: int) -> Callable:

@@ -15,7 +15,7 @@ from klfast.planning.optimal import plan_optimal
 from klfast.planning.plan_file import Plan
 from klfast.planning.problem import Problem
 from klfast.planning.uniform import plan_uniform
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import Sensitivities
 
 __all__ = ["plan"]

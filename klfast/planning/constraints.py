@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.selection import Patterns, matching, select
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 FULL = "full"  # in ``keep``, the same as None
 

@@ -10,7 +10,7 @@ from klfast.core import signed_json
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.signed_json import is_a, number
 from klfast.models.fingerprint import Fingerprint
-from klfast.quant.types import SCALES, QuantSpec
+from klfast.quant.spec import SCALES, QuantSpec
 
 SCHEMA = "klfast-plan/1"
 _REMEDY = "create the plan again"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from klfast.core.errors import InvalidInputError
 from klfast.planning.numbers_given import shortened
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
+from klfast.quant.spec import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
 from klfast.sensitivity.coverage import require_measurements, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
 

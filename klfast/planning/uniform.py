@@ -8,7 +8,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget
 from klfast.planning.plan_file import Plan
 from klfast.planning.problem import Choice, Problem
-from klfast.quant.types import QuantSpec, storable_spec
+from klfast.quant.spec import QuantSpec, storable_spec
 
 
 def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None) -> Plan:

@@ -1,18 +1,38 @@
-"""Changing the layout of a quantized tensor; ``Layout`` says what each is."""
+"""Where the values of a quantized weight lie in memory, and the way from one layout to the other, on plain tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
 
-from klfast.core.dtypes import FLOAT_DTYPES
-from klfast.core.errors import InvalidInputError
-from klfast.quant import packing
-from klfast.quant.types import Layout, QuantizedTensor, QuantSpec
-
 RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."  # why an op takes longer
+
+
+class Layout(Enum):
+    """Where the values of a QuantizedTensor lie in memory; here with the parts of the formats of packed integers.
+
+    PLAIN is the ``pack-quantized`` layout of compressed-tensors, the only one that is saved. Values are stored as
+    q - q_min (unsigned), the first in the lowest bits of an int32, without gaps:
+        packed      int32 [N, ceil(K * bits / 32)]
+        scale       float [N, G]
+        zero_point  int32 [ceil(N * bits / 32), G], packed along N; absent if symmetric
+
+    TILED is for Triton kernels, made once when a layer comes to a GPU. K is cut into blocks of 64 input features (32 where
+    that wastes less); each group starts a new block, and the rest of its last one is filled with the zero point. The rows
+    of a block lie side by side, so that a kernel loads whole tiles in pieces of 16 bytes and needs no masks over K. Values
+    are unsigned as above:
+        packed      uint8 [T, N, block]. INT8: a tile for each block. INT4: a tile for two blocks, the first of them in
+                    the low bits, the second in the high bits. INT6: the lower four bits as INT4 has them, then a tile for
+                    four blocks with the upper two bits of each, those of the first in the lowest bits
+        scale       float [G, N]
+        zero_point  uint8 [G, N]; absent if symmetric
+    """
+
+    PLAIN = "plain"
+    TILED = "tiled"
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,8 @@ class Tiling:
         block: features in a block, 64 or 32.
         group_blocks: blocks of each group but a shorter last one.
         n_blocks: blocks of all groups.
-        n_tiles: what ``packed`` has of them: pairs of blocks for INT4 (the last may lack its second), blocks for INT8.
+        n_tiles: what ``packed`` has of them: for INT4 pairs of blocks (the last may lack its second), for INT8 blocks, for
+            INT6 INT4's, and then one for four blocks.
         is_aligned: whether no block has to be filled up.
     """
 
@@ -40,11 +61,16 @@ class Tiling:
         groups, group_blocks = -(-k // length), -(-length // block)
         n_blocks = (groups - 1) * group_blocks + -(-(k - (groups - 1) * length) // block) if k else 0
         is_aligned = k % block == 0 and length % block == 0
-        return cls(block, group_blocks, n_blocks, -(-n_blocks * bits // 8), is_aligned)
+        return cls(
+            block, group_blocks, n_blocks, sum(-(-n_blocks // each) for each in _BLOCKS_A_TILE[bits]), is_aligned
+        )
+
+
+_BLOCKS_A_TILE = {4: (2,), 6: (2, 4), 8: (1,)}  # bits -> of each kind of tile that packed has
 
 
 def fill_blocks(rows: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """[R, K] with zeros after each group that does not fill its last block: [R, n_blocks * block]."""
+    """Return [R, K] with zeros after each group that does not fill its last block: [R, n_blocks * block]."""
     k = rows.shape[1]
     tiling = Tiling.of(k, bits, group_size)
     if tiling.is_aligned:
@@ -55,98 +81,51 @@ def fill_blocks(rows: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
     return filled[:, : tiling.n_blocks * tiling.block].contiguous()
 
 
-def convert(qt: QuantizedTensor, layout: Layout) -> QuantizedTensor:
-    """The same tensor in another layout; itself if it has that already."""
-    if qt.layout is layout:
-        return qt
-    return _tiled(qt) if layout is Layout.TILED else _plain(qt)
+def to_tiles(values: torch.Tensor, zero: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """Lay values out as TILED has them.
 
+    Args:
+        values: uint8 [N, K], as stored.
+        zero: uint8 [G, N], the stored value that stands for 0.
+        bits, group_size: of a value; features in a group, -1 for all.
 
-def parts_in(
-    layout: Layout,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    given: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """An op's arguments for a weight whose layout is called ``given``: its parts in ``layout``."""
-    spec = QuantSpec(bits, group_size, zero_point is None)
-    qt = convert(QuantizedTensor(packed, scale, zero_point, (n, k), spec, Layout(given)), layout)
-    return qt.packed, qt.scale, qt.zero_point
-
-
-def _tiled(qt: QuantizedTensor) -> QuantizedTensor:
-    (n, k), bits, group = qt.shape, qt.spec.bits, qt.spec.group_size
-    tiling, middle = Tiling.of(k, bits, group), 1 << (bits - 1)
-    zero_point = None if qt.zero_point is None else _stored(packing.unpack(qt.zero_point.T, bits, n), bits)  # [G, N]
+    Returns:
+        ``packed``, uint8 [T, N, block].
+    """
+    n, k = values.shape
+    tiling = Tiling.of(k, bits, group_size)
+    length = max(k if group_size == -1 else min(group_size, k), 1)
+    zeros = zero.T.to(torch.int16) if zero.shape[0] else zero.new_zeros(n, 1, dtype=torch.int16)
     # The zero point is taken off first, so that what fills the blocks becomes the zero point too.
-    values = packing.unpack(qt.packed, bits, k).to(torch.int16)
-    zeros = (
-        torch.zeros(n, max(qt.scale.shape[1], 1), dtype=torch.int16, device=qt.device)
-        if zero_point is None
-        else zero_point.T.to(torch.int16) - middle
-    )
-    length = max(qt.spec.group_length(k), 1)
-    values = fill_blocks(values - zeros.repeat_interleave(length, 1)[:, :k], bits, group)
-    blocks = values.unflatten(1, (tiling.n_blocks, tiling.block))  # [N, n_blocks, block]
-    of_block = torch.arange(tiling.n_blocks, device=qt.device) // tiling.group_blocks
-    stored = (blocks + zeros[:, of_block, None] + middle).to(torch.uint8).transpose(0, 1)  # [n_blocks, N, block]
+    centred = values.to(torch.int16) - zeros.repeat_interleave(length, 1)[:, :k]
+    blocks = fill_blocks(centred, bits, group_size).unflatten(1, (tiling.n_blocks, tiling.block))
+    of_block = torch.arange(tiling.n_blocks, device=values.device) // tiling.group_blocks
+    stored = (blocks + zeros[:, of_block, None]).to(torch.uint8).transpose(0, 1)  # [n_blocks, N, block]
+    if bits == 8:
+        return stored.contiguous()
+    # A pair that lacks its second block, or four that lack some, are filled up with zeros as well.
+    missing = -tiling.n_blocks % (2 if bits == 4 else 4)
+    filler = zeros[None, :, -1:].to(torch.uint8).expand(missing, n, tiling.block)
+    stored = torch.cat((stored, filler))
     if bits == 4:
-        if tiling.n_blocks % 2:
-            stored = torch.cat((stored, (zeros[None, :, -1:] + middle).to(torch.uint8).expand(1, n, tiling.block)))
-        stored = stored[0::2] | stored[1::2] << 4
-    return QuantizedTensor(stored.contiguous(), qt.scale.T.contiguous(), zero_point, qt.shape, qt.spec, Layout.TILED)
+        return stored[0::2] | (stored[1::2] << 4)
+    low, high = stored & 15, stored >> 4
+    pairs = (low[0::2] | (low[1::2] << 4))[: -(-tiling.n_blocks // 2)]
+    return torch.cat((pairs, high[0::4] | (high[1::4] << 2) | (high[2::4] << 4) | (high[3::4] << 6)))
 
 
-def _plain(qt: QuantizedTensor) -> QuantizedTensor:
-    (n, k), bits = qt.shape, qt.spec.bits
-    tiling = Tiling.of(k, bits, qt.spec.group_size)
-    blocks = qt.packed
-    if bits == 4:
-        blocks = torch.stack((blocks & 15, blocks >> 4), 1).flatten(0, 1)[: tiling.n_blocks]
-    length = qt.spec.group_length(k)
+def from_tiles(packed: torch.Tensor, k: int, bits: int, group_size: int) -> torch.Tensor:
+    """Return the stored values, uint8 [N, K], of ``packed`` as TILED has it."""
+    tiling = Tiling.of(k, bits, group_size)
+    blocks = packed
+    if bits != 8:
+        pairs = packed[: -(-tiling.n_blocks // 2)]
+        blocks = torch.stack((pairs & 15, pairs >> 4), 1).flatten(0, 1)[: tiling.n_blocks]
+    if bits == 6:
+        fours = packed[-(-tiling.n_blocks // 2) :]
+        high = torch.stack([(fours >> shift) & 3 for shift in (0, 2, 4, 6)], 1).flatten(0, 1)[: tiling.n_blocks]
+        blocks = blocks | (high << 4)
+    length = k if group_size == -1 else min(group_size, k)
     filled = blocks.transpose(0, 1).flatten(1)  # [N, n_blocks * block]
     filled = F.pad(filled, (0, -filled.shape[1] % (tiling.group_blocks * tiling.block)))
-    values = filled.unflatten(1, (-1, tiling.group_blocks * tiling.block))[..., :length].flatten(1)[:, :k]
-    packed = packing.pack(_signed(values, bits), bits)
-    zero_point = None if qt.zero_point is None else packing.pack(_signed(qt.zero_point, bits), bits).T.contiguous()
-    return QuantizedTensor(packed, qt.scale.T.contiguous(), zero_point, qt.shape, qt.spec)
-
-
-def _stored(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """q - q_min of signed q, uint8."""
-    return (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-
-
-def _signed(stored: torch.Tensor, bits: int) -> torch.Tensor:
-    return (stored.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
-
-
-def rows(qt: QuantizedTensor, index: torch.Tensor) -> QuantizedTensor:
-    """The rows ``index`` (int64 [R]) of a tiled tensor, as a tiled tensor."""
-    zero_point = None if qt.zero_point is None else qt.zero_point[:, index]
-    return QuantizedTensor(
-        qt.packed[:, index], qt.scale[:, index], zero_point, (index.numel(), qt.shape[1]), qt.spec, qt.layout
-    )
-
-
-def check_tiled_parts(
-    packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, n: int, k: int, spec: QuantSpec
-) -> None:
-    """Raise InvalidInputError unless the parts of an [n, k] tensor have the shapes and dtypes of ``Layout.TILED``."""
-    tiling = Tiling.of(k, spec.bits, spec.group_size)
-    groups = spec.n_groups(k)
-    for name, tensor, shape, dtypes in (
-        ("packed", packed, (tiling.n_tiles, n, tiling.block), (torch.uint8,)),
-        ("scale", scale, (groups, n), FLOAT_DTYPES),
-        ("zero_point", zero_point, (groups, n), (torch.uint8,)),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
-            wanted = " or ".join(map(str, dtypes))
-            raise InvalidInputError(
-                f"{name} of a tiled [{n}, {k}] weight must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
+    return filled.unflatten(1, (-1, tiling.group_blocks * tiling.block))[..., :length].flatten(1)[:, :k]

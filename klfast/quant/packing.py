@@ -1,40 +1,52 @@
-"""Values of a few bits in int32 words, and the float matrix that a quantized tensor stands for."""
+"""Values of 4, 6 or 8 bits in int32 words: dense, low bits first; a value may begin in one word and end in the next.
+
+That is how compressed-tensors packs them (``pack_to_int32`` of versions 0.19 and 0.20). Values are unsigned here, as they
+are stored: q - q_min.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from klfast.quant.types import Layout, QuantizedTensor
 
-
-def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Signed values of int32 [R, ceil(count * bits / 32)]: int8 [R, count] (q - q_min is stored, low bits first)."""
-    rows, columns = words.shape
-    stored = words.reshape(-1).view(torch.uint8).view(rows, 4 * columns)
-    if bits == 4:
-        stored = torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(-2)
-    return (stored[:, :count].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+def packed_words(count: int, bits: int) -> int:
+    """Return how many int32 words hold ``count`` values."""
+    return -(-count * bits // 32)
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of ``unpack``: int8 [R, C] to int32 [R, ceil(C * bits / 32)], unused high bits zero."""
-    stored = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    stored = F.pad(stored, (0, -stored.shape[1] % (32 // bits)))
+    """Pack uint8 [R, C] along its rows into int32 [R, packed_words(C, bits)]; unused high bits are zero."""
+    rows, count = values.shape
+    words = packed_words(count, bits)
+    values = F.pad(values, (0, -count % 4))
     if bits == 4:
-        stored = stored[:, 0::2] | (stored[:, 1::2] << 4)
-    rows, columns = stored.shape
-    return stored.reshape(-1).view(torch.int32).view(rows, columns // 4)
+        values = values[:, 0::2] | (values[:, 1::2] << 4)
+    elif bits == 6:  # four values are three bytes
+        a, b, c, d = values.unflatten(1, (-1, 4)).unbind(-1)
+        values = torch.stack((a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)), -1).flatten(1)
+    bytes_ = F.pad(values, (0, 4 * words - values.shape[1]))  # or cut off what lies behind the last value
+    return bytes_.reshape(-1).view(torch.int32).view(rows, words)
 
 
-def dequantize(qt: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(q - zero_point) * scale as [N, K], computed in ``dtype`` (the scale's by default)."""
-    qt = qt.to_layout(Layout.PLAIN)
-    dtype = dtype or qt.scale.dtype
-    n, k = qt.shape
-    length = qt.spec.group_length(k)
-    values = unpack(qt.packed, qt.spec.bits, k).to(dtype)
-    if qt.zero_point is not None:
-        zero_point = unpack(qt.zero_point.T, qt.spec.bits, n).T.to(dtype)
-        values = values - zero_point.repeat_interleave(length, 1)[:, :k]
-    return values * qt.scale.to(dtype).repeat_interleave(length, 1)[:, :k]
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first ``count`` values, uint8 [..., count], of int32 [..., at least packed_words(count, bits)]."""
+    *leading, columns = words.shape
+    values = words.reshape(-1).view(torch.uint8).view(*leading, 4 * columns)
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
+    elif bits == 6:
+        a, b, c = F.pad(values, (0, -4 * columns % 3)).unflatten(-1, (-1, 3)).unbind(-1)
+        values = torch.stack((a & 63, (a >> 6) | ((b & 15) << 2), (b >> 4) | ((c & 3) << 4), c >> 2), -1).flatten(-2)
+    return values[..., :count]
+
+
+def unpack_rows(words: torch.Tensor, bits: int, index: torch.Tensor) -> torch.Tensor:
+    """Return rows ``index`` (int64 [...]) of values packed along dimension 0, int32 [words, G]: integers [..., G]."""
+    bit = index * bits
+    first, shift = bit // 32, (bit % 32).unsqueeze(-1)
+    values = F.embedding(first, words)
+    if 32 % bits:  # with the next word, for values that begin in the one and end in the other
+        after = F.embedding((first + 1).clamp(max=words.shape[0] - 1), words)
+        values = (values.long() & 0xFFFFFFFF) | (after.long() << 32)
+    return (values >> shift) & ((1 << bits) - 1)

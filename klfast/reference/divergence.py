@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from klfast.core.errors import InvalidInputError
-from klfast.quant.types import IGNORED_TARGET, QuantizedTensor
+from klfast.quant.tensor import QuantizedTensor
 
+IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
 _CHUNK = 16  # tokens whose float64 rows are alive at a time
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from klfast.quant.packing import dequantize
-from klfast.quant.types import QuantizedTensor, QuantSpec
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
 
 
 def dequant_matmul(
@@ -19,7 +19,7 @@ def dequant_matmul(
     x32 = x.float()
     if activation == "int8":
         x32 = fake_quantize_rows(x32, qt.spec)
-    y = x32 @ dequantize(qt, torch.float32).T
+    y = x32 @ qt.dequantize(torch.float32).T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from klfast.core.errors import InvalidInputError
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.coverage import require_measurements
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
 

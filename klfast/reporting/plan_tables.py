@@ -6,7 +6,7 @@ from collections import Counter
 
 from klfast.core.errors import ModelMismatchError
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import storable_spec
+from klfast.quant.spec import storable_spec
 from klfast.reporting.grouping import kind, settle_metric
 from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.results import Sensitivities

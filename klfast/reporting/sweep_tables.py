@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, harm, kind, settle_metric
 from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.coverage import unfinished_note

@@ -15,7 +15,7 @@ from klfast.models.batches import Batches
 from klfast.models.linears import linears
 from klfast.models.selection import Patterns, select
 from klfast.nn import QuantLinear
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
 
 

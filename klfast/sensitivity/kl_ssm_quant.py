@@ -25,7 +25,7 @@ from pathlib import Path
 
 from klfast.core import signed_json
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 _REMEDY = "fetch the file again"

@@ -20,7 +20,7 @@ from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
 from klfast.models.head import Readout, divergence
 from klfast.quant.rounding import fake_quantize
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
 from klfast.sensitivity.unfinished import Unfinished
 

@@ -17,7 +17,7 @@ from klfast.models import fingerprint
 from klfast.models.fingerprint import Fingerprint
 from klfast.models.linears import linears
 from klfast.models.sizes import other_bytes, weight_bytes
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 # As in klfast.Divergence (a token's SQNR counts as at most 150 dB); delta_ce = ce_student - ce_teacher.
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")

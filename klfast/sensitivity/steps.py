@@ -9,7 +9,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.models.head import is_head_tied
 from klfast.models.linears import linears, row_parts
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
 

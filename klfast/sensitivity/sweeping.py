@@ -25,7 +25,7 @@ from klfast.models.block_chain import Chain
 from klfast.models.head import is_head_tied
 from klfast.models.selection import Patterns
 from klfast.models.sizes import warn_unquantizable
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity import inputs, lock, unfinished
 from klfast.sensitivity.measure import COLUMNS, Engine, Teacher
 from klfast.sensitivity.measuring_mode import prepared

@@ -15,7 +15,7 @@ from klfast.models.fingerprint import fingerprint
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import linears
 from klfast.nn.lazy_weight import LazyWeight
-from klfast.quant import packing
+from klfast.quant.formats import PackedIntegers
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
 
@@ -239,7 +239,7 @@ def lazy():
 
 
 def test_lazy_weight_metadata_is_free(lazy, monkeypatch):
-    monkeypatch.setattr(packing, "dequantize", lambda *args: pytest.fail("dequantized"))
+    monkeypatch.setattr(PackedIntegers, "decode", lambda *args: pytest.fail("dequantized"))
     weight = lazy.weight
     assert (weight.dtype, weight.shape, weight.device, weight.dim(), weight.numel()) == (
         torch.float32,

@@ -30,7 +30,7 @@ def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="
     model = tiny(family, tied, dtype)
     names = [name for name in list(linears(model))[1:] if head or name != head_name(model)]
     plan = {
-        name: klfast.quant.types.storable_spec(specs[i % len(specs)], linears(model)[name].in_features)
+        name: klfast.quant.spec.storable_spec(specs[i % len(specs)], linears(model)[name].in_features)
         for i, name in enumerate(names)
     }
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform"), activation=activation))

@@ -123,7 +123,7 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
     rewrite(
         quantization_config={"config_groups": {"group_0": {**group, "weights": {**group["weights"], "num_bits": 3}}}}
     )
-    refused(damaged, "description of the quantized layers is damaged.*bits must be 4 or 8")
+    refused(damaged, "description of the quantized layers is damaged.*none of the formats int4, int6, int8")
     for weights in (
         {"group_size": "64"},
         {"group_size": 0},

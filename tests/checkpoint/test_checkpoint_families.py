@@ -31,7 +31,7 @@ def quantized(family, tied):
         names.remove(head_name(model))
     specs = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False))
     plan = {
-        name: klfast.quant.types.storable_spec(specs[i % 3], linears(model)[name].in_features)
+        name: klfast.quant.spec.storable_spec(specs[i % 3], linears(model)[name].in_features)
         for i, name in enumerate(names)
     }
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform")))

@@ -93,8 +93,8 @@ for implementation, (function, arguments) in everywhere():
         if isinstance(value, torch.Tensor):
             refused(lambda: function(**{**arguments, name: freed(value)}), (function.__name__, name), "has no memory")
         elif name == "qt":
-            for part in ("packed", "scale", "zero_point"):
-                qt = dataclasses.replace(value, **{part: freed(getattr(value, part))})
+            for part in range(len(value.parts)):
+                qt = dataclasses.replace(value, parts=[freed(t) if i == part else t for i, t in enumerate(value.parts)])
                 refused(lambda: function(**{**arguments, name: qt}), (function.__name__, part), "has no memory")
 """
     )

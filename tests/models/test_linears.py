@@ -9,7 +9,7 @@ from klfast.core.errors import InvalidInputError, ModelMismatchError, UnknownLay
 from klfast.models import fingerprint, head, linears, sizes
 from klfast.models.fingerprint import Fingerprint
 from klfast.nn import QuantLinear
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import Sensitivities
 
 

@@ -15,7 +15,7 @@ from klfast.models.hymba import HymbaCache
 from klfast.models.hymba.norm import HymbaRMSNorm
 from klfast.models.linears import linears
 from klfast.nn import mamba_step
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 FAMILIES = ("mamba", "falcon_mamba", "hymba")
 

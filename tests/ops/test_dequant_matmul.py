@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klfast import QuantizedTensor, QuantSpec, dequant_matmul, quantize, reference, using
+from klfast.backends.operands import MatmulArgs
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
@@ -177,18 +178,15 @@ def test_strides_and_dimensions(tier, activation):
     expect(x[:1].expand(9, 130), want[:1].expand(9, 50))
     expect(x[:0], want[:0])
     expect(x.view(2, 12, 130)[:, :0], want.view(2, 12, 50)[:, :0])
-    parts = [
-        torch.empty(2 * t.shape[0], 2 * t.shape[1], dtype=t.dtype)[::2, ::2].copy_(t)
-        for t in (qt.packed, qt.scale, qt.zero_point)
-    ]
-    expect(x, want, QuantizedTensor(*parts, qt.shape, spec))
+    parts = [torch.empty(2 * t.shape[0], 2 * t.shape[1], dtype=t.dtype)[::2, ::2].copy_(t) for t in qt.parts]
+    expect(x, want, QuantizedTensor(parts, qt.shape, spec))
 
 
 @pytest.mark.parametrize("activation", CHECKS)
 def test_empty_weights(tier, activation):
-    none = QuantizedTensor(torch.zeros(0, 8, dtype=torch.int32), torch.ones(0, 1), None, (0, 64), QuantSpec())
+    none = QuantizedTensor([torch.zeros(0, 8, dtype=torch.int32), torch.ones(0, 1)], (0, 64), QuantSpec())
     assert dequant_matmul(torch.randn(3, 64), none, activation=activation).shape == (3, 0)
-    narrow = QuantizedTensor(torch.zeros(20, 0, dtype=torch.int32), torch.ones(20, 0), None, (20, 0), QuantSpec())
+    narrow = QuantizedTensor([torch.zeros(20, 0, dtype=torch.int32), torch.ones(20, 0)], (20, 0), QuantSpec())
     for m in (3, 20):
         bias = torch.randn(20)
         assert torch.equal(dequant_matmul(torch.randn(m, 0), narrow, bias, activation=activation), bias.expand(m, -1))
@@ -202,8 +200,7 @@ def test_touches_nothing_outside(tier, activation):
         for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
             for x_dtype in FLOAT_DTYPES:
                 x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
-                zero_point = None if qt.zero_point is None else guarded(qt.zero_point)
-                inside = QuantizedTensor(guarded(qt.packed), guarded(qt.scale), zero_point, qt.shape, spec)
+                inside = QuantizedTensor([guarded(part) for part in qt.parts], qt.shape, spec)
                 with using(tier):
                     got = dequant_matmul(guarded(x), inside, guarded(bias), activation=activation)
                 CHECKS[activation](x, qt, bias, got)
@@ -227,9 +224,7 @@ def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
     for activation in CHECKS:
         x, qt, bias = operands(m, n, 200, QuantSpec(4, 64))
         with using(tier):
-            y = cpu.dequant_matmul(
-                x.as_subclass(NaNs), qt.packed, qt.scale, None, bias, n, 200, 4, 64, "plain", activation
-            )
+            y = cpu.dequant_matmul(MatmulArgs(x.as_subclass(NaNs), list(qt.parts), bias, qt.stored, activation))
         assert torch.isfinite(y).all()
         assert buffers[-1][:guard].isnan().all() and buffers[-1][-guard:].isnan().all()
 
@@ -269,7 +264,7 @@ def test_calls_from_several_python_threads():
 def test_opcheck(spec):
     x, qt, bias = operands(3, 20, 100, spec)
     for b in (bias, None):
-        args = (x, qt.packed, qt.scale, qt.zero_point, b, 20, 100, spec.bits, spec.group_size, "plain", "exact")
+        args = (x, list(qt.parts), b, 20, 100, str(spec), "plain", "exact")
         torch.library.opcheck(torch.ops.klfast.dequant_matmul.default, args)
 
 
@@ -291,30 +286,32 @@ def test_bad_input(tier):
 
 def test_the_op_itself_checks_its_parts(tier):
     x, qt, _ = operands(3, 20, 100, QuantSpec(4, 32, False))
+    packed, scale, zero_point = qt.parts
     good = dict(
         x=x,
-        packed=qt.packed,
-        scale=qt.scale,
-        zero_point=qt.zero_point,
+        parts=[packed, scale, zero_point],
         bias=None,
         n=20,
         k=100,
-        bits=4,
-        group_size=32,
+        format="int4-g32-asym",
         layout="plain",
         activation="exact",
     )
     torch.ops.klfast.dequant_matmul(**good)
     for change in (
-        {"packed": qt.packed[:, 1:]},
-        {"packed": qt.packed.long()},
-        {"scale": qt.scale[:19]},
-        {"scale": qt.scale.double()},
-        {"zero_point": qt.zero_point[1:]},
-        {"bits": 3},
-        {"group_size": 0},
-        {"group_size": -2},
-        {"group_size": 16},
+        {"parts": [packed[:, 1:], scale, zero_point]},
+        {"parts": [packed.long(), scale, zero_point]},
+        {"parts": [packed, scale[:19], zero_point]},
+        {"parts": [packed, scale.double(), zero_point]},
+        {"parts": [packed, scale, zero_point[1:]]},
+        {"parts": [packed, scale]},
+        {"parts": []},
+        {"format": "int3-g32-asym"},
+        {"format": "int4-g0-asym"},
+        {"format": "int4-g16-asym"},
+        {"format": "int8-g32-asym"},
+        {"format": "int4-g32-sym"},
+        {"format": ""},
         {"layout": "other"},
         {"n": 21},
     ):

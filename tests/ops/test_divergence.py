@@ -337,10 +337,21 @@ def test_opcheck(tier):
     torch.library.opcheck(torch.ops.klfast.logit_divergence.default, (teacher, teacher + 0.1, targets))
     hidden, head = torch.randn(3, 8), torch.randn(40, 8)
     qt = klfast.quantize(head, QuantSpec(4, 4, False))
-    plain, quantized = (head, None, None), (qt.packed, qt.scale, qt.zero_point)
     torch.library.opcheck(
         torch.ops.klfast.linear_divergence.default,
-        (hidden, *plain, hidden.expand(2, 3, 8).clone(), *quantized, targets, 0, 0, "", 4, 4, "plain"),
+        (
+            hidden,
+            [head],
+            hidden.expand(2, 3, 8).clone(),
+            list(qt.parts),
+            targets,
+            40,
+            "",
+            "",
+            40,
+            str(qt.spec),
+            "plain",
+        ),
     )
 
 

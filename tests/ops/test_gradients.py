@@ -151,7 +151,7 @@ def test_vmap_over_weights():
     ]
 
     def call(x, packed, scale, bias):
-        return dequant_matmul_op(x, packed, scale, None, bias, 21, 100, 4, 32, "plain", "exact")
+        return dequant_matmul_op(x, [packed, scale], bias, 21, 100, "int4-g32-sym", "plain", "exact")
 
     torch.testing.assert_close(
         torch.func.vmap(call, (1, 0, 0, 0))(x.transpose(0, 1), *parts),
@@ -180,7 +180,7 @@ def test_forward_mode(activation):
     with forward_ad.dual_level():
         bias = forward_ad.make_dual(layer.bias.detach(), torch.ones(21))
         moved = dequant_matmul_op(
-            x, layer.weight_packed, layer.weight_scale, None, bias, 21, 100, 4, 32, "plain", activation
+            x, [layer.weight_packed, layer.weight_scale], bias, 21, 100, "int4-g32-sym", "plain", activation
         )
         torch.testing.assert_close(forward_ad.unpack_dual(moved).tangent, torch.ones(3, 21))
 
@@ -196,19 +196,7 @@ def test_compiled_backward():
 def test_registration():
     layer = quantized(spec=SPECS[1])
     x = torch.randn(2, 100, requires_grad=True)
-    args = (
-        x,
-        layer.weight_packed,
-        layer.weight_scale,
-        layer.weight_zero_point,
-        layer.bias,
-        21,
-        100,
-        4,
-        64,
-        "plain",
-        "exact",
-    )
+    args = (x, list(layer.quantized.parts), layer.bias, 21, 100, str(layer.spec), "plain", "exact")
     torch.library.opcheck(dequant_matmul_op, args)
 
 

@@ -10,7 +10,7 @@ from test_ssm_ops import true_scan
 from klfast import ops
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.quant.rounding import quantize
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 ROUNDS = range(12)
 

@@ -9,7 +9,7 @@ import pytest
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.fingerprint import Fingerprint
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 PLAN = Plan(
     {"a.b": QuantSpec(4, 64), "head": QuantSpec(8, -1, symmetric=False)},

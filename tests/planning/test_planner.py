@@ -27,7 +27,7 @@ from klfast.core.errors import CheckpointError, InfeasibleBudgetError, InvalidIn
 from klfast.planning import milp, optimal, plan
 from klfast.planning.plan_file import Plan
 from klfast.quant.rounding import quantize
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import Measurement
 
 # KL as in sweeps: from 1e-8 to 1e2, 4 bits usually but not always worse than 8

@@ -9,7 +9,7 @@ from planning_problems import INT4, INT8, OTHER_BYTES, SHAPE, Perplexity, check_
 
 from klfast.core.errors import InfeasibleBudgetError, InvalidInputError, UnknownLayerError
 from klfast.planning import plan
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 NAMES = [f"layers.{n}.proj" for n in range(5)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from klfast.quant.rounding import quantize
-from klfast.quant.types import QuantSpec, storable_spec
+from klfast.quant.spec import QuantSpec, storable_spec
 
 
 @pytest.mark.parametrize(

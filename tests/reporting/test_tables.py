@@ -10,7 +10,7 @@ import klfast
 from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
 from klfast.planning.plan_file import Plan
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.reporting import plot, table
 from klfast.reporting.plan_tables import plan_by_layer, plan_tables
 from klfast.reporting.sweep_tables import agreement, by_kind, by_kind_and_depth, ranking, sweep_tables

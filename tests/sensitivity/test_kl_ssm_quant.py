@@ -12,7 +12,7 @@ from scipy.stats import kendalltau
 
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.planning import plan
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity import kl_ssm_quant
 from klfast.sensitivity.results import Sensitivities
 

@@ -6,7 +6,7 @@ import pytest
 
 from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity import merge
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 

@@ -9,7 +9,7 @@ import pytest
 
 from klfast.core.errors import CheckpointError
 from klfast.models.fingerprint import Fingerprint
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS, LayerInfo, Measurement, Sensitivities
 
 

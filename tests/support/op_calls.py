@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from klfast import ops
 from klfast.quant.rounding import quantize
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 
 
 def calls() -> dict:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from klfast.models.fingerprint import Fingerprint
-from klfast.quant.types import QuantSpec
+from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)

@@ -18,7 +18,7 @@ from klfast.kernels import (
 from klfast.kernels.launch import Launch
 
 from klfast import QuantSpec
-from klfast.quant.layouts import Tiling
+from klfast.quant.layouts import Layout
 
 CORES = {"nvidia": 132, "intel": 8}
 SPECS = [QuantSpec(4, 64), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]  # klfast's default first
@@ -31,24 +31,20 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def quantized_parts(n: int, k: int, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    tiling, groups = Tiling.of(k, spec.bits, spec.group_size), spec.n_groups(k)
-    zero_point = None if spec.symmetric else empty(groups, n, dtype=torch.uint8)
-    return empty(tiling.n_tiles, n, tiling.block, dtype=torch.uint8), empty(groups, n, dtype=torch.float16), zero_point
+def quantized(n: int, k: int, spec: QuantSpec) -> dequant_matmul.Weight:
+    parts = (empty(*part.shape, dtype=part.dtypes[0]) for part in spec.format.parts((n, k), spec, Layout.TILED))
+    return dequant_matmul.Weight(*parts, k=k, spec=spec)
 
 
 def dequant(
     family: str, m: int, spec: QuantSpec, dtype: torch.dtype, activation: str = "exact", n: int = 8192, k: int = 8192
 ) -> list[Launch]:
-    tiling = Tiling.of(k, spec.bits, spec.group_size)
+    weight = quantized(n, k, spec)
     return dequant_matmul.plan(
-        empty(m, tiling.n_blocks * tiling.block, dtype=dtype),
-        *quantized_parts(n, k, spec),
+        empty(m, weight.tiling.n_blocks * weight.tiling.block, dtype=dtype),
+        weight,
         empty(n, dtype=dtype),
         empty(m, n, dtype=dtype),
-        k,
-        spec.bits,
-        spec.group_size,
         int8=activation == "int8",
         family=family,
         cores=CORES[family],
@@ -61,7 +57,7 @@ def side(
     hidden = empty(tokens, features, dtype=dtype)
     if spec is None:
         return linear_divergence.Side(hidden, empty(vocab, features, dtype=dtype))
-    return linear_divergence.Side(hidden, *quantized_parts(vocab, features, spec), features, spec.bits, spec.group_size)
+    return linear_divergence.Side(hidden, quantized(vocab, features, spec))
 
 
 def heads() -> Iterator[tuple[str, Launch, str | None]]:

@@ -1,17 +1,19 @@
 """Kernels on the CPU: the C++ extension klfast._C and what it is told of tensors."""
 
 from klfast.dispatch.registry import register_kernel
+from klfast.quant.formats import FORMATS
 
 
 def register() -> None:
     """Register every CPU kernel with its op; ImportError if the extension is missing."""
     from klfast.backends.cpu import attention, divergence, matmul, norm, ssm
 
-    register_kernel("dequant_matmul", "CPU", matmul.dequant_matmul)
+    register_kernel("dequant_matmul", "CPU", matmul.dequant_matmul, formats=matmul.FORMATS)
     register_kernel("linear", "CPU", matmul.linear, handed_over=matmul.why_torch_multiplies)
     register_kernel("decode_attention", "CPU", attention.decode_attention)
     register_kernel("logit_divergence", "CPU", divergence.logit_divergence)
-    register_kernel("linear_divergence", "CPU", divergence.linear_divergence)
+    # It dequantizes heads block by block, in whatever format they are.
+    register_kernel("linear_divergence", "CPU", divergence.linear_divergence, formats=FORMATS)
     for kernel in (
         ssm.causal_conv1d,
         ssm.causal_conv1d_update,

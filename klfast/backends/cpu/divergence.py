@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from klfast import _C
-from klfast.backends import operands
 from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
+from klfast.backends.cpu.matmul import FORMATS as MATMUL_FORMATS
 from klfast.backends.cpu.matmul import dequant_matmul_into, linear_into
+from klfast.backends.operands import DivergenceArgs, flat_targets
 from klfast.dispatch import pins
-from klfast.quant.types import Layout, QuantizedTensor
+from klfast.quant.layouts import Layout
+from klfast.quant.tensor import QuantizedTensor
 from klfast.reference.divergence import check_targets, raise_not_finite, raise_too_large
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
@@ -42,24 +44,18 @@ def compare(
     return out
 
 
-def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
-    same_head = quantization[:3] == quantization[3:] and all(
-        map(_same, (t_weight, t_scale, t_zero), (s_weight, s_scale, s_zero))
-    )
-    same_hidden = _same(teacher, student)
-    t_head = _plain(operands.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]))
-    s_head = (
-        t_head
-        if same_head
-        else _plain(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]))
-    )
+def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
+    teacher, t_head, student, s_head, targets = args
+    same_head, same_hidden = _same_head(t_head, s_head), _same(teacher, student)
+    t_head = _plain(t_head)
+    s_head = t_head if same_head else _plain(s_head)
     dtype = _operands(teacher, t_head, student, s_head)
     teacher = teacher.detach().reshape(-1, teacher.shape[-1]).to(dtype).contiguous()
     student = teacher if same_hidden else student.detach().reshape(-1, student.shape[-1]).to(dtype).contiguous()
     tokens, vocab = student.shape[0], t_head.shape[0]
     check_targets(targets, vocab)
     if targets is not None:
-        targets = operands.flat_targets(targets, tokens).contiguous()
+        targets = flat_targets(targets, tokens).contiguous()
     out = torch.empty(8, tokens)
     states = torch.zeros(tokens, _C.divergence_state_bytes, dtype=torch.uint8)
     rows = torch.arange(tokens)
@@ -96,12 +92,21 @@ def _operands(
     the extension's kernels add them up and leave them. The whole numbers of a quantized head are exact in bfloat16.
     """
     native = pins.may_run("avx512bf16")
-    bf16 = all(t.dtype == torch.bfloat16 for t in (teacher, student, t_head, s_head) if isinstance(t, torch.Tensor))
-    return torch.bfloat16 if native and bf16 else torch.float32
+    fit = all(
+        t.spec.format.name in MATMUL_FORMATS if isinstance(t, QuantizedTensor) else t.dtype == torch.bfloat16
+        for t in (teacher, student, t_head, s_head)
+    )
+    return torch.bfloat16 if native and fit else torch.float32
 
 
 def _plain(head: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedTensor:
     return head.to_layout(Layout.PLAIN) if isinstance(head, QuantizedTensor) else head
+
+
+def _same_head(a: torch.Tensor | QuantizedTensor, b: torch.Tensor | QuantizedTensor) -> bool:
+    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
+        return a.stored == b.stored and all(map(_same, a.parts, b.parts))
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same(a, b)
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -152,24 +157,11 @@ def _block(
     head: torch.Tensor | QuantizedTensor, first: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor | QuantizedTensor:
     """Rows of a head for products with hidden states in ``dtype``."""
-    rows = _rows(head, first, columns) if isinstance(head, QuantizedTensor) else head[first : first + columns].detach()
+    end = first + columns
+    rows = head.block(first, end) if isinstance(head, QuantizedTensor) else head[first:end].detach()
     if dtype == torch.bfloat16:
         return rows
     return rows.dequantize(torch.float32) if isinstance(rows, QuantizedTensor) else rows.float()
-
-
-def _rows(qt: QuantizedTensor, first: int, count: int) -> QuantizedTensor:
-    """Rows of a plain QuantizedTensor; ``first`` is a multiple of 8, so that no word of zero points is cut."""
-    words = 32 // qt.spec.bits
-    zero_point = None if qt.zero_point is None else qt.zero_point[first // words : -(-(first + count) // words)]
-    return QuantizedTensor(
-        qt.packed[first : first + count],
-        qt.scale[first : first + count],
-        zero_point,
-        (count, qt.shape[1]),
-        qt.spec,
-        qt.layout,
-    )
 
 
 def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
@@ -177,17 +169,7 @@ def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch:
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, head.T, out=out)
     if isinstance(head, QuantizedTensor):
-        dequant_matmul_into(
-            out,
-            hidden,
-            head.packed,
-            head.scale,
-            head.zero_point,
-            None,
-            hidden.shape[1],
-            head.spec.bits,
-            head.spec.group_size,
-        )
+        dequant_matmul_into(out, hidden, head.parts, None, hidden.shape[1], head.spec)
     else:
         linear_into(out, hidden, head, rounded_to=torch.float32)
     return out

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from klfast import _C
 from klfast.backends.cpu.buffers import empty
 from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
-from klfast.backends.operands import FEW_ROWS
+from klfast.backends.operands import FEW_ROWS, MatmulArgs
 from klfast.dispatch import pins
-from klfast.quant.layouts import parts_in
-from klfast.quant.types import Layout
+from klfast.quant.layouts import Layout
+from klfast.quant.spec import QuantSpec
 
+# What csrc/matmul/quantized multiplies: packed integers of as many bits.
+FORMATS = ("int4", "int8")
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
 
 
-def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
-    if layout != "plain":
-        pins.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
-        packed, scale, zero_point = parts_in(Layout.PLAIN, packed, scale, zero_point, n, k, bits, group_size, layout)
-    y = x.new_empty((*x.shape[:-1], n))
-    dequant_matmul_into(y, x, packed, scale, zero_point, bias, k, bits, group_size, activation)
+def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
+    weight, parts = args.weight, args.parts
+    if weight.layout is not Layout.PLAIN:
+        pins.slow_path("dequant_matmul", list(args.x.shape), RELAID, how="with another pass over the weight")
+        parts = args.parts_in(Layout.PLAIN)
+    y = args.x.new_empty((*args.x.shape[:-1], weight.shape[0]))
+    dequant_matmul_into(y, args.x, parts, args.bias, weight.shape[1], weight.spec, args.activation)
     return y
 
 
@@ -55,9 +60,18 @@ def linear(x, weight, bias, dtype):
     return y
 
 
-def dequant_matmul_into(y, x, packed, scale, zero_point, bias, k, bits, group_size, activation="exact"):
-    """y [..., N], contiguous, in x's dtype or wider, from x [..., K] and a weight in the plain layout."""
+def dequant_matmul_into(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    k: int,
+    spec: QuantSpec,
+    activation: str = "exact",
+) -> None:
+    """y [..., N], contiguous, in x's dtype or wider, from x [..., K] and the plain parts of packed integers."""
     rows, stride = _rows(x, k)
+    packed, scale, zero_point = parts if len(parts) == 3 else (*parts, None)
     packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
     zero_point = None if zero_point is None else zero_point.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -77,8 +91,8 @@ def dequant_matmul_into(y, x, packed, scale, zero_point, bias, k, bits, group_si
         y.numel() // max(n, 1),
         n,
         k,
-        bits,
-        max(1, k if group_size == -1 else min(group_size, k)),
+        spec.bits,
+        max(1, spec.group_length(k)),
         activation == "int8",
         *resources(),
     )

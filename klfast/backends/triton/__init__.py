@@ -13,6 +13,7 @@ import torch
 from klfast.dispatch import registry
 
 DEVICES = ("CUDA", "XPU")
+FORMATS = ("int4", "int8")  # what the kernels with quantized weights take
 DIVERGENCE = (
     "logit_divergence",
     "linear_divergence",
@@ -62,4 +63,4 @@ def register() -> None:
             if name in DIVERGENCE and not registry.has_kernel(name, "CPU"):
                 registry.unavailable(device, registry.why_no_kernel("cpu", name), name)
             else:
-                registry.register_kernel(name, device, kernel)
+                registry.register_kernel(name, device, kernel, formats=FORMATS)

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from klfast import _C
-from klfast.backends import operands
 from klfast.backends.cpu import divergence as cpu_divergence
 from klfast.backends.cpu.extension import address
+from klfast.backends.operands import DivergenceArgs, flat_targets
 from klfast.dispatch import pins
-from klfast.quant import layouts
-from klfast.quant.layouts import RELAID, fill_blocks
-from klfast.quant.types import IGNORED_TARGET, Layout, QuantizedTensor
-from klfast.reference.divergence import check_targets
+from klfast.quant.layouts import RELAID, Layout, fill_blocks
+from klfast.quant.tensor import QuantizedTensor
+from klfast.reference.divergence import IGNORED_TARGET, check_targets
 
 ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
 AT_ONCE = 1024  # tokens
@@ -58,19 +57,19 @@ def logit_divergence(teacher, student, targets):
     return finish("logit_divergence", list(student.shape), sums, logits, vocab, targets, picked, student.device)
 
 
-def linear_divergence(teacher, t_weight, t_scale, t_zero, student, s_weight, s_scale, s_zero, targets, *quantization):
+def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
     from klfast.kernels.launch import family
 
+    teacher, student, targets = args.teacher, args.student, args.targets
     shape = list(student.shape)
-    t_head = _tiled(operands.as_head(t_weight, t_scale, t_zero, teacher.shape[-1], *quantization[:3]), shape)
-    s_head = _tiled(operands.as_head(s_weight, s_scale, s_zero, student.shape[-1], *quantization[3:]), shape)
+    t_head, s_head = _tiled(args.t_head, shape), _tiled(args.s_head, shape)
     teacher, student = (t.detach().reshape(-1, t.shape[-1]) for t in (teacher, student))
     tokens, vocab, device = student.shape[0], t_head.shape[0], student.device
     check_targets(targets, vocab)
     if not tokens:
         return torch.empty(8, 0, device=device)
     if targets is not None:
-        targets = operands.flat_targets(targets, tokens)
+        targets = flat_targets(targets, tokens)
     models = ((teacher, t_head), (student, s_head))
     sums = _sums_in_one_kernel(*models) if family(device) == "intel" else _sums_of_products(*models)
 
@@ -149,18 +148,7 @@ def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: 
         from klfast.backends.triton.matmul import dequant_product
 
         y = torch.empty(hidden.shape[0], end - first, device=hidden.device)
-        zero_point = None if head.zero_point is None else head.zero_point[:, first:end]
-        dequant_product(
-            hidden,
-            head.packed[:, first:end],
-            head.scale[:, first:end],
-            zero_point,
-            None,
-            y,
-            head.shape[1],
-            head.spec.bits,
-            head.spec.group_size,
-        )
+        dequant_product(hidden, head.block(first, end).parts, None, y, head.shape[1], head.spec)
         return y
     head = head[first:end].detach().T
     if hidden.is_cuda and hidden.dtype == head.dtype != torch.float32:
@@ -178,13 +166,12 @@ def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tens
 
 def _side(kernel, hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor):
     """What the kernel takes of a model; a quantized head is tiled."""
+    from klfast.kernels.dequant_matmul import Weight
+
     if isinstance(head, QuantizedTensor):
-        bits, group_size = head.spec.bits, head.spec.group_size
-        filled = fill_blocks(hidden, bits, group_size)
-        packed, scale, zero_point = (
-            None if t is None else t.contiguous() for t in (head.packed, head.scale, head.zero_point)
-        )
-        return kernel.Side(_dense_rows(filled), packed, scale, zero_point, head.shape[1], bits, group_size)
+        filled = fill_blocks(hidden, head.spec.bits, head.spec.group_size)
+        weight = Weight(*(part.contiguous() for part in head.parts), k=head.shape[1], spec=head.spec)
+        return kernel.Side(_dense_rows(filled), weight)
     head = head.detach()
     if missing := -hidden.shape[1] % kernel.float_block(hidden.shape[1]):
         hidden, head = F.pad(hidden, (0, missing)), F.pad(head, (0, missing))
@@ -198,8 +185,7 @@ def _dense_rows(t: torch.Tensor) -> torch.Tensor:
 def _rows(head: torch.Tensor | QuantizedTensor, which: slice | torch.Tensor) -> torch.Tensor:
     """float32 rows of a head, if quantized a tiled one."""
     if isinstance(head, QuantizedTensor):
-        every = torch.arange(head.shape[0], device=head.device)
-        return layouts.rows(head, every[which]).dequantize(torch.float32)
+        return head.rows(torch.arange(head.shape[0], device=head.device)[which])
     return head[which].detach().float()
 
 

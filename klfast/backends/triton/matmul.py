@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
+from klfast.backends.operands import MatmulArgs
 from klfast.dispatch import pins
-from klfast.quant.layouts import RELAID, fill_blocks, parts_in
-from klfast.quant.types import Layout
+from klfast.quant.layouts import RELAID, Layout, fill_blocks
+from klfast.quant.spec import QuantSpec
 
 
-def dequant_matmul(x, packed, scale, zero_point, bias, n, k, bits, group_size, layout, activation):
+def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
+    x, parts, bias, weight, activation = args
+    n, k = weight.shape
     y = x.new_empty((*x.shape[:-1], n))
     if not k or not y.numel():
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    if layout != Layout.TILED.value:
+    if weight.layout is not Layout.TILED:
         pins.slow_path("dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
-        packed, scale, zero_point = parts_in(Layout.TILED, packed, scale, zero_point, n, k, bits, group_size, layout)
-    dequant_product(
-        x.reshape(-1, k), packed, scale, zero_point, bias, y.view(-1, n), k, bits, group_size, int8=activation == "int8"
-    )
+        parts = args.parts_in(Layout.TILED)
+    dequant_product(x.reshape(-1, k), parts, bias, y.view(-1, n), k, weight.spec, int8=activation == "int8")
     return y
 
 
 def dequant_product(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+    parts: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
     y: torch.Tensor,
     k: int,
-    bits: int,
-    group_size: int,
+    spec: QuantSpec,
     *,
     int8: bool = False,
 ) -> None:
@@ -40,13 +40,12 @@ def dequant_product(
     from klfast.kernels import dequant_matmul as kernel
     from klfast.kernels.launch import cores, family
 
-    rows = fill_blocks(x, bits, group_size)
+    rows = fill_blocks(x, spec.bits, spec.group_size)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    contiguous = [None if t is None else t.detach().contiguous() for t in (packed, scale, zero_point, bias)]
-    for launch in kernel.plan(
-        rows, *contiguous, y, k, bits, group_size, int8=int8, family=family(x.device), cores=cores(x.device)
-    ):
+    weight = kernel.Weight(*(part.detach().contiguous() for part in parts), k=k, spec=spec)
+    bias = None if bias is None else bias.detach().contiguous()
+    for launch in kernel.plan(rows, weight, bias, y, int8=int8, family=family(x.device), cores=cores(x.device)):
         launch.run()
 
 

@@ -86,14 +86,9 @@ def test_writes_all_of_y_and_no_more(device, m, activation):
         rows = layouts.fill_blocks(x.to(device), spec.bits, spec.group_size)
         for one in kernel.plan(
             rows,
-            tiled.packed,
-            tiled.scale,
-            None,
+            kernel.Weight(*tiled.parts, k=k, spec=spec),
             bias.to(device),
             y,
-            k,
-            4,
-            64,
             int8=activation == "int8",
             family="nvidia",
             cores=cores,
@@ -150,9 +145,8 @@ def test_strides_dimensions_and_empty_operands(device, activation):
     torch.testing.assert_close(run(device, x[0], qt, bias, activation), want[0], rtol=1e-5, atol=1e-4)
     assert run(device, x[:0], qt, bias, activation).shape == (0, 20)
     narrow = quantize(torch.randn(20, 4), QuantSpec(8, -1)).to_layout(Layout.TILED)
-    narrow = type(narrow)(
-        narrow.packed[:0].new_zeros(0, 20, 32), narrow.scale[:0], None, (20, 0), narrow.spec, Layout.TILED
-    )
+    empty = [narrow.packed[:0].new_zeros(0, 20, 32), narrow.scale[:0]]
+    narrow = type(narrow)(empty, (20, 0), narrow.spec, Layout.TILED)
     assert torch.equal(run(device, x[:, :0], narrow, bias, activation), bias.expand(6, -1))
 
 
@@ -166,13 +160,13 @@ def test_a_plain_weight_is_converted_with_a_warning(device):
 def test_opcheck(device):
     x, qt, bias = operands(3, 20, 100, QuantSpec(4, 32, False))
     qt = qt.to(device).to_layout(Layout.TILED)
-    args = (x.to(device), qt.packed, qt.scale, qt.zero_point, bias.to(device), 20, 100, 4, 32, "tiled", "exact")
+    args = (x.to(device), list(qt.parts), bias.to(device), 20, 100, "int4-g32-asym", "tiled", "exact")
     torch.library.opcheck(torch.ops.klfast.dequant_matmul.default, args)
 
 
 def test_a_layer_comes_to_its_layout_by_itself(device, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(backend_operands, "preferred_layout", lambda _: Layout.TILED)
+        monkeypatch.setattr(backend_operands, "preferred_layout", lambda *_: Layout.TILED)
     linear = torch.nn.Linear(100, 37)
     layer = QuantLinear.from_linear(linear, QuantSpec(4, 64, False)).to(device)
     assert layer.layout is Layout.TILED

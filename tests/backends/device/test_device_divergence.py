@@ -24,7 +24,7 @@ from klfast.backends.triton import divergence as triton_divergence
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import SlowPathWarning
 from klfast.dispatch import pins
-from klfast.quant import layouts
+from klfast.quant.formats import PackedIntegers
 
 
 @pytest.fixture
@@ -175,10 +175,8 @@ def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
     """However many parts the tokens go in."""
     monkeypatch.setattr(triton_divergence, "AT_ONCE", 2)
     monkeypatch.setattr(pins, "_warned", set())
-    converted, convert = [], layouts.convert
-    monkeypatch.setattr(
-        layouts, "convert", lambda qt, layout: converted.append((qt.layout, layout)) or convert(qt, layout)
-    )
+    converted, convert = [], PackedIntegers.convert
+    monkeypatch.setattr(PackedIntegers, "convert", lambda *args: converted.append(args[-2:]) or convert(*args))
     hidden, qt = torch.randn(7, 70), klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(4, 32, False))
     other, targets = klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(8, -1)), torch.randint(0, 205, (7,))
     logits = [hidden @ each.dequantize(torch.float32).T for each in (qt, other)]

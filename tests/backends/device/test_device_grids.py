@@ -12,6 +12,7 @@ from klfast.kernels import (
 )
 from klfast.kernels.ssm_common import NO_LIMIT
 
+from klfast import QuantSpec
 from klfast.quant.layouts import Tiling
 
 MANY = 70_000
@@ -50,21 +51,12 @@ def test_many_tokens():
         logit_divergence.plan_sums(logits, logits, None, anchor, family="nvidia", cores=132)[0],
     )
     tiling = Tiling.of(1024, 4, 64)
-    packed, scale = empty(tiling.n_tiles, 16, 64, dtype=torch.uint8), empty(16, 16)
+    weight = dequant_matmul.Weight(
+        empty(tiling.n_tiles, 16, 64, dtype=torch.uint8), empty(16, 16), k=1024, spec=QuantSpec(4, 64)
+    )
     for int8 in (False, True):
         launches = dequant_matmul.plan(
-            empty(MANY, 1024),
-            packed,
-            scale,
-            None,
-            None,
-            empty(MANY, 16),
-            1024,
-            4,
-            64,
-            int8=int8,
-            family="nvidia",
-            cores=132_000,
+            empty(MANY, 1024), weight, None, empty(MANY, 16), int8=int8, family="nvidia", cores=132_000
         )
         assert launches[-1].kernel is dequant_matmul.split_sum
         check(*launches)

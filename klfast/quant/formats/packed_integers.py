@@ -1,0 +1,165 @@
+"""Integers of a few bits on a uniform grid, densely packed: ``pack-quantized`` of compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.quant import layouts, packing
+from klfast.quant.formats.base import Grouping, Part, QuantFormat, Rounded, Shape
+from klfast.quant.grid import round_to_grid
+from klfast.quant.layouts import Layout, Tiling
+
+_SCALE_DTYPES = (torch.float16, *(dtype for dtype in FLOAT_DTYPES if dtype is not torch.float16))
+
+
+class PackedIntegers(QuantFormat):
+    """w = (q - zero_point) * scale with q of 4, 6 or 8 bits, signed; symmetric weights have no zero point.
+
+    The parts are packed, scale and, if asymmetric, zero_point; ``Layout`` says how each of them lies.
+    """
+
+    kind = "int"
+    layouts = (Layout.PLAIN, Layout.TILED)
+    has_zero_points = True
+
+    def __init__(self, bits: int) -> None:
+        self.bits, self.name = bits, f"int{bits}"
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+    def round(self, groups: torch.Tensor, spec: Grouping, ratios: Sequence[float], scale_dtype: torch.dtype) -> Rounded:
+        return Rounded(*round_to_grid(groups, self.range, spec.symmetric, ratios, scale_dtype))
+
+    def restore(self, rounded: Rounded) -> torch.Tensor:
+        codes, scale, zero_point = rounded
+        return (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale.float())
+
+    def parts(self, shape: Shape, spec: Grouping, layout: Layout = Layout.PLAIN) -> tuple[Part, ...]:
+        (n, k), groups = shape, spec.n_groups(shape[1])
+        if layout is Layout.TILED:
+            tiling = Tiling.of(k, self.bits, spec.group_size)
+            packed = Part("packed", (tiling.n_tiles, n, tiling.block), (torch.uint8,))
+            scale = Part("scale", (groups, n), _SCALE_DTYPES)
+            zero_point = Part("zero_point", (groups, n), (torch.uint8,))
+        else:
+            packed = Part("packed", (n, packing.packed_words(k, self.bits)), (torch.int32,))
+            scale = Part("scale", (n, groups), _SCALE_DTYPES)
+            zero_point = Part("zero_point", (packing.packed_words(n, self.bits), groups), (torch.int32,))
+        return (packed, scale) if spec.symmetric else (packed, scale, zero_point)
+
+    def encode(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> list[torch.Tensor]:
+        parts = [packing.pack(self._stored(codes), self.bits), scale]
+        if zero_point is not None:
+            parts.append(packing.pack(self._stored(zero_point).T, self.bits).T.contiguous())
+        return parts
+
+    def decode(
+        self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        packed, scale, *zero_point = parts
+        dtype = dtype or scale.dtype
+        n, k = shape
+        length = spec.group_length(k)
+        values = self._signed(packing.unpack(packed, self.bits, k)).to(dtype)
+        for words in zero_point:
+            zero = self._signed(packing.unpack(words.T, self.bits, n).T).to(dtype)
+            values = values - zero.repeat_interleave(length, 1)[:, :k]
+        return values * scale.to(dtype).repeat_interleave(length, 1)[:, :k]
+
+    def decode_rows(
+        self,
+        parts: Sequence[torch.Tensor],
+        index: torch.Tensor,
+        shape: Shape,
+        spec: Grouping,
+        layout: Layout = Layout.PLAIN,
+    ) -> torch.Tensor:
+        if layout is Layout.TILED:
+            flat = index.reshape(-1)
+            packed, *of_groups = parts
+            some = [packed[:, flat], *(part[:, flat] for part in of_groups)]
+            some_shape = (flat.numel(), shape[1])
+            plain = self.convert(some, some_shape, spec, layout, Layout.PLAIN)
+            return self.decode(plain, some_shape, spec, torch.float32).view(*index.shape, shape[1])
+        packed, scale, *zero_point = parts
+        k, length = shape[1], spec.group_length(shape[1])
+        values = packing.unpack(F.embedding(index, packed), self.bits, k)
+        if ragged := -k % length:
+            values = F.pad(values, (0, ragged))
+        groups = values.view(*index.shape, scale.shape[1], length)
+        zero = -self.range[0] if not zero_point else packing.unpack_rows(zero_point[0], self.bits, index).unsqueeze(-1)
+        return ((groups.float() - zero) * F.embedding(index, scale).float().unsqueeze(-1)).flatten(-2)[..., :k]
+
+    def slice_rows(
+        self, parts: Sequence[torch.Tensor], rows: slice, layout: Layout = Layout.PLAIN
+    ) -> list[torch.Tensor]:
+        packed, scale, *zero_point = parts
+        if layout is Layout.TILED:
+            return [part[:, rows] for part in parts]
+        words = slice(rows.start * self.bits // 32, packing.packed_words(rows.stop, self.bits))
+        return [packed[rows], scale[rows], *(part[words] for part in zero_point)]
+
+    def convert(
+        self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, source: Layout, target: Layout
+    ) -> list[torch.Tensor]:
+        if source is target:
+            return list(parts)
+        (n, k), (packed, scale, *zero_point) = shape, parts
+        scale = scale.T.contiguous()
+        if target is Layout.PLAIN:
+            values = layouts.from_tiles(packed, k, self.bits, spec.group_size)
+            zeros = [packing.pack(part, self.bits).T.contiguous() for part in zero_point]
+            return [packing.pack(values, self.bits), scale, *zeros]
+        zeros = [packing.unpack(part.T, self.bits, n).contiguous() for part in zero_point]
+        filler = zeros[0] if zeros else torch.full_like(scale, -self.range[0], dtype=torch.uint8)
+        values = packing.unpack(packed, self.bits, k)
+        return [layouts.to_tiles(values, filler, self.bits, spec.group_size), scale, *zeros]
+
+    def storable_group(self, group_size: int, in_features: int) -> int:
+        """As the base class; the format has no shorter last group.
+
+        compressed-tensors 0.20 raises "tensor column shape must be divisble by the given group_size". Any divisor will
+        do, down to 1.
+        """
+        if group_size == -1 or in_features == 0:
+            return group_size
+        if group_size >= in_features:
+            return -1
+        return next(size for size in range(group_size, 0, -1) if in_features % size == 0)
+
+    def to_compressed_tensors(self, spec: Grouping) -> dict[str, object]:
+        return {
+            "format": "pack-quantized",
+            "weights": {
+                "num_bits": self.bits,
+                "type": "int",
+                "symmetric": spec.symmetric,
+                "strategy": "channel" if spec.group_size == -1 else "group",
+                "group_size": None if spec.group_size == -1 else spec.group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+
+    def from_compressed_tensors(self, group: Mapping[str, object]) -> tuple[int, bool] | None:
+        weights = group["weights"]
+        if weights["num_bits"] != self.bits:
+            return None
+        return -1 if weights["group_size"] is None else weights["group_size"], weights["symmetric"]
+
+    def _stored(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return q - q_min of signed q, uint8."""
+        return (codes.to(torch.int16) - self.range[0]).to(torch.uint8)
+
+    def _signed(self, stored: torch.Tensor) -> torch.Tensor:
+        return (stored.to(torch.int16) + self.range[0]).to(torch.int8)
+
+
+INT4, INT6, INT8 = (PackedIntegers(bits) for bits in (4, 6, 8))

@@ -1,0 +1,147 @@
+"""QuantSpec: how a weight matrix is quantized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from klfast.core.errors import InvalidInputError
+from klfast.quant.formats import FORMATS, QuantFormat
+
+SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
+SHAPE_BYTES = 16  # of a saved weight_shape, int64 [2], which each quantized layer has
+_FORMATS = {(each.kind, each.bits): each for each in FORMATS.values()}
+
+
+@dataclass(frozen=True, order=True)
+class QuantSpec:
+    """How a weight matrix is quantized: in which format, and how many weights share a scale.
+
+    Attributes:
+        bits: of a weight, without its share of the scales: 4, 6 or 8.
+        group_size: consecutive input features that share a scale; -1 for one group per output channel. Where it
+            does not divide the number of input features, the last group is shorter.
+        symmetric: True for w = q * scale; False for w = (q - zero_point) * scale.
+        kind: with ``bits`` the format's name (``klfast.quant.formats``); "int" rounds to nearest on a uniform grid.
+
+    ``str(spec)`` is for instance ``"int4-g64-sym"``, and ``QuantSpec.parse`` reads it back.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = True
+    kind: str = "int"
+
+    def __post_init__(self) -> None:
+        known = [bits for kind, bits in _FORMATS if kind == self.kind]
+        if not known:
+            raise InvalidInputError(f"the formats are {', '.join(FORMATS)}; none is of the kind {self.kind!r}")
+        if not isinstance(self.bits, int) or self.bits not in known:
+            raise InvalidInputError(f"bits must be {_either(known)}, an integer, got {self.bits!r}")
+        if (
+            not isinstance(self.group_size, int)
+            or isinstance(self.group_size, bool)
+            or (self.group_size < 1 and self.group_size != -1)
+        ):
+            raise InvalidInputError(
+                f"group_size must be a positive integer, or -1 for one group a row, got {self.group_size!r}"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise InvalidInputError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if not (self.symmetric or self.format.has_zero_points):
+            raise InvalidInputError(f"{self.format.name} has no zero points; symmetric must be True")
+
+    def __str__(self) -> str:
+        return self.text
+
+    @cached_property
+    def text(self) -> str:
+        """The spec as text, such as "int4-g64-sym"."""
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.format.name}-{group}-{'sym' if self.symmetric else 'asym'}"
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Return the spec that prints as ``text``; ``int4`` alone stands for the default group and symmetry.
+
+        Raises:
+            InvalidInputError: the text does not describe a spec.
+        """
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                f"a quantization spec must be a QuantSpec or text such as int4-g64-sym, got {type(text).__name__}"
+            )
+        match = re.fullmatch(r"([a-z]+[0-9]+)(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?", text)
+        if match is None or match[1] not in FORMATS:
+            raise InvalidInputError(
+                f"{text!r} is not a quantization spec (examples: int4-g64-sym, int8-channel-asym; "
+                f"formats: {', '.join(FORMATS)})"
+            )
+        name, group, symmetry = match.groups()
+        size = cls.group_size if group is None else -1 if group == "channel" else int(group[1:])
+        return cls(FORMATS[name].bits, size, symmetry != "asym", FORMATS[name].kind)
+
+    @classmethod
+    def of(cls, spec: QuantSpec | str) -> QuantSpec:
+        """Return ``spec`` itself, or the one that its text describes (see ``parse``)."""
+        return spec if isinstance(spec, cls) else cls.parse(spec)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_compressed_tensors(cls, group: Mapping[str, object]) -> QuantSpec:
+        """Return the spec of a config group in compressed-tensors' quantization_config.
+
+        Raises:
+            KeyError, TypeError, InvalidInputError: the group is damaged, or of a format that klfast does not know.
+        """
+        for each in FORMATS.values():
+            if (found := each.from_compressed_tensors(group)) is not None:
+                return cls(each.bits, *found, each.kind)
+        raise InvalidInputError(f"none of the formats {', '.join(FORMATS)} has such weights: {group['weights']!r}")
+
+    @property
+    def format(self) -> QuantFormat:
+        """What knows how such weights are rounded, stored and saved."""
+        return _FORMATS[self.kind, self.bits]
+
+    @property
+    def q_min(self) -> int:
+        return self.format.range[0]
+
+    @property
+    def q_max(self) -> int:
+        return self.format.range[1]
+
+    def group_length(self, in_features: int) -> int:
+        """Input features in each group but a shorter last one."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def n_groups(self, in_features: int) -> int:
+        length = self.group_length(in_features)
+        return -(-in_features // length) if in_features else 0
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a quantized [N, K] weight: all its parts."""
+        return self.format.nbytes(shape, self)
+
+    def saved_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that a quantized [N, K] weight has in a saved file: ``nbytes`` and weight_shape. Names and offsets, which
+        stand in the file's header, are not counted.
+        """
+        return self.nbytes(shape) + SHAPE_BYTES
+
+
+def storable_spec(spec: QuantSpec, in_features: int) -> QuantSpec:
+    """The spec nearest to ``spec`` that a saved [N, in_features] weight can have.
+
+    The result's group is the largest size that the format can store and that is not above the one asked for, so that its
+    error is no larger: 1600 inputs in groups of 128 become groups of 100. A group as long as the row, or longer, becomes
+    -1, which is the same numbers. In memory (``quantize``, the kernels) every group size is allowed.
+    """
+    size = spec.format.storable_group(spec.group_size, in_features)
+    return spec if size == spec.group_size else replace(spec, group_size=size)
+
+
+def _either(bits: list[int]) -> str:
+    return f"{', '.join(map(str, bits[:-1]))} or {bits[-1]}" if bits[1:] else str(bits[0])
