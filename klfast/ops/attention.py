@@ -7,11 +7,13 @@ import torch
 from klfast import reference
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
+from klfast.dispatch.arguments import DecodeAttention, schema
 from klfast.dispatch.checks import public, same_device
 from klfast.dispatch.registry import define
 
 
-def _check(q, k, v, scale):
+def _check(a: DecodeAttention) -> None:
+    q, k, v, _ = a
     for name, t, dims in (("q", q, 3), ("k", k, 4), ("v", v, 4)):
         if t.dtype not in FLOAT_DTYPES or t.dim() != dims:
             raise InvalidInputError(
@@ -30,15 +32,16 @@ def _check(q, k, v, scale):
     same_device("decode_attention", q, k, v)
 
 
-def _fake(q, k, v, scale):
-    return q.new_empty(*q.shape[:2], v.shape[-1])
+def _fake(a: DecodeAttention) -> torch.Tensor:
+    return a.q.new_empty(*a.q.shape[:2], a.v.shape[-1])
 
 
 define(
-    "decode_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
+    schema("decode_attention", DecodeAttention, "Tensor"),
+    arguments=DecodeAttention,
     check=_check,
     fake=_fake,
-    reference=reference.decode_attention,
+    reference=lambda a: reference.decode_attention(*a),
 )
 
 

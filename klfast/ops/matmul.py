@@ -9,6 +9,7 @@ from klfast.backends.operands import MatmulArgs
 from klfast.core.arguments import check_activation
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
+from klfast.dispatch.arguments import Linear, schema
 from klfast.dispatch.checks import public, same_device
 from klfast.dispatch.registry import define
 from klfast.ops import transforms
@@ -81,7 +82,8 @@ def dequant_matmul(
 # linear -----------------------------------------------------------------------------------------------------------
 
 
-def _check_linear(x, weight, bias, dtype):
+def _check_linear(a: Linear) -> None:
+    x, weight, bias, dtype = a
     for name, t, dim in (("x", x, 1), ("weight", weight, 2)):
         if t.dtype not in FLOAT_DTYPES or t.dim() < dim:
             raise InvalidInputError(
@@ -100,15 +102,16 @@ def _check_linear(x, weight, bias, dtype):
     same_device("linear", x, weight, bias)
 
 
-def _fake_linear(x, weight, bias, dtype):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+def _fake_linear(a: Linear) -> torch.Tensor:
+    return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=a.dtype)
 
 
 define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? dtype) -> Tensor",
+    schema("linear", Linear, "Tensor"),
+    arguments=Linear,
     check=_check_linear,
     fake=_fake_linear,
-    reference=reference.linear,
+    reference=lambda a: reference.linear(*a),
 )
 linear_op = torch.ops.klfast.linear.default
 

@@ -6,27 +6,22 @@ import torch
 
 from klfast import reference
 from klfast.core.errors import InvalidInputError
+from klfast.dispatch.arguments import RmsNorm, schema
 from klfast.dispatch.checks import check_sizes, public
 from klfast.dispatch.registry import define
 
 
-def _check_rms_norm(x, weight, gate, eps, group_size):
-    op = "rms_norm"
-    check_sizes(op, {}, x=(x, "ABD"), weight=(weight, "D"), gate=(gate, "ABD"))
-    if group_size < 1 or x.shape[-1] % group_size:
-        raise InvalidInputError(f"{op}: group_size must divide the {x.shape[-1]} channels, got {group_size}")
+def _check(a: RmsNorm) -> None:
+    check_sizes("rms_norm", {}, x=(a.x, "ABD"), weight=(a.weight, "D"), gate=(a.gate, "ABD"))
+    if a.group_size < 1 or a.x.shape[-1] % a.group_size:
+        raise InvalidInputError(f"rms_norm: group_size must divide the {a.x.shape[-1]} channels, got {a.group_size}")
 
 
-def _fake_rms_norm(x, weight, gate, eps, group_size):
-    return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+def _fake(a: RmsNorm) -> torch.Tensor:
+    return torch.empty(a.x.shape, dtype=torch.promote_types(a.x.dtype, a.weight.dtype), device=a.x.device)
 
 
-define(
-    "rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, int group_size) -> Tensor",
-    check=_check_rms_norm,
-    fake=_fake_rms_norm,
-    reference=reference.rms_norm,
-)
+define(schema("rms_norm", RmsNorm, "Tensor"), arguments=RmsNorm, check=_check, fake=_fake, reference=reference.rms_norm)
 
 
 @public

@@ -13,12 +13,20 @@ import torch
 
 from klfast.backends.operands import empty_channel_last
 from klfast.core.errors import InvalidInputError
+from klfast.dispatch.arguments import (
+    CausalConv1d,
+    CausalConv1dUpdate,
+    MambaChunkScan,
+    SelectiveScan,
+    SelectiveStateUpdate,
+    schema,
+)
 from klfast.dispatch.checks import check_groups, check_sizes, public, refuse_options
 from klfast.dispatch.registry import define
 from klfast.reference import ssm as reference_ssm
 
 
-def _is_silu(op, activation):
+def _is_silu(op: str, activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise InvalidInputError(f'{op}: activation must be None, "silu" or "swish", got {activation!r}')
     return activation is not None
@@ -27,34 +35,35 @@ def _is_silu(op, activation):
 # causal_conv1d ----------------------------------------------------------------------------------------------------
 
 
-def _check_conv(op, x, weight, bias, state, state_name, silu):
-    sizes = {}
-    check_sizes(op, sizes, x=(x, "BDL"), weight=(weight, "DW"), bias=(bias, "D"), **{state_name: (state, "BDS")})
+def _check_conv(op: str, a: CausalConv1d | CausalConv1dUpdate, state: torch.Tensor | None, state_name: str) -> None:
+    sizes: dict[str, int] = {}
+    check_sizes(op, sizes, x=(a.x, "BDL"), weight=(a.weight, "DW"), bias=(a.bias, "D"), **{state_name: (state, "BDS")})
     if sizes["W"] < 1:
-        raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(weight.shape)}")
+        raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(a.weight.shape)}")
     if state is not None and sizes["S"] < sizes["W"] - 1:
         raise InvalidInputError(
             f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}"
         )
 
 
-def _check_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    for name, state in (("initial_states", initial_states), ("final_states_out", final_states_out)):
-        _check_conv("causal_conv1d_fn", x, weight, bias, state, name, silu)
-        if state is not None and state.shape[-1] != (past := weight.shape[-1] - 1):
+def _check_causal_conv1d(a: CausalConv1d) -> None:
+    for name, state in (("initial_states", a.initial_states), ("final_states_out", a.final_states_out)):
+        _check_conv("causal_conv1d_fn", a, state, name)
+        if state is not None and state.shape[-1] != (past := a.weight.shape[-1] - 1):
             raise InvalidInputError(
-                f"causal_conv1d_fn: {name} must be [{x.shape[0]}, {x.shape[1]}, {past}], got {list(state.shape)}"
+                f"causal_conv1d_fn: {name} must be [{a.x.shape[0]}, {a.x.shape[1]}, {past}], got {list(state.shape)}"
             )
 
 
-def _fake_causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    return empty_channel_last(x)
+def _fake_conv(a: CausalConv1d | CausalConv1dUpdate) -> torch.Tensor:
+    return empty_channel_last(a.x)
 
 
 define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor(a!)? final_states_out, bool silu) -> Tensor",
+    schema("causal_conv1d", CausalConv1d, "Tensor"),
+    arguments=CausalConv1d,
     check=_check_causal_conv1d,
-    fake=_fake_causal_conv1d,
+    fake=_fake_conv,
     reference=reference_ssm.causal_conv1d,
 )
 
@@ -100,18 +109,15 @@ def causal_conv1d_fn(
     return (out, final_states_out) if return_final_states else out
 
 
-def _check_causal_conv1d_update(x, conv_state, weight, bias, silu):
-    _check_conv("causal_conv1d_update", x, weight, bias, conv_state, "conv_state", silu)
-
-
-def _fake_causal_conv1d_update(x, conv_state, weight, bias, silu):
-    return empty_channel_last(x)
+def _check_causal_conv1d_update(a: CausalConv1dUpdate) -> None:
+    _check_conv("causal_conv1d_update", a, a.conv_state, "conv_state")
 
 
 define(
-    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    schema("causal_conv1d_update", CausalConv1dUpdate, "Tensor"),
+    arguments=CausalConv1dUpdate,
     check=_check_causal_conv1d_update,
-    fake=_fake_causal_conv1d_update,
+    fake=_fake_conv,
     reference=reference_ssm.causal_conv1d_update,
 )
 
@@ -152,38 +158,39 @@ def causal_conv1d_update(
 # selective_scan ---------------------------------------------------------------------------------------------------
 
 
-def _check_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
-    op, sizes = "selective_scan_fn", {}
+def _check_selective_scan(a: SelectiveScan) -> None:
+    sizes: dict[str, int] = {}
+    op = "selective_scan_fn"
     check_sizes(
         op,
         sizes,
-        u=(u, "BDL"),
-        delta=(delta, "BDL"),
-        A=(A, "DN"),
-        B=(B, "BGNL"),
-        C=(C, "BGNL"),
-        D=(D, "D"),
-        z=(z, "BDL"),
-        delta_bias=(delta_bias, "D"),
-        initial_states=(initial_states, "BDN"),
+        u=(a.u, "BDL"),
+        delta=(a.delta, "BDL"),
+        A=(a.A, "DN"),
+        B=(a.B, "BGNL"),
+        C=(a.C, "BGNL"),
+        D=(a.D, "D"),
+        z=(a.z, "BDL"),
+        delta_bias=(a.delta_bias, "D"),
+        initial_states=(a.initial_states, "BDN"),
     )
     check_groups(op, "channels", sizes["D"], sizes["G"])
 
 
-def _fake_selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
-    return empty_channel_last(u), u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
+def _fake_selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_channel_last(a.u), a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
 
 
 define(
-    "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "Tensor? initial_states, bool delta_softplus) -> (Tensor, Tensor)",
+    schema("selective_scan", SelectiveScan, "(Tensor, Tensor)"),
+    arguments=SelectiveScan,
     check=_check_selective_scan,
     fake=_fake_selective_scan,
     reference=reference_ssm.selective_scan,
 )
 
 
-def _grouped(t, u):
+def _grouped(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """B or C as [B, G, N, L]: from [B, N, L] (one group) or [D, N] (constant in time, a group a channel)."""
     if t.dim() == 3:
         return t.unsqueeze(1)
@@ -233,31 +240,32 @@ def selective_scan_fn(
 # selective_state_update -------------------------------------------------------------------------------------------
 
 
-def _check_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    op, sizes = "selective_state_update", {}
+def _check_selective_state_update(a: SelectiveStateUpdate) -> None:
+    sizes: dict[str, int] = {}
+    op = "selective_state_update"
     check_sizes(
         op,
         sizes,
-        state=(state, "BHPN"),
-        x=(x, "BHP"),
-        dt=(dt, "BHP"),
-        A=(A, "HPN"),
-        B=(B, "BGN"),
-        C=(C, "BGN"),
-        D=(D, "HP"),
-        z=(z, "BHP"),
-        dt_bias=(dt_bias, "HP"),
+        state=(a.state, "BHPN"),
+        x=(a.x, "BHP"),
+        dt=(a.dt, "BHP"),
+        A=(a.A, "HPN"),
+        B=(a.B, "BGN"),
+        C=(a.C, "BGN"),
+        D=(a.D, "HP"),
+        z=(a.z, "BHP"),
+        dt_bias=(a.dt_bias, "HP"),
     )
     check_groups(op, "heads", sizes["H"], sizes["G"])
 
 
-def _fake_selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    return x.new_empty(x.shape)
+def _fake_selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
+    return a.x.new_empty(a.x.shape)
 
 
 define(
-    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    schema("selective_state_update", SelectiveStateUpdate, "Tensor"),
+    arguments=SelectiveStateUpdate,
     check=_check_selective_state_update,
     fake=_fake_selective_state_update,
     reference=reference_ssm.selective_state_update,
@@ -309,43 +317,36 @@ def selective_state_update(
 # mamba_chunk_scan -------------------------------------------------------------------------------------------------
 
 
-def _check_mamba_chunk_scan(
-    x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states
-):
-    op, sizes = "mamba_chunk_scan_combined", {}
+def _check_mamba_chunk_scan(a: MambaChunkScan) -> None:
+    sizes: dict[str, int] = {}
+    op = "mamba_chunk_scan_combined"
     check_sizes(
         op,
         sizes,
-        x=(x, "BLHP"),
-        dt=(dt, "BLH"),
-        A=(A, "H"),
-        B=(B, "BLGN"),
-        C=(C, "BLGN"),
-        D=(D, "HP"),
-        z=(z, "BLHP"),
-        dt_bias=(dt_bias, "H"),
-        initial_states=(initial_states, "BHPN"),
+        x=(a.x, "BLHP"),
+        dt=(a.dt, "BLH"),
+        A=(a.A, "H"),
+        B=(a.B, "BLGN"),
+        C=(a.C, "BLGN"),
+        D=(a.D, "HP"),
+        z=(a.z, "BLHP"),
+        dt_bias=(a.dt_bias, "H"),
+        initial_states=(a.initial_states, "BHPN"),
     )
     check_groups(op, "heads", sizes["H"], sizes["G"])
-    if not dt_min <= dt_max:
-        raise InvalidInputError(f"{op}: dt_limit must be (low, high) with low <= high, got ({dt_min}, {dt_max})")
+    if not a.dt_min <= a.dt_max:
+        raise InvalidInputError(f"{op}: dt_limit must be (low, high) with low <= high, got ({a.dt_min}, {a.dt_max})")
 
 
-def _fake_mamba_chunk_scan(
-    x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states
-):
-    batch, _, heads, dim = x.shape
-    final = (
-        x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32)
-        if return_final_states
-        else x.new_empty(0, dtype=torch.float32)
-    )
-    return x.new_empty(x.shape), final
+def _fake_mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, heads, dim = a.x.shape
+    shape = (batch, heads, dim, a.B.shape[-1]) if a.return_final_states else (0,)
+    return a.x.new_empty(a.x.shape), a.x.new_empty(shape, dtype=torch.float32)
 
 
 define(
-    "mamba_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)",
+    schema("mamba_chunk_scan", MambaChunkScan, "(Tensor, Tensor)"),
+    arguments=MambaChunkScan,
     check=_check_mamba_chunk_scan,
     fake=_fake_mamba_chunk_scan,
     reference=reference_ssm.mamba_chunk_scan,

@@ -12,6 +12,7 @@ from klfast.backends.cpu.buffers import empty
 from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
 from klfast.backends.operands import FEW_ROWS, MatmulArgs
 from klfast.dispatch import pins
+from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import Layout
 from klfast.quant.spec import QuantSpec
 
@@ -30,7 +31,12 @@ def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
     return y
 
 
-def why_torch_multiplies(x, weight=None, bias=None, dtype=None):
+def why_torch_multiplies(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """Why ``linear`` takes torch's own product, with a conversion after it; empty if its kernel is faster (docs/KERNEL_NOTES.md).
 
     torch is faster in float32, and for many rows of what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
@@ -50,7 +56,9 @@ def why_torch_multiplies(x, weight=None, bias=None, dtype=None):
     return ""
 
 
-def linear(x, weight, bias, dtype):
+def linear(a: Linear) -> torch.Tensor:
+    """Multiply by torch where that is faster, else by the extension."""
+    x, weight, bias, dtype = a
     n = weight.shape[0]
     dtype = dtype or x.dtype
     if why_torch_multiplies(x, weight, bias, dtype):

@@ -7,45 +7,59 @@ import torch
 from klfast import _C
 from klfast.backends import operands
 from klfast.backends.cpu.extension import resources, view
+from klfast.dispatch.arguments import (
+    CausalConv1d,
+    CausalConv1dUpdate,
+    MambaChunkScan,
+    SelectiveScan,
+    SelectiveStateUpdate,
+)
 
 
-def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    out = operands.empty_channel_last(x)
-    past = weight.shape[1] - 1
-    states = (initial_states, final_states_out)
-    _C.causal_conv1d(
-        *map(view, (x, weight, bias, *states, out)), *x.shape, weight.shape[1], past, past, silu, *resources()
-    )
+def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
+    """Convolve a sequence, channels side by side in the result."""
+    out = operands.empty_channel_last(a.x)
+    width = a.weight.shape[1]
+    tensors = (a.x, a.weight, a.bias, a.initial_states, a.final_states_out, out)
+    _C.causal_conv1d(*map(view, tensors), *a.x.shape, width, width - 1, width - 1, a.silu, *resources())
     return out
 
 
-def causal_conv1d_update(x, conv_state, weight, bias, silu):
-    out = operands.empty_channel_last(x)
-    length = conv_state.shape[-1]
-    tensors = (x, weight, bias, conv_state, conv_state, out)
-    _C.causal_conv1d(*map(view, tensors), *x.shape, weight.shape[1], length, length, silu, *resources())
+def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
+    """Convolve what follows ``conv_state``, which moves on in place."""
+    out = operands.empty_channel_last(a.x)
+    length = a.conv_state.shape[-1]
+    tensors = (a.x, a.weight, a.bias, a.conv_state, a.conv_state, out)
+    _C.causal_conv1d(*map(view, tensors), *a.x.shape, a.weight.shape[1], length, length, a.silu, *resources())
     return out
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
-    out = operands.empty_channel_last(u)
-    state = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_states, out, state)
-    _C.selective_scan(*map(view, tensors), *u.shape, *B.shape[1:3], delta_softplus, *resources())
+def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scan a sequence; also the last state, float32."""
+    out = operands.empty_channel_last(a.u)
+    state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
+    tensors = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_states, out, state)
+    _C.selective_scan(*map(view, tensors), *a.u.shape, *a.B.shape[1:3], a.delta_softplus, *resources())
     return out, state
 
 
-def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
+    """Take one step; the state moves on in place."""
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus = a  # one step takes microseconds, and a field some 20 ns
     out = x.new_empty(x.shape)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, out)
     _C.selective_state_update(*map(view, tensors), *x.shape, *B.shape[1:], dt_softplus, *resources())
     return out
 
 
-def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
-    batch, length, heads, dim = x.shape
-    out = x.new_empty(x.shape)
-    final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else None
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, final, out)
-    _C.mamba_chunk_scan(*map(view, tensors), *x.shape, *B.shape[2:], dt_softplus, dt_min, dt_max, *resources())
-    return out, x.new_empty(0, dtype=torch.float32) if final is None else final
+def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scan a sequence with one A and dt a head; also the last state, float32, empty unless asked for."""
+    batch, _, heads, dim = a.x.shape
+    out = a.x.new_empty(a.x.shape)
+    final = None
+    if a.return_final_states:
+        final = a.x.new_empty(batch, heads, dim, a.B.shape[-1], dtype=torch.float32)
+    tensors = (a.x, a.dt, a.A, a.B, a.C, a.D, a.z, a.dt_bias, a.initial_states, final, out)
+    sizes = (*a.x.shape, *a.B.shape[2:])
+    _C.mamba_chunk_scan(*map(view, tensors), *sizes, a.dt_softplus, a.dt_min, a.dt_max, *resources())
+    return out, a.x.new_empty(0, dtype=torch.float32) if final is None else final

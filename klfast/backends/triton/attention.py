@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from klfast.dispatch.arguments import DecodeAttention
 
-def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+
+def decode_attention(a: DecodeAttention) -> torch.Tensor:
+    """Attend in q's dtype."""
     from klfast.kernels import decode_attention as kernel
     from klfast.kernels.launch import cores
 
-    y = q.new_empty(*q.shape[:2], v.shape[-1])
+    y = a.q.new_empty(*a.q.shape[:2], a.v.shape[-1])
     if y.numel():
-        for launch in kernel.plan(q.detach(), k.detach(), v.detach(), y, scale, cores=cores(q.device)):
+        for launch in kernel.plan(*(t.detach() for t in a[:3]), y, a.scale, cores=cores(a.q.device)):
             launch.run()
     return y

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from klfast.backends.operands import MatmulArgs
 from klfast.dispatch import pins
+from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import RELAID, Layout, fill_blocks
 from klfast.quant.spec import QuantSpec
 
@@ -49,8 +50,9 @@ def dequant_product(
         launch.run()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
-    """torch's own product (cuBLAS, oneDNN): no kernel of klfast's would be better."""
+def linear(a: Linear) -> torch.Tensor:
+    """Multiply by torch (cuBLAS, oneDNN): no kernel of klfast's would be better."""
+    x, weight, bias, dtype = a
     if bias is None or bias.dtype == x.dtype:
         y = F.linear(x, weight, bias)
     else:

@@ -5,33 +5,41 @@ from __future__ import annotations
 import torch
 
 from klfast.backends import operands
+from klfast.dispatch.arguments import (
+    CausalConv1d,
+    CausalConv1dUpdate,
+    MambaChunkScan,
+    SelectiveScan,
+    SelectiveStateUpdate,
+)
 
 
-def causal_conv1d(x, weight, bias, initial_states, final_states_out, silu):
-    out = _convolve(x, weight, bias, initial_states, silu)
-    if final_states_out is not None:
-        _keep_last(final_states_out, x, initial_states)
+def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
+    """Convolve a sequence, channels side by side in the result."""
+    out = _convolve(a, a.initial_states)
+    if a.final_states_out is not None:
+        _keep_last(a.final_states_out, a.x, a.initial_states)
     return out
 
 
-def causal_conv1d_update(x, conv_state, weight, bias, silu):
-    out = _convolve(x, weight, bias, conv_state, silu)
-    _keep_last(conv_state, x, conv_state)
+def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
+    """Convolve what follows ``conv_state``, which moves on in place."""
+    out = _convolve(a, a.conv_state)
+    _keep_last(a.conv_state, a.x, a.conv_state)
     return out
 
 
-def _convolve(x, weight, bias, past, silu):
+def _convolve(a: CausalConv1d | CausalConv1dUpdate, past: torch.Tensor | None) -> torch.Tensor:
     from klfast.kernels import causal_conv1d as kernel
 
-    out = operands.empty_channel_last(x)
+    out = operands.empty_channel_last(a.x)
     if out.numel():
-        kernel.plan(
-            x.detach(), weight.detach(), None if bias is None else bias.detach().contiguous(), past, out, silu
-        ).run()
+        bias = None if a.bias is None else a.bias.detach().contiguous()
+        kernel.plan(a.x.detach(), a.weight.detach(), bias, past, out, a.silu).run()
     return out
 
 
-def _keep_last(state, x, before):
+def _keep_last(state: torch.Tensor, x: torch.Tensor, before: torch.Tensor | None) -> None:
     """The last values of ``before`` (zeros if None), then x, into state [B, D, S]."""
     count, length = state.shape[-1], x.shape[-1]
     if length < count:
@@ -44,91 +52,93 @@ def _keep_last(state, x, before):
     state.copy_(x[..., x.shape[-1] - count :])
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus):
-    """[B, D, L] as heads of D / G channels each, one for each group of B and C."""
-    batch, channels, length = u.shape
-    groups = B.shape[1]
-    out = operands.empty_channel_last(u)
-    state = u.new_empty(batch, *A.shape, dtype=torch.float32)
+def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scan [B, D, L] as heads of D / G channels each, one for each group of B and C; also the last state, float32."""
+    groups = a.B.shape[1]
+    out = operands.empty_channel_last(a.u)
+    state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
 
-    def timed(t):  # [B, D, L] -> [B, L, G, D / G]
+    def timed(t: torch.Tensor | None) -> torch.Tensor | None:  # [B, D, L] -> [B, L, G, D / G]
         return None if t is None else t.transpose(1, 2).unflatten(2, (groups, -1))
 
-    def headed(t, dim):
+    def headed(t: torch.Tensor | None, dim: int) -> torch.Tensor | None:
         return None if t is None else t.unflatten(dim, (groups, -1))
 
-    B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     _scan(
-        x=timed(u),
-        dt=timed(delta),
-        a=headed(A, 0),
-        b=B,
-        c=C,
-        d=headed(D, 0),
-        bias=headed(delta_bias, 0),
-        z=timed(z),
-        first=headed(initial_states, 1),
+        x=timed(a.u),
+        dt=timed(a.delta),
+        a=headed(a.A, 0),
+        b=a.B.permute(0, 3, 1, 2),
+        c=a.C.permute(0, 3, 1, 2),
+        d=headed(a.D, 0),
+        bias=headed(a.delta_bias, 0),
+        z=timed(a.z),
+        first=headed(a.initial_states, 1),
         last=headed(state, 1),
         y=timed(out),
-        softplus=delta_softplus,
+        softplus=a.delta_softplus,
     )
     return out, state
 
 
-def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    out = x.new_empty(x.shape)
-    x, dt, z, y = (None if t is None else t.unsqueeze(1) for t in (x, dt, z, out))
+def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
+    """Take one step; the state moves on in place."""
+    out = a.x.new_empty(a.x.shape)
+    x, dt, z, y = (None if t is None else t.unsqueeze(1) for t in (a.x, a.dt, a.z, out))
     _scan(
         x=x,
         dt=dt,
-        a=A,
-        b=B.unsqueeze(1),
-        c=C.unsqueeze(1),
-        d=D,
-        bias=dt_bias,
+        a=a.A,
+        b=a.B.unsqueeze(1),
+        c=a.C.unsqueeze(1),
+        d=a.D,
+        bias=a.dt_bias,
         z=z,
-        first=state,
-        last=state,
+        first=a.state,
+        last=a.state,
         y=y,
-        softplus=dt_softplus,
+        softplus=a.dt_softplus,
     )
     return out
 
 
-def mamba_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states):
+def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scan a sequence with one A and dt a head; also the last state, float32, empty unless asked for."""
     from klfast.kernels import ssd_scan
     from klfast.kernels.launch import family
 
-    batch, _, heads, dim = x.shape
-    out = x.new_empty(x.shape)
-    final = x.new_empty(batch, heads, dim, B.shape[-1], dtype=torch.float32) if return_final_states else None
-    same = dict(
-        x=x,
-        b=B,
-        c=C,
-        d=D,
-        z=z,
-        first=initial_states,
-        last=final,
-        y=out,
-        softplus=dt_softplus,
-        dt_limit=(dt_min, dt_max),
-    )
-    if ssd_scan.is_for(x, B, C):
-        for launch in ssd_scan.plan(**_detached(dt=dt, a=A, bias=dt_bias, **same), family=family(x.device)):
+    batch, _, heads, dim = a.x.shape
+    states = a.B.shape[-1]
+    out = a.x.new_empty(a.x.shape)
+    final = a.x.new_empty(batch, heads, dim, states, dtype=torch.float32) if a.return_final_states else None
+    same = {
+        "x": a.x,
+        "b": a.B,
+        "c": a.C,
+        "d": a.D,
+        "z": a.z,
+        "first": a.initial_states,
+        "last": final,
+        "y": out,
+        "softplus": a.dt_softplus,
+        "dt_limit": (a.dt_min, a.dt_max),
+    }
+    if ssd_scan.is_for(a.x, a.B, a.C):
+        for launch in ssd_scan.plan(**_detached(dt=a.dt, a=a.A, bias=a.dt_bias, **same), family=family(a.x.device)):
             launch.run()
     else:
-        bias = None if dt_bias is None else dt_bias[:, None].expand(-1, dim)
-        _scan(dt=dt[..., None].expand(x.shape), a=A[:, None, None].expand(-1, dim, B.shape[-1]), bias=bias, **same)
-    return out, x.new_empty(0, dtype=torch.float32) if final is None else final
+        bias = None if a.dt_bias is None else a.dt_bias[:, None].expand(-1, dim)
+        rates = a.A[:, None, None].expand(-1, dim, states)
+        _scan(dt=a.dt[..., None].expand(a.x.shape), a=rates, bias=bias, **same)
+    return out, a.x.new_empty(0, dtype=torch.float32) if final is None else final
 
 
-def _scan(*, x, **operands):
+def _scan(*, x: torch.Tensor, **others: object) -> None:
     from klfast.kernels import selective_scan
 
     if x.shape[0] * x.shape[2] * x.shape[3]:
-        selective_scan.plan(**_detached(x=x, **operands)).run()
+        selective_scan.plan(**_detached(x=x, **others)).run()
 
 
-def _detached(**operands):
-    return {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in operands.items()}
+def _detached(**given: object) -> dict[str, object]:
+    return {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in given.items()}

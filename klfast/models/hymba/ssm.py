@@ -6,21 +6,21 @@ import torch
 
 from klfast import ops
 from klfast.dispatch import pins
+from klfast.dispatch.arguments import CausalConv1d, CausalConv1dUpdate, SelectiveScan
 from klfast.reference import ssm as reference_ssm
 
 
 def causal_conv1d_fn(x, weight, bias, activation):
     """For gradients: as ops.causal_conv1d_fn, in plain torch. A training script may put a faster one in its place."""
     pins.slow_path("causal_conv1d_fn", list(x.shape), _NO_GRADIENTS)
-    return reference_ssm.causal_conv1d(x, weight, bias, None, None, activation == "silu")
+    return reference_ssm.causal_conv1d(CausalConv1d(x, weight, bias, None, None, activation == "silu"))
 
 
 def mamba_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False):
     """For gradients: as ops.selective_scan_fn, in plain torch. A training script may put a faster one in its place."""
     pins.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
-    y, last = reference_ssm.selective_scan(
-        u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, None, delta_softplus
-    )
+    B, C = B.unsqueeze(1), C.unsqueeze(1)
+    y, last = reference_ssm.selective_scan(SelectiveScan(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus))
     return (y, last) if return_last_state else y
 
 
@@ -33,7 +33,7 @@ def convolve(
     """silu(causal depthwise convolution) of x [B, D, L]; ``state`` [B, D, W], what came before, moves on in place."""
     if state is not None:
         if _gradients(x, weight):
-            return reference_ssm.causal_conv1d_update(x, state.detach(), weight, bias, True)
+            return reference_ssm.causal_conv1d_update(CausalConv1dUpdate(x, state.detach(), weight, bias, True))
         return ops.causal_conv1d_update(x, state, weight, bias, activation="silu")
     function = causal_conv1d_fn if _gradients(x, weight) else ops.causal_conv1d_fn
     return function(x, weight, bias, activation="silu")
@@ -58,9 +58,8 @@ def scan(u, delta, A, B, C, D, z, delta_bias, state, want_state: bool) -> tuple[
         out = function(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=want_state)
         return (out[0], out[1].detach()) if want_state else (out, None)
     if _gradients(u, delta, A):
-        y, last = reference_ssm.selective_scan(
-            u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, z, delta_bias, state, True
-        )
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
+        y, last = reference_ssm.selective_scan(SelectiveScan(u, delta, A, B, C, D, z, delta_bias, state, True))
         return y, last.detach()
     if u.shape[-1] > 1:
         return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, True, True, state)
