@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VARIANTS, batch, tiny
+from tiny_models import ACCELERATED, CONFIGS, OTHERS, STATE_SPACE, batch, tiny
 from torch import nn
 
 import klfast
@@ -18,8 +18,8 @@ from klfast.models.families.base import split
 from klfast.models.linears import linears, row_parts
 from klfast.models.sizes import unquantizable
 
-KNOWN = [name for name in (*FAMILIES, *VARIANTS) if name != "llama"]
-NEW = ["granite_hybrid", "granite_hybrid_moe", "falcon_h1", "falcon_h1_norm", "falcon_h1_gated_norm"]
+KNOWN = [name for name in CONFIGS if name not in (*OTHERS, "llama")]
+NEW = [name for name in ACCELERATED if name not in STATE_SPACE]
 INT4 = klfast.QuantSpec(4, 32)
 KL = "kl_teacher_student"
 
