@@ -98,7 +98,7 @@ def test_split():
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", *NEW])
 @torch.no_grad()
 def test_the_rows_of_a_mixer_do_what_their_names_say(family, monkeypatch):
-    """A use whose rows are zero arrives at the scan as zeros, the others as they were; a closed gate lets nothing out."""
+    """Zeroed rows of a use arrive at the scan as zeros, the others as they were; a closed gate lets nothing out."""
     mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
     for layer in (mixer.conv1d, mixer.in_proj, mixer.out_proj):
         if layer.bias is not None:
