@@ -1,1 +1,1 @@
-"""What model families look like: linear layers, chains of blocks, native SSM functions."""
+"""What models are made of: linear layers, heads, chains of blocks, and the records of model families."""

@@ -61,8 +61,9 @@ def sweep(
     bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, also after an error.
 
     Args:
-        model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
-            Llama and its like).
+        model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Granite-4.0-H,
+            Falcon-H1, Hymba, Llama and its like), and whose logits are a product with its head's weight, perhaps scaled,
+            capped or with a bias.
         batches: calibration text: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], windows [T], or
             dicts with input_ids and attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every window
             is measured as if it were alone, without its padding. How windows are grouped makes no difference.
@@ -76,8 +77,8 @@ def sweep(
             ("in_proj"), a glob ("layers.0.*") or "re:" and a regular expression. If the head is tied to the embedding,
             quantizing it changes the embedding, too.
         exclude: layers to leave out, chosen in the same way.
-        rows: also measure, into ``Sensitivities.rows``, each use that the rows of one layer are split between, such as the
-            queries, keys, values, input and gate in Hymba's in_proj. Plans do not need it; it shows which part hurts.
+        rows: also measure, into ``Sensitivities.rows``, each use that the rows of one layer are split between, such as
+            the gate, input, B, C and step size in Mamba-2's in_proj. Plans do not need it; it shows which part hurts.
         scale: how scales are chosen, as in ``klfast.quantize``.
         max_batch_tokens: at most so many tokens go through a block at a time (but at least one window).
         dtype: what a model with smaller floating-point weights computes in meanwhile. None for the model's own dtype,

@@ -135,7 +135,10 @@ OF_ONE_HYBRID = [
 
 @pytest.mark.parametrize(
     "family, changes",
-    [*((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1")), *OF_ONE_HYBRID],
+    [
+        *((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1")),
+        *(case for case in OF_ONE_HYBRID if case[0] in ACCELERATED),
+    ],
     ids=str,
 )
 def test_every_configuration_of_a_hybrid_computes_what_transformers_does(family, changes, monkeypatch):

@@ -2,10 +2,11 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VARIANTS, batch, tiny
+from tiny_models import ACCELERATED, CONFIGS, OTHERS, STATE_SPACE, batch, tiny
 from torch import nn
 
 import klfast
@@ -17,8 +18,8 @@ from klfast.models.families.base import split
 from klfast.models.linears import linears, row_parts
 from klfast.models.sizes import unquantizable
 
-KNOWN = [name for name in (*FAMILIES, *VARIANTS) if name != "llama"]
-NEW = ["granite_hybrid", "granite_hybrid_moe", "falcon_h1", "falcon_h1_norm", "falcon_h1_gated_norm"]
+KNOWN = [name for name in CONFIGS if name not in (*OTHERS, "llama")]
+NEW = [name for name in ACCELERATED if name not in STATE_SPACE]
 INT4 = klfast.QuantSpec(4, 32)
 KL = "kl_teacher_student"
 
@@ -94,53 +95,53 @@ def test_split():
     assert split(a=2, b=3) == {"a": (0, 2), "b": (2, 5)} and split() == {}
 
 
-@pytest.mark.parametrize("family", ["mamba2", *NEW])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", *NEW])
 @torch.no_grad()
-def test_the_rows_of_a_mamba2_mixer_do_what_their_names_say(family):
-    mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
-    mixer.conv1d.bias.zero_()
-    ranges = rows_of(mixer)["in_proj"]
-    hidden = torch.randn(2, 7, 64)
-
-    def output(scale):
-        """With the rows of some uses multiplied."""
-        changed = copy.deepcopy(mixer)
-        for use, factor in scale.items():
-            changed.in_proj.weight[slice(*ranges[use])] *= factor
-        return changed(hidden_states=hidden)
-
-    assert output({}).abs().max() > 1e-2
-    for use in ("x", "z"):
-        assert output({use: 0}).abs().max() == 0, use  # no input; the gate is closed
-    for one, other in (("B", "C"), ("C", "B")):  # no state, or none of it read
-        assert torch.equal(output({one: 0}), output({one: 0, other: 3}))
-        assert (output({}) - output({one: 0})).abs().max() > 1e-4
-    assert (output({"dt": 2}) - output({})).abs().max() > 1e-4
-    assert torch.equal(output({"B": 0, "dt": 0}), output({"B": 0}))  # the step size acts through the state alone
-
-
-@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
-@torch.no_grad()
-def test_the_rows_of_a_mamba_mixer_do_what_their_names_say(family):
+def test_the_rows_of_a_mixer_do_what_their_names_say(family, monkeypatch):
+    """Zeroed rows of a use arrive at the scan as zeros, the others as they were; a closed gate lets nothing out."""
     mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
     for layer in (mixer.conv1d, mixer.in_proj, mixer.out_proj):
         if layer.bias is not None:
             layer.bias.zero_()
-    ranges, hidden = rows_of(mixer), torch.randn(2, 7, 64)
+    module = sys.modules[type(mixer).__module__]
+    name = "mamba_selective_scan" if hasattr(mixer, "x_proj") else "mamba2_chunk_scan"
+    seen, real = {}, getattr(module, name)
 
-    def output(layer, scale):
+    def scan(x, dt, A, B, C, *args, **kwargs):
+        seen.update(x=x, dt=dt, B=B, C=C)
+        return real(x, dt, A, B, C, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, scan)
+    hidden = torch.randn(2, 7, 64)
+
+    def run(layer, use=None):
         changed = copy.deepcopy(mixer)
-        for use, factor in scale.items():
-            getattr(changed, layer).weight[slice(*ranges[layer][use])] *= factor
-        return changed(hidden)
+        if use is not None:
+            getattr(changed, layer).weight[slice(*rows_of(mixer)[layer][use])] = 0
+        output = changed(hidden_states=hidden)
+        return output, dict(seen)
 
-    assert output("in_proj", {"x": 0}).abs().max() == output("in_proj", {"z": 0}).abs().max() == 0
-    assert (output("in_proj", {"x": 2}) - output("in_proj", {"z": 2})).abs().max() > 1e-3
-    for one, other in (("B", "C"), ("C", "B")):
-        assert (output("x_proj", {}) - output("x_proj", {one: 0})).abs().max() > 1e-5
-        if family == "mamba":  # FalconMamba norms them
-            assert torch.equal(output("x_proj", {one: 0}), output("x_proj", {one: 0, other: 3}))
-    assert (output("x_proj", {}) - output("x_proj", {"dt": 0})).abs().max() > 1e-6
+    for layer, uses in rows_of(mixer).items():
+        whole, before = run(layer)
+        assert whole.abs().max() > 1e-2
+        for use in uses:
+            output, after = run(layer, use)
+            if use == "z":
+                assert output.abs().max() == 0 and all(torch.equal(after[one], before[one]) for one in before)
+                continue
+            assert after[use].abs().max() == 0 < before[use].abs().max()
+            if not (layer == "in_proj" and hasattr(mixer, "x_proj")):  # from whose output dt, B and C are made
+                assert all(torch.equal(after[one], before[one]) for one in before if one != use)
+
+
+@pytest.mark.parametrize("family", ["granite_hybrid", "granite_hybrid_moe"])
+@torch.no_grad()
+def test_the_rows_of_granites_mlp_do_what_their_names_say(family):
+    mlp = next(module for module in tiny(family).modules() if type(module).__name__ == "GraniteMoeHybridMLP")
+    ranges, hidden = rows_of(mlp)["input_linear"], torch.randn(2, 64)
+    linear = copy.deepcopy(mlp)
+    linear.input_linear.weight[slice(*ranges["up"])] *= -2  # the gate's activation is not linear
+    torch.testing.assert_close(linear(hidden), -2 * mlp(hidden))
 
 
 # The pipeline -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def rms_norm(norm: nn.Module) -> Norm:
 
 def gated_rms_norm(norm: nn.Module) -> Norm:
     """Of Mamba-2's norm: the gate comes first, each group of channels has its own mean."""
-    return Norm(norm.weight, norm.variance_epsilon, norm.group_size)
+    return Norm(norm.weight, norm.variance_epsilon, getattr(norm, "group_size", None))
 
 
 def mamba1_rows(mixer: nn.Module) -> Mapping[str, Rows]:

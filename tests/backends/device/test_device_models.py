@@ -3,12 +3,12 @@
 import pytest
 import torch
 from klfast.kernels.launch import Launch
-from tiny_models import FAMILIES, VOCABULARY, tiny
+from tiny_models import STATE_SPACE, VOCABULARY, tiny
 
 import klfast
 
 
-@pytest.fixture(params=[family for family in FAMILIES if "mamba" in family])
+@pytest.fixture(params=STATE_SPACE)
 def model(request, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the plain model's convolution
     return tiny(request.param).to(device)
