@@ -1,8 +1,7 @@
 """Build of the C++ extension klfast._C.
 
-It does not link torch, so one binary serves every torch version. Each ISA tier is one
-translation unit (named after its tier) with flags of its own; all else is compiled for the
-architecture's baseline, so that a wheel runs anywhere.
+It does not link torch, so one binary serves every torch version. Each ISA tier's translation units (named after the
+tier) have their own flags; the rest is compiled for the architecture's baseline, so that a wheel runs anywhere.
 """
 
 import math
@@ -38,16 +37,16 @@ TIER_FLAGS = {  # file name without suffix -> flags
     "avx512bf16": [*AVX512_VNNI, "-mavx512bf16"],
     "amx": [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
-# For tests on a machine with AVX-512-VNNI but not AVX-VNNI: that tier with the same instructions in AVX-512's encoding.
+# For tests on a machine with AVX-512-VNNI but not AVX-VNNI: the tier with the same instructions in AVX-512's encoding.
 AVXVNNI_TWIN = os.environ.get("KLFAST_AVXVNNI_TWIN") == "1"
 if AVXVNNI_TWIN:
     TIER_FLAGS["avxvnni"] = [*AVX2, "-mavx512vl", "-mavx512vnni"]
-# Likewise where AVX-512-BF16 is there but not AMX: tiles of a model (csrc/simd/amx_model.h) take the place of registers.
+# Likewise with AVX-512-BF16 but not AMX: a model's tiles (csrc/simd/amx_model.h) replace the tile registers.
 AMX_TWIN = os.environ.get("KLFAST_AMX_TWIN") == "1"
 if AMX_TWIN:
     TIER_FLAGS["amx"] = TIER_FLAGS["avx512bf16"]
-# An instruction of each extension in a tier. An assembler older than the compiler (they come in packages of their own) takes the
-# flags, and stops at the first of these.
+# An instruction of each extension in a tier. An assembler older than the compiler (they are separate packages) accepts
+# the flags, but fails at one of these.
 AVX2_PROBE = [
     "vpabsd %ymm0, %ymm1",
     "vfmadd231ps %ymm0, %ymm1, %ymm2",
@@ -75,8 +74,8 @@ TIER_PROBES = {
     if AMX_TWIN
     else [*AVX512_BF16_PROBE, "tilezero %tmm0", "tdpbf16ps %tmm0, %tmm1, %tmm2", "tdpbssd %tmm0, %tmm1, %tmm2"],
 }
-# -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
-# -fno-tree-loop-distribute-patterns: a loop that sets a tile to zero stays one; `rep stos` takes longer than small products.
+# -ffp-contract=off: scalar and vector tiers round alike unless they use an explicit FMA.
+# -fno-tree-loop-distribute-patterns: keeps loops that zero a tile, since `rep stos` takes longer than small matmuls.
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -91,7 +90,7 @@ COMMON_FLAGS = [
 
 
 class BuildPerTier(build_ext):
-    """Compile every source with the flags of its tier; leave out tiers that the compiler or the assembler cannot build."""
+    """Compiles every source with the flags of its tier, without tiers that the compiler or assembler cannot build."""
 
     def build_extension(self, ext):
         self._check_tools()
@@ -127,7 +126,7 @@ class BuildPerTier(build_ext):
                 extra_postargs=[*flags, "-MMD", "-MF", f"{built}.d"],
                 depends=ext.depends,
             )
-            os.utime(built, ns=(started, started))  # so that what is edited meanwhile is newer
+            os.utime(built, ns=(started, started))  # so that sources edited meanwhile are newer
             record.write_text(command)
             return built
 
@@ -139,21 +138,22 @@ class BuildPerTier(build_ext):
 
     def _tiers(self):
         is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-        return (
-            [tier for tier, flags in TIER_FLAGS.items() if self._compiles(flags, TIER_PROBES[tier])] if is_x86 else []
-        )
+        if not is_x86:
+            return []
+        return [tier for tier, flags in TIER_FLAGS.items() if self._compiles(flags, TIER_PROBES[tier])]
 
     def _check_tools(self):
-        """Say what is missing in one line, before the compiler says it in many."""
+        """Report missing tools in one line, before the compiler does in many."""
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
             raise SystemExit(
-                f"klfast: the C headers of Python {version} (Python.h) are missing; install them (Debian, Ubuntu: apt install "
-                f"python{version}-dev) and try again"
+                f"klfast: the C headers of Python {version} (Python.h) are missing; "
+                f"install them (Debian, Ubuntu: apt install python{version}-dev) and try again"
             )
         if not shutil.which(compiler := self.compiler.compiler_so_cxx[0]):
             raise SystemExit(
-                f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try again"
+                f"klfast: there is no C++ compiler ({compiler}); "
+                "install one (Debian, Ubuntu: apt install g++) and try again"
             )
 
     def _compiles(self, flags, instructions):
@@ -163,26 +163,26 @@ class BuildPerTier(build_ext):
             probe.write_text(f"void probe() {{\n{lines}}}\n")
             try:
                 self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
-            except Exception as error:  # the compilers' exception classes differ by setuptools version
+            except Exception as error:  # noqa: BLE001 (the exception classes differ by setuptools version)
                 print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
                 return False
         return True
 
 
 def is_current(built, record, command):
-    """Whether an object was made by this command and is newer than all that went into it, as its .d file lists."""
+    """Return True if an object was made by this command and is newer than all inputs in its .d file."""
     try:
         if record.read_text() != command:
             return False
         inputs = Path(f"{built}.d").read_text().split(": ", 1)[1].replace("\\\n", " ").split()
         time_built = built.stat().st_mtime_ns
         return all(os.stat(path).st_mtime_ns < time_built for path in inputs)
-    except (OSError, IndexError):  # also a path with a space, which is not understood here
+    except (OSError, IndexError):  # including paths with a space, which this does not parse
         return False
 
 
 def jobs():
-    """How many sources to compile at a time: MAX_JOBS, or as many as there are CPUs for this process."""
+    """Return how many sources to compile at a time: MAX_JOBS, or the number of CPUs available to this process."""
     if asked := os.environ.get("MAX_JOBS"):
         if not (asked.isdecimal() and int(asked)):
             raise SystemExit(f"klfast: MAX_JOBS must be a positive integer, got {asked!r}")
@@ -195,7 +195,7 @@ def jobs():
 
 
 def cgroup_cpus(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """The CPUs' worth of time that the control groups (v2) of this process allow; infinity if there is no limit."""
+    """Return the number of CPUs that the control groups (v2) of this process allow; infinity if there is no limit."""
     try:
         [path] = [line[3:] for line in Path(membership).read_text().splitlines() if line.startswith("0::")]
     except (OSError, ValueError):
@@ -207,7 +207,7 @@ def cgroup_cpus(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
             quota, period = (folder / "cpu.max").read_text().split()
             allowed = min(allowed, int(quota) / int(period))
         except (OSError, ValueError, ZeroDivisionError):
-            pass  # "max", or no such file
+            pass  # "max", or the file does not exist
         if folder == Path(root):
             break
     return allowed

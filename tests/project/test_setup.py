@@ -1,4 +1,4 @@
-"""The build: which tiers an old assembler leaves, how many jobs, and what a second build compiles again."""
+"""The build: tiers with an old assembler, number of jobs, and incremental builds."""
 
 import json
 import math
@@ -35,7 +35,7 @@ customize_compiler(command.compiler)
 
 
 def python(code, folder, **environment):
-    """What the code prints as JSON on its last line."""
+    """Run code and return the JSON on the last line of its output."""
     given = {name: value for name, value in os.environ.items() if name not in ("MAX_JOBS", "CXX", "CC")} | environment
     program = PRELUDE.format(setup=str(SETUP)) + code
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=given, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def python(code, folder, **environment):
 
 
 def old_assembler(folder, *unknown):
-    """A g++ whose assembler does not know some instructions: GCC takes the flags, then its output cannot be assembled."""
+    """Return a g++ whose assembler lacks some instructions: GCC accepts the flags, but its output does not assemble."""
     wrapper = folder / "old-g++"
     wrapper.write_text(
         f"""#!{sys.executable}
@@ -64,7 +64,7 @@ sys.exit(subprocess.run([{COMPILER!r}, *arguments]).returncode)
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the tiers are x86's")
-def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
+def test_tiers_are_dropped_for_an_assembler_older_than_the_compiler(tmp_path):
     def tiers(*unknown, **environment):
         compiler = old_assembler(tmp_path, *unknown)
         return python("print(json.dumps(command._tiers()))", tmp_path, CXX=compiler, CC=compiler, **environment)
@@ -80,7 +80,7 @@ def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
     assert tiers("tdpbf16ps", r"\{vex\}", **twins) == every
 
 
-def test_a_source_that_an_old_assembler_cannot_build_is_left_out_of_the_extension(tmp_path):
+def test_sources_of_dropped_tiers_are_not_in_the_extension(tmp_path):
     (tmp_path / "amx.cpp").write_text('void amx() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }\n')
     (tmp_path / "module.cpp").write_text(
         "#ifdef KLFAST_BUILT_AMX\nvoid amx();\nvoid use() { amx(); }\n#endif\nint zero() { return 0; }\n"
@@ -94,7 +94,7 @@ print(json.dumps(glob.glob("temp/**/*.o", recursive=True)))
     assert python(code, tmp_path, CXX=compiler, CC=compiler) == ["temp/module.o"]
 
 
-def test_only_what_has_changed_is_compiled_again(tmp_path):
+def test_only_changed_sources_are_recompiled(tmp_path):
     (tmp_path / "a.cpp").write_text('#include "a.h"\nint a() { return A; }\n')
     (tmp_path / "b.cpp").write_text("int b() { return 2; }\n")
     (tmp_path / "a.h").write_text("#define A 1\n")
@@ -118,10 +118,10 @@ print(json.dumps([os.stat(f"temp/{name}.o").st_mtime_ns for name in "ab"]))
     fourth = build("-DOTHER=1")
     assert fourth[0] == third[0] and fourth[1] > third[1]
     (tmp_path / "b.cpp").write_text("int b() { return }\n")
-    with pytest.raises(AssertionError, match="b.cpp"):
+    with pytest.raises(AssertionError, match=r"b\.cpp"):
         build("-DOTHER=1")
     (tmp_path / "b.cpp").write_text("int b() { return 5; }\n")
-    os.utime(tmp_path / "b.cpp", ns=(1, 1))  # older than the last object, which a failed build must not leave
+    os.utime(tmp_path / "b.cpp", ns=(1, 1))  # older than the last object, which a failed build must remove
     assert build("-DOTHER=1")[1] > fourth[1]
 
 
@@ -152,9 +152,9 @@ def test_limits_of_control_groups(tmp_path, limits, expected):
     for folder, text in limits.items():
         (tmp_path / "root" / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / folder / "cpu.max").write_text(f"{text}\n")
-    (tmp_path / "cpu.max").write_text("1 100000")  # above the root: not looked at
+    (tmp_path / "cpu.max").write_text("1 100000")  # above the root, hence ignored
     (tmp_path / "cgroup").write_text("12:cpu:/old\n0::/a/b\n")
     code = "print(json.dumps(names['cgroup_cpus']('root', 'cgroup')))"
     assert python(code, tmp_path) == expected
-    (tmp_path / "cgroup").write_text("12:cpu:/old\n")  # version 1 alone
+    (tmp_path / "cgroup").write_text("12:cpu:/old\n")  # only version 1
     assert python(code, tmp_path) == math.inf
