@@ -1,6 +1,6 @@
 """Checks of ``klfast doctor --device``.
 
-On a GPU each kernel is checked in a process of its own, since after an illegal access, or if the driver ends the
+On a GPU each kernel is checked in a separate process, since after an illegal access, or if the driver ends the
 process, all other kernels would only repeat the error. ``python -m klfast.diagnostics.kernel_checks DEVICE OP KERNEL``
 is such a process; it writes lines of JSON.
 """
