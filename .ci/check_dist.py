@@ -1,4 +1,4 @@
-"""Check that the wheel holds the package klfast alone, whole and under 30 MB, and that the sdist can rebuild it."""
+"""Check that the wheel contains only klfast, complete and under 30 MB, and that the sdist can rebuild it."""
 
 import sys
 import tarfile
@@ -28,19 +28,21 @@ IN_SDIST = (
 
 
 def main(folder: Path) -> None:
+    """Raise AssertionError unless the wheel and the sdist in a folder are as they should be."""
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     foreign = {name.split("/")[0] for name in names} - {"klfast"}
     assert all(top.endswith(".dist-info") for top in foreign), f"the wheel holds more than klfast: {sorted(foreign)}"
     missing = [prefix for prefix in IN_WHEEL if not any(name.startswith(prefix) for name in names)]
     assert not missing, f"missing from the wheel: {missing}"
     assert wheel.stat().st_size < MAX_WHEEL_BYTES, f"the wheel has {wheel.stat().st_size:,} bytes"
-    packed = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        packed = {name.split("/", 1)[-1] for name in archive.getnames()}
     missing = [name for name in IN_SDIST if name not in packed]
     assert not missing, f"missing from the sdist: {missing}"
-    print(
-        f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(names)} files; {sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB"
-    )
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(names)} files")
+    print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The bench suite, run by ``klfast bench`` and ``make bench``; in a wheel it is installed as klfast.bench."""
+"""The bench suite, run by ``klfast bench`` and ``make bench``; installed as klfast.bench in a wheel."""

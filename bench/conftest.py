@@ -1,12 +1,14 @@
-"""The suite's frame: options, one test for each contender of each group, and what is written at the end."""
+"""Hooks of the suite: options, one test per contender of each group, and the files written at the end."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import klfast
-from klfast.benchkit.runner import Contender, Race, Times, Unavailable
+from klfast.benchkit.runner import Benchmark, Contender, Group, Race, Times, UnavailableError
 from klfast.benchkit.settings import Settings, add_options
 
 from . import machine, results, roofline
@@ -19,7 +21,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     settings = Settings.of(config)
     if settings.device != "cpu":
-        config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # the device's clock is
+        config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # but the device's clock
     torch.set_num_threads(settings.threads)
     if settings.isa is not None:
         pin = klfast.using(settings.isa)
@@ -44,24 +46,24 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.race, self.results = settings, Race(settings), results.Results()
-        self.earlier = (
-            None if settings.compare is None else results.read(settings.compare)
-        )  # now: it may be the folder that is written to
+        # Read now, since the results may be written to the same folder.
+        self.earlier = None if settings.compare is None else results.read(settings.compare)
         self.facts: dict[str, object] = {}
         self._read_gbps = 0.0
         self._bandwidth: machine.Bandwidth | None = None
 
     def start(self) -> None:
+        """Measure the machine."""
         self._bandwidth, self.facts = machine.Bandwidth(self.settings), machine.facts(self.settings)
 
-    def time(self, suite, group, name, benchmark) -> None:
+    def time(self, suite: str, group: Group, name: str, benchmark: Benchmark) -> None:
         """Check and time a contender, and add its row."""
         if self.race.enter(group):
-            self.results.write(self.settings.out, self.facts)  # what a crash of a peer would lose
+            self.results.write(self.settings.out, self.facts)  # a crash of a peer would lose them
             self._read_gbps = self._bandwidth.measure() / 1e9
         try:
             contender = self.race.contender(name)
-        except Unavailable as reason:
+        except UnavailableError as reason:
             pytest.skip(str(reason))
         benchmark.group = f"{suite} {group.name}"
         times, ratios = self.race.run(name, benchmark)
@@ -71,15 +73,22 @@ class Run:
         for ours, ratio in ratios.items():
             self.results.ratio(suite, group.name, ours, name, ratio)
 
-    def time_outside(self, suite, group, name, once, facts) -> None:
-        """Add the row of a peer that is a program of its own and times itself: ``once()`` runs it, in seconds."""
+    def time_outside(
+        self,
+        suite: str,
+        group: Group,
+        name: str,
+        once: Callable[[], float],
+        facts: Callable[[float], dict[str, object]],
+    ) -> None:
+        """Add the row of a peer that is a separate program and times itself: ``once()`` returns its seconds."""
         self.race.enter(group)
         median, ratios = self.race.run_outside(name, once)
         self.results.add(suite, group.name, name, **group.facts, median_s=median, **facts(median))
         for ours, ratio in ratios.items():
             self.results.ratio(suite, group.name, ours, name, ratio)
 
-    def _columns(self, group, contender: Contender, times: Times) -> dict[str, object]:
+    def _columns(self, group: Group, contender: Contender, times: Times) -> dict[str, object]:
         columns = {
             **group.facts,
             "median_s": times.median,
@@ -107,7 +116,7 @@ class Run:
 
 @pytest.fixture(scope="session")
 def run(request):
-    """The run; the machine is measured before the first contender."""
+    """Return the run; the machine is measured before the first contender."""
     found = request.config.klfast_run
     found.start()
     return found
@@ -115,7 +124,7 @@ def run(request):
 
 @pytest.fixture(autouse=True)
 def _without_gradients():
-    """Each test begins with the same random numbers."""
+    """Start each test with the same random numbers, in inference mode."""
     torch.manual_seed(0)
     with torch.inference_mode():
         yield

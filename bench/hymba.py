@@ -32,14 +32,14 @@ CONFIGS = {
     ),
 }
 INT4, INT8 = QuantSpec(4, 64), QuantSpec(8, 64)
-_SENSITIVE = ("x_proj", "dt_proj", "lm_head")  # small, or known to hurt at 4 bits
+_SENSITIVE = ("x_proj", "dt_proj", "lm_head")  # small, or known to suffer at 4 bits
 
 
 def build(name: str) -> HymbaForCausalLM:
-    """A model in bfloat16 with the initial weights of training; the same each time."""
+    """Return a model in bfloat16 with the initial weights of training, the same each time."""
     torch.manual_seed(0)
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # at once: float32 first would take twice the memory
+    torch.set_default_dtype(torch.bfloat16)  # directly, since float32 would take twice the memory
     try:
         return HymbaForCausalLM(CONFIGS[name]).eval()
     finally:
@@ -47,9 +47,9 @@ def build(name: str) -> HymbaForCausalLM:
 
 
 def variant(plain: HymbaForCausalLM, precision: str) -> HymbaForCausalLM:
-    """The same weights, not copied, with klfast's functions: "bf16", "int4", or "mixed".
+    """Return a model with the same weights, not copied, and klfast's functions: "bf16", "int4", or "mixed".
 
-    Mixed: the last block and the layers that are usually sensitive in 8 bits, the rest in 4.
+    Mixed: the last block and usually sensitive layers in 8 bits, the rest in 4.
     """
     with torch.device("meta"):
         model = HymbaForCausalLM(plain.config).eval()
@@ -69,10 +69,10 @@ def variant(plain: HymbaForCausalLM, precision: str) -> HymbaForCausalLM:
 
 
 def error(model: HymbaForCausalLM, tokens: int = 8) -> float:
-    """The largest error of a mixer, of a feed-forward part or of the head: in a prefill, a continued chunk and a step.
+    """Return the largest error of a mixer, a feed-forward part or the head, in a prefill, a continued chunk and a step.
 
-    Each is computed once more with the reference of every op from the same input: over many layers random weights blow
-    a rounding up until two correct results have little in common.
+    Each is recomputed with the reference of every op from the same input: over many layers, random weights amplify
+    rounding until two correct results have little in common.
     """
     errors: list[float] = []
     hooks = [
@@ -104,7 +104,7 @@ def _remember(mixer: HymbaMixer, arguments: tuple) -> None:
 
 
 def _compare_mixer(errors: list[float], mixer: HymbaMixer, arguments: tuple, found: tuple) -> None:
-    """The output and what the cache then holds, from what it held before."""
+    """Compare the output and the updated cache, both computed from the same previous cache."""
     cache = arguments[-1]
     after, cache.layers[mixer.layer] = cache.layers[mixer.layer], mixer.bench_state
     del mixer.bench_state
@@ -115,7 +115,7 @@ def _compare_mixer(errors: list[float], mixer: HymbaMixer, arguments: tuple, fou
 
 
 def step_by_step(model: HymbaForCausalLM, cache: HymbaCache, token: torch.Tensor, new: int) -> torch.Tensor:
-    """The likeliest ``new`` tokens after ``token`` [1, 1] and what the cache has seen; the cache stays as it is."""
+    """Return the ``new`` most likely tokens after a cache and ``token`` [1, 1]; the cache is not changed."""
     cache, tokens = copy.deepcopy(cache), []
     for _ in range(new):
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)

@@ -1,4 +1,4 @@
-"""What the figures were taken on: names, versions, and the machine's own limits, measured in the same run."""
+"""Facts about the machine of a run: names, versions, and its limits, measured in the same run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from klfast.core.machine import cpu_name
 
 
 def facts(settings: Settings) -> dict[str, object]:
-    """Columns that every row of a run bears. The tier is that of dequant_matmul."""
+    """Return the columns common to all rows of a run. The tier is that of dequant_matmul."""
     return {
         "machine": cpu_name() if settings.device == "cpu" else getattr(torch, settings.device).get_device_name(),
         "device": settings.device,
@@ -44,23 +44,24 @@ def _version(package: str) -> str:
 
 
 class Bandwidth:
-    """Measures how fast all threads together, or a GPU, read memory: sums over more than the caches hold."""
+    """Measures how fast all threads together, or a GPU, read memory, by sums over more than the caches hold."""
 
     def __init__(self, settings: Settings) -> None:
         self._clock = Clock(settings.device)
         self._block = torch.ones(settings.working_set // 4, device=settings.device)
 
     def measure(self) -> float:
-        """Bytes per second, the best of some runs."""
+        """Return bytes per second, the best of several runs."""
         return 4 * self._block.numel() / _best(self._block.sum, self._clock, 5)
 
 
 def peaks(settings: Settings) -> dict[str, float]:
-    """peak_<dtype>_tflops: the fastest that torch multiplies large matrices, a lower bound of what the machine can do; NaN
-    where it has no such product.
+    """Return peak_<dtype>_tflops, torch's fastest matmul of large matrices; NaN if torch does not support the dtype.
+
+    It is a lower bound on the machine's peak.
     """
     size = 1024 if settings.quick else 4096
-    rows = 512 if settings.device == "cpu" else size  # too few would leave much of a large GPU idle
+    rows = 512 if settings.device == "cpu" else size  # fewer would leave much of a large GPU idle
     clock, found = Clock(settings.device), {}
     for dtype, product in (
         (torch.float32, F.linear),
@@ -84,7 +85,7 @@ def _best(call: Callable[[], object], clock: Clock, times: int) -> float:
 
 
 def memory_peak(run: Callable[[], object], device: str) -> float:
-    """Megabytes by which a GPU's memory or (on Linux; NaN elsewhere) the process grows, at most, while ``run`` runs."""
+    """Return the peak growth in megabytes of a GPU's memory or (on Linux; else NaN) of the process during ``run``."""
     if device != "cpu":
         module = torch.get_device_module(device)
         module.synchronize()
@@ -95,7 +96,7 @@ def memory_peak(run: Callable[[], object], device: str) -> float:
         return (module.max_memory_allocated() - before) / 1e6
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # sets the high-water mark back to what is resident now
+            file.write("5")  # resets the high-water mark to the resident size
         before = _status("VmRSS")
         run()
         return (_status("VmHWM") - before) / 1e3

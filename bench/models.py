@@ -45,13 +45,13 @@ QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda
 
 
 def plain(name: str) -> nn.Module:
-    """A model as transformers makes it, float32; the same weights each time."""
+    """Return transformers' own model in float32, with the same weights each time."""
     torch.manual_seed(0)
     return (MODELS | LARGE_MODELS | QUICK_MODELS)[name]().eval()
 
 
 def ours(name: str, spec: QuantSpec | None, activation: str) -> nn.Module:
-    """The same model with klfast's functions, and with all linear layers quantized if there is a spec."""
+    """Return the same model with klfast's functions, and with all linear layers quantized if there is a spec."""
     model = plain(name)
     if spec is not None:
         klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), spec), "uniform"), activation=activation)
@@ -59,11 +59,11 @@ def ours(name: str, spec: QuantSpec | None, activation: str) -> nn.Module:
 
 
 def error(model: nn.Module, prompt: torch.Tensor) -> float:
-    """Of an accelerated float32 model's logits, from those of transformers' forward with the reference of every op.
+    """Return the error of an accelerated float32 model's logits against transformers with the reference of every op.
 
-    In float32: layer by layer random weights blow a rounding up, and after 24 of them two bfloat16 runs have little in
-    common. For the same reason a model that rounds activations is checked one linear layer at a time (Mamba's dt_proj,
-    of which it takes the weight alone, not among them).
+    In float32, since random weights amplify rounding from layer to layer: after 24 layers two bfloat16 runs have little
+    in common. For the same reason a model that rounds activations is checked one linear layer at a time (without
+    Mamba's dt_proj, whose weight alone it uses).
     """
     if any(getattr(layer, "activation", None) == "int8" for layer in linears(model).values()):
         return _largest_layer_error(model, prompt)
@@ -73,13 +73,13 @@ def error(model: nn.Module, prompt: torch.Tensor) -> float:
 
 
 def same_tokens(model: nn.Module, prompt: torch.Tensor, new: int) -> bool:
-    """Whether klfast.generate continues a prompt as transformers does with the reference of every op."""
+    """Return True if klfast.generate continues a prompt as transformers does with the reference of every op."""
     expected = _on_reference(model, lambda: generate(model, prompt, new))
     return torch.equal(klfast.generate(model, prompt, new, eos_token_id=()), expected)
 
 
 def generate(model: nn.Module, prompt: torch.Tensor, new: int) -> torch.Tensor:
-    """transformers' own loop, likeliest tokens."""
+    """Generate the most likely tokens with transformers' own loop."""
     return model.generate(prompt, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
 
 
@@ -107,7 +107,7 @@ def _largest_layer_error(model: nn.Module, prompt: torch.Tensor) -> float:
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of the linear layers' weights, which each decoded token reads."""
+    """Return the bytes of the linear layers' weights, which each decoded token reads."""
     return sum(
         layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer)
         for layer in linears(model).values()
@@ -115,7 +115,7 @@ def read_bytes(model: nn.Module) -> int:
 
 
 def shares(model: nn.Module, prompt: torch.Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:
-    """Where a forward's ``seconds`` go: linear layers alone on inputs of the same shape, the state-space op, the rest."""
+    """Split a forward's ``seconds`` into linear layers (timed on inputs of the same shape), SSM op, and rest."""
     layers = [(layer, torch.randn(*prompt.shape, layer.in_features, dtype=dtype)) for layer in linears(model).values()]
 
     def gemm() -> None:

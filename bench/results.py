@@ -1,4 +1,4 @@
-"""Rows of a run: collected, written as CSV and Markdown, read again, compared."""
+"""Rows of a run: collected, written as CSV and Markdown, read back, compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from klfast.benchkit.runner import is_ours
 from klfast.core.io import write_atomic
 
-RATIO = "times as fast as "  # begins the columns of ratios; the peer's name follows
+RATIO = "times as fast as "  # prefix of the columns of ratios, followed by the peer's name
 _KEY = ("suite", "group", "contender")
 _FIGURES = (
     "median_s",
@@ -34,20 +34,19 @@ class Results:
         self.rows: list[dict[str, object]] = []
 
     def add(self, suite: str, group: str, contender: str, **columns: object) -> None:
-        """A row, behind the others of its group."""
-        behind = [i for i, row in enumerate(self.rows, 1) if (row["suite"], row["group"]) == (suite, group)]
-        self.rows.insert(
-            behind[-1] if behind else len(self.rows),
-            {"suite": suite, "group": group, "contender": contender, **columns},
-        )
+        """Add a row after the others of its group."""
+        after = [i for i, row in enumerate(self.rows, 1) if (row["suite"], row["group"]) == (suite, group)]
+        row = {"suite": suite, "group": group, "contender": contender, **columns}
+        self.rows.insert(after[-1] if after else len(self.rows), row)
 
     def ratio(self, suite: str, group: str, ours: str, peer: str, ratio: float) -> None:
-        """Note in the row of ``ours``, if it has one (pytest's -k may leave it out), how many times as fast as ``peer`` it is."""
+        """Record the speedup over ``peer`` in the row of ``ours``, if it has one (pytest's -k may exclude it)."""
         for row in self.rows:
             if tuple(row[name] for name in _KEY) == (suite, group, ours):
                 row[RATIO + peer] = round(ratio, 3)
 
     def suites(self) -> dict[str, list[dict[str, object]]]:
+        """Return the rows of each suite that ran."""
         return {
             suite: [r for r in self.rows if r["suite"] == suite]
             for suite in dict.fromkeys(r["suite"] for r in self.rows)
@@ -57,8 +56,8 @@ class Results:
         """Write <suite>.csv and <suite>.md for each suite that ran, with ``facts`` about the machine."""
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        for suite, rows in self.suites().items():
-            rows = [row | facts for row in rows]
+        for suite, measured in self.suites().items():
+            rows = [row | facts for row in measured]
             for path, text in ((folder / f"{suite}.csv", _csv(rows)), (folder / f"{suite}.md", markdown(suite, rows))):
                 write_atomic(path, text)
                 written.append(path)
@@ -66,7 +65,7 @@ class Results:
 
 
 def _csv(rows: list[dict[str, object]]) -> str:
-    """Columns: what was timed, figures, ratios, then the rest (machine and versions)."""
+    """Return CSV with the columns in order: what was timed, figures, ratios, then machine and versions."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     ratios = [name for name in columns if name.startswith(RATIO)]
     first = [*_KEY, *(name for name in _FIGURES if name in columns), *ratios]
@@ -78,7 +77,7 @@ def _csv(rows: list[dict[str, object]]) -> str:
 
 
 def read(folder: Path) -> list[dict[str, str]]:
-    """The rows of all suites in a folder that ``Results.write`` filled."""
+    """Return the rows of all suites in a folder that ``Results.write`` wrote."""
     rows = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
@@ -88,7 +87,7 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 
 def number(value: object) -> float:
-    """A cell as a number, NaN if it holds none."""
+    """Return a cell as a number, NaN if it is not one."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -96,7 +95,7 @@ def number(value: object) -> float:
 
 
 def seconds(value: float) -> str:
-    """A time with its unit, three digits."""
+    """Format a time with its unit and three digits."""
     for unit, factor in (("s", 1), ("ms", 1e3)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
@@ -104,7 +103,7 @@ def seconds(value: float) -> str:
 
 
 def conditions(row: dict[str, object]) -> str:
-    """One sentence on the machine, the threads and the versions of a run."""
+    """Return a sentence on the machine, the threads and the versions of a run."""
     versions = ", ".join(
         f"{name} {row[name]}"
         for name in ("klfast", "torch", "triton", "driver", "transformers", "openvino", "python")
@@ -115,13 +114,14 @@ def conditions(row: dict[str, object]) -> str:
         f"{name[5:-7]} {number(row[name]):.3g}" for name in row if name.startswith("peak_") and number(row[name]) > 0
     )
     return (
-        f"{row['machine']}, {row['device']}, tier {row['tier']}, {row['threads']} threads{limit}; {versions}; {row['time']}. "
-        f"Weights rotate through up to {row['working_set_mb']} MB. Fastest large products of torch, in TFLOP/s: {tops}."
+        f"{row['machine']}, {row['device']}, tier {row['tier']}, {row['threads']} threads{limit}; {versions}; "
+        f"{row['time']}. Weights rotate through up to {row['working_set_mb']} MB. "
+        f"Fastest large products of torch, in TFLOP/s: {tops}."
     )
 
 
 def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
-    """A table for a suite under a heading: a line for each contender, grouped; the columns that have figures."""
+    """Return a suite's table under a heading: a line per contender, grouped, with the columns that have figures."""
     peers = list(dict.fromkeys(name for row in rows for name in row if name and name.startswith(RATIO)))
     floors = any(number(row.get("share_of_floor")) > 0 for row in rows)
     extra = [
@@ -162,7 +162,7 @@ def _cell(value: object, form: str) -> str:
 
 
 def summary(rows: list[dict[str, object]]) -> list[str]:
-    """A line for each of klfast's contenders: its time, its share of the floor, and the fastest peer."""
+    """Return a line for each of klfast's contenders: its time, share of the floor, and fastest peer."""
     lines = []
     for row in rows:
         if not is_ours(row["contender"]):
@@ -180,7 +180,7 @@ def summary(rows: list[dict[str, object]]) -> list[str]:
 
 
 def compare(earlier: list[dict[str, str]], now: list[dict[str, object]]) -> str:
-    """A Markdown table of the contenders that both runs have; the ratio is above 1 where the later run is faster."""
+    """Return a Markdown table of the contenders in both runs; a ratio above 1 means that the later run is faster."""
     before = {tuple(row[name] for name in _KEY): row for row in earlier}
     lines = [
         "| suite | group | contender | earlier | now | earlier / now | share of the floor, earlier | now |",
@@ -191,11 +191,7 @@ def compare(earlier: list[dict[str, str]], now: list[dict[str, object]]) -> str:
         if old is not None:
             then, since = number(old["median_s"]), number(row["median_s"])
             shares = (_cell(r.get("share_of_floor"), ".2f") for r in (old, row))
-            lines.append(
-                "| "
-                + " | ".join(
-                    (*(str(row[name]) for name in _KEY), seconds(then), seconds(since), f"{then / since:.2f}", *shares)
-                )
-                + " |"
-            )
+            key = (str(row[name]) for name in _KEY)
+            cells = (*key, seconds(then), seconds(since), f"{then / since:.2f}", *shares)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""]) if len(lines) > 2 else "No contender took part in both runs.\n"

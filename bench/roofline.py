@@ -1,4 +1,4 @@
-"""The picture of a run of the linear suite: arithmetic reached over operations a byte, under the machine's limits."""
+"""Roofline plot of the linear suite: TFLOP/s over operations per byte, under the machine's limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .results import number
 
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
-    """Draw contenders that read and compute (of the CSV's rows) into ``path``. Needs matplotlib."""
+    """Draw the contenders that read and compute, from the CSV's rows, into ``path``. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

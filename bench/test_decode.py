@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import klfast
-from klfast.benchkit.runner import Contender, Group, Unavailable
+from klfast.benchkit.runner import Contender, Group, UnavailableError
 from klfast.benchkit.settings import Settings
 from klfast.quant.spec import QuantSpec
 
@@ -28,7 +28,7 @@ _DECODE_PROMPT = 8  # tokens
 
 
 def _sizes(settings: Settings) -> tuple[list[str], int, int]:
-    """Models, tokens of the prefill, tokens to decode."""
+    """Return the models, the tokens of the prefill, and the tokens to decode."""
     return (list(models.QUICK_MODELS), 64, 4) if settings.quick else (list(models.MODELS), 512, 32)
 
 
@@ -60,7 +60,7 @@ def _prompt(length: int) -> torch.Tensor:
 def _model(
     name: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str
 ) -> tuple[torch.nn.Module, float]:
-    """klfast's model in ``dtype``, and its error while in float32: infinite if it goes on with other tokens."""
+    """Return klfast's model in ``dtype``, and its error in float32: infinite if it generates other tokens."""
     _require_cpu(device)
     model = models.ours(name, spec, activation)
     error = models.error(model, _prompt(16))
@@ -71,14 +71,14 @@ def _model(
 
 @functools.lru_cache(maxsize=2)
 def _plain_model(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """transformers' own model, which klfast's are checked against."""
+    """Return transformers' own model, against which klfast's are checked."""
     _require_cpu(device)
     return models.plain(name).to(dtype)
 
 
 def _require_cpu(device: str) -> None:
     if device != "cpu":
-        raise Unavailable("whole models are timed on the CPU only")
+        raise UnavailableError("whole models are timed on the CPU only")
 
 
 def _prefill(
@@ -132,14 +132,14 @@ def test_decode(group, name, run, benchmark):
 
 
 def test_llama_cpp(run):
-    """Its logits cannot be checked from outside: a GGUF of random weights shows the speed alone."""
+    """Time llama.cpp; its logits cannot be checked from outside, so a GGUF of random weights shows only the speed."""
     settings = run.settings
     if settings.llama_cpp is None:
         pytest.skip("no --llama-cpp")
     names = _sizes(settings)[0]
     for gguf in settings.gguf:
         model = next((name for name in sorted(names, key=len, reverse=True) if gguf.name.startswith(name)), None)
-        assert model is not None, f"the name of {gguf.name} begins with none of {', '.join(names)}"
+        assert model is not None, f"the name of {gguf.name} does not begin with one of {', '.join(names)}"
         for group in groups(settings):
             if group.facts["model"] != model:
                 continue
@@ -150,5 +150,5 @@ def test_llama_cpp(run):
             )
             try:
                 run.time_outside("decode", group, f"llama.cpp {gguf.stem}", once, _rate(tokens))
-            except Unavailable as reason:
+            except UnavailableError as reason:
                 pytest.fail(str(reason))

@@ -1,4 +1,4 @@
-"""Divergence of two models' predictions over Mamba's vocabulary, against what it takes in torch."""
+"""Divergence of two models' predictions over Mamba's vocabulary, against torch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
     def products(dtype: torch.dtype) -> Callable[[], Contender]:
         def built() -> Contender:
             teacher, head, student, other = (t.to(dtype) for t in draw())
-            # What they compute is F.linear's own; the KL made of bfloat16 logits would be far from the truth.
+            # Their result is F.linear's own; a KL computed from bfloat16 logits would be far from the truth.
             return Contender([lambda: (F.linear(teacher, head), F.linear(student, other))], lambda: 0.0, 0.0)
 
         return built
@@ -110,14 +110,13 @@ def _of_heads(tokens: int, vocab: int, hidden: int, device: str) -> dict[str, Ca
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of each token, as one writes it in torch."""
+    """Return KL(teacher || student) of each token, as usually written in torch."""
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
 
 def _truth(teacher: torch.Tensor, student: torch.Tensor) -> Compute:
-    return lambda: reference_divergence.logit_divergence(teacher.cpu(), student.cpu(), None)[
-        0
-    ]  # in float64, which some GPUs lack
+    # On the CPU, since some GPUs lack the reference's float64.
+    return lambda: reference_divergence.logit_divergence(teacher.cpu(), student.cpu(), None)[0]
 
 
 def _contender(

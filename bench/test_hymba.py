@@ -5,22 +5,22 @@ from __future__ import annotations
 import functools
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 import klfast
-from klfast.benchkit.runner import Contender, Group, Unavailable
+from klfast.benchkit.runner import Contender, Group, UnavailableError
 from klfast.benchkit.settings import Settings
 
 from . import hymba, models
 
 PRECISIONS = ("bf16", "int4", "mixed")
-TOLERANCE = 3e-2  # of a mixer's or feed-forward part's output in bfloat16, rounded at each step on the way
+TOLERANCE = 3e-2  # for a mixer's or feed-forward part's output in bfloat16, rounded at each step
 
 
 def _sizes(settings: Settings) -> tuple[str, int, int]:
-    """The model, tokens of the prefill, tokens to decode after it."""
+    """Return the model, the tokens of the prefill, and the tokens to decode after it."""
     return ("hymba-tiny", 48, 4) if settings.quick else ("hymba-1.5b", 512, 16)
 
 
@@ -50,9 +50,9 @@ def _model(name: str, precision: str) -> tuple[torch.nn.Module, float]:
 
 
 def _contestant(name: str, settings: Settings, precision: str | None) -> tuple[torch.nn.Module, float]:
-    """A model and its error; None for the plain one, which has none."""
+    """Return a model and its error; a precision of None is the plain model, whose error is 0."""
     if settings.device != "cpu":
-        raise Unavailable("Hymba is timed on the CPU only")
+        raise UnavailableError("Hymba is timed on the CPU only")
     return (_plain(name), 0.0) if precision is None else _model(name, precision)
 
 
@@ -69,7 +69,7 @@ def _prefill(name: str, length: int, new: int, settings: Settings, precision: st
 def _decode(name: str, length: int, new: int, settings: Settings, precision: str | None) -> Contender:
     model, error = _contestant(name, settings, precision)
     prompt = _prompt(length)
-    cache = _model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1).past_key_values  # the same for all
+    cache = _model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1).past_key_values  # shared by all
     return _contender(
         model,
         lambda: hymba.step_by_step(model, cache, prompt[:, -1:], new),
@@ -80,7 +80,14 @@ def _decode(name: str, length: int, new: int, settings: Settings, precision: str
     )
 
 
-def _contender(model, call, precision: str | None, error: float, tokens: int, nbytes: int = 0) -> Contender:
+def _contender(
+    model: torch.nn.Module,
+    call: Callable[[], object],
+    precision: str | None,
+    error: float,
+    tokens: int,
+    nbytes: int = 0,
+) -> Contender:
     def run() -> object:
         if precision is not None:
             return call()

@@ -1,4 +1,4 @@
-"""Linear layers: QuantLinear (dequant_matmul) and linear against torch's and OpenVINO's, at the sizes of Mamba and Hymba models."""
+"""Linear layers of Mamba and Hymba models: QuantLinear (dequant_matmul) and linear against torch and OpenVINO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from klfast import ops, reference
 from klfast.benchkit import peers
-from klfast.benchkit.runner import Contender, Group, Unavailable, distance, tolerance
+from klfast.benchkit.runner import Contender, Group, UnavailableError, distance, tolerance
 from klfast.benchkit.settings import Settings
 from klfast.benchkit.weights import Weights, weights
 from klfast.dispatch import registry
@@ -34,7 +34,7 @@ SHAPES = (
 ROWS = (1, 4, 8, 16, 128, 512)
 GPU_SHAPES, GPU_ROWS = ((8192, 8192), *SHAPES), (*ROWS[:4], 64, *ROWS[4:], 4096)
 SPECS = {"int4": QuantSpec(4, 128), "int8": QuantSpec(8, 128)}
-# The other formats, at one shape and fewer numbers of rows.
+# The other formats, at one shape and fewer row counts.
 FORMATS = tuple(
     QuantSpec(*form)
     for form in ((4, 32), (4, 64), (4, -1), (4, 32, False), (4, 128, False), (8, 32), (8, -1), (8, 128, False))
@@ -112,16 +112,16 @@ def _linear(x: torch.Tensor, weights: Weights, dtype: torch.dtype) -> Contender:
 
 
 class Linear(torch.nn.Linear):
-    """With klfast's product."""
+    """nn.Linear with klfast's matmul."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.weight)
 
 
 def require_kernel(op: str, x: torch.Tensor) -> None:
-    """Raise Unavailable where the slow reference would run."""
+    """Raise UnavailableError if the slow reference would run."""
     if not registry.has_kernel(op, x.device.type.upper()):
-        raise Unavailable(f"klfast has no {x.device.type} kernel of {op}")
+        raise UnavailableError(f"klfast has no {x.device.type} kernel of {op}")
 
 
 def test_linear(group, name, run, benchmark):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from klfast import ops
-from klfast.benchkit.runner import Contender, Group, Unavailable, distance
+from klfast.benchkit.runner import Contender, Group, UnavailableError, distance
 from klfast.benchkit.settings import Settings
 from klfast.dispatch import registry
 
@@ -23,13 +23,13 @@ def groups(settings: Settings) -> Iterator[Group]:
 
 
 class _Draw:
-    """Draws tensors at random."""
+    """Draws random tensors."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """In the dtype of activations."""
+        """Return activations, in their dtype."""
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
     def weight(self, *shape: int) -> torch.Tensor:
@@ -93,18 +93,8 @@ def _state_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def arguments() -> tuple:
         x, dt, z = (draw.normal(1, 1536) for _ in range(3))
         B, C = (draw.normal(1, 16) for _ in range(2))
-        return (
-            draw.weight(1, 1536, 16),
-            x,
-            dt,
-            draw.decay(1536, 16),
-            B,
-            C,
-            draw.weight(1536),
-            z,
-            draw.weight(1536),
-            True,
-        )
+        state, A, D = draw.weight(1, 1536, 16), draw.decay(1536, 16), draw.weight(1536)
+        return state, x, dt, A, B, C, D, z, draw.weight(1536), True
 
     def ours(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
         return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
@@ -126,12 +116,8 @@ def _state_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
 def _state_update_heads(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     def arguments() -> tuple:
         B, C = (draw.normal(1, 1, 128) for _ in range(2))
-        dt, A, D, bias = (
-            draw.normal(1, 24, 1).expand(1, 24, 64),
-            draw.decay(24, 1, 1).expand(24, 64, 128),
-            draw.weight(24, 1).expand(24, 64),
-            draw.weight(24, 1).expand(24, 64),
-        )
+        dt, A = draw.normal(1, 24, 1).expand(1, 24, 64), draw.decay(24, 1, 1).expand(24, 64, 128)
+        D, bias = (draw.weight(24, 1).expand(24, 64) for _ in range(2))
         return draw.weight(1, 24, 64, 128), draw.normal(1, 24, 64), dt, A, B, C, D, bias
 
     def ours(state, x, dt, A, B, C, D, dt_bias):
@@ -175,18 +161,22 @@ def _group(
     more: Callable[[], dict] = dict,
     call_theirs: Callable | None = None,
 ) -> Group:
-    """``theirs``: module and name of transformers' function, which takes the same arguments unless ``call_theirs`` adapts them."""
+    """Return a group of klfast's function and transformers'.
+
+    ``theirs`` is the module and name of transformers' function, which takes the same arguments unless ``call_theirs``
+    adapts them.
+    """
 
     def klfast() -> Contender:
         if not registry.has_kernel(op, draw.device.upper()):
-            raise Unavailable(f"klfast has no {draw.device} kernel of {op}")
+            raise UnavailableError(f"klfast has no {draw.device} kernel of {op}")
         return _contender(ours, arguments(), more(), ours)
 
     def transformers() -> Contender:
         module, name = theirs.split(".")
         function = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name, None)
         if function is None:
-            raise Unavailable(f"this version of transformers has no {name}")
+            raise UnavailableError(f"this version of transformers has no {name}")
         call = function if call_theirs is None else lambda *args, **kwargs: call_theirs(function, *args, **kwargs)
         return _contender(call, arguments(), more(), ours)
 
@@ -194,9 +184,10 @@ def _group(
 
 
 def _contender(call: Callable, args: tuple, more: dict, ours: Callable) -> Contender:
-    """Checked against klfast's reference in float32; bfloat16 steps of transformers round their states, too."""
+    """Return a contender checked against the reference in float32: transformers' bfloat16 steps round their states."""
 
-    def fresh(convert: Callable[[torch.Tensor], torch.Tensor]) -> list:  # the decode steps write to their states
+    def fresh(convert: Callable[[torch.Tensor], torch.Tensor]) -> list:
+        """Copy the arguments, since decode steps write to their states."""
         return [convert(a) if isinstance(a, torch.Tensor) else a for a in args]
 
     def error() -> float:

@@ -1,13 +1,14 @@
-"""klfast.sweep against the plain way: for each candidate a whole forward pass and the KL in torch.
+"""klfast.sweep against the plain way: a whole forward pass per candidate, and the KL in torch.
 
 On the CPU with a bundled model in float32. On GPUs with a model of Mamba-1.4B's size and random weights, checked in
-float32 on some layers and timed in bfloat16: random weights blow a rounding up until two bfloat16 runs have little in common.
+float32 on some layers and timed in bfloat16, since random weights amplify rounding until two bfloat16 runs have little
+in common.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,12 @@ from .test_divergence import kl
 
 MODEL = "mamba2"
 SPECS = (QuantSpec(4, 64), QuantSpec(8, 64))
-CHECKED_LAYERS, CHECKED_WINDOWS = 6, 1  # of a model on a GPU
+CHECKED_LAYERS, CHECKED_WINDOWS = 6, 1  # for a model on a GPU
 
 
 @dataclass
 class Setting:
-    """A model, token windows [W, T], the names of the layers to measure, and how far klfast's measurements may be checked."""
+    """A model, token windows [W, T], the names of the layers to measure, and the dtype that is timed."""
 
     model: torch.nn.Module
     text: torch.Tensor
@@ -39,7 +40,7 @@ class Setting:
     timed: torch.dtype
 
     def error(self) -> float:
-        """Of klfast's measurements, while the model is in float32: of all of them, or of some layers' of a large one."""
+        """Return the error of klfast's measurements in float32, of all or, for a large model, some layers."""
         names, text = self.names, self.text
         if self.timed != torch.float32:
             names, text = names[:: max(1, len(names) // CHECKED_LAYERS)], text[:CHECKED_WINDOWS]
@@ -77,7 +78,7 @@ def random(name: str, windows: int, length: int, layers: int | None, device: str
 
 @functools.lru_cache(maxsize=1)
 def _ready(name: str, windows: int, length: int, layers: int | None, device: str) -> tuple[Setting, float]:
-    """What is timed, and the error found before."""
+    """Return the setting in the timed dtype, and its error."""
     setting = (
         bundled(name, windows, length, layers) if device == "cpu" else random(name, windows, length, layers, device)
     )
@@ -96,23 +97,23 @@ def _plain(*arguments: object) -> Contender:
     return _contender(setting, lambda: by_whole_forwards(setting.model, setting.text, setting.names), 0.0)
 
 
-def _contender(setting: Setting, call, error: float) -> Contender:
-    # Both ways round in float32; the KL of 8-bit candidates is small enough to show it.
+def _contender(setting: Setting, call: Callable[[], torch.Tensor], error: float) -> Contender:
+    # Both round in float32; the KL of 8-bit candidates is small enough to show it.
     candidates = len(setting.names) * len(SPECS)
     return Contender(
         [call], lambda: error, 1e-2, facts=lambda seconds: {"tok_s": round(candidates * setting.text.numel() / seconds)}
     )
 
 
-def swept(model, text: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """The mean KL of each (layer, spec)."""
+def swept(model: torch.nn.Module, text: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Return klfast's mean KL of each (layer, spec)."""
     found = klfast.sweep(
         model, text, specs=SPECS, metrics=("kl_teacher_student",), layers=names, dtype=None, progress=False
     )
     return torch.tensor([found.measurements[name, spec].mean["kl_teacher_student"] for name in names for spec in SPECS])
 
 
-def by_whole_forwards(model, text: torch.Tensor, names: list[str]) -> torch.Tensor:
+def by_whole_forwards(model: torch.nn.Module, text: torch.Tensor, names: list[str]) -> torch.Tensor:
     layers, found = linears(model), []
     teacher = model(text, use_cache=False).logits[:, :-1]
     for name in names:

@@ -1,20 +1,22 @@
-"""Train the small models that klfast bundles: a byte-level BPE tokenizer, Mamba, Mamba-2 and Hymba, from one text file.
+"""Train klfast's bundled models: a byte-level BPE tokenizer with Mamba, Mamba-2 or Hymba, from one text file.
 
     python examples/train_bundled.py --arch mamba  --train train.txt.zst --valid valid.txt.zst --out models/mamba
     python examples/train_bundled.py --arch mamba2 --train train.txt.zst --valid valid.txt.zst --out models/mamba2
     python examples/train_bundled.py --arch hymba  --train train.txt.zst --valid valid.txt.zst --out models/hymba
     python examples/train_bundled.py --evaluate models/mamba --valid valid.txt.zst
 
-Each command writes a folder that AutoModelForCausalLM and AutoTokenizer read, and training_log.csv. The models are the classes
-of transformers (Hymba: klfast's) with their scans replaced while training (training_scan.py); `--evaluate` uses them as they are.
+Each command writes a folder for AutoModelForCausalLM and AutoTokenizer, with training_log.csv. The models are
+transformers' classes (Hymba: klfast's) with their scans replaced during training (training_scan.py); `--evaluate` uses
+them unchanged.
 
-Nothing is chosen by the validation text: the last step's weights are kept, and the text only fills a column of the log.
-The seed fixes the initial weights and the order of the data, so a machine repeats itself; another machine, or another number of
-threads, rounds differently.
+The validation text decides nothing: the last step's weights are kept, and the text only fills a column of the log. The
+seed fixes the initial weights and the order of the data, so that a machine repeats itself; another machine, or another
+number of threads, rounds differently.
 
-Time: about 1.8 s a step of 4096 tokens (Hymba: 3.1 s) on one free core of a server CPU (AMD Zen 4, AVX-512 BF16), half an hour (Hymba: one)
-for the default 1000 steps. Two runs at once on two busy cores took 42 and 46 minutes. The CUDA path is plain torch and has not been run. On Linux the allocator gives large blocks
-back to the system at every step, which costs up to a fifth of the time; to forbid it, set
+Time: about 1.8 s per step of 4096 tokens (Hymba: 3.1 s) on one free core of a server CPU (AMD Zen 4, AVX-512 BF16),
+half an hour (Hymba: one) for the default 1000 steps. Two runs at once on two busy cores took 42 and 46 minutes. The
+CUDA path is plain torch and has not been run. On Linux the allocator returns large blocks to the system at every step,
+which costs up to a fifth of the time; to prevent it, set
 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456.
 """
 
@@ -32,6 +34,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import training_scan
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -55,8 +58,15 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    build: Callable  # () -> model with random weights
-    prepare: Callable  # () -> None: make the model class trainable at a bearable speed
+    """How to make a model.
+
+    Attributes:
+        build: returns a model with random weights.
+        prepare: makes the model class trainable at a bearable speed.
+    """
+
+    build: Callable[[], nn.Module]
+    prepare: Callable[[], None]
 
 
 COMMON = {
@@ -76,10 +86,12 @@ COMMON = {
 
 
 def build_mamba():
+    """Return a Mamba model."""
     return MambaForCausalLM(MambaConfig(**COMMON, state_size=16, time_step_rank=16))
 
 
 def build_mamba2():
+    """Return a Mamba-2 model."""
     # transformers' default limit of infinity is not JSON; a step of 100 forgets everything at any decay rate in use.
     sizes = {
         "num_heads": 8,
@@ -93,7 +105,10 @@ def build_mamba2():
 
 
 def build_hymba():
-    """Everything that the released 1.5B model has: memory tokens, windows and global layers, a group that shares keys and values."""
+    """Return a Hymba model with all features of the released one.
+
+    Memory tokens, windows, global layers, and a group of layers that shares keys and values.
+    """
     config = HymbaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -114,7 +129,7 @@ def build_hymba():
     )
     model = HymbaForCausalLM(config)
     for layer in model.model.layers:
-        # The initialisation of Mamba (arXiv 2312.00752, section 3.6): steps between 0.001 and 0.1, through the inverse of softplus.
+        # Mamba's initialisation (arXiv 2312.00752, section 3.6): steps between 0.001 and 0.1, by softplus's inverse.
         step = torch.exp(torch.rand(config.d_inner) * math.log(100) + math.log(0.001))
         layer.mamba.dt_proj[0].bias.data.copy_(step + torch.log(-torch.expm1(-step)))
     return model
@@ -132,7 +147,7 @@ ARCHITECTURES = {
 
 
 def read_text(path):
-    """The UTF-8 text of a .txt or .txt.zst file."""
+    """Return the UTF-8 text of a .txt or .txt.zst file."""
     path = Path(path)
     if path.suffix != ".zst":
         return path.read_text(encoding="utf-8")
@@ -145,7 +160,7 @@ def read_text(path):
 
 
 def split_documents(text):
-    """The documents of the text, which join to the text: a very long line (a speech) is one, the lines between two such are another (a book)."""
+    """Split a text into documents: each very long line (a speech), and the lines between two of them (a book)."""
     documents, lines = [], []
     for line in text.splitlines(keepends=True):
         if len(line) > 2000:
@@ -158,7 +173,7 @@ def split_documents(text):
 
 
 def train_tokenizer(text):
-    """Byte-level BPE: every byte string has tokens, and tokens give back the text unchanged."""
+    """Return a byte-level BPE tokenizer: it encodes every byte string, and decoding restores the text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -175,7 +190,7 @@ def train_tokenizer(text):
 
 
 def encode(tokenizer, documents):
-    """One long tensor of ids, an end-of-text token before each document."""
+    """Return one long tensor of ids, with an end-of-text token before each document."""
     ids = []
     for encoding in tokenizer.backend_tokenizer.encode_batch(documents):
         ids += [tokenizer.eos_token_id, *encoding.ids]
@@ -183,7 +198,7 @@ def encode(tokenizer, documents):
 
 
 def batches(ids, size, seed):
-    """Batches [size, WINDOW + 1] without end: each epoch cuts the text at another offset and shuffles the windows."""
+    """Yield batches [size, WINDOW + 1] forever; each epoch cuts the text at another offset and shuffles the windows."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = torch.randint(WINDOW, (), generator=generator).item()
@@ -199,10 +214,11 @@ def batches(ids, size, seed):
 
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer, text, stride=WINDOW // 2, batch=4):
-    """Bits that the model needs for the text, over its UTF-8 bytes.
+    """Return the bits that the model needs per UTF-8 byte of the text.
 
-    Every token is scored exactly once, the first after an end-of-text token. A window holds WINDOW tokens, of which the last
-    `stride` are scored (all of them in the first window), so later tokens have at least WINDOW - stride tokens of context.
+    Every token is scored exactly once, the first one after an end-of-text token. A window holds WINDOW tokens, of which
+    the last `stride` are scored (all in the first window), so later tokens have at least WINDOW - stride tokens of
+    context.
     """
     ids = encode(tokenizer, [text])
     scored = torch.zeros(len(ids), dtype=torch.bool)
@@ -213,9 +229,8 @@ def bits_per_byte(model, tokenizer, text, stride=WINDOW // 2, batch=4):
     for group in [starts[i : i + batch] for i in range(0, len(starts), batch)]:
         windows = torch.stack([pad[s : s + WINDOW + 1] for s in group]).to(model.device)
         logits = model(windows[:, :-1], use_cache=False).logits.float()
-        losses = (
-            F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").double().cpu()
-        )  # [batch, WINDOW]
+        losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")  # [batch, WINDOW]
+        losses = losses.double().cpu()
         for start, loss in zip(group, losses, strict=True):
             target = slice(start + 1, min(start + 1 + WINDOW, len(ids)))
             new = ~scored[target]
@@ -227,7 +242,7 @@ def bits_per_byte(model, tokenizer, text, stride=WINDOW // 2, batch=4):
 
 
 def evaluate(folder, text):
-    """Bits per byte of a saved folder, its weights widened to float32, computed by transformers' own code."""
+    """Return a saved model's bits per byte in float32, computed by transformers' own code."""
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return bits_per_byte(model, tokenizer, text)
@@ -241,7 +256,7 @@ PROJECTIONS = {"in_proj", "x_proj", "out_proj", "gate_proj", "up_proj", "down_pr
 
 
 def optimizers(model, rate):
-    """Muon for the projections, AdamW for the rest; both take the same learning rate (Muon's is scaled to AdamW's step size)."""
+    """Return Muon for the projections and AdamW for the rest, with one rate (Muon is scaled to AdamW's step size)."""
     groups = {"muon": [], "decay": [], "plain": []}
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and PROJECTIONS & set(name.split(".")):
@@ -256,14 +271,14 @@ def optimizers(model, rate):
 
 
 def schedule(step, steps, warmup):
-    """Fraction of the peak learning rate: linear warm-up, then a cosine to zero."""
+    """Return the fraction of the peak learning rate: linear warm-up, then a cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def mean_loss(model, windows):
-    """Mean cross-entropy, one sequence's logits at a time: [WINDOW, vocabulary] instead of [batch, WINDOW, vocabulary]."""
+    """Return the mean cross-entropy, computed from one sequence's logits at a time to save memory."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     hidden = model.base_model(inputs, use_cache=False)[0]
     head = model.get_output_embeddings()
@@ -272,12 +287,14 @@ def mean_loss(model, windows):
 
 
 def save(model, tokenizer, out):
+    """Save the model in bfloat16, and the tokenizer."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def train(arguments):
+    """Train a model and save it with its log."""
     torch.manual_seed(arguments.seed)
     architecture = ARCHITECTURES[arguments.arch]
     architecture.prepare()
@@ -289,9 +306,8 @@ def train(arguments):
     tokenizer = train_tokenizer(text)
     ids = encode(tokenizer, split_documents(text))
     model = architecture.build().to(device)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(ids):,} tokens, {len(text.encode()) / len(ids):.2f} bytes a token"
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(ids):,} tokens, {len(text.encode()) / len(ids):.2f} bytes per token")
 
     optimizer_list = optimizers(model, arguments.rate)
     stream = batches(ids, arguments.batch, arguments.seed)
@@ -319,7 +335,7 @@ def train(arguments):
             measure = done % arguments.valid_every == 0 or done == arguments.steps
             if measure or done % 50 == 0:
                 bits = ""
-                if measure:  # disjoint windows: cheaper, and a little higher than --evaluate
+                if measure:  # on disjoint windows, which is cheaper than --evaluate and gives slightly higher values
                     model.eval()
                     with autocast:
                         bits = f"{bits_per_byte(model, tokenizer, valid, stride=WINDOW):.4f}"
@@ -339,6 +355,7 @@ def train(arguments):
 
 
 def main():
+    """Parse the command line; train or evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=ARCHITECTURES)
     parser.add_argument("--train", help="text to train on, .txt or .txt.zst")
@@ -348,9 +365,9 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--warmup", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=4, help=f"sequences of {WINDOW} tokens a step")
+    parser.add_argument("--batch", type=int, default=4, help=f"sequences of {WINDOW} tokens per step")
     parser.add_argument("--rate", type=float, default=6e-3, help="peak learning rate")
-    parser.add_argument("--valid-every", type=int, default=250, help="steps between two measurements")
+    parser.add_argument("--valid-every", type=int, default=250, help="steps between measurements")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     arguments = parser.parse_args()

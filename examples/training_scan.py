@@ -1,18 +1,20 @@
-"""Selective scan (Mamba, Hymba) and chunked SSD (Mamba-2) that train, put in the place of the slow loops of transformers and klfast.
+"""Trainable selective scan (Mamba, Hymba) and chunked SSD (Mamba-2), to replace slow loops of transformers and klfast.
 
 `install(arch)` replaces the functions that the mixers call:
 
-| arch     | function                 | plain torch (any device)                     | compiled (CPU)                       |
-|----------|--------------------------|----------------------------------------------|--------------------------------------|
-| `mamba`, `hymba` | `mamba_selective_scan` | `selective_scan`: parallel scan of chunks    | `training_kernels.cpp`               |
-| `mamba2` | `mamba2_chunk_scan`      | `ssd_scan`: matrix products in chunks        | the same                             |
-| all      | `causal_conv1d_fn`       | `F.conv1d`                                   | `training_kernels.cpp`               |
+| arch             | function               | plain torch (any device)                  | compiled (CPU)         |
+|------------------|------------------------|-------------------------------------------|------------------------|
+| `mamba`, `hymba` | `mamba_selective_scan` | `selective_scan`: parallel scan of chunks | `training_kernels.cpp` |
+| `mamba2`         | `mamba2_chunk_scan`    | `ssd_scan`: matmuls in chunks             | the same               |
+| all              | `causal_conv1d_fn`     | `F.conv1d`                                | `training_kernels.cpp` |
 
-The compiled functions are used where a C++ compiler is found. Sources of the formulas: Mamba, arXiv 2312.00752 (eq. 2, section 3.3); Mamba-2 / SSD, arXiv 2405.21060 (section 6).
-The compiled path exists because it trains Mamba 15 times faster on a CPU (0.43 against 6.5 CPU seconds for 1024 tokens of the
-bundled model); gradients of both are compared with a step-by-step loop in tests/project/test_training_scan.py.
+The compiled functions are used if there is a C++ compiler. Formulas: Mamba, arXiv 2312.00752 (eq. 2, section 3.3);
+Mamba-2 / SSD, arXiv 2405.21060 (section 6). The compiled path trains Mamba 15 times faster on a CPU (0.43 against 6.5
+CPU seconds for 1024 tokens of the bundled model); tests/project/test_training_scan.py compares the gradients of both
+with a step-by-step loop.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -36,8 +38,9 @@ SOURCE = Path(__file__).with_name("training_kernels.cpp")
 
 
 def selective_scan(u, step, A, B, C, D, z, chunk=32):
-    """y = (scan(u) + D u) silu(z), with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t and delta = softplus(step).
+    """Return (scan(u) + D u) silu(z).
 
+    The scan is h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t, with delta = softplus(step).
     u, step, z [batch, length, channels]; A [channels, state]; B, C [batch, length, state]; D [channels].
     Each chunk is a parallel prefix scan; chunks are checkpointed, so memory holds the states of one chunk at a time.
     """
@@ -65,10 +68,11 @@ def selective_scan(u, step, A, B, C, D, z, chunk=32):
 
 
 def ssd_scan(x, delta, A, B, C, D, chunk):
-    """The same recurrence with one decay per head, in matrix products over chunks (arXiv 2405.21060, listing 1).
+    """Return the same recurrence with one decay per head, by matmuls over chunks (arXiv 2405.21060, listing 1).
 
-    x [batch, length, heads, head_dim]; delta [batch, length, heads] fp32; A, D [heads]; B, C [batch, length, groups, state].
-    Within a chunk y = (C B^T * decay mask) (delta x); across chunks the state [state, head_dim] of each head is carried.
+    x [batch, length, heads, head_dim]; delta [batch, length, heads] fp32; A, D [heads]; B, C [batch, length, groups,
+    state]. Within a chunk y = (C B^T * decay mask) (delta x); across chunks each head's state [state, head_dim] is
+    carried.
     """
     batch, length, heads, width = x.shape
     groups, state = B.shape[2:]
@@ -79,19 +83,16 @@ def ssd_scan(x, delta, A, B, C, D, chunk):
         delta = F.pad(delta, (0, 0, 0, pad))
     n = (length + pad) // chunk
 
-    xs = x.reshape(batch, n, chunk, groups, share, width).permute(
-        0, 1, 3, 4, 2, 5
-    )  # [batch, n, groups, share, chunk, width]
-    Bs, Cs = (
-        t.reshape(batch, n, chunk, groups, state).transpose(2, 3) for t in (B, C)
-    )  # [batch, n, groups, chunk, state]
-    steps = delta.reshape(batch, n, chunk, groups, share).permute(0, 1, 3, 4, 2)  # [batch, n, groups, share, chunk]
+    # xs [batch, n, groups, share, chunk, width]; Bs, Cs [batch, n, groups, chunk, state]; steps [batch, n, groups,
+    # share, chunk]
+    xs = x.reshape(batch, n, chunk, groups, share, width).permute(0, 1, 3, 4, 2, 5)
+    Bs, Cs = (t.reshape(batch, n, chunk, groups, state).transpose(2, 3) for t in (B, C))
+    steps = delta.reshape(batch, n, chunk, groups, share).permute(0, 1, 3, 4, 2)
     log_decay = torch.cumsum(steps * A.reshape(groups, share, 1), dim=-1)
 
     upper = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    mask = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(upper, float("-inf")).exp() * steps[
-        ..., None, :
-    ]
+    decay = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(upper, float("-inf")).exp()
+    mask = decay * steps[..., None, :]
     scores = (Cs @ Bs.transpose(-1, -2)).unsqueeze(3)  # [batch, n, groups, 1, chunk, chunk]
     within = (scores * mask).to(x.dtype) @ xs
 
@@ -115,25 +116,15 @@ def ssd_scan(x, delta, A, B, C, D, chunk):
 
 @functools.cache
 def kernels(state):
-    """The compiled kernels for a state size, or None where there is no C++ compiler.
+    """Return the compiled kernels for a state size, or None if there is no C++ compiler.
 
-    -march=native is right here and nowhere else in the project: the library is used only by CPUs like the one that built it.
+    -march=native is right here and nowhere else in the project: only CPUs like the one that built the library use it.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O3",
-        "-march=native",
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-fopenmp",
-        "-shared",
-        "-fPIC",
-    ]
-    command.append(f"-DSTATE={state}")
+    optimized = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp"]
+    command = [compiler, "-std=c++20", *optimized, "-shared", "-fPIC", f"-DSTATE={state}"]
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([*command, cpu()]).encode()).hexdigest()[:16]
     folder = own_folder()
     library = folder / f"{key}.so"
@@ -149,7 +140,7 @@ def kernels(state):
 
 
 def cpu():
-    """What tells CPUs with other instructions apart: several machines may share one home folder."""
+    """Return an identifier of the CPU's instructions: several machines may share one home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -158,26 +149,26 @@ def cpu():
 
 
 def own_folder():
-    """The folder for compiled kernels, which nobody but this user can have written to: what lies there is loaded and run.
+    """Return the folder for compiled kernels, to which only this user can have written: its files are loaded and run.
 
     Raises:
-        PermissionError: it belongs to somebody else, is open to others, or is a link.
+        PermissionError: it belongs to another user, is open to others, or is a link.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (cache if cache.is_absolute() else Path.home() / ".cache") / "klfast-training"
-    try:
+    with contextlib.suppress(FileExistsError):  # a file or a dangling link, refused below
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        pass  # a file or a dangling link, see below
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise PermissionError(
-            f"{folder} must be a folder of your own that is closed to others (mode 700); remove it, or set XDG_CACHE_HOME"
+            f"{folder} must be a folder of your own, closed to others (mode 700); remove it, or set XDG_CACHE_HOME"
         )
     return folder
 
 
 class Shape(ctypes.Structure):
+    """Sizes, as in training_kernels.cpp."""
+
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "length", "channels", "chunks")]
 
 
@@ -185,17 +176,18 @@ LANES, CHUNK, WIDTH = 16, 16, 4  # as in training_kernels.cpp
 
 
 def call(library, name, tensors_and_sizes):
-    """Call a kernel: tensors travel as pointers, and the last argument is the number of threads."""
+    """Call a kernel with tensors as pointers and the number of threads as its last argument."""
     arguments = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in tensors_and_sizes]
     getattr(library, name)(*arguments, ctypes.c_int(torch.get_num_threads()))
 
 
 def suffix(dtype):
+    """Return the dtype's name in the kernels' names."""
     return {torch.float32: "float", torch.bfloat16: "bf16"}[dtype]
 
 
 def rows(tensor):
-    """tensor [batch, length, channels] as the kernels read it: channels contiguous, rows evenly spaced. Returns it and its row stride."""
+    """Return tensor [batch, length, channels] with contiguous channels and evenly spaced rows, and its row stride."""
     batch, length, channels = tensor.shape
     stride = tensor.stride(1)
     if tensor.stride(2) != 1 or (batch > 1 and tensor.stride(0) != length * stride):
@@ -208,6 +200,7 @@ class CompiledScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, step, A, B, C, D, z):
+        """Return the scan and save the state at the start of each chunk."""
         library = kernels(A.shape[1])
         batch, length, channels = u.shape
         z, z_row = rows(z)
@@ -224,14 +217,9 @@ class CompiledScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradient of every input."""
         u, delta, A, B, C, D, z, saved = ctx.saved_tensors
-        du, dstep, dB, dC, dz = (
-            torch.empty_like(u),
-            torch.empty_like(delta),
-            torch.empty_like(B),
-            torch.empty_like(C),
-            torch.empty_like(u),
-        )
+        du, dstep, dB, dC, dz = map(torch.empty_like, (u, delta, B, C, u))
         dA, dD = torch.empty(u.shape[0], *A.shape), torch.empty(u.shape[0], u.shape[2])
         tensors = (u, delta, A, B, C, D, z, ctx.z_row, saved, grad.contiguous(), du, dstep, dA, dB, dC, dD, dz)
         call(kernels(A.shape[0]), f"scan_backward_{suffix(u.dtype)}", (ctx.shape, *tensors))
@@ -239,10 +227,11 @@ class CompiledScan(torch.autograd.Function):
 
 
 class CompiledConv(torch.autograd.Function):
-    """silu(causal depthwise convolution): x [batch, length, channels], weight [channels, 4] float32, bias [channels] float32."""
+    """silu(causal depthwise conv); x [batch, length, channels], float32 weight [channels, 4], bias [channels]."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
+        """Return the convolution."""
         x, x_row = rows(x)
         batch, length, channels = x.shape
         weight = weight.t().contiguous()
@@ -255,6 +244,7 @@ class CompiledConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradient of every input."""
         x, weight, bias = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype)
         dweight, dbias = torch.empty(x.shape[0], *weight.shape), torch.empty(x.shape[0], *bias.shape)
@@ -264,19 +254,23 @@ class CompiledConv(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the shape of the transformers functions
+# With the signatures of the transformers functions
 
 
 def can_compile(tensor, state, channels):
+    """Return True if the compiled kernels support the tensor."""
     return tensor.device.type == "cpu" and channels % LANES == 0 and kernels(state) is not None
 
 
 def mamba_selective_scan(
     hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **kwargs
 ):
-    """As transformers' function: hidden_states, dt, z [batch, channels, length]; A [channels, state]; B, C [batch, state, length]."""
+    """Replace transformers' function.
+
+    hidden_states, dt, z [batch, channels, length]; A [channels, state]; B, C [batch, state, length].
+    """
     if return_last_state or D is None or z is None or delta_bias is None or not delta_softplus:
-        raise NotImplementedError("the training scan serves the whole-sequence pass of MambaMixer only")
+        raise NotImplementedError("the training scan supports only the whole-sequence pass of MambaMixer")
     step = dt.transpose(1, 2).float() + delta_bias
     u, B, C, z = (t.transpose(1, 2) for t in (hidden_states, B, C, z))
     scan = CompiledScan.apply if can_compile(u, A.shape[1], A.shape[0]) else selective_scan
@@ -298,15 +292,18 @@ def mamba2_chunk_scan(
     return_final_states=False,
     **kwargs,
 ):
-    """As transformers' function: hidden_states [batch, length, heads, head_dim]; dt [batch, length, heads]; B, C [batch, length, groups, state]."""
+    """Replace transformers' function.
+
+    hidden_states [batch, length, heads, head_dim]; dt [batch, length, heads]; B, C [batch, length, groups, state].
+    """
     if return_final_states or initial_states is not None or D is None or dt_bias is None or not dt_softplus:
-        raise NotImplementedError("the training scan serves the whole-sequence pass of Mamba2Mixer only")
+        raise NotImplementedError("the training scan supports only the whole-sequence pass of Mamba2Mixer")
     delta = F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
     return ssd_scan(hidden_states, delta, A, B, C, D, chunk_size)
 
 
 def causal_conv1d_fn(hidden_states, weight, bias, activation, **kwargs):
-    """As transformers' function: hidden_states [batch, channels, length]; weight [channels, width]; activation "silu"."""
+    """Replace transformers' function: hidden_states [batch, channels, length]; weight [channels, width]; silu."""
     if weight.shape[1] == WIDTH and can_compile(hidden_states, 16, weight.shape[0]):
         return CompiledConv.apply(hidden_states.transpose(1, 2), weight, bias).transpose(1, 2)
     padded = F.pad(hidden_states, (weight.shape[1] - 1, 0))
@@ -314,7 +311,7 @@ def causal_conv1d_fn(hidden_states, weight, bias, activation, **kwargs):
 
 
 def install(arch):
-    """Put the functions above in the place of those that the mixers look up when they run."""
+    """Replace the functions that the mixers look up at run time by those above."""
     if arch == "mamba":
         from transformers.models.mamba import modeling_mamba as module
 

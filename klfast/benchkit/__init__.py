@@ -1,1 +1,1 @@
-"""What the bench suite and ``klfast doctor --device`` share: clock, runner, contenders, weights."""
+"""Clock, runner, contenders and weights, shared by the bench suite and ``klfast doctor --device``."""

@@ -1,4 +1,4 @@
-"""What a device is, as torch tells it, and whether torch can use it."""
+"""Facts about a device, as torch and its driver report them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from klfast.core.errors import one_line
 from klfast.core.machine import cpu_name, extension, installed_version
 from klfast.dispatch.pins import available_tiers
 
-_TRITONS = ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")  # packages that hold it
+_TRITONS = ("triton", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")  # packages that contain Triton
 _VARIABLES = (
     "KLFAST_ISA",
     "KLFAST_STRICT",
@@ -26,11 +26,11 @@ _VARIABLES = (
     "ZE_AFFINITY_MASK",
     "ZE_FLAT_DEVICE_HIERARCHY",
 )
-_PRIVATE = ("uuid", "pci_")  # beginnings of properties that tell one machine from another of its kind
+_PRIVATE = ("uuid", "pci_")  # prefixes of properties that identify a single machine
 
 
 def gather(device: str) -> dict[str, str]:
-    """Versions, the device's name and properties, and the environment variables that matter; no names of user or host."""
+    """Return versions, the device's properties and relevant environment variables; no names of user or host."""
     found = {
         "klfast": klfast.__version__,
         "torch": torch.__version__,
@@ -50,12 +50,12 @@ def gather(device: str) -> dict[str, str]:
 
 
 def triton() -> str:
-    """The installed packages that hold Triton, with versions; empty without any."""
+    """Return the installed packages that contain Triton, with versions; empty if there are none."""
     return ", ".join(f"{name} {version}" for name in _TRITONS if (version := installed_version(name)) != "none")
 
 
 def driver(device: str) -> str:
-    """The version of a GPU's driver; empty where nothing tells it, "unknown (why)" where what should does not."""
+    """Return the version of a GPU's driver; empty without nvidia-smi, "unknown (why)" if nvidia-smi fails."""
     if device == "xpu":
         return str(getattr(torch.xpu.get_device_properties(), "driver_version", ""))
     try:
@@ -106,5 +106,5 @@ def _of_accelerator(device: str) -> dict[str, str]:
 def _or_why_not(ask: Callable[[], object]) -> str:
     try:
         return str(ask())
-    except RuntimeError as error:  # of a driver that cannot tell
+    except RuntimeError as error:  # from the driver
         return one_line(error)

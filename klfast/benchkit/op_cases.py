@@ -1,4 +1,4 @@
-"""Small cases of each op, run against klfast's reference for ``klfast doctor``: odd shapes, so that each kernel's edges run too."""
+"""Small cases of each op, checked against klfast's reference by ``klfast doctor``; odd shapes cover kernels' edges."""
 
 from __future__ import annotations
 
@@ -17,44 +17,47 @@ from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
-# Largest errors, relative to the reference's largest value, by what the results are rounded to: the reference is
-# rounded, too, and may be one unit in the last place away.
+# Largest errors by dtype of the result, relative to the reference's largest value: the reference is rounded, too, and
+# may be one unit in the last place away.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-_METRICS_TOLERANCE = 1e-3  # divergences are float32, but of logits that linear_divergence sums in another order
-_ROWS = (1, 5, 33, 70)  # each takes another kernel or configuration
+_METRICS_TOLERANCE = 1e-3  # divergences are float32, but linear_divergence sums their logits in another order
+_ROWS = (1, 5, 33, 70)  # each selects another kernel or configuration
 
 
 def badness(error: float) -> tuple[bool, float]:
-    return error != error, error  # NaN is worse than any number
+    """Return the key by which errors rank: NaN is worse than any number."""
+    return error != error, error
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an op with arguments drawn at random.
+    """A call of an op with random arguments.
 
     Attributes:
         kernel: the op, and which of its kernels if it has several.
-        what: which case it is, for the reader.
-        tolerance: the largest ``error`` that is right.
-        call: gives the op's results, and what it wrote to.
-        args: of ``call``, on the CPU: tensors, quantized tensors and plain values.
+        what: a description of the case.
+        tolerance: the largest acceptable ``error``.
+        call: returns the op's results and the tensors that it wrote.
+        args: arguments of ``call``, on the CPU: tensors, quantized tensors and plain values.
     """
 
     kernel: str
     what: str
     tolerance: float
     call: Callable[..., Sequence[torch.Tensor]]
-    args: tuple = ()
+    args: tuple[object, ...] = ()
 
     def error(self, tier: str | None = None, device: str = "cpu") -> float:
-        """Largest difference of a result from klfast's reference on the CPU, relative to its largest value; NaN if any is.
+        """Return the results' largest difference from the reference on the CPU, relative to its largest value.
+
+        NaN if any result is. Exceptions of the kernel pass through.
 
         Args:
-            tier: the implementation to pin; None for what runs by itself.
+            tier: the implementation to pin; None for the default one.
             device: where to run it.
 
         Raises:
-            Whatever the kernel raises; ValueError if a result has another shape or dtype than it should.
+            ValueError: a result has the wrong shape or dtype.
         """
         with pins.using("reference"):
             expected = self._results("cpu")
@@ -63,7 +66,7 @@ class Case:
         return max((_distance(a, b) for a, b in zip(found, expected, strict=True)), key=badness)
 
     def _results(self, device: str) -> list[torch.Tensor]:
-        """Of one call on a device with copies of the arguments, back on the CPU."""
+        """Return the results of a call on a device with copies of the arguments, moved to the CPU."""
         return [found.cpu() for found in self.call(*(_copy(a, device) for a in self.args))]
 
 
@@ -77,48 +80,39 @@ def _copy(argument: object, device: str) -> object:
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise ValueError(
-            f"a result is {dtype_name(found.dtype)} {list(found.shape)} instead of {dtype_name(expected.dtype)} {list(expected.shape)}"
-        )
+        given, wanted = (f"{dtype_name(t.dtype)} {list(t.shape)}" for t in (found, expected))
+        raise ValueError(f"a result is {given} instead of {wanted}")
     scale = max(float(expected.abs().max()), 1e-30)
     return float((found.float() - expected.float()).abs().max()) / scale
 
 
 def cases(op: str, dtypes: Iterable[torch.dtype] = FLOAT_DTYPES) -> list[Case]:
-    """An op's cases in each dtype, always the same ones.
+    """Return an op's cases in each dtype, always the same ones.
 
     Raises:
-        KeyError: an op without cases.
+        KeyError: the op has no cases.
     """
     torch.manual_seed(0)
     return [case for dtype in dtypes for case in CASES[op](dtype)]
 
 
 def _case(op: str, dtype: torch.dtype, what: str, call: Callable[..., Sequence[torch.Tensor]], *args: object) -> Case:
-    return Case(
-        op,
-        f"{dtype_name(dtype)} {what}",
-        _METRICS_TOLERANCE if op.endswith("_divergence") else TOLERANCE[dtype],
-        call,
-        args,
-    )
+    tolerance = _METRICS_TOLERANCE if op.endswith("_divergence") else TOLERANCE[dtype]
+    return Case(op, f"{dtype_name(dtype)} {what}", tolerance, call, args)
+
+
+def _all(found: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dtype, k: int = 331) -> Case:
     x, weight, bias = torch.randn(rows, k).to(dtype), quantize(torch.randn(67, k), spec), torch.randn(67)
 
-    def call(x, weight, bias):
+    def call(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor) -> list[torch.Tensor]:
         return [ops.dequant_matmul(x, weight, bias, activation=activation)]
 
-    return _case(
-        f"dequant_matmul {spec.format.name} {activation}",
-        dtype,
-        f"[{rows}, {k}] x {spec} [67, {k}]",
-        call,
-        x,
-        weight,
-        bias,
-    )
+    kernel = f"dequant_matmul {spec.format.name} {activation}"
+    return _case(kernel, dtype, f"[{rows}, {k}] x {spec} [67, {k}]", call, x, weight, bias)
 
 
 def _integers(*shape: int) -> torch.Tensor:
@@ -126,61 +120,41 @@ def _integers(*shape: int) -> torch.Tensor:
 
 
 def _linear(dtype: torch.dtype, rows: int, bias_dtype: torch.dtype) -> Case:
-    """Whole numbers: their sums are exact but for the last rounding, which a float32 result shows if there is one."""
+    """Return a case of integers: their sums are exact, so that a float32 result reveals any rounding to ``dtype``."""
 
-    def call(x, weight, bias):
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
         return [ops.linear(x, weight, bias, dtype=torch.float32)]
 
     what = f"[{rows}, 101] x [37, 101] + {dtype_name(bias_dtype)}"
-    return _case(
-        "linear",
-        dtype,
-        what,
-        call,
-        _integers(rows, 101).to(dtype),
-        _integers(37, 101).to(dtype),
-        _integers(37).to(bias_dtype),
-    )
+    x, weight, bias = _integers(rows, 101).to(dtype), _integers(37, 101).to(dtype), _integers(37).to(bias_dtype)
+    return _case("linear", dtype, what, call, x, weight, bias)
 
 
 def _decode_attention(dtype: torch.dtype, keys: int, batch: int = 2, heads: int = 18, groups: int = 2) -> Case:
-    q, k, v = (
-        torch.randn(batch, heads, 33).to(dtype),
-        torch.randn(batch, groups, keys, 33).to(dtype),
-        torch.randn(batch, groups, keys, 63).to(dtype),
-    )
-    return _case(
-        "decode_attention",
-        dtype,
-        f"[{batch}, {heads}, 33], {keys} keys",
-        lambda *args: [ops.decode_attention(*args)],
-        q,
-        k,
-        v,
-    )
+    q = torch.randn(batch, heads, 33).to(dtype)
+    k = torch.randn(batch, groups, keys, 33).to(dtype)
+    v = torch.randn(batch, groups, keys, 63).to(dtype)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        return [ops.decode_attention(q, k, v)]
+
+    return _case("decode_attention", dtype, f"[{batch}, {heads}, 33], {keys} keys", call, q, k, v)
 
 
 def _logit_divergence(dtype: torch.dtype, tokens: int, vocab: int, misleading: int = 0) -> Case:
-    """The first ``misleading`` columns say nothing of where the student has its mass: kernels that start from them begin again."""
+    """Return a case whose first ``misleading`` columns hide the student's mass, so that kernels must start again."""
     teacher, targets = 3 * torch.randn(tokens, vocab), torch.randint(vocab, (tokens,))
     student = teacher + 0.1 * torch.randn(tokens, vocab)
     if misleading:
         student[:, :misleading] -= 20
         teacher[:, -100], student[:, -100] = 25, 25.25
     what = f"[{tokens}, {vocab}]" + (f", the first {misleading} misleading" if misleading else "")
-    return _case(
-        "logit_divergence",
-        dtype,
-        what,
-        lambda *args: astuple(ops.logit_divergence(*args)),
-        teacher.to(dtype),
-        student.to(dtype),
-        targets,
-    )
+    args = (teacher.to(dtype), student.to(dtype), targets)
+    return _case("logit_divergence", dtype, what, lambda *args: astuple(ops.logit_divergence(*args)), *args)
 
 
 def _linear_divergence(dtype: torch.dtype, spec: QuantSpec | None, tokens: int) -> Case:
-    """The teacher's head is of ``dtype``; the student's is quantized, or the teacher's with a ``spec`` of None."""
+    """Return a case with a teacher's head in ``dtype`` and a quantized student's head, the same head if no ``spec``."""
     hidden, head, targets = torch.randn(tokens, 63), torch.randn(301, 63) / 3, torch.randint(301, (tokens,))
     other = head.to(dtype) if spec is None else quantize(head, spec)
     what = f"[{tokens}, 63] x [301, 63], student {spec or dtype_name(dtype)}"
@@ -191,8 +165,12 @@ def _linear_divergence(dtype: torch.dtype, spec: QuantSpec | None, tokens: int) 
 def _causal_conv1d(dtype: torch.dtype, length: int) -> Case:
     x, weight, bias, state = torch.randn(2, 19, length), torch.randn(19, 4), torch.randn(19), torch.randn(2, 19, 3)
 
-    def call(x, weight, bias, state):
-        return ops.causal_conv1d_fn(x, weight, bias, initial_states=state, return_final_states=True, activation="silu")
+    def call(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return _all(
+            ops.causal_conv1d_fn(x, weight, bias, initial_states=state, return_final_states=True, activation="silu")
+        )
 
     return _case("causal_conv1d", dtype, f"[2, 19, {length}]", call, x.to(dtype), weight, bias, state.to(dtype))
 
@@ -200,7 +178,9 @@ def _causal_conv1d(dtype: torch.dtype, length: int) -> Case:
 def _causal_conv1d_update(dtype: torch.dtype) -> Case:
     x, weight, bias, before = torch.randn(2, 19), torch.randn(19, 4), torch.randn(19), torch.randn(2, 19, 4)
 
-    def call(x, weight, bias, state):
+    def call(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return ops.causal_conv1d_update(x, state, weight, bias, activation="silu"), state
 
     return _case("causal_conv1d_update", dtype, "[2, 19]", call, x.to(dtype), weight, bias, before.to(dtype))
@@ -211,64 +191,59 @@ def _selective_scan(dtype: torch.dtype, length: int) -> Case:
     B, C = torch.randn(2, 2, 16, length).to(dtype)
     A, D, delta_bias, initial = -torch.rand(19, 16), torch.randn(19), torch.randn(19), torch.randn(2, 19, 16)
 
-    def call(u, delta, A, B, C, D, z, delta_bias, initial):
-        return ops.selective_scan_fn(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True, initial_states=initial
+    def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        u, delta, A, B, C, D, z, delta_bias, initial = args
+        return _all(
+            ops.selective_scan_fn(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, return_last_state=True, initial_states=initial
+            )
         )
 
     return _case("selective_scan", dtype, f"[2, 19, {length}]", call, u, delta, A, B, C, D, z, delta_bias, initial)
 
 
 def _selective_state_update(dtype: torch.dtype, heads: tuple[int, ...]) -> Case:
-    """Of 19 channels, or of ``heads`` (1,) times that many."""
+    """Return a case of 19 channels, or of ``heads`` times that many."""
     x, dt, z = torch.randn(3, 2, *heads, 19).to(dtype)
     B, C = torch.randn(2, 2, *(1 for _ in heads), 16).to(dtype)
-    before, A, D, dt_bias = (
-        torch.randn(2, *heads, 19, 16),
-        -torch.rand(*heads, 19, 16),
-        torch.randn(*heads, 19),
-        torch.randn(*heads, 19),
-    )
+    before, A = torch.randn(2, *heads, 19, 16), -torch.rand(*heads, 19, 16)
+    D, dt_bias = torch.randn(*heads, 19), torch.randn(*heads, 19)
 
-    def call(state, *args):
-        return ops.selective_state_update(state, *args, dt_softplus=True), state
+    def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, x, dt, A, B, C, D, z, dt_bias = args
+        return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True), state
 
     return _case("selective_state_update", dtype, str(list(x.shape)), call, before, x, dt, A, B, C, D, z, dt_bias)
 
 
 def _mamba_chunk_scan(dtype: torch.dtype, length: int, channels: int = 19, states: int = 16) -> Case:
-    """Four heads of so many channels, two groups of B and C."""
+    """Return a case of four heads and two groups of B and C."""
     x, z = torch.randn(2, 2, length, 4, channels).to(dtype)
     B, C = torch.randn(2, 2, length, 2, states).to(dtype)
     dt, A, D, dt_bias = torch.randn(2, length, 4).to(dtype), -torch.rand(4), torch.randn(4), torch.randn(4)
     initial = torch.randn(2, 4, channels, states)
 
-    def call(x, dt, A, B, C, D, z, dt_bias, initial):
-        return ops.mamba_chunk_scan_combined(
-            x, dt, A, B, C, 16, D, z, dt_bias, initial, dt_softplus=True, return_final_states=True
+    def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, dt, A, B, C, D, z, dt_bias, initial = args
+        return _all(
+            ops.mamba_chunk_scan_combined(
+                x, dt, A, B, C, 16, D, z, dt_bias, initial, dt_softplus=True, return_final_states=True
+            )
         )
 
-    return _case(
-        "mamba_chunk_scan", dtype, f"{list(x.shape)}, {states} states", call, x, dt, A, B, C, D, z, dt_bias, initial
-    )
+    args = (x, dt, A, B, C, D, z, dt_bias, initial)
+    return _case("mamba_chunk_scan", dtype, f"{list(x.shape)}, {states} states", call, *args)
 
 
 def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
-    """Gated where there is a group size."""
+    """Return a case that is gated if there is a group size."""
     x, gate, weight = torch.randn(2, 33, 38).to(dtype), torch.randn(2, 33, 38).to(dtype), torch.randn(38).to(dtype)
 
-    def call(x, weight, gate):
+    def call(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor) -> list[torch.Tensor]:
         return [ops.rms_norm(x, weight, None if group_size is None else gate, group_size=group_size)]
 
-    return _case(
-        "rms_norm",
-        dtype,
-        f"{list(x.shape)}, {'plain' if group_size is None else f'gated, groups of {group_size}'}",
-        call,
-        x,
-        weight,
-        gate,
-    )
+    what = "plain" if group_size is None else f"gated, groups of {group_size}"
+    return _case("rms_norm", dtype, f"{list(x.shape)}, {what}", call, x, weight, gate)
 
 
 _FORMATS = (
@@ -278,8 +253,8 @@ _FORMATS = (
 )
 _HEADS = (None, QuantSpec(4, 32), QuantSpec(4, 64, False), QuantSpec(8, 32), QuantSpec(8, -1, False))
 _LENGTHS = (1, 33, 131)
-_SPLIT = [(rows, 2048) for rows in (1, 5, 33)]  # (rows, K) with less to do along N than along K: kernels split K
-# Op -> draws its cases in a dtype.
+_SPLIT = [(rows, 2048) for rows in (1, 5, 33)]  # (rows, K) with less work along N than along K: kernels split K
+# Op -> function that draws its cases in a dtype.
 CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
     "dequant_matmul": lambda dtype: [
         *(
@@ -309,9 +284,8 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
     "selective_state_update": lambda dtype: [_selective_state_update(dtype, heads) for heads in ((), (3,))],
     "mamba_chunk_scan": lambda dtype: [
         *(_mamba_chunk_scan(dtype, length) for length in _LENGTHS),
-        *(
-            _mamba_chunk_scan(dtype, length, 32, states) for states in (16, 128) for length in (33, 131)
-        ),  # 16-bit: with matrix instructions
+        # Sizes for which 16-bit dtypes use matrix instructions.
+        *(_mamba_chunk_scan(dtype, length, 32, states) for states in (16, 128) for length in (33, 131)),
     ],
     "rms_norm": lambda dtype: [_rms_norm(dtype, group_size) for group_size in (None, 19)],
 }

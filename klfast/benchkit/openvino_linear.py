@@ -15,7 +15,7 @@ _core = ov.Core()
 
 
 def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[], np.ndarray]:
-    """What multiplies float32 ``rows`` [M, K] by a weight of its own: i4 [N, G, L] times a float16 scale a group."""
+    """Return a call that multiplies float32 ``rows`` [M, K] by a weight i4 [N, G, L] with a float16 scale per group."""
     n, k = qt.shape
     groups = qt.scale.shape[1]
     nibbles = (packing.unpack(qt.packed, 4, k) ^ 8).numpy()  # in two's complement
@@ -32,6 +32,7 @@ def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[]
 
     def run() -> np.ndarray:
         request.infer()
-        return request.get_output_tensor().data
+        found: np.ndarray = request.get_output_tensor().data
+        return found
 
     return run

@@ -1,11 +1,12 @@
 """Contenders of a group, checked and then timed in turns.
 
-A round of a peer is preceded by a timed call of each of klfast's contenders, so that every ratio comes from calls that
-saw the same machine. Before each timed call its contender makes an untimed one: threads are awake and the code is in
-cache, as in a program that makes one call after the other. Weights are not: calls rotate through copies of them.
+A timed call of each of klfast's contenders precedes each round of a peer, so that every ratio comes from calls under
+the same conditions. An untimed call of the same contender precedes each timed one, so that threads are awake and code
+is cached, as in a program that makes one call after another. Weights are not cached: calls rotate through copies of
+them.
 
-On a GPU a round takes many calls of each contender, timed on the device (klfast/benchkit/clock.py): one call would show
-how long Python takes to launch it.
+On a GPU a round has many calls of each contender, timed on the device (klfast/benchkit/clock.py): a single call would
+measure Python's launch time.
 """
 
 from __future__ import annotations
@@ -15,35 +16,44 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from klfast.benchkit.clock import Clock
+from klfast.benchkit.settings import Settings
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
-_OUTSIDE_ROUNDS = 7  # of a program of its own
+_OUTSIDE_ROUNDS = 7  # for programs that time themselves
 _LONG_SECONDS = 0.05  # calls that take longer need no untimed call before them
-_SPIN_SECONDS = (
-    0.02  # OpenMP's threads spin for so long after a call, and would slow down a peer with threads of its own
-)
+_SPIN_SECONDS = 0.02  # OpenMP's threads spin this long after a call, and would slow down a peer with its own threads
 
 
-class Unavailable(Exception):
-    """A contender that this machine or these shapes do not allow; says why."""
+class UnavailableError(Exception):
+    """A contender that does not support this machine or these shapes; the message says why."""
+
+
+class Benchmark(Protocol):
+    """The part of pytest-benchmark's fixture that is used here."""
+
+    stats: Any
+
+    def pedantic(self, target: Callable[[], object], *, setup: Callable[[], None], rounds: int) -> object:
+        """Time ``rounds`` calls of ``target``, each after a call of ``setup``."""
 
 
 @dataclass
 class Contender:
-    """One way to compute what a group is about.
+    """One way to compute a group's result.
 
     Attributes:
-        calls: one for each copy of the weights, all of equal result.
+        calls: one for each copy of the weights, all with the same result.
         error: computes one result and returns its distance from the reference, relative to the largest value.
-        tolerance: what that distance may be.
-        nbytes: memory that a call reads at least.
-        peak: the dtype of its products, for their share of the machine's peak; empty where that says little.
-        own_threads: it has a thread pool of its own, not torch's.
-        facts: further columns of the table, found after the timing; called with the median in seconds.
+        tolerance: the largest acceptable distance.
+        nbytes: the least memory that a call reads.
+        peak: the dtype of its products, for their share of the machine's peak; empty where that is not informative.
+        own_threads: True if it has its own thread pool, not torch's.
+        facts: returns further columns of the table after the timing, given the median in seconds.
     """
 
     calls: Sequence[Callable[[], object]]
@@ -52,20 +62,21 @@ class Contender:
     nbytes: int = 0
     peak: str = ""
     own_threads: bool = False
-    facts: Callable[[float], dict] | None = None
+    facts: Callable[[float], dict[str, object]] | None = None
     measured_error: float = field(init=False, default=float("nan"))
-    _turn: itertools.cycle = field(init=False)
+    _turn: itertools.cycle[Callable[[], object]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._turn = itertools.cycle(self.calls)
 
     def __call__(self) -> object:
+        """Make the next call in turn."""
         return next(self._turn)()
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is computed, and who takes part: name -> what builds the contender. Names of klfast's begin with "klfast"."""
+    """A computation and its contenders: name -> function that builds one. klfast's names begin with "klfast"."""
 
     name: str
     facts: dict[str, object]
@@ -74,66 +85,70 @@ class Group:
 
     @property
     def ours(self) -> list[str]:
+        """Names of klfast's contenders."""
         return [name for name in self.contenders if is_ours(name)]
 
 
 def is_ours(name: str) -> bool:
+    """Return True for the name of one of klfast's contenders."""
     return name.startswith("klfast")
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value; NaN if any is."""
+    """Return the largest difference, relative to the largest expected value; NaN if any value is."""
     scale = max(float(expected.abs().max()), 1e-30)
     return float((found.float() - expected.to(found.device).float()).abs().max()) / scale
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of results that are rounded to ``dtype``."""
+    """Return the tolerance for results that are rounded to ``dtype``."""
     return {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that the rounds of a contender took."""
+    """Seconds of each round of a contender."""
 
     rounds: Sequence[float]
 
     @property
     def median(self) -> float:
+        """The median of the rounds."""
         return statistics.median(self.rounds)
 
     @property
     def min(self) -> float:
+        """The fastest round."""
         return min(self.rounds)
 
 
 class Race:
     """Builds, checks and times the contenders of one group at a time."""
 
-    def __init__(self, settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._clock: Clock | None = None  # of a GPU, made when something is timed
+        self._clock: Clock | None = None  # the GPU's, created at the first timing
         self._group: Group | None = None
         self._ready: dict[str, Contender | Exception] = {}
 
     def enter(self, group: Group) -> bool:
-        """Make ``group`` the current one; True if it was not."""
+        """Make ``group`` the current one; return False if it already was."""
         if group is self._group:
             return False
         self._group, self._ready = group, {}
         return True
 
     def contender(self, name: str) -> Contender:
-        """A contender of the current group, its result checked.
+        """Return a contender of the current group, with its result checked.
 
         Raises:
-            Unavailable: it cannot take part.
+            UnavailableError: it cannot take part.
             AssertionError: its result is wrong.
         """
         if name not in self._ready:
             try:
                 self._ready[name] = self._built(name)
-            except Exception as error:  # noqa: BLE001 (raised below, now and whenever a peer asks again)
+            except Exception as error:  # noqa: BLE001 (raised below, now and whenever a peer needs it again)
                 self._ready[name] = error
         found = self._ready[name]
         if isinstance(found, Exception):
@@ -141,37 +156,43 @@ class Race:
         return found
 
     def _built(self, name: str) -> Contender:
-        contender = self._group.contenders[name]()
+        contender = self._current.contenders[name]()
         error = contender.error()
         assert error <= contender.tolerance, (
-            f"{name} is off by {error:.1e}, allowed are {contender.tolerance:.0e}: no figure for a wrong result"
+            f"{name}: error {error:.1e} exceeds the tolerance {contender.tolerance:.0e}; wrong results are not timed"
         )
         contender.measured_error = error
         return contender
 
+    @property
+    def _current(self) -> Group:
+        assert self._group is not None, "enter a group first"
+        return self._group
+
     def rivals(self, name: str) -> dict[str, Contender]:
-        """klfast's contenders that a peer is compared with; none for klfast's own."""
+        """Return klfast's contenders that a peer is compared with; none for klfast's own."""
         if is_ours(name):
             return {}
         found = {}
-        for ours in self._group.ours:
+        for ours in self._current.ours:
             try:
                 found[ours] = self.contender(ours)
-            except Exception:  # noqa: BLE001
-                continue  # its own test says why
+            except Exception:  # noqa: BLE001 (its own test says why)
+                continue
         return found
 
-    def run(self, name: str, benchmark) -> tuple[Times, dict[str, float]]:
-        """Time a contender; returns that and how many times as fast as it each of klfast's is.
+    def run(self, name: str, benchmark: Benchmark | None) -> tuple[Times, dict[str, float]]:
+        """Time a contender, on the CPU by ``benchmark``, on GPUs by the device's clock.
 
-        On the CPU by ``benchmark``, on GPUs by the device's clock.
+        Returns:
+            Its times, and the speedup over it of each of klfast's contenders.
         """
         contender, rivals = self.contender(name), self.rivals(name)
-        own, theirs = (
-            self._by_device(name, contender, rivals)
-            if self._settings.device != "cpu"
-            else self._by_benchmark(name, contender, rivals, benchmark)
-        )
+        if self._settings.device != "cpu":
+            own, theirs = self._by_device(name, contender, rivals)
+        else:
+            assert benchmark is not None
+            own, theirs = self._by_benchmark(name, contender, rivals, benchmark)
         return own, {ours: own.median / times.median for ours, times in theirs.items()}
 
     def _by_device(
@@ -184,7 +205,7 @@ class Race:
         return times.pop(name), times
 
     def _by_benchmark(
-        self, name: str, contender: Contender, rivals: dict[str, Contender], benchmark
+        self, name: str, contender: Contender, rivals: dict[str, Contender], benchmark: Benchmark
     ) -> tuple[Times, dict[str, Times]]:
         calls = rivals | {name: contender}
         usual = {each: _usual_seconds(call) for each, call in calls.items()}
@@ -210,9 +231,14 @@ class Race:
         return Times(benchmark.stats.stats.data), {ours: Times(taken) for ours, taken in times.items()}
 
     def run_outside(self, name: str, once: Callable[[], float]) -> tuple[float, dict[str, float]]:
-        """On the CPU, have a peer time itself, in turns with klfast's contenders: its median in seconds, and how many times as fast as it each of klfast's is."""
-        calls, own = self.rivals(name), []
-        times = {ours: [] for ours in calls}
+        """Let a peer time itself on the CPU, in turns with klfast's contenders.
+
+        Returns:
+            The peer's median in seconds, and the speedup over it of each of klfast's contenders.
+        """
+        calls = self.rivals(name)
+        own: list[float] = []
+        times: dict[str, list[float]] = {ours: [] for ours in calls}
         for call in calls.values():
             call()
         for _ in range(_OUTSIDE_ROUNDS):
@@ -225,13 +251,13 @@ class Race:
 
 
 def _usual_seconds(call: Callable[[], object]) -> float:
-    """Of the second call, if the first is no long one."""
+    """Return the seconds of the second call, or of the first if that is long."""
     first = timed(call)
     return first if first >= _LONG_SECONDS else timed(call)
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

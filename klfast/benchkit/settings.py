@@ -1,13 +1,17 @@
-"""What a run of the suite is asked to do: its options and their values."""
+"""Options of a run of the suite."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from klfast.core.arguments import parse_bytes
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -18,16 +22,16 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(k), int(n)) for k, n in (part.split("x") for part in text.split(",")))
 
 
-def add_options(parser) -> None:
-    """The options of the suite, for pytest."""
+def add_options(parser: pytest.Parser) -> None:
+    """Add the suite's options to pytest."""
     group = parser.getgroup("klfast bench")
     group.addoption(
         "--quick",
         action="store_true",
-        help="one small case a suite and little memory: about a minute, to see that all works",
+        help="one small case per suite and little memory: a quick check of about a minute",
     )
     group.addoption(
-        "--device", default="auto", help="cpu, cuda or xpu; auto: an accelerator if there is one, else the CPU"
+        "--device", default="auto", help="cpu, cuda or xpu; auto uses an accelerator if there is one, else the CPU"
     )
     group.addoption("--isa", help="pin klfast to a CPU tier, such as avx2")
     group.addoption("--threads", type=int, help="CPU threads of every contender; torch decides by default")
@@ -39,7 +43,7 @@ def add_options(parser) -> None:
     group.addoption("--seconds", type=float, help="time for the rounds of one contender (0.5; 0.05 with --quick)")
     group.addoption("--shapes", type=_shapes, help="linear layers as KxN,KxN")
     group.addoption("--rows", type=_sizes, help="rows of x (M) as 1,8,128")
-    group.addoption("--out", type=Path, default=Path("klfast-bench"), help="folder for the results, made if need be")
+    group.addoption("--out", type=Path, default=Path("klfast-bench"), help="folder for the results, created if needed")
     group.addoption(
         "--compare", type=Path, help="folder of an earlier run; differences are shown and written to compare.md"
     )
@@ -49,13 +53,13 @@ def add_options(parser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="a model for llama-bench; its name's beginning tells the model",
+        help="a model for llama-bench; its file name starts with the model's name",
     )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run, defaults filled in; ``shapes`` (K, N) and ``rows`` empty for the suite's own."""
+    """Options of a run with defaults filled in; empty ``shapes`` (K, N) and ``rows`` stand for the suite's own."""
 
     quick: bool = False
     device: str = "cpu"
@@ -71,13 +75,14 @@ class Settings:
     gguf: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, config) -> Settings:
-        """From pytest's config."""
+    def of(cls, config: pytest.Config) -> Settings:
+        """Return the settings in pytest's config."""
         get = config.getoption
         quick = get("quick")
         device = get("device")
         if device == "auto":
-            device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            device = "cpu" if accelerator is None else accelerator.type
         return cls(
             quick,
             device,

@@ -1,4 +1,4 @@
-"""The suites of bench/, by name; imports nothing, so that the command line can name them at once."""
+"""Names of the suites of bench/; imports nothing, so that the command line is fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""klfast bench: runs the suite of bench/ with pytest in a process of its own."""
+"""klfast bench: the suite of bench/, run by pytest in another process."""
 
 from __future__ import annotations
 

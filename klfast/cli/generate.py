@@ -24,7 +24,7 @@ _USUAL_LENGTH = 100  # for models whose generation_config names none
 
 @dataclass(frozen=True)
 class _Request:
-    """What to generate with, and how to show it.
+    """The model, the settings and the form of output.
 
     Attributes:
         model: the model's name.

@@ -1,1 +1,1 @@
-"""What runs on this machine, why not the rest, and whether it is right: ``klfast.explain``, ``klfast.doctor``."""
+"""Which implementations run on this machine, why, and whether they are right: ``klfast.explain``, ``klfast.doctor``."""

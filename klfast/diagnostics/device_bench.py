@@ -1,4 +1,4 @@
-"""About a minute of timing on a device: groups of the bench suite, klfast beside torch. A wrong result gets no figure."""
+"""A minute of timing on a device: groups of the bench suite, klfast beside torch. Wrong results are not timed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from klfast.bench import test_divergence, test_linear, test_scan
 from klfast.benchkit.clock import Clock
-from klfast.benchkit.runner import Contender, Group, Unavailable, is_ours
+from klfast.benchkit.runner import Contender, Group, UnavailableError, is_ours
 from klfast.benchkit.settings import Settings
 from klfast.core.errors import one_line
 
 # (K, N): in_proj and out_proj of Mamba-1.4B, the MLP's first layers of Hymba-1.5B, in_proj of Mamba-130M.
 SHAPES = ((2048, 8192), (4096, 2048), (1600, 8960), (768, 3072))
 ROWS = (1, 8, 128)
-WORKING_SET = 128_000_000  # bytes of weights to go through, more than caches hold
+WORKING_SET = 128_000_000  # bytes of weights to rotate through, more than caches hold
 SUITES = {"linear": test_linear, "scan": test_scan, "divergence": test_divergence}  # the longest last
 CONTENDERS = (
     "klfast",
@@ -30,12 +30,12 @@ CONTENDERS = (
     "torch bf16 products alone",
     "transformers",
 )
-PATIENCE = 3  # times the seconds asked for, compiling and checking included; what is left then is left out
+PATIENCE = 3  # time limit in multiples of the given seconds, with compilation and checks; later groups are skipped
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contender: its median in seconds and how many times as fast as its group's first peer it is; or why it has none."""
+    """A contender's median in seconds and its speedup over the group's first peer, or a note why it has none."""
 
     group: str
     contender: str
@@ -52,7 +52,7 @@ class Row:
 
 
 def groups(device: str) -> list[Group]:
-    """What is timed: of the suite some contenders, and of functions that come in two dtypes bfloat16."""
+    """Return the groups to time: some of the suite's contenders, and only bfloat16 of functions in two dtypes."""
     settings = Settings(
         device=device, threads=torch.get_num_threads(), working_set=WORKING_SET, shapes=SHAPES, rows=ROWS
     )
@@ -71,11 +71,14 @@ def groups(device: str) -> list[Group]:
 def run(
     some: Sequence[Group], clock: Clock, seconds: float, tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[list[Row]]:
-    """The rows of each group, timed for its share of ``seconds``. ``tell`` gets the name of each contender before it runs."""
+    """Yield the rows of each group, timed for its share of ``seconds``.
+
+    ``tell`` gets the name of each contender before it runs.
+    """
     end = time.monotonic() + PATIENCE * seconds
     for group in some:
         if time.monotonic() > end:
-            yield [Row(group.name, name, note="left out, the time is over") for name in group.contenders]
+            yield [Row(group.name, name, note="skipped, the time is over") for name in group.contenders]
         else:
             yield _time(group, clock, seconds / len(some), tell)
 
@@ -89,19 +92,19 @@ def _time(group: Group, clock: Clock, seconds: float, tell: Callable[[str], None
         try:
             contender = build()
             errors[name] = contender.error()
-        except Unavailable as reason:
+        except UnavailableError as reason:
             notes[name] = str(reason)
-        except Exception as failure:  # a compiler's or a driver's, for instance: named, and the others go on
+        except Exception as failure:  # noqa: BLE001 (a compiler's or a driver's, for example; the others go on)
             notes[name] = f"fails: {one_line(failure)}"
         else:
             if errors[name] <= contender.tolerance:
                 ready[name] = contender
             else:
-                notes[name] = f"wrong: off by {errors[name]:.1e}, allowed are {contender.tolerance:.0e}; no figure"
+                notes[name] = f"wrong: error {errors[name]:.1e} exceeds the tolerance {contender.tolerance:.0e}"
     medians: dict[str, float] = {}
     try:
         medians = clock.medians(ready, seconds)
-    except Exception as failure:
+    except Exception as failure:  # noqa: BLE001 (likewise)
         notes |= dict.fromkeys(ready, f"fails when timed: {one_line(failure)}")
     peer = next((medians[name] for name in medians if not is_ours(name)), math.nan)
     return [

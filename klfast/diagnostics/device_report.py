@@ -1,4 +1,4 @@
-"""``klfast doctor --device``: facts, checks and bench of one device as one text that grows while it runs."""
+"""``klfast doctor --device``: facts, checks and timings of a device as one text that grows while it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from klfast.dispatch import registry
 
 @dataclass
 class Report:
-    """What was found: ``facts`` by name, a ``Check`` for each kernel, the bench's rows."""
+    """Results: ``facts`` by name, a ``Check`` per kernel, the bench's rows."""
 
     device: str
     facts: dict[str, str] = field(default_factory=dict)
@@ -33,15 +33,17 @@ class Report:
         """Names of the kernels that failed."""
         return [check.kernel for check in self.checks if check.status == FAIL]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
+        """Return the report for JSON."""
         return {**asdict(self), "passed": not self.failed}
 
 
 class _Text:
-    """The report's lines, shown as they come; the file holds all so far, and what runs now, in case it never returns."""
+    """The report's lines, shown as they come; the file also names the running step, which may crash the process."""
 
     def __init__(self, say: Callable[[str], None], out: Path | None) -> None:
-        self._say, self._out, self._lines = say, out, []
+        self._say, self._out = say, out
+        self._lines: list[str] = []
 
     def add(self, line: str) -> None:
         self._lines.append(line)
@@ -49,7 +51,7 @@ class _Text:
         self._write(self._lines)
 
     def now(self, what: str) -> None:
-        self._write([*self._lines, f"({what} runs; if nothing follows, it ended the run)"])
+        self._write([*self._lines, f"({what} is running; if nothing follows, it ended the run)"])
 
     def _write(self, lines: list[str]) -> None:
         if self._out is not None:
@@ -61,22 +63,22 @@ def run(device: str, seconds: float = 60.0, out: Path | None = None, say: Callab
 
     Args:
         device: "cpu", "cuda" or "xpu".
-        seconds: for the bench, at most ``bench.PATIENCE`` times as long with compilation and checks; 0 leaves it out.
-        out: a file for the text, written anew with each line.
-        say: gets each line.
+        seconds: time for the bench, up to ``bench.PATIENCE`` times as long with compilation and checks; 0 skips it.
+        out: a file for the text, rewritten with each line.
+        say: called with each line.
 
     Raises:
-        KernelUnavailableError: torch cannot compute on such a device; says what to do.
+        KernelUnavailableError: torch cannot use such a device; the message has a remedy.
     """
     machine.require(device)
     found, text = Report(device), _Text(say, out)
     text.add(f"klfast doctor --device {device}, {datetime.now(timezone.utc).isoformat(timespec='seconds')}")
-    text.now("torch's look at the device")
+    text.now("torch's query of the device")
     found.facts = device_facts.gather(device)
     for name, value in found.facts.items():
         text.add(f"  {name}: {value}")
     text.add(
-        "\nKernels against klfast's reference on the CPU (errors relative to the largest value; the first run compiles):"
+        "\nKernels against the reference on the CPU (errors relative to the largest value; the first run compiles):"
     )
     for op in registry.op_names():
         for check in kernel_checks.of_op(op, device, text.now):
@@ -95,7 +97,7 @@ def run(device: str, seconds: float = 60.0, out: Path | None = None, say: Callab
 def _bench(found: Report, text: _Text, seconds: float) -> None:
     text.now("the clock")
     clock = Clock(found.device)
-    text.add(f"\nMedian times by {clock.by}; x: times as fast as the first of the group that is not klfast's:")
+    text.add(f"\nMedian times by {clock.by}; x: speedup over the first of the group that is not klfast's:")
     torch.manual_seed(0)
     with torch.inference_mode():
         for rows in bench.run(bench.groups(found.device), clock, seconds, text.now):

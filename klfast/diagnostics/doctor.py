@@ -1,4 +1,4 @@
-"""What this machine can run, and whether it is right: ``klfast.doctor``."""
+"""Which implementations this machine can run, and whether they are right: ``klfast.doctor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from klfast.dispatch import pins, registry
 
 @dataclass(frozen=True)
 class Check:
-    """One op at one tier against the reference: the error of the case nearest to its tolerance, relative to the largest value."""
+    """One op at one tier against the reference: the relative error of the case nearest to its tolerance."""
 
     op: str
     tier: str
@@ -27,7 +27,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``doctor`` found. ``tiers`` maps each CPU tier to the reason why it cannot run, empty where it can."""
+    """Results of ``doctor``. ``tiers`` maps each CPU tier to the reason why it cannot run, empty if it can."""
 
     versions: dict[str, str]
     cpu: str
@@ -40,9 +40,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """True if there are checks and all passed."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
+        """Return the report for JSON."""
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
@@ -67,7 +69,7 @@ class Report:
 
 
 def doctor() -> Report:
-    """Look at this machine and run every op on a small case at every CPU tier that it has. Takes a few seconds."""
+    """Inspect this machine and check every op on small cases at every CPU tier it has. Takes a few seconds."""
     from klfast import ops  # noqa: F401 (defines the ops)
 
     return Report(
@@ -96,6 +98,6 @@ def _check(op: str, tier: str) -> Check:
         )
     try:
         found = op_checks.run(op_cases.cases(op), tier)
-    except Exception as failure:  # a case that cannot be made: of an extension of another version, for instance
+    except Exception as failure:  # noqa: BLE001 (a case that cannot be made: the extension may be of another version)
         return Check(op, tier, float("nan"), False, one_line(failure))
     return Check(op, tier, found.error, not found.faults, "; ".join(found.faults[:1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins, registry
 from klfast.quant.tensor import QuantizedTensor
 
-# Public functions that bear another name than their op: that of the CUDA original.
+# Public functions with the name of the CUDA original instead of their op's.
 _OPS_OF = {
     "causal_conv1d_fn": "causal_conv1d",
     "selective_scan_fn": "selective_scan",
@@ -21,9 +21,10 @@ _OPS_OF = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run an op, and for every other implementation why it would not (one sentence each).
+    """The implementation that would run an op, and for every other one why it would not (one sentence each).
 
-    ``chosen`` is one of ``klfast.dispatch.pins.IMPLEMENTATIONS``, or "torch" where klfast leaves the call to torch's own product.
+    ``chosen`` is one of ``klfast.dispatch.pins.IMPLEMENTATIONS``, or "torch" if klfast leaves the call to torch's
+    matmul.
     """
 
     op: str
@@ -36,13 +37,13 @@ class Explanation:
         return "\n".join([*lines, *(f"  not {name}: {reason}" for name, reason in self.rejected.items())])
 
 
-def explain(op: str | Callable, *args: object) -> Explanation:
-    """Say which implementation of an op would run now, and why the others would not.
+def explain(op: str | Callable[..., object], *args: object) -> Explanation:
+    """Return which implementation of an op would run now, and why the others would not.
 
     Args:
         op: an op's name ("dequant_matmul") or its public function (``klfast.dequant_matmul``).
-        args: what the public function would be called with; the CPU without any. ``linear`` goes by the dtype and shape of
-            its x, too: without one, klfast's own kernel is explained.
+        args: arguments of the public function; without any, the CPU is assumed. The choice for ``linear`` depends on
+            the dtype and shape of its x, too: without one, klfast's own kernel is explained.
 
     Raises:
         InvalidInputError: no such op.
@@ -66,8 +67,8 @@ def explain(op: str | Callable, *args: object) -> Explanation:
     return Explanation(name, device, chosen, rejected)
 
 
-def _chosen(op: str, device: str, args: tuple, formats: list[str]) -> tuple[str, str]:
-    """The implementation that runs an op, and why no other that could: asks what the calls themselves ask."""
+def _chosen(op: str, device: str, args: Sequence[object], formats: list[str]) -> tuple[str, str]:
+    """Return the implementation that runs an op, and why it precedes the others; asks what the calls themselves ask."""
     key, _ = registry.implementation(op, device.upper(), formats)
     if not key and pins.pinned() != "reference" and registry.has_kernel(op, device.upper()):
         return "reference", registry.why_no_format(op, device.upper(), formats)
@@ -85,7 +86,7 @@ def _chosen(op: str, device: str, args: tuple, formats: list[str]) -> tuple[str,
 
 
 def _why_not(op: str, tier: str, device: str, formats: list[str]) -> str:
-    """Why a tier cannot run an op now, one sentence; empty if it can."""
+    """Return why a tier cannot run an op now, one sentence; empty if it can."""
     pin = pins.pinned()
     if pin == "reference":
         return "klfast.using or KLFAST_ISA asks for the reference."

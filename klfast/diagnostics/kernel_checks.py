@@ -1,7 +1,8 @@
-"""The checks of ``klfast doctor --device``. On a GPU those of each kernel run in a process of their own: after an illegal
-access, or where a driver ends the process, the other kernels would only repeat the error.
+"""Checks of ``klfast doctor --device``.
 
-``python -m klfast.diagnostics.kernel_checks DEVICE OP KERNEL`` is such a process; it writes lines of JSON.
+On a GPU each kernel is checked in a separate process, since after an illegal access, or if the driver ends the
+process, all other kernels would only repeat the error. ``python -m klfast.diagnostics.kernel_checks DEVICE OP KERNEL``
+is such a process; it writes lines of JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import klfast
 from klfast.benchkit import op_cases
@@ -25,16 +26,16 @@ from klfast.core.errors import one_line, shortened
 from klfast.diagnostics import op_checks
 from klfast.dispatch import registry
 
-PASS, FAIL, NONE = "pass", "FAIL", "none"  # NONE: klfast has no kernel for such devices, its plain reference runs
-PATIENCE = 900.0  # seconds in which a process has to begin another case; compiling one takes less
-PAUSE = 2.0  # seconds before a process that the machine had no room for is tried again
+PASS, FAIL, NONE = "pass", "FAIL", "none"  # NONE: klfast has no kernel for such devices, the reference runs
+PATIENCE = 900.0  # most seconds between two cases of a process, compilation included
+PAUSE = 2.0  # seconds before the second try of a process that the machine had no room for
 _NO_ROOM = tuple(map(os.strerror, (errno.EAGAIN, errno.ENOMEM)))  # for processes and threads, or their memory
-_MOST_FAULTS = 12  # that are listed for a kernel
+_MOST_FAULTS = 12  # listed for a kernel
 
 
 @dataclass(frozen=True)
 class Check:
-    """A kernel on the device: PASS, FAIL or NONE; ``outcome`` where cases were run, else a ``reason``."""
+    """A kernel on the device: PASS, FAIL or NONE, with the ``outcome`` if cases were run, else a ``reason``."""
 
     kernel: str
     status: str
@@ -54,7 +55,10 @@ class Check:
 
 
 def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
-    """Of each of an op's kernels, as torch dispatches the op to the device. ``tell`` gets the name of each case before it runs."""
+    """Yield the check of each of an op's kernels, as torch dispatches the op to the device.
+
+    ``tell`` gets the name of each case before it runs.
+    """
     from klfast.backends.triton import KERNELS
 
     if not registry.has_kernel(op, device.upper()):
@@ -62,7 +66,7 @@ def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
         return
     try:
         cases = op_cases.cases(op)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (the report names it)
         yield Check(op, FAIL, reason=f"its cases cannot be made: {one_line(error)}")
         return
     for kernel in sorted({case.kernel for case in cases}):
@@ -70,15 +74,15 @@ def of_op(op: str, device: str, tell: Callable[[str], None]) -> Iterator[Check]:
 
 
 def of_kernel(kernel: str, cases: list[op_cases.Case], device: str, tell: Callable[[str], None]) -> Check:
-    """Run a kernel's cases, some of ``cases``."""
+    """Run those of ``cases`` that belong to a kernel."""
     outcome = op_checks.run([case for case in cases if case.kernel == kernel], device=device, tell=tell)
     return Check(kernel, FAIL if outcome.faults else PASS, outcome)
 
 
 def in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]) -> Check:
-    """``of_kernel`` with an op's cases in another process; if that ends early, a failed check with its exit code and the last it said.
+    """Run ``of_kernel`` in another process; if that crashes, the failed check has its exit code and last message.
 
-    Where the machine has no room for a process or its threads for a moment, it is tried a second time.
+    Tried twice if the machine has no room for another process or its threads.
     """
     for again in (True, False):
         try:
@@ -98,22 +102,14 @@ def in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None])
 def _in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]) -> Check:
     running = ""
     with tempfile.TemporaryFile() as errors:
-        # From klfast's own folder: Python looks for modules there first, and a klfast elsewhere may be another.
+        # Run in klfast's own folder, where Python looks for modules first: a klfast elsewhere may be another version.
         folder = Path(klfast.__file__).parent.parent
         with subprocess.Popen(
             _command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors
         ) as process:
             for message in _messages(process):
                 if "check" in message:
-                    found = message["check"]
-                    return Check(
-                        **found
-                        | {
-                            "outcome": op_checks.Outcome(
-                                **found["outcome"] | {"faults": tuple(found["outcome"]["faults"])}
-                            )
-                        }
-                    )
+                    return _parsed(message["check"])
                 running = message["now"]
                 tell(running)
         errors.seek(0)
@@ -122,12 +118,19 @@ def _in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]
     return Check(kernel, FAIL, reason=shortened(f"{what}: {said[-1].strip() if said else 'it said nothing'}"))
 
 
+def _parsed(check: dict[str, Any]) -> Check:
+    """Return a Check from its JSON."""
+    outcome = check["outcome"]
+    return Check(**check | {"outcome": op_checks.Outcome(**outcome | {"faults": tuple(outcome["faults"])})})
+
+
 def _command(op: str, kernel: str, device: str) -> list[str]:
     return [sys.executable, "-m", "klfast.diagnostics.kernel_checks", device, op, kernel]
 
 
-def _messages(process: subprocess.Popen) -> Iterator[dict]:
-    """What a process writes; it is ended if it writes nothing for PATIENCE seconds."""
+def _messages(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a process; kill it if it writes nothing for PATIENCE seconds."""
+    assert process.stdout is not None
     rest = b""
     while select.select([process.stdout], [], [], PATIENCE)[0]:
         part = os.read(process.stdout.fileno(), 1 << 16)
@@ -135,12 +138,13 @@ def _messages(process: subprocess.Popen) -> Iterator[dict]:
             return
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
-            if line.startswith(b"{"):  # what else comes was written while modules were imported
+            if line.startswith(b"{"):  # modules may write other lines when they are imported
                 yield json.loads(line)
     process.kill()
 
 
 def main(device: str, op: str, kernel: str) -> None:
+    """Check a kernel and write the messages to standard output."""
     with _own_output() as out:
 
         def write(**message: object) -> None:
@@ -150,7 +154,7 @@ def main(device: str, op: str, kernel: str) -> None:
 
 
 def _own_output() -> TextIO:
-    """Standard output for this module alone: what compilers and drivers write there goes to standard error."""
+    """Reserve standard output for this module: output of compilers and drivers goes to standard error."""
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return own

@@ -1,4 +1,4 @@
-"""Runs the cases of ops against their references, as doctor does."""
+"""Runs of ops' cases against the reference, for doctor."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Largest errors, relative to the reference's largest value, by what the results are rounded to: the reference is
-# rounded, too, and may be one unit in the last place away.
 from klfast.benchkit.op_cases import Case, badness
 from klfast.core.errors import SlowPathWarning, one_line
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What cases gave.
+    """Outcome of a run of cases.
 
     Attributes:
-        cases: how many there were.
-        error: the largest of them in units of its tolerance; NaN if a result was, or none came.
-        tolerance: of that case.
-        worst: which case it was.
-        faults: "case: what is wrong", of each that failed.
+        cases: their number.
+        error: the largest error in units of its case's tolerance; NaN if a result was NaN or there were none.
+        tolerance: the tolerance of that case.
+        worst: the description of that case.
+        faults: "case: fault" of each failed case.
     """
 
     cases: int
@@ -34,18 +32,18 @@ class Outcome:
 def run(
     some: Sequence[Case], tier: str | None = None, device: str = "cpu", tell: Callable[[str], None] = lambda _: None
 ) -> Outcome:
-    """Run cases as ``Case.error`` does; none that fails ends the run. ``tell`` gets the name of each before it runs."""
+    """Run cases; a failing case does not stop the run. ``tell`` gets the name of each case before it runs."""
     faults, errors = [], [(float("-inf"), float("nan"), float("nan"), "")]
     for case in some:
         tell(f"{case.kernel}, {case.what}")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", SlowPathWarning)  # a kernel that goes another way is none
+                warnings.simplefilter("error", SlowPathWarning)  # falling back counts as having no kernel
                 error = case.error(tier, device)
-        except Exception as failure:  # whatever it is (a compiler's, a driver's), the report has to name it
+        except Exception as failure:  # noqa: BLE001 (the report names it, be it a compiler's or a driver's)
             faults.append(f"{case.what}: {one_line(failure)}")
             continue
         if not error <= case.tolerance:
-            faults.append(f"{case.what}: off by {error:.1e}, allowed are {case.tolerance:.0e}")
+            faults.append(f"{case.what}: error {error:.1e} exceeds the tolerance {case.tolerance:.0e}")
         errors.append((error / case.tolerance, error, case.tolerance, case.what))
     return Outcome(len(some), *max(errors, key=lambda found: badness(found[0]))[1:], tuple(faults))

@@ -1,4 +1,4 @@
-"""Script that solves one multiple-choice knapsack with HiGHS (scipy's MILP) in a process of its own.
+"""Script that solves one multiple-choice knapsack with HiGHS (scipy's MILP) in a separate process.
 
 Some versions of HiGHS (scipy 1.17 among them) print debugging lines on the process's standard output whatever their
 options. In another process they cannot reach the caller's output, which need not be closed to all threads meanwhile.

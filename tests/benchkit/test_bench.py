@@ -1,8 +1,9 @@
-"""The bench suite: a small run from the command line, what it writes, and that nothing wrong is timed."""
+"""The bench suite: a small run from the command line, its files, and no timing of wrong results."""
 
 import csv
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import klfast
 from bench import document, machine, results, test_linear, test_sweep
 from klfast.benchkit import peers, runner
-from klfast.benchkit.runner import Contender, Group, Race, Unavailable
+from klfast.benchkit.runner import Contender, Group, Race, UnavailableError
 from klfast.benchkit.settings import Settings
 from klfast.cli import app
 
@@ -23,34 +24,18 @@ def klf(*arguments):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder of results of a small run in a process of its own, and what it printed."""
+    """Return the folder of results of a small run, and its output."""
     out = tmp_path_factory.mktemp("bench")
+    settings = ("--shapes", "64x96", "--rows", "3", "--threads", 1, "--device", "cpu", "--isa", "scalar")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would not time
-        run = klf(
-            "bench",
-            "linear",
-            "--quick",
-            "--shapes",
-            "64x96",
-            "--rows",
-            "3",
-            "--threads",
-            1,
-            "--device",
-            "cpu",
-            "--isa",
-            "scalar",
-            "--out",
-            out,
-            "--json",
-        )
+        run = klf("bench", "linear", "--quick", *settings, "--out", out, "--json")
     assert run.exit_code == 0, run.output
     return out, json.loads(run.stdout)
 
 
-def test_a_run_writes_csv_markdown_and_a_picture(ran):
+def test_run_writes_csv_markdown_and_plot(ran):
     out, printed = ran
     assert {"linear.csv", "linear.md", "roofline.png"} <= {path.name for path in out.iterdir()}
     with (out / "linear.csv").open() as file:
@@ -66,9 +51,7 @@ def test_a_run_writes_csv_markdown_and_a_picture(ran):
     } <= set(rows)
     for row in rows.values():
         assert float(row["min_s"]) <= float(row["median_s"]) and int(row["rounds"]) >= 3
-        assert (
-            float(row["share_of_floor"]) > 0 and float(row["read_gbps"]) > 0 and float(row["peak_float32_tflops"]) > 0
-        )
+        assert all(float(row[name]) > 0 for name in ("share_of_floor", "read_gbps", "peak_float32_tflops"))
         assert row["machine"] and row["tier"] == "scalar" and row["threads"] == "1" and row["torch"] and row["time"]
     assert all(
         float(rows["klfast int4 exact"][results.RATIO + peer]) > 0
@@ -78,7 +61,7 @@ def test_a_run_writes_csv_markdown_and_a_picture(ran):
     assert "| 64x96, M=3 | klfast int4 exact |" in table and "tier scalar, 1 threads" in table
 
 
-def test_a_run_is_compared_with_itself(ran):
+def test_comparison_of_a_run_with_itself(ran):
     rows = results.read(ran[0])
     lines = results.compare(rows, rows).splitlines()[2:]
     assert len(lines) == len(rows) and all("| 1.00 |" in line for line in lines)
@@ -86,12 +69,12 @@ def test_a_run_is_compared_with_itself(ran):
     assert results.compare([], rows).startswith("No contender")
 
 
-def test_the_page_shows_the_rows_of_a_run(ran):
+def test_page_shows_the_rows_of_a_run(ran):
     page = document.render(ran[0])
     assert "klfast int8 exact" in page and "roofline.png" in page and "## decode\n\nNo results" in page
 
 
-def test_the_committed_page_is_made_from_the_committed_results():
+def test_committed_page_matches_the_committed_results():
     assert document.DOCUMENT.read_text() == document.render(document.RESULTS), "run python -m bench.document"
 
 
@@ -104,7 +87,7 @@ def test_wrong_usage(wrong):
 
 
 class Benchmark:
-    """What a race needs of pytest-benchmark's fixture."""
+    """The part of pytest-benchmark's fixture that a race uses."""
 
     stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0, 2.0, 4.0]))
 
@@ -115,7 +98,7 @@ class Benchmark:
 
 
 def race(device="cpu", /, **errors):
-    """A race between contenders of the given errors, and the list of their calls as they happen."""
+    """Return a race between contenders with the given errors, and the growing list of their calls."""
     calls = []
 
     def built(name, error):
@@ -124,24 +107,22 @@ def race(device="cpu", /, **errors):
         return Contender([lambda i=i: calls.append((name, i)) for i in range(2)], lambda: error, 1e-3)
 
     found = Race(SimpleNamespace(device=device, seconds=0.0))
-    found.enter(
-        Group("group", {}, {name: lambda name=name, error=error: built(name, error) for name, error in errors.items()})
-    )
+    found.enter(Group("group", {}, {name: partial(built, name, error) for name, error in errors.items()}))
     return found, calls
 
 
-def test_a_wrong_result_gets_no_figure():
+def test_wrong_results_are_not_timed():
     found, calls = race(klfast=0.5, klfast_nan=float("nan"), torch=0.0)
     for name in ("klfast", "klfast_nan"):
-        with pytest.raises(AssertionError, match=f"{name} is off by .*no figure"):
+        with pytest.raises(AssertionError, match=f"{name}: error .* exceeds the tolerance 1e-03; .*not timed"):
             found.run(name, Benchmark())
     assert not calls
     times, ratios = found.run("torch", Benchmark())
     assert ratios == {} and (times.median, times.min) == (2.0, 1.0)
 
 
-def test_klfast_takes_turns_with_a_peer_and_every_call_takes_the_next_weights():
-    found, calls = race(klfast=0.0, klfast_other=Unavailable("not here"), torch=0.0)
+def test_klfast_takes_turns_with_a_peer_and_weights_rotate():
+    found, calls = race(klfast=0.0, klfast_other=UnavailableError("not here"), torch=0.0)
     assert found.run("klfast", Benchmark())[1] == {}
     calls.clear()
     _, ratios = found.run("torch", Benchmark())
@@ -153,7 +134,7 @@ def test_klfast_takes_turns_with_a_peer_and_every_call_takes_the_next_weights():
         assert all(a != b for a, b in itertools.pairwise(copies))
 
 
-def test_weights_in_the_form_of_torchs_int4_operations_for_gpus():
+def test_weights_in_the_formats_of_int4_ops_for_gpus():
     weight = klfast.quantize(torch.randn(16, 64), klfast.QuantSpec(4, 32))
     expected = weight.dequantize(torch.float32)
     words, scale, zero_point = peers._int4pack_xpu(weight, torch.float32)
@@ -164,7 +145,7 @@ def test_weights_in_the_form_of_torchs_int4_operations_for_gpus():
     assert torch.equal((codes.float() - 8) * scale + zero, expected)
 
 
-def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+def test_gpu_is_timed_by_its_own_clock(monkeypatch):
     class Clock:
         def __init__(self, device):
             assert device == "xpu"
@@ -178,7 +159,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
     assert (times.median, times.min, len(times.rounds)) == (3.0, 1.0, 3) and ratios == {"klfast": 1.5}
 
 
-def test_sizes_for_gpus_alone():
+def test_sizes_only_for_gpus():
     names = {
         device: [group.name for suite in (test_linear, test_sweep) for group in suite.groups(Settings(device=device))]
         for device in ("cpu", "xpu")
@@ -192,8 +173,8 @@ def test_sizes_for_gpus_alone():
     assert not any("8192x8192" in name or name.endswith(("M=64", "M=4096")) or "1.4b" in name for name in names["cpu"])
 
 
-def test_the_sweep_of_random_weights():
-    """As on a GPU: checked in float32 on some layers, timed in bfloat16 on all."""
+def test_sweep_of_random_weights():
+    """As on a GPU, it is checked in float32 on some layers and timed in bfloat16 on all."""
     setting = test_sweep.random("mamba-tiny", 2, 16, None, "cpu")
     with torch.no_grad():
         assert setting.error() < 1e-2

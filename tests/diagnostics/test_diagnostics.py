@@ -1,6 +1,7 @@
 """klfast.explain and klfast.doctor."""
 
 import json
+import platform
 from contextlib import nullcontext
 
 import pytest
@@ -14,6 +15,8 @@ from klfast.core import machine
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins, registry
 
+OPS = registry.op_names()
+
 
 def test_doctor_checks_every_op_at_every_tier_and_passes():
     report = klfast.doctor()
@@ -21,7 +24,7 @@ def test_doctor_checks_every_op_at_every_tier_and_passes():
         (op, tier) for op in registry.op_names() for tier in pins.available_tiers()
     ]
     assert report.passed, str(report)
-    assert report.versions["torch"] == torch.__version__.split("+")[0] or report.versions["torch"] == torch.__version__
+    assert report.versions["torch"] in (torch.__version__, torch.__version__.split("+")[0])
     assert list(report.tiers) == list(pins.CPU_TIERS) and report.tiers["scalar"] == ""
     assert json.loads(json.dumps(report.as_dict()))["passed"] is True
     for word in (*registry.op_names(), *pins.CPU_TIERS, "All is well."):
@@ -31,9 +34,11 @@ def test_doctor_checks_every_op_at_every_tier_and_passes():
 @pytest.mark.parametrize("wrong", [torch.full((2,), float("nan")), torch.tensor([1.0, 2.001])])
 def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
     right = torch.tensor([1.0, 2.0])
-    case = op_cases.Case(
-        "dequant_matmul", "two numbers", 1e-4, lambda: [right, right if pins.pinned() == "reference" else wrong]
-    )
+
+    def call():
+        return [right, right if pins.pinned() == "reference" else wrong]
+
+    case = op_cases.Case("dequant_matmul", "two numbers", 1e-4, call)
     monkeypatch.setitem(op_cases.CASES, "dequant_matmul", lambda _: [case])
     report = klfast.doctor()
     assert not report.passed
@@ -42,23 +47,22 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, wrong):
 
 
 def test_doctor_reports_an_op_that_cannot_run(monkeypatch):
-    monkeypatch.setitem(
-        op_cases.CASES, "dequant_matmul", lambda _: (_ for _ in ()).throw(AttributeError("no such kernel"))
-    )
+    def fail(_):
+        raise AttributeError("no such kernel")
+
+    monkeypatch.setitem(op_cases.CASES, "dequant_matmul", fail)
     report = klfast.doctor()
-    assert {(c.op, c.message) for c in report.checks if not c.passed} == {
-        ("dequant_matmul", "AttributeError: no such kernel")
-    }
+    failed = {(c.op, c.message) for c in report.checks if not c.passed}
+    assert failed == {("dequant_matmul", "AttributeError: no such kernel")}
 
 
-def test_explain_names_the_tier_that_runs_and_a_reason_for_each_other():
-    for op in registry.op_names():
-        found = klfast.explain(op)
-        assert found.chosen not in found.rejected
-        assert {found.chosen, *found.rejected} == set(pins.IMPLEMENTATIONS)
-        assert all(reason.endswith(".") for reason in found.rejected.values())
-    for tier, reason in found.rejected.items():
-        assert f"not {tier}: {reason}" in str(found)
+@pytest.mark.parametrize("op", OPS)
+def test_explain_names_the_tier_that_runs_and_a_reason_for_each_other(op):
+    found = klfast.explain(op)
+    assert found.chosen not in found.rejected
+    assert {found.chosen, *found.rejected} == set(pins.IMPLEMENTATIONS)
+    assert all(reason.endswith(".") for reason in found.rejected.values())
+    assert all(f"not {tier}: {reason}" in str(found) for tier, reason in found.rejected.items())
 
 
 def test_explain_honours_pins():
@@ -81,18 +85,20 @@ def test_explain_goes_by_the_device_of_the_arguments():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 8, 9, 40])
 def test_explain_of_linear_is_what_runs(rows, dtype, out, pin, monkeypatch):
-    """linear leaves some products to torch: what ran is recorded and compared."""
+    """Linear leaves some matmuls to torch; ``explain`` must agree with the implementation that ran."""
     from klfast.backends.cpu import matmul as cpu
 
     ran = []
-    monkeypatch.setattr(
-        cpu.F, "linear", lambda *args, right=torch.nn.functional.linear: [ran.append("torch"), right(*args)][1]
-    )
-    monkeypatch.setattr(
-        cpu,
-        "linear_into",
-        lambda *args, right=cpu.linear_into, **named: [ran.append("klfast"), right(*args, **named)][1],
-    )
+
+    def recorded(name, function):
+        def call(*args, **named):
+            ran.append(name)
+            return function(*args, **named)
+
+        return call
+
+    monkeypatch.setattr(cpu.F, "linear", recorded("torch", torch.nn.functional.linear))
+    monkeypatch.setattr(cpu, "linear_into", recorded("klfast", cpu.linear_into))
     x, weight = torch.randn(rows, 24).to(dtype), torch.randn(16, 24).to(dtype)
     with nullcontext() if pin is None else klfast.using(pin):
         ops.linear(x, weight, dtype=out)
@@ -114,28 +120,30 @@ def test_explain_of_linear_on_a_gpu_is_torch():
     assert klfast.explain("rms_norm", x).chosen in ("triton", "reference")
 
 
-def test_explain_takes_the_tier_from_the_kernel_tables():
-    for op in registry.op_names():
-        for tier in pins.available_tiers():
-            with klfast.using(tier):
-                assert klfast.explain(op).chosen == pins.CPU_TIERS[_C.best_tier(op, pins.CPU_TIERS.index(tier))]
+@pytest.mark.parametrize("tier", pins.available_tiers())
+@pytest.mark.parametrize("op", OPS)
+def test_explain_takes_the_tier_from_the_kernel_tables(op, tier):
+    with klfast.using(tier):
+        assert klfast.explain(op).chosen == pins.CPU_TIERS[_C.best_tier(op, pins.CPU_TIERS.index(tier))]
 
 
-def test_explain_knows_the_public_functions():
-    for function in (
-        klfast.causal_conv1d_fn,
-        klfast.selective_scan_fn,
-        klfast.mamba_chunk_scan_combined,
-        klfast.logit_divergence,
-    ):
-        assert klfast.explain(function).chosen in pins.available_tiers()
+@pytest.mark.parametrize(
+    "function",
+    [klfast.causal_conv1d_fn, klfast.selective_scan_fn, klfast.mamba_chunk_scan_combined, klfast.logit_divergence],
+    ids=lambda function: function.__name__,
+)
+def test_explain_knows_the_public_functions(function):
+    assert klfast.explain(function).chosen in pins.available_tiers()
 
 
 def test_explain_unknown_op():
-    with pytest.raises(InvalidInputError, match="no op 'matmul'.*dequant_matmul"):
+    with pytest.raises(InvalidInputError, match=r"no op 'matmul'.*dequant_matmul"):
         klfast.explain("matmul")
 
 
 def test_cpu_name_without_proc(monkeypatch):
-    monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
-    assert machine.cpu_name()
+    def fail(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(machine.Path, "read_text", fail)
+    assert machine.cpu_name() == (platform.processor() or platform.machine())

@@ -1,6 +1,7 @@
-"""klfast doctor --device, on the CPU with its real kernels; what only GPUs have is stood in for."""
+"""klfast doctor --device, on the CPU with its real kernels and stand-ins for what only GPUs have."""
 
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -17,15 +18,17 @@ from klfast import ops
 from klfast.benchkit import clock as timing
 from klfast.benchkit import device_facts, op_cases
 from klfast.benchkit.clock import Clock
-from klfast.benchkit.runner import Contender, Group, Unavailable
+from klfast.benchkit.runner import Contender, Group, UnavailableError
 from klfast.cli import app
 from klfast.core import errors, machine
 from klfast.diagnostics import device_bench, device_report, kernel_checks
 from klfast.dispatch import pins, registry
 
-KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [
-    op for op in registry.op_names() if op != "dequant_matmul"
+KERNELS = [
+    *(f"dequant_matmul int{bits} {activation}" for bits in (4, 8) for activation in ("exact", "int8")),
+    *(op for op in registry.op_names() if op != "dequant_matmul"),
 ]
+FACTS = ["klfast", "torch", "triton", "transformers", "python", "OS", "cpu", "cores", "tiers", "extension", "device"]
 
 
 def doctor(*arguments, code=0):
@@ -35,7 +38,7 @@ def doctor(*arguments, code=0):
 
 
 def break_conv(monkeypatch, fault):
-    """Make the kernel of causal_conv1d, not its reference, go wrong: ``fault`` gets its result."""
+    """Replace the result of causal_conv1d's kernel, not of its reference, by ``fault`` of it."""
     right = ops.causal_conv1d_fn
 
     def wrong(*args, **more):
@@ -53,41 +56,27 @@ def raising(*_, **__):
     raise RuntimeError("ptxas\n  gave up")
 
 
-def test_every_kernel_passes_and_the_file_is_what_was_shown(tmp_path):
+def test_every_kernel_passes_and_the_file_holds_the_output(tmp_path):
     result = doctor("--device", "cpu", "--seconds", 0, "--out", tmp_path / "report.txt")
     assert (tmp_path / "report.txt").read_text() == result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.txt"]
     lines = result.stdout.splitlines()
     for kernel in KERNELS:
         assert any(line.startswith(f"pass  {kernel} ") for line in lines), kernel
-    for fact in (
-        "klfast",
-        "torch",
-        "triton",
-        "transformers",
-        "python",
-        "OS",
-        "cpu",
-        "cores",
-        "tiers",
-        "extension",
-        "device",
-    ):
+    for fact in FACTS:
         assert any(line.startswith(f"  {fact}: ") for line in lines), fact
     assert lines[-1] == "All kernels passed." and "Median" not in result.stdout
 
 
 def test_cases_have_every_dtype_format_and_number_of_rows():
-    some = {(case.kernel, case.what) for case in op_cases.cases("dequant_matmul")}
-    for dtype in ("float32", "float16", "bfloat16"):
-        for rows in (1, 5, 33, 70):
-            for bits in (4, 8):
-                for spec in (f"int{bits}-g32-sym", f"int{bits}-g64-asym"):
-                    for activation in ("exact", "int8"):
-                        assert (
-                            f"dequant_matmul int{bits} {activation}",
-                            f"{dtype} [{rows}, 331] x {spec} [67, 331]",
-                        ) in some
+    dtypes, groups, activations = ("float32", "float16", "bfloat16"), ("g32-sym", "g64-asym"), ("exact", "int8")
+    wanted = {
+        (f"dequant_matmul int{bits} {activation}", f"{dtype} [{rows}, 331] x int{bits}-{group} [67, 331]")
+        for dtype, rows, bits, group, activation in itertools.product(
+            dtypes, (1, 5, 33, 70), (4, 8), groups, activations
+        )
+    }
+    assert wanted <= {(case.kernel, case.what) for case in op_cases.cases("dequant_matmul")}
     for op in registry.op_names():
         assert {case.what.split()[0] for case in op_cases.cases(op)} == {"float32", "float16", "bfloat16"}
 
@@ -100,7 +89,7 @@ from klfast.diagnostics import op_checks
 from klfast.kernels import launch
 from klfast.kernels.launch import Launch
 
-launch.cores = lambda _: 4  # as many as a small GPU has, at least
+launch.cores = lambda _: 4  # as on a small GPU
 launched, run = [], Launch.run
 
 def noted(launch):
@@ -108,7 +97,13 @@ def noted(launch):
     run(launch)
 
 Launch.run = noted
-for op, words in (("mamba_chunk_scan", "4, 32], "), ("decode_attention", "2000 keys"), ("logit_divergence", "20000]"), ("logit_divergence", "misleading"), ("dequant_matmul", "2048]")):
+for op, words in (
+    ("mamba_chunk_scan", "4, 32], "),
+    ("decode_attention", "2000 keys"),
+    ("logit_divergence", "20000]"),
+    ("logit_divergence", "misleading"),
+    ("dequant_matmul", "2048]"),
+):
     for case in op_cases.cases(op, (torch.float16,)):
         if words in case.what:
             launched.clear()
@@ -117,24 +112,19 @@ for op, words in (("mamba_chunk_scan", "4, 32], "), ("decode_attention", "2000 k
 """
 
 
-def test_cases_reach_the_kernels_that_only_larger_sizes_take():
+def test_cases_reach_the_kernels_for_larger_sizes():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split(" | ") for line in done.stdout.splitlines()]
     assert not [line for line in found if line[2:]], done.stdout
     launches = {kernel: [names.split(", ") for name, names, *_ in found if name == kernel] for kernel, *_ in found}
-    assert len(launches["mamba_chunk_scan"]) == 4 and all(
-        [name.split()[0] for name in names] == ["ssd_states", "ssd_outputs"] for names in launches["mamba_chunk_scan"]
-    )
-    assert all(
-        [name.split()[0] for name in names] == ["decode_attention", "combine_parts"]
-        for names in launches["decode_attention"]
-    )
-    assert launches["logit_divergence"][0] == ["first_anchors 1", "divergence_sums 10"], "parts of the vocabulary"
-    assert launches["logit_divergence"][-1] == ["first_anchors 3", "divergence_sums 3", "divergence_sums 3"], (
-        "rows run again"
-    )
+    names = {kernel: [[one.split()[0] for one in launch] for launch in some] for kernel, some in launches.items()}
+    assert names["mamba_chunk_scan"] == 4 * [["ssd_states", "ssd_outputs"]]
+    assert all(some == ["decode_attention", "combine_parts"] for some in names["decode_attention"])
+    parts, again = launches["logit_divergence"][0], launches["logit_divergence"][-1]
+    assert parts == ["first_anchors 1", "divergence_sums 10"], "parts of the vocabulary"
+    assert again == ["first_anchors 3", "divergence_sums 3", "divergence_sums 3"], "rows run again"
     for kernel in ("dequant_matmul int4 exact", "dequant_matmul int4 int8"):
         assert len(launches[kernel]) == 3 and all(names[-1].startswith("split_sum") for names in launches[kernel])
 
@@ -142,28 +132,26 @@ def test_cases_reach_the_kernels_that_only_larger_sizes_take():
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (lambda y: y + 0.1, "off by "),
-        (lambda y: y * torch.nan, "off by nan"),
+        (lambda y: y + 0.1, "exceeds the tolerance"),
+        (lambda y: y * torch.nan, "error nan exceeds the tolerance"),
         (lambda y: y[:1], "instead of float32 [2, 19, 33]"),
         (lambda y: y.double(), "float64 [2, 19, 33] instead of float32"),
         (raising, "RuntimeError: ptxas gave up"),
     ],
 )
-def test_a_broken_kernel_is_named(monkeypatch, fault, says):
+def test_broken_kernel_is_named(monkeypatch, fault, says):
     break_conv(monkeypatch, fault)
     (found,) = checked("causal_conv1d")
     assert found.status == kernel_checks.FAIL and str(found).startswith("FAIL  causal_conv1d ") and says in str(found)
 
 
-def test_the_other_kernels_go_on(monkeypatch):
+def test_other_kernels_are_still_checked(monkeypatch):
     break_conv(monkeypatch, raising)
     result = doctor("--device", "cpu", "--seconds", 0, code=1)
-    assert (
-        "FAIL  causal_conv1d " in result.stdout
-        and f"1 of {len(KERNELS)} kernels failed: causal_conv1d" in result.stdout
-    )
+    assert "FAIL  causal_conv1d " in result.stdout
+    assert f"1 of {len(KERNELS)} kernels failed: causal_conv1d" in result.stdout
     assert result.stdout.count("\npass ") == len(KERNELS) - 1
-    assert result.stderr == "klfast: a check failed; the report names it\n"
+    assert result.stderr == "klfast: a check failed; see the report\n"
 
 
 def test_cases_that_cannot_be_made_fail(monkeypatch):
@@ -172,40 +160,40 @@ def test_cases_that_cannot_be_made_fail(monkeypatch):
     assert found.status == kernel_checks.FAIL and "cannot be made: RuntimeError: ptxas gave up" in str(found)
 
 
-def test_a_kernel_that_goes_another_way_fails(monkeypatch):
+def test_falling_back_fails(monkeypatch):
     break_conv(monkeypatch, lambda _: pins.slow_path("causal_conv1d", [1], "there is none for this device."))
     (found,) = checked("causal_conv1d")
     assert found.status == kernel_checks.FAIL and "SlowPathWarning: causal_conv1d [1] runs the slow" in str(found)
 
 
-def test_an_op_without_a_kernel(monkeypatch):
-    """On the CPU every op has one; on a GPU all have but those that klfast has no Triton kernel of."""
-    monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
-
-    for op, device, status in (
+@pytest.mark.parametrize(
+    ("op", "device", "status"),
+    [
         ("decode_attention", "cpu", kernel_checks.FAIL),
         ("selective_scan", "xpu", kernel_checks.FAIL),
         ("linear", "xpu", kernel_checks.NONE),
-    ):
-        (found,) = checked(op, device)
-        assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
+    ],
+)
+def test_op_without_a_kernel(monkeypatch, op, device, status):
+    """On the CPU every op needs one, on a GPU every op with a Triton kernel."""
+    monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
+    (found,) = checked(op, device)
+    assert found.status == status and f"klfast has no {device} kernel of this op." in str(found)
 
 
-def test_checks_in_a_process_of_their_own():
+def test_checks_in_another_process():
     told = []
     found = kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", told.append)
-    assert (
-        found == kernel_checks.of_kernel("rms_norm", op_cases.cases("rms_norm"), "cpu", lambda _: None)
-        and found.status == kernel_checks.PASS
-    )
+    assert found == kernel_checks.of_kernel("rms_norm", op_cases.cases("rms_norm"), "cpu", lambda _: None)
+    assert found.status == kernel_checks.PASS
     assert told == [f"rms_norm, {case.what}" for case in op_cases.cases("rms_norm")]
 
 
 WRITES = "import os, sys, time; print('hello'); print('{\"now\": \"case 7\"}', flush=True); "
 
 
-def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
-    """As on a GPU: two kernels take their processes down, the next passes."""
+def test_process_that_ends_early_fails_only_its_kernel(monkeypatch):
+    """As on a GPU: two kernels crash their processes, the next one passes."""
     right = kernel_checks._command
     broken = {
         "causal_conv1d": WRITES
@@ -231,19 +219,17 @@ def test_a_process_that_ends_early_fails_its_kernel_alone(monkeypatch):
     assert lines[-1] == "\n2 of 3 kernels failed: causal_conv1d, rms_norm"
 
 
-def test_a_process_that_hangs_is_ended(monkeypatch):
+def test_process_that_hangs_is_killed(monkeypatch):
     monkeypatch.setattr(kernel_checks, "PATIENCE", 1.0)
     monkeypatch.setattr(kernel_checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
     found = kernel_checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
-    assert (
-        found.status == kernel_checks.FAIL
-        and found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
-    )
+    assert found.status == kernel_checks.FAIL
+    assert found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
 
 
 @pytest.mark.parametrize("short", [1, 2])
-def test_no_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypatch):
-    """It is tried once more."""
+def test_lack_of_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypatch):
+    """The process is tried twice."""
     right, left = subprocess.Popen, [short]
 
     def popen(*args, **kwargs):
@@ -263,8 +249,9 @@ def test_no_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypatch):
         )
 
 
-def test_threads_that_a_process_cannot_start_are_tried_again(monkeypatch, tmp_path):
-    code = f"import os, sys; os.mkdir({str(tmp_path / 'tried')!r}); sys.exit('libgomp: Thread creation failed: Resource temporarily unavailable')"
+def test_process_that_cannot_start_threads_is_tried_again(monkeypatch, tmp_path):
+    message = "libgomp: Thread creation failed: Resource temporarily unavailable"
+    code = f"import os, sys; os.mkdir({str(tmp_path / 'tried')!r}); sys.exit({message!r})"
     right = kernel_checks._command
     monkeypatch.setattr(kernel_checks, "PAUSE", 0.0)
     monkeypatch.setattr(
@@ -278,22 +265,24 @@ def test_threads_that_a_process_cannot_start_are_tried_again(monkeypatch, tmp_pa
 def test_json(monkeypatch):
     break_conv(monkeypatch, raising)
     data = json.loads(doctor("--device", "cpu", "--seconds", 0, "--json", code=1).stdout)
-    assert data["passed"] is False and [c["kernel"] for c in data["checks"] if c["status"] == "FAIL"] == [
-        "causal_conv1d"
-    ]
+    assert data["passed"] is False
+    assert [c["kernel"] for c in data["checks"] if c["status"] == "FAIL"] == ["causal_conv1d"]
 
 
-def test_a_run_that_ends_before_its_end_leaves_what_it_found(monkeypatch, tmp_path):
-    break_conv(monkeypatch, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_interrupted_run_leaves_its_findings(monkeypatch, tmp_path):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    break_conv(monkeypatch, interrupt)
     with pytest.raises(KeyboardInterrupt):
         device_report.run("cpu", 0, tmp_path / "report.txt", lambda _: None)
     text = (tmp_path / "report.txt").read_text()
     assert "pass  logit_divergence" in text and text.endswith(
-        "(causal_conv1d, float32 [2, 19, 1] runs; if nothing follows, it ended the run)\n"
+        "(causal_conv1d, float32 [2, 19, 1] is running; if nothing follows, it ended the run)\n"
     )
 
 
-def test_a_device_that_is_not_there(monkeypatch, tmp_path):
+def test_missing_device(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "xpu", None, raising=False)
     result = doctor("--device", "xpu", "--out", tmp_path / "report.txt", code=1)
@@ -321,31 +310,25 @@ def test_facts_of_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch.xpu, "mem_get_info", raising)
     monkeypatch.setenv("ZE_AFFINITY_MASK", "0")
     found = device_facts.gather("xpu")
-    assert (
-        found["driver_version"] == "1.6"
-        and found["sub_group_sizes"] == "[16, 32]"
-        and found["device name"] == "Intel(R) Arc(TM) Graphics"
-    )
+    assert found["driver_version"] == "1.6" and found["sub_group_sizes"] == "[16, 32]"
+    assert found["device name"] == "Intel(R) Arc(TM) Graphics"
     assert found["free and total memory, bytes"] == "RuntimeError: ptxas gave up" and found["ZE_AFFINITY_MASK"] == "0"
     assert not {"uuid", "pci_bus_id", "_hidden", "method"} & set(found)
 
 
-def test_a_long_error_is_one_line_of_its_beginning_and_end():
+def test_long_errors_are_elided_in_the_middle():
     line = errors.one_line(ValueError("first\n" + 1000 * "x" + "\nlast"))
     assert line.startswith("ValueError: first x") and line.endswith("x last") and len(line) <= 410 and "\n" not in line
 
 
-def test_the_bench_has_float16_and_torchs_int4_beside_klfast():
+def test_bench_has_float16_and_torch_int4_beside_klfast():
     groups = {group.name: list(group.contenders) for group in device_bench.groups("xpu")}
     assert groups["linear 2048x8192, M=1"] == ["klfast int4 exact", "klfast int4 int8", "torch fp16", "torch int4pack"]
-    assert (
-        len(groups) < 25
-        and all(name.startswith("klfast") for name, *_ in groups.values())
-        and all(len(names) > 1 for names in groups.values())
-    )
+    assert len(groups) < 25
+    assert all(names[0].startswith("klfast") and len(names) > 1 for names in groups.values())
 
 
-def test_a_report_with_a_bench(monkeypatch):
+def test_report_with_a_bench(monkeypatch):
     monkeypatch.setattr(device_bench, "SHAPES", ((96, 64),))
     monkeypatch.setattr(device_bench, "ROWS", (1, 5))
     monkeypatch.setattr(device_bench, "SUITES", {"linear": test_linear})
@@ -359,12 +342,12 @@ def test_a_report_with_a_bench(monkeypatch):
     assert "Median times by clock" in "\n".join(lines) and "    klfast int4 exact " in "\n".join(lines)
 
 
-def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
+def test_bench_gives_no_figure_for_wrong_or_failing_contenders():
     def contender(error):
         return lambda: Contender([lambda: None], lambda: error, 1e-3)
 
     def unavailable():
-        raise Unavailable("not on this device")
+        raise UnavailableError("not on this device")
 
     made = {
         "off": contender(0.1),
@@ -378,8 +361,8 @@ def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
     groups = [Group("one", {}, made), Group("two", {}, {"klfast": contender(0.0)}), Group("three", {}, later)]
     found = {(row.group, row.contender): row for rows in device_bench.run(groups, Clock("cpu"), 0.02) for row in rows}
     notes = {
-        "off": "wrong: off by 1.0e-01",
-        "nan": "wrong: off by nan",
+        "off": "wrong: error 1.0e-01 exceeds the tolerance 1e-03",
+        "nan": "wrong: error nan exceeds the tolerance 1e-03",
         "raises": "fails: RuntimeError: ptxas gave up",
         "none": "not on this device",
     }
@@ -391,12 +374,12 @@ def test_the_bench_gives_no_figure_for_what_is_wrong_or_fails():
     assert "fails when timed: RuntimeError" in str(found["three", "torch"])
 
 
-def test_the_bench_ends_in_time():
+def test_bench_ends_in_time():
     ((row,),) = device_bench.run([Group("one", {}, {"torch": raising})], Clock("cpu"), -1.0)
-    assert row.note == "left out, the time is over"
+    assert row.note == "skipped, the time is over"
 
 
-def test_the_clock_without_events(monkeypatch):
+def test_clock_without_events(monkeypatch):
     synchronized = []
     monkeypatch.setattr(torch.xpu, "synchronize", lambda: synchronized.append(1))
     monkeypatch.setattr(torch.xpu, "Event", raising)
@@ -406,7 +389,7 @@ def test_the_clock_without_events(monkeypatch):
 
 
 class Gpu:
-    """What a clock sees of a GPU: milliseconds that pass as it works, one with each addition to a block."""
+    """A GPU as a clock sees it: milliseconds pass while it works, one for each addition to a block."""
 
     def __init__(self, monkeypatch):
         self.milliseconds, self.blockers = 0.0, 0
@@ -432,7 +415,7 @@ class Gpu:
         return call
 
 
-def test_the_clock_by_events(monkeypatch):
+def test_clock_by_events(monkeypatch):
     gpu = Gpu(monkeypatch)
     clock = Clock("xpu")
     assert clock.by == "device events" and clock.seconds(gpu.work(0.01), 7) == pytest.approx(1e-5)
@@ -440,7 +423,7 @@ def test_the_clock_by_events(monkeypatch):
     assert medians == pytest.approx({"a": 1e-5, "b": 2.5e-3, "long": 4e-2})
 
 
-def test_the_queue_waits_until_all_calls_are_in_it(monkeypatch):
+def test_device_is_blocked_until_all_calls_are_queued(monkeypatch):
     gpu = Gpu(monkeypatch)
     clock = Clock("xpu")
     clock.seconds(gpu.work(0.01))

@@ -1,6 +1,6 @@
 """Every argument of every op: None, wrong types, tensors without memory and unwritable states are refused.
 
-Some run in a process of their own, since these once crashed the process.
+Some run in a separate process, since these once crashed it.
 """
 
 import other_process

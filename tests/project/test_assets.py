@@ -1,4 +1,4 @@
-"""The bundled models and texts: complete, small, loadable offline, and as good as their model cards say."""
+"""The bundled models and texts: complete, small, loadable offline, and as good as their model cards claim."""
 
 import csv
 import sys
@@ -24,11 +24,11 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
-def test_all_families_are_there():
+def test_all_families_are_bundled():
     assert {"hymba", "mamba", "mamba2"} <= {p.name for p in MODELS}
 
 
-def test_hymba_has_all_that_the_release_has():
+def test_hymba_has_all_features_of_the_release():
     config = load(ASSETS / "models" / "hymba").config
     kinds = [config.is_global(i) for i in range(config.num_hidden_layers)]
     assert config.num_memory_tokens and True in kinds and False in kinds and config.kv_reuse_group == [[1, 2, 3]]
@@ -42,11 +42,12 @@ def test_files(folder):
     assert models | {"tokenizer.json", "tokenizer_config.json", "training_log.csv", "README.md"} <= names
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}
+        names = weights.keys()  # safe_open cannot be iterated
+        assert {weights.get_tensor(name).dtype for name in names} == {torch.bfloat16}
 
 
 @each_model
-def test_model_loads_whole(folder):
+def test_model_loads_completely(folder):
     model, report = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     assert not any(report.values())
     assert 3_000_000 <= sum(p.numel() for p in model.parameters()) <= 5_000_000
@@ -90,7 +91,5 @@ def test_log_ends_at_its_best(folder):
 def test_texts_are_disjoint():
     calibration, evaluation = (path.read_text(encoding="utf-8") for path in TEXTS)
     assert all(120_000 <= path.stat().st_size <= 200_000 for path in TEXTS)
-    shared = {p for p in calibration.split("\n\n") if len(p) > 80} & {
-        p for p in evaluation.split("\n\n") if len(p) > 80
-    }
-    assert not shared
+    first, second = ({p for p in text.split("\n\n") if len(p) > 80} for text in (calibration, evaluation))
+    assert first and second and not first & second

@@ -1,4 +1,4 @@
-"""What CI calls a skip, and what a failure."""
+"""Skips and failures in CI."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ exit 2
 
 
 def run(tmp_path, fails):
-    """The script in a folder where make only notes what it is asked for, and fails for one target."""
+    """Run the script in a folder where make only records its targets, and fails for one of them."""
     (tmp_path / ".ci").mkdir()
     (tmp_path / "bin").mkdir()
     for name, text in (
@@ -44,10 +44,9 @@ def run(tmp_path, fails):
     ("fails", "code", "asked"),
     [("none", 0, 3), ("build/xpu/.made", 2, 1), ("build/xpu/.triton", 0, 2), ("verify-xpu", 2, 3)],
 )
-def test_verify_xpu_is_skipped_only_where_triton_does_not_install(tmp_path, fails, code, asked):
+def test_verify_xpu_is_skipped_only_if_triton_does_not_install(tmp_path, fails, code, asked):
     found, lines, called = run(tmp_path, fails)
     assert found == code and called == ["build/xpu/.made", "build/xpu/.triton", "verify-xpu"][:asked]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
-    assert skipped == [
-        "SKIPPED make verify-xpu: triton-xpu does not install here: ERROR: No matching distribution found for triton-xpu"
-    ] * (asked == 2)
+    reason = "triton-xpu does not install here: ERROR: No matching distribution found for triton-xpu"
+    assert skipped == [f"SKIPPED make verify-xpu: {reason}"] * (asked == 2)

@@ -1,4 +1,4 @@
-"""What klfast exports, and what the wheel holds."""
+"""klfast's exports, and the packages in the wheel."""
 
 import importlib
 import subprocess
@@ -22,14 +22,12 @@ def test_earlier_names_of_modules(name):
     module = importlib.import_module(f"klfast.{name}")
     assert all(getattr(module, public) is getattr(klfast, public) for public in module.__all__)
     code = f"import klfast; print(klfast.{name}.__name__)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == f"klfast.{name}"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"klfast.{name}"
 
 
 def test_pyproject_lists_every_package():
-    """klfast.kernels and klfast.bench lie in kernels/triton and bench, which no tool can guess."""
+    """Except klfast.kernels and klfast.bench, which lie in kernels/triton and bench."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "klfast").rglob("__init__.py")}

@@ -47,7 +47,7 @@ def scan_inputs(length, channels=32, state=16, batch=2):
 
 
 def agree(function, expected, inputs, tolerance=2e-5):
-    """Outputs and the gradient of every input, relative to the largest entry."""
+    """Compare outputs and the gradient of every input, relative to the largest entry."""
     weight = torch.randn_like(expected(*inputs))
     results = []
     for f in (function, expected):
@@ -62,9 +62,8 @@ def agree(function, expected, inputs, tolerance=2e-5):
 def test_selective_scan(length, compiled):
     if compiled and training_scan.kernels(16) is None:
         pytest.skip("no C++ compiler")
-    agree(
-        training_scan.CompiledScan.apply if compiled else training_scan.selective_scan, loop_scan, scan_inputs(length)
-    )
+    function = training_scan.CompiledScan.apply if compiled else training_scan.selective_scan
+    agree(function, loop_scan, scan_inputs(length))
 
 
 def test_compiled_scan_in_bfloat16():
@@ -79,7 +78,7 @@ def test_compiled_scan_in_bfloat16():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Where compiled kernels go, with nothing compiled yet; the shared temporary folder is another."""
+    """Return an empty cache folder for compiled kernels, apart from the shared temporary folder."""
     (tmp_path / "shared").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -87,7 +86,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_compiled_kernels_lie_in_a_folder_of_ones_own(cache, monkeypatch):
+def test_compiled_kernels_lie_in_a_private_folder(cache, monkeypatch):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     mask = os.umask(0)
@@ -107,7 +106,7 @@ def test_compiled_kernels_lie_in_a_folder_of_ones_own(cache, monkeypatch):
     assert training_scan.kernels(16) is not None and len(list((cache / "klfast-training").iterdir())) == 2
 
 
-@pytest.mark.parametrize("how", ["open to others", "of somebody else", "a link", "a dangling link", "a file"])
+@pytest.mark.parametrize("how", ["open to others", "of another user", "a link", "a dangling link", "a file"])
 def test_kernels_that_others_may_have_written_are_not_loaded(cache, monkeypatch, how):
     folder = cache / "klfast-training"
     cache.mkdir()
@@ -118,18 +117,18 @@ def test_kernels_that_others_may_have_written_are_not_loaded(cache, monkeypatch,
     else:
         folder.mkdir(mode=0o700)
         folder.chmod(0o770 if how == "open to others" else 0o700)
-    if how == "of somebody else":
+    if how == "of another user":
         monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     monkeypatch.setattr(training_scan.ctypes, "CDLL", lambda path: pytest.fail(f"loaded {path}"))
     with pytest.raises(PermissionError, match="must be a folder of your own"):
         training_scan.kernels(16)
 
 
-def test_a_relative_cache_folder_is_ignored(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["", "cache"])
+def test_relative_cache_folders_are_ignored(tmp_path, monkeypatch, value):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for value in ("", "cache"):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert training_scan.own_folder() == tmp_path / ".cache" / "klfast-training"
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert training_scan.own_folder() == tmp_path / ".cache" / "klfast-training"
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 30])
@@ -146,10 +145,8 @@ def test_ssd_scan(length, groups):
         B, C = (t.repeat_interleave(share, dim=2) for t in (B, C))
         h, outputs = torch.zeros(2, heads, width, state), []
         for t in range(length):
-            h = (
-                torch.exp(delta[:, t] * A)[..., None, None] * h
-                + (delta[..., None] * x)[:, t, ..., None] * B[:, t, :, None]
-            )
+            decay, step = torch.exp(delta[:, t] * A), delta[..., None] * x
+            h = decay[..., None, None] * h + step[:, t, ..., None] * B[:, t, :, None]
             outputs.append((h * C[:, t, :, None]).sum(-1))
         return torch.stack(outputs, dim=1) + D[:, None] * x
 
@@ -172,12 +169,12 @@ def test_compiled_convolution(length):
     agree(lambda wide, weight, bias: training_scan.CompiledConv.apply(wide[..., :32], weight, bias), expected, inputs)
 
 
-def test_hymba_trains_through_them(monkeypatch):
-    """Loss and every gradient are those of the plain functions, which warn that they are slow."""
+def test_hymba_trains_through_the_scans(monkeypatch):
+    """Loss and gradients equal those of the plain functions, which warn that they are slow."""
     ids = torch.randint(0, 61, (2, 30))
     model = tiny_model(mamba_expand=2, hidden_size=80, sliding_window=9)
     for name in ("mamba_selective_scan", "causal_conv1d_fn"):
-        monkeypatch.setattr(ssm, name, getattr(ssm, name))  # put back afterwards
+        monkeypatch.setattr(ssm, name, getattr(ssm, name))  # restored afterwards
 
     def gradients():
         model.zero_grad()
@@ -185,8 +182,8 @@ def test_hymba_trains_through_them(monkeypatch):
         loss.backward()
         return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
+    pins._warned.clear()
     with pytest.warns(klfast.SlowPathWarning):
-        pins._warned.clear()
         expected = gradients()
     training_scan.install("hymba")
     pins._warned.clear()
@@ -194,8 +191,8 @@ def test_hymba_trains_through_them(monkeypatch):
         assert (found - expected[name]).abs().max() <= 2e-3 * expected[name].abs().max(), name
 
 
-def test_the_bundled_hymba():
-    """As large as the others, with every part that the release has."""
+def test_bundled_hymba():
+    """It is as large as the others, with every part of the release."""
     config = (model := train_bundled.build_hymba()).config
     assert 3_000_000 <= sum(p.numel() for p in model.parameters()) <= 5_000_000
     assert config.num_memory_tokens and config.kv_reuse_group == [[1, 2, 3]] and config.rope_type == "ntk"
