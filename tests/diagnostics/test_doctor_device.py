@@ -23,7 +23,7 @@ from klfast.core import errors, machine
 from klfast.diagnostics import device_bench, device_report, kernel_checks
 from klfast.dispatch import pins, registry
 
-KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 8) for a in ("exact", "int8")] + [
+KERNELS = [f"dequant_matmul int{bits} {a}" for bits in (4, 6, 8) for a in ("exact", "int8")] + [
     op for op in registry.op_names() if op != "dequant_matmul"
 ]
 
@@ -81,7 +81,7 @@ def test_cases_have_every_dtype_format_and_number_of_rows():
     some = {(case.kernel, case.what) for case in op_cases.cases("dequant_matmul")}
     for dtype in ("float32", "float16", "bfloat16"):
         for rows in (1, 5, 33, 70):
-            for bits in (4, 8):
+            for bits in (4, 6, 8):
                 for spec in (f"int{bits}-g32-sym", f"int{bits}-g64-asym"):
                     for activation in ("exact", "int8"):
                         assert (
