@@ -6,6 +6,7 @@
 //
 // Nothing may saturate:
 //   int4: stored values are at most 15, a pair at most 2 * 15 * 127 = 3810, and two such are added before widening;
+//   int6: at most 63, a pair at most 2 * 63 * 127 = 16002;
 //   int8: stored values would, so |q| and x sign(q) are multiplied: at most 2 * 128 * 127 = 32512. The sum is that of
 //         q = stored - 128 (offset 128).
 #pragma once
@@ -36,6 +37,18 @@ struct DotOperand<4> {
 inline Ints dot(Ints sum, const DotOperand<4>& w, const Ints* x) {
     return widen_add(sum,
                      _mm256_add_epi16(_mm256_maddubs_epi16(w.first, x[0].v), _mm256_maddubs_epi16(w.second, x[1].v)));
+}
+
+template <>
+struct DotOperand<6> {
+    static constexpr int quads = 1, offset = 0;
+    __m256i stored;
+    DotOperand() = default;
+    explicit DotOperand(const Ints* quad) : stored(quad->v) {}
+};
+
+inline Ints dot(Ints sum, const DotOperand<6>& w, const Ints* x) {
+    return widen_add(sum, _mm256_maddubs_epi16(w.stored, x->v));
 }
 
 template <>

@@ -29,6 +29,23 @@ inline Ints read(const std::int32_t* p, std::int64_t n) {
 inline void write(std::int32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Ints shift_right(Ints a, int bits) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
+inline Ints shift_left(Ints a, int bits) { return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
+// Eight units of three bytes, in which four values of six bits lie, each in the lower 24 bits of its lane: two loads
+// that read these 24 bytes and no other, and vpshufb.
+inline Ints read_six(const std::uint8_t* p) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                  high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8));
+    const __m256i lanes = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 4, 5, 6, -1, 7, 8, 9,
+                                           -1, 10, 11, 12, -1, 13, 14, 15, -1);
+    return {_mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), lanes)};
+}
+// The values of such units, a byte each: two go to the upper half of a lane, then one of each half to its upper byte.
+inline Ints six_to_bytes(Ints unit) {
+    const __m256i pairs = _mm256_blend_epi16(unit.v, _mm256_slli_epi32(unit.v, 4), 0xaa);
+    return {_mm256_or_si256(_mm256_and_si256(pairs, _mm256_set1_epi16(0x003f)),
+                            _mm256_and_si256(_mm256_slli_epi16(pairs, 2), _mm256_set1_epi16(0x3f00)))};
+}
 inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Vec float_bits(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
 inline Vec pick(Vec table, Ints index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }

@@ -31,6 +31,22 @@ inline Ints read(const std::int32_t* p, std::int64_t n) {
 inline void write(std::int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints shift_right(Ints a, int bits) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
+inline Ints shift_left(Ints a, int bits) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Sixteen units of three bytes, in which four values of six bits lie, each in the lower 24 bits of its lane: a masked
+// load of these 48 bytes, vpermd and vpshufb.
+inline Ints read_six(const std::uint8_t* p) {
+    const __m512i words = _mm512_maskz_loadu_epi32(0xfff, p),
+                  fours = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11),
+                  lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    return {_mm512_shuffle_epi8(_mm512_permutexvar_epi32(fours, words), lanes)};
+}
+// The values of such units, a byte each: two go to the upper half of a lane, then one of each half to its upper byte.
+inline Ints six_to_bytes(Ints unit) {
+    const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaa, unit.v, _mm512_slli_epi32(unit.v, 4));
+    return {_mm512_and_si512(_mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, pairs, _mm512_slli_epi32(pairs, 2)),
+                             _mm512_set1_epi8(0x3f))};
+}
 inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Vec float_bits(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
 inline Vec pick(Vec table, Ints index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }

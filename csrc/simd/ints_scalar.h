@@ -22,6 +22,16 @@ inline Ints operator&(Ints a, Ints b) { return {a.v & b.v}; }
 inline Ints shift_right(Ints a, int bits) {
     return {static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v) >> bits)};
 }
+inline Ints shift_left(Ints a, int bits) {
+    return {static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v) << bits)};
+}
+inline Ints operator|(Ints a, Ints b) { return {a.v | b.v}; }
+// Units of three bytes, in which four values of six bits lie, each in the lower 24 bits of its lane.
+inline Ints read_six(const std::uint8_t* p) { return {p[0] | p[1] << 8 | p[2] << 16}; }
+// The values of such a unit, a byte each.
+inline Ints six_to_bytes(Ints unit) {
+    return {(unit.v & 0x3f) | (unit.v & 0xfc0) << 2 | (unit.v & 0x3f000) << 4 | (unit.v & 0xfc0000) << 6};
+}
 inline Vec to_float(Ints a) { return {static_cast<float>(a.v)}; }
 inline Ints bits_of(Vec a) { return {__builtin_bit_cast(std::int32_t, a.v)}; }
 inline Vec masked_float(Ints a, Ints mask, Ints base) { return {__builtin_bit_cast(float, (a.v & mask.v) | base.v)}; }

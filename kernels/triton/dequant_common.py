@@ -1,7 +1,7 @@
 """What kernels with quantized weights share: the values as numbers, products with them, and which scales a tile has.
 
 Weights come in ``Layout.TILED``: a tile is uint8 [N, BLOCK]; for INT4 its low nibbles are one block of K and its high
-nibbles the next. All conversions are exact: stored values and zero points are whole numbers of at most 8 bits, and so is
+nibbles the next. INT6 is put together from two such tiles, block by block, and goes on as INT8 (``load_tile``). All conversions are exact: stored values and zero points are whole numbers of at most 8 bits, and so is
 their difference but for its sign.
 """
 
@@ -45,9 +45,21 @@ TO_16, TO_32 = tl.constexpr("=r,=r,r"), tl.constexpr("=r,=r,=r,=r,r")
 
 
 @triton.jit
+def load_tile(p_w, i_tile, n_blocks, N, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """uint8 at p_w in a tile of INT4 or INT8; of INT6, the values of a block: four bits of one tile and two of another."""
+    if BITS == 6:
+        low = tl.load(p_w + tl.cast(i_tile // 2, tl.int64) * N * BLOCK)
+        high = tl.load(p_w + tl.cast((n_blocks + 1) // 2 + i_tile // 4, tl.int64) * N * BLOCK)
+        low = (low >> (i_tile % 2 * 4).to(tl.uint8)) & 0xF
+        return low | (((high >> (i_tile % 4 * 2).to(tl.uint8)) & 3) << 4)
+    else:
+        return tl.load(p_w + tl.cast(i_tile, tl.int64) * N * BLOCK)
+
+
+@triton.jit
 def stored_values(packed, HALF: tl.constexpr, BITS: tl.constexpr):
-    """uint8: of INT4 the low nibbles of packed bytes, or with HALF 1 the high ones; of INT8 the bytes."""
-    if BITS == 8:
+    """uint8: of INT4 the low nibbles of packed bytes, or with HALF 1 the high ones; of others the bytes."""
+    if BITS != 4:
         return packed
     else:
         return packed >> 4 if HALF else packed & 0xF
@@ -62,7 +74,7 @@ def centred(packed, zero, HALF: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.cons
     """
     if DTYPE == tl.float16:
         if PTX:
-            code: tl.constexpr = WHOLE_F16 if BITS == 8 else HIGH_F16 if HALF else LOW_F16
+            code: tl.constexpr = WHOLE_F16 if BITS != 4 else HIGH_F16 if HALF else LOW_F16
             raised = tl.inline_asm_elementwise(code, TO_16, [packed], dtype=tl.float16, is_pure=True, pack=4)
         else:
             raised = (stored_values(packed, HALF, BITS).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
@@ -76,7 +88,7 @@ def centred(packed, zero, HALF: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.cons
         return raised - (zero + 128.0).to(tl.bfloat16)
     else:
         if PTX:
-            code: tl.constexpr = WHOLE_F32 if BITS == 8 else HIGH_F32 if HALF else LOW_F32
+            code: tl.constexpr = WHOLE_F32 if BITS != 4 else HIGH_F32 if HALF else LOW_F32
             raised = tl.inline_asm_elementwise(code, TO_32, [packed], dtype=tl.float32, is_pure=True, pack=4)
         else:
             raised = (stored_values(packed, HALF, BITS).to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)

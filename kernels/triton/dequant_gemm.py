@@ -6,7 +6,7 @@ scales multiply float32 sums. float32 x is cut into three bfloat16 parts, which 
 runs on matrix instructions too and no product is rounded. int8 x (activation="int8") has a scale a row and group.
 """
 
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred_int8, load_scale, load_zero, product
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred_int8, load_scale, load_tile, load_zero, product
 
 import triton
 import triton.language as tl
@@ -55,7 +55,7 @@ def _scaled(sums, scale, x_scale, s_ptr, xs_ptr, i_group, N, o_row, o_col, strid
 def dequant_gemm(
     x_ptr,  # float or int8 [M, n_blocks * BLOCK], rows stride_xm apart
     xs_ptr,  # float32 [M, G], rows stride_xs apart, for int8 x; else None
-    w_ptr,  # uint8 [n_tiles, N, BLOCK]
+    w_ptr,  # uint8 [tiles, N, BLOCK], as load_tile reads them in n_tiles turns
     s_ptr,  # float [G, N]
     z_ptr,  # uint8 [G, N] or None
     bias_ptr,  # float [N] or None; only without parts
@@ -102,7 +102,7 @@ def dequant_gemm(
         scale_1, zero_1, x_scale_1 = _factors(s_ptr, z_ptr, xs_ptr, start, N, o_row, o_col, stride_xs, BITS)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for i_tile in range(first, end):
-        b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * N * BLOCK)
+        b_w = load_tile(p_w, i_tile, n_blocks, N, BLOCK, BITS)
         this, this_zero, this_x = scale, zero, x_scale
         this_1, this_zero_1, this_x_1 = scale_1, zero_1, x_scale_1
         if AHEAD and SCALES != ROW:

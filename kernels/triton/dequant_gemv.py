@@ -4,7 +4,7 @@ A program takes BN rows of the weight and a part of K; parts go to a float32 buf
 in a fixed order. Sums run elementwise over tiles, and across threads once at the end.
 """
 
-from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_zero
+from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred, load_scale, load_tile, load_zero
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def dequant_gemv(
     x_ptr,  # float [n_blocks * BLOCK]
-    w_ptr,  # uint8 [n_tiles, N, BLOCK]
+    w_ptr,  # uint8 [tiles, N, BLOCK], as load_tile reads them in n_tiles turns
     s_ptr,  # float [G, N]
     z_ptr,  # uint8 [G, N] or None
     bias_ptr,  # float [N] or None; only without parts
@@ -37,7 +37,7 @@ def dequant_gemv(
     zero = load_zero(z_ptr, i_part * 0, N, o_row, BITS)
     acc = tl.zeros((BN, BLOCK), dtype=tl.float32)
     for i_tile in range(i_part * tiles_per_part, tl.minimum((i_part + 1) * tiles_per_part, n_tiles)):
-        b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * N * BLOCK)  # [BN, BLOCK]
+        b_w = load_tile(p_w, i_tile, n_blocks, N, BLOCK, BITS)  # [BN, BLOCK]
         i_block = i_tile * 2 if BITS == 4 else i_tile
         i_group = i_block // group_blocks
         if SCALES != ROW and z_ptr is not None:

@@ -106,9 +106,9 @@ def plan(
     gemv = m == 1 and not int8 and not (family == "nvidia" and x.dtype != torch.float32)
     config = GEMV[family] if gemv else pick(GEMM[family, x.dtype], m)
     programs = cdiv(n, config.BN) * cdiv(m, config.BM)
-    parts, tiles = parts_of(programs, tiling.n_tiles, config.per_core * cores)
+    parts, tiles = parts_of(programs, tiling.turns, config.per_core * cores)
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=x.device)
-    scales = ROW if scale.shape[0] == 1 else TILE if tiling.group_blocks * bits % 8 == 0 else BLOCK_EACH
+    scales = ROW if scale.shape[0] == 1 else TILE if bits != 4 or tiling.group_blocks % 2 == 0 else BLOCK_EACH
     args = dict(
         x_ptr=x,
         w_ptr=weight.packed,
@@ -117,7 +117,7 @@ def plan(
         bias_ptr=bias if parts == 1 else None,
         y_ptr=out,
         N=n,
-        n_tiles=tiling.n_tiles,
+        n_tiles=tiling.turns,
         n_blocks=tiling.n_blocks,
         group_blocks=tiling.group_blocks,
         tiles_per_part=tiles,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from klfast.kernels.dequant_common import load_scale, load_zero, multiply, product, top_bits
+from klfast.kernels.dequant_common import load_scale, load_tile, load_zero, multiply, product, top_bits
 from klfast.kernels.dequant_matmul import Weight
 from klfast.kernels.divergence_terms import N_SUMS, divergence_terms, store_sums
 from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options
@@ -59,7 +59,7 @@ def head_logits(
             acc = float_product(tl.load(p_x + i_step * STEP), tl.load(p_w + i_step * STEP), acc, UPCAST, IN_PARTS)
         else:
             i_tile, o_step = i_step // (BLOCK // STEP), i_step % (BLOCK // STEP) * STEP
-            b_w = tl.load(p_w + tl.cast(i_tile, tl.int64) * V * BLOCK + o_step)
+            b_w = load_tile(p_w + o_step, i_tile, n_blocks, V, BLOCK, BITS)
             for i_half in tl.static_range(8 // BITS):
                 i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
                 i_group = i_block // group_blocks
@@ -317,7 +317,7 @@ class Side:
                 "w_ptr": self.head.packed,
                 "s_ptr": self.head.scale,
                 "z_ptr": self.head.zero_point,
-                "tiles": tiling.n_tiles,
+                "tiles": tiling.turns,
                 "blocks": tiling.n_blocks,
                 "group_blocks": tiling.group_blocks,
                 "stride_w": 0,

@@ -251,7 +251,14 @@ _FORMATS = (
     + [((64, False), rows) for rows in _ROWS]
     + [(group, rows) for group in ((-1, True), (128, False)) for rows in (1, 5)]
 )
-_HEADS = (None, QuantSpec(4, 32), QuantSpec(4, 64, False), QuantSpec(8, 32), QuantSpec(8, -1, False))
+_HEADS = (
+    None,
+    QuantSpec(4, 32),
+    QuantSpec(4, 64, False),
+    QuantSpec(6, 64, False),
+    QuantSpec(8, 32),
+    QuantSpec(8, -1, False),
+)
 _LENGTHS = (1, 33, 131)
 _SPLIT = [(rows, 2048) for rows in (1, 5, 33)]  # (rows, K) with less work along N than along K: kernels split K
 # Op -> function that draws its cases in a dtype.
@@ -259,7 +266,7 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
     "dequant_matmul": lambda dtype: [
         *(
             _dequant_matmul(QuantSpec(bits, *group), a, rows, dtype)
-            for bits in (4, 8)
+            for bits in (4, 6, 8)
             for a in ("exact", "int8")
             for group, rows in _FORMATS
         ),

@@ -45,6 +45,7 @@ class Tiling:
         n_blocks: blocks of all groups.
         n_tiles: what ``packed`` has of them: for INT4 pairs of blocks (the last may lack its second), for INT8 blocks, for
             INT6 INT4's, and then one for four blocks.
+        turns: of a kernel's loop over K: tiles of INT4 and INT8, blocks of INT6.
         is_aligned: whether no block has to be filled up.
     """
 
@@ -52,6 +53,7 @@ class Tiling:
     group_blocks: int
     n_blocks: int
     n_tiles: int
+    turns: int
     is_aligned: bool
 
     @classmethod
@@ -61,9 +63,9 @@ class Tiling:
         groups, group_blocks = -(-k // length), -(-length // block)
         n_blocks = (groups - 1) * group_blocks + -(-(k - (groups - 1) * length) // block) if k else 0
         is_aligned = k % block == 0 and length % block == 0
-        return cls(
-            block, group_blocks, n_blocks, sum(-(-n_blocks // each) for each in _BLOCKS_A_TILE[bits]), is_aligned
-        )
+        tiles = [-(-n_blocks // each) for each in _BLOCKS_A_TILE[bits]]
+        turns = tiles[0] if len(tiles) == 1 else n_blocks
+        return cls(block, group_blocks, n_blocks, sum(tiles), turns, is_aligned)
 
 
 _BLOCKS_A_TILE = {4: (2,), 6: (2, 4), 8: (1,)}  # bits -> of each kind of tile that packed has

@@ -22,7 +22,14 @@ from klfast.core import errors
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import linears
 
-SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False), QuantSpec(8, 32, symmetric=False))
+SPECS = (
+    QuantSpec(4, 32),
+    QuantSpec(6, 32, symmetric=False),
+    QuantSpec(8, -1),
+    QuantSpec(6, -1),
+    QuantSpec(4, 16, symmetric=False),
+    QuantSpec(8, 32, symmetric=False),
+)
 
 
 def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="exact", head=True):

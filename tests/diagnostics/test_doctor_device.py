@@ -25,7 +25,7 @@ from klfast.diagnostics import device_bench, device_report, kernel_checks
 from klfast.dispatch import pins, registry
 
 KERNELS = [
-    *(f"dequant_matmul int{bits} {activation}" for bits in (4, 8) for activation in ("exact", "int8")),
+    *(f"dequant_matmul int{bits} {activation}" for bits in (4, 6, 8) for activation in ("exact", "int8")),
     *(op for op in registry.op_names() if op != "dequant_matmul"),
 ]
 FACTS = ["klfast", "torch", "triton", "transformers", "python", "OS", "cpu", "cores", "tiers", "extension", "device"]
@@ -73,7 +73,7 @@ def test_cases_have_every_dtype_format_and_number_of_rows():
     wanted = {
         (f"dequant_matmul int{bits} {activation}", f"{dtype} [{rows}, 331] x int{bits}-{group} [67, 331]")
         for dtype, rows, bits, group, activation in itertools.product(
-            dtypes, (1, 5, 33, 70), (4, 8), groups, activations
+            dtypes, (1, 5, 33, 70), (4, 6, 8), groups, activations
         )
     }
     assert wanted <= {(case.kernel, case.what) for case in op_cases.cases("dequant_matmul")}

@@ -17,7 +17,13 @@ from klfast.core.errors import InvalidInputError
 from klfast.nn import QuantLinear, direct_call
 from klfast.quant.spec import QuantSpec
 
-SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, symmetric=False), QuantSpec(8, -1), QuantSpec(8, 48, symmetric=False)]
+SPECS = [
+    QuantSpec(4, 32),
+    QuantSpec(4, 64, symmetric=False),
+    QuantSpec(6, 32, False),
+    QuantSpec(8, -1),
+    QuantSpec(8, 48, symmetric=False),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -17,7 +17,7 @@ from klfast.models.linears import linears
 from klfast.nn import QuantEmbedding
 from klfast.quant.rounding import fake_quantize, quantize
 
-SPECS = [QuantSpec(4, 32), QuantSpec(8, 64, False), QuantSpec(4, -1, False)]
+SPECS = [QuantSpec(4, 32), QuantSpec(6, 32, False), QuantSpec(8, 64, False), QuantSpec(4, -1, False)]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -17,7 +17,7 @@ from klfast.dispatch import pins
 EPS = torch.finfo(torch.float32).eps
 SPECS = [
     QuantSpec(bits, group, symmetric)
-    for bits in (4, 8)
+    for bits in (4, 6, 8)
     for group in (-1, 7, 32, 64, 96, 128)
     for symmetric in (True, False)
 ]
@@ -80,7 +80,14 @@ def test_against_float64(tier, spec, x_dtype, activation):
 @pytest.mark.parametrize("m", range(2, 19))
 def test_every_number_of_rows_up_to_two_tiles(tier, m):
     """Several panels and blocks of K with a ragged end; groups that are shorter and longer than a block."""
-    for spec in (QuantSpec(4, 32), QuantSpec(4, 128, False), QuantSpec(8, -1), QuantSpec(8, 64, False)):
+    for spec in (
+        QuantSpec(4, 32),
+        QuantSpec(4, 128, False),
+        QuantSpec(6, 32, False),
+        QuantSpec(6, -1),
+        QuantSpec(8, -1),
+        QuantSpec(8, 64, False),
+    ):
         x, qt, bias = operands(m, 75, 603, spec)
         check_exact(x, qt, bias, dequant_matmul(x, qt, bias))
 
@@ -89,8 +96,8 @@ def test_every_number_of_rows_up_to_two_tiles(tier, m):
 @pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
 def test_dtypes(tier, x_dtype, scale_dtype, activation):
-    for spec in (QuantSpec(4, 32), QuantSpec(8, 64, False)):
-        for m in (3, 20):
+    for spec in (QuantSpec(4, 32), QuantSpec(6, 64), QuantSpec(6, 32, False), QuantSpec(8, 64, False)):
+        for m in (1, 3, 20):
             x, qt, bias = operands(m, 50, 130, spec, x_dtype=x_dtype, scale_dtype=scale_dtype)
             for b in (None, bias, bias.to(torch.bfloat16), bias.to(torch.float16)):
                 CHECKS[activation](x, qt, b, dequant_matmul(x, qt, b, activation=activation))
@@ -114,7 +121,7 @@ def test_int8_is_the_same_at_every_tier(spec):
     st.integers(1, 40),
     st.integers(1, 70),
     st.integers(1, 600),
-    st.sampled_from([4, 8]),
+    st.sampled_from([4, 6, 8]),
     st.one_of(st.just(-1), st.integers(1, 300)),
     st.booleans(),
     st.sampled_from(list(CHECKS)),
@@ -196,7 +203,7 @@ def test_empty_weights(tier, activation):
 @pytest.mark.parametrize("activation", CHECKS)
 def test_touches_nothing_outside(tier, activation):
     """Each operand ends where the memory does: the next byte belongs to a page that cannot be read or written."""
-    for spec in SPECS[::3]:
+    for spec in (*SPECS[::3], QuantSpec(6, -1), QuantSpec(6, 32), QuantSpec(6, 64, False)):
         for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
             for x_dtype in FLOAT_DTYPES:
                 x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
@@ -260,7 +267,7 @@ def test_calls_from_several_python_threads():
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(8, -1, False)], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(6, 64, False), QuantSpec(8, -1, False)], ids=str)
 def test_opcheck(spec):
     x, qt, bias = operands(3, 20, 100, spec)
     for b in (bias, None):

@@ -48,7 +48,7 @@ def test_linear(dtype, tier):
             check(ops.linear(x, weight, bias), product(x, weight, bias))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_dequant_matmul(dtype, symmetric, bits, tier):

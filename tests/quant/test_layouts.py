@@ -24,7 +24,7 @@ def same(a, b):
 @given(
     st.integers(1, 40),
     st.integers(1, 400),
-    st.sampled_from([4, 8]),
+    st.sampled_from([4, 6, 8]),
     st.one_of(st.just(-1), st.integers(1, 300)),
     st.booleans(),
 )
@@ -49,6 +49,9 @@ def test_to_tiled_and_back(n, k, bits, group, symmetric):
         (192, 8, 96, (6, 32)),
         (100, 4, -1, (1, 64)),
         (14, 8, 7, (2, 32)),
+        (256, 6, 64, (3, 64)),
+        (1600, 6, -1, (20, 64)),
+        (100, 6, -1, (2, 64)),
     ],
 )
 def test_tiles(k, bits, group, packed):
@@ -102,7 +105,7 @@ def test_a_cpu_kernel_converts_with_a_warning():
     assert torch.equal(got, dequant_matmul(x, qt))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(8, -1, False)], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(6, 64, False), QuantSpec(8, -1, False)], ids=str)
 def test_a_layer_in_another_layout(spec, monkeypatch):
     """As on a GPU: tiled in memory, plain in its state dict."""
     linear = torch.nn.Linear(100, 37, bias=False)

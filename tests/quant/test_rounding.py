@@ -16,7 +16,7 @@ from klfast.quant.rounding import fake_quantize
 from klfast.quant.spec import storable_spec
 
 SPECS = [
-    QuantSpec(bits, group, symmetric) for bits in (4, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)
+    QuantSpec(bits, group, symmetric) for bits in (4, 6, 8) for group in (-1, 7, 64, 128) for symmetric in (True, False)
 ]
 
 
@@ -184,7 +184,7 @@ def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, coun
     assert torch.equal(packing.unpack_rows(along_rows, bits, index).long(), stored[index].long())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("group", [-1, 5, 32, 50])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)

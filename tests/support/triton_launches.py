@@ -23,7 +23,15 @@ from klfast.quant.layouts import Layout
 CORES = {"nvidia": 132, "intel": 8}
 SPECS = [QuantSpec(4, 64), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]  # klfast's default first
 # What these compile to differs from those: how a tile's scales are applied, zero points or none, one block a group or more.
-OTHER_SPECS = [QuantSpec(4, 64, False), QuantSpec(4, 128), QuantSpec(4, 128, False), QuantSpec(4, -1), QuantSpec(8, 32)]
+OTHER_SPECS = [
+    QuantSpec(4, 64, False),
+    QuantSpec(4, 128),
+    QuantSpec(4, 128, False),
+    QuantSpec(4, -1),
+    QuantSpec(6, 64),
+    QuantSpec(6, 32, False),
+    QuantSpec(8, 32),
+]
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -55,7 +55,7 @@ void dequant_matmul(const DequantMatmulArgs& a) {
     if (a.bits == 4)
         run_tiles<4>(a);
     else
-        run_tiles<8>(a);
+        run_tiles<8>(a);  // int6 as int8: its words come as bytes
 }
 
 }  // namespace amx

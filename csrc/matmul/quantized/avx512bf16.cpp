@@ -2,8 +2,8 @@
 //
 // Many rows of x: tiles of gemm/bf16.h.
 // Few rows: vpermw looks up the bf16 of 32 digits at a time, by the lowest bits of each 16-bit half of the words; an
-// int8 value is 16 times its upper digit less 8, plus its lower digit. A line of 64 bytes takes 4 look-ups, 3 shifts
-// and 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
+// int8 value is 16 times its upper digit less 8 (of int6, less 2), plus its lower digit. A line of 64 bytes takes 4
+// look-ups, 3 shifts and 4 products (int4), where floats take 8 each of vpternlogd, vsubps and vfmadd.
 #include "matmul/quantized/dequant_matmul.h"
 #include "simd/avx512vnni.h"
 
@@ -29,8 +29,8 @@ inline __m512i digit_table(int middle, int factor) {
 // A step takes digit `step` (of 4 or 8 bits) of either half of each word.
 template <int Bits>
 struct PairLines {
-    static constexpr int steps = 16 / Bits;
-    __m512i low = digit_table(Bits == 4 ? 8 : 0, 1), high = digit_table(8, 16);
+    static constexpr int kBits = Bits == 4 ? 4 : 8, steps = 16 / kBits;  // of a value in its word
+    __m512i low = digit_table(Bits == 4 ? 8 : 0, 1), high = digit_table(Bits == 6 ? 2 : 8, 16);
 
     void arrange(const float* x, std::int32_t* out) const {
         for (int i = 0; i < kLanes; ++i)
@@ -50,11 +50,11 @@ struct PairLines {
     void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, Vec (&acc)[M][R]) const {
         for (int j = 0; j < steps; ++j)
             for (int r = 0; r < R; ++r) {
-                const __m512i digits = _mm512_srli_epi32(words[r].v, Bits * j);
+                const __m512i digits = _mm512_srli_epi32(as_words<Bits>(words[r]).v, kBits * j);
                 for (int m = 0; m < M; ++m) {
                     const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_load_si512(x + m * x_pitch + j * kLanes));
                     acc[m][r].v = dot(acc[m][r], low, digits, pair);
-                    if constexpr (Bits == 8) acc[m][r].v = dot(acc[m][r], high, _mm512_srli_epi32(digits, 4), pair);
+                    if constexpr (Bits != 4) acc[m][r].v = dot(acc[m][r], high, _mm512_srli_epi32(digits, 4), pair);
                 }
             }
     }
@@ -64,7 +64,7 @@ template <int Bits>
 void run_bf16(const DequantMatmulArgs& a) {
     if (a.m <= kFewRows && words_within_groups<Bits>(a)) return ExactFewRows<PairLines, Bits>(a).run();
     const Segments segments(a.k, a.group);
-    product_bf16(a, QuantizedPairs<Bits>{.args = a, .segments = segments});
+    product_bf16(a, QuantizedPairs<Bits == 4 ? 4 : 8>{.args = a, .segments = segments});
 }
 
 }  // namespace
@@ -77,6 +77,8 @@ void dequant_matmul(const DequantMatmulArgs& a) {
         return avx512vnni::dequant_matmul(a);
     if (a.bits == 4)
         run_bf16<4>(a);
+    else if (a.bits == 6)
+        run_bf16<6>(a);
     else
         run_bf16<8>(a);
 }

@@ -12,6 +12,7 @@ namespace {
 
 template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
+    constexpr int PanelBits = Bits == 4 ? 4 : 8;  // int6 values are bytes in a panel
     const Segments segments(args.k, args.group);
     if (args.int8_activation && args.m <= kFewRows && segments_fit_lines<Bits>(args))
         Int8FewRows<Bits>(args, segments).run();
@@ -20,15 +21,17 @@ void run_bits(const DequantMatmulArgs& args) {
     else if (args.m < kSeveralRows && words_within_groups<Bits>(args))
         ExactFewRows<FloatLines, Bits>(args).run();
     else if (args.m < kManyRows && words_within_groups<Bits>(args))
-        SeveralRows<Bits>(args, segments).run();
+        SeveralRows<PanelBits>(args, segments).run();
     else
-        run_exact_large<Bits>(args, segments);
+        run_exact_large<PanelBits>(args, segments);
 }
 
 inline void run(const DequantMatmulArgs& args) {
     if (args.m == 0 || args.n == 0) return;
     if (args.bits == 4)
         run_bits<4>(args);
+    else if (args.bits == 6)
+        run_bits<6>(args);
     else
         run_bits<8>(args);
 }

@@ -18,6 +18,7 @@ namespace {
 constexpr int kFewAtOnce = 4;  // rows of x
 
 // Which group each lane of each line belongs to, counted from the line's first.
+template <int Bits>
 struct LaneGroups {
     std::int64_t lines;
     bool one_a_line;            // every line lies in one group
@@ -26,10 +27,10 @@ struct LaneGroups {
 
     explicit LaneGroups(const DequantMatmulArgs& a)
         : lines((a.words() + kLanes - 1) / kLanes),
-          one_a_line(a.groups() <= 1 || a.group * a.bits % (32 * kLanes) == 0),
+          one_a_line(a.groups() <= 1 || a.group % (kWordValues<Bits> * kLanes) == 0),
           lane(lines * kLanes),
           first(lines) {
-        const std::int64_t words = larger(a.group * a.bits / 32, 1), last = larger(a.groups() - 1, 0);
+        const std::int64_t words = larger(a.group / kWordValues<Bits>, 1), last = larger(a.groups() - 1, 0);
         for (std::int64_t line = 0; line < lines; ++line) {
             first[line] = smaller(line * kLanes / words, last);
             for (int i = 0; i < kLanes; ++i)
@@ -42,7 +43,7 @@ struct LaneGroups {
 template <template <int> class Lines, int Bits>
 struct ExactFewRows {
     const DequantMatmulArgs& a;
-    const LaneGroups groups;
+    const LaneGroups<Bits> groups;
     const std::int64_t n_groups, grid_pitch;
     const std::int64_t pitch;  // of a row of x
     Buffer<std::int32_t> x;    // [m, lines, steps, kLanes], the bits of whatever Lines takes
@@ -57,7 +58,7 @@ struct ExactFewRows {
           pitch(groups.lines * Lines<Bits>::steps * kLanes),
           x(a.m * pitch),
           sums(a.zero_point ? a.m * groups.lines * kLanes : 0) {
-        constexpr int count = 32 / Bits;
+        constexpr int count = kWordValues<Bits>;
         Buffer<float> row(groups.lines * kLanes * count + kLanes);
         for (std::int64_t m = 0; m < a.m; ++m) {
             for (std::int64_t k = 0; k < groups.lines * kLanes * count; k += kLanes)
@@ -85,17 +86,14 @@ struct ExactFewRows {
 
     template <int R>
     void load_grid(const RowGrid& grid, std::int64_t n) const {
-        constexpr int per_word = 32 / Bits;
         for (int r = 0; r < R; ++r)
             for (std::int64_t g = 0; g < n_groups; g += kLanes) {
                 const std::int64_t left = smaller(kLanes, n_groups - g), row = n + r;
                 store(grid.scale.data + r * grid_pitch + g,
                       load(a.scale, row * n_groups + g, a.scale_type, static_cast<int>(left)));
                 if (!a.zero_point) continue;
-                const Ints word = read(a.zero_point + row / per_word * n_groups + g, left);
-                const Ints stored =
-                    shift_right(word, static_cast<int>(row % per_word) * Bits) & set_int((1 << Bits) - 1);
-                store(grid.zero.data + r * grid_pitch + g, to_float(stored) - set(static_cast<float>(1 << (Bits - 1))));
+                store(grid.zero.data + r * grid_pitch + g,
+                      to_float(stored_zeros(a, row, g, left)) - set(static_cast<float>(1 << (Bits - 1))));
             }
     }
 
@@ -129,20 +127,22 @@ struct ExactFewRows {
         Vec total[M][R];
         for (int m = 0; m < M; ++m)
             for (int r = 0; r < R; ++r) total[m][r] = set(0.0f);
-        const std::int64_t words = a.words(), whole = words / kLanes;
-        const std::int32_t* const packed = a.packed + n * words;
+        constexpr std::int64_t bytes = kLineBytes<Bits>;
+        const std::int64_t row_bytes = 4 * a.stored_words(), whole = smaller(row_bytes / bytes, groups.lines);
+        const std::uint8_t* const packed = stored_row(a, n);
         const std::int32_t* line_x = x.data + m0 * pitch;
         Ints word[R];
         for (std::int64_t line = 0; line < whole; ++line, line_x += Lines<Bits>::steps * kLanes) {
             for (int r = 0; r < R; ++r) {
-                const std::int32_t* const at = packed + r * words + line * kLanes;
-                __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 2);
-                word[r] = read(at);
+                const std::uint8_t* const at = packed + r * row_bytes + line * bytes;
+                __builtin_prefetch(at + kAhead, 0, 2);
+                word[r] = read_line<Bits>(at);
             }
             add_line<R, M>(grid, m0, line, line_x, word, total);
         }
         if (whole < groups.lines) {
-            for (int r = 0; r < R; ++r) word[r] = read(packed + r * words + whole * kLanes, words - whole * kLanes);
+            for (int r = 0; r < R; ++r)
+                word[r] = read_line<Bits>(packed + r * row_bytes + whole * bytes, row_bytes - whole * bytes);
             add_line<R, M>(grid, m0, whole, line_x, word, total);
         }
         for (int m = 0; m < M; ++m)
@@ -157,18 +157,25 @@ struct ExactFewRows {
     // One result digit by digit. Where x is infinite, parts of an integer or of its zero point may give infinities of
     // both signs, and so a NaN, though the whole has one sign.
     [[gnu::cold, gnu::noinline]] float in_order(std::int64_t m, std::int64_t n) const {
-        constexpr int count = 32 / Bits;
-        constexpr std::int32_t mask = (1 << Bits) - 1;
+        const std::int32_t* const row = a.packed + n * a.stored_words();
         float total = 0.0f;
         for (std::int64_t k = 0; k < a.k; ++k) {
             const std::int64_t g = k / a.group;
-            const std::int32_t q = (a.packed[n * a.words() + k / count] >> (k % count * Bits)) & mask;
-            const std::int32_t z =
-                a.zero_point ? (a.zero_point[n / count * n_groups + g] >> (n % count * Bits)) & mask : 1 << (Bits - 1);
+            const std::int32_t q = value_at(row, k, 1),
+                               z = a.zero_point ? value_at(a.zero_point + g, n, n_groups) : 1 << (Bits - 1);
             total += load_float(a.x, m * a.x_stride + k, a.x_type) *
                      (static_cast<float>(q - z) * load_float(a.scale, n * n_groups + g, a.scale_type));
         }
         return total;
+    }
+
+    // Value i of a run of packed ones, whose words lie `pitch` apart.
+    static std::int32_t value_at(const std::int32_t* words, std::int64_t i, std::int64_t pitch) {
+        const std::int64_t bit = i * Bits, word = bit / 32 * pitch, shift = bit % 32;
+        std::uint64_t bits = static_cast<std::uint32_t>(words[word]);
+        if (shift + Bits > 32)
+            bits |= static_cast<std::uint64_t>(static_cast<std::uint32_t>(words[word + pitch])) << 32;
+        return static_cast<std::int32_t>(bits >> shift & ((1 << Bits) - 1));
     }
 
     template <int R>
@@ -221,7 +228,7 @@ struct FloatLines {
     template <int R, int M>
     void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, Vec (&acc)[M][R]) const {
         Ints high[R];
-        for (int r = 0; r < R; ++r) high[r] = shift_right(words[r], 16);
+        for (int r = 0; r < R; ++r) high[r] = shift_right(words[r], D::upper);
         for (int j = 0; j < steps; ++j)
             for (int r = 0; r < R; ++r) {
                 const Vec value = digits.value(j < D::placed ? words[r] : high[r], j % D::placed, zero);
@@ -233,7 +240,7 @@ struct FloatLines {
 
 template <int Bits>
 bool words_within_groups(const DequantMatmulArgs& a) {
-    return a.group % (32 / Bits) == 0 || a.groups() <= 1;
+    return a.group % kWordValues<Bits> == 0 || a.groups() <= 1;
 }
 
 }  // namespace

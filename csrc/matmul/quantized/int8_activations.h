@@ -1,7 +1,7 @@
 // Rows of x as int8, for activation "int8": x ~ s q, with s = max|x| / 127 and q = round(x / s), half to even, per row
 // and group of W. Included by the tiers only.
 //
-// q is stored by words of W. For int8 in natural order; for int4 the eight values that meet one word become
+// q is stored by words of W. For int6 and int8 in natural order; for int4 the eight values that meet one word become
 // 0 2 4 6 | 1 3 5 7, as the lower and the upper nibbles of the word's bytes lie.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace {
 // The quads of bytes in each lane's word, in the order in which q has them.
 template <int Bits>
 void split(Ints word, Ints* quad) {
-    if constexpr (Bits == 8) {
+    if constexpr (Bits != 4) {
         quad[0] = word;
     } else {
         const Nibbles nibbles(word);
@@ -27,7 +27,8 @@ void split(Ints word, Ints* quad) {
 
 template <int Bits>
 struct QuantizedX {
-    static constexpr int count = 32 / Bits, quads = count / 4;  // values and quads of q (int32) for each word of W
+    static constexpr int count = kWordValues<Bits>,
+                         quads = count / 4;  // values and quads of q (int32) for each word of W
 
     const DequantMatmulArgs& a;
     const Segments& segments;
@@ -92,7 +93,7 @@ struct QuantizedX {
     }
 
     static void arrange(const std::int8_t* rounded, std::int64_t words, std::int32_t* out) {
-        if constexpr (Bits == 8) {
+        if constexpr (Bits != 4) {
             std::memcpy(out, rounded, words * 4);
         } else {
             for (std::int64_t w = 0; w < words; ++w) {

@@ -12,7 +12,7 @@ namespace {
 // Segments that are whole lines, or equal parts of one, of at least four words.
 template <int Bits>
 bool segments_fit_lines(const DequantMatmulArgs& a) {
-    return a.groups() <= 1 || a.group % kBlock == 0 || (kBlock % a.group == 0 && a.group * Bits / 32 >= 4);
+    return a.groups() <= 1 || a.group % kBlock == 0 || (kBlock % a.group == 0 && a.group / kWordValues<Bits> >= 4);
 }
 
 template <int Bits>
@@ -57,17 +57,21 @@ struct Int8FewRows {
     }
 
   private:
-    std::int64_t words_of_segment() const { return smaller(a.groups() <= 1 ? kBlock : a.group, kBlock) * Bits / 32; }
+    std::int64_t words_of_segment() const {
+        return smaller(a.groups() <= 1 ? kBlock : a.group, kBlock) / kWordValues<Bits>;
+    }
 
     // Folded sums of each step for rows n .. n + kFoldRows of W and m .. m + M of x: [step, M, kFolds, kLanes], from
     // `out` on.
     template <int M>
     void dot_rows(std::int64_t n, std::int64_t m, std::int32_t* out) const {
-        const std::int64_t words = a.words(), whole = words / (lines_a_step * kLanes);
-        const std::int32_t* row[kFoldRows];
-        for (int r = 0; r < kFoldRows; ++r) row[r] = a.packed + smaller(n + r, a.n - 1) * words;
+        constexpr std::int64_t bytes = kLineBytes<Bits>;
+        const std::int64_t row_bytes = 4 * a.stored_words(), step_bytes = lines_a_step * bytes;
+        const std::int64_t whole = smaller(row_bytes / step_bytes, steps);
+        const std::uint8_t* row[kFoldRows];
+        for (int r = 0; r < kFoldRows; ++r) row[r] = stored_row(a, smaller(n + r, a.n - 1));
         const std::int32_t* line_x = x.data + m * pitch;
-        const auto add_step = [&](const auto& word) KLFAST_INLINE {
+        const auto add_step = [&](const auto& line_of) KLFAST_INLINE {
             Ints sum[M][kFoldRows];
             unrolled<M>([&](int i) KLFAST_INLINE {
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE { sum[i][r] = set_int(0); });
@@ -75,21 +79,22 @@ struct Int8FewRows {
             for (std::int64_t line = 0; line < lines_a_step; ++line, line_x += Q::quads * kLanes)
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE {
                     Ints quad[Q::quads];
-                    split<Bits>(word(r, line * kLanes), quad);
+                    split<Bits>(as_words<Bits>(line_of(r, line * bytes)), quad);
                     unrolled<M>([&](int i) KLFAST_INLINE { sum[i][r] = add(sum[i][r], quad, line_x + i * pitch); });
                 });
             unrolled<M>([&](int i) KLFAST_INLINE { write(out + i * kFolds * kLanes, fold(sum[i])); });
             out += M * kFolds * kLanes;
         };
         std::int64_t first = 0;
-        for (std::int64_t step = 0; step < whole; ++step, first += lines_a_step * kLanes)
+        for (std::int64_t step = 0; step < whole; ++step, first += step_bytes)
             add_step([&](int r, std::int64_t i) KLFAST_INLINE {
-                __builtin_prefetch(reinterpret_cast<const char*>(row[r] + first + i) + kAhead, 0, 2);
-                return read(row[r] + first + i);
+                __builtin_prefetch(row[r] + first + i + kAhead, 0, 2);
+                return read_line<Bits>(row[r] + first + i);
             });
-        if (whole < steps)
-            add_step([&](int r, std::int64_t i)
-                         KLFAST_INLINE { return read(row[r] + smaller(first + i, words), words - first - i); });
+        for (std::int64_t step = whole; step < steps; ++step, first += step_bytes)
+            add_step([&](int r, std::int64_t i) KLFAST_INLINE {
+                return read_line<Bits>(row[r] + smaller(first + i, row_bytes), row_bytes - first - i);
+            });
     }
 
     [[gnu::always_inline]] static Ints add(Ints sum, const Ints (&quad)[Q::quads], const std::int32_t* line_x) {

@@ -94,7 +94,7 @@ void dot_values(const std::int32_t* weights, const std::int32_t* q, std::int64_t
     constexpr int count = QuantizedX<Bits>::count, quads = QuantizedX<Bits>::quads;
     const std::int64_t word = begin / count;
     std::uint8_t mask[8] = {};
-    for (std::int64_t k = begin; k < end; ++k) mask[Bits == 8 ? k % 4 : k % 2 * 4 + k % 8 / 2] = 0xff;
+    for (std::int64_t k = begin; k < end; ++k) mask[Bits != 4 ? k % 4 : k % 2 * 4 + k % 8 / 2] = 0xff;
     std::int32_t masks[quads], part[R * quads];
     std::memcpy(masks, mask, sizeof masks);
     for (int r = 0; r < R; ++r)

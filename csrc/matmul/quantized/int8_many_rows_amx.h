@@ -1,6 +1,7 @@
 // activation "int8" with many rows of x by tiles: int8_many_rows.h's algebra, its integers taken by tdpbssd. For int4
 // q_w - z lies between -15 and 15, so that z is taken off on the way into a tile and nothing is left to correct; for
-// int8 128 is, and what is left of z only where there are zero points. Included by the tier amx only.
+// int8 128 is, and what is left of z only where there is any: with zero points, and for int6, which is taken as int8.
+// Included by the tier amx only.
 #pragma once
 
 #include "matmul/quantized/int8_activations.h"
@@ -59,7 +60,7 @@ struct Int8Factors {
                 .scale = {},
                 .zero = {},
                 .x_scale = factors.x.scale.data + segment.group * a.m + m,
-                .x_sum = a.zero_point ? factors.x.sum.data + s * a.m + m : nullptr,
+                .x_sum = a.zero_point || a.bits == 6 ? factors.x.sum.data + s * a.m + m : nullptr,
             };
             for (int i = 0; i < kBlockVectors; ++i) {
                 const PanelGrid& grid = grids[v + i];
@@ -76,7 +77,7 @@ struct Int8Factors {
             const DequantMatmulArgs& a = factors.a;
             for (std::int64_t i = a.words() * QuantizedX<Bits>::quads * kLanes; i < pitch; i += kLanes)
                 write(w + i, set_int(0));
-            constexpr int count = 32 / Bits;
+            constexpr int count = kWordValues<Bits>;
             alignas(64) std::int32_t words[(kBlock / count + kLanes) * kLanes];
             for (std::int64_t block = 0; block < a.k; block += kBlock) {
                 const std::int64_t block_words = smaller(kBlock / count, a.words() - block / count);

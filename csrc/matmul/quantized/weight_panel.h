@@ -12,25 +12,93 @@
 namespace klfast {
 namespace {
 
+// Values in a word as kernels take it, and the bytes of a line, kLanes words of one row, in memory.
+template <int Bits>
+constexpr int kWordValues = Bits == 4 ? 8 : 4;
+template <int Bits>
+constexpr std::int64_t kLineBytes = kWordValues<Bits> * Bits / 8 * kLanes;
+
+// Row n of W.
+inline const std::uint8_t* stored_row(const DequantMatmulArgs& a, std::int64_t n) {
+    return reinterpret_cast<const std::uint8_t*>(a.packed + n * a.stored_words());
+}
+
+// A line; of int6 units, as read_six has them.
+template <int Bits>
+[[gnu::always_inline]] inline Ints read_line(const std::uint8_t* at) {
+    if constexpr (Bits == 6)
+        return read_six(at);
+    else
+        return read(reinterpret_cast<const std::int32_t*>(at));
+}
+
+// The same with zeros behind the `left` bytes that the row has from there (none for left <= 0).
+template <int Bits>
+inline Ints read_line(const std::uint8_t* at, std::int64_t left) {
+    if (left >= kLineBytes<Bits>) return read_line<Bits>(at);
+    if constexpr (Bits != 6) {
+        return read(reinterpret_cast<const std::int32_t*>(at), left / 4);
+    } else if constexpr (kLanes == 1) {
+        std::uint8_t bytes[3] = {};
+        for (std::int64_t i = 0; i < left; ++i) bytes[i] = at[i];
+        return read_line<Bits>(bytes);
+    } else {  // lines and rows begin where words do
+        alignas(64) std::int32_t words[kLanes];
+        write(words, read(reinterpret_cast<const std::int32_t*>(at), (left + 3) / 4));
+        return read_line<Bits>(reinterpret_cast<const std::uint8_t*>(words));
+    }
+}
+
+// A line of words as all kernels but ExactFewRows take them.
+template <int Bits>
+[[gnu::always_inline]] inline Ints as_words(Ints line) {
+    if constexpr (Bits == 6)
+        return six_to_bytes(line);
+    else
+        return line;
+}
+
 // Words of `count` columns from `first` on, rows n0.., as out[column * kLanes + lane]; zeros for rows behind the last.
 // `out` has room for count rounded up to a multiple of kLanes. Asks for the same words of the rows `ahead` further on.
-inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count,
-                       std::int32_t* out, std::int64_t ahead = kLanes) {
-    const std::int64_t words = a.words(), valid = smaller(kLanes, a.n - n0);
-    const std::int32_t* base = a.packed + n0 * words + first;
+template <int Bits>
+void load_words_as(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count,
+                   std::int32_t* out, std::int64_t ahead) {
+    constexpr std::int64_t kWordBytes = kLineBytes<Bits> / kLanes;
+    const std::int64_t pitch = 4 * a.stored_words(), valid = smaller(kLanes, a.n - n0);
+    const std::uint8_t* const base = stored_row(a, n0) + first * kWordBytes;
     for (std::int64_t c = 0; c < count; c += kLanes) {
         Ints rows[kLanes];
-        if (valid == kLanes && count - c >= kLanes)
+        const std::int64_t left = smaller((count - c) * kWordBytes, pitch - (first + c) * kWordBytes);
+        if (valid == kLanes && left >= kLineBytes<Bits>)
             for (int lane = 0; lane < kLanes; ++lane) {
-                rows[lane] = read(base + lane * words + c);
-                __builtin_prefetch(base + (lane + ahead) * words + c, 0, 2);
+                rows[lane] = as_words<Bits>(read_line<Bits>(base + lane * pitch + c * kWordBytes));
+                __builtin_prefetch(base + (lane + ahead) * pitch + c * kWordBytes, 0, 2);
             }
         else
             for (int lane = 0; lane < kLanes; ++lane)
-                rows[lane] = read(base + (lane < valid ? lane * words + c : 0), lane < valid ? count - c : 0);
+                rows[lane] = as_words<Bits>(read_line<Bits>(lane < valid ? base + lane * pitch + c * kWordBytes : base,
+                                                            lane < valid ? left : 0));
         transpose(rows);
         for (int i = 0; i < kLanes; ++i) write(out + (c + i) * kLanes, rows[i]);
     }
+}
+
+inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count,
+                       std::int32_t* out, std::int64_t ahead = kLanes) {
+    if (a.bits == 6)
+        load_words_as<6>(a, n0, first, count, out, ahead);
+    else
+        load_words_as<8>(a, n0, first, count, out, ahead);  // a word is a word
+}
+
+// Zero points, as stored, of row n in `count` groups from g on.
+inline Ints stored_zeros(const DequantMatmulArgs& a, std::int64_t n, std::int64_t g, std::int64_t count) {
+    const std::int64_t bit = n * a.bits, groups = a.groups();
+    const int shift = static_cast<int>(bit % 32);
+    const std::int32_t* const word = a.zero_point + bit / 32 * groups + g;
+    Ints zeros = shift_right(read(word, count), shift);
+    if (shift + a.bits > 32) zeros = zeros | shift_left(read(word + groups, count), 32 - shift);
+    return zeros & set_int((1 << a.bits) - 1);
 }
 
 // Scales and zero points (as stored: q - q_min) of a panel as floats [group][lane].
@@ -46,8 +114,6 @@ struct PanelGrid {
 
     void load_panel(const DequantMatmulArgs& a, std::int64_t n0) {
         const std::int64_t groups = a.groups();
-        const int per_word = 32 / a.bits;
-        const Ints mask = set_int((1 << a.bits) - 1);
         for (std::int64_t g = 0; g < groups; g += kLanes) {
             const int count = static_cast<int>(smaller(kLanes, groups - g));
             Ints rows[kLanes];
@@ -59,8 +125,7 @@ struct PanelGrid {
             if (a.zero_point == nullptr) continue;
             for (int lane = 0; lane < kLanes; ++lane) {
                 const std::int64_t n = smaller(n0 + lane, a.n - 1);
-                const Ints word = read(a.zero_point + n / per_word * groups + g, count);
-                rows[lane] = bits_of(to_float(shift_right(word, static_cast<int>(n % per_word) * a.bits) & mask));
+                rows[lane] = bits_of(to_float(stored_zeros(a, n, g, count)));
             }
             transpose_to(rows, zero.data + g * kLanes);
         }

@@ -17,7 +17,7 @@ from klfast.quant.layouts import Layout
 from klfast.quant.spec import QuantSpec
 
 # What csrc/matmul/quantized multiplies: packed integers of as many bits.
-FORMATS = ("int4", "int8")
+FORMATS = ("int4", "int6", "int8")
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
 
 

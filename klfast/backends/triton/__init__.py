@@ -13,7 +13,7 @@ import torch
 from klfast.dispatch import registry
 
 DEVICES = ("CUDA", "XPU")
-FORMATS = ("int4", "int8")  # what the kernels with quantized weights take
+FORMATS = ("int4", "int6", "int8")  # what the kernels with quantized weights take
 DIVERGENCE = (
     "logit_divergence",
     "linear_divergence",

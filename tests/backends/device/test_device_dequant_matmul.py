@@ -37,7 +37,13 @@ def test_against_float64(device, spec, activation):
 @pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
 def test_dtypes(device, x_dtype, scale_dtype, activation):
-    for spec in (QuantSpec(4, 32), QuantSpec(4, 128, False), QuantSpec(8, -1), QuantSpec(8, 64, False)):
+    for spec in (
+        QuantSpec(4, 32),
+        QuantSpec(4, 128, False),
+        QuantSpec(6, 64, False),
+        QuantSpec(8, -1),
+        QuantSpec(8, 64, False),
+    ):
         for m in (1, 3):
             check(device, m, 40, 130, spec, activation, x_dtype=x_dtype, scale_dtype=scale_dtype)
     x, qt, bias = operands(2, 40, 130, QuantSpec(4, 32), x_dtype=x_dtype)
@@ -53,17 +59,19 @@ def test_every_configuration(device, family, x_dtype, activation):
     for config in (kernel.GEMV[family], *kernel.GEMM[family, dtype]):
         m = min(config.rows, config.BM + 3)
         assert config is kernel.GEMV[family] or kernel.pick(kernel.GEMM[family, dtype], m) is config
-        for spec in (QuantSpec(4, 32, False), QuantSpec(8, 64)):
+        for spec in (QuantSpec(4, 32, False), QuantSpec(6, 32), QuantSpec(8, 64)):
             check(device, m, config.BN + 5, 160, spec, activation, x_dtype=x_dtype)
 
 
 @EXACT_INT8
-@pytest.mark.parametrize("spec", [QuantSpec(4, 32, False), QuantSpec(4, -1), QuantSpec(8, 128)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(4, 32, False), QuantSpec(4, -1), QuantSpec(6, 128), QuantSpec(8, 128)], ids=str
+)
 def test_split_over_k(device, spec, activation, monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda _: 100)
     for m, n, k in [(1, 40, 1600), (3, 33, 600)]:
         x, qt, bias = operands(m, n, k, spec)
-        assert kernel.parts_of(2, layouts.Tiling.of(k, spec.bits, spec.group_size).n_tiles, 100)[0] > 1
+        assert kernel.parts_of(2, layouts.Tiling.of(k, spec.bits, spec.group_size).turns, 100)[0] > 1
         CHECKS[activation](x, qt, bias, run(device, x, qt, bias, activation))
 
 

@@ -151,7 +151,9 @@ def test_linear_equals_logits(students):
 
 
 @pytest.mark.parametrize(
-    "spec", [klfast.QuantSpec(4, 8), klfast.QuantSpec(4, 64, False), klfast.QuantSpec(8, -1, False)], ids=str
+    "spec",
+    [klfast.QuantSpec(4, 8), klfast.QuantSpec(4, 64, False), klfast.QuantSpec(6, 64), klfast.QuantSpec(8, -1, False)],
+    ids=str,
 )
 def test_quantized_heads(spec, family):
     hidden, head = torch.randn(4, 70), torch.randn(205, 70)
