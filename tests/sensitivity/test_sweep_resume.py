@@ -84,7 +84,9 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
     with pytest.raises(CheckpointError, match="is not the resume file of a sweep"):
         klfast.sweep(model, ids, "int4", layers=["lm_head"], resume=tmp_path / "plain.json")
     path.write_text(before[: len(before) // 2])
-    with pytest.raises(CheckpointError, match=r"truncated or not valid JSON .*; to start anew delete it \(--no-resume\)"):
+    with pytest.raises(
+        CheckpointError, match=r"truncated or not valid JSON .*; to start anew delete it \(--no-resume\)"
+    ):
         klfast.sweep(model, ids, "int4", **options)
     for content in (
         "[]",
