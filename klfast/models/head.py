@@ -56,7 +56,8 @@ class Readout:
         """Hidden states [..., H] with the scale in them; in float32 where a smaller dtype would round them."""
         if self.rule.scale == 1:
             return hidden
-        is_exact = abs(math.frexp(self.rule.scale)[0]) == 0.5  # a power of two
+        is_power_of_two = abs(math.frexp(self.rule.scale)[0]) == 0.5
+        is_exact = is_power_of_two and hidden.dtype != torch.float16  # whose exponents are few
         return (hidden if is_exact else hidden.float()) * self.rule.scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -101,11 +102,6 @@ class Head:
     def device(self) -> torch.device:
         """Of the weight."""
         return self.module.weight.device
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens it has logits for."""
-        return self.module.out_features
 
     def readout(self) -> Readout:
         """Its numbers as they are now; another weight given to the module later does not change them."""

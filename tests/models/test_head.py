@@ -88,7 +88,7 @@ def whole(hidden, readout):
     return y if cap is None else cap * torch.tanh(y / cap)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(
     "rule", [LogitRule(), LogitRule(0.3), LogitRule(0.25), LogitRule(softcap=4.0), LogitRule(1.7, 30.0)], ids=str
@@ -148,3 +148,8 @@ def test_a_text_models_configuration_is_that_of_its_language_model():
     holder = nn.Module()
     holder.config = config
     assert head.text_config(holder).model_type == "gemma3_text"
+
+
+def test_a_scale_rounds_no_small_float16():
+    hidden = torch.full((1, 2), 1e-4, dtype=torch.float16)
+    assert Readout(torch.ones(3, 2), rule=LogitRule(0.0625)).scaled(hidden).double().eq(hidden.double() / 16).all()
