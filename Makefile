@@ -2,10 +2,11 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test bench dist sanitize verify-xpu clean
+.PHONY: help install demo test lint bench dist sanitize verify-xpu clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests"
+	@echo "make lint     check style, types, imports between layers, spelling"
 	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
 	@echo "make install  only make .venv and build the extension"
 	@echo "make sanitize run the kernel tests under AddressSanitizer and UBSan"
@@ -31,6 +32,19 @@ demo: install
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 test: install
 	OMP_WAIT_POLICY=passive .venv/bin/python -m pytest $(IN_PARALLEL)
+
+# pre-commit runs the same commands before a commit: .venv/bin/pre-commit install
+lint: .venv/.lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	.venv/bin/typos
+	.venv/bin/lint-imports
+	.venv/bin/mypy
+
+.venv/.lint: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[lint]'
+	touch $@
 
 bench: install
 	.venv/bin/klfast bench --out bench/results

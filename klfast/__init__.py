@@ -3,6 +3,49 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLIC
+    from klfast.acceleration.patch import accelerate as accelerate
+    from klfast.acceleration.patch import unaccelerate as unaccelerate
+    from klfast.checkpoint.apply_plan import quantize_model as quantize_model
+    from klfast.checkpoint.by_name import load_model as load_model
+    from klfast.checkpoint.by_name import load_tokenizer as load_tokenizer
+    from klfast.checkpoint.load import load_quantized as load_quantized
+    from klfast.checkpoint.save import save_quantized as save_quantized
+    from klfast.core.errors import CheckpointError as CheckpointError
+    from klfast.core.errors import InfeasibleBudgetError as InfeasibleBudgetError
+    from klfast.core.errors import InvalidInputError as InvalidInputError
+    from klfast.core.errors import KernelUnavailableError as KernelUnavailableError
+    from klfast.core.errors import KlfastError as KlfastError
+    from klfast.core.errors import ModelMismatchError as ModelMismatchError
+    from klfast.core.errors import SlowPathWarning as SlowPathWarning
+    from klfast.core.errors import UnknownLayerError as UnknownLayerError
+    from klfast.diagnostics.doctor import doctor as doctor
+    from klfast.diagnostics.explain import explain as explain
+    from klfast.dispatch.pins import using as using
+    from klfast.evaluation import Evaluation as Evaluation
+    from klfast.evaluation import evaluate as evaluate
+    from klfast.generation.loop import generate as generate
+    from klfast.nn import QuantLinear as QuantLinear
+    from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
+    from klfast.ops import causal_conv1d_update as causal_conv1d_update
+    from klfast.ops import dequant_matmul as dequant_matmul
+    from klfast.ops import linear_divergence as linear_divergence
+    from klfast.ops import logit_divergence as logit_divergence
+    from klfast.ops import mamba_chunk_scan_combined as mamba_chunk_scan_combined
+    from klfast.ops import selective_scan_fn as selective_scan_fn
+    from klfast.ops import selective_state_update as selective_state_update
+    from klfast.ops.divergence import Divergence as Divergence
+    from klfast.planning import plan as plan
+    from klfast.planning.plan_file import Plan as Plan
+    from klfast.quant.layouts import Layout as Layout
+    from klfast.quant.rounding import quantize as quantize
+    from klfast.quant.spec import QuantSpec as QuantSpec
+    from klfast.quant.tensor import QuantizedTensor as QuantizedTensor
+    from klfast.sensitivity.results import Sensitivities as Sensitivities
+    from klfast.sensitivity.sweeping import sweep as sweep
+    from klfast.text import token_batches as token_batches
 
 __version__ = "0.1.0"
 

@@ -52,7 +52,7 @@ def load_tile(p_w, i_tile, n_blocks, N, BLOCK: tl.constexpr, BITS: tl.constexpr)
         high = tl.load(p_w + tl.cast((n_blocks + 1) // 2 + i_tile // 4, tl.int64) * N * BLOCK)
         low = (low >> tl.cast(i_tile % 2 * 4, tl.uint8)) & 0xF
         return low | (((high >> tl.cast(i_tile % 4 * 2, tl.uint8)) & 3) << 4)
-    else:  # noqa: RET505 (Triton compiles what follows a return)
+    else:
         return tl.load(p_w + tl.cast(i_tile, tl.int64) * N * BLOCK)
 
 
@@ -61,7 +61,8 @@ def stored_values(packed, HALF: tl.constexpr, BITS: tl.constexpr):
     """uint8: of INT4 the low nibbles of packed bytes, or with HALF 1 the high ones; of others the bytes."""
     if BITS != 4:
         return packed
-    return packed >> 4 if HALF else packed & 0xF
+    else:
+        return packed >> 4 if HALF else packed & 0xF
 
 
 @triton.jit
@@ -71,26 +72,27 @@ def centred(packed, zero, HALF: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.cons
     The integer goes into the low bits of the significand of 2^10 (float16), 2^7 (bfloat16) or 2^23 (float32), which takes
     no conversion instruction: on GPUs they run at a fraction of the rate of additions.
     """
-    if tl.float16 == DTYPE:
+    if DTYPE == tl.float16:
         if PTX:
             code: tl.constexpr = WHOLE_F16 if BITS != 4 else HIGH_F16 if HALF else LOW_F16
             raised = tl.inline_asm_elementwise(code, TO_16, [packed], dtype=tl.float16, is_pure=True, pack=4)
         else:
             raised = (stored_values(packed, HALF, BITS).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
         return raised - (zero + 1024.0).to(tl.float16)
-    if tl.bfloat16 == DTYPE and BITS == 4:
+    elif DTYPE == tl.bfloat16 and BITS == 4:
         if PTX:
             code: tl.constexpr = HIGH_BF16 if HALF else LOW_BF16
             raised = tl.inline_asm_elementwise(code, TO_16, [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
         else:
             raised = (stored_values(packed, HALF, BITS).to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
         return raised - (zero + 128.0).to(tl.bfloat16)
-    if PTX:
-        code: tl.constexpr = WHOLE_F32 if BITS != 4 else HIGH_F32 if HALF else LOW_F32
-        raised = tl.inline_asm_elementwise(code, TO_32, [packed], dtype=tl.float32, is_pure=True, pack=4)
     else:
-        raised = (stored_values(packed, HALF, BITS).to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
-    return (raised - (zero + 8388608.0)).to(DTYPE)
+        if PTX:
+            code: tl.constexpr = WHOLE_F32 if BITS != 4 else HIGH_F32 if HALF else LOW_F32
+            raised = tl.inline_asm_elementwise(code, TO_32, [packed], dtype=tl.float32, is_pure=True, pack=4)
+        else:
+            raised = (stored_values(packed, HALF, BITS).to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
+        return (raised - (zero + 8388608.0)).to(DTYPE)
 
 
 @triton.jit
@@ -99,7 +101,8 @@ def centred_int8(packed, zero, HALF: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         code: tl.constexpr = HIGH_INT8 if HALF else LOW_INT8
         return tl.inline_asm_elementwise(code, "=r,r,r", [packed, zero], dtype=tl.int8, is_pure=True, pack=4)
-    return stored_values(packed, HALF, 4).to(tl.int8) - zero.to(tl.int8)
+    else:
+        return stored_values(packed, HALF, 4).to(tl.int8) - zero.to(tl.int8)
 
 
 @triton.jit
@@ -108,7 +111,8 @@ def load_zero(z_ptr, group, N, o_n, BITS: tl.constexpr):
     if z_ptr is None:
         middle: tl.constexpr = 1 << (BITS - 1)
         return tl.full(o_n.shape, middle, tl.float32)
-    return tl.load(z_ptr + tl.cast(group, tl.int64) * N + o_n).to(tl.float32)
+    else:
+        return tl.load(z_ptr + tl.cast(group, tl.int64) * N + o_n).to(tl.float32)
 
 
 @triton.jit
@@ -142,5 +146,6 @@ def product(b_x, packed, zero, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCA
         middle = top_bits(b_x - high)
         acc = multiply(b_w, (b_x - high - middle).to(DTYPE), acc)
         return multiply(b_w, high.to(DTYPE), multiply(b_w, middle.to(DTYPE), acc))
-    DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
-    return multiply(centred(packed, zero, HALF, DTYPE, BITS, PTX), b_x.to(DTYPE), acc)
+    else:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype
+        return multiply(centred(packed, zero, HALF, DTYPE, BITS, PTX), b_x.to(DTYPE), acc)

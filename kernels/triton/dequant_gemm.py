@@ -17,14 +17,14 @@ def _product(packed, zero, b_x, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPC
     """acc + (values - zero) @ b_x: packed bytes [BN, BLOCK], float32 [BN], [BLOCK, BM], float32 [BN, BM]."""
     if b_x.dtype != tl.int8:
         return product(b_x, packed, zero[:, None], acc, HALF, BITS, UPCAST, PTX)
-    if BITS == 4:
+    elif BITS == 4:
         b_w = centred_int8(packed, zero.to(tl.uint8)[:, None], HALF, PTX)
         return acc + tl.dot(b_w, b_x, out_dtype=tl.int32).to(tl.float32)
-    # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
-    b_w = (packed ^ 0x80).to(tl.int8, bitcast=True)
-    sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
-    sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
-    return acc + sums.to(tl.float32)
+    else:  # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
+        b_w = (packed ^ 0x80).to(tl.int8, bitcast=True)
+        sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
+        sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
+        return acc + sums.to(tl.float32)
 
 
 @triton.jit

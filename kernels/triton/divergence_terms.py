@@ -21,7 +21,8 @@ def exponential(x, PTX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp(x)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
@@ -31,7 +32,8 @@ def reciprocal(x, PTX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return 1.0 / x
+    else:
+        return 1.0 / x
 
 
 @triton.jit
@@ -41,7 +43,8 @@ def logarithm(x, PTX: tl.constexpr):
         return 0.6931471805599453 * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.log(x)
+    else:
+        return tl.log(x)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def head_logits(
     row = BLOCK if BITS else stride_w
     p_w = w_ptr + o_v[:, None].to(tl.int64) * row + o_k[None, :]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for i_step in range(n_tiles * (BLOCK // STEP)):
+    for i_step in range(0, n_tiles * (BLOCK // STEP)):
         if BITS == 0:
             acc = float_product(tl.load(p_x + i_step * STEP), tl.load(p_w + i_step * STEP), acc, UPCAST, IN_PARTS)
         else:
@@ -86,9 +86,10 @@ def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr):
         acc = multiply(w_high, x_low, multiply(w_middle, x_middle, multiply(w_low, x_high, acc)))
         acc = multiply(w_high, x_middle, multiply(w_middle, x_high, acc))
         return multiply(w_high, x_high, acc)
-    if UPCAST:
-        b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
-    return multiply(b_w, b_x, acc)
+    else:
+        if UPCAST:
+            b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+        return multiply(b_w, b_x, acc)
 
 
 @triton.jit

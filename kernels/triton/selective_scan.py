@@ -107,7 +107,7 @@ def selective_scan(
             mask=m,
             other=0.0,
         ).to(tl.float32)
-    for _ in range(L):
+    for _ in range(0, L):
         x = tl.load(p_x, mask=m_p, other=0.0).to(tl.float32)
         dt = tl.load(p_dt, mask=m_p, other=0.0).to(tl.float32) + bias
         if SOFTPLUS:

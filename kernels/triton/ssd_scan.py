@@ -219,7 +219,7 @@ def ssd_outputs(
     p_c = c_ptr + i_b * c_b + i_g * c_g + o_n[None, :] * c_n + o_row[:, None] * c_l  # [BL, BN]
     p_h = states_ptr + (i_bh.to(tl.int64) * chunks + i_chunk) * N * P + o_n[:, None] * P + o_p[None, :]  # [BN, BP]
     scores, y = tl.zeros((BL, BL), dtype=tl.float32), tl.zeros((BL, BP), dtype=tl.float32)
-    for _ in range(N // BN):
+    for _ in range(0, N // BN):
         C = tl.load(p_c)
         scores = multiply(C, tl.load(p_b), scores, UPCAST)
         y = multiply(C, tl.load(p_h), y, UPCAST)

@@ -30,7 +30,7 @@ calls = {
         torch.zeros(2, 70, 2, 16), torch.zeros(2, 70, 2), torch.zeros(2), *[wide.expand(2, 70, 1, 1 << 27)] * 2, 64
     ),
 }
-for tier in runtime.available_tiers():
+for tier in pins.available_tiers():
     for name, call in calls.items():
         with using(tier):
             try:
@@ -62,7 +62,7 @@ def test_state_update_without_states(rate):
     other_process.run(
         BEGIN
         + f"""
-for tier in ["reference", *runtime.available_tiers()]:
+for tier in ["reference", *pins.available_tiers()]:
     with using(tier):
         x, d, nothing = torch.randn(2, 3, 5), torch.randn(3, 5), torch.zeros(2, 1, 0)
         y = ops.selective_state_update(torch.zeros(2, 3, 5, 0), x, x, {rate}, nothing, nothing, d)

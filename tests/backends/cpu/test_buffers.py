@@ -8,7 +8,7 @@ import other_process
 import pytest
 import torch
 
-from klfast.backends.cpu import memory
+from klfast.backends.cpu import buffers, extension
 from klfast.core.errors import InvalidInputError
 
 LARGE = (4096, 1100)  # of float32: beyond the size from which blocks are kept
@@ -17,42 +17,42 @@ LARGE = (4096, 1100)  # of float32: beyond the size from which blocks are kept
 @pytest.fixture(autouse=True)
 def _nothing_kept():
     gc.collect()
-    memory._kept.clear()
+    buffers._kept.clear()
     yield
-    memory._kept.clear()
+    buffers._kept.clear()
 
 
 def test_tensors_in_use_never_share_memory():
-    first = memory.empty(*LARGE, dtype=torch.float32).fill_(1)
-    second = memory.empty(*LARGE, dtype=torch.float32).fill_(2)
+    first = buffers.empty(*LARGE, dtype=torch.float32).fill_(1)
+    second = buffers.empty(*LARGE, dtype=torch.float32).fill_(2)
     row = first[7]
     del first
-    third = memory.empty(*LARGE, dtype=torch.float32).fill_(3)  # a view still holds the first
+    third = buffers.empty(*LARGE, dtype=torch.float32).fill_(3)  # a view still holds the first
     assert (row == 1).all() and (second == 2).all() and (third == 3).all()
 
 
 def test_a_freed_block_serves_the_next():
-    first = memory.empty(*LARGE, dtype=torch.float32)
+    first = buffers.empty(*LARGE, dtype=torch.float32)
     address = first.data_ptr()
     del first
-    again = memory.empty(LARGE[0] - 5, LARGE[1], dtype=torch.float32)
+    again = buffers.empty(LARGE[0] - 5, LARGE[1], dtype=torch.float32)
     assert again.data_ptr() == address
     again.fill_(1)
-    assert memory.empty(*LARGE, dtype=torch.float32).data_ptr() != address
+    assert buffers.empty(*LARGE, dtype=torch.float32).data_ptr() != address
 
 
 def test_a_block_more_than_twice_as_large_is_left_alone():
-    large = memory.empty(3 * LARGE[0], LARGE[1], dtype=torch.float32)
+    large = buffers.empty(3 * LARGE[0], LARGE[1], dtype=torch.float32)
     del large
-    kept = list(memory._kept)
-    small = memory.empty(*LARGE, dtype=torch.float32)
-    assert len(kept) == 1 and list(memory._kept) == kept and small.shape == LARGE
+    kept = list(buffers._kept)
+    small = buffers.empty(*LARGE, dtype=torch.float32)
+    assert len(kept) == 1 and list(buffers._kept) == kept and small.shape == LARGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shape_and_dtype(dtype):
     for shape in ((3, 5), (0, 7), (3000, 2, 1500)):
-        found = memory.empty(*shape, dtype=dtype)
+        found = buffers.empty(*shape, dtype=dtype)
         assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
 
 
@@ -149,16 +149,16 @@ def test_a_fork_at_any_moment_leaves_the_child_able_to_allocate():
         BEGIN
         + """
 import signal, threading
-from klfast.backends.cpu import memory
+from klfast.backends.cpu import buffers, extension
 stop = threading.Event()
 def churn():
     while not stop.is_set():
-        memory.empty(5, 1 << 20, dtype=torch.float32)
+        buffers.empty(5, 1 << 20, dtype=torch.float32)
 thread = threading.Thread(target=churn)
 thread.start()
 def work():
     signal.alarm(20)  # ends a child that waits for a lock
-    return all(memory.empty(5, 1 << 20, dtype=torch.float32).shape == (5, 1 << 20) for _ in range(3))
+    return all(buffers.empty(5, 1 << 20, dtype=torch.float32).shape == (5, 1 << 20) for _ in range(3))
 for _ in range(60):
     forked(work)
 stop.set()
@@ -170,42 +170,42 @@ thread.join()
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages to advise"
 )
-def test_the_system_takes_both_advices(monkeypatch):
+def test_the_system_takes_both_hints(monkeypatch):
     advised = []
 
     def strictly(block, name):
         block.madvise(getattr(mmap, name))  # OSError if the system refuses
         advised.append(name)
 
-    monkeypatch.setattr(memory, "_advise", strictly)
-    memory.empty(*LARGE, dtype=torch.float32).fill_(1)
+    monkeypatch.setattr(buffers, "_advise", strictly)
+    buffers.empty(*LARGE, dtype=torch.float32).fill_(1)
     gc.collect()
     assert advised == ["MADV_HUGEPAGE", "MADV_FREE"]
 
 
 def test_a_finalizer_may_run_while_a_block_is_taken():
     """As the garbage collector may run one between any two steps: what it frees is kept, and nothing waits for itself."""
-    other = memory._block(17 << 20)
+    other = buffers._block(17 << 20)
 
     class Block(bytes):
         def __len__(self):
-            memory._keep(other)
+            buffers._keep(other)
             return 1
 
-    memory._kept.append(Block())
-    assert memory._block(17 << 20) is not other
+    buffers._kept.append(Block())
+    assert buffers._block(17 << 20) is not other
 
 
 def test_no_memory_is_a_memory_error():
     with pytest.raises(MemoryError, match="4611686018427387904 bytes"):
-        memory.empty(1 << 60, dtype=torch.float32)
+        buffers.empty(1 << 60, dtype=torch.float32)
 
 
 def test_a_tensor_without_memory_is_refused():
     freed = torch.ones(3, 4)
     freed.untyped_storage().resize_(0)
-    for describe in (memory.address, memory.view):
+    for describe in (extension.address, extension.view):
         with pytest.raises(InvalidInputError, match=r"a \[3, 4\] tensor has no memory: its storage was freed"):
             describe(freed)
         describe(torch.empty(0, 4))
-    assert memory.address(None) == 0 and memory.view(None) is None
+    assert extension.address(None) == 0 and extension.view(None) is None
