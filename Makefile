@@ -37,7 +37,7 @@ test: install
 lint: .venv/.lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp')
 	.venv/bin/typos
 	.venv/bin/lint-imports
 	.venv/bin/mypy

@@ -16,6 +16,7 @@ IN_WHEEL = (
 )
 IN_SDIST = (
     "csrc/python/module.cpp",
+    "csrc/core/tiers.def",
     "csrc/core/tiers.h",
     "kernels/triton/__init__.py",
     "klfast/__init__.py",

@@ -71,14 +71,13 @@ struct Scan {
 };
 struct Kernels {
     void (*scan)(const float* a, const float* b, int n, Scan& out);
-    void (*sums)(const float* a, const float* b, int n, float anchor, float reference,
-                 Sums& out);  // |d - anchor| <= kWide
-    void (*wide_sums)(const float* a, const float* b, int n, float anchor, float reference,
-                      Sums& out);  // any d; of shifted logits
-    // |d - anchor| <= largest <= kSmall
+    // For |d - anchor| <= kWide; wide_sums for any d, of shifted logits.
+    void (*sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);
+    void (*wide_sums)(const float* a, const float* b, int n, float anchor, float reference, Sums& out);
+    // For |d - anchor| <= largest <= kSmall.
     void (*moments)(const float* a, const float* b, int n, float anchor, float reference, float largest, Moments& out);
-    void (*powers)(const float* a, const float* b, int n, float anchor, float reference,
-                   Powers& out);  // |d - anchor| <= kWide
+    // For |d - anchor| <= kWide.
+    void (*powers)(const float* a, const float* b, int n, float anchor, float reference, Powers& out);
     void (*widen)(const void* from, DType dtype, int n, float* to);
 };
 

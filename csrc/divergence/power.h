@@ -1,6 +1,8 @@
 // Powers of 2 for the weights of vector_loops.h, over the Vec of the including tier: relative error 9e-8, any exponent
 // up to 126, also -infinity; below 2^-125 the result is as good as 0. Local to the including translation unit, for its
 // flags are its own.
+//     AVX-512  vreduceps (DQ) for the fraction, vscalefps for the power
+//     AVX2     adding 1.5 2^23 leaves the integer in the lowest bits; vpslld and vpaddd put it into the exponent
 #pragma once
 
 namespace klfast::divergence {

@@ -5,8 +5,8 @@
 //     x = b - a - c,   A = exp(a - R),   B = A e^x,   W = A + B,   t = tanh(x / 2) = (B - A) / (B + A).
 // With g(x) = e^x - 1 - x >= 0 and j(x) = (x e^x - (1 + e^x) log((1 + e^x) / 2)) / 2 >= 0, all of second order in x,
 // and l(x) = log cosh(x / 2), a state holds sums over the entries seen so far:
-//     mu_k = sum W t^k (k = 0..8),   k1 = sum A g(x),   k2 = sum B g(-x),   j = sum A j(x),   q = sum B (x / 4 - l(x) /
-//     2).
+//     mu_k = sum W t^k (k = 0..8),   k1 = sum A g(x),   k2 = sum B g(-x),   j = sum A j(x),
+//     q = sum B (x / 4 - l(x) / 2).
 // No term of k1, k2 or j is negative, so these lose no digits, however close the distributions.
 //
 // At the end, Za = sum A = (mu_0 - mu_1) / 2 and Zb = (mu_0 + mu_1) / 2. The anchor was off by delta = log(Zb / Za),

@@ -127,10 +127,10 @@ void multiply(std::int64_t rows, std::int64_t vectors, const std::int32_t* x, co
 //     values        of an element
 //     dot<C, A, B>  the product of tiles
 //     Panel(factors, pitch), one a thread, has
-//         load(n0, vectors, w)        writes rows n0 .. n0 + vectors kLanes as tiles, those of a vector `pitch` from
-//         the last's terms(segment, s, m, v)     what turns sums of rows m.. and vectors v, v + 1 over segment s into
-//         terms:
-//             add(sums, total, row)   adds those of row m + row to its totals
+//         load(n0, vectors, w)     writes rows n0 .. n0 + vectors kLanes as tiles, those of a vector `pitch` from the
+//                                  last's
+//         terms(segment, s, m, v)  what turns sums of rows m.. and vectors v, v + 1 over segment s into terms:
+//             add(sums, total, row)  adds those of row m + row to its totals
 template <class Factors>
 void product_tiles(const Product& a, const TiledRows& x, const Segments& segments, const Factors& factors) {
     const int threads = useful_threads(a, 0.0625 * a.m * a.n * a.k);

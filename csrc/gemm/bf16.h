@@ -5,10 +5,10 @@
 //
 // `Source` says what W is stored as. source.depth is how many values of a row share a scale: an even number, or all of
 // them. Source::Panels(source), one a thread, has
-//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors kLanes as pairs[(k / 2 * vectors + v) * kLanes +
-//     lane], where
-//                                      what follows an odd last value is finite and meets a zero of x,
-//                                      and scales as scale[(group * vectors + v) * kLanes + lane].
+//     load(n0, vectors, pairs, scale)  writes rows n0 .. n0 + vectors kLanes as
+//                                      pairs[(k / 2 * vectors + v) * kLanes + lane], where what follows an odd last
+//                                      value is finite and meets a zero of x, and scales as
+//                                      scale[(group * vectors + v) * kLanes + lane].
 #pragma once
 
 #include <cstring>

@@ -13,8 +13,8 @@ void mamba_step(const MambaMixer& m, const MambaStepArgs& a, Tier limit) {
     const DType type = a.x.dtype;
     const std::int64_t parts = m.rank + 2 * m.states;
     std::vector<std::byte> memory(a.batch * (2 * m.channels + parts) * size_of(type));
-    const auto rows = [&](std::int64_t first,
-                          std::int64_t width) {  // [batch, width], contiguous, first elements into the memory
+    // [batch, width], contiguous, `first` elements into the memory
+    const auto rows = [&](std::int64_t first, std::int64_t width) {
         return View{.data = memory.data() + first * size_of(type), .dtype = type, .stride = {width, 1}};
     };
     const auto from = [&](View v, std::int64_t element) {

@@ -1,4 +1,4 @@
-// One token through the inside of a Mamba mixer, all that lies between its first and its last projection.
+// One decoding step of a Mamba mixer, from the output of in_proj to the input of out_proj.
 #pragma once
 
 #include <cstdint>

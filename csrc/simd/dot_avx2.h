@@ -1,11 +1,14 @@
-// Integer dot products beside simd/ints_avx2.h: AVX2's vpmaddubsw and vpmaddwd.
+// Integer dot products beside simd/ints_avx2.h.
+//     AVX2  vpmaddubsw  unsigned by signed bytes, pairs added to int16 with saturation
+//           vpmaddwd    by ones: pairs of int16 added to int32
+//           vpabsb, vpsignb  |q| and x sign(q)
 // Everything is local to the including translation unit, for its flags are its own.
 //
-// vpmaddubsw multiplies unsigned by signed bytes and adds pairs with saturation to int16:
+// Nothing may saturate:
 //   int4: stored values are at most 15, a pair at most 2 * 15 * 127 = 3810, and two such are added before widening;
 //   int6: at most 63, a pair at most 2 * 63 * 127 = 16002;
-//   int8: stored values would saturate, so |q| and x sign(q) are multiplied: at most 2 * 128 * 127 = 32512. The sum is
-//         that of q = stored - 128 (offset 128).
+//   int8: stored values would, so |q| and x sign(q) are multiplied: at most 2 * 128 * 127 = 32512. The sum is that of
+//         q = stored - 128 (offset 128).
 #pragma once
 
 #include "simd/ints_avx2.h"

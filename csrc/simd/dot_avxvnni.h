@@ -1,6 +1,6 @@
-// Integer dot products beside simd/ints_avx2.h: vpdpbusd on ymm registers (unsigned by signed bytes, four products
-// added to an int32, without saturation). Everything is local to the including translation unit, for its flags are its
-// own.
+// Integer dot products beside simd/ints_avx2.h.
+//     AVX-VNNI  vpdpbusd on ymm: unsigned by signed bytes, four products added to an int32, without saturation
+// Everything is local to the including translation unit, for its flags are its own.
 //
 // KLFAST_AVXVNNI_TWIN takes the same instruction in AVX-512's encoding, so that the tier can be tested on a machine
 // that has AVX-512-VNNI but not AVX-VNNI (setup.py).

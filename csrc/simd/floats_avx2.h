@@ -1,4 +1,8 @@
-// Eight floats in a ymm register; the same interface as simd/floats_scalar.h. AVX2, FMA, F16C.
+// Eight floats in a ymm register; the same interface as simd/floats_scalar.h.
+//     AVX   vaddps, vsubps, vmulps, vdivps, vminps, vmaxps, vroundps; vandps, vorps for signs; vcmpps and vblendvps
+//     FMA   vfmadd
+//     F16C  vcvtph2ps, vcvtps2ph
+//     AVX2  bf16 by integers: vpmovzxwd and vpslld to float; vpaddd, vpsrld, vpackusdw and vpermq from it
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 
@@ -35,9 +39,8 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(b.v, a.v)}; }  // a NaN in 
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(b.v, a.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec negative_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
-inline Vec copysign(Vec size, Vec sign) {
-    return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
-}  // size >= 0
+// For size >= 0.
+inline Vec copysign(Vec size, Vec sign) { return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))}; }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }

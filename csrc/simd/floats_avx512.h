@@ -1,4 +1,9 @@
-// Sixteen floats in a zmm register; the same interface as simd/floats_scalar.h. AVX-512 F, BW, DQ.
+// Sixteen floats in a zmm register; the same interface as simd/floats_scalar.h.
+//     F       vaddps, vsubps, vmulps, vdivps, vminps, vmaxps, vrndscaleps, vfmadd; vscalefps for powers of two;
+//             vrcp14ps and a Newton step for quotients; vcvtph2ps, vcvtps2ph; masks for parts of a vector and choices
+//     DQ      vandps, vorps for signs
+//     BW, VL  vmovdqu16 on ymm with a mask, for parts of a vector of 16-bit floats
+//     BF16    vcvtneps2bf16 in tiers that have it, else integers as in simd/floats_avx2.h
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 
@@ -34,9 +39,8 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(b.v, a.v)}; }  // a NaN in 
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(b.v, a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec negative_abs(Vec a) { return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))}; }
-inline Vec copysign(Vec size, Vec sign) {
-    return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
-}  // size >= 0
+// For size >= 0.
+inline Vec copysign(Vec size, Vec sign) { return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))}; }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }

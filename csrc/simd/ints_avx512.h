@@ -1,6 +1,9 @@
-// Sixteen int32 in a zmm register, beside simd/floats_avx512.h: AVX-512 F and BW, vpternlogd, and VNNI's vpdpbusd
-// (unsigned by signed bytes, four products added to an int32, without saturation). Everything is local to the including
-// translation unit, for its flags are its own.
+// Sixteen int32 in a zmm register, beside simd/floats_avx512.h.
+//     F     vpandd, vpsrld; vmovdqu32 with a mask for parts of a vector; vpermps to look up;
+//           vpternlogd for (a & b) | c; vpunpck and vshufi32x4 to transpose
+//     BW    vpsrlw for nibbles; vpshufb, vpblendmw, vpblendmb for values of six bits, with vpermd
+//     VNNI  vpdpbusd: unsigned by signed bytes, four products added to an int32, without saturation
+// Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 
 #include <cstddef>

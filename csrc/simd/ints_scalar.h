@@ -1,4 +1,4 @@
-// One int32 under the interface of ints_avx2.h and ints_avx512.h.
+// One int32 under the interface of simd/ints_avx2.h and simd/ints_avx512.h.
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 

@@ -1,13 +1,12 @@
 // Elementary functions over Vec, included by simd/floats_avx2.h and simd/floats_avx512.h.
 //
 // exp:      e^x = 2^n e^r, n = round(x log2 e), |r| <= ln 2 / 2; e^r by a minimax polynomial of degree 6 with p(0) = 1,
-//           relative error 4e-9. Below 2 ulp in all where the result is a normal number; tests/ops/test_ssm_ops.py
-//           holds it to that.
-// expm1:    for x <= 0 only: 2^n (e^r - 1) + (2^n - 1), with e^r - 1 = r + r^2 q(r), q of degree 3: relative error
-// 5e-7. exp2:     likewise without the reduction by ln 2, degree 5, 2^0 = 1 exactly, relative error 1.1e-7 and a
-// rounding. The
-//           scan takes exp(dt A) as exp2(dt (A log2 e)), where the exponent's roundings add |dt A| 2^-23: an absolute
-//           error below 2^-22 wherever dt A <= 0.
+//           relative error 4e-9. Below 2 ulp in all where the result is a normal number (tests/ops/test_ssm_ops.py).
+// expm1:    for x <= 0 only: 2^n (e^r - 1) + (2^n - 1), with e^r - 1 = r + r^2 q(r), q of degree 3:
+//           relative error 5e-7.
+// exp2:     likewise without the reduction by ln 2, degree 5, 2^0 = 1 exactly, relative error 1.1e-7 and a rounding.
+//           The scan takes exp(dt A) as exp2(dt (A log2 e)), where the exponent's roundings add |dt A| 2^-23: an
+//           absolute error below 2^-22 wherever dt A <= 0.
 // softplus: max(x, 0) + log1p(e), e = e^-|x|; log1p(e) = e l(e), l of degree 9 with relative error 5e-9.
 // silu:     x / (1 + e^-x).
 // Infinities give what these expressions give: exp2 and exp 0 and infinity, softplus 0 and infinity, silu(-inf) a NaN.

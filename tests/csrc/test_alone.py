@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,15 @@ def test_a_family_is_right_at_every_tier(built, family):
 def test_no_op_is_left_out():
     tested = {op for ops in FAMILIES.values() for op in ops}
     assert {SAME_KERNELS.get(op, op) for op in _C.kernel_tiers()} == tested
+
+
+def test_every_op_has_the_kernels_that_its_tiers_cpp_names():
+    built = {tier for tier in pins.CPU_TIERS if "could not build" not in pins.why_not(tier)}
+    for path in (ROOT / "csrc").rglob("tiers.cpp"):
+        text = path.read_text()
+        for op in re.findall(r"^KLFAST_DISPATCH\((\w+),", text, re.MULTILINE):
+            [named] = re.findall(r"^#define KLFAST_TIERS (.+)$", text, re.MULTILINE)
+            assert _C.kernel_tiers()[op] == set(named.split(", ")) & built, op
 
 
 def test_nothing_outside_csrc_python_includes_pythons_headers(built):

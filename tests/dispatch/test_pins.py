@@ -9,19 +9,12 @@ from klfast.dispatch import pins
 TIERS = {name: i for i, name in enumerate(pins.CPU_TIERS)}
 
 
-def test_a_tier_falls_back_to_what_it_includes_alone():
-    fallbacks = {
-        tier: {other for other, j in TIERS.items() if _C.allows(i, j)} - {tier, "scalar"} for tier, i in TIERS.items()
-    }
-    assert all(_C.allows(i, TIERS["scalar"]) and _C.allows(_C.any_tier, i) for i in TIERS.values())
-    assert fallbacks == {
-        "scalar": set(),
-        "avx2": set(),
-        "avxvnni": {"avx2"},
-        "avx512vnni": {"avx2"},
-        "avx512bf16": {"avx512vnni", "avx2"},
-        "amx": {"avx512bf16", "avx512vnni", "avx2"},
-    }
+def test_fallbacks_end_at_scalar_and_are_no_total_order():
+    for tier, i in TIERS.items():
+        assert _C.allows(i, i) and _C.allows(i, TIERS["scalar"]) and _C.allows(_C.any_tier, i)
+        assert not any(_C.allows(i, j) and _C.allows(j, i) for other, j in TIERS.items() if other != tier)
+    assert _C.allows(TIERS["avx512vnni"], TIERS["avx2"]) and _C.allows(TIERS["avxvnni"], TIERS["avx2"])
+    assert not _C.allows(TIERS["avx512vnni"], TIERS["avxvnni"])
 
 
 @pytest.mark.parametrize("op", sorted(_C.kernel_tiers()))
@@ -31,15 +24,6 @@ def test_the_best_kernel_that_a_pin_allows_runs(op):
     for limit in TIERS.values():
         allowed = [tier for tier in runnable if _C.allows(limit, TIERS[tier])]
         assert pins.CPU_TIERS[_C.best_tier(op, limit)] == allowed[-1]
-
-
-def test_every_op_has_the_kernels_that_its_files_name():
-    floats = {"scalar", "avx2", "avx512vnni"}
-    special = {"dequant_matmul": set(TIERS), "linear": floats | {"avx512bf16", "amx"}}
-    built = {tier for tier in TIERS if "could not build" not in pins.why_not(tier)}
-    assert {op: set(found) for op, found in _C.kernel_tiers().items()} == {
-        op: special.get(op, floats) & built for op in _C.kernel_tiers()
-    }
 
 
 def test_without_the_extension_a_pin_names_the_reason_and_help_works():

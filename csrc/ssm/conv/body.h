@@ -16,7 +16,7 @@ inline void carry(const ConvArgs& a, std::int64_t b, std::int64_t c0, std::int64
     const std::int64_t total = a.initial_length + a.length;  // initial then x
     for (std::int64_t c = 0; c < n; ++c)
         for (std::int64_t j = 0; j < a.final_length;
-             ++j) {  // ascending: reads stay ahead of writes where final is initial
+             ++j) {  // upwards: where final is initial, reads come before writes
             const std::int64_t i = total - a.final_length + j;
             const std::int64_t channel = c0 + c, from_x = i - a.initial_length;
             float v = 0.0f;

@@ -35,8 +35,8 @@ inline void run(const StateUpdateArgs& s) {
             const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads,
                                c0 = item % blocks * kLanes;
             const int n = lanes(s.dim - c0);
-            const auto channels = [&](float* to, const View& v,
-                                      int head_dim) {  // head_dim: which of v's dimensions is the head
+            // head_dim: which of v's dimensions is the head
+            const auto channels = [&](float* to, const View& v, int head_dim) {
                 const std::int64_t base =
                     head_dim * batch * v.stride[0] + head * v.stride[head_dim] + c0 * v.stride[head_dim + 1];
                 load_tile(to, kLanes, v, base, v.stride[head_dim + 1], 0, n, 1);

@@ -35,5 +35,5 @@ def _nowhere(tensor: torch.Tensor) -> int:
 
 
 def resources() -> tuple[int, int]:
-    """Threads that a kernel may use, and the highest tier (an index in ``pins.CPU_TIERS``)."""
+    """Threads that a kernel may use, and the pinned tier (``pins.cpu_tier_limit``)."""
     return torch.get_num_threads(), pins.cpu_tier_limit()
