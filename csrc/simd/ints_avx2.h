@@ -1,6 +1,6 @@
 // Eight int32 in a ymm register, beside simd/floats_avx2.h.
 //     AVX2  vpand, vpsrld; vpmaskmovd for parts of a vector; vpermps to look up; vphaddd for sums;
-//           vpunpck and vperm2i128 to transpose
+//           vpunpck and vperm2i128 to transpose; vpshufb, vpblendw for values of six bits
 // Everything is local to the including translation unit, for its flags are its own.
 #pragma once
 

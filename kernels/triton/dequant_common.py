@@ -50,8 +50,8 @@ def load_tile(p_w, i_tile, n_blocks, N, BLOCK: tl.constexpr, BITS: tl.constexpr)
     if BITS == 6:
         low = tl.load(p_w + tl.cast(i_tile // 2, tl.int64) * N * BLOCK)
         high = tl.load(p_w + tl.cast((n_blocks + 1) // 2 + i_tile // 4, tl.int64) * N * BLOCK)
-        low = (low >> (i_tile % 2 * 4).to(tl.uint8)) & 0xF
-        return low | (((high >> (i_tile % 4 * 2).to(tl.uint8)) & 3) << 4)
+        low = (low >> tl.cast(i_tile % 2 * 4, tl.uint8)) & 0xF
+        return low | (((high >> tl.cast(i_tile % 4 * 2, tl.uint8)) & 3) << 4)
     else:
         return tl.load(p_w + tl.cast(i_tile, tl.int64) * N * BLOCK)
 
