@@ -1,6 +1,6 @@
 """The functions that transformers' mixers call, in klfast's version: same names for the arguments that the mixers pass.
 
-Further keywords mean nothing to klfast's kernels, except those of packed sequences, which the ops refuse. The signatures
+Other keywords mean nothing to klfast's kernels, except those of packed sequences, which the ops refuse. Signatures
 are those of transformers 5.17 to 5.23.
 """
 

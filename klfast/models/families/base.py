@@ -105,7 +105,7 @@ class Family:
             model's logits before it is believed. None to try what the configuration's attributes suggest.
         cache: the cache argument.
         widens_logits: the model's forward makes float32 of its logits; then its accelerated head does so.
-        own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers are left to accelerate.
+        own_code: the model is klfast's own and calls klfast's ops itself; only linear layers are left to accelerate.
     """
 
     model_type: str
