@@ -78,7 +78,7 @@ def fill_blocks(rows: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
     if tiling.is_aligned:
         return rows
     length = k if group_size == -1 else min(group_size, k)
-    groups = F.pad(rows, (0, -k % length)).unflatten(1, (-1, length))
+    groups = F.pad(rows, (0, -k % length)).view(len(rows), -(-k // length), length)
     filled = F.pad(groups, (0, tiling.group_blocks * tiling.block - length)).flatten(1)
     return filled[:, : tiling.n_blocks * tiling.block].contiguous()
 
@@ -100,7 +100,7 @@ def to_tiles(values: torch.Tensor, zero: torch.Tensor, bits: int, group_size: in
     zeros = zero.T.to(torch.int16) if zero.shape[0] else zero.new_zeros(n, 1, dtype=torch.int16)
     # The zero point is taken off first, so that what fills the blocks becomes the zero point too.
     centred = values.to(torch.int16) - zeros.repeat_interleave(length, 1)[:, :k]
-    blocks = fill_blocks(centred, bits, group_size).unflatten(1, (tiling.n_blocks, tiling.block))
+    blocks = fill_blocks(centred, bits, group_size).view(n, tiling.n_blocks, tiling.block)
     of_block = torch.arange(tiling.n_blocks, device=values.device) // tiling.group_blocks
     stored = (blocks + zeros[:, of_block, None]).to(torch.uint8).transpose(0, 1)  # [n_blocks, N, block]
     if bits == 8:
@@ -130,4 +130,5 @@ def from_tiles(packed: torch.Tensor, k: int, bits: int, group_size: int) -> torc
     length = k if group_size == -1 else min(group_size, k)
     filled = blocks.transpose(0, 1).flatten(1)  # [N, n_blocks * block]
     filled = F.pad(filled, (0, -filled.shape[1] % (tiling.group_blocks * tiling.block)))
-    return filled.unflatten(1, (-1, tiling.group_blocks * tiling.block))[..., :length].flatten(1)[:, :k]
+    groups = filled.view(len(filled), filled.shape[1] // (tiling.group_blocks * tiling.block), -1)
+    return groups[..., :length].flatten(1)[:, :k]

@@ -23,7 +23,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         values = values[:, 0::2] | (values[:, 1::2] << 4)
     elif bits == 6:  # four values are three bytes
-        a, b, c, d = values.unflatten(1, (-1, 4)).unbind(-1)
+        a, b, c, d = values.view(rows, values.shape[1] // 4, 4).unbind(-1)
         values = torch.stack((a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)), -1).flatten(1)
     bytes_ = F.pad(values, (0, 4 * words - values.shape[1]))  # or cut off what lies behind the last value
     return bytes_.reshape(-1).view(torch.int32).view(rows, words)
@@ -36,7 +36,8 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 4:
         values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
     elif bits == 6:
-        a, b, c = F.pad(values, (0, -4 * columns % 3)).unflatten(-1, (-1, 3)).unbind(-1)
+        values = F.pad(values, (0, -4 * columns % 3))
+        a, b, c = values.view(*leading, values.shape[-1] // 3, 3).unbind(-1)
         values = torch.stack((a & 63, (a >> 6) | ((b & 15) << 2), (b >> 4) | ((c & 3) << 4), c >> 2), -1).flatten(-2)
     return values[..., :count]
 

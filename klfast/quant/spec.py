@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from klfast.core.errors import InvalidInputError
 from klfast.quant.formats import FORMATS, QuantFormat
 
 SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
 SHAPE_BYTES = 16  # of a saved weight_shape, int64 [2], which each quantized layer has
-_FORMATS = {(each.kind, each.bits): each for each in FORMATS.values()}
 
 
 @dataclass(frozen=True, order=True)
@@ -35,7 +35,7 @@ class QuantSpec:
     kind: str = "int"
 
     def __post_init__(self) -> None:
-        known = [bits for kind, bits in _FORMATS if kind == self.kind]
+        known = [each.bits for each in FORMATS.values() if each.kind == self.kind]
         if not known:
             raise InvalidInputError(f"the formats are {', '.join(FORMATS)}; none is of the kind {self.kind!r}")
         if not isinstance(self.bits, int) or self.bits not in known:
@@ -89,7 +89,7 @@ class QuantSpec:
         return spec if isinstance(spec, cls) else cls.parse(spec)  # type: ignore[arg-type]
 
     @classmethod
-    def from_compressed_tensors(cls, group: Mapping[str, object]) -> QuantSpec:
+    def from_compressed_tensors(cls, group: Mapping[str, Any]) -> QuantSpec:
         """Return the spec of a config group in compressed-tensors' quantization_config.
 
         Raises:
@@ -103,7 +103,7 @@ class QuantSpec:
     @property
     def format(self) -> QuantFormat:
         """What knows how such weights are rounded, stored and saved."""
-        return _FORMATS[self.kind, self.bits]
+        return FORMATS[f"{self.kind}{self.bits}"]
 
     @property
     def q_min(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -66,8 +66,8 @@ class QuantFormat(ABC):
     A format knows nothing of ops. Kernels say which formats they take (``dispatch.registry.register_kernel``).
 
     Attributes:
-        name: in specs and files, such as "int4"; letters, then digits.
-        kind: the letters of the name: formats of one kind differ in their bits.
+        name: in specs and files, such as "int4": ``kind``, then ``bits``.
+        kind: lower-case letters; formats of one kind differ in their bits.
         bits: of a stored value, without its share of the scales.
         layouts: that it can have.
         has_zero_points: whether a spec may be asymmetric.
@@ -152,7 +152,7 @@ class QuantFormat(ABC):
         """Return a config group of compressed-tensors' quantization_config but for its targets."""
 
     @abstractmethod
-    def from_compressed_tensors(self, group: Mapping[str, object]) -> tuple[int, bool] | None:
+    def from_compressed_tensors(self, group: Mapping[str, Any]) -> tuple[int, bool] | None:
         """Return (group size, symmetric) of such a config group; None if another format wrote it.
 
         Raises:

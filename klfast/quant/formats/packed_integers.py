@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ class PackedIntegers(QuantFormat):
             "output_activations": None,
         }
 
-    def from_compressed_tensors(self, group: Mapping[str, object]) -> tuple[int, bool] | None:
+    def from_compressed_tensors(self, group: Mapping[str, Any]) -> tuple[int, bool] | None:
         weights = group["weights"]
         if weights["num_bits"] != self.bits:
             return None
