@@ -1,4 +1,4 @@
-"""Several files of sensitivities, read as one: which go together."""
+"""Merging several sensitivities files: which ones fit together."""
 
 from dataclasses import replace
 
@@ -27,10 +27,10 @@ def read(folder, *parts):
     return merge.read(paths)
 
 
-def test_norms_of_another_device_are_those_of_the_same_model(tmp_path):
+def test_files_whose_norms_differ_slightly_are_merged(tmp_path):
     found = read(tmp_path, made(INT4), made(INT8, norms=(1.0000001, 1.99)))
     assert set(found.measurements) == {("a", INT4), ("a", INT8)}
-    with pytest.raises(ModelMismatchError, match=r"1\.json and .*0\.json are of different models"):
+    with pytest.raises(ModelMismatchError, match=r"1\.json and .*0\.json are for different models"):
         read(tmp_path, made(INT4), made(INT8, norms=(1.0, 2.1)))
     with pytest.raises(ModelMismatchError, match="different models"):
         read(tmp_path, made(INT4), replace(made(INT8), fingerprint=None))
