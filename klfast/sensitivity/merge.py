@@ -39,9 +39,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
             *(other.rows.keys() & merged.rows.keys()),
         ]:
             name, *_, spec = min(twice)
-            raise InvalidInputError(
-                f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out"
-            )
+            raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} again; leave one of the files out")
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.models.head import is_head_tied

@@ -37,10 +37,10 @@ def test_files_whose_norms_differ_slightly_are_merged(tmp_path):
 
 
 def test_one_candidate_in_two_files(tmp_path):
-    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym once more"):
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
         read(tmp_path, made(INT4), made(INT4))
     row = {("a", "gate", INT4): Measurement({KL: 0.1}, {KL: 0.01}, 64)}
-    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym once more"):
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
         read(tmp_path, replace(made(INT4), rows=row), replace(made(INT8), rows=row))
 
 
