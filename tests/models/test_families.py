@@ -1,4 +1,4 @@
-"""The records of families: they name what is there, and their families go through the whole pipeline."""
+"""The records of families name existing parts, and their families pass through the whole pipeline."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ KL = "kl_teacher_student"
 
 
 @pytest.mark.parametrize("record", families.FAMILIES, ids=lambda record: record.model_type)
-def test_a_record_names_classes_functions_and_blocks_that_are_there(record):
+def test_a_record_names_existing_classes_functions_and_blocks(record):
     models = [model for model in map(tiny, KNOWN) if family_of(model) is record]
     classes = {type(module).__name__: module for model in models for module in model.modules()}
     assert models and {*record.mixers, *record.norms, *record.rows, *record.matrices} <= set(classes)
@@ -57,7 +57,7 @@ def test_a_class_of_the_same_name_elsewhere_is_another_one():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_norms_in_their_shapes_and_dtypes(family, dtype, weight_dtype):
-    """Each kind of norm, with a gate where it takes one, against its own forward in float64 and in its own dtype."""
+    """Compare each kind of norm, gated if supported, with its own forward in float64 and in its own dtype."""
     model = tiny(family)
     norms = {type(m): m for m in model.modules() if norm_of(type(m)) is not None}
     klfast.accelerate(model)
@@ -96,14 +96,14 @@ def test_split():
 
 @pytest.mark.parametrize("family", ["mamba2", *NEW])
 @torch.no_grad()
-def test_the_rows_of_a_mamba2_mixer_do_what_their_names_say(family):
+def test_the_rows_of_a_mamba2_mixer_match_their_names(family):
     mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
     mixer.conv1d.bias.zero_()
     ranges = rows_of(mixer)["in_proj"]
     hidden = torch.randn(2, 7, 64)
 
     def output(scale):
-        """With the rows of some uses multiplied."""
+        """Run the mixer with the rows of some uses multiplied."""
         changed = copy.deepcopy(mixer)
         for use, factor in scale.items():
             changed.in_proj.weight[slice(*ranges[use])] *= factor
@@ -112,16 +112,16 @@ def test_the_rows_of_a_mamba2_mixer_do_what_their_names_say(family):
     assert output({}).abs().max() > 1e-2
     for use in ("x", "z"):
         assert output({use: 0}).abs().max() == 0, use  # no input; the gate is closed
-    for one, other in (("B", "C"), ("C", "B")):  # no state, or none of it read
+    for one, other in (("B", "C"), ("C", "B")):  # no state, or a state that is not read
         assert torch.equal(output({one: 0}), output({one: 0, other: 3}))
         assert (output({}) - output({one: 0})).abs().max() > 1e-4
     assert (output({"dt": 2}) - output({})).abs().max() > 1e-4
-    assert torch.equal(output({"B": 0, "dt": 0}), output({"B": 0}))  # the step size acts through the state alone
+    assert torch.equal(output({"B": 0, "dt": 0}), output({"B": 0}))  # the step size acts only through the state
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
 @torch.no_grad()
-def test_the_rows_of_a_mamba_mixer_do_what_their_names_say(family):
+def test_the_rows_of_a_mamba_mixer_match_their_names(family):
     mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
     for layer in (mixer.conv1d, mixer.in_proj, mixer.out_proj):
         if layer.bias is not None:
@@ -178,7 +178,7 @@ def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
     ids = batch(3, 9, seed=5)
     mask = torch.ones_like(ids)
     mask[0, :4], mask[1, :1] = 0, 0
-    dense = klfast.unaccelerate(loaded)  # transformers' own functions on the same quantized layers
+    dense = klfast.unaccelerate(loaded)  # transformers' own functions with the same quantized layers
     for padding in (None, mask):
         by_transformers = dense.generate(
             ids, attention_mask=padding, do_sample=False, max_new_tokens=16, pad_token_id=0
@@ -187,7 +187,7 @@ def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
         klfast.unaccelerate(loaded)
 
 
-def test_experts_are_counted_as_what_cannot_be_quantized():
+def test_experts_count_as_unquantizable():
     model = tiny("granite_hybrid_moe")
     experts = [module for module in model.modules() if type(module).__name__ == "GraniteMoeHybridExperts"]
     size = sum(parameter.numel() * 4 for module in experts for parameter in module.parameters())
