@@ -1,4 +1,4 @@
-"""Plausibility checks of a config.json that transformers lacks, so that loading takes hours or fails late."""
+"""Plausibility checks of config.json: without them, transformers may compute for hours before it fails."""
 
 from __future__ import annotations
 

@@ -96,7 +96,12 @@ class HymbaConfig(PreTrainedConfig):
     @property
     def dt_rank(self) -> int:
         """Rank of the step size's projection."""
-        return math.ceil(self.hidden_size / 16) if isinstance(self.mamba_dt_rank, str) else self.mamba_dt_rank
+        rank = self.mamba_dt_rank
+        if not isinstance(rank, str):
+            return rank
+        if rank != "auto":
+            raise InvalidInputError(f"Hymba's mamba_dt_rank must be an integer or 'auto', got {rank!r}")
+        return math.ceil(self.hidden_size / 16)
 
     @property
     def key_dim(self) -> int:
