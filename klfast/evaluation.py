@@ -1,4 +1,4 @@
-"""How good a model is on a text, and how far it has moved from a teacher."""
+"""Quality of a model on a text, and its divergence from a teacher."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from klfast.models.batches import Batches, is_single, read
 from klfast.models.calling import evaluation_mode, last_hidden
 from klfast.models.head import Head, divergence, find_head, linear_head
 
-_MOST_TOKENS = 8192  # computed at once where the caller made no batches
+_MOST_TOKENS = 8192  # computed at once if the caller made no batches
 _MEASURED = ("nll", "teacher_nll", "kl", "kl_student_teacher", "jsd", "top1")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``evaluate`` measured; nats unless said otherwise, means over all predicted tokens.
+    """Result of ``evaluate``: means over all predicted tokens, in nats unless stated otherwise.
 
     Attributes:
         tokens: predicted tokens, T - 1 of each row.
@@ -31,14 +31,14 @@ class Evaluation:
         nll: negative log-likelihood of the text's own next token.
         bits_per_token: nll / log 2.
         kl: KL(teacher || model) of the next-token distributions.
-        kl_stderr: its standard error, that of a mean over rows (as in a sweep), since the tokens of a row are correlated;
-            NaN where there is but one row.
+        kl_stderr: its standard error, computed from means over rows (as in a sweep), since the tokens of a row are
+            correlated; NaN with a single row.
         kl_student_teacher: KL(model || teacher).
         jsd: Jensen-Shannon divergence.
-        top1_agreement: share of the tokens for which both hold the same next token likeliest.
+        top1_agreement: share of the tokens for which both have the same most likely next token.
         teacher_perplexity: as perplexity.
 
-    What compares with a teacher is None without one.
+    Without a teacher, the comparisons with it are None.
     """
 
     tokens: int
@@ -57,24 +57,24 @@ class Evaluation:
 def evaluate(
     model: nn.Module, batches: Batches, teacher: nn.Module | None = None, progress: Progress = False
 ) -> Evaluation:
-    """Perplexity of ``model`` on token batches and, with a teacher, how far its next-token distributions are from the teacher's.
+    """Measure the perplexity of ``model`` on token batches and, with a teacher, the divergence from it.
 
-    Each row is a text of its own: its first token has no context and is not predicted. Logits are never whole: memory
-    goes with a batch's hidden states, [B, T, H].
+    Each row is a separate text: its first token has no context and is not predicted. Full logits are never made:
+    memory scales with a batch's hidden states, [B, T, H].
 
     Args:
         model: a causal language model (transformers), quantized or not, whose logits are a product of the last hidden
             states with the head's weight, perhaps scaled or capped.
-        batches: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], texts [T], or dicts with input_ids and
-            attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every row is measured as if it were
-            alone, without its padding. T may differ from batch to batch.
+        batches: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], texts [T], or dicts with
+            input_ids and attention_mask (a tokenizer's output, a DataLoader). Padding is not text: every row is
+            measured as if it were alone, without its padding. T may differ from batch to batch.
         teacher: a model with the same vocabulary, on the same device.
         progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
-            nothing; or a function that is called with (batches done, batches in all, "").
+            nothing; or a function that is called with (batches done, number of batches, "").
 
     Raises:
-        InvalidInputError: no text at all, batches of another shape or dtype or with ids beyond the vocabulary; a model
-            whose logits are made in a way that klfast does not know; a NaN or infinite logit.
+        InvalidInputError: there is no text, batches have another shape or dtype or ids beyond the vocabulary, the model
+            makes its logits in a way that klfast does not know, or a logit is NaN or infinite.
     """
     for one in (model, teacher):
         if one is not None:
@@ -83,7 +83,7 @@ def evaluate(
     teacher_vocabulary = vocabulary if teacher is None else linear_head(teacher).out_features
     if teacher_vocabulary != vocabulary:
         raise InvalidInputError(
-            f"the teacher has {teacher_vocabulary} tokens, the model {vocabulary}; they need one vocabulary"
+            f"the teacher has {teacher_vocabulary} tokens, the model {vocabulary}; give models with one vocabulary"
         )
     most = _MOST_TOKENS if is_single(batches) else None
     parts = [batch.equal_lengths(most) for batch in read(batches, vocabulary)]
@@ -107,6 +107,7 @@ def evaluate(
                     teacher_hidden = hidden if teacher is None else head_inputs(teacher, teacher_head, ids[:, :-1])
                     targets = ids[:, 1:].to(hidden.device)
                     found = divergence(teacher_hidden, teacher_readout, hidden, readout, targets)
+                assert found.ce_student is not None and found.ce_teacher is not None  # there are targets
                 metrics = (
                     found.ce_student,
                     found.ce_teacher,
@@ -138,7 +139,7 @@ def evaluate(
 
 
 def head_inputs(model: nn.Module, head: Head, ids: torch.Tensor) -> torch.Tensor:
-    """What the head multiplies its weight with, [B, T, H], for int64 [B, T]."""
+    """Return the operand of the head's weight, [B, T, H], for int64 [B, T]."""
     return head.inputs(last_hidden(model, ids.to(head.device)))
 
 

@@ -1,4 +1,4 @@
-"""evaluate against float64 softmaxes of whole logits."""
+"""``evaluate`` against float64 softmaxes of full logits."""
 
 import math
 
@@ -51,7 +51,7 @@ def truth(model, batches, teacher):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_whole_softmaxes(family, tied):
+def test_equals_full_softmaxes(family, tied):
     teacher, model = tiny(family, tied), quantized(family, QuantSpec(4, 16), tied=tied)
     batches = [batch(3, 12), batch(1, 2, seed=2), batch(2, 7, seed=3)]
     found, expected = klfast.evaluate(model, batches, teacher), truth(model, batches, teacher)
@@ -65,7 +65,7 @@ def test_equals_whole_softmaxes(family, tied):
 
 
 @pytest.mark.parametrize("family", ["cohere", "gemma2", "granite", "phi", "recurrent_gemma"])
-def test_scaled_and_capped_logits_equal_whole_softmaxes(family, monkeypatch):
+def test_scaled_and_capped_logits_equal_full_softmaxes(family, monkeypatch):
     teacher, model = tiny(family), quantized(family, QuantSpec(4, 16))
     batches = [batch(3, 12), batch(1, 2, seed=2)]
     found, expected = klfast.evaluate(model, batches, teacher), truth(model, batches, teacher)
@@ -76,7 +76,7 @@ def test_scaled_and_capped_logits_equal_whole_softmaxes(family, monkeypatch):
         assert getattr(in_blocks, name) == pytest.approx(value, rel=1e-4), name
 
 
-def test_the_standard_error_is_that_of_the_sweep():
+def test_standard_error_equals_the_sweeps():
     teacher, spec, ids = tiny("llama"), QuantSpec(4, 16), batch(6, 20)
     name = "model.layers.0.mlp.up_proj"
     swept = klfast.sweep(teacher, ids, [spec], layers=[name]).measurements[name, spec]
@@ -101,7 +101,7 @@ def test_a_model_against_itself():
     assert found.perplexity == found.teacher_perplexity
 
 
-def test_logits_are_never_whole_and_modes_are_kept():
+def test_full_logits_are_never_made_and_modes_are_kept():
     model, teacher, done = tiny("mamba").train(), tiny("mamba"), []
     rows = []
     for one in (model, teacher):
@@ -172,8 +172,8 @@ def test_refuses_models():
     refuses("more to its logits than multiply", scaled, [batch()])
 
 
-def test_float64_is_for_the_cpu_alone(monkeypatch):
-    """Some GPUs have none: a tensor comes to the CPU before it is widened, here and in a sweep."""
+def test_float64_is_used_only_on_the_cpu(monkeypatch):
+    """Some GPUs lack it: a tensor moves to the CPU before it is widened, here and in a sweep."""
     moved, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
 
     def to_cpu(tensor):
@@ -181,7 +181,7 @@ def test_float64_is_for_the_cpu_alone(monkeypatch):
         return moved[-1]
 
     def widened(tensor):
-        assert any(tensor is one for one in moved), "widened where it was"
+        assert any(tensor is one for one in moved), "not moved to the CPU before widening"
         return double(tensor)
 
     monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)

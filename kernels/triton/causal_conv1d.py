@@ -1,4 +1,4 @@
-"""causal_conv1d and its update: y_t = act(bias + sum_k weight_k seq_{t + k}), seq = what came before, then x."""
+"""causal_conv1d and its update: y_t = act(bias + sum_k weight_k seq_{t + k}), where seq is the past, then x."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def causal_conv1d(
     x_ptr,  # float [B, D, L]
     w_ptr,  # float [D, WIDTH]
     bias_ptr,  # float [D] or None
-    past_ptr,  # float [B, D, S], what came before x; None for zeros
+    past_ptr,  # float [B, D, S], the inputs before x; None for zeros
     y_ptr,  # [B, D, L]
     D,
     L,
@@ -36,6 +36,7 @@ def causal_conv1d(
     BD: tl.constexpr,
     BL: tl.constexpr,
 ):
+    """Compute BL outputs of BD channels of one sequence."""
     n_t = tl.cdiv(L, BL)
     i_b = (tl.program_id(0) // n_t).to(tl.int64)
     o_t = (tl.program_id(0) % n_t).to(tl.int64) * BL + tl.arange(0, BL)
@@ -70,7 +71,7 @@ def plan(
     y: torch.Tensor,
     is_silu: bool,
 ) -> Launch:
-    """x [B, D, L] after ``past`` [B, D, S >= W-1] (zeros if None); any strides, but bias [D] without gaps."""
+    """Return the launch for x [B, D, L] after ``past`` [B, D, S >= W-1] (None: zeros), any strides, contiguous bias."""
     batch, channels, length = x.shape
     BL, BD = (1, 128) if length == 1 else (8, 64)
     args = strided(DIMS, x=x, w=weight, past=past, y=y) | dict(

@@ -1,7 +1,7 @@
-"""softmax(scale q k^T) v with one query a head: a pass over the keys, in parts where heads alone are too few programs.
+"""softmax(scale q k^T) v with one query per head: a pass over the keys, in parts if there are too few heads.
 
-A program takes one head and a part of the keys, some at a time; heads that share keys and values find them in cache. Sums
-run elementwise over blocks of keys, relative to the largest score so far, and across threads once at the end.
+A program takes one head and a part of the keys, a block at a time; heads that share keys and values find them in cache.
+Sums run elementwise over blocks of keys, relative to the largest score so far, and across threads once at the end.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(
-    do_not_specialize=["keys", "part_keys"]
-)  # they grow with each token, for which nothing may be compiled again
+@triton.jit(do_not_specialize=["keys", "part_keys"])  # they grow with each token, which must not trigger a compilation
 def decode_attention(
     q_ptr,  # float [B, H, Dk]
     k_ptr,  # float [B, G, S, Dk]
     v_ptr,  # float [B, G, S, Dv]
-    y_ptr,  # [B, H, Dv] without gaps; with parts float32 [B, H, parts, Dv], relative to e^peak
+    y_ptr,  # [B, H, Dv], contiguous; with parts float32 [B, H, parts, Dv], relative to e^peak
     stats_ptr,  # float32 [B, H, parts, 2]: peak and the sum of weights; None without parts
     scale,
     heads,
@@ -44,6 +42,7 @@ def decode_attention(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
+    """Attend to one part of the keys with one query head."""
     i_head, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_h = i_head // heads, i_head % heads
     i_g = i_h // shared_by
@@ -82,7 +81,7 @@ def decode_attention(
 
 @triton.jit(do_not_specialize=["parts"])
 def combine_parts(part_ptr, stats_ptr, y_ptr, parts, value_dim, BP: tl.constexpr, BV: tl.constexpr):
-    """y [B, H, Dv] of what ``decode_attention`` made of up to BP parts of the keys."""
+    """Combine the results of ``decode_attention`` for up to BP parts of the keys into y [B, H, Dv]."""
     i_head = tl.program_id(0).to(tl.int64)
     o_p, o_v = tl.arange(0, BP), tl.program_id(1) * BV + tl.arange(0, BV)
     m_p, m_v = o_p < parts, o_v < value_dim
@@ -108,7 +107,7 @@ MOST_PARTS = 32
 def plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, scale: float, *, cores: int
 ) -> list[Launch]:
-    """q [B, H, Dk], k [B, G, S, Dk] and v [B, G, S, Dv] of any strides, y [B, H, Dv] without gaps."""
+    """Return the launches for q [B, H, Dk], k [B, G, S, Dk] and v [B, G, S, Dv], any strides, and contiguous y."""
     (batch, heads, key_dim), (groups, keys), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     parts = max(1, min(cdiv(keys, SMALLEST_PART), cdiv(4 * cores, max(batch * heads, 1)), MOST_PARTS))
     part_keys = cdiv(keys, parts)

@@ -1,11 +1,13 @@
-"""What one vocabulary entry adds to the sums of csrc/divergence/token_state.h, where the algebra stands; the polynomials are
-those of csrc/divergence/vector_loops.h. Sums of one row, in the order in which the kernels store them:
+"""Contribution of one vocabulary entry to the sums of csrc/divergence/token_state.h, which derives the algebra.
+
+The polynomials are those of csrc/divergence/vector_loops.h. Sums of one row, in the order in which the kernels store
+them:
 
     mu_0 .. mu_8, k1, k2, j, q, sum a^2, sum (b - a)^2, max a, max b, reference
 
-which is struct Part of csrc/divergence/divergence.h. Exponentials are relative to the reference, at least about the
-largest of a and b - anchor, and made of each model's own logits: b - a says nothing of b where a is huge. No term of k1, k2 or j is
-negative, and none is a difference of larger ones, so that a KL of 1e-8 nats keeps its digits in float32.
+This is struct Part of csrc/divergence/divergence.h. Exponentials are relative to the reference, which is at least about
+the largest of a and b - anchor, and use each model's own logits: b - a does not determine b where a is huge. No term of
+k1, k2 or j is negative, and none is a difference of larger ones, so a KL of 1e-8 nats keeps its digits in float32.
 """
 
 import triton
@@ -16,7 +18,7 @@ N_SUMS = 18
 
 @triton.jit
 def exponential(x, PTX: tl.constexpr):
-    """e^x, 0 below float32's normal range; of what is compiled from tl.exp, half takes care of what lies there."""
+    """Return e^x, 0 below float32's normal range, for which tl.exp would compile to twice the code."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
@@ -27,7 +29,7 @@ def exponential(x, PTX: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, PTX: tl.constexpr):
-    """1 / x of a normal x."""
+    """Return 1 / x for a normal x."""
     if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -38,7 +40,7 @@ def reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def logarithm(x, PTX: tl.constexpr):
-    """log(x) of x between 1 and 2, to 2e-7."""
+    """Return log(x) for x between 1 and 2, to 2e-7."""
     if PTX:
         return 0.6931471805599453 * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -49,7 +51,7 @@ def logarithm(x, PTX: tl.constexpr):
 
 @triton.jit
 def expm1_negative(x, ALL_SMALL: tl.constexpr, PTX: tl.constexpr):
-    """e^x - 1 for x <= 0, to 2e-7 of its size; ALL_SMALL: none is below -0.5."""
+    """Return e^x - 1 for x <= 0, to a relative error of 2e-7; ALL_SMALL: no x is below -0.5."""
     small = x if ALL_SMALL else tl.maximum(x, -0.5)
     poly = small * (1.0 / 362880.0) + 1.0 / 40320.0
     poly = poly * small + 1.0 / 5040.0
@@ -64,9 +66,9 @@ def expm1_negative(x, ALL_SMALL: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def divergence_terms(a, b, anchor, reference, valid, ALL_NEAR: tl.constexpr, PTX: tl.constexpr):
-    """(W, u, k1, k2, j, q) of logits a and b, float32; valid is 1.0, or 0.0 for an entry that does not count.
+    """Return (W, u, k1, k2, j, q) of logits a and b, float32; valid is 1.0, or 0.0 for an entry that does not count.
 
-    W u^k is the term of mu_k. ALL_NEAR: no b - a is further than 0.5 from the anchor.
+    W u^k is the term of mu_k. ALL_NEAR: each b - a is within 0.5 of the anchor.
     """
     x = (b - a - anchor) * valid
     y = tl.abs(x)
@@ -101,7 +103,7 @@ def divergence_terms(a, b, anchor, reference, valid, ALL_NEAR: tl.constexpr, PTX
 
 @triton.jit
 def store_sums(p, mu0, mu1, mu2, mu3, mu4, mu5, mu6, mu7, mu8, k1, k2, j, q, a2, d2, max_a, max_b, reference, mask):
-    """The sums of rows, each value of p's shape, at p, p + 1 ... p + N_SUMS - 1."""
+    """Store the sums of rows, each of p's shape, at p, p + 1 ... p + N_SUMS - 1."""
     tl.store(p, mu0, mask=mask)
     tl.store(p + 1, mu1, mask=mask)
     tl.store(p + 2, mu2, mask=mask)

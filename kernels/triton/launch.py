@@ -1,4 +1,4 @@
-"""What a kernel is called with, apart from calling it."""
+"""Kernel launches as data: arguments, grid and options, separate from the call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 # The interpreter (TRITON_INTERPRET=1) computes in NumPy, which has no bfloat16: kernels widen to float32 there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# For every kernel: products are fused with sums. Triton 3.9 warns where a launch does not say, and 3.10 will not fuse.
+# For every kernel: products are fused with sums. Triton 3.9 warns without this option, and 3.10 will not fuse.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -24,7 +24,7 @@ class Launch:
     Attributes:
         kernel: the jitted function.
         grid: programs along each axis.
-        args: its arguments by name, tl.constexpr ones included.
+        args: its arguments by name, including tl.constexpr ones.
         options: num_warps, num_stages, on XPU grf_mode.
     """
 
@@ -34,18 +34,19 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Launch the kernel, unless the grid is empty."""
         if all(self.grid):
             with _device_of(next(value for value in self.args.values() if isinstance(value, torch.Tensor))):
                 self.kernel[self.grid](**self.args, **self.options, **FUSED)
 
 
 def _device_of(t: torch.Tensor) -> AbstractContextManager:
-    """Makes a tensor's GPU the current one, which is where Triton launches."""
+    """Make a tensor's GPU the current one, where Triton launches."""
     return nullcontext() if t.is_cpu else torch.get_device_module(t.device).device_of(t)
 
 
 def strided(dims: dict[str, str], **tensors: torch.Tensor | None) -> dict:
-    """Kernel arguments of tensors: x_ptr and, for each letter of its dimensions, the stride x_<letter>; None has strides 0."""
+    """Return kernel arguments for tensors: x_ptr, and a stride x_<letter> per letter of ``dims``; 0 for None."""
     args = {f"{name}_ptr": t for name, t in tensors.items()}
     for name, t in tensors.items():
         args |= zip(
@@ -55,24 +56,24 @@ def strided(dims: dict[str, str], **tensors: torch.Tensor | None) -> dict:
 
 
 def options(config: Any) -> dict[str, Any]:
-    """num_warps and what else of num_stages and grf_mode (registers a thread on Intel GPUs) a configuration has."""
+    """Return a configuration's num_warps, num_stages and grf_mode (registers per thread on Intel GPUs), if set."""
     values = {name: getattr(config, name, None) for name in ("num_warps", "num_stages", "grf_mode")}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def family(device: torch.device) -> str:
-    """Whose configurations to use: "intel" for XPU, else "nvidia"."""
+    """Return the vendor of a device's configurations: "intel" for XPU, else "nvidia"."""
     return "intel" if device.type == "xpu" else "nvidia"
 
 
 def speaks_ptx(family: str) -> bool:
-    """Whether kernels may hold NVIDIA's instructions; the interpreter knows none."""
+    """Return True if kernels may contain NVIDIA's instructions, which the interpreter does not support."""
     return family == "nvidia" and not INTERPRETED
 
 
 @cache
 def cores(device: torch.device) -> int:
-    """Streaming multiprocessors, or Xe cores, to keep busy; 1 for the interpreter."""
+    """Return the number of streaming multiprocessors or Xe cores to keep busy; 1 for the interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
@@ -82,9 +83,10 @@ def cores(device: torch.device) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

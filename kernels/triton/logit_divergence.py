@@ -1,7 +1,7 @@
-"""logit_divergence in one pass over the logits: sums of each row, in parts of the vocabulary, all around one anchor a row.
+"""logit_divergence in one pass over the logits: sums of each row in parts of the vocabulary, around one anchor per row.
 
-On NVIDIA GPUs a program is one warp, so that no maximum waits for others. The anchor comes from the first columns of a row.
-The parts are added, and the metrics made of them, in float64 on the CPU: 80 bytes a part instead of the logits.
+On NVIDIA GPUs a program is one warp, so that no maximum waits for other warps. The anchor comes from a row's first
+columns. The CPU adds the parts, and turns them into metrics, in float64: 80 bytes per part instead of the logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import triton.language as tl
 
 @triton.jit
 def first_anchors(t_ptr, s_ptr, anchor_ptr, T, V, stride_t, stride_s, BV: tl.constexpr):
-    """log(sum e^b) - log(sum e^a) of the first BV columns of each of the student's rows and the teacher's row modulo T, float32 [S * T]."""
+    """Compute log(sum e^b) - log(sum e^a) of the first BV columns of each row of the student, float32 [S * T].
+
+    The teacher's row is the student's modulo T.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BV)
     a = tl.load(t_ptr + (i_row % T) * stride_t + tl.minimum(o_v, V - 1)).to(tl.float32)
@@ -34,21 +37,22 @@ def first_anchors(t_ptr, s_ptr, anchor_ptr, T, V, stride_t, stride_s, BV: tl.con
 def divergence_sums(
     t_ptr,
     s_ptr,  # float [T, V] and [S * T, V], rows stride_t and stride_s times ALIGN apart
-    rows_ptr,  # int64 [R], the rows of both to compare, S being 1; None for all of the student's, each with row i % T
+    rows_ptr,  # int64 [R], the rows of both to compare (S is 1); None for all of the student's, each with row i % T
     anchor_ptr,  # float32 [R]
     sums_ptr,  # float32 [R, parts, N]
-    index_ptr,  # int32 [R, parts, 2]: where a and b are largest, the lowest index among equals
+    index_ptr,  # int32 [R, parts, 2]: columns of the largest a and b, the lowest among equals
     T,
     V,
     part_columns,
     stride_t,
     stride_s,
-    ALIGN: tl.constexpr,  # divides V and what lies between rows
+    ALIGN: tl.constexpr,  # divides V and the distance between rows
     N: tl.constexpr,
     BR: tl.constexpr,
     BV: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Sum the terms of one row over one part of the vocabulary."""
     i_row, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t_row, s_row = (tl.program_id(0) % T).to(tl.int64), i_row
     if rows_ptr is not None:
@@ -99,7 +103,7 @@ def divergence_sums(
         w *= t2
         mu6, mu7 = mu6 + tl.sum(w, 0), mu7 + tl.sum(w * u, 0)
         mu8 += tl.sum(w * t2, 0)
-        d = b - a  # 0 of what is not there, as a is
+        d = b - a  # 0 beyond the last column, as is a
         a2, d2 = a2 + tl.sum(a * a, 0), d2 + tl.sum(d * d, 0)
 
     cell = i_row * tl.num_programs(1) + i_part
@@ -131,7 +135,7 @@ def divergence_sums(
 
 @dataclass(frozen=True)
 class Config:
-    """BR times BV columns at a time, of which BR are added up at once; parts of at least ``part`` columns."""
+    """Configuration: BR times BV columns at a time, of which BR are summed at once; ``part`` columns or more a part."""
 
     BR: int
     BV: int
@@ -145,7 +149,7 @@ ANCHOR_COLUMNS = 2048
 
 
 def plan_anchors(teacher: torch.Tensor, student: torch.Tensor, anchor: torch.Tensor) -> Launch:
-    """The launch that finds the first anchors, float32 [S * T], of logits [T, V] and [S * T, V]."""
+    """Return the launch that computes the first anchors, float32 [S * T], of logits [T, V] and [S * T, V]."""
     args = dict(
         t_ptr=teacher,
         s_ptr=student,
@@ -168,10 +172,12 @@ def plan_sums(
     family: str,
     cores: int,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """The launch that sums rows around anchors [R], and what it fills: sums [R, parts, N_SUMS], index [R, parts, 2].
+    """Return the launch that sums rows around anchors [R], and its outputs.
 
-    Rows of the logits are without gaps; ``rows`` int64 [R] picks some. Of a teacher with fewer rows than the student, row i
-    goes with row i modulo those.
+    These are sums [R, parts, N_SUMS] and index [R, parts, 2].
+
+    Rows of the logits are contiguous; ``rows`` int64 [R] selects some. If the teacher has fewer rows than the student,
+    the student's row i is compared with the teacher's row i modulo their number.
     """
     config, vocab, count = CONFIGS[family], teacher.shape[1], anchor.numel()
     parts = max(1, min(cdiv(vocab, config.part), cdiv(8 * cores, max(count, 1))))

@@ -33,6 +33,7 @@ def rms_norm(
     BR: tl.constexpr,
     BG: tl.constexpr,
 ):
+    """Normalise one group of channels of BR rows."""
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_g = tl.arange(0, BG).to(tl.int64)
     o_d = tl.program_id(1).to(tl.int64) * group + o_g
@@ -56,7 +57,7 @@ DIMS = {"x": "abd", "w": "d", "gate": "abd", "y": "abd"}
 def plan(
     x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor, eps: float, group_size: int
 ) -> Launch:
-    """x, gate and y [A, B, D], weight [D], any strides. A program holds whole groups in registers."""
+    """Return the launch for x, gate and y [A, B, D], weight [D], any strides; a program keeps groups in registers."""
     rows, channels = x.shape[0] * x.shape[1], x.shape[2]
     BG = power_of_2(group_size)
     BR = min(power_of_2(rows), max(1, 1024 // BG))

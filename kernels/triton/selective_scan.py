@@ -1,9 +1,9 @@
-"""Mamba's recurrence h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = (C_t . h_t + D x_t) silu(z_t), one step after the other.
+"""Mamba's recurrence h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = (C_t . h_t + D x_t) silu(z_t), step by step.
 
 One kernel serves selective_scan, mamba_chunk_scan and selective_state_update: each has heads [H] of channels [P] with a
-state [N]; what an operand does not depend on has stride 0. A program keeps the states of BP channels of a head in
-registers and walks through time, which is all the parallelism there is; ssd_scan.py works on chunks where A and dt are one
-a head.
+state [N]; a dimension that an operand does not depend on has stride 0. A program keeps the states of BP channels of a
+head in registers and walks through time, so only channels, heads and sequences run in parallel; ssd_scan.py works on
+chunks where each head has one A and dt.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def selective_scan(
     BP: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """Run BP channels of one head through all steps."""
     n_p = tl.cdiv(P, BP)
     i_bh = tl.program_id(0) // n_p
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -118,7 +119,7 @@ def selective_scan(
         h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
         y = tl.sum(
             tl.where(m_n[None, :], h * C[None, :], 0.0), axis=1
-        )  # an infinite x makes a NaN behind the last state
+        )  # masked, since an infinite x makes NaN beyond the last state
         if d_ptr is not None:
             y += skip * x
         if z_ptr is not None:
@@ -162,7 +163,7 @@ def plan(
     softplus: bool,
     dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> Launch:
-    """The launch for operands of the dimensions in DIMS, any strides (0 where they do not depend on a dimension)."""
+    """Return the launch for operands of the dimensions in DIMS, any strides (0 for a dimension without dependence)."""
     batch, length, heads, channels = x.shape
     size = b.shape[-1]
     BN = power_of_2(size)

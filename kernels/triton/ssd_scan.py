@@ -1,20 +1,21 @@
-"""Mamba-2's recurrence (one A and dt a head) in chunks of BL steps, with matrix instructions: state-space duality (SSD).
+"""Mamba-2's recurrence (one A and dt per head) in chunks of BL steps, with matrix instructions: state-space duality.
 
 With l_t the sum of dt A up to step t of a chunk and h [N, P] the state before it:
 
     y_t = exp(l_t) C_t h  +  sum over s <= t of (C_t . B_s) exp(l_t - l_s) dt_s x_s  +  D x_t
     h'  = exp(l_last) h   +  sum over s of B_s exp(l_last - l_s) dt_s x_s
 
-One kernel goes from chunk to chunk, a tile of the state in registers, and leaves the state before each; another makes the
-outputs of all chunks at once. B, C and x enter products as they are; what was computed in float32 as two bfloat16 parts,
-which lose at most 2^-16 of a term, and float16 operands beside those in two, which lose nothing.
+One kernel goes from chunk to chunk, with a tile of the state in registers, and stores the state before each; another
+computes the outputs of all chunks at once. B, C and x enter products unchanged. Operands computed in float32 are split
+into two bfloat16 parts, which lose at most 2^-16 of a term; float16 operands multiplied with these are split in two as
+well, which loses nothing.
 
-No l_t - l_s is a difference of rounded sums, which would cost its digits where the steps before were long. For the states the
-steps behind s are added up by themselves. For the outputs l is the sum of multiples of 2^-10, which is exact, and of rests of
-at most 2^-11: l_t - l_s is off by at most 2^-22, and 2^-24 of itself.
+l_t - l_s is never computed by subtracting two rounded prefix sums, which would cancel after long steps. For the states,
+the steps after s are summed separately. For the outputs, l is the sum of multiples of 2^-10, which is exact, and of
+rests of at most 2^-11: l_t - l_s has an error of at most 2^-22, and 2^-24 of itself.
 
-A NaN or infinity in B, C or dt shows where the recurrence brings it; one in x_s also in that channel's outputs before s in
-its chunk, where it is multiplied by 0.
+A NaN or infinity in B, C or dt appears where the recurrence carries it; one in x_s also in that channel's outputs
+before s in its chunk, where it is multiplied by 0.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from klfast.kernels.ssm_common import NO_LIMIT, at_least, at_most, silu, softplu
 import triton
 import triton.language as tl
 
-NEGLIGIBLE = tl.constexpr(-104.0)  # e^-104 is 0 in float32; longer steps need not be told apart
+NEGLIGIBLE = tl.constexpr(-104.0)  # e^-104 is 0 in float32, so longer steps need not be distinguished
 TO_MULTIPLES = tl.constexpr(12288.0)  # 1.5 * 2^13: added to numbers below 2^12, it leaves no bits below 2^-10
 
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b of one 16-bit type."""
+    """Return acc + a @ b for one 16-bit type."""
     DTYPE: tl.constexpr = tl.float32 if UPCAST else a.dtype
     return tl.dot(a.to(DTYPE), b.to(DTYPE), acc)
 
 
 @triton.jit
 def dot_bfloat16(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b of any a and bfloat16 b."""
+    """Return acc + a @ b for any a and a bfloat16 b."""
     if a.dtype != tl.bfloat16:
         high = top_bits(a.to(tl.float32))
         acc = dot((a - high).to(tl.bfloat16), b, acc, UPCAST)
@@ -52,7 +53,7 @@ def dot_bfloat16(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b; of two types, what is not bfloat16 goes in two bfloat16 parts."""
+    """Return acc + a @ b; if the types differ, an operand that is not bfloat16 is split into two bfloat16 parts."""
     if a.dtype == b.dtype:
         return dot(a, b, acc, UPCAST)
     if b.dtype != tl.bfloat16:
@@ -64,7 +65,7 @@ def multiply(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def step_sizes(p_dt, o_t, end, A, bias, dt_l, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
-    """(dt, dt A) of steps o_t; those from ``end`` on are 0."""
+    """Return (dt, dt A) of steps o_t; 0 from ``end`` on."""
     dt = tl.load(p_dt + tl.minimum(o_t, end - 1).to(tl.int64) * dt_l).to(tl.float32) + bias
     if SOFTPLUS:
         dt = softplus(dt)
@@ -118,6 +119,7 @@ def ssd_states(
     BP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Compute a tile of the states of one head before each chunk, and after the last."""
     n_n: tl.constexpr = N // BN
     n_p = P // BP
     i_bh = tl.program_id(0) // (n_n * n_p)
@@ -206,6 +208,7 @@ def ssd_outputs(
     BP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Compute the outputs of one chunk for BP channels of one head."""
     n_p, chunks = P // BP, tl.cdiv(L, BL)
     i_bh = tl.program_id(0) // (n_p * chunks)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -259,7 +262,7 @@ DIMS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Chunks of BL steps; tiles of at most BN states and BP channels."""
+    """Configuration: chunks of BL steps; tiles of at most BN states and BP channels."""
 
     BL: int
     BN: int
@@ -274,7 +277,10 @@ OUTPUTS = {"nvidia": Config(64, 64, 64, 4), "intel": Config(32, 16, 32, 4, grf_m
 
 
 def is_for(x: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
-    """Whether the kernels take these: types of matrix instructions, channels and states a power of two, more than a few steps."""
+    """Return True if the kernels support the operands.
+
+    They need a type of the matrix instructions, powers of two as numbers of channels and states, and at least 16 steps.
+    """
     fits = x.shape[1] >= 16 and all(16 <= size == power_of_2(size) for size in (x.shape[3], b.shape[3]))
     return fits and x.dtype == b.dtype == c.dtype in (torch.bfloat16, torch.float16)
 
@@ -296,7 +302,7 @@ def plan(
     dt_limit: tuple[float, float],
     family: str,
 ) -> list[Launch]:
-    """The launches for operands of the dimensions in DIMS, any strides; see ``is_for``."""
+    """Return the launches for operands of the dimensions in DIMS, any strides; see ``is_for``."""
     batch, length, heads, channels = x.shape
     size, chunks = b.shape[3], cdiv(length, STATES[family].BL)
     both = strided(DIMS, x=x, dt=dt, a=a, b=b, bias=bias) | dict(
@@ -315,7 +321,7 @@ def plan(
 
     def launch(kernel, config: Config, is_chunk_each: bool, **tensors) -> Launch:
         BP = min(channels, config.BP)
-        # Tiles of no more states than channels: of others, Triton 3.6's outputs on an H100 are wrong, or read beyond shared memory.
+        # With more states than channels in a tile, Triton 3.6's outputs on an H100 are wrong or leave shared memory.
         BN = min(size, config.BN, BP) if is_chunk_each else min(size, config.BN)
         args = both | strided(DIMS, **tensors) | dict(BL=config.BL, BN=BN, BP=BP)
         return Launch(

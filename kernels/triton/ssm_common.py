@@ -1,4 +1,4 @@
-"""What the state-space kernels share."""
+"""Functions shared by the state-space kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import triton.language as tl
 
 @triton.jit
 def silu(x):
+    """Return x sigmoid(x)."""
     return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), to a few units of the last digit for any x: max(x, 0) + log(1 + e^-|x|) by the series of atanh."""
+    """Return log(1 + e^x) to a few ulps for any x: max(x, 0) + log(1 + e^-|x|) by the series of atanh."""
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)  # at most 1 / 3
     s2 = s * s
@@ -29,13 +30,13 @@ def softplus(x):
 
 @triton.jit
 def at_least(x, low):
-    """The larger one, NaN if x is: a GPU's plain maximum would give ``low`` then."""
+    """Return the larger one, or NaN if x is NaN, for which a GPU's plain maximum would return ``low``."""
     return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def at_most(x, high):
-    """The smaller one, NaN if x is."""
+    """Return the smaller one, or NaN if x is NaN."""
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -1,9 +1,9 @@
 """The forwards that ``klfast.accelerate`` gives to the mixers, norms and linear layers of a model.
 
-Transformers' mixers look their functions up in their module's globals. Theirs is a copy of the class's forward that
-looks up klfast's functions instead, so it follows whatever else the installed version's forward does. The families'
-records (klfast.models.families) say which functions a class calls, and what a norm computes. ``Bound`` gives a forward to
-a module, in a way that survives pickling.
+Transformers' mixers look up their functions in their module's globals. Their new forward is a copy of the class's that
+looks up klfast's functions instead, so it does everything else that the installed version's forward does. The families'
+records (klfast.models.families) list the functions that a class calls, and the parameters of a norm. ``Bound`` attaches
+a forward to a module, in a way that survives pickling.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,31 +25,46 @@ from klfast.acceleration.transformers_functions import REPLACEMENTS, SILU
 from klfast.core.errors import KernelUnavailableError
 from klfast.dispatch import pins, registry
 from klfast.models.families import mixer_of, norm_of
+from klfast.models.families.base import Mixer
 from klfast.nn import direct_call, mamba_step
 
+_Native = Callable[..., Any]
+_Maker = Callable[[type[nn.Module], _Native], _Native]
 
-class Bound(functools.partial):
-    """One of this file's forwards as that of a module.
 
-    No method, since a method would be pickled by its name and come back as the class's own forward. However it comes to
-    be, its native function is made at once: torch.compile could not look into the making.
+class Forward(Protocol):
+    """A forward of this file, not yet attached to a module, and the maker of its native function for a class."""
+
+    make: _Maker
+
+    def __call__(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """Call it as the forward of a module."""
+
+
+class Bound(functools.partial[Any]):
+    """One of this file's forwards, attached to a module.
+
+    It is not a method, since a method would be pickled by name and restored as the class's own forward. Its native
+    function is made at once when it is created or restored, since torch.compile cannot trace the making.
     """
 
-    def __new__(cls, forward: Callable, module: nn.Module) -> Bound:
+    def __new__(cls, forward: Forward, module: nn.Module) -> Bound:
+        """Attach ``forward`` to ``module``."""
         bound = super().__new__(cls, forward, module)
         bound._make()
         return bound
 
-    def __setstate__(self, state: tuple) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, state: Any) -> None:
+        cast(Any, super()).__setstate__(state)  # missing in typeshed
         self._make()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (), super().__reduce__()[2]
 
     def _make(self) -> None:
-        self.klfast_original = True  # by this mamba_step knows it
-        _native(self.func.make, type(self.args[0]), type(self.args[0]).forward)
+        self.klfast_original = True  # mamba_step recognises it by this
+        forward: Any = self.func
+        _native(forward.make, type(self.args[0]), type(self.args[0]).forward)
 
 
 def _empty() -> Bound:
@@ -56,36 +72,36 @@ def _empty() -> Bound:
 
 
 def is_own(forward: object) -> bool:
-    """Whether this is one of klfast's, of whatever module."""
+    """Return True for one of klfast's forwards, attached to any module."""
     return isinstance(forward, Bound)
 
 
-# Which way a call takes -------------------------------------------------------------------------------------------
+# Dispatch of calls ------------------------------------------------------------------------------------------------
 
-_natives: dict[tuple[Callable, type, Callable], Callable] = {}
+_natives: dict[tuple[_Maker, type[nn.Module], _Native], _Native] = {}
 
 
-def _native(make: Callable, module_class: type, original: Callable) -> Callable:
-    """``make(module_class, original)``, made once for a class and the forward that it has at present."""
+def _native(make: _Maker, module_class: type[nn.Module], original: _Native) -> _Native:
+    """Return ``make(module_class, original)``, made once for a class and its current forward."""
     key = (make, module_class, original)
     if key not in _natives:
         _natives[key] = make(module_class, original)
     return _natives[key]
 
 
-def _with_own_path(needed: Callable[[type], tuple[str, ...]], argument: str) -> Callable:
+def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argument: str) -> Callable[[_Maker], Forward]:
     """Turn ``make``, a maker of klfast's forward for a class, into a forward.
 
-    It calls the class's own where klfast's does not apply.
+    The forward calls the class's own where klfast's does not apply.
 
     Args:
-        needed: the ops whose kernels klfast's forward needs on another device than the CPU, given the class; without
-            any it is for the CPU alone.
+        needed: returns the ops whose kernels klfast's forward of a class needs on devices other than the CPU; if there
+            are none it is only for the CPU.
         argument: the name of the forward's first argument, which callers may use.
     """
 
-    def decorate(make: Callable) -> Callable:
-        def forward(self, x=None, *args, **kwargs):
+    def decorate(make: _Maker) -> Forward:
+        def forward(self: nn.Module, x: Any = None, *args: Any, **kwargs: Any) -> Any:
             if x is None:
                 x = kwargs.pop(argument)
             module_class = type(self)
@@ -104,29 +120,37 @@ def _with_own_path(needed: Callable[[type], tuple[str, ...]], argument: str) -> 
                 return original(self, x, *args, **kwargs)
             return _native(make, module_class, original)(self, x, *args, **kwargs)
 
-        # not functools.wraps: __wrapped__ would make it look like another library's wrapper
-        forward.make = make
-        forward.__name__, forward.__qualname__, forward.__doc__ = make.__name__, make.__qualname__, make.__doc__
-        return forward
+        # Not functools.wraps: __wrapped__ would make it look like another library's wrapper.
+        found: Any = forward
+        found.make = make
+        found.__name__, found.__qualname__, found.__doc__ = make.__name__, make.__qualname__, make.__doc__
+        made: Forward = found
+        return made
 
     return decorate
 
 
-def has_its_own_forward(module_class: type) -> bool:
-    """Whether the class's forward is the one that its author wrote, not one that another library has put there."""
-    return inspect.unwrap(module_class.forward).__module__ == module_class.__module__
+def has_its_own_forward(module_class: type[nn.Module]) -> bool:
+    """Return True if the class has its author's forward, False if another library has replaced it."""
+    own: bool = inspect.unwrap(module_class.forward).__module__ == module_class.__module__
+    return own
 
 
 # The mixers -------------------------------------------------------------------------------------------------------
 
 
-def missing_functions(mixer: type) -> list[str]:
-    """Those of the functions to replace that the forward of this class does not call."""
+def _known(mixer: type[nn.Module]) -> Mixer:
+    """Return the record of a class of mixers, which has one."""
+    return cast(Mixer, mixer_of(mixer))
+
+
+def missing_functions(mixer: type[nn.Module]) -> list[str]:
+    """Return the functions to replace that the forward of this class does not call."""
     called = {i.argval for i in dis.get_instructions(inspect.unwrap(mixer.forward)) if i.opname == "LOAD_GLOBAL"}
-    return [name for name in mixer_of(mixer).functions if name not in called]
+    return [name for name in _known(mixer).functions if name not in called]
 
 
-def require_functions(mixer: type) -> None:
+def require_functions(mixer: type[nn.Module]) -> None:
     """Raise KernelUnavailableError unless this class's forward itself calls every function that klfast replaces."""
     if missing := missing_functions(mixer):
         from transformers import __version__
@@ -137,14 +161,14 @@ def require_functions(mixer: type) -> None:
         )
 
 
-@_with_own_path(lambda mixer: tuple(REPLACEMENTS[name].op for name in mixer_of(mixer).functions), "hidden_states")
-def mixer_forward(module_class: type, original: Callable) -> Callable:
-    """A mixer's."""
-    mixer = mixer_of(module_class)
+@_with_own_path(lambda mixer: tuple(REPLACEMENTS[name].op for name in _known(mixer).functions), "hidden_states")
+def mixer_forward(module_class: type[nn.Module], original: _Native) -> _Native:
+    """Make the forward of a class of mixers."""
+    mixer = _known(module_class)
     copy = _with_functions(original, {name: REPLACEMENTS[name].function for name in mixer.functions})
 
-    def forward(self, hidden_states, *args, **kwargs):
-        if torch.compiler.is_compiling():  # which cannot look through the stand-ins below
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which cannot trace the stand-ins below
             return copy(self, hidden_states, *args, **kwargs)
         if mixer.parts is not None and hidden_states.is_cpu and hidden_states.shape[1] == 1:
             out = _one_token(mixer.parts, self, hidden_states, *args, **kwargs)
@@ -160,14 +184,14 @@ def mixer_forward(module_class: type, original: Callable) -> Callable:
 
 
 def _one_token(
-    parts_of: Callable[[nn.Module], mamba_step.Parts | None],
-    mixer: nn.Module,
+    parts_of: Callable[[Any], mamba_step.Parts | None],
+    mixer: Any,
     hidden_states: torch.Tensor,
-    cache_params: object | None = None,
+    cache_params: Any = None,
     attention_mask: torch.Tensor | None = None,
     **_: object,
 ) -> torch.Tensor | None:
-    """Run a Mamba-1 mixer on one more token of each sequence, [B, 1, H]; None where its own forward has to."""
+    """Run a Mamba-1 mixer on one more token of each sequence, [B, 1, H]; return None if its own forward must."""
     if (
         cache_params is None
         or attention_mask is not None
@@ -184,13 +208,14 @@ def _one_token(
     if step is None:
         return None
     x, z = mixer.in_proj(hidden_states)[:, 0].chunk(2, dim=-1)
-    return mixer.out_proj(step(x, z, *states).unsqueeze(1))
+    y: torch.Tensor = mixer.out_proj(step(x, z, *states).unsqueeze(1))
+    return y
 
 
-def _with_functions(function: Callable, functions: dict[str, Callable]) -> Callable:
-    """A copy of a function that calls ``functions`` in place of the globals of these names.
+def _with_functions(function: Any, functions: dict[str, _Native]) -> _Native:
+    """Return a copy of a function that calls ``functions`` instead of the globals of these names.
 
-    The copy has the same globals, so it sees whatever becomes of them. klfast's functions lie there under own names.
+    The copy has the same globals, so it sees changes to them. klfast's functions are there under their own names.
     """
     closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
     code = function.__code__
@@ -207,7 +232,7 @@ def _with_functions(function: Callable, functions: dict[str, Callable]) -> Calla
 
 
 def _rename(code: CodeType, names: dict[str, str]) -> CodeType:
-    """The code with other names, in the functions that it defines as well."""
+    """Return the code with other names, including in the functions that it defines."""
     constants = tuple(_rename(c, names) if isinstance(c, CodeType) else c for c in code.co_consts)
     return code.replace(co_names=tuple(names.get(name, name) for name in code.co_names), co_consts=constants)
 
@@ -216,11 +241,11 @@ def _rename(code: CodeType, names: dict[str, str]) -> CodeType:
 
 
 @_with_own_path(lambda norm: ("rms_norm",), "hidden_states")
-def norm_forward(module_class: type, original: Callable) -> Callable:
-    """A norm's."""
-    if not has_its_own_forward(module_class):
-        return original
+def norm_forward(module_class: type[nn.Module], original: _Native) -> _Native:
+    """Make the forward of a class of norms."""
     norm_of_module = norm_of(module_class)
+    if norm_of_module is None or not has_its_own_forward(module_class):
+        return original
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         norm = norm_of_module(self)
@@ -237,11 +262,11 @@ def norm_forward(module_class: type, original: Callable) -> Callable:
     return forward
 
 
-def _linear(module_class: type, original: Callable, dtype: torch.dtype | None) -> Callable:
+def _linear(module_class: type[nn.Module], original: _Native, dtype: torch.dtype | None) -> _Native:
     if not has_its_own_forward(module_class):
         return original
 
-    def forward(self, x):
+    def forward(self: nn.Linear, x: torch.Tensor) -> Any:
         if dtype is None and (y := direct_call.linear(self, x)) is not None:
             return y
         if x.dtype == torch.float32 or x.dtype != self.weight.dtype:
@@ -252,12 +277,12 @@ def _linear(module_class: type, original: Callable, dtype: torch.dtype | None) -
 
 
 @_with_own_path(lambda linear: (), "input")
-def linear_forward(module_class: type, original: Callable) -> Callable:
-    """An nn.Linear's."""
+def linear_forward(module_class: type[nn.Module], original: _Native) -> _Native:
+    """Make nn.Linear's forward."""
     return _linear(module_class, original, None)
 
 
 @_with_own_path(lambda linear: (), "input")
-def head_forward(module_class: type, original: Callable) -> Callable:
-    """The head's, with logits in float32, of a model whose forward would make a second copy of them by ``.float()``."""
+def head_forward(module_class: type[nn.Module], original: _Native) -> _Native:
+    """Make the forward of a head with float32 logits, for a model that would copy them with ``.float()``."""
     return _linear(module_class, original, torch.float32)

@@ -1,7 +1,7 @@
-"""A stand-in for a mixer whose forward multiplies a linear layer's weight from the left.
+"""Stand-in for a mixer whose forward multiplies a linear layer's weight from the left.
 
-Mamba's forward writes dt as weight @ x [B, R, L], a batch of products with a broadcast left side, six times as slow
-(bf16, 2 x 512 tokens, 48 to 1536) as x^T weight^T, which is the same and leaves the channels side by side.
+Mamba's forward computes dt as weight @ x [B, R, L], a batch of products with a broadcast left side. That is six times
+as slow (bf16, 2 x 512 tokens, 48 to 1536) as x^T weight^T, which equals it and leaves channels contiguous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from klfast import ops
 
 
 class StandIn:
-    """The mixer, but ``mixer.<name>.weight @ x`` is a linear layer."""
+    """The mixer, except that ``mixer.<name>.weight @ x`` runs as a linear layer."""
 
     def __init__(self, mixer: nn.Module, name: str) -> None:
         self._mixer = mixer
@@ -33,7 +33,8 @@ class _Projection:
         return getattr(self._linear, name)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x)
+        y: torch.Tensor = self._linear(x)
+        return y
 
 
 class _LeftOperand:

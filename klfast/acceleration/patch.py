@@ -1,7 +1,7 @@
-"""Let transformers' state-space models (Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1) run klfast's kernels.
+"""klfast's kernels in transformers' state-space models (Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1).
 
-``accelerate`` gives each mixer, norm and linear layer of one model a forward of its own (forwards.py): no class
-changes, and other models in the process stay as they are.
+``accelerate`` gives each mixer, norm and linear layer of one model its own forward (forwards.py): classes and other
+models in the process stay as they are.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ _lock = threading.Lock()
 
 
 def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
-    """Let a transformers state-space model or hybrid run klfast's kernels; returns the same model.
+    """Make a transformers state-space model or hybrid run klfast's kernels; return the same model.
 
-    Those of Mamba, Mamba-2, FalconMamba, Granite-4.0-H and Falcon-H1, whatever model they are in.
+    This covers the layers of Mamba, Mamba-2, FalconMamba, Granite-4.0-H and Falcon-H1, in any model.
 
-    Works in place on this model only, caches and generation included; ``unaccelerate`` undoes it. Copies and pickles of
-    the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is returned
-    unchanged, as is one already accelerated; one with others (a Jamba, an LFM2) stays as it is too, with a
-    ``SlowPathWarning``. The same warning names modules whose forward another library has replaced (accelerate's hooks,
-    for instance): these keep it, so call ``klfast.accelerate`` before that library does its work.
+    Only this model changes, in place, including caches and generation; ``unaccelerate`` undoes it. Copies and pickles
+    of the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is
+    returned unchanged, as is one already accelerated; one with other recurrent layers (a Jamba, an LFM2) is also left
+    unchanged, with a ``SlowPathWarning``. The same warning names modules whose forward another library has replaced
+    (accelerate's hooks, for example): these keep it, so call ``klfast.accelerate`` before that library does its work.
 
-    Which kernels run goes by the device of the tensors at each call: the CPU's, or on CUDA and XPU those in Triton, where
-    the linear layers stay torch's. On devices without kernels the model takes its own path, with a ``SlowPathWarning``;
-    so do gradients: run inference under ``torch.inference_mode()`` or ``torch.no_grad()``. On the CPU, with 16-bit weights,
-    the output head of an accelerated model returns the logits in float32 if the model would make that of them anyway.
+    The tensors' device selects the kernels at each call: the CPU's, or on CUDA and XPU those in Triton, where the
+    linear layers stay torch's. On devices without kernels, and where gradients are needed, the model's own code runs,
+    with a ``SlowPathWarning``: run inference under ``torch.inference_mode()`` or ``torch.no_grad()``. On the CPU, with
+    16-bit weights, the output head of an accelerated model returns float32 logits if the model would cast them anyway.
 
     Args:
-        ssm: whose convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these to the
-            mixers' own forward, which calls the packages mamba_ssm and causal_conv1d. The last call decides.
+        model: a transformers model.
+        ssm: source of the convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these
+            to the mixers' own forward, which calls the packages mamba_ssm and causal_conv1d. The last call decides.
 
     Raises:
-        InvalidInputError: ``model`` is no nn.Module, ``ssm`` is unknown, or "mamba_ssm" for a model elsewhere.
-        KernelUnavailableError: the model is on the CPU and the extension klfast._C was not built, a package that ``ssm``
-            asks for cannot be imported, or the mixers of the installed transformers do not call every function that
-            klfast replaces. The model is left as it was.
+        InvalidInputError: ``model`` is not an nn.Module, ``ssm`` is unknown, or "mamba_ssm" for a model elsewhere.
+        KernelUnavailableError: the model is on the CPU and the extension klfast._C was not built, a package that
+            ``ssm`` requires cannot be imported, or the mixers of the installed transformers do not call every function
+            that klfast replaces. The model is left as it was.
     """
     if ssm not in ("klfast", "mamba_ssm"):
         raise InvalidInputError(f'accelerate: ssm must be "klfast" or "mamba_ssm", got {ssm!r}')
@@ -66,7 +67,7 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
         wanted = {module: forward for module, forward in replacements.items() if module not in left}
         for mixer in {type(module) for module, forward in wanted.items() if forward is forwards.mixer_forward}:
             forwards.require_functions(mixer)
-        _say_what_stays_slow(model, wanted)
+        _warn_about_slow_parts(model, wanted)
         for module in left:
             _restore(module)
         for module, forward in wanted.items():
@@ -76,7 +77,7 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
 
 
 def accelerate_or_warn(model: nn.Module) -> nn.Module:
-    """``accelerate``; where it cannot be done the model stays as it is, with a ``SlowPathWarning``."""
+    """Call ``accelerate``; if that is impossible, warn with a ``SlowPathWarning`` and leave the model as it is."""
     try:
         return accelerate(model)
     except KernelUnavailableError as error:
@@ -87,11 +88,11 @@ def accelerate_or_warn(model: nn.Module) -> nn.Module:
 def unaccelerate(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``; a model that was not accelerated is returned unchanged.
 
-    Where another library has since put a forward of its own around klfast's (accelerate's hooks, for instance), a warning
-    names the modules, which keep both.
+    If another library has since wrapped klfast's forwards in its own (accelerate's hooks, for example), a warning names
+    the modules, which keep both.
 
     Raises:
-        InvalidInputError: ``model`` is no nn.Module.
+        InvalidInputError: ``model`` is not an nn.Module.
     """
     _require_module(model)
     with _lock:
@@ -99,8 +100,8 @@ def unaccelerate(model: nn.Module) -> nn.Module:
             _restore(module)
         if wrapped := [name for name, module in model.named_modules() if _wraps_klfasts(vars(module).get("forward"))]:
             warnings.warn(
-                f"unaccelerate: another library's forward calls klfast's in {_listed(wrapped)}; remove it first (of accelerate: "
-                "remove_hook_from_submodules), then call klfast.unaccelerate again",
+                f"unaccelerate: another library's forward calls klfast's in {_listed(wrapped)}; remove it first "
+                "(accelerate: remove_hook_from_submodules), then call klfast.unaccelerate again",
                 UserWarning,
                 stacklevel=2,
             )
@@ -115,13 +116,13 @@ def _restore(module: nn.Module) -> None:
 def _require_mamba_ssm(model: nn.Module) -> None:
     if elsewhere := {p.device.type for p in model.parameters()} - {"cuda"}:
         raise InvalidInputError(
-            f'accelerate: ssm="mamba_ssm" needs a model on a CUDA device, this one is on {", ".join(sorted(elsewhere))}; '
-            'move it with model.to("cuda") first, or leave ssm out'
+            f'accelerate: ssm="mamba_ssm" needs a model on a CUDA device, this one is on '
+            f'{", ".join(sorted(elsewhere))}; move it with model.to("cuda") first, or leave ssm out'
         )
     for package in ("mamba_ssm", "causal_conv1d"):
         try:
             importlib.import_module(package)
-        except Exception as error:  # a binary built for another torch raises all sorts of things
+        except Exception as error:  # a binary built for another torch may raise anything
             reason = " ".join(str(error).split())
             raise KernelUnavailableError(
                 f'accelerate: ssm="mamba_ssm" needs the package {package}, which cannot be imported ({reason}); '
@@ -130,13 +131,13 @@ def _require_mamba_ssm(model: nn.Module) -> None:
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    """Whether this mixer, norm or head runs klfast's functions."""
+    """Return True if this mixer, norm or linear layer runs klfast's functions."""
     forward = vars(module).get("forward")
     return forwards.is_own(forward) or _wraps_klfasts(forward)
 
 
 def _wraps_klfasts(forward: object) -> bool:
-    """Whether this is another library's forward around klfast's, as far as it says so (functools.wraps)."""
+    """Return True for another library's forward around klfast's, if functools.wraps has marked it."""
     while (forward := getattr(forward, "__wrapped__", None)) is not None:
         if forwards.is_own(forward):
             return True
@@ -144,9 +145,9 @@ def _wraps_klfasts(forward: object) -> bool:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """Whether the module has a forward that is neither its class's nor klfast's."""
+    """Return True if the module's forward is neither its class's nor klfast's."""
     forward = vars(module).get("forward")
-    own_class = getattr(forward, "__func__", None) is type(module).forward  # bound to the module, say by unpickling
+    own_class = getattr(forward, "__func__", None) is type(module).forward  # bound to the module, as by unpickling
     return forward is not None and not own_class and not forwards.is_own(forward)
 
 
@@ -155,12 +156,13 @@ def _require_module(model: object) -> None:
         raise InvalidInputError(f"accelerate takes a transformers model, got {type(model).__name__}")
 
 
-def _replacements(model: nn.Module) -> dict[nn.Module, Callable]:
-    """The modules to change, each with its new forward; none without a mixer among them."""
+def _replacements(model: nn.Module) -> dict[nn.Module, forwards.Forward]:
+    """Return the modules to change, each with its new forward; none if there is no mixer among them."""
     _require_module(model)
     family = family_of(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {}
+    get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
+    found: dict[nn.Module, forwards.Forward] = {}
     for module in model.modules():
         if type(module) is nn.Linear:
             is_wide = module is head and family.widens_logits
@@ -173,14 +175,12 @@ def _replacements(model: nn.Module) -> dict[nn.Module, Callable]:
     return found if has_mixer or family.own_code else {}
 
 
-def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) -> None:
+def _warn_about_slow_parts(model: nn.Module, wanted: dict[nn.Module, forwards.Forward]) -> None:
     kind = type(model).__name__
     if unknown := sorted(
         c.__name__ for c in recurrent_classes(model) if mixer_of(c) is None and not c.__module__.startswith("klfast.")
     ):
-        pins.slow_path(
-            "accelerate", kind, f"klfast's functions are not for the recurrent layers {', '.join(unknown)}.", _OWN
-        )
+        pins.slow_path("accelerate", kind, f"klfast does not support the recurrent layers {', '.join(unknown)}.", _OWN)
     foreign = [
         name
         for name, module in model.named_modules()
@@ -194,8 +194,8 @@ def _say_what_stays_slow(model: nn.Module, wanted: dict[nn.Module, Callable]) ->
             "before it does, or undo that first.",
             _OWN,
         )
-    patched = {type(module) for module, forward in wanted.items() if forward is not forwards.mixer_forward}
-    if patched := sorted(c.__name__ for c in patched if not forwards.has_its_own_forward(c)):
+    classes = {type(module) for module, forward in wanted.items() if forward is not forwards.mixer_forward}
+    if patched := sorted(c.__name__ for c in classes if not forwards.has_its_own_forward(c)):
         pins.slow_path(
             "accelerate", kind, f"another library has replaced the forward of the classes {', '.join(patched)}.", _OWN
         )

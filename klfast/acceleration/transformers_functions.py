@@ -1,13 +1,13 @@
-"""The functions that transformers' mixers call, in klfast's version: same names for the arguments that the mixers pass.
+"""klfast's versions of the functions that transformers' mixers call, with the same argument names.
 
-Other keywords mean nothing to klfast's kernels, except those of packed sequences, which the ops refuse. Signatures
-are those of transformers 5.17 to 5.23.
+Other keyword arguments are ignored, except those for packed sequences, which raise. The signatures are those of
+transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -17,9 +17,9 @@ SILU = ("silu", "swish")
 
 
 class Replacement(NamedTuple):
-    """A function in place of transformers', and the op that it runs."""
+    """A substitute for a function of transformers, and the op that it runs."""
 
-    function: Callable
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
     op: str
 
 
@@ -28,12 +28,16 @@ def _conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
-    seq_idx: torch.Tensor | None = None,
+    seq_idx: Any = None,
     **_: object,
 ) -> torch.Tensor:
+    y: Any
     if activation is None or activation in SILU:
-        return ops.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
-    return _activated(ops.causal_conv1d_fn(x, weight, bias, seq_idx), activation)
+        y = ops.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
+    else:
+        y = _activated(cast(Any, ops.causal_conv1d_fn(x, weight, bias, seq_idx)), activation)
+    found: torch.Tensor = y
+    return found
 
 
 def _conv1d_update(
@@ -42,7 +46,7 @@ def _conv1d_update(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> torch.Tensor:
     if activation is None or activation in SILU:
         return ops.causal_conv1d_update(x, conv_state, weight, bias, activation, **kwargs)
@@ -50,10 +54,11 @@ def _conv1d_update(
 
 
 def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """With an activation that klfast's convolutions do not compute."""
+    """Apply an activation that klfast's convolutions do not compute."""
     from transformers.activations import ACT2FN
 
-    return ACT2FN[activation](x).to(x.dtype)
+    y: torch.Tensor = ACT2FN[activation](x).to(x.dtype)
+    return y
 
 
 def _scan(
@@ -99,8 +104,8 @@ def _chunk_scan(
     z: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     initial_states: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,

@@ -1,1 +1,1 @@
-"""Models from and to disk: loading by name, quantizing as a plan says, saving and loading quantized ones."""
+"""Models on disk: loading by name, quantizing by a plan, saving and loading quantized ones."""

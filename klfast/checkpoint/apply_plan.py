@@ -1,9 +1,10 @@
-"""Quantizing a model in memory, as a plan says."""
+"""Quantization of a model in memory by a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import cast
 
 from torch import nn
 
@@ -23,19 +24,19 @@ from klfast.quant.spec import SCALES, QuantSpec
 def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
     """Replace each linear layer that ``plan`` names by a QuantLinear, in place.
 
-    If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads its
-    rows from the head's tensor. Layers that share a weight go on sharing it: it is quantized once. The model's
-    configuration says what is quantized (``quantization_config``), so that its own save_pretrained writes a folder that
-    transformers loads; where it could not, save_pretrained refuses. A warning says so where a large part of the model is in
-    no linear layer (experts, GPT-2's Conv1D), and thus stays as it is.
+    If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads
+    its rows from the head's tensor. Layers that share a weight continue to share it: it is quantized once. The model's
+    configuration then describes the quantized layers (``quantization_config``), so that its own save_pretrained writes
+    a folder that transformers loads; where that is impossible, save_pretrained raises. A warning tells if a large part
+    of the model is outside linear layers (experts, GPT-2's Conv1D) and stays as it is.
 
-    Everything is replaced or nothing, an interruption included. Biases and all other parameters stay the same objects.
+    Either everything is replaced or nothing, even if interrupted. Biases and other parameters stay the same objects.
 
     Args:
         model: a transformers causal language model, with its weights on any device.
         plan: a spec for each layer to quantize; the others are left alone.
         scale: "absmax" or "mse", as in ``klfast.quantize``. By default as in the sweep that the plan was made from, or
-            "absmax" if the plan does not say.
+            "absmax" if the plan does not record it.
         activation: "exact" or "int8", as in ``klfast.dequant_matmul``.
 
     Returns:
@@ -43,10 +44,11 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
 
     Raises:
         ModelMismatchError: the plan was made for another model.
-        UnknownLayerError: the model has no linear layer of a name that the plan bears.
-        InvalidInputError: a layer that is quantized already, or whose weight is not finite or not in memory; a quantized
-            head tied to an embedding that does more than look rows up; different specs for one shared weight; an RWKV
-            with ``rescale_every``; a model in peft's wrapper; a wrong argument, or another ``scale`` than the plan's.
+        UnknownLayerError: the plan names a linear layer that the model does not have.
+        InvalidInputError: a layer is already quantized, or its weight is not finite or not in memory; a quantized head
+            is tied to an embedding that does more than look up rows; there are different specs for one shared weight;
+            the model is an RWKV with ``rescale_every`` or in peft's wrapper; an argument is invalid, or ``scale``
+            differs from the plan's.
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
@@ -70,7 +72,8 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
         except InvalidInputError as error:
             raise InvalidInputError(f"{name}: {error}") from None
     if embedding is not None:
-        modules[embedding] = QuantEmbedding(modules[head_name(model)]).train(model.training)
+        head = cast(QuantLinear, modules[head_name(model)])
+        modules[embedding] = QuantEmbedding(head).train(model.training)
     if specs:
         warn_unquantizable(model, "quantize_model")
     _swap(model, modules)
@@ -78,12 +81,12 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
 
 
 def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
-    """The plan's specs, of layers that share a weight under the first of their names."""
+    """Return the plan's specs; layers that share a weight appear once, under the first of their names."""
     first = {name: names[0] for names in groups.values() for name in names}
     specs: dict[str, QuantSpec] = {}
     for name, spec in plan.specs.items():
         if name not in first:
-            linear(model, name)  # raises, and names the closest
+            linear(model, name)  # raises, naming the closest
         if specs.setdefault(first[name], spec) != spec:
             one, other = specs[first[name]], spec
             raise InvalidInputError(
@@ -104,8 +107,8 @@ def _refuse_unfit(name: str, layer: nn.Module) -> None:
 def _quantized(
     model: nn.Module, names: list[str], spec: QuantSpec, activation: str, scale: str
 ) -> dict[str, nn.Module]:
-    """The replacements of layers that share one weight, by name; one module where they do not differ in their bias."""
-    layers = {name: model.get_submodule(name) for name in names}
+    """Return the replacements of layers that share one weight, by name; layers with one bias get one module."""
+    layers = {name: linear(model, name) for name in names}
     module = QuantLinear.from_linear(layers[names[0]], spec, activation, scale)
     made: dict[int, QuantLinear] = {}  # by bias
     for layer in layers.values():
@@ -117,7 +120,7 @@ def _quantized(
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put the modules in their places, and say so where transformers looks; whatever interrupts this, nothing has changed."""
+    """Put the modules in their places, and describe them to transformers; after an interruption nothing has changed."""
     attributes = ties_left(model, {model.get_submodule(name) for name in modules})
     with ExitStack() as undo:
         for name, module in modules.items():
@@ -132,14 +135,14 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def plan_scale(plan: Plan, asked: str | None = None) -> str:
-    """How to choose scales for a plan: as ``asked``, else as in its sweep, else "absmax".
+    """Return the scale method for a plan: the one asked for, else its sweep's, else "absmax".
 
     Raises:
-        InvalidInputError: ``asked`` is not what the plan was made with.
+        InvalidInputError: ``asked`` differs from the plan's.
     """
     if asked is not None and plan.scale not in (None, asked):
         raise InvalidInputError(
-            f"the plan was made from a sweep with scale {plan.scale}, which says nothing about {asked}; "
+            f"the plan was made from a sweep with scale {plan.scale}, which does not apply to {asked}; "
             f"leave scale out, or sweep with scale {asked}"
         )
     return asked or plan.scale or SCALES[0]

@@ -1,10 +1,11 @@
-"""Models and tokenizers by name: a bundled model, a local folder or a hub id. Nothing is ever unpickled."""
+"""Loading of models and tokenizers by name: a bundled model, a local folder or a hub id. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,35 +21,38 @@ from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
 from klfast.core.placement import DTYPES, as_device, as_dtype
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["ASSETS", "DTYPES", "as_dtype", "bundled_models", "find_tokenizer", "load_model", "load_tokenizer"]
 
-# How tensors end that stand for a quantized weight: GPTQ and AWQ, compressed-tensors, bitsandbytes, mlx.
+# Name endings of the tensors of a quantized weight: GPTQ and AWQ, compressed-tensors, bitsandbytes, mlx.
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".weight.quant_map", ".scales")
 
 
 def load_model(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     dtype: str = "float32",
     *,
     device: torch.device | str = "cpu",
     local_files_only: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal language model in evaluation mode, with klfast's native SSM functions (``klfast.accelerate``).
+    """Load a causal language model in evaluation mode, with klfast's native SSM functions (``klfast.accelerate``).
 
     Args:
-        name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that name), a
-            local folder, or a hub id. A folder written by ``klfast.save_quantized`` gives the quantized model.
+        name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that
+            name), a local folder, or a hub id. A folder written by ``klfast.save_quantized`` gives the quantized model.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
             folder are cast likewise.
-        device: where the model goes, such as "cpu", "cuda" or "xpu".
-        local_files_only: take a hub id from the local cache only.
+        device: the model's device, such as "cpu", "cuda" or "xpu".
+        local_files_only: look up a hub id only in the local cache.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
 
     Raises:
         InvalidInputError: an unknown dtype or device, no such folder.
         KernelUnavailableError: PyTorch finds no such device.
-        CheckpointError: a file is missing, truncated or does not fit the model; it holds no causal language model that
+        CheckpointError: a file is missing, truncated or does not fit the model; there is no causal language model that
             transformers knows, or no safetensors; a weight is stored as integers; the hub cannot be reached.
     """
     target, place = as_dtype(dtype), as_device(device)
@@ -63,7 +67,7 @@ def load_model(
 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
+    import klfast.models.hymba  # noqa: F401  (registers it with AutoConfig)
 
     if not (trust_remote_code and "auto_map" in config):
         require_known(config, source)
@@ -73,26 +77,29 @@ def load_model(
     read_generation_config(folder, GenerationConfig)
     quantized_by = str(quantization.get("quant_method", "another tool")) if quantization else None
     with one_line_errors(source, "model", quantized_by), bounded(folder / "config.json", len(stored)):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=target,
             use_safetensors=True,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # _require_all_tensors names them
         )
+    model, report = loaded
     _require_all_tensors(source, model, report, stored)
     if not quantization:  # other quantizers store integers by design
         _check_stored_dtypes(model, stored)
     return accelerate_or_warn(model.eval().to(place))
 
 
-def find_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
-    """As ``load_tokenizer``, but None for a model without a tokenizer."""
+def find_tokenizer(
+    name_or_path: str | os.PathLike[str], *, local_files_only: bool = False, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """Load a model's tokenizer as ``load_tokenizer`` does, but return None for a model without one."""
     from transformers import AutoTokenizer
 
-    import klfast.models.hymba  # noqa: F401  (AutoTokenizer may ask AutoConfig)
+    import klfast.models.hymba  # noqa: F401  (AutoTokenizer may use AutoConfig)
 
     folder = resolve(
         name_or_path, weights=False, local_files_only=local_files_only, trust_remote_code=trust_remote_code
@@ -102,7 +109,7 @@ def find_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
     if (folder / MANIFEST).is_file():
         read_manifest(folder, verify=True, weights=False)
     with one_line_errors(str(folder), "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code
         )
         longest = tokenizer.model_max_length
@@ -115,26 +122,28 @@ def find_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = 
     return tokenizer
 
 
-def load_tokenizer(name_or_path: str | os.PathLike, *, local_files_only: bool = False, trust_remote_code: bool = False):
-    """The tokenizer of a model; arguments and errors as for ``load_model``.
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str], *, local_files_only: bool = False, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; arguments and errors as for ``load_model``.
 
-    In a folder of ``klfast.save_quantized``, every file but the weights is compared with its digest first.
+    In a folder of ``klfast.save_quantized``, every file except the weights is compared with its digest first.
     """
     tokenizer = find_tokenizer(name_or_path, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         name = os.fspath(name_or_path)
         raise CheckpointError(
-            f"{name} holds no tokenizer; copy the model's tokenizer files into it or give token ids in a file"
+            f"{name} has no tokenizer; copy the model's tokenizer files into it or give token ids in a file"
         )
     return tokenizer
 
 
-def _require_all_tensors(source: str, model: nn.Module, report: dict, stored: Iterable[str]) -> None:
-    """Raise CheckpointError, naming a tensor, unless the files hold those of the model: transformers makes up what they lack."""
-    if report["mismatched_keys"] or report["missing_keys"]:
-        if packed := [name for name in stored if name.endswith(_PACKED)]:
-            reason = f"{source} holds weights that another tool has quantized, such as {packed[0]}"
-            raise CheckpointError(f"{reason}; load the full-precision model instead")
+def _require_all_tensors(source: str, model: nn.Module, report: dict[str, Any], stored: Iterable[str]) -> None:
+    """Raise CheckpointError, naming a tensor, unless the files hold all of the model's: transformers invents others."""
+    packed = [name for name in stored if name.endswith(_PACKED)]
+    if packed and (report["mismatched_keys"] or report["missing_keys"]):
+        reason = f"{source} holds weights that another tool has quantized, such as {packed[0]}"
+        raise CheckpointError(f"{reason}; load the full-precision model instead")
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CheckpointError(
@@ -145,16 +154,16 @@ def _require_all_tensors(source: str, model: nn.Module, report: dict, stored: It
             f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; fetch or save it again"
         )
     unexpected = sorted(report["unexpected_keys"])
-    if unexpected and type(model).__module__.startswith("klfast."):  # other families have files with harmless ones
+    if unexpected and type(model).__module__.startswith("klfast."):  # other families' files have harmless ones
         reason = f"holds {len(unexpected)} tensors that the model does not have, such as {unexpected[0]}"
         raise CheckpointError(f"{source} {reason}; fetch or save it again")
 
 
 def _check_stored_dtypes(model: nn.Module, stored: dict[str, tuple[Path, str]]) -> None:
-    """Raise CheckpointError where a float tensor of the model is stored as integers: transformers casts those unasked."""
-    prefix = f"{model.base_model_prefix}."
+    """Raise CheckpointError if a float tensor of the model is stored as integers, which transformers would cast."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     floats = {name.removeprefix(prefix) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for name, (file, dtype) in stored.items():
         if name.removeprefix(prefix) in floats and dtype not in ("F64", "F32", "BF16", "F16"):
-            reason = f"{file} stores {name} as {dtype}, where the model has floating-point numbers"
+            reason = f"{file} stores {name} as {dtype}, but the model has floating-point numbers"
             raise CheckpointError(f"{reason}; fetch it again, or save the model with float weights")

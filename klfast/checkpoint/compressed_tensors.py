@@ -1,4 +1,4 @@
-"""compressed-tensors' ``quantization_config``, as config.json of a saved folder holds it.
+"""compressed-tensors' ``quantization_config`` in the config.json of a saved folder.
 
 It follows the ``pack-quantized`` format of that package: one config group for each distinct spec, its targets the full
 names of the layers.
@@ -18,14 +18,14 @@ from klfast.quant.spec import QuantSpec, storable_spec
 
 
 def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized: Iterable[str]) -> dict[str, object]:
-    """The ``quantization_config`` of a model.
+    """Return the ``quantization_config`` of a model.
 
     Args:
         layers: spec and in_features of each quantized layer, by name.
-        unquantized: names of the linear layers left alone.
+        unquantized: names of the other linear layers.
 
     Raises:
-        InvalidInputError: a layer whose groups the format cannot store.
+        InvalidInputError: the format cannot store a layer's groups.
     """
     groups: dict[QuantSpec, list[str]] = {}
     for name, (spec, in_features) in layers.items():
@@ -50,10 +50,10 @@ def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized
 
 
 def model_quantization_config(model: nn.Module) -> dict[str, object]:
-    """The ``quantization_config`` (a dict, as in config.json) of a model that holds QuantLinear layers.
+    """Return the ``quantization_config`` (a dict, as in config.json) of a model with QuantLinear layers.
 
     Raises:
-        InvalidInputError: nothing is quantized; groups that the format cannot store.
+        InvalidInputError: nothing is quantized, or the format cannot store a layer's groups.
     """
     layers = quantized_layers(model)
     specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
@@ -61,7 +61,7 @@ def model_quantization_config(model: nn.Module) -> dict[str, object]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The QuantLinear layers of a model, under every name that they have; InvalidInputError if there are none."""
+    """Return a model's QuantLinear layers, under each of their names; raise InvalidInputError if there are none."""
     layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
     if not layers:
         raise InvalidInputError(
@@ -70,22 +70,23 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return layers
 
 
-def linear_names(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers under every name that they have: a layer that several blocks share has several."""
+def linear_names(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers under each of their names: a layer that several blocks share has several."""
     return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (nn.Linear, QuantLinear))
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)
     }
 
 
 def read_specs(folder: Path) -> dict[str, QuantSpec]:
-    """The spec of each layer that the ``quantization_config`` of a folder's config.json names; the inverse of ``quantization_config``.
+    """Return the spec of each layer in the ``quantization_config`` of a folder's config.json.
+
+    This is the inverse of ``quantization_config``.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    config, specs = read_json(folder / "config.json"), {}
+    config = read_json(folder / "config.json")
+    specs: dict[str, QuantSpec] = {}
     try:
         for group in config["quantization_config"]["config_groups"].values():
             specs.update(dict.fromkeys(group["targets"], QuantSpec.from_compressed_tensors(group)))

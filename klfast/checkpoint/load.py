@@ -1,4 +1,4 @@
-"""Loading what ``save_quantized`` wrote."""
+"""Loading of folders that ``save_quantized`` wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_quantized(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
@@ -35,20 +35,20 @@ def load_quantized(
 
     Args:
         directory: the folder.
-        device: where the tensors go.
-        dtype: float32, bfloat16 or float16 for what is not quantized (scales stay as they are); None for that of the
-            saved model.
+        device: the tensors' device.
+        dtype: float32, bfloat16 or float16 for unquantized tensors (scales stay as they are); None for the saved
+            model's.
         verify: compare each file's SHA-256 with the saved one.
 
     Returns:
         The transformers model, with QuantLinear layers and klfast's native SSM functions (``klfast.accelerate``); its
-        parameters take no gradients.
+        parameters do not require gradients.
 
     Raises:
         InvalidInputError: another dtype; no such device.
         KernelUnavailableError: torch finds no device of that kind.
-        CheckpointError: a file or tensor that is missing, superfluous, truncated or altered, or a folder that
-            ``save_quantized`` did not write.
+        CheckpointError: a file or tensor is missing, superfluous, truncated or altered, or ``save_quantized`` did not
+            write the folder.
     """
     if dtype is not None and dtype not in _LOADED_DTYPES:
         raise InvalidInputError(

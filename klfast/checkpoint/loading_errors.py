@@ -1,4 +1,4 @@
-"""The many errors that transformers and the hub's client raise while they load, as one line with a remedy."""
+"""Conversion of the errors that transformers and the hub's client raise into one line with a remedy."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pathlib import Path
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError, shortened
 from klfast.core.io import parse_json
 
-# The name of an error's class, or of one that it was raised from, and the reason to give. The first that fits counts.
+_UNREACHABLE = "it is not in the local cache, and the hub cannot be reached; give a local folder instead"
+# Reasons by class name of an error or of one that it was raised from. The first that matches counts.
 _TYPES = {
     "GatedRepoError": "the hub grants access to it only after you accepted its terms and logged in",
     "RepositoryNotFoundError": "the hub has no such model; check the id, or log in if it is private",
     "RevisionNotFoundError": "the hub has no such version of it",
-    "HFValidationError": "that is no id of the hub, which reads owner/name",
-    "LocalEntryNotFoundError": "it is neither in the local cache nor can the hub be reached; give a local folder instead",
-    "OfflineModeIsEnabled": "it is neither in the local cache nor can the hub be reached; give a local folder instead",
+    "HFValidationError": "that is not a hub id, which reads owner/name",
+    "LocalEntryNotFoundError": _UNREACHABLE,
+    "OfflineModeIsEnabled": _UNREACHABLE,
 }
 NEEDS_CODE = (
-    "it needs Python code of its own; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"
+    "it needs its own Python code; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"
 )
-# What has no class of its own: a piece of the message.
+# Reasons by a part of the message, for errors without a class of their own.
 _TEXTS = {"trust_remote_code": NEEDS_CODE}
 
 
 @contextmanager
 def one_line_errors(source: str, what: str, quantized_by: str | None = None) -> Iterator[None]:
-    """transformers' own progress bars and reports off, its many-line errors turned into klfast's.
+    """Turn off transformers' progress bars and reports, and convert its multi-line errors to klfast's.
 
     Args:
         source: the folder or hub id that is loaded.
@@ -45,9 +46,7 @@ def one_line_errors(source: str, what: str, quantized_by: str | None = None) -> 
     except (CheckpointError, InvalidInputError, KernelUnavailableError):
         raise
     except BaseException as error:
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # what the Rust side of tokenizers ends in
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # tokenizers' Rust code
             raise
         raise CheckpointError(f"cannot load the {what} of {source}: {_reason(error, source, quantized_by)}") from error
     finally:
@@ -67,20 +66,20 @@ def _reason(error: BaseException, source: str, quantized_by: str | None) -> str:
     if quantized_by is not None:
         return f"its weights are quantized with {quantized_by} ({first}); load the full-precision model instead"
     if "ImportError" in kinds:
-        return f"{first}; install what it asks for"
+        return f"{first}; install the missing package"
     if damaged := _damaged_json(source):
-        return f"{damaged} is no valid JSON; fetch or save it again"
+        return f"{damaged} is not valid JSON; fetch or save it again"
     return f"{first}; fetch or save it again"
 
 
 def _first_sentence(text: str) -> str:
-    """The first line of a message; the second one, too, where the first only leads to it."""
+    """Return the first line of a message, and the second one if the first only introduces it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return shortened(" ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]), 300).rstrip(".:")
 
 
 def _damaged_json(source: str) -> str | None:
-    """A JSON file of a local folder that cannot be read as such."""
+    """Return the name of a JSON file of a local folder that cannot be parsed; None if there is none."""
     for path in sorted(Path(source).glob("*.json")) if os.path.isdir(source) else []:
         try:
             parse_json(path.read_bytes())

@@ -1,6 +1,6 @@
-"""klfast.json in a saved folder: what the format of compressed-tensors cannot say.
+"""klfast.json in a saved folder: facts that the format of compressed-tensors cannot express.
 
-That is the dtype that each layer's weight had, how its activations are treated, and the size and SHA-256 of each file.
+These are the dtype that each layer's weight had, the treatment of its activations, and each file's size and SHA-256.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 
@@ -19,16 +20,12 @@ from klfast.core.errors import CheckpointError, shortened
 from klfast.core.io import write_atomic
 
 MANIFEST = "klfast.json"
-
-
 FORMAT_VERSION = 1
-
-
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 def write_manifest(folder: Path, **facts: object) -> None:
-    """Write klfast.json: ``facts``, and size and digest of each other file in the folder or in a folder of it."""
+    """Write klfast.json: ``facts``, and size and digest of every other file in the folder and its subfolders."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     sizes = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
@@ -37,19 +34,19 @@ def write_manifest(folder: Path, **facts: object) -> None:
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def read_manifest(folder: Path, verify: bool, *, weights: bool = True) -> dict:
+def read_manifest(folder: Path, verify: bool, *, weights: bool = True) -> dict[str, Any]:
     """Read klfast.json and check that each file it lists is there, complete and, with ``verify``, unchanged.
 
-    ``weights=False`` passes over the safetensors files, which take long to read.
+    ``weights=False`` skips the safetensors files, which take long to read.
 
     Raises:
-        CheckpointError: no such folder, no klfast.json or a damaged one, another format, a file that is missing or not as
-            it was saved.
+        CheckpointError: no such folder, no klfast.json or a damaged one, another format, or a file that is missing or
+            differs from the saved one.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     if not (folder / MANIFEST).is_file():
-        reason = f"{folder} holds no {MANIFEST}, so klfast.save_quantized did not write it"
+        reason = f"{folder} has no {MANIFEST}, so klfast.save_quantized did not write it"
         raise CheckpointError(f"{reason}; copy the whole folder, or quantize the full-precision model")
     manifest = read_json(folder / MANIFEST)
     version, files = manifest.get("format_version"), manifest.get("files")
@@ -71,7 +68,7 @@ def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bo
         )
     if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
         raise CheckpointError(
-            f"{damaged}: it lists {shortened(repr(name), 80)}, outside of the folder; save the model again"
+            f"{damaged}: it lists {shortened(repr(name), 80)}, outside the folder; save the model again"
         )
     if path.suffix == ".safetensors" and not weights:
         return
@@ -86,18 +83,18 @@ def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bo
             f"{path} is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
         )
     if size != fact["bytes"]:
-        raise CheckpointError(f"{path} has {size} bytes where {fact['bytes']} were saved; copy it again")
+        raise CheckpointError(f"{path} has {size} bytes, but {fact['bytes']} were saved; copy it again")
     if verify and _sha256(path) != fact["sha256"]:
         raise CheckpointError(
             f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model again"
         )
 
 
-def read_layer_facts(folder: Path, manifest: Mapping) -> dict[str, tuple[torch.dtype, str]]:
-    """The dtype that each quantized layer's weight had, and its activation, from klfast.json's content.
+def read_layer_facts(folder: Path, manifest: Mapping[str, object]) -> dict[str, tuple[torch.dtype, str]]:
+    """Return the dtype that each quantized layer's weight had, and its activation, from klfast.json's content.
 
     Raises:
-        CheckpointError: a layer for which klfast.json holds anything else.
+        CheckpointError: klfast.json holds anything else for a layer.
     """
     damaged, layers = f"{folder / MANIFEST} is damaged", manifest.get("layers")
     if not isinstance(layers, dict):

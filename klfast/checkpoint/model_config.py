@@ -1,4 +1,4 @@
-"""Whether a config.json can be meant: what no transformers class checks before it computes for hours, or fails later."""
+"""Plausibility checks of config.json: without them, transformers may compute for hours before it fails."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,16 +17,16 @@ from klfast.core.errors import CheckpointError, shortened
 _LAYER_COUNT = re.compile(r"(^|_)layers?$")  # num_hidden_layers, n_layer, decoder_layers ...
 
 
-def check_config(config: Mapping, path: Path, stored: int) -> None:
+def check_config(config: Mapping[str, Any], path: Path, stored: int) -> None:
     """Refuse numbers that no saved model has.
 
     Args:
-        config: what config.json holds, with the configurations within it.
-        path: of config.json.
-        stored: how many tensors the weights are stored in.
+        config: content of config.json, including nested configurations.
+        path: path of config.json.
+        stored: the number of tensors that the weights are stored in.
 
     Raises:
-        CheckpointError: it asks for far more layers than there are tensors, or limits time steps by other than two numbers.
+        CheckpointError: there are far more layers than tensors, or the time step's limits are not two numbers.
     """
     for key, value in config.items():
         if key == "time_step_limit":
@@ -40,10 +41,10 @@ def check_config(config: Mapping, path: Path, stored: int) -> None:
 
 @contextmanager
 def bounded(path: Path, stored: int) -> Iterator[None]:
-    """Stop the building of a model that has far more parameters than the ``stored`` tensors could fill."""
+    """Stop the construction of a model with far more parameters than the ``stored`` tensors could fill."""
     thread, left = threading.get_ident(), _most(stored)
 
-    def count(*_) -> None:
+    def count(*_: object) -> None:
         nonlocal left
         if threading.get_ident() == thread:
             left -= 1
@@ -58,7 +59,7 @@ def bounded(path: Path, stored: int) -> Iterator[None]:
 
 
 def _most(stored: int) -> int:
-    """How many parameters may be made for so many stored tensors: shared ones are stored once, and loading makes each anew."""
+    """Return the most parameters that loading creates: shared ones are stored once, and may be created repeatedly."""
     return 16 * stored + 10_000
 
 
@@ -74,7 +75,7 @@ def _is_range(value: object) -> bool:
 
 
 def _number(part: object) -> float:
-    """NaN, which no comparison holds for, unless it is a number. transformers writes infinity as {"__float__": "Infinity"}."""
+    """Return a number as a float, and NaN for anything else. transformers writes {"__float__": "Infinity"}."""
     if isinstance(part, Mapping):
         part = {"Infinity": math.inf, "-Infinity": -math.inf}.get(str(part.get("__float__")))
     try:

@@ -1,10 +1,11 @@
-"""What a folder holds, looked at before anything reads it: the weight files of a model, or why there is nothing to load."""
+"""Inspection of a model's folder before loading: its weight files, or the reason why there is nothing to load."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,13 +26,15 @@ TOKENIZERS = (
     "merges.txt",
 )
 _POINTER = "it is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
-# How the name of a weight file that klfast does not read ends: what it is, and the way from there.
+# Weight files that klfast does not read, by the end of their name: a description and a remedy.
 _FOREIGN = {
-    (
-        ".gguf",
-    ): "GGUF, which klfast does not read; let transformers convert it (from_pretrained with gguf_file, then save_pretrained)",
+    (".gguf",): (
+        "GGUF, which klfast does not read; "
+        "let transformers convert it (from_pretrained with gguf_file, then save_pretrained)"
+    ),
     (".bin", ".pt", ".pth", ".ckpt", ".pkl"): (
-        "a pickle; klfast never unpickles, so convert it with transformers (AutoModelForCausalLM.from_pretrained, then save_pretrained)"
+        "a pickle; klfast never unpickles, so convert it with transformers "
+        "(AutoModelForCausalLM.from_pretrained, then save_pretrained)"
     ),
     (".h5", ".msgpack", ".onnx", ".npz"): "weights of another framework; fetch the model's safetensors files",
 }
@@ -39,13 +42,14 @@ _OWN_PICKLES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.
 
 
 def require_model(folder: Path) -> None:
-    """Raise CheckpointError, with advice, unless a folder looks like that of a transformers model."""
+    """Raise CheckpointError, with advice, unless a folder looks like a transformers model."""
     names = sorted(os.listdir(folder))
     if ADAPTER in names:
         raise CheckpointError(
-            f"{folder} holds an adapter ({ADAPTER}), not a whole model; merge it into its base model (peft: merge_and_unload) and save that"
+            f"{folder} holds an adapter ({ADAPTER}), not a whole model; "
+            "merge it into its base model (peft: merge_and_unload) and save that"
         )
-    for name in names:  # a pipe or device would be read for ever
+    for name in names:  # reading a pipe or device would never end
         path = folder / name
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{path} is a pipe, socket or device, not a regular file; remove it")
@@ -58,66 +62,65 @@ def require_model(folder: Path) -> None:
         )
         if "params.json" in names:
             advice = "it is in its makers' own format, so fetch the version for transformers"
-        raise CheckpointError(f"{folder} holds no config.json; {advice}")
+        raise CheckpointError(f"{folder} has no config.json; {advice}")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder / 'config.json'} is no file, or a link to none; fetch or save the model again")
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not a file, or is a broken link; fetch or save the model again"
+        )
 
 
-def read_config(folder: Path) -> dict:
-    """What config.json holds."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json."""
     path = folder / "config.json"
     try:
         config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no valid configuration ({shortened(str(error), 200)}); fetch or save the model again"
+            f"{path} is not a valid configuration ({shortened(str(error), 200)}); fetch or save the model again"
         ) from None
     if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path} is no valid configuration (it holds no JSON object); fetch or save the model again"
-        )
+        raise CheckpointError(f"{path} is not a valid configuration (not a JSON object); fetch or save the model again")
     return config
 
 
-def require_known(config: Mapping, source: str) -> None:
-    """Raise CheckpointError unless transformers, without code from elsewhere, has a causal language model for a configuration."""
+def require_known(config: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError unless transformers itself has a causal language model for a configuration."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    def refuse(reason: str) -> None:
+    def refuse(reason: str) -> NoReturn:
         raise CheckpointError(f"cannot load the model of {source}: {reason}")
 
     kind = config.get("model_type")
     if "auto_map" in config and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         refuse(NEEDS_CODE)
     if kind is None and {"d_model", "n_layer"} <= config.keys():
-        refuse(
-            "it is in the format of the package mamba_ssm; take the version for transformers, whose name ends in -hf"
-        )
+        refuse("it is in the format of the package mamba_ssm; use the version for transformers, whose name ends in -hf")
     if not isinstance(kind, str):
-        refuse("its config.json names no model_type; fetch or save it again")
+        refuse("its config.json has no model_type; fetch or save it again")
     if kind not in CONFIG_MAPPING:
         refuse(f"this version of transformers does not know its architecture {shortened(kind, 80)!r}; a newer one may")
     configured = CONFIG_MAPPING[kind]
     if configured not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        refuse(f"{kind} is no causal language model")
+        refuse(f"{kind} is not a causal language model")
     if configured in MODEL_FOR_MASKED_LM_MAPPING and hasattr(configured, "is_decoder") and not config.get("is_decoder"):
-        refuse(f"{kind} reads a text in both directions, so it is no causal language model")
+        refuse(f"{kind} reads text in both directions, so it is not a causal language model")
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of the weight files: model.safetensors, or else what its index lists.
+    """Return the names of the weight files: model.safetensors, or else the files in its index.
 
     Raises:
-        CheckpointError: there are none, or the index is damaged or lists anything but safetensors files of the folder.
+        CheckpointError: the index is damaged, empty, or lists anything but safetensors files of the folder.
     """
     path = folder / INDEX
     if (folder / SINGLE).is_file() or not path.is_file():
         return [SINGLE]
     try:
-        listed = set(parse_json(path.read_bytes())["weight_map"].values())
+        index: Any = parse_json(path.read_bytes())
+        listed = set(index["weight_map"].values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no valid index ({type(error).__name__}); fetch it again") from None
+        raise CheckpointError(f"{path} is not a valid index ({type(error).__name__}); fetch it again") from None
     for name in listed:
         if (
             not isinstance(name, str)
@@ -131,24 +134,25 @@ def weight_names(folder: Path) -> list[str]:
                 f"{listing}, which is not the name of a safetensors file in this folder; klfast reads nothing else"
             )
     if not listed:
-        raise CheckpointError(f"{path} lists no file; fetch it again")
+        raise CheckpointError(f"{path} lists no files; fetch it again")
     return sorted(listed)
 
 
 def read_headers(folder: Path) -> dict[str, tuple[Path, str]]:
-    """File and stored dtype (as safetensors names it) of each tensor of the weight files.
+    """Return file and stored dtype (in safetensors' terms) of each tensor in the weight files.
 
     Raises:
         CheckpointError: a file is missing, truncated or a pointer; or there are no weights that klfast reads.
     """
-    tensors = {}
+    tensors: dict[str, tuple[Path, str]] = {}
     for name in weight_names(folder):
         path = folder / name
         if not path.is_file():
             raise CheckpointError(_missing(folder, name))
         try:
             with safe_open(path, framework="pt") as opened:
-                tensors.update((key, (path, opened.get_slice(key).get_dtype())) for key in opened.keys())
+                keys: list[str] = list(opened.keys())
+                tensors.update((key, (path, opened.get_slice(key).get_dtype())) for key in keys)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({shortened(str(error), 200)}); fetch or save it again"
@@ -156,8 +160,8 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str]]:
     return tensors
 
 
-def check_explicit_file(config: Mapping, folder: Path) -> None:
-    """transformers reads the weight file that ``transformers_weights`` in config.json names, a pickle among them; klfast does not."""
+def check_explicit_file(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if config.json names a weight file: transformers would read it, even if it is a pickle."""
     if (name := config.get("transformers_weights")) is not None:
         entry = f"transformers_weights, {shortened(repr(name), 80)}"
         raise CheckpointError(
@@ -166,22 +170,22 @@ def check_explicit_file(config: Mapping, folder: Path) -> None:
 
 
 def _missing(folder: Path, name: str) -> str:
-    """Why a weight file is not there, and what to do."""
+    """Return why a weight file is missing, and a remedy."""
     names = sorted(os.listdir(folder))
     if name in names:
-        return f"{folder / name} is no file, or a link to none; fetch it again"
+        return f"{folder / name} is not a file, or is a broken link; fetch it again"
     if name != SINGLE:
         return f"{folder} lacks {name}, which {INDEX} lists; fetch it again"
     if others := [other for other in names if other.endswith(".safetensors")]:
         if any(other.startswith("model-") for other in others):
-            return f"{folder} lacks {INDEX}, which says what its {len(others)} safetensors files hold; fetch it again"
+            return f"{folder} lacks {INDEX}, which lists what its {len(others)} safetensors files hold; fetch it again"
         return f"{folder} has no {SINGLE}, only {others[0]}; fetch the files for transformers"
     for other in names:
         if other not in _OWN_PICKLES and (what := foreign(other)):
             return f"{folder} has no {SINGLE}; its {other} is {what}"
-    return f"{folder} holds no weights: {SINGLE} is missing; fetch it again"
+    return f"{folder} has no weights: {SINGLE} is missing; fetch it again"
 
 
 def foreign(name: str) -> str | None:
-    """What a weight file is that klfast does not read, and the way from there; None for any other file."""
+    """Return the description and remedy of a weight file that klfast does not read; None for any other file."""
     return next((what for ends, what in _FOREIGN.items() if name.endswith(ends) and name not in _OWN_PICKLES), None)

@@ -1,4 +1,4 @@
-"""Saving quantized models, in the ``pack-quantized`` format of compressed-tensors."""
+"""Saving of quantized models in the ``pack-quantized`` format of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,50 +26,58 @@ from klfast.core.io import folder_atomic, recover, require_writable, write_atomi
 from klfast.models.head import is_head_tied
 from klfast.nn import QuantLinear
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Saves(Protocol):
+    def save_pretrained(self, folder: Path, /) -> object: ...
+
 
 def save_quantized(
     model: nn.Module,
-    directory: str | os.PathLike,
-    tokenizer=None,
+    directory: str | os.PathLike[str],
+    tokenizer: _Saves | None = None,
     *,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Save a model that holds QuantLinear layers.
+    """Save a model with QuantLinear layers.
 
-    The folder gets config.json, model.safetensors (or shards of it and their index), generation_config.json, the
+    The folder contains config.json, model.safetensors (or shards of it and their index), generation_config.json, the
     tokenizer's files and klfast.json (digests of all of these; files may be added later, but none of these altered). It
-    appears under its name only when it is complete. ``load_quantized`` reads back every bit of it: what it could not read
-    is refused before anything is written. A weight that the model ties is stored once, one that merely happens to be
-    shared under each of its names; config.json says whether the head is tied, as it is in memory.
+    appears under its name only when it is complete. ``load_quantized`` restores it bit for bit: models that it could
+    not read are refused before anything is written. A weight that the model ties is stored once, one that merely
+    happens to be shared under each of its names; config.json records whether the head is tied in memory.
 
     Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
     ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers (5.23) reads
-    symmetric specs, but no asymmetric ones, and no Mamba with a quantized out_proj or dt_proj, whose missing ``.weight``
-    its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name:
-    only klfast reads such a folder, the others miss the embedding. For a folder that others are to serve leave the head
-    out of the plan, or give it a weight of its own before quantizing: the embedding is then stored in full, too.
+    symmetric specs, but not asymmetric ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing
+    ``.weight`` its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the
+    head's name: only klfast reads such a folder, the others miss the embedding. For a folder that other software is to
+    serve, leave the head out of the plan, or untie it before quantizing: the embedding is then stored in full, too.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.
-        directory: the folder to make; its parent must exist.
+        directory: the folder to create; its parent must exist.
         tokenizer: anything with ``save_pretrained``.
-        overwrite: replace the folder if ``save_quantized`` wrote what is there.
+        overwrite: replace the folder if ``save_quantized`` wrote it.
         max_shard_size: bytes, or text such as "5GB".
 
     Raises:
-        InvalidInputError: nothing is quantized; groups that the format cannot store; the folder exists; tensors on the
-            meta device; a model that its configuration does not describe.
+        InvalidInputError: nothing is quantized, the format cannot store a layer's groups, the folder exists, tensors
+            are on the meta device, or the configuration does not describe the model.
         OSError: the folder cannot be written, or the disk is full. Nothing is left behind.
     """
     layers = quantized_layers(model)
     target = Path(directory).resolve()
     require_target(target, overwrite)
     _require_numbers(model)
-    config = copy.deepcopy(model.config)
+    described = cast("PreTrainedModel", model)
+    config: Any = copy.deepcopy(described.config)
     config.quantization_config = model_quantization_config(model)
     config.architectures = [type(model).__name__]
-    config.dtype = dtype_name(model.dtype)
+    config.dtype = dtype_name(described.dtype)
     set_tied_in_config(config, is_head_tied(model))
     facts = {
         name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()
@@ -76,8 +85,9 @@ def save_quantized(
     with folder_atomic(target) as folder:
         _save_settings(config, "config", folder)
         _write_tensors(_readable_state(model, layers, folder), folder, max_shard_size)
-        if getattr(model, "generation_config", None) is not None:
-            _save_settings(model.generation_config, "generation_config", folder)
+        generation_config: _Saves | None = getattr(model, "generation_config", None)
+        if generation_config is not None:
+            _save_settings(generation_config, "generation_config", folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
@@ -91,11 +101,11 @@ def _require_numbers(model: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise InvalidInputError(
-                f"{name} is on the meta device and holds no numbers; load the weights, or undo the offloading, first"
+                f"{name} is on the meta device and has no values; load the weights, or undo the offloading, first"
             )
 
 
-def _save_settings(settings, what: str, folder: Path) -> None:
+def _save_settings(settings: _Saves, what: str, folder: Path) -> None:
     """Write config.json or generation_config.json."""
     try:
         settings.save_pretrained(folder)
@@ -104,12 +114,12 @@ def _save_settings(settings, what: str, folder: Path) -> None:
     except Exception as error:  # transformers checks some settings only when they are saved
         reason = " ".join(str(error).split())
         raise InvalidInputError(
-            f"transformers refuses to save model.{what} ({reason}); set it right and save again"
+            f"transformers refuses to save model.{what} ({reason}); correct it and save again"
         ) from error
 
 
 def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors to store: those from which the model is rebuilt that the folder's config.json describes.
+    """Return the tensors to store, from which the model in the folder's config.json is rebuilt.
 
     Raises:
         InvalidInputError: ``load_quantized`` could not rebuild this model.
@@ -135,42 +145,46 @@ def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder:
     return stored
 
 
-def _shadow(name: str, tensor: torch.Tensor):
-    """A reader of a tensor's shape and dtype alone; of weight_shape the numbers, too, which are compared."""
+def _shadow(name: str, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return a reader of only a tensor's shape and dtype, and of weight_shape's values, which are compared."""
     return lambda: tensor.cpu() if name.endswith(".weight_shape") else torch.empty_like(tensor, device="meta")
 
 
 def _without_tied(
-    state: dict[str, torch.Tensor], places: Mapping[int, list], layers: Mapping[str, QuantLinear]
+    state: dict[str, torch.Tensor],
+    places: Mapping[int, list[tuple[str, nn.Module, str]]],
+    layers: Mapping[str, QuantLinear],
 ) -> dict[str, torch.Tensor]:
-    """The model's state, each weight once that both the model in memory and the rebuilt one share between several names."""
+    """Return the model's state, with weights that both the model and the rebuilt one share included only once."""
     left_out: set[str] = set()
     for names in ([name for name, _, _ in same] for same in places.values() if len(same) > 1):
         quantized = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in layers]
-        for _, *others in _same((name, sum(map(_memory, layers[name].quantized.parts), ())) for name in quantized):
+        parts = ((name, tuple(map(_memory, layers[name].quantized.parts))) for name in quantized)
+        for _, *others in _same(parts):
             left_out.update(f"{name}.{part}" for name in others for part in (*layers[name].part_names, "weight_shape"))
         for _, *others in _same((name, _memory(state[name])) for name in names if name in state):
             left_out.update(others)
     return {name: tensor for name, tensor in state.items() if name not in left_out}
 
 
-def _same(keyed: Iterable[tuple[str, tuple]]) -> list[list[str]]:
-    """Names with the same key together."""
-    found: dict[tuple, list[str]] = {}
+def _same(keyed: Iterable[tuple[str, tuple[object, ...]]]) -> list[list[str]]:
+    """Group names by key."""
+    found: dict[tuple[object, ...], list[str]] = {}
     for name, key in keyed:
         found.setdefault(key, []).append(name)
     return list(found.values())
 
 
-def _memory(tensor: torch.Tensor) -> tuple:
-    """What is equal for two tensors that are the same numbers at the same place."""
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return a key that is equal for two tensors with the same values in the same memory."""
     where = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
     return tensor.device, where, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor contiguous and in a storage of its own, as safetensors wants them; copied only where it is not yet so."""
-    separate, taken = {}, set()
+    """Return each tensor contiguous and in its own storage, as safetensors requires; copied only if necessary."""
+    separate: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
     for name, tensor in tensors.items():
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
         where = plain.untyped_storage().data_ptr()
@@ -197,21 +211,21 @@ def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_siz
             if code := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder / file)) from error
             raise CheckpointError(f"the weights cannot be written ({' '.join(str(error).split())})") from error
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes private files
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors creates private files
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def require_target(directory: str | os.PathLike, overwrite: bool) -> None:
-    """Raise, before the work begins, unless ``save_quantized`` may and can make the folder.
+def require_target(directory: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise, before the work begins, unless ``save_quantized`` can create the folder and is allowed to.
 
     Raises:
         InvalidInputError, OSError: as for ``save_quantized``.
     """
     target = Path(directory).resolve()
     if not target.parent.is_dir():
-        raise InvalidInputError(f"there is no folder {target.parent} to save into; make it first")
+        raise InvalidInputError(f"there is no folder {target.parent} to save into; create it first")
     if target.exists() and not target.is_dir():
         raise InvalidInputError(f"{target} is a file; name a folder")
     recover(target)
@@ -219,5 +233,5 @@ def require_target(directory: str | os.PathLike, overwrite: bool) -> None:
         if not (target / MANIFEST).is_file():
             raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
         if not overwrite:
-            raise InvalidInputError(f"{target} holds a saved model; name another folder or pass overwrite=True")
+            raise InvalidInputError(f"{target} contains a saved model; name another folder or pass overwrite=True")
     require_writable(target, folder=True)

@@ -1,4 +1,4 @@
-"""Which folder a model's name stands for: a bundled model, a local folder, or what the hub's cache holds or fetches."""
+"""Resolution of a model's name to a folder: a bundled model, a local folder, or the hub's cache."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from klfast.core.io import recover
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 
 
-def resolve(name_or_path: str | os.PathLike, *, weights: bool, local_files_only: bool, trust_remote_code: bool) -> Path:
-    """The folder that a name stands for, looked at by ``model_folder.require_model``.
+def resolve(
+    name_or_path: str | os.PathLike[str], *, weights: bool, local_files_only: bool, trust_remote_code: bool
+) -> Path:
+    """Return the folder of a model's name, inspected by ``model_folder.require_model``.
 
-    What the hub has of a model is fetched into its cache first: with ``weights`` the safetensors files, too. With
-    ``local_files_only`` nothing is asked of the network.
+    A model on the hub is first fetched into its cache, including the safetensors files if ``weights``. With
+    ``local_files_only`` the network is not used.
     """
     name = os.fspath(name_or_path)
     if not isinstance(name, str) or not name or "\0" in name:
-        raise InvalidInputError(f"{name!r} is no model's name; give a folder, a hub id or a bundled name")
+        raise InvalidInputError(f"{name!r} is not a model's name; give a folder, a hub id or a bundled name")
     if name in bundled_models():
         return ASSETS / "models" / name
     path = Path(os.path.expanduser(name))
@@ -52,7 +54,7 @@ def _is_path(name: str) -> bool:
 
 
 def _from_hub(name: str, weights: bool, local_files_only: bool, trust_remote_code: bool) -> Path:
-    """The snapshot of a hub id, once the files are there that klfast and transformers read."""
+    """Fetch the files of a hub id that klfast and transformers read; return the snapshot."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -67,7 +69,7 @@ def _from_hub(name: str, weights: bool, local_files_only: bool, trust_remote_cod
             files = list(_manifest_files(folder)) if (folder / MANIFEST).is_file() else weight_names(folder)
             snapshot_download(name, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
         return folder
-    except LocalEntryNotFoundError:  # no network: the cache may hold enough of it
+    except LocalEntryNotFoundError:  # no network, but the cache may suffice
         return _cached(name)
 
 

@@ -1,9 +1,10 @@
-"""From the tensors of a saved folder to the transformers model that holds them."""
+"""Construction of a transformers model from the tensors of a saved folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,18 +20,20 @@ from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
-Facts = Mapping[
-    str, tuple[torch.dtype, str]
-]  # of each quantized layer: the dtype that its weight had, and its activation
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# For each quantized layer the dtype that its weight had, and its activation.
+Facts = Mapping[str, tuple[torch.dtype, str]]
 
 
 class Tensors:
-    """The tensors of a folder, each read when it is asked for, and handed out once.
+    """The tensors of a folder, each read on request, and only once.
 
     Args:
-        folder: where they come from, for messages.
-        readers: what reads a tensor, by name.
-        dtype: what floating-point tensors of the model become; None leaves them as they are.
+        folder: their source, for messages.
+        readers: functions that read a tensor, by name.
+        dtype: the dtype of the model's floating-point tensors; None leaves them as they are.
     """
 
     def __init__(
@@ -41,25 +44,27 @@ class Tensors:
 
     @classmethod
     def of_files(cls, folder: Path, files: list[str], device: torch.device, dtype: torch.dtype | None) -> Tensors:
+        """Open safetensors files of a folder; raise CheckpointError if one is damaged or repeats a tensor."""
         readers: dict[str, Callable[[], torch.Tensor]] = {}
         for file in files:
             try:
-                opened = safe_open(folder / file, framework="pt", device=str(device))
-                names = opened.keys()
+                opened: Any = safe_open(folder / file, framework="pt", device=str(device))
+                names: list[str] = opened.keys()
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{folder / file} is damaged ({error}); copy it again") from None
             if twice := readers.keys() & set(names):
                 raise CheckpointError(
-                    f"{folder / file} holds {min(twice)}, which another file holds, too; save the model again"
+                    f"{folder / file} contains {min(twice)}, as does another file; save the model again"
                 )
             readers.update((name, _reader(opened, name, folder / file)) for name in names)
         return cls(folder, readers, dtype)
 
     def names(self) -> set[str]:
+        """Return the names of the tensors that have not been taken."""
         return set(self._readers)
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """As stored."""
+        """Read a tensor as stored; raise CheckpointError if it is missing or of another shape."""
         if name not in self._readers:
             raise CheckpointError(f"{self.folder} lacks the tensor {name}; save the model again")
         tensor = self._readers.pop(name)()
@@ -70,19 +75,20 @@ class Tensors:
         return tensor
 
     def take_float(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """In the shape of ``like``; in the dtype asked for, if the model is of one dtype with it."""
+        """Read a tensor of the shape of ``like``, as stored or, if a dtype was asked for, in the dtype of ``like``."""
         tensor = self.take(name, tuple(like.shape))
         if tensor.is_floating_point() != like.is_floating_point():
             raise CheckpointError(
-                f"{self.folder}: {name} must be like {like.dtype}, got {tensor.dtype}; save the model again"
+                f"{self.folder}: {name} must have a dtype like {like.dtype}, got {tensor.dtype}; save the model again"
             )
         return tensor if self.dtype is None or not tensor.is_floating_point() else tensor.to(like.dtype)
 
 
-def _reader(opened, name: str, path: Path) -> Callable[[], torch.Tensor]:
+def _reader(opened: Any, name: str, path: Path) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         try:
-            return opened.get_tensor(name).clone()  # what is read is a view of the file, which may change or vanish
+            view: torch.Tensor = opened.get_tensor(name)
+            return view.clone()  # since the file may change or vanish
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); copy it again") from None
 
@@ -90,16 +96,16 @@ def _reader(opened, name: str, path: Path) -> Callable[[], torch.Tensor]:
 
 
 def empty_model(folder: Path, dtype: torch.dtype | None, stored: int) -> nn.Module:
-    """The transformers model that config.json describes, without memory (on the meta device).
+    """Build the transformers model that config.json describes, without memory (on the meta device).
 
     Args:
-        folder: holds config.json.
-        dtype: of its floating-point parameters; None for what config.json says.
-        stored: how many tensors its weights are stored in, which bounds the model that is built.
+        folder: the folder of config.json.
+        dtype: dtype of its floating-point parameters; None for config.json's.
+        stored: the number of tensors that its weights are stored in, which bounds the size of the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import klfast.models.hymba  # noqa: F401  (makes it known to AutoConfig)
+    import klfast.models.hymba  # noqa: F401  (registers it with AutoConfig)
 
     path = folder / "config.json"
     check_config(read_json(path), path, stored)
@@ -108,40 +114,43 @@ def empty_model(folder: Path, dtype: torch.dtype | None, stored: int) -> nn.Modu
         if hasattr(config, "quantization_config"):  # it describes the files, not the model in memory
             del config.quantization_config
         with torch.device("meta"), bounded(path, stored):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype, trust_remote_code=False
+            )
     except CheckpointError:
         raise
-    except Exception as error:  # transformers raises anything on a configuration that it cannot use
+    except Exception as error:  # transformers may raise anything for a configuration that it cannot use
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path} describes no model that this transformers can build ({reason}); save the model again"
+            f"{path} does not describe a model that this transformers can build ({reason}); save the model again"
         ) from error
-    if (found := read_generation_config(folder, type(model.generation_config))) is not None:
-        model.generation_config = found
+    generates: Any = model
+    if (found := read_generation_config(folder, type(generates.generation_config))) is not None:
+        generates.generation_config = found
     return model
 
 
 def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:
-    """Give an empty model its tensors, with a QuantLinear in the place of each layer of ``specs``.
+    """Give an empty model its tensors, and replace each layer of ``specs`` by a QuantLinear.
 
-    What the model ties is stored once; where it is stored for several names none the less, each gets its own.
+    Tied tensors are stored once; if they are stored under several names after all, each name gets its own.
 
     Raises:
-        CheckpointError: a tensor that is missing, superfluous, or not of the model's shape; a layer that it does not have.
+        CheckpointError: a tensor is missing, superfluous, or not of the model's shape, or the model lacks a layer.
     """
     tied = is_head_tied(model)
     _fill_quantized(model, tensors, specs, facts)
     if tied and (head := head_name(model)) in specs and f"{embedding_name(model)}.weight" not in tensors.names():
-        model.set_submodule(embedding_name(model), QuantEmbedding(model.get_submodule(head)))
+        model.set_submodule(embedding_name(model), QuantEmbedding(cast(QuantLinear, model.get_submodule(head))))
     _fill_float(model, tensors)
     if left := tensors.names():
         reason = f"{tensors.folder} holds {len(left)} tensors that the model does not have, such as {min(left)}"
         raise CheckpointError(f"{reason}; save the model again")
-    set_tied_in_config(model.config, is_head_tied(model))
+    set_tied_in_config(cast("PreTrainedModel", model).config, is_head_tied(model))
 
 
-def set_tied_in_config(config, tied: bool) -> None:
-    """Let a configuration say whether the head is tied to the input embedding."""
+def set_tied_in_config(config: Any, tied: bool) -> None:
+    """Record in a configuration whether the head is tied to the input embedding."""
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         part.tie_word_embeddings = tied
 
@@ -152,7 +161,7 @@ def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, Quan
         raise CheckpointError(
             f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again"
         )
-    made: dict[int, tuple[nn.Linear, QuantLinear]] = {}  # by the weight that the empty model shares between its layers
+    made: dict[int, tuple[nn.Linear, QuantLinear]] = {}  # by weight, which layers of the empty model may share
     for name, spec in specs.items():
         layer = layers[name]
         first, shape = made.get(id(layer.weight)), (layer.out_features, layer.in_features)
@@ -185,7 +194,7 @@ def _part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str
 
 
 def _same_weight(first: nn.Linear, module: QuantLinear, layer: nn.Linear, tensors: Tensors, name: str) -> QuantLinear:
-    """The module of another layer that has the same weight; with a bias of its own a second one that shares the weight."""
+    """Return the module of another layer with the same weight, or one that shares its weight if the biases differ."""
     if layer.bias is first.bias:
         return module
     bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
@@ -207,7 +216,7 @@ def _fill_float(model: nn.Module, tensors: Tensors) -> None:
 
 
 def tied_places(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Name, module and attribute of each float parameter and persistent buffer; those of one tensor together."""
+    """Return name, module and attribute of each float parameter and persistent buffer, grouped by tensor."""
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
@@ -222,14 +231,15 @@ def tied_places(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]
 def initialise_buffers(model: nn.Module, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies ...), as transformers does for its own checkpoints.
 
-    The initialiser of the module that owns a buffer does it, or else that of a module around it. To see whether one has
-    written a buffer, it runs twice, on different content.
+    The initialiser of the module that owns a buffer does it, or else that of a module around it. It runs twice, on
+    different content, to detect whether it has written a buffer.
 
     Raises:
         CheckpointError: no initialiser writes a buffer.
     """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = True  # transformers' initialisers leave these alone
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        tensor._is_hf_initialized = True  # so that transformers' initialisers leave it alone
     waiting = {
         f"{prefix}.{leaf}".lstrip("."): getattr(module, leaf)
         for prefix, module in model.named_modules()
@@ -249,19 +259,23 @@ def initialise_buffers(model: nn.Module, device: torch.device) -> None:
                     _initialiser(model, owner)(model.get_submodule(owner))
                 except Exception as error:  # a configuration may hold anything
                     reason = str(error).strip().split("\n")[0] or type(error).__name__
-                    message = f"transformers cannot compute the buffers of {owner or 'the model'} ({reason}); save the model again"
-                    raise CheckpointError(message) from error
+                    raise CheckpointError(
+                        f"transformers cannot compute the buffers of {owner or 'the model'} ({reason}); "
+                        "save the model again"
+                    ) from error
             results.append({name: model.get_buffer(name) for name in waiting})
         waiting = {name: like for name, like in waiting.items() if not torch.equal(results[0][name], results[1][name])}
         if lost := [name for name in waiting if not level[name]]:
             prefix, _, leaf = lost[0].rpartition(".")
-            message = f"transformers does not compute the buffer {leaf} of {prefix or 'the model'}; this model cannot be loaded"
-            raise CheckpointError(message)
+            raise CheckpointError(
+                f"transformers does not compute the buffer {leaf} of {prefix or 'the model'}; "
+                "this model cannot be loaded"
+            )
         level = {name: level[name].rpartition(".")[0] for name in waiting}
 
 
 def _initialiser(model: nn.Module, name: str) -> Callable[[nn.Module], None]:
-    """That of the nearest transformers model around a module, since a model may hold another with an initialiser of its own."""
+    """Return the initialiser of the nearest transformers model around a module: a model may contain another one."""
     while name and not hasattr(model.get_submodule(name), "_init_weights"):
         name = name.rpartition(".")[0]
-    return model.get_submodule(name)._init_weights
+    return cast("PreTrainedModel", model.get_submodule(name))._init_weights

@@ -1,9 +1,10 @@
-"""What transformers has to know of a model that holds quantized layers: what is still tied, and what save_pretrained may write."""
+"""Attributes that tell transformers about quantized layers: the remaining ties, and how to save the model."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -13,29 +14,30 @@ from klfast.nn import QuantEmbedding, QuantLinear
 
 
 def set_own(owner: object, name: str, value: object) -> None:
-    """Set an attribute of the instance; None takes it away."""
+    """Set an attribute of the instance; None removes it."""
     vars(owner).pop(name, None)
     if value is not None:
         setattr(owner, name, value)
 
 
 def tell_transformers(model: nn.Module) -> None:
-    """Say in a model that holds quantized layers, however it came by them, what its tie_weights and save_pretrained have to know."""
+    """Set the attributes of a model with quantized layers that its tie_weights and save_pretrained read."""
     quantized = {module for module in model.modules() if isinstance(module, (QuantLinear, QuantEmbedding))}
     for owner, name, value in [*ties_left(model, quantized), *description(model)]:
         set_own(owner, name, value)
 
 
 def ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Module, str, dict[str, str]]]:
-    """What the models in ``model`` have to tie without those modules: (owner, attribute, its new value) of each that changes."""
-    found = []
-    for part in model.modules():
+    """Return the changed ties of the models in ``model`` without those modules: (owner, attribute, its new value)."""
+    found: list[tuple[nn.Module, str, dict[str, str]]] = []
+    parts: Iterable[Any] = model.modules()
+    for part in parts:
         if not getattr(part, "_tied_weights_keys", None) or not hasattr(part, "get_expanded_tied_weights_keys"):
             continue
         names = {name for name, module in part.named_modules(remove_duplicate=False) if module in quantized}
         try:
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
-        except ValueError:  # a pattern that finds nothing any more
+        except ValueError:  # a pattern that no longer matches anything
             ties = dict(part._tied_weights_keys)
         left = {
             target: source
@@ -51,7 +53,10 @@ def ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Modu
 
 
 def description(model: nn.Module) -> list[tuple[object, str, object]]:
-    """What makes transformers' save_pretrained write a folder that can be loaded, or refuse: (owner, attribute, value) each."""
+    """Return attributes that make transformers' save_pretrained write a loadable folder, or raise.
+
+    Each is (owner, attribute, value).
+    """
     if (config := getattr(model, "config", None)) is None:
         return []
     try:
@@ -65,8 +70,9 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
     ]
 
 
-def _refuse_saving(model: nn.Module, *args, **kwargs) -> None:
+def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
     raise InvalidInputError(
-        f"transformers could not load what save_pretrained would write of this quantized {type(model).__name__} (its head is tied to the "
-        "embedding, or its groups do not divide a row); use klfast.save_quantized(model, folder)"
+        f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
+        "write (its head is tied to the embedding, or its groups do not divide a row); "
+        "use klfast.save_quantized(model, folder)"
     )

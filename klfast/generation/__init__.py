@@ -1,1 +1,1 @@
-"""Generating text: the loop, cache and positions, settings, draws, ends."""
+"""Text generation: the loop, cache and positions, settings, sampling, stopping."""

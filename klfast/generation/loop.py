@@ -1,9 +1,10 @@
-"""Generating text: one prefill, then one token at a time on the model's cache."""
+"""Text generation: one prefill, then one token at a time on the model's cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,11 @@ from klfast.generation.stepper import Stepper
 from klfast.generation.stopping import Stopping
 from klfast.generation.token_buffer import TokenBuffer
 from klfast.models.calling import check_ids, evaluation_mode
+from klfast.models.vocabulary import vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 
 @torch.inference_mode()
@@ -34,51 +40,53 @@ def generate(
     num_return_sequences: int = 1,
     eos_token_id: int | Iterable[int] | None = None,
     stop_strings: str | Iterable[str] | None = None,
-    tokenizer: object | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
     callback: Callable[[torch.Tensor], bool | None] | None = None,
-    streamer: object | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> torch.Tensor:
     """Continue token sequences.
 
-    Without sampling the result is that of ``model.generate(ids, do_sample=False)``, without its overhead per token. Names
-    and meanings are those of transformers' GenerationConfig; where an argument is None, ``model.generation_config`` counts.
+    Without sampling the result equals ``model.generate(ids, do_sample=False)``, without its overhead per token. Names
+    and meanings follow transformers' GenerationConfig; where an argument is None, ``model.generation_config`` applies.
 
     Args:
         model: a causal language model (transformers) with a cache: the SSM families, Llama-like ones, hybrids.
         ids: int64 [B, T] prompts, on the model's device.
-        max_new_tokens: tokens to add at most.
+        max_new_tokens: most tokens to add.
         attention_mask: int or bool [B, T], 0 for padding, which must be on the left; None if there is none.
-        do_sample: True draws tokens, False takes the likeliest; None draws if ``temperature`` is above 0.
-        temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
-        top_k: draw among so many of the likeliest tokens.
-        top_p: draw among the fewest likeliest tokens whose probability reaches this.
-        min_p: draw among tokens at least this fraction as likely as the likeliest.
+        do_sample: True samples tokens, False takes the most likely; None samples if ``temperature`` is above 0.
+        temperature: 0 takes the most likely token; above, logits are divided by it and a token is sampled.
+        top_k: sample from this many of the most likely tokens.
+        top_p: sample from the smallest set of most likely tokens whose probability reaches this.
+        min_p: sample from tokens at least this fraction as likely as the most likely one.
         repetition_penalty: above 1, tokens of the prompt and the text so far become less likely; 1 changes nothing.
-        num_return_sequences: texts to draw for each prompt.
-        eos_token_id: a row is done when it makes this token (one of these); an empty list never stops early.
-        stop_strings: a row is done when its text holds one of these; it ends with the token that completes it.
-        tokenizer: the model's tokenizer, which ``stop_strings`` need.
-        pad_token_id: fills rows that are done; the first end token if neither it nor the model names one.
-        generator: source of the draws, on the model's device; torch's own by default.
-        callback: called with each step's new tokens, int64 [B]; if it returns True, generation ends after them, and
-            with False or None it goes on.
+        num_return_sequences: texts to sample for each prompt.
+        eos_token_id: a row is done when it produces this token (or one of these); an empty list never stops early.
+        stop_strings: a row is done when its text contains one of these; it ends with the token that completes it.
+        tokenizer: the model's tokenizer, which ``stop_strings`` require.
+        pad_token_id: fills rows that are done; the first end token if neither it nor the model defines one.
+        generator: source of randomness, on the model's device; torch's own by default.
+        callback: called with each step's new tokens, int64 [B]; generation ends after them if it returns True, and
+            continues if it returns False or None.
         streamer: transformers' BaseStreamer: ``put`` gets the prompts, then each step's tokens, on the CPU; ``end`` is
-            called at the end, after an error too.
+            called at the end, even after an error.
 
     Returns:
-        int64 [B * num_return_sequences, T + new tokens]: the prompts and what follows, the texts of a prompt one after the
-        other. Fewer than ``max_new_tokens`` are new only if every row is done or ``callback`` ended it.
+        int64 [B * num_return_sequences, T + new tokens]: the prompts with their continuations, the texts of one prompt
+        in consecutive rows. There are fewer than ``max_new_tokens`` new tokens only if every row is done or
+        ``callback`` ended generation.
 
     Raises:
         InvalidInputError: an argument out of range, ids beyond the vocabulary, padding on the right, a NaN logit.
     """
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+    get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
+    if get_head is None or get_head() is None:
         raise InvalidInputError(
             f"{type(model).__name__} has no output embeddings; klfast needs a causal language model"
         )
-    check_ids(ids, model.get_input_embeddings().num_embeddings, minimum=1)
+    check_ids(ids, vocabulary_size(model), minimum=1)
     settings = settle(
         model,
         ids.shape[1],
@@ -97,7 +105,7 @@ def generate(
     if (copies := integer("num_return_sequences", num_return_sequences, 1)) > 1:
         if settings.sampling is None:
             raise InvalidInputError(
-                "num_return_sequences above 1 needs draws, or all would be the same; give a temperature above 0"
+                "num_return_sequences above 1 needs sampling, or all would be the same; give a temperature above 0"
             )
         ids = ids.repeat_interleave(copies, 0)
         mask = None if mask is None else mask.repeat_interleave(copies, 0)
@@ -111,7 +119,7 @@ def generate(
     choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
     with _streaming(streamer, ids), evaluation_mode(model):
         made = _continue(Stepper(model, mask), ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)
-    with torch.inference_mode(False):  # else the caller could not write to the result
+    with torch.inference_mode(False):  # so that the caller can write to the result
         return torch.cat([ids, made], dim=1)
 
 
@@ -123,10 +131,10 @@ def _continue(
     choose: Chooser,
     stopping: Stopping,
     callback: Callable[[torch.Tensor], bool | None] | None,
-    streamer: object | None,
+    streamer: BaseStreamer | None,
 ) -> torch.Tensor:
-    """The new tokens, int64 [B, N]."""
-    # Padding does not count as text: the last token stands in its place.
+    """Return the new tokens, int64 [B, N]."""
+    # Padding does not count as text: the last token replaces it.
     text = TokenBuffer(ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:]))
     fed, length = ids, ids.shape[1]
     for _ in range(most):
@@ -147,8 +155,8 @@ def _is_true(answer: object) -> bool:
 
 
 @contextmanager
-def _streaming(streamer: object | None, ids: torch.Tensor):
-    """The streamer gets the prompts first, and in any case an end."""
+def _streaming(streamer: BaseStreamer | None, ids: torch.Tensor) -> Iterator[None]:
+    """Give the streamer the prompts first, and always end it."""
     if streamer is None:
         yield
         return
@@ -160,7 +168,7 @@ def _streaming(streamer: object | None, ids: torch.Tensor):
 
 
 def _checked_mask(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The mask as int64 zeros and ones."""
+    """Return the mask as int64 zeros and ones."""
     if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != tuple(ids.shape):
         found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise InvalidInputError(f"attention_mask must have the shape of ids, {list(ids.shape)}, got {found}")

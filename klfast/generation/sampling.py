@@ -1,4 +1,4 @@
-"""The choice of the next token from the model's logits."""
+"""Choice of the next token from the model's logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from klfast.core.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; what is None has no effect."""
+    """Sampling options; None has no effect."""
 
     temperature: float
     top_k: int | None = None
@@ -24,9 +24,10 @@ class Chooser:
     """Chooses the next token of each row.
 
     Args:
-        sampling: how to draw; None takes the likeliest token.
-        repetition_penalty: what divides the positive logits of tokens that have occurred and multiplies the negative ones; 1 for none.
-        generator: source of the draws; torch's own if None.
+        sampling: options of sampling; None takes the most likely token.
+        repetition_penalty: divides the positive logits of tokens that have occurred and multiplies their negative ones;
+            1 for none.
+        generator: source of randomness; torch's own if None.
     """
 
     def __init__(self, sampling: Sampling | None, repetition_penalty: float, generator: torch.Generator | None) -> None:
@@ -38,7 +39,7 @@ class Chooser:
         self._filters = None if sampling is None else _filters(sampling)
 
     def __call__(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Tokens, int64 [B], from float32 logits [B, V] and the int64 [B, T] tokens before."""
+        """Return tokens, int64 [B], from float32 logits [B, V] and the int64 [B, T] tokens before."""
         token = logits.argmax(-1)  # a NaN counts as the largest
         top = logits.gather(1, token.unsqueeze(1))
         if top.isnan().any():
@@ -51,16 +52,16 @@ class Chooser:
             return token
         if not top.isfinite().all():
             raise InvalidInputError(
-                "the model's logits hold an infinity, from which nothing can be drawn; its weights are damaged"
+                "the model's logits hold an infinity, so no token can be sampled; its weights are damaged"
             )
-        scores = logits - top  # the largest is 0, which no temperature can take out of range
+        scores = logits - top  # so that the largest is 0, which no temperature takes out of range
         for change in self._filters:
             scores = change(seen, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).squeeze(1)
 
 
 def _filters(sampling: Sampling) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """Those of transformers, in its order. Its temperature is not among them: it overflows where the temperature is tiny."""
+    """Return transformers' filters, in its order, but not its temperature, which overflows if it is tiny."""
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     limits = torch.finfo(torch.float32)

@@ -1,10 +1,11 @@
-"""What a call of generate asks for, completed by the model's generation_config."""
+"""Settings of a call of ``generate``, completed by the model's generation_config."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,9 +13,10 @@ from klfast.core.arguments import integer, number
 from klfast.core.errors import InvalidInputError
 from klfast.generation import stopping
 from klfast.generation.sampling import Sampling
+from klfast.models.vocabulary import vocabulary_size
 
-# Of generation_config, and the values that ask for nothing.
-_NOT_FOLLOWED = {
+# Options of generation_config that klfast ignores, with their neutral values.
+_NOT_FOLLOWED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "no_repeat_ngram_size": (0,),
     "min_length": (0,),
@@ -38,7 +40,7 @@ _NOT_FOLLOWED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked settings of one call; ``sampling`` is None for the likeliest tokens."""
+    """Checked settings of one call; without ``sampling`` it takes the most likely tokens."""
 
     max_new_tokens: int
     sampling: Sampling | None
@@ -63,13 +65,17 @@ def settle(
     stop_strings: str | Iterable[str] | None,
     pad_token_id: int | None,
 ) -> Settings:
-    """The settings of a call; ``prompt_tokens`` is the prompts' width. Raises InvalidInputError where one is out of range."""
+    """Return the settings of a call; ``prompt_tokens`` is the prompts' width.
+
+    Raises:
+        InvalidInputError: a setting is out of range.
+    """
     config = getattr(model, "generation_config", None)
 
-    def own(given: object, name: str) -> object:
+    def own(given: object, name: str) -> Any:
         return getattr(config, name, None) if given is None else given
 
-    _warn_of_what_is_left_out(model, config)
+    _warn_about_ignored_options(model, config)
     penalty = own(repetition_penalty, "repetition_penalty")
     ends = own(eos_token_id, "eos_token_id")
     ends = [] if ends is None else stopping.end_tokens(ends)
@@ -96,7 +102,7 @@ def settle(
 
 
 def _sampling(
-    do_sample: bool | None, temperature: float | None, limits: dict[str, float | None], own
+    do_sample: bool | None, temperature: float | None, given: dict[str, float | None], own: Callable[[object, str], Any]
 ) -> Sampling | None:
     if do_sample is not None and not isinstance(do_sample, bool):
         raise InvalidInputError(f"do_sample must be True, False or None, got {do_sample!r}")
@@ -106,41 +112,35 @@ def _sampling(
             raise InvalidInputError(
                 f"temperature {temperature} and do_sample={do_sample} contradict each other; give one of them"
             )
-    given = [name for name, value in limits.items() if value is not None]
+    limits = given
     if do_sample or temperature:
-        limits = {name: own(value, name) for name, value in limits.items()}
-        limits["top_k"] = (
-            None if limits["top_k"] == 0 and "top_k" not in given else limits["top_k"]
-        )  # transformers' word for none
-    found = {
-        "top_k": None if limits["top_k"] is None else integer("top_k", limits["top_k"], 1),
-        "top_p": None
-        if limits["top_p"] is None
-        else number("top_p", limits["top_p"], lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        "min_p": None
-        if limits["min_p"] is None
-        else number("min_p", limits["min_p"], lambda p: 0 <= p <= 1, "between 0 and 1"),
-    }
+        limits = {name: own(value, name) for name, value in given.items()}
+        if limits["top_k"] == 0 and given["top_k"] is None:  # transformers' value for no limit
+            limits["top_k"] = None
+    k, p, least = limits["top_k"], limits["top_p"], limits["min_p"]
+    top_k = None if k is None else integer("top_k", k, 1)
+    top_p = None if p is None else number("top_p", p, lambda p: 0 < p <= 1, "above 0 and at most 1")
+    min_p = None if least is None else number("min_p", least, lambda p: 0 <= p <= 1, "between 0 and 1")
     if do_sample or temperature:
         stored = own(temperature, "temperature")
-        return Sampling(1.0 if stored is None else number("temperature", stored, lambda t: t > 0, "above 0"), **found)
-    if given:
+        sampled_at = 1.0 if stored is None else number("temperature", stored, lambda t: t > 0, "above 0")
+        return Sampling(sampled_at, top_k, top_p, min_p)
+    if unused := [name for name, value in given.items() if value is not None]:
         warnings.warn(
-            f"{', '.join(given)} has no effect on the likeliest tokens; give a temperature above 0 to draw",
-            UserWarning,
-            stacklevel=6,
+            f"{', '.join(unused)} has no effect without sampling; give a temperature above 0", UserWarning, stacklevel=6
         )
     return None
 
 
 def _length(config: object, prompt_tokens: int) -> int:
-    """New tokens by generation_config's max_new_tokens or max_length."""
+    """Return the number of new tokens by generation_config's max_new_tokens or max_length."""
     if (new := getattr(config, "max_new_tokens", None)) is not None:
         return integer("generation_config.max_new_tokens", new, 0)
     whole = getattr(config, "max_length", None)
     if whole is None:
-        raise InvalidInputError("the model's generation_config names no length; give max_new_tokens")
-    if integer("generation_config.max_length", whole, 1) <= prompt_tokens:
+        raise InvalidInputError("the model's generation_config sets no length; give max_new_tokens")
+    whole = integer("generation_config.max_length", whole, 1)
+    if whole <= prompt_tokens:
         raise InvalidInputError(
             f"the prompt's {prompt_tokens} tokens reach generation_config's max_length of {whole}; give max_new_tokens"
         )
@@ -148,21 +148,21 @@ def _length(config: object, prompt_tokens: int) -> int:
 
 
 def _pad(model: nn.Module, given: object) -> int:
-    found, vocabulary = integer("pad_token_id", given, 0), model.get_input_embeddings().num_embeddings
+    found, vocabulary = integer("pad_token_id", given, 0), vocabulary_size(model)
     if found >= vocabulary:
         raise InvalidInputError(f"pad_token_id must lie in 0..{vocabulary - 1}, got {found}")
     return found
 
 
-def _warn_of_what_is_left_out(model: nn.Module, config: object) -> None:
-    left_out = [
+def _warn_about_ignored_options(model: nn.Module, config: object) -> None:
+    ignored = [
         name
         for name, neutral in _NOT_FOLLOWED.items()
         if (value := getattr(config, name, None)) is not None and value not in neutral
     ]
-    if left_out:
+    if ignored:
         warnings.warn(
-            f"generate does not follow {', '.join(left_out)} in the generation_config of {type(model).__name__}",
+            f"generate ignores {', '.join(ignored)} in the generation_config of {type(model).__name__}",
             UserWarning,
             stacklevel=5,
         )

@@ -1,15 +1,19 @@
-"""Feeding a language model token by token, on its cache."""
+"""Steps of a language model on its cache."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.calling import cache_argument, masks_prompt_only, reads_padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Stepper:
@@ -21,21 +25,25 @@ class Stepper:
     """
 
     def __init__(self, model: nn.Module, mask: torch.Tensor | None) -> None:
-        self._model, self._cache, self._positions = model, None, None
+        self._model = model
+        self._cache: object | None = None
+        self._positions: torch.Tensor | None = None
         self._name, self._masks_prompt_only = cache_argument(model), masks_prompt_only(model)
         accepted = inspect.signature(model.forward).parameters
-        self._fixed = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
+        self._fixed: dict[str, object] = {"use_cache": True}
+        if "logits_to_keep" in accepted:
+            self._fixed["logits_to_keep"] = 1
         self._wants_positions = "position_ids" in accepted
         self._mask = None if mask is None or bool(mask.all()) else mask
         if self._mask is not None and reads_padding(model):
             warnings.warn(
-                f"{type(model).__name__} reads padding as text; generate prompts of different lengths one by one",
+                f"{type(model).__name__} reads padding as text; generate from prompts of different lengths one by one",
                 UserWarning,
                 stacklevel=5,
             )
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """The float32 [B, V] logits that follow int64 [B, T] ids, which come after what was fed before."""
+        """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
         options = self._options(ids)
         output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
         cache = getattr(output, self._name, None)
@@ -44,12 +52,14 @@ class Stepper:
             output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
         elif cache is not None:
             self._cache = cache
-        return output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits
+        return logits[:, -1].float()
 
     def _options(self, ids: torch.Tensor) -> dict[str, object]:
         first, options = self._cache is None, dict(self._fixed)
         if self._wants_positions:
-            self._positions = self._first_positions(ids) if first else self._positions[:, -1:] + 1
+            before = self._positions
+            self._positions = self._first_positions(ids) if first or before is None else before[:, -1:] + 1
             options["position_ids"] = self._positions
         if self._mask is not None and (first or not self._masks_prompt_only):
             self._mask = self._mask if first else torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
@@ -57,7 +67,7 @@ class Stepper:
         return options
 
     def _first_positions(self, ids: torch.Tensor) -> torch.Tensor:
-        """0, 1, 2 ... for each row, int64 [B, T]; padding counts as 0."""
+        """Return 0, 1, 2 ... for each row, int64 [B, T]; padding counts as 0."""
         if self._mask is None:
             return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return (self._mask.cumsum(1) - 1).clamp_(min=0)
@@ -69,4 +79,4 @@ class Stepper:
             )
         from transformers import DynamicCache
 
-        return DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        return DynamicCache(config=cast("PreTrainedModel", self._model).config.get_text_config(decoder=True))

@@ -1,63 +1,75 @@
-"""When a row of generated tokens is done."""
+"""Stopping conditions of generation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from klfast.core.arguments import integer
 from klfast.core.errors import InvalidInputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def end_tokens(given: object) -> list[int]:
-    """Token ids of an int, or of an iterable or tensor of ints."""
-    values = (
-        given.flatten().tolist() if isinstance(given, torch.Tensor) else [*given] if _is_iterable(given) else [given]
-    )
-    return [integer("eos_token_id", value, 0) for value in values]
+    """Return the token ids in an int, or in an iterable or tensor of ints."""
+    if isinstance(given, torch.Tensor):
+        given = given.flatten().tolist()
+    return [integer("eos_token_id", value, 0) for value in _listed(given)]
 
 
-def stop_strings(given: str | Iterable[str]) -> list[str]:
-    """The stop strings as a list; an empty string or anything but text raises InvalidInputError."""
-    values = [given] if isinstance(given, str) or not _is_iterable(given) else [*given]
-    for value in values:
+def stop_strings(given: object) -> list[str]:
+    """Return the stop strings as a list; raise InvalidInputError unless each is text and not empty."""
+    strings = []
+    for value in _listed(given):
         if not isinstance(value, str) or not value:
             raise InvalidInputError(f"stop_strings must be texts that are not empty, got {value!r}")
-    return values
+        strings.append(value)
+    return strings
 
 
 class Stopping:
-    """Keeps track of the rows that go on.
+    """Keeps track of the rows that are not done.
 
     Args:
         rows: number of rows.
         ends: tokens that end a row.
         strings: texts that end a row where they are complete, at the end of its last token.
-        tokenizer: that of the model, for ``strings``.
-        pad: what fills rows that are done; may be None for a single row.
-        device: where the tokens are.
+        tokenizer: the model's, for ``strings``.
+        pad: token that fills rows that are done; may be None for a single row.
+        device: the tokens' device.
     """
 
     def __init__(
-        self, rows: int, ends: list[int], strings: list[str], tokenizer: object, pad: int | None, device: torch.device
+        self,
+        rows: int,
+        ends: list[int],
+        strings: list[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        pad: int | None,
+        device: torch.device,
     ) -> None:
         self._ends = torch.tensor(ends, device=device) if ends else None
         self._strings = _criterion(strings, tokenizer) if strings else None
         self._running = torch.ones(rows, dtype=torch.bool, device=device)
-        self._pad, self._stops = pad, bool(ends or strings)
-        self._fills = self._stops and rows > 1
-        if self._fills and pad is None:
-            raise InvalidInputError(
-                "rows may end at different lengths, and the model names no padding token; give pad_token_id"
-            )
+        self._stops = bool(ends or strings)
+        self._filler: int | None = None  # None if no row can be done before the others
+        if self._stops and rows > 1:
+            if pad is None:
+                raise InvalidInputError(
+                    "rows may end at different lengths, and the model has no padding token; give pad_token_id"
+                )
+            self._filler = pad
 
     def fill(self, token: torch.Tensor) -> torch.Tensor:
-        """The tokens, int64 [B], with the padding token in rows that are done."""
-        return torch.where(self._running, token, self._pad) if self._fills else token
+        """Return the tokens, int64 [B], with the padding token in rows that are done."""
+        return token if self._filler is None else torch.where(self._running, token, self._filler)
 
     def update(self, token: torch.Tensor, seen: torch.Tensor) -> bool:
-        """Note the newest tokens, int64 [B], the last of ``seen``, int64 [B, T]; whether all rows are done."""
+        """Note the newest tokens, int64 [B], the last of ``seen``, int64 [B, T]; return True if all rows are done."""
         if self._ends is not None:
             self._running &= token != self._ends if len(self._ends) == 1 else ~torch.isin(token, self._ends)
         if self._strings is not None:
@@ -65,7 +77,10 @@ class Stopping:
         return self._stops and not bool(self._running.any())
 
 
-def _criterion(strings: list[str], tokenizer: object):
+def _criterion(
+    strings: list[str], tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[[torch.Tensor, None], torch.Tensor]:
+    """Return a function of tokens [B, T] that tells, bool [B], in which rows the last one completes a stop string."""
     from transformers import StopStringCriteria
 
     if tokenizer is None:
@@ -74,9 +89,9 @@ def _criterion(strings: list[str], tokenizer: object):
         return StopStringCriteria(tokenizer, strings)
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"{type(tokenizer).__name__} cannot write the stop strings {strings}: {' '.join(str(error).split())}"
+            f"{type(tokenizer).__name__} does not support the stop strings {strings}: {' '.join(str(error).split())}"
         ) from None
 
 
-def _is_iterable(value: object) -> bool:
-    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes))
+def _listed(given: object) -> list[object]:
+    return [*given] if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]

@@ -1,4 +1,4 @@
-"""Tokens of a text that grows."""
+"""Tokens of a growing text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 class TokenBuffer:
     """Tokens of several texts of one length, in one tensor that doubles when it is full.
 
-    A tensor of its own for each step would lie between the caches that grow from step to step: their memory could not be
-    given back, and a long text would cost its length squared.
+    A separate tensor for each step would lie between the caches that grow from step to step: their memory could not be
+    released, and a long text would cost its length squared.
 
     Args:
         tokens: int64 [B, T], the texts so far; copied.
@@ -22,7 +22,7 @@ class TokenBuffer:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """The texts so far, int64 [B, T]: a view, which a later ``append`` leaves as it is."""
+        """Texts so far, int64 [B, T]: a view, which a later ``append`` does not change."""
         return self._memory[:, : self._length]
 
     def append(self, token: torch.Tensor) -> None:

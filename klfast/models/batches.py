@@ -1,4 +1,4 @@
-"""Token ids as callers have them (tensors, lists, a tokenizer's output, a DataLoader) as rows without padding."""
+"""Conversion of token ids (tensors, lists, a tokenizer's output, a DataLoader) to rows without padding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ _AS = "give tensors [B, T] or [T], or dicts with input_ids and attention_mask"
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids, int64 [T] each, without their padding; ``is_ragged`` where it had any, or the rows differ in length."""
+    """Rows of token ids, int64 [T] each, without their padding.
+
+    Attributes:
+        rows: one tensor per row.
+        is_ragged: there was padding, or the rows differ in length.
+    """
 
     rows: list[torch.Tensor]
     is_ragged: bool
 
     def equal_lengths(self, max_tokens: int | None = None) -> list[torch.Tensor]:
-        """All rows as int64 [B, T] without padding: one for each length, or more where ``max_tokens`` bounds them."""
+        """Return all rows as int64 [B, T] without padding: one for each length, or more to respect ``max_tokens``."""
         groups: dict[int, list[torch.Tensor]] = {}
         for row in self.rows:
             groups.setdefault(len(row), []).append(row)
@@ -35,22 +40,22 @@ class Batch:
 
 
 def is_single(batches: object) -> bool:
-    """Whether all rows come in one piece, rather than as an iterable of batches."""
+    """Return True for one batch with all rows, False for an iterable of batches."""
     return isinstance(batches, (torch.Tensor, np.ndarray, Mapping))
 
 
 def read(batches: Batches, vocabulary: int) -> list[Batch]:
-    """All batches, checked. No model sees a pad: rows are cut to their text, and those of one length are run together.
+    """Return all batches, checked and without padding: rows are cut to their text, and equal lengths run together.
 
-    That is exact for every model, whereas a mask is not: state-space layers, for instance, would take up the pads. A
-    padded row with fewer than two tokens of text predicts nothing and is passed over.
+    That is exact for every model, unlike a mask: state-space layers, for example, would read the pads. A padded row
+    with fewer than two tokens of text predicts nothing and is ignored.
 
     Args:
         batches: int64 ids [N, T], or an iterable of batches: int64 [B, T] or [T] (one row); dicts, such as a tokenizer
             or a DataLoader makes, with input_ids and, for padded rows, an attention_mask of zeros and ones, padding on
-            either side (other entries are passed over). NumPy arrays of integers and lists of lists of integers, also
-            of different lengths, are converted.
-        vocabulary: ids must lie below it; what a pad holds makes no difference.
+            either side (other entries are ignored). NumPy arrays of integers and lists of lists of integers, which may
+            differ in length, are converted.
+        vocabulary: ids must lie below it, except those of pads.
 
     Raises:
         InvalidInputError: no row at all, another type, dtype or shape, a row of fewer than 2 tokens, an id that the
@@ -63,7 +68,7 @@ def read(batches: Batches, vocabulary: int) -> list[Batch]:
     ]
     if not any(batch.rows for batch in found):
         what = (
-            "no row has two tokens beside its padding"
+            "no row has two tokens besides its padding"
             if any(batch.is_ragged for batch in found)
             else "batches is empty"
         )
@@ -100,7 +105,7 @@ def _batch(batch: object, number: int, vocabulary: int) -> Batch:
 
 
 def _rows(ids: object, number: int) -> list[torch.Tensor]:
-    """Rows of int64 ids; InvalidInputError if they are anything else."""
+    """Return rows of int64 ids; raise InvalidInputError for anything else."""
     if isinstance(ids, (list, tuple)) and len(ids) == 1 and getattr(ids[0], "ndim", 0) == 2:
         ids = ids[0]  # a DataLoader of a TensorDataset
     rows = _split(ids)
@@ -114,9 +119,10 @@ def _rows(ids: object, number: int) -> list[torch.Tensor]:
 def _without_pads(rows: list[torch.Tensor], mask: object, number: int) -> list[torch.Tensor]:
     masks = _split(mask)
     fits = masks is not None and [len(row) for row in masks] == [len(row) for row in rows]
-    if not fits or any(((row != 0) & (row != 1)).any() for row in masks):
+    if masks is None or not fits or any(((row != 0) & (row != 1)).any() for row in masks):
         raise InvalidInputError(
-            f"the attention_mask of batch {number} must hold a zero or a one for each of its token ids, got {_described(mask)}"
+            f"the attention_mask of batch {number} must hold a zero or a one for each of its token ids, "
+            f"got {_described(mask)}"
         )
     found = []
     for row, real in zip(rows, masks, strict=True):
@@ -131,7 +137,7 @@ def _without_pads(rows: list[torch.Tensor], mask: object, number: int) -> list[t
 
 
 def _split(values: object) -> list[torch.Tensor] | None:
-    """Rows of a matrix, or the one row of a vector, as tensors; None if they are neither."""
+    """Return the rows of a matrix, or a vector as one row, as tensors; None for anything else."""
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "biuf":
             return None
@@ -145,8 +151,13 @@ def _split(values: object) -> list[torch.Tensor] | None:
             return [torch.tensor(values)]
         except (RuntimeError, ValueError, OverflowError):  # beyond 64 bits
             return None
-    rows = [_split(value) if getattr(value, "ndim", 1) == 1 else None for value in values]
-    return None if any(row is None or len(row) != 1 for row in rows) else [row[0] for row in rows]
+    rows = []
+    for value in values:
+        row = _split(value) if getattr(value, "ndim", 1) == 1 else None
+        if row is None or len(row) != 1:
+            return None
+        rows.append(row[0])
+    return rows
 
 
 def _described(values: object) -> str:

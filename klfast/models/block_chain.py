@@ -1,9 +1,9 @@
-"""A causal language model seen as a chain: embedding, blocks in a row, final norm, head.
+"""A causal language model as a chain: embedding, consecutive blocks, final norm, head.
 
-The model's own forward stays in charge of all that lies outside the blocks (embedding, masks, rotary tables, final
-norm): it runs with its blocks bypassed, to learn what the first block would get, what else the model hands to each
-block, and what it makes of the last one's output. The record of the model's family (klfast.models.families) says where the
-blocks are, and what crosses from one to the next beside the hidden states.
+The model's own forward does everything outside the blocks (embedding, masks, rotary tables, final norm): it runs with
+its blocks bypassed, which shows the input of the first block, the other arguments of each block, and the result for the
+last block's output. The record of the model's family (klfast.models.families) tells where the blocks are, and which
+tensors cross from one to the next beside the hidden states.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,17 +22,20 @@ from klfast.models.families import family_of
 from klfast.models.head import Head, close, find_head, linear_head
 from klfast.models.linears import refuse_moving_weights
 
+# Takes the index of a block and its hidden states, other positional and keyword arguments; returns hidden states.
+_StandIn = Callable[[int, torch.Tensor, tuple[object, ...], dict[str, object]], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Carry:
-    """What crosses a block boundary: the hidden states [B, T, H], and in some families more (batch first)."""
+    """Tensors that cross a block boundary: the hidden states [B, T, H], and in some families others (batch first)."""
 
     hidden: torch.Tensor
     extra: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
     def stack(carries: Sequence[Carry]) -> Carry:
-        """Several carries as one larger batch."""
+        """Join several carries into one larger batch."""
         extra = zip(*(carry.extra for carry in carries), strict=True)
         return Carry(torch.cat([carry.hidden for carry in carries]), tuple(torch.cat(parts) for parts in extra))
 
@@ -42,17 +46,17 @@ class Passage:
 
     Attributes:
         input_ids: int64 [B, T].
-        entry: what enters the first block.
+        entry: input of the first block.
         calls: for each block, the other arguments that the model gives it (masks, rotary tables ...).
     """
 
     input_ids: torch.Tensor
     entry: Carry
-    calls: tuple[tuple[tuple, dict[str, object]], ...]
+    calls: tuple[tuple[tuple[object, ...], dict[str, object]], ...]
 
 
 class Chain:
-    """``head(run(enter(ids)))`` is ``model(ids).logits``, in steps that can be taken one by one.
+    """``model(ids).logits`` as ``head(run(enter(ids)))``, in steps that can be taken one by one.
 
     Attributes:
         model: the causal language model (transformers); left as it is.
@@ -60,8 +64,8 @@ class Chain:
         head: its output head, from the final hidden states to the logits.
 
     Raises:
-        InvalidInputError: the blocks do not form a chain (the steps do not add up to the model), the logits are not what
-            the head is known to make of the final hidden states, or the forward changes the model's weights.
+        InvalidInputError: the blocks do not form a chain (the steps do not reproduce the model), the head makes logits
+            in an unknown way, or the forward changes the model's weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +81,7 @@ class Chain:
         self.head = self._verify()
 
     def block_of(self, module_name: str) -> int | None:
-        """Index of the block that holds a module of the model; None if none does."""
+        """Return the index of the block that contains a module of the model; None if there is none."""
         parts = module_name.split(".")
         parents = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
         places = {id(block): i for i, block in enumerate(self.blocks)}
@@ -92,10 +96,11 @@ class Chain:
 
     @torch.no_grad()
     def enter(self, input_ids: torch.Tensor) -> Passage:
-        """Embed int64 [B, T] ids, and learn what the blocks get beside the hidden states."""
-        hidden, calls = [], []
+        """Embed int64 [B, T] ids, and record the blocks' other arguments."""
+        hidden: list[torch.Tensor] = []
+        calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
-        def note(index, state, args, kwargs):
+        def note(index: int, state: torch.Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> torch.Tensor:
             hidden.append(state)
             calls.append((args, kwargs))
             return state
@@ -107,7 +112,7 @@ class Chain:
 
     @torch.no_grad()
     def step(self, index: int, carry: Carry, passage: Passage) -> Carry:
-        """Block ``index`` of the carry that enters it. ``passage`` is that of a batch of the same size."""
+        """Run block ``index`` on its input. ``passage`` belongs to a batch of the same size."""
         args, kwargs = passage.calls[index]
         block, name = self.blocks[index], self._carry_argument
         if name is None:
@@ -117,7 +122,7 @@ class Chain:
 
     @torch.no_grad()
     def finish(self, carry: Carry, passage: Passage) -> torch.Tensor:
-        """What enters the head, [B, T, H], from the carry that leaves the last block."""
+        """Return the head's input, [B, T, H], from the last block's output."""
         last = len(self.blocks) - 1
         output = self._forward_around(
             passage.input_ids, lambda index, state, args, kwargs: carry.hidden if index == last else state
@@ -125,16 +130,16 @@ class Chain:
         return output[0]
 
     def run(self, carry: Carry, passage: Passage, start: int = 0) -> torch.Tensor:
-        """What enters the head, [B, T, H], from the carry that enters block ``start``."""
+        """Return the head's input, [B, T, H], from the input of block ``start``."""
         for index in range(start, len(self.blocks)):
             carry = self.step(index, carry, passage)
         return self.finish(carry, passage)
 
-    def _forward_around(self, input_ids: torch.Tensor, stand_in: Callable) -> Sequence[torch.Tensor]:
-        """The base model's forward with ``stand_in(index, hidden, args, kwargs) -> hidden`` in place of each block."""
+    def _forward_around(self, input_ids: torch.Tensor, stand_in: _StandIn) -> Sequence[torch.Tensor]:
+        """Run the base model's forward with ``stand_in(index, hidden, args, kwargs) -> hidden`` for each block."""
 
-        def substitute(index: int) -> Callable:
-            def forward(*args, **kwargs):
+        def substitute(index: int) -> Callable[..., object]:
+            def forward(*args: Any, **kwargs: Any) -> object:
                 if args:
                     state, args = args[0], args[1:]
                 elif "hidden_states" in kwargs:
@@ -148,16 +153,17 @@ class Chain:
             return forward
 
         with _replaced_forwards(self.blocks, substitute):
-            return self._base(input_ids=input_ids, use_cache=False)
+            output: Sequence[torch.Tensor] = self._base(input_ids=input_ids, use_cache=False)
+            return output
 
     @torch.no_grad()
     def _verify(self) -> Head:
-        """Compare the chain with the model on a few tokens; returns the head, compared as well."""
+        """Compare the chain with the model on a few tokens; return the head, which was compared as well."""
         projection = linear_head(self.model)
         ids = (torch.arange(14, device=projection.weight.device).view(2, 7) * 37 + 1) % projection.out_features
 
-        def learn(index):
-            def hook(module, args, output):
+        def learn(index: int) -> Callable[[nn.Module, object, object], None]:
+            def hook(module: nn.Module, args: object, output: object) -> None:
                 self._tuples[index] = len(output) if isinstance(output, tuple) else 0
 
             return hook
@@ -186,14 +192,15 @@ class Chain:
 
 
 def _find_blocks(base: nn.Module, name: str, path: str | None) -> list[nn.Module]:
-    """The entries of the ModuleList at ``path``; without one of the ModuleList that holds the most parameters."""
+    """Return the entries of the ModuleList at ``path``, or of the one with the most parameters if ``path`` is None."""
     modules = base.modules() if path is None else [base.get_submodule(path)]
     lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise InvalidInputError(
             f"{name}'s blocks do not form a chain (it has no list of blocks); klfast cannot sweep it"
         )
-    blocks = list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+    largest: nn.ModuleList = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    blocks = list(largest)
     if len(set(map(id, blocks))) < len(blocks):
         raise InvalidInputError(
             f"{name}'s blocks do not form a chain (one block is used several times); klfast cannot sweep it"
@@ -202,8 +209,10 @@ def _find_blocks(base: nn.Module, name: str, path: str | None) -> list[nn.Module
 
 
 @contextmanager
-def _replaced_forwards(blocks: Sequence[nn.Module], substitute: Callable[[int], Callable]) -> Iterator[None]:
-    """Give each block another ``forward`` for a while."""
+def _replaced_forwards(
+    blocks: Sequence[nn.Module], substitute: Callable[[int], Callable[..., object]]
+) -> Iterator[None]:
+    """Temporarily give each block another ``forward``."""
     before = [vars(block).get("forward") for block in blocks]  # other libraries (accelerate) set it, too
     try:
         for index, block in enumerate(blocks):
@@ -217,5 +226,5 @@ def _replaced_forwards(blocks: Sequence[nn.Module], substitute: Callable[[int], 
                 block.forward = forward
 
 
-def _hidden_of(output: torch.Tensor | tuple) -> torch.Tensor:
+def _hidden_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output

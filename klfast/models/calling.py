@@ -1,4 +1,4 @@
-"""Running a causal language model of transformers, whatever its family."""
+"""Calls of a transformers causal language model of any family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from klfast.models.families import family_of
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards each of its modules in the mode it was in."""
+    """Put the model in evaluation mode, and afterwards restore each module's own mode."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -40,25 +40,26 @@ def check_ids(ids: object, vocabulary: int, minimum: int) -> None:
 
 
 def last_hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """What leaves the final norm, [B, T, H], for int64 [B, T]."""
-    return getattr(model, "base_model", model)(input_ids=ids, use_cache=False)[0]
+    """Return the output of the final norm, [B, T, H], for int64 [B, T]."""
+    hidden: torch.Tensor = getattr(model, "base_model", model)(input_ids=ids, use_cache=False)[0]
+    return hidden
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Name of the forward's cache: "past_key_values", "cache_params" in the pure SSM families, "state" in RWKV."""
+    """Return the name of the forward's cache: "past_key_values", "cache_params" (pure SSM families), "state" (RWKV)."""
     accepted = inspect.signature(model.forward).parameters
     for name in (family_of(model).cache.argument, "past_key_values", "cache_params", "state"):
-        if name in accepted:
+        if name is not None and name in accepted:
             return name
     raise InvalidInputError(f"{type(model).__name__} takes no cache (past_key_values, cache_params or state)")
 
 
 def masks_prompt_only(model: nn.Module) -> bool:
-    """Whether the model takes a mask for the prompt alone, and none for the tokens after it."""
+    """Return True if the model takes a mask for the prompt only, and none for the tokens after it."""
     known = family_of(model).cache.masks_prompt_only
     return cache_argument(model) == "cache_params" if known is None else known
 
 
 def reads_padding(model: nn.Module) -> bool:
-    """Whether the model takes no heed of a mask, so that padding changes what it writes."""
+    """Return True if the model ignores a mask, so that padding changes its results."""
     return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""What tells one model from another: the structure and norms of its linear layers."""
+"""Fingerprint that identifies a model: the structure and norms of its linear layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from klfast.models.linears import linears
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What sensitivities and plans remember of their model (made by klfast.models.fingerprint.fingerprint).
+    """Identity of the model that sensitivities or a plan belong to (made by klfast.models.fingerprint.fingerprint).
 
     Attributes:
         structure: SHA-256 of the names and shapes of all linear layers.
@@ -27,9 +27,9 @@ class Fingerprint:
     norms: tuple[float, ...]
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both can be of one model: the same structure, and norms that are equal to 1 %.
+        """Return True if both can belong to one model: the same structure, and norms that are equal to 1 %.
 
-        ``==`` is stricter than that: the norms of one model differ a little from one device or dtype to another.
+        ``==`` is stricter: the norms of one model differ a little between devices and dtypes.
         """
         if self.structure != other.structure or len(self.norms) != len(other.norms):
             return False
@@ -37,7 +37,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """What identifies ``model`` to sensitivities and plans."""
+    """Return the fingerprint of ``model``."""
     layers = linears(model)
     shapes = [(name, module.out_features, module.in_features) for name, module in layers.items()]
     structure = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()

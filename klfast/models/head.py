@@ -1,14 +1,15 @@
 """The output head of a causal language model: from hidden states to logits, and the divergence of two heads' logits.
 
-Most models multiply by a matrix and are done. Some scale the product (Granite, Falcon-H1, Cohere), some cap it with a
-tanh (Gemma 2, RecurrentGemma), some add a bias (Phi). What a family's record or the configuration says of it is
-compared with the model's own logits before it is believed.
+Most models only multiply by a matrix. Some scale the product (Granite, Falcon-H1, Cohere), some cap it with a tanh
+(Gemma 2, RecurrentGemma), some add a bias (Phi). The rule that a family's record or the configuration suggests is
+compared with the model's own logits before it is used.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.models.calling import last_hidden
 from klfast.models.families import family_of, text_config
 from klfast.models.families.base import LogitRule
+from klfast.models.vocabulary import input_embedding
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.ops.divergence import Divergence
 from klfast.quant.tensor import QuantizedTensor
@@ -29,13 +31,13 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 _PLAIN = LogitRule()
-_MOST_LOGITS = 2**25  # made at once where logits have to be whole: 128 MiB for each of the two models
-_WIDENED_ROWS = 8192  # of a 16-bit matrix that are in float32 at a time
+_MOST_LOGITS = 2**25  # made at once where full logits are needed: 128 MiB for each of the two models
+_WIDENED_ROWS = 8192  # rows of a 16-bit matrix that are in float32 at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A head's numbers: ``softcap * tanh(y / softcap)`` or ``y``, for y = scale * (h W^T + bias).
+    """A head's tensors and rule: ``softcap * tanh(y / softcap)`` or ``y``, for y = scale * (h W^T + bias).
 
     Attributes:
         weight: float [V, H], or a QuantizedTensor of that shape.
@@ -49,11 +51,11 @@ class Readout:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the logits are a product with the weight, but for a factor."""
+        """True if the logits are a product with the weight, up to a factor."""
         return self.bias is None and self.rule.softcap is None
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., H] with the scale in them; in float32 where a smaller dtype would round them."""
+        """Return hidden states [..., H] times the scale, in float32 if a smaller dtype would round them."""
         if self.rule.scale == 1:
             return hidden
         is_power_of_two = abs(math.frexp(self.rule.scale)[0]) == 0.5
@@ -61,7 +63,7 @@ class Readout:
         return (hidden if is_exact else hidden.float()) * self.rule.scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, V] for hidden states [N, H], computed in float32."""
+        """Return the logits, float32 [N, V], of hidden states [N, H], computed in float32."""
         hidden = hidden.float()
         if isinstance(self.weight, QuantizedTensor):
             found = ops.dequant_matmul(hidden, self.weight)
@@ -79,38 +81,38 @@ class Readout:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The output projection of a model, and what the model does to its product.
+    """The output projection of a model, and the rule that the model applies to its product.
 
     Attributes:
-        module: an nn.Linear or a QuantLinear.
+        module: an nn.Linear, perhaps a QuantLinear.
         rule: scale and cap.
     """
 
-    module: nn.Module
+    module: nn.Linear
     rule: LogitRule = _PLAIN
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's logits [..., V] of hidden states [..., H]."""
+        """Return the model's logits [..., V] of hidden states [..., H]."""
         return _ruled(self.module(hidden.to(self.dtype)), self.rule)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight."""
+        """Dtype of the weight."""
         return self.module.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weight."""
+        """Device of the weight."""
         return self.module.weight.device
 
     def readout(self) -> Readout:
-        """Its numbers as they are now; another weight given to the module later does not change them."""
+        """Return its current tensors and rule; giving the module another weight later does not change them."""
         weight = self.module.quantized if isinstance(self.module, QuantLinear) else self.module.weight.detach()
         bias = None if self.module.bias is None else self.module.bias.detach()
         return Readout(weight, bias, self.rule)
 
     def inputs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the weight is multiplied with, for hidden states: the rounding of int8 activations included."""
+        """Return the weight's operand for hidden states, with the rounding of int8 activations."""
         hidden = hidden.to(self.dtype)
         if isinstance(self.module, QuantLinear) and self.module.activation == "int8":
             hidden = reference.fake_quantize_rows(hidden.float(), self.module.spec)
@@ -135,8 +137,8 @@ def divergence(
 ) -> Divergence:
     """Compare two models' next-token distributions, as ``klfast.linear_divergence`` does, whatever their heads do.
 
-    A scale goes into the hidden states, in float32, so logits are never whole. Caps and biases need whole logits; these
-    are made for a few tokens at a time.
+    A scale goes into the hidden states, in float32, so full logits are never made. Caps and biases need full logits,
+    which are made for a few tokens at a time.
 
     Args:
         teacher_hidden: float32, bfloat16 or float16 [..., H], the input of the teacher's head.
@@ -180,40 +182,47 @@ def _from_logits(
 
 def _joined(parts: list[Divergence]) -> Divergence:
     columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Divergence)}
-    return Divergence(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+    joined: dict[str, Any] = {
+        name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+    }
+    return Divergence(**joined)
 
 
 # Finding it -------------------------------------------------------------------------------------------------------
 
 
-def linear_head(model: nn.Module) -> nn.Module:
-    """The output projection, a linear layer.
+class _Causal(Protocol):
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+def linear_head(model: nn.Module) -> nn.Linear:
+    """Return the output projection, a linear layer.
 
     Raises:
         InvalidInputError: the model has none.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, (nn.Linear, QuantLinear)):
+    head = cast(_Causal, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
         raise InvalidInputError(
-            f"{type(model).__name__} has no linear head; klfast takes causal language models that have one"
+            f"{type(model).__name__} has no linear head; klfast takes only causal language models that have one"
         )
     return head
 
 
 @torch.no_grad()
 def find_head(model: nn.Module, ids: torch.Tensor) -> tuple[Head, torch.Tensor]:
-    """The head, compared with the model on a few tokens, and the logits of these, which may hold a NaN.
+    """Return the head, compared with the model on a few tokens, and their logits, which may contain NaN.
 
     Args:
         model: a causal language model.
         ids: int64 [B, T].
 
     Raises:
-        InvalidInputError: the model has no linear head, or does more to its logits than klfast knows of.
+        InvalidInputError: the model has no linear head, or changes its logits in a way that klfast does not know.
     """
     module = linear_head(model)
     ids = ids.to(module.weight.device)
-    found = model(input_ids=ids, use_cache=False).logits
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     product = module(last_hidden(model, ids).to(module.weight.dtype))
     best: tuple[float, LogitRule] | None = None
     for rule in _suggested(model):
@@ -223,14 +232,14 @@ def find_head(model: nn.Module, ids: torch.Tensor) -> tuple[Head, torch.Tensor]:
                 best = _distance(expected, found), rule
     if best is None:
         raise InvalidInputError(
-            f"{type(model).__name__} does more to its logits than multiply by its head's weight (a scale, a cap), "
-            "which klfast does not know of"
+            f"{type(model).__name__} does more to its logits than multiply by its head's weight, scale and cap; "
+            "klfast does not support this head"
         )
     return Head(module, best[1]), found
 
 
 def _suggested(model: nn.Module) -> list[LogitRule]:
-    """What a model may do to its logits, likeliest first."""
+    """Return the rules that a model may apply to its logits, most likely first."""
     family, config = family_of(model), text_config(model)
     if family.logits is not None:
         return [family.logits(config)]
@@ -248,9 +257,9 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for a little rounding (the operations are the same).
+    """Return True if both are equal up to a little rounding (the operations are the same).
 
-    NaN equals NaN, so that a broken weight is named elsewhere.
+    NaN equals NaN, so that another check can name a broken weight.
     """
     if found.shape != expected.shape:
         return False
@@ -260,8 +269,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def head_name(model: nn.Module) -> str:
-    """Module name of the output projection (lm_head)."""
-    head = model.get_output_embeddings()
+    """Return the module name of the output projection (lm_head)."""
+    head = cast(_Causal, model).get_output_embeddings()
+    name: str
     for name, module in model.named_modules():
         if module is head:
             return name
@@ -269,8 +279,8 @@ def head_name(model: nn.Module) -> str:
 
 
 def is_head_tied(model: nn.Module) -> bool:
-    """Whether the head and the input embedding share one weight."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    """Return True if the head and the input embedding share one weight."""
+    head, embedding = cast(_Causal, model).get_output_embeddings(), input_embedding(model)
     if isinstance(embedding, QuantEmbedding):
         return embedding.head is head
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)

@@ -1,31 +1,33 @@
-"""The linear layers of a causal language model: which can be quantized, and what the rows of fused ones are for."""
+"""The linear layers of a causal language model: those that can be quantized, and the row ranges of fused ones."""
 
 from __future__ import annotations
 
 import difflib
+from typing import cast
 
 from torch import nn
 
 from klfast.core.errors import InvalidInputError, UnknownLayerError
 from klfast.models.families import rows_of
+from klfast.models.vocabulary import input_embedding
 from klfast.nn import QuantLinear
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by module name, in module order, lm_head included.
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every linear layer by module name, in module order, including lm_head.
 
-    A layer counts as linear if it is an ``nn.Linear`` or klfast's ``QuantLinear``; convolutions, embeddings and norms
-    are never quantized, nor are the matrices that ``klfast.models.sizes.unquantizable`` lists. Layers that share a weight count once, under
-    the first of their names (see ``sharers``).
+    A layer counts as linear if it is an ``nn.Linear``, as klfast's ``QuantLinear`` is; convolutions, embeddings and
+    norms are never quantized, nor are the matrices that ``klfast.models.sizes.unquantizable`` lists. Layers that share
+    a weight count once, under the first of their names (see ``sharers``).
     """
-    return {names[0]: model.get_submodule(names[0]) for names in sharers(model)}
+    return {names[0]: cast(nn.Linear, model.get_submodule(names[0])) for names in sharers(model)}
 
 
 def sharers(model: nn.Module) -> list[list[str]]:
-    """The names of the linear layers, in module order; those of layers that are, or share a weight with, one another together."""
+    """Return the names of the linear layers, in module order, grouped by weight."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, QuantLinear)):
+        if isinstance(module, nn.Linear):
             weight = (
                 module._buffers.get(module.part_names[0])
                 if isinstance(module, QuantLinear)
@@ -35,8 +37,8 @@ def sharers(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def linear(model: nn.Module, name: str) -> nn.Module:
-    """The linear layer of that name.
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """Return the linear layer of that name.
 
     Raises:
         UnknownLayerError: there is none; the message names the closest.
@@ -47,37 +49,39 @@ def linear(model: nn.Module, name: str) -> nn.Module:
         raise UnknownLayerError(
             f"the model has no linear layer {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    return model.get_submodule(name)
+    return cast(nn.Linear, model.get_submodule(name))
 
 
 def row_parts(model: nn.Module, name: str) -> dict[str, tuple[int, int]]:
-    """Row ranges of a fused linear layer by use, {use: (first, end)}; empty if the layer is not fused.
+    """Return the row ranges of a fused linear layer by use, {use: (first, end)}; empty if the layer is not fused.
 
-    The record of the model's family tells them of the module that holds the layer (klfast.models.families).
+    They come from the record of the model's family (klfast.models.families) for the module that contains the layer.
     """
     parent, _, leaf = name.rpartition(".")
     return dict(rows_of(model.get_submodule(parent)).get(leaf, {}))
 
 
 def refuse_moving_weights(model: nn.Module) -> None:
-    """Raise InvalidInputError for a model whose forward changes its weights in place, as RWKV's does with rescale_every."""
+    """Raise InvalidInputError if the forward changes weights in place, as RWKV's does with rescale_every."""
     if (every := getattr(getattr(model, "config", None), "rescale_every", 0)) and every > 0:
         raise InvalidInputError(
-            f"{type(model).__name__} divides weights in place when it runs (rescale_every={every}), so they cannot be quantized; load it "
-            "with from_pretrained(..., rescale_every=0), which computes the same"
+            f"{type(model).__name__} divides weights in place when it runs (rescale_every={every}), so they cannot be "
+            "quantized; load it with from_pretrained(..., rescale_every=0), which computes the same"
         )
 
 
 def embedding_name(model: nn.Module) -> str:
-    """Module name of the input embedding, which must be a plain nn.Embedding to be read from a quantized head.
+    """Return the module name of the input embedding, a plain nn.Embedding that can read rows from a quantized head.
 
     Raises:
-        InvalidInputError: it is of another class, which may compute something else than a row look-up.
+        InvalidInputError: it is of another class, which may do more than look up rows.
     """
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
     if type(embedding) is not nn.Embedding:
         raise InvalidInputError(
-            f"the input embedding is a {type(embedding).__name__}, which does more than look rows up and cannot read them from a quantized head; "
-            "leave the head out of the plan, or untie it: head.weight = torch.nn.Parameter(head.weight.detach().clone())"
+            f"the input embedding is a {type(embedding).__name__}, which does more than look up rows and cannot read "
+            "them from a quantized head; leave the head out of the plan, or untie it: "
+            "head.weight = torch.nn.Parameter(head.weight.detach().clone())"
         )
-    return next(name for name, module in model.named_modules() if module is embedding)
+    name: str = next(name for name, module in model.named_modules() if module is embedding)
+    return name

@@ -1,4 +1,4 @@
-"""Which layers of a model carry a state from token to token, whoever wrote them."""
+"""Detection of recurrent layers: those that carry a state from token to token."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import re
 
 from torch import nn
 
-# What transformers' mixers call: the state in a cache, and the functions whose plain-torch versions run without further packages.
+# Names that transformers' mixers call: the state in a cache, and functions that have plain-torch versions.
 _STATE = {"get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state"}
 _FUNCTION = re.compile(
     r"causal_conv1d|selective_scan|selective_state_update|chunk_scan|delta_rule|delta_attention|_kda$"
 )
-# Those that have their recurrence in code of their own.
+# Classes with their own code for the recurrence.
 _OWN_CODE = {"RwkvSelfAttention", "RecurrentGemmaRglru", "MiniMaxLightningAttention", "xLSTMLayer", "mLSTMLayer"}
 
 
-def recurrent_classes(model: nn.Module) -> set[type]:
-    """The classes of the model's recurrent layers: state-space models, linear attention, gated short convolutions."""
+def recurrent_classes(model: nn.Module) -> set[type[nn.Module]]:
+    """Return the classes of the model's recurrent layers: state-space models, linear attention, short convolutions."""
     with_matrix = {type(module) for module in model.modules() if "A_log" in module._parameters}
     return with_matrix | {found for found in {type(module) for module in model.modules()} if _is_recurrent(found)}
 
 
-def _is_recurrent(module_class: type) -> bool:
+def _is_recurrent(module_class: type[nn.Module]) -> bool:
     if module_class.__name__ in _OWN_CODE:
         return True
     if not module_class.__module__.startswith("transformers."):

@@ -1,4 +1,4 @@
-"""Choose layers by name or pattern."""
+"""Selection of layers by name or pattern."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Patterns = str | Iterable[str]
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Names that a pattern selects, in their own order.
+    r"""Return the names that a pattern selects, in their own order.
 
     Args:
         pattern: a layer's name ("lm_head", "backbone.layers.0.mixer.in_proj"), its last parts ("in_proj"), either with
-            the wildcards of a shell, where ``*`` crosses dots ("layers.0.*", "*_proj"), or "re:" and a regular
-            expression that matches from the start of the name, as in compressed-tensors ("re:.*layers\\.[0-3]\\.").
+            shell wildcards, where ``*`` crosses dots ("layers.0.*", "*_proj"), or "re:" and a regular expression that
+            matches from the start of the name, as in compressed-tensors ("re:.*layers\.[0-3]\.").
         names: module names.
 
     Raises:
@@ -46,7 +46,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def select(names: Iterable[str], layers: Patterns | None = None, exclude: Patterns | None = None) -> list[str]:
-    """Names that one of ``layers`` selects (all if None) and none of ``exclude`` does, in their own order.
+    """Return the names that ``layers`` selects (all if None) and ``exclude`` does not, in their own order.
 
     Raises:
         InvalidInputError: a pattern is malformed, or nothing is left.

@@ -1,4 +1,4 @@
-"""What the parts of a model weigh, and how much of it cannot be quantized."""
+"""Sizes of a model's parts, and how much of it cannot be quantized."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from klfast.nn import QuantLinear
 from klfast.quant.spec import SHAPE_BYTES
 
 
-def weight_bytes(layer: nn.Module) -> int:
-    """Bytes of a linear layer's weight as saved: its float matrix, or packed values, scales, zero points and shape."""
-    quantized = getattr(layer, "quantized", None)
-    return layer.weight.numel() * layer.weight.element_size() if quantized is None else quantized.nbytes + SHAPE_BYTES
+def weight_bytes(layer: nn.Linear) -> int:
+    """Return a linear layer's weight's bytes as saved: its float matrix, or packed values, scales, zeros and shape."""
+    if isinstance(layer, QuantLinear):
+        return layer.quantized.nbytes + SHAPE_BYTES
+    return layer.weight.numel() * layer.weight.element_size()
 
 
 def other_bytes(model: nn.Module) -> int:
-    """Bytes of everything that a saved model holds beside the weights of its linear layers.
+    """Return the bytes of everything in a saved model except the weights of its linear layers.
 
-    Shared tensors count once, and an embedding tied to the head not at all: it is counted with the head.
+    Shared tensors count once. An embedding tied to the head does not count: it is counted with the head.
     """
     weights = {
         id(tensor)
@@ -37,16 +38,16 @@ def other_bytes(model: nn.Module) -> int:
 
 
 def unquantizable(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weight matrices that klfast cannot quantize, by the class that holds them: they lie in no ``nn.Linear``.
+    """Return the bytes of the weight matrices outside ``nn.Linear``, which klfast cannot quantize, by their class.
 
-    These are mixtures of experts, whose weights lie in one tensor of three dimensions, and linear layers of other
-    classes (GPT-2's Conv1D). Embeddings and convolutions are not matrices to multiply by, and are left out.
+    These are mixtures of experts, whose weights are one three-dimensional tensor, and linear layers of other classes
+    (GPT-2's Conv1D). Embeddings and convolutions are not matrices to multiply by, and are left out.
     """
     found: dict[str, int] = {}
     seen = set()
     known = family_of(model).matrices
     for module in model.modules():
-        if isinstance(module, (nn.Linear, QuantLinear, nn.Embedding, nn.modules.conv._ConvNd)):
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
             continue
         names = known.get(type(module).__name__)
         for name, parameter in module.named_parameters(recurse=False):
@@ -61,7 +62,7 @@ def unquantizable(model: nn.Module) -> dict[str, int]:
 
 
 def warn_unquantizable(model: nn.Module, what: str) -> None:
-    """Say in one line how much of a model ``what`` leaves in full precision, unless it is less than a hundredth."""
+    """Warn, in one line, how much of a model ``what`` leaves in full precision, if it is at least a hundredth."""
     kinds = unquantizable(model)
     whole = sum(weight_bytes(layer) for layer in linears(model).values()) + other_bytes(model)
     if sum(kinds.values()) < 0.01 * whole:
@@ -70,8 +71,8 @@ def warn_unquantizable(model: nn.Module, what: str) -> None:
         f"{kind} ({size / 1e6:.1f} MB)" for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
     )
     warnings.warn(
-        f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and stay "
-        f"as they are: the weights of {listed}; klfast quantizes nn.Linear",
+        f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and "
+        f"stay as they are: the weights of {listed}; klfast quantizes nn.Linear",
         stacklevel=3,
     )
 

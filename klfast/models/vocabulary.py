@@ -1,4 +1,4 @@
-"""Size of a model's vocabulary."""
+"""A model's input embedding and the size of its vocabulary."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import nn
 
 class _Embeds(Protocol):
     def get_input_embeddings(self) -> nn.Embedding: ...
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """Return the model's input embedding: an nn.Embedding, or a QuantEmbedding."""
+    return cast(_Embeds, model).get_input_embeddings()
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
-"""LazyWeight: the ``.weight`` of a quantized layer, which costs nothing until somebody computes with it."""
+"""LazyWeight: the ``.weight`` of a quantized layer, dequantized only when something computes with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +13,12 @@ from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.quant.tensor import QuantizedTensor
 
-READ_ONLY = "the weight of a quantized layer is read-only; change the full-precision weight and quantize it again (klfast.quantize)"
+READ_ONLY = (
+    "the weight of a quantized layer is read-only; "
+    "change the full-precision weight and quantize it again (klfast.quantize)"
+)
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-# What a wrapper without storage answers by itself; every other function sees the dequantized matrix.
+# Functions that a wrapper without storage supports itself; every other one sees the dequantized matrix.
 _METADATA = {
     *(
         getattr(torch.Tensor, name).__get__
@@ -27,17 +30,18 @@ _METADATA = {
     torch.Tensor.element_size,
     torch.Tensor.is_floating_point,
 }
-_ITSELF = (torch.Tensor.data.__get__, torch.Tensor.detach, torch.Tensor.detach_)
+_DATA: Any = torch.Tensor.data
+_ITSELF = (_DATA.__get__, torch.Tensor.detach, torch.Tensor.detach_)
 _ARRAYS = (torch.Tensor.numpy, torch.Tensor.__array__)
 
 
 class LazyWeight(torch.Tensor):
-    """An [N, K] tensor that stands for ``quantized`` rounded to ``dtype``.
+    """An [N, K] tensor that represents ``quantized`` rounded to ``dtype``.
 
-    Code written for nn.Linear reads ``layer.weight``: often only its dtype (the causal language models of
-    transformers do at every call), sometimes as an operand (``dt_proj.weight @ x`` in the Mamba mixers). Metadata is
-    answered without dequantizing, a product with this matrix on the left and ``F.linear`` run klfast's
-    dequant_matmul, and any other operation sees a dequantized copy. Writing to it, or to a view of it, raises InvalidInputError.
+    Code written for nn.Linear reads ``layer.weight``: often only its dtype (transformers' causal language models do at
+    every call), sometimes as an operand (``dt_proj.weight @ x`` in the Mamba mixers). Metadata is available without
+    dequantizing, a product with this matrix on the left and ``F.linear`` run klfast's dequant_matmul, and any other
+    operation sees a dequantized copy. Writing to it, or to a view of it, raises InvalidInputError.
     """
 
     quantized: QuantizedTensor
@@ -45,20 +49,23 @@ class LazyWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, quantized: QuantizedTensor, dtype: torch.dtype) -> LazyWeight:
+        """Create a tensor without storage."""
         return torch.Tensor._make_wrapper_subclass(cls, quantized.shape, dtype=dtype, device=quantized.device)
 
     def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype) -> None:
         self.quantized = quantized
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _ITSELF:
             return args[0]
-        if func is torch.Tensor.data_ptr:  # a matrix made for the call would be gone when the pointer is used
+        if func is torch.Tensor.data_ptr:  # a copy made for the call would be gone when the pointer is used
             raise InvalidInputError(
                 "the weight of a quantized layer has no memory of its own; use layer.quantized.dequantize()"
             )
@@ -72,7 +79,9 @@ class LazyWeight(torch.Tensor):
         return _on_copies(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the C function that disables it
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         written = [value for value, argument in zip(args, func._schema.arguments, strict=False) if argument.is_write]
         if tree_any(lambda leaf: isinstance(leaf, LazyWeight), (written, (kwargs or {}).get("out"))):
             raise InvalidInputError(f"{func}: {READ_ONLY}")
@@ -80,20 +89,25 @@ class LazyWeight(torch.Tensor):
 
 
 class TiedWeight(LazyWeight):
-    """The ``.weight`` of an embedding tied to a quantized head: torch counts it as a parameter, so transformers' tie_weights takes it."""
+    """The ``.weight`` of an embedding tied to a quantized head.
+
+    torch treats it as a parameter, so transformers' tie_weights accepts it.
+    """
 
     _is_param = True
 
 
 class _View(torch.Tensor):
-    """A view of a dequantized copy. What is written to it would be lost, so that raises, too."""
+    """A view of a dequantized copy. Writing to it raises, too, since the values would be lost."""
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _on_copies(func, args, kwargs or {})
 
 
-def _linear(input, weight, bias=None):
+def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
 
 
@@ -112,15 +126,15 @@ def _multiplies(weight: object, x: object) -> bool:
     )
 
 
-def _on_copies(func: Callable, args: tuple, kwargs: dict) -> object:
-    """What ``func`` makes of dequantized copies; InvalidInputError if it writes to them.
+def _on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """Call ``func`` on dequantized copies; raise InvalidInputError if it writes to them.
 
-    Results that share their memory stand for views of the weight, which nobody may write to either.
+    Results that share the copies' memory are views of the weight, and are read-only, too.
     """
     _refuse_attribute(func, args)
-    copies = []
+    copies: list[torch.Tensor] = []
 
-    def copy(weight):
+    def copy(weight: torch.Tensor) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):  # inference tensors have no version
             copies.append(_dense(weight) if isinstance(weight, LazyWeight) else weight.as_subclass(torch.Tensor))
         return copies[-1]
@@ -134,14 +148,14 @@ def _on_copies(func: Callable, args: tuple, kwargs: dict) -> object:
         result.setflags(write=False)
     memory = {_memory(one) for one in copies}
 
-    def guarded(t):
+    def guarded(t: torch.Tensor) -> torch.Tensor:
         return t.as_subclass(_View) if type(t) is torch.Tensor and _memory(t) in memory else t
 
     return tree_map_only(torch.Tensor, guarded, result)
 
 
-def _refuse_attribute(func: Callable, args: tuple) -> None:
-    """Raise if ``func`` sets something other than None or False (.data, .grad, .requires_grad), which is no write to memory."""
+def _refuse_attribute(func: Any, args: tuple[Any, ...]) -> None:
+    """Raise if ``func`` sets an attribute (.data, .grad, .requires_grad) to anything except None or False."""
     if func is torch.Tensor.requires_grad_ and args[1:] != (False,):
         raise InvalidInputError(f"requires_grad_: {READ_ONLY}")
     if getattr(func, "__name__", "") == "__set__" and args[1] is not None and args[1] is not False:
@@ -149,24 +163,24 @@ def _refuse_attribute(func: Callable, args: tuple) -> None:
 
 
 def _memory(t: torch.Tensor) -> int | None:
-    """Which memory a tensor lies in; None for one that has none of its own, as inside torch.func."""
+    """Return the address of a tensor's memory; None if it has none of its own, as inside torch.func."""
     try:
         return t.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):
         return None
 
 
-def _dense(tree):
+def _dense(tree: Any) -> Any:
     return tree_map_only(LazyWeight, lambda weight: weight.quantized.dequantize(torch.float32).to(weight.dtype), tree)
 
 
 class ReadOnlyWeight(nn.Module):
-    """A module whose ``weight`` stands for a quantized one and cannot be replaced."""
+    """A module whose ``weight`` represents a quantized one and cannot be replaced."""
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
             super().__setattr__(name, value)
-        elif (
-            not isinstance(value, TiedWeight) or value.quantized.parts[0] is not self.weight.quantized.parts[0]
-        ):  # not what it is already
+            return
+        own: Any = self.weight
+        if not isinstance(value, TiedWeight) or value.quantized.parts[0] is not own.quantized.parts[0]:
             raise InvalidInputError(f"weight: {READ_ONLY}")

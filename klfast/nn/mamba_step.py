@@ -1,9 +1,9 @@
-"""One token through the inside of a Mamba mixer, in one call of the extension."""
+"""One decoding step of a Mamba mixer, from its first to its last projection, in one call of the extension."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,25 +17,19 @@ from klfast.dispatch import pins
 from klfast.nn.direct_call import Place, PreparedLinear, Watch, current, has, plain, unobserved
 from klfast.nn.linear import QuantLinear
 
-try:
-    from klfast import _C
-except ImportError:  # not built: then everything counts as observed
-    _C = None
-
-
 _LAYERS = (nn.Linear, QuantLinear)
 
 
 class Parts(NamedTuple):
-    """What lies between a mixer's first and last projection.
+    """The parts between a mixer's first and last projection.
 
     Attributes:
         conv1d: depthwise nn.Conv1d over D channels; SiLU follows.
         x_proj: linear layer from D to R + 2 N: dt, B, C.
         dt_proj: linear layer from R to D; its bias is added in float32.
         A_log, D: the parameters [D, N] and [D].
-        norm_eps: of RMS norms over dt, B and C; None if there are none.
-        norms: the modules of these, with weights [R], [N] and [N]; none if the weights are ones.
+        norm_eps: epsilon of the RMS norms over dt, B and C; None if there are none.
+        norms: their modules, with weights [R], [N] and [N]; empty if the weights are ones.
     """
 
     conv1d: nn.Module
@@ -47,35 +41,47 @@ class Parts(NamedTuple):
     norms: tuple[nn.Module, ...] = ()
 
     def are(self, others: Parts) -> bool:
-        """Whether all are identical. The dictionaries come first: unless they are one, ``==`` would compare their tensors."""
+        """Return True if all parts are identical.
+
+        The dictionaries are compared by identity first, because ``==`` on them would compare tensors.
+        """
         return self.A_log[0] is others.A_log[0] and self.D[0] is others.D[0] and self == others
 
 
 class MambaStep:
-    """A mixer's parts, checked and handed to the extension. ``mixer`` is None if it cannot take them."""
+    """A mixer's parts, checked and passed to the extension.
+
+    Attributes:
+        mixer: the extension's MambaMixer; None if it cannot take these parts.
+    """
 
     def __init__(self, parts: Parts) -> None:
-        self.mixer, self._parts = None, parts
-        self._projections, _ = _projections(parts)
-        convolution = parts.conv1d._parameters
-        norms = tuple((norm._parameters, "weight") for norm in parts.norms)
-        places = (
+        self.mixer: Any = None
+        self._parts = parts
+        found, _ = _projections(parts)
+        self._projections: tuple[Any, ...] = found or ()
+        convolution: dict[str, Any] = parts.conv1d._parameters
+        projection: dict[str, Any] = parts.dt_proj._parameters
+        norms: list[tuple[dict[str, Any], str]] = [(norm._parameters, "weight") for norm in parts.norms]
+        places: tuple[Place, ...] = (
             (convolution, "weight"),
             (convolution, "bias"),
             parts.A_log,
             parts.D,
-            (parts.dt_proj._parameters, "bias"),
+            (projection, "bias"),
             *norms,
         )
-        if self._projections is None or not has(*places):
+        if not self._projections or not has(*places):
             return
         self._watch = Watch(*places)
         self._prepare(parts.norm_eps, *self._watch.tensors)
         self._watch.tensors = ()
 
     def _prepare(self, norm_eps: float | None, *tensors: torch.Tensor | None) -> None:
+        from klfast import _C  # it was built, or else every x would count as observed
+
         weight, conv_bias, A_log, D, dt_bias, *norms = tensors
-        if any(t is None for t in (weight, A_log, D)) or not plain(*tensors) or A_log.dim() != 2:
+        if weight is None or A_log is None or D is None or not plain(*tensors) or A_log.dim() != 2:
             return
         x_proj, dt_proj = self._projections
         (channels, states), rank, width = A_log.shape, dt_proj.k, weight.shape[-1]
@@ -110,8 +116,11 @@ class MambaStep:
             states,
         )
 
-    def hold(self, parts: Parts) -> list | None:
-        """What must live until a call returns; None if a part has changed, or the extension cannot take these."""
+    def hold(self, parts: Parts) -> list[object] | None:
+        """Return the objects that must live until a call returns.
+
+        None if a part has changed, or the extension cannot take these.
+        """
         if self.mixer is None or not self._parts.are(parts):
             return None
         projections, held = _projections(parts)
@@ -119,7 +128,7 @@ class MambaStep:
         return None if own is None or projections != self._projections else [own, held]
 
     def takes(self, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> bool:
-        """Whether one token of each of B sequences, x [B, ...], can go through, with the states [B, D, S] and [B, D, N]."""
+        """Return True if the step supports one token of B sequences, x [B, ...], and states [B, D, S] and [B, D, N]."""
         batch = x.shape[0]
         return (
             self.mixer is not None
@@ -133,11 +142,11 @@ class MambaStep:
         )
 
     def __call__(
-        self, held: list, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
+        self, held: list[object], x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> torch.Tensor:
-        """y [B, D] in the dtype of x from the input x and the gate z, both [B, D]; the states, which it ``takes``, move on in place.
+        """Return y [B, D] in the dtype of x from the input x and the gate z, both [B, D].
 
-        ``held`` is what ``hold`` returned: its life is what matters.
+        The states, which must pass ``takes``, are updated in place. ``held``, from ``hold``, only has to stay alive.
         """
         shape = (len(conv_state), self._channels)
         taken = (
@@ -148,7 +157,8 @@ class MambaStep:
         )
         if x.shape != shape or z.shape != shape or not taken:
             raise InvalidInputError(
-                f"x and z must be {list(shape)} after the first projection, got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}"
+                f"x and z must be {list(shape)} after the first projection, "
+                f"got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}"
             )
         out = x.new_empty(x.shape)
         self.mixer(
@@ -168,19 +178,25 @@ class MambaStep:
 def prepare(
     mixer: nn.Module, parts: Parts, x: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
 ) -> partial[torch.Tensor] | None:
-    """The step of the mixer whose parts these are, for an input of x's dtype and batch, to be called with x, z and both states.
+    """Return the step of the mixer with these parts, for x's dtype and batch; call it with x, z and both states.
 
-    It keeps the parts' memory alive while it lives. Returns None where the ops have to be called: a part is unsupported, a module that
-    would be called has hooks or a replaced forward, a global hook is set, x is observed, or gradients are enabled.
+    It keeps the parts' memory alive. Returns None where the ops must be called: a part is unsupported, a submodule has
+    hooks or a replaced forward, a global hook is set, x is observed, or gradients are enabled.
     """
     if torch.is_grad_enabled() or not unobserved(x) or has_global_hooks():
         return None
+    step: Any
     step, held = current(mixer, MambaStep, parts)
     return partial(step, held) if held is not None and step.takes(x, conv_state, ssm_state) else None
 
 
-def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, tuple]:
-    """x_proj and dt_proj, and what must live while they are called; None for layers that the extension cannot take."""
+def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | None, tuple[object, ...]]:
+    """Return x_proj and dt_proj, and the objects that must live while they are called.
+
+    None for layers that the extension cannot take.
+    """
+    first: Any
+    second: Any
     x_proj, dt_proj = parts.x_proj, parts.dt_proj
     if (
         type(x_proj) not in _LAYERS
@@ -194,9 +210,8 @@ def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | 
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module would do what its class does: no hook, and no forward of its own but klfast's."""
+    """Return True if calling the module does what its class does: it has no hooks, and no forward except klfast's."""
     forward = module.__dict__.get("forward")
-    own = forward is not None and (
-        not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__")
-    )  # functools.wraps copies the mark
+    # functools.wraps copies klfast's mark.
+    own = forward is not None and (not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__"))
     return not (own or module._forward_hooks or module._forward_pre_hooks)

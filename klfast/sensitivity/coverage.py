@@ -1,4 +1,4 @@
-"""Tell which layers a sweep has not measured, and whether it has ended."""
+"""Coverage of a sweep: which layers it has not measured, and whether it has ended."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def unfinished_note(sensitivities: Sensitivities) -> str | None:
         return None
     missing = len(unmeasured(sensitivities))
     if missing:
-        return f"the sweep is unfinished: {missing} of {len(sensitivities.layers)} layers have not been measured yet; run it again to go on"
-    return f"the sweep is unfinished: it has measured {done} of {total} parts of the calibration text; run it again to go on"
+        found = f"{missing} of {len(sensitivities.layers)} layers have not been measured yet"
+    else:
+        found = f"it has measured {done} of {total} parts of the calibration text"
+    return f"the sweep is unfinished: {found}; run it again to go on"
 
 
 def _progress(sensitivities: Sensitivities) -> tuple[int, int]:
-    """Parts of the calibration text that were measured, and all; (0, 0) if not known."""
+    """Return the number of measured parts of the calibration text and of all its parts; (0, 0) if unknown."""
     parts = sensitivities.provenance.get("micro_batches")
     if isinstance(parts, (list, tuple)) and len(parts) == 2 and all(type(part) is int for part in parts):
         return parts[0], parts[1]

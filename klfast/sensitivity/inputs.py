@@ -1,10 +1,10 @@
-"""What a sweep is given: calibration windows, specs and layers, checked and put in order."""
+"""A sweep's inputs: calibration windows, specs and layers, checked and put in order."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -20,18 +20,19 @@ from klfast.sensitivity.results import METRICS
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many token ids the model embeds."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    """Return the number of token ids that the model embeds."""
+    get_embedding: Callable[[], object] | None = getattr(model, "get_input_embeddings", None)
+    embedding = None if get_embedding is None else get_embedding()
     if not isinstance(embedding, nn.Embedding):
         raise InvalidInputError(f"{type(model).__name__} has no input embedding; klfast sweeps causal language models")
     return embedding.num_embeddings
 
 
 def micro_batches(given: Batches, vocab: int, max_tokens: int) -> list[torch.Tensor]:
-    """All windows as int64 [B, T] of at most ``max_tokens`` tokens each (but at least one window).
+    """Return all windows as int64 [B, T] of at most ``max_tokens`` tokens each (but at least one window).
 
-    They keep their order, unless some are padded or ragged: then the shorter ones come first, so that windows of one
-    length, wherever they stand, are run together.
+    They keep their order unless some are padded or ragged: then shorter ones come first, so that all windows of one
+    length run together.
     """
     read = batches.read(given, vocab)
     windows = [row for batch in read for row in batch.rows]
@@ -48,7 +49,7 @@ def micro_batches(given: Batches, vocab: int, max_tokens: int) -> list[torch.Ten
 
 
 def digest(micro_batches: Sequence[torch.Tensor]) -> str:
-    """SHA-256 of all windows, in the order in which they are measured; they hold no pads."""
+    """Return the SHA-256 of all windows, in the order in which they are measured; they hold no pads."""
     sha = hashlib.sha256()
     for ids in micro_batches:
         for window in ids.cpu():
@@ -57,20 +58,22 @@ def digest(micro_batches: Sequence[torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def parse_specs(specs: Sequence[QuantSpec | str]) -> list[QuantSpec]:
-    """Specs given as such or by name, each once."""
-    if not isinstance(specs, Iterable) or isinstance(specs, str):
-        specs = [specs]
-    found = [QuantSpec.parse(spec) if isinstance(spec, str) else spec for spec in specs]
+def parse_specs(specs: QuantSpec | str | Sequence[QuantSpec | str]) -> list[QuantSpec]:
+    """Return the specs, given as such or by name, without duplicates."""
+    listed = specs if isinstance(specs, Iterable) and not isinstance(specs, str) else [specs]
+    found = [QuantSpec.parse(spec) if isinstance(spec, str) else spec for spec in listed]
     if not found:
-        raise InvalidInputError("there are no specs to sweep; give for instance specs=('int4-g64-sym',)")
+        raise InvalidInputError("there are no specs to sweep; give for example specs=('int4-g64-sym',)")
     if wrong := [spec for spec in found if not isinstance(spec, QuantSpec)]:
         raise InvalidInputError(f"specs must be QuantSpecs or their names, got {type(wrong[0]).__name__}")
     return list(dict.fromkeys(found))
 
 
 def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns | None) -> list[str]:
-    """Names of the linear layers to sweep, in module order; see ``klfast.models.selection.matching`` for patterns."""
+    """Return the names of the linear layers to sweep, in module order.
+
+    ``klfast.models.selection.matching`` explains the patterns.
+    """
     found = linears(model)
     if quantized := [name for name, module in found.items() if isinstance(module, QuantLinear)]:
         raise InvalidInputError(f"{quantized[0]} is quantized already; sweep the full-precision model")
@@ -85,7 +88,7 @@ def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns |
 
 
 def choose_metrics(metrics: Iterable[str]) -> list[str]:
-    """The metrics to report, checked, in the order of ``METRICS``; kl_teacher_student in any case."""
+    """Return the metrics to report, checked, in the order of ``METRICS``; kl_teacher_student is always one of them."""
     if not isinstance(metrics, Iterable):
         raise InvalidInputError(
             f"metrics must be names, got {type(metrics).__name__}; choose from {', '.join(METRICS)}"
@@ -97,16 +100,17 @@ def choose_metrics(metrics: Iterable[str]) -> list[str]:
 
 
 def refuse_damaged(names: Iterable[str], norms: Iterable[float]) -> None:
-    """Raise if the norm of a linear layer's weight is not finite: neither the sweep nor its files can hold such a model."""
+    """Raise if the norm of a linear layer's weight is not finite: neither a sweep nor its files support that."""
     for name, norm in zip(names, norms, strict=True):
         if not math.isfinite(norm):
             raise InvalidInputError(
-                f"the weight of {name} holds a NaN, an infinity or numbers too large to add up; repair the checkpoint before sweeping it"
+                f"the weight of {name} holds a NaN, an infinity or numbers too large to add up; "
+                "repair the checkpoint before sweeping it"
             )
 
 
 def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise if a layer to sweep is, or shares its weight with, another one. (The embedding may share the head's.)"""
+    """Raise if a layer to sweep is another one as well, or shares its weight; the embedding may share the head's."""
     owners: dict[int, str] = {}
     chosen = set(names)
     for name, module in model.named_modules(remove_duplicate=False):

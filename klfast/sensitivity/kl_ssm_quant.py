@@ -1,16 +1,16 @@
-"""Reading the sensitivities that the authors of "A KL Lens on Quantization" (arXiv 2604.13440) published with their
-code, kl-ssm-quant: per-layer results of mamba-130m and mamba-1.4b, one JSON file a bit width.
+"""Reader of the sensitivities published with "A KL Lens on Quantization" (arXiv 2604.13440).
 
-Each nn.Linear was quantized alone, symmetric abs-max per output channel; 64 x 512 tokens of WikiText-2. The files have
-defects, so of each layer's five figures two are kept as measurements:
+They come with its authors' code, kl-ssm-quant: per-layer results of mamba-130m and mamba-1.4b, one JSON file per bit
+width. Each nn.Linear was quantized alone, symmetric abs-max per output channel; 64 x 512 tokens of WikiText-2. The
+files have defects, so only two of each layer's five figures are kept as measurements:
     kl_student_to_teacher   KL(student || teacher) summed over the 512 tokens of a sequence: kept as
-                            kl_student_teacher, divided by 512. Computed in fp16, so that most values at 8 bits are
-                            its noise floor (about 1e-5 to 1e-4 nats) and rank nothing.
+                            kl_student_teacher, divided by 512. Computed in fp16, so most values at 8 bits are its
+                            noise floor (about 1e-5 to 1e-4 nats) and rank nothing.
     sqnr_db                 one ratio over all logits: kept.
     perplexity              WikiText-2 word perplexity with that layer alone quantized: kept under
                             provenance["perplexity"], by spec and layer.
-    kl_teacher_to_student   dropped: probabilities were passed for log-probabilities (all values are about 4.9e8).
-    delta_cross_entropy     dropped: labels unshifted, one position per sequence scored.
+    kl_teacher_to_student   dropped: probabilities were passed as log-probabilities (all values are about 4.9e8).
+    delta_cross_entropy     dropped: labels were not shifted, and one position per sequence was scored.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Mamba:
     kernel: int = 4
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """[N, K] of every linear layer, in module order."""
+        """Return [N, K] of every linear layer, in module order."""
         block = {
             "in_proj": (2 * self.inner, self.hidden),
             "x_proj": (self.dt_rank + 2 * self.state, self.inner),
@@ -61,7 +61,7 @@ class _Mamba:
         return {**layers, "lm_head": (self.vocabulary, self.hidden)}
 
     def other_weights(self) -> int:
-        """Values outside of linear weights; the embedding is the tied head's and not among them."""
+        """Return the number of values outside linear weights, without the embedding, which is tied to the head."""
         # conv1d and its bias, dt_proj's bias, A_log, D, norm
         block = self.inner * self.kernel + self.inner + self.inner + self.inner * self.state + self.inner + self.hidden
         return self.blocks * block + self.hidden  # norm_f
@@ -73,22 +73,22 @@ _MODELS = (_Mamba("state-spaces/mamba-130m", 24, 768, 1536, 48), _Mamba("state-s
 def read(
     data: object, *, bits: int | None = None, dtype_bytes: int = 2, origin: str = "the JSON text"
 ) -> Sensitivities:
-    """Sensitivities from the parsed JSON of one file.
+    """Return the sensitivities in the parsed JSON of one file.
 
     Args:
-        data: what ``json.load`` gave.
-        bits: 4 or 8. The files do not hold it; by default it is told from the data (the median layer has an SQNR of
+        data: the result of ``json.load``.
+        bits: 4 or 8. The files do not hold it; by default it is inferred from the data (the median layer has an SQNR of
             25 and 36 dB in the 4-bit files, 48 and 57 dB in the 8-bit ones).
-        dtype_bytes: bytes of each value that is not quantized: 2 (fp16), or 4 for fp32, which the paper's
-            full-precision sizes are in.
-        origin: what to call the file in messages.
+        dtype_bytes: bytes of each value that is not quantized: 2 (fp16), or 4 for fp32, the dtype of the paper's
+            full-precision sizes.
+        origin: the file's name in messages.
 
     Returns:
-        Sensitivities without a fingerprint (the model is not at hand). Layers are measured with
+        Sensitivities without a fingerprint (the model is not available). Layers are measured with
         QuantSpec(bits, -1, True), metrics kl_student_teacher and sqnr_db, standard errors unknown (NaN).
 
     Raises:
-        CheckpointError: not a published file, or not of one of the two known models.
+        CheckpointError: not a published file, or not for one of the two known models.
     """
     if dtype_bytes not in (2, 4):
         raise InvalidInputError(f"dtype_bytes must be 2 (fp16) or 4 (fp32), got {dtype_bytes!r}")
@@ -99,6 +99,8 @@ def read(
 
 
 def _read(data: object, bits: int | None, dtype_bytes: int) -> Sensitivities:
+    if not isinstance(data, dict):
+        raise CheckpointError(f"a sensitivities file holds a JSON object, not a {type(data).__name__}")
     model = _model(data)
     rows = {name: _row(name, data[name]) for name in model.shapes()}
     if bits is None:
@@ -121,12 +123,12 @@ def _read(data: object, bits: int | None, dtype_bytes: int) -> Sensitivities:
 
 
 def read_files(paths: Iterable[str | os.PathLike[str]], *, dtype_bytes: int = 2) -> Sensitivities:
-    """Sensitivities of one model from its published files, one a bit width, merged.
+    """Return the merged sensitivities of one model from its published files, one per bit width.
 
     The bit width is taken from a file name such as ``mamba130m_sensitivity_results_4bits.json``, else from the data.
 
     Raises:
-        CheckpointError: as ``read``; also two files of different models, or of the same bit width.
+        CheckpointError: as ``read``; also if two files are for different models, or for the same bit width.
     """
     merged: Sensitivities | None = None
     for path in map(Path, paths):
@@ -142,11 +144,16 @@ def read_files(paths: Iterable[str | os.PathLike[str]], *, dtype_bytes: int = 2)
 def _merge(a: Sensitivities, b: Sensitivities, path: Path) -> Sensitivities:
     if a.provenance["model"] != b.provenance["model"]:
         raise CheckpointError(
-            f"{path} is of {b.provenance['model']}, the files before it of {a.provenance['model']}; read them apart"
+            f"{path} is for {b.provenance['model']}, the files before it for {a.provenance['model']}; "
+            "read them separately"
         )
     if a.measurements.keys() & b.measurements.keys():
-        raise CheckpointError(f"{path} repeats a bit width that was read already; give one file for each")
-    perplexity = {**a.provenance["perplexity"], **b.provenance["perplexity"]}
+        raise CheckpointError(f"{path} repeats a bit width that was already read; give one file for each")
+    perplexity = {
+        spec: values
+        for one in (a, b)
+        for spec, values in signed_json.is_a(dict, one.provenance["perplexity"], "perplexity").items()
+    }
     return Sensitivities(
         None,
         a.layers,
@@ -156,10 +163,8 @@ def _merge(a: Sensitivities, b: Sensitivities, path: Path) -> Sensitivities:
     )
 
 
-def _model(data: object) -> _Mamba:
-    """The model whose layers these are."""
-    if not isinstance(data, dict):
-        raise CheckpointError(f"a file of sensitivities holds a JSON object, not a {type(data).__name__}")
+def _model(data: dict[str, object]) -> _Mamba:
+    """Return the model whose layers these are."""
     for model in _MODELS:
         if data.keys() == model.shapes().keys():
             return model

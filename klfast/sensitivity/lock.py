@@ -1,4 +1,4 @@
-"""One sweep at a time on a resume file."""
+"""Lock that lets only one sweep at a time use a resume file."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from klfast.core.errors import InvalidInputError
 
 try:
     import fcntl
-except ImportError:  # a system without it
-    fcntl = None
+except ImportError:  # not on Windows
+    _HAS_LOCKS = False
+else:
+    _HAS_LOCKS = True
 
 
 @contextmanager
 def held(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of ``path``, a file beside it that is gone afterwards. It ends with the process, even a killed one.
+    """Hold the lock of ``path``: a file beside it, removed afterwards. The lock ends with the process, even if killed.
 
     Raises:
         InvalidInputError: another process holds it.
         OSError: the folder cannot be written.
     """
-    if fcntl is None:
+    if not _HAS_LOCKS:
         yield
         return
     beside = f"{os.fspath(path)}.lock"
@@ -52,7 +54,7 @@ def _take(beside: str, path: str | os.PathLike[str]) -> int:
             ) from None
         except OSError:  # a file system without locks
             return handle
-        os.close(handle)  # the lock of a sweep that has just ended, and removed it
+        os.close(handle)  # the sweep that held it has just ended and removed the file
 
 
 def _is_at(path: str, handle: int) -> bool:

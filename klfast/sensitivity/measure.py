@@ -1,8 +1,8 @@
-"""One micro-batch of a sweep: what each candidate does to the model's next-token distributions.
+"""Measurement of one micro-batch of a sweep: how each candidate changes the model's next-token distributions.
 
 A candidate is one linear layer quantized, all others at full precision. The teacher runs once and leaves the carry at
 every block boundary; a candidate re-runs its own block from there, and all candidates of a block go through the rest
-of the network as one larger batch. Logits are never made whole.
+of the network as one larger batch. Full logits are never materialised.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -24,15 +25,16 @@ from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
 from klfast.sensitivity.unfinished import Unfinished
 
-SQNR_CAP = 150.0  # dB; beyond what float32 resolves, so that a token with equal logits does not make the mean infinite
-COLUMNS = (*METRICS, "ce_teacher")  # what the measuring methods sum
+SQNR_CAP = 150.0  # dB; beyond float32's resolution, so that a token with equal logits does not make the mean infinite
+COLUMNS = (*METRICS, "ce_teacher")  # the columns of the measuring methods' sums
 STAGES = ("teacher", "quantize", "own_block", "suffix", "divergence")
+_T = TypeVar("_T")
 COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's logits
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear layer (and its name) with the spec that it is quantized to; or only its rows first..end, and their use."""
+    """A named linear layer and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``."""
 
     name: str
     layer: nn.Linear
@@ -50,8 +52,8 @@ class Teacher:
 
     Attributes:
         passage: the micro-batch.
-        carries: what enters each block, in order.
-        hidden: what enters the head, [B * (T - 1), H]; a window's last token has no next one to be compared at.
+        carries: the input of each block, in order.
+        hidden: input of the head, [B * (T - 1), H]; a window's last token has no next one to be compared at.
         targets: the next tokens, int64 [B * (T - 1)].
     """
 
@@ -62,18 +64,20 @@ class Teacher:
 
 
 class Engine:
-    """Measures candidates, micro-batch by micro-batch. The measuring methods return sums over each window's T - 1
-    tokens, float64 [C, len(COLUMNS), B]; they go on from where ``unfinished`` says that an earlier run of theirs was.
+    """Measures candidates, one micro-batch at a time.
+
+    The measuring methods return sums over each window's T - 1 tokens, float64 [C, len(COLUMNS), B]. Given
+    ``unfinished`` they continue an earlier, interrupted call.
 
     Attributes:
         seconds: wall time spent so far, by stage.
         block_tokens: tokens that went through a block so far, counted once for each block.
-        pause: called after each block that candidates went through, with what it takes to go on from there.
+        pause: called after each block that candidates went through, with the state needed to continue from there.
     """
 
     def __init__(self, chain: Chain, scale: str, max_batch_tokens: int) -> None:
         self.chain = chain
-        self._full_head = chain.head.readout()  # stays what it is while the head is swapped
+        self._full_head = chain.head.readout()  # unaffected while the head is swapped
         self.scale = scale
         self.max_batch_tokens = max_batch_tokens
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -95,7 +99,7 @@ class Engine:
     def measure_block(
         self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None
     ) -> torch.Tensor:
-        """All of ``candidates``, at most COMPARED_TOGETHER, whose layers lie in block ``index``."""
+        """Measure at most COMPARED_TOGETHER candidates, whose layers lie in block ``index``."""
         windows, length = teacher.passage.input_ids.shape
         width = max(1, self.max_batch_tokens // (windows * length))
         finals = [] if unfinished is None else list(unfinished.finals)
@@ -118,7 +122,7 @@ class Engine:
     def measure_head(
         self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None
     ) -> torch.Tensor:
-        """The head under one spec. A tied embedding looks up the quantized rows, which changes the whole network."""
+        """Measure the head under one spec. A tied embedding reads the quantized rows, which affects every block."""
         with self._swapped(candidate):
             if tied:
                 with self._timed("suffix"):
@@ -130,7 +134,7 @@ class Engine:
             return self._diverge(teacher, hidden, self.chain.head.readout())
 
     def measure_noise(self, teacher: Teacher, seed: int, unfinished: Unfinished | None = None) -> torch.Tensor:
-        """The teacher once more, each embedding moved by at most one unit in the last place: rounds anew everywhere."""
+        """Measure the teacher against itself, each embedding moved by at most one ulp, so that all rounding differs."""
         entry = teacher.carries[0].hidden
         generator = torch.Generator().manual_seed(seed)
         ulps = (torch.rand(entry.shape, generator=generator) * 2 - 1).to(entry.device)
@@ -144,7 +148,10 @@ class Engine:
             return self._step(index, teacher.carries[index], teacher.passage)
 
     def _run(self, passage: Passage, carry: Carry, start: int, finals: list[torch.Tensor]) -> torch.Tensor:
-        """What enters the head, [C * B, T, H], from what enters block ``start`` of C candidates; ``finals`` are those before them."""
+        """Run C candidates from the input of block ``start``; return the head's input, [C * B, T, H].
+
+        ``finals`` are the results of the candidates before them, for ``pause``.
+        """
         copies = len(carry.hidden) // len(passage.input_ids)
         if copies > 1:
             passage = self.chain.enter(passage.input_ids.repeat(copies, 1))
@@ -160,7 +167,7 @@ class Engine:
 
     @contextmanager
     def _swapped(self, candidate: Candidate) -> Iterator[None]:
-        """Give the layer its quantized weight, and its own storage back afterwards. A tied embedding shares both."""
+        """Give the layer its quantized weight, and restore its own storage afterwards. A tied embedding shares both."""
         weight = candidate.layer.weight
         first, end = candidate.rows or (0, len(weight))
         with self._timed("quantize"):
@@ -179,12 +186,12 @@ class Engine:
             weight.data = original
 
     def _compare(self, teacher: Teacher, hidden: torch.Tensor) -> torch.Tensor:
-        """``_diverge`` of hidden states [C * B, T, H] under the full-precision head."""
+        """Compare hidden states [C * B, T, H] with the teacher's under the full-precision head."""
         windows = teacher.passage.input_ids.shape[0]
         return self._diverge(teacher, self._compared(hidden, len(hidden) // windows), self._full_head)
 
     def _compared(self, hidden: torch.Tensor, candidates: int = 1) -> torch.Tensor:
-        """[C * B, T, H] without each window's last token, as the head takes it: [C, B * (T - 1), H]."""
+        """Return [C * B, T, H] without each window's last token, in the head's dtype: [C, B * (T - 1), H]."""
         dtype = self.chain.head.dtype
         return hidden[:, :-1].to(dtype).reshape(candidates, -1, hidden.shape[-1])
 
@@ -192,6 +199,7 @@ class Engine:
         with self._timed("divergence"):
             with interruptible():
                 found = divergence(teacher.hidden, self._full_head, hidden, head, teacher.targets)
+            assert found.ce_student is not None and found.ce_teacher is not None  # there are targets
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
             per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
             windows, length = teacher.passage.input_ids.shape
@@ -201,7 +209,8 @@ class Engine:
     def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
         if not torch.isfinite(hidden).all():
             raise InvalidInputError(
-                f"{candidate} makes the model's hidden states NaN or infinite; leave this layer out of `layers`, or sweep other specs"
+                f"{candidate} makes the model's hidden states NaN or infinite; "
+                "leave this layer out of `layers`, or sweep other specs"
             )
 
     def _blame_block(self, carries: Sequence[Carry]) -> None:
@@ -212,7 +221,8 @@ class Engine:
             "the final norm",
         )
         raise InvalidInputError(
-            f"the full-precision model's hidden states are NaN or infinite from {broken} on; repair the checkpoint before sweeping it"
+            f"the full-precision model's hidden states are NaN or infinite from {broken} on; "
+            "repair the checkpoint before sweeping it"
         )
 
     @contextmanager
@@ -228,6 +238,6 @@ def _start(unfinished: Unfinished | None, entry: Carry) -> tuple[Carry, int, lis
     return (entry, 0, []) if unfinished is None else (unfinished.carry, unfinished.block, [])
 
 
-def chunks(items: Sequence, size: int) -> list[Sequence]:
-    """``items`` in pieces of at most ``size``."""
+def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    """Split ``items`` into pieces of at most ``size``."""
     return [items[start : start + size] for start in range(0, len(items), size)]

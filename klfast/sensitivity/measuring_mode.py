@@ -1,4 +1,4 @@
-"""A model made ready to be measured, and left as it was afterwards."""
+"""Temporary preparation of a model for measuring."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from klfast.models.calling import evaluation_mode
 
 @contextmanager
 def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """In evaluation mode, without gradients, computing in ``dtype`` (None: as it is), with klfast's state-space kernels."""
+    """Put the model in evaluation mode, without gradients and accelerated, computing in ``dtype`` (None: its own).
+
+    Afterwards it is as it was.
+    """
     with ExitStack() as stack:
-        stack.enter_context(deferred())  # Ctrl-C leaves nothing half restored
+        stack.enter_context(deferred())  # so that Ctrl-C leaves nothing half restored
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(model))
         if dtype is not None:
@@ -28,7 +31,7 @@ def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Floating-point tensors smaller than ``dtype`` are held in it for a while; then each gets its own storage back."""
+    """Hold floating-point tensors smaller than ``dtype`` in it; afterwards restore each one's storage."""
     before = []
     try:
         for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
@@ -45,7 +48,7 @@ def _lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def _accelerated(model: nn.Module) -> Iterator[None]:
     before = any(is_accelerated(module) for module in model.modules())
     try:
-        if not before:  # else it may be so with other options
+        if not before:  # an accelerated model may have been given other options
             accelerate_or_warn(model)
         yield
     finally:

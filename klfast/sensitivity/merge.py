@@ -1,4 +1,4 @@
-"""Several files of sensitivities of one model, read as one."""
+"""Reader that merges several sensitivities files of one model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from klfast.sensitivity.results import Sensitivities
 
 
 def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
-    """What all of ``paths`` hold: sweeps of one model with different specs or layers, or its published files.
+    """Return the contents of all ``paths``: sweeps of one model with different specs or layers, or its published files.
 
     Raises:
-        InvalidInputError: no path, one candidate measured in two files, or files of sweeps with different scales.
-        ModelMismatchError: files of different models.
-        CheckpointError: a file that is absent or damaged.
+        InvalidInputError: no path, one candidate measured in two files, or sweeps with different scales.
+        ModelMismatchError: files for different models.
+        CheckpointError: a file is missing or damaged.
     """
     if not paths:
-        raise InvalidInputError("no file of sensitivities was given")
+        raise InvalidInputError("no sensitivities file was given")
     found = Sensitivities.from_json(paths[0])
     if found.fingerprint is None:
         return kl_ssm_quant.read_files(paths)
@@ -32,20 +32,18 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
         is_known = other.fingerprint is not None and other.fingerprint.matches(found.fingerprint)
         if not is_known or (other.layers, other.other_bytes) != (found.layers, found.other_bytes):
             raise ModelMismatchError(
-                f"{os.fspath(path)} and {os.fspath(paths[0])} are of different models; give files of one model"
+                f"{os.fspath(path)} and {os.fspath(paths[0])} are for different models; give files for one model"
             )
         if twice := [
             *(other.measurements.keys() & merged.measurements.keys()),
             *(other.rows.keys() & merged.rows.keys()),
         ]:
             name, *_, spec = min(twice)
-            raise InvalidInputError(
-                f"{os.fspath(path)} measures {name} as {spec} once more; leave one of the files out"
-            )
+            raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} again; leave one of the files out")
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
-            merged.provenance.pop("ce_teacher", None)  # there is no one text to predict a perplexity of
+            merged.provenance.pop("ce_teacher", None)  # no single text to predict a perplexity for
         scales = [one.provenance.get("scale") for one in (found, other)]
         if None in scales:
             merged.provenance.pop("scale", None)

@@ -1,4 +1,4 @@
-"""What a sweep found: the sensitivity of every (layer, spec) candidate, as data that plans are made from."""
+"""Result of a sweep: the sensitivity of every (layer, spec) candidate, from which plans are made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +24,12 @@ from klfast.quant.spec import QuantSpec
 METRICS = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 SCHEMA = "klfast-sensitivities/1"
 _REMEDY = "run the sweep again"
-_MOST = torch.finfo(torch.float32).max  # what is measured per token is float32
+_MOST = torch.finfo(torch.float32).max  # measurements per token are float32
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A linear layer as plans see it: (out_features, in_features), and the bytes of its weight if left alone."""
+    """A linear layer as plans see it: (out_features, in_features), and the bytes of its weight at full precision."""
 
     shape: tuple[int, int]
     float_bytes: int
@@ -38,8 +39,8 @@ class LayerInfo:
 class Measurement:
     """One candidate's metrics, each a mean over ``tokens`` tokens with its standard error (both keyed as METRICS).
 
-    The standard error is that of a mean over windows, since the tokens of a window are correlated; NaN where there is
-    but one window. ``below_noise``: the KL is so near the noise floor that it ranks nothing.
+    The standard error is that of a mean over windows, since the tokens of a window are correlated; NaN with a single
+    window. ``below_noise``: the KL is too close to the noise floor to rank anything.
     """
 
     mean: dict[str, float]
@@ -53,12 +54,12 @@ class Sensitivities:
     """All measurements of a sweep.
 
     Attributes:
-        fingerprint: the model they belong to; None for published files, whose model is not at hand.
+        fingerprint: the model they belong to; None for published files, whose model is not available.
         layers: every linear layer by name, in module order.
-        other_bytes: bytes of all that is never quantized (embedding unless tied to the head, norms, convolutions,
-            biases ...). A tied embedding is counted with the head alone.
+        other_bytes: bytes of everything that is never quantized (embedding unless tied to the head, norms,
+            convolutions, biases ...). A tied embedding is counted with the head only.
         measurements: by (layer name, spec).
-        noise_floor: the metrics that mere rounding makes (the teacher against itself, rounded differently).
+        noise_floor: the metrics caused by rounding alone (the teacher against itself, rounded differently).
         provenance: free-form facts (model, calibration text, tokens, versions ...). "ce_teacher", where a sweep has
             recorded it, is the full-precision model's mean cross-entropy on the calibration text, nats per token.
         rows: by (layer name, use, spec), measurements of only those rows of the layer that serve one use.
@@ -74,17 +75,17 @@ class Sensitivities:
 
     @classmethod
     def of(cls, model: nn.Module) -> Sensitivities:
-        """Those of ``model`` before anything is measured: its fingerprint, layers and bytes."""
+        """Return sensitivities of ``model`` without measurements: its fingerprint, layers and bytes."""
         found = {
-            name: LayerInfo((module.out_features, module.in_features), weight_bytes(module))
-            for name, module in linears(model).items()
+            name: LayerInfo((layer.out_features, layer.in_features), weight_bytes(layer))
+            for name, layer in linears(model).items()
         }
         return cls(fingerprint.fingerprint(model), found, other_bytes(model))
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, extra: Mapping[str, object] | None = None) -> str:
-        """The sensitivities as JSON text, written to ``path`` if given (beside it first, then renamed over it).
+        """Return the sensitivities as JSON text; write it atomically to ``path`` if given.
 
-        ``extra`` adds top-level entries that ``from_json`` passes over: the state of an unfinished sweep.
+        ``extra`` adds top-level entries that ``from_json`` ignores: the state of an unfinished sweep.
         """
         fingerprint = self.fingerprint and {
             "structure": self.fingerprint.structure,
@@ -112,13 +113,13 @@ class Sensitivities:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Sensitivities:
-        """Read back what ``to_json`` wrote, or the published kl-ssm-quant results.
+        """Read a file or text that ``to_json`` wrote, or the published kl-ssm-quant results.
 
         Args:
             source: a path, or the JSON text itself (recognized by its opening brace or bracket).
 
         Raises:
-            CheckpointError: no such file, truncated, damaged (the digest in the file, where it has one, tells), or neither of
+            CheckpointError: no such file, or it is truncated, damaged (by its digest, if it has one), or in neither of
                 these formats.
         """
         data, origin = signed_json.read(source, "sensitivities", _REMEDY, verified=False)
@@ -132,31 +133,37 @@ class Sensitivities:
 
     @classmethod
     def from_data(cls, data: object, origin: str, remedy: str = _REMEDY) -> Sensitivities:
-        """Those that were read from ``origin``, unverified; CheckpointError, naming the remedy, if the data are none."""
-        schema = data.get("schema") if isinstance(data, dict) else None
+        """Return the sensitivities in data read from ``origin``, without verifying their digest.
+
+        Raises:
+            CheckpointError: with the remedy; the data are not sensitivities.
+        """
+        entries: dict[str, Any] = data if isinstance(data, dict) else {}
+        schema = entries.get("schema")
         if str(schema).startswith("klfast-plan/"):
             raise CheckpointError(
-                f"{origin} is a plan; give what klfast sweep wrote (klfast report SENSITIVITIES --plan PLAN shows a plan)"
+                f"{origin} is a plan; give a file that klfast sweep wrote "
+                "(klfast report SENSITIVITIES --plan PLAN shows a plan)"
             )
         if schema != SCHEMA:
             raise CheckpointError(f"{origin} has schema {schema!r}, this klfast reads {SCHEMA!r}; {remedy}")
         try:
-            layers = {name: _layer(name, info) for name, info in is_a(dict, data["layers"], "layers").items()}
+            layers = {name: _layer(name, info) for name, info in is_a(dict, entries["layers"], "layers").items()}
             found = cls(
-                _fingerprint(data["fingerprint"], len(layers)),
+                _fingerprint(entries["fingerprint"], len(layers)),
                 layers,
-                whole(data["other_bytes"], "other_bytes"),
+                whole(entries["other_bytes"], "other_bytes"),
                 {
                     (entry["layer"], QuantSpec.parse(entry["spec"])): _measurement(entry)
-                    for entry in data["measurements"]
+                    for entry in entries["measurements"]
                 },
-                {name: _mean(name, value) for name, value in data["noise_floor"].items()},
-                dict(is_a(dict, data["provenance"], "provenance")),
+                {name: _mean(name, value) for name, value in entries["noise_floor"].items()},
+                dict(is_a(dict, entries["provenance"], "provenance")),
                 {
                     (entry["layer"], is_a(str, entry["use"], "use"), QuantSpec.parse(entry["spec"])): _measurement(
                         entry
                     )
-                    for entry in data.get("rows", ())
+                    for entry in entries.get("rows", ())
                 },
             )
             if "ce_teacher" in found.provenance:
@@ -172,7 +179,7 @@ class Sensitivities:
 
 
 def numbers_to_json(numbers: Mapping[str, float]) -> dict[str, float | str]:
-    """Numbers as JSON has them; infinities and NaN, which it lacks, as strings that ``float`` reads."""
+    """Return numbers for JSON; infinities and NaN, which it lacks, become strings that ``float`` reads."""
     return {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
 
 
@@ -185,21 +192,21 @@ def _entry(m: Measurement) -> dict[str, object]:
     }
 
 
-def _fingerprint(data: object, layers: int) -> Fingerprint | None:
+def _fingerprint(data: Any, layers: int) -> Fingerprint | None:
     if data is None:
         return None
     norms = tuple(number(norm, "a norm") for norm in data["norms"])
     if len(norms) != layers:
-        raise ValueError(f"it has {len(norms)} norms of {layers} layers")
+        raise ValueError(f"it has {len(norms)} norms for {layers} layers")
     return Fingerprint(is_a(str, data["structure"], "structure"), norms)
 
 
-def _layer(name: str, info: Mapping[str, object]) -> LayerInfo:
+def _layer(name: str, info: Mapping[str, Any]) -> LayerInfo:
     rows, columns = (whole(size, f"the shape of {name}") for size in info["shape"])
     return LayerInfo((rows, columns), whole(info["float_bytes"], f"float_bytes of {name}"))
 
 
-def _measurement(entry: Mapping[str, object]) -> Measurement:
+def _measurement(entry: Mapping[str, Any]) -> Measurement:
     mean = {name: _mean(name, value) for name, value in entry["mean"].items()}
     stderr = {
         name: math.nan if value == "nan" else number(value, f"the standard error of {name}", most=_MOST)
@@ -211,5 +218,5 @@ def _measurement(entry: Mapping[str, object]) -> Measurement:
 
 
 def _mean(name: str, value: object) -> float:
-    """A metric as ``to_json`` wrote it: of all, only an SQNR can be infinite."""
+    """Return a metric that ``to_json`` wrote; only an SQNR can be infinite."""
     return math.inf if name == "sqnr_db" and value == "inf" else number(value, name, most=_MOST)

@@ -1,4 +1,4 @@
-"""The order in which a sweep measures: steps, each a few candidates that are measured together."""
+"""Order of a sweep's measurements: steps, each a few candidates that are measured together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Step:
     """Candidates that are measured together, between two saves.
 
     Attributes:
-        place: the block that their layers lie in, or "head"; "noise" for the noise floor, which has no candidates.
+        place: the block that contains their layers, or "head"; "noise" for the noise floor, which has no candidates.
+        candidates: at most COMPARED_TOGETHER.
         first: their first row in the tally.
-        work: how long it takes, about, in products of one micro-batch with as many weights.
+        work: approximate cost, as the number of weights that one micro-batch is multiplied with.
     """
 
     place: int | str
@@ -30,15 +31,17 @@ class Step:
 
     @property
     def rows(self) -> int:
+        """Rows in the tally."""
         return len(self.candidates) or 1
 
     @property
     def name(self) -> str:
+        """Name of the place, for progress reports."""
         return f"block {self.place}" if isinstance(self.place, int) else self.place
 
 
 def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[Step]:
-    """The noise floor, then the candidates of each block, then those of the head; of one micro-batch."""
+    """Return the steps of one micro-batch: the noise floor, the candidates of each block, then those of the head."""
     modules = linears(chain.model)
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
     for name in names:
@@ -52,14 +55,15 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
     head = chain.head.module.weight.numel()
     found = [Step("noise", (), 0, 2 * (sum(sizes) + head))]  # the teacher runs before it
     for place, candidates in at.items():
-        each = head + (sum(sizes) * is_head_tied(chain.model) if place == "head" else sum(sizes[place:]))
+        before_head = sum(sizes[place:]) if isinstance(place, int) else sum(sizes) * is_head_tied(chain.model)
+        each = head + before_head
         for some in chunks(candidates, 1 if place == "head" else COMPARED_TOGETHER):
             found.append(Step(place, tuple(some), found[-1].first + found[-1].rows, len(some) * each))
     return found
 
 
 def from_group(steps: Sequence[Step], group: int) -> int:
-    """The step that the group of that number starts with: klfast 0.1.0 counted by blocks, however many candidates they have."""
+    """Return the first step of a group: klfast 0.1.0 counted groups, one per block however many candidates it has."""
     places = list(dict.fromkeys(step.place for step in steps))
     if not 0 <= group < len(places):
         raise ValueError(f"it stops at group {group}")

@@ -1,4 +1,4 @@
-"""``klfast.sweep``: how much each linear layer's quantization changes what the model predicts."""
+"""``klfast.sweep``: how much each linear layer's quantization changes the model's predictions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from klfast.sensitivity.unfinished import Unfinished
 NOISE_MULTIPLE = 10  # a KL below this many noise floors is more than a tenth noise
 _KL = METRICS[0]
 _SAVE_SECONDS = 10.0
-_SAVES_ARE = 2.0  # a save that takes 5 s is made every 100 s: a twentieth of the time at most
+_SAVES_ARE = 2.0  # a save that takes 5 s is made every 100 s: at most a twentieth of the time
 _STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several candidates run as one batch
 
 
@@ -57,51 +57,52 @@ def sweep(
 ) -> Sensitivities:
     """Measure each linear layer under each spec, alone, against the full-precision model; forward passes only.
 
-    Every metric is a mean over the same tokens: all of a window but its last, which has no next token. Memory is
-    bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, also after an error.
+    Every metric is a mean over the same tokens: all of a window except its last, which has no next token. Memory is
+    bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, even after an error.
 
     Args:
         model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Granite-4.0-H,
-            Falcon-H1, Hymba, Llama and its like), and whose logits are a product with its head's weight, perhaps scaled,
+            Falcon-H1, Hymba, Llama and similar), and whose logits are a product with its head's weight, perhaps scaled,
             capped or with a bias.
         batches: calibration text: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], windows [T], or
-            dicts with input_ids and attention_mask (a tokenizer's output, a DataLoader). Pads are no text: every window
-            is measured as if it were alone, without its padding. How windows are grouped makes no difference.
+            dicts with input_ids and attention_mask (a tokenizer's output, a DataLoader). Padding is not text: every
+            window is measured as if it were alone, without its padding. Grouping of windows makes no difference.
         specs: the precisions to try.
-        metrics: which to report (of ``METRICS``); kl_teacher_student, which plans go by, is reported in any case.
-        resume: a file that keeps the state of the sweep, rewritten every few seconds (what a step has computed so far goes
-            into a second one beside it, RESUME.step). If it exists, the sweep goes on from there and ends with the
-            measurements, bit for bit, of one that was never interrupted. ``Sensitivities.from_json`` reads it, finished
+        metrics: which to report (of ``METRICS``); kl_teacher_student, which plans use, is always reported.
+        resume: a file that keeps the state of the sweep, rewritten every few seconds (a step's intermediate results go
+            to a second one beside it, RESUME.step). If it exists, the sweep continues from there and ends with the same
+            measurements, bit for bit, as one that was never interrupted. ``Sensitivities.from_json`` reads it, finished
             or not.
-        layers: the linear layers to measure; all of them by default, the head included. Each is a name, the end of one
+        layers: the linear layers to measure; all of them by default, including the head. Each is a name, the end of one
             ("in_proj"), a glob ("layers.0.*") or "re:" and a regular expression. If the head is tied to the embedding,
             quantizing it changes the embedding, too.
         exclude: layers to leave out, chosen in the same way.
-        rows: also measure, into ``Sensitivities.rows``, each use that the rows of one layer are split between, such as
-            the gate, input, B, C and step size in Mamba-2's in_proj. Plans do not need it; it shows which part hurts.
+        rows: also measure, into ``Sensitivities.rows``, each use that the rows of a fused layer are split between, such
+            as the gate, input, B, C and step size in Mamba-2's in_proj. Plans do not need it; it shows what hurts.
         scale: how scales are chosen, as in ``klfast.quantize``.
-        max_batch_tokens: at most so many tokens go through a block at a time (but at least one window).
-        dtype: what a model with smaller floating-point weights computes in meanwhile. None for the model's own dtype,
+        max_batch_tokens: most tokens that go through a block at a time (but at least one window).
+        dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
         progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
             nothing; or a function that is called with (done, total, what was just measured).
 
     Raises:
-        InvalidInputError: no or unfit batches, specs, metrics or layers; a model that is no chain, is quantized
-            already, has adapters, or shares a weight between layers; a NaN or infinity, with the layer that makes it; a resume
-            file of a sweep with other arguments, or one that another process is working on.
+        InvalidInputError: batches, specs, metrics or layers are missing or invalid; the model is not a chain, is
+            already quantized, has adapters, or shares a weight between layers; a layer, which is named, makes a NaN or
+            infinity; the resume file belongs to a sweep with other arguments, or another process is working on it.
         UnknownLayerError: an entry of ``layers`` or ``exclude`` matches none of the model's.
-        ModelMismatchError: a resume file of another model.
-        CheckpointError: a damaged resume file, or a file that is none.
+        ModelMismatchError: the resume file belongs to another model.
+        CheckpointError: the resume file is damaged or not a resume file.
     """
-    specs = inputs.parse_specs(specs)
+    parsed = inputs.parse_specs(specs)
     reported = inputs.choose_metrics(metrics)
     if scale not in ("absmax", "mse"):
         raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
     refuse_adapters(model)
-    blank = Sensitivities.of(model)  # its bytes are those of the model as it came
+    blank = Sensitivities.of(model)  # before ``prepared`` changes dtypes, and with them the bytes
     names = inputs.choose_layers(model, layers, exclude)
     inputs.refuse_shared(model, names)
+    assert blank.fingerprint is not None  # ``of`` makes one
     inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
     if layers is None:
         warn_unquantizable(model, "sweep")
@@ -110,7 +111,7 @@ def sweep(
     with prepared(model, dtype):
         chain = Chain(model)
         settings = {
-            "specs": [str(spec) for spec in specs],
+            "specs": [str(spec) for spec in parsed],
             "layers": names,
             "rows": rows,
             "calibration": inputs.digest(windows),
@@ -122,7 +123,7 @@ def sweep(
             blank,
             Engine(chain, scale, max_batch_tokens),
             windows,
-            steps(chain, names, specs, rows),
+            steps(chain, names, parsed, rows),
             settings,
             reported,
             resume,
@@ -132,7 +133,7 @@ def sweep(
 
 
 class _Run:
-    """The loop over micro-batches and steps, and what it has found so far."""
+    """The loop over micro-batches and steps, and its results so far."""
 
     def __init__(
         self,
@@ -145,21 +146,20 @@ class _Run:
         path: str | os.PathLike[str] | None,
     ) -> None:
         self.blank, self.engine, self.windows, self.steps = blank, engine, windows, steps
-        self.settings, self.reported, self.path = settings, reported, path
+        self.settings, self.reported, self.path = settings, reported, None if path is None else os.fspath(path)
         self.rows = steps[-1].first + steps[-1].rows
-        self.work = list(
-            accumulate((step.work for step in steps), initial=0.0)
-        )  # before each step, and of a micro-batch
+        # Work before each step; the last entry is that of a whole micro-batch.
+        self.work = list(accumulate((step.work for step in steps), initial=0.0))
         self.tally = WindowStats(self.rows, len(COLUMNS))
-        self.micro_batch, self.step = 0, 0  # what comes next
-        self.unfinished: Unfinished | None = None  # how far it has come
+        self.micro_batch, self.step = 0, 0  # the next ones
+        self.unfinished: Unfinished | None = None  # state within that step
         self.is_saved, self.save_at = False, 0.0
         self.advance: Callable[..., None] = lambda *_: None
 
     def finish(self, progress: Progress) -> Sensitivities:
         if self.path is not None and os.path.exists(self.path):
-            self._load()
-        self._save()  # a path that cannot be written is better found out now
+            self._load(self.path)
+        self._save()  # so that a path that cannot be written is found out now
         self.engine.pause = self._pause
         done = self.micro_batch * self.rows + (
             self.steps[self.step].first if self.micro_batch < len(self.windows) else 0
@@ -193,14 +193,13 @@ class _Run:
     def _measure(self, teacher: Teacher, step: Step, unfinished: Unfinished | None) -> torch.Tensor:
         if step.place == "noise":
             return self.engine.measure_noise(teacher, self.micro_batch, unfinished)
-        if step.place == "head":
-            return self.engine.measure_head(
-                teacher, *step.candidates, is_head_tied(self.engine.chain.model), unfinished
-            )
-        return self.engine.measure_block(teacher, step.place, step.candidates, unfinished)
+        if isinstance(step.place, int):
+            return self.engine.measure_block(teacher, step.place, step.candidates, unfinished)
+        (head,) = step.candidates
+        return self.engine.measure_head(teacher, head, is_head_tied(self.engine.chain.model), unfinished)
 
     def _require_finite(self, step: Step, sums: torch.Tensor) -> None:
-        """Files of sensitivities, rightly, hold no such means."""
+        """Raise InvalidInputError, naming the candidate, for a sum that is NaN or infinite: files cannot hold it."""
         broken = (~sums.isfinite()).nonzero()
         if len(broken):
             row, column, _ = broken[0].tolist()
@@ -210,7 +209,7 @@ class _Run:
             )
 
     def _pause(self, unfinished: Unfinished) -> None:
-        """Between two blocks of a step."""
+        """Save if it is time, and report progress, between two blocks of a step."""
         if self.path is not None:
             self.unfinished = unfinished
             if time.monotonic() >= self.save_at:
@@ -219,7 +218,7 @@ class _Run:
         self.advance(0, step.name, self._share(unfinished))
 
     def _share(self, unfinished: Unfinished | None = None) -> float:
-        """How much of the work is done, 0 to 1."""
+        """Return the share of the work that is done, 0 to 1."""
         done = self.micro_batch * self.work[-1] + self.work[self.step]
         if unfinished is not None:
             step, windows = self.steps[self.step], len(self.windows[self.micro_batch])
@@ -228,8 +227,9 @@ class _Run:
         return done / (len(self.windows) * self.work[-1])
 
     def _result(self) -> Sensitivities:
-        """What has been measured so far."""
-        floor, provenance = {}, self._provenance()
+        """Return the measurements so far."""
+        floor: dict[str, float] = {}
+        provenance = self._provenance()
         if self.tally.tokens(0):
             floor, ce_teacher = self._metrics(self.tally.mean(0)), self.tally.mean(0)[COLUMNS.index("ce_teacher")]
             if math.isfinite(ce_teacher):
@@ -262,14 +262,14 @@ class _Run:
             "dtype": self.settings["dtype"],
             "klfast": __version__,
             "torch": torch.__version__,
-            # Seconds by stage, and what ran, in tokens through the whole network (without the head).
+            # Seconds by stage, and the work done, in tokens through the whole network (without the head).
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.engine.seconds.items()},
             "token_forwards": round(self.engine.block_tokens / len(self.engine.chain.blocks)),
         }
 
     @property
     def _beside(self) -> str:
-        return f"{os.fspath(self.path)}.step"
+        return f"{self.path}.step"
 
     def _state(self) -> dict[str, object]:
         return {
@@ -280,37 +280,38 @@ class _Run:
         }
 
     def _save(self, and_unfinished: bool = False) -> None:
-        """Write what has been measured, if that has changed, and how far the present step has come."""
+        """Write the measurements, if they have changed, and the state of the current step."""
         if self.path is None:
             return
         start = time.monotonic()
         state = self._state()
         if not self.is_saved:
-            costs = {"seconds": self.engine.seconds, "block_tokens": self.engine.block_tokens}
-            self._result().to_json(self.path, extra={"sweep": {**state, **costs}})
+            state_and_costs = {**state, "seconds": self.engine.seconds, "block_tokens": self.engine.block_tokens}
+            self._result().to_json(self.path, extra={"sweep": state_and_costs})
             self.is_saved = True
             if self.unfinished is None:
                 Path(self._beside).unlink(missing_ok=True)
         if and_unfinished and self.unfinished is not None:
-            costs = {**self.engine.seconds, "block_tokens": self.engine.block_tokens}
+            costs: dict[str, float] = {**self.engine.seconds, "block_tokens": self.engine.block_tokens}
             unfinished.write(self._beside, replace(self.unfinished, costs=costs), signed_json.digest(state))
         end = time.monotonic()
         self.save_at = end + _SAVE_SECONDS * max(1.0, _SAVES_ARE * (end - start))
 
-    def _load(self) -> None:
-        """Go on where the resume file stopped, if it is that of a sweep with the same arguments."""
-        remedy = "to start anew delete it (--no-resume), or give `resume` another path"
-        data, origin = signed_json.read(self.path, "a sweep's state", remedy, verified=False)
+    def _load(self, path: str) -> None:
+        """Continue where the resume file stopped, if it belongs to a sweep with the same arguments."""
+        remedy = "to start over delete it (--no-resume), or give `resume` another path"
+        data, origin = signed_json.read(path, "a sweep's state", remedy, verified=False)
         before = Sensitivities.from_data(data, origin, remedy)
-        state = data.get("sweep")
+        state = data.get("sweep") if isinstance(data, dict) else None
         if not isinstance(state, dict):
-            raise CheckpointError(f"{self.path} is not the resume file of a sweep; {remedy}")
-        if before.fingerprint is None or not before.fingerprint.matches(self.blank.fingerprint):
-            raise ModelMismatchError(f"{self.path} is the resume file of another model's sweep; {remedy}")
+            raise CheckpointError(f"{path} is not the resume file of a sweep; {remedy}")
+        found, own = before.fingerprint, self.blank.fingerprint
+        if found is None or own is None or not found.matches(own):
+            raise ModelMismatchError(f"{path} is the resume file of another model's sweep; {remedy}")
         try:
             for name, value in self.settings.items():
                 if state["settings"][name] != value:
-                    raise InvalidInputError(f"{self.path} is the resume file of a sweep with other {name}; {remedy}")
+                    raise InvalidInputError(f"{path} is the resume file of a sweep with other {name}; {remedy}")
             self.micro_batch, self.step = (signed_json.whole(number, "its next step") for number in state["next"])
             if "steps" not in state:
                 self.step = from_group(self.steps, self.step)
@@ -323,7 +324,7 @@ class _Run:
         except InvalidInputError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({error}); {remedy}") from error
+            raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
         signed_json.verify(data, origin, remedy)
         self.unfinished = unfinished.read(
             self._beside, signed_json.digest(self._state()), self.engine.chain.head.device

@@ -1,4 +1,4 @@
-"""The step that a sweep is in the middle of, as a file: so that hardly any work is lost, however long a step takes."""
+"""File with the state of a sweep's current step, so that an interruption loses little work even in a long step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from klfast.models.block_chain import Carry
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Where a step stands.
+    """State within a step.
 
     Attributes:
-        finals: what enters the head, [B, T, H], of the candidates that have been through the network.
-        carry: what enters block ``block``, of the candidates that are on their way.
-        costs: seconds by stage, and tokens that went through blocks ("block_tokens"), up to here.
+        finals: the head's input, [B, T, H], of each candidate that has been through the network.
+        carry: the input of block ``block`` of the candidates that are on their way.
+        block: the block to continue with.
+        costs: seconds by stage, and tokens that went through blocks ("block_tokens"), so far.
     """
 
     finals: list[torch.Tensor]
@@ -34,7 +35,7 @@ class Unfinished:
 
 
 def write(path: str | os.PathLike[str], unfinished: Unfinished, after: str) -> None:
-    """Write it; ``after`` identifies all that was measured before the step."""
+    """Write the state of a step; ``after`` identifies everything that was measured before the step."""
     parts = {f"final.{i}": final for i, final in enumerate(unfinished.finals)}
     parts |= {f"carry.{i}": part for i, part in enumerate((unfinished.carry.hidden, *unfinished.carry.extra))}
     tensors = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
@@ -50,7 +51,10 @@ def write(path: str | os.PathLike[str], unfinished: Unfinished, after: str) -> N
 
 
 def read(path: str | os.PathLike[str], after: str, device: torch.device) -> Unfinished | None:
-    """What ``write`` wrote, if it belongs to what was measured before; None, with a warning, if it is damaged."""
+    """Return the state that ``write`` wrote; None if it was written after other measurements.
+
+    Warns and returns None if it is damaged.
+    """
     if not os.path.exists(path):
         return None
     try:
@@ -67,7 +71,7 @@ def read(path: str | os.PathLike[str], after: str, device: torch.device) -> Unfi
         finals = [parts[f"final.{i}"] for i in range(facts["finals"])]
         return Unfinished(finals, Carry(carry[0], tuple(carry[1:])), facts["block"], facts["costs"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{os.fspath(path)} is damaged ({error}); the step that it holds is measured again", stacklevel=2)
+        warnings.warn(f"{os.fspath(path)} is damaged ({error}); its step is measured again", stacklevel=2)
         return None
 
 
@@ -75,5 +79,5 @@ def _digest(facts: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) ->
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

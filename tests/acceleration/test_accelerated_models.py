@@ -1,4 +1,4 @@
-"""Accelerated models against plain ones: configurations, compilation, copies and pickles, and libraries that patch forwards."""
+"""Accelerated models against plain ones: configurations, compilation, copies, pickles and patched forwards."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ def logits(model, ids, **kwargs):
 
 @torch.inference_mode()
 def in_chunks(model, ids, lengths):
-    """The logits of a prompt and of single tokens that follow it."""
+    """Return the logits of a prompt and of the single tokens that follow it."""
     cache, found, name = None, [], cache_argument(getattr(model, "_orig_mod", model))
     for piece in ids.split(lengths, dim=1):
         out = model(piece, use_cache=True, **{name: cache})
@@ -50,7 +50,7 @@ def in_chunks(model, ids, lengths):
 
 
 def configured(family, dtype=torch.float32, **changes):
-    """Two equal models, the second accelerated."""
+    """Return two equal models, the second accelerated."""
     torch.manual_seed(3)
     sizes = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)
     if family == "mamba2":
@@ -98,9 +98,9 @@ OF_ONE_FAMILY = [
 
 
 @pytest.mark.parametrize(
-    "family, changes", [*((family, change) for change in CHANGES for family in SSM), *OF_ONE_FAMILY], ids=str
+    ("family", "changes"), [*((family, change) for change in CHANGES for family in SSM), *OF_ONE_FAMILY], ids=str
 )
-def test_every_configuration_computes_what_transformers_does(family, changes):
+def test_every_configuration_equals_transformers(family, changes):
     if family == "mamba2" and changes.get("expand") == 1:
         changes = {**changes, "num_heads": 4}
     plain, fast = configured(family, **changes)
@@ -134,20 +134,20 @@ OF_ONE_HYBRID = [
 
 
 @pytest.mark.parametrize(
-    "family, changes",
+    ("family", "changes"),
     [
         *((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1")),
         *(case for case in OF_ONE_HYBRID if case[0] in ACCELERATED),
     ],
     ids=str,
 )
-def test_every_configuration_of_a_hybrid_computes_what_transformers_does(family, changes, monkeypatch):
+def test_every_configuration_of_a_hybrid_equals_transformers(family, changes, monkeypatch):
     config = CONFIGS[family]()
     config = type(config)(**config.to_dict() | changes)
     monkeypatch.setitem(CONFIGS, family, lambda: config)
     plain = tiny(family)
     with torch.no_grad():
-        for name, parameter in plain.named_parameters():
+        for parameter in plain.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     fast = klfast.accelerate(copy.deepcopy(plain))
@@ -179,8 +179,8 @@ def test_another_activation_generates_the_same_tokens(family):
     assert torch.equal(found, expected)
 
 
-def test_falcon_mamba_decodes_with_the_norms_that_it_has():
-    """Norms of another eps, or with a hook, are not those of the one-token step."""
+def test_falcon_mamba_decodes_with_its_own_norms():
+    """The one-token step does not support norms with another eps or with a hook."""
     plain, fast = configured("falcon_mamba")
     for model in (plain, fast):
         mixer = mixers(model)[0]
@@ -199,7 +199,7 @@ def test_falcon_mamba_decodes_with_the_norms_that_it_has():
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("tokens", [2, 17])
 def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
-    """Also where nothing has run before, as in a new process."""
+    """This includes models that have not run before, as in a new process."""
     model = tiny(family)
     ids = batch(2, tokens)
     plain = logits(model, ids)
@@ -235,14 +235,14 @@ def test_another_activation_compiles(family):
 
 
 def test_the_convolution_compiles_with_inductor():
-    """torch.compile's own backend, which a model's user gets."""
+    """Inductor is torch.compile's default backend."""
     x, weight = torch.randn(2, 8, 9), torch.randn(8, 4)
 
     def convolve(x):
         return klfast.ops.causal_conv1d_fn(x, weight, activation="silu") * 2
 
     torch._dynamo.reset()
-    # torch's cache on disk also returns what was compiled under another ATEN_CPU_CAPABILITY, and computes nonsense with it.
+    # torch's disk cache also returns code compiled under another ATEN_CPU_CAPABILITY, which gives wrong results.
     with torch._inductor.config.patch(force_disable_caches=True):
         torch.testing.assert_close(torch.compile(convolve, fullgraph=True)(x), convolve(x))
 
@@ -285,7 +285,7 @@ def test_a_copy_of_a_plain_model_stays_plain(family):
 
 
 def test_a_forward_that_was_pickled_as_a_method_is_accelerated_again():
-    """As pickles of klfast 0.1 hold it."""
+    """Pickles of klfast 0.1 contain such forwards."""
     model = tiny("mamba")
     for module in model.modules():
         if not isinstance(module, torch.nn.ModuleList):
@@ -316,7 +316,7 @@ def test_a_spawned_process_gets_an_accelerated_model():
 
 
 def hook_around(module):
-    """What accelerate's add_hook_to_module does."""
+    """Replace the forward as accelerate's add_hook_to_module does."""
     old = module.forward
 
     def new_forward(module, *args, **kwargs):
@@ -338,7 +338,7 @@ def test_modules_with_another_forward_keep_it_and_are_named():
     hook_around(mixers(model)[1])
     with pytest.warns(
         klfast.SlowPathWarning,
-        match=r"replaced the forward of backbone\.layers\.1\.mixer in this Mamba2ForCausalLM; call klfast\.accelerate before",
+        match=r"replaced the forward of backbone\.layers\.1\.mixer in this Mamba2ForCausalLM; call klfast\.accelerate",
     ):
         klfast.accelerate(model)
     assert [is_accelerated(mixer) for mixer in mixers(model)] == [True, False]
@@ -364,7 +364,7 @@ def test_a_hook_around_an_accelerated_module_is_left_in_place():
 
 
 def counted(original, module):
-    """A forward for a class, as another library writes it."""
+    """Return another library's forward for a class."""
 
     def forward(self, hidden_states, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
@@ -391,7 +391,7 @@ def test_a_norm_whose_class_was_patched_runs_the_patch(when, monkeypatch):
 
 
 def test_functions_that_are_patched_later_are_seen(monkeypatch):
-    """The copied forward has the globals of the original, not a snapshot of them."""
+    """The copied forward shares the original's globals."""
     model = tiny("mamba2")
     module = sys.modules[type(mixers(model)[0]).__module__]
     before = {name: getattr(module, name) for name in mixer_of(type(mixers(model)[0])).functions}
@@ -434,16 +434,16 @@ OTHERS = {
 
 @pytest.mark.usefixtures("warned")
 @pytest.mark.parametrize("name", OTHERS)
-def test_says_so_of_recurrent_layers_that_it_does_not_know(name):
+def test_warns_about_unsupported_recurrent_layers(name):
     model = transformers.AutoModelForCausalLM.from_config(OTHERS[name]())
-    with pytest.warns(klfast.SlowPathWarning, match=f"not for the recurrent layers .*{name}"):
+    with pytest.warns(klfast.SlowPathWarning, match=f"does not support the recurrent layers .*{name}"):
         klfast.accelerate(model)
     assert not any(is_accelerated(module) for module in model.modules())
 
 
 @pytest.mark.usefixtures("warned")
 @pytest.mark.parametrize("family", [*ACCELERATED, "hymba", "llama"])
-def test_says_nothing_of_models_that_it_knows(family):
+def test_does_not_warn_about_supported_models(family):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         klfast.accelerate(tiny(family))

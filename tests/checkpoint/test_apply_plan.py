@@ -1,4 +1,4 @@
-"""quantize_model, QuantEmbedding and LazyWeight: the right layers, the right numbers, and nothing half converted."""
+"""quantize_model, QuantEmbedding and LazyWeight: right layers and numbers, and no half-converted models."""
 
 import copy
 import sys
@@ -21,7 +21,7 @@ SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), 
 
 
 def mixed_plan(model, head=True):
-    """The specs in turn, over every second layer and the head."""
+    """Return a plan with the specs in turn, for every second layer and the head."""
     names = [name for name in list(linears(model))[::2] if name != head_name(model)] + [head_name(model)] * head
     return Plan({name: SPECS[i % len(SPECS)] for i, name in enumerate(names)}, "uniform", fingerprint(model))
 
@@ -39,7 +39,7 @@ def fake_quantized(model, plan):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_logits_are_those_of_rounded_weights(family, tied):
+def test_logits_equal_those_with_rounded_weights(family, tied):
     model, ids = tiny(family, tied), batch()
     plan = mixed_plan(model)
     expected = fake_quantized(model, plan)(ids).logits
@@ -120,7 +120,7 @@ def test_refuses_an_embedding_that_computes():
 
 
 def state_of(model):
-    """All that quantize_model may change."""
+    """Return everything that quantize_model may change."""
     return (
         {
             name: (type(module), dict(vars(module)["_parameters"]))
@@ -135,7 +135,7 @@ def state_of(model):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
-def test_an_interruption_leaves_the_model_as_it_was_wherever_it_comes(kind, tied, monkeypatch):
+def test_an_interruption_anywhere_leaves_the_model_as_it_was(kind, tied, monkeypatch):
     model = tiny("llama", tied)
     plan, before = mixed_plan(model), state_of(model)
     events = 0
@@ -174,7 +174,7 @@ def test_an_interruption_leaves_the_model_as_it_was_wherever_it_comes(kind, tied
     assert {name for name, module in linears(model).items() if isinstance(module, nn.QuantLinear)} == set(plan.specs)
 
 
-def test_biases_and_what_is_not_replaced_keep_their_gradients():
+def test_biases_and_other_parameters_keep_requires_grad():
     model = tiny("mamba")
     model.backbone.layers[0].norm.weight.requires_grad_(False)
     model.backbone.layers[1].mixer.in_proj.bias.requires_grad_(False)
@@ -264,7 +264,7 @@ def test_lazy_weight_products_use_the_kernel(lazy, monkeypatch):
     torch.testing.assert_close(torch.matmul(lazy.weight, x[0]), dense @ x[0])
     torch.testing.assert_close(torch.nn.functional.linear(x.mT, lazy.weight, torch.ones(6)), x.mT @ dense.T + 1)
     assert len(calls) == 3
-    torch.testing.assert_close(x.mT @ lazy.weight.T, x.mT @ dense.T)  # the others see the dense matrix
+    torch.testing.assert_close(x.mT @ lazy.weight.T, x.mT @ dense.T)  # other functions see the dense matrix
     torch.testing.assert_close(lazy.weight @ x[0, :, 0], dense @ x[0, :, 0])
     torch.testing.assert_close(lazy.weight.float().norm(), dense.norm())
     torch.testing.assert_close(copy.deepcopy(lazy.weight), dense)

@@ -1,4 +1,4 @@
-"""load_quantized on folders that are damaged, altered, foreign or hostile: refused in one line, and nothing is run."""
+"""load_quantized refuses damaged, altered, foreign and hostile folders in one line, and runs no code from them."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import damaged, quantized, refused, saved, sign  # noqa: F401  (two of them are fixtures)
+from saved_models import quantized, refused, sign
 
 import klfast
 
@@ -15,12 +15,12 @@ import klfast
 def test_truncated_and_missing_files(damaged, file):
     data = (damaged / file).read_bytes()
     (damaged / file).write_bytes(data[: len(data) // 2])
-    refused(damaged, rf"{file} (has \d+ bytes where|cannot be read as JSON)")
+    refused(damaged, rf"{file} (has \d+ bytes, but|cannot be read as JSON)")
     (damaged / file).unlink()
     refused(damaged, file)
 
 
-def test_every_saved_file_is_under_the_manifest(tmp_path):
+def test_the_manifest_covers_every_saved_file(tmp_path):
     class Tokenizer:
         def save_pretrained(self, folder):
             (folder / "tokenizer.json").write_text("{'version': 1}")
@@ -36,7 +36,7 @@ def test_every_saved_file_is_under_the_manifest(tmp_path):
     for name in names:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[:-2])
-        refused(folder, rf"{name} has \d+ bytes where \d+ were saved; copy it again")
+        refused(folder, rf"{name} has \d+ bytes, but \d+ were saved; copy it again")
         (folder / name).write_bytes(data[:-1] + b" ")
         refused(folder, rf"{name} is not as it was saved .*; copy it again")
         (folder / name).write_bytes(data)
@@ -45,7 +45,7 @@ def test_every_saved_file_is_under_the_manifest(tmp_path):
 def test_a_generation_config_that_was_added(damaged):
     (damaged / "generation_config.json").write_text("{")
     sign(damaged)
-    refused(damaged, r"generation_config\.json is no generation config .*; copy it again")
+    refused(damaged, r"generation_config\.json is not a generation config .*; copy it again")
 
 
 def test_a_flipped_bit(damaged):
@@ -74,7 +74,7 @@ def test_a_flipped_bit(damaged):
         (
             "backbone.norm_f.weight",
             lambda t: t.long(),
-            r"backbone\.norm_f\.weight must be like torch.float32, got torch.int64",
+            r"backbone\.norm_f\.weight must have a dtype like torch.float32, got torch.int64",
         ),
         (
             "backbone.norm_g.weight",
@@ -88,7 +88,7 @@ def test_a_flipped_bit(damaged):
         ),
     ],
 )
-def test_wrong_tensors_under_a_right_manifest(damaged, name, change, match):
+def test_wrong_tensors_with_a_valid_manifest(damaged, name, change, match):
     tensors = load_file(damaged / "model.safetensors")
     tensors[name] = change(tensors.get(name))
     save_file({k: t for k, t in tensors.items() if t is not None}, damaged / "model.safetensors")
@@ -96,7 +96,7 @@ def test_wrong_tensors_under_a_right_manifest(damaged, name, change, match):
     refused(damaged, match)
 
 
-def test_wrong_descriptions_under_a_right_manifest(damaged):
+def test_wrong_descriptions_with_a_valid_manifest(damaged):
     config = json.loads((damaged / "config.json").read_text())
 
     def rewrite(**changes):
@@ -112,7 +112,7 @@ def test_wrong_descriptions_under_a_right_manifest(damaged):
         {"hidden_act": "none"},
     ):
         rewrite(**changes)
-        refused(damaged, "config.json describes no model that this transformers can build")
+        refused(damaged, "config.json does not describe a model that this transformers can build")
     rewrite(hidden_size=128)
     refused(damaged, r"weight_shape is not \[128, 128\]")
     rewrite(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
@@ -175,7 +175,7 @@ def test_unknown_layer_facts(damaged, key, value):
 def test_foreign_folders_and_later_formats(damaged, tmp_path):
     refused(tmp_path / "nowhere", "there is no folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no klfast.json, so klfast.save_quantized did not write it")
+    refused(tmp_path / "empty", "has no klfast.json, so klfast.save_quantized did not write it")
     manifest = json.loads((damaged / "klfast.json").read_text())
 
     def with_file(name, **facts):
@@ -184,13 +184,13 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
     for content, match in (
         ({**manifest, "format_version": 2}, "format version 2, this klfast reads 1"),
         ({"format_version": 1}, "klfast.json is damaged"),
-        (with_file("../model.safetensors", bytes=1, sha256=""), "outside of the folder"),
-        (with_file("/model.safetensors", bytes=1, sha256=""), "outside of the folder"),
+        (with_file("../model.safetensors", bytes=1, sha256=""), "outside the folder"),
+        (with_file("/model.safetensors", bytes=1, sha256=""), "outside the folder"),
         ({**manifest, "files": {}}, "klfast.json is damaged"),
         ({**manifest, "format_version": [1]}, "klfast.json is damaged"),
         (with_file("config.json", bytes=float("inf")), "size and digest of 'config.json' are missing"),
         (with_file("config.json", bytes=float("nan")), "size and digest of 'config.json' are missing"),
-        (with_file("config.json", bytes=10**400), "config.json has .* bytes where 1000.* were saved"),
+        (with_file("config.json", bytes=10**400), "config.json has .* bytes, but 1000.* were saved"),
         (with_file("config.json", sha256=3), "size and digest of 'config.json' are missing"),
         (with_file("x" * 1000, bytes=1, sha256=""), "xxx is missing"),
         (with_file("a\0b", bytes=1, sha256=""), "is missing"),
@@ -201,7 +201,7 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
         (damaged / "klfast.json").write_text(json.dumps(content))
         refused(damaged, match)
     for content, match in (
-        ("[]", "holds no JSON object"),
+        ("[]", "is not a JSON object"),
         ("9" * 5000, "cannot be read as JSON"),
         (b"\xff\xfe\xfd", "cannot be read as JSON"),
         ("{", r"cannot be read as JSON \(Expecting"),
@@ -212,15 +212,15 @@ def test_foreign_folders_and_later_formats(damaged, tmp_path):
 
 
 def test_loading_does_not_unpickle(damaged):
-    """A pickle in the place of the tensors is refused by the digest and, that forged, by the reader of safetensors."""
+    """A pickle instead of the tensors is refused by its digest or, if that is forged, by the safetensors reader."""
     torch.save({"lm_head.weight": torch.ones(2)}, damaged / "model.safetensors")
-    refused(damaged, "has .* bytes where")
+    refused(damaged, "has .* bytes, but")
     sign(damaged)
     refused(damaged, r"model\.safetensors is damaged")
 
 
-def test_a_configuration_of_very_many_layers(damaged):
-    """It is refused at once, where to build them would take hours."""
+def test_a_configuration_with_very_many_layers(damaged):
+    """It is refused at once; building the layers would take hours."""
     config = json.loads((damaged / "config.json").read_text())
     for layers in (100_000, 10**12):
         (damaged / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))

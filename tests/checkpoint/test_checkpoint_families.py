@@ -1,4 +1,4 @@
-"""save_quantized and load_quantized on families that klfast knows through transformers alone."""
+"""save_quantized and load_quantized on families that klfast knows only through transformers."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 NOT_STORED = {
-    "gpt2": "its matrices are no nn.Linear",
-    "llama_eager": "the attention's implementation is no part of a saved configuration",
+    "gpt2": "its matrices are not nn.Linear",
+    "llama_eager": "the attention's implementation is not part of a saved configuration",
     "rwkv": "its weights move",
 }
 FAMILIES = [name for name in (*VARIANTS, *OTHERS) if name not in NOT_STORED]
@@ -48,20 +48,20 @@ def test_the_same_logits_and_buffers(family, tied, tmp_path):
     loaded = klfast.load_quantized(tmp_path / "model")
     assert torch.equal(loaded(ids).logits, expected) and expected.isfinite().all()
     assert is_head_tied(loaded) == is_head_tied(model)
-    for name, buffer in model.named_buffers():  # those too that no file holds
+    for name, buffer in model.named_buffers():  # including those that no file holds
         assert torch.equal(loaded.get_buffer(name), buffer) and loaded.get_buffer(name).dtype == buffer.dtype, name
     state, original = loaded.state_dict(), model.state_dict()
     assert list(state) == list(original) and all(torch.equal(state[name], tensor) for name, tensor in original.items())
 
 
 def test_falcon_h1_scales_its_projections():
-    """mup_vector is what its model fills for each of its mixers: different numbers, of which none may be lost."""
+    """The model fills each mixer's mup_vector with different numbers; none may be lost."""
     assert len(tiny("falcon_h1").model.layers[0].mamba.mup_vector.unique()) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
 def test_a_buffer_that_transformers_does_not_compute(dtype, tmp_path, monkeypatch):
-    """Of any dtype, and before anything is written."""
+    """A buffer of any dtype is refused, before anything is written."""
     model = quantized("lfm2", False)
     real = tensors.empty_model
 
@@ -71,7 +71,8 @@ def test_a_buffer_that_transformers_does_not_compute(dtype, tmp_path, monkeypatc
         return built
 
     klfast.save_quantized(model, tmp_path / "model")
-    monkeypatch.setattr("klfast.checkpoint.load.empty_model", with_buffer)
+    for user in ("load", "save"):
+        monkeypatch.setattr(f"klfast.checkpoint.{user}.empty_model", with_buffer)
     message = r"transformers does not compute the buffer lost of model\.layers\.0"
     with pytest.raises(CheckpointError, match=f"{message}; this model cannot be loaded"):
         klfast.load_quantized(tmp_path / "model")

@@ -1,10 +1,11 @@
-"""Saved models whose tensors are shared: in memory and by the configuration, in memory alone, by the configuration alone."""
+"""Saved models with shared tensors: in memory, by the configuration, or both."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved_models import sign
 from tiny_models import batch, tiny
 from torch import nn
 
@@ -18,14 +19,14 @@ FAMILIES = ("mamba", "mamba2", "hymba", "llama")
 
 
 def quantize(model, names=None):
-    """Every layer but the head, or those named."""
+    """Quantize every layer except the head, or those named."""
     names = [name for name in linears(model) if name != head_name(model)] if names is None else names
     return klfast.accelerate(klfast.quantize_model(model, Plan(dict.fromkeys(names, QuantSpec(4, 32)), "uniform")))
 
 
 @torch.no_grad()
 def saves_and_loads(model, folder):
-    """The logits of both, and each float tensor, bit for bit."""
+    """Compare the logits of both, and each float tensor, bit for bit."""
     klfast.save_quantized(model, folder)
     loaded = klfast.load_quantized(folder)
     assert torch.equal(loaded(batch()).logits, model(batch()).logits)
@@ -54,11 +55,11 @@ def test_tied_in_memory_other_than_in_the_configuration(family, configured, head
     quantize(model, [head_name(model)] if head else None)
     saves_and_loads(model, tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"] is not configured
-    assert model.config.tie_word_embeddings is configured  # saving changes no model
+    assert model.config.tie_word_embeddings is configured  # saving does not change the model
 
 
 def test_a_folder_whose_file_holds_two_matrices_for_a_tied_head(tmp_path):
-    """transformers loads it untied; so do the steps from there to the loaded quantized model."""
+    """transformers loads it untied, and it stays untied when quantized, saved and loaded."""
     from klfast.checkpoint.by_name import load_model
 
     original = tiny("mamba", tied=False)
@@ -73,8 +74,6 @@ def test_a_folder_whose_file_holds_two_matrices_for_a_tied_head(tmp_path):
 @pytest.mark.parametrize("head", [False, True], ids=["float head", "quantized head"])
 @torch.no_grad()
 def test_folders_of_earlier_versions_that_say_tied_but_hold_both(tmp_path, head):
-    from test_checkpoint import sign
-
     model = tiny("mamba", tied=False)
     quantize(model, [head_name(model)] if head else None)
     klfast.save_quantized(model, tmp_path / "model")
@@ -118,7 +117,7 @@ def test_tensors_that_are_parts_of_one_storage(tmp_path):
 @pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
 @torch.no_grad()
 def test_a_quantized_layer_that_blocks_share_is_stored_once(tmp_path):
-    """Zamba2's attention blocks are one block that is called several times, and its configuration says so."""
+    """Zamba2's attention blocks are one block that is called several times, as its configuration states."""
     model = tiny("zamba2", tied=None)
     shared = "shared_transformer.self_attn.q_proj"
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(shared)]
@@ -137,7 +136,7 @@ def test_a_quantized_layer_that_blocks_share_is_stored_once(tmp_path):
     ).read_bytes()
 
 
-def test_what_the_configuration_does_not_describe_is_refused(tmp_path):
+def test_models_that_differ_from_their_configuration_are_refused(tmp_path):
     def refused(model, match):
         with pytest.raises(errors.InvalidInputError, match=match) as caught:
             klfast.save_quantized(model, tmp_path / "model")
@@ -154,7 +153,7 @@ def test_what_the_configuration_does_not_describe_is_refused(tmp_path):
     refused(model, r"quantizes model\.layers\.2\.self_attn\.q_proj, which the model does not have")
     model = quantize(tiny("llama"))
     model.model.norm.weight = nn.Parameter(torch.ones(64, device="meta"))
-    refused(model, r"model\.norm\.weight is on the meta device and holds no numbers; load the weights")
+    refused(model, r"model\.norm\.weight is on the meta device and has no values; load the weights")
     with torch.device("meta"):
         model = tiny("llama")
     model.set_submodule("lm_head", klfast.QuantLinear.empty((61, 64), QuantSpec(4, 32)))

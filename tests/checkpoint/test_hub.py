@@ -1,4 +1,4 @@
-"""Models of the hub: found in its cache, fetched in two steps, and no network asked with local_files_only."""
+"""Models on the hub: found in its cache, fetched in two steps, without network access with local_files_only."""
 
 import json
 import os
@@ -6,15 +6,17 @@ import shutil
 
 import pytest
 import torch
-from test_model_folder import INDEX, folder, no_pickle_and_no_network, original, refused, shard  # noqa: F401  (three of them are fixtures)
+from model_folders import INDEX, refused, shard
 
 import klfast
 from klfast.checkpoint.by_name import load_model, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_pickle_and_no_network")
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The hub's cache, and what puts a folder into it under an id."""
+    """A function that puts a folder into the hub's cache under an id."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -36,18 +38,18 @@ def cache(tmp_path, monkeypatch):
     return put
 
 
-def test_a_model_of_the_hub(original, cache):
+def test_a_model_on_the_hub(original, cache):
     cache(original)
     expected = load_model(original).state_dict()
     found = load_model("me/small", local_files_only=True).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert load_tokenizer("me/small", local_files_only=True)("Hello")["input_ids"]
     for load in (load_model, load_tokenizer):
-        message = "cannot load the .* of me/other: it is neither in the local cache nor can the hub be reached"
+        message = "cannot load the .* of me/other: it is not in the local cache, and the hub cannot be reached"
         refused("me/other", message, load, local_files_only=True)
 
 
-def test_a_quantized_model_of_the_hub(original, cache, tmp_path):
+def test_a_quantized_model_on_the_hub(original, cache, tmp_path):
     model = load_model(original)
     plan = klfast.Plan({"lm_head": klfast.QuantSpec(4, 32)}, "uniform")
     klfast.save_quantized(klfast.quantize_model(model, plan), tmp_path / "small", load_tokenizer(original))
@@ -71,8 +73,8 @@ def test_damage_in_the_cache(folder, cache):
     refused("me/small", r"holds an adapter", local_files_only=True)
 
 
-def test_what_is_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
-    """First what is small, then the weight files that it names; where the hub cannot be reached, the cache does."""
+def test_files_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
+    """Fetch small files first, then the weight files that they name; use the cache if the hub is unreachable."""
     import huggingface_hub
 
     snapshot, asked = cache(original), []
@@ -100,7 +102,7 @@ def test_what_is_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert load_model("me/small") is not None
-    refused("me/other", "neither in the local cache nor can the hub be reached")
+    refused("me/other", "not in the local cache, and the hub cannot be reached")
 
 
 @pytest.mark.parametrize(
@@ -111,17 +113,17 @@ def test_what_is_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
         ("RevisionNotFoundError", "the hub has no such version"),
     ],
 )
-def test_what_the_hub_refuses(name, match, monkeypatch):
+def test_errors_of_the_hub(name, match, monkeypatch):
     import huggingface_hub
 
     def download(*_, **__):
         kind = getattr(huggingface_hub.errors, name)
-        raise kind.__new__(kind, "no")  # its initialiser wants an answer of the hub
+        raise kind.__new__(kind, "no")  # its initialiser needs a response of the hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     refused("me/other", match)
 
 
 @pytest.mark.parametrize("name", ["a b/c d", "-a/b", "a/b--c..d"])
-def test_ids_that_the_hub_cannot_have(name):
-    refused(name, r"that is no id of the hub, which reads owner/name", local_files_only=True)
+def test_ids_that_are_invalid_on_the_hub(name):
+    refused(name, r"that is not a hub id, which reads owner/name", local_files_only=True)

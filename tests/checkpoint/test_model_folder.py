@@ -1,65 +1,20 @@
-"""What folders hold that are no models for klfast, and what is said of it; that no pickle is read and no network asked."""
+"""Folders that klfast cannot load, and their error messages; no pickle is read and no network used."""
 
 import json
 import os
-import pickle
 import shutil
-import socket
 import time
 
 import pytest
-import tiny_folder
 import torch
 import transformers
+from model_folders import INDEX, refused, shard
 from safetensors.torch import load_file, save_file
 
 from klfast.checkpoint.by_name import load_model, load_tokenizer
 from klfast.core.errors import CheckpointError, InvalidInputError
 
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return tiny_folder.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    """A copy to damage."""
-    return shutil.copytree(original, tmp_path / "model")
-
-
-@pytest.fixture(autouse=True)
-def no_pickle_and_no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("klfast unpickles nothing and, in these tests, asks no network")
-
-    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(owner, name, refuse)
-    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
-        monkeypatch.setattr(owner, name, refuse)
-
-
-def refused(folder, match, load=load_model, **options):
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load(folder, **options)
-    assert "\n" not in str(caught.value)
-
-
-def shard(folder, parts=2):
-    """The weights in several files and their index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(weight_map.values()):
-        save_file(
-            {name: tensors[name] for name, place in weight_map.items() if place == file},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return weight_map
+pytestmark = pytest.mark.usefixtures("no_pickle_and_no_network")
 
 
 def test_shards_that_are_missing_truncated_or_pointers_are_named(folder):
@@ -78,11 +33,11 @@ def test_shards_that_are_missing_truncated_or_pointers_are_named(folder):
         folder, r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json lists; fetch it again"
     )
     second.symlink_to(folder / "nowhere")
-    refused(folder, r"model-00002-of-00002\.safetensors is no file, or a link to none; fetch it again")
+    refused(folder, r"model-00002-of-00002\.safetensors is not a file, or is a broken link; fetch it again")
     second.unlink()
     (folder / INDEX).unlink()
     refused(
-        folder, r"lacks model\.safetensors\.index\.json, which says what its 1 safetensors files hold; fetch it again"
+        folder, r"lacks model\.safetensors\.index\.json, which lists what its 1 safetensors files hold; fetch it again"
     )
 
 
@@ -122,7 +77,7 @@ def test_an_index_lists_nothing_but_safetensors_files_of_the_folder(folder, name
 def test_damaged_indices(folder, content):
     shard(folder)
     (folder / INDEX).write_text(content)
-    refused(folder, r"index\.json (is no valid index|lists no file).*; fetch it again")
+    refused(folder, r"index\.json (is not a valid index|lists no file).*; fetch it again")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "../evil.safetensors", "other.safetensors"])
@@ -144,7 +99,7 @@ def test_a_configuration_that_names_a_weight_file(folder, name):
         ("model.Q4_K_M.gguf", r"its model\.Q4_K_M\.gguf is GGUF, which klfast does not read"),
         ("tf_model.h5", r"its tf_model\.h5 is weights of another framework"),
         ("consolidated.safetensors", r"has no model\.safetensors, only consolidated\.safetensors"),
-        ("training_args.bin", r"holds no weights: model\.safetensors is missing; fetch it again"),
+        ("training_args.bin", r"has no weights: model\.safetensors is missing; fetch it again"),
     ],
 )
 def test_weights_of_other_kinds(folder, file, match):
@@ -152,7 +107,7 @@ def test_weights_of_other_kinds(folder, file, match):
     refused(folder, match)
     (folder / "config.json").unlink()
     other = "give the folder" if file in ("training_args.bin", "consolidated.safetensors") else f"its {file} is"
-    refused(folder, rf"holds no config\.json; {other}")
+    refused(folder, rf"has no config\.json; {other}")
 
 
 def test_pointers_of_git_lfs(folder):
@@ -178,18 +133,18 @@ def test_adapters(folder):
     [
         (
             {"d_model": 768, "n_layer": 24, "ssm_cfg": {}},
-            r"format of the package mamba_ssm; take the version .* ends in -hf",
+            r"format of the package mamba_ssm; use the version .* ends in -hf",
         ),
-        ({"hidden_size": 3}, r"config\.json names no model_type"),
-        ({"model_type": ["a"]}, r"config\.json names no model_type"),
+        ({"hidden_size": 3}, r"config\.json has no model_type"),
+        ({"model_type": ["a"]}, r"config\.json has no model_type"),
         ({"model_type": "unheard-of"}, r"does not know its architecture 'unheard-of'"),
-        ({"model_type": "t5"}, r"t5 is no causal language model"),
+        ({"model_type": "t5"}, r"t5 is not a causal language model"),
         (
             {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
-            r"bert reads a text in both directions, so it is no causal",
+            r"bert reads text in both directions, so it is not a causal",
         ),
-        ({"model_type": "xlm-roberta"}, r"xlm-roberta reads a text in both directions"),
-        ({"model_type": "bart", "is_encoder_decoder": True}, r"bart reads a text in both directions"),
+        ({"model_type": "xlm-roberta"}, r"xlm-roberta reads text in both directions"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, r"bart reads text in both directions"),
         ({"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}, r"--trust-remote-code"),
     ],
 )
@@ -207,7 +162,7 @@ def test_bert_as_a_decoder_is_a_causal_language_model(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "unknown"])
-def test_models_that_others_have_quantized(folder, method):
+def test_models_quantized_by_others(folder, method):
     config = json.loads((folder / "config.json").read_text())
     details = {"bits": 4, "group_size": 128} if method in ("gptq", "awq") else {"load_in_4bit": True}
     (folder / "config.json").write_text(
@@ -217,18 +172,18 @@ def test_models_that_others_have_quantized(folder, method):
 
 
 @pytest.mark.parametrize("part", ["qweight", "scales", "weight_packed"])
-def test_models_that_others_have_quantized_without_saying_so(folder, part):
+def test_models_quantized_by_others_without_a_quantization_config(folder, part):
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("in_proj.weight"))
     tensors[name.replace("weight", part)] = tensors.pop(name).to(torch.int32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     refused(
         folder,
-        rf"holds weights that another tool has quantized, such as .*in_proj\.{part}; load the full-precision model instead",
+        rf"holds weights that another tool has quantized, such as .*in_proj\.{part}; load the full-precision model",
     )
 
 
-def test_a_weight_file_in_the_place_of_a_folder(folder):
+def test_a_weight_file_instead_of_a_folder(folder):
     for file, match in (
         ("a.bin", "is a pickle; klfast never unpickles"),
         ("a.gguf", "a.gguf is GGUF"),
@@ -245,7 +200,7 @@ def test_pack_quantized_folders_of_others(folder):
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     refused(
         folder,
-        r"holds no klfast\.json, so klfast\.save_quantized did not write it; copy the whole folder, or quantize the full-",
+        r"has no klfast\.json, so klfast\.save_quantized did not write it; copy the whole folder, or quantize the ",
     )
 
 
@@ -267,7 +222,7 @@ def test_very_many_layers_are_refused_at_once(folder, layers):
 
 
 def test_very_many_experts_are_refused_at_once(tmp_path):
-    """There is no name by which each configuration counts them, so what is built is counted, too."""
+    """Configurations have no common name for their number, so created parameters are counted, too."""
     from klfast.checkpoint.model_config import bounded
 
     with (
@@ -276,7 +231,7 @@ def test_very_many_experts_are_refused_at_once(tmp_path):
         torch.device("meta"),
     ):
         torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(10**9))
-    torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2000))  # nothing is counted afterwards
+    torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2000))  # the counting has ended
 
 
 @pytest.mark.parametrize("limit", [[1], "x", [2.0, 1.0], ["a", "b"], [0, 1, 2], [0.0, 10**400], 3, {"a": 1}, [[], []]])
@@ -288,7 +243,7 @@ def test_wrong_time_step_limits(folder, limit):
     )
 
 
-def test_time_step_limits_that_are_right(folder):
+def test_valid_time_step_limits(folder):
     config = json.loads((folder / "config.json").read_text())
     for limit in ([0.0, 1.0], [0.0, float("inf")], [0.0, {"__float__": "Infinity"}]):
         (folder / "config.json").write_text(json.dumps({**config, "time_step_limit": limit}))
@@ -298,20 +253,20 @@ def test_time_step_limits_that_are_right(folder):
 @pytest.mark.parametrize("content", ["9" * 5000, "[]", "3", "null", '"x"', b"\xff\xfe"])
 def test_unusual_json(folder, content):
     (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(folder, r"config\.json is no valid configuration")
+    refused(folder, r"config\.json is not a valid configuration")
 
 
 @pytest.mark.parametrize("longest", ["many", [1], None, True, -3, float("nan"), {"a": 1}])
 def test_damaged_model_max_length(folder, longest):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": longest}))
-    if longest is None:  # transformers takes it for none
+    if longest is None:  # transformers treats it as missing
         assert load_tokenizer(folder)("a")["input_ids"]
     else:
         refused(folder, "the tokenizer of|model_max_length must be a positive number", load_tokenizer)
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "a\\b/c", "a/b/c", b"bytes"])
-def test_names_that_are_no_names(name):
+def test_invalid_names(name):
     with pytest.raises(InvalidInputError):
         load_model(name)

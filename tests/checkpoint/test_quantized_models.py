@@ -1,4 +1,4 @@
-"""quantize_model on models that are unlike a Llama or a Mamba, and what it tells transformers."""
+"""quantize_model on models unlike a Llama or a Mamba, and the attributes it sets for transformers."""
 
 import pickle
 import warnings
@@ -64,7 +64,7 @@ def test_a_block_that_is_called_six_times_is_quantized_once():
     model.tie_weights()
 
 
-def test_two_layers_with_one_weight_go_on_sharing_it():
+def test_two_layers_with_one_weight_still_share_it():
     model = tiny("mamba")
     first, second = (block.mixer.in_proj for block in model.backbone.layers)
     second.weight = first.weight
@@ -96,10 +96,10 @@ def test_save_pretrained_writes_a_folder_that_transformers_loads(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tied, spec", [(True, QuantSpec(8, -1)), (False, QuantSpec(4, 7))])
+@pytest.mark.parametrize(("tied", "spec"), [(True, QuantSpec(8, -1)), (False, QuantSpec(4, 7))])
 def test_save_pretrained_refuses_where_transformers_could_not_load(tied, spec, tmp_path):
     model = pickle.loads(pickle.dumps(klfast.quantize_model(tiny("llama", tied), Plan({"lm_head": spec}, "uniform"))))
-    with pytest.raises(errors.InvalidInputError, match="use klfast.save_quantized"):
+    with pytest.raises(errors.InvalidInputError, match=r"use klfast\.save_quantized"):
         model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
@@ -113,7 +113,7 @@ def test_tie_weights_leaves_a_tied_quantized_head_alone(family):
     assert is_head_tied(model) and torch.equal(model(batch()).logits, expected)
 
 
-def test_tie_weights_still_ties_what_is_not_quantized():
+def test_tie_weights_still_ties_unquantized_layers():
     model = tiny("llama", tied=True)
     klfast.quantize_model(model, Plan({"model.layers.0.mlp.up_proj": QuantSpec()}, "uniform"))
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -128,7 +128,7 @@ def small(config, **sizes):
     return transformers.AutoModelForCausalLM.from_config(config(vocab_size=64, **sizes)).eval()
 
 
-def test_rwkv_that_divides_its_weights_is_refused_and_one_that_does_not_is_right():
+def test_rwkv_is_refused_only_if_it_divides_its_weights():
     sizes = dict(hidden_size=32, num_hidden_layers=4, attention_hidden_size=32, intermediate_size=48)
     plan = Plan({f"rwkv.blocks.{i}.feed_forward.value": QuantSpec(8, 16) for i in range(4)}, "uniform")
     for every in (2, 6):
@@ -181,7 +181,7 @@ PARTLY = {
 
 
 @pytest.mark.parametrize("kind", PARTLY)
-def test_says_how_much_cannot_be_quantized(kind):
+def test_warns_how_much_cannot_be_quantized(kind):
     model = PARTLY[kind]()
     total = sum(parameter.numel() * 4 for parameter in model.parameters())
     matrices = {"Conv1D": lambda p, n: "c_" in n and p.dim() == 2, "MixtralExperts": lambda p, n: p.dim() == 3}[kind]

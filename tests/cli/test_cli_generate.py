@@ -151,7 +151,7 @@ def test_several_texts_of_a_prompt(folders):
     assert len(found) == 3 and len({one["text"] for one in found}) > 1
     assert {one["prompt"] for one in found} == {"The sea"}
     assert found == said(*command)["results"] != said(*command, "--seed", 2)["results"]
-    assert "needs draws" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
+    assert "needs sampling" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
 
 
 def test_models_that_read_padding_as_text_get_no_padding(folders, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 
 import pytest
 import tiny_folder
@@ -38,7 +37,7 @@ def test_damaged_tokenizer_is_an_error(tmp_path):
     folder = tiny_folder.save_model(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{")
     result = quantize(folder, "--out", tmp_path / "small")
-    assert result.exit_code == 1 and re.search(r"tokenizer\.json is not? valid JSON", result.stderr)
+    assert result.exit_code == 1 and "tokenizer.json is not valid JSON" in result.stderr
     assert not (tmp_path / "small").exists()
 
 

@@ -1,11 +1,11 @@
-"""generate: greedily the same tokens as transformers, and draws from the right distribution."""
+"""generate: the same greedy tokens as transformers, and samples from the right distribution."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny_models import FAMILIES, OTHERS, VARIANTS, VOCABULARY, batch, tiny
+from tiny_models import FAMILIES, OTHERS, VARIANTS, VOCABULARY, batch, left_padded, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
@@ -16,12 +16,6 @@ from klfast.models.linears import linears
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return tiny(request.param)
-
-
-def left_padded(ids):
-    mask = torch.ones_like(ids)
-    mask[0, :4], mask[1, :1] = 0, 0
-    return mask
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -48,8 +42,8 @@ def test_greedy_equals_transformers_in_other_families(family, one_thread):
     assert torch.equal(klfast.generate(model, ids[:, :1], 10), expected)
 
 
-def test_models_that_read_padding_as_text_say_so():
-    with pytest.warns(UserWarning, match="RwkvForCausalLM reads padding as text; generate prompts .* one by one"):
+def test_warns_about_models_that_read_padding_as_text():
+    with pytest.warns(UserWarning, match="RwkvForCausalLM reads padding as text; generate from prompts .* one by one"):
         klfast.generate(tiny("rwkv"), batch(3, 9), 2, attention_mask=left_padded(batch(3, 9)))
 
 
@@ -76,7 +70,7 @@ def test_left_padding_shifts_absolute_positions():
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    torch.nn.init.normal_(model.transformer.wpe.weight)  # rotary positions would not mind a shift
+    torch.nn.init.normal_(model.transformer.wpe.weight)  # rotary positions are invariant to a shift
     ids = batch(3, 9)
     found = klfast.generate(model, ids, 12, attention_mask=left_padded(ids))
     assert torch.equal(found, model.generate(ids, attention_mask=left_padded(ids), do_sample=False, max_new_tokens=12))
@@ -92,7 +86,7 @@ def test_end_tokens(model):
     assert torch.equal(found, expected)
     one = int(free[0, 9])
     alone = klfast.generate(model, ids[:1], 20, eos_token_id=one)
-    assert alone[0].tolist() == [*ids[0].tolist(), one]  # every row done: it stops
+    assert alone[0].tolist() == [*ids[0].tolist(), one]  # it stops when every row is done
 
 
 def test_callback_modes_and_result(model):
@@ -107,7 +101,7 @@ def test_callback_modes_and_result(model):
     assert torch.equal(klfast.generate(model, ids, max_new_tokens=0), ids)
 
 
-def test_draws():
+def test_sampling():
     model, ids = tiny("llama"), batch(1, 2)
 
     def draw(rows, **options):
@@ -177,7 +171,8 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 model = AutoModelForCausalLM.from_config(LlamaConfig(
-    hidden_size=256, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, vocab_size=2000, max_position_embeddings=4000,
+    hidden_size=256, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, vocab_size=2000,
+    max_position_embeddings=4000,
 )).eval()
 klfast.generate(model, torch.tensor([[1, 2]]), 50, eos_token_id=[])
 before, at_end = resident(), []
@@ -188,6 +183,9 @@ print((max(at_end) - before) // 2**20)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_long_text_follows_its_cache():
-    """The cache takes 16 MB, twice that while it grows. Tensors kept between the caches of all steps made 200 to 400 MB of it."""
+    """The cache takes 16 MB, and twice that while it grows.
+
+    Tensors kept between the caches of all steps made that 200 to 400 MB.
+    """
     done = subprocess.run([sys.executable, "-c", LONG_TEXT], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100

@@ -1,10 +1,9 @@
-"""What generate can be asked for beside the likeliest tokens, against transformers' own generate."""
+"""Options of generate beyond the most likely tokens, against transformers' own generate."""
 
 import numpy as np
 import pytest
 import torch
-from test_generate import left_padded
-from tiny_models import VOCABULARY, batch, tiny
+from tiny_models import VOCABULARY, batch, left_padded, tiny
 from tokenizer_kinds import tokenizer
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -29,7 +28,7 @@ def writer():
 
 
 def texts_within(words, ids):
-    """Texts inside that of some tokens: across a border between two, the beginning of one, and two whole ones."""
+    """Return texts within the tokens' text: across a border of two, the beginning of one, and two complete tokens."""
     whole = words.decode(ids)
     border = len(words.decode(ids[:8]))
     return [whole[border - 1 : border + 1], words.decode(ids[9:10])[:1], words.decode(ids[5:7])]
@@ -49,7 +48,7 @@ def test_stop_strings_end_where_transformers_does(writer):
 
 
 def test_stop_strings_of_emoji_split_over_tokens():
-    """A model that says one text over and over: each token is followed by the next."""
+    """The model writes one text over and over: each token is followed by the next."""
     words = tokenizer("byte-level BPE")
     said = words("🐙🐙 done", add_special_tokens=False)["input_ids"]
     assert len(said) > 4 and "🐙" not in [words.decode([token]) for token in said]
@@ -88,7 +87,7 @@ def test_stop_strings_fill_the_rows_that_are_done(writer):
         ends.append(alone.shape[1])
         assert found[i].tolist() == (free[i, : ends[-1]].tolist() + [7] * 12)[: found.shape[1]]
     assert min(ends) <= 10 and found.shape[1] == max(ends) > min(ends)
-    with pytest.raises(errors.InvalidInputError, match="no padding token; give pad_token_id"):
+    with pytest.raises(errors.InvalidInputError, match="has no padding token; give pad_token_id"):
         klfast.generate(model, ids, 12, stop_strings=[stop], tokenizer=words)
 
 
@@ -101,7 +100,7 @@ def test_repetition_penalty_equals_transformers(model, penalty):
             klfast.generate(model, ids[i : i + 1, int((mask[i] == 0).sum()) :], 12, repetition_penalty=penalty)[0, -12:]
             for i in range(3)
         ]
-        assert torch.equal(found[:, -12:], torch.stack(rows))  # padding is no text
+        assert torch.equal(found[:, -12:], torch.stack(rows))  # padding is not text
         if mask.all():  # not every version of transformers leaves padding out
             assert torch.equal(
                 found,
@@ -121,7 +120,7 @@ def test_repetition_penalty_equals_transformers(model, penalty):
         {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.2},
     ],
 )
-def test_draws_equal_those_of_transformers(model, options):
+def test_samples_equal_transformers(model, options):
     ids = batch(3, 9)
     torch.manual_seed(5)
     given = {"attention_mask": torch.ones_like(ids), "top_k": 0, **options}
@@ -135,9 +134,9 @@ def test_several_sequences_belong_to_their_prompts(model):
     found = klfast.generate(model, ids, 5, attention_mask=mask, temperature=2.0, num_return_sequences=4)
     assert found.shape == (12, 14) and torch.equal(found[:, :9], ids.repeat_interleave(4, 0))
     assert len({tuple(row) for row in found[:4].tolist()}) > 1
-    likeliest = klfast.generate(model, ids, 5, attention_mask=mask)
+    greedy = klfast.generate(model, ids, 5, attention_mask=mask)
     cold = klfast.generate(model, ids, 5, attention_mask=mask, temperature=1e-40, num_return_sequences=4)
-    assert torch.equal(cold, likeliest.repeat_interleave(4, 0))
+    assert torch.equal(cold, greedy.repeat_interleave(4, 0))
 
 
 @pytest.mark.parametrize(
@@ -149,11 +148,11 @@ def test_several_sequences_belong_to_their_prompts(model):
         {"do_sample": True, "min_p": 1.0},
     ],
 )
-def test_extremes_draw_the_likeliest_token(model, options):
+def test_extremes_sample_the_most_likely_token(model, options):
     assert torch.equal(klfast.generate(model, batch(3, 9), 12, **options), klfast.generate(model, batch(3, 9), 12))
 
 
-def test_extreme_temperature_draws_all_tokens(model):
+def test_extreme_temperature_samples_all_tokens(model):
     drawn = klfast.generate(model, batch(1, 2).expand(3000, -1), 1, temperature=1e300)[:, -1]
     assert torch.bincount(drawn, minlength=VOCABULARY).min() > 15
 
@@ -169,7 +168,7 @@ class Recorder(BaseStreamer):
         self.seen.append("end")
 
 
-def test_streamer_gets_what_transformers_gives_it(model):
+def test_streamer_is_called_as_by_transformers(model):
     ids = batch(2, 5)
     found, expected = Recorder(), Recorder()
     klfast.generate(model, ids, 4, streamer=found)
@@ -193,7 +192,7 @@ def test_streamer_ends_after_an_error(model):
 
 
 @pytest.mark.parametrize("answer", [True, np.True_, torch.tensor(True)])
-def test_callback_that_returns_true_ends_it(model, answer):
+def test_callback_that_returns_true_ends_generation(model, answer):
     free = klfast.generate(model, batch(2, 5), 9)
     calls = []
 
@@ -204,7 +203,7 @@ def test_callback_that_returns_true_ends_it(model, answer):
     assert torch.equal(klfast.generate(model, batch(2, 5), 9, callback=callback), free[:, :8])
 
 
-def test_generation_config_counts(model):
+def test_generation_config_applies(model):
     ids = batch(3, 9)
     free = klfast.generate(model, ids, 20)
     ends = [int(free[0, 9 + 2]), int(free[1, 9 + 5])]
@@ -217,15 +216,15 @@ def test_generation_config_counts(model):
     assert torch.equal(klfast.generate(model, ids, 20, eos_token_id=[], repetition_penalty=1), free)
     model.generation_config = GenerationConfig(max_length=12, eos_token_id=torch.tensor(ends).tolist())
     assert klfast.generate(model, ids[:1]).shape[1] <= 12
+    model.generation_config = GenerationConfig(max_length=9)
     with pytest.raises(errors.InvalidInputError, match="9 tokens reach generation_config's max_length of 9"):
-        model.generation_config = GenerationConfig(max_length=9)
         klfast.generate(model, ids)
-    with pytest.raises(errors.InvalidInputError, match="names no length; give max_new_tokens"):
-        model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()
+    with pytest.raises(errors.InvalidInputError, match="sets no length; give max_new_tokens"):
         klfast.generate(model, ids)
 
 
-def test_generation_config_counts_in_draws(model):
+def test_generation_config_applies_to_sampling(model):
     ids = batch(3, 9)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.7, top_k=7, top_p=0.9, min_p=0.01, pad_token_id=0
@@ -234,16 +233,16 @@ def test_generation_config_counts_in_draws(model):
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9)
     torch.manual_seed(3)
     assert torch.equal(klfast.generate(model, ids, 9, do_sample=True), expected)
-    assert not torch.equal(klfast.generate(model, ids, 9), expected)  # nothing is drawn unasked
+    assert not torch.equal(klfast.generate(model, ids, 9), expected)  # sampling must be requested
     model.generation_config = GenerationConfig(top_k=0)
-    klfast.generate(model, ids, 2, temperature=1.0)  # transformers' word for no limit
+    klfast.generate(model, ids, 2, temperature=1.0)  # transformers' value for no limit
     model.generation_config = GenerationConfig(no_repeat_ngram_size=2, num_beams=3)
-    with pytest.warns(UserWarning, match="does not follow num_beams, no_repeat_ngram_size"):
+    with pytest.warns(UserWarning, match="ignores num_beams, no_repeat_ngram_size"):
         klfast.generate(model, ids, 2)
 
 
-def test_limits_of_draws_say_that_nothing_is_drawn(model):
-    with pytest.warns(UserWarning, match="top_k, min_p has no effect .* temperature above 0"):
+def test_warns_about_sampling_limits_without_sampling(model):
+    with pytest.warns(UserWarning, match="top_k, min_p has no effect .*; give a temperature above 0"):
         assert torch.equal(klfast.generate(model, batch(), 3, top_k=3, min_p=0.1), klfast.generate(model, batch(), 3))
 
 
@@ -281,20 +280,20 @@ def test_refuses_numbers_in_one_line(model, name, wrong):
     [
         ({"do_sample": True, "temperature": 0}, "contradict each other"),
         ({"do_sample": False, "temperature": 0.5}, "contradict each other"),
-        ({"num_return_sequences": 2}, "needs draws"),
+        ({"num_return_sequences": 2}, "needs sampling"),
         ({"stop_strings": "a"}, "need the model's tokenizer"),
-        ({"stop_strings": "a", "tokenizer": object()}, "object cannot write the stop strings"),
+        ({"stop_strings": "a", "tokenizer": object()}, "object does not support the stop strings"),
         ({"attention_mask": [[1]]}, "attention_mask must have the shape .* got list"),
     ],
 )
-def test_refuses_options_that_do_not_go_together(model, options, match):
+def test_refuses_contradictory_options(model, options, match):
     with pytest.raises(errors.InvalidInputError, match=match):
         klfast.generate(model, batch(), 3, **options)
 
 
-def test_refuses_to_draw_from_an_infinity(model):
+def test_refuses_to_sample_from_an_infinity(model):
     model.lm_head.register_forward_hook(lambda _, inputs, logits: logits.index_fill(-1, torch.tensor([3]), torch.inf))
-    with pytest.raises(errors.InvalidInputError, match="hold an infinity, from which nothing can be drawn"):
+    with pytest.raises(errors.InvalidInputError, match="hold an infinity, so no token can be sampled"):
         klfast.generate(model, batch(), 3, temperature=1.0)
     assert set(klfast.generate(model, batch(), 3)[:, -3:].flatten().tolist()) == {3}
 

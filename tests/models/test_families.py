@@ -1,4 +1,4 @@
-"""The records of families: they name what is there, and their families go through the whole pipeline."""
+"""The records of families name existing parts, and their families pass through the whole pipeline."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ KL = "kl_teacher_student"
 
 
 @pytest.mark.parametrize("record", families.FAMILIES, ids=lambda record: record.model_type)
-def test_a_record_names_classes_functions_and_blocks_that_are_there(record):
+def test_a_record_names_existing_classes_functions_and_blocks(record):
     models = [model for model in map(tiny, KNOWN) if family_of(model) is record]
     classes = {type(module).__name__: module for model in models for module in model.modules()}
     assert models and {*record.mixers, *record.norms, *record.rows, *record.matrices} <= set(classes)
@@ -58,7 +58,7 @@ def test_a_class_of_the_same_name_elsewhere_is_another_one():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_norms_in_their_shapes_and_dtypes(family, dtype, weight_dtype):
-    """Each kind of norm, with a gate where it takes one, against its own forward in float64 and in its own dtype."""
+    """Compare each kind of norm, gated if supported, with its own forward in float64 and in its own dtype."""
     model = tiny(family)
     norms = {type(m): m for m in model.modules() if norm_of(type(m)) is not None}
     klfast.accelerate(model)
@@ -179,7 +179,7 @@ def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
     ids = batch(3, 9, seed=5)
     mask = torch.ones_like(ids)
     mask[0, :4], mask[1, :1] = 0, 0
-    dense = klfast.unaccelerate(loaded)  # transformers' own functions on the same quantized layers
+    dense = klfast.unaccelerate(loaded)  # transformers' own functions with the same quantized layers
     for padding in (None, mask):
         by_transformers = dense.generate(
             ids, attention_mask=padding, do_sample=False, max_new_tokens=16, pad_token_id=0
@@ -188,7 +188,7 @@ def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
         klfast.unaccelerate(loaded)
 
 
-def test_experts_are_counted_as_what_cannot_be_quantized():
+def test_experts_count_as_unquantizable():
     model = tiny("granite_hybrid_moe")
     experts = [module for module in model.modules() if type(module).__name__ == "GraniteMoeHybridExperts"]
     size = sum(parameter.numel() * 4 for module in experts for parameter in module.parameters())

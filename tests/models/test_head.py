@@ -1,4 +1,4 @@
-"""Heads: which rule a model's logits follow, and the divergence of scaled, capped and biased logits."""
+"""Heads: the rule of a model's logits, and the divergence of scaled, capped and biased logits."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ RULES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", RULES)
 @torch.no_grad()
-def test_the_rule_is_read_off_the_configuration_and_seen_in_the_logits(family, dtype):
+def test_the_rule_is_read_from_the_configuration_and_verified(family, dtype):
     if family == "xlstm" and dtype == torch.bfloat16:
         pytest.skip("transformers' own code mixes dtypes")
     model = tiny(family, dtype=dtype)
@@ -44,15 +44,15 @@ def test_the_rule_is_read_off_the_configuration_and_seen_in_the_logits(family, d
 
 
 @pytest.mark.parametrize("attribute", ["logits_scaling", "final_logit_softcapping", "logit_scale"])
-def test_an_attribute_that_the_model_does_not_use_is_not_believed(attribute):
+def test_an_attribute_that_the_model_does_not_use_is_ignored(attribute):
     model = tiny("llama")
     setattr(model.config, attribute, 3.0)
     assert find_head(model, batch())[0].rule == LogitRule()
 
 
 @pytest.mark.parametrize("family", ["llama", "granite_hybrid", "falcon_h1"])
-def test_a_rule_that_no_configuration_tells_is_refused(family):
-    """A record is checked, too: here the model does more than it says."""
+def test_a_rule_that_is_not_in_the_configuration_is_refused(family):
+    """Records are verified, too: here the model does more than its record describes."""
     model = tiny(family)
     forward = model.forward
 
@@ -68,7 +68,7 @@ def test_a_rule_that_no_configuration_tells_is_refused(family):
 
 
 def test_a_configuration_that_changed_after_the_model_was_built():
-    """Granite's forward reads it at each call, Falcon-H1's keeps what it was built with."""
+    """Granite's forward reads it at each call, Falcon-H1's keeps the values from its construction."""
     granite, falcon = tiny("granite_hybrid"), tiny("falcon_h1")
     granite.config.logits_scaling = 5.0
     assert find_head(granite, batch())[0].rule == LogitRule(1 / 5)
@@ -78,7 +78,7 @@ def test_a_configuration_that_changed_after_the_model_was_built():
 
 
 def whole(hidden, readout):
-    """Logits in float64."""
+    """Return logits in float64."""
     weight = readout.weight
     weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
     y = hidden.double() @ weight.double().T
@@ -116,7 +116,7 @@ def test_divergence_equals_float64_on_whole_logits(kind, rule, bias, dtype, monk
     assert divergence(teacher_hidden, teacher, teacher_hidden, teacher).kl_teacher_student.abs().max() == 0
 
 
-def test_a_head_that_is_swapped_leaves_an_earlier_readout_alone():
+def test_swapping_a_head_does_not_change_an_earlier_readout():
     """A sweep keeps the full-precision head while it measures a quantized one."""
     layer = nn.Linear(8, 5)
     before = Head(layer, LogitRule(0.5)).readout()
@@ -134,7 +134,7 @@ def test_int8_activations_are_rounded_before_the_scale():
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite_hybrid"])
 def test_logits_stay_in_blocks(family, monkeypatch):
-    """A cap needs whole logits, but only of some tokens at a time; a scale needs none."""
+    """A cap needs full logits, but only of a few tokens at a time; a scale needs none."""
     model, made, real = tiny(family), [], Readout.logits
     monkeypatch.setattr(head, "_MOST_LOGITS", 6 * VOCABULARY)
     monkeypatch.setattr(Readout, "logits", lambda self, hidden: made.append(len(hidden)) or real(self, hidden))
@@ -142,7 +142,7 @@ def test_logits_stay_in_blocks(family, monkeypatch):
     assert (max(made) <= 6) if family == "gemma2" else not made
 
 
-def test_a_text_models_configuration_is_that_of_its_language_model():
+def test_text_config_belongs_to_the_language_model():
     assert CONFIGS["gemma2"]().final_logit_softcapping == 2.5
     config = transformers.Gemma3Config(text_config=CONFIGS["gemma3"]().to_dict(), vision_config={"hidden_size": 32})
     holder = nn.Module()

@@ -1,4 +1,4 @@
-"""What the layers of a model are, what they weigh, and what tells two models apart."""
+"""Linear layers of a model, their sizes, and fingerprints."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def mamba(tied, dtype=torch.float32):
     return MambaForCausalLM(config).to(dtype)
 
 
-def test_linears_are_all_but_convolutions_and_embeddings():
+def test_linears_exclude_convolutions_and_embeddings():
     names = list(linears.linears(mamba(tied=False)))
     per_block = ["in_proj", "x_proj", "dt_proj", "out_proj"]
     assert names == [f"backbone.layers.{i}.mixer.{n}" for i in range(2) for n in per_block] + ["lm_head"]
@@ -86,7 +86,7 @@ def test_bytes_of_a_quantized_layer():
     assert sizes.other_bytes(model) == before == 40 * 4
 
 
-def test_fingerprint_knows_a_model_in_another_dtype_but_not_another_model():
+def test_fingerprint_matches_the_model_in_another_dtype_but_no_other_model():
     model = mamba(tied=True)
     known = fingerprint.fingerprint(model)
     fingerprint.require_match(known, model.to(torch.bfloat16), "the plan")
@@ -109,7 +109,7 @@ def test_fingerprints_match_to_one_percent():
     assert not Fingerprint("a", (1.0, 2.0)).matches(known)
 
 
-def test_a_fingerprint_with_too_few_norms_is_of_other_weights():
+def test_a_fingerprint_with_too_few_norms_does_not_match():
     model = mamba(tied=True)
     known = fingerprint.fingerprint(model)
     with pytest.raises(ModelMismatchError, match="the plan was made for other weights"):

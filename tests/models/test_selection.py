@@ -15,7 +15,7 @@ NAMES = [f"backbone.layers.{i}.mixer.{part}" for i in (0, 1, 10) for part in ("i
         ("backbone.layers.1.mixer.in_proj", 1),  # not layers.10 or layers.11
         ("in_proj", 3),
         ("mixer.in_proj", 3),
-        ("0.mixer.in_proj", 1),  # a part is matched whole: layers.10 does not end with ".0.mixer.in_proj"
+        ("0.mixer.in_proj", 1),  # parts are matched whole: layers.10 does not end with ".0.mixer.in_proj"
         ("layers.0.*", 3),
         ("layers.1*", 6),
         ("*_proj", 9),

@@ -1,4 +1,4 @@
-"""The weight of a quantized layer cannot be written: not by a function, an operator, an attribute, nor through a view."""
+"""The weight of a quantized layer is read-only for functions, operators, attributes and views."""
 
 import operator
 
@@ -103,7 +103,7 @@ READS = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_reading_does_not(name, layer):
+def test_reading_does_not_raise(name, layer):
     found = READS[name](layer.weight)
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found, layer.quantized.dequantize(torch.float32))
@@ -112,7 +112,7 @@ def test_reading_does_not(name, layer):
 
 
 def test_initialisers_of_transformers_leave_it_alone(layer):
-    """Its _init_weights touches weights of a model that is loaded."""
+    """transformers' _init_weights touches the weights of a model that is being loaded."""
     from transformers import initialization
 
     for initialise in (initialization.normal_, initialization.kaiming_uniform_, initialization.zeros_):

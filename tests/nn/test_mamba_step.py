@@ -1,4 +1,4 @@
-"""One token through the inside of a Mamba mixer in one call: what the ops give, and never by parts that were replaced."""
+"""The fused decoding step of a Mamba mixer: the ops' results, and never with parts that were replaced."""
 
 import functools
 
@@ -27,7 +27,7 @@ def no_gradients():
 
 
 class Steps:
-    """Counts the steps that were prepared, or lets none be."""
+    """Counts prepared steps, or prevents them."""
 
     def __init__(self, monkeypatch):
         self.taken, self.allowed, prepare = 0, True, mamba_step.prepare
@@ -46,7 +46,7 @@ def steps(monkeypatch):
 
 
 def decoded(model, rows, tokens=6):
-    """Logits [B, tokens, V], the first from a prompt of 5 and then token by token, and the cache after them."""
+    """Return logits [B, tokens, V], from a prompt of 5 and then token by token, and the cache after them."""
     ids = batch(rows, 5 + tokens - 1)
     output = model(ids[:, :5], use_cache=True)
     logits = [output.logits[:, -1:]]
@@ -71,7 +71,7 @@ def states(cache):
 
 
 def allowed_error(model, tokens):
-    """Of float32 logits, relative to the largest: each layer adds up no more than so many terms, each rounded once."""
+    """Return the error of float32 logits relative to the largest: each layer sums rounded terms."""
     config = model.config
     widest = max(layer.in_features for layer in linears(model).values())
     return torch.finfo(torch.float32).eps * config.num_hidden_layers * (widest + tokens)
@@ -80,13 +80,13 @@ def allowed_error(model, tokens):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_gives_what_the_ops_give(family, precision, rows, steps, tier):
+def test_step_equals_the_ops(family, precision, rows, steps, tier):
     model = model_of(family, precision)
     found, cache = decoded(model, rows)
     assert steps.taken == (0 if tier == "reference" else 5 * model.config.num_hidden_layers)
     steps.allowed = False
     expected, expected_cache = decoded(model, rows)
-    # Nothing but exp(A_log) is computed another way; where that moves a value across a rounding to bfloat16, one unit shows.
+    # Only exp(A_log) is computed differently; if that moves a value across a rounding to bfloat16, one ulp differs.
     error = allowed_error(model, 10) if precision == "float32" else 0.02
     for ours, theirs in [(found, expected), *zip(states(cache), states(expected_cache), strict=True)]:
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=error * theirs.float().abs().max().item())
@@ -107,7 +107,7 @@ def test_step_against_float64(family, rows, steps, tier):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dt_is_never_rounded_to_int8(family, steps, tier):
-    """The model's own forward takes dt_proj's weight, not the layer: in a step as for a prompt the input stays as it is."""
+    """The model's own forward uses dt_proj's weight, not the layer, so its input stays exact in a step, too."""
     model = model_of(family, "float32")
     layers = [name for name in linears(model) if "dt_proj" in name]
     klfast.quantize_model(model, klfast.Plan({name: QuantSpec(8, 32) for name in layers}, "uniform"), activation="int8")
@@ -183,7 +183,7 @@ HYMBA_CHANGES = {
     + [("hymba", change) for change in HYMBA_CHANGES],
 )
 def test_mixer_changed_after_a_step(family, change, steps):
-    """What the ops' path would see."""
+    """A step notices the changes that the ops would."""
     model = model_of(family, "float32")
     before, _ = decoded(model, 1)
     assert steps.taken
@@ -210,7 +210,7 @@ def test_autocast_and_hooks_on_all_modules_are_left_to_the_ops(family, steps):
     assert seen.count(projection[0] if family == "hymba" else projection) == 6 and not steps.taken
 
 
-def test_what_a_step_cannot_do_is_left_to_the_ops(steps):
+def test_unsupported_inputs_are_left_to_the_ops(steps):
     model = model_of("mamba", "float32")
     projection = model.backbone.layers[0].mixer.x_proj
     seen = []
@@ -230,7 +230,7 @@ def test_no_step_under_gradients(steps):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(
                 "A_log" in name and ".2." in name
-            )  # of the last layer alone: what enters it has no gradient
+            )  # only of the last layer, whose input has no gradient
         with torch.no_grad():
             decoded(model, 1)
         assert steps.taken == 15

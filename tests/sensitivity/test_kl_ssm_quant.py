@@ -1,6 +1,6 @@
 """Reading the published kl-ssm-quant sensitivities, and planning from them.
 
-The files are not bundled: tests that need them read ../shared/published beside the checkout, and skip without it.
+The files are not bundled: tests that need them read ../shared/published beside the checkout, or else are skipped.
 """
 
 import json
@@ -40,14 +40,14 @@ def row(kl=51.2, sqnr=20.0):
 
 
 def rows(sqnr=20.0):
-    """A file of the smaller model, made up."""
+    """Return the content of a made-up file for the smaller model."""
     names = [
         f"backbone.layers.{i}.mixer.{kind}" for i in range(24) for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")
     ]
     return {name: row(sqnr=sqnr) for name in [*names, "lm_head"]}
 
 
-def test_what_is_kept_and_what_is_dropped():
+def test_keeps_only_the_figures_without_defects():
     found = kl_ssm_quant.read(rows())
     assert found.provenance["scale"] == "absmax"
     assert found.fingerprint is None and found.provenance["model"] == "state-spaces/mamba-130m"
@@ -63,7 +63,7 @@ def test_what_is_kept_and_what_is_dropped():
     ("config", "names"),
     [({"hidden_size": 768, "num_hidden_layers": 24}, rows()), ({"hidden_size": 2048, "num_hidden_layers": 48}, None)],
 )
-def test_sizes_are_those_of_transformers(config, names):
+def test_sizes_match_transformers(config, names):
     import torch
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -111,9 +111,9 @@ def test_files_that_do_not_go_together(tmp_path):
     large.write_text(json.dumps({name: row() for name in [*names, "lm_head"]}))
     with pytest.raises(CheckpointError, match=r"other_4bits.json repeats a bit width"):
         kl_ssm_quant.read_files([four, other])
-    with pytest.raises(CheckpointError, match=r"large_8bits.json is of state-spaces/mamba-1.4b"):
+    with pytest.raises(CheckpointError, match=r"large_8bits.json is for state-spaces/mamba-1.4b"):
         kl_ssm_quant.read_files([four, large])
-    with pytest.raises(CheckpointError, match="absent.json"):
+    with pytest.raises(CheckpointError, match=r"absent\.json"):
         kl_ssm_quant.read_files([tmp_path / "absent.json"])
     with pytest.raises(InvalidInputError, match="at least one file"):
         kl_ssm_quant.read_files([])
@@ -126,7 +126,7 @@ def test_files_that_do_not_go_together(tmp_path):
 @needs_files
 @pytest.mark.parametrize("model", ["mamba130m", "mamba1_4b"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bits_are_told_from_the_data(model, bits):
+def test_bits_are_inferred_from_the_data(model, bits):
     found = Sensitivities.from_json(path(model, bits))
     assert {spec for _, spec in found.measurements} == {QuantSpec(bits, -1)}
     assert len(found.measurements) == len(found.layers)
@@ -145,7 +145,7 @@ def test_kendall_tau_at_4_bits(model, kl, sqnr):
 
 @needs_files
 def test_optimum_of_the_larger_model():
-    """At the size of the paper's uniform INT4 (723 MB, perplexity 60 against 11.2), the mixed optimum is within 0.1 nat."""
+    """The mixed optimum is within 0.1 nat at the size of the paper's uniform INT4 (723 MB, perplexity 60, not 11.2)."""
     found = kl_ssm_quant.read_files([path("mamba1_4b", bits) for bits in (4, 8)])
     uniform = plan(found, method="uniform", spec=INT4)
     assert uniform.predicted["kl"] == pytest.approx(2.675, abs=0.001)

@@ -1,4 +1,4 @@
-"""Several files of sensitivities, read as one: which go together."""
+"""Merging several sensitivities files: which ones fit together."""
 
 from dataclasses import replace
 
@@ -27,20 +27,20 @@ def read(folder, *parts):
     return merge.read(paths)
 
 
-def test_norms_of_another_device_are_those_of_the_same_model(tmp_path):
+def test_files_whose_norms_differ_slightly_are_merged(tmp_path):
     found = read(tmp_path, made(INT4), made(INT8, norms=(1.0000001, 1.99)))
     assert set(found.measurements) == {("a", INT4), ("a", INT8)}
-    with pytest.raises(ModelMismatchError, match=r"1\.json and .*0\.json are of different models"):
+    with pytest.raises(ModelMismatchError, match=r"1\.json and .*0\.json are for different models"):
         read(tmp_path, made(INT4), made(INT8, norms=(1.0, 2.1)))
     with pytest.raises(ModelMismatchError, match="different models"):
         read(tmp_path, made(INT4), replace(made(INT8), fingerprint=None))
 
 
 def test_one_candidate_in_two_files(tmp_path):
-    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym once more"):
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
         read(tmp_path, made(INT4), made(INT4))
     row = {("a", "gate", INT4): Measurement({KL: 0.1}, {KL: 0.01}, 64)}
-    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym once more"):
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
         read(tmp_path, replace(made(INT4), rows=row), replace(made(INT8), rows=row))
 
 

@@ -1,4 +1,4 @@
-"""Sensitivities as JSON: a round trip that loses nothing, and files that are not what they should be."""
+"""Sensitivities as JSON: lossless round trips, and damaged or foreign files."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_round_trip(sensitivities, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
     for source in (path, str(path), text):
         back = Sensitivities.from_json(source)
-        assert list(back.layers) == list(sensitivities.layers)  # module order, not the alphabet's
+        assert list(back.layers) == list(sensitivities.layers)  # module order, not alphabetical
         assert repr(back) == repr(sensitivities)  # not ==: NaN differs from itself
 
 
@@ -62,20 +62,21 @@ def test_files_without_a_digest_can_be_read(sensitivities):
 
 def test_flipped_bits_are_found(sensitivities, tmp_path):
     path = tmp_path / "s.json"
-    whole = sensitivities.to_json().encode()
+    whole, damaging = sensitivities.to_json().encode(), 0
     for bit in range(0, 8 * len(whole), 7):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
-            back = Sensitivities.from_json(path)
+            found = repr(Sensitivities.from_json(path))
         except CheckpointError as error:
-            assert "s.json" in str(error) and "\n" not in str(error)
-        else:
-            assert repr(back) == repr(sensitivities), bit
+            found = str(error)
+            damaging += 1
+        assert found == repr(sensitivities) or ("s.json" in found and "\n" not in found), bit
+    assert damaging > 100
 
 
-def test_extra_entries_are_passed_over(sensitivities):
+def test_extra_entries_are_ignored(sensitivities):
     text = sensitivities.to_json(extra={"sweep": {"done": 3}})
     assert json.loads(text)["sweep"] == {"done": 3}
     assert repr(Sensitivities.from_json(text)) == repr(sensitivities)
@@ -101,12 +102,12 @@ def test_truncated(sensitivities, tmp_path, cut):
 
 
 def test_deeply_nested():
-    with pytest.raises(CheckpointError, match="the JSON text is truncated or not valid JSON .*nested too deeply"):
+    with pytest.raises(CheckpointError, match=r"the JSON text is truncated or not valid JSON .*nested too deeply"):
         Sensitivities.from_json("[" * 200_000)
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot read sensitivities from .*nothing.json: No such file"):
+    with pytest.raises(CheckpointError, match=r"cannot read sensitivities from .*nothing\.json: No such file"):
         Sensitivities.from_json(tmp_path / "nothing.json")
 
 
@@ -122,7 +123,7 @@ def test_missing_file(tmp_path):
         (lambda d: d["measurements"][0]["mean"].update(jsd=None), "damaged"),
         (lambda d: d.update(other_bytes="many"), "damaged"),
         (lambda d: d.update(fingerprint={"structure": "x"}), "damaged .it lacks 'norms'"),
-        (lambda d: d["fingerprint"]["norms"].pop(), "damaged .it has 2 norms of 3 layers"),
+        (lambda d: d["fingerprint"]["norms"].pop(), "damaged .it has 2 norms for 3 layers"),
         (lambda d: d["fingerprint"]["norms"].__setitem__(0, 10**400), "damaged .a norm is 1000.*, not a finite number"),
         (lambda d: d.update(other_bytes=10**400), "damaged .other_bytes is 1000"),
         (lambda d: d.update(other_bytes=math.inf), "damaged .other_bytes is inf"),

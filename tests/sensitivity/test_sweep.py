@@ -1,4 +1,4 @@
-"""The sweep against the naive computation, and what can be chosen about it."""
+"""The sweep against the naive computation, and its options."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def test_equals_the_naive_computation(family, tied):
     for (name, spec), measured in found.measurements.items():
         expected = naive(model, ids, name, spec)
         assert measured.tokens == 3 * 16 and not measured.below_noise
-        # Both computations round: of (signal + noise)^2 the mixed term remains.
+        # Both computations round: the mixed term of (signal + noise)^2 remains.
         mixed = {m: 3 * (measured.mean[m] * floor) ** 0.5 for m, floor in found.noise_floor.items() if m in SQUARES}
         mixed["sqnr_db"] = 4.4 * mixed["mse"] / measured.mean["mse"]
         for metric, values in expected.items():
@@ -52,7 +52,7 @@ def test_equals_the_naive_computation(family, tied):
 )
 @pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
 @torch.no_grad()
-def test_kl_of_scaled_and_capped_logits_is_that_of_whole_float64_models(family, tied):
+def test_kl_of_scaled_and_capped_logits_equals_float64(family, tied):
     model, ids, spec = make(family, tied), tokens(), klfast.QuantSpec(4, 32)
     found = klfast.sweep(model, ids, spec)
     assert found.noise_floor[KL] < 1e-10
@@ -194,7 +194,7 @@ def test_scale_search_is_passed_on():
     assert kl[1] < kl[0]
 
 
-def test_what_cannot_be_quantized_is_said_once():
+def test_warns_once_about_unquantizable_layers():
     import warnings
 
     import transformers
@@ -213,6 +213,6 @@ def test_what_cannot_be_quantized_is_said_once():
             and said[0].filename == __file__
         )
         said.clear()
-        klfast.sweep(model, tokens(1), "int4", layers="lm_head")  # of which one knows what it is
+        klfast.sweep(model, tokens(1), "int4", layers="lm_head")  # no warning for layers named explicitly
         klfast.sweep(make(), tokens(1), "int4")
         assert not said

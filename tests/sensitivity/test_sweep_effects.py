@@ -1,31 +1,15 @@
-"""What a sweep leaves of the model, how precise it is, what memory it takes and what it says meanwhile."""
+"""Side effects of a sweep: the restored model, precision, memory and progress output."""
 
 import copy
 
 import pytest
 import torch
-from sweep_models import KL, make, means, tokens
+from sweep_models import KL, assert_same, make, means, snapshot, tokens
 
 import klfast
 from klfast.models.block_chain import Chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def snapshot(model):
-    """Identity, storage, dtype and bits of every tensor, and every module's own attributes."""
-    tensors = {
-        name: (id(t), t.data_ptr(), t.dtype, t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()
-    }
-    return tensors, {
-        name: (module.training, set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()
-    }
-
-
-def assert_same(before, after):
-    assert before[1] == after[1]
-    for name, (*facts, values) in before[0].items():
-        assert facts == list(after[0][name][:3]) and torch.equal(values, after[0][name][3]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +51,7 @@ def test_half_precision_models_are_measured_in_float32():
 
 
 @torch.no_grad()
-def test_noise_floor_is_that_of_float32():
+def test_noise_floor_has_the_size_of_float32_rounding():
     model, ids = make("llama"), tokens(8)
     exact = copy.deepcopy(model).double()(ids).logits[:, :-1].log_softmax(-1)
     rounded = model(ids).logits[:, :-1].double().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What a sweep refuses, and how it names the fault."""
+"""Inputs that a sweep refuses, and its error messages."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_quantized_and_shared_layers_are_refused():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_model_is_named_where_it_breaks(value):
+def test_error_names_the_block_where_a_model_breaks(value):
     model = make()
     with torch.no_grad():
         model.backbone.layers[1].norm.weight[3] = value
@@ -87,7 +87,7 @@ def test_a_broken_model_is_named_where_it_breaks(value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_a_damaged_weight_is_named_before_anything_is_written(value, tmp_path):
+def test_error_names_a_damaged_weight_before_anything_is_written(value, tmp_path):
     model = make()
     with torch.no_grad():
         model.backbone.layers[1].mixer.in_proj.weight[3, 4] = value
@@ -98,7 +98,7 @@ def test_a_damaged_weight_is_named_before_anything_is_written(value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
+def test_error_names_a_candidate_that_breaks_the_model(monkeypatch):
     from klfast.sensitivity import measure as engine
 
     whole = engine.fake_quantize
@@ -116,7 +116,7 @@ def test_a_candidate_that_breaks_the_model_is_named(monkeypatch):
 
 
 def test_adapters_are_refused():
-    """As peft makes them, which is not among what the tests need."""
+    """Adapters built as peft does, which the tests do not depend on."""
 
     class Adapter(torch.nn.Module):
         def __init__(self, layer):

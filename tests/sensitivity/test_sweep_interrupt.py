@@ -1,4 +1,4 @@
-"""Sweeps that stop anywhere, within a block too: what they leave on disk and of the model, and how they go on."""
+"""Sweeps that stop anywhere, even within a block: the files and the model they leave, and how they continue."""
 
 import os
 import random
@@ -11,8 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from sweep_models import make, means, tokens
-from test_sweep_effects import assert_same, snapshot
+from sweep_models import assert_same, make, means, snapshot, tokens
 
 import klfast
 from klfast.core import interrupts, signed_json
@@ -26,11 +25,11 @@ OPTIONS = {"max_batch_tokens": 4 * 2 * 17, "progress": False}  # two windows at 
 
 
 class Killed(BaseException):
-    """Ends a sweep as SIGKILL does: with nothing saved on the way out."""
+    """Ends a sweep as SIGKILL does: nothing is saved on the way out."""
 
 
 def stopped_at(monkeypatch, number, sweep):
-    """Run ``sweep`` and kill it at that step through a block (of those that Chain.step makes); how many it has made."""
+    """Run ``sweep``, kill it at call ``number`` of Chain.step, and return the number of calls it made."""
     step, made = Chain.step, []
 
     def counted(*args):
@@ -52,21 +51,20 @@ def test_a_sweep_killed_within_a_block_resumes_bit_for_bit(family, tied, tmp_pat
     model, ids, path = make(family, tied), tokens(3), tmp_path / "r.json"
     whole = klfast.sweep(model, ids, **OPTIONS)
     total = stopped_at(monkeypatch, -1, lambda: klfast.sweep(model, ids, **OPTIONS))
-    teacher = 2 * len(Chain(model).blocks)  # what a resumed sweep computes again: the check of the chain, the teacher
+    teacher = 2 * len(Chain(model).blocks)  # recomputed by a resumed sweep: the check of the chain, the teacher
+    found = []
     for number in random.Random(family).sample(range(teacher, total), 12):
         assert stopped_at(monkeypatch, number, lambda: klfast.sweep(model, ids, resume=path, **OPTIONS)) == number
-        found = []
         again = stopped_at(monkeypatch, -1, lambda: found.append(klfast.sweep(model, ids, resume=path, **OPTIONS)))
-        assert (
-            again <= total - number + teacher + 8
-        )  # and the own blocks of the (up to 8) candidates that go on together
-        assert means(found[0]) == means(whole) and found[0].noise_floor == whole.noise_floor, number
+        # Plus the own blocks of the (up to 8) candidates that run together.
+        assert again <= total - number + teacher + 8
+        assert means(found[-1]) == means(whole) and found[-1].noise_floor == whole.noise_floor, number
         assert sorted(os.listdir(tmp_path)) == ["r.json"]
         path.unlink()
 
 
-def test_a_sweep_killed_again_and_again_gets_done(tmp_path, monkeypatch):
-    """Each run dies one step after the teacher of its micro-batch, or before the whole is done."""
+def test_a_repeatedly_killed_sweep_finishes(tmp_path, monkeypatch):
+    """Each run dies one step after the teacher of its micro-batch."""
     monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)
     model, ids, path, found = make("hymba"), tokens(2), tmp_path / "r.json", []
     options = {**OPTIONS, "layers": ["lm_head", "*.layers.0.*in_proj"], "resume": path}
@@ -85,7 +83,7 @@ def test_a_sweep_killed_between_its_files_resumes_bit_for_bit(tmp_path, monkeypa
     write = signed_json.write_atomic
 
     def writes(number, after):
-        """Sweep until that write, and die before or after it; how many writes there were."""
+        """Sweep until write ``number``, die before or after it, and return the number of writes."""
         made = []
 
         def dying(*args):
@@ -180,7 +178,7 @@ def test_a_damaged_step_is_measured_again(tmp_path, monkeypatch):
     ):
         path.write_bytes(before)
         beside.write_bytes(damage)
-        with pytest.warns(UserWarning, match=r"r\.json\.step is damaged .*; the step that it holds is measured again"):
+        with pytest.warns(UserWarning, match=r"r\.json\.step is damaged .*; its step is measured again"):
             found = klfast.sweep(model, ids, resume=path, **OPTIONS)
         assert means(found) == means(whole) and not beside.exists()
     path.write_bytes(before)
@@ -188,12 +186,12 @@ def test_a_damaged_step_is_measured_again(tmp_path, monkeypatch):
     stopped_at(
         monkeypatch, 5, lambda: klfast.sweep(model, ids, resume=tmp_path / "other.json", layers="lm_head", **OPTIONS)
     )
-    (tmp_path / "other.json.step").replace(beside)  # of another sweep
+    (tmp_path / "other.json.step").replace(beside)  # another sweep's
     assert means(klfast.sweep(model, ids, resume=path, **OPTIONS)) == means(whole)
 
 
-def test_a_file_of_klfast_0_1_0_goes_on(tmp_path, monkeypatch):
-    """It counted by blocks, the head one of them, and had no digest."""
+def test_a_file_of_klfast_0_1_0_is_continued(tmp_path, monkeypatch):
+    """Version 0.1.0 counted blocks, including the head, and wrote no digest."""
     import json
 
     specs = [
@@ -224,7 +222,7 @@ def test_a_file_of_klfast_0_1_0_goes_on(tmp_path, monkeypatch):
 
 
 def lines(sweep, interrupt_at=-1):
-    """Run a sweep and send SIGINT to the process at that line of klfast's own code; how many lines it ran."""
+    """Run a sweep, send SIGINT to the process at that line of klfast's own code, and return the number of lines run."""
     seen = 0
 
     def trace(frame, event, arg):
@@ -285,25 +283,37 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
     )
 
 
-def test_interrupts_wait_for_their_place():
+def test_deferred_interrupts_are_raised_at_the_right_place():
     seen = []
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        signal.raise_signal(signal.SIGINT)
-        seen.append("held back")
-        with interrupts.interruptible():
-            seen.append("not reached")
-    assert seen == ["held back"]
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred(), interrupts.interruptible():
-        signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+
+    def until_interruptible():
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            seen.append("held back")
+            with interrupts.interruptible():
+                seen.append("not reached")
+
+    def until_the_end():
         with interrupts.deferred(), interrupts.deferred():
             signal.raise_signal(signal.SIGINT)
             seen.append("to the end")
         seen.append("not reached")
-    assert seen == ["held back", "to the end"]
-    with pytest.raises(ValueError, match="first"), interrupts.deferred():
+
+    def failing():
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("first")
+
+    with pytest.raises(KeyboardInterrupt):
+        until_interruptible()
+    assert seen == ["held back"]
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred(), interrupts.interruptible():
         signal.raise_signal(signal.SIGINT)
-        raise ValueError("first")
+    with pytest.raises(KeyboardInterrupt):
+        until_the_end()
+    assert seen == ["held back", "to the end"]
+    with pytest.raises(ValueError, match="first"):
+        failing()
     with interrupts.interruptible():
         pass
     thread = threading.Thread(target=lambda: seen.append(klfast.sweep(make(), tokens(1), "int4", layers="lm_head")))

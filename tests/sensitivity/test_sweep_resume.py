@@ -1,4 +1,4 @@
-"""Sweeps that are killed go on where they were, and take up no other's file."""
+"""Killed sweeps continue where they stopped, and refuse another sweep's file."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_a_killed_sweep_resumes_bit_for_bit(tmp_path):
     assert means(again) == means(whole) and not steps
 
 
-def test_resume_refuses_what_is_not_its_own(tmp_path):
+def test_resume_refuses_foreign_and_damaged_files(tmp_path):
     path = tmp_path / "resume.json"
     model, ids = make(), tokens()
     options = {"layers": ["lm_head"], "resume": path}
@@ -85,7 +85,7 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
         klfast.sweep(model, ids, "int4", layers=["lm_head"], resume=tmp_path / "plain.json")
     path.write_text(before[: len(before) // 2])
     with pytest.raises(
-        CheckpointError, match=r"truncated or not valid JSON .*; to start anew delete it \(--no-resume\)"
+        CheckpointError, match=r"truncated or not valid JSON .*; to start over delete it \(--no-resume\)"
     ):
         klfast.sweep(model, ids, "int4", **options)
     for content in (
@@ -95,7 +95,7 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
         json.dumps({**json.loads(before), "layers": 3}),
     ):
         path.write_text(content)
-        with pytest.raises(CheckpointError, match=r"; to start anew delete it \(--no-resume\)") as caught:
+        with pytest.raises(CheckpointError, match=r"; to start over delete it \(--no-resume\)") as caught:
             klfast.sweep(model, ids, "int4", **options)
         assert str(caught.value).startswith(str(path))
     damaged = json.loads(before)
@@ -105,7 +105,7 @@ def test_resume_refuses_what_is_not_its_own(tmp_path):
         klfast.sweep(model, ids, "int4", **options)
 
 
-def test_an_unwritable_resume_path_is_found_out_at_once(tmp_path):
+def test_an_unwritable_resume_path_fails_at_once(tmp_path):
     with pytest.raises(FileNotFoundError):
         klfast.sweep(
             make(),

@@ -1,4 +1,4 @@
-"""Tensors that end where readable memory ends: an overrun of one byte kills the test run instead of passing unseen."""
+"""Tensors that end where readable memory ends, so that an overrun of one byte kills the test run."""
 
 import ctypes
 import mmap
@@ -10,7 +10,7 @@ _PROT_NONE = 0
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy whose last byte is the last of a page, with an inaccessible page behind it."""
+    """Return a contiguous copy whose last byte is the last of a page, followed by an inaccessible page."""
     page = mmap.PAGESIZE
     size = tensor.numel() * tensor.element_size()
     pages = -(-size // page)

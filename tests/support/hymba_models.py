@@ -22,12 +22,12 @@ def golden_tensors(name):
 
 
 def tiny_model(dtype=torch.float32, **changes):
-    """Random weights, large enough that layers matter; norms, states and biases random, too."""
+    """Return a model with random weights, large enough that layers matter; norms, states and biases are random, too."""
     torch.manual_seed(1)
     model = HymbaForCausalLM(HymbaConfig(**{**HYMBA_RELEASE, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or "layernorm" in name or name.endswith(("D.0", "bias")):
+            if "layernorm" in name or name.endswith(("norm.weight", "D.0", "bias")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             elif parameter.dim() > 1 and "A_log" not in name:
                 parameter.copy_(

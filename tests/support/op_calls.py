@@ -1,4 +1,4 @@
-"""A valid call of each public op with all its tensors, as keywords; and what it dispatches."""
+"""A valid call of each public op with all its tensors, as keywords, and the torch.library op that it dispatches to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from klfast.quant.spec import QuantSpec
 
 
 def calls() -> dict:
-    """{public function: its arguments}."""
+    """Return {public function: its arguments}."""
 
     def f(*shape):
         return torch.randn(shape)
@@ -89,7 +89,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def dispatched(function, arguments: dict) -> tuple:
-    """The torch.library op that a call ends in, and its arguments."""
+    """Return the torch.library op that a call dispatches to, and its arguments."""
     with _Recorder() as recorder:
         function(**arguments)
     return recorder.found

@@ -1,4 +1,4 @@
-"""Python code run in a process of its own: where a fault would end the test's, or where it forks."""
+"""Python code in a separate process: for faults that would end the test's process, and for forks."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import textwrap
 
 
 def run(code: str, timeout: float = 600, **environment: str) -> str:
-    """Standard output of the code; AssertionError, with standard error, unless it ends well."""
+    """Run the code and return its standard output; raise AssertionError, with standard error, if it fails."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive", **environment}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=timeout

@@ -59,7 +59,7 @@ def check_predictions(found, made):
 
 
 class Perplexity:
-    """A model whose log-perplexity rises by the KL of each layer; records the plans it was asked about."""
+    """A model whose log-perplexity rises by the KL of each layer; it records the plans that it was asked about."""
 
     def __init__(self, found, start=10.0):
         self.found, self.start, self.asked = found, start, []

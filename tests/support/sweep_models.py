@@ -1,4 +1,4 @@
-"""What the tests of the sweep share: random models far from uniform, and the naive computation of every metric."""
+"""Helpers of the sweep's tests: random models far from uniform, snapshots, the naive computation of every metric."""
 
 import copy
 
@@ -13,7 +13,7 @@ KL = "kl_teacher_student"
 
 
 def make(family="mamba2", tied=False, seed=0):
-    """A random model whose predictions are far from uniform."""
+    """Return a random model whose predictions are far from uniform."""
     return tiny(family, tied, seed=seed)
 
 
@@ -23,7 +23,7 @@ def tokens(windows=3, length=17, seed=1):
 
 @torch.no_grad()
 def naive(model, ids, name, spec):
-    """All metrics, [B, T - 1] each, from two whole models and float64 log-probabilities."""
+    """Return all metrics, [B, T - 1] each, from two whole models and float64 log-probabilities."""
     student = copy.deepcopy(model)
     weight = student.get_submodule(name).weight
     weight.copy_(klfast.quantize(weight, spec).dequantize(torch.float32))
@@ -45,3 +45,20 @@ def naive(model, ids, name, spec):
 
 def means(sensitivities):
     return {key: (m.mean, m.stderr, m.tokens, m.below_noise) for key, m in sensitivities.measurements.items()}
+
+
+def snapshot(model):
+    """Return identity, storage, dtype and bits of every tensor, and every module's own attributes."""
+    tensors = {
+        name: (id(t), t.data_ptr(), t.dtype, t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()
+    }
+    return tensors, {
+        name: (module.training, set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()
+    }
+
+
+def assert_same(before, after):
+    """Fail unless two snapshots of a model are equal."""
+    assert before[1] == after[1]
+    for name, (*facts, values) in before[0].items():
+        assert facts == list(after[0][name][:3]) and torch.equal(values, after[0][name][3]), name

@@ -1,4 +1,4 @@
-"""A small random model with a byte-level tokenizer, as a folder on disk: for tests that need no trained weights."""
+"""A folder with a small random model and a byte-level tokenizer, for tests that need no trained weights."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Mamba2Config, PreTrainedTokenizer
 
 
 def save_tokenizer(folder: Path, bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte (256 of them), and with ``bos`` token 256 in front of each text."""
+    """Return a tokenizer with one token per byte (256), and with ``bos`` token 256 before each text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -24,7 +24,7 @@ def save_tokenizer(folder: Path, bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, seed: int = 0, layers: int = 2) -> Path:
-    """A Mamba-2 of ``layers`` blocks with random weights, and its tokenizer."""
+    """Save a Mamba-2 of ``layers`` blocks with random weights, and its tokenizer."""
     torch.manual_seed(seed)
     config = Mamba2Config(
         vocab_size=257,

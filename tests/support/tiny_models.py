@@ -1,8 +1,8 @@
 """The registry of tiny causal language models with random weights, for all tests.
 
-``FAMILIES`` are those that klfast knows by a record of their own (klfast.models.families), and Llama for the ones that
-it knows by none: they go through every suite. ``OTHERS`` are read through transformers alone. A new family is tested by
-being listed in ``FAMILIES`` with its configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers.
+``FAMILIES`` are the families with a record (klfast.models.families), and Llama for those without: they go through every
+suite. ``OTHERS`` are only read through transformers. A new family is tested if it is listed in ``FAMILIES`` with its
+configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers.
 """
 
 import torch
@@ -13,7 +13,7 @@ from klfast.models.hymba import HymbaConfig
 
 VOCABULARY = 61
 FAMILIES = ("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1")
-STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # nothing but mixers
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # without attention
 _SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)
 _SSM = dict(**_SMALL, state_size=8)
 _ATTENTION = dict(**_SMALL, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
@@ -242,7 +242,7 @@ OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 
 
 def tiny(name, tied=False, dtype=torch.float32, seed=0):
-    """A model in eval mode, with weights well away from their initial symmetries.
+    """Return a model in eval mode, with weights far from their initial symmetries.
 
     Its head is tied as ``tied`` says; None leaves it to the family's configuration.
     """
@@ -261,3 +261,10 @@ def tiny(name, tied=False, dtype=torch.float32, seed=0):
 
 def batch(rows=2, tokens=12, seed=1):
     return torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(ids):
+    """Return a mask for a batch of at least two rows, with 4 pads in the first row and 1 in the second."""
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, :1] = 0, 0
+    return mask

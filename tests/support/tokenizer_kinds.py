@@ -17,10 +17,10 @@ SIZE = 420
 
 @cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One of KINDS, trained on TEXT, with the special tokens <s> and </s>."""
+    """Return a tokenizer of one of KINDS, trained on TEXT, with the special tokens <s> and </s>."""
     made, trainer, options = _KINDS[kind]()
     made.train_from_iterator(TEXT, trainer)
-    state = json.loads(made.to_str())  # the trainer makes special tokens of the bytes, which they are not
+    state = json.loads(made.to_str())  # the trainer wrongly marks the bytes as special tokens
     state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
     made = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **options)
@@ -40,7 +40,7 @@ def _byte_level():
 
 
 def _sentencepiece_bpe():
-    """As Llama 2: spaces as an underline, other letters as bytes, no space in front of a text."""
+    """Return one like Llama 2's: spaces as an underline, other letters as bytes, no space before a text."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
@@ -55,7 +55,7 @@ def _sentencepiece_bpe():
 
 
 def _unigram():
-    """As T5 and XLNet, with transformers' clean-up of spaces before punctuation."""
+    """Return one like T5's and XLNet's, with transformers' clean-up of spaces before punctuation."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
@@ -65,7 +65,7 @@ def _unigram():
 
 
 def _word_level():
-    """Whole words with spaces between them, cleaned up."""
+    """Return one of whole words with spaces between them, cleaned up."""
     made = Tokenizer(models.WordLevel(unk_token="<unk>"))
     split = pre_tokenizers.Split(Regex(r"n't|'\w+|[.,!?]"), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])

@@ -1,4 +1,4 @@
-"""Compiling the launches of klfast.kernels for a GPU that is not there, and reading the result."""
+"""Compilation of klfast.kernels' launches for a GPU that is not present, and inspection of the result."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ HOPPER = GPUTarget("cuda", 90, 32)
 
 
 def is_compiled_in(param, value) -> bool:
-    """Constants, None and, where integers are specialized, ones."""
+    """Return the constants: constexprs, None and, where integers are specialized, ones."""
     return param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize)
 
 
 def source(launch) -> ASTSource:
-    """What the launch would be compiled from, specialized as at a call: aligned pointers, multiples of 16, ones."""
+    """Return the source of a launch, specialized as at a call: aligned pointers, multiples of 16, ones."""
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(launch.kernel.params):
         value = launch.args[param.name]
@@ -56,7 +56,7 @@ def source(launch) -> ASTSource:
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers a thread, bytes of stack (spills), of shared memory a program, and how often each instruction occurs."""
+    """Registers per thread, bytes of stack (spills) and of shared memory, and the count of each instruction."""
 
     registers: int
     stack: int

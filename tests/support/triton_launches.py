@@ -1,4 +1,4 @@
-"""Every launch that klfast.kernels ships, of one family of devices: (name, launch, matrix instruction it must use or None)."""
+"""Every launch of klfast.kernels for one family of devices: (name, launch, required matrix instruction or None)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from klfast.quant.layouts import Layout
 
 CORES = {"nvidia": 132, "intel": 8}
 SPECS = [QuantSpec(4, 64), QuantSpec(4, 32, False), QuantSpec(8, -1), QuantSpec(8, 64, False)]  # klfast's default first
-# What these compile to differs from those: how a tile's scales are applied, zero points or none, one block a group or more.
+# These compile to other code: how a tile's scales are applied, with or without zero points, blocks per group.
 OTHER_SPECS = [
     QuantSpec(4, 64, False),
     QuantSpec(4, 128),
@@ -98,7 +98,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
                             one,
                             "int8" if x == "int8" else "float",
                         )
-    for spec in OTHER_SPECS:  # in their largest tiles, which take the most registers
+    for spec in OTHER_SPECS:  # with their largest tiles, which need the most registers
         for x in ("float16", "float32", "int8"):
             *_, one = dequant(family, 4096, spec, FLOATS.get(x, torch.float16), "int8" if x == "int8" else "exact")
             yield f"dequant_gemm {x} {spec} {one.args['BM']}x{one.args['BN']}", one, "int8" if x == "int8" else "float"
@@ -138,7 +138,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
 
 
 def state_space() -> Iterator[tuple[str, Launch, str | None]]:
-    """Of Mamba's and Mamba-2's sizes, a prompt and a step of decoding, in bfloat16."""
+    """Yield launches with Mamba's and Mamba-2's sizes, for a prompt and a decoding step, in bfloat16."""
 
     def some(*shape):
         return empty(*shape, dtype=torch.bfloat16)
@@ -170,7 +170,7 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
 
 
 def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:
-    """Of Mamba-2's sizes, a prompt."""
+    """Yield launches with Mamba-2's sizes, for a prompt."""
     for name, dtype in FLOATS.items():
         x, dt, b = (empty(2, 512, *shape, dtype=dtype) for shape in ((24, 64), (24,), (1, 128)))
         if ssd_scan.is_for(x, b, b):
@@ -196,7 +196,7 @@ def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:
 
 
 def norms() -> Iterator[tuple[str, Launch, str | None]]:
-    """Before a block (Mamba-130M's and FalconMamba-7B's widths), behind a mixer (Mamba-2's, gated), over dt, B and C (a few channels)."""
+    """Yield norms before a block (Mamba-130M, FalconMamba-7B), after a mixer (Mamba-2, gated), and of dt, B and C."""
     for length in (512, 1):
         for channels, group, is_gated in (
             (768, 768, False),
@@ -216,7 +216,7 @@ def norms() -> Iterator[tuple[str, Launch, str | None]]:
 
 
 def attention(family: str, *lengths: int) -> Iterator[tuple[str, Launch, str | None]]:
-    """Of Hymba-1.5B's heads, one sequence with so many keys."""
+    """Yield launches with Hymba-1.5B's heads, for one sequence with each number of keys."""
     for keys in lengths:
         q, k, v, y = (
             empty(1, *shape, dtype=torch.bfloat16) for shape in ((25, 64), (5, keys, 64), (5, keys, 128), (25, 128))

@@ -5,7 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def writing_model(words):
-    """A Llama over the vocabulary of ``words``; tokens that are not letters and spaces never come."""
+    """Return a Llama over the vocabulary of ``words`` that generates only letters and spaces."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words),

@@ -7,6 +7,8 @@ tests/support/tiny_models.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
@@ -29,31 +31,32 @@ _ROWS = {name: rows for family in FAMILIES for name, rows in family.rows.items()
 
 
 def text_config(model: nn.Module) -> object | None:
-    """The configuration of the model, or of its language model if it has several parts; None if it has none."""
-    config = getattr(model, "config", None)
-    try:
-        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    except ValueError:  # it has several
-        return config
+    """Return the configuration of the model, or of its language model if it has several parts; None without one."""
+    config: Any = getattr(model, "config", None)
+    found: object | None = config
+    if hasattr(config, "get_text_config"):
+        with suppress(ValueError):  # it has several
+            found = config.get_text_config(decoder=True)
+    return found
 
 
 def family_of(model: nn.Module) -> Family:
-    """The record of a model; the generic one if klfast does not know its type."""
-    return _BY_TYPE.get(getattr(text_config(model), "model_type", None), GENERIC)
+    """Return the record of a model; the generic one if klfast does not know its type."""
+    return _BY_TYPE.get(getattr(text_config(model), "model_type", ""), GENERIC)
 
 
 def mixer_of(module_class: type) -> Mixer | None:
-    """What is known of a class of transformers' recurrent layers, whatever model holds it; None if nothing is."""
+    """Return the record of a class of transformers' recurrent layers in any model; None if it is unknown."""
     return _MIXERS.get(module_class.__name__) if _is_transformers(module_class) else None
 
 
-def norm_of(module_class: type) -> Callable[[nn.Module], Norm] | None:
-    """What tells the parameters of a norm of this class; None if klfast does not replace it."""
+def norm_of(module_class: type) -> Callable[[Any], Norm] | None:
+    """Return the function that reads the parameters of a norm of this class; None if klfast does not replace it."""
     return _NORMS.get(module_class.__name__) if _is_transformers(module_class) else None
 
 
 def rows_of(module: nn.Module) -> Mapping[str, Rows]:
-    """{name of a linear layer in this module: the uses of its rows}; empty if no layer of it is fused."""
+    """Return {name of a linear layer in this module: the uses of its rows}; empty if none of them is fused."""
     kind = type(module)
     known = _is_transformers(kind) or kind.__module__.startswith("klfast.models.")
     return _ROWS[kind.__name__](module) if known and kind.__name__ in _ROWS else {}

@@ -1,4 +1,4 @@
-"""Falcon-H1 (transformers.models.falcon_h1): Mamba-2 beside attention in each block, with muP multipliers.
+"""Falcon-H1 (transformers.models.falcon_h1): Mamba-2 and attention in each block, with muP multipliers.
 
 Logits are multiplied by ``lm_head_multiplier`` (modeling_falcon_h1.py, FalconH1ForCausalLM.forward, 5.23.0). The gated
 norm may come before the gate, and its result has its input's dtype (FalconH1RMSNormGated.forward).
@@ -6,18 +6,27 @@ norm may come before the gate, and its result has its input's dtype (FalconH1RMS
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Protocol
 
 from klfast.models.families import common
 from klfast.models.families.base import Blocks, CacheUse, Family, LogitRule, Mixer, Norm
 
 
-def _gated_norm(norm: nn.Module) -> Norm:
+class _GatedNorm(common.RMSNorm, Protocol):
+    n_groups: int
+    norm_before_gate: bool
+
+
+class _Config(Protocol):
+    lm_head_multiplier: float
+
+
+def _gated_norm(norm: _GatedNorm) -> Norm:
     group_size = norm.weight.shape[0] // norm.n_groups
     return Norm(norm.weight, norm.variance_epsilon, group_size, not norm.norm_before_gate, keeps_dtype=True)
 
 
-def _logits(config: object) -> LogitRule:
+def _logits(config: _Config) -> LogitRule:
     return LogitRule(scale=config.lm_head_multiplier)
 
 

@@ -1,6 +1,8 @@
-"""FalconMamba (transformers.models.falcon_mamba): Mamba with norms of dt, B and C that have no weights."""
+"""FalconMamba (transformers.models.falcon_mamba): Mamba with weightless norms of dt, B and C."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -9,7 +11,7 @@ from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
 from klfast.nn.mamba_step import Parts
 
 
-def _step(mixer: nn.Module) -> Parts | None:
+def _step(mixer: Any) -> Parts | None:
     norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
     eps = norms[0].eps
     if any(

@@ -6,18 +6,25 @@ Logits are divided by ``logits_scaling`` (modeling_granitemoehybrid.py, GraniteM
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import nn
+from typing import Protocol
 
 from klfast.models.families import common
 from klfast.models.families.base import Blocks, CacheUse, Family, LogitRule, Mixer, Rows, split
 
 
-def _logits(config: object) -> LogitRule:
+class _Config(Protocol):
+    logits_scaling: float
+
+
+class _MLP(Protocol):
+    hidden_size: int
+
+
+def _logits(config: _Config) -> LogitRule:
     return LogitRule(scale=1 / config.logits_scaling)
 
 
-def _mlp_rows(mlp: nn.Module) -> Mapping[str, Rows]:
+def _mlp_rows(mlp: _MLP) -> Mapping[str, Rows]:
     return {"input_linear": split(gate=mlp.hidden_size, up=mlp.hidden_size)}
 
 

@@ -1,16 +1,19 @@
-"""Hymba (klfast.models.hymba): klfast's own code, whose layers hand keys and values to the next."""
+"""Hymba (klfast.models.hymba): klfast's own code, whose layers pass keys and values to the next one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import nn
+from typing import Protocol
 
 from klfast.models.families.base import Blocks, CacheUse, Family, Rows, plain, split
 
 
-def _rows(mixer: nn.Module) -> Mapping[str, Rows]:
-    """Queries, keys and values (in layers that own them), the scan's input and the gate."""
+class _Mixer(Protocol):
+    rows: dict[str, int]
+
+
+def _rows(mixer: _Mixer) -> Mapping[str, Rows]:
+    """Return the rows of queries, keys and values (in layers that own them), the scan's input and the gate."""
     return {"in_proj": split(**mixer.rows)}
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from klfast.models.families import common
 from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
 from klfast.nn.mamba_step import Parts
 
 
-def _step(mixer: nn.Module) -> Parts:
+def _step(mixer: Any) -> Parts:
     own = mixer._parameters
     return Parts(mixer.conv1d, mixer.x_proj, mixer.dt_proj, (own, "A_log"), (own, "D"))
 

@@ -1,6 +1,6 @@
-"""NVIDIA's Hymba: attention and Mamba side by side in each layer, with memory tokens and shared keys and values.
+"""NVIDIA's Hymba: parallel attention and Mamba in each layer, with memory tokens and shared keys and values.
 
-Importing this package makes Hymba known to transformers: AutoConfig and AutoModelForCausalLM then read a folder or hub
+Importing this package registers Hymba with transformers: AutoConfig and AutoModelForCausalLM then read a folder or hub
 id with the released config.json and safetensors, without remote code. klfast's own loading functions import it.
 """
 

@@ -1,4 +1,4 @@
-"""The attention branch: rotary positions, who sees whom, and grouped attention with values wider than keys.
+"""The attention branch: rotary positions, masks, and grouped attention with values wider than keys.
 
 Positions count the memory tokens, which hold 0..M-1; the first token of the text is at M. A negative position is
 padding.
@@ -19,10 +19,10 @@ from klfast.models.hymba.configuration import HymbaConfig
 def rotary_tables(
     config: HymbaConfig, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """cos and sin [B, 1, L, key_dim] of the positions [B, L], computed in float32; None for a model without rotation."""
+    """Return cos and sin [B, 1, L, key_dim] of positions [B, L], computed in float32; None without rotation."""
     if not config.rope:
         return None
-    # From the configuration at each call: transformers does not restore a buffer that no file holds.
+    # Computed from the configuration at each call: transformers does not restore a buffer that no file holds.
     exponents = torch.arange(0, config.key_dim, 2, device=positions.device).float() / config.key_dim
     angles = positions[:, None, :, None].float() * (1.0 / config.rope_base**exponents)
     angles = torch.cat((angles, angles), dim=-1)
@@ -30,25 +30,28 @@ def rotary_tables(
 
 
 def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Queries or keys [B, heads, L, key_dim] turned by their positions, first half against second half."""
+    """Rotate queries or keys [B, heads, L, key_dim] by their positions, first half against second half."""
     if tables is None:
         return x
-    cos, sin = (table.to(x.dtype) for table in tables)  # autocast may compute x in another type than the model's
+    cos, sin = (table.to(x.dtype) for table in tables)  # autocast may compute x in another dtype than the model's
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, memory: int, window: int | None) -> torch.Tensor:
-    """Which keys each query sees, bool [B, 1, Q, K], from positions [B, Q] and [B, K].
+    """Return which keys each query sees, bool [B, 1, Q, K], from positions [B, Q] and [B, K].
 
-    Text sees what is not after it and, with a window, no more than ``window`` positions back or among the memory
-    tokens. Padding sees itself alone, so that its rows stay finite.
+    Text sees itself and everything before it; with a window, only the memory tokens and at most ``window`` positions
+    back. Padding sees only itself, so that its rows stay finite.
     """
     q, k = queries[:, None, :, None], keys[:, None, None, :]
     seen = (k <= q) & (k >= 0)
     if window is not None:
         seen &= (q - k <= window) | (k < memory)
     return seen | ((q < 0) & (k == q))
+
+
+_Block = tuple[int, int, int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,18 @@ class Blocks:
     Attributes:
         memory: number of memory tokens, which every block sees.
         parts: for each block (start, stop, first, mask): its queries are start..stop, its keys the memory tokens and
-            first..stop, and mask [1, 1, stop - start, keys] says which of them each query sees.
+            first..stop, and mask [1, 1, stop - start, keys] tells which of them each query sees.
     """
 
     memory: int
-    parts: tuple[tuple[int, int, int, torch.Tensor], ...]
+    parts: tuple[_Block, ...]
 
     @staticmethod
     def of(length: int, memory: int, window: int, device: torch.device) -> Blocks:
-        size, parts, repeated = max(window // 2, _SMALLEST_BLOCK), [], None
+        """Cut a prefill of ``length`` positions, memory tokens included."""
+        size = max(window // 2, _SMALLEST_BLOCK)
+        parts: list[_Block] = []
+        repeated: torch.Tensor | None = None
         positions = torch.arange(length, device=device).unsqueeze(0)
         for start in range(0, length, size):
             stop, first = min(start + size, length), max(start - window, memory)
@@ -75,7 +81,7 @@ class Blocks:
                 keys = torch.cat((positions[:, :memory], positions[:, first:stop]), dim=1)
                 mask = visible(positions[:, start:stop], keys, memory, window)
                 if first > memory:
-                    repeated = mask  # further whole blocks differ from this by a shift
+                    repeated = mask  # later whole blocks differ from this one only by a shift
             parts.append((start, stop, first, mask))
         return Blocks(memory, tuple(parts))
 
@@ -86,10 +92,10 @@ Mask = torch.Tensor | Blocks | None
 
 
 def attention_mask(queries: torch.Tensor, keys: torch.Tensor, memory: int, window: int | None, padded: bool) -> Mask:
-    """Which keys each query sees: bool [B, 1, Q, K], blocks of a window, or None for every key up to the query's own place.
+    """Return which keys each query sees: bool [B, 1, Q, K], blocks of a window, or None for all keys up to the query's.
 
-    Without padding, keys lie in the order of their positions, and a cache of a windowed layer holds no key that its
-    next query does not see.
+    Without padding, keys are in the order of their positions, and the cache of a windowed layer holds only keys that
+    its next query sees.
     """
     length = queries.shape[1]
     if not padded and length == 1:
@@ -102,11 +108,12 @@ def attention_mask(queries: torch.Tensor, keys: torch.Tensor, memory: int, windo
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """softmax(q k^T / sqrt(key_dim)) v for each query head, heads side by side: [B, Q, heads * value_dim].
+    """Compute softmax(q k^T / sqrt(key_dim)) v for each query head; return [B, Q, heads * value_dim].
 
     Args:
         q: [B, heads, Q, key_dim].
-        k, v: [B, kv_heads, K, key_dim] and [B, kv_heads, K, value_dim]; query head j takes head j // (heads / kv_heads).
+        k: [B, kv_heads, K, key_dim]; query head j takes head j // (heads / kv_heads).
+        v: [B, kv_heads, K, value_dim].
         mask: from ``attention_mask``.
     """
     batch, heads, length, key_dim = q.shape
@@ -116,11 +123,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
         has_kernel = q.is_cpu or registry.has_kernel("decode_attention", q.device.type.upper())
         if mask is None and has_kernel and not torch.is_grad_enabled():
             return ops.decode_attention(q.squeeze(2), k, v, scale).reshape(batch, 1, heads * value_dim)
-        q = q.reshape(
-            batch, groups, heads // groups, key_dim
-        )  # query heads of a group are queries of one head: no key is copied
+        assert not isinstance(mask, Blocks)  # they are for more than one query
+        # A group's query heads become queries of one head, so that no key is copied.
+        q = q.reshape(batch, groups, heads // groups, key_dim)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(batch, 1, heads * value_dim)
-    if value_dim > key_dim:  # the fast kernels want equal widths; zeros add nothing to a product
+    if value_dim > key_dim:  # torch's fast kernels need equal widths; zeros add nothing to a product
         q, k = (F.pad(t, (0, value_dim - key_dim)) for t in (q, k))
     if isinstance(mask, Blocks):
         out = torch.cat([_attend_block(q, k, v, mask.memory, part, scale) for part in mask.parts], dim=2)
@@ -129,7 +136,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     return out.transpose(1, 2).reshape(batch, length, heads * value_dim)
 
 
-def _attend_block(q, k, v, memory, part, scale):
+def _attend_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, memory: int, part: _Block, scale: float
+) -> torch.Tensor:
     start, stop, first, mask = part
     if first == memory:
         k, v = k[:, :, :stop], v[:, :, :stop]

@@ -1,8 +1,10 @@
-"""HymbaConfig: the fields of the released config.json, and what follows from them."""
+"""HymbaConfig: the fields of the released config.json, and values derived from them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -22,10 +24,10 @@ _RELEASED_GROUPS = (
 
 
 class HymbaConfig(PreTrainedConfig):
-    """Configuration of a Hymba model. The defaults are those of nvidia/Hymba-1.5B-Base.
+    """Configuration of a Hymba model. The defaults match nvidia/Hymba-1.5B-Base.
 
-    Fields that the released code does not use, or overwrites, are kept as they are and not read. A configuration can
-    always be read; building a model of one that klfast does not support raises InvalidInputError.
+    Fields that the released code does not use, or overwrites, are kept but not read. Any configuration can be read;
+    building a model from one that klfast does not support raises InvalidInputError.
 
     Attributes:
         mamba_expand, mamba_d_state, mamba_d_conv, mamba_dt_rank: sizes of the state-space branch; a rank of "auto" is
@@ -34,13 +36,13 @@ class HymbaConfig(PreTrainedConfig):
         sliding_window: how many positions back a layer that is not in ``global_attn_idx`` sees; None for all.
         global_attn_idx: layers that see everything.
         kv_reuse_group: groups of neighbouring layers that share the keys and values of their first.
-        kv_reuse_every_i_layer: without groups, and if above 0: layer i shares unless this divides i.
+        kv_reuse_every_i_layer: without groups, and if above 0, layer i shares unless this divides i.
         rope_type: "ntk" stretches the base by ``max_position_embeddings`` over ``orig_max_position_embeddings``;
             "default" or None does not.
     """
 
     model_type = "hymba"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32001
     hidden_size: int = 1600
@@ -66,8 +68,8 @@ class HymbaConfig(PreTrainedConfig):
     mamba_inner_layernorms: bool = True
     num_memory_tokens: int = 128
     sliding_window: int | None = 1024
-    global_attn_idx: list[int] | None = (0, 15, 31)
-    kv_reuse_group: list[list[int]] | None = _RELEASED_GROUPS
+    global_attn_idx: Sequence[int] | None = (0, 15, 31)
+    kv_reuse_group: Sequence[Sequence[int]] | None = _RELEASED_GROUPS
     kv_reuse_every_i_layer: int = -1
     rope: bool = True
     rope_theta: float = 10000.0
@@ -75,15 +77,16 @@ class HymbaConfig(PreTrainedConfig):
     max_position_embeddings: int = 8192
     orig_max_position_embeddings: int | None = 2048
 
-    def __post_init__(self, **kwargs):
-        # The release names its attention ("flex") where transformers looks for one of its own, and code of its own.
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The release sets its attention ("flex") where transformers expects one of its own, and refers to remote code.
         for key in ("attn_implementation", "attn_implementation_new", "auto_map"):
             kwargs.pop(key, None)
         if self.global_attn_idx is not None:
             self.global_attn_idx = list(self.global_attn_idx)
         if self.kv_reuse_group is not None:
             self.kv_reuse_group = [list(group) for group in self.kv_reuse_group]
-        super().__post_init__(**kwargs)
+        post_init: Callable[..., None] = super().__post_init__
+        post_init(**kwargs)
 
     @property
     def d_inner(self) -> int:
@@ -92,7 +95,13 @@ class HymbaConfig(PreTrainedConfig):
 
     @property
     def dt_rank(self) -> int:
-        return math.ceil(self.hidden_size / 16) if self.mamba_dt_rank == "auto" else self.mamba_dt_rank
+        """Rank of the step size's projection."""
+        rank = self.mamba_dt_rank
+        if not isinstance(rank, str):
+            return rank
+        if rank != "auto":
+            raise InvalidInputError(f"Hymba's mamba_dt_rank must be an integer or 'auto', got {rank!r}")
+        return math.ceil(self.hidden_size / 16)
 
     @property
     def key_dim(self) -> int:
@@ -106,34 +115,36 @@ class HymbaConfig(PreTrainedConfig):
 
     @property
     def rope_base(self) -> float:
-        if self.rope_type != "ntk":
+        """Base of the rotary frequencies, stretched if ``rope_type`` is "ntk"."""
+        if self.rope_type != "ntk" or self.orig_max_position_embeddings is None:
             return self.rope_theta
         stretch = 2 * self.max_position_embeddings / self.orig_max_position_embeddings - 1
-        return self.rope_theta * stretch ** (self.key_dim / (self.key_dim - 2))
+        power: float = stretch ** (self.key_dim / (self.key_dim - 2))
+        return self.rope_theta * power
 
     def is_global(self, layer: int) -> bool:
-        """Whether a layer sees every earlier position."""
-        return self.sliding_window is None or layer in self.global_attn_idx
+        """Return True if a layer sees every earlier position."""
+        return self.sliding_window is None or layer in (self.global_attn_idx or ())
 
     def owns_kv(self, layer: int) -> bool:
-        """Whether a layer computes keys and values of its own, rather than taking those of the layer before it."""
+        """Return True if a layer computes its own keys and values, False if it uses those of the layer before it."""
         if self.kv_reuse_group is not None:
             return not any(layer in group[1:] for group in self.kv_reuse_group)
         return self.kv_reuse_every_i_layer <= 0 or layer % self.kv_reuse_every_i_layer == 0
 
     def passes_kv(self, layer: int) -> bool:
-        """Whether the next layer takes this one's keys and values."""
+        """Return True if the next layer uses this one's keys and values."""
         return layer + 1 < self.num_hidden_layers and not self.owns_kv(layer + 1)
 
     def require_supported(self) -> None:
-        """Raise InvalidInputError, naming the field, unless klfast computes what this configuration says."""
+        """Raise InvalidInputError, naming the field, unless klfast supports this configuration."""
         for name, supported in _SUPPORTED.items():
             found = getattr(self, name, supported[0])
             if found not in supported:
-                raise InvalidInputError(f"klfast's Hymba supports {name} {supported[0]!r} only, got {found!r}")
+                raise InvalidInputError(f"klfast's Hymba supports only {name} {supported[0]!r}, got {found!r}")
         for name, own in (("attn_hidden_size", self.hidden_size), ("kq_head_dim", self.key_dim)):
             if (found := getattr(self, name, -1)) not in (-1, own):
-                raise InvalidInputError(f"klfast's Hymba supports {name} -1 only (here {own}), got {found!r}")
+                raise InvalidInputError(f"klfast's Hymba supports only {name} -1 (here {own}), got {found!r}")
         for whole, part in (
             ("hidden_size", "num_attention_heads"),
             ("d_inner", "num_attention_heads"),
@@ -151,7 +162,7 @@ class HymbaConfig(PreTrainedConfig):
             )
         if self.sliding_window is not None and self.global_attn_idx is None:
             raise InvalidInputError(
-                "Hymba's global_attn_idx must be a list where sliding_window is set; give [] if every layer slides"
+                "Hymba's global_attn_idx must be a list if sliding_window is set; give [] if every layer slides"
             )
         self._require_neighbours()
 
@@ -159,12 +170,13 @@ class HymbaConfig(PreTrainedConfig):
         for group in self.kv_reuse_group or ():
             if (
                 not group
-                or group != list(range(group[0], group[0] + len(group)))
+                or list(group) != list(range(group[0], group[0] + len(group)))
                 or group[0] < 0
                 or group[-1] >= self.num_hidden_layers
             ):
                 raise InvalidInputError(
-                    f"the layers of each kv_reuse_group must be neighbours within 0..{self.num_hidden_layers - 1}, got {group}"
+                    f"the layers of each kv_reuse_group must be neighbours within 0..{self.num_hidden_layers - 1}, "
+                    f"got {group}"
                 )
         members = [layer for group in self.kv_reuse_group or () for layer in group]
         if len(members) > len(set(members)):
@@ -172,11 +184,12 @@ class HymbaConfig(PreTrainedConfig):
         for layer in range(1, self.num_hidden_layers):
             if not self.owns_kv(layer) and self.is_global(layer) != self.is_global(layer - 1):
                 raise InvalidInputError(
-                    f"layers {layer - 1} and {layer} share keys and values, so both or neither must be in global_attn_idx"
+                    f"layers {layer - 1} and {layer} share keys and values, "
+                    "so both or neither must be in global_attn_idx"
                 )
 
 
-_SUPPORTED = {
+_SUPPORTED: dict[str, tuple[object, ...]] = {
     "mlp_hidden_act": ("silu",),
     "hidden_act": ("silu",),
     "num_experts": (1,),

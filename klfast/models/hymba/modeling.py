@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import generic
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.hymba.attention import Mask, rotary_tables
@@ -19,9 +22,12 @@ from klfast.models.hymba.mixer import HymbaMixer, SharedKV
 from klfast.models.hymba.norm import HymbaRMSNorm
 from klfast.models.hymba.padding import Padding
 
+_Forward = TypeVar("_Forward", bound=Callable[..., object])
+_can_return_tuple: Callable[[_Forward], _Forward] = generic.can_return_tuple
+
 
 class HymbaMLP(nn.Module):
-    """down_proj(silu(gate_proj x) * up_proj x)."""
+    """Gated feed-forward layer: down_proj(silu(gate_proj x) * up_proj x)."""
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__()
@@ -30,18 +36,22 @@ class HymbaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Map [..., H] to [..., H]."""
+        y: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class HymbaExperts(nn.Module):
-    """The feed-forward part. The checkpoints name it a mixture of experts; there is one, without a router."""
+    """The feed-forward part. The checkpoints call it a mixture of experts; there is one, without a router."""
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__()
         self.experts = nn.ModuleList([HymbaMLP(config)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts[0](x)
+        """Map [..., H] to [..., H]."""
+        y: torch.Tensor = self.experts[0](x)
+        return y
 
 
 class HymbaLayer(nn.Module):
@@ -64,7 +74,7 @@ class HymbaLayer(nn.Module):
         padding: torch.Tensor | None = None,
         cache: HymbaCache | None = None,
     ) -> tuple[torch.Tensor, SharedKV | None]:
-        """Arguments as for HymbaMixer."""
+        """Run the block; arguments as for HymbaMixer."""
         mixed, kv = self.mamba(self.input_layernorm(hidden_states), shared_kv, rotary, attention_mask, padding, cache)
         hidden_states = hidden_states + mixed
         hidden_states = hidden_states + self.moe(self.pre_moe_layernorm(hidden_states))
@@ -72,9 +82,12 @@ class HymbaLayer(nn.Module):
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
+    """Base class that tells transformers how to initialise and split Hymba models."""
+
+    config: HymbaConfig
     config_class = HymbaConfig
     base_model_prefix = "model"
-    _no_split_modules = ["HymbaLayer"]
+    _no_split_modules = ["HymbaLayer"]  # noqa: RUF012  (as PreTrainedModel declares it)
     _supports_sdpa = True
     _is_stateful = True
 
@@ -100,7 +113,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate() leaves the cache to the model
+        return False  # so that generate() leaves the cache to the model
 
 
 class HymbaModel(HymbaPreTrainedModel):
@@ -109,20 +122,22 @@ class HymbaModel(HymbaPreTrainedModel):
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         config.require_supported()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         memory = torch.randn(config.num_memory_tokens, config.hidden_size)
         self.memory_tokens = nn.Parameter(memory) if config.num_memory_tokens else None
         self.layers = nn.ModuleList([HymbaLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.final_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_init()
+        PreTrainedModel.post_init(self)
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
         self.embed_tokens = value
 
-    @can_return_tuple
+    @_can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -132,13 +147,13 @@ class HymbaModel(HymbaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: object,
     ) -> BaseModelOutputWithPast:
-        """The final hidden states [B, T, H].
+        """Return the final hidden states [B, T, H].
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, T], 0 for padding, which may lie anywhere; with a filled cache also [B, past + T], with
+            attention_mask: [B, T], 0 for padding, which may be anywhere; with a filled cache also [B, past + T], with
                 the padding that the cache was made with and none among the new tokens.
             position_ids: not used: positions follow from the mask and the cache.
             past_key_values: a HymbaCache, extended in place; None starts a sequence.
@@ -146,9 +161,10 @@ class HymbaModel(HymbaPreTrainedModel):
             use_cache: return a cache; the configuration's ``use_cache`` if None.
             output_hidden_states: also return the input of each layer and the final hidden states, [B, M + T, H] each,
                 M memory tokens first.
+            **kwargs: ignored.
 
         Raises:
-            InvalidInputError: both or neither of ids and embeddings, no tokens at all, an unfit mask or cache.
+            InvalidInputError: both or neither of ids and embeddings, no tokens at all, an invalid mask or cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give either input_ids or inputs_embeds")
@@ -165,7 +181,7 @@ class HymbaModel(HymbaPreTrainedModel):
             cache = HymbaCache(self.config)
         past = cache.length if cache else 0
         memory = 0 if past else self.config.num_memory_tokens
-        if attention_mask is not None and past and tuple(attention_mask.shape) == (batch, past + length):
+        if attention_mask is not None and cache and past and tuple(attention_mask.shape) == (batch, past + length):
             cache.require_padding(attention_mask[:, :past])
             attention_mask = attention_mask[:, past:]
         padding = Padding.of(attention_mask, (batch, length), memory)
@@ -187,7 +203,8 @@ class HymbaModel(HymbaPreTrainedModel):
         nothing = None if padding is None else (positions < 0).unsqueeze(-1)
 
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        seen, shared_kv = [], None
+        seen: list[torch.Tensor] = []
+        shared_kv: SharedKV | None = None
         for index, layer in enumerate(self.layers):
             if wanted:
                 seen.append(hidden)
@@ -203,33 +220,38 @@ class HymbaModel(HymbaPreTrainedModel):
             hidden, seen = padding.restore(hidden), [padding.restore(one) for one in seen]
         all_hidden = (*seen, hidden) if wanted else None
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden[:, memory:], past_key_values=cache, hidden_states=all_hidden
+            last_hidden_state=hidden[:, memory:],
+            past_key_values=cast(Any, cache),  # transformers' annotation names its own Cache
+            hidden_states=cast(Any, all_hidden),
         )
 
     def _with_memory(self, text: torch.Tensor, memory: int, padding: Padding | None) -> torch.Tensor:
-        """[B, memory + T, H]: the memory tokens, if they are to come, and the text."""
-        tokens = self.memory_tokens.to(text.dtype).expand(len(text), -1, -1) if memory else text[:, :0]
+        """Return [B, memory + T, H]: the memory tokens, unless ``memory`` is 0, and the text."""
+        learned = self.memory_tokens if memory else None
+        tokens = text[:, :0] if learned is None else learned.to(text.dtype).expand(len(text), -1, -1)
         return torch.cat((tokens, text), dim=1) if padding is None else padding.arrange(tokens, text)
 
 
 class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
-    """HymbaModel with a language-model head; what AutoModelForCausalLM builds for the model type "hymba"."""
+    """HymbaModel with a language-model head; AutoModelForCausalLM builds it for the model type "hymba"."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (likewise)
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         self.model = HymbaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        PreTrainedModel.post_init(self)
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head."""
         self.lm_head = value
 
-    @can_return_tuple
+    @_can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -241,14 +263,21 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, float32 [B, T, vocab_size].
+        """Return the logits, float32 [B, T, vocab_size].
 
         Args:
+            input_ids: as for HymbaModel.
+            attention_mask: as for HymbaModel.
+            position_ids: as for HymbaModel.
+            past_key_values: as for HymbaModel.
+            inputs_embeds: as for HymbaModel.
             labels: int64 [B, T], -100 for none: also return the mean cross-entropy of each next label.
-            logits_to_keep: logits of so many last tokens only (0: of all), or of these places.
-            Others: as for HymbaModel.
+            use_cache: as for HymbaModel.
+            output_hidden_states: as for HymbaModel.
+            logits_to_keep: return only the logits of this many last tokens (0: all), or of these places.
+            **kwargs: for transformers' loss function.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -19,6 +19,7 @@ class HymbaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x [..., size]."""
         gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if not gradients and (x.is_cpu or registry.has_kernel("rms_norm", x.device.type.upper())):
             y = direct_call.rms_norm(x, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Hymba against what the released code computes, with and without a cache."""
+"""Hymba against the released code's results, with and without a cache."""
 
 import copy
 
@@ -38,10 +38,10 @@ def test_forward(golden, sequence, tier):
 
 
 def test_forward_with_gradients(golden):
-    """The same through functions that have gradients; and every parameter gets one."""
+    """Functions with gradients give the same results, and every parameter gets a gradient."""
     model, expected = golden
+    pins._warned.clear()
     with pytest.warns(klfast.SlowPathWarning, match="no gradients"):
-        pins._warned.clear()
         out = model(expected["short.input_ids"], labels=expected["short.input_ids"])
     torch.testing.assert_close(out.logits, expected["short.logits"], **LOGITS)
     out.loss.backward()
@@ -88,7 +88,7 @@ def test_prefill_state(golden):
 @pytest.mark.parametrize("chunks", [[50], [1] * 50, [1, 1, 20, 1, 20, 7], [45, 5], [2, 48]])
 @torch.inference_mode()
 def test_continuing_in_chunks(golden, chunks):
-    """However a sequence is cut, the logits are those of the whole; the window is passed on the way."""
+    """Chunks of any length give the logits of the whole sequence, even beyond the window."""
     model, expected = golden
     cache, logits = HymbaCache(model.config), []
     for ids in expected["long.input_ids"][:, :50].split(chunks, dim=1):
@@ -100,7 +100,7 @@ def test_continuing_in_chunks(golden, chunks):
 
 @torch.inference_mode()
 def test_a_chunk_is_one_scan(monkeypatch):
-    """Not a step for each of its tokens."""
+    """A chunk does not run a step for each of its tokens."""
     model, ids = tiny_model(), torch.randint(0, 61, (2, 20))
     cache = model(ids[:, :6], use_cache=True).past_key_values
     monkeypatch.delattr("klfast.ops.selective_state_update")
@@ -111,7 +111,7 @@ def test_a_chunk_is_one_scan(monkeypatch):
 @pytest.mark.parametrize("smallest", [1, 11, 16])
 @torch.inference_mode()
 def test_windows_in_blocks(golden, smallest, monkeypatch):
-    """A long windowed prefill runs block by block; here also the short golden ones."""
+    """A long windowed prefill runs block by block; here the short golden ones do as well."""
     model, expected = golden
     monkeypatch.setattr(attention, "_SMALLEST_BLOCK", smallest)
     blocks = attention.Blocks.of(68, model.config.num_memory_tokens, model.config.sliding_window, "cpu")
@@ -144,13 +144,13 @@ def test_visible():
 
 
 def test_continuing_with_gradients():
-    """Slow, but the same; and the cache keeps no graph."""
+    """The results are the same, and the cache keeps no graph."""
     model = tiny_model()
     ids = torch.randint(0, 61, (2, 12))
     with torch.no_grad():
         whole = model(ids).logits
+    pins._warned.clear()
     with pytest.warns(klfast.SlowPathWarning):
-        pins._warned.clear()
         cache = model(ids[:, :9], use_cache=True).past_key_values
     rest = model(ids[:, 9:], past_key_values=cache).logits
     torch.testing.assert_close(rest, whole[:, 9:], rtol=0, atol=1e-4)
@@ -182,7 +182,7 @@ def test_sampling():
 
 @torch.inference_mode()
 def test_generate_from_a_cache():
-    """A conversation: the cache of what was said so far, then generate() with all of the text and its mask."""
+    """Continue a conversation: the cache of the text so far, then generate() with the whole text and its mask."""
     model, ids = tiny_model(), torch.randint(0, 61, (2, 25))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -204,7 +204,7 @@ def test_beam_search():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_16_bit(dtype):
-    """Computing in 16 bits costs about as much as rounding the weights to them; cached as uncached."""
+    """Computing in 16 bits adds about the error of rounding the weights to them, with and without a cache."""
     model, ids = tiny_model(), torch.randint(0, 61, (2, 30))
     expected = model(ids).logits
     model.to(dtype)
@@ -217,19 +217,20 @@ def test_16_bit(dtype):
     )
     inevitable = model.float()(ids).logits - expected
     assert (whole - expected).std() < 3 * inevitable.std()
-    assert (rest - expected[:, 20:]).std() < 3 * inevitable[:, 20:].std()  # later tokens are further off
+    assert (rest - expected[:, 20:]).std() < 3 * inevitable[:, 20:].std()  # later tokens have larger errors
 
 
 @torch.inference_mode()
 def test_16_bit_at_the_depth_of_the_release():
-    """Over 32 layers roundings grow, and cached and uncached logits differ; but both are equally far from float32 with
-    the same weights, and not further from each other.
+    """Over 32 layers rounding errors grow, so cached and uncached logits differ.
+
+    But both are equally far from float32 with the same weights, and not further from each other.
     """
     depth = {"num_hidden_layers": 32, "global_attn_idx": [0, 15, 31], "kv_reuse_group": HymbaConfig().kv_reuse_group}
     model, ids = tiny_model(torch.bfloat16, **depth), torch.randint(0, 61, (4, 20))
     for name, parameter in model.named_parameters():
         if name.endswith(("out_proj.weight", "down_proj.weight")):
-            parameter.mul_(64**-0.5)  # so many parts add to the hidden states
+            parameter.mul_(64**-0.5)  # 64 parts add to the hidden states
     truth = copy.deepcopy(model).float()(ids).logits
     whole = model(ids).logits
     error = (whole - truth).square().mean().sqrt()
@@ -245,7 +246,7 @@ def test_16_bit_at_the_depth_of_the_release():
 
 @torch.inference_mode()
 def test_the_sizes_of_the_release():
-    """Two of its layers, one with keys of its own and one with those of the other, until tokens leave the window."""
+    """Run two of its layers, one of which owns keys that both use, until tokens leave the window."""
     config = HymbaConfig(vocab_size=64, num_hidden_layers=2, global_attn_idx=[], kv_reuse_group=[[0, 1]])
     torch.manual_seed(0)
     model, ids = HymbaForCausalLM(config).eval(), torch.randint(0, 64, (1, 1250))
@@ -257,7 +258,7 @@ def test_the_sizes_of_the_release():
 
 @torch.inference_mode()
 def test_without_options():
-    """No rotation, no inner norms, biased projections, no window: the recurrence still agrees with itself."""
+    """Without rotation, inner norms and window, and with biased projections, chunks still equal the whole."""
     for changes in (
         {"rope": False},
         {"mamba_inner_layernorms": False, "mamba_proj_bias": True, "mamba_conv_bias": False},
@@ -275,7 +276,7 @@ def test_without_options():
 
 
 @torch.inference_mode()
-def test_loss_is_that_of_the_next_token():
+def test_loss_is_of_the_next_token():
     model, ids = tiny_model(), torch.randint(0, 61, (2, 9))
     out = model(ids, labels=ids)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:])
@@ -287,13 +288,13 @@ def test_bad_input():
     with torch.inference_mode():
         cache = model(ids, use_cache=True).past_key_values
         for message, call in (
-            ("give either input_ids or inputs_embeds", lambda: model()),
+            ("give either input_ids or inputs_embeds", model),
             (r"at least one sequence of one token, got \[2, 0\]", lambda: model(ids[:, :0])),
             (
                 "past_key_values must be a klfast.models.hymba.HymbaCache, got list",
                 lambda: model(ids, past_key_values=[]),
             ),
-            (r"attention_mask must be \[2, 5\] like the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
+            (r"attention_mask must be \[2, 5\] as the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
             (
                 "padding only in the call that starts it",
                 lambda: model(ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 5, [0] + [1] * 4])),

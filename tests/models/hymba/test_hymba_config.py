@@ -1,4 +1,4 @@
-"""Hymba's configuration, tensor names and cache size; what is refused."""
+"""Hymba's configuration, tensor names and cache size; unsupported configurations."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ CONSUMERS = [2, 4, 6, 8, 10, 12, 14, 17, 18, 20, 22, 24, 26, 28, 30]
 
 
 def released_shapes():
-    """Keys and shapes of nvidia/Hymba-1.5B-Base."""
+    """Return keys and shapes of nvidia/Hymba-1.5B-Base."""
     shapes = {
         "model.embed_tokens.weight": [32001, 1600],
         "lm_head.weight": [32001, 1600],
@@ -76,7 +76,7 @@ def test_released_size():
         ({"kv_reuse_group": [[1, 2]], "kv_reuse_every_i_layer": 3}, [0, 1, 3, 4, 5, 6]),
     ],
 )
-def test_who_owns_keys(changes, owners):
+def test_layers_that_own_keys(changes, owners):
     config = HymbaConfig(num_hidden_layers=7, global_attn_idx=[], **changes)
     assert [layer for layer in range(7) if config.owns_kv(layer)] == owners
     assert [layer for layer in range(7) if config.passes_kv(layer)] == [
@@ -101,7 +101,7 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("name", SETS)
 def test_config_survives_saving(name, tmp_path):
-    """As it came, with the release's own keys, and as transformers saves it."""
+    """Both the released config.json with its own keys and the one that transformers saves give the same config."""
     config = AutoConfig.from_pretrained(GOLDEN / name)
     assert type(config) is HymbaConfig and config.dtype == torch.float32 and config.use_cache is False
     config.save_pretrained(tmp_path)
@@ -118,7 +118,7 @@ def test_config_survives_saving(name, tmp_path):
 
 
 def test_auto_map_is_not_followed(tmp_path):
-    """The release names code of its own in config.json; it is neither run nor asked for."""
+    """The release refers to remote code in config.json; it is neither run nor requested."""
     copy_golden(
         tmp_path,
         auto_map={
@@ -153,7 +153,7 @@ def test_round_trip(name, tmp_path):
 
 @torch.inference_mode()
 def test_stored_head(tmp_path):
-    """lm_head.weight in the file: tied and the same, or untied and its own."""
+    """The file has a lm_head.weight: equal to the embedding if tied, different if untied."""
     tensors = load_file(GOLDEN / "swa_plain" / "model.safetensors")
     expected, ids = golden_model("swa_plain"), torch.arange(1, 9).unsqueeze(0)
     copy_golden(tmp_path, tensors=tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
@@ -189,15 +189,15 @@ def test_wrong_tensors_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mlp_hidden_act": "relu2"}, "supports mlp_hidden_act 'silu' only, got 'relu2'"),
-        ({"num_experts": 4}, "supports num_experts 1 only, got 4"),
-        ({"kq_norm": "rms"}, "supports kq_norm 'none' only, got 'rms'"),
-        ({"memory_tokens_interspersed_every": 512}, "memory_tokens_interspersed_every 0 only, got 512"),
-        ({"rope_type": "yarn"}, "rope_type 'ntk' only, got 'yarn'"),
-        ({"kq_head_dim": 8}, r"kq_head_dim -1 only \(here 4\), got 8"),
+        ({"mlp_hidden_act": "relu2"}, "supports only mlp_hidden_act 'silu', got 'relu2'"),
+        ({"num_experts": 4}, "supports only num_experts 1, got 4"),
+        ({"kq_norm": "rms"}, "supports only kq_norm 'none', got 'rms'"),
+        ({"memory_tokens_interspersed_every": 512}, "only memory_tokens_interspersed_every 0, got 512"),
+        ({"rope_type": "yarn"}, "only rope_type 'ntk', got 'yarn'"),
+        ({"kq_head_dim": 8}, r"only kq_head_dim -1 \(here 4\), got 8"),
         ({"num_attention_heads": 7}, "hidden_size must be a multiple of num_attention_heads, got 40 and 7"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 10 and 3"),
-        ({"global_attn_idx": None}, "global_attn_idx must be a list where sliding_window is set"),
+        ({"global_attn_idx": None}, "global_attn_idx must be a list if sliding_window is set"),
         ({"kv_reuse_group": [[1, 3]]}, r"kv_reuse_group must be neighbours within 0..4, got \[1, 3\]"),
         ({"kv_reuse_group": [[4, 5]]}, r"kv_reuse_group must be neighbours within 0..4, got \[4, 5\]"),
         ({"kv_reuse_group": [[1, 2], [2, 3]]}, "must not be in two groups"),
@@ -220,7 +220,7 @@ def test_unsupported_configurations(changes, message, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_cache_size(dtype):
-    """Windowed layers keep the memory tokens and the window, consumers nothing; state_bytes says how much it all is."""
+    """Windowed layers keep the memory tokens and the window, consumers nothing; state_bytes adds it up."""
     model = tiny_model(dtype)
     memory, window, cache, tokens = 3, 6, None, 0
     for length in (4, 1, 9, 1, 1, 20):

@@ -1,4 +1,4 @@
-"""Hymba with its weights offloaded as accelerate does it."""
+"""Hymba with weights offloaded as by accelerate."""
 
 import functools
 
@@ -11,7 +11,7 @@ from klfast.models.linears import linears
 
 
 class OffloadHook:
-    """What accelerate's cpu_offload gives to each module that holds weights: they are on the meta device but during its call."""
+    """Stand-in for the hook of accelerate's cpu_offload: weights are on the meta device except during a call."""
 
     def __init__(self, module):
         self.weights = {
@@ -55,7 +55,7 @@ def offload(model):
 
 @pytest.mark.parametrize("quantized", [False, True])
 @torch.inference_mode()
-def test_a_model_whose_weights_are_offloaded_until_they_are_needed(quantized):
+def test_a_model_with_offloaded_weights(quantized):
     model = tiny("hymba")
     if quantized:
         klfast.quantize_model(model, klfast.Plan({name: klfast.QuantSpec(8, 16) for name in linears(model)}, "uniform"))

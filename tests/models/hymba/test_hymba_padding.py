@@ -1,4 +1,4 @@
-"""Hymba on batches with padding: each row as if it were alone."""
+"""Hymba on batches with padding: each row gives the results of its text alone."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LENGTHS = (30, 1, 17, 8, 29)
 
 
 def batch(side, vocab=61):
-    """Rows of LENGTHS tokens, the mask, and the rows alone."""
+    """Return rows of LENGTHS tokens, the mask, and the separate rows."""
     width = max(LENGTHS)
     rows = [torch.randint(0, vocab, (n,)) for n in LENGTHS]
     ids, mask = torch.randint(0, vocab, (len(rows), width)), torch.zeros(len(rows), width, dtype=torch.long)
@@ -45,7 +45,7 @@ def test_forward(side, memory):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.inference_mode()
 def test_continuing(side):
-    """The cache of a padded batch, in steps and in chunks, until the window has passed everything."""
+    """Continue a padded batch, in steps and in chunks, until everything has left the window."""
     model = tiny_model()
     ids, mask, rows = batch(side)
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
@@ -89,7 +89,7 @@ def test_generation_left_padded():
 
 @torch.inference_mode()
 def test_sampling_left_padded():
-    """Rows end at different lengths, too; and a prompt may come in pieces."""
+    """Rows may end at different lengths, and a prompt may come in pieces."""
     model = tiny_model()
     ids, mask, _ = batch("left")
     options = {
@@ -115,7 +115,7 @@ def test_sampling_left_padded():
 
 @torch.inference_mode()
 def test_reordered_rows():
-    """Rows of the cache change places, each with its own padding."""
+    """Reorder the cache's rows, each with its own padding."""
     model, order = tiny_model(), torch.tensor([3, 0, 4, 1, 1])
     ids, mask, rows = batch("left")
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""klfast's pipeline on a tiny Hymba: what each use of in_proj's rows does, and from a sweep to a served folder."""
+"""klfast's pipeline on a tiny Hymba: the uses of in_proj's rows, and from a sweep to a served folder."""
 
 import copy
 import sys
@@ -23,7 +23,7 @@ INT4 = klfast.QuantSpec(4, 32)
 
 
 def test_candidates():
-    """Each linear layer, the head too; the convolution never."""
+    """Candidates are all linear layers, including the head, but not the convolution."""
     names = list(linears(tiny_model()))
     mixer, mlp = ("in_proj", "x_proj.0", "dt_proj.0", "out_proj"), ("gate_proj", "up_proj", "down_proj")
     blocks = [
@@ -73,7 +73,7 @@ def test_sweep_by_rows(tmp_path):
 
 
 def test_from_sweep_to_folder(tmp_path):
-    """In bfloat16, as the release is: sweep, plan, quantize, save, load, evaluate, generate."""
+    """Sweep, plan, quantize, save, load, evaluate and generate in bfloat16, the dtype of the release."""
     model = tiny_model(torch.bfloat16, vocab_size=256)
     teacher, ids = copy.deepcopy(model), torch.randint(0, 256, (2, 24))
     sensitivities = klfast.sweep(model, ids, ["int4-g16-sym", "int8-g16-sym"], metrics=[])
@@ -101,25 +101,26 @@ def test_from_sweep_to_folder(tmp_path):
         )
 
 
-def test_loading_makes_hymba_known(tmp_path, monkeypatch):
-    """Nobody has to import klfast.models.hymba before klfast's own functions."""
+def test_loading_registers_hymba(tmp_path, monkeypatch):
+    """klfast's own functions do not require an import of klfast.models.hymba."""
     model = tiny_model()
     klfast.quantize_model(model, klfast.Plan({OWNER: klfast.QuantSpec(4, 20)}, "uniform"))
     klfast.save_quantized(model, tmp_path / "small", save_tokenizer(tmp_path))
+    known = []
     for load in (
         lambda: load_model(GOLDEN / "swa_plain"),
         lambda: klfast.load_quantized(tmp_path / "small"),
         lambda: load_tokenizer(tmp_path / "small"),
     ):
-        known = []
+        known.clear()
         monkeypatch.setattr(AutoConfig, "register", lambda name, *_, **__: known.append(name))
         monkeypatch.delitem(sys.modules, "klfast.models.hymba")
         load()
         assert known == ["hymba"]
 
 
-def test_accelerate_is_for_the_linear_layers():
-    """In 16 bits klfast's products take the place of torch's; the result is the same."""
+def test_accelerate_changes_only_the_linear_layers():
+    """In 16 bits klfast's products replace torch's; the result is the same."""
     model, ids = tiny_model(torch.bfloat16), torch.randint(0, 61, (2, 20))
     with torch.inference_mode():
         before = model(ids).logits
