@@ -1,5 +1,6 @@
 """klfast's exports, and the packages in the wheel."""
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -33,3 +34,11 @@ def test_pyproject_lists_every_package():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "klfast").rglob("__init__.py")}
     assert set(project["packages"]) == found | {"klfast.bench", "klfast.kernels"}
     assert project["package-dir"] == {"klfast": "klfast", "klfast.bench": "bench", "klfast.kernels": "kernels/triton"}
+
+def test_type_checkers_see_the_public_names():
+    """They read the imports under TYPE_CHECKING; at run time each name is imported when it is first asked for."""
+    tree = ast.parse(Path(klfast.__file__).read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert sorted(seen) == klfast.__all__
+    assert all(getattr(importlib.import_module(module), name) is getattr(klfast, name) for name, module in seen.items())
