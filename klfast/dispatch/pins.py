@@ -15,7 +15,8 @@ from klfast.core.errors import InvalidInputError, KernelUnavailableError, SlowPa
 try:
     from klfast import _C
 except ImportError as error:
-    _C, _MISSING = None, f"the extension klfast._C cannot be imported ({error})."
+    _C = None  # type: ignore[assignment]
+    _MISSING = f"the extension klfast._C cannot be imported ({error})."
 
 CPU_TIERS: tuple[str, ...] = _C.tiers if _C else ("scalar",)  # csrc/core/tiers.def; every build has that one
 _ANY_TIER = -1  # as csrc/core/tiers.h has it
