@@ -1,7 +1,7 @@
 """Launches of dequant_matmul by shape, and the shipped configurations.
 
 One row of exact x takes a kernel without matrix instructions (dequant_gemv.py), all else one with them
-(dequant_gemm.py): for up to 8 rows on NVIDIA GPUs the narrowest, whose 8 columns x nearly fills. Where y alone makes
+(dequant_gemm.py): for up to 8 rows on NVIDIA GPUs the narrowest, whose 8 columns x (nearly) fills. Where y alone makes
 too few programs, K is split between several.
 
 Instructions per weight in the loop on sm_90, INT4 in groups of 128: 2.6 with the narrowest instructions, 5.9 without

@@ -88,7 +88,7 @@ def interprets_triton() -> bool:
 
 
 def slow_path(op: str, shape: object, reason: str, how: str = "the slow plain-torch reference") -> None:
-    """Warn once per (op, reason) that the reference, or whatever ``how`` names, runs; raise under KLFAST_STRICT=1."""
+    """Warn once per (op, reason) that the reference, or the path named by ``how``, runs; raise if KLFAST_STRICT=1."""
     message = f"{op} {shape} runs {how}: {reason}"
     if os.environ.get("KLFAST_STRICT") == "1":
         raise KernelUnavailableError(f"{message} (KLFAST_STRICT=1 forbids it)")

@@ -46,7 +46,7 @@ def _block(size: int) -> mmap.mmap:
     try:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"there is no memory for a result of {size} bytes") from error
+        raise MemoryError(f"cannot allocate a result of {size} bytes") from error
     _advise(block, "MADV_HUGEPAGE")
     return block
 

@@ -243,7 +243,10 @@ def finish(
             teacher, student = (t.cpu() for t in logits(some.to(device)))
             out[:, some] = cpu_divergence.compare(teacher, student, None if targets is None else targets[some], some)
             pins.slow_path(
-                op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens"
+                op,
+                shape,
+                f"some logits exceed the range of the {device.type} kernels",
+                how="on the CPU for some tokens",
             )
     return out.to(device)
 
