@@ -56,7 +56,7 @@ def test_any_strides_and_mixed_types(tier):
     torch.testing.assert_close(ops.decode_attention(q, k, v, 0.25).double(), truth(q, k, v, 0.25), rtol=1e-5, atol=2e-6)
 
 
-def test_keys_without_width_are_all_alike(tier):
+def test_keys_of_width_zero_weigh_the_same(tier):
     q, k, v = inputs(2, 4, 2, 5, 0, 8)
     torch.testing.assert_close(ops.decode_attention(q, k, v), v.mean(2).repeat_interleave(2, 1))
 
