@@ -102,7 +102,7 @@ class DivergenceArgs(NamedTuple):
 
 
 def head_parts(head: torch.Tensor | QuantizedTensor) -> tuple[list[torch.Tensor], tuple[int, str, str]]:
-    """Return a head as linear_divergence takes it: its tensors; rows, format and layout (both empty if float)."""
+    """Return a head's tensors and its rows, format and layout for linear_divergence; both texts are empty if float."""
     if isinstance(head, QuantizedTensor):
         return list(head.parts), (head.shape[0], head.spec.text, head.layout.value)
     return [head], (head.shape[0] if head.dim() else 0, "", "")

@@ -45,7 +45,7 @@ class Stored(NamedTuple):
 
 @lru_cache(4096)
 def stored(n: int, k: int, spec: str, layout: str) -> Stored:
-    """Return the meaning of an op's arguments for a weight; cached.
+    """Return the meaning of an op's arguments for a weight; repeated calls are cached.
 
     Raises:
         InvalidInputError: no such spec or layout, or a layout that the format does not have.
