@@ -2,13 +2,15 @@
 
 import torch
 
-tiers: list[str]
+tiers: tuple[str, ...]
+any_tier: int
 few_rows: int
 divergence_state_bytes: int
 divergence_part_floats: int
 divergence_wide: int
 divergence_again: int
 
+def allows(limit: int, tier: int, /) -> bool: ...
 def best_tier(op: str, limit: int) -> int: ...
 def kernel_tiers() -> dict[str, set[str]]: ...
 def why_not(tier: int) -> str: ...

@@ -1,11 +1,11 @@
 """Triton kernels for CUDA and XPU devices, imported on first use only.
 
-An op has a file with its kernels and one function that plans what to launch (``launch.Launch``): which kernels, with which
-arguments and configuration, for tensors of these shapes and dtypes. Planning needs no driver and touches no tensor's
-values, so that the tests compile exactly what would run, for GPUs that are not there.
+Each op has a file with its kernels and a function that plans the launches (``launch.Launch``): the kernels with their
+arguments and configuration, for given shapes and dtypes. Planning needs no driver and does not read tensors' values, so
+that the tests compile exactly what would run, for GPUs that are absent.
 
-Rules for all: what may be many (tokens, sequences times heads) lies along the first axis of the grid, since CUDA's others end at
-65,535 programs; plain pointers; offsets of rows in 64 bits; no float64, no inline assembly. Kernels with products
-have no masks over the reduced dimension (what overhangs there is filled up beforehand; rows that overhang read the last row
-again, and only stores are masked).
+Common rules: large counts (tokens, sequences times heads) go along the grid's first axis, since CUDA's others end at
+65,535 programs; plain pointers; row offsets in 64 bits; no float64, no inline assembly. Kernels with products have no
+masks over the reduced dimension (it is padded beforehand; rows beyond the end reread the last row, and only stores are
+masked).
 """

@@ -1,26 +1,27 @@
-"""What kernels with quantized weights share: the values as numbers, products with them, and which scales a tile has.
+"""Shared parts of the kernels with quantized weights: conversion of values, products, and the scales of a tile.
 
 Weights come in ``Layout.TILED``: a tile is uint8 [N, BLOCK]; for INT4 its low nibbles are one block of K and its high
-nibbles the next. INT6 is put together from two such tiles, block by block, and goes on as INT8 (``load_tile``). All conversions are exact: stored values and zero points are whole numbers of at most 8 bits, and so is
-their difference but for its sign.
+nibbles the next. INT6 is assembled from two such tiles, block by block, and then handled as INT8 (``load_tile``). All
+conversions are exact: stored values and zero points are integers of at most 8 bits, as is their difference apart from
+its sign.
 """
 
 import triton
 import triton.language as tl
 
 # SCALES: how a kernel applies the scales of a row.
-ROW = tl.constexpr(0)  # one group a row: once, at the end
-TILE = tl.constexpr(1)  # all of a tile lies in one group: once a tile
+ROW = tl.constexpr(0)  # one group per row: once, at the end
+TILE = tl.constexpr(1)  # a tile lies in one group: once per tile
 BLOCK_EACH = tl.constexpr(2)  # the two blocks of an INT4 tile may lie in two groups
 
 
-# PTX that takes four packed bytes apart at once: t gets a value a byte, then a `prmt` for each register puts the bytes below the
-# constant of ``centred``. LLVM takes the bytes one by one, at three times the instructions. {} is the operand with the bytes.
+# PTX that unpacks four packed bytes at once: t gets one value per byte, then a `prmt` per register puts the bytes below
+# the constant of ``centred``. LLVM unpacks byte by byte, at three times the instructions. {} is the operand.
 LOW, HIGH, WHOLE = "and.b32 t, {}, 0x0F0F0F0F;", "shr.b32 t, {}, 4; and.b32 t, t, 0x0F0F0F0F;", "mov.b32 t, {};"
 
 
 def _ptx(take: str, operand: str, *lines: str) -> tl.constexpr:
-    """Of lines that make the results $0, $1 ... of t, which ``take`` makes of the operand."""
+    """Return PTX that makes t from the operand by ``take``, and the results $0, $1 ... from t by ``lines``."""
     return tl.constexpr("{ .reg .b32 t; " + " ".join((take.format(operand), *lines)) + " }")
 
 
@@ -33,7 +34,7 @@ def _ptx_32(take: str) -> tl.constexpr:
 
 
 def _ptx_int8(take: str) -> tl.constexpr:
-    """Less the zero points in $2, byte by byte: no byte borrows from the next with its upper bit set meanwhile."""
+    """Subtract the zero points in $2 bytewise: upper bits set meanwhile keep bytes from borrowing from the next."""
     return _ptx(take, "$1", "or.b32 t, t, 0x80808080;", "sub.u32 t, t, $2;", "xor.b32 $0, t, 0x80808080;")
 
 
@@ -46,7 +47,7 @@ TO_16, TO_32 = tl.constexpr("=r,=r,r"), tl.constexpr("=r,=r,=r,=r,r")
 
 @triton.jit
 def load_tile(p_w, i_tile, n_blocks, N, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """uint8 at p_w in a tile of INT4 or INT8; of INT6, the values of a block: four bits of one tile and two of another."""
+    """Load uint8 at p_w in a tile of INT4 or INT8; for INT6 a block's values: four bits of one tile, two of another."""
     if BITS == 6:
         low = tl.load(p_w + tl.cast(i_tile // 2, tl.int64) * N * BLOCK)
         high = tl.load(p_w + tl.cast((n_blocks + 1) // 2 + i_tile // 4, tl.int64) * N * BLOCK)
@@ -58,7 +59,7 @@ def load_tile(p_w, i_tile, n_blocks, N, BLOCK: tl.constexpr, BITS: tl.constexpr)
 
 @triton.jit
 def stored_values(packed, HALF: tl.constexpr, BITS: tl.constexpr):
-    """uint8: of INT4 the low nibbles of packed bytes, or with HALF 1 the high ones; of others the bytes."""
+    """Return uint8: for INT4 the low nibbles of packed bytes, with HALF 1 the high ones; else the bytes."""
     if BITS != 4:
         return packed
     else:
@@ -67,10 +68,10 @@ def stored_values(packed, HALF: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def centred(packed, zero, HALF: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """``stored_values`` less zero in DTYPE: uint8 and float32, broadcast against each other.
+    """Return ``stored_values`` (uint8) minus zero (float32), broadcast, in DTYPE.
 
-    The integer goes into the low bits of the significand of 2^10 (float16), 2^7 (bfloat16) or 2^23 (float32), which takes
-    no conversion instruction: on GPUs they run at a fraction of the rate of additions.
+    The integer goes into the low bits of the significand of 2^10 (float16), 2^7 (bfloat16) or 2^23 (float32). This
+    needs no conversion instructions, which run at a fraction of the rate of additions on GPUs.
     """
     if DTYPE == tl.float16:
         if PTX:
@@ -97,7 +98,7 @@ def centred(packed, zero, HALF: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.cons
 
 @triton.jit
 def centred_int8(packed, zero, HALF: tl.constexpr, PTX: tl.constexpr):
-    """The values of an INT4 weight less zero (uint8) in int8."""
+    """Return the values of an INT4 weight minus zero (uint8) in int8."""
     if PTX:
         code: tl.constexpr = HIGH_INT8 if HALF else LOW_INT8
         return tl.inline_asm_elementwise(code, "=r,r,r", [packed, zero], dtype=tl.int8, is_pure=True, pack=4)
@@ -107,7 +108,7 @@ def centred_int8(packed, zero, HALF: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def load_zero(z_ptr, group, N, o_n, BITS: tl.constexpr):
-    """Zero points of rows o_n in a group, float32 like o_n; of symmetric weights the middle of the range."""
+    """Load zero points of rows o_n in a group, float32 like o_n; for symmetric weights the middle of the range."""
     if z_ptr is None:
         middle: tl.constexpr = 1 << (BITS - 1)
         return tl.full(o_n.shape, middle, tl.float32)
@@ -117,27 +118,27 @@ def load_zero(z_ptr, group, N, o_n, BITS: tl.constexpr):
 
 @triton.jit
 def load_scale(s_ptr, group, N, o_n):
-    """Scales of rows o_n in a group, float32 like o_n."""
+    """Load scales of rows o_n in a group, float32 like o_n."""
     return tl.load(s_ptr + tl.cast(group, tl.int64) * N + o_n).to(tl.float32)
 
 
 @triton.jit
 def top_bits(x):
-    """float32 x with all but the upper 16 bits cleared: what a bfloat16 holds of it."""
+    """Return float32 x with all but its upper 16 bits cleared: the bits that a bfloat16 holds."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def multiply(b_w, b_x, acc):
-    """acc + b_w @ b_x."""
+    """Return acc + b_w @ b_x."""
     return tl.dot(b_w, b_x, acc, input_precision="ieee")
 
 
 @triton.jit
 def product(b_x, packed, zero, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr):
-    """acc plus a quantized weight, packed bytes and float32 zero points as in ``centred``, times x.
+    """Return acc plus a quantized weight, packed bytes and float32 zero points as in ``centred``, times x.
 
-    float32 x is cut into three bfloat16 parts, which together hold every bit of it: no product is rounded.
+    float32 x is split into three bfloat16 parts, which together hold all its bits: no product is rounded.
     """
     if b_x.dtype == tl.float32:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16

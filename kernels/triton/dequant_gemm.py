@@ -1,9 +1,9 @@
 """y = x (q - z)^T s with matrix instructions (DPAS on XPU; HMMA, IMMA or warp-group MMA on CUDA).
 
 The weight is the left operand: it is made in registers, where warp-group MMA takes its left operand from, and a short x
-leaves no lanes of the instruction idle. The differences q - z are whole numbers that float16 and bfloat16 hold exactly; the
-scales multiply float32 sums. float32 x is cut into three bfloat16 parts, which together hold every bit of it, so that it
-runs on matrix instructions too and no product is rounded. int8 x (activation="int8") has a scale a row and group.
+leaves no lanes of the instruction idle. The differences q - z are integers that float16 and bfloat16 hold exactly; the
+scales multiply float32 sums. float32 x is split into three bfloat16 parts, which together hold all its bits, so that it
+runs on matrix instructions too and no product is rounded. int8 x (activation="int8") has a scale per row and group.
 """
 
 from klfast.kernels.dequant_common import BLOCK_EACH, ROW, centred_int8, load_scale, load_tile, load_zero, product
@@ -14,13 +14,13 @@ import triton.language as tl
 
 @triton.jit
 def _product(packed, zero, b_x, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr):
-    """acc + (values - zero) @ b_x: packed bytes [BN, BLOCK], float32 [BN], [BLOCK, BM], float32 [BN, BM]."""
+    """Return acc + (values - zero) @ b_x; packed bytes [BN, BLOCK], zero [BN], b_x [BLOCK, BM], acc [BN, BM]."""
     if b_x.dtype != tl.int8:
         return product(b_x, packed, zero[:, None], acc, HALF, BITS, UPCAST, PTX)
     elif BITS == 4:
         b_w = centred_int8(packed, zero.to(tl.uint8)[:, None], HALF, PTX)
         return acc + tl.dot(b_w, b_x, out_dtype=tl.int32).to(tl.float32)
-    else:  # bytes beyond int8 cannot be multiplied: 128 is taken off them, and the rest of the zero point off the sums
+    else:  # uint8 does not fit int8: subtract 128 from the weights and the remaining zero point from the sums
         b_w = (packed ^ 0x80).to(tl.int8, bitcast=True)
         sums = tl.dot(b_w, b_x, out_dtype=tl.int32)
         sums -= (zero.to(tl.int32) - 128)[:, None] * tl.sum(b_x.to(tl.int32), axis=0)[None, :]
@@ -29,13 +29,13 @@ def _product(packed, zero, b_x, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPC
 
 @triton.jit
 def _group(i_tile, n_blocks, group_blocks, HALF: tl.constexpr, BITS: tl.constexpr):
-    """The group of a tile's block; of an odd number of blocks, the last pairs with zeros."""
+    """Return the group of a tile's block; the last of an odd number of blocks pairs with zeros."""
     return tl.minimum(i_tile * (8 // BITS) + HALF, n_blocks - 1) // group_blocks
 
 
 @triton.jit
 def _factors(s_ptr, z_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, BITS: tl.constexpr):
-    """A group's (scales, zero points) of the weight's rows, float32 [BN], and scales of int8 x's, [BM]; of other x unused."""
+    """Load a group's scales and zero points of the weight's rows, float32 [BN], and scales [BM] of x, used if int8."""
     x_scale = tl.zeros_like(o_col).to(tl.float32)
     if xs_ptr is not None:
         x_scale = tl.load(xs_ptr + o_col * stride_xs + i_group)
@@ -44,7 +44,7 @@ def _factors(s_ptr, z_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, BITS: tl
 
 @triton.jit
 def _scaled(sums, scale, x_scale, s_ptr, xs_ptr, i_group, N, o_row, o_col, stride_xs, READ: tl.constexpr):
-    """sums [BN, BM] times the scales [BN] of the weight's rows and, of int8 x, [BM] of x's: those given, or READ now."""
+    """Multiply sums [BN, BM] by scales [BN] of the weight and, for int8 x, [BM] of x: those given, or READ now."""
     sums *= (load_scale(s_ptr, i_group, N, o_row) if READ else scale)[:, None]
     if xs_ptr is not None:
         sums *= (tl.load(xs_ptr + o_col * stride_xs + i_group) if READ else x_scale)[None, :]
@@ -73,11 +73,12 @@ def dequant_gemm(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BLOCK: tl.constexpr,
-    BAND: tl.constexpr,  # tiles of rows of y that pass over the weight together: their x stays in cache
+    BAND: tl.constexpr,  # tiles of rows of y that read the weight together: their x stays in cache
     UPCAST: tl.constexpr,
     PTX: tl.constexpr,
-    AHEAD: tl.constexpr,  # whether there are registers for another tile's scales
+    AHEAD: tl.constexpr,  # True if there are registers for another tile's scales
 ):
+    """Compute a tile [BM, BN] of y, or of a part of K."""
     n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     i_band = tl.program_id(0) // (BAND * n_n)
     in_band = tl.minimum(n_m - i_band * BAND, BAND)
@@ -93,7 +94,7 @@ def dequant_gemm(
     p_x = x_ptr + o_k[:, None] + o_col[None, :] * stride_xm  # [BLOCK, BM]
     first = i_part * tiles_per_part
     end = tl.minimum(first + tiles_per_part, n_tiles)
-    # AHEAD: what scales a tile is read while the tile before it is multiplied. A second block of another group has its own.
+    # AHEAD: a tile's scales are read during the product before it. A second block in another group has its own.
     start = first * 0 if SCALES == ROW else _group(first, n_blocks, group_blocks, 0, BITS)
     scale, zero, x_scale = _factors(s_ptr, z_ptr, xs_ptr, start, N, o_row, o_col, stride_xs, BITS)
     scale_1, zero_1, x_scale_1 = scale, zero, x_scale

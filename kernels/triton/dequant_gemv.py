@@ -1,6 +1,6 @@
-"""y = x (q - z)^T s for one row of x, without matrix instructions: reading the weight once is all that matters.
+"""y = x (q - z)^T s for one row of x, without matrix instructions: only reading the weight once matters.
 
-A program takes BN rows of the weight and a part of K; parts go to a float32 buffer [parts, N] that ``split_sum`` adds up
+A program takes BN rows of the weight and a part of K; parts go to a float32 buffer [parts, N] that ``split_sum`` sums
 in a fixed order. Sums run elementwise over tiles, and across threads once at the end.
 """
 
@@ -29,6 +29,7 @@ def dequant_gemv(
     BLOCK: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Compute BN elements of y, or of a part of K."""
     i_part = tl.program_id(1)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_row = tl.minimum(o_n, N - 1)  # [BN]
@@ -45,7 +46,7 @@ def dequant_gemv(
         b_x = tl.load(x_ptr + i_block * BLOCK + o_k).to(tl.float32)  # [BLOCK]
         part = centred(b_w, zero[:, None], 0, tl.float32, BITS, PTX) * b_x[None, :]
         if BITS == 4:
-            i_next = tl.minimum(i_block + 1, n_blocks - 1)  # of an odd number of blocks, the last pairs with zeros
+            i_next = tl.minimum(i_block + 1, n_blocks - 1)  # the last of an odd number of blocks pairs with zeros
             if SCALES == BLOCK_EACH:
                 acc += part * load_scale(s_ptr, i_group, N, o_row)[:, None]
                 i_group = i_next // group_blocks
@@ -65,7 +66,7 @@ def dequant_gemv(
 
 @triton.jit
 def split_sum(part_ptr, bias_ptr, y_ptr, M, N, PARTS: tl.constexpr, BN: tl.constexpr):
-    """y [M, N] = bias [N] (or None) plus the sum of float32 [PARTS, M, N], in their order."""
+    """Write bias [N] (or None) plus the sum of float32 [PARTS, M, N], in order, to y [M, N]."""
     i_m = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
     m_n = o_n < N

@@ -1,11 +1,12 @@
-"""dequant_matmul: what to launch for which shapes, and the configurations that are shipped.
+"""Launches of dequant_matmul by shape, and the shipped configurations.
 
-For one row of exact x a kernel without matrix instructions (dequant_gemv.py), else one with them (dequant_gemm.py), for up
-to 8 rows on NVIDIA GPUs with their narrowest, whose 8 columns x fills or nearly so. Where y alone makes too few programs, K
-is split between several.
+One row of exact x takes a kernel without matrix instructions (dequant_gemv.py), all else one with them
+(dequant_gemm.py): for up to 8 rows on NVIDIA GPUs the narrowest, whose 8 columns x (nearly) fills. Where y alone makes
+too few programs, K is split between several.
 
-Instructions a weight in the loop on sm_90, INT4 in groups of 128: 2.6 with the narrowest instructions, 5.9 without any. An
-H100's memory gives time for about 7, and half of it is not hidden behind the reads: so one row of 16-bit x takes them there.
+Instructions per weight in the loop on sm_90, INT4 in groups of 128: 2.6 with the narrowest instructions, 5.9 without
+any. An H100's memory leaves time for about 7, and half of it is not hidden behind the reads, so one row of 16-bit x
+uses them there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BAND = 8
 
 @dataclass(frozen=True)
 class Config:
-    """A tile: BM rows of x, for x of up to ``rows`` rows, by BN rows of the weight; K split for ``per_core`` programs a core."""
+    """A tile for up to ``rows`` rows of x: BM of them by BN of the weight; K split for ``per_core`` programs a core."""
 
     rows: int
     BM: int
@@ -42,7 +43,7 @@ MANY = 1 << 62
 GEMV = {"nvidia": Config(1, 1, 64, 4, per_core=8), "intel": Config(1, 1, 16, 4)}
 _SMALL = (Config(8, 8, 128, 4, 3), Config(16, 16, 64, 2, 3), Config(32, 32, 64, 2, 3), Config(64, 64, 64, 4, 3, 2))
 _INTEL = (Config(16, 16, 32, 4, grf_mode="256"), Config(MANY, 32, 64, 8, grf_mode="256"))
-GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 scales of its own
+GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 has its own scales
     ("nvidia", torch.float16): (*_SMALL, Config(MANY, 128, 128, 8, 4)),
     ("nvidia", torch.bfloat16): (*_SMALL, Config(MANY, 128, 128, 8, 4)),
     ("nvidia", torch.float32): (*_SMALL[:2], Config(32, 32, 64, 4, 3), Config(MANY, 64, 64, 4, 3)),
@@ -55,12 +56,12 @@ GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 sc
 
 
 def pick(configs: tuple[Config, ...], m: int) -> Config:
-    """The first configuration for at least m rows of x."""
+    """Return the first configuration for at least m rows of x."""
     return next(config for config in configs if m <= config.rows)
 
 
 def parts_of(programs: int, n_tiles: int, wanted: int) -> tuple[int, int]:
-    """(parts to split K into, tiles in each): as many programs as are wanted, but four tiles or more a part."""
+    """Return (parts of K, tiles in each) for the wanted number of programs, with four or more tiles per part."""
     parts = min(cdiv(wanted, max(programs, 1)), max(n_tiles // 4, 1))
     tiles = cdiv(n_tiles, parts) if n_tiles else 0
     return (cdiv(n_tiles, tiles) if tiles else 1), tiles
@@ -68,7 +69,7 @@ def parts_of(programs: int, n_tiles: int, wanted: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized [N, K] weight in ``Layout.TILED``, its parts without gaps."""
+    """A quantized [N, K] weight in ``Layout.TILED``, with contiguous parts."""
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -78,18 +79,20 @@ class Weight:
 
     @property
     def tiling(self) -> Tiling:
+        """The tiling of K."""
         return Tiling.of(self.k, self.spec.bits, self.spec.group_size)
 
 
 def plan(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, y: torch.Tensor, *, int8: bool, family: str, cores: int
 ) -> list[Launch]:
-    """The launches that make y [M, N].
+    """Plan the launches that compute y [M, N].
 
     Args:
-        x: [M, n_blocks * block], each row without gaps and each group filled up (``layouts.fill_blocks``).
+        x: [M, n_blocks * block], each row contiguous and each group padded (``layouts.fill_blocks``).
         weight: [N, K].
         bias: [N], or None.
+        y: [M, N], of any float dtype.
         int8: round x to int8 first.
         family: "nvidia" or "intel".
         cores: of the device.
@@ -147,7 +150,7 @@ def plan(
 
 
 def plan_rounding(x: torch.Tensor, rounded: torch.Tensor, x_scale: torch.Tensor, tiling: Tiling) -> Launch:
-    """The launch that rounds x [M, W] to int8 with scales [M, G]."""
+    """Plan the launch that rounds x [M, W] to int8 with scales [M, G]."""
     m, groups = x_scale.shape
     chunk = tiling.block
     while chunk < 1024 and tiling.group_blocks * tiling.block % (2 * chunk) == 0 and x.shape[1] % (2 * chunk) == 0:

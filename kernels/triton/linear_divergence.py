@@ -1,11 +1,11 @@
-"""linear_divergence on Intel GPUs: both heads' products and the sums of logit_divergence in one kernel; the logits stay in registers.
+"""linear_divergence on Intel GPUs: both heads' products and logit_divergence's sums in one kernel.
 
-NVIDIA GPUs have much faster products of their own, and a cache that holds the logits of some thousand entries of the
-vocabulary: there the backend makes those, and sums them with logit_divergence's kernel.
+The logits stay in registers. NVIDIA GPUs have much faster products of their own, and a cache that holds the logits of
+some thousand vocabulary entries: there the backend computes these and sums them with logit_divergence's kernel.
 
-A program takes BM tokens and a part of the vocabulary, BN entries at a time: the teacher's logits of them, the student's,
-then what they add to the sums of each token (divergence_terms.py). A head is a float matrix or a quantized one
-(``Layout.TILED``), multiplied as in dequant_gemm.py. The tokens lie in columns of the products, of which a thread holds few,
+A program takes BM tokens and a part of the vocabulary, BN entries at a time: it computes the teacher's logits, the
+student's, then their terms in each token's sums (divergence_terms.py). A head is a float matrix or a quantized one
+(``Layout.TILED``), multiplied as in dequant_gemm.py. Tokens are columns of the products, of which a thread holds few,
 so that their 19 sums take few registers.
 """
 
@@ -45,9 +45,9 @@ def head_logits(
     UPCAST: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ):
-    """Entries o_v of the vocabulary for tokens o_token (int64): float32 [BN, BM].
+    """Compute logits of vocabulary entries o_v for tokens o_token (int64): float32 [BN, BM].
 
-    A tile's BLOCK features go in parts of STEP.
+    A tile's BLOCK features are processed STEP at a time.
     """
     o_k = tl.arange(0, STEP)
     p_x = x_ptr + o_token[None, :] * stride_x + o_k[:, None]
@@ -61,7 +61,7 @@ def head_logits(
             i_tile, o_step = i_step // (BLOCK // STEP), i_step % (BLOCK // STEP) * STEP
             b_w = load_tile(p_w + o_step, i_tile, n_blocks, V, BLOCK, BITS)
             for i_half in tl.static_range(8 // BITS):
-                i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a pair may lack its second: zeros
+                i_block = tl.minimum(i_tile * (8 // BITS) + i_half, n_blocks - 1)  # a missing second block is zeros
                 i_group = i_block // group_blocks
                 zero = load_zero(z_ptr, i_group, V, o_v, BITS)[:, None]
                 sums = product(
@@ -73,7 +73,7 @@ def head_logits(
 
 @triton.jit
 def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr):
-    """acc plus the product with a float head. IN_PARTS: each operand as three bfloat16 parts, whose products are exact."""
+    """Return acc plus the product with a float head; IN_PARTS splits operands into three bfloat16 parts, exactly."""
     if IN_PARTS:
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
         b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
@@ -134,6 +134,7 @@ def linear_divergence_sums(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """Sum the divergence terms of BM tokens over a part of the vocabulary."""
     i_part = tl.program_id(1)
     o_r = tl.program_id(0) * BM + tl.arange(0, BM)
     o_row = tl.minimum(o_r, R - 1).to(tl.int64)  # [BM]
@@ -267,7 +268,7 @@ class Config:
     grf_mode: str | None = None
 
 
-# Whether an operand is float32 (that takes more registers) -> what to launch.
+# By whether an operand is float32, which takes more registers.
 CONFIGS = {False: Config(16, 64, 2048, 8, grf_mode="256"), True: Config(16, 32, 2048, 8, grf_mode="256")}
 
 
@@ -276,8 +277,8 @@ class Side:
     """A model's hidden states, prepared for the kernel, and its head.
 
     Attributes:
-        hidden: [T, K], rows without gaps; K as the head needs it, see ``float_block`` and ``layouts.fill_blocks``.
-        head: float [V, K], rows without gaps, or a quantized one.
+        hidden: [T, K], contiguous rows; K as the head needs it, see ``float_block`` and ``layouts.fill_blocks``.
+        head: float [V, K], contiguous rows, or a quantized one.
     """
 
     hidden: torch.Tensor
@@ -285,16 +286,16 @@ class Side:
 
     @property
     def is_wide(self) -> bool:
-        """Whether an operand is float32."""
+        """True if an operand is float32."""
         head = self.head.dtype if isinstance(self.head, torch.Tensor) else None
         return torch.float32 in (self.hidden.dtype, head)
 
     def args(self, name: str, is_wide: bool) -> dict:
-        """The kernel's arguments of this side, whose names begin with ``name``; is_wide: whether either side is.
+        """Return the kernel's arguments of this side, prefixed with ``name``; is_wide: either side is.
 
-        UPCAST widens what the interpreter cannot multiply. float32 times float32, and float16 times bfloat16,
-        go in three bfloat16 parts each: triton-xpu 3.3 cannot have products without matrix instructions beside others. Where
-        there are such parts, of hidden states or head, features go 16 at a time, so that all fit in registers.
+        UPCAST widens types that the interpreter cannot multiply. float32 times float32 and float16 times bfloat16 use
+        three bfloat16 parts each: triton-xpu 3.3 cannot mix products with and without matrix instructions. With such
+        parts, of hidden states or head, features go 16 at a time, so that all fit in registers.
         """
         common = {"x_ptr": self.hidden, "stride_x": self.hidden.stride(0)}
         in_parts = bits = 0
@@ -330,7 +331,7 @@ class Side:
 
 
 def float_block(features: int) -> int:
-    """How many features of a float head are taken at a time; its rows must be a multiple of that."""
+    """Return how many features of a float head are read at a time; its rows must be a multiple of that."""
     return 64 if features % 64 == 0 else 32
 
 
@@ -344,7 +345,10 @@ def plan_sums(
     *,
     cores: int,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """As logit_divergence.plan_sums, of hidden states: token i of the student goes with token i % n_teacher of the teacher."""
+    """Plan sums like logit_divergence.plan_sums, from hidden states.
+
+    Token i of the student is compared with token i % n_teacher of the teacher.
+    """
     is_wide, count = teacher.is_wide or student.is_wide, anchor.numel()
     config = CONFIGS[is_wide]
     programs = cdiv(count, config.BM)

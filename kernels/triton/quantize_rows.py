@@ -1,4 +1,4 @@
-"""int8 activations: x rounded per row and group of the weight, symmetric, as ``reference.fake_quantize_rows`` does."""
+"""int8 activations: x rounded per row and group of the weight, symmetric, like ``reference.fake_quantize_rows``."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def quantize_rows(
-    x_ptr,  # float [M, K], rows stride_xm apart; K is n_chunks * CHUNK a group, the last group may be shorter
+    x_ptr,  # float [M, K], rows stride_xm apart; K is n_chunks * CHUNK per group, the last may be shorter
     q_ptr,  # int8 [M, K]
     s_ptr,  # float32 [M, G]
     M,
@@ -17,6 +17,7 @@ def quantize_rows(
     BM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Round one group of BM rows."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_row = tl.minimum(o_m, M - 1).to(tl.int64)
     i_group = tl.program_id(1)
@@ -25,7 +26,7 @@ def quantize_rows(
     p_q = q_ptr + o_row[:, None] * K + o_k[None, :]
     n_here = tl.minimum(n_chunks, K // CHUNK - i_group * n_chunks)
 
-    # The largest magnitude by its bits, as an integer: a NaN is the largest of all and is not lost.
+    # Compare magnitudes by their bits, as integers: a NaN is the largest and is not lost.
     bits = tl.zeros((BM,), dtype=tl.int32)
     for i in range(n_here):
         b_x = tl.load(p_x + i * CHUNK).to(tl.float32)

@@ -7,8 +7,8 @@ from klfast.dispatch.registry import unavailable
 def register_all() -> None:
     """Register the kernels of every device with the ops, which must be defined.
 
-    The extension may be missing (a source tree that was not built). The reference then runs, with a warning that says why,
-    so that importing klfast never needs a compiler.
+    The extension may be missing (a source tree that was not built). The reference then runs, with a warning that says
+    why, so that importing klfast never needs a compiler.
     """
     from klfast.backends import cpu, triton
 

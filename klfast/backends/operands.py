@@ -1,4 +1,4 @@
-"""What every backend and the ops make of an op's arguments: weights, heads, targets, outputs, layouts."""
+"""Arguments of ops, parsed for every backend: weights, heads, targets, outputs, layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from klfast.quant.layouts import Layout
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor, Stored, parse, stored
 
-FEW_ROWS = 8  # for these the kernels read a weight as it lies, at the speed of memory
+FEW_ROWS = 8  # up to this many, the kernels read a weight in place, at memory speed
 
 
 class MatmulArgs(NamedTuple):
@@ -22,7 +22,7 @@ class MatmulArgs(NamedTuple):
         x: float [..., K].
         parts: the weight's tensors.
         bias: float [N], or None.
-        weight: what ``parts`` mean.
+        weight: the meaning of ``parts``.
         activation: one of ``ACTIVATIONS``.
     """
 
@@ -44,18 +44,20 @@ class MatmulArgs(NamedTuple):
         layout: str,
         activation: str,
     ) -> MatmulArgs:
-        """The arguments as the op's schema has them; InvalidInputError for an unknown format or layout."""
+        """Parse the schema's arguments; InvalidInputError for an unknown format or layout."""
         return cls(x, parts, bias, stored(n, k, format, layout), activation)
 
     def formats(self) -> tuple[str]:
+        """Return the weight's format."""
         return self.weight.formats
 
     @property
     def quantized(self) -> QuantizedTensor:
+        """The weight."""
         return QuantizedTensor(self.parts, self.weight.shape, self.weight.spec, self.weight.layout)
 
     def parts_in(self, layout: Layout) -> list[torch.Tensor]:
-        """The weight's parts in another layout."""
+        """Return the weight's parts in another layout."""
         weight = self.weight
         return weight.spec.format.convert(self.parts, weight.shape, weight.spec, weight.layout, layout)
 
@@ -83,18 +85,24 @@ class DivergenceArgs(NamedTuple):
         student: torch.Tensor,
         s_parts: list[torch.Tensor],
         targets: torch.Tensor | None,
-        *heads: int | str,
+        t_rows: int,
+        t_format: str,
+        t_layout: str,
+        s_rows: int,
+        s_format: str,
+        s_layout: str,
     ) -> DivergenceArgs:
-        """The arguments as the op's schema has them; InvalidInputError for an unknown format or parts that do not fit."""
-        t_head = head_of(teacher, t_parts, *heads[:3])
-        return cls(teacher, t_head, student, head_of(student, s_parts, *heads[3:]), targets)
+        """Parse the schema's arguments; InvalidInputError for an unknown format or parts that do not fit."""
+        t_head = head_of(teacher, t_parts, t_rows, t_format, t_layout)
+        return cls(teacher, t_head, student, head_of(student, s_parts, s_rows, s_format, s_layout), targets)
 
     def formats(self) -> list[str]:
+        """Return the formats of the quantized heads."""
         return [head.spec.format.name for head in (self.t_head, self.s_head) if isinstance(head, QuantizedTensor)]
 
 
 def head_parts(head: torch.Tensor | QuantizedTensor) -> tuple[list[torch.Tensor], tuple[int, str, str]]:
-    """A head as linear_divergence's schema has it: its tensors; rows, format and layout, without texts for a float one."""
+    """Return a head's tensors and its rows, format and layout for linear_divergence; both texts are empty if float."""
     if isinstance(head, QuantizedTensor):
         return list(head.parts), (head.shape[0], head.spec.text, head.layout.value)
     return [head], (head.shape[0] if head.dim() else 0, "", "")
@@ -103,7 +111,7 @@ def head_parts(head: torch.Tensor | QuantizedTensor) -> tuple[list[torch.Tensor]
 def head_of(
     hidden: torch.Tensor, parts: list[torch.Tensor], vocab: int, format: str, layout: str
 ) -> torch.Tensor | QuantizedTensor:
-    """The inverse of ``head_parts``, for hidden states [..., H]; InvalidInputError for parts that make no [vocab, H]."""
+    """Invert ``head_parts``, for hidden states [..., H]; InvalidInputError if the parts do not form a [vocab, H]."""
     if format:
         return QuantizedTensor(parts, (vocab, hidden.shape[-1] if hidden.dim() else 0), *parse(format, layout))
     if len(parts) != 1:
@@ -112,17 +120,17 @@ def head_of(
 
 
 def flat_targets(targets: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Targets of every student token, [S * T], from [S, ..., T] or the teacher's [..., T]."""
+    """Return the target of every student token, [S * T], from [S, ..., T] or the teacher's [..., T]."""
     return targets.reshape(-1).repeat(tokens // targets.numel()) if targets.numel() else targets.reshape(-1)
 
 
-def empty_channel_last(x):
-    """[B, D, L] uninitialised, in memory [B, L, D]: what follows (transposed) is a linear layer."""
+def empty_channel_last(x: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised [B, D, L], [B, L, D] in memory: a linear layer takes it next, transposed."""
     batch, channels, length = x.shape
     return x.new_empty(batch, length, channels).transpose(1, 2)
 
 
 def preferred_layout(device: torch.device, spec: QuantSpec) -> Layout:
-    """What the kernels for a device read fastest; the plain layout where there is none for the format."""
+    """Return the layout that a device's kernels read fastest; plain if none of them takes the format."""
     tiled = device.type != "cpu" and spec.format.name in registry.kernel_formats("dequant_matmul", device.type.upper())
     return Layout.TILED if tiled else Layout.PLAIN

@@ -16,6 +16,7 @@ _core = ov.Core()
 
 def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[], np.ndarray]:
     """Return a call that multiplies float32 ``rows`` [M, K] by a weight i4 [N, G, L] with a float16 scale per group."""
+    assert qt.packed is not None and qt.scale is not None
     n, k = qt.shape
     groups = qt.scale.shape[1]
     nibbles = (packing.unpack(qt.packed, 4, k) ^ 8).numpy()  # in two's complement

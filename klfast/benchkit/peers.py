@@ -67,18 +67,24 @@ def _int4pack_cuda(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tenso
 
 def _int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Return the words that klfast saves, and scales and zero points [K / group, N]."""
-    scale = qt.scale.T.to(dtype).contiguous()
-    return qt.packed, scale, torch.full_like(scale, 8, dtype=torch.int8)
+    packed, scale = _packed_and_scale(qt)
+    scale = scale.T.to(dtype).contiguous()
+    return packed, scale, torch.full_like(scale, 8, dtype=torch.int8)
 
 
 def _codes(qt: QuantizedTensor) -> torch.Tensor:
     """Return codes as uint8 [N, K], with 8 for 0."""
-    return packing.unpack(qt.packed, 4, qt.shape[1])
+    return packing.unpack(_packed_and_scale(qt)[0], 4, qt.shape[1])
+
+
+def _packed_and_scale(qt: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    assert qt.packed is not None and qt.scale is not None  # packed integers have both
+    return qt.packed, qt.scale
 
 
 def _scales_and_zeros(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Return scales and zeros [K / group, N, 2]; a zero is the value of code 8."""
-    scale = qt.scale.T.to(dtype)
+    scale = _packed_and_scale(qt)[1].T.to(dtype)
     return torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
 
 
@@ -99,8 +105,9 @@ def torch_int8pack(x: torch.Tensor, weights: Weights) -> Contender:
             f"torch's int8pack reads beyond the rows of a [{weights.n}, {weights.k}]: K must be a multiple of 32"
         )
     qt = weights.quantized(QuantSpec(8, -1))
-    codes = (packing.unpack(qt.packed, 8, weights.k).to(torch.int16) - 128).to(torch.int8)
-    scales = qt.scale[:, 0].to(x.dtype)
+    packed, scale = _packed_and_scale(qt)
+    codes = (packing.unpack(packed, 8, weights.k).to(torch.int16) - 128).to(torch.int8)
+    scales = scale[:, 0].to(x.dtype)
     copies = weights.copies("int8pack", codes.nbytes, codes.clone)
     calls = [functools.partial(torch.ops.aten._weight_int8pack_mm, x, w, scales) for w in copies]
     return _contender(calls, lambda: reference.dequant_matmul(x, qt), 2e-2, codes.nbytes)

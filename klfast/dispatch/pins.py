@@ -15,7 +15,8 @@ from klfast.core.errors import InvalidInputError, KernelUnavailableError, SlowPa
 try:
     from klfast import _C
 except ImportError as error:
-    _C, _MISSING = None, f"the extension klfast._C cannot be imported ({error})."
+    _C = None  # type: ignore[assignment]
+    _MISSING = f"the extension klfast._C cannot be imported ({error})."
 
 CPU_TIERS: tuple[str, ...] = _C.tiers if _C else ("scalar",)  # csrc/core/tiers.def; every build has that one
 _ANY_TIER = -1  # as csrc/core/tiers.h has it
@@ -87,7 +88,7 @@ def interprets_triton() -> bool:
 
 
 def slow_path(op: str, shape: object, reason: str, how: str = "the slow plain-torch reference") -> None:
-    """Warn once per (op, reason) that the reference, or whatever ``how`` names, runs; raise under KLFAST_STRICT=1."""
+    """Warn once per (op, reason) that the reference, or the path named by ``how``, runs; raise if KLFAST_STRICT=1."""
     message = f"{op} {shape} runs {how}: {reason}"
     if os.environ.get("KLFAST_STRICT") == "1":
         raise KernelUnavailableError(f"{message} (KLFAST_STRICT=1 forbids it)")

@@ -1,4 +1,4 @@
-"""Drop-in modules with a quantized weight: QuantLinear, and QuantEmbedding for an embedding tied to a quantized head."""
+"""Drop-in modules with a quantized weight: QuantLinear, and QuantEmbedding for embeddings tied to a quantized head."""
 
 from klfast.nn.embedding import QuantEmbedding
 from klfast.nn.linear import QuantLinear

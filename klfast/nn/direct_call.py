@@ -1,14 +1,15 @@
 """Direct calls into the CPU extension, for layers that run on a few rows in microseconds.
 
 Dispatching an op, validating its arguments and passing a dozen pointers costs more than a small product. Here a layer's
-tensors are validated once; each later call only verifies that they are still the same, and keeps their memory alive until
-it returns. In any unusual situation the caller takes the op instead. Results are those of the ops.
+tensors are validated once; each later call only verifies that they are still the same, and keeps their memory alive
+until it returns. In any unusual situation the caller falls back to the op. Results are those of the ops.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import get_num_threads, is_autocast_enabled, is_grad_enabled, nn
@@ -32,22 +33,27 @@ from klfast.dispatch import pins
 from klfast.dispatch.registry import kernel_formats
 from klfast.quant.layouts import Layout
 
+if TYPE_CHECKING:
+    from klfast.nn.linear import QuantLinear
+
 try:
     from klfast import _C
 except ImportError:  # not built
-    _C = None
+    _C = None  # type: ignore[assignment]
 
-Place = tuple[dict[str, torch.Tensor | None], str]  # a module's dictionary of parameters or buffers, and a name in it
+Place = tuple[Mapping[str, "torch.Tensor | None"], str]  # a module's parameters or buffers, and a name among them
 _INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 _READY = _C is not None and not MISSING
+_Of = TypeVar("_Of")
+_Made = TypeVar("_Made", bound="Prepared")
 
 
 def unobserved(x: torch.Tensor) -> bool:
-    """True if x is a plain CPU tensor and nothing intercepts operations on it.
+    """Return True if x is a plain CPU tensor and nothing intercepts operations on it.
 
-    Interceptors are: a tensor subclass, a lazy negation, gradients, forward-mode tangents, autocast, a dispatch or function
-    mode, a transform such as vmap, a tracer, a compiler, a profiler, and a pin to another implementation than the
-    extension's. Without the extension every tensor counts as observed.
+    Interceptors are: a tensor subclass, a lazy negation, gradients, forward-mode tangents, autocast, a dispatch or
+    function mode, a transform such as vmap, a tracer, a compiler, a profiler, and a pin to an implementation outside
+    the extension. Without the extension every tensor counts as observed.
     """
     return (
         type(x) is torch.Tensor
@@ -68,43 +74,42 @@ def unobserved(x: torch.Tensor) -> bool:
 
 
 class Watch:
-    """Detects whether any of some tensors was replaced, reshaped or moved to other memory.
+    """Detects whether any watched tensor was replaced, reshaped or moved to other memory.
 
-    It refers to their memory weakly: a model that moves to a GPU must not leave its weights behind. It does not refer to
-    the tensors at all, since torch.utils.swap_tensors refuses to swap those that a weak reference points to.
+    It refers to their memory weakly: a model that moves to a GPU must not leave its weights behind. It does not refer
+    to the tensors at all, since torch.utils.swap_tensors refuses to swap tensors with weak references.
 
     Attributes:
-        tensors: aliases of what lay at the places when the watch was made, None for an absent one. Addresses have to come from
-            these; they keep the memory alive, so whoever made the watch clears them.
+        tensors: aliases of the tensors at the time of construction, None for an absent one. Addresses must be taken
+            from these; they keep the memory alive, so the watch's creator clears them.
     """
 
     def __init__(self, *places: Place) -> None:
         self.tensors: tuple[torch.Tensor | None, ...] = ()
-        self._seen = ()  # csrc/python/watch.h names the fields
+        self._seen: tuple[tuple[object, ...], ...] = ()  # csrc/python/watch.h names the fields
         for home, name in places:
-            t = home[name]
-            if t is None or not _is_array(t):
-                alias, facts = t, (None, None, None, None, None, None)
-            else:
-                alias = t.detach()  # another thread may give t other memory at any moment, but not this one
+            t = alias = home[name]
+            facts: tuple[object, ...] = (None, None, None, None, None, None)
+            if t is not None and _is_array(t):
+                alias = t.detach()  # another thread may give t other memory at any moment, but not the alias
                 storage = alias.untyped_storage()
                 facts = (id(t), StorageWeakRef(storage), storage._cdata, alias.data_ptr(), alias.shape, alias.dtype)
             self.tensors += (alias,)
             self._seen += ((home, name, *facts),)
 
     def hold(self) -> list[torch.UntypedStorage] | None:
-        """The memory of the tensors, which stays where it is while the list lives; None if a tensor has changed or takes gradients."""
+        """Return the tensors' memory, pinned while the list lives; None if a tensor has changed or takes gradients."""
         return _C.hold(self._seen, is_grad_enabled())
 
 
 def has(*places: Place) -> bool:
-    """Whether there is a tensor, or None, at each. There is not where a parameter was pruned or parametrized."""
+    """Return True if each place exists; it does not where a parameter was pruned or parametrized."""
     return all(name in home for home, name in places)
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether all are ordinary CPU tensors, contiguous, of a float type and in memory, or absent."""
-    for t in tensors:  # a generator in all() would take as long as the checks
+    """Return True if all are ordinary CPU tensors, contiguous, of a float type and in memory, or absent."""
+    for t in tensors:  # noqa: SIM110 (a generator in all() would take as long as the checks)
         if t is not None and not (_is_array(t) and t.dtype in FLOAT_DTYPES):
             return False
     return True
@@ -116,19 +121,25 @@ def _is_array(t: torch.Tensor) -> bool:
 
 
 class PreparedLinear:
-    """An nn.Linear or a QuantLinear.
+    """An nn.Linear or a QuantLinear, prepared for the extension.
 
     Attributes:
         n, k: features out and in.
-        projection: what the extension calls; None if it cannot take this layer. To call it the layer has to be held.
-        dtype: of the x that it takes; None for any float type.
+        projection: the extension's object; None if it cannot take this layer. It may run only while the layer is held.
+        dtype: the required dtype of x; None for any float type.
     """
 
+    projection: _C.Projection | None
+    dtype: torch.dtype | None
+
     def __init__(self, layer: nn.Module) -> None:
+        layer = cast("QuantLinear", layer)  # or an nn.Linear, which has only the features and the bias
         self.n, self.k = layer.out_features, layer.in_features
         self.projection, self.dtype, self._options = None, None, _options(layer)
         names = ("weight", "bias") if self._options is None else (*_INTEGER_PARTS, "bias")
-        homes = [layer._buffers if name in layer._buffers else layer._parameters for name in names]
+        homes: list[Mapping[str, torch.Tensor | None]] = [
+            layer._buffers if name in layer._buffers else layer._parameters for name in names
+        ]
         places = tuple(zip(homes, names, strict=True))
         if not has(*places):
             return
@@ -136,9 +147,9 @@ class PreparedLinear:
         *weight, bias = self._watch.tensors
         if plain(bias) and (bias is None or bias.shape == (self.n,)):
             if self._options is None:
-                self._prepare_dense(*weight, bias)
+                self._prepare_dense(weight[0], bias)
             elif layer.layout is Layout.PLAIN and layer.spec.format.name in _formats():
-                self._prepare_quantized(layer, *weight, bias)
+                self._prepare_quantized(layer, weight, bias)
         self._watch.tensors = ()
 
     def _prepare_dense(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
@@ -147,20 +158,17 @@ class PreparedLinear:
             self.projection = _C.Projection.dense(view(weight), view(bias), self.n, self.k)
 
     def _prepare_quantized(
-        self,
-        layer: nn.Module,
-        packed: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        self, layer: QuantLinear, weight: Sequence[torch.Tensor | None], bias: torch.Tensor | None
     ) -> None:
-        spec, parts = layer.spec, [t for t in (packed, scale, zero_point) if t is not None]
+        packed, scale, zero_point = weight
+        spec, parts = layer.spec, [t for t in weight if t is not None]
         if not plain(scale) or not all(map(_is_array, parts)):
             return
         try:
             spec.format.check(parts, (self.n, self.k), spec)
         except InvalidInputError:
-            return  # the op says it
+            return  # the op raises it
+        assert packed is not None
         self.projection = _C.Projection.quantized(
             packed.data_ptr(),
             view(scale),
@@ -174,48 +182,57 @@ class PreparedLinear:
         )
 
     def hold(self, layer: nn.Module) -> list | None:
-        """What must live until a call returns; None if the layer has changed, or cannot be called at all."""
+        """Return the memory that a call needs; None if the layer has changed, or cannot be called at all."""
         return self._watch.hold() if self.projection is not None and self._options == _options(layer) else None
 
     def takes(self, dtype: torch.dtype) -> bool:
+        """Return True if the extension multiplies x of a dtype by this layer."""
         return self.projection is not None and (dtype in DTYPE_CODES if self.dtype is None else dtype is self.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x [..., K] to [..., N], while the layer is held; None if the extension cannot take this x, or another way is faster."""
+        """Multiply x [..., K] while the layer is held: [..., N]; None if the op must do it, or is faster."""
         shape, code = x.shape, DTYPE_CODES.get(x.dtype)
         if not shape or shape[-1] != self.k or code is None or not x.is_contiguous():
             return None
         rows, address = x.numel() // (self.k or 1), x.data_ptr()
-        if not address:  # no rows, zeros that torch has not written, or memory that was freed
+        if not address:  # no rows, unwritten zeros, or freed memory
             return None
         if self.dtype is not None and (rows > FEW_ROWS or x.dtype is torch.float32 or x.dtype is not self.dtype):
             return None
-        y = torch.empty(
-            (*shape[:-1], self.n), dtype=x.dtype
-        )  # a default device is a mode, which ``unobserved`` has seen
-        self.projection(address, code, self.k, y.data_ptr(), rows, get_num_threads(), pins.cpu_tier_limit())
+        y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # ``unobserved`` excludes a default device, a mode
+        self.projection(  # type: ignore[misc]  # a held layer has it
+            address, code, self.k, y.data_ptr(), rows, get_num_threads(), pins.cpu_tier_limit()
+        )
         return y
 
 
 def _formats() -> frozenset[str]:
-    """The formats that the extension multiplies."""
+    """Return the formats that the extension multiplies."""
     return kernel_formats("dequant_matmul", "CPU")
 
 
 def _options(layer: nn.Module) -> tuple | None:
-    """What beside its tensors makes up a QuantLinear; None for an nn.Linear."""
+    """Return a QuantLinear's settings besides its tensors; None for an nn.Linear."""
     return None if type(layer) is nn.Linear else (layer.spec, layer.activation, layer.layout)
 
 
-_prepared: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+class Prepared(Protocol):
+    """An object prepared for direct calls."""
+
+    def hold(self, of: Any, /) -> list | None:
+        """Return the memory that a call needs; None if the object is stale or cannot be called."""
 
 
-def current(module: nn.Module, make: Callable, of: object) -> tuple[object, list | None]:
-    """``make(of)`` as cached for a module, and what its ``hold(of)`` returned; made again where that is None.
+_prepared: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
-    What is cached must not refer to the module. The second is None if ``of`` cannot be held, or another thread changes it.
+
+def current(module: nn.Module, make: Callable[[_Of], _Made], of: _Of) -> tuple[_Made, list | None]:
+    """Return the cached ``make(of)`` of a module, made again if its ``hold(of)`` is None, and the result of ``hold``.
+
+    The cached object must not refer to the module. The result is None if ``of`` cannot be held or another thread
+    changes it.
     """
-    found = _prepared.get(module)
+    found: Any = _prepared.get(module)
     held = None if found is None else found.hold(of)
     if held is None:
         found = _prepared[module] = make(of)
@@ -224,7 +241,7 @@ def current(module: nn.Module, make: Callable, of: object) -> tuple[object, list
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """y [..., N] of an nn.Linear or a QuantLinear; None where the op has to be called."""
+    """Call an nn.Linear or a QuantLinear: y [..., N]; None where the op must be called."""
     if not unobserved(x):
         return None
     found, held = current(layer, PreparedLinear, layer)
@@ -232,7 +249,7 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
-    """``ops.rms_norm`` without a gate; None where the op has to be called."""
+    """Compute ``ops.rms_norm`` without a gate; None where the op must be called."""
     shape = x.shape
     if not unobserved(x) or not plain(x, weight) or not shape or weight.shape != shape[-1:] or not weight.shape[0]:
         return None

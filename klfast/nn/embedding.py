@@ -10,10 +10,10 @@ from klfast.nn.linear import QuantLinear
 
 
 class QuantEmbedding(ReadOnlyWeight):
-    """The input embedding of a model whose quantized head it is tied to: it reads its rows from the head's tensor.
+    """The input embedding of a model with a tied, quantized head, whose rows it reads.
 
-    ids int64 [...] to [..., in_features of the head] in the model's dtype. It has no tensors of its own: the head holds
-    them, is saved for both, and takes the embedding along when it moves to another device.
+    Maps ids int64 [...] to [..., in_features of the head] in the model's dtype. It has no tensors of its own: they are
+    the head's, and are saved and moved with it.
     """
 
     def __init__(self, head: QuantLinear) -> None:
@@ -23,20 +23,24 @@ class QuantEmbedding(ReadOnlyWeight):
 
     @property
     def head(self) -> QuantLinear:
+        """The tied head."""
         return self._head[0]
 
     @property
     def weight(self) -> torch.Tensor:
+        """A stand-in for the dequantized weight."""
         return self.head.weight if torch.compiler.is_compiling() else TiedWeight(self.head.quantized, self.head.dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up rows by id."""
         head = self.head
         if head.weight_shape.is_meta and not ids.is_meta:
             raise InvalidInputError(
-                "QuantEmbedding reads its rows from the quantized head, whose tensors are on the meta device: not loaded, or offloaded "
-                "(accelerate's offload_buffers); keep the head's buffers in memory"
+                "QuantEmbedding reads its rows from the quantized head, whose tensors are on the meta device: not "
+                "loaded, or offloaded (accelerate's offload_buffers); keep the head's buffers in memory"
             )
         return head.rows(ids).to(head.dtype)
 
     def extra_repr(self) -> str:
+        """Return the sizes and the spec."""
         return f"{self.num_embeddings}, {self.embedding_dim}, spec={self.head.spec}"

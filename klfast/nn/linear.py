@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,14 +25,15 @@ from klfast.quant.tensor import QuantizedTensor
 class QuantLinear(ReadOnlyWeight, nn.Linear):
     """``y = x W^T + b`` with W quantized; x [..., in_features] to [..., out_features].
 
-    Its buffers are the parts of its format, named as compressed-tensors' ``pack-quantized`` format names them:
-    weight_packed, weight_scale, weight_zero_point (None if symmetric) and weight_shape; ``bias`` stays a float parameter.
-    ``dtype`` is what ``.weight`` pretends to be: that of the weight which was quantized. ``module.to(dtype)`` changes it, never the scales.
-    The buffers are kept in the layout of the device's kernels (``layout``); a state dict always holds ``Layout.PLAIN``.
+    Its buffers are the parts of its format, named as in compressed-tensors' ``pack-quantized`` format:
+    weight_packed, weight_scale, weight_zero_point (None if symmetric) and weight_shape; ``bias`` is a float parameter.
+    ``dtype`` is the apparent dtype of ``.weight``, at first the unquantized weight's. ``module.to(dtype)`` changes it,
+    never the scales. The buffers have the layout of the device's kernels (``layout``); a state dict always holds
+    ``Layout.PLAIN``.
 
     The input and the bias, if it ``requires_grad``, get gradients; the weight is frozen and read-only. The layer is an
-    nn.Linear for code that asks, such as peft's, which then trains adapters around it. After ``double()`` it computes in
-    float64 from the dequantized weight, slowly.
+    instance of nn.Linear, so that libraries such as peft can train adapters around it. After ``double()`` it computes
+    in float64 from the dequantized weight, slowly.
     """
 
     def __init__(
@@ -41,14 +44,14 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would make a weight
+        nn.Module.__init__(self)  # nn.Linear's would create a weight
         check_activation("", activation)
         self.out_features, self.in_features = qt.shape
         qt = qt.to_layout(operands.preferred_layout(qt.device, qt.spec))
         self.spec, self.layout, self.activation, self.dtype = qt.spec, qt.layout, activation, dtype
         buffers = _buffers(qt)
-        self.part_names = tuple(buffers)  # in the order in which ops take them
-        for name, tensor in ({"weight_zero_point": None} | buffers).items():  # symmetric weights answer None
+        self.part_names = tuple(buffers)  # in the order that ops take
+        for name, tensor in ({"weight_zero_point": None} | buffers).items():  # None if symmetric
             self.register_buffer(name, tensor)
         self.register_buffer("weight_shape", torch.tensor(qt.shape))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -57,7 +60,7 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, spec: QuantSpec | str, activation: str = "exact", scale: str = "absmax"
     ) -> QuantLinear:
-        """Quantize a linear layer's weight; its bias is kept as it is. ``scale`` as in ``klfast.quantize``."""
+        """Quantize a linear layer's weight; its bias is kept. ``scale`` as in ``klfast.quantize``."""
         if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
             raise InvalidInputError(f"QuantLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
         return cls(quantize(linear.weight, spec, scale=scale), linear.bias, activation, dtype=linear.weight.dtype)
@@ -74,7 +77,7 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         activation: str = "exact",
         dtype: torch.dtype = torch.float32,
     ) -> QuantLinear:
-        """A layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
+        """Return a layer to load a state dict into; without a bias if ``bias_dtype`` is None."""
         spec = QuantSpec.of(spec)
         qt = QuantizedTensor.empty(shape, spec, scale_dtype=scale_dtype, device=device)
         bias = None if bias_dtype is None else torch.empty(shape[0], dtype=bias_dtype, device=device)
@@ -82,32 +85,34 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
 
     @property
     def quantized(self) -> QuantizedTensor:
+        """The weight, as the buffers hold it."""
         shape = (self.out_features, self.in_features)
         return QuantizedTensor(self._parts(), shape, self.spec, self.layout)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``index`` (int64 [...]) of the dequantized weight in float32, [..., in_features]: quick for a few of many."""
+        """Return rows ``index`` (int64 [...]) of the weight in float32, [..., in_features]; quick for a few of many."""
         shape = (self.out_features, self.in_features)
         return self.spec.format.decode_rows(self._parts(), index, shape, self.spec, self.layout)
 
     def _parts(self) -> list[torch.Tensor]:
         # From the dictionary: nn.Module takes three times as long to find a buffer.
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers
         return [buffers[name] for name in self.part_names]
 
     @property
-    def weight(self) -> torch.Tensor:
-        """Stands for the dequantized weight, which is made only when something computes with it."""
-        if torch.compiler.is_compiling():  # cannot trace the stand-in, but drops a matrix that nobody uses
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # read-only
+        """A stand-in for the dequantized weight, which is computed only when needed."""
+        if torch.compiler.is_compiling():  # cannot trace the stand-in, but drops an unused matrix
             return self.quantized.dequantize(torch.float32).to(self.dtype)
         return LazyWeight(self.quantized, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., in_features] by the weight, and add the bias."""
         if (y := direct_call.linear(self, x)) is not None:
             return y
         if x.dtype is self.dtype is torch.float64:
             return self._in_float64(x)
-        # The bare op: a QuantizedTensor made at each call would cost as much as a small product.
+        # The bare op: a QuantizedTensor at each call would cost as much as a small product.
         return call_dequant_matmul(
             x,
             self._parts(),
@@ -133,7 +138,7 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[0].device)).dtype
         for name, old in zip(self.part_names, before, strict=True):
             new = self._buffers[name]
-            if new.dtype != old.dtype:  # values were rounded with the scale as it is stored
+            if new.dtype != old.dtype:  # the codes belong to the scale as stored
                 setattr(self, name, old.to(new.device))
         self._set_layout(operands.preferred_layout(self._parts()[0].device, self.spec))
         return self
@@ -155,7 +160,8 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
             *_, errors = args
             errors.append(
-                f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is {[self.out_features, self.in_features]}"
+                f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is "
+                f"{[self.out_features, self.in_features]}"
             )
             return
         layout = self.layout
@@ -164,7 +170,9 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         self._set_layout(layout)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, activation={self.activation}"
+        """Return the sizes, the spec and the activation mode."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, spec={self.spec}, activation={self.activation}"
 
 
 def _buffers(qt: QuantizedTensor) -> dict[str, torch.Tensor]:

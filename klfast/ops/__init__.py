@@ -1,7 +1,7 @@
 """Every op of klfast: its schema, its argument checks, its fake (for torch.compile) and its public wrapper.
 
-Each is defined once with torch.library (klfast/dispatch/registry.py), which runs the checks on every way into the op: wrapper,
-torch.ops, tracing.
+Each is defined once with torch.library (klfast/dispatch/registry.py), which runs the checks on every path into the op:
+wrapper, torch.ops, tracing.
 """
 
 from klfast import backends

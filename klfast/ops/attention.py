@@ -1,4 +1,4 @@
-"""Attention of one query a head on many keys, as in decoding; part of klfast.ops."""
+"""Attention of one query per head over many keys, as in decoding; part of klfast.ops."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def _check(a: DecodeAttention) -> None:
     groups, keys = k.shape[1:3]
     if k.shape != (batch, groups, keys, key_dim) or v.shape[:3] != k.shape[:3]:
         raise InvalidInputError(
-            f"decode_attention: k must be [{batch}, groups, keys, {key_dim}] and v as k but for its last dimension, got {list(k.shape)} and {list(v.shape)}"
+            f"decode_attention: k must be [{batch}, groups, keys, {key_dim}] and v like k except for its last "
+            f"dimension, got {list(k.shape)} and {list(v.shape)}"
         )
     if not keys or not groups or heads % groups:
         raise InvalidInputError(
-            f"decode_attention: there must be a key, and a number of groups that divides the {heads} heads, got {list(k.shape)}"
+            f"decode_attention: k must have at least one key and a number of groups that divides the {heads} heads, "
+            f"got {list(k.shape)}"
         )
     same_device("decode_attention", q, k, v)
 
@@ -47,7 +49,7 @@ define(
 
 @public
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """softmax(scale q k^T) v with one query a head, which sees every key; grouped heads, values of any width.
+    """Compute softmax(scale q k^T) v with one query per head, which sees every key; grouped heads, values of any width.
 
     Args:
         q: float32, bfloat16 or float16 [B, H, Dk].
@@ -61,7 +63,8 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     Raises:
         InvalidInputError: a wrong dtype, shape or device.
 
-    As torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True) for queries [B, H, 1, Dk].
+    Equals torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True) with q as
+    [B, H, 1, Dk].
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0

@@ -17,7 +17,7 @@ from klfast.reference import divergence as reference_divergence
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """Per-token comparison of a student's next-token distribution with a teacher's; each a 1-D float32 tensor [T].
+    """Per-token comparison of a student's next-token distribution with a teacher's; each metric is float32 [T].
 
     With p the teacher's probabilities, q the student's, d = student - teacher logits:
         kl_teacher_student  KL(p || q), nats
@@ -26,7 +26,7 @@ class Divergence:
         mse                 mean of d^2 over the vocabulary (inf beyond float32's range)
         sqnr_db             10 log10(sum teacher^2 / sum d^2), dB (inf where the logits are equal)
         ce_teacher, ce_student   cross-entropy against ``targets``, nats; None without targets, NaN where ignored (-100)
-        top1_agree          1.0 where both have the same most likely token (the lowest index among equals)
+        top1_agree          1.0 where both have the same most likely token (the lowest index among ties)
     """
 
     kl_teacher_student: torch.Tensor
@@ -83,17 +83,18 @@ _define(
 def logit_divergence(
     teacher_logits: torch.Tensor, student_logits: torch.Tensor, targets: torch.Tensor | None = None
 ) -> Divergence:
-    """Compare two models' next-token distributions, token by token; no KL loses digits to cancellation.
+    """Compare two models' next-token distributions, token by token, without cancellation in the KL divergences.
 
     For KL(p || q) alone this replaces ``(p * (log_p - log_q)).sum(-1)`` with ``log_p, log_q = teacher.log_softmax(-1),
-    student.log_softmax(-1)``, right to 1 % at 1e-8 nats, where that expression returns noise, and never negative.
+    student.log_softmax(-1)``. The result is never negative, and right to 1 % at 1e-8 nats, where that expression
+    returns noise.
 
-    Logits may have any finite size. Masked entries can hold -1e9, -65504 or ``torch.finfo(dtype).min`` in either model or
-    in both; -inf is refused, because the mean squared error would be infinite or undefined. Only the distance of a logit
-    to the largest of its token must stay within float32 (3.4e38). An entry 1e-38 times as likely as the likeliest counts
-    as impossible, and ``mse`` is inf where it exceeds float32. Tokens for which the models' logits differ by more than 64
-    (beyond a constant) where one of them has weight take two to three passes. On GPUs, tokens whose largest logit exceeds
-    256, or any logit 1e17, are compared on the CPU, with a SlowPathWarning.
+    Logits may have any finite size. Masked entries can hold -1e9, -65504 or ``torch.finfo(dtype).min`` in either model
+    or in both; -inf is refused, because the mean squared error would be infinite or undefined. Only the difference
+    between a logit and its token's largest must stay within float32 (3.4e38). An entry 1e-38 times as likely as the
+    most likely one counts as impossible, and ``mse`` is inf where it exceeds float32. Tokens for which the models'
+    logits differ by more than 64 (beyond a constant) where one of them has weight take two to three passes. On GPUs,
+    tokens whose largest logit exceeds 256, or any logit 1e17, are compared on the CPU, with a SlowPathWarning.
 
     Args:
         teacher_logits: float32, bfloat16 or float16 [..., V], finite; any strides.
@@ -104,11 +105,11 @@ def logit_divergence(
         A ``Divergence`` of float32 [T], T the product of the leading dimensions.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape, device or target; a NaN or infinity (masked entries of -inf included), or a
-            logit too far below its token's largest, naming the model, token and vocabulary entry.
+        InvalidInputError: a wrong dtype, shape, device or target; a NaN or infinity (including masked entries of -inf),
+            or a logit too far below its token's largest; names the model, token and vocabulary entry.
     """
     shape = teacher_logits.shape
-    if student_logits.shape != shape or not shape or shape[-1] == 0:  # what [T, V] and [T] below no longer show
+    if student_logits.shape != shape or not shape or shape[-1] == 0:  # no longer visible in [T, V] and [T] below
         raise InvalidInputError(
             "logit_divergence: teacher and student logits must have one shape, [..., V] with V at least 1, "
             f"got {list(shape)} and {list(student_logits.shape)}"
@@ -125,24 +126,30 @@ def logit_divergence(
 
 def _as_divergence(metrics: torch.Tensor, with_targets: bool) -> Divergence:
     kl_teacher_student, kl_student_teacher, jsd, mse, sqnr_db, ce_teacher, ce_student, top1_agree = metrics.unbind(0)
-    if not with_targets:
-        ce_teacher = ce_student = None
-    return Divergence(kl_teacher_student, kl_student_teacher, jsd, mse, sqnr_db, ce_teacher, ce_student, top1_agree)
+    return Divergence(
+        kl_teacher_student,
+        kl_student_teacher,
+        jsd,
+        mse,
+        sqnr_db,
+        ce_teacher if with_targets else None,
+        ce_student if with_targets else None,
+        top1_agree,
+    )
 
 
 # linear_divergence ------------------------------------------------------------------------------------------------
-# A head is the list of its tensors, with its rows, format and layout: a float matrix alone has neither of these texts.
+# A head is the list of its tensors with its rows, format and layout; both texts are empty for a float matrix.
 
 
 def _check_linear_divergence(args: DivergenceArgs) -> None:
     op = "linear_divergence"
     teacher, t_head, student, s_head, targets = args
     for who, hidden, head in (("teacher", teacher, t_head), ("student", student, s_head)):
-        is_float = isinstance(head, torch.Tensor)
-        if hidden.dtype not in FLOAT_DTYPES or (is_float and head.dtype not in FLOAT_DTYPES):
-            dtype = head.dtype if is_float else head.spec
+        head_type = head.dtype if isinstance(head, torch.Tensor) else head.spec
+        if hidden.dtype not in FLOAT_DTYPES or (isinstance(head, torch.Tensor) and head_type not in FLOAT_DTYPES):
             raise InvalidInputError(
-                f"{op}: the {who}'s hidden states and head must be {FLOAT_NAMES}, got {hidden.dtype} and {dtype}"
+                f"{op}: the {who}'s hidden states and head must be {FLOAT_NAMES}, got {hidden.dtype} and {head_type}"
             )
         if hidden.dim() and hidden.shape[-1] == 0:
             raise InvalidInputError(
@@ -155,12 +162,14 @@ def _check_linear_divergence(args: DivergenceArgs) -> None:
             )
     if t_head.shape[0] != s_head.shape[0] or t_head.shape[0] == 0:
         raise InvalidInputError(
-            f"{op}: both heads must have the same number of rows, at least 1, got {t_head.shape[0]} and {s_head.shape[0]}"
+            f"{op}: both heads must have the same number of rows, at least 1, "
+            f"got {t_head.shape[0]} and {s_head.shape[0]}"
         )
     leading = teacher.dim() - 1
     if student.dim() < teacher.dim() or student.shape[student.dim() - 1 - leading : -1] != teacher.shape[:-1]:
         raise InvalidInputError(
-            f"{op}: the student's leading dimensions must end in the teacher's, got {list(student.shape)} and {list(teacher.shape)}"
+            f"{op}: the student's leading dimensions must end in the teacher's, "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
         )
     _check_targets(op, targets, student.shape[:-1], teacher.shape[:-1])
     same_device(op, teacher, *head_parts(t_head)[0], student, *head_parts(s_head)[0], targets)
@@ -197,16 +206,18 @@ def linear_divergence(
     student_head: torch.Tensor | QuantizedTensor,
     targets: torch.Tensor | None = None,
 ) -> Divergence:
-    """``logit_divergence(teacher_hidden @ teacher_head.T, student_hidden @ student_head.T, targets)`` without the logits.
+    """Compute ``logit_divergence(teacher_hidden @ teacher_head.T, student_hidden @ student_head.T, targets)``.
 
-    The vocabulary passes in blocks; every product is made in float32, whatever the operands' dtypes, and no logit is
-    rounded to a smaller one. The logits may have the sizes that ``logit_divergence`` takes.
+    The logits are never stored: the vocabulary is processed in blocks. Every product is in float32, whatever the
+    operands' dtypes, and no logit is rounded to a narrower type. The logits may be as large as ``logit_divergence``
+    allows.
 
     Args:
         teacher_hidden: float32, bfloat16 or float16 [..., H], the input of the teacher's head; H at least 1.
         teacher_head: float [V, H], or a QuantizedTensor of that shape.
-        student_hidden: float [S..., ..., H]: the teacher broadcasts over leading dimensions that it lacks. On the CPU
-            its logits are made once for all S students, on GPUs for each of them. H may differ between the models.
+        student_hidden: float [S..., ..., H]: the teacher broadcasts over leading dimensions that it lacks. Its
+            logits are computed once for all S students on the CPU, once per student on GPUs. H may differ between the
+            models.
         student_head: float [V, H], or a QuantizedTensor.
         targets: int64, of the student's or the teacher's leading dimensions; -100 ignores a token (NaN).
 
@@ -214,7 +225,7 @@ def linear_divergence(
         A ``Divergence`` of float32 [T], T the product of the student's leading dimensions, in their order.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape, device or target, or a logit that ``logit_divergence`` refuses, named.
+        InvalidInputError: a wrong dtype, shape, device or target, or a logit that ``logit_divergence`` refuses.
     """
     for who, head, hidden in (("teacher", teacher_head, teacher_hidden), ("student", student_head, student_hidden)):
         if isinstance(head, QuantizedTensor) and (hidden.dim() == 0 or hidden.shape[-1] != head.shape[1]):

@@ -59,16 +59,16 @@ call_dequant_matmul = transforms.past_autograd(dequant_matmul_op)
 def dequant_matmul(
     x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, *, activation: str = "exact"
 ) -> torch.Tensor:
-    """Linear layer with a quantized weight: ``x @ qt.dequantize(torch.float32).T + bias``, accumulated in float32.
+    """Multiply by a quantized weight: ``x @ qt.dequantize(torch.float32).T + bias``, accumulated in float32.
 
     Args:
         x: float32, bfloat16 or float16 [..., K]; any strides.
         qt: quantized [N, K], on x's device.
         bias: float [N], optional.
-        activation: "exact" rounds nothing; "int8" rounds x per row and weight group to int8, symmetric (max|x| / 127).
+        activation: "exact" does not round; "int8" rounds x per row and weight group to int8, symmetric (max|x| / 127).
 
-    Differentiable in x and bias, forwards and backwards; "int8" counts as the identity there (straight-through). Under
-    autocast x is cast to its dtype, as for ``F.linear``.
+    Differentiable in x and bias, in forward and reverse mode; "int8" counts as the identity there (straight-through).
+    Under autocast x is cast to its dtype, as for ``F.linear``.
 
     Returns:
         [..., N] in x's dtype.
@@ -120,16 +120,16 @@ linear_op = torch.ops.klfast.linear.default
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Linear layer, ``F.linear(x, weight, bias).to(dtype)`` without the intermediate, accumulated in float32.
+    """Compute ``F.linear(x, weight, bias).to(dtype)`` without the intermediate, accumulated in float32.
 
-    On a GPU it is torch's own product, and torch's settings (``torch.backends.cuda.matmul``) say how that is accumulated.
+    On a GPU this is torch's own product, accumulated as torch's settings (``torch.backends.cuda.matmul``) say.
 
     Args:
         x: float32, bfloat16 or float16 [..., K]; any strides.
         weight: [N, K] in x's dtype, on x's device.
         bias: float [N], optional.
-        dtype: of the result; x's by default. Values are rounded to x's dtype in any case, so that a wider result equals a
-            narrow one widened.
+        dtype: of the result; x's by default. Values are always rounded to x's dtype, so that a wider result equals a
+            narrow one cast to it.
 
     Returns:
         [..., N].

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, gated if asked: the norms of Mamba-2 and Hymba."""
+"""Root-mean-square normalisation, optionally gated: the norms of Mamba-2 and Hymba."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def rms_norm(
     eps: float = 1e-6,
     group_size: int | None = None,
 ) -> torch.Tensor:
-    """Root-mean-square normalisation: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
+    """Normalise by the root mean square: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
 
     Args:
         x: [..., D].
         weight: [D].
-        gate: as x, optional.
-        group_size: take the mean over each run of so many channels, not over all; divides D.
+        gate: like x, optional.
+        group_size: take the mean over each group of this many channels, not over all; divides D.
 
     Returns:
         x's shape, in the wider of x's and weight's dtypes.

@@ -1,8 +1,8 @@
 """The state-space ops: schemas, argument checks, fakes and public wrappers; part of klfast.ops.
 
 The wrappers have the signatures of their CUDA originals in the packages causal_conv1d and mamba_ssm, so that they can
-stand in for them. Tensors are float32, bfloat16 or float16, types may be mixed, any strides; all arithmetic is in
-float32. What the originals can and these cannot (packed sequences, cache indices, complex A) raises InvalidInputError.
+replace them. Tensors are float32, bfloat16 or float16, types may be mixed, any strides; all arithmetic is in float32.
+Features of the originals that are missing here (packed sequences, cache indices, complex A) raise InvalidInputError.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _check_conv(op: str, a: CausalConv1d | CausalConv1dUpdate, state: torch.Tens
         raise InvalidInputError(f"{op}: weight must be [D, W] with W at least 1, got {list(a.weight.shape)}")
     if state is not None and sizes["S"] < sizes["W"] - 1:
         raise InvalidInputError(
-            f"{op}: {state_name} must hold at least {sizes['W'] - 1} values a channel, got {sizes['S']}"
+            f"{op}: {state_name} must hold at least {sizes['W'] - 1} values per channel, got {sizes['S']}"
         )
 
 
@@ -79,7 +79,7 @@ def causal_conv1d_fn(
     final_states_out: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Depthwise causal convolution: ``act(bias + sum_k weight[:, k] seq[..., t + k])``, seq = initial_states, then x.
+    """Convolve causally, depthwise: ``act(bias + sum_k weight[:, k] seq[..., t + k])``, seq = initial_states, then x.
 
     Args:
         x: [B, D, L].
@@ -87,7 +87,7 @@ def causal_conv1d_fn(
         bias: [D], optional.
         initial_states: [B, D, W-1], zeros if absent.
         return_final_states: also return the last W-1 values of seq, [B, D, W-1] in x's dtype.
-        final_states_out: where to write these; optional.
+        final_states_out: written with these; optional.
         activation: None, "silu" or "swish" (the same).
 
     Returns:
@@ -100,13 +100,16 @@ def causal_conv1d_fn(
     """
     refuse_options("causal_conv1d_fn", seq_idx=seq_idx)
     silu = _is_silu("causal_conv1d_fn", activation)
-    # torch.compile's inductor cannot take an op whose tensor to write to is None
+    # torch.compile's inductor fails on an op whose output argument is None.
     wanted = return_final_states or torch.compiler.is_compiling()
     if wanted and final_states_out is None and x.dim() == 3 and weight.dim():
         final_states_out = x.new_empty(*x.shape[:2], max(weight.shape[-1] - 1, 0))
     args = (x, weight, bias, initial_states, final_states_out, silu)
     out = torch.ops.klfast.causal_conv1d.default(*args)
-    return (out, final_states_out) if return_final_states else out
+    if not return_final_states:
+        return out
+    assert final_states_out is not None  # the op has refused other shapes
+    return out, final_states_out
 
 
 def _check_causal_conv1d_update(a: CausalConv1dUpdate) -> None:
@@ -132,7 +135,7 @@ def causal_conv1d_update(
     cache_seqlens: None = None,
     conv_state_indices: None = None,
 ) -> torch.Tensor:
-    """The same convolution for the next steps: x follows conv_state, which moves on in place.
+    """Continue causal_conv1d_fn with the next steps: x follows conv_state, which is updated in place.
 
     Args:
         x: [B, D] (one step) or [B, D, L].
@@ -191,7 +194,7 @@ define(
 
 
 def _grouped(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """B or C as [B, G, N, L]: from [B, N, L] (one group) or [D, N] (constant in time, a group a channel)."""
+    """Return B or C as [B, G, N, L]: from [B, N, L] (one group) or [D, N] (constant in time, one group per channel)."""
     if t.dim() == 3:
         return t.unsqueeze(1)
     return t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]) if t.dim() == 2 else t
@@ -211,7 +214,7 @@ def selective_scan_fn(
     return_last_state: bool = False,
     initial_states: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Mamba's recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t).
+    """Run Mamba's recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t).
 
     Args:
         u, delta: [B, D, L]; dt = softplus(delta + delta_bias) with delta_softplus, else delta + delta_bias.
@@ -220,15 +223,16 @@ def selective_scan_fn(
         D, delta_bias: [D], optional.
         z: [B, D, L], optional gate.
         return_last_state: also return h_L, float32 [B, D, N].
-        initial_states: h_0 [B, D, N], zeros if absent: a sequence goes on from the last state of what came before.
+        initial_states: h_0 [B, D, N], zeros if absent; pass the last state of a sequence to continue it.
 
     Returns:
         y [B, D, L] in u's dtype, channels side by side in memory; with return_last_state also h_L.
 
     Raises:
-        InvalidInputError: a wrong dtype (complex ones among them), shape or device.
+        InvalidInputError: a wrong dtype (complex ones included), shape or device.
 
-    Signature: mamba_ssm.ops.selective_scan_interface.selective_scan_fn, and initial_states as in mamba_chunk_scan_combined.
+    Signature: mamba_ssm.ops.selective_scan_interface.selective_scan_fn, plus initial_states as in
+    mamba_chunk_scan_combined.
     """
     if u.dim() == 3:
         B, C = _grouped(B, u), _grouped(C, u)
@@ -285,7 +289,7 @@ def selective_state_update(
     dt_bias: torch.Tensor | None = None,
     dt_softplus: bool = False,
 ) -> torch.Tensor:
-    """One step of the recurrence of selective_scan_fn; ``state`` moves on in place, rounded to its dtype.
+    """Take one step of selective_scan_fn's recurrence; ``state`` is updated in place, rounded to its dtype.
 
     Args:
         state: [B, D, N], or [B, H, P, N] with heads.
@@ -293,20 +297,21 @@ def selective_state_update(
         A: real [D, N] or [H, P, N].
         B, C: [B, N] or [B, G, N] with G a divisor of H.
         D, dt_bias: [D] or [H, P], optional.
-        z: as x, optional gate.
+        z: like x, optional gate.
 
     Returns:
         y in x's shape and dtype.
 
     Raises:
-        InvalidInputError: a wrong dtype (complex ones among them), shape or device.
+        InvalidInputError: a wrong dtype (complex ones included), shape or device.
 
     Signature: mamba_ssm.ops.triton.selective_state_update.selective_state_update.
     """
     headless = state.dim() == 3
     if headless:  # one head that holds all channels
-        state, x, dt, z = (None if t is None else t.unsqueeze(1) for t in (state, x, dt, z))
-        A, D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_bias))
+        state, x, dt, A = state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), A.unsqueeze(0)
+        z = None if z is None else z.unsqueeze(1)
+        D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (D, dt_bias))
     if B.dim() == 2:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
@@ -372,7 +377,7 @@ def mamba_chunk_scan_combined(
     return_final_states: bool = False,
     return_varlen_states: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Mamba-2's recurrence (SSD): as selective_scan_fn, with one A and one dt a head.
+    """Run Mamba-2's recurrence (SSD): selective_scan_fn with one A and one dt per head.
 
     Args:
         x: [B, L, H, P].
@@ -390,7 +395,7 @@ def mamba_chunk_scan_combined(
         y [B, L, H, P] in x's dtype; with return_final_states also the last state.
 
     Raises:
-        InvalidInputError: a wrong dtype (complex ones among them), shape or device, or ``seq_idx``, ``cu_seqlens`` or
+        InvalidInputError: a wrong dtype (complex ones included), shape or device, or ``seq_idx``, ``cu_seqlens`` or
             ``return_varlen_states``.
 
     Signature: mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined.

@@ -1,12 +1,13 @@
-"""What torch's transforms make of klfast's matrix products: gradients, forward mode, vmap and autocast.
+"""Torch's transforms of klfast's matrix products: gradients, forward mode, vmap and autocast.
 
-The weight is quantized and takes no gradient; x and the bias do. The derivative with respect to x is the dequantized
-weight, in float32, whatever ``activation`` is: rounding x to int8 counts as the identity (straight-through).
+The quantized weight takes no gradient; x and the bias do. The derivative with respect to x is the dequantized weight,
+in float32, whatever ``activation`` is: rounding x to int8 counts as the identity (straight-through).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -29,7 +30,7 @@ def register(dequant_matmul: Callable, linear: Callable) -> None:
 
 
 def past_autograd(op: Callable) -> Callable:
-    """The op, called past its Autograd kernel where no derivative can be asked for: under ``torch.no_grad()`` that saves 4 us."""
+    """Skip an op's Autograd kernel where no derivative can be needed: saves 4 us under ``torch.no_grad()``."""
 
     def call(*args):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -45,7 +46,7 @@ def past_autograd(op: Callable) -> Callable:
 def _register_derivative(op: Callable) -> None:
     derivative = _derivative(op)
     if torch_internals.MISSING:
-        # torch's own registration: no forward mode, and neither torch.func.
+        # torch's own registration: no forward mode, no torch.func.
         def backward(ctx, dy):
             dx, _, *rest = derivative.backward(ctx, dy)[:-1]
             return dx, [None] * len(ctx.saved_tensors), *rest
@@ -67,7 +68,7 @@ def _register_derivative(op: Callable) -> None:
 
 
 def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
-    """Whether one takes a gradient or carries a tangent."""
+    """Return True if any tensor takes a gradient or carries a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return torch_internals.is_forward_mode() and any(
@@ -75,7 +76,7 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _below_autograd(op: Callable, keyset: object, args: tuple) -> torch.Tensor:
+def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: Sequence[Any]) -> torch.Tensor:
     with torch_internals.below_autograd():
         return op.redispatch(keyset & torch_internals.after_autograd, *args)
 
@@ -105,7 +106,7 @@ def _derivative(op: Callable) -> type[torch.autograd.Function]:
             *args, keyset = args
             if torch_internals.transform() is None:
                 y = _below_autograd(op, keyset, args)
-            else:  # torch turns derivatives off in here, of the transforms around this one too
+            else:  # torch turns derivatives off in here, also those of enclosing transforms
                 with torch.enable_grad(), torch_internals.forward_mode_enabled(True):
                     y = _below_autograd(op, keyset, args)
             _remember(ctx, args, y)
@@ -142,7 +143,7 @@ def _batched(op: Callable) -> Callable:
     def batched(info, in_dims, x, parts, *rest):
         of_x, of_parts, *of_rest = in_dims
         of_parts = of_parts if isinstance(of_parts, (list, tuple)) else [of_parts] * len(parts)
-        if any(dim is not None for dim in (*of_parts, *of_rest)):  # another weight for each: one call for each
+        if any(dim is not None for dim in (*of_parts, *of_rest)):  # a weight or bias per batch entry: one call each
             each = [
                 op(
                     _one(x, of_x, i),
@@ -157,12 +158,12 @@ def _batched(op: Callable) -> Callable:
     return batched
 
 
-def _one(argument: object, dim: int | None, i: int) -> object:
+def _one(argument: Any, dim: int | None, i: int) -> Any:
     return argument if dim is None else argument.select(dim, i)
 
 
 def _autocast(op: Callable, device: str, operands: int) -> Callable:
-    """The op as autocast wants it: its first ``operands`` arguments in autocast's dtype, but for float64, as for torch's own ops."""
+    """Wrap an op to cast its first ``operands`` arguments to autocast's dtype; float64 stays, as in torch's own ops."""
 
     def cast(*args):
         dtype = torch.get_autocast_dtype(device)

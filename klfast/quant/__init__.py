@@ -1,4 +1,5 @@
-"""Quantization: formats, specs, quantized tensors and their layouts, rounding. Each module imports only those before it:
+"""Quantization: formats, specs, quantized tensors and their layouts, rounding.
 
-packing, layouts (plain tensors) -> grid -> formats -> spec -> tensor -> rounding.
+Each module imports only those before it: packing, layouts (plain tensors) -> grid -> formats -> spec -> tensor ->
+rounding.
 """

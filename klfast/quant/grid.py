@@ -1,4 +1,4 @@
-"""Rounding groups of numbers to a uniform grid, with the scale rounded to the dtype that it is stored in."""
+"""Rounding of groups of numbers to a uniform grid, with the scale rounded to its storage dtype."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def round_to_grid(
     Args:
         groups: the numbers; a NaN or infinity reaches its group's scale.
         q_range: the smallest and the largest integer.
-        symmetric: whether the largest magnitude maps to the largest integer; else the range maps to ``q_range``.
-        ratios: of a group's range, to span with the grid: the one of the least squared error, the first among equals.
+        symmetric: True maps the largest magnitude to the largest integer, False the range to ``q_range``.
+        ratios: candidate fractions of a group's range to span; the least squared error wins, the first on ties.
         scale_dtype: of the scales.
     """
     if symmetric:
         low, span = None, groups.abs().amax(-1, keepdim=True)
-    else:  # the range takes in 0, so that 0 is exact and the zero point is on the grid
+    else:  # the range includes 0, so that 0 is exact and the zero point is on the grid
         low = groups.amin(-1, keepdim=True).clamp_(max=0)
         span = groups.amax(-1, keepdim=True).clamp_(min=0) - low
     if len(ratios) == 1:
@@ -48,7 +48,7 @@ def _round(
     q_range: tuple[int, int],
     scale_dtype: torch.dtype,
 ) -> GridRounded:
-    """Groups rounded on the grid of ``span * ratio``; ``low``, the range's lower end, only if asymmetric."""
+    """Round groups to the grid of ``span * ratio``; ``low``, the range's lower end, only if asymmetric."""
     q_min, q_max = q_range
     tiny = max(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps, 1e-30)  # float16: a subnormal
     steps = q_max if low is None else q_max - q_min
@@ -61,11 +61,11 @@ def _round(
 
 
 def _stored_scale(span: torch.Tensor, steps: int, slack: float, tiny: float, dtype: torch.dtype) -> torch.Tensor:
-    """The scale, as it is stored, that spans ``span`` in so many steps; at least ``tiny``, so that an all-zero group has one that divides.
+    """Return the stored scale that spans ``span`` in ``steps``; at least ``tiny``, so that it can divide a zero group.
 
-    Rounded to nearest; but float16's subnormals lie so far apart that many of the largest weights would be clipped.
-    There it is rounded up where ``steps + slack`` steps would not reach: a symmetric grid has half a step to spare at
-    its end, an asymmetric one loses that to the rounding of its zero point.
+    Rounded to nearest, except that float16's subnormals are so far apart that many of the largest weights would be
+    clipped. There it is rounded up where ``steps + slack`` steps would not reach: a symmetric grid has half a step to
+    spare at its end, an asymmetric one loses that to the rounding of its zero point.
     """
     s = (span / steps).clamp_(min=tiny).to(dtype)
     if dtype is not torch.float16:

@@ -1,4 +1,4 @@
-"""Where the values of a quantized weight lie in memory, and the way from one layout to the other, on plain tensors."""
+"""Memory layouts of quantized weights, and conversions between them, on plain tensors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 
-RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."  # why an op takes longer
+RELAID = "the weight is not in the layout of this device; convert it once with .to_layout."  # for warnings
 
 
 class Layout(Enum):
-    """Where the values of a QuantizedTensor lie in memory; here with the parts of the formats of packed integers.
+    """Memory layout of a QuantizedTensor's values; described here for packed integers.
 
     PLAIN is the ``pack-quantized`` layout of compressed-tensors, the only one that is saved. Values are stored as
     q - q_min (unsigned), the first in the lowest bits of an int32, without gaps:
@@ -20,13 +20,13 @@ class Layout(Enum):
         scale       float [N, G]
         zero_point  int32 [ceil(N * bits / 32), G], packed along N; absent if symmetric
 
-    TILED is for Triton kernels, made once when a layer comes to a GPU. K is cut into blocks of 64 input features (32 where
-    that wastes less); each group starts a new block, and the rest of its last one is filled with the zero point. The rows
-    of a block lie side by side, so that a kernel loads whole tiles in pieces of 16 bytes and needs no masks over K. Values
-    are unsigned as above:
-        packed      uint8 [T, N, block]. INT8: a tile for each block. INT4: a tile for two blocks, the first of them in
-                    the low bits, the second in the high bits. INT6: the lower four bits as INT4 has them, then a tile for
-                    four blocks with the upper two bits of each, those of the first in the lowest bits
+    TILED is for Triton kernels, made once when a layer moves to a GPU. K is cut into blocks of 64 input features (32
+    where that wastes less); each group starts a new block, and its last one is padded with the zero point. The rows of
+    a block are adjacent, so that a kernel loads whole tiles in pieces of 16 bytes and needs no masks over K. Values are
+    unsigned as above:
+        packed      uint8 [T, N, block]. INT8: a tile for each block. INT4: a tile for two blocks, the first in the low
+                    bits, the second in the high bits. INT6: the lower four bits as in INT4, then a tile for four blocks
+                    with the upper two bits of each, the first block's in the lowest bits
         scale       float [G, N]
         zero_point  uint8 [G, N]; absent if symmetric
     """
@@ -37,16 +37,16 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How ``Layout.TILED`` cuts K input features.
+    """The blocks and tiles into which ``Layout.TILED`` cuts K input features.
 
     Attributes:
         block: features in a block, 64 or 32.
-        group_blocks: blocks of each group but a shorter last one.
+        group_blocks: blocks of each group, of which the last may be shorter.
         n_blocks: blocks of all groups.
-        n_tiles: what ``packed`` has of them: for INT4 pairs of blocks (the last may lack its second), for INT8 blocks, for
-            INT6 INT4's, and then one for four blocks.
-        turns: of a kernel's loop over K: tiles of INT4 and INT8, blocks of INT6.
-        is_aligned: whether no block has to be filled up.
+        n_tiles: tiles in ``packed``: pairs of blocks for INT4 (the last may lack its second), blocks for INT8; for INT6
+            those of INT4, then one for each four blocks.
+        turns: of a kernel's loop over K: tiles for INT4 and INT8, blocks for INT6.
+        is_aligned: True if no block needs padding.
     """
 
     block: int
@@ -58,6 +58,7 @@ class Tiling:
 
     @classmethod
     def of(cls, k: int, bits: int, group_size: int) -> Tiling:
+        """Return the tiling of K features."""
         length = max(k if group_size == -1 else min(group_size, k), 1)
         block = 64 if -(-length // 64) * 64 == -(-length // 32) * 32 else 32
         groups, group_blocks = -(-k // length), -(-length // block)
@@ -68,11 +69,11 @@ class Tiling:
         return cls(block, group_blocks, n_blocks, sum(tiles), turns, is_aligned)
 
 
-_BLOCKS_A_TILE = {4: (2,), 6: (2, 4), 8: (1,)}  # bits -> of each kind of tile that packed has
+_BLOCKS_A_TILE = {4: (2,), 6: (2, 4), 8: (1,)}  # bits -> for each kind of tile in packed
 
 
 def fill_blocks(rows: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """Return [R, K] with zeros after each group that does not fill its last block: [R, n_blocks * block]."""
+    """Return [R, K] with each group's last block padded with zeros: [R, n_blocks * block]."""
     k = rows.shape[1]
     tiling = Tiling.of(k, bits, group_size)
     if tiling.is_aligned:
@@ -84,12 +85,13 @@ def fill_blocks(rows: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
 
 
 def to_tiles(values: torch.Tensor, zero: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """Lay values out as TILED has them.
+    """Lay values out as TILED.
 
     Args:
         values: uint8 [N, K], as stored.
-        zero: uint8 [G, N], the stored value that stands for 0.
-        bits, group_size: of a value; features in a group, -1 for all.
+        zero: uint8 [G, N], the stored value of 0.
+        bits: of a value.
+        group_size: features in a group, -1 for all.
 
     Returns:
         ``packed``, uint8 [T, N, block].
@@ -98,14 +100,14 @@ def to_tiles(values: torch.Tensor, zero: torch.Tensor, bits: int, group_size: in
     tiling = Tiling.of(k, bits, group_size)
     length = max(k if group_size == -1 else min(group_size, k), 1)
     zeros = zero.T.to(torch.int16) if zero.shape[0] else zero.new_zeros(n, 1, dtype=torch.int16)
-    # The zero point is taken off first, so that what fills the blocks becomes the zero point too.
+    # Subtract the zero point first, so that the padding becomes the zero point too.
     centred = values.to(torch.int16) - zeros.repeat_interleave(length, 1)[:, :k]
     blocks = fill_blocks(centred, bits, group_size).view(n, tiling.n_blocks, tiling.block)
     of_block = torch.arange(tiling.n_blocks, device=values.device) // tiling.group_blocks
-    stored = (blocks + zeros[:, of_block, None]).to(torch.uint8).transpose(0, 1)  # [n_blocks, N, block]
+    stored: torch.Tensor = (blocks + zeros[:, of_block, None]).to(torch.uint8).transpose(0, 1)  # [n_blocks, N, block]
     if bits == 8:
         return stored.contiguous()
-    # A pair that lacks its second block, or four that lack some, are filled up with zeros as well.
+    # Incomplete pairs or fours of blocks are padded with the zero point as well.
     missing = -tiling.n_blocks % (2 if bits == 4 else 4)
     filler = zeros[None, :, -1:].to(torch.uint8).expand(missing, n, tiling.block)
     stored = torch.cat((stored, filler))
@@ -117,7 +119,7 @@ def to_tiles(values: torch.Tensor, zero: torch.Tensor, bits: int, group_size: in
 
 
 def from_tiles(packed: torch.Tensor, k: int, bits: int, group_size: int) -> torch.Tensor:
-    """Return the stored values, uint8 [N, K], of ``packed`` as TILED has it."""
+    """Return the stored values, uint8 [N, K], of a TILED ``packed``."""
     tiling = Tiling.of(k, bits, group_size)
     blocks = packed
     if bits != 8:
@@ -128,7 +130,7 @@ def from_tiles(packed: torch.Tensor, k: int, bits: int, group_size: int) -> torc
         high = torch.stack([(fours >> shift) & 3 for shift in (0, 2, 4, 6)], 1).flatten(0, 1)[: tiling.n_blocks]
         blocks = blocks | (high << 4)
     length = k if group_size == -1 else min(group_size, k)
-    filled = blocks.transpose(0, 1).flatten(1)  # [N, n_blocks * block]
+    filled: torch.Tensor = blocks.transpose(0, 1).flatten(1)  # [N, n_blocks * block]
     filled = F.pad(filled, (0, -filled.shape[1] % (tiling.group_blocks * tiling.block)))
     groups = filled.view(len(filled), filled.shape[1] // (tiling.group_blocks * tiling.block), -1)
     return groups[..., :length].flatten(1)[:, :k]

@@ -1,7 +1,7 @@
 """Values of 4, 6 or 8 bits in int32 words: dense, low bits first; a value may begin in one word and end in the next.
 
-That is how compressed-tensors packs them (``pack_to_int32`` of versions 0.19 and 0.20). Values are unsigned here, as they
-are stored: q - q_min.
+This is compressed-tensors' packing (``pack_to_int32`` of versions 0.19 and 0.20). Values are unsigned here, as stored:
+q - q_min.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     elif bits == 6:  # four values are three bytes
         a, b, c, d = values.view(rows, values.shape[1] // 4, 4).unbind(-1)
         values = torch.stack((a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)), -1).flatten(1)
-    bytes_ = F.pad(values, (0, 4 * words - values.shape[1]))  # or cut off what lies behind the last value
+    bytes_ = F.pad(values, (0, 4 * words - values.shape[1]))  # or drop the bytes after the last value
     return bytes_.reshape(-1).view(torch.int32).view(rows, words)
 
 
@@ -47,7 +47,7 @@ def unpack_rows(words: torch.Tensor, bits: int, index: torch.Tensor) -> torch.Te
     bit = index * bits
     first, shift = bit // 32, (bit % 32).unsqueeze(-1)
     values = F.embedding(first, words)
-    if 32 % bits:  # with the next word, for values that begin in the one and end in the other
+    if 32 % bits:  # with the next word, for values that cross into it
         after = F.embedding((first + 1).clamp(max=words.shape[0] - 1), words)
         values = (values.long() & 0xFFFFFFFF) | (after.long() << 32)
     return (values >> shift) & ((1 << bits) - 1)

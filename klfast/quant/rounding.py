@@ -1,4 +1,4 @@
-"""Rounding a float matrix to a QuantizedTensor."""
+"""Rounding of a float matrix to a QuantizedTensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from klfast.quant.spec import SCALES, QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
 _CLIP_RATIOS = torch.linspace(1.0, 0.5, 26).tolist()
-_TILE = 1 << 18  # weights rounded at a time on a CPU: the passes over them stay in cache
+_TILE = 1 << 18  # weights per block on the CPU, so that repeated passes hit the cache
 
 
 def quantize(
@@ -24,12 +24,12 @@ def quantize(
     Args:
         weight: float32, bfloat16 or float16 [N, K], finite, with at least one row and column.
         spec: format, group and symmetry; or its text, such as "int4-g64-sym".
-        scale: "absmax" (the largest magnitude maps to q_max; if asymmetric, the range min..max, extended to take in
+        scale: "absmax" (the largest magnitude maps to q_max; if asymmetric, the range min..max, extended to include
             0, maps to q_min..q_max) or "mse" (that range shrunk by the ratio, of 26 from 1 to 0.5, with the least
             squared error per group).
-        scale_dtype: what scales are stored as. Values are rounded with the stored scale, so its rounding costs
-            next to nothing. Below 6e-5 those of float16 get coarse and are rounded up, so that no weight is clipped;
-            the smallest is 6e-8, so weights below 3e-8 become 0. Pass bfloat16 for matrices that consist of such.
+        scale_dtype: of the stored scales. Values are rounded with the stored scale, so its rounding costs next to
+            nothing. float16 scales below 6e-5 are coarse and rounded up, so that no weight is clipped; the smallest is
+            6e-8, so weights below 3e-8 become 0. Pass bfloat16 for matrices of such small weights.
 
     Raises:
         InvalidInputError: wrong dtype or shape, a NaN or infinity, or a scale beyond ``scale_dtype``'s range.
@@ -52,7 +52,7 @@ def quantize(
 def fake_quantize(
     weight: torch.Tensor, spec: QuantSpec | str, *, scale: str = "absmax", scale_dtype: torch.dtype = torch.float16
 ) -> torch.Tensor:
-    """float32 [N, K], bit for bit ``quantize(...).dequantize(torch.float32)`` with the same arguments, nothing packed."""
+    """Return ``quantize(...).dequantize(torch.float32)`` of the same arguments bit for bit, without packing."""
     spec = QuantSpec.of(spec)
     _check(weight, scale, scale_dtype)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
@@ -64,7 +64,7 @@ def fake_quantize(
 def _rounded_tiles(
     weight: torch.Tensor, spec: QuantSpec, scale: str, scale_dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, slice, Rounded]]:
-    """(rows, columns, groups) of each tile with its rounded values; a ragged last group makes tiles of its own."""
+    """Yield (rows, columns, groups) and the rounded values of each tile; a ragged last group gets its own tiles."""
     n, k = weight.shape
     length = spec.group_length(k)
     whole = k // length

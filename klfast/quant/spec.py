@@ -1,4 +1,4 @@
-"""QuantSpec: how a weight matrix is quantized."""
+"""QuantSpec, the description of how a weight matrix is quantized."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from klfast.core.errors import InvalidInputError
 from klfast.quant.formats import FORMATS, QuantFormat
 
 SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
-SHAPE_BYTES = 16  # of a saved weight_shape, int64 [2], which each quantized layer has
+SHAPE_BYTES = 16  # of the saved weight_shape, int64 [2], of each quantized layer
 
 
 @dataclass(frozen=True, order=True)
 class QuantSpec:
-    """How a weight matrix is quantized: in which format, and how many weights share a scale.
+    """How a weight matrix is quantized: the format, and how many weights share a scale.
 
     Attributes:
-        bits: of a weight, without its share of the scales: 4, 6 or 8.
+        bits: per weight, without its share of the scales: 4, 6 or 8.
         group_size: consecutive input features that share a scale; -1 for one group per output channel. Where it
             does not divide the number of input features, the last group is shorter.
         symmetric: True for w = q * scale; False for w = (q - zero_point) * scale.
-        kind: with ``bits`` the format's name (``klfast.quant.formats``); "int" rounds to nearest on a uniform grid.
+        kind: with ``bits``, the format's name (``klfast.quant.formats``); "int" rounds to nearest on a uniform grid.
 
-    ``str(spec)`` is for instance ``"int4-g64-sym"``, and ``QuantSpec.parse`` reads it back.
+    ``str(spec)`` is, for instance, ``"int4-g64-sym"``, which ``QuantSpec.parse`` reads back.
     """
 
     bits: int = 4
@@ -46,7 +46,7 @@ class QuantSpec:
             or (self.group_size < 1 and self.group_size != -1)
         ):
             raise InvalidInputError(
-                f"group_size must be a positive integer, or -1 for one group a row, got {self.group_size!r}"
+                f"group_size must be a positive integer, or -1 for one group per row, got {self.group_size!r}"
             )
         if not isinstance(self.symmetric, bool):
             raise InvalidInputError(f"symmetric must be True or False, got {self.symmetric!r}")
@@ -93,7 +93,7 @@ class QuantSpec:
         """Return the spec of a config group in compressed-tensors' quantization_config.
 
         Raises:
-            KeyError, TypeError, InvalidInputError: the group is damaged, or of a format that klfast does not know.
+            KeyError, TypeError, InvalidInputError: the group is damaged, or its format is unknown.
         """
         for each in FORMATS.values():
             if (found := each.from_compressed_tensors(group)) is not None:
@@ -102,42 +102,46 @@ class QuantSpec:
 
     @property
     def format(self) -> QuantFormat:
-        """What knows how such weights are rounded, stored and saved."""
+        """The format, which rounds, stores and saves such weights."""
         return FORMATS[f"{self.kind}{self.bits}"]
 
     @property
     def q_min(self) -> int:
+        """The smallest code."""
         return self.format.range[0]
 
     @property
     def q_max(self) -> int:
+        """The largest code."""
         return self.format.range[1]
 
     def group_length(self, in_features: int) -> int:
-        """Input features in each group but a shorter last one."""
+        """Return the input features in each group, of which the last may be shorter."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
 
     def n_groups(self, in_features: int) -> int:
+        """Return the number of groups in a row."""
         length = self.group_length(in_features)
         return -(-in_features // length) if in_features else 0
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a quantized [N, K] weight: all its parts."""
+        """Return the bytes of all parts of a quantized [N, K] weight."""
         return self.format.nbytes(shape, self)
 
     def saved_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes that a quantized [N, K] weight has in a saved file: ``nbytes`` and weight_shape. Names and offsets, which
-        stand in the file's header, are not counted.
+        """Return the bytes of a quantized [N, K] weight in a saved file: ``nbytes`` and weight_shape.
+
+        The names and offsets in the file's header are not counted.
         """
         return self.nbytes(shape) + SHAPE_BYTES
 
 
 def storable_spec(spec: QuantSpec, in_features: int) -> QuantSpec:
-    """The spec nearest to ``spec`` that a saved [N, in_features] weight can have.
+    """Return the spec nearest to ``spec`` that a saved [N, in_features] weight can have.
 
-    The result's group is the largest size that the format can store and that is not above the one asked for, so that its
-    error is no larger: 1600 inputs in groups of 128 become groups of 100. A group as long as the row, or longer, becomes
-    -1, which is the same numbers. In memory (``quantize``, the kernels) every group size is allowed.
+    Its group is the largest size that the format can store, at most the requested one, so that its error is no larger:
+    1600 inputs in groups of 128 become groups of 100. A group as long as the row, or longer, becomes -1, which gives
+    the same numbers. In memory (``quantize``, the kernels) every group size is allowed.
     """
     size = spec.format.storable_group(spec.group_size, in_features)
     return spec if size == spec.group_size else replace(spec, group_size=size)

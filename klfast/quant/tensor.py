@@ -1,4 +1,4 @@
-"""QuantizedTensor: the parts of a quantized weight, with what they mean."""
+"""QuantizedTensor: the parts of a quantized weight and their meaning."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from klfast.quant.spec import QuantSpec
 
 
 class Stored(NamedTuple):
-    """What the tensors of a quantized weight mean.
+    """The meaning of a quantized weight's tensors.
 
     Attributes:
         shape: N, K.
-        spec, layout: how it is quantized, and where its values lie.
-        parts: what its tensors must be, in the order in which ops take them.
-        formats: the name of the spec's format, alone.
+        spec: how it is quantized.
+        layout: of its values in memory.
+        parts: descriptions of its tensors, in the order that ops take.
+        formats: only the name of the spec's format.
     """
 
     shape: tuple[int, int]
@@ -33,8 +34,8 @@ class Stored(NamedTuple):
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise InvalidInputError unless these are the parts."""
-        if len(tensors) == len(self.parts):  # the loop of check_parts: a call of it costs a small op 3 %
-            for tensor, (_, shape, dtypes) in zip(tensors, self.parts):  # noqa: B905 (as many as each other)
+        if len(tensors) == len(self.parts):  # the loop of check_parts, whose call costs a small op 3 %
+            for tensor, (_, shape, dtypes) in zip(tensors, self.parts):  # noqa: B905 (equally many)
                 if tensor.shape != shape or tensor.dtype not in dtypes:
                     break
             else:
@@ -44,7 +45,7 @@ class Stored(NamedTuple):
 
 @lru_cache(4096)
 def stored(n: int, k: int, spec: str, layout: str) -> Stored:
-    """Return what an op's arguments say of a weight; quick for one that was asked for before.
+    """Return the meaning of an op's arguments for a weight; repeated calls are cached.
 
     Raises:
         InvalidInputError: no such spec or layout, or a layout that the format does not have.
@@ -55,7 +56,7 @@ def stored(n: int, k: int, spec: str, layout: str) -> Stored:
 
 @lru_cache(4096)
 def parse(spec: str, layout: str) -> tuple[QuantSpec, Layout]:
-    """Return what these texts name.
+    """Return the spec and layout that these texts name.
 
     Raises:
         InvalidInputError: no such spec or layout, or a layout that the format does not have.
@@ -72,10 +73,11 @@ class QuantizedTensor:
     """A quantized [N, K] weight matrix.
 
     Attributes:
-        parts: its tensors, as ``spec.format.parts`` describes them: of packed integers packed, scale and, if asymmetric,
-            zero_point (see ``Layout``).
+        parts: its tensors, as ``spec.format.parts`` describes them: packed, scale and, if asymmetric, zero_point for
+            packed integers (see ``Layout``).
         shape: N, K.
-        spec, layout: how it is quantized, and where its values lie.
+        spec: how it is quantized.
+        layout: of its values in memory.
     """
 
     parts: Sequence[torch.Tensor]
@@ -95,7 +97,7 @@ class QuantizedTensor:
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str = "meta",
     ) -> QuantizedTensor:
-        """A plain tensor to be filled in; parts that may have ``scale_dtype`` have it."""
+        """Return a plain tensor to be filled in; parts that can have ``scale_dtype`` have it."""
         parts = [
             torch.empty(part.shape, dtype=scale_dtype if scale_dtype in part.dtypes else part.dtypes[0], device=device)
             for part in spec.format.parts(shape, spec)
@@ -104,57 +106,63 @@ class QuantizedTensor:
 
     @property
     def stored(self) -> Stored:
-        """What the parts mean."""
+        """The meaning of the parts."""
         return stored(*self.shape, self.spec.text, self.layout.value)
 
     def part(self, name: str) -> torch.Tensor | None:
-        """The part of that name; None if a weight of this spec has none."""
+        """Return the part of that name; None if a weight of this spec has none."""
         named = zip(self.spec.format.parts(self.shape, self.spec, self.layout), self.parts, strict=True)
         return next((tensor for part, tensor in named if part.name == name), None)
 
     @property
     def packed(self) -> torch.Tensor | None:
+        """The packed codes."""
         return self.part("packed")
 
     @property
     def scale(self) -> torch.Tensor | None:
+        """The scales."""
         return self.part("scale")
 
     @property
     def zero_point(self) -> torch.Tensor | None:
+        """The zero points; None if symmetric."""
         return self.part("zero_point")
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all parts."""
         return sum(part.numel() * part.element_size() for part in self.parts)
 
     @property
     def device(self) -> torch.device:
+        """The device of the parts."""
         return self.parts[0].device
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same tensor on another device."""
+        """Return the same tensor on another device."""
         return QuantizedTensor([part.to(device) for part in self.parts], self.shape, self.spec, self.layout)
 
     def to_layout(self, layout: Layout) -> QuantizedTensor:
-        """The same tensor in another layout; itself if it has that already."""
+        """Return the same tensor in another layout; itself if it already has that layout."""
         if layout is self.layout:
             return self
         parts = self.spec.format.convert(self.parts, self.shape, self.spec, self.layout, layout)
         return QuantizedTensor(parts, self.shape, self.spec, layout)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``index`` (int64 [...]) of the matrix in float32, [..., K]: quick for a few of many."""
+        """Return rows ``index`` (int64 [...]) of the matrix in float32, [..., K]; quick for a few of many."""
         return self.spec.format.decode_rows(self.parts, index, self.shape, self.spec, self.layout)
 
     def block(self, first: int, end: int) -> QuantizedTensor:
-        """Neighbouring rows as views; of a plain tensor ``first`` is a multiple of 32."""
+        """Return adjacent rows as views; ``first`` of a plain tensor must be a multiple of 32."""
         parts = self.spec.format.slice_rows(self.parts, slice(first, end), self.layout)
         return QuantizedTensor(parts, (end - first, self.shape[1]), self.spec, self.layout)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The [N, K] float matrix, computed in ``dtype`` (the scale's by default: bit for bit what
-        compressed-tensors decompresses).
+        """Return the [N, K] float matrix, computed in ``dtype``.
+
+        By default that is the scale's: bit for bit what compressed-tensors decompresses.
         """
         plain = self.to_layout(Layout.PLAIN)
         return self.spec.format.decode(plain.parts, self.shape, self.spec, dtype)

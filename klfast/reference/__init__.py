@@ -1,4 +1,4 @@
-"""The truth: each op as one plain-torch function, written for clarity; kernels are tested against it."""
+"""The ground truth: each op as one plain-torch function, written for clarity; kernels are tested against it."""
 
 from klfast.reference.attention import decode_attention
 from klfast.reference.matmul import dequant_matmul, fake_quantize_rows, linear

@@ -1,4 +1,4 @@
-"""The truth of the divergence ops: plain torch in float64, a few tokens at a time."""
+"""The reference of the divergence ops: plain torch in float64, a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from klfast.core.errors import InvalidInputError
 from klfast.quant.tensor import QuantizedTensor
 
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
-_CHUNK = 16  # tokens whose float64 rows are alive at a time
+_CHUNK = 16  # tokens in float64 at a time
 
 
 def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-    """The metrics of ``Divergence``, float32 [8, T] in its order, of logits [T, V]; cross-entropies NaN without targets."""
+    """Return the metrics of ``Divergence`` in its order, float32 [8, T], for logits [T, V].
+
+    Cross-entropies are NaN without targets.
+    """
     tokens, vocab = teacher.shape
     check_targets(targets, vocab)
     metrics = torch.full((8, tokens), math.nan, dtype=torch.float64, device=teacher.device)
     for start in range(0, tokens, _CHUNK):
         part = slice(start, start + _CHUNK)
-        rows = [logits[part].double() for logits in (teacher, student)]
+        rows = teacher[part].double(), student[part].double()
         for who, logits in zip(("teacher", "student"), rows, strict=True):
             if not torch.isfinite(logits).all():
                 token, column = (~torch.isfinite(logits)).nonzero()[0].tolist()
@@ -37,7 +40,7 @@ def linear_divergence(
     student_head: torch.Tensor | QuantizedTensor,
     targets: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``logit_divergence`` of hidden states [T, H] and [S * T, H] times their heads [V, H], multiplied in float32.
+    """Apply ``logit_divergence`` to hidden states [T, H] and [S * T, H] times their heads [V, H], in float32.
 
     Token s * T + t of the student is compared with token t of the teacher.
     """
@@ -57,7 +60,7 @@ def linear_divergence(
 
 
 def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-    """[8, T] of float64 logits [T, V]."""
+    """Return the metrics [8, T] of float64 logits [T, V]."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     x = log_q - log_p
     jsd = -(log_p.exp() * _log_mixture(x) + log_q.exp() * _log_mixture(-x)).sum(-1) / 2
@@ -77,19 +80,19 @@ def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) as the sum of p (e^x - 1 - x), x = log(q / p): no term is negative, and p (e^x - 1) sums to zero."""
+    """Sum p (e^x - 1 - x), x = log(q / p), to KL(p || q): no term is negative, and p (e^x - 1) sums to zero."""
     x, p = log_q - log_p, log_p.exp()
     small = p * (torch.expm1(x) - x).clamp(min=0)
     return torch.where(x.abs() < 1, small, log_q.exp() - p - p * x).sum(-1)
 
 
 def _log_mixture(x: torch.Tensor) -> torch.Tensor:
-    """log(m / p), with m = (p + q) / 2 and x = log(q / p)."""
+    """Return log(m / p), with m = (p + q) / 2 and x = log(q / p)."""
     return torch.where(x.abs() < 1, torch.log1p(torch.expm1(x) / 2), F.softplus(x, threshold=40) - math.log(2))
 
 
 def _first_argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Lowest index of the largest value (torch.argmax promises no particular one among equals)."""
+    """Return the lowest index of the largest value (torch.argmax may return any of several)."""
     index = torch.arange(logits.shape[-1], device=logits.device)
     return torch.where(logits == logits.amax(-1, keepdim=True), index, logits.shape[-1]).amin(-1)
 
@@ -115,8 +118,8 @@ def raise_not_finite(who: str, token: int, column: int) -> None:
 
 
 def raise_too_large(who: str, token: int, column: int) -> None:
-    """Raise the error for a finite logit of ``who`` that lies further below the token's largest than float32 reaches."""
+    """Raise the error for a finite logit of ``who`` whose difference to the token's largest exceeds float32."""
     raise InvalidInputError(
-        f"the {who}'s logit of token {token}, vocabulary entry {column}, is too large: the difference to the token's largest logit "
-        f"must stay within float32, {torch.finfo(torch.float32).max:.1e}"
+        f"the {who}'s logit of token {token}, vocabulary entry {column}, is too large: the difference to the token's "
+        f"largest logit must stay within float32, {torch.finfo(torch.float32).max:.1e}"
     )

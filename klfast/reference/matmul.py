@@ -12,7 +12,7 @@ from klfast.quant.tensor import QuantizedTensor
 def dequant_matmul(
     x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact"
 ) -> torch.Tensor:
-    """x [..., K] times the dequantized [N, K] transposed, plus bias [N]: [..., N] in x's dtype, accumulated in float32.
+    """Multiply x [..., K] by the dequantized [N, K], plus bias [N]: [..., N] in x's dtype, accumulated in float32.
 
     "int8" first rounds x per row and group of the weight: x ~ q * s with s = max|x| / 127 and q = round(x / s).
     """
@@ -26,13 +26,13 @@ def dequant_matmul(
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x [..., K] times weight [N, K] transposed, plus bias [N], accumulated in float32, rounded to x's dtype, then to ``dtype``."""
+    """Multiply x [..., K] by weight [N, K], plus bias [N], in float32; round to x's dtype, then to ``dtype``."""
     y = x.float() @ weight.float().T
     return (y if bias is None else y + bias.float()).to(x.dtype).to(dtype or x.dtype)
 
 
 def fake_quantize_rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """float32 [..., K] rounded to int8 per row and group, symmetric, and multiplied out again."""
+    """Round float32 [..., K] to int8 per row and group, symmetric, and multiply the scale back in."""
     k = x.shape[-1]
     length = spec.group_length(k)
     groups = F.pad(x, (0, -k % length)).unflatten(-1, (-1, length)) if k else x.unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""The truth of the state-space ops: plain torch, one step after the other, in float32."""
+"""The reference of the state-space ops: plain torch, step by step, in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from klfast.dispatch.arguments import (
 
 
 def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
-    """Depthwise causal convolution of x [B, D, L] with weight [D, W], after initial_states [B, D, W-1] (zeros)."""
+    """Convolve x [B, D, L] causally, depthwise with weight [D, W], after initial_states [B, D, W-1] (zeros)."""
     past = a.weight.shape[1] - 1
     before = a.x.new_zeros(*a.x.shape[:2], past) if a.initial_states is None else a.initial_states
     sequence = torch.cat((before.float(), a.x.float()), dim=-1)
@@ -25,7 +25,7 @@ def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
 
 
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
-    """The same for x [B, D, L] that follows conv_state [B, D, S >= W-1], which keeps the last S values."""
+    """Convolve x [B, D, L] that follows conv_state [B, D, S >= W-1], which keeps the last S values."""
     sequence = torch.cat((a.conv_state.float(), a.x.float()), dim=-1)
     a.conv_state.copy_(sequence[..., a.x.shape[-1] :])
     needed = a.x.shape[-1] + a.weight.shape[1] - 1
@@ -35,6 +35,7 @@ def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
 def _convolve(sequence: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
     length = sequence.shape[-1] - weight.shape[1] + 1
     y = sum(weight[:, k, None].float() * sequence[..., k : k + length] for k in range(weight.shape[1]))
+    assert isinstance(y, torch.Tensor)  # W is at least 1
     if bias is not None:
         y = y + bias.float()[:, None]
     return F.silu(y) if silu else y
@@ -45,9 +46,9 @@ def _channel_last(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t . h_t + D u_t) silu(z_t): y [B, D, L], last h [B, D, N].
+    """Return y [B, D, L], y_t = (C_t . h_t + D u_t) silu(z_t), and the last h [B, D, N].
 
-    dt = softplus(delta + delta_bias); h starts as initial_states (zeros).
+    h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t with dt = softplus(delta + delta_bias); h_0 = initial_states (zeros).
     """
     u, A = a.u, a.A.float()
     dt = _step_size(a.delta, None if a.delta_bias is None else a.delta_bias[:, None], a.delta_softplus)
@@ -66,7 +67,7 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
-    """One step of the recurrence; the state moves on in place."""
+    """Take one step of the recurrence; the state is updated in place."""
     dt = _step_size(a.dt, a.dt_bias, a.dt_softplus)[..., None]
     repeats = a.x.shape[1] // a.B.shape[1]
     B, C = (t.float().repeat_interleave(repeats, 1)[:, :, None] for t in (a.B, a.C))  # [B, H, 1, N]
@@ -76,7 +77,7 @@ def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
 
 
 def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence with one A and dt a head: y [B, L, H, P] and the final state [B, H, P, N] (empty unless asked for)."""
+    """Run the recurrence with one A and dt per head: y [B, L, H, P], final state [B, H, P, N] (empty if not wanted)."""
     x, A = a.x, a.A.float()[:, None, None]
     dt = _step_size(a.dt, a.dt_bias, a.dt_softplus).clamp(a.dt_min, a.dt_max)
     repeats = x.shape[2] // a.B.shape[2]

@@ -1,4 +1,4 @@
-"""Each shipped launch, compiled for an NVIDIA GPU (sm_90) that is not there: registers, spills, matrix instructions."""
+"""Each shipped launch, compiled for an absent NVIDIA GPU (sm_90): registers, spills, matrix instructions."""
 
 import pytest
 from triton_aot import compile_for_hopper, source
@@ -22,17 +22,15 @@ def test_compiles_for_hopper(name):
     assert bool(compiled.count("HGMMA", "HMMA")) == (matrix == "float"), compiled
     assert bool(compiled.count("IGMMA", "IMMA")) == (matrix == "int8"), compiled
     if limits := 2 * ("clamped" in name) + ("ssd" in name):
-        assert compiled.count("FMNMX.NAN") >= limits, (
-            "a NaN in dt or A is not lost; the interpreter keeps it in any case"
-        )
+        assert compiled.count("FMNMX.NAN") >= limits, "a NaN in dt or A is not lost; the interpreter always keeps it"
     if "gemv" in name:
         assert compiled.count("LDG.E.128"), "the weight comes in pieces of 16 bytes"
         assert compiled.count("BAR") <= 1, "threads meet once, at the end"
 
 
 @pytest.mark.parametrize("family", ["nvidia", "intel"])
-def test_decoding_compiles_nothing_anew(family):
-    """While the keys grow one by one, but for the step to keys in parts."""
+def test_decoding_recompiles_nothing(family):
+    """While the keys grow one by one, except at the step to keys in parts."""
 
     def programs(keys):
         made = (source(launch) for _, launch, _ in attention(family, keys))

@@ -1,4 +1,4 @@
-"""The PTX that takes packed weights apart, run by a model of its six instructions: no test without a GPU runs it otherwise."""
+"""The PTX that unpacks weights, run by a model of its six instructions: other tests of it need a GPU."""
 
 import re
 
@@ -15,7 +15,7 @@ TAKEN = {"LOW": lambda byte: byte & 15, "HIGH": lambda byte: byte >> 4, "WHOLE":
 
 
 def run(code: str, *operands: np.ndarray, results: int) -> list[np.ndarray]:
-    """The result registers, uint32 values [256], of operands that follow them in number."""
+    """Return the result registers, uint32 [256], for operands numbered after them."""
     registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
     for name, target, *sources in (
         re.split(r"[ ,]+", line.strip()) for line in code.strip("{} ").split(";")[1:] if line.strip()
@@ -45,7 +45,7 @@ def test_values_lie_below_the_constant(take, form, constant):
         return
     results = 4 if form == "F32" else 2
     found = run(getattr(common, f"{take}_{form}").value, PACKED, results=results)
-    if form != "F32":  # two values a register, the first in its lower half
+    if form != "F32":  # two values per register, the first in its lower half
         found = [half for register in found for half in (register & 0xFFFF, register >> 16)]
     for value, column in zip(found, COLUMNS, strict=True):
         np.testing.assert_array_equal(value, TAKEN[take](column) | constant)

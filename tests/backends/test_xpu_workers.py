@@ -1,4 +1,4 @@
-"""The processes that check the kernels for Intel's GPUs go on where a compiler crashes or hangs."""
+"""The processes that check the kernels for Intel GPUs continue after a compiler crashes or hangs."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ from xpu.workers import each
 
 
 def _square(folder, index, fail):
-    """index^2; the first process that comes to 3 fails."""
+    """Return index^2; the first process that reaches 3 fails."""
     if index == 3 and not (marker := folder / "failed").exists():
         marker.touch()
         fail()

@@ -1,8 +1,8 @@
 """Check the launches of klfast.kernels for Intel's Xe2 (Lunar Lake) without a device: `make verify-xpu`.
 
-In an environment of its own with triton-xpu 3.3.0b1 (Triton's XPU backend replaces the package triton). Three steps:
-compile each to SPIR-V, run every kernel's SPIR-V on Intel's OpenCL CPU runtime, compile each to machine code with ocloc.
-docs/XPU.md says what that shows and what it does not.
+In its own environment with triton-xpu 3.3.0b1 (Triton's XPU backend replaces the package triton). Three steps:
+compile each to SPIR-V, run every kernel's SPIR-V on Intel's OpenCL CPU runtime, compile each to machine code with
+ocloc. docs/XPU.md says what this does and does not show.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def compile_all() -> tuple[dict[str, Compiled], int]:
-    """The shipped launches, and how many do not compile or have the wrong instructions."""
+    """Return the shipped launches, and how many fail to compile or have the wrong instructions."""
     shipped, failures = {}, 0
     matrices = {name: matrix for name, _, matrix in launches("intel")}
     for (name, matrix), compiled in zip(matrices.items(), each(compile_one, len(matrices)), strict=True):
@@ -48,12 +48,12 @@ def compile_all() -> tuple[dict[str, Compiled], int]:
 
 
 def compile_one(index: int) -> Compiled | str:
-    """A shipped launch, or why it does not compile."""
+    """Return a compiled launch, or why it does not compile."""
     _, launch, _ = list(launches("intel"))[index]
     try:
         return compile_for_lunar_lake(launch)
-    except Exception as error:  # whatever the compiler raises is what is to be reported
-        while error.__cause__ is not None:  # Triton wraps it once a function called
+    except Exception as error:  # noqa: BLE001 (any error of the compiler is reported)
+        while error.__cause__ is not None:  # Triton wraps it once per called function
             error = error.__cause__
         return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 

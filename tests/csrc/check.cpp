@@ -18,7 +18,7 @@ std::mt19937& generator() {
     return generator;
 }
 
-// The worst error of an op's results at a tier, in units of what is allowed.
+// The worst error of an op's results at a tier, in units of the tolerance.
 struct Worst {
     int cases = 0;
     double error = 0;
@@ -29,7 +29,7 @@ std::map<std::pair<std::string, Tier>, Worst>& worst() {
     return all;
 }
 
-// Sums in float32 for results of that type; else half a unit in the last place, and some of the sums.
+// The error of float32 sums for float32 results; else half a unit in the last place, plus some of that error.
 double allowed(DType dtype) { return dtype == DType::f32 ? 2e-5 : dtype == DType::bf16 ? 0x1.1p-8 : 0x1.1p-11; }
 
 }  // namespace
@@ -74,7 +74,7 @@ void compare(const std::string& op, Tier tier, const Tensor& got, const std::vec
     for (const double value : truth) largest = std::max(largest, std::abs(value));
     for (Int i = 0; i < got.size(); ++i) {
         const double off = std::abs(got[i] - truth[i]);
-        error = off <= error ? error : off;  // a NaN stays
+        error = off <= error ? error : off;  // keeps a NaN
         if (std::isnan(off)) error = std::numeric_limits<double>::infinity();
     }
     found.error = std::max(found.error, error / largest / allowed(got.dtype()));
@@ -84,7 +84,7 @@ bool report() {
     bool good = !worst().empty();
     for (const auto& [key, found] : worst()) {
         const char* const tier = kTierNames[static_cast<int>(key.second)];
-        std::printf("%s %s: %d cases, worst error %.2f of what is allowed\n", key.first.c_str(), tier, found.cases,
+        std::printf("%s %s: %d cases, worst error %.2f of the tolerance\n", key.first.c_str(), tier, found.cases,
                     found.error);
         good = good && found.error <= 1;
     }

@@ -1,4 +1,4 @@
-// Random tensors for kernels, and the comparison of what kernels make of them with the truth.
+// Random tensors for kernels, and comparison of their results with the truth.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ inline constexpr int kThreads = 2;
 // A contiguous tensor.
 class Tensor {
   public:
-    // Filled with NaN, which a kernel must replace.
+    // Filled with NaN, which a kernel must overwrite.
     Tensor(DType dtype, std::vector<Int> shape);
 
     static Tensor random(DType dtype, std::vector<Int> shape, double scale = 1.0);
@@ -46,10 +46,10 @@ Int random_int(Int begin, Int end);
 // Calls each(tier) for the tiers that an op has kernels for and this machine can run.
 void for_tiers(const std::string& op, const std::function<void(Tier)>& each);
 
-// Notes how far a result is from the truth, relative to the largest true value and to what its dtype allows.
+// Records a result's error, relative to the largest true value and to its dtype's tolerance.
 void compare(const std::string& op, Tier tier, const Tensor& got, const std::vector<double>& truth);
 
-// Prints a line for each op and tier; returns whether all results were near enough.
+// Prints a line for each op and tier; returns true if all results were within tolerance.
 bool report();
 
 double silu(double x);

@@ -6,10 +6,10 @@
 namespace klfast::test {
 namespace {
 
-// W [n, k] as integers of 4 or 8 bits in groups that share a scale and, if there are any, a zero point.
+// W [n, k] as integers of 4 or 8 bits in groups that share a scale and, if present, a zero point.
 struct Weight {
     Int n, k, group, groups;
-    int bits, count;  // count: values in a word
+    int bits, count;  // count: values per word
     std::vector<std::int32_t> packed, zero_point;
     Tensor scale;
     std::vector<double> value;  // [n, k]
@@ -78,7 +78,7 @@ Product product_args(Tensor& x, Tensor& bias, Tensor& y, Int m, Int n, Int k) {
     };
 }
 
-// Multiples of 1 / 64 up to 127 / 64, which is among them for each row and group: activation "int8" rounds nothing.
+// Multiples of 1 / 64 up to 127 / 64, which occurs in each row and group, so that activation "int8" does not round.
 Tensor whole_steps(DType dtype, Int m, Int k, Int group) {
     Tensor x(dtype, {m, k});
     for (Int i = 0; i < m * k; ++i)

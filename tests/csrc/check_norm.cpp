@@ -1,4 +1,4 @@
-// rms_norm against the same in double.
+// rms_norm against double.
 #include <cmath>
 
 #include "check.h"

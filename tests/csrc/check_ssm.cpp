@@ -1,4 +1,4 @@
-// The convolution and the recurrences against the same in double.
+// The convolution and the recurrences against double.
 #include <cmath>
 #include <limits>
 
@@ -17,7 +17,7 @@ Tensor negative(DType dtype, std::vector<Int> shape) {
     return made;
 }
 
-// One step of a channel's recurrence: h moves on; returns y before the gate.
+// One step of a channel's recurrence: updates h, returns y before the gate.
 double step(double* h, double dt, double x, double d, const auto& a, const auto& b, const auto& c) {
     double y = d * x;
     for (Int n = 0; n < kStates; ++n) {

@@ -1,4 +1,4 @@
-// The kernels without Python: checks the families that are named, all by default, at every tier of this machine.
+// The kernels without Python: checks the named families, all by default, at every tier of this machine.
 #include <cstdio>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-"""The kernels without Python: csrc/ but for csrc/python/ builds alone, and is right at every tier of this machine."""
+"""The kernels without Python: csrc/ without csrc/python/ builds and is correct at every tier of this machine."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file() or shutil.which("g++") is None, reason="needs a source tree and g++"
 )
 
-# As setup.py builds the extension, in the same folder, so that only those objects are compiled that are not current.
+# Builds as setup.py does, in the same folder, so that only outdated objects are compiled.
 BUILD = """
 import json, runpy, setuptools
 from pathlib import Path
@@ -56,9 +56,9 @@ print(json.dumps({"program": str(Path(command.build_temp, "alone").absolute()), 
 
 @pytest.fixture(scope="module")
 def built():
-    """The test program and the objects that it was linked from."""
+    """Return the test program and its object files."""
     (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "alone.lock").open("w") as lock:  # of the processes that run tests, one builds
+    with (ROOT / "build" / "alone.lock").open("w") as lock:  # only one test process builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def built():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_right_at_every_tier(built, family):
+def test_a_family_is_correct_at_every_tier(built, family):
     done = subprocess.run([built["program"], family], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     checked = {tuple(line.partition(":")[0].split()) for line in done.stdout.splitlines()}
@@ -95,8 +95,8 @@ def test_nothing_outside_csrc_python_includes_pythons_headers(built):
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
-def test_nothing_of_a_tier_runs_or_is_shared_before_the_cpu_is_asked(built):
-    """No initialiser, no function that the linker could take for other units: they could hold a tier's instructions."""
+def test_no_tier_code_runs_or_is_shared_before_cpu_detection(built):
+    """No initialisers, no functions that the linker could share: they could contain a tier's instructions."""
     of_tiers = [path for path in built["objects"] if set(Path(path).parts) & set(pins.CPU_TIERS)]
     assert of_tiers
     for path in of_tiers:

@@ -1,4 +1,4 @@
-"""Layers prepared for the extension: the results of the ops, and never those of weights that are gone."""
+"""Layers prepared for the extension: the ops' results, never those of replaced weights."""
 
 import copy
 import gc
@@ -49,7 +49,7 @@ def is_taken(layer, x):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 5, 100), (33, 100)])
-def test_quantized_layer_gives_what_its_op_gives(shape, spec, bias, activation, tier):
+def test_quantized_layer_equals_its_op(shape, spec, bias, activation, tier):
     layer = quantized(spec, bias=bias, activation=activation)
     for dtype in DTYPES:
         x = torch.randn(shape).to(dtype)
@@ -59,7 +59,7 @@ def test_quantized_layer_gives_what_its_op_gives(shape, spec, bias, activation, 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_dense_layer_gives_what_its_op_gives(dtype, bias, tier):
+def test_dense_layer_equals_its_op(dtype, bias, tier):
     layer, x = nn.Linear(100, 21, bias).to(dtype), torch.randn(3, 100).to(dtype)
     found = direct_call.linear(layer, x)
     assert (found is None) == (tier == "reference")
@@ -67,7 +67,7 @@ def test_dense_layer_gives_what_its_op_gives(dtype, bias, tier):
         assert torch.equal(found, ops.linear(x, layer.weight, layer.bias))
 
 
-def test_what_is_left_to_the_op():
+def test_falls_back_to_the_op():
     layer, dense = quantized(), nn.Linear(100, 21)
     assert not is_taken(dense, torch.randn(1, 100))  # torch is faster
     assert not is_taken(dense.bfloat16(), torch.randn(9, 100).bfloat16())
@@ -81,7 +81,7 @@ def test_what_is_left_to_the_op():
     assert layer(torch.randn(0, 100)).shape == (0, 21)
 
 
-def test_what_the_kernel_would_misread_is_left_to_the_op():
+def test_tensors_that_the_kernel_would_misread_go_to_the_op():
     layer, x = quantized(), torch.randn(2, 100)
     negated = torch.randn(2, 100, dtype=torch.complex64).conj().imag
     for lazy, values in (
@@ -92,7 +92,7 @@ def test_what_the_kernel_would_misread_is_left_to_the_op():
         assert not is_taken(layer, lazy)
         assert torch.equal(layer(lazy), layer(values))
     one = quantized(n=3, k=1)
-    part = torch.randn(1, 1, dtype=torch.complex64).conj().imag  # contiguous, and negated all the same
+    part = torch.randn(1, 1, dtype=torch.complex64).conj().imag  # contiguous, but negated
     assert part.is_neg() and part.is_contiguous() and torch.equal(one(part), one(part.resolve_neg()))
     layer = quantized()
     layer.bias = nn.Parameter(torch._neg_view(layer.bias.detach()), requires_grad=False)
@@ -126,20 +126,20 @@ def test_changed_layer_is_seen(change):
 
 def test_other_memory_under_the_same_tensor_is_seen():
     layer, x = nn.Linear(64, 8, bias=False).bfloat16(), torch.randn(1, 64).bfloat16()
-    first, second = layer.weight.data, layer.weight.data + 1  # both alive, so that only the address tells
+    first, second = layer.weight.data, layer.weight.data + 1  # both alive, so that only the address differs
     layer.weight.data = second
     found = direct_call.linear(layer, x)
     layer.weight.data = first
     assert not torch.equal(direct_call.linear(layer, x), found)
 
 
-def test_address_used_anew_is_seen():
-    """The same tensor object at the same address, other values in between: the address alone would say that nothing changed."""
+def test_reused_address_is_seen():
+    """The same tensor object at the same address, with other memory in between: the address alone does not show it."""
     layer, again = nn.Linear(64, 8, bias=False).bfloat16(), 0
     direct_call.linear(layer, torch.randn(1, 64).bfloat16())
     for n, k in [(8, 64), (4, 128)] * 20:
         address = layer.weight.data_ptr()
-        for _ in range(2):  # the first takes other memory, the second that which the first gave back
+        for _ in range(2):  # the first takes other memory, the second the memory just freed
             layer.weight.data = torch.randn(n, k).bfloat16()
         layer.out_features, layer.in_features = n, k
         x = torch.randn(1, k).bfloat16()
@@ -166,7 +166,7 @@ def test_another_shape_of_the_same_memory_is_seen():
 
 @pytest.mark.parametrize("make", [quantized, lambda: nn.Linear(100, 21).bfloat16()])
 def test_swapped_tensors(make):
-    """torch swaps only tensors that no weak reference points to."""
+    """Torch swaps only tensors without weak references."""
     layer = make()
     assert is_taken(layer, torch.randn(1, 100).to(layer.bias.dtype))
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -181,7 +181,7 @@ def test_swapped_tensors(make):
 
 
 @pytest.mark.parametrize("make", [quantized, lambda: nn.Linear(100, 21).bfloat16()])
-def test_bias_that_is_no_parameter_is_left_to_the_op(make):
+def test_bias_that_is_not_a_parameter_goes_to_the_op(make):
     """As torch.nn.utils.prune leaves it: an attribute."""
     layer = make()
     x = torch.randn(1, 100).to(layer.bias.dtype)
@@ -214,10 +214,10 @@ def test_layer_is_copied_pickled_and_freed():
     assert alive() is None
 
 
-# Who looks on ------------------------------------------------------------------------------------------------------
+# Observers ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_observed_goes_through_the_op():
+def test_observed_calls_go_through_the_op():
     layer, x = quantized(), torch.randn(2, 100)
     with torch.autograd.profiler.profile() as seen:
         layer(x)

@@ -1,4 +1,4 @@
-"""A layer whose tensors another thread replaces: each direct call computes with the old ones or the new ones, never with freed memory."""
+"""A layer whose tensors another thread replaces: a direct call uses old or new ones, never freed memory."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ def other_memory(home, name, tensor):
 
 
 def wrong_results(home, name, values, change, call):
-    """How many calls gave something else than with one of ``values`` at that place, while another thread changes it; and of how many."""
+    """Return how many calls matched none of ``values`` while another thread changes them, and the number of calls."""
     expected = []
     for value in values:
         change(home, name, value.clone())
@@ -35,7 +35,7 @@ def wrong_results(home, name, values, change, call):
         with torch.no_grad():
             while not stop.is_set():
                 change(home, name, values[changes % len(values)].clone())
-                torch.full_like(values[0], -1)  # in the memory that was given back
+                torch.full_like(values[0], -1)  # in the freed memory
                 changes += 1
 
     thread = threading.Thread(target=keep_changing)

@@ -68,7 +68,7 @@ def test_torch_compile(spec):
 
 def test_bad_input():
     linear = nn.Linear(100, 48)
-    with pytest.raises(InvalidInputError, match="nn.Linear, got Conv1d"):
+    with pytest.raises(InvalidInputError, match=r"nn\.Linear, got Conv1d"):
         QuantLinear.from_linear(nn.Conv1d(3, 3, 3), QuantSpec())
     with pytest.raises(InvalidInputError, match="activation"):
         QuantLinear(quantize(linear.weight, QuantSpec()), activation="fp8")
@@ -114,7 +114,7 @@ def test_float64_with_rounded_activations():
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("shape", [(48, 40), (41, 38)])
 def test_state_dict_of_another_shape(shape, strict):
-    """As many words and groups, but other features: nothing else tells them apart."""
+    """The same numbers of words and groups, but other features: only the shape differs."""
     layer, other = (QuantLinear.from_linear(nn.Linear(k, n, False), QuantSpec(4, -1)) for n, k in ((48, 38), shape))
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(
@@ -141,7 +141,7 @@ def test_embedding_of_an_offloaded_head():
     head = QuantLinear.from_linear(nn.Linear(64, 48, False), QuantSpec())
     embedding = QuantEmbedding(head)
     head.to("meta")
-    with pytest.raises(InvalidInputError, match="on the meta device.*keep the head's buffers in memory"):
+    with pytest.raises(InvalidInputError, match=r"on the meta device.*keep the head's buffers in memory"):
         embedding(torch.tensor([0]))
 
 
@@ -149,5 +149,8 @@ def test_exported_program_in_another_process(tmp_path):
     layer, x = QuantLinear.from_linear(nn.Linear(64, 8), QuantSpec()), torch.ones(2, 64)
     torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
     torch.save(layer(x), tmp_path / "y.pt")
-    code = "import sys, torch, klfast.ops; m = torch.export.load('layer.pt2').module(); assert torch.equal(m(torch.ones(2, 64)), torch.load('y.pt'))"
+    code = (
+        "import sys, torch, klfast.ops; m = torch.export.load('layer.pt2').module(); "
+        "assert torch.equal(m(torch.ones(2, 64)), torch.load('y.pt'))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -56,7 +56,7 @@ def test_any_strides_and_mixed_types(tier):
     torch.testing.assert_close(ops.decode_attention(q, k, v, 0.25).double(), truth(q, k, v, 0.25), rtol=1e-5, atol=2e-6)
 
 
-def test_keys_without_width_are_all_alike(tier):
+def test_keys_of_width_zero_weigh_the_same(tier):
     q, k, v = inputs(2, 4, 2, 5, 0, 8)
     torch.testing.assert_close(ops.decode_attention(q, k, v), v.mean(2).repeat_interleave(2, 1))
 
@@ -86,15 +86,15 @@ def test_threads_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda q, k, v: (q.double(), k, v), "q must be float32"),
         (lambda q, k, v: (q.sum(), k, v), "q must be float32, bfloat16 or float16 with 3"),
         (lambda q, k, v: (q, k[0], v), "k must be float32"),
         (lambda q, k, v: (q, k[..., 1:], v), "k must be"),
-        (lambda q, k, v: (q, k, v[:, :, 1:]), "v as k but"),
+        (lambda q, k, v: (q, k, v[:, :, 1:]), "v like k except"),
         (lambda q, k, v: (q[:, 1:], k, v), "divides the 5 heads"),
-        (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "there must be a key"),
+        (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "at least one key"),
     ],
 )
 def test_bad_input(change, message):

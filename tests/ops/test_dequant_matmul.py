@@ -1,4 +1,4 @@
-"""dequant_matmul at every tier: against float64, its bounds in memory, threads, compile, bad input."""
+"""dequant_matmul at every tier: against float64; memory bounds, threads, compile, bad input."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,14 +25,14 @@ TIERS = pins.available_tiers()
 
 
 def operands(m, n, k, spec, *, x_dtype=torch.float32, scale_dtype=torch.float16, bias=True):
-    """x, a quantized weight whose zero points vary, and a bias."""
+    """Return x, a quantized weight with varying zero points, and a bias."""
     weight = torch.randn(n, k) + torch.randn(n, 1)
     qt = quantize(weight, spec, scale_dtype=scale_dtype)
     return torch.randn(m, k).to(x_dtype), qt, torch.randn(n) if bias else None
 
 
 def check_exact(x, qt, bias, got):
-    """No further from float64 than eager float32, but for the last bit of the sum of magnitudes (and of x's dtype)."""
+    """No further from float64 than eager float32, up to the last bit of the sum of magnitudes (and of x's dtype)."""
     weight = qt.dequantize(torch.float32)
     plus = 0 if bias is None else bias.double()
     truth = x.double() @ weight.double().T + plus
@@ -49,7 +49,7 @@ def check_int8(x, qt, bias, got):
     rounded = reference.fake_quantize_rows(x.float(), qt.spec).double()
     weight = qt.dequantize(torch.float32).double()
     truth = rounded @ weight.T + (0 if bias is None else bias.double())
-    # One unit of rounding of x moves a result by about magnitude / 127 / k, which is far more than is allowed here.
+    # One unit of rounding of x moves a result by about magnitude / 127 / k, far more than the tolerance.
     magnitude = rounded.abs() @ weight.abs().T + truth.abs()
     allowed = 1e-6 * magnitude + (0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps * truth.abs())
     assert ((got.double() - truth).abs() <= allowed).all()
@@ -79,7 +79,7 @@ def test_against_float64(tier, spec, x_dtype, activation):
 
 @pytest.mark.parametrize("m", range(2, 19))
 def test_every_number_of_rows_up_to_two_tiles(tier, m):
-    """Several panels and blocks of K with a ragged end; groups that are shorter and longer than a block."""
+    """Several panels and blocks of K with a ragged end; groups shorter and longer than a block."""
     for spec in (
         QuantSpec(4, 32),
         QuantSpec(4, 128, False),
@@ -202,7 +202,7 @@ def test_empty_weights(tier, activation):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("activation", CHECKS)
 def test_touches_nothing_outside(tier, activation):
-    """Each operand ends where the memory does: the next byte belongs to a page that cannot be read or written."""
+    """Each operand ends at the end of a page; the next page cannot be read or written."""
     for spec in (*SPECS[::3], QuantSpec(6, -1), QuantSpec(6, 32), QuantSpec(6, 64, False)):
         for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
             for x_dtype in FLOAT_DTYPES:
@@ -221,7 +221,7 @@ def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
     n, guard, buffers = 37, 64, []
 
     class NaNs(torch.Tensor):
-        """x whose new_empty lies inside a larger buffer of NaN."""
+        """An x whose new_empty lies inside a larger buffer of NaN."""
 
         @staticmethod
         def new_empty(shape):

@@ -20,7 +20,7 @@ SIZES = (1, 2, 63, 100, 1600, 2049)
 
 
 def truth(teacher, student, targets=None):
-    """The metrics by the textbook, in float64 (KL here is right to about 1e-15)."""
+    """Compute the metrics by the textbook, in float64 (KL is right to about 1e-15)."""
     a, b = teacher.double(), student.double()
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
     p, q, m = log_p.exp(), log_q.exp(), torch.logaddexp(log_p, log_q) - math.log(2)
@@ -63,7 +63,7 @@ def test_random_logits(tier, vocab, size):
     assert_matches(klfast.logit_divergence(teacher, student, targets), truth(teacher, student, targets))
 
 
-@pytest.mark.parametrize("size, kl", [(1.4e-4, 1e-8), (1.4e-3, 1e-6), (0.045, 1e-3), (1.5, 1.0), (10.0, 30.0)])
+@pytest.mark.parametrize(("size", "kl"), [(1.4e-4, 1e-8), (1.4e-3, 1e-6), (0.045, 1e-3), (1.5, 1.0), (10.0, 30.0)])
 def test_kl_of_every_size_at_a_real_vocabulary(tier, size, kl):
     teacher = 3 * torch.randn(2, 50280)
     student = teacher + size * torch.randn(2, 50280)
@@ -73,7 +73,7 @@ def test_kl_of_every_size_at_a_real_vocabulary(tier, size, kl):
 
 
 def test_a_few_changed_entries_among_equal_ones(tier):
-    """An outlier must not spoil the small terms beside it, nor a constant shift the whole."""
+    """Neither an outlier nor a constant shift may spoil the small terms."""
     teacher = 3 * torch.randn(5, 4100)
     student = teacher.clone()
     student[:, 7] += 4
@@ -92,7 +92,7 @@ def test_misleading_first_columns(tier):
     for shift in (0.5, 3.0, -20.0, 300.0):
         student = teacher + 0.01 * torch.randn(4, 8192)
         student[:, :2048] += shift
-        teacher[:, 5000] = 25  # what matters lies behind them
+        teacher[:, 5000] = 25  # the entry that matters comes later
         student[:, 5000] = 25.01
         assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student), rtol=1e-4)
         hidden, rows = torch.eye(4), (teacher.T, student.T)
@@ -101,7 +101,7 @@ def test_misleading_first_columns(tier):
 
 @pytest.mark.parametrize("largest", [1 / 16, 0.07, 0.5, 0.52, 1.0, 1.05, 1.4, 2.0])
 def test_differences_of_every_size(tier, largest):
-    """On both sides of what each of the CPU's loops takes, where its polynomials are worst."""
+    """On both sides of the limit of each CPU loop, where its polynomials are worst."""
     teacher = torch.randn(4, 5000)
     student = teacher + largest * (2 * torch.rand(4, 5000) - 1)
     student[0] = teacher[0] + largest * torch.randn(5000).sign()  # as large as they get
@@ -109,7 +109,7 @@ def test_differences_of_every_size(tier, largest):
 
 
 def test_unrelated_first_columns_of_close_distributions(tier):
-    """What lies far apart in the first columns has no weight in the end; another row of the same call stays far apart."""
+    """Distant first columns have no weight in the end; another row of the same call stays distant."""
     teacher, student = 3 * torch.randn(3, 6000), 3 * torch.randn(3, 6000)
     for gap in (15, 30, 60):
         teacher[:2, 5000:], student[:2, 5000:] = gap, gap
@@ -170,7 +170,7 @@ def test_no_tokens(tier):
     assert all(getattr(found, name).shape == (0,) for name in FIELDS)
     head = torch.randn(10, 4)
     for leading in ((0,), (3, 0), (0, 2)):
-        teacher = torch.empty(leading[-1:] + (4,))
+        teacher = torch.empty(*leading[-1:], 4)
         assert klfast.linear_divergence(teacher, head, torch.empty(*leading, 4), head).jsd.shape == (0,)
 
 
@@ -250,7 +250,7 @@ def test_quantized_heads(tier, spec, vocab):
 
 
 def test_half_precision_heads_lose_nothing(tier):
-    """Products and sums are float32 whatever the operands are: a bfloat16 GEMM's rounding would show as 1e-5 nats."""
+    """Products and sums are float32 for all operands: a bfloat16 GEMM's rounding would show as 1e-5 nats."""
     hidden, head = torch.randn(6, 32).bfloat16(), torch.randn(500, 32).bfloat16()
     found = klfast.linear_divergence(hidden, head, hidden.float(), head.float())
     assert found.kl_teacher_student.max() < 1e-11
@@ -260,7 +260,7 @@ def test_half_precision_heads_lose_nothing(tier):
 
 @pytest.mark.parametrize("spec", [None, QuantSpec(4, 32), QuantSpec(4, 15, False), QuantSpec(8, -1, False)], ids=str)
 def test_bfloat16_operands_lose_nothing(tier, spec):
-    """Where all is bfloat16 or whole numbers the CPU may multiply it so; sums stay in float32, and are not rounded to bfloat16."""
+    """The CPU may multiply bfloat16 and integers natively; sums stay in float32, not rounded to bfloat16."""
     hidden, head = torch.randn(2, 150, 75).bfloat16(), (torch.randn(1103, 75) / 4).bfloat16()
     student = (hidden.float() + 1e-2 * torch.randn(2, 150, 75)).bfloat16()
     other = (head.float() + 1e-3 * torch.randn(1103, 75)).bfloat16()
@@ -356,7 +356,7 @@ def test_opcheck(tier):
 
 
 def test_gpus_without_the_extension_have_no_divergence_kernels():
-    """The extension makes the metrics of what those kernels leave."""
+    """The extension computes the metrics from those kernels' results."""
     code = (
         "import sys; sys.modules['klfast._C'] = None\n"
         "import klfast.ops; from klfast.dispatch import registry\n"

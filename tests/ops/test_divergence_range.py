@@ -15,7 +15,7 @@ MASKS = (-65504.0, -1e4, -1e7, -1e9, -1e12, -1e17, -1e20, -1e30, torch.finfo(tor
 
 
 def expected_of(teacher, student, targets=None):
-    """``truth``, as float32 holds it: an mse beyond its range is infinite."""
+    """Return ``truth`` in float32's range: a larger mse is infinite."""
     return {name: value.float().double() for name, value in truth(teacher, student, targets).items()}
 
 
@@ -58,7 +58,7 @@ def test_large_logits(tier, size, vocab):
 
 @pytest.mark.parametrize("shift", [70.0, -300.0, 1e4, -1e6, 1e9])
 def test_large_shifts(tier, shift):
-    """A constant changes no distribution but by the rounding of the logits, which is part of the input."""
+    """A constant changes a distribution only by rounding the logits, which is part of the input."""
     teacher = torch.randn(3, 3000)
     student = teacher + 0.1 * torch.randn(3, 3000)
     for a, b in ((teacher, student + shift), (teacher + shift, student), (teacher + shift, student + shift)):
@@ -98,7 +98,7 @@ def test_a_row_further_apart_than_float32_reaches(tier):
 
 
 def test_one_entry(tier):
-    """Both distributions are certain, whatever the logits."""
+    """Both distributions are certain for any logits."""
     logits = torch.tensor([[0.0], [-112.0], [347.5], [1e9], [LOWEST]])
     found = klfast.logit_divergence(logits, logits.flip(0), torch.zeros(5, dtype=torch.int64))
     for name in FIELDS[:3]:

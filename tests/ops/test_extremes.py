@@ -1,4 +1,4 @@
-"""Sizes at the ends of what ops take: none, more than 32 bits hold, more than there is memory for. In processes of their own."""
+"""Extreme sizes of ops: none, beyond 32 bits, beyond the memory. Each in its own process."""
 
 import other_process
 import pytest
@@ -16,7 +16,7 @@ from klfast.dispatch import pins
 
 
 def test_out_of_memory_in_a_parallel_region_is_a_memory_error():
-    """Kernels take scratch in each thread; an exception that leaves one would end the process."""
+    """Kernels allocate scratch in each thread; an exception that escapes a thread would end the process."""
     other_process.run(
         BEGIN
         + """
@@ -45,7 +45,7 @@ assert torch.equal(ops.causal_conv1d_fn(x, torch.ones(512, 1)), x)
 
 
 def test_rms_norm_of_more_channels_than_32_bits_count():
-    """In groups of one, each a vector of floats."""
+    """With groups of one, each a vector of floats."""
     other_process.run(
         BEGIN
         + """
@@ -72,7 +72,7 @@ for tier in ["reference", *pins.available_tiers()]:
 
 
 @pytest.mark.parametrize("keys", [65_537, 200_000])
-def test_attention_to_many_keys_goes_in_parts(keys, tier):
+def test_attention_to_many_keys_in_parts(keys, tier):
     q, k, v = torch.randn(1, 3, 8), torch.randn(1, 1, keys, 8), torch.randn(1, 1, keys, 5)
     k[0, 0, -1] = 3 * q[0, 1]  # the highest score comes last for one head, which makes the others small
     torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0).double(), truth(q, k, v, 1.0), rtol=1e-4, atol=1e-5)
@@ -85,7 +85,7 @@ def test_attention_to_many_keys_goes_in_parts(keys, tier):
 
 @pytest.mark.parametrize("tier", pins.available_tiers())
 def test_attention_to_more_keys_than_a_float_counts(tier):
-    """Their weights and values are added up in parts: one after the other they would stop at 2^24."""
+    """Weights and values are summed in parts: one by one, the sums would stop at 2^24."""
     keys = 1 << 26
     q, k, v = (
         torch.ones(1, 1, 1),

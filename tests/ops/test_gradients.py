@@ -32,7 +32,7 @@ def weight_of(layer, dtype=torch.float64):
 
 
 def assert_sum(found, factors, addends):
-    """Whether ``found`` is the product of two float64 matrices, but for float32's rounding of each addend and one of the result."""
+    """Assert that ``found`` is a float64 product up to float32's rounding of each addend and of the result."""
     want = factors @ addends
     terms = max(factors.shape[-1], 1)
     allowed = (
@@ -56,7 +56,7 @@ def test_input_and_bias(shape, dtype, spec, activation, tier):
     assert_sum(dx, dy.double(), weight_of(layer))
     rows = dy.reshape(-1, 21).double()
     assert_sum(dbias[None], torch.ones(1, len(rows), dtype=torch.float64), rows)
-    torch.testing.assert_close(y, layer(x.detach()).detach(), rtol=0, atol=0)  # asked for or not
+    torch.testing.assert_close(y, layer(x.detach()).detach(), rtol=0, atol=0)  # with or without gradients
 
 
 @pytest.mark.parametrize("n", [1, 63, 100])
@@ -68,7 +68,7 @@ def test_odd_shapes(n, k):
     assert_sum(dx, dy.double(), weight_of(layer))
 
 
-def test_only_what_asks_gets_a_gradient():
+def test_only_tensors_that_require_gradients_get_them():
     layer, x = quantized(), torch.randn(2, 100)
     assert layer(x).requires_grad  # for the bias alone
     layer(x).sum().backward()
@@ -144,7 +144,7 @@ def test_torch_func(name, tier):
 
 
 def test_vmap_over_weights():
-    """One layer for each row of x, as in an ensemble."""
+    """One layer per row of x, as in an ensemble."""
     layers, x = [quantized() for _ in range(3)], torch.randn(3, 2, 100)
     parts = [
         torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight_packed", "weight_scale", "bias")
@@ -204,7 +204,7 @@ def test_registration():
 
 
 def twin_of(model):
-    """The same in float64, its quantized layers replaced by nn.Linear with the dequantized weight."""
+    """Return the model in float64, with nn.Linear and dequantized weights for its quantized layers."""
     twin = copy.deepcopy(model)
     for name, layer in linears(model).items():
         if isinstance(layer, QuantLinear):
@@ -220,7 +220,7 @@ def twin_of(model):
 @pytest.mark.parametrize("is_accelerated", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model(family, is_accelerated):
-    """klfast's state-space functions have no gradients, so that an accelerated model runs its plain forward."""
+    """klfast's state-space functions have no gradients, so an accelerated model runs its plain forward."""
     model = tiny(family)
     model = klfast.quantize_model(model, klfast.Plan({name: QuantSpec(4, 32) for name in linears(model)}, "uniform"))
     twin = twin_of(model)

@@ -1,4 +1,4 @@
-"""Infinite inputs: each result is finite, infinite (of which sign) or a NaN where the formula in float64 is, at every tier."""
+"""Infinite inputs: each result is finite, +inf, -inf or NaN exactly where the float64 formula is, at every tier."""
 
 import math
 
@@ -16,7 +16,7 @@ ROUNDS = range(12)
 
 
 def some(*shape, dtype=torch.float32, share=0.03):
-    """Random numbers, some of them infinite."""
+    """Return random numbers, some of them infinite."""
     t = torch.randn(shape)
     return torch.where(torch.rand(shape) < share, t.sign() * math.inf, t).to(dtype)
 
@@ -27,7 +27,7 @@ def kinds(t):
 
 def check(found, truth):
     assert found.shape == truth.shape
-    fits = truth.abs() < torch.finfo(found.dtype).max / 2  # what does not fit in the dtype is infinite in it
+    fits = truth.abs() < torch.finfo(found.dtype).max / 2  # larger values are infinite in the dtype
     expected = torch.where(fits | ~truth.isfinite(), kinds(truth), truth.sign())
     assert torch.equal(kinds(found), expected)
     finite = expected == 0
@@ -35,7 +35,7 @@ def check(found, truth):
 
 
 def product(x, weight, bias=None):
-    """Term by term: a matrix product may take other terms for 0."""
+    """Multiply term by term: a matrix product may treat other terms as 0."""
     y = (x.double()[:, None] * weight.double()[None]).sum(-1)
     return y if bias is None else y + bias.double()
 

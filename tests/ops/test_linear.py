@@ -1,4 +1,4 @@
-"""linear at every tier: against float64, torch, its bounds in memory, threads, bad input."""
+"""linear at every tier: against float64 and torch; memory bounds, threads, bad input."""
 
 import pytest
 import torch
@@ -56,8 +56,8 @@ def test_against_float64(tier, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_unpinned_is_what_torch_computes(dtype):
-    """Whichever product the kernel chooses."""
+def test_unpinned_equals_torch(dtype):
+    """For every product that the kernel may choose."""
     for m in (1, 3, 8, 30):
         x, weight, _ = operands(m, 50, 130, dtype)
         for out in (None, torch.float32):
@@ -127,7 +127,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"x": torch.ones(3, 9)}, "weight must be"),
         ({"x": torch.ones(3, 8, dtype=torch.int32)}, "x must be float32"),

@@ -19,7 +19,7 @@ TOLERANCE = {
 
 
 def close(actual, expected, dtype=torch.float32, factor=1.0):
-    """Within the dtype's rounding of the float64 truth, relative to its largest value; no NaN left over."""
+    """Within the dtype's rounding of the float64 truth, relative to its largest value; no NaN remains."""
     assert actual.shape == expected.shape
     if expected.numel():
         error = (actual.double() - expected).abs().max() / (expected.abs().max() + 1)
@@ -27,7 +27,7 @@ def close(actual, expected, dtype=torch.float32, factor=1.0):
 
 
 def make(*shape, dtype=torch.float32, last=None):
-    """Random tensor; ``last``: the dimension that is contiguous in memory, within a larger block (so that rows have gaps)."""
+    """Return a random tensor; ``last``: the contiguous dimension, inside a larger block (so that rows have gaps)."""
     order = list(range(len(shape)))
     if last is not None:
         order.remove(last % len(shape))
@@ -77,7 +77,7 @@ def test_conv(batch, channels, length, width, tier):
         assert out.dtype == dtype and (out.transpose(1, 2).is_contiguous() or not out.numel())
 
 
-def test_conv_of_nothing_hands_the_state_on(tier):
+def test_empty_conv_keeps_the_state(tier):
     initial = make(2, 33, 3, last=1)
     out, final = ops.causal_conv1d_fn(
         torch.randn(2, 33, 0), make(33, 4), initial_states=initial, return_final_states=True
@@ -158,7 +158,7 @@ def test_scan_takes_one_group_and_constants(tier):
 
 @pytest.mark.parametrize("lengths", [[100], [1] * 100, [33, 0, 1, 66], [64, 36]])
 def test_scan_in_pieces(lengths, tier):
-    """A sequence cut anywhere: the last state of a piece is the first of the next, and is left as it was."""
+    """Cut a sequence anywhere: a piece's last state is the next one's first, and is not modified."""
     u, delta, z, B, C = make(2, 21, 100), make(2, 21, 100), make(2, 21, 100), make(2, 3, 6, 100), make(2, 3, 6, 100)
     A, D, bias = -torch.rand(21, 6) * 4, make(21), make(21)
     expected, last = true_scan(u, delta, A, B, C, D, z, bias, True)
@@ -174,7 +174,7 @@ def test_scan_in_pieces(lengths, tier):
 
 
 def test_scan_forgets_and_remembers_over_long_sequences(tier):
-    """Decays from 1 - 1e-6 to complete loss a step: no NaN, and no drift beyond a rounding of the decay a step."""
+    """Decays per step from 1 - 1e-6 to complete loss: no NaN, no drift beyond one rounding of the decay per step."""
     length = 2000
     u, delta = make(1, 16, length), torch.ones(1, 16, length)
     A = -torch.logspace(-6, 3, 16)[:, None].expand(16, 3)
@@ -258,7 +258,7 @@ def test_chunk_scan(batch, length, heads, dim, groups, states, tier):
 
 
 def check_chunk_scan(batch, length, heads, dim, groups, states, variants, factor):
-    """variants: whether with all optional operands, and the dtype; factor: of float32's tolerance, for the final state."""
+    """Check variants (all optional operands or none, dtype); factor: of float32's tolerance, for the final state."""
     for full, dtype in variants:
         x, z = make(batch, length, heads, dim, dtype=dtype), make(batch, length, heads, dim, dtype=dtype, last=1)
         B, C = (make(batch, length, groups, states, dtype=dtype) for _ in range(2))
@@ -328,11 +328,11 @@ def test_rms_norm_takes_any_strides(tier):
     close(ops.rms_norm(x, weight, gate, 1e-5), expected)
 
 
-# Elementary functions, through ops that show them ------------------------------------------------------------------
+# Elementary functions, through ops that expose them -----------------------------------------------------------------
 
 
 def ulps(actual, expected):
-    """Error in units of the last place of a float32 result."""
+    """Return the error in units in the last place of a float32 result."""
     exponent = torch.frexp(expected.abs().clamp_min(2.0**-126)).exponent.double()
     return ((actual.double() - expected).abs() / torch.exp2(exponent - 24)).max()
 
@@ -342,7 +342,7 @@ def line(low, high, count=40_001):
 
 
 def decay(rate):
-    """e^rate as the state update computes it: state 1, dt 1, A = rate."""
+    """Return e^rate as the state update computes it: state 1, dt 1, A = rate."""
     state = torch.ones(1, rate.numel(), 1)
     one, zero = torch.ones(1, rate.numel()), torch.zeros(1, 1)
     ops.selective_state_update(state, one, one, rate[:, None], zero, zero)

@@ -1,4 +1,4 @@
-"""Layouts of quantized tensors, and layers that are kept in another than the saved one."""
+"""Layouts of quantized tensors, and layers kept in a layout other than the saved one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What older versions of klfast wrote still loads: plans, sensitivities and folders.
+"""Files of older klfast versions still load: plans, sensitivities and folders.
 
 tests/golden/old_files holds those of 0.1.0 (before commit 1ced1b5) and of the last version before formats became types
 (b06f021): a tiny random Mamba-2, swept, planned, quantized to INT4 and INT8 with and without zero points, and saved.

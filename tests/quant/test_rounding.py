@@ -1,4 +1,4 @@
-"""quantize and fake_quantize: grids, clipping search, storage as compressed-tensors has it, bad input."""
+"""quantize and fake_quantize: grids, clipping search, storage as in compressed-tensors, bad input."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SPECS = [
 
 
 def naive(weight, spec, scale_dtype):
-    """Round to nearest by abs-max, one group at a time in float64; the stored scale is the one place that rounds."""
+    """Round to nearest by abs-max, one group at a time in float64; only the stored scale is rounded."""
     out = torch.empty(weight.shape, dtype=torch.float64)
     length = spec.group_length(weight.shape[1])
     for row in range(weight.shape[0]):
@@ -39,7 +39,7 @@ def naive(weight, spec, scale_dtype):
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
 def test_absmax_against_one_group_at_a_time(spec, scale_dtype):
     weight = torch.randn(5, 100)
-    weight[1] = weight[1].abs()  # the range takes in 0 on the side that has no values
+    weight[1] = weight[1].abs()  # the range includes 0 on the side without values
     weight[2] = -weight[2].abs()
     got = quantize(weight, spec, scale_dtype=scale_dtype).dequantize(torch.float32)
     step = (weight.amax(1) - weight.amin(1)).max() / 15
@@ -85,7 +85,7 @@ TINY = [*(10.0**-n for n in range(2, 10)), 7e-3, 3e-8, 2e-6, 6e-6]
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("largest", TINY)
 def test_no_weight_of_a_tiny_group_is_off_by_more_than_half_a_step(spec, largest):
-    """Though float16's subnormal scales are coarse. Asymmetric grids lose at most an eighth of a step more where scales are normal."""
+    """Even with float16's coarse subnormal scales; asymmetric grids with normal scales lose 1/8 step more."""
     weight = torch.randn(64, 100) * torch.linspace(0.2, 1, 64)[:, None]
     weight *= largest / weight.abs().max()
     qt = quantize(weight, spec)
@@ -147,7 +147,7 @@ def test_spec_takes_no_other_types(fields, message):
 
 @pytest.mark.parametrize("function", [quantize, fake_quantize])
 @pytest.mark.parametrize(
-    "weight, options, message",
+    ("weight", "options", "message"),
     [
         (torch.zeros(4), {}, r"matrix \[N, K\]"),
         (torch.zeros(0, 4), {}, "at least 1"),

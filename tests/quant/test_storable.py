@@ -1,4 +1,4 @@
-"""Which groups a saved weight can have: those that compressed-tensors takes."""
+"""Group sizes of saved weights: those that compressed-tensors takes."""
 
 import pytest
 import torch
@@ -53,5 +53,5 @@ def test_compressed_tensors_takes_storable_groups_and_no_others(in_features, gro
     decompress(storable_spec(asked, in_features))
     if in_features % group:
         # compressed-tensors 0.20 and 0.19 (the last for Python 3.10)
-        with pytest.raises((ValueError, RuntimeError), match="must be divis|sizes .* don't multiply up"):
+        with pytest.raises((ValueError, RuntimeError), match=r"must be divis|sizes .* don't multiply up"):
             decompress(asked)

@@ -1,4 +1,4 @@
-"""Kernels on the CPU: the C++ extension klfast._C and what it is told of tensors."""
+"""Kernels on the CPU: the C++ extension klfast._C and the tensor descriptors that it takes."""
 
 from klfast.dispatch.registry import register_kernel
 from klfast.quant.formats import FORMATS
@@ -12,7 +12,7 @@ def register() -> None:
     register_kernel("linear", "CPU", matmul.linear, handed_over=matmul.why_torch_multiplies)
     register_kernel("decode_attention", "CPU", attention.decode_attention)
     register_kernel("logit_divergence", "CPU", divergence.logit_divergence)
-    # It dequantizes heads block by block, in whatever format they are.
+    # It dequantizes heads of any format, block by block.
     register_kernel("linear_divergence", "CPU", divergence.linear_divergence, formats=FORMATS)
     for kernel in (
         ssm.causal_conv1d,

@@ -1,4 +1,4 @@
-"""Attention of one query a head on a cache, by the C++ extension."""
+"""Attention of one query per head over a cache, by the C++ extension."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -10,18 +11,18 @@ from collections import deque
 
 import torch
 
-_LARGE = 1 << 24  # bytes; smaller blocks the C library reuses by itself
+_LARGE = 1 << 24  # bytes; the C library reuses smaller blocks by itself
 # The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``_block``,
 # and a fork finds it whole.
 _kept: deque[mmap.mmap] = deque(maxlen=1)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU, not initialised.
+    """Return an uninitialised tensor on the CPU.
 
-    The C library gives large blocks back to the system at once, and fresh pages cost more than filling them (the logits of
-    1,024 tokens: 0.03 to 0.4 s). So the last large block freed is kept for the next, on huge pages where the system has
-    them. Meanwhile it is marked as free (MADV_FREE), so that the system may reclaim it when memory is short.
+    The C library gives large blocks back to the system at once, and fresh pages cost more than filling them (the logits
+    of 1,024 tokens: 0.03 to 0.4 s). So the last large block freed is kept for the next, on huge pages where the system
+    has them. Meanwhile it is marked as free (MADV_FREE): the system may reclaim it when memory is short.
     """
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
@@ -41,11 +42,11 @@ def _block(size: int) -> mmap.mmap:
         if size <= len(block) <= 2 * size:
             return block
         _kept.append(block)
-    # Private: a process forked from this one gets its own copy, as of any other memory.
+    # Private: a forked process gets its own copy, as with any other memory.
     try:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"there is no memory for a result of {size} bytes") from error
+        raise MemoryError(f"cannot allocate a result of {size} bytes") from error
     _advise(block, "MADV_HUGEPAGE")
     return block
 
@@ -56,9 +57,7 @@ def _keep(block: mmap.mmap) -> None:
 
 
 def _advise(block: mmap.mmap, name: str) -> None:
-    """A hint, for systems that know of it."""
+    """Give the system a hint, where it supports it."""
     if hasattr(mmap, name):
-        try:
+        with contextlib.suppress(OSError):  # a kernel built without huge pages
             block.madvise(getattr(mmap, name))
-        except OSError:  # a kernel built without huge pages
-            pass

@@ -18,6 +18,7 @@ _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1
 
 
 def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    """Compare logits [T, V]: metrics, float32 [8, T]."""
     check_targets(targets, teacher.shape[1])
     return compare(teacher, student, targets, torch.arange(teacher.shape[0]))
 
@@ -25,7 +26,7 @@ def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torc
 def compare(
     teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Metrics, float32 [8, T], of logits [T, V]; ``rows`` int64 [T] are their tokens' numbers, for errors."""
+    """Return the metrics, float32 [8, T], of logits [T, V]; ``rows`` int64 [T] numbers their tokens in errors."""
     tokens, vocab = teacher.shape
     targets = None if targets is None else targets.contiguous()
     out = torch.empty(8, tokens)
@@ -45,6 +46,7 @@ def compare(
 
 
 def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
+    """Compare products with heads, block by block: metrics, float32 [8, S * T]."""
     teacher, t_head, student, s_head, targets = args
     same_head, same_hidden = _same_head(t_head, s_head), _same(teacher, student)
     t_head = _plain(t_head)
@@ -70,7 +72,7 @@ def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
         )
         _raise_fault(fault, rows)
         out[:, rows] = metrics
-        rows, states = rows[again], states[again]  # states that now hold a better anchor and nothing else
+        rows, states = rows[again], states[again]  # these states hold only a better anchor
         if rows.numel():
             some_targets = None if targets is None else targets[rows]
             some = student[rows]
@@ -86,10 +88,10 @@ def _operands(
     student: torch.Tensor,
     s_head: torch.Tensor | QuantizedTensor,
 ) -> torch.dtype:
-    """What the products take: float32, which keeps every digit, or what keeps every digit, too, and is faster.
+    """Return the dtype of the products' operands.
 
-    That is bfloat16 for operands in it where the CPU multiplies them natively: its products are exact in float32, where
-    the extension's kernels add them up and leave them. The whole numbers of a quantized head are exact in bfloat16.
+    float32, or bfloat16 where all operands have it and the CPU supports it natively: bfloat16 products are exact in the
+    float32 accumulator, so no digit is lost. The integers of a quantized head are exact in bfloat16.
     """
     native = pins.may_run("avx512bf16")
     fit = all(
@@ -110,7 +112,7 @@ def _same_head(a: torch.Tensor | QuantizedTensor, b: torch.Tensor | QuantizedTen
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether both are one tensor: the same memory, seen in the same way."""
+    """Return True if both are one tensor: the same view of the same memory."""
     return a is b or (a is not None and b is not None and a.dtype == b.dtype and a.is_set_to(b))
 
 
@@ -122,8 +124,9 @@ def _accumulate(
     targets: torch.Tensor | None,
     states: torch.Tensor,
 ) -> None:
-    """Add the whole vocabulary to each student token's state, a block of columns and teacher tokens at a time; the
-    teacher's logits of a block serve all S students, and a student that is the teacher itself needs none of its own.
+    """Add the whole vocabulary to each student token's state, a block of columns and teacher tokens at a time.
+
+    A block's teacher logits serve all S students; a student that is the teacher itself needs no logits of its own.
     """
     n_teacher, vocab = teacher.shape[0], t_head.shape[0]
     students = student.shape[0] // n_teacher
@@ -156,7 +159,7 @@ def _accumulate(
 def _block(
     head: torch.Tensor | QuantizedTensor, first: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor | QuantizedTensor:
-    """Rows of a head for products with hidden states in ``dtype``."""
+    """Return rows of a head for products with hidden states in ``dtype``."""
     end = first + columns
     rows = head.block(first, end) if isinstance(head, QuantizedTensor) else head[first:end].detach()
     if dtype == torch.bfloat16:
@@ -166,16 +169,16 @@ def _block(
 
 def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
     out = scratch.flatten()[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, head.T, out=out)
     if isinstance(head, QuantizedTensor):
         dequant_matmul_into(out, hidden, head.parts, None, hidden.shape[1], head.spec)
+    elif hidden.dtype == torch.float32:
+        torch.mm(hidden, head.T, out=out)
     else:
         linear_into(out, hidden, head, rounded_to=torch.float32)
     return out
 
 
-def _matrix(t: torch.Tensor) -> tuple[int, int, int, int]:
+def _matrix(t: torch.Tensor) -> tuple[int, ...]:
     return t.data_ptr(), DTYPE_CODES[t.dtype], *t.stride()
 
 

@@ -16,12 +16,13 @@ from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import Layout
 from klfast.quant.spec import QuantSpec
 
-# What csrc/matmul/quantized multiplies: packed integers of as many bits.
+# The formats that csrc/matmul/quantized multiplies: packed integers of this many bits.
 FORMATS = ("int4", "int6", "int8")
 RELAID = "the weight is in a layout for GPUs; convert it once with .to_layout."
 
 
 def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
+    """Multiply by a quantized weight, converted first if its layout is another device's."""
     weight, parts = args.weight, args.parts
     if weight.layout is not Layout.PLAIN:
         pins.slow_path("dequant_matmul", list(args.x.shape), RELAID, how="with another pass over the weight")
@@ -37,11 +38,11 @@ def why_torch_multiplies(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Why ``linear`` takes torch's own product, with a conversion after it; empty if its kernel is faster (docs/KERNEL_NOTES.md).
+    """Return why ``linear`` uses torch's product and a cast; empty if klfast's kernel is faster (docs/KERNEL_NOTES.md).
 
-    torch is faster in float32, and for many rows of what the CPU multiplies natively: 16-bit types on AMX, bfloat16 by
-    AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower; and so it is
-    for few rows of 16-bit types.
+    torch is faster in float32, and for many rows of types that the CPU multiplies natively: 16-bit types with AMX,
+    bfloat16 with AVX-512-BF16 unless the result is wider. Without such instructions torch is several times slower, and
+    also for few rows of 16-bit types.
     """
     if pins.pinned() in pins.CPU_TIERS:
         return ""
@@ -77,11 +78,11 @@ def dequant_matmul_into(
     spec: QuantSpec,
     activation: str = "exact",
 ) -> None:
-    """y [..., N], contiguous, in x's dtype or wider, from x [..., K] and the plain parts of packed integers."""
+    """Write x [..., K] times the plain parts of packed integers to contiguous y [..., N], in x's dtype or wider."""
     rows, stride = _rows(x, k)
-    packed, scale, zero_point = parts if len(parts) == 3 else (*parts, None)
+    packed, scale, *zero_points = parts
     packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
-    zero_point = None if zero_point is None else zero_point.contiguous()
+    zero_point = zero_points[0].contiguous() if zero_points else None
     bias = None if bias is None else bias.contiguous()
     n = y.shape[-1]
     _C.dequant_matmul(
@@ -106,8 +107,10 @@ def dequant_matmul_into(
     )
 
 
-def linear_into(y, x, weight, bias=None, *, rounded_to):
-    """y [..., N], contiguous, from x [..., K] and weight [N, K]; values are rounded to a dtype no wider than y's."""
+def linear_into(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounded_to: torch.dtype
+) -> None:
+    """Write x [..., K] times weight [N, K] to contiguous y [..., N], rounded to a dtype no wider than y's."""
     n, k = weight.shape
     rows, stride = _rows(x, k)
     if weight.stride(1) != 1:
@@ -132,8 +135,8 @@ def linear_into(y, x, weight, bias=None, *, rounded_to):
     )
 
 
-def _rows(x, k):
-    """x [..., K] with its last dimension contiguous, and the elements from row to row. Quick for what is contiguous."""
+def _rows(x: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
+    """Return x [..., K] with its last dimension contiguous, and its row stride; quick if x is contiguous."""
     if x.is_contiguous():
         return x, k
     rows = x.reshape(-1, k)

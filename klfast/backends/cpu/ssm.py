@@ -26,7 +26,7 @@ def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
 
 
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
-    """Convolve what follows ``conv_state``, which moves on in place."""
+    """Convolve the steps after ``conv_state``, which is updated in place."""
     out = operands.empty_channel_last(a.x)
     length = a.conv_state.shape[-1]
     tensors = (a.x, a.weight, a.bias, a.conv_state, a.conv_state, out)
@@ -35,7 +35,7 @@ def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
 
 
 def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scan a sequence; also the last state, float32."""
+    """Scan a sequence; also return the last state, float32."""
     out = operands.empty_channel_last(a.u)
     state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
     tensors = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_states, out, state)
@@ -44,8 +44,8 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
-    """Take one step; the state moves on in place."""
-    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus = a  # one step takes microseconds, and a field some 20 ns
+    """Take one step; the state is updated in place."""
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus = a  # one step takes microseconds, each field access about 20 ns
     out = x.new_empty(x.shape)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, out)
     _C.selective_state_update(*map(view, tensors), *x.shape, *B.shape[1:], dt_softplus, *resources())
@@ -53,7 +53,7 @@ def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
 
 
 def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scan a sequence with one A and dt a head; also the last state, float32, empty unless asked for."""
+    """Scan a sequence with one A and dt per head; also return the last state, float32, empty unless wanted."""
     batch, _, heads, dim = a.x.shape
     out = a.x.new_empty(a.x.shape)
     final = None

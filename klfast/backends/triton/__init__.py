@@ -1,6 +1,7 @@
-"""Kernels for tensors on CUDA and XPU devices, in Triton but for linear; klfast.kernels (and triton) are imported at the first call.
+"""Kernels for tensors on CUDA and XPU devices, in Triton except for linear.
 
-Under TRITON_INTERPRET=1, ``klfast.using("triton")`` runs them on CPU tensors, slowly: that is for tests.
+klfast.kernels (and triton) are imported at the first call. Under TRITON_INTERPRET=1, ``klfast.using("triton")`` runs
+them on CPU tensors, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ import torch
 from klfast.dispatch import registry
 
 DEVICES = ("CUDA", "XPU")
-FORMATS = ("int4", "int6", "int8")  # what the kernels with quantized weights take
-DIVERGENCE = (
-    "logit_divergence",
-    "linear_divergence",
-)  # their kernels leave sums, which the extension turns into metrics
+FORMATS = ("int4", "int6", "int8")  # of weights that the kernels take
+# Their kernels compute sums, which the extension turns into metrics.
+DIVERGENCE = ("logit_divergence", "linear_divergence")
 _SSM = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan")
 _MODULES = {
     "dequant_matmul": "matmul",
@@ -29,7 +28,7 @@ _MODULES = {
 
 
 def _kernel(name: str) -> Callable:
-    """The kernel of an op, whose module is imported at the first call."""
+    """Return the kernel of an op; its module is imported at the first call."""
 
     def kernel(*args):
         return getattr(importlib.import_module(f"klfast.backends.triton.{_MODULES[name]}"), name)(*args)
@@ -41,9 +40,9 @@ KERNELS = {name: _kernel(name) for name in _MODULES}
 
 
 def _why_no_triton(device: str) -> str:
-    """Why Triton kernels cannot run on a type of device, one sentence; empty if they can."""
+    """Return why Triton kernels cannot run on a type of device, one sentence; empty if they can."""
     if device == "CUDA" and torch.version.hip is not None:
-        return "klfast's Triton kernels have not been tried on AMD GPUs (ROCm)."
+        return "klfast's Triton kernels have not been tested on AMD GPUs (ROCm)."
     if importlib.util.find_spec("triton") is None:
         remedy = "pip install klfast[triton]" if device == "CUDA" else "PyTorch's XPU build brings it: docs/XPU.md"
         return f"Triton, which klfast's {device.lower()} kernels need, is not installed ({remedy})."
@@ -51,7 +50,7 @@ def _why_no_triton(device: str) -> str:
 
 
 def register() -> None:
-    """Register every kernel with its op; Triton's only where they can run."""
+    """Register every kernel with its op; those in Triton only where they can run."""
     from klfast.backends.triton.matmul import linear
 
     for device in DEVICES:

@@ -1,4 +1,4 @@
-"""Attention of one query a head on a cache, in Triton."""
+"""Attention of one query per head over a cache, in Triton."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ from klfast.reference.divergence import IGNORED_TARGET, check_targets
 ANCHOR_ENTRIES = 256  # of the vocabulary, for the first anchor
 AT_ONCE = 1024  # tokens
 LOGITS_AT_ONCE = 1 << 24  # of both models: 64 MB, which an H100's second-level cache mostly holds
-Model = tuple[
-    torch.Tensor, torch.Tensor | QuantizedTensor
-]  # hidden states [T, K] and a head [V, K], if quantized a tiled one
+# Hidden states [T, K] and a head [V, K], tiled if quantized.
+Model = tuple[torch.Tensor, torch.Tensor | QuantizedTensor]
 
 
-def logit_divergence(teacher, student, targets):
+def logit_divergence(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    """Compare logits [T, V]: metrics, float32 [8, T]."""
     from klfast.kernels import logit_divergence as kernel
     from klfast.kernels.launch import cores, family
 
@@ -58,6 +58,7 @@ def logit_divergence(teacher, student, targets):
 
 
 def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
+    """Compare products with heads: metrics, float32 [8, S * T]."""
     from klfast.kernels.launch import family
 
     teacher, student, targets = args.teacher, args.student, args.targets
@@ -80,14 +81,14 @@ def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
     return finish("linear_divergence", shape, sums, logits, vocab, targets, picked, device)
 
 
-# What the kernels leave of R rows: sums float32 [R, parts, N_SUMS], where both are largest int32 [R, parts, 2], anchors float32 [R].
+# Results for R rows: sums float32 [R, parts, N_SUMS], both argmaxes int32 [R, parts, 2], anchors float32 [R].
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# Of rows int64 [R] around their anchors; None for all of the student's and for first anchors.
+# Takes rows int64 [R] and their anchors; None for all of the student's rows and for first anchors.
 Sums = Callable[[torch.Tensor | None, torch.Tensor | None], Found]
 
 
 def _first_anchors(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """float32 [S * T], of some logits [T, V] and [S * T, V]."""
+    """Return first anchors, float32 [S * T], from some logits [T, V] and [S * T, V]."""
     from klfast.kernels import logit_divergence as kernel
 
     anchor = torch.empty(student.shape[0], device=student.device)
@@ -114,7 +115,7 @@ def _sums_in_one_kernel(teacher: Model, student: Model) -> Sums:
 
 
 def _sums_of_products(teacher: Model, student: Model) -> Sums:
-    """Of logits made of some entries of the vocabulary at a time, so few that they stay in the GPU's cache."""
+    """Sum over logits computed for so few vocabulary entries at a time that they stay in the GPU's cache."""
     from klfast.kernels import logit_divergence as kernel
     from klfast.kernels.launch import cores, family
 
@@ -137,13 +138,14 @@ def _sums_of_products(teacher: Model, student: Model) -> Sums:
             launch, some, index = kernel.plan_sums(*logits, None, anchor, **options)
             launch.run()
             found.append((some, index + first))
+        assert anchor is not None  # the vocabulary is not empty
         return torch.cat([some for some, _ in found], 1), torch.cat([index for _, index in found], 1), anchor
 
     return sums
 
 
 def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: int, end: int) -> torch.Tensor:
-    """float32 logits [T, end - first] of some entries of a head, if quantized a tiled one; 16-bit operands are multiplied exactly."""
+    """Return float32 logits [T, end - first] of part of a head, tiled if quantized; 16-bit products are exact."""
     if isinstance(head, QuantizedTensor):
         from klfast.backends.triton.matmul import dequant_product
 
@@ -157,7 +159,7 @@ def _product(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, first: 
 
 
 def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tensor | QuantizedTensor:
-    """A head as the kernels read it; ``shape`` is the student's, for the warning if a quantized one is not."""
+    """Return a head as the kernels read it; ``shape`` is the student's, for the warning if it must be converted."""
     if not isinstance(head, QuantizedTensor) or head.layout is Layout.TILED:
         return head
     pins.slow_path("linear_divergence", shape, RELAID, how="with another pass over a head's weight")
@@ -165,7 +167,7 @@ def _tiled(head: torch.Tensor | QuantizedTensor, shape: list[int]) -> torch.Tens
 
 
 def _side(kernel, hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor):
-    """What the kernel takes of a model; a quantized head is tiled."""
+    """Return a model as the kernel takes it; a quantized head is tiled."""
     from klfast.kernels.dequant_matmul import Weight
 
     if isinstance(head, QuantizedTensor):
@@ -183,19 +185,19 @@ def _dense_rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(head: torch.Tensor | QuantizedTensor, which: slice | torch.Tensor) -> torch.Tensor:
-    """float32 rows of a head, if quantized a tiled one."""
+    """Return float32 rows of a head, tiled if quantized."""
     if isinstance(head, QuantizedTensor):
         return head.rows(torch.arange(head.shape[0], device=head.device)[which])
     return head[which].detach().float()
 
 
 def _level(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """log(sum of e^logit) over some rows of a head, float32 [T]."""
+    """Return log(sum of e^logit) over some rows of a head, float32 [T]."""
     return torch.cat([torch.logsumexp(some.float() @ rows.T, 1) for some in hidden.split(AT_ONCE)])
 
 
 def _picked(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, targets: torch.Tensor) -> torch.Tensor:
-    """Logits of the targets, float32 [T]; of an ignored one that of entry 0."""
+    """Return the targets' logits, float32 [T]; entry 0's for an ignored target."""
     hidden = hidden.repeat(targets.numel() // hidden.shape[0], 1) if targets.numel() != hidden.shape[0] else hidden
     parts = zip(hidden.split(AT_ONCE), targets.clamp(min=0).split(AT_ONCE), strict=True)
     return torch.cat([(some.float() * _rows(head, index)).sum(1) for some, index in parts])
@@ -211,15 +213,17 @@ def finish(
     picked: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """Metrics, float32 [8, T].
+    """Return the metrics, float32 [8, T].
 
     Args:
         op, shape: the op and its student's shape, for a warning.
         sums: see ``Sums``.
-        logits: of rows int64 [R], both models' logits of them, float [R, V].
+        logits: returns both models' logits, float [R, V], of rows int64 [R].
+        vocab: the size of the vocabulary.
         targets, picked: int64 [T] and both models' logits of them [T, 2], or None.
+        device: of the result.
     """
-    if targets is not None:
+    if targets is not None and picked is not None:
         targets = targets.cpu()
         picked = picked.cpu().double().masked_fill((targets == IGNORED_TARGET).unsqueeze(1), math.nan)
     parts, index, anchor = (t.cpu() for t in sums(None, None))
@@ -239,7 +243,10 @@ def finish(
             teacher, student = (t.cpu() for t in logits(some.to(device)))
             out[:, some] = cpu_divergence.compare(teacher, student, None if targets is None else targets[some], some)
             pins.slow_path(
-                op, shape, f"some logits exceed what the {device.type} kernels hold", how="on the CPU for some tokens"
+                op,
+                shape,
+                f"some logits exceed the range of the {device.type} kernels",
+                how="on the CPU for some tokens",
             )
     return out.to(device)
 
@@ -252,7 +259,7 @@ def _metrics(
     anchor: torch.Tensor,
     runs: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Metrics float32 [8, R] and verdicts int8 [R], 0 where these hold; ``anchor`` and ``runs`` [R] get those of a further run."""
+    """Return metrics float32 [8, R] and verdicts int8 [R], 0 for valid ones; update ``anchor`` and ``runs`` [R]."""
     count = anchor.numel()
     metrics, verdict = torch.empty(8, count), torch.empty(count, dtype=torch.int8)
     _C.divergence_from_parts(

@@ -1,4 +1,4 @@
-"""Products with a quantized weight, in Triton; those with a dense one are torch's."""
+"""Products with a quantized weight, in Triton; torch multiplies by dense ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from klfast.quant.spec import QuantSpec
 
 
 def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
+    """Multiply by a quantized weight, converted first if it is not tiled."""
     x, parts, bias, weight, activation = args
     n, k = weight.shape
     y = x.new_empty((*x.shape[:-1], n))
@@ -51,10 +52,10 @@ def dequant_product(
 
 
 def linear(a: Linear) -> torch.Tensor:
-    """Multiply by torch (cuBLAS, oneDNN): no kernel of klfast's would be better."""
+    """Multiply by torch (cuBLAS, oneDNN), which klfast could not beat."""
     x, weight, bias, dtype = a
     if bias is None or bias.dtype == x.dtype:
         y = F.linear(x, weight, bias)
     else:
         y = F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
-    return y.detach().to(dtype or x.dtype)  # no gradients, as all ops
+    return y.detach().to(dtype or x.dtype)  # no gradients, like all ops

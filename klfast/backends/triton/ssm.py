@@ -1,6 +1,8 @@
-"""State-space ops by Triton kernels: each op's tensors as the kernels' dimensions name them, without copies."""
+"""State-space ops by Triton kernels, whose dimensions are views of each op's tensors, without copies."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -23,7 +25,7 @@ def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
 
 
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
-    """Convolve what follows ``conv_state``, which moves on in place."""
+    """Convolve the steps after ``conv_state``, which is updated in place."""
     out = _convolve(a, a.conv_state)
     _keep_last(a.conv_state, a.x, a.conv_state)
     return out
@@ -40,7 +42,7 @@ def _convolve(a: CausalConv1d | CausalConv1dUpdate, past: torch.Tensor | None) -
 
 
 def _keep_last(state: torch.Tensor, x: torch.Tensor, before: torch.Tensor | None) -> None:
-    """The last values of ``before`` (zeros if None), then x, into state [B, D, S]."""
+    """Write the last S values of ``before`` (zeros if None) followed by x to state [B, D, S]."""
     count, length = state.shape[-1], x.shape[-1]
     if length < count:
         kept = (
@@ -53,13 +55,13 @@ def _keep_last(state: torch.Tensor, x: torch.Tensor, before: torch.Tensor | None
 
 
 def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scan [B, D, L] as heads of D / G channels each, one for each group of B and C; also the last state, float32."""
+    """Scan [B, D, L] as G heads of D / G channels, one per group of B and C; also return the last state, float32."""
     groups = a.B.shape[1]
     out = operands.empty_channel_last(a.u)
     state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
 
-    def timed(t: torch.Tensor | None) -> torch.Tensor | None:  # [B, D, L] -> [B, L, G, D / G]
-        return None if t is None else t.transpose(1, 2).unflatten(2, (groups, -1))
+    def timed(t: torch.Tensor) -> torch.Tensor:  # [B, D, L] -> [B, L, G, D / G]
+        return t.transpose(1, 2).unflatten(2, (groups, -1))
 
     def headed(t: torch.Tensor | None, dim: int) -> torch.Tensor | None:
         return None if t is None else t.unflatten(dim, (groups, -1))
@@ -72,7 +74,7 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
         c=a.C.permute(0, 3, 1, 2),
         d=headed(a.D, 0),
         bias=headed(a.delta_bias, 0),
-        z=timed(a.z),
+        z=None if a.z is None else timed(a.z),
         first=headed(a.initial_states, 1),
         last=headed(state, 1),
         y=timed(out),
@@ -82,28 +84,27 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
-    """Take one step; the state moves on in place."""
+    """Take one step; the state is updated in place."""
     out = a.x.new_empty(a.x.shape)
-    x, dt, z, y = (None if t is None else t.unsqueeze(1) for t in (a.x, a.dt, a.z, out))
     _scan(
-        x=x,
-        dt=dt,
+        x=a.x.unsqueeze(1),
+        dt=a.dt.unsqueeze(1),
         a=a.A,
         b=a.B.unsqueeze(1),
         c=a.C.unsqueeze(1),
         d=a.D,
         bias=a.dt_bias,
-        z=z,
+        z=None if a.z is None else a.z.unsqueeze(1),
         first=a.state,
         last=a.state,
-        y=y,
+        y=out.unsqueeze(1),
         softplus=a.dt_softplus,
     )
     return out
 
 
 def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scan a sequence with one A and dt a head; also the last state, float32, empty unless asked for."""
+    """Scan a sequence with one A and dt per head; also return the last state, float32, empty unless wanted."""
     from klfast.kernels import ssd_scan
     from klfast.kernels.launch import family
 
@@ -111,7 +112,7 @@ def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
     states = a.B.shape[-1]
     out = a.x.new_empty(a.x.shape)
     final = a.x.new_empty(batch, heads, dim, states, dtype=torch.float32) if a.return_final_states else None
-    same = {
+    same: dict[str, Any] = {
         "x": a.x,
         "b": a.B,
         "c": a.C,

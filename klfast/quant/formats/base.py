@@ -1,4 +1,4 @@
-"""What a quantization format has to say of itself, so that ops, files, sweeps and plans need not know it."""
+"""The interface of quantization formats, through which ops, files, sweeps and plans use them."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ Shape = tuple[int, int]  # N, K: features out and in
 
 
 class Grouping(Protocol):
-    """How scales are shared, beside the format itself: what a format asks of a QuantSpec."""
+    """How scales are shared, apart from the format itself: the part of a QuantSpec that formats use."""
 
     @property
-    def group_size(self) -> int: ...  # -1: one group a row
+    def group_size(self) -> int:
+        """Features in a group; -1 for one group per row."""
 
     @property
-    def symmetric(self) -> bool: ...
+    def symmetric(self) -> bool:
+        """True without zero points."""
 
-    def group_length(self, in_features: int, /) -> int: ...
+    def group_length(self, in_features: int, /) -> int:
+        """Return the features in each group, of which the last may be shorter."""
 
-    def n_groups(self, in_features: int, /) -> int: ...
+    def n_groups(self, in_features: int, /) -> int:
+        """Return the number of groups in a row."""
 
 
 class Part(NamedTuple):
-    """One stored tensor of a weight: its name, shape and the dtypes that it may have. ``dtypes[0]`` is the usual one."""
+    """One stored tensor of a weight: its name, shape and allowed dtypes, of which ``dtypes[0]`` is the usual one."""
 
     name: str
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
     def check(self, tensor: torch.Tensor, of: str = "") -> None:
-        """Raise InvalidInputError unless a tensor is what this part must be; ``of`` says of what, for the message."""
+        """Raise InvalidInputError unless a tensor fits this part; ``of`` names the weight in the message."""
         if tensor.shape != self.shape:
             raise InvalidInputError(
                 f"{self.name}{of} must have shape {list(self.shape)}, got {tensor.dtype} {list(tensor.shape)}"
@@ -61,16 +65,16 @@ class Rounded(NamedTuple):
 
 
 class QuantFormat(ABC):
-    """A way to store a weight matrix in few bits: an instance for each, in ``formats.FORMATS`` by its name.
+    """A way to store a weight matrix in few bits; ``formats.FORMATS`` holds the instances by name.
 
-    A format knows nothing of ops. Kernels say which formats they take (``dispatch.registry.register_kernel``).
+    A format does not know the ops. Kernels say which formats they take (``dispatch.registry.register_kernel``).
 
     Attributes:
         name: in specs and files, such as "int4": ``kind``, then ``bits``.
         kind: lower-case letters; formats of one kind differ in their bits.
-        bits: of a stored value, without its share of the scales.
-        layouts: that it can have.
-        has_zero_points: whether a spec may be asymmetric.
+        bits: per stored value, without its share of the scales.
+        layouts: the possible ones.
+        has_zero_points: True if a spec may be asymmetric.
     """
 
     name: str
@@ -88,17 +92,17 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def round(self, groups: torch.Tensor, spec: Grouping, ratios: Sequence[float], scale_dtype: torch.dtype) -> Rounded:
-        """Round groups, float32 [N, G, L], each with the ratio, of its full range, of the least squared error."""
+        """Round groups, float32 [N, G, L], each with the ratio of its full range that has the least squared error."""
 
     @abstractmethod
     def restore(self, rounded: Rounded) -> torch.Tensor:
-        """Return what rounded groups stand for, float32 [N, G, L]; may write over the codes."""
+        """Return the values of rounded groups, float32 [N, G, L]; may overwrite the codes."""
 
     # Storage ----------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def parts(self, shape: Shape, spec: Grouping, layout: Layout = Layout.PLAIN) -> tuple[Part, ...]:
-        """Return the parts of a weight in the order in which ops take them."""
+        """Return the parts of a weight in the order that ops take."""
 
     @abstractmethod
     def encode(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> list[torch.Tensor]:
@@ -108,7 +112,7 @@ class QuantFormat(ABC):
     def decode(
         self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Return the matrix [N, K] that plain parts stand for, computed in ``dtype`` (the scale's by default)."""
+        """Return the matrix [N, K] that plain parts encode, computed in ``dtype`` (the scale's by default)."""
 
     @abstractmethod
     def decode_rows(
@@ -119,13 +123,13 @@ class QuantFormat(ABC):
         spec: Grouping,
         layout: Layout = Layout.PLAIN,
     ) -> torch.Tensor:
-        """Return rows ``index`` (int64 [...]) of ``decode`` in float32, [..., K]: quick for a few of many."""
+        """Return rows ``index`` (int64 [...]) of ``decode`` in float32, [..., K]; quick for a few of many."""
 
     @abstractmethod
     def slice_rows(
         self, parts: Sequence[torch.Tensor], rows: slice, layout: Layout = Layout.PLAIN
     ) -> list[torch.Tensor]:
-        """Return the parts of neighbouring rows, as views. A slice of plain parts begins at a multiple of 32."""
+        """Return the parts of adjacent rows, as views; a slice of plain parts begins at a multiple of 32."""
 
     @abstractmethod
     def convert(
@@ -138,18 +142,18 @@ class QuantFormat(ABC):
         check_parts(parts, self.parts(shape, spec, layout), layout)
 
     def nbytes(self, shape: Shape, spec: Grouping) -> int:
-        """Return the bytes of a plain weight, all parts together, each in its usual dtype."""
+        """Return the total bytes of a plain weight's parts, each in its usual dtype."""
         return sum(_count(part.shape) * part.dtypes[0].itemsize for part in self.parts(shape, spec))
 
     # Files ------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def storable_group(self, group_size: int, in_features: int) -> int:
-        """Return the largest group size, not above the one asked for, that a saved weight can have."""
+        """Return the largest group size that a saved weight can have, at most the requested one."""
 
     @abstractmethod
     def to_compressed_tensors(self, spec: Grouping) -> dict[str, object]:
-        """Return a config group of compressed-tensors' quantization_config but for its targets."""
+        """Return a config group of compressed-tensors' quantization_config, without its targets."""
 
     @abstractmethod
     def from_compressed_tensors(self, group: Mapping[str, Any]) -> tuple[int, bool] | None:
@@ -161,11 +165,11 @@ class QuantFormat(ABC):
 
 
 def check_parts(parts: Sequence[torch.Tensor], expected: Sequence[Part], layout: Layout) -> None:
-    """Raise InvalidInputError unless ``parts`` are the expected ones; ``layout`` is theirs, for the message."""
+    """Raise InvalidInputError unless ``parts`` are the expected ones; ``layout``, theirs, is for the message."""
     if len(parts) != len(expected):
         names = ", ".join(part.name for part in expected)
         raise InvalidInputError(f"the parts of this weight are {names}, got {len(parts)} tensors")
-    for tensor, part in zip(parts, expected):  # noqa: B905 (as many as each other)
+    for tensor, part in zip(parts, expected):  # noqa: B905 (equally many)
         if tensor.shape != part.shape or tensor.dtype not in part.dtypes:
             part.check(tensor, "" if layout is Layout.PLAIN else f" of a {layout.value} weight")
 

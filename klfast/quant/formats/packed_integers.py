@@ -20,7 +20,7 @@ _SCALE_DTYPES = (torch.float16, *(dtype for dtype in FLOAT_DTYPES if dtype is no
 class PackedIntegers(QuantFormat):
     """w = (q - zero_point) * scale with q of 4, 6 or 8 bits, signed; symmetric weights have no zero point.
 
-    The parts are packed, scale and, if asymmetric, zero_point; ``Layout`` says how each of them lies.
+    The parts are packed, scale and, if asymmetric, zero_point; ``Layout`` describes each of them.
     """
 
     kind = "int"
@@ -32,16 +32,20 @@ class PackedIntegers(QuantFormat):
 
     @property
     def range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
     def round(self, groups: torch.Tensor, spec: Grouping, ratios: Sequence[float], scale_dtype: torch.dtype) -> Rounded:
+        """Round groups to the uniform grid."""
         return Rounded(*round_to_grid(groups, self.range, spec.symmetric, ratios, scale_dtype))
 
     def restore(self, rounded: Rounded) -> torch.Tensor:
+        """Return (q - zero_point) * scale, written over the codes."""
         codes, scale, zero_point = rounded
         return (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale.float())
 
     def parts(self, shape: Shape, spec: Grouping, layout: Layout = Layout.PLAIN) -> tuple[Part, ...]:
+        """Return packed, scale and, if asymmetric, zero_point."""
         (n, k), groups = shape, spec.n_groups(shape[1])
         if layout is Layout.TILED:
             tiling = Tiling.of(k, self.bits, spec.group_size)
@@ -55,6 +59,7 @@ class PackedIntegers(QuantFormat):
         return (packed, scale) if spec.symmetric else (packed, scale, zero_point)
 
     def encode(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> list[torch.Tensor]:
+        """Pack codes and zero points; scales stay as they are."""
         parts = [packing.pack(self._stored(codes), self.bits), scale]
         if zero_point is not None:
             parts.append(packing.pack(self._stored(zero_point).T, self.bits).T.contiguous())
@@ -63,6 +68,7 @@ class PackedIntegers(QuantFormat):
     def decode(
         self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
+        """Unpack and scale the whole matrix."""
         packed, scale, *zero_point = parts
         dtype = dtype or scale.dtype
         n, k = shape
@@ -81,6 +87,7 @@ class PackedIntegers(QuantFormat):
         spec: Grouping,
         layout: Layout = Layout.PLAIN,
     ) -> torch.Tensor:
+        """Unpack and scale only some rows."""
         if layout is Layout.TILED:
             flat = index.reshape(-1)
             packed, *of_groups = parts
@@ -100,6 +107,7 @@ class PackedIntegers(QuantFormat):
     def slice_rows(
         self, parts: Sequence[torch.Tensor], rows: slice, layout: Layout = Layout.PLAIN
     ) -> list[torch.Tensor]:
+        """Slice each part; plain zero points by whole words."""
         packed, scale, *zero_point = parts
         if layout is Layout.TILED:
             return [part[:, rows] for part in parts]
@@ -109,6 +117,7 @@ class PackedIntegers(QuantFormat):
     def convert(
         self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, source: Layout, target: Layout
     ) -> list[torch.Tensor]:
+        """Convert plain parts to tiled ones, or back."""
         if source is target:
             return list(parts)
         (n, k), (packed, scale, *zero_point) = shape, parts
@@ -123,10 +132,10 @@ class PackedIntegers(QuantFormat):
         return [layouts.to_tiles(values, filler, self.bits, spec.group_size), scale, *zeros]
 
     def storable_group(self, group_size: int, in_features: int) -> int:
-        """As the base class; the format has no shorter last group.
+        """Return the largest divisor of the features up to ``group_size``: the format has no shorter last group.
 
-        compressed-tensors 0.20 raises "tensor column shape must be divisble by the given group_size". Any divisor will
-        do, down to 1.
+        compressed-tensors 0.20 raises "tensor column shape must be divisble by the given group_size"; any divisor down
+        to 1 works.
         """
         if group_size == -1 or in_features == 0:
             return group_size
@@ -135,6 +144,7 @@ class PackedIntegers(QuantFormat):
         return next(size for size in range(group_size, 0, -1) if in_features % size == 0)
 
     def to_compressed_tensors(self, spec: Grouping) -> dict[str, object]:
+        """Return a ``pack-quantized`` config group, without its targets."""
         return {
             "format": "pack-quantized",
             "weights": {
@@ -150,6 +160,7 @@ class PackedIntegers(QuantFormat):
         }
 
     def from_compressed_tensors(self, group: Mapping[str, Any]) -> tuple[int, bool] | None:
+        """Return (group size, symmetric) of a config group; None if its bits differ."""
         weights = group["weights"]
         if weights["num_bits"] != self.bits:
             return None

@@ -1,4 +1,4 @@
-"""Large outputs: one freed block serves the next, and never while anything still looks at it."""
+"""Large outputs: a freed block serves the next one, but never while it is still referenced."""
 
 import gc
 import mmap
@@ -11,7 +11,7 @@ import torch
 from klfast.backends.cpu import buffers, extension
 from klfast.core.errors import InvalidInputError
 
-LARGE = (4096, 1100)  # of float32: beyond the size from which blocks are kept
+LARGE = (4096, 1100)  # of float32: large enough for the block to be kept
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +56,14 @@ def test_shape_and_dtype(dtype):
         assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
 
 
-# Forks: everything after this line in a process of its own, with one thread, since OpenMP's do not survive a fork.
+# Forks: each in its own process with one thread, since OpenMP's threads do not survive a fork.
 
 BEGIN = """
 import os, sys, torch
 from klfast import ops
 torch.set_num_threads(1)
 
-def large(value):  # 4.9 million results: their memory is klfast's own
+def large(value):  # 4.9 million results, in klfast's own memory
     return ops.linear(torch.full((600, 16), value).bfloat16(), torch.ones(8192, 16).bfloat16(), dtype=torch.float32)
 
 def forked(work, wait=True):
@@ -157,7 +157,7 @@ def churn():
 thread = threading.Thread(target=churn)
 thread.start()
 def work():
-    signal.alarm(20)  # ends a child that waits for a lock
+    signal.alarm(20)  # ends a deadlocked child
     return all(buffers.empty(5, 1 << 20, dtype=torch.float32).shape == (5, 1 << 20) for _ in range(3))
 for _ in range(60):
     forked(work)
@@ -184,7 +184,7 @@ def test_the_system_takes_both_hints(monkeypatch):
 
 
 def test_a_finalizer_may_run_while_a_block_is_taken():
-    """As the garbage collector may run one between any two steps: what it frees is kept, and nothing waits for itself."""
+    """The garbage collector may run one at any point: its block is kept, and nothing deadlocks."""
     other = buffers._block(17 << 20)
 
     class Block(bytes):

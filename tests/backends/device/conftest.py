@@ -1,4 +1,4 @@
-"""Triton kernels on the device at hand: a GPU, or under TRITON_INTERPRET=1 Triton's interpreter with tensors on the CPU."""
+"""Triton kernels on the available device: a GPU, or Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from klfast.dispatch import pins
 
 INTERPRETED = pins.interprets_triton()
 
-with torch.device("cpu"):  # lets torch list its functions that make tensors, before a test puts its own in their place
+with torch.device("cpu"):  # makes torch list its factory functions before a test replaces any
     torch.empty(0)
 
 
@@ -32,7 +32,7 @@ def _triton():
 
 @pytest.fixture(params=["nvidia", "intel"] if INTERPRETED else ["nvidia" if torch.cuda.is_available() else "intel"])
 def family(request, monkeypatch):
-    """Whose configurations are launched: each under the interpreter, on a GPU its own (others have options it lacks)."""
+    """The GPU family of the configurations: every one under the interpreter, on a GPU only its own."""
     from klfast.kernels import launch
 
     monkeypatch.setattr(launch, "family", lambda _: request.param)

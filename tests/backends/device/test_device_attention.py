@@ -1,4 +1,4 @@
-"""Triton's decode_attention against float64: cases of the CPU kernel, with tensors made on the device."""
+"""Triton's decode_attention against float64: the CPU kernel's cases, on the device."""
 
 import pytest
 import test_attention as cases
@@ -9,7 +9,7 @@ from test_attention import (  # noqa: F401
     test_a_nan_shows,
     test_any_strides_and_mixed_types,
     test_default_scale_is_that_of_sdpa,
-    test_keys_without_width_are_all_alike,
+    test_keys_of_width_zero_weigh_the_same,
     test_large_scores_stay_finite,
     test_opcheck,
 )

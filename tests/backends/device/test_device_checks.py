@@ -1,4 +1,4 @@
-"""The cases of ``klfast doctor`` on the device at hand; some of them in the interpreter, which is slow."""
+"""The cases of ``klfast doctor`` on the available device; only some in the interpreter, which is slow."""
 
 import pytest
 

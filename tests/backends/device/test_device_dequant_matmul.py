@@ -16,7 +16,7 @@ EXACT_INT8 = pytest.mark.parametrize("activation", CHECKS)
 
 
 def run(device, x, qt, bias, activation):
-    """On the device, with the weight in its layout; the result back on the CPU."""
+    """Run on the device, with the weight in its layout; return the result on the CPU."""
     tiled = qt.to(device).to_layout(Layout.TILED)
     return dequant_matmul(x.to(device), tiled, None if bias is None else bias.to(device), activation=activation).cpu()
 

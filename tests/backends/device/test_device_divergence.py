@@ -1,4 +1,4 @@
-"""Triton's divergence kernels against float64: the cases of the CPU kernels, but for what only those have."""
+"""Triton's divergence kernels against float64: the CPU kernels' cases, where they apply."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import test_divergence_range as ranges
 import torch
 from klfast.kernels import divergence_terms, launch
 
-# Each of these takes the tier that runs it; here that is Triton.
+# Each of these takes the tier that runs it, here Triton.
 from test_divergence import (  # noqa: F401
     test_a_few_changed_entries_among_equal_ones,
     test_equal_rows_are_exactly_zero,
@@ -34,7 +34,7 @@ def tier():
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device, monkeypatch):
-    """Whatever the cases make, on the device; what they get, back from it."""
+    """Create the cases' tensors on the device, and return results from it."""
     if device.type == "cpu":
         return
     for name in ("logit_divergence", "linear_divergence"):
@@ -53,7 +53,7 @@ def test_random_logits(vocab, size):
     cases.test_random_logits("triton", vocab, size)
 
 
-@pytest.mark.parametrize("size, kl", [(1.4e-4, 1e-8), (0.045, 1e-3), (10.0, 30.0)])
+@pytest.mark.parametrize(("size", "kl"), [(1.4e-4, 1e-8), (0.045, 1e-3), (10.0, 30.0)])
 def test_kl_of_every_size_at_a_real_vocabulary(size, kl):
     cases.test_kl_of_every_size_at_a_real_vocabulary("triton", size, kl)
 
@@ -85,7 +85,7 @@ def test_not_finite(value, who):
 @pytest.mark.parametrize("who", ["teacher", "student", "both", "different", "near"])
 @pytest.mark.parametrize("mask", [-65504.0, -1e9, -1e17])
 def test_masks(who, mask):
-    """By the kernels alone: no warning says that the CPU took tokens over."""
+    """By the kernels alone: no warning of tokens on the CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowPathWarning)
         for noise, vocab, entries in ((1e-3, 50, 7), (0.1, 3000, 400), (2.0, 3000, 2995)):
@@ -174,7 +174,7 @@ def test_quantized_heads(spec, family):
 
 
 def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
-    """However many parts the tokens go in."""
+    """With tokens in any number of parts."""
     monkeypatch.setattr(triton_divergence, "AT_ONCE", 2)
     monkeypatch.setattr(pins, "_warned", set())
     converted, convert = [], PackedIntegers.convert
@@ -193,7 +193,7 @@ def test_linear_with_every_configuration(family, dtypes):
     hidden, head = torch.randn(35, 96).to(dtypes[0]), torch.randn(70, 96).to(dtypes[1])
     student = (hidden.float() + 0.1 * torch.randn(35, 96)).to(dtypes[0])
     logits = hidden.double() @ head.double().T, student.double() @ head.double().T
-    # A float32 sum of 96 products leaves up to 5e-6 in a logit, and that times sqrt(2 KL) in a KL: 3e-4 of the smaller ones here.
+    # A float32 sum of 96 products is off by up to 5e-6, a KL by sqrt(2 KL) times that: 3e-4 of the smaller ones.
     cases.assert_matches(klfast.linear_divergence(hidden, head, student, head), cases.truth(*logits), rtol=5e-4)
 
 

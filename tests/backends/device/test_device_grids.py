@@ -1,4 +1,4 @@
-"""CUDA takes at most 65,535 programs along a grid's second and third axis: many tokens or heads belong along the first."""
+"""CUDA limits a grid's second and third axis to 65,535 programs: many tokens or heads go along the first."""
 
 import torch
 from klfast.kernels import (

@@ -1,4 +1,4 @@
-"""linear on a GPU, which is torch's product: cases of the CPU kernel, with tensors made on the device."""
+"""linear on a GPU, which is torch's product: the CPU kernel's cases, on the device."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def tier():
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device):
-    """Without torch's default on NVIDIA GPUs to add parts of a bfloat16 product up in bfloat16."""
+    """Turn off torch's default on NVIDIA GPUs of summing parts of a bfloat16 product in bfloat16."""
     usual = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     with device:

@@ -16,7 +16,7 @@ def model(request, device, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the kernels that ran."""
+    """Record the names of the kernels that run."""
     names, run = set(), Launch.run
 
     def record(launch):
@@ -33,7 +33,7 @@ def ids(device, *shape):
 
 @torch.inference_mode()
 def in_chunks(model, x, lengths):
-    """Logits of x and the last layer's states, lengths tokens at a time."""
+    """Return logits of x and the last layer's states, lengths tokens at a time."""
     cache, results = None, []
     for piece in x.split(lengths, dim=1):
         out = model(piece, cache_params=cache, use_cache=True)
@@ -101,6 +101,6 @@ def test_16_bit_logits_are_no_further_from_the_truth(model, device, launched, dt
         fast = klfast.accelerate(model)(x).logits
     scan = {"ssd_states", "ssd_outputs"} if model.config.model_type == "mamba2" else {"selective_scan"}
     assert launched == {"causal_conv1d", "rms_norm"} | scan
-    # Two draws of roundings over 38 tokens; the interpreter cuts bfloat16 off instead of rounding it.
+    # Two draws of roundings over 38 tokens; the interpreter truncates bfloat16 instead of rounding.
     factor = 1.25 if device.type != "cpu" else 2
     assert (fast - truth).square().mean().sqrt() <= factor * (plain - truth).square().mean().sqrt() + 1e-4

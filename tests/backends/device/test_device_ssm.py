@@ -1,4 +1,4 @@
-"""Triton's state-space kernels against a float64 recurrence: cases of the CPU kernels, with tensors made on the device."""
+"""Triton's state-space kernels against a float64 recurrence: the CPU kernels' cases, on the device."""
 
 import math
 
@@ -23,7 +23,7 @@ def tier():
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device, monkeypatch):
-    if device.type == "cpu":  # the interpreter cuts bfloat16 off instead of rounding it
+    if device.type == "cpu":  # the interpreter truncates bfloat16 instead of rounding
         monkeypatch.setitem(cases.TOLERANCE, torch.bfloat16, 2 * cases.TOLERANCE[torch.bfloat16])
     with device:
         yield
@@ -36,7 +36,7 @@ def test_conv(shape, width):
 
 
 @pytest.mark.parametrize(
-    "shape, states", [((1, 1, 1, 1), 1), ((2, 5, 2, 5), 3), ((1, 48, 33, 3), 16), ((1, 100, 20, 1), 128)]
+    ("shape", "states"), [((1, 1, 1, 1), 1), ((2, 5, 2, 5), 3), ((1, 48, 33, 3), 16), ((1, 100, 20, 1), 128)]
 )
 def test_scan(shape, states):
     cases.test_scan(*shape, states, "triton")
@@ -63,7 +63,7 @@ def test_chunk_scan(shape, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 70, 4, 16, 2, 32), (1, 70, 2, 64, 1, 128), (1, 16, 2, 128, 2, 16)])
 def test_chunk_scan_in_chunks(shape, family):
-    """What is computed in two bfloat16 parts loses more in the interpreter, which cuts them off instead of rounding."""
+    """Values in two bfloat16 parts lose more in the interpreter, which truncates instead of rounding."""
     variants = [(full, dtype) for full in (True, False) for dtype in (torch.bfloat16, torch.float16)]
     assert all(
         ssd_scan.is_for(torch.empty(1, *shape[1:4], dtype=dtype), *[torch.empty(1, 1, 1, shape[5], dtype=dtype)] * 2)
@@ -73,7 +73,7 @@ def test_chunk_scan_in_chunks(shape, family):
 
 
 def test_chunks_after_steps_that_forget_everything():
-    """Steps so long that the sum of their logarithms would leave no digits for those behind them."""
+    """Steps so long that the sum of their logarithms would leave no digits for later ones."""
     x, b = torch.randn(1, 40, 1, 16), torch.randn(1, 40, 1, 16)
     dt = torch.full((1, 40, 1), 0.125)
     dt[:, ::9] = 1e6
@@ -83,7 +83,7 @@ def test_chunks_after_steps_that_forget_everything():
 
 
 def in_chunks(x, dt, a, b, c, family):
-    """(y, the last state) by the kernels for chunks, both in float32."""
+    """Return (y, the last state) by the chunk kernels, both in float32."""
     y, last = torch.empty(x.shape), torch.empty(*x.shape[::2], x.shape[3], b.shape[3])
     plain = dict(d=None, bias=None, z=None, first=None, softplus=False, dt_limit=NO_LIMIT)
     for launch in ssd_scan.plan(x=x, dt=dt, a=a, b=b, c=c, last=last, y=y, family=family, **plain):
@@ -118,7 +118,7 @@ def test_chunks_keep_the_digits_of_short_steps_among_long_ones(family):
         None,
         False,
     )
-    # What is cut into two bfloat16 parts loses 3e-5.
+    # Values in two bfloat16 parts lose 3e-5.
     assert (last.double() - state.view(last.shape)).abs().max() <= 6e-5 * state.abs().max()
     true = true.view(1, 2, 16, 96).permute(0, 3, 1, 2)
     errors, sizes = (t[:, is_short].abs().amax((0, 2, 3)) for t in (y.double() - true, true))  # of each step
@@ -126,7 +126,7 @@ def test_chunks_keep_the_digits_of_short_steps_among_long_ones(family):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_behind_its_step_in_a_chunk(value, family):
+def test_non_finite_values_do_not_affect_earlier_steps_of_a_chunk(value, family):
     operands = operands_of_chunks(70)
     clean, _ = in_chunks(*operands, family)
     for i, name in ((1, "dt"), (3, "B"), (4, "C")):
@@ -140,7 +140,7 @@ def test_what_is_not_finite_stays_behind_its_step_in_a_chunk(value, family):
 
 
 def test_softplus_and_silu():
-    """Over their whole range, to a few units of the last digit of what an exponential is of."""
+    """Over their whole range, to a few units in the last place of the exponent."""
     x = torch.linspace(-80, 80, 501)
     ones, b = torch.ones(1, x.numel(), 1), torch.ones(1, 1, 1)
     true, rtol = x.double(), 2e-7 * (4 + x.double().abs())

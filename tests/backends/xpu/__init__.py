@@ -1,12 +1,12 @@
-"""Checks of klfast's Triton kernels for Intel GPUs that need no GPU, in an environment with triton-xpu: `make verify-xpu`."""
+"""Checks of the Triton kernels for Intel GPUs without a GPU, in an environment with triton-xpu: `make verify-xpu`."""
 
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
-# Compilers take most of the time here: about half as much without debugging information, and with the simpler ways of
-# Intel's CPU runtime to allocate registers and to select instructions.
+# Compilers take most of the time here: about half as much without debugging information, and with the simpler register
+# allocation and instruction selection of Intel's CPU runtime.
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 os.environ["CL_CONFIG_LLVM_OPTIONS"] = "-optimize-regalloc=0 -fast-isel"
 

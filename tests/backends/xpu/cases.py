@@ -1,7 +1,7 @@
-"""Launches of every kernel and what they should give, in float64: of the shipped sizes' kind, and with ragged ends.
+"""Launches of every kernel and their float64 results: of the shipped sizes' kind, and with ragged ends.
 
 Sizes that Triton compiles in (multiples of 16, ones) are of the same kind as those of triton_launches, so that most of
-these cases run the same SPIR-V as the shipped sizes do, on less work.
+these cases run the same SPIR-V as the shipped sizes, with less work.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Case:
 
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest one, relative to the largest value; NaN counts as infinite."""
+    """Return the largest error, relative to the largest value; NaN counts as infinite."""
     assert found.shape == truth.shape
     return float(((found.double() - truth).abs().max() / truth.abs().max()).nan_to_num(nan=math.inf))
 
 
 def cases() -> list[Case]:
-    """All, those of a group together."""
+    """Return all cases, sorted by group."""
     every = (
         *dequant_matmul(),
         *logit_divergence(),
@@ -75,7 +75,7 @@ def cases() -> list[Case]:
 def dequant_matmul() -> Iterator[Case]:
     for spec in SPECS:
         for m in (1, 16, 64, 80):
-            for name, dtype in FLOATS.items():
+            for dtype in FLOATS.values():
                 yield matmul_case(m, 112, 2048, spec, dtype, "exact")
             yield matmul_case(m, 112, 2048, spec, torch.float16, "int8")
     for spec in OTHER_SPECS:
@@ -117,7 +117,7 @@ def matmul_case(
 
 
 def error_of_metrics(found: klfast.Divergence, truth: dict[str, torch.Tensor]) -> float:
-    """The largest one of all metrics, each relative to its value."""
+    """Return the largest error of all metrics, each relative to its value."""
     each = [
         ((getattr(found, name).double() - value).abs() / value.abs().clamp_min(1e-12)).nan_to_num(nan=math.inf)
         for name, value in truth.items()
@@ -126,7 +126,7 @@ def error_of_metrics(found: klfast.Divergence, truth: dict[str, torch.Tensor]) -
 
 
 def logit_divergence() -> Iterator[Case]:
-    for name, dtype in FLOATS.items():
+    for dtype in FLOATS.values():
         for vocab in (50280, 1601):
             yield logits_case(vocab, dtype)
         yield logits_case(50280, dtype, misleading=True)
@@ -191,7 +191,8 @@ def heads_case(
         logits = (hidden.double() @ head.double().T, noisy.double() @ plain.double().T)
         return error_of_metrics(found, test_divergence.truth(*logits, targets))
 
-    name = f"{tokens} tokens, {vocab} entries, {features} features, {spec or 'float head'}{f', teacher {teacher}' if teacher else ''}"
+    heads = f"{spec or 'float head'}{f', teacher {teacher}' if teacher else ''}"
+    name = f"{tokens} tokens, {vocab} entries, {features} features, {heads}"
     return Case(f"linear_divergence, {str(dtype)[6:]}", name, run, OF_PRODUCTS, cores)
 
 

@@ -1,4 +1,4 @@
-"""Compiling the launches of klfast.kernels for Intel's Xe2 (Lunar Lake) with triton-xpu 3.3.0b1, where there is none."""
+"""Compilation of klfast.kernels' launches for an absent Intel Xe2 GPU (Lunar Lake) with triton-xpu 3.3.0b1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton_aot import source
 
-# What a driver would say of the GPU of a Core Ultra 200V.
+# A driver's description of the GPU of a Core Ultra 200V.
 PROPERTIES = dict(
     name="Intel(R) Arc(TM) Graphics",
     architecture=21479031808,
@@ -35,8 +35,8 @@ DPAS = re.compile(r"call.*(?:sub_group.*matrix_mad|GenISA\.sub\.group\.dpas|Subg
 GRF_MODES = {"128": "small", "256": "large"}  # names of today's Triton and of 3.3
 
 _backend = backends["intel"].compiler
-# It compiles a C extension to ask the driver for the architecture, and an ocloc on the PATH, maybe an old one, for what
-# the architecture can do. Neither may decide here.
+# It compiles a C extension to ask the driver for the architecture, and asks an ocloc on the PATH, maybe an old one, for
+# its features. Neither may decide here.
 _backend.__init__.__globals__["compile_module_from_src"] = lambda *_: types.SimpleNamespace(
     parse_device_arch=lambda _: "lnl"
 )
@@ -45,7 +45,7 @@ _backend.device_props["lnl"] = {}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A launch as SPIR-V.
+    """A launch, compiled to SPIR-V.
 
     Attributes:
         spirv: the module.

@@ -1,4 +1,4 @@
-"""The shipped SPIR-V compiled to machine code with Intel's offline compiler ocloc, where that is installed: no spills."""
+"""Compilation of the shipped SPIR-V with Intel's offline compiler ocloc, where installed: no spills."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 from xpu.lunar_lake import Compiled
 from xpu.workers import WORKERS
 
-# Ponte Vecchio has the matrix instructions of Xe2 (16 lanes, same shapes) and older compilers know it; Lunar Lake, Battlemage.
+# Ponte Vecchio, which has Xe2's matrix instructions (16 lanes, same shapes) and older compilers know; Lunar Lake;
+# Battlemage.
 DEVICES = ("pvc", "lnl", "bmg")
 SPILL_SIZE = re.compile(rb"spill_size:\s*(\d+)")  # in the binary's section .ze_info
 WARNING = re.compile(r"allocated \d+ regs and spilled around \d+")
 
 
 def check_all(shipped: dict[str, Compiled]) -> int:
-    """Compile each for each device that an ocloc knows, the one on the PATH or $OCLOC; how many fail or spill registers."""
+    """Compile for each device that an ocloc (PATH, $OCLOC) knows; return how many programs fail or spill registers."""
     found = [path for name in ("ocloc", os.environ.get("OCLOC", "")) if (path := shutil.which(name))]
     if not found:
         print("SKIPPED machine code: ocloc is not installed (Debian: intel-opencl-icd; later intel-ocloc)", flush=True)
@@ -37,7 +38,8 @@ def check_all(shipped: dict[str, Compiled]) -> int:
                 f"FAILED  {name}: {complaint}" for name, complaint in zip(shipped, complaints, strict=True) if complaint
             ]
         print(
-            f"Machine code for {device} ({ocloc}): {len(shipped) - len(wrong)} of {len(shipped)} programs compile without spills",
+            f"Machine code for {device} ({ocloc}): {len(shipped) - len(wrong)} of {len(shipped)} programs compile "
+            "without spills",
             *wrong,
             sep="\n",
             flush=True,
@@ -51,7 +53,7 @@ def _knows(ocloc: str, device: str) -> bool:
 
 
 def _complaint(ocloc: str, device: str, compiled: Compiled) -> str:
-    """What is wrong with a program on a device; empty if nothing."""
+    """Return what is wrong with a program on a device; empty if nothing."""
     command = [
         ocloc,
         "compile",
@@ -76,6 +78,6 @@ def _complaint(ocloc: str, device: str, compiled: Compiled) -> str:
             return " ".join((done.stdout + done.stderr).split())[-300:]
         size = SPILL_SIZE.search(next(Path(folder).glob("out*")).read_bytes())  # out, later out.bin
     if size and int(size[1]):
-        return f"spills {int(size[1])} bytes a thread"
+        return f"spills {int(size[1])} bytes per thread"
     warning = WARNING.search(done.stdout + done.stderr)
     return warning[0] if warning else ""

@@ -1,6 +1,6 @@
-"""Running launches on Intel's OpenCL CPU runtime: the SPIR-V made for the GPU, on tensors in the CPU's memory.
+"""Launches on Intel's OpenCL CPU runtime: the SPIR-V made for the GPU, on tensors in the CPU's memory.
 
-The matrix instructions, which the CPU lacks, come from builtins.cl. Pointers go to the kernel as they are (shared virtual
+The matrix instructions, which the CPU lacks, come from builtins.cl. Pointers go to the kernel unchanged (shared virtual
 memory), so that operands may overlap and have any strides, as on the GPU.
 """
 
@@ -21,7 +21,7 @@ from xpu.spirv import for_cpu
 
 
 class OpenCLCPU:
-    """The runtime; ``run`` takes the place of Launch.run.
+    """The runtime; ``run`` replaces Launch.run.
 
     Attributes:
         ran: the SPIR-V modules that were run, with the names of their kernels.
@@ -36,14 +36,15 @@ class OpenCLCPU:
         ]
         if not devices:
             raise RuntimeError(
-                "no Intel OpenCL CPU device; is intel-opencl-rt installed, and does OCL_ICD_VENDORS name its libintelocl.so?"
+                "no Intel OpenCL CPU device; is intel-opencl-rt installed, and does OCL_ICD_VENDORS name its "
+                "libintelocl.so?"
             )
         self.device = devices[0]
         self._context = cl.Context([self.device])
         self._queue = cl.CommandQueue(self._context)
         self._builtins = cl.Program(self._context, (Path(__file__).parent / "builtins.cl").read_text())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that what is not built is not cached
+            warnings.simplefilter("ignore")  # about programs that are not cached
             self._builtins.compile(options=["-cl-std=CL3.0"])
         self._linked: dict[bytes, cl.Kernel] = {}
         self.ran: dict[bytes, str] = {}

@@ -18,7 +18,7 @@ from xpu.workers import each
 
 
 def run_all(shipped: dict[str, Compiled]) -> int:
-    """Run the cases, print the largest error of each group; how many went wrong, or shipped kernels that no case runs."""
+    """Run the cases, print each group's largest error; return the number of failures and of shipped kernels not run."""
     failures, ran, every = 0, {}, cases()
     outcomes = zip(every, each(run_case, len(every)), strict=True)
     for group, members in groupby(outcomes, key=lambda outcome: outcome[0].group):
@@ -36,14 +36,15 @@ def run_all(shipped: dict[str, Compiled]) -> int:
         print(f"FAILED  no case runs {', '.join(sorted(idle))}")
     left = [name for name, compiled in shipped.items() if compiled.spirv not in ran]
     print(
-        f"{len(shipped) - len(left)} of {len(shipped)} shipped programs ran as they are{'; not ' + ', '.join(left) if left else ''}",
+        f"{len(shipped) - len(left)} of {len(shipped)} shipped programs ran unchanged"
+        f"{'; not ' + ', '.join(left) if left else ''}",
         flush=True,
     )
     return failures
 
 
 def run_case(index: int) -> tuple[float, dict[bytes, str]]:
-    """The error of a case, and the names of the kernels that it ran, by SPIR-V module."""
+    """Return a case's error, and the names of the kernels that it ran, by SPIR-V module."""
     case, cpu = cases()[index], _cpu()
     cpu.ran = {}
     with pytest.MonkeyPatch.context() as patch, runtime_of_kernels(patch, cpu, case.cores):
@@ -51,16 +52,16 @@ def run_case(index: int) -> tuple[float, dict[bytes, str]]:
         return case.error(), cpu.ran
 
 
-_cpu = cache(OpenCLCPU)  # one a process
+_cpu = cache(OpenCLCPU)  # one per process
 
 
 def runtime_of_kernels(patch: pytest.MonkeyPatch, cpu: OpenCLCPU, cores: int):
-    """klfast's ops, in this block, plan for an Intel GPU of so many cores and launch on ``cpu``; what they allocate starts as NaN."""
+    """Make klfast's ops plan for an Intel GPU of ``cores`` and launch on ``cpu``; what they allocate starts as NaN."""
     patch.setattr(launch, "family", lambda _: "intel")
     patch.setattr(launch, "cores", lambda _: cores)
-    patch.setattr(launch.Launch, "run", lambda self: cpu.run(self))
+    patch.setattr(launch.Launch, "run", lambda self: cpu.run(self))  # noqa: PLW0108 (a bound method would lose self)
     patch.setattr(
         pins, "interprets_triton", lambda: True
-    )  # Triton kernels for tensors on the CPU; it is no interpreter here
+    )  # Triton kernels for tensors on the CPU; not an interpreter here
     poison(patch)
     return pins.using("triton")

@@ -1,4 +1,4 @@
-"""Reading SPIR-V modules as words, and taking out what Intel's CPU runtime does not know."""
+"""SPIR-V modules as words, without the parts that Intel's CPU runtime does not know."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 HEADER_WORDS = 5
 OP_EXTENSION, OP_EXECUTION_MODE, OP_CAPABILITY = 10, 16, 17
-# Both say how many threads a program has at most; nothing that is computed depends on them.
+# Both limit the threads of a program; results do not depend on them.
 KERNEL_ATTRIBUTES, MAX_WORKGROUP_SIZE = 5892, 5893
 ATTRIBUTES_EXTENSION = b"SPV_INTEL_kernel_attributes"
 
@@ -21,7 +21,7 @@ def instructions(words: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def for_cpu(module: bytes) -> bytes:
-    """The module without the capability SPV_INTEL_kernel_attributes."""
+    """Return the module without the capability SPV_INTEL_kernel_attributes."""
     words = struct.unpack(f"<{len(module) // 4}I", module)
     kept = list(words[:HEADER_WORDS])
     for instruction in instructions(words):

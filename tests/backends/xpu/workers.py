@@ -1,4 +1,4 @@
-"""Work spread over processes: compilers take most of it, and the one of Intel's CPU runtime crashes, or hangs, now and then."""
+"""Work in processes: most of it is compilation, and the compiler of Intel's CPU runtime sometimes crashes or hangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def each(function: Callable[[int], T], count: int, limit: float = LIMIT) -> Iterator[T]:
-    """What a function gives of 0, 1 ... count - 1, in that order; what a crash or more than ``limit`` seconds took away is done again."""
+    """Yield a function of 0, 1 ... count - 1 in order; calls lost to a crash or to ``limit`` seconds are repeated."""
     done = crashes = 0
     while done < count:
         with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
@@ -35,7 +35,7 @@ def each(function: Callable[[int], T], count: int, limit: float = LIMIT) -> Iter
 
 
 def _limited(function: Callable[[int], T], limit: float, index: int) -> T:
-    """``function(index)``; a process that hangs in it is ended, as by a crash, wherever it hangs."""
+    """Return ``function(index)``; a process that hangs in it is ended, as by a crash."""
     faulthandler.dump_traceback_later(limit, exit=True)
     try:
         return function(index)
