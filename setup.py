@@ -51,7 +51,7 @@ if "KLFAST_AVXVNNI_TWIN" in TWINS:
 if "KLFAST_AMX_TWIN" in TWINS:
     FEATURES |= dict.fromkeys(("amx_tile", "amx_int8", "amx_bf16"), ([], []))
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
-# -fno-tree-loop-distribute-patterns: a loop that sets a tile to zero stays one; `rep stos` takes longer than small products.
+# -fno-tree-loop-distribute-patterns: keeps loops that zero a tile, since `rep stos` takes longer than small products.
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -132,12 +132,13 @@ class BuildPerTier(build_ext):
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
             raise SystemExit(
-                f"klfast: the C headers of Python {version} (Python.h) are missing; install them (Debian, Ubuntu: apt install "
-                f"python{version}-dev) and try again"
+                f"klfast: the C headers of Python {version} (Python.h) are missing; install them (Debian, Ubuntu: "
+                f"apt install python{version}-dev) and try again"
             )
         if not shutil.which(compiler := self.compiler.compiler_so_cxx[0]):
             raise SystemExit(
-                f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try again"
+                f"klfast: there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) and try "
+                "again"
             )
 
     def _compiles(self, flags, instructions):
@@ -147,7 +148,7 @@ class BuildPerTier(build_ext):
             probe.write_text(f"void probe() {{\n{lines}}}\n")
             try:
                 self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
-            except Exception as error:  # the compilers' exception classes differ by setuptools version
+            except Exception as error:  # noqa: BLE001 (compilers' exception classes differ by setuptools version)
                 print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
                 return False
         return True

@@ -95,7 +95,7 @@ _PUBLIC = {
 
 _MODULES = ("data", "errors", "loading")  # public names of modules that have moved
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605 (a list)
 
 
 def __getattr__(name: str) -> object:

@@ -35,6 +35,7 @@ def test_pyproject_lists_every_package():
     assert set(project["packages"]) == found | {"klfast.bench", "klfast.kernels"}
     assert project["package-dir"] == {"klfast": "klfast", "klfast.bench": "bench", "klfast.kernels": "kernels/triton"}
 
+
 def test_type_checkers_see_the_public_names():
     """They read the imports under TYPE_CHECKING; at run time each name is imported when it is first asked for."""
     tree = ast.parse(Path(klfast.__file__).read_text(encoding="utf-8"))

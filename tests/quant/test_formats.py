@@ -1,4 +1,4 @@
-"""Formats: what each says of itself, and that INT6 goes through sweep, plan, quantize, save and load like the others."""
+"""Formats: what each says of itself; INT6 goes through sweep, plan, quantize, save and load like the others."""
 
 import copy
 
@@ -121,7 +121,7 @@ def test_a_config_group_of_no_known_format():
         QuantSpec.from_compressed_tensors(group)
 
 
-# A device without a kernel of a format ---------------------------------------------------------------------------------
+# A device without a kernel of a format ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_linear_divergence_takes_heads_whose_products_have_no_kernel(without_int
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-7)
 
 
-# From sweep to file ---------------------------------------------------------------------------------------------------
+# From sweep to file -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
