@@ -14,7 +14,7 @@ import torch
 from compressed_tensors.compressors import ModelCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file
-from saved_models import SPECS, quantized, refused
+from saved_models import quantized, refused
 from tiny_models import FAMILIES, batch, tiny
 
 import klfast
@@ -130,7 +130,7 @@ def test_save_pretrained_of_a_loaded_model_records_the_quantization(tmp_path):
 
     from klfast.checkpoint.compressed_tensors import model_quantization_config
 
-    model = quantized("llama", specs=SPECS[:2])
+    model = quantized("llama", specs=(QuantSpec(4, 32), QuantSpec(6, -1)))
     klfast.save_quantized(model, tmp_path / "model")
     loaded = klfast.load_quantized(tmp_path / "model")
     assert loaded.config.quantization_config == model_quantization_config(model)
