@@ -34,6 +34,6 @@ def as_device(name: torch.device | str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise InvalidInputError(f"there is no device called {name!r}; write cpu, cuda or xpu") from None
+        raise InvalidInputError(f"unknown device {name!r}; write cpu, cuda or xpu") from None
     machine.require(device.type)
     return device

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from families import batch, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tiny_models import batch, tiny
 
 import klfast
 from klfast import Layout, Plan, QuantSpec, nn, quantize
