@@ -24,7 +24,6 @@ class Stored(NamedTuple):
         layout: of its values in memory.
         parts: descriptions of its tensors, in the order that ops take.
         formats: only the name of the spec's format.
-        group_length: input features in a group, at least 1.
     """
 
     shape: tuple[int, int]
@@ -32,7 +31,6 @@ class Stored(NamedTuple):
     layout: Layout
     parts: tuple[Part, ...]
     formats: tuple[str]
-    group_length: int
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise InvalidInputError unless these are the parts."""
@@ -53,8 +51,7 @@ def stored(n: int, k: int, spec: str, layout: str) -> Stored:
         InvalidInputError: no such spec or layout, or a layout that the format does not have.
     """
     parsed, found = parse(spec, layout)
-    parts = parsed.format.parts((n, k), parsed, found)
-    return Stored((n, k), parsed, found, parts, (parsed.format.name,), max(1, parsed.group_length(k)))
+    return Stored((n, k), parsed, found, parsed.format.parts((n, k), parsed, found), (parsed.format.name,))
 
 
 @lru_cache(4096)
