@@ -10,6 +10,9 @@ from __future__ import annotations
 import sys
 import time
 
+import xpu  # noqa: F401 (first: it makes klfast.kernels importable and sets the compilers' options)
+
+# isort: split
 import triton
 from triton_launches import launches
 from xpu import machine_code
