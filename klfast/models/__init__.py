@@ -1,1 +1,1 @@
-"""What models are made of: linear layers, heads, chains of blocks, and the records of model families."""
+"""Parts of models: linear layers, heads, chains of blocks, and the records of model families."""
