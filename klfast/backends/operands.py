@@ -45,11 +45,8 @@ class MatmulArgs(NamedTuple):
         activation: str,
     ) -> MatmulArgs:
         """Parse the schema's arguments; InvalidInputError for an unknown format or layout."""
-        return cls(x, parts, bias, stored(n, k, format, layout), activation)
-
-    def formats(self) -> tuple[str]:
-        """Return the weight's format."""
-        return self.weight.formats
+        weight = stored(n, k, format, layout)
+        return tuple.__new__(cls, (x, parts, bias, weight, activation))  # half the time of cls()
 
     @property
     def quantized(self) -> QuantizedTensor:

@@ -74,7 +74,7 @@ def available_tiers() -> list[str]:
 def cpu_tier_limit() -> int:
     """Return the index in CPU_TIERS of the pinned tier, -1 without one ("triton" does not limit CPU tensors)."""
     pin = pinned()
-    return CPU_TIERS.index(pin) if pin in CPU_TIERS else _ANY_TIER
+    return _ANY_TIER if pin is None or pin not in CPU_TIERS else CPU_TIERS.index(pin)
 
 
 def may_run(tier: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 
 from klfast import reference
 from klfast.backends.operands import MatmulArgs
-from klfast.core.arguments import check_activation
+from klfast.core.arguments import ACTIVATIONS, check_activation
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.arguments import Linear, schema
@@ -29,7 +31,8 @@ def _check_dequant_matmul(args: MatmulArgs) -> None:
         raise InvalidInputError(
             f"dequant_matmul: bias must be {FLOAT_NAMES} [{n}], got {bias.dtype} {list(bias.shape)}"
         )
-    check_activation("dequant_matmul: ", activation)
+    if activation not in ACTIVATIONS:
+        check_activation("dequant_matmul: ", activation)
     weight.check(parts)
     same_device("dequant_matmul", x, *parts, bias)
 
@@ -49,7 +52,7 @@ define(
     fake=_fake_dequant_matmul,
     reference=_reference_dequant_matmul,
     arguments=MatmulArgs.of,
-    formats=MatmulArgs.formats,
+    formats=attrgetter("weight.formats"),
 )
 dequant_matmul_op = torch.ops.klfast.dequant_matmul.default
 call_dequant_matmul = transforms.past_autograd(dequant_matmul_op)

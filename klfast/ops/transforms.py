@@ -69,8 +69,10 @@ def _register_derivative(op: Callable) -> None:
 
 def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     """Return True if any tensor takes a gradient or carries a tangent."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator in any() would take as long as the op's checks
+            if t is not None and t.requires_grad:
+                return True
     return torch_internals.is_forward_mode() and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )

@@ -24,6 +24,7 @@ class Stored(NamedTuple):
         layout: of its values in memory.
         parts: descriptions of its tensors, in the order that ops take.
         formats: only the name of the spec's format.
+        group_length: input features in a group, at least 1.
     """
 
     shape: tuple[int, int]
@@ -31,6 +32,7 @@ class Stored(NamedTuple):
     layout: Layout
     parts: tuple[Part, ...]
     formats: tuple[str]
+    group_length: int
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise InvalidInputError unless these are the parts."""
@@ -51,7 +53,8 @@ def stored(n: int, k: int, spec: str, layout: str) -> Stored:
         InvalidInputError: no such spec or layout, or a layout that the format does not have.
     """
     parsed, found = parse(spec, layout)
-    return Stored((n, k), parsed, found, parsed.format.parts((n, k), parsed, found), (parsed.format.name,))
+    parts = parsed.format.parts((n, k), parsed, found)
+    return Stored((n, k), parsed, found, parts, (parsed.format.name,), max(1, parsed.group_length(k)))
 
 
 @lru_cache(4096)

@@ -170,7 +170,7 @@ def _block(
 def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
     out = scratch.flatten()[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
     if isinstance(head, QuantizedTensor):
-        dequant_matmul_into(out, hidden, head.parts, None, hidden.shape[1], head.spec)
+        dequant_matmul_into(out, hidden, head.parts, None, head.stored)
     elif hidden.dtype == torch.float32:
         torch.mm(hidden, head.T, out=out)
     else:

@@ -14,7 +14,7 @@ from klfast.backends.operands import FEW_ROWS, MatmulArgs
 from klfast.dispatch import pins
 from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import Layout
-from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import Stored
 
 # The formats that csrc/matmul/quantized multiplies: packed integers of this many bits.
 FORMATS = ("int4", "int6", "int8")
@@ -28,7 +28,7 @@ def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
         pins.slow_path("dequant_matmul", list(args.x.shape), RELAID, how="with another pass over the weight")
         parts = args.parts_in(Layout.PLAIN)
     y = args.x.new_empty((*args.x.shape[:-1], weight.shape[0]))
-    dequant_matmul_into(y, args.x, parts, args.bias, weight.shape[1], weight.spec, args.activation)
+    dequant_matmul_into(y, args.x, parts, args.bias, weight, args.activation)
     return y
 
 
@@ -74,17 +74,16 @@ def dequant_matmul_into(
     x: torch.Tensor,
     parts: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
-    k: int,
-    spec: QuantSpec,
+    weight: Stored,
     activation: str = "exact",
 ) -> None:
     """Write x [..., K] times the plain parts of packed integers to contiguous y [..., N], in x's dtype or wider."""
+    n, k = weight.shape
     rows, stride = _rows(x, k)
     packed, scale, *zero_points = parts
     packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
     zero_point = zero_points[0].contiguous() if zero_points else None
     bias = None if bias is None else bias.contiguous()
-    n = y.shape[-1]
     _C.dequant_matmul(
         address(rows),
         DTYPE_CODES[x.dtype],
@@ -100,8 +99,8 @@ def dequant_matmul_into(
         y.numel() // max(n, 1),
         n,
         k,
-        spec.bits,
-        max(1, spec.group_length(k)),
+        weight.spec.bits,
+        weight.group_length,
         activation == "int8",
         *resources(),
     )
