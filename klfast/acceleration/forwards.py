@@ -27,6 +27,7 @@ from klfast.dispatch import pins, registry
 from klfast.models.families import mixer_of, norm_of
 from klfast.models.families.base import Mixer
 from klfast.nn import direct_call, mamba_step
+from klfast.nn.dense_product import dense_product
 
 _Native = Callable[..., Any]
 _Maker = Callable[[type[nn.Module], _Native], _Native]
@@ -269,9 +270,7 @@ def _linear(module_class: type[nn.Module], original: _Native, dtype: torch.dtype
     def forward(self: nn.Linear, x: torch.Tensor) -> Any:
         if dtype is None and (y := direct_call.linear(self, x)) is not None:
             return y
-        if x.dtype == torch.float32 or x.dtype != self.weight.dtype:
-            return original(self, x)
-        return ops.linear(x, self.weight, self.bias, dtype=dtype)
+        return dense_product(x, self.weight, self.bias, dtype=dtype)
 
     return forward
 

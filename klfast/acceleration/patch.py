@@ -18,6 +18,7 @@ from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import pins, registry
 from klfast.models.families import family_of, mixer_of, norm_of
 from klfast.models.recurrent import recurrent_classes
+from klfast.nn import direct_call
 
 _lock = threading.Lock()
 
@@ -111,6 +112,7 @@ def unaccelerate(model: nn.Module) -> nn.Module:
 def _restore(module: nn.Module) -> None:
     if forwards.is_own(vars(module).get("forward")):
         del module.forward
+        direct_call.forget(module)
 
 
 def _require_mamba_ssm(model: nn.Module) -> None:

@@ -113,12 +113,12 @@ def define(
                 if not t.data_ptr() and t.numel():
                     raise InvalidInputError(no_memory(name, argument, t))
 
-    def run(key: str, function: Callable[..., Any], args: Sequence[Any], given: Sequence[Any]) -> Any:
-        """Run a kernel, or the reference (key "")."""
+    def run(function: Callable[..., Any], args: Sequence[Any], given: Sequence[Any], sees_addresses: bool) -> Any:
+        """Run a kernel, or the reference."""
         for i, argument in written:
             if args[i] is not None:
                 check_writable(name, argument, args[i])
-        if (name, key) not in _see_addresses:
+        if not sees_addresses:
             require_memory(args)
             return function(*given)
         try:
@@ -155,7 +155,7 @@ def define(
         if pins.pinned() != "reference":
             pins.slow_path(name, list(first.shape), why_no_kernel(first.device.type, name))
         known = all(t.is_cpu or t.is_cuda or t.is_xpu for t in every)
-        return run("", reference, args, given) if known else reference(*given)
+        return run(reference, args, given, False) if known else reference(*given)
 
     _checks[name], _runs[name], _references[name] = checked, run, reference
     if formats is not None:
@@ -188,21 +188,23 @@ def register_kernel(
         formats: names of the quantization formats that it takes; for an op with quantized weights.
     """
     check, run, formats_of = _checks[name], _runs[name], _formats_of.get(name)
-    _kernels[name, dispatch_key] = kernel
-    _kernel_formats[name, dispatch_key] = frozenset(formats)
+    at = name, dispatch_key
+    _kernels[at] = kernel
+    _kernel_formats[at] = frozenset(formats)
     if handed_over is not None:
-        _handed_over[name, dispatch_key] = handed_over
+        _handed_over[at] = handed_over
     if sees_addresses:
-        _see_addresses.add((name, dispatch_key))
+        _see_addresses.add(at)
 
     def dispatched(*args: Any) -> Any:
         given = check(args)
+        if pins.pinned() is None and (formats_of is None or _kernel_formats[at].issuperset(formats_of(*given))):
+            return run(kernel, args, given, sees_addresses)  # without the lookups below
         key, function = implementation(name, dispatch_key)
-        if formats_of is not None and key and not _kernel_formats[name, key].issuperset(formats_of(*given)):
-            shape = list(next(_tensors_in(args)).shape)
-            pins.slow_path(name, shape, why_no_format(name, key, formats_of(*given)))
+        if formats_of is not None and key and (why := why_no_format(name, key, formats_of(*given))):
+            pins.slow_path(name, list(next(_tensors_in(args)).shape), why)
             key, function = "", _references[name]
-        return run(key, function, args, given)
+        return run(function, args, given, (name, key) in _see_addresses)
 
     LIBRARY.impl(name, dispatched, dispatch_key)
 

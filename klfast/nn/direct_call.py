@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import get_num_threads, is_autocast_enabled, is_grad_enabled, nn
@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from klfast.backends.cpu.extension import DTYPE_CODES, view
-from klfast.backends.operands import FEW_ROWS
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.core.torch_internals import (
@@ -30,7 +29,7 @@ from klfast.core.torch_internals import (
     transform,
 )
 from klfast.dispatch import pins
-from klfast.dispatch.registry import kernel_formats
+from klfast.dispatch.registry import handed_over, kernel_formats
 from klfast.quant.layouts import Layout
 
 if TYPE_CHECKING:
@@ -120,7 +119,48 @@ def _is_array(t: torch.Tensor) -> bool:
     return ordinary and not t.is_neg() and (t.data_ptr() != 0 or not t.numel())
 
 
-class PreparedLinear:
+class Prepared:
+    """What direct calls keep in a module, as its ``_klfast_prepared``: objects of the extension for its tensors.
+
+    Copies and pickles of the module do without it, and make their own.
+    """
+
+    _owner: weakref.ref[nn.Module]
+
+    def hold(self, of: Any, /) -> list | None:
+        """Return the memory that a call needs; None if the object is stale or cannot be called."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """Stand in for a pickled ``Prepared``."""
+
+
+def current(module: nn.Module, make: Callable[[_Of], _Made], of: _Of) -> tuple[_Made, list | None]:
+    """Return the module's ``make(of)``, made again if its ``hold(of)`` is None, and the result of ``hold``.
+
+    The result is None if ``of`` cannot be held or another thread changes it.
+    """
+    found: Any = module.__dict__.get("_klfast_prepared")
+    # A module that shares the dictionary's values (copy.copy) has other tensors.
+    held = found.hold(of) if found is not None and found._owner() is module else None
+    if held is None:
+        found = make(of)
+        found._owner = weakref.ref(module)
+        module.__dict__["_klfast_prepared"] = found
+        held = found.hold(of)
+    return found, held
+
+
+def forget(module: nn.Module) -> None:
+    """Remove what direct calls keep in a module."""
+    module.__dict__.pop("_klfast_prepared", None)
+
+
+class PreparedLinear(Prepared):
     """An nn.Linear or a QuantLinear, prepared for the extension.
 
     Attributes:
@@ -197,7 +237,7 @@ class PreparedLinear:
         rows, address = x.numel() // (self.k or 1), x.data_ptr()
         if not address:  # no rows, unwritten zeros, or freed memory
             return None
-        if self.dtype is not None and (rows > FEW_ROWS or x.dtype is torch.float32 or x.dtype is not self.dtype):
+        if self.dtype is not None and (x.dtype is not self.dtype or handed_over("linear", "CPU", x)):
             return None
         y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # ``unobserved`` excludes a default device, a mode
         self.projection(  # type: ignore[misc]  # a held layer has it
@@ -214,30 +254,6 @@ def _formats() -> frozenset[str]:
 def _options(layer: nn.Module) -> tuple | None:
     """Return a QuantLinear's settings besides its tensors; None for an nn.Linear."""
     return None if type(layer) is nn.Linear else (layer.spec, layer.activation, layer.layout)
-
-
-class Prepared(Protocol):
-    """An object prepared for direct calls."""
-
-    def hold(self, of: Any, /) -> list | None:
-        """Return the memory that a call needs; None if the object is stale or cannot be called."""
-
-
-_prepared: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-
-
-def current(module: nn.Module, make: Callable[[_Of], _Made], of: _Of) -> tuple[_Made, list | None]:
-    """Return the cached ``make(of)`` of a module, made again if its ``hold(of)`` is None, and the result of ``hold``.
-
-    The cached object must not refer to the module. The result is None if ``of`` cannot be held or another thread
-    changes it.
-    """
-    found: Any = _prepared.get(module)
-    held = None if found is None else found.hold(of)
-    if held is None:
-        found = _prepared[module] = make(of)
-        held = found.hold(of)
-    return found, held
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

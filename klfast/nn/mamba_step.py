@@ -14,7 +14,7 @@ from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.core.torch_internals import has_global_hooks
 from klfast.dispatch import pins
-from klfast.nn.direct_call import Place, PreparedLinear, Watch, current, has, plain, unobserved
+from klfast.nn.direct_call import Place, Prepared, PreparedLinear, Watch, current, has, plain, unobserved
 from klfast.nn.linear import QuantLinear
 
 _LAYERS = (nn.Linear, QuantLinear)
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
         return self.A_log[0] is others.A_log[0] and self.D[0] is others.D[0] and self == others
 
 
-class MambaStep:
+class MambaStep(Prepared):
     """A mixer's parts, checked and passed to the extension.
 
     Attributes:

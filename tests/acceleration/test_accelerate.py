@@ -143,8 +143,11 @@ def test_unaccelerate_restores_and_both_are_idempotent(model):
     x = ids(2, 9)
     plain = logits(model, x)
     assert klfast.accelerate(klfast.accelerate(model)) is model
+    with torch.inference_mode():
+        model(x)
     assert klfast.unaccelerate(model) is model
     assert not any(is_accelerated(m) or "forward" in vars(m) for m in mixers(model))
+    assert not any("klfast" in name for m in model.modules() for name in vars(m))
     assert torch.equal(logits(klfast.unaccelerate(model), x), plain)
 
 

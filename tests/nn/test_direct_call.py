@@ -58,20 +58,29 @@ def test_quantized_layer_equals_its_op(shape, spec, bias, activation, tier):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_dense_layer_equals_its_op(dtype, bias, tier):
-    layer, x = nn.Linear(100, 21, bias).to(dtype), torch.randn(3, 100).to(dtype)
+@pytest.mark.parametrize("rows", [3, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_layer_equals_its_op(dtype, rows, bias, tier):
+    layer, x = nn.Linear(100, 21, bias).to(dtype), torch.randn(rows, 100).to(dtype)
     found = direct_call.linear(layer, x)
     assert (found is None) == (tier == "reference")
     if found is not None:
         assert torch.equal(found, ops.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_layer_goes_where_its_op_does(dtype, rows):
+    layer, x = nn.Linear(100, 21).to(dtype), torch.randn(rows, 100).to(dtype)
+    chosen = klfast.explain("linear", x, layer.weight, layer.bias).chosen
+    assert is_taken(layer, x) == (chosen != "torch")
+    with klfast.using("scalar"):
+        assert is_taken(layer, x)
+
+
 def test_falls_back_to_the_op():
-    layer, dense = quantized(), nn.Linear(100, 21)
-    assert not is_taken(dense, torch.randn(1, 100))  # torch is faster
-    assert not is_taken(dense.bfloat16(), torch.randn(9, 100).bfloat16())
-    assert not is_taken(dense, torch.randn(1, 100))  # another dtype
+    layer = quantized()
+    assert not is_taken(nn.Linear(100, 21).bfloat16(), torch.randn(1, 100))  # another dtype
     assert not is_taken(layer, torch.randn(0, 100))
     assert not is_taken(layer, torch.randn(100, 3).T)
     assert not is_taken(layer, torch.randn(3, 100).double())
@@ -212,6 +221,16 @@ def test_layer_is_copied_pickled_and_freed():
     del layer
     gc.collect()
     assert alive() is None
+
+
+def test_layers_that_share_another_ones_attributes_have_their_own_tensors():
+    layer, x = quantized(), torch.randn(1, 100)
+    y = layer(x)
+    other = copy.copy(layer)  # as DataParallel replicates a module
+    other._buffers = {name: t if t is None else t.clone() for name, t in layer._buffers.items()}
+    other.weight_scale.mul_(2)
+    torch.testing.assert_close(other(x) - other.bias, 2 * (y - layer.bias))
+    assert torch.equal(layer(x), y)
 
 
 # Observers ---------------------------------------------------------------------------------------------------------

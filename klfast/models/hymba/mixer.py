@@ -7,16 +7,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from klfast import ops
 from klfast.models.hymba import ssm
 from klfast.models.hymba.attention import Mask, attend, rotate
 from klfast.models.hymba.cache import HymbaCache
 from klfast.models.hymba.configuration import HymbaConfig
 from klfast.models.hymba.norm import HymbaRMSNorm
 from klfast.nn import mamba_step
+from klfast.nn.dense_product import dense_product
 
 SharedKV = tuple[torch.Tensor, torch.Tensor]
 
@@ -132,7 +131,7 @@ class HymbaMixer(nn.Module):
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:
             dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)
         projection: Any = self.dt_proj[0]
-        delta = _product(dt, projection.weight)  # its bias is added in float32
+        delta = dense_product(dt, projection.weight)  # its bias is added in float32
         A = -torch.exp(self.A_log[0].float())
         u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
         y, last = ssm.scan(u, delta, A, B, C, self.D[0], z, projection.bias, before, state is not None)
@@ -154,11 +153,3 @@ class HymbaMixer(nn.Module):
         return mamba_step.Parts(
             self.conv1d, self.x_proj[0], self.dt_proj[0], A_log, D, norms[0].eps if norms else None, norms
         )
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x weight^T; the weight may belong to a quantized layer."""
-    own = type(weight) is nn.Parameter and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    if own and x.device.type == "cpu" and x.dtype == weight.dtype != torch.float32:
-        return ops.linear(x, weight)
-    return F.linear(x, weight)
