@@ -107,9 +107,9 @@ def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argumen
                 x = kwargs.pop(argument)
             module_class = type(self)
             original = module_class.forward
-            device, reason = x.device.type, ""
-            if device != "cpu":
-                ops_needed = needed(module_class)
+            reason = ""
+            if not x.is_cpu:
+                device, ops_needed = x.device.type, needed(module_class)
                 if not ops_needed:
                     return original(self, x, *args, **kwargs)
                 if not all(registry.has_kernel(op, device.upper()) for op in ops_needed):

@@ -24,17 +24,24 @@ def dense_product(
     Returns:
         [..., N].
     """
-    if _is_for_klfast(x, weight, bias, dtype):
+    if not _torch_multiplies(x, weight, bias, dtype) and _takes(x, weight, bias):
         return ops.linear(x, weight, bias, dtype=dtype)
     y = F.linear(x, weight, bias)
     return y if dtype is None else y.to(dtype)
 
 
-def _is_for_klfast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None) -> bool:
+def _torch_multiplies(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None
+) -> bool:
+    if torch.compiler.is_compiling():  # a graph serves any number of rows: the op chooses when it runs
+        return x.dtype == torch.float32
+    return bool(registry.handed_over("linear", "CPU", x, weight, bias, dtype))
+
+
+def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Return True if the op has a kernel for these tensors, and nobody needs its gradient."""
     if not x.is_cpu or x.dtype != weight.dtype or type(weight) not in (torch.Tensor, nn.Parameter):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return False
-    if torch.compiler.is_compiling():  # a graph serves any number of rows: the op chooses when it runs
-        return x.dtype != torch.float32
-    return registry.has_kernel("linear", "CPU") and not registry.handed_over("linear", "CPU", x, weight, bias, dtype)
+    return registry.has_kernel("linear", "CPU")

@@ -237,7 +237,7 @@ class PreparedLinear(Prepared):
         rows, address = x.numel() // (self.k or 1), x.data_ptr()
         if not address:  # no rows, unwritten zeros, or freed memory
             return None
-        if self.dtype is not None and (x.dtype is not self.dtype or handed_over("linear", "CPU", x)):
+        if self.dtype is not None and x.dtype is not self.dtype:
             return None
         y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # ``unobserved`` excludes a default device, a mode
         self.projection(  # type: ignore[misc]  # a held layer has it
@@ -258,7 +258,7 @@ def _options(layer: nn.Module) -> tuple | None:
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Call an nn.Linear or a QuantLinear: y [..., N]; None where the op must be called."""
-    if not unobserved(x):
+    if not unobserved(x) or (type(layer) is nn.Linear and handed_over("linear", "CPU", x)):
         return None
     found, held = current(layer, PreparedLinear, layer)
     return None if held is None else found(x)

@@ -48,7 +48,7 @@ def why_torch_multiplies(
         return ""
     if x.dtype == torch.float32:
         return "torch's own product is faster in float32."
-    if x.numel() <= FEW_ROWS * x.shape[-1]:
+    if x.numel() <= FEW_ROWS * x.shape[-1:].numel():
         return ""
     if not pins.why_not("amx"):
         return "torch's own product is faster for many rows where the CPU has AMX."
