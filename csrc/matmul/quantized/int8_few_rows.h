@@ -23,9 +23,10 @@ struct Int8FewRows {
     const DequantMatmulArgs& a;
     const Segments& segments;
     const Q quantized;
-    const std::int64_t lines_a_step, steps;  // a step: one line, or as many as a segment has
-    const std::int64_t pitch;                // int32 of a row of x
-    Buffer<std::int32_t> x;                  // [m, line, quad, lane], zeros behind the last
+    const std::int64_t lines_a_step, steps;     // a step: one line, or as many as a segment has
+    const std::int64_t row_bytes, whole_steps;  // of W: a row, and how many steps it fills
+    const std::int64_t pitch;                   // int32 of a row of x
+    Buffer<std::int32_t> x;                     // [m, line, quad, lane], zeros behind the last
 
     Int8FewRows(const DequantMatmulArgs& args, const Segments& all)
         : a(args),
@@ -33,15 +34,18 @@ struct Int8FewRows {
           quantized(a, segments),
           lines_a_step(larger(words_of_segment() / kLanes, 1)),
           steps((a.words() + lines_a_step * kLanes - 1) / (lines_a_step * kLanes)),
+          row_bytes(4 * a.stored_words()),
+          whole_steps(smaller(row_bytes / (lines_a_step * kLineBytes<Bits>), steps)),
           pitch(steps * lines_a_step * Q::quads * kLanes),
           x(a.m * pitch) {
         const Buffer<std::int32_t> q(a.m * quantized.pitch);
+        const std::int64_t words = a.words();
         quantized.fill(q.data);
         for (std::int64_t m = 0; m < a.m; ++m)
             for (std::int64_t word = 0; word < pitch / Q::quads; ++word)
                 for (int j = 0; j < Q::quads; ++j)
                     x[m * pitch + (word / kLanes * Q::quads + j) * kLanes + word % kLanes] =
-                        word < a.words() ? q[m * quantized.pitch + word * Q::quads + j] : 0;
+                        word < words ? q[m * quantized.pitch + word * Q::quads + j] : 0;
     }
 
     void run() const {
@@ -66,10 +70,9 @@ struct Int8FewRows {
     template <int M>
     void dot_rows(std::int64_t n, std::int64_t m, std::int32_t* out) const {
         constexpr std::int64_t bytes = kLineBytes<Bits>;
-        const std::int64_t row_bytes = 4 * a.stored_words(), step_bytes = lines_a_step * bytes;
-        const std::int64_t whole = smaller(row_bytes / step_bytes, steps);
+        const std::int64_t step_bytes = lines_a_step * bytes;
         const std::uint8_t* row[kFoldRows];
-        for (int r = 0; r < kFoldRows; ++r) row[r] = stored_row(a, smaller(n + r, a.n - 1));
+        for (int r = 0; r < kFoldRows; ++r) row[r] = stored_row(a, 0) + smaller(n + r, a.n - 1) * row_bytes;
         const std::int32_t* line_x = x.data + m * pitch;
         const auto add_step = [&](const auto& line_of) KLFAST_INLINE {
             Ints sum[M][kFoldRows];
@@ -86,12 +89,12 @@ struct Int8FewRows {
             out += M * kFolds * kLanes;
         };
         std::int64_t first = 0;
-        for (std::int64_t step = 0; step < whole; ++step, first += step_bytes)
+        for (std::int64_t step = 0; step < whole_steps; ++step, first += step_bytes)
             add_step([&](int r, std::int64_t i) KLFAST_INLINE {
                 __builtin_prefetch(row[r] + first + i + kAhead, 0, 2);
                 return read_line<Bits>(row[r] + first + i);
             });
-        for (std::int64_t step = whole; step < steps; ++step, first += step_bytes)
+        for (std::int64_t step = whole_steps; step < steps; ++step, first += step_bytes)
             add_step([&](int r, std::int64_t i) KLFAST_INLINE {
                 return read_line<Bits>(row[r] + smaller(first + i, row_bytes), row_bytes - first - i);
             });

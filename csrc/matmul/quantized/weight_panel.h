@@ -66,13 +66,15 @@ void load_words_as(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t fir
     constexpr std::int64_t kWordBytes = kLineBytes<Bits> / kLanes;
     const std::int64_t pitch = 4 * a.stored_words(), valid = smaller(kLanes, a.n - n0);
     const std::uint8_t* const base = stored_row(a, n0) + first * kWordBytes;
+    const std::int64_t next = ahead * pitch;
     for (std::int64_t c = 0; c < count; c += kLanes) {
         Ints rows[kLanes];
         const std::int64_t left = smaller((count - c) * kWordBytes, pitch - (first + c) * kWordBytes);
         if (valid == kLanes && left >= kLineBytes<Bits>)
             for (int lane = 0; lane < kLanes; ++lane) {
-                rows[lane] = as_words<Bits>(read_line<Bits>(base + lane * pitch + c * kWordBytes));
-                __builtin_prefetch(base + (lane + ahead) * pitch + c * kWordBytes, 0, 2);
+                const std::uint8_t* const at = base + lane * pitch + c * kWordBytes;
+                rows[lane] = as_words<Bits>(read_line<Bits>(at));
+                __builtin_prefetch(at + next, 0, 2);
             }
         else
             for (int lane = 0; lane < kLanes; ++lane)
