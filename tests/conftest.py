@@ -14,7 +14,7 @@ from klfast.dispatch import pins
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests of Triton kernels run on a GPU or, as test_triton.py runs them, in a process of their own under its interpreter.
+# Tests of Triton kernels run on a GPU or, as the Makefile runs them, in Triton's interpreter (TRITON_INTERPRET=1).
 collect_ignore = (
     [] if pins.interprets_triton() or torch.cuda.is_available() or torch.xpu.is_available() else ["backends/device"]
 )
@@ -30,8 +30,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh_start():
     torch.manual_seed(0)
+    pins.forget_warnings()
 
 
 @pytest.fixture(params=["reference", *pins.available_tiers()])

@@ -87,6 +87,11 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def forget_warnings() -> None:
+    """Let every SlowPathWarning come once more."""
+    _warned.clear()
+
+
 def slow_path(op: str, shape: object, reason: str, how: str = "the slow plain-torch reference") -> None:
     """Warn once per (op, reason) that the reference, or the path named by ``how``, runs; raise if KLFAST_STRICT=1."""
     message = f"{op} {shape} runs {how}: {reason}"

@@ -326,12 +326,6 @@ def hook_around(module):
     module.forward = functools.update_wrapper(functools.partial(new_forward, module), old)
 
 
-@pytest.fixture
-def warned(monkeypatch):
-    monkeypatch.setattr("klfast.dispatch.pins._warned", set())
-
-
-@pytest.mark.usefixtures("warned")
 def test_modules_with_another_forward_keep_it_and_are_named():
     model = tiny("mamba2")
     ids, plain = batch(), logits(tiny("mamba2"), batch())
@@ -348,7 +342,6 @@ def test_modules_with_another_forward_keep_it_and_are_named():
     assert torch.equal(logits(model, ids), plain) and mixers(model)[1].calls == 2
 
 
-@pytest.mark.usefixtures("warned")
 def test_a_hook_around_an_accelerated_module_is_left_in_place():
     model = klfast.accelerate(tiny("mamba2"))
     hook_around(mixers(model)[0])
@@ -374,7 +367,6 @@ def counted(original, module):
     return forward
 
 
-@pytest.mark.usefixtures("warned")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_norm_whose_class_was_patched_runs_the_patch(when, monkeypatch):
     model = tiny("mamba")
@@ -432,7 +424,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.usefixtures("warned")
 @pytest.mark.parametrize("name", OTHERS)
 def test_warns_about_unsupported_recurrent_layers(name):
     model = transformers.AutoModelForCausalLM.from_config(OTHERS[name]())
@@ -441,7 +432,6 @@ def test_warns_about_unsupported_recurrent_layers(name):
     assert not any(is_accelerated(module) for module in model.modules())
 
 
-@pytest.mark.usefixtures("warned")
 @pytest.mark.parametrize("family", [*ACCELERATED, "hymba", "llama"])
 def test_does_not_warn_about_supported_models(family):
     with warnings.catch_warnings():

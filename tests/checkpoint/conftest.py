@@ -14,7 +14,7 @@ import klfast
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved tied Mamba, to be copied before it is damaged."""
+    """Save a tied Mamba, to be copied before it is damaged."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     klfast.save_quantized(saved_models.quantized("mamba", tied=True), folder)
     return folder
@@ -22,19 +22,19 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def damaged(saved, tmp_path):
-    """A copy of ``saved`` to damage."""
+    """Copy ``saved`` to damage."""
     return shutil.copytree(saved, tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """The folder of a tiny model in full precision."""
+    """Save a tiny model in full precision."""
     return tiny_folder.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def folder(original, tmp_path):
-    """A copy of ``original`` to damage."""
+    """Copy ``original`` to damage."""
     return shutil.copytree(original, tmp_path / "model")
 
 

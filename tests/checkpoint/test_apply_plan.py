@@ -27,7 +27,7 @@ def mixed_plan(model, head=True):
 
 
 def fake_quantized(model, plan):
-    """The truth: the same model with each weight rounded and put back as floats."""
+    """Return the truth: the same model with each weight rounded and put back as floats."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, spec in plan.specs.items():

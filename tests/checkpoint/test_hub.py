@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_pickle_and_no_network")
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A function that puts a folder into the hub's cache under an id."""
+    """Return a function that puts a folder into the hub's cache under an id."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -77,7 +77,6 @@ def test_without_the_extension_a_model_loads_with_a_warning(original, monkeypatc
     from klfast.dispatch import pins, registry
 
     monkeypatch.setattr(registry, "has_kernel", lambda *_: False)
-    monkeypatch.setattr(pins, "_warned", set())
     monkeypatch.setattr(pins, "why_not", lambda tier: "the extension was not built.")
     with pytest.warns(SlowPathWarning, match="accelerate Mamba2ForCausalLM"):
         assert not is_accelerated(load_model(original).lm_head)

@@ -120,11 +120,11 @@ def test_explain_of_linear_on_a_gpu_is_torch():
     assert klfast.explain("rms_norm", x).chosen in ("triton", "reference")
 
 
-@pytest.mark.parametrize("tier", pins.available_tiers())
+@pytest.mark.parametrize("isa", pins.available_tiers())
 @pytest.mark.parametrize("op", OPS)
-def test_explain_takes_the_tier_from_the_kernel_tables(op, tier):
-    with klfast.using(tier):
-        assert klfast.explain(op).chosen == pins.CPU_TIERS[_C.best_tier(op, pins.CPU_TIERS.index(tier))]
+def test_explain_takes_the_tier_from_the_kernel_tables(op, isa):
+    with klfast.using(isa):
+        assert klfast.explain(op).chosen == pins.CPU_TIERS[_C.best_tier(op, pins.CPU_TIERS.index(isa))]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def writer():
-    """A model that writes letters and spaces, and its byte-level tokenizer."""
+    """Return a model that writes letters and spaces, and its byte-level tokenizer."""
     words = tokenizer("byte-level BPE")
     return writing_model(words), words
 

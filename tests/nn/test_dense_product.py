@@ -13,7 +13,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The dtypes with which ``ops.linear`` was called."""
+    """Record the dtypes with which ``ops.linear`` was called."""
     seen = []
     original = klfast.ops.linear
 

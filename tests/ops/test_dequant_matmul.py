@@ -199,23 +199,23 @@ def test_empty_weights(tier, activation):
         assert torch.equal(dequant_matmul(torch.randn(m, 0), narrow, bias, activation=activation), bias.expand(m, -1))
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("activation", CHECKS)
-def test_touches_nothing_outside(tier, activation):
+def test_touches_nothing_outside(isa, activation):
     """Each operand ends at the end of a page; the next page cannot be read or written."""
     for spec in (*SPECS[::3], QuantSpec(6, -1), QuantSpec(6, 32), QuantSpec(6, 64, False)):
         for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
             for x_dtype in FLOAT_DTYPES:
                 x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
                 inside = QuantizedTensor([guarded(part) for part in qt.parts], qt.shape, spec)
-                with using(tier):
+                with using(isa):
                     got = dequant_matmul(guarded(x), inside, guarded(bias), activation=activation)
                 CHECKS[activation](x, qt, bias, got)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("m", [1, 6, 20])
-def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
+def test_writes_all_of_y_and_no_more(isa, m, monkeypatch):
     from klfast.backends.cpu import matmul as cpu
 
     n, guard, buffers = 37, 64, []
@@ -230,15 +230,15 @@ def test_writes_all_of_y_and_no_more(tier, m, monkeypatch):
 
     for activation in CHECKS:
         x, qt, bias = operands(m, n, 200, QuantSpec(4, 64))
-        with using(tier):
+        with using(isa):
             y = cpu.dequant_matmul(MatmulArgs(x.as_subclass(NaNs), list(qt.parts), bias, qt.stored, activation))
         assert torch.isfinite(y).all()
         assert buffers[-1][:guard].isnan().all() and buffers[-1][-guard:].isnan().all()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("activation", CHECKS)
-def test_any_number_of_threads_gives_the_same_bits(tier, activation):
+def test_any_number_of_threads_gives_the_same_bits(isa, activation):
     before = torch.get_num_threads()
     try:
         for m, n, k, x_dtype in [
@@ -251,7 +251,7 @@ def test_any_number_of_threads_gives_the_same_bits(tier, activation):
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                with using(tier):
+                with using(isa):
                     results.append(dequant_matmul(x, qt, bias, activation=activation))
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     finally:

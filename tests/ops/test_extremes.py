@@ -83,8 +83,8 @@ def test_attention_to_many_keys_in_parts(keys, tier):
     assert ops.decode_attention(q, k, v, 1.0).isnan().all()
 
 
-@pytest.mark.parametrize("tier", pins.available_tiers())
-def test_attention_to_more_keys_than_a_float_counts(tier):
+@pytest.mark.parametrize("isa", pins.available_tiers())
+def test_attention_to_more_keys_than_a_float_counts(isa):
     """Weights and values are summed in parts: one by one, the sums would stop at 2^24."""
     keys = 1 << 26
     q, k, v = (
@@ -92,7 +92,7 @@ def test_attention_to_more_keys_than_a_float_counts(tier):
         torch.full((1, 1, 1, 1), 0.5).expand(1, 1, keys, 1),
         torch.full((1, 1, 1, 1), 3.0).expand(1, 1, keys, 1),
     )
-    with using(tier):
+    with using(isa):
         torch.testing.assert_close(ops.decode_attention(q, k, v, 1.0), torch.full((1, 1, 1), 3.0))
 
 

@@ -83,17 +83,17 @@ def test_strides_and_empty(tier):
         assert torch.equal(ops.linear(x[:, :0], weight[:, :0], bias), bias.to(dtype).expand(20, -1))
 
 
-@pytest.mark.parametrize("tier", pins.available_tiers())
-def test_touches_nothing_outside(tier):
+@pytest.mark.parametrize("isa", pins.available_tiers())
+def test_touches_nothing_outside(isa):
     for m, n, k in [(1, 48, 100), (5, 33, 63), (20, 9, 321)]:
         for dtype in FLOAT_DTYPES:
             x, weight, bias = operands(m, n, k, dtype)
-            with using(tier):
+            with using(isa):
                 check(x, weight, bias, ops.linear(guarded(x), guarded(weight), guarded(bias)), dtype)
 
 
-@pytest.mark.parametrize("tier", pins.available_tiers())
-def test_any_number_of_threads_gives_the_same_bits(tier):
+@pytest.mark.parametrize("isa", pins.available_tiers())
+def test_any_number_of_threads_gives_the_same_bits(isa):
     before = torch.get_num_threads()
     try:
         for m, n, k in [(30, 70, 600), (600, 40, 130), (9, 500, 64)]:
@@ -102,7 +102,7 @@ def test_any_number_of_threads_gives_the_same_bits(tier):
                 results = []
                 for threads in (1, 2, 5):
                     torch.set_num_threads(threads)
-                    with using(tier):
+                    with using(isa):
                         results.append(ops.linear(x, weight, bias))
                 assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     finally:

@@ -35,7 +35,7 @@ customize_compiler(command.compiler)
 
 
 def python(code, folder, **environment):
-    """What the code prints as JSON on its last line."""
+    """Return what the code prints as JSON on its last line."""
     given = {name: value for name, value in os.environ.items() if name not in ("MAX_JOBS", "CXX", "CC")} | environment
     program = PRELUDE.format(setup=str(SETUP)) + code
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=given, capture_output=True, text=True)

@@ -127,7 +127,6 @@ def test_a_config_group_of_no_known_format():
 @pytest.fixture
 def without_int6(monkeypatch):
     monkeypatch.setitem(registry._kernel_formats, ("dequant_matmul", "CPU"), frozenset({"int4", "int8"}))
-    monkeypatch.setattr(klfast.dispatch.pins, "_warned", set())
 
 
 def test_the_reference_runs_without_a_kernel_of_the_format(without_int6, monkeypatch):

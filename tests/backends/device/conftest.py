@@ -32,7 +32,7 @@ def _triton():
 
 @pytest.fixture(params=["nvidia", "intel"] if INTERPRETED else ["nvidia" if torch.cuda.is_available() else "intel"])
 def family(request, monkeypatch):
-    """The GPU family of the configurations: every one under the interpreter, on a GPU only its own."""
+    """Return the GPU family of the configurations: every one under the interpreter, on a GPU only its own."""
     from klfast.kernels import launch
 
     monkeypatch.setattr(launch, "family", lambda _: request.param)

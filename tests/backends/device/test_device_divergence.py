@@ -23,7 +23,6 @@ from klfast import _C
 from klfast.backends.triton import divergence as triton_divergence
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import SlowPathWarning
-from klfast.dispatch import pins
 from klfast.quant.formats import PackedIntegers
 
 
@@ -106,7 +105,6 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_too_large_for_the_kernels(kind, monkeypatch):
-    monkeypatch.setattr(pins, "_warned", set())
     (teacher, student), targets = LARGE[kind](), torch.randint(0, 3000, (3,))
     teacher[1], student[1] = torch.randn(2, 3000)  # an ordinary row among them
     with pytest.warns(SlowPathWarning, match=r"logit_divergence \[3, 3000\] runs on the CPU for some tokens"):
@@ -176,7 +174,6 @@ def test_quantized_heads(spec, family):
 def test_plain_heads_are_converted_once_with_a_warning(monkeypatch):
     """With tokens in any number of parts."""
     monkeypatch.setattr(triton_divergence, "AT_ONCE", 2)
-    monkeypatch.setattr(pins, "_warned", set())
     converted, convert = [], PackedIntegers.convert
     monkeypatch.setattr(PackedIntegers, "convert", lambda *args: converted.append(args[-2:]) or convert(*args))
     hidden, qt = torch.randn(7, 70), klfast.quantize(torch.randn(205, 70), klfast.QuantSpec(4, 32, False))

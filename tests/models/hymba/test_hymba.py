@@ -8,7 +8,6 @@ from hymba_models import SETS, golden_model, golden_tensors, tiny_model
 
 import klfast
 from klfast.core.errors import InvalidInputError
-from klfast.dispatch import pins
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM, attention, state_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +39,6 @@ def test_forward(golden, sequence, tier):
 def test_forward_with_gradients(golden):
     """Functions with gradients give the same results, and every parameter gets a gradient."""
     model, expected = golden
-    pins._warned.clear()
     with pytest.warns(klfast.SlowPathWarning, match="no gradients"):
         out = model(expected["short.input_ids"], labels=expected["short.input_ids"])
     torch.testing.assert_close(out.logits, expected["short.logits"], **LOGITS)
@@ -149,7 +147,6 @@ def test_continuing_with_gradients():
     ids = torch.randint(0, 61, (2, 12))
     with torch.no_grad():
         whole = model(ids).logits
-    pins._warned.clear()
     with pytest.warns(klfast.SlowPathWarning):
         cache = model(ids[:, :9], use_cache=True).past_key_values
     rest = model(ids[:, 9:], past_key_values=cache).logits
