@@ -175,7 +175,7 @@ def probes_of(needs):
 
 
 def tiers_of(source):
-    """The tiers that a source is compiled for, each on its own; None stands for the baseline.
+    """Return the tiers that a source is compiled for, each on its own; None stands for the baseline.
 
     A file named after a tier belongs to that one. A file that defines KLFAST_TIERS is compiled for those of them that
     have no file of their own beside it, and for the baseline.
@@ -216,7 +216,7 @@ def jobs():
 
 
 def cgroup_cpus(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """The CPUs' worth of time that the control groups (v2) of this process allow; infinity if there is no limit."""
+    """Return how many CPUs' worth of time the control groups (v2) of this process allow; infinity without a limit."""
     try:
         [path] = [line[3:] for line in Path(membership).read_text().splitlines() if line.startswith("0::")]
     except (OSError, ValueError):

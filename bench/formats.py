@@ -68,7 +68,7 @@ def register() -> None:
 
 @torch.no_grad()
 def with_plan(model: torch.nn.Module, plan: klfast.Plan) -> torch.nn.Module:
-    """A copy of the model with rounded weights."""
+    """Return a copy of the model with rounded weights."""
     rounded = copy.deepcopy(model)
     layers = linears(rounded)
     for name, spec in plan.specs.items():

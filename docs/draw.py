@@ -26,14 +26,14 @@ PAGE = ROOT / "docs" / "ARCHITECTURE.md"
 
 
 def layers() -> list[list[str]]:
-    """The layers of pyproject.toml's import contract, from top to bottom."""
+    """Return the layers of pyproject.toml's import contract, from top to bottom."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     [contract] = project["tool"]["importlinter"]["contracts"]
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 
 
 def imports() -> str:
-    """A Mermaid flowchart of the packages; an arrow that a chain of others implies is left out."""
+    """Draw a Mermaid flowchart of the packages; an arrow that a chain of others implies is left out."""
     graph = grimp.build_graph("klfast", exclude_type_checking_imports=True)
     order = layers()
     names = [name for layer in order for name in layer]
@@ -56,7 +56,7 @@ def imports() -> str:
 
 
 def implementations() -> str:
-    """A Mermaid flowchart from each op to the tiers that have a kernel of it, and to Triton."""
+    """Draw a Mermaid flowchart from each op to the tiers that have a kernel of it, and to Triton."""
     lines = ["```mermaid", "flowchart LR"]
     for op, tiers in sorted(_C.kernel_tiers().items()):
         lines.append(f"    {op} --> cpu_{op}[{', '.join(tier for tier in pins.CPU_TIERS if tier in tiers)}]")

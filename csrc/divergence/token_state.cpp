@@ -152,7 +152,7 @@ Found from_sums(const State& state) {
 
 // With x > 0, A = H E and B = H; else A = H and B = H E. With r = e^-delta, p = A / Za and q = B r / Za, and
 //     2 JSD = sum p log p + q log q - (p + q) log((p + q) / 2),
-// all but H E |x| is H times a function of E.
+// every term except H E |x| is H times a function of E.
 Found from_powers(const State& state) {
     const Powers& p = state.powers;
     double above[kPowers], below[kPowers];  // x > 0, x <= 0

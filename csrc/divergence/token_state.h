@@ -17,7 +17,7 @@
 // mu_1..mu_8 alone. Delta small is all that accuracy needs; the first columns of a row give an anchor that nearly
 // always will do, and where it does not, the row runs again with the anchor that the first run found.
 //
-// Where |x| <= kSmall throughout a block, all these sums are polynomials in x but for at most 6e-6 of each, so the
+// Where |x| <= kSmall throughout a block, all these sums are polynomials in x to within 6e-6 of each, so the
 // vector loop makes only the moments sum A x^k (k = 0..8; to 6 for |x| <= kMedium, to 4 for |x| <= kTiny): one
 // exponential an entry.
 //

@@ -135,7 +135,7 @@ template <class Factors>
 void product_tiles(const Product& a, const TiledRows& x, const Segments& segments, const Factors& factors) {
     const int threads = useful_threads(a, 0.0625 * a.m * a.n * a.k);
     const std::int64_t blocks = (a.m + kBlockRows - 1) / kBlockRows;
-    // A share's rows of x fit in L2 beside a panel, but for fewer than 256 rows panels would be laid out too often.
+    // A share's rows of x fit in L2 beside a panel. For fewer than 256 rows, panels would be laid out too often.
     const std::int64_t least = smaller(a.m / 256, a.m * x.steps * x.depth * 4 / (1 << 20));
     const Division division(a, kPanelVectors, blocks, threads, least);
     const std::int64_t values = Factors::values * x.depth;  // of a step

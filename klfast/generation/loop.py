@@ -150,7 +150,7 @@ def _continue(
 
 
 def _is_true(answer: object) -> bool:
-    """True, or that of torch or numpy; not the number of letters that a callback has written, say."""
+    """Return whether it is True (torch's and numpy's, too), not the number of letters that a callback wrote, say."""
     return answer is True or ("bool" in str(getattr(answer, "dtype", "")) and bool(answer))
 
 

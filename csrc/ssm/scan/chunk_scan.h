@@ -131,8 +131,8 @@ inline bool all_finite(const float* values, std::int64_t n) {
     return sum(zero) == 0.0f;
 }
 
-// All chunks of one head by products or, if `plainly`, by the recurrence. Returns whether the results, but for the
-// gate, are finite.
+// Computes all chunks of one head by products or, if `plainly`, by the recurrence. Returns whether the results are
+// finite before the gate.
 inline bool scan_head(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_t batch, std::int64_t head,
                       const float* products, bool plainly) {
     const std::int64_t n_states = s.states, wide = round_up(s.dim, kLanes), n_chunks = (s.length + kChunk - 1) / kChunk,
