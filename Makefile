@@ -30,7 +30,8 @@ demo: install
 
 # Tests in several processes; OpenMP's threads must not spin, or they would take each other's cores. The Triton kernels run
 # in Triton's interpreter, which must be chosen before they are imported, so in a run of its own.
-IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+# One process more than there are cores: some tests wait for others' processes.
+IN_PARALLEL := --numprocesses $(shell python3 -c 'import os; print(min(4, os.cpu_count() + 1))') --dist worksteal
 test: install
 	OMP_WAIT_POLICY=passive .venv/bin/python -m pytest $(IN_PARALLEL)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device

@@ -54,14 +54,14 @@ def test_state_update(shape, state_dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 33, 2, 16, 1, 16), (1, 20, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)]
+    "shape", [(1, 1, 1, 1, 1, 1), (2, 2, 4, 5, 2, 3), (1, 33, 2, 16, 1, 16), (1, 5, 2, 64, 1, 128), (1, 0, 2, 4, 1, 4)]
 )
 def test_chunk_scan(shape, monkeypatch):
     monkeypatch.setattr(ssd_scan, "is_for", lambda *_: False)  # step by step
     cases.test_chunk_scan(*shape, "triton")
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 4, 16, 2, 32), (1, 70, 2, 64, 1, 128), (1, 16, 2, 128, 2, 16)])
+@pytest.mark.parametrize("shape", [(2, 70, 2, 16, 2, 32), (1, 70, 1, 64, 1, 128), (1, 16, 2, 128, 2, 16)])
 def test_chunk_scan_in_chunks(shape, family):
     """Values in two bfloat16 parts lose more in the interpreter, which truncates instead of rounding."""
     variants = [(full, dtype) for full in (True, False) for dtype in (torch.bfloat16, torch.float16)]
