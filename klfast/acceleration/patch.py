@@ -1,4 +1,4 @@
-"""klfast's kernels in transformers' state-space models (Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1).
+"""klfast's kernels in transformers' state-space models (Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1, Bamba).
 
 ``accelerate`` gives each mixer, norm and linear layer of one model its own forward (forwards.py): classes and other
 models in the process stay as they are.
@@ -26,7 +26,7 @@ _lock = threading.Lock()
 def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     """Make a transformers state-space model or hybrid run klfast's kernels; return the same model.
 
-    This covers the layers of Mamba, Mamba-2, FalconMamba, Granite-4.0-H and Falcon-H1, in any model.
+    This covers the layers of Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1 and Bamba, in any model.
 
     Only this model changes, in place, including caches and generation; ``unaccelerate`` undoes it. Copies and pickles
     of the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is

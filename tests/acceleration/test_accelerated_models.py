@@ -126,6 +126,7 @@ HYBRID_CHANGES = [
 OF_ONE_HYBRID = [
     *(("granite_hybrid", {"time_step_limit": limit}) for limit in ((0.01, 0.2), (0.0, 0.5))),
     ("granite_hybrid", {"position_embedding_type": "rope"}),
+    *(("bamba", {"time_step_limit": limit}) for limit in ((0.01, 0.2), (0.0, 0.5))),
     *(("falcon_h1_norm", {"time_step_limit": limit}) for limit in ((0.01, 0.2), (0.0, 0.5))),
     ("falcon_h1", {"mamba_d_ssm": None}),
     ("falcon_h1_norm", {"mamba_n_groups": 1}),
@@ -136,7 +137,7 @@ OF_ONE_HYBRID = [
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        *((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1")),
+        *((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1", "bamba")),
         *(case for case in OF_ONE_HYBRID if case[0] in ACCELERATED),
     ],
     ids=str,
@@ -418,9 +419,7 @@ OTHERS = {
         shared_expert_intermediate_size=16,
         layer_types=["linear_attention", "full_attention"],
     ),
-    "BambaMixer": lambda: transformers.BambaConfig(
-        **_SMALL, **_ATTENTION, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, attn_layer_indices=[]
-    ),
+    "NemotronHMamba2Mixer": CONFIGS["nemotron_h"],
 }
 
 

@@ -14,6 +14,7 @@ from klfast.models.head import Head, Readout, divergence, find_head
 from klfast.nn import QuantLinear
 
 RULES = {
+    "bamba": LogitRule(),
     "cohere": LogitRule(0.3),
     "falcon_h1": LogitRule(0.7),
     "gemma2": LogitRule(softcap=2.5),

@@ -12,7 +12,7 @@ from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGate
 from klfast.models.hymba import HymbaConfig
 
 VOCABULARY = 61
-FAMILIES = ("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1")
+FAMILIES = ("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1", "bamba")
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # without attention
 _SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)
 _SSM = dict(**_SMALL, state_size=8)
@@ -111,7 +111,10 @@ CONFIGS = {
     "falcon_h1_gated_norm": lambda: transformers.FalconH1Config(
         **_ATTENTION | _MAMBA2 | _FALCON, mamba_rms_norm=True, mamba_norm_before_gate=False
     ),
-    "bamba": lambda: transformers.BambaConfig(**_ATTENTION | _MAMBA2, attn_layer_indices=[1]),
+    "bamba": lambda: transformers.BambaConfig(
+        **_ATTENTION | _MAMBA2 | dict(num_hidden_layers=5, mamba_d_state=13, mamba_d_conv=3, mamba_chunk_size=7),
+        attn_layer_indices=[1, 3],
+    ),
     "cohere": lambda: transformers.CohereConfig(**_ATTENTION, logit_scale=0.3),
     "gemma2": lambda: transformers.Gemma2Config(
         **_ATTENTION, head_dim=16, final_logit_softcapping=2.5, sliding_window=6
@@ -237,7 +240,13 @@ _ALL_VARIANTS = ("hymba_release", "granite_hybrid_moe", *_FALCON_NORMS)  # of fa
 # In transformers 5.17 the norm of a single token loses a dimension, so that batches mix when they decode.
 _WRONG = _FALCON_NORMS if FalconH1RMSNormGated(4)(torch.ones(1, 1, 4)).dim() != 3 else ()
 VARIANTS = tuple(name for name in _ALL_VARIANTS if name not in _WRONG)
-ACCELERATED = (*STATE_SPACE, "granite_hybrid", "falcon_h1", *(name for name in VARIANTS if name != "hymba_release"))
+ACCELERATED = (
+    *STATE_SPACE,
+    "granite_hybrid",
+    "falcon_h1",
+    "bamba",
+    *(name for name in VARIANTS if name != "hymba_release"),
+)
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 
 

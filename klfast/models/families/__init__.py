@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from klfast.models.families import falcon_h1, falcon_mamba, generic, granite_hybrid, hymba, mamba, mamba2
+from klfast.models.families import bamba, falcon_h1, falcon_mamba, generic, granite_hybrid, hymba, mamba, mamba2
 from klfast.models.families.base import Family, Mixer, Norm, Rows
 
 FAMILIES: tuple[Family, ...] = (
@@ -22,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     hymba.FAMILY,
     granite_hybrid.FAMILY,
     falcon_h1.FAMILY,
+    bamba.FAMILY,
 )
 GENERIC = generic.FAMILY
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
