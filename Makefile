@@ -28,13 +28,12 @@ install: .venv/.installed
 demo: install
 	.venv/bin/klfast demo
 
-# Tests in several processes; OpenMP's threads must not spin, or they would take each other's cores. The Triton kernels run
-# in Triton's interpreter, which must be chosen before they are imported, so in a run of its own.
-# One process more than there are cores: some tests wait for others' processes.
-IN_PARALLEL := --numprocesses $(shell python3 -c 'import os; print(min(4, os.cpu_count() + 1))') --dist worksteal
+# Tests in a process a core, each with one thread where a test does not say how many. The Triton kernels run in Triton's
+# interpreter, which must be chosen before they are imported, so in a run of its own.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 test: install
-	OMP_WAIT_POLICY=passive .venv/bin/python -m pytest $(IN_PARALLEL)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(IN_PARALLEL)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device
 
 # pre-commit runs the same commands before a commit: .venv/bin/pre-commit install
 lint: .venv/.lint

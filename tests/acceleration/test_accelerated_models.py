@@ -197,8 +197,7 @@ def test_falcon_mamba_decodes_with_its_own_norms():
 
 
 @pytest.mark.parametrize("family", ACCELERATED)
-@pytest.mark.parametrize("pickled", [False, True])
-@pytest.mark.parametrize("tokens", [2, 17])
+@pytest.mark.parametrize(("tokens", "pickled"), [(2, False), (17, False), (2, True)])
 def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
     """This includes models that have not run before, as in a new process."""
     model = tiny(family)
@@ -213,8 +212,11 @@ def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkey
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), plain, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ACCELERATED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in ACCELERATED]
+    + [(family, torch.bfloat16) for family in (*SSM, "granite_hybrid")],
+)
 def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     model = klfast.accelerate(tiny(family, dtype=dtype))
     ids = batch(2, 11)

@@ -53,7 +53,7 @@ def test_a_sweep_killed_within_a_block_resumes_bit_for_bit(family, tied, tmp_pat
     total = stopped_at(monkeypatch, -1, lambda: klfast.sweep(model, ids, **OPTIONS))
     teacher = 2 * len(Chain(model).blocks)  # recomputed by a resumed sweep: the check of the chain, the teacher
     found = []
-    for number in random.Random(family).sample(range(teacher, total), 12):
+    for number in random.Random(family).sample(range(teacher, total), 6):
         assert stopped_at(monkeypatch, number, lambda: klfast.sweep(model, ids, resume=path, **OPTIONS)) == number
         again = stopped_at(monkeypatch, -1, lambda: found.append(klfast.sweep(model, ids, resume=path, **OPTIONS)))
         # Plus the own blocks of the (up to 8) candidates that run together.
@@ -136,7 +136,7 @@ def start(path):
 def test_a_process_killed_at_any_time_resumes_bit_for_bit(tmp_path):
     path, moments = tmp_path / "r.json", random.Random(0)
     whole = klfast.sweep(make("hymba"), tokens(8, 65), max_batch_tokens=4 * 65)
-    for _ in range(3):
+    for _ in range(2):
         child = start(path)
         while not path.exists():
             time.sleep(0.01)
@@ -251,7 +251,7 @@ def test_ctrl_c_anywhere_leaves_the_model_as_it_was(dtype, tmp_path):
     options = {**OPTIONS, "layers": ["lm_head", "*.layers.0.*in_proj"]}
     whole, handler = klfast.sweep(model, tokens(2), "int4", **options), signal.getsignal(signal.SIGINT)
     total = lines(lambda: klfast.sweep(model, tokens(2), "int4", **options))  # the first sweep runs more: lazy imports
-    for number in random.Random(str(dtype)).sample(range(total), 60):
+    for number in random.Random(str(dtype)).sample(range(total), 30):
         with pytest.raises(KeyboardInterrupt):
             lines(lambda: klfast.sweep(model, tokens(2), "int4", resume=path, **options), number)
         assert_same(before, snapshot(model))

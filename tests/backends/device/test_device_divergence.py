@@ -52,7 +52,7 @@ def test_random_logits(vocab, size):
     cases.test_random_logits("triton", vocab, size)
 
 
-@pytest.mark.parametrize(("size", "kl"), [(1.4e-4, 1e-8), (0.045, 1e-3), (10.0, 30.0)])
+@pytest.mark.parametrize(("size", "kl"), [(1.4e-4, 1e-8), (10.0, 30.0)])
 def test_kl_of_every_size_at_a_real_vocabulary(size, kl):
     cases.test_kl_of_every_size_at_a_real_vocabulary("triton", size, kl)
 

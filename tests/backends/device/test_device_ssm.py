@@ -64,7 +64,7 @@ def test_chunk_scan(shape, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 70, 2, 16, 2, 32), (1, 70, 1, 64, 1, 128), (1, 16, 2, 128, 2, 16)])
 def test_chunk_scan_in_chunks(shape, family):
     """Values in two bfloat16 parts lose more in the interpreter, which truncates instead of rounding."""
-    variants = [(full, dtype) for full in (True, False) for dtype in (torch.bfloat16, torch.float16)]
+    variants = [(True, torch.bfloat16), (False, torch.float16)]
     assert all(
         ssd_scan.is_for(torch.empty(1, *shape[1:4], dtype=dtype), *[torch.empty(1, 1, 1, shape[5], dtype=dtype)] * 2)
         for _, dtype in variants
