@@ -30,7 +30,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.nn import QuantLinear as QuantLinear
     from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
     from klfast.ops import causal_conv1d_update as causal_conv1d_update
+    from klfast.ops import chunk_gated_delta_rule as chunk_gated_delta_rule
+    from klfast.ops import chunk_kda as chunk_kda
     from klfast.ops import dequant_matmul as dequant_matmul
+    from klfast.ops import fused_recurrent_gated_delta_rule as fused_recurrent_gated_delta_rule
+    from klfast.ops import fused_recurrent_kda as fused_recurrent_kda
+    from klfast.ops import gated_delta_rule_update as gated_delta_rule_update
     from klfast.ops import linear_divergence as linear_divergence
     from klfast.ops import logit_divergence as logit_divergence
     from klfast.ops import mamba_chunk_scan_combined as mamba_chunk_scan_combined
@@ -73,6 +78,11 @@ _PUBLIC = {
     "selective_scan_fn": "ops",
     "selective_state_update": "ops",
     "mamba_chunk_scan_combined": "ops",
+    "chunk_gated_delta_rule": "ops",
+    "chunk_kda": "ops",
+    "fused_recurrent_gated_delta_rule": "ops",
+    "fused_recurrent_kda": "ops",
+    "gated_delta_rule_update": "ops",
     "accelerate": "acceleration.patch",
     "unaccelerate": "acceleration.patch",
     "QuantLinear": "nn",

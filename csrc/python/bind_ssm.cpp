@@ -1,6 +1,7 @@
 // Shapes come from klfast/backends/cpu/ssm.py, which also allocates. No arithmetic.
 #include "ssm/conv/causal_conv1d.h"
 #include "norm/rms_norm.h"
+#include "ssm/delta/gated_delta_rule.h"
 #include "ssm/scan/scan.h"
 #include "python/bindings.h"
 #include "python/view_caster.h"
@@ -91,6 +92,30 @@ void bind_ssm(py::module_& m) {
         };
         mamba_chunk_scan(args, static_cast<Tier>(limit));
     });
+    m.def("gated_delta_rule",
+          [](View q, View k, View v, View g, View beta, View state, View out, Int batch, Int length, Int key_heads,
+             Int key_dim, Int heads, Int value_dim, float scale, bool normalize, int n_threads, int limit) {
+              const py::gil_scoped_release release;
+              const GatedDeltaRuleArgs args{
+                  .q = q,
+                  .k = k,
+                  .v = v,
+                  .out = out,
+                  .g = g,
+                  .beta = beta,
+                  .state = state,
+                  .batch = batch,
+                  .length = length,
+                  .key_heads = key_heads,
+                  .heads = heads,
+                  .key_dim = key_dim,
+                  .value_dim = value_dim,
+                  .normalize = normalize,
+                  .scale = scale,
+                  .n_threads = n_threads,
+              };
+              gated_delta_rule(args, static_cast<Tier>(limit));
+          });
     m.def("causal_conv1d",
           [](View x, View weight, View bias, View initial, View final, View out, Int batch, Int channels, Int length,
              Int width, Int initial_length, Int final_length, bool silu, int n_threads, int limit) {

@@ -235,6 +235,20 @@ def _mamba_chunk_scan(dtype: torch.dtype, length: int, channels: int = 19, state
     return _case("mamba_chunk_scan", dtype, f"{list(x.shape)}, {states} states", call, *args)
 
 
+def _gated_delta_rule(dtype: torch.dtype, length: int, by_channel: bool, value_dim: int) -> Case:
+    """Return a case of four heads and two of keys."""
+    q, k = torch.randn(2, 2, length, 2, 33).to(dtype)
+    v, beta = torch.randn(2, length, 4, value_dim).to(dtype), torch.rand(2, length, 4).to(dtype)
+    g = -torch.rand(2, length, 4, 33) if by_channel else -torch.rand(2, length, 4)
+
+    def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, q, k, v, g, beta = args
+        return ops.gated_delta_rule_update(state, q, k, v, g, beta, use_qk_l2norm_in_kernel=True), state
+
+    what = f"{list(v.shape)}, {'a decay a key channel' if by_channel else 'a decay a head'}"
+    return _case("gated_delta_rule", dtype, what, call, torch.randn(2, 4, 33, value_dim), q, k, v, g, beta)
+
+
 def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
     """Return a case that is gated if there is a group size."""
     x, gate, weight = torch.randn(2, 33, 38).to(dtype), torch.randn(2, 33, 38).to(dtype), torch.randn(38).to(dtype)
@@ -293,6 +307,12 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
         *(_mamba_chunk_scan(dtype, length) for length in _LENGTHS),
         # Sizes for which 16-bit dtypes use matrix instructions.
         *(_mamba_chunk_scan(dtype, length, 32, states) for states in (16, 128) for length in (33, 131)),
+    ],
+    "gated_delta_rule": lambda dtype: [
+        _gated_delta_rule(dtype, length, by_channel, value_dim)
+        for length in (1, 70)
+        for by_channel in (False, True)
+        for value_dim in (19, 128)
     ],
     "rms_norm": lambda dtype: [_rms_norm(dtype, group_size) for group_size in (None, 19)],
 }

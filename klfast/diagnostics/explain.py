@@ -16,6 +16,11 @@ _OPS_OF = {
     "causal_conv1d_fn": "causal_conv1d",
     "selective_scan_fn": "selective_scan",
     "mamba_chunk_scan_combined": "mamba_chunk_scan",
+    "chunk_gated_delta_rule": "gated_delta_rule",
+    "fused_recurrent_gated_delta_rule": "gated_delta_rule",
+    "chunk_kda": "gated_delta_rule",
+    "fused_recurrent_kda": "gated_delta_rule",
+    "gated_delta_rule_update": "gated_delta_rule",
 }
 
 

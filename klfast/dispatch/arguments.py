@@ -132,3 +132,16 @@ class MambaChunkScan(NamedTuple):
     dt_min: float
     dt_max: float
     return_final_states: bool
+
+
+class GatedDeltaRule(NamedTuple):
+    """q, k [B, L, G, K]; v [B, L, H, V]; g [B, L, H] or [B, L, H, K]; beta [B, L, H]; state [B, H, K, V], in place."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+    state: Written
+    scale: float
+    normalize: bool

@@ -71,6 +71,13 @@ def no_memory(op: str, name: str, t: torch.Tensor) -> str:
     )
 
 
+def require_memory(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise InvalidInputError for a tensor on the CPU that has elements but no memory."""
+    for name, t in tensors.items():
+        if t is not None and t.is_cpu and t.layout is torch.strided and not t.data_ptr() and t.numel():
+            raise InvalidInputError(no_memory(op, name, t))
+
+
 def check_writable(op: str, name: str, t: torch.Tensor) -> None:
     """Raise InvalidInputError for a tensor that must not be written in place, as torch's own operations do.
 

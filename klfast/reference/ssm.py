@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from klfast.dispatch.arguments import (
     CausalConv1d,
     CausalConv1dUpdate,
+    GatedDeltaRule,
     MambaChunkScan,
     SelectiveScan,
     SelectiveStateUpdate,
@@ -94,6 +95,26 @@ def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         final = x.new_empty(0, dtype=torch.float32)
     return _finish(y, x, a.D, a.z).to(x.dtype), final
+
+
+def gated_delta_rule(a: GatedDeltaRule) -> torch.Tensor:
+    """Run S = exp(g_t) S, S += k_t (beta_t (v_t - S^T k_t))^T, o_t = scale S^T q_t; the state S is updated in place.
+
+    g_t is one number a head, or one a key channel (a row of S).
+    """
+    q, k, v, g, beta, state = (t.float() for t in a[:6])
+    if a.normalize:
+        q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+    q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], 2) for t in (q, k))  # [B, L, H, K]
+    decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]  # [B, L, H, K or 1, 1]
+    out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+    for t in range(v.shape[1]):
+        state = decay[:, t] * state
+        change = beta[:, t, :, None] * (v[:, t] - (state * k[:, t, ..., None]).sum(-2))
+        state = state + k[:, t, ..., None] * change[..., None, :]
+        out[:, t] = a.scale * (state * q[:, t, ..., None]).sum(-2)
+    a.state.copy_(state)
+    return out.to(a.v.dtype)
 
 
 def _step_size(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:

@@ -62,6 +62,7 @@ void check_attention();
 void check_divergence();
 void check_conv();
 void check_scan();
+void check_delta();
 void check_norm();
 
 }  // namespace klfast::test

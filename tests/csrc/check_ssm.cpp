@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "ssm/conv/causal_conv1d.h"
+#include "ssm/delta/gated_delta_rule.h"
 #include "ssm/scan/scan.h"
 
 namespace klfast::test {
@@ -218,6 +219,65 @@ void check_conv(DType dtype, Int channels, Int width) {
     });
 }
 
+void check_delta_rule(DType dtype, bool by_channel, Int value_dim) {
+    constexpr Int key_heads = 2, heads = 2 * key_heads, key_dim = 21;
+    Tensor q = Tensor::random(dtype, {kBatch, kLength, key_heads, key_dim}),
+           k = Tensor::random(dtype, {kBatch, kLength, key_heads, key_dim}),
+           v = Tensor::random(dtype, {kBatch, kLength, heads, value_dim}),
+           g = negative(DType::f32, by_channel ? std::vector<Int>{kBatch, kLength, heads, key_dim}
+                                               : std::vector<Int>{kBatch, kLength, heads}),
+           beta = Tensor::random(dtype, {kBatch, kLength, heads}, 0.3),
+           before = Tensor::random(DType::f32, {kBatch, heads, key_dim, value_dim});
+    std::vector<double> out(v.size()), state(before.size());
+    for (Int i = 0; i < before.size(); ++i) state[i] = before[i];
+    for (Int row = 0; row < kBatch * heads; ++row)
+        for (Int t = 0; t < kLength; ++t) {
+            const Int time = row / heads * kLength + t, head = row % heads,
+                      key = (time * key_heads + head / (heads / key_heads)) * key_dim, one = time * heads + head;
+            double squares_q = 1e-6, squares_k = 1e-6;
+            for (Int i = 0; i < key_dim; ++i)
+                squares_q += q[key + i] * q[key + i], squares_k += k[key + i] * k[key + i];
+            for (Int j = 0; j < value_dim; ++j) {
+                double held = 0, read = 0;
+                double* const s = state.data() + row * key_dim * value_dim + j;
+                for (Int i = 0; i < key_dim; ++i) {
+                    s[i * value_dim] *= std::exp(by_channel ? g[one * key_dim + i] : g[one]);
+                    held += s[i * value_dim] * k[key + i] / std::sqrt(squares_k);
+                }
+                const double change = beta[one] * (v[one * value_dim + j] - held);
+                for (Int i = 0; i < key_dim; ++i) {
+                    s[i * value_dim] += change * k[key + i] / std::sqrt(squares_k);
+                    read += s[i * value_dim] * q[key + i] / std::sqrt(squares_q);
+                }
+                out[one * value_dim + j] = 0.25 * read;
+            }
+        }
+    for_tiers("gated_delta_rule", [&](Tier tier) {
+        Tensor after = before, got(dtype, {kBatch, kLength, heads, value_dim});
+        const GatedDeltaRuleArgs args{
+            .q = q.view(),
+            .k = k.view(),
+            .v = v.view(),
+            .out = got.view(),
+            .g = g.view(),
+            .beta = beta.view(),
+            .state = after.view(),
+            .batch = kBatch,
+            .length = kLength,
+            .key_heads = key_heads,
+            .heads = heads,
+            .key_dim = key_dim,
+            .value_dim = value_dim,
+            .normalize = true,
+            .scale = 0.25f,
+            .n_threads = kThreads,
+        };
+        gated_delta_rule(args, tier);
+        compare("gated_delta_rule", tier, got, out);
+        compare("gated_delta_rule", tier, after, state);
+    });
+}
+
 }  // namespace
 
 void check_conv() {
@@ -232,6 +292,12 @@ void check_scan() {
         check_state_update(dtype);
         check_chunk_scan(dtype);
     }
+}
+
+void check_delta() {
+    for (const DType dtype : kTypes)
+        for (const bool by_channel : {false, true})
+            for (const Int value_dim : {5, 64, 83}) check_delta_rule(dtype, by_channel, value_dim);
 }
 
 }  // namespace klfast::test

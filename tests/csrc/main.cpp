@@ -16,6 +16,7 @@ int main(int count, char** arguments) {
         {.name = "divergence", .check = check_divergence},
         {.name = "conv", .check = check_conv},
         {.name = "scan", .check = check_scan},
+        {.name = "delta", .check = check_delta},
         {.name = "norm", .check = check_norm},
     };
     for (const auto& family : families) {

@@ -21,6 +21,7 @@ FAMILIES = {
     "divergence": ["logit_divergence"],
     "conv": ["causal_conv1d"],
     "scan": ["mamba_chunk_scan", "selective_scan", "selective_state_update"],
+    "delta": ["gated_delta_rule"],
     "norm": ["rms_norm"],
 }
 SAME_KERNELS = {"linear_divergence": "logit_divergence", "causal_conv1d_update": "causal_conv1d"}

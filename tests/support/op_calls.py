@@ -17,6 +17,15 @@ def calls() -> dict:
         return torch.randn(shape)
 
     qt = quantize(f(5, 32), QuantSpec(4, 16, False))
+    delta_rule = dict(
+        q=f(2, 5, 2, 3),
+        k=f(2, 5, 2, 3),
+        v=f(2, 5, 4, 6),
+        g=-f(2, 5, 4).abs(),
+        beta=f(2, 5, 4),
+        initial_state=f(2, 4, 3, 6),
+    )
+    kda = delta_rule | dict(g=-f(2, 5, 4, 3).abs())
     return {
         ops.dequant_matmul: dict(x=f(3, 32), qt=qt, bias=f(5)),
         ops.linear: dict(x=f(3, 8).bfloat16(), weight=f(5, 8).bfloat16(), bias=f(5)),
@@ -76,6 +85,13 @@ def calls() -> dict:
             dt_bias=f(6),
             initial_states=f(2, 6, 4, 3),
             dt_softplus=True,
+        ),
+        ops.chunk_gated_delta_rule: delta_rule,
+        ops.fused_recurrent_gated_delta_rule: delta_rule,
+        ops.chunk_kda: kda,
+        ops.fused_recurrent_kda: kda,
+        ops.gated_delta_rule_update: dict(
+            state=f(2, 4, 3, 6), **{name: t for name, t in delta_rule.items() if name != "initial_state"}
         ),
         ops.rms_norm: dict(x=f(2, 3, 8), weight=f(8), gate=f(2, 3, 8)),
     }

@@ -9,6 +9,7 @@ from klfast.kernels import (
     causal_conv1d,
     decode_attention,
     dequant_matmul,
+    gated_delta_rule,
     linear_divergence,
     logit_divergence,
     rms_norm,
@@ -134,6 +135,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     )[0]
     yield "logit_divergence, some rows", again, None
     yield from state_space()
+    yield from delta_rule()
     yield from chunks(family)
     yield from norms()
     yield from attention(family, 100, 4096)
@@ -169,6 +171,20 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
                     dt_limit=limit,
                 )
                 yield f"selective_scan, {name}, {length} steps{', dt clamped' if limit[0] == 0 else ''}", launch, None
+
+
+def delta_rule() -> Iterator[tuple[str, Launch, str | None]]:
+    """Yield launches with Qwen3.5-4B's sizes (and those of KDA), for a prompt and a decoding step."""
+    state = empty(2, 32, 128, 128, dtype=torch.float32)
+    for length in (512, 1):
+        q, v = (empty(2, length, heads, 128, dtype=torch.bfloat16) for heads in (16, 32))
+        beta = empty(2, length, 32, dtype=torch.bfloat16)
+        for what, shape in (("head", ()), ("channel", (128,))):
+            g = empty(2, length, 32, *shape, dtype=torch.float32)
+            launch = gated_delta_rule.plan(
+                q=q, k=q, v=v, g=g, beta=beta, state=state, y=v, scale=128**-0.5, normalize=True
+            )
+            yield f"gated_delta_rule, a decay a {what}, {length} tokens", launch, None
 
 
 def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:

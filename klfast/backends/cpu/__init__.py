@@ -20,6 +20,7 @@ def register() -> None:
         ssm.selective_scan,
         ssm.selective_state_update,
         ssm.mamba_chunk_scan,
+        ssm.gated_delta_rule,
         norm.rms_norm,
     ):
         register_kernel(kernel.__name__, "CPU", kernel, sees_addresses=True)

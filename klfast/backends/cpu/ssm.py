@@ -10,6 +10,7 @@ from klfast.backends.cpu.extension import resources, view
 from klfast.dispatch.arguments import (
     CausalConv1d,
     CausalConv1dUpdate,
+    GatedDeltaRule,
     MambaChunkScan,
     SelectiveScan,
     SelectiveStateUpdate,
@@ -63,3 +64,12 @@ def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = (*a.x.shape, *a.B.shape[2:])
     _C.mamba_chunk_scan(*map(view, tensors), *sizes, a.dt_softplus, a.dt_min, a.dt_max, *resources())
     return out, a.x.new_empty(0, dtype=torch.float32) if final is None else final
+
+
+def gated_delta_rule(a: GatedDeltaRule) -> torch.Tensor:
+    """Run the delta rule over a sequence or a step; the state is updated in place."""
+    q, k, v, g, beta, state, scale, normalize = a
+    out = v.new_empty(v.shape)
+    sizes = (*v.shape[:2], *k.shape[2:], *v.shape[2:])
+    _C.gated_delta_rule(*map(view, (q, k, v, g, beta, state, out)), *sizes, scale, normalize, *resources())
+    return out

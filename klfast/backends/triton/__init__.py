@@ -17,7 +17,14 @@ DEVICES = ("CUDA", "XPU")
 FORMATS = ("int4", "int6", "int8")  # of weights that the kernels take
 # Their kernels compute sums, which the extension turns into metrics.
 DIVERGENCE = ("logit_divergence", "linear_divergence")
-_SSM = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_chunk_scan")
+_SSM = (
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+    "mamba_chunk_scan",
+    "gated_delta_rule",
+)
 _MODULES = {
     "dequant_matmul": "matmul",
     "decode_attention": "attention",

@@ -10,6 +10,7 @@ from klfast.backends import operands
 from klfast.dispatch.arguments import (
     CausalConv1d,
     CausalConv1dUpdate,
+    GatedDeltaRule,
     MambaChunkScan,
     SelectiveScan,
     SelectiveStateUpdate,
@@ -132,6 +133,15 @@ def mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tensor]:
         rates = a.A[:, None, None].expand(-1, dim, states)
         _scan(dt=a.dt[..., None].expand(a.x.shape), a=rates, bias=bias, **same)
     return out, a.x.new_empty(0, dtype=torch.float32) if final is None else final
+
+
+def gated_delta_rule(a: GatedDeltaRule) -> torch.Tensor:
+    """Run the delta rule over a sequence or a step; the state is updated in place."""
+    from klfast.kernels import gated_delta_rule as kernel
+
+    out = a.v.new_empty(a.v.shape)
+    kernel.plan(**_detached(**a._asdict(), y=out)).run()
+    return out
 
 
 def _scan(*, x: torch.Tensor, **others: object) -> None:

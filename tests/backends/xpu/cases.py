@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import test_delta_rule
 import test_divergence
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ def cases() -> list[Case]:
         *linear_divergence(),
         *convolution(),
         *scan(),
+        *delta_rule(),
         *chunks(),
         *norm(),
         *attention(),
@@ -259,6 +261,29 @@ def scan_case(
 
     name = f"{batch} x {length} x {heads} x {channels}, {size} states{'' if math.isinf(limit[1]) else ', dt clamped'}"
     return Case(f"selective_scan, {str(dtype)[6:]}", name, run, ROUNDING[dtype])
+
+
+def delta_rule() -> Iterator[Case]:
+    for form in test_delta_rule.FORMS:
+        for length in (16, 1):
+            yield delta_rule_case(1, length, 16, 32, 128, 128, form, torch.bfloat16)
+        yield delta_rule_case(2, 9, 1, 3, 21, 5, form, torch.float32)
+
+
+def delta_rule_case(
+    batch: int, length: int, groups: int, heads: int, keys: int, values: int, form: str, dtype: torch.dtype
+) -> Case:
+    def run() -> float:
+        args = test_delta_rule.operands(batch, length, groups, heads, keys, values, form)
+        q, k, v = (t.to(dtype).contiguous() for t in args[:3])
+        g, beta = args[3].contiguous(), args[4].to(dtype).contiguous()
+        state = torch.randn(batch, heads, keys, values)
+        truth, last = test_delta_rule.truth(q, k, v, g, beta, state)
+        y = ops.gated_delta_rule_update(state, q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
+        return max(error(y, truth), error(state, last) * ROUNDING[dtype] / ROUNDING[torch.float32])
+
+    shape = f"{batch} x {length} x {heads} x {values}, {groups} x {keys} keys, a decay a {form}"
+    return Case(f"gated_delta_rule, {str(dtype)[6:]}", shape, run, ROUNDING[dtype])
 
 
 def chunks() -> Iterator[Case]:
