@@ -88,7 +88,7 @@ def interprets_triton() -> bool:
 
 
 def forget_warnings() -> None:
-    """Let every SlowPathWarning come once more."""
+    """Forget which SlowPathWarnings were given, so that each may be given again."""
     _warned.clear()
 
 

@@ -23,6 +23,9 @@ def dense_product(
 
     Returns:
         [..., N].
+
+    Raises:
+        RuntimeError: what ``F.linear`` refuses.
     """
     if not _torch_multiplies(x, weight, bias, dtype) and _takes(x, weight, bias):
         return ops.linear(x, weight, bias, dtype=dtype)

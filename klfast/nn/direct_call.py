@@ -8,6 +8,7 @@ until it returns. In any unusual situation the caller falls back to the op. Resu
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -119,7 +120,7 @@ def _is_array(t: torch.Tensor) -> bool:
     return ordinary and not t.is_neg() and (t.data_ptr() != 0 or not t.numel())
 
 
-class Prepared:
+class Prepared(ABC):
     """What direct calls keep in a module, as its ``_klfast_prepared``: objects of the extension for its tensors.
 
     Copies and pickles of the module do without it, and make their own.
@@ -127,9 +128,9 @@ class Prepared:
 
     _owner: weakref.ref[nn.Module]
 
+    @abstractmethod
     def hold(self, of: Any, /) -> list | None:
         """Return the memory that a call needs; None if the object is stale or cannot be called."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
@@ -145,7 +146,7 @@ def current(module: nn.Module, make: Callable[[_Of], _Made], of: _Of) -> tuple[_
     The result is None if ``of`` cannot be held or another thread changes it.
     """
     found: Any = module.__dict__.get("_klfast_prepared")
-    # A module that shares the dictionary's values (copy.copy) has other tensors.
+    # copy.copy shares the object with a module that may have other tensors.
     held = found.hold(of) if found is not None and found._owner() is module else None
     if held is None:
         found = make(of)

@@ -20,7 +20,7 @@ constexpr float kNormEps = 1e-6f;     // as in the package fla
 // One token as the state meets it. Vectors over key channels: k, k and q times the decay, the decay.
 struct Token {
     const float *k, *decayed_k, *decayed_q, *decay;
-    float head_decay;  // of all channels, where there is no vector of them
+    float head_decay;  // instead of `decay`, where all channels share one
     float qk, beta;
 };
 

@@ -1,8 +1,9 @@
 """The ops of state-space and delta-rule layers; part of klfast.ops.
 
-The wrappers have the signatures of their CUDA originals in the packages causal_conv1d, mamba_ssm and fla, so that they
-can replace them. Tensors are float32, bfloat16 or float16, types may be mixed, any strides; all arithmetic is in
-float32. Features of the originals that are missing here raise InvalidInputError.
+The wrappers have the signatures of their CUDA originals in the packages causal_conv1d and mamba_ssm, so that they can
+replace them; those of the delta rule have the argument names of the package fla. Tensors are float32, bfloat16 or
+float16, types may be mixed, any strides; all arithmetic is in float32. Features of the originals that are missing here
+raise InvalidInputError.
 """
 
 from klfast.ops.ssm.conv import causal_conv1d_fn, causal_conv1d_update

@@ -69,8 +69,9 @@ def gated_delta_rule_update(
     Raises:
         InvalidInputError: a wrong dtype, shape or device.
     """
-    scale = k.shape[-1] ** -0.5 if scale is None and k.dim() and k.shape[-1] else scale
-    args = (q, k, v, g, beta, state, 1.0 if scale is None else float(scale), use_qk_l2norm_in_kernel)
+    if scale is None:
+        scale = max(k.shape[-1:].numel(), 1) ** -0.5  # the op refuses no channels
+    args = (q, k, v, g, beta, state, float(scale), use_qk_l2norm_in_kernel)
     out: torch.Tensor = torch.ops.klfast.gated_delta_rule.default(*args)
     return out
 
@@ -88,8 +89,8 @@ def _run(
     normalize: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    kind = "[B, L, H, K]" if op.endswith("kda") else "[B, L, H]"
-    if g.dim() != 4 - (not op.endswith("kda")) or v.dim() != 4 or k.dim() != 4:
+    kind, dims = ("[B, L, H, K]", 4) if op.endswith("kda") else ("[B, L, H]", 3)
+    if g.dim() != dims or v.dim() != 4 or k.dim() != 4:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in (("k", k), ("v", v), ("g", g)))
         raise InvalidInputError(f"{op}: k must be [B, L, G, K], v [B, L, H, V] and g {kind}, got {shapes}")
     if not torch.compiler.is_compiling():
@@ -108,10 +109,8 @@ def _run(
     else:
         out = v.new_empty(v.shape)
         for i, (first, end) in enumerate(itertools.pairwise(bounds)):
-            part = [t[:, first:end] for t in (q, k, v, g, beta)]
-            out[:, first:end] = gated_delta_rule_update(
-                state[i : i + 1], part[0], part[1], part[2], part[3], part[4], scale, normalize
-            )
+            q_i, k_i, v_i, g_i, beta_i = (t[:, first:end] for t in (q, k, v, g, beta))
+            out[:, first:end] = gated_delta_rule_update(state[i : i + 1], q_i, k_i, v_i, g_i, beta_i, scale, normalize)
     return out, state if output_final_state else None
 
 
@@ -160,7 +159,7 @@ def chunk_gated_delta_rule(
     Raises:
         InvalidInputError: a wrong dtype, shape or device; limits that do not rise from 0 to L.
 
-    Signature: fla.ops.gated_delta_rule.chunk_gated_delta_rule.
+    Argument names are those of fla.ops.gated_delta_rule.chunk_gated_delta_rule.
     """
     options = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
     return _run("chunk_gated_delta_rule", q, k, v, g, beta, *options)
@@ -179,9 +178,10 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute chunk_gated_delta_rule; the kernels choose their own way through the tokens.
+    """Compute chunk_gated_delta_rule: arguments, results and errors are the same, since kernels choose their own way.
 
-    Signature: fla.ops.gated_delta_rule.fused_recurrent_gated_delta_rule.
+    Argument names are those of fla.ops.gated_delta_rule.fused_recurrent_gated_delta_rule, which has others between g
+    and beta: pass these by name.
     """
     options = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
     return _run("fused_recurrent_gated_delta_rule", q, k, v, g, beta, *options)
@@ -202,7 +202,8 @@ def chunk_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute chunk_gated_delta_rule with one decay per key channel, g [B, L, H, K] (Kimi Delta Attention).
 
-    Signature: fla.ops.kda.chunk_kda.
+    All else, errors included, is as there. Argument names are those of fla.ops.kda.chunk_kda, whose gate and sigmoid
+    within the kernel klfast does not have.
     """
     options = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
     return _run("chunk_kda", q, k, v, g, beta, *options)
@@ -221,9 +222,9 @@ def fused_recurrent_kda(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute chunk_kda; the kernels choose their own way through the tokens.
+    """Compute chunk_kda: arguments, results and errors are the same, since kernels choose their own way.
 
-    Signature: fla.ops.kda.fused_recurrent_kda.
+    Argument names are those of fla.ops.kda.fused_recurrent_kda; pass what follows beta by name.
     """
     options = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
     return _run("fused_recurrent_kda", q, k, v, g, beta, *options)
