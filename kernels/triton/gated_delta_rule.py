@@ -115,7 +115,7 @@ def plan(
     keys = k.shape[3]
     by_channel = g.dim() == 4
     BK = power_of_2(keys)
-    BV = min(power_of_2(values), max(1, 2048 // BK))
+    BV = min(power_of_2(values), max(1, 1024 // BK))
     args = strided(DIMS, q=q, k=k, v=v, g=g if by_channel else g.unsqueeze(3), beta=beta, state=state, y=y) | dict(
         L=length,
         H=heads,
