@@ -20,10 +20,13 @@ inline void run(const RmsNormArgs& a) {
         float* const v = scratch.data;        // [padded]
         float* const gate = v + padded;       // [padded]
         float* const weight = gate + padded;  // [n], and a vector that the last group's may reach into
-        if (a.weight)
-            load_tile(weight, 0, a.weight, 0, a.weight.stride[0], 0, n, 1);
-        else
-            for (std::int64_t i = 0; i < n; ++i) weight[i] = 1.0f;
+        if (a.weight) load_tile(weight, 0, a.weight, 0, a.weight.stride[0], 0, n, 1);
+        for (std::int64_t i = 0; i < n; ++i) weight[i] = (a.weight ? weight[i] : 1.0f) + a.weight_offset;
+        const bool gate_first = a.gate && !a.norm_before_gate, gate_last = a.gate && a.norm_before_gate;
+        const auto activated = [&](std::int64_t i) {
+            const Vec x = load(gate + i);
+            return a.sigmoid_gate ? sigmoid(x) : silu(x);
+        };
         for (std::int64_t row = begin; row < end; ++row) {
             for (std::int64_t g = 0; g < groups; ++g) {
                 const auto at = [&](const View& t) {
@@ -34,12 +37,14 @@ inline void run(const RmsNormArgs& a) {
                 Vec squares = set(0.0f);
                 for (std::int64_t i = 0; i < padded; i += kLanes) {
                     Vec x = load(v + i);
-                    if (a.gate) x = x * silu(load(gate + i)), store(v + i, x);
+                    if (gate_first) x = x * activated(i), store(v + i, x);
                     squares = fma(x, x, squares);
                 }
                 const Vec scale = set(1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + a.eps));
-                for (std::int64_t i = 0; i < padded; i += kLanes)
-                    store(v + i, load(v + i) * scale * load(weight + g * size + i));
+                for (std::int64_t i = 0; i < padded; i += kLanes) {
+                    const Vec y = load(v + i) * scale * load(weight + g * size + i);
+                    store(v + i, gate_last ? y * activated(i) : y);
+                }
                 store_tile(v, padded, a.out, at(a.out), a.out.stride[2], 0, size, 1);
             }
         }

@@ -60,6 +60,9 @@ void mamba_step(const MambaMixer& m, const MambaStepArgs& a, Tier limit) {
             .channels = width,
             .group_size = width,
             .eps = m.eps,
+            .weight_offset = 0,
+            .norm_before_gate = false,
+            .sigmoid_gate = false,
             .n_threads = a.n_threads,
         };
         rms_norm(args, limit);

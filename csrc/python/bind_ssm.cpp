@@ -138,23 +138,27 @@ void bind_ssm(py::module_& m) {
               };
               causal_conv1d(args, static_cast<Tier>(limit));
           });
-    m.def("rms_norm", [](View x, View weight, View gate, View out, Int rows, Int rows_inner, Int channels,
-                         Int group_size, float eps, int n_threads, int limit) {
-        const py::gil_scoped_release release;
-        const RmsNormArgs args{
-            .x = x,
-            .gate = gate,
-            .out = out,
-            .weight = weight,
-            .rows = rows,
-            .rows_inner = rows_inner,
-            .channels = channels,
-            .group_size = group_size,
-            .eps = eps,
-            .n_threads = n_threads,
-        };
-        rms_norm(args, static_cast<Tier>(limit));
-    });
+    m.def("rms_norm",
+          [](View x, View weight, View gate, View out, Int rows, Int rows_inner, Int channels, Int group_size,
+             float eps, bool norm_before_gate, bool sigmoid_gate, float weight_offset, int n_threads, int limit) {
+              const py::gil_scoped_release release;
+              const RmsNormArgs args{
+                  .x = x,
+                  .gate = gate,
+                  .out = out,
+                  .weight = weight,
+                  .rows = rows,
+                  .rows_inner = rows_inner,
+                  .channels = channels,
+                  .group_size = group_size,
+                  .eps = eps,
+                  .weight_offset = weight_offset,
+                  .norm_before_gate = norm_before_gate,
+                  .sigmoid_gate = sigmoid_gate,
+                  .n_threads = n_threads,
+              };
+              rms_norm(args, static_cast<Tier>(limit));
+          });
 }
 
 }  // namespace klfast

@@ -42,6 +42,7 @@ inline Vec expm1(Vec x) { return {std::expm1(x.v)}; }
 inline Vec exp2(Vec x) { return {std::exp2(x.v)}; }
 inline Vec softplus(Vec x) { return {std::fmax(x.v, 0.0f) + std::log1p(std::exp(-std::fabs(x.v)))}; }
 inline Vec silu(Vec x) { return {x.v / (1.0f + std::exp(-x.v))}; }
+inline Vec sigmoid(Vec x) { return {1.0f / (1.0f + std::exp(-x.v))}; }
 
 }  // namespace
 }  // namespace klfast

@@ -9,6 +9,7 @@
 //           absolute error below 2^-22 wherever dt A <= 0.
 // softplus: max(x, 0) + log1p(e), e = e^-|x|; log1p(e) = e l(e), l of degree 9 with relative error 5e-9.
 // silu:     x / (1 + e^-x).
+// sigmoid:  1 / (1 + e^-x).
 // Infinities give what these expressions give: exp2 and exp 0 and infinity, softplus 0 and infinity, silu(-inf) a NaN.
 #pragma once
 
@@ -65,6 +66,7 @@ inline Vec softplus(Vec x) {
 }
 
 inline Vec silu(Vec x) { return wide_quotient(x, set(1.0f) + exp(set(0.0f) - x)); }
+inline Vec sigmoid(Vec x) { return wide_quotient(set(1.0f), set(1.0f) + exp(set(0.0f) - x)); }
 
 }  // namespace
 }  // namespace klfast

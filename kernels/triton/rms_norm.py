@@ -1,4 +1,7 @@
-"""rms_norm: y = weight v / sqrt(mean(v^2) + eps), v = x silu(gate), the mean over each group of channels."""
+"""rms_norm: y = weight v / sqrt(mean(v^2) + eps), v = x silu(gate), the mean over each group of channels.
+
+The gate may also be multiplied in last, and be a sigmoid; the weight may be stored with an offset.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ def rms_norm(
     B,
     group,
     eps,
+    weight_offset,
     x_a,
     x_b,
     x_d,
@@ -30,6 +34,8 @@ def rms_norm(
     y_a,
     y_b,
     y_d,
+    NORM_BEFORE_GATE: tl.constexpr,
+    SIGMOID_GATE: tl.constexpr,
     BR: tl.constexpr,
     BG: tl.constexpr,
 ):
@@ -42,12 +48,16 @@ def rms_norm(
     i_a, i_b = (o_r // B)[:, None], (o_r % B)[:, None]
     v = tl.load(x_ptr + i_a * x_a + i_b * x_b + o_d[None, :] * x_d, mask=m, other=0.0).to(tl.float32)  # [BR, BG]
     if gate_ptr is not None:
-        v *= silu(
-            tl.load(gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d, mask=m, other=0.0).to(tl.float32)
-        )
+        p_gate = gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d
+        gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-gate)) if SIGMOID_GATE else silu(gate)
+        if not NORM_BEFORE_GATE:
+            v *= gate
     scale = tl.rsqrt(tl.sum(v * v, axis=1) / group + eps)
-    w = tl.load(w_ptr + o_d[None, :] * w_d, mask=m_g, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + o_d[None, :] * w_d, mask=m_g, other=0.0).to(tl.float32) + weight_offset
     y = v * scale[:, None] * w
+    if gate_ptr is not None and NORM_BEFORE_GATE:
+        y *= gate
     tl.store(y_ptr + i_a * y_a + i_b * y_b + o_d[None, :] * y_d, y.to(y_ptr.dtype.element_ty), mask=m)
 
 
@@ -55,14 +65,30 @@ DIMS = {"x": "abd", "w": "d", "gate": "abd", "y": "abd"}
 
 
 def plan(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, y: torch.Tensor, eps: float, group_size: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    y: torch.Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool = False,
+    sigmoid_gate: bool = False,
+    weight_offset: float = 0.0,
 ) -> Launch:
     """Return the launch for x, gate and y [A, B, D], weight [D], any strides; a program keeps groups in registers."""
     rows, channels = x.shape[0] * x.shape[1], x.shape[2]
     BG = power_of_2(group_size)
     BR = min(power_of_2(rows), max(1, 1024 // BG))
     args = strided(DIMS, x=x, w=weight, gate=gate, y=y) | dict(
-        rows=rows, B=x.shape[1], group=group_size, eps=eps, BR=BR, BG=BG
+        rows=rows,
+        B=x.shape[1],
+        group=group_size,
+        eps=eps,
+        weight_offset=weight_offset,
+        NORM_BEFORE_GATE=norm_before_gate,
+        SIGMOID_GATE=sigmoid_gate,
+        BR=BR,
+        BG=BG,
     )
     warps = min(16, max(1, BR * BG // 512))
     return Launch(rms_norm, (cdiv(rows, BR), channels // group_size), args, dict(num_warps=warps))

@@ -16,7 +16,6 @@ from types import CellType, CodeType, FunctionType
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from klfast import ops
@@ -151,6 +150,11 @@ def missing_functions(mixer: type[nn.Module]) -> list[str]:
     return [name for name in _known(mixer).functions if name not in called]
 
 
+def cuda_packages(mixer: type[nn.Module]) -> set[str]:
+    """Return the packages that have the functions of this class for CUDA."""
+    return {REPLACEMENTS[name].package for name in _known(mixer).functions}
+
+
 def require_functions(mixer: type[nn.Module]) -> None:
     """Raise KernelUnavailableError unless this class's forward itself calls every function that klfast replaces."""
     if missing := missing_functions(mixer):
@@ -252,12 +256,9 @@ def norm_forward(module_class: type[nn.Module], original: _Native) -> _Native:
         norm = norm_of_module(self)
         y = None
         if gate is None and norm.group_size is None:
-            y = direct_call.rms_norm(hidden_states, norm.weight, norm.eps)
-        elif gate is not None and not norm.gate_first:
-            y = ops.rms_norm(hidden_states.float(), norm.weight, None, norm.eps, norm.group_size)
-            y = (y * F.silu(gate.float())).to(torch.promote_types(hidden_states.dtype, norm.weight.dtype))
+            y = direct_call.rms_norm(hidden_states, norm.weight, norm.eps, norm.weight_offset)
         if y is None:
-            y = ops.rms_norm(hidden_states, norm.weight, gate, norm.eps, norm.group_size)
+            y = ops.rms_norm(hidden_states, norm.weight, gate, *norm[1:-1])
         return y.to(hidden_states.dtype) if norm.keeps_dtype else y
 
     return forward

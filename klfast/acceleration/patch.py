@@ -1,4 +1,4 @@
-"""klfast's kernels in transformers' state-space models (Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1, Bamba).
+"""klfast's kernels in transformers' models with recurrent layers.
 
 ``accelerate`` gives each mixer, norm and linear layer of one model its own forward (forwards.py): classes and other
 models in the process stay as they are.
@@ -26,11 +26,12 @@ _lock = threading.Lock()
 def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     """Make a transformers state-space model or hybrid run klfast's kernels; return the same model.
 
-    This covers the layers of Mamba, Mamba-2, FalconMamba, Granite-4.0-H, Falcon-H1 and Bamba, in any model.
+    This covers the layers of the families in ``klfast.models.families``, in any model: Mamba, Mamba-2, FalconMamba,
+    Granite-4.0-H, Falcon-H1, Bamba, Qwen3.5, Qwen3-Next, OLMo hybrid, Kimi-Linear and LFM2.
 
     Only this model changes, in place, including caches and generation; ``unaccelerate`` undoes it. Copies and pickles
     of the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is
-    returned unchanged, as is one already accelerated; one with other recurrent layers (a Jamba, an LFM2) is also left
+    returned unchanged, as is one already accelerated; one with other recurrent layers (a RWKV, an xLSTM) is also left
     unchanged, with a ``SlowPathWarning``. The same warning names modules whose forward another library has replaced
     (accelerate's hooks, for example): these keep it, so call ``klfast.accelerate`` before that library does its work.
 
@@ -42,7 +43,8 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     Args:
         model: a transformers model.
         ssm: source of the convolution and scans: "klfast"; or "mamba_ssm", for a model on a CUDA device, to leave these
-            to the mixers' own forward, which calls the packages mamba_ssm and causal_conv1d. The last call decides.
+            to the mixers' own forward, which calls the CUDA packages mamba_ssm, causal_conv1d and fla, as the model
+            needs them. The last call decides.
 
     Raises:
         InvalidInputError: ``model`` is not an nn.Module, ``ssm`` is unknown, or "mamba_ssm" for a model elsewhere.
@@ -55,8 +57,8 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     with _lock:
         replacements, left = _replacements(model), []
         if ssm == "mamba_ssm":
-            _require_mamba_ssm(model)
             left = [module for module, forward in replacements.items() if forward is forwards.mixer_forward]
+            _require_packages(model, left)
         if (
             replacements
             and not registry.has_kernel("selective_scan", "CPU")
@@ -115,20 +117,20 @@ def _restore(module: nn.Module) -> None:
         direct_call.forget(module)
 
 
-def _require_mamba_ssm(model: nn.Module) -> None:
+def _require_packages(model: nn.Module, mixers: list[nn.Module]) -> None:
     if elsewhere := {p.device.type for p in model.parameters()} - {"cuda"}:
         raise InvalidInputError(
             f'accelerate: ssm="mamba_ssm" needs a model on a CUDA device, this one is on '
             f'{", ".join(sorted(elsewhere))}; move it with model.to("cuda") first, or leave ssm out'
         )
-    for package in ("mamba_ssm", "causal_conv1d"):
+    for package in sorted({name for mixer in mixers for name in forwards.cuda_packages(type(mixer))}):
         try:
             importlib.import_module(package)
         except Exception as error:  # a binary built for another torch may raise anything
             reason = " ".join(str(error).split())
             raise KernelUnavailableError(
                 f'accelerate: ssm="mamba_ssm" needs the package {package}, which cannot be imported ({reason}); '
-                "install mamba-ssm and causal-conv1d for this PyTorch and CUDA, or leave ssm out"
+                "install it for this PyTorch and CUDA, or leave ssm out"
             ) from error
 
 

@@ -17,10 +17,11 @@ SILU = ("silu", "swish")
 
 
 class Replacement(NamedTuple):
-    """A substitute for a function of transformers, and the op that it runs."""
+    """A substitute for a function of transformers, the op that it runs, and the CUDA package that has the original."""
 
-    function: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]]
     op: str
+    package: str
 
 
 def _conv1d(
@@ -132,11 +133,40 @@ def _chunk_scan(
     )
 
 
+def _delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run either form of the rule; a float32 state that is also wanted back is updated in place.
+
+    Mixers read it from their cache and copy the final state there, so nothing is left to copy.
+    """
+    if initial_state is not None and initial_state.dtype == torch.float32 and output_final_state and cu_seqlens is None:
+        y = ops.gated_delta_rule_update(
+            initial_state, query, key, value, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel
+        )
+        return y, initial_state
+    run = ops.chunk_kda if g.dim() == 4 else ops.chunk_gated_delta_rule
+    return run(query, key, value, g, beta, None, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
+
+
 REPLACEMENTS = {
-    "causal_conv1d_fn": Replacement(_conv1d, "causal_conv1d"),
-    "causal_conv1d_update": Replacement(_conv1d_update, "causal_conv1d_update"),
-    "mamba_selective_scan": Replacement(_scan, "selective_scan"),
-    "mamba_selective_state_update": Replacement(_step, "selective_state_update"),
-    "mamba2_chunk_scan": Replacement(_chunk_scan, "mamba_chunk_scan"),
-    "mamba2_selective_state_update": Replacement(_step, "selective_state_update"),
+    "causal_conv1d_fn": Replacement(_conv1d, "causal_conv1d", "causal_conv1d"),
+    "causal_conv1d_update": Replacement(_conv1d_update, "causal_conv1d_update", "causal_conv1d"),
+    "mamba_selective_scan": Replacement(_scan, "selective_scan", "mamba_ssm"),
+    "mamba_selective_state_update": Replacement(_step, "selective_state_update", "mamba_ssm"),
+    "mamba2_chunk_scan": Replacement(_chunk_scan, "mamba_chunk_scan", "mamba_ssm"),
+    "mamba2_selective_state_update": Replacement(_step, "selective_state_update", "mamba_ssm"),
+    "torch_chunk_gated_delta_rule": Replacement(_delta_rule, "gated_delta_rule", "fla"),
+    "torch_recurrent_gated_delta_rule": Replacement(_delta_rule, "gated_delta_rule", "fla"),
+    "chunk_kimi_delta_attention": Replacement(_delta_rule, "gated_delta_rule", "fla"),
+    "recurrent_kimi_delta_attention": Replacement(_delta_rule, "gated_delta_rule", "fla"),
 }

@@ -249,14 +249,15 @@ def _gated_delta_rule(dtype: torch.dtype, length: int, by_channel: bool, value_d
     return _case("gated_delta_rule", dtype, what, call, torch.randn(2, 4, 33, value_dim), q, k, v, g, beta)
 
 
-def _rms_norm(dtype: torch.dtype, group_size: int | None) -> Case:
+def _rms_norm(dtype: torch.dtype, group_size: int | None, norm_before_gate: bool = False) -> Case:
     """Return a case that is gated if there is a group size."""
     x, gate, weight = torch.randn(2, 33, 38).to(dtype), torch.randn(2, 33, 38).to(dtype), torch.randn(38).to(dtype)
 
     def call(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor) -> list[torch.Tensor]:
-        return [ops.rms_norm(x, weight, None if group_size is None else gate, group_size=group_size)]
+        gate_or_none = None if group_size is None else gate
+        return [ops.rms_norm(x, weight, gate_or_none, group_size=group_size, norm_before_gate=norm_before_gate)]
 
-    what = "plain" if group_size is None else f"gated, groups of {group_size}"
+    what = "plain" if group_size is None else f"{'then ' if norm_before_gate else ''}gated, groups of {group_size}"
     return _case("rms_norm", dtype, f"{list(x.shape)}, {what}", call, x, weight, gate)
 
 
@@ -314,5 +315,5 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
         for by_channel in (False, True)
         for value_dim in (19, 128)
     ],
-    "rms_norm": lambda dtype: [_rms_norm(dtype, group_size) for group_size in (None, 19)],
+    "rms_norm": lambda dtype: [_rms_norm(dtype, None), _rms_norm(dtype, 19), _rms_norm(dtype, 19, True)],
 }

@@ -53,13 +53,19 @@ class DecodeAttention(NamedTuple):
 
 
 class RmsNorm(NamedTuple):
-    """x and gate [A, B, D], weight [D]; the mean goes over each run of ``group_size`` channels."""
+    """x and gate [A, B, D], weight [D]; the mean goes over each run of ``group_size`` channels.
+
+    The weight is ``weight + weight_offset``; the gate is multiplied in before the mean is taken, or after all else.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
     gate: torch.Tensor | None
     eps: float
     group_size: int
+    norm_before_gate: bool
+    sigmoid_gate: bool
+    weight_offset: float
 
 
 class CausalConv1d(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -17,9 +18,19 @@ _OWN_CODE = {"RwkvSelfAttention", "RecurrentGemmaRglru", "MiniMaxLightningAttent
 
 
 def recurrent_classes(model: nn.Module) -> set[type[nn.Module]]:
-    """Return the classes of the model's recurrent layers: state-space models, linear attention, short convolutions."""
-    with_matrix = {type(module) for module in model.modules() if "A_log" in module._parameters}
-    return with_matrix | {found for found in {type(module) for module in model.modules()} if _is_recurrent(found)}
+    """Return the classes of the model's recurrent layers: state-space models, linear attention, short convolutions.
+
+    What lies within such a layer, like Kimi-Linear's forget gate, is a part of it.
+    """
+    return set(_outermost(model))
+
+
+def _outermost(module: nn.Module) -> Iterator[type[nn.Module]]:
+    if "A_log" in module._parameters or _is_recurrent(type(module)):
+        yield type(module)
+    else:
+        for child in module.children():
+            yield from _outermost(child)
 
 
 def _is_recurrent(module_class: type[nn.Module]) -> bool:

@@ -265,7 +265,7 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     return None if held is None else found(x)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor | None:
     """Compute ``ops.rms_norm`` without a gate; None where the op must be called."""
     shape = x.shape
     if not unobserved(x) or not plain(x, weight) or not shape or weight.shape != shape[-1:] or not weight.shape[0]:
@@ -293,6 +293,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
         channels,
         channels,
         eps,
+        False,
+        False,
+        weight_offset,
         torch.get_num_threads(),
         pins.cpu_tier_limit(),
     )

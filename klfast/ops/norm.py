@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, optionally gated: the norms of Mamba-2 and Hymba."""
+"""Root-mean-square normalisation, optionally gated: the norms of all hybrids."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def rms_norm(
     gate: torch.Tensor | None = None,
     eps: float = 1e-6,
     group_size: int | None = None,
+    norm_before_gate: bool = False,
+    gate_activation: str = "silu",
+    weight_offset: float = 0.0,
 ) -> torch.Tensor:
     """Normalise by the root mean square: weight v / sqrt(mean(v^2) + eps) with v = x silu(gate), or x without a gate.
 
@@ -39,16 +42,24 @@ def rms_norm(
         weight: [D].
         gate: like x, optional.
         group_size: take the mean over each group of this many channels, not over all; divides D.
+        norm_before_gate: normalise x alone and multiply the result by silu(gate).
+        gate_activation: "silu" or "sigmoid".
+        weight_offset: added to the weight; 1 where models store weights around zero.
 
     Returns:
         x's shape, in the wider of x's and weight's dtypes.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape, device or group size.
+        InvalidInputError: a wrong dtype, shape, device, group size or activation.
+
+    Argument names are those of mamba_ssm's rmsnorm_fn, where it has them.
     """
+    if gate_activation not in ("silu", "sigmoid"):
+        raise InvalidInputError(f'rms_norm: gate_activation must be "silu" or "sigmoid", got {gate_activation!r}')
     shape = x.shape
     if x.dim() != 3:
         x = x.reshape(-1, 1, shape[-1]) if x.dim() else x
         gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])
-    args = (x, weight, gate, eps, group_size or (weight.shape[-1] if weight.dim() else 1))
+    group_size = group_size or (weight.shape[-1] if weight.dim() else 1)
+    args = (x, weight, gate, eps, group_size, norm_before_gate, gate_activation == "sigmoid", weight_offset)
     return torch.ops.klfast.rms_norm.default(*args).view(shape)

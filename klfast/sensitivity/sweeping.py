@@ -62,7 +62,7 @@ def sweep(
 
     Args:
         model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
-            Llama, Granite-4.0-H, Falcon-H1, Bamba and similar), and whose logits are a product with its head's weight,
+            Llama, Qwen3.5, LFM2, Granite-4.0-H and similar), and whose logits are a product with its head's weight,
             perhaps scaled, capped or with a bias.
         batches: calibration text: int64 token ids [N, T] with T >= 2, or an iterable of batches [B, T], windows [T], or
             dicts with input_ids and attention_mask (a tokenizer's output, a DataLoader). Padding is not text: every

@@ -9,13 +9,14 @@ from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import ACCELERATED, STATE_SPACE, VOCABULARY, tiny
+from tiny_models import ACCELERATED, STATE_SPACE, VOCABULARY, assert_no_further, in_float64, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import klfast
 from klfast.acceleration import forwards
 from klfast.acceleration import patch as native_ssm
 from klfast.acceleration.patch import is_accelerated
+from klfast.acceleration.transformers_functions import REPLACEMENTS
 from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
 from klfast.models.calling import cache_argument
@@ -49,18 +50,20 @@ def logits(model, *args, **kwargs):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 63), (3, 100)])
 def test_logits_in_float32(model, shape, tier):
     x = ids(*shape)
-    plain = logits(model, x)
+    truth, plain = logits(in_float64(model), x), logits(model, x)
     assert all(is_accelerated(m) for m in mixers(klfast.accelerate(model)))
-    torch.testing.assert_close(logits(model, x), plain, atol=2e-5, rtol=2e-5)
+    assert_no_further(logits(model, x), plain, truth)
 
 
 def test_logits_in_bfloat16_are_no_further_from_the_truth(model, tier):
+    """Of the median token, since an expert or two may be chosen otherwise."""
     x = ids(2, 100)
     truth = logits(model, x)
     model.to(torch.bfloat16)
     plain = logits(model, x)
     fast = logits(klfast.accelerate(model), x)
-    assert (fast - truth).square().mean().sqrt() <= 1.05 * (plain - truth).square().mean().sqrt() + 1e-4
+    errors = [(found - truth).square().mean(-1).sqrt().median() for found in (fast, plain)]
+    assert errors[0] <= 1.1 * errors[1] + 1e-4
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -118,16 +121,17 @@ def in_chunks(model, x, lengths):
         out = model(piece, use_cache=True, **{name: cache})
         cache = getattr(out, name)
         results.append(out.logits)
-    layer = cache.layers[-1]
-    return torch.cat(results, 1), layer.conv_states[0], layer.recurrent_states[0]
+    layer = cache.layers[mixers(model)[-1].layer_idx]
+    states = layer.conv_states[0], layer.recurrent_states[0]
+    return torch.cat(results, 1), *(state for state in states if state is not None)
 
 
 @pytest.mark.parametrize("lengths", [[2, 1, 1, 1], [20, 1, 7, 1], [64, 65, 3]])
 def test_logits_and_states_of_chunked_prefill(model, lengths):
     x = ids(2, sum(lengths))
-    plain = in_chunks(model, x, lengths)
-    for fast, expected in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, strict=True):
-        torch.testing.assert_close(fast, expected, atol=2e-5, rtol=2e-5)
+    truth, plain = in_chunks(in_float64(model), x, lengths), in_chunks(model, x, lengths)
+    for fast, expected, right in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
+        assert_no_further(fast, expected, right)
 
 
 def test_logits_and_states_in_bfloat16_are_no_further_from_the_truth(model):
@@ -263,6 +267,9 @@ def ops_called_off_the_cpu(model):
     return called.names
 
 
+DECODING = {"causal_conv1d_update", "selective_state_update"}
+
+
 def has_kernels(ops, monkeypatch):
     real = registry.has_kernel
     monkeypatch.setattr(registry, "has_kernel", lambda op, key: op in ops if key == "META" else real(op, key))
@@ -288,8 +295,8 @@ def test_mixers_run_klfast_ops_on_a_device_with_kernels(model, monkeypatch):
         for mixer in mixers(model):
             mixer(hidden_states=torch.empty(2, 9, 64, device="meta"))
     normed = any(norm_of(type(module)) for mixer in mixers(model) for module in mixer.modules())
-    scan = "selective_scan" if hasattr(mixer, "x_proj") else "mamba_chunk_scan"
-    assert called.names == {"causal_conv1d", scan} | ({"rms_norm"} if normed else set())
+    functions = {REPLACEMENTS[name].op for mixer in mixers(model) for name in mixer_of(type(mixer)).functions}
+    assert called.names == functions - DECODING | ({"rms_norm"} if normed else set())
 
 
 @pytest.mark.parametrize("attention", [{"decode_attention"}, set()], ids=str)
@@ -314,7 +321,7 @@ def test_the_model_takes_its_own_path_where_a_kernel_is_missing(state_space_mode
         assert ops_called_off_the_cpu(klfast.accelerate(state_space_model)) == called
 
 
-PACKAGES = ("mamba_ssm", "causal_conv1d")
+PACKAGES = ("mamba_ssm", "causal_conv1d", "fla")
 
 
 @pytest.fixture
@@ -341,8 +348,13 @@ def test_mamba_ssm_is_refused_off_cuda(model, device, monkeypatch):
 @pytest.mark.usefixtures("seems_on_cuda")
 @pytest.mark.parametrize("missing", PACKAGES)
 def test_mamba_ssm_is_refused_where_a_package_is_missing(model, missing, monkeypatch):
+    needed = {REPLACEMENTS[name].package for mixer in mixers(model) for name in mixer_of(type(mixer)).functions}
+    assert "causal_conv1d" in needed
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None if package == missing else ModuleType(package))
+    if missing not in needed:
+        klfast.accelerate(model, ssm="mamba_ssm")
+        return
     with pytest.raises(
         KernelUnavailableError, match=f"needs the package {missing}, which cannot be imported"
     ) as caught:

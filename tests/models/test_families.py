@@ -68,7 +68,8 @@ def test_norms_in_their_shapes_and_dtypes(family, dtype, weight_dtype):
         width = norm.weight.shape[0]
         x, gate = torch.randn(2, 5, width).to(dtype), torch.randn(2, 5, width).to(dtype)
         gated = "gate" in kind.forward.__code__.co_varnames
-        for args in [(x,), (x, gate)] if gated else [(x,)]:
+        always = hasattr(norm, "activation")  # those of delta nets' heads
+        for args in [(x,), (x, gate)] if gated and not always else [(x, gate)] if gated else [(x,)]:
             plain, found = kind.forward(norm, *args), norm(*args)
             truth = kind.forward(copy.deepcopy(norm).double(), *(t.double() for t in args))
             assert found.dtype == plain.dtype and found.shape == plain.shape
@@ -84,7 +85,7 @@ def test_the_uses_cover_the_rows(family):
     model = tiny(family)
     parts = {name: row_parts(model, name) for name in linears(model)}
     fused = {name: ranges for name, ranges in parts.items() if ranges}
-    assert fused
+    assert bool(fused) == bool(family_of(model).rows)
     for name, ranges in fused.items():
         ends = [0, *(end for _, end in ranges.values())]
         assert [first for first, _ in ranges.values()] == ends[:-1], name
@@ -95,21 +96,33 @@ def test_split():
     assert split(a=2, b=3) == {"a": (0, 2), "b": (2, 5)} and split() == {}
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", *NEW])
+def mixer_in(model):
+    return next(module for module in model.modules() if mixer_of(type(module)) is not None)
+
+
+SCANS = {  # what arrives there, by the names of uses
+    "mamba_selective_scan": ("x", "dt", None, "B", "C"),
+    "mamba2_chunk_scan": ("x", "dt", None, "B", "C"),
+    "torch_chunk_gated_delta_rule": ("q", "k", "v"),
+}
+WITH_ROWS = [name for name in ACCELERATED if rows_of(mixer_in(tiny(name)))]
+
+
+@pytest.mark.parametrize("family", [name for name in WITH_ROWS if "lfm2" not in name])
 @torch.no_grad()
 def test_the_rows_of_a_mixer_do_what_their_names_say(family, monkeypatch):
     """Zeroed rows of a use arrive at the scan as zeros, the others as they were; a closed gate lets nothing out."""
-    mixer = next(module for module in tiny(family).modules() if mixer_of(type(module)) is not None)
-    for layer in (mixer.conv1d, mixer.in_proj, mixer.out_proj):
-        if layer.bias is not None:
+    mixer = mixer_in(tiny(family))
+    for layer in mixer.children():
+        if getattr(layer, "bias", None) is not None and layer is not getattr(mixer, "dt_proj", None):
             layer.bias.zero_()
     module = sys.modules[type(mixer).__module__]
-    name = "mamba_selective_scan" if hasattr(mixer, "x_proj") else "mamba2_chunk_scan"
+    name = next(name for name in mixer_of(type(mixer)).functions if name in SCANS)
     seen, real = {}, getattr(module, name)
 
-    def scan(x, dt, A, B, C, *args, **kwargs):
-        seen.update(x=x, dt=dt, B=B, C=C)
-        return real(x, dt, A, B, C, *args, **kwargs)
+    def scan(*args, **kwargs):
+        seen.update({use: given for use, given in zip(SCANS[name], args, strict=False) if use})
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(module, name, scan)
     hidden = torch.randn(2, 7, 64)
@@ -132,6 +145,24 @@ def test_the_rows_of_a_mixer_do_what_their_names_say(family, monkeypatch):
             assert after[use].abs().max() == 0 < before[use].abs().max()
             if not (layer == "in_proj" and hasattr(mixer, "x_proj")):  # from whose output dt, B and C are made
                 assert all(torch.equal(after[one], before[one]) for one in before if one != use)
+
+
+@pytest.mark.parametrize("family", [name for name in WITH_ROWS if "lfm2" in name])
+@torch.no_grad()
+def test_the_rows_of_a_short_convolution_do_what_their_names_say(family, monkeypatch):
+    """The convolution sees B x, its result is multiplied by C."""
+    mixer, hidden = mixer_in(tiny(family)), torch.randn(2, 7, 64)
+    module, seen = sys.modules[type(mixer).__module__], []
+    real = module.causal_conv1d_fn
+    monkeypatch.setattr(
+        module, "causal_conv1d_fn", lambda x, *args, **kwargs: seen.append(x) or real(x, *args, **kwargs)
+    )
+    assert mixer(hidden).abs().max() > 1e-2
+    for use, rows in rows_of(mixer)["in_proj"].items():
+        changed = copy.deepcopy(mixer)
+        changed.in_proj.weight[slice(*rows)] = 0
+        assert changed(hidden).abs().max() == 0
+        assert torch.equal(seen[-1], seen[0]) if use == "C" else seen[-1].abs().max() == 0
 
 
 @pytest.mark.parametrize("family", ["granite_hybrid", "granite_hybrid_moe"])

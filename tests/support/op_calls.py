@@ -93,7 +93,7 @@ def calls() -> dict:
         ops.gated_delta_rule_update: dict(
             state=f(2, 4, 3, 6), **{name: t for name, t in delta_rule.items() if name != "initial_state"}
         ),
-        ops.rms_norm: dict(x=f(2, 3, 8), weight=f(8), gate=f(2, 3, 8)),
+        ops.rms_norm: dict(x=f(2, 3, 8), weight=f(8), gate=f(2, 3, 8), norm_before_gate=True),
     }
 
 

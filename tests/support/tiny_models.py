@@ -5,6 +5,8 @@ suite. ``OTHERS`` are only read through transformers. A new family is tested if 
 configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers.
 """
 
+import copy
+
 import torch
 import transformers
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
@@ -12,7 +14,11 @@ from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGate
 from klfast.models.hymba import HymbaConfig
 
 VOCABULARY = 61
-FAMILIES = ("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1", "bamba")
+DELTA = ("qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear")
+FAMILIES = (
+    *("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1", "bamba", "lfm2"),
+    *DELTA,
+)
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # without attention
 _SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)
 _SSM = dict(**_SMALL, state_size=8)
@@ -40,14 +46,19 @@ _FALCON = dict(
     key_multiplier=0.6,
     mlp_multipliers=[0.9, 0.7],
 )
+_DELTA_LAYERS = dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
 _DELTA = dict(
-    layer_types=["linear_attention", "full_attention"],
-    linear_num_value_heads=4,
-    linear_num_key_heads=4,
-    linear_key_head_dim=16,
-    linear_value_head_dim=16,
+    **_DELTA_LAYERS,
+    linear_num_value_heads=6,
+    linear_num_key_heads=3,
+    linear_key_head_dim=12,
+    linear_value_head_dim=20,
+    linear_conv_kernel_dim=3,
 )
-_EXPERTS = dict(num_experts=2, num_experts_per_tok=1)
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_SHORT_CONV = dict(
+    num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_L_cache=4, initializer_range=0.5
+)
 _ZAMBA = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
@@ -136,9 +147,20 @@ CONFIGS = {
         mamba_d_state=8,
         mamba_dt_rank=8,
     ),
-    "lfm2": lambda: transformers.Lfm2Config(
-        **_ATTENTION, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    "kimi_linear": lambda: transformers.KimiLinearConfig(
+        **_ATTENTION | _DELTA_LAYERS | _EXPERTS | dict(num_key_value_heads=4),
+        mlp_layer_types=["dense", "sparse", "dense"],
+        num_local_experts=4,
+        kv_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=20,
+        linear_head_dim=20,
+        linear_num_heads=3,
+        linear_conv_kernel_dim=3,
     ),
+    "lfm2": lambda: transformers.Lfm2Config(**_ATTENTION | _SHORT_CONV, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(**_ATTENTION | _SHORT_CONV | _EXPERTS, num_dense_layers=1),
     "llama_eager": lambda: transformers.LlamaConfig(**_ATTENTION, attn_implementation="eager"),
     "minimax": lambda: transformers.MiniMaxConfig(
         **_ATTENTION,
@@ -177,18 +199,11 @@ CONFIGS = {
     "phi": lambda: transformers.PhiConfig(**_ATTENTION),
     "qwen3": lambda: transformers.Qwen3Config(**_ATTENTION, head_dim=16),
     "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**_ATTENTION | _DELTA, head_dim=16),
+    "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(
+        **_ATTENTION | _DELTA | _EXPERTS, head_dim=16, shared_expert_intermediate_size=32
+    ),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(
-        **_ATTENTION,
-        layer_types=["linear_attention", "full_attention"],
-        head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
+        **_ATTENTION | _DELTA | _EXPERTS, head_dim=16, shared_expert_intermediate_size=32
     ),
     "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
         vocab_size=VOCABULARY,
@@ -236,7 +251,7 @@ CONFIGS = {
     ),
 }
 _FALCON_NORMS = ("falcon_h1_norm", "falcon_h1_gated_norm")
-_ALL_VARIANTS = ("hymba_release", "granite_hybrid_moe", *_FALCON_NORMS)  # of families with a record
+_ALL_VARIANTS = ("hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "lfm2_moe", *_FALCON_NORMS)  # with a record
 # In transformers 5.17 the norm of a single token loses a dimension, so that batches mix when they decode.
 _WRONG = _FALCON_NORMS if FalconH1RMSNormGated(4)(torch.ones(1, 1, 4)).dim() != 3 else ()
 VARIANTS = tuple(name for name in _ALL_VARIANTS if name not in _WRONG)
@@ -245,6 +260,8 @@ ACCELERATED = (
     "granite_hybrid",
     "falcon_h1",
     "bamba",
+    "lfm2",
+    *DELTA,
     *(name for name in VARIANTS if name != "hymba_release"),
 )
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
@@ -263,9 +280,23 @@ def tiny(name, tied=False, dtype=torch.float32, seed=0):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "conv" not in parameter_name and "A_log" not in parameter_name:
+            if parameter.dim() >= 2 and "conv" not in parameter_name.split(".")[-2] and "A_log" not in parameter_name:
                 parameter.normal_(std=0.15)
     return model
+
+
+def in_float64(model):
+    """Return a copy of the model in float64, for the truth."""
+    model = copy.deepcopy(model).double()
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # torch's grouped product has no float64
+    return model
+
+
+def assert_no_further(found, plain, truth, slack=1e-5):
+    """Compare the largest errors of two results: ``found``'s may be twice ``plain``'s, or ``slack`` of the truth."""
+    errors = [(each.double() - truth).abs().max().item() for each in (found, plain)]
+    assert errors[0] <= max(2 * errors[1], slack * truth.abs().max().item()), errors
 
 
 def batch(rows=2, tokens=12, seed=1):

@@ -214,7 +214,7 @@ def chunks(family: str) -> Iterator[tuple[str, Launch, str | None]]:
 
 
 def norms() -> Iterator[tuple[str, Launch, str | None]]:
-    """Yield norms before a block (Mamba-130M, FalconMamba-7B), after a mixer (Mamba-2, gated), and of dt, B and C."""
+    """Yield norms before a block (Mamba-130M, FalconMamba-7B), after a mixer (gated), of dt, B and C, and of heads."""
     for length in (512, 1):
         for channels, group, is_gated in (
             (768, 768, False),
@@ -231,6 +231,10 @@ def norms() -> Iterator[tuple[str, Launch, str | None]]:
                 launch,
                 None,
             )
+    x = empty(2, 512 * 32, 128, dtype=torch.bfloat16)
+    for is_sigmoid in (False, True):
+        launch = rms_norm.plan(x, empty(128, dtype=torch.float32), x, x, 1e-6, 128, True, is_sigmoid)
+        yield f"rms_norm of 32 heads, then a {'sigmoid' if is_sigmoid else 'silu'} gate", launch, None
 
 
 def attention(family: str, *lengths: int) -> Iterator[tuple[str, Launch, str | None]]:

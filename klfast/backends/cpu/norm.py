@@ -12,5 +12,5 @@ from klfast.dispatch.arguments import RmsNorm
 def rms_norm(a: RmsNorm) -> torch.Tensor:
     """Normalise in the wider of x's and weight's dtypes."""
     out = torch.empty(a.x.shape, dtype=torch.promote_types(a.x.dtype, a.weight.dtype))
-    _C.rms_norm(*map(view, (a.x, a.weight, a.gate, out)), *a.x.shape, a.group_size, a.eps, *resources())
+    _C.rms_norm(*map(view, (a.x, a.weight, a.gate, out)), *a.x.shape, a.group_size, a.eps, *a[5:], *resources())
     return out

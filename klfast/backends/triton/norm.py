@@ -12,5 +12,5 @@ def rms_norm(a: RmsNorm) -> torch.Tensor:
     from klfast.kernels import rms_norm as kernel
 
     out = torch.empty(a.x.shape, dtype=torch.promote_types(a.x.dtype, a.weight.dtype), device=a.x.device)
-    kernel.plan(*(None if t is None else t.detach() for t in a[:3]), out, a.eps, a.group_size).run()
+    kernel.plan(*(None if t is None else t.detach() for t in a[:3]), out, *a[3:]).run()
     return out

@@ -1,4 +1,4 @@
-"""Model families: one file each, looked up by model type, their parts by class.
+"""Model families: one file each, with its variants; looked up by model type, their parts by class.
 
 To add one, write its file (see base.py for the fields), list it in ``FAMILIES``, and add a tiny model of it to
 tests/support/tiny_models.py.
@@ -12,7 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from klfast.models.families import bamba, falcon_h1, falcon_mamba, generic, granite_hybrid, hymba, mamba, mamba2
+from klfast.models.families import (
+    bamba,
+    falcon_h1,
+    falcon_mamba,
+    generic,
+    granite_hybrid,
+    hymba,
+    kimi_linear,
+    lfm2,
+    mamba,
+    mamba2,
+    olmo_hybrid,
+    qwen3_5,
+    qwen3_next,
+)
 from klfast.models.families.base import Family, Mixer, Norm, Rows
 
 FAMILIES: tuple[Family, ...] = (
@@ -23,6 +37,13 @@ FAMILIES: tuple[Family, ...] = (
     granite_hybrid.FAMILY,
     falcon_h1.FAMILY,
     bamba.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_5.MOE,
+    qwen3_next.FAMILY,
+    olmo_hybrid.FAMILY,
+    kimi_linear.FAMILY,
+    lfm2.FAMILY,
+    lfm2.MOE,
 )
 GENERIC = generic.FAMILY
 _BY_TYPE = {family.model_type: family for family in FAMILIES}

@@ -43,14 +43,18 @@ class Norm(NamedTuple):
         weight: [D].
         eps: added to the mean.
         group_size: number of channels that share a mean; None for all.
-        gate_first: with a gate z, v is x silu(z); else the result is multiplied by silu(z).
+        norm_before_gate: a gate z multiplies the result by silu(z); else v is x silu(z).
+        gate_activation: "silu" or "sigmoid".
+        weight_offset: added to the weight; 1 where weights are stored around zero.
         keeps_dtype: the result has x's dtype; else the wider of x's and the weight's.
     """
 
     weight: torch.Tensor
     eps: float
     group_size: int | None = None
-    gate_first: bool = True
+    norm_before_gate: bool = False
+    gate_activation: str = "silu"
+    weight_offset: float = 0.0
     keeps_dtype: bool = False
 
 

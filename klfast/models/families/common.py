@@ -1,4 +1,4 @@
-"""Facts shared by several families: the functions of Mamba-1 and Mamba-2, norms, the rows of fused projections."""
+"""Facts shared by several families: the functions of their mixers, norms, the rows of fused projections."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 from klfast.models.families.base import Norm, Rows, split
 
-MAMBA1_FUNCTIONS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update")
-MAMBA2_FUNCTIONS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update")
+CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+MAMBA1_FUNCTIONS = (*CONVOLUTIONS, "mamba_selective_scan", "mamba_selective_state_update")
+MAMBA2_FUNCTIONS = (*CONVOLUTIONS, "mamba2_chunk_scan", "mamba2_selective_state_update")
+DELTA_FUNCTIONS = (*CONVOLUTIONS, "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
 
 class RMSNorm(Protocol):
@@ -20,10 +22,23 @@ class RMSNorm(Protocol):
     variance_epsilon: float
 
 
+class ZeroCentredRMSNorm(Protocol):
+    """Attributes of Qwen3.5's norm of blocks."""
+
+    weight: torch.Tensor
+    eps: float
+
+
 class GatedRMSNorm(RMSNorm, Protocol):
     """Attributes of Mamba-2's gated norm."""
 
     group_size: int
+
+
+class HeadNorm(RMSNorm, Protocol):
+    """Attributes of the gated norm of a delta net's heads."""
+
+    activation: str
 
 
 class Mamba1Mixer(Protocol):
@@ -51,6 +66,18 @@ def rms_norm(norm: RMSNorm) -> Norm:
 def gated_rms_norm(norm: GatedRMSNorm) -> Norm:
     """Return the parameters of Mamba-2's norm: the gate comes first, each group of channels has its own mean."""
     return Norm(norm.weight, norm.variance_epsilon, getattr(norm, "group_size", None))
+
+
+def zero_centred_rms_norm(norm: ZeroCentredRMSNorm) -> Norm:
+    """Return the parameters of Qwen3.5's norm: ``((1 + weight) * normed).to(x.dtype)``."""
+    return Norm(norm.weight, norm.eps, weight_offset=1.0, keeps_dtype=True)
+
+
+def norm_before_gate(norm: HeadNorm) -> Norm:
+    """Return the parameters of the norm of a delta net's head: ``(weight * normed * activation(gate)).to(x.dtype)``."""
+    return Norm(
+        norm.weight, norm.variance_epsilon, norm_before_gate=True, gate_activation=norm.activation, keeps_dtype=True
+    )
 
 
 def mamba1_rows(mixer: Mamba1Mixer) -> Mapping[str, Rows]:

@@ -23,7 +23,7 @@ class _Config(Protocol):
 
 def _gated_norm(norm: _GatedNorm) -> Norm:
     group_size = norm.weight.shape[0] // norm.n_groups
-    return Norm(norm.weight, norm.variance_epsilon, group_size, not norm.norm_before_gate, keeps_dtype=True)
+    return Norm(norm.weight, norm.variance_epsilon, group_size, norm.norm_before_gate, keeps_dtype=True)
 
 
 def _logits(config: _Config) -> LogitRule:

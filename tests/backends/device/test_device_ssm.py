@@ -10,7 +10,6 @@ from klfast.kernels.ssm_common import NO_LIMIT
 from test_ssm_ops import (  # noqa: F401
     _poison,
     test_conv_update_continues_a_sequence,
-    test_rms_norm_takes_any_strides,
     test_scan_takes_one_group_and_constants,
     test_state_update_without_heads,
 )
@@ -156,11 +155,3 @@ def test_softplus_and_silu():
         cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu"),
         true / (1 + torch.exp(-true)),
     )
-
-
-@pytest.mark.parametrize(
-    ("shape", "group"),
-    [((1,), 1), ((3, 63), 21), ((2, 5, 100), None), ((2, 3, 4, 48), 16), ((0, 8), None), ((1, 9, 5000), None)],
-)
-def test_rms_norm(shape, group):
-    cases.test_rms_norm(shape, group, "triton")

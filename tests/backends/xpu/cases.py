@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import test_delta_rule
 import test_divergence
+import test_norm
 import torch
 import torch.nn.functional as F
 from klfast.kernels import rms_norm, selective_scan
@@ -342,22 +343,31 @@ def norm() -> Iterator[Case]:
         ):
             yield norm_case(2, length, channels, group, is_gated, torch.bfloat16)
     yield norm_case(3, 5, 99, 33, True, torch.float32)
+    for is_sigmoid in (False, True):
+        yield norm_case(2, 96, 128, 128, True, torch.bfloat16, True, is_sigmoid)
 
 
-def norm_case(batch: int, length: int, channels: int, group: int, is_gated: bool, dtype: torch.dtype) -> Case:
+def norm_case(
+    batch: int,
+    length: int,
+    channels: int,
+    group: int,
+    is_gated: bool,
+    dtype: torch.dtype,
+    gate_last: bool = False,
+    is_sigmoid: bool = False,
+) -> Case:
     def run() -> float:
         x, weight = torch.randn(batch, length, channels).to(dtype), torch.randn(channels)
         gate = torch.randn(batch, length, 2 * channels).to(dtype)[..., :channels] if is_gated else None
         y = torch.empty(x.shape, dtype=dtype)
-        rms_norm.plan(x, weight, gate, y, 1e-5, group).run()
-        v = (x.double() if gate is None else x.double() * F.silu(gate.double())).unflatten(2, (-1, group))
-        return error(y, (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight.double())
+        rms_norm.plan(x, weight, gate, y, 1e-5, group, gate_last, is_sigmoid).run()
+        activation = "sigmoid" if is_sigmoid else "silu"
+        return error(y, test_norm.true_norm(x, weight, gate, group, gate_last, activation))
 
+    how = f"{', then' if gate_last else ','} gated" if is_gated else ""
     return Case(
-        f"rms_norm, {str(dtype)[6:]}",
-        f"{batch} x {length} x {channels}, groups of {group}{', gated' if is_gated else ''}",
-        run,
-        ROUNDING[dtype],
+        f"rms_norm, {str(dtype)[6:]}", f"{batch} x {length} x {channels}, groups of {group}{how}", run, ROUNDING[dtype]
     )
 
 
