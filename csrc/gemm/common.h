@@ -9,6 +9,7 @@
 #include "core/integers.h"
 #include "core/parallel.h"
 #include "gemm/args.h"
+#include "simd/unrolled.h"
 
 namespace klfast {
 namespace {
@@ -20,17 +21,6 @@ constexpr int kBlock = 256;
 // Prefetch distance in bytes of W, into L2: the hardware's own prefetch stops at each page, and into L1 too few can be
 // under way at once (docs/KERNEL_NOTES.md).
 constexpr int kAhead = 8192;
-
-// body(0) .. body(N - 1), written out. Where a loop indexes an array of vectors, the compiler may unroll it too late to
-// keep the array in registers, and store every element at every turn.
-template <int N, class Body>
-[[gnu::always_inline]] inline void unrolled(const Body& body) {
-    if constexpr (N > 0) {
-        unrolled<N - 1>(body);
-        body(N - 1);
-    }
-}
-#define KLFAST_INLINE __attribute__((always_inline))  // for the bodies
 
 inline Vec rounded(Vec v, DType type) {
     if (type == DType::f32) return v;

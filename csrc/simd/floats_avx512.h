@@ -15,6 +15,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own intrinsics' undefined operands
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace klfast {

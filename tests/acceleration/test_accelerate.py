@@ -135,13 +135,14 @@ def test_logits_and_states_of_chunked_prefill(model, lengths):
 
 
 def test_logits_and_states_in_bfloat16_are_no_further_from_the_truth(model):
+    """By the median, since an expert or two may be chosen otherwise."""
     model.to(torch.bfloat16)
     x, lengths = ids(2, 9), [6, 1, 2]
     truth = in_chunks(copy.deepcopy(model).float(), x, lengths)
     plain = in_chunks(model, x, lengths)
     for fast, expected, right in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
         assert fast.dtype == expected.dtype and fast.shape == expected.shape
-        assert (fast - right).square().mean() <= 2 * (expected - right).square().mean()
+        assert (fast - right).abs().median() <= 1.5 * (expected - right).abs().median()
 
 
 def test_unaccelerate_restores_and_both_are_idempotent(model):

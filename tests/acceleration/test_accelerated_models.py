@@ -134,7 +134,7 @@ OF_ONE_HYBRID = [
 ]
 _OF_DELTA_NETS = [
     *({"linear_conv_kernel_dim": width} for width in (1, 2, 4)),
-    {"linear_num_key_heads": 6},
+    {"linear_num_key_heads": 9},
     {"linear_num_key_heads": 1},
     {"linear_key_head_dim": 32, "linear_value_head_dim": 16},
     {"rms_norm_eps": 0.1},

@@ -19,6 +19,11 @@ FAMILIES = (
     *("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1", "bamba", "lfm2"),
     *DELTA,
 )
+HEADS = [  # families, with a head of its own or tied; Kimi-Linear's is never tied
+    *((family, False) for family in FAMILIES),
+    *((family, True) for family in FAMILIES if family != "kimi_linear"),
+]
+WITH_EXPERTS = ("qwen3_next", "kimi_linear")
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # without attention
 _SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2)
 _SSM = dict(**_SMALL, state_size=8)
@@ -49,7 +54,7 @@ _FALCON = dict(
 _DELTA_LAYERS = dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
 _DELTA = dict(
     **_DELTA_LAYERS,
-    linear_num_value_heads=6,
+    linear_num_value_heads=9,  # compressed-tensors cannot read zero points of less than 9 rows
     linear_num_key_heads=3,
     linear_key_head_dim=12,
     linear_value_head_dim=20,
@@ -156,7 +161,7 @@ CONFIGS = {
         qk_nope_head_dim=16,
         v_head_dim=20,
         linear_head_dim=20,
-        linear_num_heads=3,
+        linear_num_heads=9,
         linear_conv_kernel_dim=3,
     ),
     "lfm2": lambda: transformers.Lfm2Config(**_ATTENTION | _SHORT_CONV, block_auto_adjust_ff_dim=False),
@@ -293,7 +298,7 @@ def in_float64(model):
     return model
 
 
-def assert_no_further(found, plain, truth, slack=1e-5):
+def assert_no_further(found, plain, truth, slack=2e-5):
     """Compare the largest errors of two results: ``found``'s may be twice ``plain``'s, or ``slack`` of the truth."""
     errors = [(each.double() - truth).abs().max().item() for each in (found, plain)]
     assert errors[0] <= max(2 * errors[1], slack * truth.abs().max().item()), errors
