@@ -16,7 +16,9 @@ from klfast.models.sizes import weight_bytes
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import QuantSpec
 
-_SCANS = ("klfast::selective_scan", "klfast::mamba_chunk_scan")
+from . import families
+
+_SCANS = ("klfast::gated_delta_rule", "klfast::selective_scan", "klfast::mamba_chunk_scan")
 
 
 def _mamba(hidden: int, layers: int, vocab: int) -> MambaForCausalLM:
@@ -47,6 +49,8 @@ QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda
 def plain(name: str) -> nn.Module:
     """Return transformers' own model in float32, with the same weights each time."""
     torch.manual_seed(0)
+    if name in families.CONFIGS:
+        return families.make(name).eval()
     return (MODELS | LARGE_MODELS | QUICK_MODELS)[name]().eval()
 
 

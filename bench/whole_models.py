@@ -1,0 +1,112 @@
+"""Contenders of the suites that time whole models: prefill and decode, klfast's and transformers'."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+
+import klfast
+from klfast.benchkit.runner import Contender, UnavailableError
+from klfast.benchkit.settings import Settings
+from klfast.quant.spec import QuantSpec
+
+from . import models
+
+VARIANTS = {  # dtype, spec, activation
+    "bf16": (torch.bfloat16, None, "exact"),
+    "fp32": (torch.float32, None, "exact"),
+    "int8": (torch.bfloat16, QuantSpec(8, 64), "exact"),
+    "int4": (torch.bfloat16, QuantSpec(4, 64), "exact"),
+    "int4, int8 activations": (torch.bfloat16, QuantSpec(4, 64), "int8"),
+}
+TOLERANCE = 2e-3  # of float32 logits
+DECODE_PROMPT = 8  # tokens
+
+
+def contenders(
+    name: str, stage: str, tokens: int, settings: Settings, variants: tuple[str, ...], plain: tuple[str, ...]
+) -> dict[str, Callable[[], Contender]]:
+    """Return klfast's and transformers' contenders of a stage, "prefill" or "decode", by variant."""
+    ours, theirs = {"prefill": (_prefill, _plain_prefill), "decode": (_decode, _plain_decode)}[stage]
+    made = {
+        f"klfast {variant}": functools.partial(ours, name, tokens, settings, *VARIANTS[variant]) for variant in variants
+    }
+    return made | {
+        f"transformers {dtype}": functools.partial(theirs, name, tokens, settings, VARIANTS[dtype][0])
+        for dtype in plain
+    }
+
+
+def rate(tokens: int) -> Callable[[float], dict[str, float]]:
+    """Return the facts of a contender that handles so many tokens: tokens per second."""
+    return lambda seconds: {"tok_s": round(tokens / seconds, 1)}
+
+
+def _prompt(length: int) -> torch.Tensor:
+    return torch.randint(0, 512, (1, length))
+
+
+@functools.lru_cache(maxsize=len(VARIANTS))  # for prefill, then for decode
+def _model(
+    name: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+) -> tuple[torch.nn.Module, float]:
+    """Return klfast's model in ``dtype``, and its error in float32: infinite if it generates other tokens."""
+    _require_cpu(device)
+    model = models.ours(name, spec, activation)
+    error = models.error(model, _prompt(16))
+    if activation == "exact" and not models.same_tokens(model, _prompt(8), 4):
+        error = math.inf
+    return model.to(dtype), error
+
+
+@functools.lru_cache(maxsize=2)
+def _plain_model(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Return transformers' own model, against which klfast's are checked."""
+    _require_cpu(device)
+    return models.plain(name).to(dtype)
+
+
+def _require_cpu(device: str) -> None:
+    if device != "cpu":
+        raise UnavailableError("whole models are timed on the CPU only")
+
+
+def _prefill(
+    name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+) -> Contender:
+    model, error = _model(name, settings.device, dtype, spec, activation)
+    prompt = _prompt(length)
+
+    def facts(seconds: float) -> dict[str, float]:
+        return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, dtype, seconds)}
+
+    return Contender([lambda: model(prompt, use_cache=False)], lambda: error, TOLERANCE, facts=facts)
+
+
+def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtype) -> Contender:
+    model, prompt = _plain_model(name, settings.device, dtype), _prompt(length)
+    return Contender([lambda: model(prompt, use_cache=False)], lambda: 0.0, 0.0, facts=rate(length))
+
+
+def _decode(
+    name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+) -> Contender:
+    model, error = _model(name, settings.device, dtype, spec, activation)
+    prompt = _prompt(DECODE_PROMPT)
+    return Contender(
+        [lambda: klfast.generate(model, prompt, new, eos_token_id=())],
+        lambda: error,
+        TOLERANCE,
+        models.read_bytes(model) * new,
+        facts=rate(new),
+    )
+
+
+def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
+    model, prompt = _plain_model(name, settings.device, dtype), _prompt(DECODE_PROMPT)
+    return Contender(
+        [lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=rate(new)
+    )
