@@ -12,6 +12,7 @@ import torch
 import klfast
 from klfast.benchkit.runner import Contender, Group, UnavailableError
 from klfast.benchkit.settings import Settings
+from klfast.models.calling import returned_cache
 
 from . import hymba, models
 
@@ -69,7 +70,7 @@ def _prefill(name: str, length: int, new: int, settings: Settings, precision: st
 def _decode(name: str, length: int, new: int, settings: Settings, precision: str | None) -> Contender:
     model, error = _contestant(name, settings, precision)
     prompt = _prompt(length)
-    cache = _model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1).past_key_values  # shared by all
+    cache = returned_cache(_model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1))  # shared by all
     return _contender(
         model,
         lambda: hymba.step_by_step(model, cache, prompt[:, -1:], new),

@@ -192,19 +192,25 @@ def _one_token(
     parts_of: Callable[[Any], mamba_step.Parts | None],
     mixer: Any,
     hidden_states: torch.Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: torch.Tensor | None = None,
+    *,
+    cache_params: Any = None,
     **_: object,
 ) -> torch.Tensor | None:
-    """Run a Mamba-1 mixer on one more token of each sequence, [B, 1, H]; return None if its own forward must."""
+    """Run a Mamba-1 mixer on one more token of each sequence, [B, 1, H]; return None if its own forward must.
+
+    ``cache_params`` is the cache's name before transformers 5.24.
+    """
+    cache = cache_params if cache is None else cache
     if (
-        cache_params is None
+        cache is None
         or attention_mask is not None
         or mixer.activation not in SILU
-        or not cache_params.has_previous_state(mixer.layer_idx)
+        or not cache.has_previous_state(mixer.layer_idx)
     ):
         return None
-    layer = cache_params.layers[mixer.layer_idx]
+    layer = cache.layers[mixer.layer_idx]
     states = layer.conv_states[0], layer.recurrent_states[0]
     parts = parts_of(mixer)
     if parts is None:

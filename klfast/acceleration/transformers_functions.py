@@ -1,7 +1,7 @@
 """klfast's versions of the functions that transformers' mixers call, with the same argument names.
 
 Other keyword arguments are ignored, except those for packed sequences, which raise. The signatures are those of
-transformers 5.17 to 5.23.
+transformers 5.17 to 5.24.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.calling import cache_argument, masks_prompt_only, reads_padding
+from klfast.models.calling import cache_argument, reads_padding, returned_cache
+from klfast.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ class Stepper:
         self._model = model
         self._cache: object | None = None
         self._positions: torch.Tensor | None = None
-        self._name, self._masks_prompt_only = cache_argument(model), masks_prompt_only(model)
+        self._name, self._masks_prompt_only = cache_argument(model), family_of(model).masks_prompt_only
         accepted = inspect.signature(model.forward).parameters
         self._fixed: dict[str, object] = {"use_cache": True}
         if "logits_to_keep" in accepted:
@@ -46,7 +47,7 @@ class Stepper:
         """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
         options = self._options(ids)
         output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
-        cache = getattr(output, self._name, None)
+        cache = returned_cache(output)
         if cache is None and self._cache is None:  # the model fills a cache, but does not return it
             self._cache = self._own_cache()
             output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
@@ -73,7 +74,7 @@ class Stepper:
         return (self._mask.cumsum(1) - 1).clamp_(min=0)
 
     def _own_cache(self) -> object:
-        if self._name != "past_key_values":
+        if self._name == "state":
             raise InvalidInputError(
                 f"{type(self._model).__name__} returns no {self._name}; generate cannot continue its text"
             )

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.families import family_of
+
+# What the cache is called in forwards and their outputs: in transformers since 5.24; before, and before in families
+# without attention; in RWKV.
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 
 @contextmanager
@@ -46,18 +49,18 @@ def last_hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Return the name of the forward's cache: "past_key_values", "cache_params" (pure SSM families), "state" (RWKV)."""
+    """Return the name of the forward's cache, one of "cache", "past_key_values", "cache_params" and "state"."""
     accepted = inspect.signature(model.forward).parameters
-    for name in (family_of(model).cache.argument, "past_key_values", "cache_params", "state"):
-        if name is not None and name in accepted:
+    for name in _CACHE_NAMES:
+        if name in accepted:
             return name
-    raise InvalidInputError(f"{type(model).__name__} takes no cache (past_key_values, cache_params or state)")
+    raise InvalidInputError(f"{type(model).__name__} takes no cache ({', '.join(_CACHE_NAMES)})")
 
 
-def masks_prompt_only(model: nn.Module) -> bool:
-    """Return True if the model takes a mask for the prompt only, and none for the tokens after it."""
-    known = family_of(model).cache.masks_prompt_only
-    return cache_argument(model) == "cache_params" if known is None else known
+def returned_cache(output: object) -> object | None:
+    """Return the cache in the output of a forward; None if there is none."""
+    fields = vars(output)  # not its properties, which warn about older names
+    return next((fields[name] for name in _CACHE_NAMES if fields.get(name) is not None), None)
 
 
 def reads_padding(model: nn.Module) -> bool:

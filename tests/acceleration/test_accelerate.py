@@ -9,6 +9,7 @@ from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from cached_calls import in_chunks
 from tiny_models import ACCELERATED, STATE_SPACE, VOCABULARY, assert_no_further, in_float64, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,7 @@ from klfast.acceleration.patch import is_accelerated
 from klfast.acceleration.transformers_functions import REPLACEMENTS
 from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
-from klfast.models.calling import cache_argument
+from klfast.models.calling import cache_argument, returned_cache
 from klfast.models.families import mixer_of, norm_of
 from klfast.sensitivity.measuring_mode import prepared
 
@@ -96,7 +97,7 @@ def test_one_token_compiles(model):
     with torch.inference_mode():
         prompt = ids(1, 5)
         name = cache_argument(model)
-        caches = [getattr(model(prompt, use_cache=True), name) for _ in range(2)]
+        caches = [returned_cache(model(prompt, use_cache=True)) for _ in range(2)]
         for token in ids(1, 3).split(1, dim=1):
             found, expected = (
                 forward(token, use_cache=True, **{name: cache}).logits
@@ -114,23 +115,18 @@ def test_generates_the_same_tokens_after_left_padding(model):
     torch.testing.assert_close(generate(klfast.accelerate(model), x, attention_mask=mask), plain, rtol=0, atol=0)
 
 
-@torch.inference_mode()
-def in_chunks(model, x, lengths):
-    cache, results, name = None, [], cache_argument(model)
-    for piece in x.split(lengths, dim=1):
-        out = model(piece, use_cache=True, **{name: cache})
-        cache = getattr(out, name)
-        results.append(out.logits)
+def with_states(model, x, lengths):
+    logits, cache = in_chunks(model, x, lengths)
     layer = cache.layers[mixers(model)[-1].layer_idx]
     states = layer.conv_states[0], layer.recurrent_states[0]
-    return torch.cat(results, 1), *(state for state in states if state is not None)
+    return logits, *(state for state in states if state is not None)
 
 
 @pytest.mark.parametrize("lengths", [[2, 1, 1, 1], [20, 1, 7, 1], [64, 65, 3]])
 def test_logits_and_states_of_chunked_prefill(model, lengths):
     x = ids(2, sum(lengths))
-    truth, plain = in_chunks(in_float64(model), x, lengths), in_chunks(model, x, lengths)
-    for fast, expected, right in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
+    truth, plain = with_states(in_float64(model), x, lengths), with_states(model, x, lengths)
+    for fast, expected, right in zip(with_states(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
         assert_no_further(fast, expected, right)
 
 
@@ -138,9 +134,9 @@ def test_logits_and_states_in_bfloat16_are_no_further_from_the_truth(model):
     """By the median, since an expert or two may be chosen otherwise."""
     model.to(torch.bfloat16)
     x, lengths = ids(2, 9), [6, 1, 2]
-    truth = in_chunks(copy.deepcopy(model).float(), x, lengths)
-    plain = in_chunks(model, x, lengths)
-    for fast, expected, right in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
+    truth = with_states(copy.deepcopy(model).float(), x, lengths)
+    plain = with_states(model, x, lengths)
+    for fast, expected, right in zip(with_states(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
         assert fast.dtype == expected.dtype and fast.shape == expected.shape
         assert (fast - right).abs().median() <= 1.5 * (expected - right).abs().median()
 
@@ -306,10 +302,10 @@ def test_hymba_runs_klfast_ops_on_a_device_with_kernels(attention, monkeypatch):
     has_kernels([*attention, *(op for op in registry.op_names() if op != "decode_attention")], monkeypatch)
     model = tiny("hymba", dtype=torch.bfloat16).to("meta")
     with torch.no_grad(), OpsCalled() as called:
-        cache = model(ids(2, 9).to("meta"), use_cache=True).past_key_values
+        cache = returned_cache(model(ids(2, 9).to("meta"), use_cache=True))
         assert called.names == {"causal_conv1d", "rms_norm", "selective_scan"}
         called.names.clear()
-        assert model(ids(2, 1).to("meta"), past_key_values=cache).logits.is_meta
+        assert model(ids(2, 1).to("meta"), cache=cache).logits.is_meta
     assert called.names == {"causal_conv1d_update", "rms_norm", "selective_state_update"} | attention
 
 

@@ -7,6 +7,7 @@ import pickle
 import sys
 import warnings
 
+import cached_calls
 import pytest
 import torch
 import transformers
@@ -15,7 +16,6 @@ from tiny_models import ACCELERATED, CONFIGS, STATE_SPACE, VOCABULARY, assert_no
 import klfast
 from klfast.acceleration import forwards
 from klfast.acceleration.patch import is_accelerated
-from klfast.models.calling import cache_argument
 from klfast.models.families import mixer_of
 
 SSM = list(STATE_SPACE)
@@ -35,15 +35,9 @@ def logits(model, ids, **kwargs):
     return model(ids, **kwargs).logits
 
 
-@torch.inference_mode()
 def in_chunks(model, ids, lengths):
-    """Return the logits of a prompt and of the single tokens that follow it."""
-    cache, found, name = None, [], cache_argument(getattr(model, "_orig_mod", model))
-    for piece in ids.split(lengths, dim=1):
-        out = model(piece, use_cache=True, **{name: cache})
-        cache = getattr(out, name)
-        found.append(out.logits)
-    return torch.cat(found, 1)
+    """Return the logits of ids, fed in pieces of these lengths."""
+    return cached_calls.in_chunks(model, ids, lengths)[0]
 
 
 # Configurations ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 import klfast
 from klfast.backends import operands
 from klfast.core.errors import InvalidInputError
+from klfast.models.calling import cache_argument, returned_cache
 from klfast.models.hymba import HymbaCache
 from klfast.models.hymba.norm import HymbaRMSNorm
 from klfast.models.linears import linears
@@ -50,11 +51,10 @@ def decoded(model, rows, tokens=6):
     ids = batch(rows, 5 + tokens - 1)
     output = model(ids[:, :5], use_cache=True)
     logits = [output.logits[:, -1:]]
-    name = "cache_params" if hasattr(output, "cache_params") else "past_key_values"
     for token in ids[:, 5:].split(1, dim=1):
-        output = model(token, use_cache=True, **{name: getattr(output, name)})
+        output = model(token, use_cache=True, **{cache_argument(model): returned_cache(output)})
         logits.append(output.logits)
-    return torch.cat(logits, dim=1).float(), getattr(output, name)
+    return torch.cat(logits, dim=1).float(), returned_cache(output)
 
 
 def model_of(family, precision):

@@ -7,7 +7,7 @@ The gate comes before the mixer's norm, which has a mean for each group (modelin
 from __future__ import annotations
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 
 FAMILY = Family(
     model_type="bamba",
@@ -16,5 +16,4 @@ FAMILY = Family(
     rows={"BambaMixer": common.mamba2_rows},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

@@ -81,20 +81,6 @@ class LogitRule:
 
 
 @dataclass(frozen=True)
-class CacheUse:
-    """How a model's forward takes its cache.
-
-    Attributes:
-        argument: the parameter's name; None to read it from the forward's signature.
-        masks_prompt_only: the padding mask is only for the prompt, not for the tokens after it, as in models without
-            attention; None to infer it from the parameter's name.
-    """
-
-    argument: str | None = None
-    masks_prompt_only: bool | None = None
-
-
-@dataclass(frozen=True)
 class Family:
     """The record of a family.
 
@@ -108,7 +94,8 @@ class Family:
         blocks: the chain of blocks.
         logits: the rule that the model applies to its head's product, given the text configuration; it is compared with
             the model's logits before it is used. None to try what the configuration's attributes suggest.
-        cache: the cache argument.
+        masks_prompt_only: the padding mask is only for the prompt, not for the tokens after it, as in models without
+            attention.
         widens_logits: the model's forward casts its logits to float32; then its accelerated head does so.
         own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers remain to accelerate.
     """
@@ -120,7 +107,7 @@ class Family:
     matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     blocks: Blocks = Blocks()
     logits: Callable[[Any], LogitRule] | None = None
-    cache: CacheUse = CacheUse()
+    masks_prompt_only: bool = False
     widens_logits: bool = False
     own_code: bool = False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, LogitRule, Mixer, Norm
+from klfast.models.families.base import Blocks, Family, LogitRule, Mixer, Norm
 
 
 class _GatedNorm(common.RMSNorm, Protocol):
@@ -37,5 +37,4 @@ FAMILY = Family(
     rows={"FalconH1Mixer": common.mamba2_rows},
     blocks=Blocks("layers"),
     logits=_logits,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 from klfast.nn.mamba_step import Parts
 
 
@@ -33,6 +33,6 @@ FAMILY = Family(
     rows={"FalconMambaMixer": common.mamba1_rows},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse(masks_prompt_only=True),
+    masks_prompt_only=True,
     widens_logits=True,
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, LogitRule, Mixer, Rows, split
+from klfast.models.families.base import Blocks, Family, LogitRule, Mixer, Rows, split
 
 
 class _Config(Protocol):
@@ -36,5 +36,4 @@ FAMILY = Family(
     matrices={"GraniteMoeHybridExperts": ("gate_up_proj", "down_proj"), "GraniteMoeHybridTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=_logits,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

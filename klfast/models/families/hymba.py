@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from klfast.models.families.base import Blocks, CacheUse, Family, Rows, plain, split
+from klfast.models.families.base import Blocks, Family, Rows, plain, split
 
 
 class _Mixer(Protocol):
@@ -22,7 +22,6 @@ FAMILY = Family(
     rows={"HymbaMixer": _rows},
     blocks=Blocks("layers", carry="shared_kv"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
     widens_logits=True,
     own_code=True,
 )

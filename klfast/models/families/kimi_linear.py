@@ -7,7 +7,7 @@ Logits are the head's product.
 from __future__ import annotations
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 
 FAMILY = Family(
     model_type="kimi_linear",
@@ -20,5 +20,4 @@ FAMILY = Family(
     matrices={"KimiLinearExperts": ("gate_up_proj", "down_proj"), "KimiLinearTopkRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

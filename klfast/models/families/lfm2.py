@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import nn
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, Rows, plain, split
+from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 
 
 class _ShortConv(Protocol):
@@ -31,7 +31,6 @@ FAMILY = Family(
     rows={"Lfm2ShortConv": _rows},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )
 MOE = Family(
     model_type="lfm2_moe",
@@ -41,5 +40,4 @@ MOE = Family(
     matrices={"Lfm2MoeExperts": ("gate_up_proj", "down_proj"), "Lfm2MoeTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

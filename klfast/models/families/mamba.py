@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 from klfast.nn.mamba_step import Parts
 
 
@@ -21,6 +21,6 @@ FAMILY = Family(
     rows={"MambaMixer": common.mamba1_rows},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse(masks_prompt_only=True),
+    masks_prompt_only=True,
     widens_logits=True,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 
 FAMILY = Family(
     model_type="mamba2",
@@ -12,6 +12,6 @@ FAMILY = Family(
     rows={"Mamba2Mixer": common.mamba2_rows},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse(masks_prompt_only=True),
+    masks_prompt_only=True,
     widens_logits=True,
 )

@@ -7,7 +7,7 @@ OlmoHybridRMSNorm.forward and OlmoHybridRMSNormGated.forward, 5.23.0). Logits ar
 from __future__ import annotations
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, Norm, plain
+from klfast.models.families.base import Blocks, Family, Mixer, Norm, plain
 
 
 def _norm(norm: common.RMSNorm) -> Norm:
@@ -20,5 +20,4 @@ FAMILY = Family(
     norms={"OlmoHybridRMSNorm": _norm, "OlmoHybridRMSNormGated": common.norm_before_gate},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

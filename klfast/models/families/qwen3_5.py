@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, Rows, plain, split
+from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 
 
 class _DeltaNet(Protocol):
@@ -29,7 +29,6 @@ FAMILY = Family(
     rows={"Qwen3_5GatedDeltaNet": _rows},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )
 MOE = Family(
     model_type="qwen3_5_moe_text",
@@ -39,5 +38,4 @@ MOE = Family(
     matrices={"Qwen3_5MoeExperts": ("gate_up_proj", "down_proj"), "Qwen3_5MoeTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

@@ -8,7 +8,7 @@ The rows of in_proj_qkvz go key head by key head, so a use is not one range of r
 from __future__ import annotations
 
 from klfast.models.families import common
-from klfast.models.families.base import Blocks, CacheUse, Family, Mixer, plain
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 
 FAMILY = Family(
     model_type="qwen3_next",
@@ -17,5 +17,4 @@ FAMILY = Family(
     matrices={"Qwen3NextExperts": ("gate_up_proj", "down_proj"), "Qwen3NextTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
-    cache=CacheUse("past_key_values", masks_prompt_only=False),
 )

@@ -29,7 +29,7 @@ class LayerState:
 
 
 class HymbaCache:
-    """The state of a batch of sequences: HymbaForCausalLM's ``past_key_values``.
+    """The state of a batch of sequences: HymbaForCausalLM's ``cache``.
 
     A layer with a sliding window keeps the keys of the memory tokens and of the last ``sliding_window`` positions. A
     layer that shares another's keys keeps none.
@@ -40,7 +40,10 @@ class HymbaCache:
         positions: for global (True) and sliding (False) layers the positions of the kept keys, int64 [B or 1, S].
     """
 
-    is_compileable = False  # read by transformers
+    # Read by transformers' generate: neither compiled nor shortened; every layer has keys beside its state.
+    is_compileable = False
+    is_croppable = False
+    is_linear = (False,)
 
     def __init__(self, config: HymbaConfig) -> None:
         self._config = config

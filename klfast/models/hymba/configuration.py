@@ -42,7 +42,7 @@ class HymbaConfig(PreTrainedConfig):
     """
 
     model_type = "hymba"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 32001
     hidden_size: int = 1600

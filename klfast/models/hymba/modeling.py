@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from klfast.models.hymba.padding import Padding
 
 _Forward = TypeVar("_Forward", bound=Callable[..., object])
 _can_return_tuple: Callable[[_Forward], _Forward] = generic.can_return_tuple
+# The cache's name in transformers' outputs: "cache" since 5.24, "past_key_values" before. Forwards take either.
+_CACHE = next(found.name for found in fields(CausalLMOutputWithPast) if found.name in ("cache", "past_key_values"))
 
 
 class HymbaMLP(nn.Module):
@@ -147,6 +150,7 @@ class HymbaModel(HymbaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: HymbaCache | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Return the final hidden states [B, T, H].
@@ -156,11 +160,12 @@ class HymbaModel(HymbaPreTrainedModel):
             attention_mask: [B, T], 0 for padding, which may be anywhere; with a filled cache also [B, past + T], with
                 the padding that the cache was made with and none among the new tokens.
             position_ids: not used: positions follow from the mask and the cache.
-            past_key_values: a HymbaCache, extended in place; None starts a sequence.
+            past_key_values: ``cache`` by its name in transformers before 5.24.
             inputs_embeds: [B, T, H], in place of input_ids.
             use_cache: return a cache; the configuration's ``use_cache`` if None.
             output_hidden_states: also return the input of each layer and the final hidden states, [B, M + T, H] each,
                 M memory tokens first.
+            cache: a HymbaCache, extended in place; None starts a sequence.
             **kwargs: ignored.
 
         Raises:
@@ -168,15 +173,15 @@ class HymbaModel(HymbaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give either input_ids or inputs_embeds")
-        if past_key_values is not None and not isinstance(past_key_values, HymbaCache):
-            raise InvalidInputError(
-                f"past_key_values must be a klfast.models.hymba.HymbaCache, got {type(past_key_values).__name__}"
-            )
+        if cache is not None and past_key_values is not None:
+            raise InvalidInputError("cache and past_key_values are the same; give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, HymbaCache):
+            raise InvalidInputError(f"cache must be a klfast.models.hymba.HymbaCache, got {type(cache).__name__}")
         text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = text.shape[:2]
         if not batch or not length:
             raise InvalidInputError(f"Hymba needs at least one sequence of one token, got {[batch, length]}")
-        cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = HymbaCache(self.config)
         past = cache.length if cache else 0
@@ -219,11 +224,8 @@ class HymbaModel(HymbaPreTrainedModel):
         if padding is not None:
             hidden, seen = padding.restore(hidden), [padding.restore(one) for one in seen]
         all_hidden = (*seen, hidden) if wanted else None
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden[:, memory:],
-            past_key_values=cast(Any, cache),  # transformers' annotation names its own Cache
-            hidden_states=cast(Any, all_hidden),
-        )
+        returned: dict[str, Any] = {_CACHE: cache, "hidden_states": all_hidden}
+        return BaseModelOutputWithPast(last_hidden_state=hidden[:, memory:], **returned)
 
     def _with_memory(self, text: torch.Tensor, memory: int, padding: Padding | None) -> torch.Tensor:
         """Return [B, memory + T, H]: the memory tokens, unless ``memory`` is 0, and the text."""
@@ -263,6 +265,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: HymbaCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits, float32 [B, T, vocab_size].
@@ -277,6 +280,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             use_cache: as for HymbaModel.
             output_hidden_states: as for HymbaModel.
             logits_to_keep: return only the logits of this many last tokens (0: all), or of these places.
+            cache: as for HymbaModel.
             **kwargs: for transformers' loss function.
         """
         outputs = self.model(
@@ -287,6 +291,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
         )
         hidden = outputs.last_hidden_state
         places = (
@@ -298,6 +303,5 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        returned: dict[str, Any] = {_CACHE: outputs.get(_CACHE), "hidden_states": outputs.hidden_states}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **returned)

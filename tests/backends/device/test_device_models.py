@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cached_calls import in_chunks
 from klfast.kernels.launch import Launch
 from tiny_models import STATE_SPACE, VOCABULARY, tiny
 
@@ -31,16 +32,11 @@ def ids(device, *shape):
     return torch.randint(2, VOCABULARY, shape).to(device)
 
 
-@torch.inference_mode()
-def in_chunks(model, x, lengths):
+def with_states(model, x, lengths):
     """Return logits of x and the last layer's states, lengths tokens at a time."""
-    cache, results = None, []
-    for piece in x.split(lengths, dim=1):
-        out = model(piece, cache_params=cache, use_cache=True)
-        cache = out.cache_params
-        results.append(out.logits)
+    logits, cache = in_chunks(model, x, lengths)
     layer = cache.layers[-1]
-    return torch.cat(results, 1), layer.conv_states[0], layer.recurrent_states[0]
+    return logits, layer.conv_states[0], layer.recurrent_states[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 19)])
@@ -56,8 +52,8 @@ def test_logits(model, device, launched, shape):
 @pytest.mark.parametrize("lengths", [[1, 1], [9, 1, 4, 1]], ids=str)
 def test_logits_and_states_with_a_cache(model, device, lengths):
     x = ids(device, 2, sum(lengths))
-    plain = in_chunks(model, x, lengths)
-    for fast, expected in zip(in_chunks(klfast.accelerate(model), x, lengths), plain, strict=True):
+    plain = with_states(model, x, lengths)
+    for fast, expected in zip(with_states(klfast.accelerate(model), x, lengths), plain, strict=True):
         torch.testing.assert_close(fast, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -75,19 +71,14 @@ def test_hymba(device, launched):
     """Global and sliding layers, a prompt longer than the window, then tokens one and several at a time."""
     model, x = tiny("hymba").to(device), ids(device, 2, 19)
 
-    def logits():
-        cache, results = None, []
-        with torch.inference_mode():
-            for piece in x.split([13, 1, 4, 1], dim=1):
-                out = model(piece, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                results.append(out.logits)
-        return torch.cat(results, 1), *(t for state in cache.layers for t in vars(state).values() if t is not None)
+    def logits_and_all_states():
+        logits, cache = in_chunks(model, x, [13, 1, 4, 1])
+        return logits, *(t for state in cache.layers for t in vars(state).values() if t is not None)
 
     with klfast.using("reference"):
-        plain = logits()
+        plain = logits_and_all_states()
     assert not launched
-    for fast, expected in zip(logits(), plain, strict=True):
+    for fast, expected in zip(logits_and_all_states(), plain, strict=True):
         torch.testing.assert_close(fast, expected, atol=2e-5, rtol=2e-5)
     assert launched == {"causal_conv1d", "selective_scan", "rms_norm", "decode_attention"}
 

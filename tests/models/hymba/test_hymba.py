@@ -8,6 +8,7 @@ from hymba_models import SETS, golden_model, golden_tensors, tiny_model
 
 import klfast
 from klfast.core.errors import InvalidInputError
+from klfast.models.calling import returned_cache
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM, attention, state_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +95,18 @@ def test_continuing_in_chunks(golden, chunks):
         assert out.logits.shape[1] == ids.shape[1] and out.past_key_values is cache
         logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected["long.logits"][:, :50], **LOGITS)
+
+
+@torch.inference_mode()
+def test_the_cache_by_both_its_names():
+    """Transformers calls it ``cache`` since 5.24, ``past_key_values`` before."""
+    model, ids = tiny_model(), torch.randint(0, 61, (2, 12))
+    whole = model(ids).logits
+    for name in ("cache", "past_key_values"):
+        cache = HymbaCache(model.config)
+        first, rest = (model(part, **{name: cache}) for part in ids.split([7, 5], dim=1))
+        assert cache.length == 12 and returned_cache(first) is returned_cache(rest) is cache
+        torch.testing.assert_close(rest.logits, whole[:, 7:], rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -287,9 +300,10 @@ def test_bad_input():
         for message, call in (
             ("give either input_ids or inputs_embeds", model),
             (r"at least one sequence of one token, got \[2, 0\]", lambda: model(ids[:, :0])),
+            ("cache must be a klfast.models.hymba.HymbaCache, got list", lambda: model(ids, past_key_values=[])),
             (
-                "past_key_values must be a klfast.models.hymba.HymbaCache, got list",
-                lambda: model(ids, past_key_values=[]),
+                "cache and past_key_values are the same; give one of them",
+                lambda: model(ids, past_key_values=cache, cache=cache),
             ),
             (r"attention_mask must be \[2, 5\] as the tokens", lambda: model(ids, attention_mask=torch.ones(2, 4))),
             (
