@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test lint bench dist sanitize verify-xpu clean
+.PHONY: help install demo test lint bench dist sanitize verify-xpu check-transformers clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests"
@@ -11,6 +11,7 @@ help:
 	@echo "make install  only make .venv and build the extension"
 	@echo "make sanitize run the kernel tests under AddressSanitizer and UBSan"
 	@echo "make verify-xpu check the Triton kernels for Intel's Xe2 GPUs, without one (Linux on x86-64; 1.6 GB)"
+	@echo "make check-transformers compare the families' records with the newest transformers, or with VERSIONS=\"5.22.2 5.23.0\""
 	@echo "make dist     build sdist and wheel into dist/"
 	@echo "make clean    remove all that was built"
 
@@ -86,6 +87,10 @@ $(XPU)/.installed: $(XPU)/.triton
 	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$($(XPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz-klfast.pth"
 	touch $@
+
+# Nothing is installed, so the versions may be any, also newer ones than pyproject.toml allows.
+check-transformers: install
+	PYTHONPATH=tests/support .venv/bin/python tests/acceleration/check_transformers.py $(VERSIONS)
 
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build

@@ -13,7 +13,7 @@ from klfast.core.errors import InvalidInputError
 
 # What the cache is called in forwards and their outputs: in transformers since 5.24; before, and before in families
 # without attention; in RWKV.
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 
 @contextmanager
@@ -51,16 +51,16 @@ def last_hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the forward's cache, one of "cache", "past_key_values", "cache_params" and "state"."""
     accepted = inspect.signature(model.forward).parameters
-    for name in _CACHE_NAMES:
+    for name in CACHE_NAMES:
         if name in accepted:
             return name
-    raise InvalidInputError(f"{type(model).__name__} takes no cache ({', '.join(_CACHE_NAMES)})")
+    raise InvalidInputError(f"{type(model).__name__} takes no cache ({', '.join(CACHE_NAMES)})")
 
 
 def returned_cache(output: object) -> object | None:
     """Return the cache in the output of a forward; None if there is none."""
     fields = vars(output)  # not its properties, which warn about older names
-    return next((fields[name] for name in _CACHE_NAMES if fields.get(name) is not None), None)
+    return next((fields[name] for name in CACHE_NAMES if fields.get(name) is not None), None)
 
 
 def reads_padding(model: nn.Module) -> bool:
