@@ -1,4 +1,4 @@
-"""State-space functions at the sizes of Mamba-130M and Mamba2-130M, against transformers' own."""
+"""Functions of recurrent layers at the sizes of Mamba-130M, Mamba2-130M and Qwen3.5-4B, against transformers' own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def groups(settings: Settings) -> Iterator[Group]:
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for case in (_selective_scan, _chunk_scan, _conv, _state_update, _state_update_heads, _conv_update):
             yield case(_Draw(settings.device, dtype), name, batch, length)
+        for tokens in (length, 1):
+            yield _delta_rule(_Draw(settings.device, dtype), name, tokens)
 
 
 class _Draw:
@@ -151,6 +153,33 @@ def _conv_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     )
 
 
+def _delta_rule(draw: _Draw, dtype: str, length: int) -> Group:
+    def arguments() -> tuple:
+        q, k = (draw.normal(1, length, 16, 128) for _ in range(2))
+        v, beta = draw.normal(1, length, 32, 128), draw.normal(1, length, 32).sigmoid()
+        return q, k, v, draw.decay(1, length, 32), beta, draw.weight(1, 32, 128, 128)
+
+    def ours(q, k, v, g, beta, state):
+        return ops.gated_delta_rule_update(state, q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
+
+    def theirs(function, q, k, v, g, beta, state):
+        options = dict(output_final_state=True, use_qk_l2norm_in_kernel=True)
+        y, last = function(q, k, v, g=g, beta=beta, initial_state=state, **options)
+        state.copy_(last)
+        return y
+
+    return _group(
+        f"gated_delta_rule B=1 H=32 K=128 V=128 L={length} {dtype}",
+        draw,
+        "gated_delta_rule",
+        arguments,
+        ours,
+        f"qwen3_5.torch_{'recurrent' if length == 1 else 'chunk'}_gated_delta_rule",
+        call_theirs=theirs,
+        bytes_read=32 * 128 * 128 * 4 if length == 1 else 0,
+    )
+
+
 def _group(
     title: str,
     draw: _Draw,
@@ -160,6 +189,7 @@ def _group(
     theirs: str,
     more: Callable[[], dict] = dict,
     call_theirs: Callable | None = None,
+    bytes_read: int = 0,
 ) -> Group:
     """Return a group of klfast's function and transformers'.
 
@@ -170,7 +200,7 @@ def _group(
     def klfast() -> Contender:
         if not registry.has_kernel(op, draw.device.upper()):
             raise UnavailableError(f"klfast has no {draw.device} kernel of {op}")
-        return _contender(ours, arguments(), more(), ours)
+        return _contender(ours, arguments(), more(), ours, bytes_read)
 
     def transformers() -> Contender:
         module, name = theirs.split(".")
@@ -183,7 +213,7 @@ def _group(
     return Group(title, {}, {"klfast": klfast, "transformers": transformers})
 
 
-def _contender(call: Callable, args: tuple, more: dict, ours: Callable) -> Contender:
+def _contender(call: Callable, args: tuple, more: dict, ours: Callable, bytes_read: int = 0) -> Contender:
     """Return a contender checked against the reference in float32: transformers' bfloat16 steps round their states."""
 
     def fresh(convert: Callable[[torch.Tensor], torch.Tensor]) -> list:
@@ -198,7 +228,7 @@ def _contender(call: Callable, args: tuple, more: dict, ours: Callable) -> Conte
         return distance(call(*fresh(torch.clone), **more), expected)
 
     single = all(t.dtype != torch.bfloat16 for t in args if isinstance(t, torch.Tensor))
-    return Contender([lambda: call(*args, **more)], error, 1e-3 if single else 5e-2)
+    return Contender([lambda: call(*args, **more)], error, 1e-3 if single else 5e-2, bytes_read)
 
 
 def test_scan(group, name, run, benchmark):
