@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from klfast.acceleration.patch import accelerate_or_warn
+from klfast.checkpoint.gguf.load import gguf_weights, load_gguf
+from klfast.checkpoint.gguf.tokenizer import read_tokenizer
 from klfast.checkpoint.json_files import read_generation_config
 from klfast.checkpoint.loading_errors import one_line_errors
 from klfast.checkpoint.manifest import MANIFEST, read_manifest
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.checkpoint.model_folder import TOKENIZERS, check_explicit_file, read_config, read_headers, require_known
-from klfast.checkpoint.sources import resolve
+from klfast.checkpoint.sources import gguf_file, resolve
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
 from klfast.core.placement import DTYPES, as_device, as_dtype
@@ -37,25 +39,34 @@ def load_model(
     device: torch.device | str = "cpu",
     local_files_only: bool = False,
     trust_remote_code: bool = False,
+    gguf: str = "exact",
 ) -> nn.Module:
     """Load a causal language model in evaluation mode, with klfast's native SSM functions (``klfast.accelerate``).
 
     Args:
         name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that
-            name), a local folder, or a hub id. A folder written by ``klfast.save_quantized`` gives the quantized model.
+            name), a local folder, a GGUF file, or a hub id. A folder written by ``klfast.save_quantized`` gives the
+            quantized model.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
             folder are cast likewise.
         device: the model's device, such as "cpu", "cuda" or "xpu".
         local_files_only: look up a hub id only in the local cache.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
+        gguf: how to hold the quantized matrices of a GGUF file. "exact", the default, changes no number: layers that a
+            format of klfast holds as they are stay quantized (Q4_0, Q5_0, Q6_K, Q8_0 and IQ4_NL), others are expanded
+            to ``dtype``, which one warning counts. "dense" expands all, for sweeps and plans. A spec such as
+            "int8-g32-asym" quantizes the other layers anew.
 
     Raises:
-        InvalidInputError: an unknown dtype or device, no such folder.
+        InvalidInputError: an unknown dtype or device, no such folder; for a GGUF file, the package gguf is missing.
         KernelUnavailableError: PyTorch finds no such device.
         CheckpointError: a file is missing, truncated or does not fit the model; there is no causal language model that
             transformers knows, or no safetensors; a weight is stored as integers; the hub cannot be reached.
     """
     target, place = as_dtype(dtype), as_device(device)
+    weights = gguf_weights(gguf)
+    if (file := gguf_file(name_or_path)) is not None:
+        return load_gguf(file, target, place, weights)
     folder = resolve(name_or_path, weights=True, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     source, config = str(folder), read_config(folder)
     quantization = config.get("quantization_config")
@@ -101,6 +112,9 @@ def find_tokenizer(
 
     import klfast.models.hymba  # noqa: F401  (AutoTokenizer may use AutoConfig)
 
+    if (file := gguf_file(name_or_path)) is not None:
+        with one_line_errors(str(file), "tokenizer"):
+            return _usable(read_tokenizer(file), file)
     folder = resolve(
         name_or_path, weights=False, local_files_only=local_files_only, trust_remote_code=trust_remote_code
     )
@@ -112,9 +126,14 @@ def find_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code
         )
+        return _usable(tokenizer, folder / "tokenizer_config.json")
+
+
+def _usable(tokenizer: PreTrainedTokenizerBase | None, path: Path) -> PreTrainedTokenizerBase | None:
+    """Return a tokenizer, from ``path``; raise if its settings are damaged."""
+    if tokenizer is not None:
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest > 0:
-            path = folder / "tokenizer_config.json"
             raise CheckpointError(
                 f"{path}: model_max_length must be a positive number, got {longest!r}; fetch or save it again"
             )

@@ -58,7 +58,7 @@ def one_line_errors(source: str, what: str, quantized_by: str | None = None) -> 
 def _reason(error: BaseException, source: str, quantized_by: str | None) -> str:
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
     text = str(error)
-    first = _first_sentence(text) or type(error).__name__
+    first = first_sentence(text) or type(error).__name__
     if found := next((reason for kind, reason in _TYPES.items() if kind in kinds), None):
         return found
     if found := next((reason for piece, reason in _TEXTS.items() if piece in text), None):
@@ -72,7 +72,7 @@ def _reason(error: BaseException, source: str, quantized_by: str | None) -> str:
     return f"{first}; fetch or save it again"
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     """Return the first line of a message, and the second one if the first only introduces it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return shortened(" ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]), 300).rstrip(".:")

@@ -26,12 +26,9 @@ TOKENIZERS = (
     "merges.txt",
 )
 _POINTER = "it is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
-# Weight files that klfast does not read, by the end of their name: a description and a remedy.
+# Weight files that klfast does not read from a folder, by the end of their name: a description and a remedy.
 _FOREIGN = {
-    (".gguf",): (
-        "GGUF, which klfast does not read; "
-        "let transformers convert it (from_pretrained with gguf_file, then save_pretrained)"
-    ),
+    (".gguf",): "a GGUF file; name the file itself instead of its folder",
     (".bin", ".pt", ".pth", ".ckpt", ".pkl"): (
         "a pickle; klfast never unpickles, so convert it with transformers "
         "(AutoModelForCausalLM.from_pretrained, then save_pretrained)"
@@ -187,5 +184,5 @@ def _missing(folder: Path, name: str) -> str:
 
 
 def foreign(name: str) -> str | None:
-    """Return the description and remedy of a weight file that klfast does not read; None for any other file."""
+    """Return the description and remedy of a weight file that klfast does not read from a folder; None for others."""
     return next((what for ends, what in _FOREIGN.items() if name.endswith(ends) and name not in _OWN_PICKLES), None)

@@ -49,6 +49,15 @@ def resolve(
     return folder
 
 
+def gguf_file(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """Return the path of a GGUF file; None for any other name."""
+    name = os.fspath(name_or_path)
+    if not isinstance(name, str) or not name.lower().endswith(".gguf"):
+        return None
+    path = Path(os.path.expanduser(name))
+    return path if path.is_file() else None
+
+
 def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~", os.sep)) or "\\" in name
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,25 +22,30 @@ from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # For each quantized layer the dtype that its weight had, and its activation.
 Facts = Mapping[str, tuple[torch.dtype, str]]
 
 
 class Tensors:
-    """The tensors of a folder, each read on request, and only once.
+    """The tensors of a folder or file, each read on request, and only once.
 
     Args:
-        folder: their source, for messages.
+        folder: the folder or file, for messages.
         readers: functions that read a tensor, by name.
         dtype: the dtype of the model's floating-point tensors; None leaves them as they are.
+        remedy: the end of messages about missing or unfit tensors.
     """
 
     def __init__(
-        self, folder: Path, readers: Mapping[str, Callable[[], torch.Tensor]], dtype: torch.dtype | None = None
+        self,
+        folder: Path,
+        readers: Mapping[str, Callable[[], torch.Tensor]],
+        dtype: torch.dtype | None = None,
+        remedy: str = "save the model again",
     ) -> None:
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.remedy = folder, dtype, remedy
         self._readers = dict(readers)
 
     @classmethod
@@ -66,11 +72,11 @@ class Tensors:
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Read a tensor as stored; raise CheckpointError if it is missing or of another shape."""
         if name not in self._readers:
-            raise CheckpointError(f"{self.folder} lacks the tensor {name}; save the model again")
+            raise CheckpointError(f"{self.folder} lacks the tensor {name}; {self.remedy}")
         tensor = self._readers.pop(name)()
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{self.folder}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; save the model again"
+                f"{self.folder}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; {self.remedy}"
             )
         return tensor
 
@@ -79,7 +85,7 @@ class Tensors:
         tensor = self.take(name, tuple(like.shape))
         if tensor.is_floating_point() != like.is_floating_point():
             raise CheckpointError(
-                f"{self.folder}: {name} must have a dtype like {like.dtype}, got {tensor.dtype}; save the model again"
+                f"{self.folder}: {name} must have a dtype like {like.dtype}, got {tensor.dtype}; {self.remedy}"
             )
         return tensor if self.dtype is None or not tensor.is_floating_point() else tensor.to(like.dtype)
 
@@ -96,38 +102,53 @@ def _reader(opened: Any, name: str, path: Path) -> Callable[[], torch.Tensor]:
 
 
 def empty_model(folder: Path, dtype: torch.dtype | None, stored: int) -> nn.Module:
-    """Build the transformers model that config.json describes, without memory (on the meta device).
+    """Build the transformers model that a folder describes, without memory (on the meta device).
 
     Args:
         folder: the folder of config.json.
         dtype: dtype of its floating-point parameters; None for config.json's.
         stored: the number of tensors that its weights are stored in, which bounds the size of the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import klfast.models.hymba  # noqa: F401  (registers it with AutoConfig)
 
     path = folder / "config.json"
     check_config(read_json(path), path, stored)
-    try:
+    with buildable(path):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):  # it describes the files, not the model in memory
             del config.quantization_config
-        with torch.device("meta"), bounded(path, stored):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype, trust_remote_code=False
-            )
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers may raise anything for a configuration that it cannot use
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path} does not describe a model that this transformers can build ({reason}); save the model again"
-        ) from error
+        model = build_empty(config, path, dtype, stored)
     generates: Any = model
     if (found := read_generation_config(folder, type(generates.generation_config))) is not None:
         generates.generation_config = found
     return model
+
+
+def build_empty(config: PretrainedConfig, path: Path, dtype: torch.dtype | None, stored: int) -> nn.Module:
+    """Build the model of a configuration, which ``path`` describes; otherwise as ``empty_model``."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), bounded(path, stored):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype, trust_remote_code=False
+        )
+    return model
+
+
+@contextmanager
+def buildable(path: Path, remedy: str = "save the model again") -> Iterator[None]:
+    """Convert what transformers raises for a configuration that it cannot use to CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers may raise anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{path} does not describe a model that this transformers can build ({reason}); {remedy}"
+        ) from error
 
 
 def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:
@@ -145,7 +166,7 @@ def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], fac
     _fill_float(model, tensors)
     if left := tensors.names():
         reason = f"{tensors.folder} holds {len(left)} tensors that the model does not have, such as {min(left)}"
-        raise CheckpointError(f"{reason}; save the model again")
+        raise CheckpointError(f"{reason}; {tensors.remedy}")
     set_tied_in_config(cast("PreTrainedModel", model).config, is_head_tied(model))
 
 
@@ -159,13 +180,13 @@ def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, Quan
     folder, layers = tensors.folder, linear_names(model)
     if unknown := [name for name in specs if name not in layers or name not in facts]:
         raise CheckpointError(
-            f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; save the model again"
+            f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; {tensors.remedy}"
         )
     made: dict[int, tuple[nn.Linear, QuantLinear]] = {}  # by weight, which layers of the empty model may share
     for name, spec in specs.items():
         layer = layers[name]
         first, shape = made.get(id(layer.weight)), (layer.out_features, layer.in_features)
-        if first is not None and _part_names(name, spec, shape)[0] not in tensors.names():
+        if first is not None and part_names(name, spec, shape)[0] not in tensors.names():
             model.set_submodule(name, _same_weight(*first, layer, tensors, name))
             continue
         module = _quantized_layer(layer, tensors, name, spec, facts[name])
@@ -179,17 +200,18 @@ def _quantized_layer(
     folder, shape = tensors.folder, (layer.out_features, layer.in_features)
     weight_dtype, activation = fact
     if tensors.take(f"{name}.weight_shape", (2,)).tolist() != list(shape):
-        raise CheckpointError(f"{folder}: {name}.weight_shape is not {list(shape)}; save the model again")
+        raise CheckpointError(f"{folder}: {name}.weight_shape is not {list(shape)}; {tensors.remedy}")
     bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
-    parts = [tensors.take(part) for part in _part_names(name, spec, shape)]
+    parts = [tensors.take(part) for part in part_names(name, spec, shape)]
     dtype = weight_dtype if tensors.dtype is None else layer.weight.dtype
     try:
         return QuantLinear(QuantizedTensor(parts, shape, spec), bias, activation, dtype=dtype)
     except InvalidInputError as error:
-        raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; save the model again") from None
+        raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; {tensors.remedy}") from None
 
 
-def _part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str]:
+def part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str]:
+    """Return the names of a quantized layer's parts in a file."""
     return [f"{layer}.weight_{part.name}" for part in spec.format.parts(shape, spec)]
 
 

@@ -25,6 +25,7 @@ def evaluate(
     length: options.Length = 512,
     batch_size: options.BatchSize = 4,
     dtype: options.Dtype = "float32",
+    gguf: options.Gguf = "exact",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -39,7 +40,7 @@ def evaluate(
     from klfast.cli import runtime
 
     runtime.prepare(threads, device)
-    network = load_model(model, dtype, device=device, **loading)
+    network = load_model(model, dtype, device=device, gguf=gguf, **loading)
     other = None if teacher is None else load_model(teacher, dtype, device=device, **loading)
     batches = runtime.open_batches(
         text, model, network, length=length, windows=windows, batch_size=batch_size, **loading

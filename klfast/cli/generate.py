@@ -110,6 +110,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed; the same one gives the same text.", min=0, max=2**63 - 1)] = 0,
     dtype: options.Dtype = "float32",
+    gguf: options.Gguf = "exact",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -136,7 +137,7 @@ def generate(
             "klfast: the model has a chat template; with --chat it answers the prompt instead of continuing it",
             file=sys.stderr,
         )
-    network = load_model(model, dtype, device=device, **loading)
+    network = load_model(model, dtype, device=device, gguf=gguf, **loading)
     settings = dict(
         max_new_tokens=max_new_tokens or _usual_length(network),
         do_sample=True if do_sample else None,

@@ -51,6 +51,13 @@ def parse_keep(texts: Iterable[str] | None) -> dict[str, QuantSpec | None] | Non
     return found or None
 
 
+def parse_gguf(text: str) -> str:
+    """Check the option --gguf; anything but exact, dense or a spec is wrong usage."""
+    if text not in ("exact", "dense"):
+        parse_spec(text)
+    return text
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """Return the parser of an option that takes one of ``choices``; anything else is wrong usage."""
 
@@ -93,7 +100,9 @@ metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.", show_default=False
+        metavar="MODEL",
+        help="A local folder, a GGUF file, a hub id, or a bundled model: hymba, mamba, mamba2.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
@@ -139,6 +148,15 @@ Dtype = Annotated[
     str,
     typer.Option(
         parser=dtype_name, metavar="NAME", help="Compute in float32, bfloat16, float16, or auto for the stored dtype."
+    ),
+]
+Gguf = Annotated[
+    str,
+    typer.Option(
+        parser=parse_gguf,
+        metavar="exact|dense|SPEC",
+        help="Quantized matrices of a GGUF file: exact keeps those that klfast's formats hold and expands the others, "
+        "dense expands all, and a spec such as int8-g32-asym quantizes the others anew.",
     ),
 ]
 Device = Annotated[

@@ -66,7 +66,7 @@ def quantize(
     tokenizer = find_tokenizer(model, **loading)
     if tokenizer is None:
         say(f"{model} holds no tokenizer, so {out} gets none.", as_json)
-    network = load_model(model, dtype, **loading)
+    network = load_model(model, dtype, gguf="dense", **loading)
     if spec is not None:
         made = _uniform(network, spec, layers, exclude, scale)
     assert made is not None  # there is a plan or a spec

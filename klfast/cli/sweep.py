@@ -68,7 +68,7 @@ def sweep(
 
     prepare(threads, device)
     computed = as_dtype(dtype)
-    network = load_model(model, "auto", device=device, **loading)  # as stored, since plans count its bytes
+    network = load_model(model, "auto", device=device, gguf="dense", **loading)  # as stored: plans count its bytes
     batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
     partial = out.with_name(out.name + ".partial")
     if not resume:

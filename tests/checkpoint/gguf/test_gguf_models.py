@@ -1,0 +1,131 @@
+"""Models of GGUF files: the same logits as the model that was written, in the formats of the file."""
+
+import warnings
+
+import gguf_files
+import pytest
+import torch
+from torch import nn
+
+import klfast
+from klfast.models.linears import linears
+from klfast.nn import QuantEmbedding
+
+# Every exact type, and Q4_K, of which there is no exact format.
+KINDS = {"*": "Q8_0", "*_q.*": "Q4_0", "*gate*": "Q4_0", "*_k.*": "Q5_0", "*_up.*": "Q6_K", "*in*": "Q6_K"}
+KINDS |= {"*_v.*": "IQ4_NL", "*out*": "Q4_0", "*down*": "Q4_K", "token_embd*": "Q6_K"}
+SLOW = pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")  # families that klfast has no kernels for yet
+
+
+@pytest.fixture(params=gguf_files.CONFIGS)
+def family(request):
+    return request.param
+
+
+def distance(found, model):
+    with torch.no_grad():
+        got, want = (each(gguf_files.ids()).logits.float() for each in (found, model))
+    return ((got - want).norm() / want.norm()).item()
+
+
+def specs(model):
+    return {name: str(layer.spec) for name, layer in model.named_modules() if isinstance(layer, klfast.QuantLinear)}
+
+
+@SLOW
+@pytest.mark.filterwarnings("ignore:.*as stored")
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits(tmp_path, family, tied):
+    model = gguf_files.tiny(family, tied)
+    path = gguf_files.write(tmp_path / "m.gguf", family, model, KINDS)
+    found = klfast.load_model(path)
+    assert distance(found, model) < 2e-5 and not found.training
+    kept = {str(layer.spec) for layer in linears(found).values() if isinstance(layer, klfast.QuantLinear)}
+    assert kept >= {"int4-g32-sym", "int6-g16-sym"}
+    left = {
+        name.rpartition(".")[2] for name, layer in linears(found).items() if not isinstance(layer, klfast.QuantLinear)
+    }
+    assert left <= {"down_proj", "w2"}  # Q4_K
+    assert isinstance(found.get_input_embeddings(), QuantEmbedding if tied else nn.Embedding)
+
+
+@SLOW
+def test_dense_weights(tmp_path, family):
+    model = gguf_files.tiny(family)
+    path = gguf_files.write(tmp_path / "m.gguf", family, model, KINDS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*as stored")
+        found = klfast.load_model(path, gguf="dense")
+    assert not specs(found) and distance(found, model) < 1e-6
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_other_weights_are_expanded_or_quantized_anew(tmp_path):
+    model = gguf_files.tiny("llama")
+    path = gguf_files.write(
+        tmp_path / "m.gguf", "llama", model, {"*": "Q4_1", "blk.0.*": "Q8_0", "token_embd*": "Q8_0"}
+    )
+    with pytest.warns(
+        UserWarning, match=r"m\.gguf .*; expanded to bfloat16: 8 Q4_1, 1 Q8_0 outside linear layers \(.*"
+    ):
+        found = klfast.load_model(path, "bfloat16")
+    assert set(specs(found).values()) == {"int8-g32-sym"} and len(specs(found)) == 7
+    assert found.lm_head.weight.dtype == torch.bfloat16 and distance(found, model) < 0.03
+    with pytest.warns(UserWarning, match=r"; expanded .*: 1 Q8_0 outside .*; quantized anew to int8-g32-asym: 8 Q4_1 "):
+        found = klfast.load_model(path, gguf="int8-g32-asym")
+    assert sorted(specs(found).values()) == ["int8-g32-asym"] * 8 + ["int8-g32-sym"] * 7
+    assert distance(found, model) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [({}, "float32"), ({"*": "F16"}, "float16"), ({"*": "BF16"}, "bfloat16"), ({"*": "Q8_0"}, "float32")],
+)
+def test_stored_dtypes(tmp_path, kinds, dtype):
+    model = gguf_files.tiny("mamba", tied=True)
+    found = klfast.load_model(gguf_files.write(tmp_path / "m.gguf", "mamba", model, kinds), "auto")
+    assert found.dtype == getattr(torch, dtype)
+    assert distance(found, model) < (1e-5 if dtype == "float32" else 0.03)
+
+
+def test_saving(tmp_path):
+    model = gguf_files.tiny("mamba", tied=True)
+    path = gguf_files.write(tmp_path / "m.gguf", "mamba", model, {"*": "Q8_0", "*in*": "Q6_K", "*x*": "Q4_0"})
+    found = klfast.load_model(path)
+    klfast.save_quantized(found, tmp_path / "saved", klfast.load_tokenizer(path))
+    again = klfast.load_quantized(tmp_path / "saved")
+    assert specs(again) == specs(found) and distance(again, found) == 0
+    text = "the sea"
+    assert (
+        klfast.load_tokenizer(tmp_path / "saved")(text)["input_ids"] == klfast.load_tokenizer(path)(text)["input_ids"]
+    )
+
+
+def test_a_sweep_starts_from_dense_weights(tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", "mamba", gguf_files.tiny("mamba"), {"*": "Q8_0"})
+    model = klfast.load_model(path, gguf="dense")
+    found = klfast.sweep(model, [gguf_files.ids()], specs=["int4-g64-sym"], layers=["in_proj"])
+    assert len(found.measurements) == 2
+    model.save_pretrained(tmp_path / "dense")  # as any model of transformers
+    assert distance(klfast.load_model(tmp_path / "dense"), model) < 1e-6
+
+
+def test_tokens_and_tokenizer(tmp_path):
+    path = gguf_files.write(
+        tmp_path / "m.gguf", "llama", gguf_files.tiny("llama"), metadata={"tokenizer.ggml.eot_token_id": 5}
+    )
+    tokenizer = klfast.load_tokenizer(path)
+    encoded = tokenizer("the sea")["input_ids"]
+    assert [gguf_files.TOKENS[i] for i in encoded] == ["th", "e", "Ġ", "s", "e", "a"]
+    assert tokenizer.decode(encoded) == "the sea" and tokenizer.eos_token_id == gguf_files.END
+    model = klfast.load_model(path)
+    assert model.generation_config.eos_token_id == [gguf_files.END, 5] and model.generation_config.bos_token_id is None
+
+
+def test_other_tensors_are_named(tmp_path):
+    path = gguf_files.write(
+        tmp_path / "m.gguf", "llama", gguf_files.tiny("llama"), **{"rope_freqs.weight": torch.ones(32).numpy()}
+    )
+    with pytest.warns(UserWarning, match=r"transformers has no place for them: 1, such as rope_freqs\.weight"):
+        klfast.load_model(path)
