@@ -170,7 +170,7 @@ def run(
 
 
 def _load(name: str, **loading: Unpack[LoadingOptions]) -> PreTrainedModel:
-    return cast("PreTrainedModel", by_name.load_model(name, "auto", **loading))
+    return cast("PreTrainedModel", by_name.load_model(name, "auto", gguf="dense", **loading))
 
 
 def _text(

@@ -1,4 +1,4 @@
-"""Loading of models and tokenizers by name: a bundled model, a local folder or a hub id. Nothing is ever unpickled."""
+"""Loading of models and tokenizers by name: a bundled model, a local folder or file, or a hub id."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from klfast.checkpoint.gguf.load import gguf_weights, load_gguf
 from klfast.checkpoint.gguf.tokenizer import read_tokenizer
 from klfast.checkpoint.json_files import read_generation_config
 from klfast.checkpoint.loading_errors import one_line_errors
+from klfast.checkpoint.mamba_ssm_folder import load_mamba_ssm
 from klfast.checkpoint.manifest import MANIFEST, read_manifest
 from klfast.checkpoint.model_config import bounded, check_config
-from klfast.checkpoint.model_folder import TOKENIZERS, check_explicit_file, read_config, read_headers, require_known
+from klfast.checkpoint.model_folder import (
+    TOKENIZERS,
+    check_explicit_file,
+    is_mamba_ssm,
+    read_config,
+    read_headers,
+    require_known,
+)
 from klfast.checkpoint.sources import gguf_file, resolve
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
@@ -46,7 +54,7 @@ def load_model(
     Args:
         name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that
             name), a local folder, a GGUF file, or a hub id. A folder written by ``klfast.save_quantized`` gives the
-            quantized model.
+            quantized model. Mamba and Mamba-2 may be in the format of the package mamba_ssm.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
             folder are cast likewise.
         device: the model's device, such as "cpu", "cuda" or "xpu".
@@ -69,6 +77,8 @@ def load_model(
         return load_gguf(file, target, place, weights)
     folder = resolve(name_or_path, weights=True, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     source, config = str(folder), read_config(folder)
+    if is_mamba_ssm(config):
+        return load_mamba_ssm(folder, config, target, place)
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
     if quantization.get("format") == "pack-quantized":

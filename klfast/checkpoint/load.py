@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +14,15 @@ from torch import nn
 from klfast.acceleration.patch import accelerate_or_warn
 from klfast.checkpoint.compressed_tensors import read_specs
 from klfast.checkpoint.manifest import read_layer_facts, read_manifest
-from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buffers
+from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initialise_buffers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import recover
 from klfast.core.placement import as_device
+from klfast.quant.spec import QuantSpec
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,7 +69,24 @@ def load_quantized(
         folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
     )
     model = empty_model(folder, dtype, len(tensors.names()))
+    return filled(model, tensors, place, specs, facts)
+
+
+def filled(
+    model: nn.Module,
+    tensors: Tensors,
+    device: torch.device,
+    specs: Mapping[str, QuantSpec] = _NOTHING,
+    facts: Facts = _NOTHING,
+) -> nn.Module:
+    """Fill an empty model as ``tensors.fill`` does, compute its other buffers and accelerate it, for evaluation.
+
+    A model without quantized layers can be trained.
+    """
     fill(model, tensors, specs, facts)
-    initialise_buffers(model, place)
-    tell_transformers(model)
+    initialise_buffers(model, device)
+    if specs:
+        tell_transformers(model)
+    else:
+        model.requires_grad_()
     return accelerate_or_warn(model.eval())

@@ -14,6 +14,7 @@ from klfast.checkpoint.loading_errors import NEEDS_CODE
 from klfast.core.errors import CheckpointError, shortened
 from klfast.core.io import parse_json
 
+MAMBA_SSM_WEIGHTS = "pytorch_model.bin"
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 TOKENIZERS = (
     "tokenizer.json",
@@ -25,7 +26,7 @@ TOKENIZERS = (
     "vocab.txt",
     "merges.txt",
 )
-_POINTER = "it is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
+POINTER = "it is a pointer of git-lfs, not the file itself; run `git lfs pull` in the folder or fetch it again"
 # Weight files that klfast does not read from a folder, by the end of their name: a description and a remedy.
 _FOREIGN = {
     (".gguf",): "a GGUF file; name the file itself instead of its folder",
@@ -51,7 +52,7 @@ def require_model(folder: Path) -> None:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{path} is a pipe, socket or device, not a regular file; remove it")
         if path.suffix in (".json", ".safetensors", ".model") and is_pointer(path):
-            raise CheckpointError(f"cannot load {path}: {_POINTER}")
+            raise CheckpointError(f"cannot load {path}: {POINTER}")
     if "config.json" not in names:
         advice = next(
             (f"its {name} is {what}" for name in names if (what := foreign(name))),
@@ -80,6 +81,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_mamba_ssm(config: Mapping[str, Any]) -> bool:
+    """Return True if a configuration is one of the package mamba_ssm."""
+    return not {"model_type", "auto_map"} & config.keys() and {"d_model", "n_layer"} <= config.keys()
+
+
 def require_known(config: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError unless transformers itself has a causal language model for a configuration."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -91,8 +97,6 @@ def require_known(config: Mapping[str, Any], source: str) -> None:
     kind = config.get("model_type")
     if "auto_map" in config and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         refuse(NEEDS_CODE)
-    if kind is None and {"d_model", "n_layer"} <= config.keys():
-        refuse("it is in the format of the package mamba_ssm; use the version for transformers, whose name ends in -hf")
     if not isinstance(kind, str):
         refuse("its config.json has no model_type; fetch or save it again")
     if kind not in CONFIG_MAPPING:

@@ -9,7 +9,15 @@ from pathlib import Path
 from klfast.checkpoint.json_files import read_json
 from klfast.checkpoint.loading_errors import one_line_errors
 from klfast.checkpoint.manifest import MANIFEST
-from klfast.checkpoint.model_folder import ADAPTER, foreign, require_model, weight_names
+from klfast.checkpoint.model_folder import (
+    ADAPTER,
+    MAMBA_SSM_WEIGHTS,
+    foreign,
+    is_mamba_ssm,
+    read_config,
+    require_model,
+    weight_names,
+)
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import recover
@@ -75,11 +83,19 @@ def _from_hub(name: str, weights: bool, local_files_only: bool, trust_remote_cod
             snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*.json", "*/*.txt", "*/*.model"])
         )
         if weights and not (folder / ADAPTER).exists():
-            files = list(_manifest_files(folder)) if (folder / MANIFEST).is_file() else weight_names(folder)
+            files = _weight_files(folder)
             snapshot_download(name, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
         return folder
     except LocalEntryNotFoundError:  # no network, but the cache may suffice
         return _cached(name)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the files to fetch besides a snapshot's small ones."""
+    if (folder / MANIFEST).is_file():
+        return _manifest_files(folder)
+    config = folder / "config.json"
+    return [MAMBA_SSM_WEIGHTS] if config.is_file() and is_mamba_ssm(read_config(folder)) else weight_names(folder)
 
 
 def _manifest_files(folder: Path) -> list[str]:

@@ -97,6 +97,13 @@ def test_files_fetched_from_the_hub(original, cache, tmp_path, monkeypatch):
     load_model("me/small")
     assert asked[1][2] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
+    snapshot = tmp_path / "mamba_ssm"
+    snapshot.mkdir()
+    (snapshot / "config.json").write_text(json.dumps({"d_model": 8, "n_layer": 1}))
+    asked.clear()
+    refused("me/small", "has no weights: pytorch_model.bin is missing")
+    assert asked[1][2] == ["pytorch_model.bin"]
+
     def unreachable(*_, **__):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 

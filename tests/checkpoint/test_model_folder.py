@@ -131,10 +131,6 @@ def test_adapters(folder):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (
-            {"d_model": 768, "n_layer": 24, "ssm_cfg": {}},
-            r"format of the package mamba_ssm; use the version .* ends in -hf",
-        ),
         ({"hidden_size": 3}, r"config\.json has no model_type"),
         ({"model_type": ["a"]}, r"config\.json has no model_type"),
         ({"model_type": "unheard-of"}, r"does not know its architecture 'unheard-of'"),

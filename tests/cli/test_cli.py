@@ -286,7 +286,7 @@ def test_choices_match_the_library(parse, names):
     ids=lambda arguments: arguments[0],
 )
 def test_every_command_passes_on_loading_options(arguments, offline, remote, tmp_path, monkeypatch):
-    def refuse(name, *rest, device=None, **given):
+    def refuse(name, *rest, device=None, gguf=None, **given):
         raise klfast.core.errors.InvalidInputError(f"asked for {given}")
 
     monkeypatch.setattr(by_name, "load_model", refuse)

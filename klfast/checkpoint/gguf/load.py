@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import nn
 
-from klfast.acceleration.patch import accelerate_or_warn
 from klfast.checkpoint.compressed_tensors import linear_names
 from klfast.checkpoint.gguf.blocks import codes_and_scale, exact_spec
 from klfast.checkpoint.gguf.conversion import Conversion, conversion, moves
 from klfast.checkpoint.gguf.file import GgufFile
+from klfast.checkpoint.load import filled
 from klfast.checkpoint.loading_errors import first_sentence, one_line_errors
 from klfast.checkpoint.model_config import check_config
 from klfast.checkpoint.model_folder import require_known
-from klfast.checkpoint.tensors import Tensors, build_empty, buildable, fill, initialise_buffers, part_names
-from klfast.checkpoint.transformers_view import tell_transformers
+from klfast.checkpoint.tensors import Tensors, build_empty, buildable, part_names
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import head_name, is_head_tied
@@ -61,11 +60,8 @@ def load_gguf(path: Path, dtype: torch.dtype | Literal["auto"], device: torch.de
             model = build_empty(config, path, target, len(file.tensors))
         source = _Source(file, model, target, weights)
         source.warn()
-        fill(model, source.tensors(device), source.specs, dict.fromkeys(source.specs, (target, "exact")))
-        initialise_buffers(model, device)
-    if source.specs:
-        tell_transformers(model)
-    return accelerate_or_warn(model.eval())
+        facts = dict.fromkeys(source.specs, (target, "exact"))
+        return filled(model, source.tensors(device), device, source.specs, facts)
 
 
 def _config(file: GgufFile) -> PretrainedConfig:

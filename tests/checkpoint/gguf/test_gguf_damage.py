@@ -82,7 +82,7 @@ def test_unfit_metadata(tmp_path, metadata, match):
 
 
 def test_a_type_that_gguf_cannot_read(tmp_path):
-    path = changed(tmp_path / "m.gguf", **{"extra": np.ones(4)})
+    path = changed(tmp_path / "m.gguf", extra=np.ones(4))
     refused(path, r"stores extra as F64, which the package gguf cannot read; fetch the model in another type")
 
 
