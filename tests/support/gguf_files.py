@@ -38,6 +38,15 @@ CONFIGS = {
         linear_value_head_dim=64,
         rope_parameters=_ROPE | _PARTIAL,
     ),
+    "qwen3moe": lambda: transformers.Qwen3MoeConfig(  # transformers does not read the experts' width and takes 768
+        **_ATTENTION,
+        head_dim=64,
+        rope_parameters=_ROPE,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
 }
 _NAMES = {
     r"^(model|backbone)\.(embed_tokens|embeddings)": "token_embd",
@@ -69,6 +78,12 @@ _NAMES_OF = {
         r"conv\.(in|out)_proj": r"shortconv.\1_proj",
         r"conv\.conv": "shortconv.conv",
     },
+    "qwen3moe": {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        r"mlp\.gate\.": "ffn_gate_inp.",
+        r"mlp\.experts\.(\w+)_proj": r"ffn_\1_exps.weight",
+    },
     "qwen35": {
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "post_attention_norm",
@@ -94,7 +109,7 @@ def tiny(family, tied=False):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            elif parameter.dim() == 2 and "A_log" not in name:
+            elif parameter.dim() > 1 and "A_log" not in name and "conv" not in name:
                 parameter.normal_(std=0.08)
     return model
 
@@ -115,12 +130,10 @@ def write(path, family, model, kinds=(), metadata=(), **more):
         if value is not None:
             is_list = isinstance(value, list)
             writer.add_key_value(key, value, _type(value), sub_type=_type(value[0]) if is_list else None)
-    for parameter, tensor in model.state_dict().items():
-        if parameter == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        name = stored_name(family, parameter)
+    for name, tensor in _parts(family, model):
         fitting = [one for pattern, one in dict(kinds).items() if fnmatch.fnmatch(name, pattern)]
-        kind = Kind[fitting[-1]] if fitting and tensor.dim() == 2 and "A_log" not in parameter else Kind.F32
+        is_matrix = tensor.dim() > 1 and not name.endswith(("ssm_a", "conv1d.weight", "shortconv.conv.weight"))
+        kind = Kind[fitting[-1]] if fitting and is_matrix else Kind.F32
         dimension, order = _order(family, name, tensor.shape, model.config)
         data = encode(_changed(family, name, tensor.index_select(dimension, order)).float().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=kind)
@@ -133,6 +146,18 @@ def write(path, family, model, kinds=(), metadata=(), **more):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _parts(family, model):
+    """Yield the name in the file of each tensor, and the tensor; the experts' first projection is two."""
+    for parameter, tensor in model.state_dict().items():
+        if parameter == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        name = stored_name(family, parameter)
+        if "gate_up" in name:
+            yield from zip((name.replace("gate_up", one) for one in ("gate", "up")), tensor.chunk(2, 1), strict=True)
+        else:
+            yield name, tensor
 
 
 def stored_name(family, parameter):
@@ -148,12 +173,12 @@ def encode(values, kind):
         return gguf.quants.quantize(values, kind)
     except NotImplementedError:
         per_block, size = gguf.GGML_QUANT_SIZES[kind]
-        shape = (len(values), values.shape[1] // per_block, size)
+        shape = (*values.shape[:-1], values.shape[-1] // per_block, size)
         blocks = np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
         scales = {Kind.IQ4_NL: [(0, -1e-3)], Kind.Q4_K: [(0, 2e-4), (2, 1e-4)], Kind.Q6_K: [(208, -3e-5)]}
         for first, scale in scales[kind]:
             blocks[..., first : first + 2].view(np.float16)[...] = scale
-        return blocks.reshape(len(values), -1)
+        return blocks.reshape(*values.shape[:-1], -1)
 
 
 def _changed(family, name, values):
@@ -211,6 +236,8 @@ def _metadata(family, config):
             "rope.dimension_count": 16 if family == "qwen35" else 64,
             "rope.freq_base": 500.0,
         }
+    if family == "qwen3moe":
+        keys |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
     if family == "lfm2":
         keys["shortconv.l_cache"] = config.conv_L_cache
     if family == "qwen35":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from klfast.checkpoint.gguf.file import GgufFile
+from klfast.core.errors import CheckpointError
 
 
 class Conversion(Protocol):
@@ -56,7 +57,12 @@ class _ByProcessor:
         """Return the parameter that each tensor of the file is a part of; experts without .weight."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+        kind = next((kind for kind, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
+        if kind is None:
+            raise CheckpointError(
+                f"{file.path}: this version of the package gguf does not know the architecture {file.architecture!r}; "
+                "a newer one may"
+            )
         table = get_tensor_name_map(kind, model.config.num_hidden_layers)
         found: dict[str, str] = {}
         for parameter in model.state_dict():

@@ -154,9 +154,10 @@ class _Source:
             self._readers[part] = partial(lambda i: once().parts[i], i)
 
     def tensors(self, device: torch.device) -> Tensors:
-        """Return the tensors that ``fill`` takes."""
-        readers = {name: partial(lambda read: read().to(device), read) for name, read in self._readers.items()}
-        return Tensors(self._file.path, readers, self._dtype, _REMEDY)
+        """Hand over the tensors that ``fill`` takes; each is forgotten once it is read."""
+        readers, self._readers = self._readers, {}
+        on_device = {name: partial(lambda read: read().to(device), read) for name, read in readers.items()}
+        return Tensors(self._file.path, on_device, self._dtype, _REMEDY)
 
     def warn(self) -> None:
         """Say in one line which tensors change their precision or are left out."""
@@ -167,13 +168,11 @@ class _Source:
         if self._rounded.kinds:
             found.append(f"quantized anew to {self._weights}: {self._rounded}")
         used = {name for names in self._made.sources.values() for name in names}
-        left = sorted(self._file.tensors.keys() - used)
-        if left:
+        if left := sorted(self._file.tensors.keys() - used):
             found.append(f"left out, since transformers has no place for them: {len(left)}, such as {left[0]}")
         if found:
-            warnings.warn(
-                f"{self._file.path} holds tensors that klfast cannot keep as stored; {'; '.join(found)}", stacklevel=5
-            )
+            what = "holds tensors that klfast cannot keep as stored"
+            warnings.warn(f"{self._file.path} {what}; {'; '.join(found)}", stacklevel=4)
 
 
 def _layers(model: nn.Module, made: Conversion) -> dict[str, str]:
