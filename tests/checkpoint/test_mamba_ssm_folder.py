@@ -4,11 +4,13 @@ import json
 import math
 import os
 import pickle
+from inspect import signature
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_folders import refused
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 import klfast
 from klfast.acceleration.patch import is_accelerated
@@ -17,7 +19,8 @@ from klfast.core.errors import CheckpointError
 VOCABULARY, PADDED, WIDTH, LAYERS = 45, 48, 24, 2
 MAMBA = {"d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 4, "bias": True}
 MAMBA2 = {"layer": "Mamba2", "d_state": 10, "headdim": 8, "ngroups": 3, "chunk_size": 4, "dt_limit": [0.02, 0.5]}
-KINDS = {"mamba": MAMBA, "mamba defaults": {}, "mamba2": MAMBA2, "mamba2 one group": {**MAMBA2, "ngroups": 1}}
+ONE_GROUP = {**MAMBA2, "ngroups": 1}
+KINDS = {"mamba": MAMBA, "mamba defaults": {}, "mamba2": MAMBA2, "mamba2 one group": ONE_GROUP}
 
 
 def configuration(mixer, **entries):
@@ -131,6 +134,9 @@ def logits(weights, mixer, ids):
 def test_logits(tmp_path, kind, tied):
     mixer = KINDS[kind]
     weights = write(tmp_path / "m", mixer, tied=tied)
+    if mixer is MAMBA2 and "group_size" not in signature(MambaRMSNormGated).parameters:  # transformers 5.17
+        refused(tmp_path / "m", "does not normalize the 3 groups of a Mamba2 one by one, as mamba_ssm does; a newer")
+        return
     model = klfast.load_model(tmp_path / "m")
     ids = torch.arange(0, 33, 3)
     with torch.no_grad():
@@ -153,10 +159,10 @@ def test_dtypes(tmp_path):
 
 
 def test_the_whole_pipeline(tmp_path):
-    write(tmp_path / "m", MAMBA2)
+    write(tmp_path / "m", ONE_GROUP)
     model = klfast.load_model(tmp_path / "m")
     found = klfast.sweep(model, [torch.arange(20)[None]], specs=["int4-g8-sym"], layers=["in_proj"])
-    klfast.save_quantized(klfast.quantize_model(model, klfast.plan(found, mean_bits=15)), tmp_path / "small")
+    klfast.save_quantized(klfast.quantize_model(model, klfast.plan(found, mean_bits=16)), tmp_path / "small")
     assert klfast.load_model(tmp_path / "small").config.model_type == "mamba2"
 
 

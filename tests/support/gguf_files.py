@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType
 from tokenizers import pre_tokenizers
 
-END = 257  # the token that ends a text
-TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "<|end|>"]
+START, END = 258, 259  # the tokens that begin and end a text
+TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "<|start|>", "<|end|>"]
 _SMALL = dict(vocab_size=len(TOKENS), hidden_size=256, num_hidden_layers=2)
 _ATTENTION = dict(
     **_SMALL, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96
@@ -254,9 +254,11 @@ def _metadata(family, config):
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": TOKENS,
-        "tokenizer.ggml.token_type": [1] * (len(TOKENS) - 1) + [3],
-        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.token_type": [1] * START + [3, 3],
+        "tokenizer.ggml.merges": ["t h", "th e"],
+        "tokenizer.ggml.bos_token_id": START,
         "tokenizer.ggml.eos_token_id": END,
+        "tokenizer.ggml.add_bos_token": False,
     }
 
 

@@ -43,6 +43,7 @@ def test_moves(function, rows, groups):
         lambda w: w.roll(2, 1),  # through groups
         lambda w: w.flip(1),
         lambda w: w[[0, 0, 1, 2, 3, 4]],
+        lambda w: w[:, :4].repeat(1, 2),
         lambda w: w[:5],
         lambda w: torch.cat((w[:3], w[3:].roll(4, 1))),  # some rows only
         lambda w: torch.cat((w[:, :4], w[:, 4:].flip(0)), 1),  # some columns only
