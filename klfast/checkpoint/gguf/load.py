@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections import Counter
-from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
 
-from klfast.checkpoint.compressed_tensors import linear_names
-from klfast.checkpoint.gguf.blocks import codes_and_scale, exact_spec
-from klfast.checkpoint.gguf.conversion import Conversion, conversion, moves
 from klfast.checkpoint.gguf.file import GgufFile
+from klfast.checkpoint.gguf.source import REMEDY, Source, Weights
 from klfast.checkpoint.load import filled
 from klfast.checkpoint.loading_errors import first_sentence, one_line_errors
 from klfast.checkpoint.model_config import check_config
 from klfast.checkpoint.model_folder import require_known
-from klfast.checkpoint.tensors import Tensors, build_empty, buildable, part_names
-from klfast.core.dtypes import dtype_name
+from klfast.checkpoint.tensors import build_empty, buildable
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.models.head import head_name, is_head_tied
-from klfast.models.vocabulary import input_embedding
-from klfast.quant.rounding import quantize
-from klfast.quant.spec import QuantSpec, storable_spec
-from klfast.quant.tensor import QuantizedTensor
+from klfast.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Weights = Literal["exact", "dense"] | QuantSpec
-_REMEDY = "fetch or convert it again"
 
 
 def gguf_weights(text: str) -> Weights:
@@ -56,9 +41,9 @@ def load_gguf(path: Path, dtype: torch.dtype | Literal["auto"], device: torch.de
         config = _config(file)
         require_known(config.to_dict(), str(path))
         target = file.dtype if dtype == "auto" else dtype
-        with buildable(path, _REMEDY):
+        with buildable(path, REMEDY):
             model = build_empty(config, path, target, len(file.tensors))
-        source = _Source(file, model, target, weights)
+        source = Source(file, model, target, weights)
         source.warn()
         facts = dict.fromkeys(source.specs, (target, "exact"))
         return filled(model, source.tensors(device), device, source.specs, facts)
@@ -88,119 +73,3 @@ def _config(file: GgufFile) -> PretrainedConfig:
     config.bos_token_id, config.pad_token_id = tokens.get("bos"), tokens.get("padding")
     config.eos_token_id = ends if ends[1:] else ends[0] if ends else None
     return config
-
-
-class _Changed:
-    """Quantized tensors that do not stay as they are stored.
-
-    Attributes:
-        kinds: how many of each type.
-        before, after: their bytes.
-    """
-
-    def __init__(self) -> None:
-        self.kinds: Counter[str] = Counter()
-        self.before = self.after = 0
-
-    def __str__(self) -> str:
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
-        return f"{listed} ({self.before / 1e6:.1f} MB become {self.after / 1e6:.1f} MB)"
-
-
-class _Source:
-    """The tensors of a file for an empty model, and what becomes of their precision.
-
-    Attributes:
-        specs: of each layer that stays or becomes quantized.
-    """
-
-    def __init__(self, file: GgufFile, model: nn.Module, dtype: torch.dtype, weights: Weights) -> None:
-        self._file, self._dtype, self._weights = file, dtype, weights
-        self._made = conversion(file, model)
-        self._readers: dict[str, Callable[[], torch.Tensor]] = {}
-        self._expanded, self._rounded = _Changed(), _Changed()
-        self.specs: dict[str, QuantSpec] = {}
-        layers = _layers(model, self._made)
-        for parameter in self._made.sources:
-            self._add(parameter, layers.get(parameter))
-
-    def _add(self, parameter: str, layer: str | None) -> None:
-        """Add a parameter, which is the weight of a linear layer or of none."""
-        file, names = self._file, self._made.sources[parameter]
-        values = partial(_values, file, self._made, parameter)
-        if self._weights == "dense" or not any(map(file.is_quantized, names)):
-            self._readers[parameter] = values
-            return
-        if layer is not None and (exact := _exact(file, self._made, parameter)) is not None:
-            self._add_quantized(layer, *exact)
-            return
-        shape = file.shape(names[0])
-        if layer is not None and isinstance(self._weights, QuantSpec):
-            spec = storable_spec(self._weights, shape[1])
-            self._add_quantized(layer, spec, lambda: quantize(values(), spec))
-            changed, after = self._rounded, spec.nbytes((shape[0], shape[1]))
-        else:
-            self._readers[parameter] = values
-            changed, after = self._expanded, len(names) * math.prod(shape) * self._dtype.itemsize
-        changed.kinds[file.kind(names[0]) + ("" if layer else " outside linear layers")] += len(names)
-        changed.before += sum(int(file.tensors[name].n_bytes) for name in names)
-        changed.after += after
-
-    def _add_quantized(self, layer: str, spec: QuantSpec, weight: Callable[[], QuantizedTensor]) -> None:
-        self.specs[layer] = spec
-        once = cache(weight)  # its parts are taken one by one
-        self._readers[f"{layer}.weight_shape"] = lambda: torch.tensor(once().shape)
-        for i, part in enumerate(part_names(layer, spec, (1, 1))):
-            self._readers[part] = partial(lambda i: once().parts[i], i)
-
-    def tensors(self, device: torch.device) -> Tensors:
-        """Hand over the tensors that ``fill`` takes; each is forgotten once it is read."""
-        readers, self._readers = self._readers, {}
-        on_device = {name: partial(lambda read: read().to(device), read) for name, read in readers.items()}
-        return Tensors(self._file.path, on_device, self._dtype, _REMEDY)
-
-    def warn(self) -> None:
-        """Say in one line which tensors change their precision or are left out."""
-        found = []
-        if self._expanded.kinds:
-            hint = 'gguf="int8-g32-asym" (--gguf) quantizes linear layers anew'
-            found.append(f"expanded to {dtype_name(self._dtype)}: {self._expanded}; {hint}")
-        if self._rounded.kinds:
-            found.append(f"quantized anew to {self._weights}: {self._rounded}")
-        used = {name for names in self._made.sources.values() for name in names}
-        if left := sorted(self._file.tensors.keys() - used):
-            found.append(f"left out, since transformers has no place for them: {len(left)}, such as {left[0]}")
-        if found:
-            what = "holds tensors that klfast cannot keep as stored"
-            warnings.warn(f"{self._file.path} {what}; {'; '.join(found)}", stacklevel=4)
-
-
-def _layers(model: nn.Module, made: Conversion) -> dict[str, str]:
-    """Return the linear layer of each parameter that can be quantized; a tied embedding's is the head."""
-    layers = {f"{name}.weight": name for name in linear_names(model)}
-    if is_head_tied(model) and type(embedding := input_embedding(model)) is nn.Embedding:
-        head = head_name(model)
-        if f"{head}.weight" not in made.sources:
-            layers |= {f"{name}.weight": head for name, module in model.named_modules() if module is embedding}
-    return layers
-
-
-def _values(file: GgufFile, made: Conversion, parameter: str) -> torch.Tensor:
-    return made.convert(parameter, {name: file.values(name) for name in made.sources[parameter]})
-
-
-def _exact(file: GgufFile, made: Conversion, parameter: str) -> tuple[QuantSpec, Callable[[], QuantizedTensor]] | None:
-    """Return the spec that holds a parameter exactly, and its reader; None if there is no such spec."""
-    name, *others = made.sources[parameter]
-    stored, shape = exact_spec(file.kind(name)), file.shape(name)
-    if others or stored is None or (moved := moves(made, parameter, name, shape, stored.group_size)) is None:
-        return None
-    spec = storable_spec(stored, shape[1])
-
-    def read() -> QuantizedTensor:
-        codes, scale = codes_and_scale(file, name)
-        n, k = codes.shape
-        codes = codes[moved.rows].view(n, *scale.shape[1:], -1)[:, moved.groups].reshape(n, k)
-        return QuantizedTensor(spec.format.encode(codes, scale[moved.rows][:, moved.groups], None), (n, k), spec)
-
-    return spec, read

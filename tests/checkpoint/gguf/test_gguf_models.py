@@ -121,10 +121,13 @@ def test_tokens_and_tokenizer(tmp_path):
     assert model.generation_config.bos_token_id == gguf_files.START and model.generation_config.pad_token_id is None
 
 
-def test_other_tensors_are_named(tmp_path):
-    path = gguf_files.write(
-        tmp_path / "m.gguf", "llama", gguf_files.tiny("llama"), **{"rope_freqs.weight": torch.ones(32).numpy()}
-    )
-    with pytest.warns(UserWarning, match=r"transformers has no place for them: 1, such as rope_freqs\.weight") as said:
+def test_what_transformers_leaves_out_is_named(tmp_path):
+    path, factors = tmp_path / "m.gguf", {"rope_freqs.weight": torch.ones(32).numpy()}
+    gguf_files.write(path, "llama", gguf_files.tiny("llama"), metadata={"llama.rope.scaling.factor": 8.0}, **factors)
+    match = r"m\.gguf has content .*; left out by transformers: rope_freqs\.weight and 1 more$"
+    with pytest.warns(UserWarning, match=match) as said:
         klfast.load_model(path)
     assert said[0].filename == __file__
+    gguf_files.write(path, "llama", gguf_files.tiny("llama"), metadata={"llama.rope.scaling.factor": 8.0})
+    with pytest.warns(UserWarning, match=r"left out by transformers: llama\.rope\.scaling\.factor$"):
+        klfast.load_model(path)
