@@ -53,17 +53,18 @@ def load_model(
 
     Args:
         name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that
-            name), a local folder, a GGUF file, or a hub id. A folder written by ``klfast.save_quantized`` gives the
-            quantized model. Mamba and Mamba-2 may be in the format of the package mamba_ssm.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the stored one. The unquantized tensors of a quantized
-            folder are cast likewise.
+            name), a local folder, a GGUF file, or a hub id (of a GGUF file: owner/name/file.gguf). A folder written by
+            ``klfast.save_quantized`` gives the quantized model. Mamba and Mamba-2 may be in the format of the package
+            mamba_ssm.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the stored one (of a quantized GGUF file: float32). The
+            unquantized tensors of a quantized folder are cast likewise.
         device: the model's device, such as "cpu", "cuda" or "xpu".
         local_files_only: look up a hub id only in the local cache.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
-        gguf: how to hold the quantized matrices of a GGUF file. "exact", the default, changes no number: layers that a
-            format of klfast holds as they are stay quantized (Q4_0, Q5_0, Q6_K, Q8_0 and IQ4_NL), others are expanded
-            to ``dtype``, which one warning counts. "dense" expands all, for sweeps and plans. A spec such as
-            "int8-g32-asym" quantizes the other layers anew.
+        gguf: how to hold the quantized matrices of a GGUF file. "exact", the default, rounds no number again: layers
+            that a format of klfast holds as they are stay quantized (Q4_0, Q5_0, Q6_K, Q8_0 and IQ4_NL), others are
+            expanded to ``dtype``, which one warning counts. "dense" expands all, for sweeps and plans. A spec such as
+            "int8-g32-asym" quantizes the other layers anew: less memory, but not quite the file's model.
 
     Raises:
         InvalidInputError: an unknown dtype or device, no such folder; for a GGUF file, the package gguf is missing.
@@ -73,7 +74,7 @@ def load_model(
     """
     target, place = as_dtype(dtype), as_device(device)
     weights = gguf_weights(gguf)
-    if (file := gguf_file(name_or_path)) is not None:
+    if (file := gguf_file(name_or_path, local_files_only=local_files_only)) is not None:
         return load_gguf(file, target, place, weights)
     folder = resolve(name_or_path, weights=True, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     source, config = str(folder), read_config(folder)
@@ -122,7 +123,7 @@ def find_tokenizer(
 
     import klfast.models.hymba  # noqa: F401  (AutoTokenizer may use AutoConfig)
 
-    if (file := gguf_file(name_or_path)) is not None:
+    if (file := gguf_file(name_or_path, local_files_only=local_files_only)) is not None:
         with one_line_errors(str(file), "tokenizer"):
             return _usable(read_tokenizer(file), file)
     folder = resolve(

@@ -19,6 +19,7 @@ _TYPES = {
     "HFValidationError": "that is not a hub id, which reads owner/name",
     "LocalEntryNotFoundError": _UNREACHABLE,
     "OfflineModeIsEnabled": _UNREACHABLE,
+    "EntryNotFoundError": "the hub's model has no such file",
 }
 NEEDS_CODE = (
     "it needs its own Python code; if you trust its source, allow that with trust_remote_code (--trust-remote-code)"

@@ -103,12 +103,12 @@ def load_mamba_ssm(
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a pickle, under transformers' names; nothing else in it is unpickled."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no weights: {MAMBA_SSM_WEIGHTS} is missing; {_REMEDY}")
     if is_pointer(path):
         raise CheckpointError(f"cannot load {path}: {POINTER}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no weights: {MAMBA_SSM_WEIGHTS} is missing; {_REMEDY}") from None
     except Exception as error:  # of pickle, zip archives and torch
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors, which klfast does not unpickle; {_REMEDY}"

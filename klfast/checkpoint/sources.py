@@ -57,13 +57,21 @@ def resolve(
     return folder
 
 
-def gguf_file(name_or_path: str | os.PathLike[str]) -> Path | None:
-    """Return the path of a GGUF file; None for any other name."""
+def gguf_file(name_or_path: str | os.PathLike[str], *, local_files_only: bool) -> Path | None:
+    """Return the path of a GGUF file, local or on the hub ("owner/name/file.gguf"); None for any other name."""
     name = os.fspath(name_or_path)
     if not isinstance(name, str) or not name.lower().endswith(".gguf"):
         return None
     path = Path(os.path.expanduser(name))
-    return path if path.is_file() else None
+    if path.exists():
+        return path if path.is_file() else None
+    if _is_path(name) or name.count("/") < 2:
+        raise InvalidInputError(f"there is no file {name!r}; one on the hub reads owner/name/file.gguf")
+    from huggingface_hub import hf_hub_download
+
+    owner, model, file = name.split("/", 2)
+    with one_line_errors(name, "model"):
+        return Path(hf_hub_download(f"{owner}/{model}", file, local_files_only=local_files_only))
 
 
 def _is_path(name: str) -> bool:

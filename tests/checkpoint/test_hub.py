@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import gguf_files
 import pytest
 import torch
 from model_folders import INDEX, refused, shard
@@ -59,6 +60,19 @@ def test_a_quantized_model_on_the_hub(original, cache, tmp_path):
     ids = torch.randint(0, 256, (1, 9))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, klfast.load_quantized(tmp_path / "small")(ids).logits)
+
+
+def test_a_gguf_file_on_the_hub(cache, tmp_path):
+    (tmp_path / "files").mkdir()
+    gguf_files.write(tmp_path / "files" / "m.gguf", "mamba", gguf_files.tiny("mamba", tied=True), {"*": "Q8_0"})
+    cache(tmp_path / "files", "me/small-GGUF")
+    loaded = load_model("me/small-GGUF/m.gguf", local_files_only=True)
+    assert isinstance(loaded.lm_head, klfast.QuantLinear)
+    assert load_tokenizer("me/small-GGUF/m.gguf", local_files_only=True)("the sea")["input_ids"]
+    for load in (load_model, load_tokenizer):
+        refused("me/small-GGUF/other.gguf", "not in the local cache", load, local_files_only=True)
+        with pytest.raises(klfast.InvalidInputError, match=r"there is no file 'm\.gguf'; one on the hub reads o"):
+            load("m.gguf", local_files_only=True)
 
 
 def test_damage_in_the_cache(folder, cache):
