@@ -1,6 +1,6 @@
 """The types of GGUF whose values are a code times a scale: klfast's symmetric formats hold them exactly.
 
-The others add a minimum, a float (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K), or look values up.
+The others add a minimum, a float (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K), or index tables of vectors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Field(NamedTuple):
 
 
 # The spec, and the fields whose product is the scale (ggml-common.h of llama.cpp, block_q4_0 to block_iq4_nl). IQ4_NL
-# looks its 16 levels up, which are integers of 8 bits.
+# has a table of 16 levels, which are integers of 8 bits.
 _LEADING_SCALE = (_Field(0, 2, "<f2"),)
 _EXACT = {
     "Q4_0": (QuantSpec(4, 32), _LEADING_SCALE),
