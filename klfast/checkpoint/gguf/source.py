@@ -119,10 +119,7 @@ def _rope_scaling_left_out(file: GgufFile, model: Any) -> list[str]:
     rotary = getattr(model.config, "rope_parameters", None) or {}
     if rotary.get("rope_type", "default") != "default":
         return []
-    scaled = (
-        key for key, value in file.metadata.items() if key.endswith(".rope.scaling.factor") and value not in (0, 1)
-    )
-    return list(scaled)
+    return [key for key, value in file.metadata.items() if key.endswith(".rope.scaling.factor") and value not in (0, 1)]
 
 
 def _layers(model: nn.Module, made: Conversion) -> dict[str, str]:
