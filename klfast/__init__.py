@@ -27,6 +27,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.evaluation import Evaluation as Evaluation
     from klfast.evaluation import evaluate as evaluate
     from klfast.generation.loop import generate as generate
+    from klfast.integrations.hub_kernels import register_kernels as register_kernels
+    from klfast.integrations.hub_kernels import unregister_kernels as unregister_kernels
+    from klfast.integrations.quantizer import register_quantizer as register_quantizer
+    from klfast.integrations.quantizer import unregister_quantizer as unregister_quantizer
     from klfast.nn import QuantLinear as QuantLinear
     from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
     from klfast.ops import causal_conv1d_update as causal_conv1d_update
@@ -85,6 +89,10 @@ _PUBLIC = {
     "gated_delta_rule_update": "ops",
     "accelerate": "acceleration.patch",
     "unaccelerate": "acceleration.patch",
+    "register_kernels": "integrations.hub_kernels",
+    "unregister_kernels": "integrations.hub_kernels",
+    "register_quantizer": "integrations.quantizer",
+    "unregister_quantizer": "integrations.quantizer",
     "QuantLinear": "nn",
     "token_batches": "text",
     "using": "dispatch.pins",
@@ -120,3 +128,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_PUBLIC))
+
+
+# For whenever transformers is imported. By name, since `integrations` lies above what imports klfast.
+importlib.import_module("klfast.integrations.quantizer").register_quantizer()

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import pytest
 import torch
 
+import klfast
 from klfast.dispatch import pins
 
 # Tests that a shell runs in the background ignore Ctrl-C, as do the processes they start.
@@ -49,3 +50,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_packed_quantizer():
+    """Leave folders in compressed-tensors' formats to transformers' own quantizer."""
+    klfast.unregister_quantizer()
+    yield
+    klfast.register_quantizer()

@@ -114,7 +114,7 @@ def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argumen
                 if not all(registry.has_kernel(op, device.upper()) for op in ops_needed):
                     reason = registry.why_no_kernel(device)
             if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-                reason = "klfast's functions have no gradients; use torch.inference_mode()."
+                reason = pins.NO_GRADIENTS
             if reason:
                 pins.slow_path(module_class.__name__, list(x.shape), reason, how="the model's own forward")
                 return original(self, x, *args, **kwargs)

@@ -51,11 +51,12 @@ def save_quantized(
     happens to be shared under each of its names; config.json records whether the head is tied in memory.
 
     Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
-    ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers (5.23) reads
-    symmetric specs, but not asymmetric ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing
-    ``.weight`` its initialisers touch. A quantized head that is tied to the input embedding is stored once, under the
-    head's name: only klfast reads such a folder, the others miss the embedding. For a folder that other software is to
-    serve, leave the head out of the plan, or untie it before quantizing: the embedding is then stored in full, too.
+    ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers reads every folder
+    once klfast is imported (``klfast.register_quantizer``). Alone (5.23) it reads symmetric specs, but not asymmetric
+    ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing ``.weight`` its initialisers touch. A
+    quantized head that is tied to the input embedding is stored once, under the head's name: without klfast, readers
+    miss the embedding. For a folder that other software is to serve, leave the head out of the plan, or untie it before
+    quantizing: the embedding is then stored in full, too.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.

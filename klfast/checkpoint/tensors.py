@@ -160,7 +160,8 @@ def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], fac
         CheckpointError: a tensor is missing, superfluous, or not of the model's shape, or the model lacks a layer.
     """
     tied = is_head_tied(model)
-    _fill_quantized(model, tensors, specs, facts)
+    for name, module in read_quantized_layers(model, tensors, specs, facts).items():
+        model.set_submodule(name, module)
     if tied and (head := head_name(model)) in specs and f"{embedding_name(model)}.weight" not in tensors.names():
         model.set_submodule(embedding_name(model), QuantEmbedding(cast(QuantLinear, model.get_submodule(head))))
     _fill_float(model, tensors)
@@ -176,22 +177,30 @@ def set_tied_in_config(config: Any, tied: bool) -> None:
         part.tie_word_embeddings = tied
 
 
-def _fill_quantized(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts) -> None:
+def read_quantized_layers(
+    model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts
+) -> dict[str, QuantLinear]:
+    """Return the layers of ``specs``, made of their tensors, to take the places of an empty model's.
+
+    Raises:
+        CheckpointError: a tensor is missing or not of the layer's shape, or the model lacks a layer.
+    """
     folder, layers = tensors.folder, linear_names(model)
     if unknown := [name for name in specs if name not in layers or name not in facts]:
         raise CheckpointError(
             f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; {tensors.remedy}"
         )
-    made: dict[int, tuple[nn.Linear, QuantLinear]] = {}  # by weight, which layers of the empty model may share
+    made: dict[str, QuantLinear] = {}
+    first_of: dict[int, str] = {}  # by weight, which layers of the empty model may share
     for name, spec in specs.items():
-        layer = layers[name]
-        first, shape = made.get(id(layer.weight)), (layer.out_features, layer.in_features)
+        layer, shape = layers[name], (layers[name].out_features, layers[name].in_features)
+        first = first_of.get(id(layer.weight))
         if first is not None and part_names(name, spec, shape)[0] not in tensors.names():
-            model.set_submodule(name, _same_weight(*first, layer, tensors, name))
-            continue
-        module = _quantized_layer(layer, tensors, name, spec, facts[name])
-        made.setdefault(id(layer.weight), (layer, module))
-        model.set_submodule(name, module)
+            made[name] = _same_weight(layers[first], made[first], layer, tensors, name)
+        else:
+            made[name] = _quantized_layer(layer, tensors, name, spec, facts[name])
+            first_of.setdefault(id(layer.weight), name)
+    return made
 
 
 def _quantized_layer(

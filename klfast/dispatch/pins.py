@@ -21,6 +21,7 @@ except ImportError as error:
 CPU_TIERS: tuple[str, ...] = _C.tiers if _C else ("scalar",)  # csrc/core/tiers.def; every build has that one
 _ANY_TIER = -1  # as csrc/core/tiers.h has it
 IMPLEMENTATIONS = ("reference", *CPU_TIERS, "triton")
+NO_GRADIENTS = "klfast's functions have no gradients; use torch.inference_mode()."  # a reason for slow_path
 
 _process_pin = os.environ.get("KLFAST_ISA")  # read once: reading the environment takes as long as a small op
 _pin: ContextVar[str | None] = ContextVar("klfast_pin", default=None)

@@ -95,6 +95,7 @@ def test_compressed_tensors_loads_the_whole_model(family, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_packed_quantizer")
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_a_llama(tied, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -108,6 +109,7 @@ def test_transformers_loads_a_llama(tied, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_packed_quantizer")
 def test_transformers_loads_an_untied_quantized_head(tmp_path):
     """Follow the advice in save_quantized's docstring for a model whose configuration ties the head."""
     from transformers import AutoModelForCausalLM
@@ -123,6 +125,7 @@ def test_transformers_loads_an_untied_quantized_head(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_packed_quantizer")
 def test_save_pretrained_of_a_loaded_model_records_the_quantization(tmp_path):
     """transformers reads the folder, but klfast requires its own klfast.json."""
     from transformers import AutoModelForCausalLM

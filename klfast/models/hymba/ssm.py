@@ -17,7 +17,7 @@ def causal_conv1d_fn(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
     """Compute ops.causal_conv1d_fn in plain torch, for gradients. A training script may replace it by a faster one."""
-    pins.slow_path("causal_conv1d_fn", list(x.shape), _NO_GRADIENTS)
+    pins.slow_path("causal_conv1d_fn", list(x.shape), pins.NO_GRADIENTS)
     return reference_ssm.causal_conv1d(CausalConv1d(x, weight, bias, None, None, activation == "silu"))
 
 
@@ -34,13 +34,10 @@ def mamba_selective_scan(
     return_last_state: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute ops.selective_scan_fn in plain torch, for gradients. A training script may replace it by a faster one."""
-    pins.slow_path("selective_scan_fn", list(u.shape), _NO_GRADIENTS)
+    pins.slow_path("selective_scan_fn", list(u.shape), pins.NO_GRADIENTS)
     B, C = B.unsqueeze(1), C.unsqueeze(1)
     y, last = reference_ssm.selective_scan(SelectiveScan(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus))
     return (y, last) if return_last_state else y
-
-
-_NO_GRADIENTS = "klfast's functions have no gradients; use torch.inference_mode()."
 
 
 def convolve(

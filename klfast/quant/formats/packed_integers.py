@@ -14,6 +14,7 @@ from klfast.quant.formats.base import Grouping, Part, QuantFormat, Rounded, Shap
 from klfast.quant.grid import round_to_grid
 from klfast.quant.layouts import Layout, Tiling
 
+_STRATEGIES = ("channel", "group")
 _SCALE_DTYPES = (torch.float16, *(dtype for dtype in FLOAT_DTYPES if dtype is not torch.float16))
 
 
@@ -160,9 +161,9 @@ class PackedIntegers(QuantFormat):
         }
 
     def from_compressed_tensors(self, group: Mapping[str, Any]) -> tuple[int, bool] | None:
-        """Return (group size, symmetric) of a config group; None if its bits differ."""
+        """Return (group size, symmetric) of a config group; None if its bits differ, or it is not one of integers."""
         weights = group["weights"]
-        if weights["num_bits"] != self.bits:
+        if weights["num_bits"] != self.bits or weights["type"] != "int" or weights["strategy"] not in _STRATEGIES:
             return None
         return -1 if weights["group_size"] is None else weights["group_size"], weights["symmetric"]
 
