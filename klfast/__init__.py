@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.nn import QuantLinear as QuantLinear
     from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
     from klfast.ops import causal_conv1d_update as causal_conv1d_update
+    from klfast.ops import causal_conv1d_varlen_states as causal_conv1d_varlen_states
     from klfast.ops import chunk_gated_delta_rule as chunk_gated_delta_rule
     from klfast.ops import chunk_kda as chunk_kda
     from klfast.ops import dequant_matmul as dequant_matmul
@@ -79,6 +80,7 @@ _PUBLIC = {
     "logit_divergence": "ops",
     "causal_conv1d_fn": "ops",
     "causal_conv1d_update": "ops",
+    "causal_conv1d_varlen_states": "ops",
     "selective_scan_fn": "ops",
     "selective_state_update": "ops",
     "mamba_chunk_scan_combined": "ops",

@@ -4,6 +4,7 @@
 #include "ssm/delta/gated_delta_rule.h"
 #include "ssm/scan/scan.h"
 #include "python/bindings.h"
+#include "python/slots_caster.h"
 #include "python/view_caster.h"
 
 namespace py = pybind11;
@@ -13,7 +14,7 @@ namespace klfast {
 void bind_ssm(py::module_& m) {
     m.def("selective_scan", [](View u, View delta, View a, View b, View c, View d, View z, View delta_bias,
                                View initial, View out, View state, Int batch, Int channels, Int length, Int groups,
-                               Int states, bool softplus, int n_threads, int limit) {
+                               Int states, bool constant_b, bool constant_c, bool softplus, int n_threads, int limit) {
         const py::gil_scoped_release release;
         const SelectiveScanArgs args{
             .u = u,
@@ -32,14 +33,16 @@ void bind_ssm(py::module_& m) {
             .length = length,
             .groups = groups,
             .states = states,
+            .constant_b = constant_b,
+            .constant_c = constant_c,
             .softplus = softplus,
             .n_threads = n_threads,
         };
         selective_scan(args, static_cast<Tier>(limit));
     });
     m.def("selective_state_update",
-          [](View state, View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View out, Int batch,
-             Int heads, Int dim, Int groups, Int states, bool softplus, int n_threads, int limit) {
+          [](View state, View x, View dt, View a, View b, View c, View d, View z, View dt_bias, View out, Slots slots,
+             Int batch, Int heads, Int dim, Int groups, Int states, bool softplus, int n_threads, int limit) {
               const py::gil_scoped_release release;
               const StateUpdateArgs args{
                   .state = state,
@@ -52,6 +55,7 @@ void bind_ssm(py::module_& m) {
                   .c = c,
                   .d = d,
                   .dt_bias = dt_bias,
+                  .slots = slots,
                   .batch = batch,
                   .heads = heads,
                   .dim = dim,
@@ -116,28 +120,30 @@ void bind_ssm(py::module_& m) {
               };
               gated_delta_rule(args, static_cast<Tier>(limit));
           });
-    m.def("causal_conv1d",
-          [](View x, View weight, View bias, View initial, View final, View out, Int batch, Int channels, Int length,
-             Int width, Int initial_length, Int final_length, bool silu, int n_threads, int limit) {
-              const py::gil_scoped_release release;
-              const ConvArgs args{
-                  .x = x,
-                  .out = out,
-                  .weight = weight,
-                  .bias = bias,
-                  .initial = initial,
-                  .final = final,
-                  .batch = batch,
-                  .channels = channels,
-                  .length = length,
-                  .width = width,
-                  .initial_length = initial_length,
-                  .final_length = final_length,
-                  .silu = silu,
-                  .n_threads = n_threads,
-              };
-              causal_conv1d(args, static_cast<Tier>(limit));
-          });
+    m.def("causal_conv1d", [](View x, View weight, View bias, View initial, View final, View out, Slots slots,
+                              Address steps_seen, Int batch, Int channels, Int length, Int width, Int initial_length,
+                              Int final_length, bool silu, int n_threads, int limit) {
+        const py::gil_scoped_release release;
+        const ConvArgs args{
+            .x = x,
+            .out = out,
+            .weight = weight,
+            .bias = bias,
+            .initial = initial,
+            .final = final,
+            .slots = slots,
+            .steps_seen = pointer<const Int>(steps_seen),
+            .batch = batch,
+            .channels = channels,
+            .length = length,
+            .width = width,
+            .initial_length = initial_length,
+            .final_length = final_length,
+            .silu = silu,
+            .n_threads = n_threads,
+        };
+        causal_conv1d(args, static_cast<Tier>(limit));
+    });
     m.def("rms_norm",
           [](View x, View weight, View gate, View out, Int rows, Int rows_inner, Int channels, Int group_size,
              float eps, bool norm_before_gate, bool sigmoid_gate, float weight_offset, int n_threads, int limit) {

@@ -40,4 +40,17 @@ def at_most(x, high):
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def is_state(slot, padding, count):
+    """Return True if a slot is one of ``count`` states, not that of entries without one."""
+    return (slot >= 0) & (slot < count) & (slot != padding)
+
+
+@triton.jit
+def of_slot(y, slot, padding, count):
+    """Return the outputs y of an entry with a state; zeros for padding, NaN for a slot that does not exist."""
+    y = tl.where(is_state(slot, padding, count), y, float("nan"))
+    return tl.where(slot == padding, 0.0, y)
+
+
 NO_LIMIT = (-math.inf, math.inf)

@@ -1,7 +1,6 @@
 """klfast's versions of the functions that transformers' mixers call, with the same argument names.
 
-Other keyword arguments are ignored, except those for packed sequences, which raise. The signatures are those of
-transformers 5.17 to 5.24.
+Other keyword arguments are ignored. The signatures are those of transformers 5.17 to 5.24.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ SILU = ("silu", "swish")
 class Replacement(NamedTuple):
     """A substitute for a function of transformers, the op that it runs, and the CUDA package that has the original."""
 
-    function: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]]
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor | None, ...]]
     op: str
     package: str
 
@@ -112,7 +111,7 @@ def _chunk_scan(
     return_final_states: bool = False,
     return_varlen_states: bool = False,
     **_: object,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     return ops.mamba_chunk_scan_combined(
         x,
         dt,

@@ -175,20 +175,24 @@ def _causal_conv1d(dtype: torch.dtype, length: int) -> Case:
     return _case("causal_conv1d", dtype, f"[2, 19, {length}]", call, x.to(dtype), weight, bias, state.to(dtype))
 
 
-def _causal_conv1d_update(dtype: torch.dtype) -> Case:
-    x, weight, bias, before = torch.randn(2, 19), torch.randn(19, 4), torch.randn(19), torch.randn(2, 19, 4)
+def _causal_conv1d_update(dtype: torch.dtype, cache: bool, rings: bool) -> Case:
+    x, weight, bias, before = torch.randn(3, 19), torch.randn(19, 4), torch.randn(19), torch.randn(5, 19, 4)
+    seen, slots = torch.tensor([0, 3, 1001]), torch.tensor([4, -1, 2])
 
-    def call(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        return ops.causal_conv1d_update(x, state, weight, bias, activation="silu"), state
+    def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight, bias, state, seen, slots = args
+        state = state if cache else state[:3]
+        places = (seen if rings else None, slots if cache else None)
+        return ops.causal_conv1d_update(x, state, weight, bias, "silu", *places), state
 
-    return _case("causal_conv1d_update", dtype, "[2, 19]", call, x.to(dtype), weight, bias, before.to(dtype))
+    what = f"[3, 19]{', rings' * rings}{', a cache' * cache}"
+    return _case("causal_conv1d_update", dtype, what, call, x.to(dtype), weight, bias, before.to(dtype), seen, slots)
 
 
-def _selective_scan(dtype: torch.dtype, length: int) -> Case:
+def _selective_scan(dtype: torch.dtype, length: int, constant: str = "") -> Case:
+    """Return a case with B or C constant in time, if it is named."""
     u, delta, z = torch.randn(3, 2, 19, length).to(dtype)
-    B, C = torch.randn(2, 2, 16, length).to(dtype)
+    B, C = (torch.randn(*((19, 16) if name == constant else (2, 16, length))).to(dtype) for name in "BC")
     A, D, delta_bias, initial = -torch.rand(19, 16), torch.randn(19), torch.randn(19), torch.randn(2, 19, 16)
 
     def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -199,21 +203,25 @@ def _selective_scan(dtype: torch.dtype, length: int) -> Case:
             )
         )
 
-    return _case("selective_scan", dtype, f"[2, 19, {length}]", call, u, delta, A, B, C, D, z, delta_bias, initial)
+    what = f"[2, 19, {length}]{f', {constant} constant' * bool(constant)}"
+    return _case("selective_scan", dtype, what, call, u, delta, A, B, C, D, z, delta_bias, initial)
 
 
-def _selective_state_update(dtype: torch.dtype, heads: tuple[int, ...]) -> Case:
-    """Return a case of 19 channels, or of ``heads`` times that many."""
+def _selective_state_update(dtype: torch.dtype, heads: tuple[int, ...], cache: bool = False) -> Case:
+    """Return a case of 19 channels, or of ``heads`` times that many; one of two entries without a state in a cache."""
     x, dt, z = torch.randn(3, 2, *heads, 19).to(dtype)
     B, C = torch.randn(2, 2, *(1 for _ in heads), 16).to(dtype)
+    slots = torch.tensor([-1, 1])
     before, A = torch.randn(2, *heads, 19, 16), -torch.rand(*heads, 19, 16)
     D, dt_bias = torch.randn(*heads, 19), torch.randn(*heads, 19)
 
     def call(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state, x, dt, A, B, C, D, z, dt_bias = args
-        return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True), state
+        state, x, dt, A, B, C, D, z, dt_bias, slots = args
+        places = slots if cache else None
+        return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, True, places), state
 
-    return _case("selective_state_update", dtype, str(list(x.shape)), call, before, x, dt, A, B, C, D, z, dt_bias)
+    what = f"{list(x.shape)}{', a cache' * cache}"
+    return _case("selective_state_update", dtype, what, call, before, x, dt, A, B, C, D, z, dt_bias, slots)
 
 
 def _mamba_chunk_scan(dtype: torch.dtype, length: int, channels: int = 19, states: int = 16) -> Case:
@@ -301,9 +309,17 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
         _linear_divergence(dtype, head, tokens) for head in _HEADS for tokens in (1, 21)
     ],
     "causal_conv1d": lambda dtype: [_causal_conv1d(dtype, length) for length in _LENGTHS],
-    "causal_conv1d_update": lambda dtype: [_causal_conv1d_update(dtype)],
-    "selective_scan": lambda dtype: [_selective_scan(dtype, length) for length in _LENGTHS],
-    "selective_state_update": lambda dtype: [_selective_state_update(dtype, heads) for heads in ((), (3,))],
+    "causal_conv1d_update": lambda dtype: [
+        _causal_conv1d_update(dtype, cache, rings) for cache in (False, True) for rings in (False, True)
+    ],
+    "selective_scan": lambda dtype: [
+        *(_selective_scan(dtype, length) for length in _LENGTHS),
+        *(_selective_scan(dtype, 33, constant) for constant in "BC"),
+    ],
+    "selective_state_update": lambda dtype: [
+        *(_selective_state_update(dtype, heads) for heads in ((), (3,))),
+        _selective_state_update(dtype, (3,), cache=True),
+    ],
     "mamba_chunk_scan": lambda dtype: [
         *(_mamba_chunk_scan(dtype, length) for length in _LENGTHS),
         # Sizes for which 16-bit dtypes use matrix instructions.

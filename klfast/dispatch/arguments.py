@@ -80,17 +80,25 @@ class CausalConv1d(NamedTuple):
 
 
 class CausalConv1dUpdate(NamedTuple):
-    """x [B, D, L] follows conv_state [B, D, S], S at least W-1, which moves on in place; weight [D, W], bias [D]."""
+    """x [B, D, L] follows conv_state [B, D, S], S at least W-1, which moves on in place; weight [D, W], bias [D].
+
+    With ``cache_seqlens`` (int [B]) the state is a ring: step t of a sequence lies at t % S, and x follows that many
+    steps. With ``conv_state_indices`` (int [B]) it is a cache [C, D, S]: they say which of its states belongs to each
+    entry of the batch; ``pad_slot_id``: none.
+    """
 
     x: torch.Tensor
     conv_state: Written
     weight: torch.Tensor
     bias: torch.Tensor | None
     silu: bool
+    cache_seqlens: torch.Tensor | None = None
+    conv_state_indices: torch.Tensor | None = None
+    pad_slot_id: int = -1
 
 
 class SelectiveScan(NamedTuple):
-    """u, delta, z [B, D, L]; A [D, N]; B, C [B, G, N, L]; D, delta_bias [D]; initial_states [B, D, N]."""
+    """u, delta, z [B, D, L]; A [D, N]; B, C [B, G, N, L] or [D, N]; D, delta_bias [D]; initial_states [B, D, N]."""
 
     u: torch.Tensor
     delta: torch.Tensor
@@ -105,7 +113,10 @@ class SelectiveScan(NamedTuple):
 
 
 class SelectiveStateUpdate(NamedTuple):
-    """state [B, H, P, N], moved on in place; x, dt, z [B, H, P]; A [H, P, N]; B, C [B, G, N]; D, dt_bias [H, P]."""
+    """state [B, H, P, N], moved on in place; x, dt, z [B, H, P]; A [H, P, N]; B, C [B, G, N]; D, dt_bias [H, P].
+
+    ``state_batch_indices`` and ``pad_slot_id`` are as conv_state_indices in CausalConv1dUpdate.
+    """
 
     state: Written
     x: torch.Tensor
@@ -117,6 +128,8 @@ class SelectiveStateUpdate(NamedTuple):
     z: torch.Tensor | None
     dt_bias: torch.Tensor | None
     dt_softplus: bool
+    state_batch_indices: torch.Tensor | None = None
+    pad_slot_id: int = -1
 
 
 class MambaChunkScan(NamedTuple):

@@ -144,8 +144,39 @@ def check_groups(op: str, what: str, count: int, groups: int) -> None:
         raise InvalidInputError(f"{op}: the number of groups of B and C must divide the {count} {what}, got {groups}")
 
 
-def refuse_options(op: str, **given: object) -> None:
-    """Raise InvalidInputError if an option of the original function that klfast lacks is given."""
-    for name, value in given.items():
-        if value is not None and value is not False:
-            raise InvalidInputError(f"{op}: klfast does not support {name}; leave it out")
+def check_integers(op: str, name: str, t: torch.Tensor, *shape: int) -> None:
+    """Raise InvalidInputError unless a tensor is int32 or int64, of a shape."""
+    if t.dtype not in (torch.int32, torch.int64) or t.shape != shape:
+        raise InvalidInputError(
+            f"{op}: {name} must be int32 or int64 {list(shape)}, got {str(t.dtype)[6:]} {list(t.shape)}"
+        )
+
+
+def check_slots(op: str, name: str, slots: torch.Tensor, batch: int, count: int, padding: int) -> None:
+    """Raise InvalidInputError unless ``slots``, int [batch], gives each entry a state of its own, or ``padding``.
+
+    Slots on a GPU are not read, which would make the host wait for it.
+
+    Args:
+        op, name: for the message.
+        slots: which of ``count`` states belongs to each entry of the batch.
+        batch, count: see ``slots``.
+        padding: the slot of entries without a state.
+    """
+    check_integers(op, name, slots, batch)
+    used = [slot for slot in values_at_hand(op, name, slots) if slot != padding]
+    for slot in used:
+        if not 0 <= slot < count:
+            raise InvalidInputError(f"{op}: {name} must be in 0..{count - 1}, or {padding} for padding; got {slot}")
+    if len(set(used)) < len(used):
+        [twice, *_] = [slot for slot in used if used.count(slot) > 1]
+        raise InvalidInputError(f"{op}: {name} must name each state at most once, got {twice} more than once")
+
+
+def values_at_hand(op: str, name: str, t: torch.Tensor) -> list[int]:
+    """Return the values of an integer tensor on the CPU; none of one on a GPU, or without values (a fake)."""
+    if type(t) is not torch.Tensor or not t.is_cpu:
+        return []
+    require_memory(op, **{name: t})
+    found: list[int] = t.tolist()
+    return found

@@ -12,6 +12,7 @@ from klfast.ops.norm import rms_norm
 from klfast.ops.ssm import (
     causal_conv1d_fn,
     causal_conv1d_update,
+    causal_conv1d_varlen_states,
     chunk_gated_delta_rule,
     chunk_kda,
     fused_recurrent_gated_delta_rule,
@@ -25,6 +26,7 @@ from klfast.ops.ssm import (
 __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "chunk_gated_delta_rule",
     "chunk_kda",
     "decode_attention",

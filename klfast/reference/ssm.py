@@ -27,10 +27,39 @@ def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
 
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
     """Convolve x [B, D, L] that follows conv_state [B, D, S >= W-1], which keeps the last S values."""
+    if a.conv_state_indices is not None or a.cache_seqlens is not None:
+        return _causal_conv1d_update_elsewhere(a)
     sequence = torch.cat((a.conv_state.float(), a.x.float()), dim=-1)
     a.conv_state.copy_(sequence[..., a.x.shape[-1] :])
     needed = a.x.shape[-1] + a.weight.shape[1] - 1
     return _channel_last(_convolve(sequence[..., sequence.shape[-1] - needed :], a.weight, a.bias, a.silu), a.x)
+
+
+def _causal_conv1d_update_elsewhere(a: CausalConv1dUpdate) -> torch.Tensor:
+    """Update copies of the states, in order of time, and put them back where they belong."""
+    entries, slots = _entries(a.x, a.conv_state_indices, a.pad_slot_id)
+    x, state = a.x[entries], a.conv_state[slots]
+    seen = state.new_zeros(len(x), dtype=torch.int64) if a.cache_seqlens is None else a.cache_seqlens[entries]
+    state = _rolled(state, seen)
+    out = _channel_last(torch.zeros_like(a.x), a.x)
+    out[entries] = causal_conv1d_update(a._replace(x=x, conv_state=state, cache_seqlens=None, conv_state_indices=None))
+    a.conv_state[slots] = state if a.cache_seqlens is None else _rolled(state, -seen - x.shape[-1])
+    return out
+
+
+def _rolled(t: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Return t [B, D, S] with value (i + by) % S at i, for ``by`` int [B]."""
+    order = (torch.arange(t.shape[2], device=t.device) + by[:, None]) % max(t.shape[2], 1)
+    return t.gather(2, order[:, None].expand_as(t))
+
+
+def _entries(x: torch.Tensor, slots: torch.Tensor | None, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entries of a batch that have a state, and the slots of these."""
+    if slots is None:
+        every = torch.arange(len(x), device=x.device)
+        return every, every
+    entries = (slots != padding).nonzero()[:, 0]
+    return entries, slots[entries].long()
 
 
 def _convolve(sequence: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
@@ -53,8 +82,7 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     """
     u, A = a.u, a.A.float()
     dt = _step_size(a.delta, None if a.delta_bias is None else a.delta_bias[:, None], a.delta_softplus)
-    repeats = u.shape[1] // a.B.shape[1]
-    B, C = (t.float().repeat_interleave(repeats, 1) for t in (a.B, a.C))  # [B, D, N, L]
+    B, C = (_of_channels(t.float(), u) for t in (a.B, a.C))
     if a.initial_states is None:
         h = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32)
     else:
@@ -67,8 +95,25 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     return _channel_last(_finish(y, u, None if a.D is None else a.D[:, None], a.z), u), h
 
 
+def _of_channels(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return B or C as [B, D, N, L] for u [B, D, L]."""
+    if t.dim() == 2:  # constant in time
+        return t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1])
+    return t.repeat_interleave(u.shape[1] // t.shape[1], 1)
+
+
 def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
     """Take one step of the recurrence; the state is updated in place."""
+    if a.state_batch_indices is not None:
+        entries, slots = _entries(a.x, a.state_batch_indices, a.pad_slot_id)
+        x, dt, B, C = (t[entries] for t in (a.x, a.dt, a.B, a.C))
+        z = None if a.z is None else a.z[entries]
+        state, out = a.state[slots], torch.zeros_like(a.x)
+        out[entries] = selective_state_update(
+            a._replace(state=state, x=x, dt=dt, B=B, C=C, z=z, state_batch_indices=None)
+        )
+        a.state[slots] = state
+        return out
     dt = _step_size(a.dt, a.dt_bias, a.dt_softplus)[..., None]
     repeats = a.x.shape[1] // a.B.shape[1]
     B, C = (t.float().repeat_interleave(repeats, 1)[:, :, None] for t in (a.B, a.C))  # [B, H, 1, N]

@@ -28,14 +28,16 @@ double step(double* h, double dt, double x, double d, const auto& a, const auto&
     return y;
 }
 
-void check_selective_scan(DType dtype) {
+void check_selective_scan(DType dtype, bool constant_b, bool constant_c) {
     constexpr Int channels = 2 * 19, rows = kBatch * channels;
+    const auto coefficients = [](bool constant) {
+        return constant ? std::vector<Int>{channels, kStates} : std::vector<Int>{kBatch, kGroups, kStates, kLength};
+    };
     Tensor u = Tensor::random(dtype, {kBatch, channels, kLength}),
            delta = Tensor::random(dtype, {kBatch, channels, kLength}),
            z = Tensor::random(dtype, {kBatch, channels, kLength}), a = negative(DType::f32, {channels, kStates}),
-           b = Tensor::random(dtype, {kBatch, kGroups, kStates, kLength}),
-           c = Tensor::random(dtype, {kBatch, kGroups, kStates, kLength}), d = Tensor::random(DType::f32, {channels}),
-           bias = Tensor::random(DType::f32, {channels}),
+           b = Tensor::random(dtype, coefficients(constant_b)), c = Tensor::random(dtype, coefficients(constant_c)),
+           d = Tensor::random(DType::f32, {channels}), bias = Tensor::random(DType::f32, {channels}),
            initial = Tensor::random(DType::f32, {kBatch, channels, kStates});
     std::vector<double> y(rows * kLength), state(rows * kStates);
     for (Int row = 0; row < rows; ++row) {
@@ -44,12 +46,15 @@ void check_selective_scan(DType dtype) {
         for (Int n = 0; n < kStates; ++n) h[n] = initial[row * kStates + n];
         for (Int t = 0; t < kLength; ++t) {
             const Int i = row * kLength + t;
-            const auto of = [&](const Tensor& all) {
-                return [&all, group, t](Int n) { return all[(group * kStates + n) * kLength + t]; };
+            const auto of = [&](const Tensor& all, bool constant) {
+                return [&all, channel, group, t, constant](Int n) {
+                    return all[constant ? channel * kStates + n : (group * kStates + n) * kLength + t];
+                };
             };
-            y[i] = silu(z[i]) * step(
-                                    h, softplus(delta[i] + bias[channel]), u[i], d[channel],
-                                    [&](Int n) { return a[channel * kStates + n]; }, of(b), of(c));
+            y[i] =
+                silu(z[i]) * step(
+                                 h, softplus(delta[i] + bias[channel]), u[i], d[channel],
+                                 [&](Int n) { return a[channel * kStates + n]; }, of(b, constant_b), of(c, constant_c));
         }
     }
     for_tiers("selective_scan", [&](Tier tier) {
@@ -69,8 +74,10 @@ void check_selective_scan(DType dtype) {
             .batch = kBatch,
             .channels = channels,
             .length = kLength,
-            .groups = kGroups,
+            .groups = constant_b && constant_c ? 1 : kGroups,
             .states = kStates,
+            .constant_b = constant_b,
+            .constant_c = constant_c,
             .softplus = true,
             .n_threads = kThreads,
         };
@@ -82,18 +89,22 @@ void check_selective_scan(DType dtype) {
 
 constexpr Int kHeads = 2 * 3, kDim = 19, kRows = kBatch * kHeads * kDim;
 
-void check_state_update(DType dtype) {
-    Tensor before = Tensor::random(DType::f32, {kBatch, kHeads, kDim, kStates}),
+// With slots, the first entry's state is the last of a cache, and the second has none.
+constexpr Int kCache = 4, kPadding = 7, kSlots[kBatch] = {kCache - 1, kPadding};
+
+void check_state_update(DType dtype, Slots slots) {
+    Tensor before = Tensor::random(DType::f32, {kCache, kHeads, kDim, kStates}),
            x = Tensor::random(dtype, {kBatch, kHeads, kDim}), dt = Tensor::random(dtype, {kBatch, kHeads, kDim}),
            z = Tensor::random(dtype, {kBatch, kHeads, kDim}), a = negative(DType::f32, {kHeads, kDim, kStates}),
            b = Tensor::random(dtype, {kBatch, kGroups, kStates}), c = Tensor::random(dtype, {kBatch, kGroups, kStates}),
            d = Tensor::random(DType::f32, {kHeads, kDim}), bias = Tensor::random(DType::f32, {kHeads, kDim});
-    std::vector<double> y(kRows), state(kRows * kStates);
+    std::vector<double> y(kRows), state(before.size());
+    for (Int i = 0; i < before.size(); ++i) state[i] = before[i];
     for (Int row = 0; row < kRows; ++row) {
-        const Int channel = row % (kHeads * kDim), head = channel / kDim,
-                  group = row / (kHeads * kDim) * kGroups + head / (kHeads / kGroups);
-        double* const h = state.data() + row * kStates;
-        for (Int n = 0; n < kStates; ++n) h[n] = before[row * kStates + n];
+        const Int channel = row % (kHeads * kDim), head = channel / kDim, batch = row / (kHeads * kDim),
+                  group = batch * kGroups + head / (kHeads / kGroups);
+        if (slots.skips(batch)) continue;
+        double* const h = state.data() + (slots[batch] * kHeads * kDim + channel) * kStates;
         y[row] = silu(z[row]) * step(
                                     h, softplus(dt[row] + bias[channel]), x[row], d[channel],
                                     [&](Int n) { return a[channel * kStates + n]; },
@@ -113,6 +124,7 @@ void check_state_update(DType dtype) {
             .c = c.view(),
             .d = d.view(),
             .dt_bias = bias.view(),
+            .slots = slots,
             .batch = kBatch,
             .heads = kHeads,
             .dim = kDim,
@@ -219,6 +231,54 @@ void check_conv(DType dtype, Int channels, Int width) {
     });
 }
 
+// A cache of states that move on or, as rings, start over; longer than the past that the convolution needs.
+void check_conv_update(DType dtype, Int channels, Int length, bool rings) {
+    constexpr Int width = 4, held = 9, seen[kBatch] = {5, 1000};
+    const Slots slots{.of = kSlots, .padding = kPadding};
+    Tensor x = Tensor::random(dtype, {kBatch, channels, length}), weight = Tensor::random(dtype, {channels, width}),
+           before = Tensor::random(dtype, {kCache, channels, held});
+    std::vector<double> y(x.size()), state(before.size());
+    for (Int i = 0; i < before.size(); ++i) state[i] = before[i];
+    const auto place = [&](Int b, Int t) { return rings ? (seen[b] + t + held) % held : held + t; };
+    for (Int row = 0; row < kBatch * channels; ++row) {
+        const Int b = row / channels, channel = row % channels;
+        if (slots.skips(b)) continue;
+        const Int first = (slots[b] * channels + channel) * held;
+        const auto at = [&](Int t) { return t < 0 ? before[first + place(b, t)] : x[row * length + t]; };
+        for (Int t = 0; t < length; ++t)
+            for (Int k = 0; k < width; ++k)
+                y[row * length + t] += weight[channel * width + k] * at(t + k - (width - 1));
+        if (rings)
+            for (Int t = 0; t < length; ++t) state[first + place(b, t)] = x[row * length + t];
+        else
+            for (Int j = 0; j < held; ++j) state[first + j] = at(length - held + j);
+    }
+    for_tiers("causal_conv1d_update", [&](Tier tier) {
+        Tensor out(dtype, {kBatch, channels, length}), after = before;
+        const ConvArgs args{
+            .x = x.view(),
+            .out = out.view(),
+            .weight = weight.view(),
+            .bias = {},
+            .initial = after.view(),
+            .final = after.view(),
+            .slots = slots,
+            .steps_seen = rings ? seen : nullptr,
+            .batch = kBatch,
+            .channels = channels,
+            .length = length,
+            .width = width,
+            .initial_length = held,
+            .final_length = held,
+            .silu = false,
+            .n_threads = kThreads,
+        };
+        causal_conv1d(args, tier);
+        compare("causal_conv1d_update", tier, out, y);
+        compare("causal_conv1d_update", tier, after, state);
+    });
+}
+
 void check_delta_rule(DType dtype, bool by_channel, Int value_dim) {
     constexpr Int key_heads = 2, heads = 2 * key_heads, key_dim = 21;
     Tensor q = Tensor::random(dtype, {kBatch, kLength, key_heads, key_dim}),
@@ -284,12 +344,17 @@ void check_conv() {
     for (const DType dtype : kTypes)
         for (const Int width : {1, 2, 3, 4, 6})
             for (const Int channels : {1, 37, 301}) check_conv(dtype, channels, width);
+    for (const DType dtype : kTypes)
+        for (const bool rings : {false, true})
+            for (const Int length : {1, 5, 40}) check_conv_update(dtype, 37, length, rings);
 }
 
 void check_scan() {
     for (const DType dtype : kTypes) {
-        check_selective_scan(dtype);
-        check_state_update(dtype);
+        for (const bool constant_b : {false, true})
+            for (const bool constant_c : {false, true}) check_selective_scan(dtype, constant_b, constant_c);
+        check_state_update(dtype, {});
+        check_state_update(dtype, {.of = kSlots, .padding = kPadding});
         check_chunk_scan(dtype);
     }
 }

@@ -19,12 +19,12 @@ FAMILIES = {
     "dense_matmul": ["linear"],
     "attention": ["decode_attention"],
     "divergence": ["logit_divergence"],
-    "conv": ["causal_conv1d"],
+    "conv": ["causal_conv1d", "causal_conv1d_update"],
     "scan": ["mamba_chunk_scan", "selective_scan", "selective_state_update"],
     "delta": ["gated_delta_rule"],
     "norm": ["rms_norm"],
 }
-SAME_KERNELS = {"linear_divergence": "logit_divergence", "causal_conv1d_update": "causal_conv1d"}
+SAME_KERNELS = {"linear_divergence": "logit_divergence"}
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file() or shutil.which("g++") is None, reason="needs a source tree and g++"
 )

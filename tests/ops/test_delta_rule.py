@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ssm_ops import close, make, poison
+from ssm_truth import close, make, poison
 
 from klfast import ops
 from klfast.core.errors import InvalidInputError

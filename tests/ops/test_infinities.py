@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ssm_ops import true_scan
+from ssm_truth import true_scan
 
 from klfast import ops
 from klfast.core.dtypes import FLOAT_DTYPES

@@ -3,12 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ssm_ops import _poison, close, make  # noqa: F401
+from ssm_truth import close, make, poison
 
 from klfast import ops
 from klfast.core.errors import InvalidInputError
 
 GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    poison(monkeypatch)
 
 
 def true_norm(x, weight, gate, group, last=False, activation="silu", offset=0.0):
@@ -50,6 +55,10 @@ def test_gates_and_offsets(last, activation, offset, tier):
 def test_rms_norm_takes_any_strides(tier):
     x, gate, weight = make(7, 3, 20).transpose(0, 1), make(3, 7, 46)[..., 3:43:2], make(40)[::2]
     close(ops.rms_norm(x, weight, gate, 1e-5), true_norm(x, weight, gate, None))
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.klfast.rms_norm.default, (make(2, 5, 9), make(9), None, 1e-5, 3, False, False, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,14 @@ def calls() -> dict:
             final_states_out=f(2, 6, 3),
             activation="silu",
         ),
-        ops.causal_conv1d_update: dict(x=f(2, 6), conv_state=f(2, 6, 3), weight=f(6, 4), bias=f(6)),
+        ops.causal_conv1d_update: dict(
+            x=f(2, 6),
+            conv_state=f(2, 6, 3),
+            weight=f(6, 4),
+            bias=f(6),
+            cache_seqlens=torch.tensor([3, 5]),
+            conv_state_indices=torch.tensor([1, 0]),
+        ),
         ops.selective_scan_fn: dict(
             u=f(2, 6, 5),
             delta=f(2, 6, 5),
@@ -72,6 +79,7 @@ def calls() -> dict:
             z=f(2, 6, 4),
             dt_bias=f(6, 4),
             dt_softplus=True,
+            state_batch_indices=torch.tensor([1, 0]),
         ),
         ops.mamba_chunk_scan_combined: dict(
             x=f(2, 5, 6, 4),

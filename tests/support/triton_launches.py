@@ -135,6 +135,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
     )[0]
     yield "logit_divergence, some rows", again, None
     yield from state_space()
+    yield from states_in_a_cache()
     yield from delta_rule()
     yield from chunks(family)
     yield from norms()
@@ -150,6 +151,7 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
     for length in (512, 1):
         x, past = some(2, length, 1536).transpose(1, 2), empty(2, 1536, 4, dtype=torch.float32)
         yield f"causal_conv1d of {length}", causal_conv1d.plan(x, some(1536, 4), some(1536), past, x, True), None
+        yield f"keep_last of {length}", causal_conv1d.plan_state(x, past, past), None
         for name, heads, channels, size in (("Mamba", 1, 1536, 16), ("Mamba-2", 24, 64, 128)):
             x, b = some(2, length, heads, channels), some(2, length, 1, size)
             a, d = empty(heads, channels, size, dtype=torch.float32), empty(heads, channels, dtype=torch.float32)
@@ -171,6 +173,30 @@ def state_space() -> Iterator[tuple[str, Launch, str | None]]:
                     dt_limit=limit,
                 )
                 yield f"selective_scan, {name}, {length} steps{', dt clamped' if limit[0] == 0 else ''}", launch, None
+
+
+def states_in_a_cache() -> Iterator[tuple[str, Launch, str | None]]:
+    """Yield launches of decoding steps with states in a cache, in rings too, and of a scan with constant B or C."""
+
+    def some(*shape, dtype=torch.bfloat16):
+        return empty(*shape, dtype=dtype)
+
+    slots, seen = (empty(2, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    x, past = some(2, 1536, 1), some(9, 1536, 4, dtype=torch.float32)
+    for name, states in (
+        ("a cache", causal_conv1d.States(slots)),
+        ("rings in a cache", causal_conv1d.States(slots, -1, seen)),
+    ):
+        yield f"causal_conv1d in {name}", causal_conv1d.plan(x, some(1536, 4), None, past, x, True, states), None
+        yield f"keep_last in {name}", causal_conv1d.plan_state(x, past, past, states), None
+    x, b, a = some(2, 1, 24, 64), some(2, 1, 1, 128), some(24, 64, 128, dtype=torch.float32)
+    state = some(9, 24, 64, 128, dtype=torch.float32)
+    plain = dict(x=x, dt=x, a=a, d=None, bias=None, z=None, y=x, softplus=True)
+    in_cache = selective_scan.plan(b=b, c=b, first=state, last=state, slots=slots, **plain)
+    yield "selective_scan in a cache", in_cache, None
+    for name, kinds in (("B", dict(b=a, c=b)), ("C", dict(b=b, c=a)), ("B and C", dict(b=a, c=a))):
+        launch = selective_scan.plan(**kinds, first=None, last=None, **plain)
+        yield f"selective_scan, {name} constant", launch, None
 
 
 def delta_rule() -> Iterator[tuple[str, Launch, str | None]]:

@@ -5,6 +5,7 @@
 
 #include "core/tiers.h"
 #include "core/tensor_view.h"
+#include "ssm/slots.h"
 
 namespace klfast {
 
@@ -13,21 +14,23 @@ namespace klfast {
 struct SelectiveScanArgs {
     View u, delta, z, out;  // [batch, channels, length]
     View a;                 // [channels, states]
-    View b, c;              // [batch, groups, states, length]
+    View b, c;              // [batch, groups, states, length], or constant in time: [channels, states]
     View d, delta_bias;     // [channels]
     View initial, state;    // [batch, channels, states], h before the first step (absent: zeros) and after the last
     std::int64_t batch, channels, length, groups, states;
+    bool constant_b, constant_c;
     bool softplus;
     int n_threads;
 };
 
-// One step of the recurrence; `state` is read and written.
+// One step of the recurrence; `state` is read and written, at `slots` along its first dimension.
 struct StateUpdateArgs {
     View state;          // [batch, heads, dim, states]
     View x, dt, z, out;  // [batch, heads, dim]
     View a;              // [heads, dim, states]
     View b, c;           // [batch, groups, states]
     View d, dt_bias;     // [heads, dim]
+    Slots slots = {};
     std::int64_t batch, heads, dim, groups, states;
     bool softplus;
     bool a_is_log;  // `a` holds log(-A)

@@ -18,18 +18,40 @@ namespace {
 
 constexpr int kTime = 32;
 
-// K states through a tile. a, h: [K, kLanes]; b, c: [time, pitch] from the first state on; dt, du, y: [time, kLanes].
-template <int K>
+// B or C of K states: [time, pitch], of all channels, or constant in time: [K, kLanes].
+template <int K, bool kConstant>
+struct Coefficients {
+    const float* of_steps;
+    std::int64_t pitch;
+    Vec constant[K];
+
+    Coefficients(const float* from, std::int64_t pitch) : of_steps(from), pitch(pitch) {
+        if constexpr (kConstant)
+            for (int k = 0; k < K; ++k) constant[k] = load(from + k * kLanes);
+    }
+
+    Vec at(std::int64_t t, int k) const {
+        if constexpr (kConstant)
+            return constant[k];
+        else
+            return set(of_steps[t * pitch + k]);
+    }
+};
+
+// K states through a tile. a, h: [K, kLanes]; b, c: Coefficients from the first state on; dt, du, y: [time, kLanes].
+template <int K, bool kConstantB, bool kConstantC>
 void advance(const float* a, float* h, const float* b, const float* c, std::int64_t pitch, const float* dt,
              const float* du, float* y, std::int64_t n_t) {
+    const Coefficients<K, kConstantB> in(b, pitch);
+    const Coefficients<K, kConstantC> out(c, pitch);
     Vec state[K], rate[K];
     for (int k = 0; k < K; ++k) state[k] = load(h + k * kLanes), rate[k] = load(a + k * kLanes);
     for (std::int64_t t = 0; t < n_t; ++t) {
         const Vec step = load(dt + t * kLanes), input = load(du + t * kLanes);
         Vec sum = load(y + t * kLanes);
         for (int k = 0; k < K; ++k) {
-            state[k] = fma(exp2(step * rate[k]), state[k], input * set(b[t * pitch + k]));
-            sum = fma(state[k], set(c[t * pitch + k]), sum);
+            state[k] = fma(exp2(step * rate[k]), state[k], input * in.at(t, k));
+            sum = fma(state[k], out.at(t, k), sum);
         }
         store(y + t * kLanes, sum);
     }
@@ -46,14 +68,30 @@ constexpr int kBlockChannels = 128;
 
 struct ScanScratch {
     float *a, *h, *d, *bias;  // [block / kLanes, states, kLanes] (a times log2 e) twice, [block] twice
-    float *b, *c;             // [time, state pitch]
+    float *b, *c;             // [time, state pitch], or as a if constant
 };
+
+// All states of kLanes channels from c on through a tile.
+template <bool kConstantB, bool kConstantC>
+void advance_all(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t c, const float* dt, const float* du,
+                 float* y, std::int64_t n_t) {
+    constexpr int kStates = 4;
+    const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
+    const float* const a = w.a + c * n_states;
+    float* const h = w.h + c * n_states;
+    const auto b_from = [&](std::int64_t k) { return w.b + (kConstantB ? c * n_states + k * kLanes : k); };
+    const auto c_from = [&](std::int64_t k) { return w.c + (kConstantC ? c * n_states + k * kLanes : k); };
+    std::int64_t k = 0;
+    for (; k + kStates <= n_states; k += kStates)
+        advance<kStates, kConstantB, kConstantC>(a + k * kLanes, h + k * kLanes, b_from(k), c_from(k), pitch, dt, du, y,
+                                                 n_t);
+    for (; k < n_states; ++k)
+        advance<1, kConstantB, kConstantC>(a + k * kLanes, h + k * kLanes, b_from(k), c_from(k), pitch, dt, du, y, n_t);
+}
 
 // kLanes channels from c on, n_t steps from t0 on.
 inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0,
                       std::int64_t c, std::int64_t n, std::int64_t t0, std::int64_t n_t) {
-    constexpr int kStates = 4;
-    const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
     alignas(64) float dt[kTime * kLanes], u[kTime * kLanes], y[kTime * kLanes];
     const auto at = [&](const View& v) { return batch * v.stride[0] + (c0 + c) * v.stride[1] + t0 * v.stride[2]; };
     load_tile(u, kLanes, s.u, at(s.u), s.u.stride[1], s.u.stride[2], n, n_t);
@@ -67,12 +105,9 @@ inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int
         store(u + i, step * input);
         store(y + i, s.d ? d * input : set(0.0f));  // an absent D meets no infinity of u
     }
-    const float* const a = w.a + c * n_states;
-    float* const h = w.h + c * n_states;
-    std::int64_t k = 0;
-    for (; k + kStates <= n_states; k += kStates)
-        advance<kStates>(a + k * kLanes, h + k * kLanes, w.b + k, w.c + k, pitch, dt, u, y, n_t);
-    for (; k < n_states; ++k) advance<1>(a + k * kLanes, h + k * kLanes, w.b + k, w.c + k, pitch, dt, u, y, n_t);
+    const auto all = s.constant_b ? (s.constant_c ? advance_all<true, true> : advance_all<true, false>)
+                                  : (s.constant_c ? advance_all<false, true> : advance_all<false, false>);
+    all(s, w, c, dt, u, y, n_t);
     if (s.z) {
         load_tile(u, kLanes, s.z, at(s.z), s.z.stride[1], s.z.stride[2], n, n_t);
         for (std::int64_t i = 0; i < n_t * kLanes; i += kLanes) store(y + i, load(y + i) * silu(load(u + i)));
@@ -87,8 +122,13 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
         return block.batch * v.stride[0] + (block.c0 + c) * v.stride[1];
     };
     for (std::int64_t c = 0; c < block.n; c += kLanes) {
-        load_tile(w.a + c * n_states, kLanes, s.a, (block.c0 + c) * s.a.stride[0], s.a.stride[0], s.a.stride[1],
-                  used(c), n_states);
+        const auto of_channels = [&](float* to, const View& v) {
+            load_tile(to + c * n_states, kLanes, v, (block.c0 + c) * v.stride[0], v.stride[0], v.stride[1], used(c),
+                      n_states);
+        };
+        of_channels(w.a, s.a);
+        if (s.constant_b) of_channels(w.b, s.b);
+        if (s.constant_c) of_channels(w.c, s.c);
         if (s.initial)
             load_tile(w.h + c * n_states, kLanes, s.initial, carried(s.initial, c), s.initial.stride[1],
                       s.initial.stride[2], used(c), n_states);
@@ -108,8 +148,8 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
             load_tile(tile, pitch, v, block.batch * v.stride[0] + block.group * v.stride[1] + t0 * v.stride[3],
                       v.stride[2], v.stride[3], n_states, steps(t0));
         };
-        states(w.b, s.b);
-        states(w.c, s.c);
+        if (!s.constant_b) states(w.b, s.b);
+        if (!s.constant_c) states(w.c, s.c);
         for (std::int64_t c = 0; c < block.n; c += kLanes) {
             for (const View* v : {&s.u, &s.delta, &s.z})  // the next tile, while this one is worked on
                 if (*v && t0 + kTime < s.length)
@@ -132,11 +172,13 @@ inline void run(const SelectiveScanArgs& s) {
     while (size > kLanes && s.batch * s.groups * ((group + size - 1) / size) < 4 * threads) size /= 2;
     const std::int64_t blocks = (group + size - 1) / size;
     parallel_for(s.batch * s.groups * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        const Buffer<float> scratch(2 * (n_states + 1) * kBlockChannels + 2 * kTime * pitch);
+        const auto coefficients = [&](bool constant) { return constant ? n_states * kBlockChannels : kTime * pitch; };
+        const Buffer<float> scratch(2 * (n_states + 1) * kBlockChannels + coefficients(s.constant_b) +
+                                    coefficients(s.constant_c));
         ScanScratch w;
         w.a = scratch.data, w.h = w.a + n_states * kBlockChannels, w.d = w.h + n_states * kBlockChannels,
         w.bias = w.d + kBlockChannels;
-        w.b = w.bias + kBlockChannels, w.c = w.b + kTime * pitch;
+        w.b = w.bias + kBlockChannels, w.c = w.b + coefficients(s.constant_b);
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t g = item / blocks % s.groups, first = item % blocks * size;
             const Block block{

@@ -35,6 +35,16 @@ inline void run(const StateUpdateArgs& s) {
             const std::int64_t batch = item / (s.heads * blocks), head = item / blocks % s.heads,
                                c0 = item % blocks * kLanes;
             const int n = lanes(s.dim - c0);
+            const auto store_outputs = [&] {
+                store_tile(y, kLanes, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2],
+                           s.out.stride[2], 0, n, 1);
+            };
+            if (s.slots.skips(batch)) {
+                store(y, set(0.0f));
+                store_outputs();
+                continue;
+            }
+            const std::int64_t state_base = s.slots[batch] * s.state.stride[0] + head * s.state.stride[1];
             // head_dim: which of v's dimensions is the head
             const auto channels = [&](float* to, const View& v, int head_dim) {
                 const std::int64_t base =
@@ -57,8 +67,7 @@ inline void run(const StateUpdateArgs& s) {
             states(b, s.b, batch * s.b.stride[0] + g * s.b.stride[1], 2);
             states(c, s.c, batch * s.c.stride[0] + g * s.c.stride[1], 2);
             for (int i = 0; i < n; ++i) {
-                const std::int64_t base =
-                    batch * s.state.stride[0] + head * s.state.stride[1] + (c0 + i) * s.state.stride[2];
+                const std::int64_t base = state_base + (c0 + i) * s.state.stride[2];
                 const std::int64_t a_base = head * s.a.stride[0] + (c0 + i) * s.a.stride[1];
                 if (!state_in_place) states(h_copy, s.state, base, 3);
                 if (!shared_rate && !a_in_place) states(a_copy, s.a, a_base, 2);
@@ -87,8 +96,7 @@ inline void run(const StateUpdateArgs& s) {
             }
             for (int i = n; i < kLanes; ++i) y[i] = 0.0f;
             if (s.z) channels(x, s.z, 1), store(y, load(y) * silu(load(x)));
-            store_tile(y, kLanes, s.out, batch * s.out.stride[0] + head * s.out.stride[1] + c0 * s.out.stride[2],
-                       s.out.stride[2], 0, n, 1);
+            store_outputs();
         }
     });
 }

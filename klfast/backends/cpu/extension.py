@@ -21,6 +21,16 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr() or _nowhere(tensor)
 
 
+def integers(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return int64 values side by side, as the extension reads them; keep the result until it has."""
+    return None if tensor is None else tensor.to(torch.int64).contiguous()
+
+
+def slots_view(slots: torch.Tensor | None, padding: int) -> tuple[int, int] | None:
+    """Return the address of slots as ``integers`` gives them, and padding (csrc/python/slots_caster.h)."""
+    return None if slots is None else (address(slots), padding)
+
+
 @overload
 def view(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]: ...
 @overload

@@ -6,7 +6,7 @@ import torch
 
 from klfast import _C
 from klfast.backends import operands
-from klfast.backends.cpu.extension import resources, view
+from klfast.backends.cpu.extension import address, integers, resources, slots_view, view
 from klfast.dispatch.arguments import (
     CausalConv1d,
     CausalConv1dUpdate,
@@ -22,16 +22,19 @@ def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
     out = operands.empty_channel_last(a.x)
     width = a.weight.shape[1]
     tensors = (a.x, a.weight, a.bias, a.initial_states, a.final_states_out, out)
-    _C.causal_conv1d(*map(view, tensors), *a.x.shape, width, width - 1, width - 1, a.silu, *resources())
+    _C.causal_conv1d(*map(view, tensors), None, 0, *a.x.shape, width, width - 1, width - 1, a.silu, *resources())
     return out
 
 
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
     """Convolve the steps after ``conv_state``, which is updated in place."""
-    out = operands.empty_channel_last(a.x)
-    length = a.conv_state.shape[-1]
-    tensors = (a.x, a.weight, a.bias, a.conv_state, a.conv_state, out)
-    _C.causal_conv1d(*map(view, tensors), *a.x.shape, a.weight.shape[1], length, length, a.silu, *resources())
+    x, state, weight, bias, silu, seen, slots, padding = a  # one step takes microseconds, each field access about 20 ns
+    out = operands.empty_channel_last(x)
+    length = state.shape[-1]
+    slots, seen = integers(slots), integers(seen)
+    tensors = (x, weight, bias, state, state, out)
+    places = (slots_view(slots, padding), address(seen))
+    _C.causal_conv1d(*map(view, tensors), *places, *x.shape, weight.shape[1], length, length, silu, *resources())
     return out
 
 
@@ -40,16 +43,20 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     out = operands.empty_channel_last(a.u)
     state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
     tensors = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_states, out, state)
-    _C.selective_scan(*map(view, tensors), *a.u.shape, *a.B.shape[1:3], a.delta_softplus, *resources())
+    constant = (a.B.dim() == 2, a.C.dim() == 2)
+    sizes = (*a.u.shape, operands.groups_of(a.B, a.C), a.A.shape[1])
+    _C.selective_scan(*map(view, tensors), *sizes, *constant, a.delta_softplus, *resources())
     return out, state
 
 
 def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
     """Take one step; the state is updated in place."""
-    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus = a  # one step takes microseconds, each field access about 20 ns
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, padding = a
     out = x.new_empty(x.shape)
+    slots = integers(slots)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, out)
-    _C.selective_state_update(*map(view, tensors), *x.shape, *B.shape[1:], dt_softplus, *resources())
+    sizes = (*x.shape, *B.shape[1:])
+    _C.selective_state_update(*map(view, tensors), slots_view(slots, padding), *sizes, dt_softplus, *resources())
     return out
 
 

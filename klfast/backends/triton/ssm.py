@@ -19,45 +19,39 @@ from klfast.dispatch.arguments import (
 
 def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
     """Convolve a sequence, channels side by side in the result."""
-    out = _convolve(a, a.initial_states)
-    if a.final_states_out is not None:
-        _keep_last(a.final_states_out, a.x, a.initial_states)
+    from klfast.kernels import causal_conv1d as kernel
+
+    out = _convolve(a, a.initial_states, kernel.ONE_EACH)
+    if a.final_states_out is not None and a.final_states_out.numel():
+        kernel.plan_state(**_detached(x=a.x, past=a.initial_states, state=a.final_states_out)).run()
     return out
 
 
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
     """Convolve the steps after ``conv_state``, which is updated in place."""
-    out = _convolve(a, a.conv_state)
-    _keep_last(a.conv_state, a.x, a.conv_state)
+    from klfast.kernels import causal_conv1d as kernel
+
+    slots, seen = (None if t is None else t.contiguous() for t in (a.conv_state_indices, a.cache_seqlens))
+    states = kernel.States(slots, a.pad_slot_id, seen)
+    out = _convolve(a, a.conv_state, states)
+    if a.conv_state.numel():
+        kernel.plan_state(**_detached(x=a.x, past=a.conv_state, state=a.conv_state), states=states).run()
     return out
 
 
-def _convolve(a: CausalConv1d | CausalConv1dUpdate, past: torch.Tensor | None) -> torch.Tensor:
+def _convolve(a: CausalConv1d | CausalConv1dUpdate, past: torch.Tensor | None, states: Any) -> torch.Tensor:
     from klfast.kernels import causal_conv1d as kernel
 
     out = operands.empty_channel_last(a.x)
     if out.numel():
         bias = None if a.bias is None else a.bias.detach().contiguous()
-        kernel.plan(a.x.detach(), a.weight.detach(), bias, past, out, a.silu).run()
+        kernel.plan(a.x.detach(), a.weight.detach(), bias, past, out, a.silu, states).run()
     return out
-
-
-def _keep_last(state: torch.Tensor, x: torch.Tensor, before: torch.Tensor | None) -> None:
-    """Write the last S values of ``before`` (zeros if None) followed by x to state [B, D, S]."""
-    count, length = state.shape[-1], x.shape[-1]
-    if length < count:
-        kept = (
-            state.new_zeros(*state.shape[:2], count - length)
-            if before is None
-            else before[..., before.shape[-1] - (count - length) :]
-        )
-        x = torch.cat((kept.to(torch.promote_types(kept.dtype, x.dtype)), x), -1)
-    state.copy_(x[..., x.shape[-1] - count :])
 
 
 def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     """Scan [B, D, L] as G heads of D / G channels, one per group of B and C; also return the last state, float32."""
-    groups = a.B.shape[1]
+    groups = operands.groups_of(a.B, a.C)
     out = operands.empty_channel_last(a.u)
     state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
 
@@ -67,12 +61,15 @@ def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     def headed(t: torch.Tensor | None, dim: int) -> torch.Tensor | None:
         return None if t is None else t.unflatten(dim, (groups, -1))
 
+    def in_time(t: torch.Tensor) -> torch.Tensor | None:
+        return t.permute(0, 3, 1, 2) if t.dim() == 4 else headed(t, 0)
+
     _scan(
         x=timed(a.u),
         dt=timed(a.delta),
         a=headed(a.A, 0),
-        b=a.B.permute(0, 3, 1, 2),
-        c=a.C.permute(0, 3, 1, 2),
+        b=in_time(a.B),
+        c=in_time(a.C),
         d=headed(a.D, 0),
         bias=headed(a.delta_bias, 0),
         z=None if a.z is None else timed(a.z),
@@ -100,6 +97,8 @@ def selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
         last=a.state,
         y=out.unsqueeze(1),
         softplus=a.dt_softplus,
+        slots=None if a.state_batch_indices is None else a.state_batch_indices.contiguous(),
+        padding=a.pad_slot_id,
     )
     return out
 

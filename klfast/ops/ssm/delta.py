@@ -6,14 +6,13 @@ arXiv:2510.26692. One op runs both, over sequences and single steps.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.arguments import GatedDeltaRule, schema
 from klfast.dispatch.checks import check_sizes, public, require_memory
 from klfast.dispatch.registry import define
+from klfast.ops.ssm import packed
 from klfast.reference import ssm as reference_ssm
 
 
@@ -94,36 +93,25 @@ def _run(
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in (("k", k), ("v", v), ("g", g)))
         raise InvalidInputError(f"{op}: k must be [B, L, G, K], v [B, L, H, V] and g {kind}, got {shapes}")
     if not torch.compiler.is_compiling():
-        require_memory(op, initial_state=initial_state, cu_seqlens=cu_seqlens)  # which are read here
-    bounds = None if cu_seqlens is None else _bounds(op, cu_seqlens, v)
-    sequences = v.shape[0] if bounds is None else len(bounds) - 1
-    shape = (sequences, v.shape[2], k.shape[3], v.shape[3])
+        require_memory(op, initial_state=initial_state)  # which is read here
+    sequences = None if cu_seqlens is None else packed.by_limits(op, cu_seqlens, *v.shape[:2])
+    shape = (v.shape[0] if sequences is None else len(sequences), v.shape[2], k.shape[3], v.shape[3])
     if initial_state is None:
         state = v.new_zeros(shape, dtype=torch.float32)
     elif initial_state.shape != shape:
         raise InvalidInputError(f"{op}: initial_state must be {list(shape)}, got {list(initial_state.shape)}")
     else:
         state = initial_state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    if bounds is None:
+    if sequences is None:
         out = gated_delta_rule_update(state, q, k, v, g, beta, scale, normalize)
     else:
         out = v.new_empty(v.shape)
-        for i, (first, end) in enumerate(itertools.pairwise(bounds)):
-            q_i, k_i, v_i, g_i, beta_i = (t[:, first:end] for t in (q, k, v, g, beta))
-            out[:, first:end] = gated_delta_rule_update(state[i : i + 1], q_i, k_i, v_i, g_i, beta_i, scale, normalize)
+        for i, sequence in enumerate(sequences):
+            q_i, k_i, v_i, g_i, beta_i = map(sequence.of, (q, k, v, g, beta))
+            sequence.of(out).copy_(
+                gated_delta_rule_update(state[i : i + 1], q_i, k_i, v_i, g_i, beta_i, scale, normalize)
+            )
     return out, state if output_final_state else None
-
-
-def _bounds(op: str, cu_seqlens: torch.Tensor, v: torch.Tensor) -> list[int]:
-    """Return the limits of packed sequences, from 0 to L."""
-    found = [int(each) for each in cu_seqlens.flatten().tolist()]
-    length = v.shape[1]
-    if v.shape[0] != 1 or len(found) < 2 or found[0] != 0 or found[-1] != length or found != sorted(found):
-        raise InvalidInputError(
-            f"{op}: cu_seqlens must rise from 0 to {length}, the length of one packed batch, "
-            f"got {found} for a batch of {v.shape[0]}"
-        )
-    return found
 
 
 @public

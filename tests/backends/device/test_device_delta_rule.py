@@ -1,8 +1,8 @@
 """Triton's gated delta rule against a float64 recurrence: the CPU kernels' cases, on the device."""
 
 import pytest
+import ssm_truth
 import test_delta_rule as cases
-import test_ssm_ops
 import torch
 from test_delta_rule import (  # noqa: F401
     _poison,
@@ -22,7 +22,7 @@ def tier():
 @pytest.fixture(autouse=True)
 def _on_the_device(device, monkeypatch):
     if device.type == "cpu":  # the interpreter truncates bfloat16 instead of rounding
-        monkeypatch.setitem(test_ssm_ops.TOLERANCE, torch.bfloat16, 2 * test_ssm_ops.TOLERANCE[torch.bfloat16])
+        monkeypatch.setitem(ssm_truth.TOLERANCE, torch.bfloat16, 2 * ssm_truth.TOLERANCE[torch.bfloat16])
     with device:
         yield
 

@@ -1,8 +1,8 @@
 """Triton's rms_norm against its formula in float64: the CPU kernels' cases, on the device."""
 
 import pytest
+import ssm_truth
 import test_norm as cases
-import test_ssm_ops
 import torch
 from test_norm import _poison, test_gates_and_offsets, test_rms_norm_takes_any_strides  # noqa: F401
 
@@ -15,7 +15,7 @@ def tier():
 @pytest.fixture(autouse=True)
 def _on_the_device(device, monkeypatch):
     if device.type == "cpu":  # the interpreter truncates bfloat16 instead of rounding
-        monkeypatch.setitem(test_ssm_ops.TOLERANCE, torch.bfloat16, 2 * test_ssm_ops.TOLERANCE[torch.bfloat16])
+        monkeypatch.setitem(ssm_truth.TOLERANCE, torch.bfloat16, 2 * ssm_truth.TOLERANCE[torch.bfloat16])
     with device:
         yield
 

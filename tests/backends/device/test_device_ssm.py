@@ -3,16 +3,17 @@
 import math
 
 import pytest
-import test_ssm_ops as cases
+import ssm_truth
+import test_ssm_conv as conv
+import test_ssm_scan as scan
 import torch
 from klfast.kernels import ssd_scan
 from klfast.kernels.ssm_common import NO_LIMIT
-from test_ssm_ops import (  # noqa: F401
-    _poison,
-    test_conv_update_continues_a_sequence,
-    test_scan_takes_one_group_and_constants,
-    test_state_update_without_heads,
-)
+from test_ssm_conv import _poison, test_a_ring_keeps_what_is_older, test_conv_update_continues_a_sequence  # noqa: F401
+from test_ssm_scan import test_state_update_of_a_cache_without_heads, test_state_update_without_heads  # noqa: F401
+
+from klfast import ops
+from klfast.dispatch import pins
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def tier():
 @pytest.fixture(autouse=True)
 def _on_the_device(device, monkeypatch):
     if device.type == "cpu":  # the interpreter truncates bfloat16 instead of rounding
-        monkeypatch.setitem(cases.TOLERANCE, torch.bfloat16, 2 * cases.TOLERANCE[torch.bfloat16])
+        monkeypatch.setitem(ssm_truth.TOLERANCE, torch.bfloat16, 2 * ssm_truth.TOLERANCE[torch.bfloat16])
+        monkeypatch.setattr(scan, "FACTOR_OF_STATES", 12)  # values in two bfloat16 parts lose more, too
     with device:
         yield
 
@@ -31,25 +33,67 @@ def _on_the_device(device, monkeypatch):
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 2), (3, 48, 63), (1, 130, 17), (0, 5, 3)])
 def test_conv(shape, width):
-    cases.test_conv(*shape, width, "triton")
+    conv.test_conv(*shape, width, "triton")
 
 
 @pytest.mark.parametrize(
     ("shape", "states"), [((1, 1, 1, 1), 1), ((2, 5, 2, 5), 3), ((1, 48, 33, 3), 16), ((1, 100, 20, 1), 128)]
 )
 def test_scan(shape, states):
-    cases.test_scan(*shape, states, "triton")
+    scan.test_scan(*shape, states, "triton")
+
+
+@pytest.mark.parametrize(("B_kind", "C_kind"), [("groups", "constant"), ("constant", "one"), ("constant", "constant")])
+def test_scan_takes_any_kinds_of_B_and_C(B_kind, C_kind):  # noqa: N802
+    scan.test_scan_takes_any_kinds_of_B_and_C(B_kind, C_kind, "triton")
 
 
 @pytest.mark.parametrize("lengths", [[33, 0, 1, 66]], ids=str)
 def test_scan_in_pieces(lengths):
-    cases.test_scan_in_pieces(lengths, "triton")
+    scan.test_scan_in_pieces(lengths, "triton")
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 4, 5, 2, 3), (1, 3, 64, 1, 128)])
 def test_state_update(shape, state_dtype):
-    cases.test_state_update(*shape, state_dtype, "triton")
+    scan.test_state_update(*shape, state_dtype, "triton")
+
+
+@pytest.mark.parametrize("case", [(4, 5, 2, 3, -1, torch.float32), (1, 37, 1, 16, 2, torch.bfloat16)])
+def test_state_update_of_a_cache(case):
+    scan.test_state_update_of_a_cache(*case, "triton")
+
+
+@pytest.mark.parametrize("case", [(3, 1, -1, torch.float32), (5, 9, 2, torch.bfloat16)])
+def test_conv_update_of_a_cache(case):
+    conv.test_conv_update_of_a_cache(*case, "triton")
+
+
+@pytest.mark.parametrize("case", [(4, 3, torch.float16), (3, 9, torch.bfloat16)])
+def test_conv_update_of_rings(case):
+    conv.test_conv_update_of_rings(*case, "triton")
+
+
+def test_slots_that_do_not_exist(monkeypatch):
+    """On a GPU the host does not read them: their outputs are NaN, and no state is touched."""
+    monkeypatch.setattr("klfast.dispatch.checks.values_at_hand", lambda *_: [])
+    for count, bad in ((4, 4), (4, 1 << 40), (4, -2)):
+        slots, state, x = torch.tensor([bad, 2, -1]), torch.randn(count, 5, 3), torch.randn(3, 5)
+        before, b = state.clone(), torch.randn(3, 3)
+        with pins.using("triton"):
+            step = ops.selective_state_update(state, x, x, -torch.ones(5, 3), b, b, state_batch_indices=slots)
+            y = ops.causal_conv1d_update(x, state, torch.randn(5, 4), conv_state_indices=slots)
+        for found in (step, y):
+            assert found[0].isnan().all() and found[1].isfinite().all() and not found[2].any()
+        assert torch.equal(state[[0, 1, 3]], before[[0, 1, 3]]) and (state[2] != before[2]).any()
+
+
+def test_conv_of_packed_sequences():
+    conv.test_conv_of_packed_sequences(4, torch.float32, "triton")
+
+
+def test_chunk_scan_of_packed_sequences():
+    scan.test_chunk_scan_of_packed_sequences(torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +101,7 @@ def test_state_update(shape, state_dtype):
 )
 def test_chunk_scan(shape, monkeypatch):
     monkeypatch.setattr(ssd_scan, "is_for", lambda *_: False)  # step by step
-    cases.test_chunk_scan(*shape, "triton")
+    scan.test_chunk_scan(*shape, "triton")
 
 
 @pytest.mark.parametrize("shape", [(2, 70, 2, 16, 2, 32), (1, 70, 1, 64, 1, 128), (1, 16, 2, 128, 2, 16)])
@@ -68,7 +112,7 @@ def test_chunk_scan_in_chunks(shape, family):
         ssd_scan.is_for(torch.empty(1, *shape[1:4], dtype=dtype), *[torch.empty(1, 1, 1, shape[5], dtype=dtype)] * 2)
         for _, dtype in variants
     )
-    cases.check_chunk_scan(*shape, variants, factor=12)
+    scan.check_chunk_scan(*shape, variants, factor=12)
 
 
 def test_chunks_after_steps_that_forget_everything():
@@ -77,8 +121,8 @@ def test_chunks_after_steps_that_forget_everything():
     dt = torch.full((1, 40, 1), 0.125)
     dt[:, ::9] = 1e6
     operands = [t.bfloat16() for t in (x, dt, -torch.ones(1), b, b)]
-    found = cases.ops.mamba_chunk_scan_combined(*operands, 64)
-    cases.close(found, cases.ops.mamba_chunk_scan_combined(*(t.float() for t in operands), 64).double(), torch.bfloat16)
+    found = ops.mamba_chunk_scan_combined(*operands, 64)
+    ssm_truth.close(found, ops.mamba_chunk_scan_combined(*(t.float() for t in operands), 64).double(), torch.bfloat16)
 
 
 def in_chunks(x, dt, a, b, c, family):
@@ -106,7 +150,7 @@ def test_chunks_keep_the_digits_of_short_steps_among_long_ones(family):
     y, last = in_chunks(x, dt, a, b, c, family)
     flat = lambda t: t.permute(0, 2, 3, 1).reshape(1, 32, 96)  # noqa: E731
     rate = a.repeat_interleave(16)[:, None].expand(-1, 16)
-    true, state = cases.true_scan(
+    true, state = ssm_truth.true_scan(
         flat(x),
         flat(dt[..., None].expand(x.shape)),
         rate,
@@ -148,10 +192,10 @@ def test_softplus_and_silu():
         assert ((found.flatten().double() - expected).abs() <= rtol * expected.abs() + 1e-37).all()
 
     check(
-        cases.ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True),
+        ops.selective_scan_fn(ones, x[None, :, None], torch.zeros(x.numel(), 1), b, b, delta_softplus=True),
         torch.log1p(torch.exp(-true.abs())) + true.clamp_min(0),
     )
     check(
-        cases.ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu"),
+        ops.causal_conv1d_fn(x[None, :, None], torch.ones(x.numel(), 1), activation="silu"),
         true / (1 + torch.exp(-true)),
     )

@@ -16,8 +16,8 @@ import test_norm
 import torch
 import torch.nn.functional as F
 from klfast.kernels import rms_norm, selective_scan
+from ssm_truth import true_conv, true_scan
 from test_dequant_matmul import operands
-from test_ssm_ops import true_conv, true_scan
 from triton_launches import FLOATS, OTHER_SPECS, SPECS
 
 import klfast
@@ -63,6 +63,8 @@ def cases() -> list[Case]:
         *logit_divergence(),
         *linear_divergence(),
         *convolution(),
+        *updates(),
+        *constants(),
         *scan(),
         *delta_rule(),
         *chunks(),
@@ -220,6 +222,68 @@ def convolution() -> Iterator[Case]:
             return error(found, true_conv(x, weight, bias, past, True)[0])
 
         yield Case(f"causal_conv1d, {str(dtype)[6:]}", f"{batch} x {channels} x {length}", run, ROUNDING[dtype])
+
+
+def updates() -> Iterator[Case]:
+    """Yield steps that continue sequences whose states lie in a cache, one entry without, as rings or not."""
+    for length, held, dtype in ((1, 4, torch.bfloat16), (5, 9, torch.float32)):
+        for rings in (False, True):
+
+            def run(length=length, held=held, dtype=dtype, rings=rings) -> float:
+                slots, seen = torch.tensor([5, -1, 0]), torch.tensor([3, 0, 1000], dtype=torch.int32)
+                x, weight, bias = torch.randn(3, 77, length).to(dtype), torch.randn(77, 4).to(dtype), torch.randn(77)
+                state = torch.randn(6, 77, held).to(dtype)
+                after, truth = state.double(), torch.zeros(x.shape).double()
+                for i in (0, 2):
+                    in_order = [(int(seen[i]) * rings + t) % held for t in range(held)]
+                    past = state[slots[i]][:, in_order]
+                    truth[i] = true_conv(x[i : i + 1], weight, bias, past[None, :, held - 3 :], True)[0]
+                    kept = torch.cat((past, x[i]), -1)[:, length:].double()
+                    places = [(place + length * rings) % held for place in in_order]
+                    after[slots[i]] = torch.empty(77, held).double().index_copy_(1, torch.tensor(places), kept)
+                found = ops.causal_conv1d_update(x, state, weight, bias, "silu", seen if rings else None, slots)
+                return max(error(found, truth), error(state, after))
+
+            name = f"3 x 77 x {length} in a cache{', rings' * rings}"
+            yield Case(f"causal_conv1d_update, {str(dtype)[6:]}", name, run, ROUNDING[dtype])
+
+
+def constants() -> Iterator[Case]:
+    """Yield scans with B or C constant in time, and a step with states in a cache."""
+    for kinds in ("B", "C", "BC"):
+
+        def run(kinds=kinds) -> float:
+            u, A = torch.randn(2, 21, 9), -torch.rand(21, 5)
+            fixed, moving = torch.randn(21, 5), torch.randn(2, 3, 5, 9)
+            of_channels = fixed[None, :, :, None].expand(2, -1, -1, 9), moving.repeat_interleave(7, 1)
+            B, C = (fixed if name in kinds else moving for name in "BC")
+            truth, last = true_scan(u, u, A, *(of_channels[name not in kinds] for name in "BC"), None, None, None, True)
+            y, state = ops.selective_scan_fn(u, u, A, B, C, delta_softplus=True, return_last_state=True)
+            return max(error(y, truth), error(state, last))
+
+        yield Case("selective_scan, constant", f"2 x 21 x 9, {' and '.join(kinds)}", run, ROUNDING[torch.float32])
+
+    def step() -> float:
+        x, state, A, b = torch.randn(3, 4, 21), torch.randn(6, 4, 21, 16), -torch.rand(4, 21, 16), torch.randn(3, 2, 16)
+        slots, after = torch.tensor([5, -1, 0]), state.double()
+        flat = x[[0, 2]].reshape(2, 84, 1)
+        truth, last = true_scan(
+            flat,
+            flat,
+            A.reshape(84, 16),
+            b[[0, 2], ..., None],
+            b[[0, 2], ..., None],
+            None,
+            None,
+            None,
+            True,
+            state[[5, 0]].reshape(2, 84, 16),
+        )
+        after[[5, 0]] = last.view(2, 4, 21, 16)
+        y = ops.selective_state_update(state, x, x, A, b, b, dt_softplus=True, state_batch_indices=slots)
+        return max(error(y[[0, 2]], truth.view(2, 4, 21)), error(state, after), float(y[1].abs().max()))
+
+    yield Case("selective_state_update, a cache", "3 x 4 x 21, 16 states", step, ROUNDING[torch.float32])
 
 
 def scan() -> Iterator[Case]:

@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 import torch
 from klfast.kernels import launch
-from test_ssm_ops import poison
+from ssm_truth import poison
 
 from klfast.dispatch import pins
 from xpu.cases import cases
