@@ -232,13 +232,6 @@ def test_threads_share_an_accelerated_model(model):
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_warns_about_unsupported_state_space_layers():
-    model = tiny("zamba2")
-    with pytest.warns(klfast.SlowPathWarning, match="Zamba2MambaMixer"):
-        klfast.accelerate(model)
-    assert not any(is_accelerated(m) for m in model.modules())
-
-
 # Other devices than the CPU ---------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
 from klfast.models.head import head_name, is_head_tied
-from klfast.models.linears import linears
+from klfast.models.linears import linears, sharers
+from klfast.models.sizes import other_bytes, weight_bytes
 
 FAMILIES = ("mamba", "mamba2", "hymba", "llama")
 
@@ -134,6 +135,25 @@ def test_a_quantized_layer_that_blocks_share_is_stored_once(tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "model" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:quantize_model")  # Zamba's x_proj stays as it is
+@pytest.mark.parametrize("family", ["zamba", "zamba2", "zamba2_adapters"])
+@torch.no_grad()
+def test_shared_blocks_are_quantized_stored_and_loaded_once(family, tmp_path):
+    model = tiny(family, tied=True)
+    groups = sharers(model)
+    klfast.quantize_model(model, Plan({group[0]: QuantSpec(4, 16) for group in groups}, "uniform"))
+    klfast.save_quantized(model, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert sorted(name for name in stored if name.endswith(".weight_packed")) == sorted(
+        f"{group[0]}.weight_packed" for group in groups
+    )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert size == sum(map(weight_bytes, linears(model).values())) + other_bytes(model)
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert sharers(loaded) == groups and max(map(len, groups)) > 1
+    assert torch.equal(loaded(batch()).logits, klfast.accelerate(model)(batch()).logits)
 
 
 def test_models_that_differ_from_their_configuration_are_refused(tmp_path):

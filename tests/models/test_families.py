@@ -189,7 +189,9 @@ def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
     assert {(name, use) for name, use, _ in found.rows} == {
         (name, use) for name in linears(model) for use in row_parts(model, name)
     }
-    assert all(not measured.below_noise for (_, spec), measured in found.measurements.items() if spec == INT4)
+    for (_, spec), measured in found.measurements.items():
+        if spec == INT4:  # the adapters of a Zamba2 whose blocks are not tied are not all used
+            assert measured.below_noise is (measured.mean[KL] == 0)
 
     plan = klfast.plan(found, mean_bits=6.5)
     assert len({str(spec) for spec in plan.specs.values()}) > 1, "a mixed plan"

@@ -21,10 +21,14 @@ RULES = {
     "granite": LogitRule(1 / 3),
     "granite_hybrid": LogitRule(1 / 3),
     "hyperclovax": LogitRule(0.3),
+    "jamba": LogitRule(),
     "llama": LogitRule(),
     "mamba": LogitRule(),
+    "nemotron_h": LogitRule(),
     "recurrent_gemma": LogitRule(softcap=30.0),
     "xlstm": LogitRule(softcap=30.0),
+    "zamba": LogitRule(),
+    "zamba2": LogitRule(),
 }
 
 

@@ -18,6 +18,7 @@ DELTA = ("qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear")
 FAMILIES = (
     *("mamba", "mamba2", "falcon_mamba", "hymba", "llama", "granite_hybrid", "falcon_h1", "bamba", "lfm2"),
     *DELTA,
+    *("nemotron_h", "jamba", "zamba", "zamba2"),
 )
 HEADS = [  # families, with a head of its own or tied; Kimi-Linear's is never tied
     *((family, False) for family in FAMILIES),
@@ -64,16 +65,27 @@ _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 _SHORT_CONV = dict(
     num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_L_cache=4, initializer_range=0.5
 )
-_ZAMBA = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    num_hidden_layers=4,
-    layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    intermediate_size=96,
-    mamba_d_state=16,
+_NEMOTRON = dict(
+    head_dim=16,
+    ssm_state_size=13,
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    n_groups=2,
+    conv_kernel=3,
+    chunk_size=7,
+    time_step_min=0.02,
 )
+_JAMBA = dict(
+    num_hidden_layers=3, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=13, mamba_d_conv=3, mamba_dt_rank=5
+)
+_ZAMBA = dict(
+    num_hidden_layers=4,
+    layers_block_type=["mamba", "hybrid"] * 2,
+    num_key_value_heads=4,
+    mamba_d_state=13,
+    mamba_d_conv=3,
+)
+_ZAMBA2 = dict(mamba_ngroups=2, n_mamba_heads=4, chunk_size=7, time_step_min=0.02, adapter_rank=8)
 HYMBA_RELEASE = dict(  # every feature of the released model
     vocab_size=VOCABULARY,
     hidden_size=40,
@@ -131,6 +143,33 @@ CONFIGS = {
         **_ATTENTION | _MAMBA2 | dict(num_hidden_layers=5, mamba_d_state=13, mamba_d_conv=3, mamba_chunk_size=7),
         attn_layer_indices=[1, 3],
     ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(**_ATTENTION | _NEMOTRON, hybrid_override_pattern="M*-M"),
+    "nemotron_h_moe": lambda: transformers.NemotronHConfig(
+        **_ATTENTION | _NEMOTRON,
+        hybrid_override_pattern="*EM",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        moe_latent_size=48,
+        routed_scaling_factor=1.5,
+    ),
+    "jamba": lambda: transformers.JambaConfig(**_ATTENTION | _JAMBA, num_experts=1),
+    "jamba_moe": lambda: transformers.JambaConfig(
+        **_ATTENTION | _JAMBA,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=3,
+        num_experts_per_tok=3,  # all of them: with fewer, rounding to bfloat16 changes the choice
+    ),
+    "zamba": lambda: transformers.ZambaConfig(**_ATTENTION | _ZAMBA, n_mamba_heads=2, mamba_dt_rank=5),
+    "zamba2": lambda: transformers.Zamba2Config(**_ATTENTION | _ZAMBA | _ZAMBA2),
+    "zamba2_adapters": lambda: transformers.Zamba2Config(  # two shared transformer blocks, the second used once
+        **_ATTENTION | _ZAMBA | _ZAMBA2 | dict(layers_block_type=["mamba", "hybrid", "hybrid", "hybrid"]),
+        num_mem_blocks=2,
+        use_shared_attention_adapter=True,
+        use_mem_rope=True,
+    ),
     "cohere": lambda: transformers.CohereConfig(**_ATTENTION, logit_scale=0.3),
     "gemma2": lambda: transformers.Gemma2Config(
         **_ATTENTION, head_dim=16, final_logit_softcapping=2.5, sliding_window=6
@@ -142,16 +181,6 @@ CONFIGS = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SMALL, intermediate_size=96, num_attention_heads=4),
     "granite": lambda: transformers.GraniteConfig(**_ATTENTION, logits_scaling=3.0, embedding_multiplier=3.0),
     "hyperclovax": lambda: transformers.HyperCLOVAXConfig(**_ATTENTION, logits_scaling=0.3),
-    "jamba": lambda: transformers.JambaConfig(
-        **_ATTENTION,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=2,
-        expert_layer_offset=1,
-        num_experts=4,
-        mamba_d_state=8,
-        mamba_dt_rank=8,
-    ),
     "kimi_linear": lambda: transformers.KimiLinearConfig(
         **_ATTENTION | _DELTA_LAYERS | _EXPERTS | dict(num_key_value_heads=4),
         mlp_layer_types=["dense", "sparse", "dense"],
@@ -173,32 +202,6 @@ CONFIGS = {
         num_local_experts=2,
         num_experts_per_tok=1,
         block_size=4,
-    ),
-    "nemotron_h": lambda: transformers.NemotronHConfig(
-        **_ATTENTION,
-        layers_block_type=["mamba", "attention", "moe"],
-        head_dim=16,
-        ssm_state_size=16,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        n_groups=2,
-        chunk_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        moe_shared_expert_intermediate_size=32,
-        n_group=1,
-        topk_group=1,
-    ),
-    "nemotron_h_mlp": lambda: transformers.NemotronHConfig(
-        **_ATTENTION | dict(num_hidden_layers=3),
-        hybrid_override_pattern="M*-",
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=1,
-        chunk_size=8,
-        head_dim=16,
     ),
     "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**_ATTENTION | _DELTA),
     "phi": lambda: transformers.PhiConfig(**_ATTENTION),
@@ -239,24 +242,12 @@ CONFIGS = {
         qk_dim_factor=1.0,
         chunk_size=8,
     ),
-    "zamba": lambda: transformers.ZambaConfig(
-        **_ZAMBA, attn_layer_period=2, attn_layer_offset=1, n_mamba_heads=2, mamba_dt_rank=4
-    ),
-    "zamba2": lambda: transformers.Zamba2Config(
-        **_ATTENTION | dict(num_key_value_heads=4, num_hidden_layers=4),
-        layers_block_type=["mamba", "hybrid"] * 2,
-        mamba_d_state=16,
-        mamba_headdim=32,
-        mamba_ngroups=1,
-        n_mamba_heads=4,
-        num_mem_blocks=1,
-        chunk_size=16,
-        adapter_rank=8,
-        hybrid_layer_ids=[1, 3],
-    ),
 }
 _FALCON_NORMS = ("falcon_h1_norm", "falcon_h1_gated_norm")
-_ALL_VARIANTS = ("hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "lfm2_moe", *_FALCON_NORMS)  # with a record
+_ALL_VARIANTS = (  # with a record
+    *("hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "lfm2_moe", *_FALCON_NORMS),
+    *("nemotron_h_moe", "jamba_moe", "zamba2_adapters"),
+)
 # In transformers 5.17 the norm of a single token loses a dimension, so that batches mix when they decode.
 _WRONG = _FALCON_NORMS if FalconH1RMSNormGated(4)(torch.ones(1, 1, 4)).dim() != 3 else ()
 VARIANTS = tuple(name for name in _ALL_VARIANTS if name not in _WRONG)
@@ -267,6 +258,7 @@ ACCELERATED = (
     "bamba",
     "lfm2",
     *DELTA,
+    *("nemotron_h", "jamba", "zamba", "zamba2"),
     *(name for name in VARIANTS if name != "hymba_release"),
 )
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)

@@ -19,13 +19,17 @@ from klfast.models.families import (
     generic,
     granite_hybrid,
     hymba,
+    jamba,
     kimi_linear,
     lfm2,
     mamba,
     mamba2,
+    nemotron_h,
     olmo_hybrid,
     qwen3_5,
     qwen3_next,
+    zamba,
+    zamba2,
 )
 from klfast.models.families.base import Family, Mixer, Norm, Rows
 
@@ -44,6 +48,10 @@ FAMILIES: tuple[Family, ...] = (
     kimi_linear.FAMILY,
     lfm2.FAMILY,
     lfm2.MOE,
+    nemotron_h.FAMILY,
+    jamba.FAMILY,
+    zamba.FAMILY,
+    zamba2.FAMILY,
 )
 GENERIC = generic.FAMILY
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
