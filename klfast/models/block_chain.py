@@ -39,6 +39,11 @@ class Carry:
         extra = zip(*(carry.extra for carry in carries), strict=True)
         return Carry(torch.cat([carry.hidden for carry in carries]), tuple(torch.cat(parts) for parts in extra))
 
+    def split(self, rows: int) -> list[Carry]:
+        """Return carries of ``rows`` rows each, which ``stack`` joined."""
+        parts = zip(*(part.split(rows) for part in (self.hidden, *self.extra)), strict=True)
+        return [Carry(hidden, tuple(extra)) for hidden, *extra in parts]
+
 
 @dataclass(frozen=True)
 class Passage:

@@ -107,14 +107,3 @@ def refuse_damaged(names: Iterable[str], norms: Iterable[float]) -> None:
                 f"the weight of {name} holds a NaN, an infinity or numbers too large to add up; "
                 "repair the checkpoint before sweeping it"
             )
-
-
-def refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise if a layer to sweep is another one as well, or shares its weight; the embedding may share the head's."""
-    owners: dict[int, str] = {}
-    chosen = set(names)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            other = owners.setdefault(id(module.weight), name)
-            if other != name and chosen & {name, other}:
-                raise InvalidInputError(f"{other} and {name} share one weight; leave them out of `layers`")

@@ -2,7 +2,8 @@
 
 A candidate is one linear layer quantized, all others at full precision. The teacher runs once and leaves the carry at
 every block boundary; a candidate re-runs its own block from there, and all candidates of a block go through the rest
-of the network as one larger batch. Full logits are never materialised.
+of the network as one larger batch. Only through a block that uses a candidate's weight again (Zamba's shared blocks)
+they go one by one, each with its own weight. Full logits are never materialised.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's
 
 @dataclass(frozen=True)
 class Candidate:
-    """A named linear layer and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``."""
+    """A named linear layer and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``.
+
+    ``blocks`` are the indices of all blocks that use its weight, in order; empty for the head.
+    """
 
     name: str
     layer: nn.Linear
     spec: QuantSpec
+    blocks: tuple[int, ...] = ()
     use: str | None = None
     rows: tuple[int, int] | None = None
 
@@ -99,21 +104,21 @@ class Engine:
     def measure_block(
         self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None
     ) -> torch.Tensor:
-        """Measure at most COMPARED_TOGETHER candidates, whose layers lie in block ``index``."""
+        """Measure at most COMPARED_TOGETHER candidates, whose weights are first used in block ``index``."""
         windows, length = teacher.passage.input_ids.shape
         width = max(1, self.max_batch_tokens // (windows * length))
         finals = [] if unfinished is None else list(unfinished.finals)
         for part in chunks(candidates, width)[len(finals) // width :]:
             if unfinished is None:
                 carry, start = (
-                    Carry.stack([self._own_block(teacher, index, candidate) for candidate in part]),
+                    Carry.stack([self._own_block(index, teacher.carries[index], teacher.passage, one) for one in part]),
                     index + 1,
                 )
                 self.pause(Unfinished(list(finals), carry, start))
             else:
                 carry, start, unfinished = unfinished.carry, unfinished.block, None
             with self._timed("suffix"):
-                hidden = self._run(teacher.passage, carry, start, finals)
+                hidden = self._run(teacher.passage, carry, start, finals, part)
             for candidate, final in zip(part, hidden.split(windows), strict=True):
                 self._require_finite(candidate, final)
                 finals.append(final)
@@ -143,22 +148,42 @@ class Engine:
             hidden = self._run(teacher.passage, *_start(unfinished, Carry(nudged, teacher.carries[0].extra)))
         return self._compare(teacher, hidden)
 
-    def _own_block(self, teacher: Teacher, index: int, candidate: Candidate) -> Carry:
+    def _own_block(self, index: int, carry: Carry, passage: Passage, candidate: Candidate) -> Carry:
         with self._swapped(candidate), self._timed("own_block"):
-            return self._step(index, teacher.carries[index], teacher.passage)
+            return self._step(index, carry, passage)
 
-    def _run(self, passage: Passage, carry: Carry, start: int, finals: list[torch.Tensor]) -> torch.Tensor:
-        """Run C candidates from the input of block ``start``; return the head's input, [C * B, T, H].
+    def _run(
+        self,
+        passage: Passage,
+        carry: Carry,
+        start: int,
+        finals: list[torch.Tensor],
+        candidates: Sequence[Candidate] = (),
+    ) -> torch.Tensor:
+        """Run C passes from the input of block ``start``; return the head's input, [C * B, T, H].
 
+        Each of the ``candidates`` changes its weight in one of the passes; without any, the weights stay as they are.
         ``finals`` are the results of the candidates before them, for ``pause``.
         """
         copies = len(carry.hidden) // len(passage.input_ids)
-        if copies > 1:
-            passage = self.chain.enter(passage.input_ids.repeat(copies, 1))
+        together = self.chain.enter(passage.input_ids.repeat(copies, 1)) if copies > 1 else passage
         for index in range(start, len(self.chain.blocks)):
-            carry = self._step(index, carry, passage)
+            if any(index in candidate.blocks for candidate in candidates):
+                carry = self._one_by_one(index, carry, passage, candidates)
+            else:
+                carry = self._step(index, carry, together)
             self.pause(Unfinished(list(finals), carry, index + 1))
-        return self.chain.finish(carry, passage)
+        return self.chain.finish(carry, together)
+
+    def _one_by_one(self, index: int, carry: Carry, passage: Passage, candidates: Sequence[Candidate]) -> Carry:
+        """Run a block that uses the weights of some candidates, each with its own change."""
+        found = []
+        for candidate, one in zip(candidates, carry.split(len(passage.input_ids)), strict=True):
+            changed = index in candidate.blocks
+            found.append(
+                self._own_block(index, one, passage, candidate) if changed else self._step(index, one, passage)
+            )
+        return Carry.stack(found)
 
     def _step(self, index: int, carry: Carry, passage: Passage) -> Carry:
         self.block_tokens += passage.input_ids.numel()
@@ -227,11 +252,13 @@ class Engine:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Add the time spent to a stage, without that of stages inside it."""
+        start, counted = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            inside = sum(self.seconds.values()) - counted
+            self.seconds[stage] += time.perf_counter() - start - inside
 
 
 def _start(unfinished: Unfinished | None, entry: Carry) -> tuple[Carry, int, list[torch.Tensor]]:

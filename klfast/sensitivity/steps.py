@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.models.head import is_head_tied
-from klfast.models.linears import linears, row_parts
+from klfast.models.linears import row_parts, sharers
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
@@ -18,7 +21,7 @@ class Step:
     """Candidates that are measured together, between two saves.
 
     Attributes:
-        place: the block that contains their layers, or "head"; "noise" for the noise floor, which has no candidates.
+        place: the first block that uses their layers, or "head"; "noise" for the noise floor, which has no candidates.
         candidates: at most COMPARED_TOGETHER.
         first: their first row in the tally.
         work: approximate cost, as the number of weights that one micro-batch is multiplied with.
@@ -42,15 +45,15 @@ class Step:
 
 def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[Step]:
     """Return the steps of one micro-batch: the noise floor, the candidates of each block, then those of the head."""
-    modules = linears(chain.model)
+    groups = {group[0]: group for group in sharers(chain.model)}
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
     for name in names:
-        place = "head" if modules[name] is chain.head.module else chain.block_of(name)
-        if place is None:
-            raise InvalidInputError(f"{name} lies in no block and is not the head; leave it out of `layers`")
-        at[place] += [Candidate(name, modules[name], spec) for spec in specs]
+        layer = cast(nn.Linear, chain.model.get_submodule(name))
+        blocks = () if layer is chain.head.module else _blocks(chain, groups[name])
+        place = blocks[0] if blocks else "head"
+        at[place] += [Candidate(name, layer, spec, blocks) for spec in specs]
         for use, part in row_parts(chain.model, name).items() if rows else ():
-            at[place] += [Candidate(name, modules[name], spec, use, part) for spec in specs]
+            at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in specs]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in chain.blocks]
     head = chain.head.module.weight.numel()
     found = [Step("noise", (), 0, 2 * (sum(sizes) + head))]  # the teacher runs before it
@@ -60,6 +63,16 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
         for some in chunks(candidates, 1 if place == "head" else COMPARED_TOGETHER):
             found.append(Step(place, tuple(some), found[-1].first + found[-1].rows, len(some) * each))
     return found
+
+
+def _blocks(chain: Chain, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the indices of the blocks that contain the layers of one weight."""
+    found = {name: chain.block_of(name) for name in names}
+    for name, block in found.items():
+        if block is None:
+            what = name if len(names) == 1 else f"{names[0]} shares its weight with {name}, which"
+            raise InvalidInputError(f"{what} lies in no block and is not the head; leave it out of `layers`")
+    return tuple(sorted({block for block in found.values() if block is not None}))
 
 
 def from_group(steps: Sequence[Step], group: int) -> int:

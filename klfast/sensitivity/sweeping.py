@@ -59,6 +59,7 @@ def sweep(
 
     Every metric is a mean over the same tokens: all of a window except its last, which has no next token. Memory is
     bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, even after an error.
+    Layers that share a weight (Zamba's) are measured once, under the first of their names: it changes in all of them.
 
     Args:
         model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
@@ -88,7 +89,7 @@ def sweep(
 
     Raises:
         InvalidInputError: batches, specs, metrics or layers are missing or invalid; the model is not a chain, is
-            already quantized, has adapters, or shares a weight between layers; a layer, which is named, makes a NaN or
+            already quantized or has adapters; a layer, which is named, lies outside the blocks, or makes a NaN or
             infinity; the resume file belongs to a sweep with other arguments, or another process is working on it.
         UnknownLayerError: an entry of ``layers`` or ``exclude`` matches none of the model's.
         ModelMismatchError: the resume file belongs to another model.
@@ -101,7 +102,6 @@ def sweep(
     refuse_adapters(model)
     blank = Sensitivities.of(model)  # before ``prepared`` changes dtypes, and with them the bytes
     names = inputs.choose_layers(model, layers, exclude)
-    inputs.refuse_shared(model, names)
     assert blank.fingerprint is not None  # ``of`` makes one
     inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
     if layers is None:

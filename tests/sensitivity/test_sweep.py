@@ -28,7 +28,10 @@ def test_equals_the_naive_computation(family, tied):
     assert set(found.measurements) == {(name, spec) for name in names for spec in specs}
     for (name, spec), measured in found.measurements.items():
         expected = naive(model, ids, name, spec)
-        assert measured.tokens == 3 * 16 and not measured.below_noise
+        assert measured.tokens == 3 * 16
+        if measured.below_noise:  # a layer that is not used: transformers unties Zamba2's blocks with its head
+            assert measured.mean[KL] == 0 and not expected[KL].any()
+            continue
         # Both computations round: the mixed term of (signal + noise)^2 remains.
         mixed = {m: 3 * (measured.mean[m] * floor) ** 0.5 for m, floor in found.noise_floor.items() if m in SQUARES}
         mixed["sqnr_db"] = 4.4 * mixed["mse"] / measured.mean["mse"]

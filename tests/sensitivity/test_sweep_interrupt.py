@@ -45,7 +45,9 @@ def stopped_at(monkeypatch, number, sweep):
     return len(made)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("mamba2", True), ("hymba", False), ("hymba", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("mamba2", True), ("hymba", False), ("hymba", True), ("llama", False), ("zamba", True)]
+)
 def test_a_sweep_killed_within_a_block_resumes_bit_for_bit(family, tied, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)  # save wherever it can
     model, ids, path = make(family, tied), tokens(3), tmp_path / "r.json"
