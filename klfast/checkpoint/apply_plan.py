@@ -14,8 +14,9 @@ from klfast.core.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.fingerprint import require_match
 from klfast.models.head import head_name, is_head_tied
-from klfast.models.linears import embedding_name, linear, refuse_moving_weights, sharers
+from klfast.models.linears import linear, refuse_moving_weights, sharers
 from klfast.models.sizes import warn_unquantizable
+from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import SCALES, QuantSpec
@@ -46,9 +47,9 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
         ModelMismatchError: the plan was made for another model.
         UnknownLayerError: the plan names a linear layer that the model does not have.
         InvalidInputError: a layer is already quantized, or its weight is not finite or not in memory; a quantized head
-            is tied to an embedding that does more than look up rows; there are different specs for one shared weight;
-            the model is an RWKV with ``rescale_every`` or in peft's wrapper; an argument is invalid, or ``scale``
-            differs from the plan's.
+            is tied to an embedding that does more than look up rows and scale them; there are different specs for one
+            shared weight; the model is an RWKV with ``rescale_every`` or in peft's wrapper; an argument is invalid, or
+            ``scale`` differs from the plan's.
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
@@ -63,7 +64,8 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
     specs = _specs_by_first_name(model, plan, groups)
-    embedding = embedding_name(model) if specs and is_head_tied(model) and head_name(model) in specs else None
+    with_embedding = bool(specs) and is_head_tied(model) and head_name(model) in specs
+    embedded_times = embedding_scale(model) if with_embedding else None
 
     modules: dict[str, nn.Module] = {}
     for name, spec in specs.items():
@@ -71,9 +73,9 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
             modules |= _quantized(model, groups[name], spec, activation, scale)
         except InvalidInputError as error:
             raise InvalidInputError(f"{name}: {error}") from None
-    if embedding is not None:
+    if with_embedding:
         head = cast(QuantLinear, modules[head_name(model)])
-        modules[embedding] = QuantEmbedding(head).train(model.training)
+        modules[embedding_name(model)] = QuantEmbedding(head, embedded_times).train(model.training)
     if specs:
         warn_unquantizable(model, "quantize_model")
     _swap(model, modules)

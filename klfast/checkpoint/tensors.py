@@ -16,7 +16,7 @@ from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import head_name, is_head_tied
-from klfast.models.linears import embedding_name
+from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
@@ -163,7 +163,8 @@ def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], fac
     for name, module in read_quantized_layers(model, tensors, specs, facts).items():
         model.set_submodule(name, module)
     if tied and (head := head_name(model)) in specs and f"{embedding_name(model)}.weight" not in tensors.names():
-        model.set_submodule(embedding_name(model), QuantEmbedding(cast(QuantLinear, model.get_submodule(head))))
+        embedding = QuantEmbedding(cast(QuantLinear, model.get_submodule(head)), embedding_scale(model))
+        model.set_submodule(embedding_name(model), embedding)
     _fill_float(model, tensors)
     if left := tensors.names():
         reason = f"{tensors.folder} holds {len(left)} tensors that the model does not have, such as {min(left)}"

@@ -9,7 +9,6 @@ from torch import nn
 
 from klfast.core.errors import InvalidInputError, UnknownLayerError
 from klfast.models.families import rows_of
-from klfast.models.vocabulary import input_embedding
 from klfast.nn import QuantLinear
 
 
@@ -68,20 +67,3 @@ def refuse_moving_weights(model: nn.Module) -> None:
             f"{type(model).__name__} divides weights in place when it runs (rescale_every={every}), so they cannot be "
             "quantized; load it with from_pretrained(..., rescale_every=0), which computes the same"
         )
-
-
-def embedding_name(model: nn.Module) -> str:
-    """Return the module name of the input embedding, a plain nn.Embedding that can read rows from a quantized head.
-
-    Raises:
-        InvalidInputError: it is of another class, which may do more than look up rows.
-    """
-    embedding = input_embedding(model)
-    if type(embedding) is not nn.Embedding:
-        raise InvalidInputError(
-            f"the input embedding is a {type(embedding).__name__}, which does more than look up rows and cannot read "
-            "them from a quantized head; leave the head out of the plan, or untie it: "
-            "head.weight = torch.nn.Parameter(head.weight.detach().clone())"
-        )
-    name: str = next(name for name, module in model.named_modules() if module is embedding)
-    return name

@@ -164,10 +164,7 @@ OF_ONE_HYBRID = [
             {"n_mamba_heads": 8},
         )
     ),
-    *(
-        ("zamba2", change)
-        for change in ({"add_bias_linear": True}, {"mamba_d_conv": 1}, {"mamba_ngroups": 4}, {"n_mamba_heads": 8})
-    ),
+    *(("zamba2", change) for change in ({"add_bias_linear": True}, {"mamba_d_conv": 1}, {"mamba_ngroups": 4})),
 ]
 _OF_DELTA_NETS = [
     *({"linear_conv_kernel_dim": width} for width in (1, 2, 4)),

@@ -124,8 +124,8 @@ def test_tie_weights_still_ties_unquantized_layers():
 # Models that cannot be quantized, or only in part -----------------------------------------------------------------
 
 
-def small(config, **sizes):
-    return transformers.AutoModelForCausalLM.from_config(config(vocab_size=64, **sizes)).eval()
+def small(config, dtype=torch.float32, **sizes):
+    return transformers.AutoModelForCausalLM.from_config(config(vocab_size=64, **sizes), dtype=dtype).eval()
 
 
 def test_rwkv_is_refused_only_if_it_divides_its_weights():
@@ -141,29 +141,34 @@ def test_rwkv_is_refused_only_if_it_divides_its_weights():
         torch.testing.assert_close(klfast.quantize_model(model, plan)(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_embedding_that_scales_is_refused_before_any_work(monkeypatch):
-    sizes = dict(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=48,
-    )
-    model = small(transformers.Gemma3TextConfig, **sizes)
-    monkeypatch.setattr(nn.QuantLinear, "from_linear", lambda *args: pytest.fail("quantized before it was checked"))
-    plan = Plan({name: QuantSpec(8, 16) for name in linears(model)}, "uniform")
-    unchanged(
-        model,
-        plan,
-        errors.InvalidInputError,
-        "Gemma3TextScaledWordEmbedding.*leave the head out of the plan, or untie it",
-    )
-    monkeypatch.undo()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with torch.no_grad():
-        expected = fake_quantized(model, plan)(batch()).logits
-        torch.testing.assert_close(klfast.quantize_model(model, plan)(batch()).logits, expected, rtol=1e-4, atol=1e-4)
+_SIZES = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+_HEADS = dict(head_dim=12, num_key_value_heads=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: small(transformers.Gemma2Config, dtype, **_SIZES, **_HEADS),
+        lambda dtype: small(transformers.Gemma3TextConfig, dtype, **_SIZES, **_HEADS),
+        lambda dtype: small(transformers.BioGptConfig, dtype, **_SIZES, scale_embedding=True, tie_word_embeddings=True),
+    ],
+    ids=["gemma2", "gemma3", "biogpt"],
+)
+@torch.no_grad()
+def test_a_tied_embedding_scales_its_quantized_rows(make, dtype, tmp_path):
+    """The scale, 24**0.5, is no number of bfloat16; BioGPT's is a number, the others' a tensor."""
+    model, ids, spec = make(dtype), batch(), QuantSpec(4, 8)
+    embedding, weight = model.get_input_embeddings(), klfast.quantize(model.get_input_embeddings().weight, spec)
+    assert is_head_tied(model) and type(embedding) is not torch.nn.Embedding
+    quantized = klfast.quantize_model(model, Plan({head_name(model): spec}, "uniform"))
+    embedding.weight = torch.nn.Parameter(weight.dequantize(torch.float32).to(dtype))
+    expected = embedding(ids)
+    assert torch.equal(quantized.get_input_embeddings()(ids), expected)
+    klfast.save_quantized(quantized, tmp_path / "model")
+    loaded = klfast.load_quantized(tmp_path / "model")
+    assert torch.equal(loaded.get_input_embeddings()(ids), expected)
+    assert torch.equal(loaded(ids).logits, quantized(ids).logits)
 
 
 PARTLY = {

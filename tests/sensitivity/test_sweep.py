@@ -51,7 +51,18 @@ def test_equals_the_naive_computation(family, tied):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "family", ["granite_hybrid", "falcon_h1", "falcon_h1_norm", "granite", "cohere", "gemma2", "recurrent_gemma", "phi"]
+    "family",
+    [
+        "granite_hybrid",
+        "falcon_h1",
+        "falcon_h1_norm",
+        "granite",
+        "cohere",
+        "gemma2",
+        "gemma3",
+        "recurrent_gemma",
+        "phi",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
 @torch.no_grad()
