@@ -18,6 +18,7 @@ from klfast.models.linears import linear, refuse_moving_weights, sharers
 from klfast.models.sizes import warn_unquantizable
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.nn.conv1d import quantized_class
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import SCALES, QuantSpec
 
@@ -29,7 +30,7 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     its rows from the head's tensor. Layers that share a weight continue to share it: it is quantized once. The model's
     configuration then describes the quantized layers (``quantization_config``), so that its own save_pretrained writes
     a folder that transformers loads; where that is impossible, save_pretrained raises. A warning tells if a large part
-    of the model is outside linear layers (experts, GPT-2's Conv1D) and stays as it is.
+    of the model is outside linear layers (experts) and stays as it is.
 
     Either everything is replaced or nothing, even if interrupted. Biases and other parameters stay the same objects.
 
@@ -111,11 +112,12 @@ def _quantized(
 ) -> dict[str, nn.Module]:
     """Return the replacements of layers that share one weight, by name; layers with one bias get one module."""
     layers = {name: linear(model, name) for name in names}
-    module = QuantLinear.from_linear(layers[names[0]], spec, activation, scale)
+    kind = quantized_class(model.get_submodule(names[0]))
+    module = kind.from_linear(layers[names[0]], spec, activation, scale)
     made: dict[int, QuantLinear] = {}  # by bias
     for layer in layers.values():
         if id(layer.bias) not in made:
-            one = QuantLinear(module.quantized, activation=activation, dtype=module.dtype) if made else module
+            one = kind(module.quantized, activation=activation, dtype=module.dtype) if made else module
             one.bias = layer.bias  # the same parameter, so that optimizers and requires_grad stay as they are
             made[id(layer.bias)] = one.train(layer.training)
     return {name: made[id(layer.bias)] for name, layer in layers.items()}

@@ -13,6 +13,7 @@ from torch import nn
 
 from klfast.checkpoint.json_files import read_json
 from klfast.core.errors import CheckpointError, InvalidInputError, shortened
+from klfast.models.linears import linear_names
 from klfast.nn import QuantLinear
 from klfast.quant.spec import QuantSpec, storable_spec
 
@@ -68,13 +69,6 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
             "no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained"
         )
     return layers
-
-
-def linear_names(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers under each of their names: a layer that several blocks share has several."""
-    return {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)
-    }
 
 
 def read_specs(folder: Path) -> dict[str, QuantSpec]:

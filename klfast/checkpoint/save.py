@@ -56,7 +56,8 @@ def save_quantized(
     ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing ``.weight`` its initialisers touch. A
     quantized head that is tied to the input embedding is stored once, under the head's name: without klfast, readers
     miss the embedding. For a folder that other software is to serve, leave the head out of the plan, or untie it before
-    quantizing: the embedding is then stored in full, too.
+    quantizing: the embedding is then stored in full, too. GPT-2's Conv1D are stored as linear layers, [out, in]:
+    without klfast, transformers leaves random weights in their places, with a report.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.

@@ -11,13 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from klfast.checkpoint.compressed_tensors import linear_names
 from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import head_name, is_head_tied
+from klfast.models.linears import linear_names
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.nn.conv1d import quantized_class
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
@@ -199,13 +200,19 @@ def read_quantized_layers(
         if first is not None and part_names(name, spec, shape)[0] not in tensors.names():
             made[name] = _same_weight(layers[first], made[first], layer, tensors, name)
         else:
-            made[name] = _quantized_layer(layer, tensors, name, spec, facts[name])
+            kind = quantized_class(model.get_submodule(name))
+            made[name] = _quantized_layer(kind, layer, tensors, name, spec, facts[name])
             first_of.setdefault(id(layer.weight), name)
     return made
 
 
 def _quantized_layer(
-    layer: nn.Linear, tensors: Tensors, name: str, spec: QuantSpec, fact: tuple[torch.dtype, str]
+    kind: type[QuantLinear],
+    layer: nn.Linear,
+    tensors: Tensors,
+    name: str,
+    spec: QuantSpec,
+    fact: tuple[torch.dtype, str],
 ) -> QuantLinear:
     folder, shape = tensors.folder, (layer.out_features, layer.in_features)
     weight_dtype, activation = fact
@@ -215,7 +222,7 @@ def _quantized_layer(
     parts = [tensors.take(part) for part in part_names(name, spec, shape)]
     dtype = weight_dtype if tensors.dtype is None else layer.weight.dtype
     try:
-        return QuantLinear(QuantizedTensor(parts, shape, spec), bias, activation, dtype=dtype)
+        return kind(QuantizedTensor(parts, shape, spec), bias, activation, dtype=dtype)
     except InvalidInputError as error:
         raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; {tensors.remedy}") from None
 
@@ -230,7 +237,7 @@ def _same_weight(first: nn.Linear, module: QuantLinear, layer: nn.Linear, tensor
     if layer.bias is first.bias:
         return module
     bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
-    return QuantLinear(module.quantized, bias, module.activation, dtype=module.dtype)
+    return type(module)(module.quantized, bias, module.activation, dtype=module.dtype)
 
 
 def _fill_float(model: nn.Module, tensors: Tensors) -> None:

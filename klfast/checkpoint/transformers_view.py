@@ -10,7 +10,7 @@ from torch import nn
 
 from klfast.checkpoint.compressed_tensors import model_quantization_config
 from klfast.core.errors import InvalidInputError
-from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.nn import QuantConv1D, QuantEmbedding, QuantLinear
 
 
 def set_own(owner: object, name: str, value: object) -> None:
@@ -63,7 +63,8 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
         found = model_quantization_config(model)
     except InvalidInputError:  # groups that do not divide a row
         found = None
-    readable = found is not None and not any(isinstance(module, QuantEmbedding) for module in model.modules())
+    only_klfasts = (QuantEmbedding, QuantConv1D)
+    readable = found is not None and not any(isinstance(module, only_klfasts) for module in model.modules())
     return [
         (config, "quantization_config", found),
         (model, "save_pretrained", None if readable else partial(_refuse_saving, model)),
@@ -73,6 +74,6 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
 def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
-        "write (its head is tied to the embedding, or its groups do not divide a row); "
+        "write (its head is tied to the embedding, its groups do not divide a row, or it has Conv1D); "
         "use klfast.save_quantized(model, folder)"
     )

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from typing import cast
 
 from torch import nn
 
 from klfast.core.errors import InvalidInputError, UnknownLayerError
 from klfast.models.families import rows_of
 from klfast.nn import QuantLinear
+from klfast.nn.conv1d import as_linear, is_conv1d
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every linear layer by module name, in module order, including lm_head.
 
-    A layer counts as linear if it is an ``nn.Linear``, as klfast's ``QuantLinear`` is; convolutions, embeddings and
-    norms are never quantized, nor are the matrices that ``klfast.models.sizes.unquantizable`` lists. Layers that share
-    a weight count once, under the first of their names (see ``sharers``).
+    A layer counts as linear if it is an ``nn.Linear``, as klfast's ``QuantLinear`` is, or a Conv1D, which is seen
+    through ``klfast.nn.conv1d.as_linear``; convolutions, embeddings and norms are never quantized, nor are the matrices
+    that ``klfast.models.sizes.unquantizable`` lists. Layers that share a weight count once, under the first of their
+    names (see ``sharers``).
     """
-    return {names[0]: cast(nn.Linear, model.get_submodule(names[0])) for names in sharers(model)}
+    return {names[0]: as_linear(model.get_submodule(names[0])) for names in sharers(model)}
 
 
 def sharers(model: nn.Module) -> list[list[str]]:
     """Return the names of the linear layers, in module order, grouped by weight."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             weight = (
                 module._buffers.get(module.part_names[0])
                 if isinstance(module, QuantLinear)
@@ -48,7 +49,19 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
         raise UnknownLayerError(
             f"the model has no linear layer {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    return cast(nn.Linear, model.get_submodule(name))
+    return as_linear(model.get_submodule(name))
+
+
+def linear_names(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers under each of their names: a layer that several blocks share has several."""
+    return {
+        name: as_linear(module) for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)
+    }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return True for an nn.Linear and for a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def row_parts(model: nn.Module, name: str) -> dict[str, tuple[int, int]]:

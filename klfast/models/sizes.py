@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from klfast.models.families import family_of
-from klfast.models.linears import linears
+from klfast.models.linears import is_linear, linears
 from klfast.nn import QuantLinear
 from klfast.quant.spec import SHAPE_BYTES
 
@@ -27,8 +27,8 @@ def other_bytes(model: nn.Module) -> int:
     """
     weights = {
         id(tensor)
-        for layer in linears(model).values()
-        for name, tensor in _own_tensors(layer)
+        for layer in linears(model)
+        for name, tensor in _own_tensors(model.get_submodule(layer))
         if name.startswith("weight")
     }
     state = {
@@ -40,14 +40,14 @@ def other_bytes(model: nn.Module) -> int:
 def unquantizable(model: nn.Module) -> dict[str, int]:
     """Return the bytes of the weight matrices outside ``nn.Linear``, which klfast cannot quantize, by their class.
 
-    These are mixtures of experts, whose weights are one three-dimensional tensor, and linear layers of other classes
-    (GPT-2's Conv1D). Embeddings and convolutions are not matrices to multiply by, and are left out.
+    These are mixtures of experts, whose weights are one three-dimensional tensor, and linear layers of other classes.
+    Embeddings and convolutions are not matrices to multiply by, and are left out.
     """
     found: dict[str, int] = {}
     seen = set()
     known = family_of(model).matrices
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
+        if is_linear(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
             continue
         names = known.get(type(module).__name__)
         for name, parameter in module.named_parameters(recurse=False):

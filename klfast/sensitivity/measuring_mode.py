@@ -11,6 +11,7 @@ from torch import nn
 from klfast.acceleration.patch import accelerate_or_warn, is_accelerated, unaccelerate
 from klfast.core.interrupts import deferred
 from klfast.models.calling import evaluation_mode
+from klfast.nn.conv1d import as_linear, is_conv1d
 
 
 @contextmanager
@@ -23,10 +24,24 @@ def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         stack.enter_context(deferred())  # so that Ctrl-C leaves nothing half restored
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(model))
+        stack.enter_context(_without_conv1d(model))
         if dtype is not None:
             stack.enter_context(_lifted(model, dtype))
         stack.enter_context(_accelerated(model))
         yield
+
+
+@contextmanager
+def _without_conv1d(model: nn.Module) -> Iterator[None]:
+    """Put an nn.Linear in the place of each Conv1D, so that a weight has a row for each output; afterwards undo it."""
+    before = {name: module for name, module in model.named_modules() if is_conv1d(module)}
+    try:
+        for name, module in before.items():
+            model.set_submodule(name, as_linear(module))
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 NOT_STORED = {
-    "gpt2": "its matrices are not nn.Linear",
     "llama_eager": "the attention's implementation is not part of a saved configuration",
     "rwkv": "its weights move",
 }

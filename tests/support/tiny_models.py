@@ -85,7 +85,7 @@ _ZAMBA = dict(
     mamba_d_state=13,
     mamba_d_conv=3,
 )
-_ZAMBA2 = dict(mamba_ngroups=2, n_mamba_heads=4, chunk_size=7, time_step_min=0.02, adapter_rank=8)
+_ZAMBA2 = dict(mamba_ngroups=2, n_mamba_heads=4, chunk_size=7, time_step_min=0.02, adapter_rank=16)
 HYMBA_RELEASE = dict(  # every feature of the released model
     vocab_size=VOCABULARY,
     hidden_size=40,
