@@ -204,14 +204,12 @@ def _one(request: _Request, prompt: str, encoded: list[int]) -> None:
 def _several(request: _Request, texts: list[str], encoded: list[list[int]], batch_size: int) -> None:
     """Generate texts for each prompt and show them batch by batch."""
     import klfast
-    from klfast.generation.stepper import reads_padding
 
     ends, copies = request.settings["eos_token_id"], request.settings["num_return_sequences"]
     pad = next(i for i in range(len(ends) + 1) if i not in ends)
-    size = 1 if reads_padding(request.network) else batch_size
     found: list[dict[str, object]] = []
-    for begin in range(0, len(texts), size):
-        ids, mask = _padded(encoded[begin : begin + size], request.device)
+    for begin in range(0, len(texts), batch_size):
+        ids, mask = _padded(encoded[begin : begin + batch_size], request.device)
         made = klfast.generate(request.network, ids, attention_mask=mask, pad_token_id=pad, **request.settings)
         for i, row in enumerate(made[:, ids.shape[1] :].tolist()):
             which = begin + i // copies

@@ -13,7 +13,7 @@ from klfast.core.arguments import integer
 from klfast.core.errors import InvalidInputError
 from klfast.generation.sampling import Chooser
 from klfast.generation.settings import settle
-from klfast.generation.stepper import Stepper
+from klfast.generation.stepper import stepper
 from klfast.generation.stopping import Stopping
 from klfast.generation.token_buffer import TokenBuffer
 from klfast.models.calling import check_ids, evaluation_mode
@@ -117,14 +117,15 @@ def generate(
             f"generator must be a torch.Generator on the ids' device, {ids.device}, got {generator!r}"
         )
     choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
+    step = stepper(model, ids, mask)
     with _streaming(streamer, ids), evaluation_mode(model):
-        made = _continue(Stepper(model, mask), ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)
+        made = _continue(step, ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)
     with torch.inference_mode(False):  # so that the caller can write to the result
         return torch.cat([ids, made], dim=1)
 
 
 def _continue(
-    step: Stepper,
+    step: Callable[[torch.Tensor], torch.Tensor],
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     most: int,

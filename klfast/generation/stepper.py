@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.calling import cache_argument, reads_padding, returned_cache
+from klfast.dispatch import pins
+from klfast.models.calling import cache_argument, mixes_rows, reads_padding, returned_cache
 from klfast.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> Stepper | RowByRow:
+    """Return what steps over a batch that begins with ``ids``: as a whole, or by row where the model cannot do that.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: int64 [B, T].
+        mask: int64 [B, T] of zeros and ones, zeros on the left; None if there is no padding.
+    """
+    is_padded = mask is not None and not bool(mask.all())
+    if not (is_padded and reads_padding(model)) and not (len(ids) > 1 and mixes_rows(model)):
+        return Stepper(model, mask)
+    name = type(model).__name__
+    reason = f"{name} mixes rows." if mixes_rows(model) else f"padding changes what {name} returns."
+    pins.slow_path("generate", list(ids.shape), reason, how="row by row")
+    return RowByRow(model, [0] * len(ids) if mask is None else (mask.shape[1] - mask.sum(1)).tolist())
 
 
 class Stepper:
@@ -36,12 +53,6 @@ class Stepper:
             self._fixed["logits_to_keep"] = 1
         self._wants_positions = "position_ids" in accepted
         self._mask = None if mask is None or bool(mask.all()) else mask
-        if self._mask is not None and reads_padding(model):
-            warnings.warn(
-                f"{type(model).__name__} reads padding as text; generate from prompts of different lengths one by one",
-                UserWarning,
-                stacklevel=5,
-            )
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
@@ -81,3 +92,22 @@ class Stepper:
         from transformers import DynamicCache
 
         return DynamicCache(config=cast("PreTrainedModel", self._model).config.get_text_config(decoder=True))
+
+
+class RowByRow:
+    """Feeds each row of a batch to the model on its own.
+
+    Args:
+        model: as for ``Stepper``.
+        padding: the number of pads in front of each row's first tokens, which are left out.
+    """
+
+    def __init__(self, model: nn.Module, padding: list[int]) -> None:
+        self._rows = [Stepper(model, None) for _ in padding]
+        self._padding = padding
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
+        texts = [row[:, pads:] for row, pads in zip(ids.split(1), self._padding, strict=True)]
+        self._padding = [0] * len(texts)
+        return torch.cat([step(text) for step, text in zip(self._rows, texts, strict=True)])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
+from klfast.models.families import family_of
 
 # What the cache is called in forwards and their outputs: in transformers since 5.24; before, and before in families
 # without attention; in RWKV.
@@ -64,5 +65,10 @@ def returned_cache(output: object) -> object | None:
 
 
 def reads_padding(model: nn.Module) -> bool:
-    """Return True if the model ignores a mask, so that padding changes its results."""
-    return cache_argument(model) == "state" or "attention_mask" not in inspect.signature(model.forward).parameters
+    """Return True if padding changes the model's results, whatever the mask."""
+    return family_of(model).reads_padding or "attention_mask" not in inspect.signature(model.forward).parameters
+
+
+def mixes_rows(model: nn.Module) -> bool:
+    """Return True if the model mixes the rows of a batch in the tokens after the prompt."""
+    return family_of(model).mixes_rows

@@ -154,6 +154,7 @@ def test_several_texts_of_a_prompt(folders):
     assert "needs sampling" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
 
 
+@pytest.mark.filterwarnings("ignore:generate .* runs row by row")
 def test_models_that_read_padding_as_text_get_no_padding(folders, tmp_path, monkeypatch):
     model = by_name.load_model(folders / "plain")
     widths = []

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
 from klfast.models.linears import linears
+
+BY_ROW = {"rwkv": "RwkvForCausalLM mixes rows", "minimax": "padding changes what", "xlstm": "padding changes what"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -26,8 +29,7 @@ def test_greedy_equals_transformers(model, tokens):
     )
 
 
-@pytest.mark.parametrize("family", [*VARIANTS, *OTHERS])
-@pytest.mark.filterwarnings("ignore:.*reads padding as text")
+@pytest.mark.parametrize("family", [name for name in (*VARIANTS, *OTHERS) if name not in BY_ROW])
 def test_greedy_equals_transformers_in_other_families(family, one_thread):
     model, ids = tiny(family, tied=None), batch(3, 9)
     for mask in (None, torch.ones_like(ids), left_padded(ids)):
@@ -42,9 +44,30 @@ def test_greedy_equals_transformers_in_other_families(family, one_thread):
     assert torch.equal(klfast.generate(model, ids[:, :1], 10), expected)
 
 
-def test_warns_about_models_that_read_padding_as_text():
-    with pytest.warns(UserWarning, match="RwkvForCausalLM reads padding as text; generate from prompts .* one by one"):
-        klfast.generate(tiny("rwkv"), batch(3, 9), 2, attention_mask=left_padded(batch(3, 9)))
+@pytest.mark.parametrize("length", [1, 9, 20])
+@pytest.mark.parametrize("family", BY_ROW)
+@pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
+@torch.no_grad()
+def test_rows_continue_as_if_alone(family, length, one_thread):
+    """The truth runs each row without its padding, and again for each token, without a cache."""
+    model, ids = tiny(family, tied=None), batch(3, length)
+    for mask in (torch.ones_like(ids), left_padded(ids))[: 1 if length == 1 else 2]:
+        found = klfast.generate(model, ids, 10, attention_mask=mask)
+        for row, prompt, real in zip(found, ids, mask, strict=True):
+            text = prompt[real != 0].unsqueeze(0)
+            for _ in range(10):
+                text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            assert row[length:].tolist() == text[0, -10:].tolist()
+
+
+@pytest.mark.parametrize(("family", "why"), BY_ROW.items())
+def test_warns_about_models_that_continue_row_by_row(family, why):
+    ids = batch(3, 9)
+    with pytest.warns(klfast.SlowPathWarning, match=rf"generate \[3, 9\] runs row by row: {why}"):
+        klfast.generate(tiny(family), ids, 2, attention_mask=left_padded(ids))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        klfast.generate(tiny(family), ids[:1], 2)
 
 
 def test_greedy_equals_transformers_quantized(model):

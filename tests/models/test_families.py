@@ -53,7 +53,7 @@ def test_a_class_of_the_same_name_elsewhere_is_another_one():
 # What norms compute -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", ACCELERATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()

@@ -230,7 +230,7 @@ CONFIGS = {
         num_hidden_layers=3,
         intermediate_size=96,
         context_length=64,
-        rescale_every=2,
+        rescale_every=0,
     ),
     "xlstm": lambda: transformers.xLSTMConfig(
         vocab_size=VOCABULARY,
@@ -246,7 +246,7 @@ CONFIGS = {
 _FALCON_NORMS = ("falcon_h1_norm", "falcon_h1_gated_norm")
 _ALL_VARIANTS = (  # with a record
     *("hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "lfm2_moe", *_FALCON_NORMS),
-    *("nemotron_h_moe", "jamba_moe", "zamba2_adapters"),
+    *("nemotron_h_moe", "jamba_moe", "zamba2_adapters", "rwkv", "minimax"),
 )
 # In transformers 5.17 the norm of a single token loses a dimension, so that batches mix when they decode.
 _WRONG = _FALCON_NORMS if FalconH1RMSNormGated(4)(torch.ones(1, 1, 4)).dim() != 3 else ()
@@ -259,7 +259,7 @@ ACCELERATED = (
     "lfm2",
     *DELTA,
     *("nemotron_h", "jamba", "zamba", "zamba2"),
-    *(name for name in VARIANTS if name != "hymba_release"),
+    *(name for name in VARIANTS if name not in ("hymba_release", "rwkv", "minimax")),  # they have no mixers
 )
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 

@@ -24,10 +24,12 @@ from klfast.models.families import (
     lfm2,
     mamba,
     mamba2,
+    minimax,
     nemotron_h,
     olmo_hybrid,
     qwen3_5,
     qwen3_next,
+    rwkv,
     zamba,
     zamba2,
 )
@@ -52,6 +54,8 @@ FAMILIES: tuple[Family, ...] = (
     jamba.FAMILY,
     zamba.FAMILY,
     zamba2.FAMILY,
+    rwkv.FAMILY,
+    minimax.FAMILY,
 )
 GENERIC = generic.FAMILY
 _BY_TYPE = {family.model_type: family for family in FAMILIES}

@@ -96,6 +96,9 @@ class Family:
             the model's logits before it is used. None to try what the configuration's attributes suggest.
         masks_prompt_only: the padding mask is only for the prompt, not for the tokens after it, as in models without
             attention.
+        reads_padding: padding changes the results, since the forward ignores its mask or applies it wrongly; that a
+            forward takes no mask is detected.
+        mixes_rows: after the prompt, the forward mixes the rows of a batch.
         widens_logits: the model's forward casts its logits to float32; then its accelerated head does so.
         own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers remain to accelerate.
     """
@@ -108,6 +111,8 @@ class Family:
     blocks: Blocks = Blocks()
     logits: Callable[[Any], LogitRule] | None = None
     masks_prompt_only: bool = False
+    reads_padding: bool = False
+    mixes_rows: bool = False
     widens_logits: bool = False
     own_code: bool = False
 
