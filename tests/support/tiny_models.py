@@ -20,9 +20,9 @@ FAMILIES = (
     *DELTA,
     *("nemotron_h", "jamba", "zamba", "zamba2"),
 )
-HEADS = [  # families, with a head of its own or tied; Kimi-Linear's is never tied
+HEADS = [  # families, with a head of its own or tied; transformers never ties those of Kimi-Linear and Nemotron-H
     *((family, False) for family in FAMILIES),
-    *((family, True) for family in FAMILIES if family != "kimi_linear"),
+    *((family, True) for family in FAMILIES if family not in ("kimi_linear", "nemotron_h")),
 ]
 WITH_EXPERTS = ("qwen3_next", "kimi_linear")
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # without attention
@@ -275,10 +275,11 @@ def tiny(name, tied=False, dtype=torch.float32, seed=0):
         config.tie_word_embeddings = tied
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    std = 0.1 if name.startswith("zamba2") else 0.15  # Zamba2's attention, sharp and wide, multiplies rounding
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "conv" not in parameter_name.split(".")[-2] and "A_log" not in parameter_name:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=std)
     return model
 
 
