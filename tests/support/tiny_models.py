@@ -259,7 +259,8 @@ ACCELERATED = (
     "lfm2",
     *DELTA,
     *("nemotron_h", "jamba", "zamba", "zamba2"),
-    *(name for name in VARIANTS if name not in ("hymba_release", "rwkv", "minimax")),  # they have no mixers
+    # The first three have no mixers to accelerate; Zamba2's adapters concern its shared blocks.
+    *(name for name in VARIANTS if name not in ("hymba_release", "rwkv", "minimax", "zamba2_adapters")),
 )
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 
