@@ -39,16 +39,17 @@ def ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Modu
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
         except ValueError:  # a pattern that no longer matches anything
             ties = dict(part._tied_weights_keys)
-        left = {
-            target: source
-            for target, source in ties.items()
-            if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names
-        }
-        if left != ties:
-            known = getattr(part, "all_tied_weights_keys", {})
-            found.append((part, "_tied_weights_keys", left))
-            all_left = {target: source for target, source in known.items() if target in left or target not in ties}
-            found.append((part, "all_tied_weights_keys", all_left))
+        for attribute, before in (
+            ("_tied_weights_keys", ties),
+            ("all_tied_weights_keys", getattr(part, "all_tied_weights_keys", {})),  # with those of the models inside
+        ):
+            left = {
+                target: source
+                for target, source in before.items()
+                if not {target.rpartition(".")[0], source.rpartition(".")[0]} & names
+            }
+            if left != before:
+                found.append((part, attribute, left))
     return found
 
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klfast.checkpoint.compressed_tensors import linear_names
 from klfast.checkpoint.manifest import MANIFEST, read_layer_facts, read_manifest
 from klfast.checkpoint.tensors import Facts, Tensors, read_quantized_layers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
-from klfast.models.linears import embedding_name
+from klfast.models.linears import is_linear, linear_names
+from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
+from klfast.nn.conv1d import is_conv1d
 from klfast.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def put_in(model: PreTrainedModel, config: QuantizationConfig, files: Collection[str], device_map: Any) -> None:
+def put_in(
+    model: PreTrainedModel, config: QuantizationConfig, files: Collection[str], device_map: Any
+) -> dict[str, str]:
     """Put QuantLinear layers without values into a model, and a QuantEmbedding where only a tied head is stored.
 
     Args:
@@ -33,6 +36,10 @@ def put_in(model: PreTrainedModel, config: QuantizationConfig, files: Collection
         config: which layers are quantized, and how.
         files: the paths of the weight files.
         device_map: from_pretrained's; None stands for the CPU.
+
+    Returns:
+        For ``finish``, the layers that share another's weight, {name: that layer}: they have no tensors meanwhile,
+        since transformers would look for them in the files.
 
     Raises:
         KernelUnavailableError: klfast cannot run some of these weights, as the message says in one sentence. The model
@@ -48,21 +55,26 @@ def put_in(model: PreTrainedModel, config: QuantizationConfig, files: Collection
         tensors = _without_values(folder, files, model.dtype)
         stored = tensors.names()
         _require_places(folder, stored, specs)
-        layers = read_quantized_layers(model, tensors, specs, facts or _usual_facts(model, specs))
+        shared = _shared(model, specs, stored)
+        own = {name: spec for name, spec in specs.items() if name not in shared}
+        layers = read_quantized_layers(model, tensors, own, facts or _usual_facts(model, specs))
         embeddings = _tied_embeddings(model, layers, stored)
     except (CheckpointError, InvalidInputError) as error:
         if facts is not None:
             raise
         raise KernelUnavailableError(f"{str(error).removesuffix('; save the model again')}.") from error
-    for name, module in {**layers, **embeddings}.items():
+    for name, module in {**layers, **embeddings, **{name: nn.Identity() for name in shared}}.items():
         model.set_submodule(name, module)
     tell_transformers(model)
+    return shared
 
 
-def finish(model: PreTrainedModel) -> None:
+def finish(model: PreTrainedModel, shared: Mapping[str, str]) -> None:
     """Give the loaded layers the layout of their device's kernels, and have the model saved as a quantized one."""
     from transformers import PreTrainedModel
 
+    for name, first in shared.items():
+        model.set_submodule(name, model.get_submodule(first))
     for part in model.modules():
         if isinstance(part, QuantLinear):
             part.to(part.quantized.device)
@@ -83,10 +95,11 @@ def _specs(model: nn.Module, config: QuantizationConfig) -> dict[str, QuantSpec]
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     specs = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (nn.Linear, nn.Embedding)) or is_match(name, module, config.ignore or ()):
-            continue  # compressed-tensors quantizes no others (0.20, quantization/lifecycle/apply.py)
+        quantizable = is_linear(module) or isinstance(module, nn.Embedding)
+        if not quantizable or is_match(name, module, config.ignore or ()):
+            continue  # compressed-tensors quantizes no others (0.20, quantization/lifecycle/apply.py), nor a Conv1D
         if targets := match_targets(name, module, schemes):
-            if type(module) is not nn.Linear:
+            if type(module) is not nn.Linear and not is_conv1d(module):
                 kind = type(module).__name__
                 raise KernelUnavailableError(f"{name} is quantized, which is no nn.Linear but a {kind}.")
             specs[name] = _spec(schemes[targets[0]], config.format)
@@ -158,6 +171,16 @@ def _require_places(folder: Path, stored: Collection[str], specs: Collection[str
         )
 
 
+def _shared(model: PreTrainedModel, specs: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Return the layers whose weight is stored under the name of another, which they share: {name: that name}."""
+    ties = {target.removesuffix(".weight"): source for target, source in model.all_tied_weights_keys.items()}
+    return {
+        name: source.removesuffix(".weight")
+        for name, source in ties.items()
+        if name in specs and source.removesuffix(".weight") in specs and f"{name}.weight_packed" not in stored
+    }
+
+
 def _tied_embeddings(
     model: PreTrainedModel, layers: Mapping[str, QuantLinear], stored: Collection[str]
 ) -> dict[str, QuantEmbedding]:
@@ -168,5 +191,5 @@ def _tied_embeddings(
             embedding = embedding_name(model)
             if source != f"{embedding}.weight":
                 raise CheckpointError(f"{target} is tied to {source}, which is not the input embedding")
-            found[embedding] = QuantEmbedding(head)
+            found[embedding] = QuantEmbedding(head, embedding_scale(model))
     return found

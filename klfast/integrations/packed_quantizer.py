@@ -5,6 +5,7 @@ transformers imports it together with its own quantizers, so klfast's kernels ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -24,6 +25,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
     """
 
     _runs_packed = False
+    _shared: Mapping[str, str] = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -33,7 +35,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             from klfast.integrations import packed_layers
 
             try:
-                packed_layers.put_in(model, self.compressor.quantization_config, checkpoint_files or [], device_map)
+                config, files = self.compressor.quantization_config, checkpoint_files or []
+                self._shared = packed_layers.put_in(model, config, files, device_map)
                 self._runs_packed = True
                 return
             except KernelUnavailableError as error:
@@ -56,5 +59,5 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             return super()._process_model_after_weight_loading(model, **kwargs)
         from klfast.integrations import packed_layers
 
-        packed_layers.finish(model)
+        packed_layers.finish(model, self._shared)
         return model
