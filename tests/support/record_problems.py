@@ -19,6 +19,8 @@ from klfast.nn.mamba_step import Parts
 _CHOICES = {"use_mambapy", "use_associative_scan"}
 # Transformers' names of arguments, and those that klfast's functions take from mamba_ssm and causal_conv1d.
 _SAME = {("hidden_states", "x"), ("hidden_states", "u"), ("dt", "delta")}
+# Classes that only later versions have; before, another family's stood in their places, or a linear layer.
+_SINCE = {"NemotronHRMSNormGated": (5, 20), "JambaTopKRouter": (5, 21)}
 # What forwards._one_token reads of a mixer, beside its parts.
 _READ_IN_A_STEP = ("activation", "layer_idx", "in_proj", "out_proj")
 
@@ -26,12 +28,14 @@ _READ_IN_A_STEP = ("activation", "layer_idx", "in_proj", "out_proj")
 def problems(record: Family, source: Source) -> list[str]:
     """Return a line for each fact of a family's record that is not, or no longer, true of a version's source."""
     files = source.of_model(record.model_type)
-    found = [f"there is no model type {record.model_type}"] if files is None else list(_problems(record, *files))
+    version = tuple(map(int, source.version.split(".")[:2]))
+    later = {name for name, since in _SINCE.items() if version < since}
+    found = [f"there is no model type {record.model_type}"] if files is None else list(_problems(record, later, *files))
     return [f"transformers {source.version}, {record.model_type}: {line}" for line in found]
 
 
-def _problems(record: Family, config: Module, modeling: Module) -> Iterator[str]:
-    named = {**record.mixers, **record.norms, **record.rows, **record.matrices}
+def _problems(record: Family, later: set[str], config: Module, modeling: Module) -> Iterator[str]:
+    named = {*record.mixers, *record.norms, *record.rows, *record.matrices} - later
     yield from (f"there is no class {name}" for name in named if name not in modeling.classes)
     mixers, norms, rows, matrices = (
         {name: facts for name, facts in of_kind.items() if name in modeling.classes}
