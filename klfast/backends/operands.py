@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,53 @@ class MatmulArgs(NamedTuple):
         """Return the weight's parts in another layout."""
         weight = self.weight
         return weight.spec.format.convert(self.parts, weight.shape, weight.spec, weight.layout, layout)
+
+
+@dataclass(frozen=True)
+class GroupedMatmulArgs:
+    """The arguments of grouped_dequant_matmul, checked.
+
+    Attributes:
+        x: float [..., K].
+        parts: the tensors of ``count`` matrices [N, K], one below the other.
+        index: int64 [..., S], the matrices that a row of x meets.
+        count: of the matrices.
+        weight: the meaning of ``parts``, for all matrices together.
+        activation: one of ``ACTIVATIONS``.
+    """
+
+    x: torch.Tensor
+    parts: list[torch.Tensor]
+    index: torch.Tensor
+    count: int
+    weight: Stored
+    activation: str
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        parts: list[torch.Tensor],
+        index: torch.Tensor,
+        count: int,
+        n: int,
+        k: int,
+        format: str,
+        layout: str,
+        activation: str,
+    ) -> GroupedMatmulArgs:
+        """Parse the schema's arguments, of which ``n`` are the rows of all matrices, as ``MatmulArgs.of`` does."""
+        return cls(x, parts, index, count, stored(n, k, format, layout), activation)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """All matrices."""
+        return QuantizedTensor(self.parts, self.weight.shape, self.weight.spec, self.weight.layout)
+
+    @property
+    def n(self) -> int:
+        """Rows of a matrix."""
+        return self.weight.shape[0] // self.count
 
 
 class DivergenceArgs(NamedTuple):

@@ -115,6 +115,17 @@ def _dequant_matmul(spec: QuantSpec, activation: str, rows: int, dtype: torch.dt
     return _case(kernel, dtype, f"[{rows}, {k}] x {spec} [67, {k}]", call, x, weight, bias)
 
 
+def _grouped_dequant_matmul(spec: QuantSpec, rows: int, dtype: torch.dtype, count: int = 5, k: int = 331) -> Case:
+    x, weight = torch.randn(rows, k).to(dtype), quantize(torch.randn(count * 37, k), spec)
+    index = torch.randint(count, (rows, 2))
+
+    def call(x: torch.Tensor, weight: QuantizedTensor, index: torch.Tensor) -> list[torch.Tensor]:
+        return [ops.grouped_dequant_matmul(x, weight, index, count)]
+
+    what = f"[{rows}, {k}] x 2 of {count} {spec} [37, {k}]"
+    return _case("grouped_dequant_matmul", dtype, what, call, x, weight, index)
+
+
 def _integers(*shape: int) -> torch.Tensor:
     return torch.randint(-3, 4, shape).float()
 
@@ -294,6 +305,9 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
             for group, rows in _FORMATS
         ),
         *(_dequant_matmul(QuantSpec(4, 128), a, rows, dtype, k) for a in ("exact", "int8") for rows, k in _SPLIT),
+    ],
+    "grouped_dequant_matmul": lambda dtype: [
+        _grouped_dequant_matmul(QuantSpec(bits, *group), rows, dtype) for bits in (4, 6, 8) for group, rows in _FORMATS
     ],
     "linear": lambda dtype: [
         _linear(dtype, rows, bias) for rows in _ROWS for bias in dict.fromkeys((torch.float32, dtype))

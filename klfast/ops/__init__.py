@@ -7,7 +7,7 @@ wrapper, torch.ops, tracing.
 from klfast import backends
 from klfast.ops.attention import decode_attention
 from klfast.ops.divergence import linear_divergence, logit_divergence
-from klfast.ops.matmul import dequant_matmul, linear
+from klfast.ops.matmul import dequant_matmul, grouped_dequant_matmul, linear
 from klfast.ops.norm import rms_norm
 from klfast.ops.ssm import (
     causal_conv1d_fn,
@@ -34,6 +34,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",
     "gated_delta_rule_update",
+    "grouped_dequant_matmul",
     "linear",
     "linear_divergence",
     "logit_divergence",

@@ -7,7 +7,7 @@ from operator import attrgetter
 import torch
 
 from klfast import reference
-from klfast.backends.operands import MatmulArgs
+from klfast.backends.operands import GroupedMatmulArgs, MatmulArgs
 from klfast.core.arguments import ACTIVATIONS, check_activation
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
@@ -80,6 +80,69 @@ def dequant_matmul(
         InvalidInputError: a wrong dtype, shape, device or activation; a scale that requires a gradient.
     """
     return call_dequant_matmul(x, list(qt.parts), bias, *qt.shape, qt.spec.text, qt.layout.value, activation)
+
+
+# grouped_dequant_matmul -------------------------------------------------------------------------------------------
+
+
+def _check_grouped_dequant_matmul(args: GroupedMatmulArgs) -> None:
+    x, index, (rows, k) = args.x, args.index, args.weight.shape
+    if x.dtype not in FLOAT_DTYPES or x.dim() == 0 or x.shape[-1] != k:
+        raise InvalidInputError(
+            f"grouped_dequant_matmul: x must be {FLOAT_NAMES} [..., {k}] for [N, {k}] matrices, "
+            f"got {x.dtype} {list(x.shape)}"
+        )
+    if index.dtype != torch.int64 or index.shape[:-1] != x.shape[:-1] or index.dim() != x.dim():
+        raise InvalidInputError(
+            f"grouped_dequant_matmul: index must be torch.int64 {[*x.shape[:-1], 'S']} for this x, "
+            f"got {index.dtype} {list(index.shape)}"
+        )
+    if args.count < 1 or rows % args.count:
+        raise InvalidInputError(f"grouped_dequant_matmul: {rows} rows cannot be those of {args.count} matrices")
+    if args.activation not in ACTIVATIONS:
+        check_activation("grouped_dequant_matmul: ", args.activation)
+    args.weight.check(args.parts)
+    same_device("grouped_dequant_matmul", x, index, *args.parts)
+
+
+define(
+    "grouped_dequant_matmul(Tensor x, Tensor[] parts, Tensor index, int count, int n, int k, str format, str layout, "
+    "str activation) -> Tensor",
+    check=_check_grouped_dequant_matmul,
+    fake=lambda args: args.x.new_empty((*args.index.shape, args.n)),
+    reference=lambda args: reference.grouped_dequant_matmul(
+        args.x, args.quantized, args.index, args.count, args.activation
+    ),
+    arguments=GroupedMatmulArgs.of,
+    formats=attrgetter("weight.formats"),
+)
+grouped_dequant_matmul_op = torch.ops.klfast.grouped_dequant_matmul.default
+
+
+@public
+def grouped_dequant_matmul(
+    x: torch.Tensor, qt: QuantizedTensor, index: torch.Tensor, count: int, *, activation: str = "exact"
+) -> torch.Tensor:
+    """Multiply each row of x by a few of many quantized matrices; the others are not read (mixtures of experts).
+
+    ``y[..., s, :] = dequant_matmul(x, matrix[index[..., s]])``. Not differentiable.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; any strides.
+        qt: quantized [count * N, K], the matrices one below the other, on x's device.
+        index: int64 [..., S], from 0 to count - 1: the matrices that each row of x meets.
+        count: the number of matrices.
+        activation: as in ``dequant_matmul``.
+
+    Returns:
+        [..., S, N] in x's dtype.
+
+    Raises:
+        InvalidInputError: a wrong dtype, shape, device, index or activation.
+    """
+    return grouped_dequant_matmul_op(
+        x, list(qt.parts), index, count, *qt.shape, qt.spec.text, qt.layout.value, activation
+    )
 
 
 # linear -----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,16 @@ class QuantizedTensor:
         ]
         return cls(parts, shape, spec)
 
+    @classmethod
+    def joined(cls, each: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Return the plain tensor with the rows of several plain ones; InvalidInputError unless K and spec are one."""
+        first = each[0]
+        if any((qt.shape[1], qt.spec) != (first.shape[1], first.spec) for qt in each):
+            raise InvalidInputError("matrices with other inputs or specs cannot be one")
+        rows = [qt.shape[0] for qt in each]
+        parts = first.spec.format.join_rows([qt.parts for qt in each], rows)
+        return cls(parts, (sum(rows), first.shape[1]), first.spec)
+
     @property
     def stored(self) -> Stored:
         """The meaning of the parts."""
@@ -158,7 +168,7 @@ class QuantizedTensor:
         return self.spec.format.decode_rows(self.parts, index, self.shape, self.spec, self.layout)
 
     def block(self, first: int, end: int) -> QuantizedTensor:
-        """Return adjacent rows as views; ``first`` of a plain tensor must be a multiple of 32."""
+        """Return adjacent rows, as views where ``first`` is a multiple of 32."""
         parts = self.spec.format.slice_rows(self.parts, slice(first, end), self.layout)
         return QuantizedTensor(parts, (end - first, self.shape[1]), self.spec, self.layout)
 

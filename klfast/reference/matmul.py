@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+from klfast.core.errors import InvalidInputError
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
@@ -21,6 +24,52 @@ def dequant_matmul(
         x32 = fake_quantize_rows(x32, qt.spec)
     y = x32 @ qt.dequantize(torch.float32).T
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def grouped_dequant_matmul(
+    x: torch.Tensor, qt: QuantizedTensor, index: torch.Tensor, count: int, activation: str = "exact"
+) -> torch.Tensor:
+    """Multiply rows of x [..., K] by some of ``count`` matrices [N, K], those of index [..., S]: [..., S, N]."""
+    n = qt.shape[0] // count
+    return by_group(
+        lambda i, rows: dequant_matmul(rows, qt.block(i * n, (i + 1) * n), None, activation), x, index, count, n
+    )
+
+
+def by_group(
+    product: Callable[[int, torch.Tensor], torch.Tensor], x: torch.Tensor, index: torch.Tensor, count: int, n: int
+) -> torch.Tensor:
+    """Multiply each row of x by the matrices that it is routed to; one call for each of these matrices.
+
+    Args:
+        product: multiplies rows [M, K] by a matrix, given its number: [M, N].
+        x: [..., K].
+        index: int64 [..., S], the numbers of the matrices that a row meets.
+        count: of the matrices.
+        n: N.
+
+    Returns:
+        [..., S, N], differentiable if ``product`` is.
+
+    Raises:
+        InvalidInputError: there is no matrix of such a number.
+    """
+    flat = index.reshape(-1)
+    if flat.numel() and not (flat.min() >= 0 and flat.max() < count):
+        raise out_of_range(index, count)
+    order = flat.argsort(stable=True)
+    rows = x.unsqueeze(0).flatten(0, -2)[order // index.shape[-1]]
+    sizes = flat.bincount(minlength=count).tolist()
+    found = [product(i, some) for i, some in enumerate(rows.split(sizes)) if len(some)]
+    y = torch.cat(found)[order.argsort()] if found else x.new_empty(0, n)
+    return y.view(*index.shape, n)
+
+
+def out_of_range(index: torch.Tensor, count: int) -> InvalidInputError:
+    """Return the error for the number of a matrix, or expert, that does not exist."""
+    return InvalidInputError(
+        f"index must lie in 0..{count - 1} for {count} matrices, got {int(index.min())}..{int(index.max())}"
+    )
 
 
 def linear(

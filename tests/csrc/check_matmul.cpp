@@ -1,7 +1,8 @@
-// dequant_matmul and linear against products in double.
+// dequant_matmul, alone and grouped, and linear against products in double.
 #include "check.h"
 #include "matmul/dense/linear.h"
 #include "matmul/quantized/dequant_matmul.h"
+#include "matmul/quantized/grouped.h"
 
 namespace klfast::test {
 namespace {
@@ -61,6 +62,14 @@ std::vector<double> product(const Tensor& x, Int m, Int k, const std::vector<dou
     return y;
 }
 
+// The rows of a product of x with a stack of `count` matrices that meet matrix index[i].
+std::vector<double> chosen(const std::vector<double>& all, Int count, Int n, const std::vector<Int>& index, Int each) {
+    std::vector<double> y(index.size() * n);
+    for (Int i = 0; i < static_cast<Int>(index.size()); ++i)
+        for (Int j = 0; j < n; ++j) y[i * n + j] = all[(i / each * count + index[i]) * n + j];
+    return y;
+}
+
 Product product_args(Tensor& x, Tensor& bias, Tensor& y, Int m, Int n, Int k) {
     return {
         .x = x.data(),
@@ -86,26 +95,48 @@ Tensor whole_steps(DType dtype, Int m, Int k, Int group) {
     return x;
 }
 
+QuantizedWeight weight_args(Weight& w, bool int8_activation) {
+    return {
+        .packed = w.packed.data(),
+        .scale = w.scale.data(),
+        .scale_type = w.scale.dtype(),
+        .zero_point = w.zero_point.empty() ? nullptr : w.zero_point.data(),
+        .bits = w.bits,
+        .group = w.group,
+        .int8_activation = int8_activation,
+    };
+}
+
 void check_quantized(DType dtype, Weight& w, Int m, bool int8_activation) {
     Tensor x = int8_activation ? whole_steps(dtype, m, w.k, w.group) : Tensor::random(dtype, {m, w.k});
     Tensor bias = Tensor::random(DType::f32, {w.n});
     const std::vector<double> truth = product(x, m, w.k, w.value, w.n, bias);
     for_tiers("dequant_matmul", [&](Tier tier) {
         Tensor y(dtype, {m, w.n});
-        const DequantMatmulArgs args{
-            product_args(x, bias, y, m, w.n, w.k),
-            {
-                .packed = w.packed.data(),
-                .scale = w.scale.data(),
-                .scale_type = w.scale.dtype(),
-                .zero_point = w.zero_point.empty() ? nullptr : w.zero_point.data(),
-                .bits = w.bits,
-                .group = w.group,
-                .int8_activation = int8_activation,
-            },
-        };
-        dequant_matmul(args, tier);
+        dequant_matmul({product_args(x, bias, y, m, w.n, w.k), weight_args(w, int8_activation)}, tier);
         compare("dequant_matmul", tier, y, truth);
+    });
+}
+
+// Each row of x meets `each` of the `count` matrices that w's rows are.
+void check_grouped(DType dtype, Weight& w, Int count, Int m, Int each) {
+    const Int n = w.n / count;
+    Tensor x = Tensor::random(dtype, {m, w.k}), none(DType::f32, {w.n});
+    std::vector<Int> index(m * each);
+    for (Int& i : index) i = random_int(0, count);
+    for (Int i = 0; i < w.n; ++i) none.set(i, 0.0);
+    const std::vector<double> truth = chosen(product(x, m, w.k, w.value, w.n, none), count, n, index, each);
+    for_tiers("grouped_dequant_matmul", [&](Tier tier) {
+        Tensor y(dtype, {m, each, n});
+        GroupedDequantMatmulArgs args{
+            .one = {product_args(x, none, y, m, n, w.k), weight_args(w, false)},
+            .index = index.data(),
+            .each = each,
+            .count = count,
+        };
+        args.one.bias = nullptr;
+        grouped_dequant_matmul(args, tier);
+        compare("grouped_dequant_matmul", tier, y, truth);
     });
 }
 
@@ -119,6 +150,10 @@ void check_quantized_matmul() {
                 for (const DType dtype : kTypes)
                     for (const Int m : {1, 3, 7, 19, 35})
                         for (const bool int8_activation : {false, true}) check_quantized(dtype, w, m, int8_activation);
+                Weight stack(3 * 37, 601, bits, group, symmetric);
+                for (const DType dtype : kTypes)
+                    for (const Int m : {1, 7, 35})
+                        for (const Int each : {1, 2}) check_grouped(dtype, stack, 3, m, each);
             }
 }
 

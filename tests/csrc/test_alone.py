@@ -15,7 +15,7 @@ from klfast.dispatch import pins
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = {
-    "quantized_matmul": ["dequant_matmul"],
+    "quantized_matmul": ["dequant_matmul", "grouped_dequant_matmul"],
     "dense_matmul": ["linear"],
     "attention": ["decode_attention"],
     "divergence": ["logit_divergence"],

@@ -28,6 +28,7 @@ def calls() -> dict:
     kda = delta_rule | dict(g=-f(2, 5, 4, 3).abs())
     return {
         ops.dequant_matmul: dict(x=f(3, 32), qt=qt, bias=f(5)),
+        ops.grouped_dequant_matmul: dict(x=f(3, 32), qt=qt, index=torch.zeros(3, 2, dtype=torch.int64), count=5),
         ops.linear: dict(x=f(3, 8).bfloat16(), weight=f(5, 8).bfloat16(), bias=f(5)),
         ops.decode_attention: dict(q=f(2, 4, 8), k=f(2, 2, 9, 8), v=f(2, 2, 9, 6)),
         ops.logit_divergence: dict(

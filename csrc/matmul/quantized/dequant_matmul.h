@@ -17,6 +17,7 @@ struct QuantizedWeight {
     const void* scale;           // [n, groups]
     DType scale_type;
     const std::int32_t* zero_point;  // [ceil(n bits / 32), groups]; nullptr if symmetric
+    std::int64_t zero_row = 0;       // the weight's first row among those that zero_point has
     int bits;                        // 4, 6 or 8
     std::int64_t group;              // values of a row that share a scale, at least 1
     bool int8_activation;

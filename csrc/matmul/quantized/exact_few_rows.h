@@ -161,8 +161,9 @@ struct ExactFewRows {
         float total = 0.0f;
         for (std::int64_t k = 0; k < a.k; ++k) {
             const std::int64_t g = k / a.group;
-            const std::int32_t q = value_at(row, k, 1),
-                               z = a.zero_point ? value_at(a.zero_point + g, n, n_groups) : 1 << (Bits - 1);
+            const std::int32_t q = value_at(row, k, 1), z = a.zero_point
+                                                                ? value_at(a.zero_point + g, a.zero_row + n, n_groups)
+                                                                : 1 << (Bits - 1);
             total += load_float(a.x, m * a.x_stride + k, a.x_type) *
                      (static_cast<float>(q - z) * load_float(a.scale, n * n_groups + g, a.scale_type));
         }

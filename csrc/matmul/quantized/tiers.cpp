@@ -22,6 +22,7 @@ void dequant_matmul(const DequantMatmulArgs& args) { run(args); }
 namespace klfast {
 
 KLFAST_DISPATCH(dequant_matmul, DequantMatmulArgs)
+const Announce announce_grouped{"grouped_dequant_matmul", k_dequant_matmul};  // which runs it, matrix by matrix
 
 }  // namespace klfast
 

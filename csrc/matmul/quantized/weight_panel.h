@@ -95,7 +95,7 @@ inline void load_words(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t
 
 // Zero points, as stored, of row n in `count` groups from g on.
 inline Ints stored_zeros(const DequantMatmulArgs& a, std::int64_t n, std::int64_t g, std::int64_t count) {
-    const std::int64_t bit = n * a.bits, groups = a.groups();
+    const std::int64_t bit = (a.zero_row + n) * a.bits, groups = a.groups();
     const int shift = static_cast<int>(bit % 32);
     const std::int32_t* const word = a.zero_point + bit / 32 * groups + g;
     Ints zeros = shift_right(read(word, count), shift);

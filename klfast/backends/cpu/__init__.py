@@ -9,6 +9,7 @@ def register() -> None:
     from klfast.backends.cpu import attention, divergence, matmul, norm, ssm
 
     register_kernel("dequant_matmul", "CPU", matmul.dequant_matmul, formats=matmul.FORMATS)
+    register_kernel("grouped_dequant_matmul", "CPU", matmul.grouped_dequant_matmul, formats=matmul.FORMATS)
     register_kernel("linear", "CPU", matmul.linear, handed_over=matmul.why_torch_multiplies)
     register_kernel("decode_attention", "CPU", attention.decode_attention)
     register_kernel("logit_divergence", "CPU", divergence.logit_divergence)

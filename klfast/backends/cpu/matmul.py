@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from klfast import _C
 from klfast.backends.cpu.buffers import empty
 from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
-from klfast.backends.operands import FEW_ROWS, MatmulArgs
+from klfast.backends.operands import FEW_ROWS, GroupedMatmulArgs, MatmulArgs
 from klfast.dispatch import pins
 from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import Layout
 from klfast.quant.tensor import Stored
+from klfast.reference import out_of_range
 
 # The formats that csrc/matmul/quantized multiplies: packed integers of this many bits.
 FORMATS = ("int4", "int6", "int8")
@@ -29,6 +30,22 @@ def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
         parts = args.parts_in(Layout.PLAIN)
     y = args.x.new_empty((*args.x.shape[:-1], weight.shape[0]))
     dequant_matmul_into(y, args.x, parts, args.bias, weight, args.activation)
+    return y
+
+
+def grouped_dequant_matmul(args: GroupedMatmulArgs) -> torch.Tensor:
+    """Multiply each row by the matrices that it meets, after a conversion if their layout is another device's."""
+    x, parts, weight = args.x, args.parts, args.weight
+    if weight.layout is not Layout.PLAIN:
+        pins.slow_path("grouped_dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
+        parts = list(args.quantized.to_layout(Layout.PLAIN).parts)
+    rows, stride = _rows(x, weight.shape[1])
+    parts, index, each = _contiguous(parts), args.index.contiguous(), args.index.shape[-1]
+    y = x.new_empty((*index.shape, args.n))
+    m = index.numel() // max(each, 1)
+    product = _arguments(rows, stride, parts, None, y, m, args.n, weight, args.activation)
+    if not _C.grouped_dequant_matmul(address(index), each, args.count, *product):
+        raise out_of_range(index, args.count)
     return y
 
 
@@ -80,25 +97,42 @@ def dequant_matmul_into(
     """Write x [..., K] times the plain parts of packed integers to contiguous y [..., N], in x's dtype or wider."""
     n, k = weight.shape
     rows, stride = _rows(x, k)
+    parts, bias = _contiguous(parts), None if bias is None else bias.contiguous()  # they must outlive the call
+    _C.dequant_matmul(*_arguments(rows, stride, parts, bias, y, y.numel() // max(n, 1), n, weight, activation))
+
+
+def _contiguous(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [part.contiguous() for part in parts]
+
+
+def _arguments(
+    x: torch.Tensor,
+    x_stride: int,
+    parts: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    m: int,
+    n: int,
+    weight: Stored,
+    activation: str,
+) -> tuple[object, ...]:
+    """Describe a product with plain parts to the extension: m rows of x, n rows of a matrix."""
     packed, scale, *zero_points = parts
-    packed, scale = packed.contiguous(), scale.contiguous()  # bound to names: they must outlive the call
-    zero_point = zero_points[0].contiguous() if zero_points else None
-    bias = None if bias is None else bias.contiguous()
-    _C.dequant_matmul(
-        address(rows),
+    return (
+        address(x),
         DTYPE_CODES[x.dtype],
-        stride,
+        x_stride,
         address(packed),
         address(scale),
         DTYPE_CODES[scale.dtype],
-        address(zero_point),
+        address(zero_points[0] if zero_points else None),
         address(bias),
         DTYPE_CODES[x.dtype if bias is None else bias.dtype],
         address(y),
         DTYPE_CODES[y.dtype],
-        y.numel() // max(n, 1),
+        m,
         n,
-        k,
+        weight.shape[1],
         weight.spec.bits,
         weight.group_length,
         activation == "int8",

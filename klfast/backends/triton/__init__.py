@@ -27,6 +27,7 @@ _SSM = (
 )
 _MODULES = {
     "dequant_matmul": "matmul",
+    "grouped_dequant_matmul": "matmul",
     "decode_attention": "attention",
     "rms_norm": "norm",
     **dict.fromkeys(DIVERGENCE, "divergence"),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from klfast.backends.operands import MatmulArgs
+from klfast import reference
+from klfast.backends.operands import GroupedMatmulArgs, MatmulArgs
 from klfast.dispatch import pins
 from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import RELAID, Layout, fill_blocks
@@ -26,6 +27,25 @@ def dequant_matmul(args: MatmulArgs) -> torch.Tensor:
         parts = args.parts_in(Layout.TILED)
     dequant_product(x.reshape(-1, k), parts, bias, y.view(-1, n), k, weight.spec, int8=activation == "int8")
     return y
+
+
+def grouped_dequant_matmul(args: GroupedMatmulArgs) -> torch.Tensor:
+    """Multiply by one matrix after the other, each sliced out of the tiles of all, which copies it."""
+    x, n, weight, qt = args.x, args.n, args.weight, args.quantized
+    k = weight.shape[1]
+    if not k or not n:
+        return x.new_zeros((*args.index.shape, n))
+    if weight.layout is not Layout.TILED:
+        pins.slow_path("grouped_dequant_matmul", list(x.shape), RELAID, how="with another pass over the weight")
+        qt = qt.to_layout(Layout.TILED)
+
+    def product(i: int, rows: torch.Tensor) -> torch.Tensor:
+        y = rows.new_empty(len(rows), n)
+        parts = qt.block(i * n, (i + 1) * n).parts
+        dequant_product(rows, parts, None, y, k, weight.spec, int8=args.activation == "int8")
+        return y
+
+    return reference.by_group(product, x, args.index, args.count, n)
 
 
 def dequant_product(

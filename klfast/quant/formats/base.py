@@ -129,7 +129,11 @@ class QuantFormat(ABC):
     def slice_rows(
         self, parts: Sequence[torch.Tensor], rows: slice, layout: Layout = Layout.PLAIN
     ) -> list[torch.Tensor]:
-        """Return the parts of adjacent rows, as views; a slice of plain parts begins at a multiple of 32."""
+        """Return the parts of adjacent rows, as views where the slice begins at a multiple of 32."""
+
+    @abstractmethod
+    def join_rows(self, each: Sequence[Sequence[torch.Tensor]], rows: Sequence[int]) -> list[torch.Tensor]:
+        """Return the plain parts of a weight from those of its first ``rows[0]`` rows, the next ``rows[1]`` ..."""
 
     @abstractmethod
     def convert(

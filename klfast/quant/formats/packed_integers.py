@@ -108,12 +108,25 @@ class PackedIntegers(QuantFormat):
     def slice_rows(
         self, parts: Sequence[torch.Tensor], rows: slice, layout: Layout = Layout.PLAIN
     ) -> list[torch.Tensor]:
-        """Slice each part; plain zero points by whole words."""
+        """Slice each part; plain zero points by whole words, or they are packed anew."""
         packed, scale, *zero_point = parts
         if layout is Layout.TILED:
             return [part[:, rows] for part in parts]
-        words = slice(rows.start * self.bits // 32, packing.packed_words(rows.stop, self.bits))
-        return [packed[rows], scale[rows], *(part[words] for part in zero_point)]
+        if rows.start * self.bits % 32 == 0:
+            words = slice(rows.start * self.bits // 32, packing.packed_words(rows.stop, self.bits))
+            return [packed[rows], scale[rows], *(part[words] for part in zero_point)]
+        index = torch.arange(rows.start, rows.stop, device=packed.device)
+        zeros = (packing.unpack_rows(part, self.bits, index).to(torch.uint8) for part in zero_point)
+        return [packed[rows], scale[rows], *(packing.pack(part.T, self.bits).T.contiguous() for part in zeros)]
+
+    def join_rows(self, each: Sequence[Sequence[torch.Tensor]], rows: Sequence[int]) -> list[torch.Tensor]:
+        """Join each part; zero points are packed anew."""
+        packed, scale, *zero_point = ([parts[i] for parts in each] for i in range(len(each[0])))
+        zeros = [
+            torch.cat([packing.unpack(words.T, self.bits, n) for words, n in zip(part, rows, strict=True)], 1)
+            for part in zero_point
+        ]
+        return [torch.cat(packed), torch.cat(scale), *(packing.pack(part, self.bits).T.contiguous() for part in zeros)]
 
     def convert(
         self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, source: Layout, target: Layout
