@@ -12,7 +12,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 import klfast
 from klfast.benchkit.runner import distance, timed
 from klfast.models.linears import linears
-from klfast.models.sizes import weight_bytes
+from klfast.models.matrices import matrices
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import QuantSpec
 
@@ -112,10 +112,7 @@ def _largest_layer_error(model: nn.Module, prompt: torch.Tensor) -> float:
 
 def read_bytes(model: nn.Module) -> int:
     """Return the bytes of the linear layers' weights, which each decoded token reads."""
-    return sum(
-        layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer)
-        for layer in linears(model).values()
-    )
+    return sum(one.nbytes for one in matrices(model).values())
 
 
 def shares(model: nn.Module, prompt: torch.Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:

@@ -24,6 +24,7 @@ from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.diagnostics.explain import explain
 from klfast.models.linears import linears, row_parts
+from klfast.models.matrices import matrices
 from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.models.vocabulary import vocabulary_size
 from klfast.quant.spec import QuantSpec
@@ -257,16 +258,14 @@ def _listed(costs: Iterable[tuple[object, Cell]]) -> str:
 def _measure(
     variant: str, model: nn.Module, teacher: nn.Module, batches: list[torch.Tensor], swept: Sensitivities
 ) -> Row:
-    layers = list(linears(model).values())
-    matrices = [
-        layer.quantized.nbytes if isinstance(layer, klfast.QuantLinear) else weight_bytes(layer) for layer in layers
-    ]
+    held = list(matrices(model).values())
     weights = sum(math.prod(info.shape) for info in swept.layers.values())
-    total = sum(map(weight_bytes, layers)) + other_bytes(model)  # before the cast: as stored
+    bits = 8 * sum(one.nbytes for one in held) / weights
+    total = sum(map(weight_bytes, held)) + other_bytes(model)  # before the cast: as stored
     found = klfast.evaluate(model.float(), batches, teacher, progress=None)
     kl, kl_stderr, agreement = found.kl, found.kl_stderr, found.top1_agreement
     assert kl is not None and kl_stderr is not None and agreement is not None  # since there is a teacher
-    return Row(variant, total, 8 * sum(matrices) / weights, found.perplexity, kl, kl_stderr, agreement)
+    return Row(variant, total, bits, found.perplexity, kl, kl_stderr, agreement)
 
 
 def _conditions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import cast
+from typing import Any
 
 from torch import nn
 
@@ -14,23 +14,25 @@ from klfast.core.errors import InvalidInputError
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.fingerprint import require_match
 from klfast.models.head import head_name, is_head_tied
-from klfast.models.linears import linear, refuse_moving_weights, sharers
+from klfast.models.linears import refuse_moving_weights
+from klfast.models.matrices import Matrix, matrix, named_matrices, replacements, sharers
 from klfast.models.sizes import warn_unquantizable
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import quantized_class
 from klfast.planning.plan_file import Plan
+from klfast.quant.rounding import quantize
 from klfast.quant.spec import SCALES, QuantSpec
 
 
 def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
-    """Replace each linear layer that ``plan`` names by a QuantLinear, in place.
+    """Replace each linear layer that ``plan`` names by a QuantLinear, and experts by QuantExperts, in place.
 
     If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads
     its rows from the head's tensor. Layers that share a weight continue to share it: it is quantized once. The model's
     configuration then describes the quantized layers (``quantization_config``), so that its own save_pretrained writes
     a folder that transformers loads; where that is impossible, save_pretrained raises. A warning tells if a large part
-    of the model is outside linear layers (experts) and stays as it is.
+    of the model is in classes that klfast does not know (gpt-oss's experts) and stays as it is.
 
     Either everything is replaced or nothing, even if interrupted. Biases and other parameters stay the same objects.
 
@@ -59,24 +61,25 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     refuse_wrapper(model)
     refuse_moving_weights(model)
     groups = {names[0]: names for names in sharers(model)}
-    known = {name for names in groups.values() for name in names}
+    known = named_matrices(model)
     for name in (name for name in plan.specs if name in known):
-        _refuse_unfit(name, model.get_submodule(name))
+        _refuse_unfit(name, known[name])
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
     specs = _specs_by_first_name(model, plan, groups)
     with_embedding = bool(specs) and is_head_tied(model) and head_name(model) in specs
     embedded_times = embedding_scale(model) if with_embedding else None
 
-    modules: dict[str, nn.Module] = {}
+    layers: dict[str, QuantLinear] = {}
     for name, spec in specs.items():
         try:
-            modules |= _quantized(model, groups[name], spec, activation, scale)
+            layers |= _quantized({name: known[name] for name in groups[name]}, spec, activation, scale)
         except InvalidInputError as error:
             raise InvalidInputError(f"{name}: {error}") from None
+    modules = replacements(model, layers)
     if with_embedding:
-        head = cast(QuantLinear, modules[head_name(model)])
-        modules[embedding_name(model)] = QuantEmbedding(head, embedded_times).train(model.training)
+        embedding = QuantEmbedding(layers[head_name(model)], embedded_times)
+        modules[embedding_name(model)] = embedding.train(model.training)
     if specs:
         warn_unquantizable(model, "quantize_model")
     _swap(model, modules)
@@ -89,7 +92,7 @@ def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list
     specs: dict[str, QuantSpec] = {}
     for name, spec in plan.specs.items():
         if name not in first:
-            linear(model, name)  # raises, naming the closest
+            matrix(model, name)  # raises, naming the closest
         if specs.setdefault(first[name], spec) != spec:
             one, other = specs[first[name]], spec
             raise InvalidInputError(
@@ -98,29 +101,29 @@ def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list
     return specs
 
 
-def _refuse_unfit(name: str, layer: nn.Module) -> None:
-    if isinstance(layer, QuantLinear):
-        raise InvalidInputError(f"{name} is quantized already ({layer.spec}); load the full-precision model again")
-    if layer.weight.is_meta:
+def _refuse_unfit(name: str, one: Matrix) -> None:
+    if isinstance(one.holder, QuantLinear):
+        raise InvalidInputError(f"{name} is quantized already ({one.holder.spec}); load the full-precision model again")
+    if one.tensor.is_meta:
         raise InvalidInputError(
             f"{name} has no weight in memory (it is on the meta device); load the model without offloading it"
         )
 
 
-def _quantized(
-    model: nn.Module, names: list[str], spec: QuantSpec, activation: str, scale: str
-) -> dict[str, nn.Module]:
-    """Return the replacements of layers that share one weight, by name; layers with one bias get one module."""
-    layers = {name: linear(model, name) for name in names}
-    kind = quantized_class(model.get_submodule(names[0]))
-    module = kind.from_linear(layers[names[0]], spec, activation, scale)
+def _quantized(same: Mapping[str, Matrix], spec: QuantSpec, activation: str, scale: str) -> dict[str, QuantLinear]:
+    """Return the replacements of matrices that are one, by name; layers with one bias get one module."""
+    weight = next(iter(same.values())).weight
+    qt = quantize(weight, spec, scale=scale)
     made: dict[int, QuantLinear] = {}  # by bias
-    for layer in layers.values():
-        if id(layer.bias) not in made:
-            one = kind(module.quantized, activation=activation, dtype=module.dtype) if made else module
-            one.bias = layer.bias  # the same parameter, so that optimizers and requires_grad stay as they are
-            made[id(layer.bias)] = one.train(layer.training)
-    return {name: made[id(layer.bias)] for name, layer in layers.items()}
+    found = {}
+    for name, one in same.items():
+        bias: Any = one.bias
+        if id(bias) not in made:
+            layer = quantized_class(one.holder)(qt, bias, activation, dtype=weight.dtype).train(one.holder.training)
+            layer.bias = bias  # the same parameter, so that optimizers and requires_grad stay as they are
+            made[id(bias)] = layer
+        found[name] = made[id(bias)]
+    return found
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

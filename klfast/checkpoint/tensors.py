@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,7 @@ from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import head_name, is_head_tied
-from klfast.models.linears import linear_names
+from klfast.models.matrices import Matrix, named_matrices, replacements
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import quantized_class
@@ -80,6 +81,23 @@ class Tensors:
                 f"{self.folder}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; {self.remedy}"
             )
         return tensor
+
+    def take_quantized(self, name: str, spec: QuantSpec, shape: tuple[int, int] | None = None) -> QuantizedTensor:
+        """Read a quantized weight; raise CheckpointError if a tensor is missing, damaged or of another shape."""
+        stored = tuple(self.take(f"{name}.weight_shape", (2,)).tolist())
+        if shape not in (None, stored):
+            raise CheckpointError(f"{self.folder}: {name}.weight_shape is not {list(shape)}; {self.remedy}")
+        parts = [self.take(part) for part in part_names(name, spec, stored)]
+        try:
+            return QuantizedTensor(parts, stored, spec)
+        except InvalidInputError as error:
+            raise CheckpointError(f"{self.folder}: the tensors of {name} do not fit: {error}; {self.remedy}") from None
+
+    def put_quantized(self, name: str, qt: QuantizedTensor) -> None:
+        """Add the parts and the shape of a quantized weight, as if they had been stored."""
+        parts = {part.name: tensor for part, tensor in zip(qt.stored.parts, qt.parts, strict=True)}
+        for part, tensor in (parts | {"shape": torch.tensor(qt.shape)}).items():
+            self._readers[f"{name}.weight_{part}"] = partial(torch.Tensor.detach, tensor)
 
     def take_float(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Read a tensor of the shape of ``like``, as stored or, if a dtype was asked for, in the dtype of ``like``."""
@@ -161,7 +179,7 @@ def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], fac
         CheckpointError: a tensor is missing, superfluous, or not of the model's shape, or the model lacks a layer.
     """
     tied = is_head_tied(model)
-    for name, module in read_quantized_layers(model, tensors, specs, facts).items():
+    for name, module in replacements(model, read_quantized_layers(model, tensors, specs, facts)).items():
         model.set_submodule(name, module)
     if tied and (head := head_name(model)) in specs and f"{embedding_name(model)}.weight" not in tensors.names():
         embedding = QuantEmbedding(cast(QuantLinear, model.get_submodule(head)), embedding_scale(model))
@@ -182,49 +200,37 @@ def set_tied_in_config(config: Any, tied: bool) -> None:
 def read_quantized_layers(
     model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], facts: Facts
 ) -> dict[str, QuantLinear]:
-    """Return the layers of ``specs``, made of their tensors, to take the places of an empty model's.
+    """Return the layers of ``specs``, made of their tensors, to take the places of an empty model's matrices.
 
     Raises:
-        CheckpointError: a tensor is missing or not of the layer's shape, or the model lacks a layer.
+        CheckpointError: a tensor is missing or not of the matrix's shape, or the model lacks a matrix.
     """
-    folder, layers = tensors.folder, linear_names(model)
-    if unknown := [name for name in specs if name not in layers or name not in facts]:
+    folder, known = tensors.folder, named_matrices(model)
+    if unknown := [name for name in specs if name not in known or name not in facts]:
         raise CheckpointError(
             f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; {tensors.remedy}"
         )
-    made: dict[str, QuantLinear] = {}
-    first_of: dict[int, str] = {}  # by weight, which layers of the empty model may share
+    made: dict[int, tuple[Matrix, QuantLinear]] = {}  # by tensor, which layers of the empty model may share
+    layers: dict[str, QuantLinear] = {}
     for name, spec in specs.items():
-        layer, shape = layers[name], (layers[name].out_features, layers[name].in_features)
-        first = first_of.get(id(layer.weight))
-        if first is not None and part_names(name, spec, shape)[0] not in tensors.names():
-            made[name] = _same_weight(layers[first], made[first], layer, tensors, name)
-        else:
-            kind = quantized_class(model.get_submodule(name))
-            made[name] = _quantized_layer(kind, layer, tensors, name, spec, facts[name])
-            first_of.setdefault(id(layer.weight), name)
-    return made
+        one = known[name]
+        first = made.get(id(one.tensor))
+        if first is not None and part_names(name, spec, one.shape)[0] not in tensors.names():
+            layers[name] = _same_weight(*first, one, tensors, name)
+            continue
+        layers[name] = _quantized_layer(one, tensors, name, spec, facts[name])
+        made.setdefault(id(one.tensor), (one, layers[name]))
+    return layers
 
 
 def _quantized_layer(
-    kind: type[QuantLinear],
-    layer: nn.Linear,
-    tensors: Tensors,
-    name: str,
-    spec: QuantSpec,
-    fact: tuple[torch.dtype, str],
+    one: Matrix, tensors: Tensors, name: str, spec: QuantSpec, fact: tuple[torch.dtype, str]
 ) -> QuantLinear:
-    folder, shape = tensors.folder, (layer.out_features, layer.in_features)
     weight_dtype, activation = fact
-    if tensors.take(f"{name}.weight_shape", (2,)).tolist() != list(shape):
-        raise CheckpointError(f"{folder}: {name}.weight_shape is not {list(shape)}; {tensors.remedy}")
-    bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
-    parts = [tensors.take(part) for part in part_names(name, spec, shape)]
-    dtype = weight_dtype if tensors.dtype is None else layer.weight.dtype
-    try:
-        return kind(QuantizedTensor(parts, shape, spec), bias, activation, dtype=dtype)
-    except InvalidInputError as error:
-        raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; {tensors.remedy}") from None
+    qt = tensors.take_quantized(name, spec, one.shape)
+    bias = None if one.bias is None else tensors.take_float(f"{name}.bias", one.bias)
+    dtype = weight_dtype if tensors.dtype is None else one.tensor.dtype
+    return quantized_class(one.holder)(qt, bias, activation, dtype=dtype)
 
 
 def part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str]:
@@ -232,11 +238,11 @@ def part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str]
     return [f"{layer}.weight_{part.name}" for part in spec.format.parts(shape, spec)]
 
 
-def _same_weight(first: nn.Linear, module: QuantLinear, layer: nn.Linear, tensors: Tensors, name: str) -> QuantLinear:
+def _same_weight(first: Matrix, module: QuantLinear, one: Matrix, tensors: Tensors, name: str) -> QuantLinear:
     """Return the module of another layer with the same weight, or one that shares its weight if the biases differ."""
-    if layer.bias is first.bias:
+    if one.bias is first.bias:
         return module
-    bias = None if layer.bias is None else tensors.take_float(f"{name}.bias", layer.bias)
+    bias = None if one.bias is None else tensors.take_float(f"{name}.bias", one.bias)
     return type(module)(module.quantized, bias, module.activation, dtype=module.dtype)
 
 

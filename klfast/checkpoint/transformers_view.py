@@ -10,7 +10,7 @@ from torch import nn
 
 from klfast.checkpoint.compressed_tensors import model_quantization_config
 from klfast.core.errors import InvalidInputError
-from klfast.nn import QuantConv1D, QuantEmbedding, QuantLinear
+from klfast.nn import QuantConv1D, QuantEmbedding, QuantExperts, QuantLinear
 
 
 def set_own(owner: object, name: str, value: object) -> None:
@@ -64,7 +64,7 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
         found = model_quantization_config(model)
     except InvalidInputError:  # groups that do not divide a row
         found = None
-    only_klfasts = (QuantEmbedding, QuantConv1D)
+    only_klfasts = (QuantEmbedding, QuantConv1D, QuantExperts)
     readable = found is not None and not any(isinstance(module, only_klfasts) for module in model.modules())
     return [
         (config, "quantization_config", found),
@@ -75,6 +75,6 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
 def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
-        "write (its head is tied to the embedding, its groups do not divide a row, or it has Conv1D); "
+        "write (its head is tied to the embedding, its groups do not divide a row, or it has experts or Conv1D); "
         "use klfast.save_quantized(model, folder)"
     )

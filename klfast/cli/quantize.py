@@ -56,7 +56,7 @@ def quantize(
     from klfast.checkpoint.by_name import find_tokenizer, load_model
     from klfast.checkpoint.save import require_target
     from klfast.cli.runtime import prepare
-    from klfast.models.linears import linears
+    from klfast.models.matrices import matrices
 
     prepare()
     require_target(out, overwrite=force)
@@ -72,7 +72,7 @@ def quantize(
     assert made is not None  # there is a plan or a spec
     klfast.save_quantized(klfast.quantize_model(network, made, scale=scale), out, tokenizer, overwrite=force)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    quantized, total = len(made.specs), len(linears(network))
+    quantized, total = len(made.specs), len(matrices(network))
     emit(
         {"out": str(out), "quantized_layers": quantized, "layers": total, "weight_file_bytes": size},
         f"{quantized} of {total} linear layers are quantized; {megabytes(size)} of weights are in {out}.",
@@ -88,18 +88,11 @@ def _uniform(
     network: nn.Module, spec: QuantSpec, layers: list[str] | None, exclude: list[str] | None, scale: str | None
 ) -> Plan:
     """Return the plan with ``spec`` on all selected layers."""
-    from torch import nn
-
-    from klfast.models.linears import linears
+    from klfast.models.matrices import matrices
     from klfast.models.selection import select
-    from klfast.nn import QuantLinear
     from klfast.planning.plan_file import Plan
     from klfast.quant.spec import storable_spec
 
-    found = linears(network)
-    specs = {}
-    for name in select(found, layers, exclude):
-        layer = found[name]
-        assert isinstance(layer, (nn.Linear, QuantLinear))
-        specs[name] = storable_spec(spec, layer.in_features)
+    found = matrices(network)
+    specs = {name: storable_spec(spec, found[name].shape[1]) for name in select(found, layers, exclude)}
     return Plan(specs, "uniform", scale=scale)

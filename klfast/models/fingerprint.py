@@ -1,4 +1,4 @@
-"""Fingerprint that identifies a model: the structure and norms of its linear layers."""
+"""Fingerprint that identifies a model: the structure and norms of its weight matrices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from klfast.core.errors import ModelMismatchError
-from klfast.models.linears import linears
+from klfast.models.matrices import Matrix, matrices
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Fingerprint:
     """Identity of the model that sensitivities or a plan belong to (made by klfast.models.fingerprint.fingerprint).
 
     Attributes:
-        structure: SHA-256 of the names and shapes of all linear layers.
-        norms: Frobenius norm of each linear layer, in order. Compared to 1 %, so that a model matches itself in
+        structure: SHA-256 of the names and shapes of all matrices (klfast.models.matrices).
+        norms: Frobenius norm of each matrix, in order. Compared to 1 %, so that a model matches itself in
             another dtype, but not another training run.
     """
 
@@ -38,10 +38,10 @@ class Fingerprint:
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Return the fingerprint of ``model``."""
-    layers = linears(model)
-    shapes = [(name, module.out_features, module.in_features) for name, module in layers.items()]
+    found = matrices(model)
+    shapes = [(name, *one.shape) for name, one in found.items()]
     structure = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    return Fingerprint(structure, tuple(_norm(module) for module in layers.values()))
+    return Fingerprint(structure, tuple(_norm(one) for one in found.values()))
 
 
 def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
@@ -54,5 +54,5 @@ def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
 
 
 @torch.no_grad()
-def _norm(module: nn.Module) -> float:
-    return float(torch.linalg.vector_norm(module.weight.float()))
+def _norm(of: Matrix) -> float:
+    return float(torch.linalg.vector_norm(of.weight.float()))

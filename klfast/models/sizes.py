@@ -7,29 +7,25 @@ import warnings
 import torch
 from torch import nn
 
-from klfast.models.families import family_of
-from klfast.models.linears import is_linear, linears
-from klfast.nn import QuantLinear
+from klfast.models.matrices import Matrix, is_linear, matrices
 from klfast.quant.spec import SHAPE_BYTES
 
 
-def weight_bytes(layer: nn.Linear) -> int:
-    """Return a linear layer's weight's bytes as saved: its float matrix, or packed values, scales, zeros and shape."""
-    if isinstance(layer, QuantLinear):
-        return layer.quantized.nbytes + SHAPE_BYTES
-    return layer.weight.numel() * layer.weight.element_size()
+def weight_bytes(of: Matrix) -> int:
+    """Return a matrix's bytes as saved: those of its floats, or of packed values, scales, zeros and shape."""
+    return of.nbytes + SHAPE_BYTES * of.is_quantized
 
 
 def other_bytes(model: nn.Module) -> int:
-    """Return the bytes of everything in a saved model except the weights of its linear layers.
+    """Return the bytes of everything in a saved model except its matrices.
 
     Shared tensors count once. An embedding tied to the head does not count: it is counted with the head.
     """
     weights = {
         id(tensor)
-        for layer in linears(model)
-        for name, tensor in _own_tensors(model.get_submodule(layer))
-        if name.startswith("weight")
+        for one in matrices(model).values()
+        for name, tensor in _own_tensors(one.holder)
+        if name.startswith(one.attribute)
     }
     state = {
         id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)
@@ -38,21 +34,19 @@ def other_bytes(model: nn.Module) -> int:
 
 
 def unquantizable(model: nn.Module) -> dict[str, int]:
-    """Return the bytes of the weight matrices outside ``nn.Linear``, which klfast cannot quantize, by their class.
+    """Return the bytes of the weight matrices that klfast cannot quantize, by the class that holds them.
 
-    These are mixtures of experts, whose weights are one three-dimensional tensor, and linear layers of other classes.
+    These are routers, experts that compute otherwise than ``QuantExperts``, and linear layers of other classes.
     Embeddings and convolutions are not matrices to multiply by, and are left out.
     """
     found: dict[str, int] = {}
-    seen = set()
-    known = family_of(model).matrices
+    seen = {id(one.tensor) for one in matrices(model).values() if not one.is_quantized}
     for module in model.modules():
         if is_linear(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
             continue
-        names = known.get(type(module).__name__)
         for name, parameter in module.named_parameters(recurse=False):
             stacked = parameter.dim() > 2 and min(parameter.shape[-2:]) > 1
-            is_matrix = stacked or (parameter.dim() == 2 and name == "weight") if names is None else name in names
+            is_matrix = stacked or (parameter.dim() == 2 and name == "weight")
             if is_matrix and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[type(module).__name__] = (
@@ -64,7 +58,7 @@ def unquantizable(model: nn.Module) -> dict[str, int]:
 def warn_unquantizable(model: nn.Module, what: str) -> None:
     """Warn, in one line, how much of a model ``what`` leaves in full precision, if it is at least a hundredth."""
     kinds = unquantizable(model)
-    whole = sum(weight_bytes(layer) for layer in linears(model).values()) + other_bytes(model)
+    whole = sum(map(weight_bytes, matrices(model).values())) + other_bytes(model)
     if sum(kinds.values()) < 0.01 * whole:
         return
     listed = ", ".join(
@@ -72,7 +66,7 @@ def warn_unquantizable(model: nn.Module, what: str) -> None:
     )
     warnings.warn(
         f"{what}: {sum(kinds.values()) / whole:.0%} of the bytes of {type(model).__name__} cannot be quantized and "
-        f"stay as they are: the weights of {listed}; klfast quantizes nn.Linear",
+        f"stay as they are: the weights of {listed}; klfast quantizes nn.Linear and most experts",
         stacklevel=3,
     )
 

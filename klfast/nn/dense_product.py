@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from klfast import ops
+from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.dispatch import registry
 
 
@@ -43,7 +44,9 @@ def _torch_multiplies(
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Return True if the op has a kernel for these tensors, and nobody needs its gradient."""
-    if not x.is_cpu or x.dtype != weight.dtype or type(weight) not in (torch.Tensor, nn.Parameter):
+    if x.dtype not in FLOAT_DTYPES or x.dtype != weight.dtype:
+        return False
+    if not x.is_cpu or type(weight) not in (torch.Tensor, nn.Parameter):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return False

@@ -87,14 +87,15 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
     def quantized(self) -> QuantizedTensor:
         """The weight, as the buffers hold it."""
         shape = (self.out_features, self.in_features)
-        return QuantizedTensor(self._parts(), shape, self.spec, self.layout)
+        return QuantizedTensor(self.parts(), shape, self.spec, self.layout)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Return rows ``index`` (int64 [...]) of the weight in float32, [..., in_features]; quick for a few of many."""
         shape = (self.out_features, self.in_features)
-        return self.spec.format.decode_rows(self._parts(), index, shape, self.spec, self.layout)
+        return self.spec.format.decode_rows(self.parts(), index, shape, self.spec, self.layout)
 
-    def _parts(self) -> list[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor]:
+        """Return the weight's parts in the order that ops take."""
         # From the dictionary: nn.Module takes three times as long to find a buffer.
         buffers: dict[str, Any] = self._buffers
         return [buffers[name] for name in self.part_names]
@@ -115,7 +116,7 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         # The bare op: a QuantizedTensor at each call would cost as much as a small product.
         return call_dequant_matmul(
             x,
-            self._parts(),
+            self.parts(),
             self.bias,
             self.out_features,
             self.in_features,
@@ -133,14 +134,14 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         return F.linear(x, self.quantized.dequantize(torch.float32).to(torch.float64), self.bias)
 
     def _apply(self, fn, recurse=True):
-        before = self._parts()
+        before = self.parts()
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[0].device)).dtype
         for name, old in zip(self.part_names, before, strict=True):
             new = self._buffers[name]
             if new.dtype != old.dtype:  # the codes belong to the scale as stored
                 setattr(self, name, old.to(new.device))
-        self._set_layout(operands.preferred_layout(self._parts()[0].device, self.spec))
+        self._set_layout(operands.preferred_layout(self.parts()[0].device, self.spec))
         return self
 
     def _set_layout(self, layout: Layout) -> None:

@@ -47,8 +47,10 @@ def plan(
         sensitivities: from klfast.sweep, or the published files (klfast.sensitivity.kl_ssm_quant).
         max_bytes: limit on all tensors of the saved model: packed weights, scales (2 bytes each), packed zero points,
             shapes (16 bytes per quantized layer), layers left alone, and everything that is never quantized; a tied
-            head counts once. The files' headers (names, shapes and offsets of the tensors) come on top.
-        mean_bits: limit per weight of all linear layers, including scales, zero points and layers in full precision.
+            head counts once. The files' headers (names, shapes and offsets of the tensors) come on top, as do 16 bytes
+            for each single matrix of quantized experts.
+        mean_bits: limit per weight of all linear layers and experts, including scales, zero points and layers in full
+            precision.
         max_kl: limit on the KL summed over the layers, nats per token; the plan is the smallest within it.
         method:
             "optimal": the least summed cost within the budget, a knapsack solved to proven optimality.

@@ -11,8 +11,14 @@ BETTER_HIGH = ("sqnr_db", "top1_agree")
 
 
 def kind(name: str) -> str:
-    """Return a layer's name within its block: "x_proj" for "backbone.layers.3.mixer.x_proj"."""
-    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
+    """Return a layer's name within its block: "x_proj" for "backbone.layers.3.mixer.x_proj".
+
+    A stack of experts keeps "experts." before its own, since a dense or shared MLP may have a layer of that name.
+    """
+    parts = name.split(".")
+    if parts[-2:-1] == ["experts"]:
+        return ".".join(parts[-2:])
+    return next((part for part in reversed(parts) if not part.isdigit()), name)
 
 
 def depth(name: str) -> int | None:

@@ -12,9 +12,8 @@ from torch import nn
 from klfast.core.errors import InvalidInputError
 from klfast.models import batches
 from klfast.models.batches import Batches
-from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 from klfast.models.selection import Patterns, select
-from klfast.nn import QuantLinear
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
 
@@ -74,8 +73,8 @@ def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns |
 
     ``klfast.models.selection.matching`` explains the patterns.
     """
-    found = linears(model)
-    if quantized := [name for name, module in found.items() if isinstance(module, QuantLinear)]:
+    found = matrices(model)
+    if quantized := [name for name, one in found.items() if one.is_quantized]:
         raise InvalidInputError(f"{quantized[0]} is quantized already; sweep the full-precision model")
     for name, patterns in (("layers", layers), ("exclude", exclude)):
         if patterns is not None and not isinstance(patterns, Iterable):

@@ -1,6 +1,6 @@
 """Measurement of one micro-batch of a sweep: how each candidate changes the model's next-token distributions.
 
-A candidate is one linear layer quantized, all others at full precision. The teacher runs once and leaves the carry at
+A candidate is one matrix quantized, all others at full precision. The teacher runs once and leaves the carry at
 every block boundary; a candidate re-runs its own block from there, and all candidates of a block go through the rest
 of the network as one larger batch. Only through a block that uses a candidate's weight again (Zamba's shared blocks)
 they go one by one, each with its own weight. Full logits are never materialised.
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
 from klfast.models.head import Readout, divergence
+from klfast.models.matrices import Matrix
 from klfast.quant.rounding import fake_quantize
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
@@ -35,13 +35,13 @@ COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's
 
 @dataclass(frozen=True)
 class Candidate:
-    """A named linear layer and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``.
+    """A named matrix and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``.
 
     ``blocks`` are the indices of all blocks that use its weight, in order; empty for the head.
     """
 
     name: str
-    layer: nn.Linear
+    matrix: Matrix
     spec: QuantSpec
     blocks: tuple[int, ...] = ()
     use: str | None = None
@@ -193,7 +193,7 @@ class Engine:
     @contextmanager
     def _swapped(self, candidate: Candidate) -> Iterator[None]:
         """Give the layer its quantized weight, and restore its own storage afterwards. A tied embedding shares both."""
-        weight = candidate.layer.weight
+        tensor, weight = candidate.matrix.tensor, candidate.matrix.weight
         first, end = candidate.rows or (0, len(weight))
         with self._timed("quantize"):
             try:
@@ -203,12 +203,12 @@ class Engine:
                 raise InvalidInputError(f"{candidate}: {error}") from error
             if candidate.rows:
                 rounded = torch.cat((weight[:first], rounded, weight[end:]))
-        original = weight.data
+        original = tensor.data
         try:
-            weight.data = rounded
+            tensor.data = rounded.view_as(tensor)
             yield
         finally:
-            weight.data = original
+            tensor.data = original
 
     def _compare(self, teacher: Teacher, hidden: torch.Tensor) -> torch.Tensor:
         """Compare hidden states [C * B, T, H] with the teacher's under the full-precision head."""

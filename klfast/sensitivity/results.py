@@ -16,7 +16,7 @@ from klfast.core.errors import CheckpointError, KlfastError
 from klfast.core.signed_json import is_a, number, whole
 from klfast.models import fingerprint
 from klfast.models.fingerprint import Fingerprint
-from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.quant.spec import QuantSpec
 
@@ -29,7 +29,10 @@ _MOST = torch.finfo(torch.float32).max  # measurements per token are float32
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A linear layer as plans see it: (out_features, in_features), and the bytes of its weight at full precision."""
+    """A linear layer as plans see it: (out_features, in_features), and the bytes of its weight at full precision.
+
+    The experts of a mixture that lie in one tensor [E, N, K] are one layer of shape (E * N, K).
+    """
 
     shape: tuple[int, int]
     float_bytes: int
@@ -76,10 +79,7 @@ class Sensitivities:
     @classmethod
     def of(cls, model: nn.Module) -> Sensitivities:
         """Return sensitivities of ``model`` without measurements: its fingerprint, layers and bytes."""
-        found = {
-            name: LayerInfo((layer.out_features, layer.in_features), weight_bytes(layer))
-            for name, layer in linears(model).items()
-        }
+        found = {name: LayerInfo(one.shape, weight_bytes(one)) for name, one in matrices(model).items()}
         return cls(fingerprint.fingerprint(model), found, other_bytes(model))
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, extra: Mapping[str, object] | None = None) -> str:

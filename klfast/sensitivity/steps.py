@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
-
-from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.models.head import is_head_tied
-from klfast.models.linears import row_parts, sharers
+from klfast.models.linears import row_parts
+from klfast.models.matrices import matrices, sharers
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
@@ -45,11 +43,12 @@ class Step:
 
 def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[Step]:
     """Return the steps of one micro-batch: the noise floor, the candidates of each block, then those of the head."""
+    of_model = matrices(chain.model)
     groups = {group[0]: group for group in sharers(chain.model)}
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
     for name in names:
-        layer = cast(nn.Linear, chain.model.get_submodule(name))
-        blocks = () if layer is chain.head.module else _blocks(chain, groups[name])
+        layer = of_model[name]
+        blocks = () if layer.holder is chain.head.module else _blocks(chain, groups[name])
         place = blocks[0] if blocks else "head"
         at[place] += [Candidate(name, layer, spec, blocks) for spec in specs]
         for use, part in row_parts(chain.model, name).items() if rows else ():

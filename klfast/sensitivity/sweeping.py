@@ -74,12 +74,14 @@ def sweep(
             to a second one beside it, RESUME.step). If it exists, the sweep continues from there and ends with the same
             measurements, bit for bit, as one that was never interrupted. ``Sensitivities.from_json`` reads it, finished
             or not.
-        layers: the linear layers to measure; all of them by default, including the head. Each is a name, the end of one
+        layers: the linear layers to measure; all of them by default, including the head, and of a mixture all experts'
+            "gate_up_proj" (or "up_proj") as one layer, and "down_proj" as another. Each is a name, the end of one
             ("in_proj"), a glob ("layers.0.*") or "re:" and a regular expression. If the head is tied to the embedding,
             quantizing it changes the embedding, too.
         exclude: layers to leave out, chosen in the same way.
         rows: also measure, into ``Sensitivities.rows``, each use that the rows of a fused layer are split between, such
-            as the gate, input, B, C and step size in Mamba-2's in_proj. Plans do not need it; it shows what hurts.
+            as the gate, input, B, C and step size in Mamba-2's in_proj, and each expert of a mixture (``layers`` can
+            leave those out, which are many). Plans do not need it; it shows what hurts.
         scale: how scales are chosen, as in ``klfast.quantize``.
         max_batch_tokens: most tokens that go through a block at a time (but at least one window).
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,

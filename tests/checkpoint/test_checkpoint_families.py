@@ -9,7 +9,7 @@ from klfast import Plan, QuantSpec
 from klfast.checkpoint import tensors
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import is_head_tied
-from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::klfast.SlowPathWarning"
@@ -22,10 +22,10 @@ FAMILIES = [name for name in (*VARIANTS, *OTHERS) if name != "llama_eager"]
 
 def quantized(family, tied):
     model = tiny(family, tied)
-    names = list(linears(model))[1:]
+    names = list(matrices(model))[1:]
     specs = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 16, symmetric=False))
     plan = {
-        name: klfast.quant.spec.storable_spec(specs[i % 3], linears(model)[name].in_features)
+        name: klfast.quant.spec.storable_spec(specs[i % 3], matrices(model)[name].shape[1])
         for i, name in enumerate(names)
     }
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform")))

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from klfast.core.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
-from klfast.models import fingerprint, head, linears, sizes
+from klfast.models import fingerprint, head, linears, matrices, sizes
 from klfast.models.fingerprint import Fingerprint
 from klfast.nn import QuantLinear
 from klfast.quant.spec import QuantSpec
@@ -34,7 +34,7 @@ def test_linears_exclude_convolutions_and_embeddings():
 
 def test_unknown_layer_names_the_closest():
     with pytest.raises(UnknownLayerError, match=r"no linear layer 'lm_haed'; did you mean 'lm_head'\?"):
-        linears.linear(mamba(tied=True), "lm_haed")
+        matrices.matrix(mamba(tied=True), "lm_haed")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -82,7 +82,7 @@ def test_bytes_of_a_quantized_layer():
     model = nn.Sequential(nn.Linear(96, 40), nn.Linear(40, 8, bias=False))
     before = sizes.other_bytes(model)
     model[0] = QuantLinear.from_linear(model[0], spec)
-    assert sizes.weight_bytes(model[0]) == spec.nbytes((40, 96)) + 16
+    assert sizes.weight_bytes(matrices.matrix(model, "0")) == spec.nbytes((40, 96)) + 16
     assert sizes.other_bytes(model) == before == 40 * 4
 
 

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES
 import klfast
 from klfast.checkpoint.by_name import bundled_models, load_model, load_tokenizer
 from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 from klfast.sensitivity.results import Sensitivities
 from klfast.text import token_batches
 
@@ -23,7 +24,7 @@ SQUARES = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse")  # of small
 def test_equals_the_naive_computation(family, tied):
     model, ids = make(family, tied), tokens()
     found = klfast.sweep(model, ids, ("int4-g32-sym", "int8-channel-asym"), max_batch_tokens=4 * 2 * ids.shape[1])
-    names = list(linears(model))
+    names = list(matrices(model))
     specs = (klfast.QuantSpec(4, 32), klfast.QuantSpec(8, -1, False))
     assert set(found.measurements) == {(name, spec) for name in names for spec in specs}
     for (name, spec), measured in found.measurements.items():

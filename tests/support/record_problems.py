@@ -35,11 +35,11 @@ def problems(record: Family, source: Source) -> list[str]:
 
 
 def _problems(record: Family, later: set[str], config: Module, modeling: Module) -> Iterator[str]:
-    named = {*record.mixers, *record.norms, *record.rows, *record.matrices} - later
+    named = {*record.mixers, *record.norms, *record.rows} - later
     yield from (f"there is no class {name}" for name in named if name not in modeling.classes)
     mixers, norms, rows, matrices = (
         {name: facts for name, facts in of_kind.items() if name in modeling.classes}
-        for of_kind in (record.mixers, record.norms, record.rows, record.matrices)
+        for of_kind in (record.mixers, record.norms, record.rows)
     )
     for name, mixer in mixers.items():
         yield from _of_mixer(name, mixer, modeling)

@@ -10,7 +10,7 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
 from klfast.models.head import head_name
-from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 
 SPECS = (
     QuantSpec(4, 32),
@@ -22,12 +22,13 @@ SPECS = (
 )
 
 
-def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="exact", head=True):
+def quantized(family, tied=False, dtype=torch.float32, specs=SPECS, activation="exact", head=True, experts=True):
     """Return a tiny model with every layer except one quantized, the specs in turn; accelerated, as loaded ones are."""
     model = tiny(family, tied, dtype)
-    names = [name for name in list(linears(model))[1:] if head or name != head_name(model)]
+    names = [name for name in list(matrices(model))[1:] if head or name != head_name(model)]
+    names = [name for name in names if experts or not matrices(model)[name].is_stack]
     plan = {
-        name: klfast.quant.spec.storable_spec(specs[i % len(specs)], linears(model)[name].in_features)
+        name: klfast.quant.spec.storable_spec(specs[i % len(specs)], matrices(model)[name].shape[1])
         for i, name in enumerate(names)
     }
     return klfast.accelerate(klfast.quantize_model(model, Plan(plan, "uniform"), activation=activation))

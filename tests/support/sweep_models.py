@@ -7,6 +7,7 @@ from tiny_models import VOCABULARY as VOCAB
 from tiny_models import tiny
 
 import klfast
+from klfast.models.matrices import matrix
 from klfast.sensitivity.measure import SQNR_CAP
 
 KL = "kl_teacher_student"
@@ -25,7 +26,7 @@ def tokens(windows=3, length=17, seed=1):
 def naive(model, ids, name, spec):
     """Return all metrics, [B, T - 1] each, from two whole models and float64 log-probabilities."""
     student = copy.deepcopy(model)
-    weight = student.get_submodule(name).weight
+    weight = matrix(student, name).weight
     weight.copy_(klfast.quantize(weight, spec).dequantize(torch.float32))
     t, s = (network(ids).logits[:, :-1].double() for network in (model, student))
     log_p, log_q = t.log_softmax(-1), s.log_softmax(-1)

@@ -89,8 +89,6 @@ class Family:
         mixers: recurrent layers in which ``accelerate`` installs klfast's functions, by class name.
         norms: normalisations that it replaces, by class name: functions that read a module's parameters.
         rows: classes with fused projections: functions of a module that return {linear layer's name: its rows' uses}.
-        matrices: weight matrices outside nn.Linear, by the name of the class that holds them. They are counted as
-            weights that klfast cannot quantize yet.
         blocks: the chain of blocks.
         logits: the rule that the model applies to its head's product, given the text configuration; it is compared with
             the model's logits before it is used. None to try what the configuration's attributes suggest.
@@ -107,7 +105,6 @@ class Family:
     mixers: Mapping[str, Mixer] = field(default_factory=dict)
     norms: Mapping[str, Callable[[Any], Norm]] = field(default_factory=dict)
     rows: Mapping[str, Callable[[Any], Mapping[str, Rows]]] = field(default_factory=dict)
-    matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     blocks: Blocks = Blocks()
     logits: Callable[[Any], LogitRule] | None = None
     masks_prompt_only: bool = False

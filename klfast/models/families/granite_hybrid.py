@@ -33,7 +33,6 @@ FAMILY = Family(
     mixers={"GraniteMoeHybridMambaLayer": Mixer(common.MAMBA2_FUNCTIONS)},
     norms={"GraniteMoeHybridRMSNorm": common.rms_norm, "GraniteMoeHybridRMSNormGated": common.gated_rms_norm},
     rows={"GraniteMoeHybridMambaLayer": common.mamba2_rows, "GraniteMoeHybridMLP": _mlp_rows},
-    matrices={"GraniteMoeHybridExperts": ("gate_up_proj", "down_proj"), "GraniteMoeHybridTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=_logits,
 )

@@ -14,7 +14,6 @@ FAMILY = Family(
     mixers={"JambaMambaMixer": Mixer(common.MAMBA1_FUNCTIONS, left_weight="dt_proj")},
     norms={"JambaRMSNorm": common.rms_norm},
     rows={"JambaMambaMixer": common.mamba1_rows},
-    matrices={"JambaExperts": ("gate_up_proj", "down_proj"), "JambaTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
 )

@@ -17,7 +17,6 @@ FAMILY = Family(
         )
     },
     norms={"KimiLinearRMSNorm": common.rms_norm, "KimiLinearRMSNormGated": common.norm_before_gate},
-    matrices={"KimiLinearExperts": ("gate_up_proj", "down_proj"), "KimiLinearTopkRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
 )

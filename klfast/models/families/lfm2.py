@@ -37,7 +37,6 @@ MOE = Family(
     mixers={"Lfm2MoeShortConv": Mixer(common.CONVOLUTIONS)},
     norms={"Lfm2MoeRMSNorm": common.rms_norm},
     rows={"Lfm2MoeShortConv": _rows},
-    matrices={"Lfm2MoeExperts": ("gate_up_proj", "down_proj"), "Lfm2MoeTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
 )

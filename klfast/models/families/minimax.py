@@ -8,10 +8,4 @@ from __future__ import annotations
 
 from klfast.models.families.base import Blocks, Family, plain
 
-FAMILY = Family(
-    model_type="minimax",
-    matrices={"MiniMaxExperts": ("gate_up_proj", "down_proj"), "MiniMaxTopKRouter": ("weight",)},
-    blocks=Blocks("layers"),
-    logits=plain,
-    reads_padding=True,
-)
+FAMILY = Family(model_type="minimax", blocks=Blocks("layers"), logits=plain, reads_padding=True)

@@ -20,7 +20,6 @@ FAMILY = Family(
     mixers={"NemotronHMamba2Mixer": Mixer(common.MAMBA2_FUNCTIONS)},
     norms={"NemotronHRMSNorm": _norm, "NemotronHRMSNormGated": common.gated_rms_norm},
     rows={"NemotronHMamba2Mixer": common.mamba2_rows},
-    matrices={"NemotronHExperts": ("up_proj", "down_proj"), "NemotronHTopkRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
     widens_logits=True,

@@ -35,7 +35,6 @@ MOE = Family(
     mixers={"Qwen3_5MoeGatedDeltaNet": Mixer(common.DELTA_FUNCTIONS)},
     norms={"Qwen3_5MoeRMSNorm": common.zero_centred_rms_norm, "Qwen3_5MoeRMSNormGated": common.norm_before_gate},
     rows={"Qwen3_5MoeGatedDeltaNet": _rows},
-    matrices={"Qwen3_5MoeExperts": ("gate_up_proj", "down_proj"), "Qwen3_5MoeTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
 )

@@ -14,7 +14,6 @@ FAMILY = Family(
     model_type="qwen3_next",
     mixers={"Qwen3NextGatedDeltaNet": Mixer(common.DELTA_FUNCTIONS)},
     norms={"Qwen3NextRMSNorm": common.zero_centred_rms_norm, "Qwen3NextRMSNormGated": common.norm_before_gate},
-    matrices={"Qwen3NextExperts": ("gate_up_proj", "down_proj"), "Qwen3NextTopKRouter": ("weight",)},
     blocks=Blocks("layers"),
     logits=plain,
 )

@@ -14,7 +14,6 @@ FAMILY = Family(
     model_type="zamba",
     mixers={"ZambaMambaMixer": Mixer(common.MAMBA1_FUNCTIONS)},
     norms={"ZambaRMSNorm": common.rms_norm},
-    matrices={"ZambaMambaMixer": ("x_proj_weight", "dt_proj_weight")},
     blocks=Blocks("layers"),
     logits=plain,
 )

@@ -1,0 +1,129 @@
+"""QuantExperts: a drop-in for the experts of transformers' mixtures, with quantized matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.core.errors import InvalidInputError
+from klfast.nn.dense_product import dense_product
+from klfast.nn.linear import QuantLinear
+from klfast.ops.matmul import grouped_dequant_matmul_op
+from klfast.reference import by_group
+
+
+class QuantExperts(nn.Module):
+    """The experts of a mixture: MLPs ``down(act(gate) * up)``, of which each token meets a few, weighted and added.
+
+    Their matrices are stacked, under the names that they have in transformers: "gate_up_proj" (an expert's gate above
+    its up), or "up_proj" without a gate, and "down_proj". A quantized stack is a
+    QuantLinear with the rows of all experts, one expert after another; any other is a parameter [E, N, K]. Only the
+    matrices of experts that tokens are routed to are read.
+
+    Computes what ``batched_mm_experts_forward`` does (transformers 5.23.0, integrations/moe.py). The input gets
+    gradients, quantized stacks are frozen.
+
+    Args:
+        experts: the module to replace, which ``stack_names`` knows.
+        quantized: its stacks to replace, by name.
+    """
+
+    num_experts: int
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, experts: nn.Module, quantized: Mapping[str, QuantLinear]) -> None:
+        super().__init__()
+        of: Any = experts
+        self.stack_names = stack_names(experts)
+        self.num_experts, self.has_gate, self.act_fn = of.num_experts, of.has_gate, of.act_fn
+        for name in self.stack_names:
+            setattr(self, name, quantized.get(name, getattr(experts, name)))
+        self.train(experts.training)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the experts' results.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: int64 [T, S], the experts that each token is routed to.
+            top_k_weights: [T, S], their weights.
+
+        Returns:
+            [T, H] in the dtype of ``hidden_states``.
+
+        Raises:
+            InvalidInputError: there is no such expert.
+        """
+        first, last = self.stack_names
+        y = self._product(first, hidden_states, top_k_index)
+        if self.has_gate:
+            gate, up = y.chunk(2, -1)
+            y = self.act_fn(gate) * up
+        else:
+            y = self.act_fn(y)
+        y = self._product(last, y.flatten(0, 1), top_k_index.reshape(-1, 1))
+        y = y.view(*top_k_index.shape, y.shape[-1]) * top_k_weights.unsqueeze(-1)
+        return y.sum(1).to(hidden_states.dtype)
+
+    def _product(self, name: str, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Multiply each row of x [M, K] by the matrices of a stack that index [M, S] names: [M, S, N]."""
+        stack: Any = getattr(self, name)
+        if not isinstance(stack, (QuantLinear, torch.Tensor)):
+            raise InvalidInputError(
+                f"{name} of quantized experts has become a {type(stack).__name__}, which knows no experts; "
+                "leave them out of the modules that adapters wrap (target_modules of peft)"
+            )
+        if isinstance(stack, torch.Tensor):
+            return by_group(lambda i, rows: dense_product(rows, stack[i]), x, index, len(stack), stack.shape[1])
+        n = stack.out_features // self.num_experts
+        if x.dtype not in FLOAT_DTYPES or (torch.is_grad_enabled() and x.requires_grad):
+            qt = stack.quantized
+
+            def product(i: int, rows: torch.Tensor) -> torch.Tensor:
+                matrix = qt.block(i * n, (i + 1) * n)
+                y: torch.Tensor = QuantLinear(matrix, activation=stack.activation, dtype=stack.dtype)(rows)
+                return y
+
+            return by_group(product, x, index, self.num_experts, n)
+        return grouped_dequant_matmul_op(
+            x,
+            stack.parts(),
+            index,
+            self.num_experts,
+            stack.out_features,
+            stack.in_features,
+            stack.spec.text,
+            stack.layout.value,
+            stack.activation,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the number of experts and the sizes of stacks in full precision."""
+        sizes = (f", {name}={list(stack.shape)}" for name, stack in self.named_parameters(recurse=False))
+        return f"{self.num_experts} experts{''.join(sizes)}"
+
+
+def stack_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the stacks of matrices of a mixture's experts; none if klfast does not know the module.
+
+    It knows the classes of transformers whose forward its decorator ``use_experts_implementation`` may replace, and
+    which therefore say how they compute, unless they have biases, norms, transposed matrices or a gate of their own.
+    """
+    if isinstance(module, QuantExperts):
+        return module.stack_names
+    of: Any = module
+    gate = getattr(type(module), "_apply_gate", None)
+    if getattr(gate, "__module__", "") != "transformers.integrations.moe" or not hasattr(module, "act_fn"):
+        return ()
+    if any(getattr(module, flag, False) for flag in ("has_bias", "has_post_expert_norm", "is_transposed")):
+        return ()
+    names = ("gate_up_proj" if of.has_gate else "up_proj", "down_proj")
+    found = dict(module.named_parameters(recurse=False))
+    stacked = found.keys() == set(names) and all(stack.dim() == 3 for stack in found.values())
+    return names if stacked and all(len(stack) == of.num_experts for stack in found.values()) else ()
