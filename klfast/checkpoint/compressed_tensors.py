@@ -50,14 +50,17 @@ def quantization_config(layers: Mapping[str, tuple[QuantSpec, int]], unquantized
     }
 
 
-def model_quantization_config(model: nn.Module) -> dict[str, object]:
+def model_quantization_config(model: nn.Module, targets: Mapping[str, str] | None = None) -> dict[str, object]:
     """Return the ``quantization_config`` (a dict, as in config.json) of a model with QuantLinear layers.
+
+    ``targets`` has the names, or patterns, of layers that files call otherwise.
 
     Raises:
         InvalidInputError: nothing is quantized, or the format cannot store a layer's groups.
     """
     layers = quantized_layers(model)
-    specs = {name: (module.spec, module.in_features) for name, module in layers.items()}
+    called = targets or {}
+    specs = {called.get(name, name): (module.spec, module.in_features) for name, module in layers.items()}
     return quantization_config(specs, [name for name in linear_names(model) if name not in layers])
 
 

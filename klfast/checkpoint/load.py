@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from klfast.acceleration.patch import accelerate_or_warn
+from klfast.checkpoint import expert_files
 from klfast.checkpoint.compressed_tensors import read_specs
-from klfast.checkpoint.manifest import read_layer_facts, read_manifest
+from klfast.checkpoint.manifest import read_layer_facts, read_manifest, read_projections
 from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initialise_buffers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.dtypes import dtype_name
@@ -63,11 +64,11 @@ def load_quantized(
     folder = Path(directory)
     recover(folder)
     manifest = read_manifest(folder, verify)
-    specs = read_specs(folder)
     facts = read_layer_facts(folder, manifest)
     tensors = Tensors.of_files(
         folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
     )
+    specs = expert_files.join(tensors, read_specs(folder), read_projections(folder, manifest))
     model = empty_model(folder, dtype, len(tensors.names()))
     return filled(model, tensors, place, specs, facts)
 

@@ -1,6 +1,7 @@
 """klfast.json in a saved folder: facts that the format of compressed-tensors cannot express.
 
-These are the dtype that each layer's weight had, the treatment of its activations, and each file's size and SHA-256.
+These are the dtype that each layer's weight had, the treatment of its activations, the names of experts' matrices, and
+each file's size and SHA-256.
 """
 
 from __future__ import annotations
@@ -110,6 +111,20 @@ def read_layer_facts(folder: Path, manifest: Mapping[str, object]) -> dict[str, 
                 )
         facts[name] = (_DTYPES[fact["dtype"]], fact["activation"])
     return facts
+
+
+def read_projections(folder: Path, manifest: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return the stacks of experts that are stored matrix by matrix (``expert_files.Projections``).
+
+    Raises:
+        CheckpointError: klfast.json holds anything else for them.
+    """
+    found = manifest.get("experts", {})
+    if not isinstance(found, dict) or not all(
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names) for names in found.values()
+    ):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: its experts have no names; save the model again")
+    return found
 
 
 def _sha256(path: Path) -> str:

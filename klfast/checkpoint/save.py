@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from klfast import __version__
+from klfast.checkpoint import expert_files
 from klfast.checkpoint.compressed_tensors import model_quantization_config, quantized_layers
 from klfast.checkpoint.manifest import MANIFEST, write_manifest
 from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buffers, set_tied_in_config, tied_places
@@ -42,7 +43,7 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Save a model with QuantLinear layers.
+    """Save a model with QuantLinear layers or QuantExperts.
 
     The folder contains config.json, model.safetensors (or shards of it and their index), generation_config.json, the
     tokenizer's files and klfast.json (digests of all of these; files may be added later, but none of these altered). It
@@ -52,12 +53,16 @@ def save_quantized(
 
     Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
     ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers reads every folder
-    once klfast is imported (``klfast.register_quantizer``). Alone (5.23) it reads symmetric specs, but not asymmetric
-    ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing ``.weight`` its initialisers touch. A
-    quantized head that is tied to the input embedding is stored once, under the head's name: without klfast, readers
-    miss the embedding. For a folder that other software is to serve, leave the head out of the plan, or untie it before
-    quantizing: the embedding is then stored in full, too. GPT-2's Conv1D are stored as linear layers, [out, in]:
-    without klfast, transformers leaves random weights in their places, with a report.
+    once klfast is imported (``klfast.register_quantizer``), but see below for experts. Alone (5.23) it reads symmetric
+    specs, but not asymmetric ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing ``.weight`` its
+    initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name:
+    without klfast, readers miss the embedding. For a folder that other software is to serve, leave the head out of the
+    plan, or untie it before quantizing: the embedding is then stored in full, too. GPT-2's Conv1D are stored as linear
+    layers, [out, in]: without klfast, transformers leaves random weights in their places, with a report.
+
+    Experts are stored matrix by matrix (``experts.0.gate_proj`` ...), as in published checkpoints. transformers reads
+    them, into dense weights, if all experts of the model have symmetric specs of as many bits. Those of Granite-4.0-H,
+    whose checkpoints hold them stacked, are stored so, which only ``load_quantized`` reads.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.
@@ -77,7 +82,9 @@ def save_quantized(
     _require_numbers(model)
     described = cast("PreTrainedModel", model)
     config: Any = copy.deepcopy(described.config)
-    config.quantization_config = model_quantization_config(model)
+    split_as = expert_files.projections(model)
+    targets = {stack: expert_files.target(stack, names) for stack, names in split_as.items()}
+    config.quantization_config = model_quantization_config(model, targets)
     config.architectures = [type(model).__name__]
     config.dtype = dtype_name(described.dtype)
     set_tied_in_config(config, is_head_tied(model))
@@ -86,13 +93,15 @@ def save_quantized(
     }
     with folder_atomic(target) as folder:
         _save_settings(config, "config", folder)
-        _write_tensors(_readable_state(model, layers, folder), folder, max_shard_size)
+        stored = _readable_state(model, layers, folder)
+        _write_tensors(expert_files.split(model, stored, split_as), folder, max_shard_size)
         generation_config: _Saves | None = getattr(model, "generation_config", None)
         if generation_config is not None:
             _save_settings(generation_config, "generation_config", folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts)
+        more = {"experts": split_as} if split_as else {}
+        write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts, **more)
 
 
 def _require_numbers(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from klfast.checkpoint.tensors import Facts, Tensors, read_quantized_layers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
-from klfast.models.linears import is_linear, linear_names
+from klfast.models.linears import linear_names
+from klfast.models.matrices import is_linear
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import is_conv1d
@@ -54,7 +56,7 @@ def put_in(
     try:
         tensors = _without_values(folder, files, model.dtype)
         stored = tensors.names()
-        _require_places(folder, stored, specs)
+        _require_places(folder, stored, specs, config)
         shared = _shared(model, specs, stored)
         own = {name: spec for name, spec in specs.items() if name not in shared}
         layers = read_quantized_layers(model, tensors, own, facts or _usual_facts(model, specs))
@@ -162,12 +164,31 @@ def _without_values(folder: Path, files: Collection[str], dtype: torch.dtype) ->
     return Tensors(folder, readers, dtype)
 
 
-def _require_places(folder: Path, stored: Collection[str], specs: Collection[str]) -> None:
+def _require_places(folder: Path, stored: Collection[str], specs: Collection[str], config: QuantizationConfig) -> None:
     packed = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
-    if strange := packed.difference(specs):
+    strange = packed.difference(specs)
+    if strange and all(re.search(r"\.experts\.\d+\.", name) for name in strange):
+        _require_one_kind_of_experts(folder, config)
+        raise KernelUnavailableError("transformers stacks experts; klfast.load_quantized keeps them packed.")
+    if strange:
         raise CheckpointError(
             f"{folder} holds the packed weight of {min(strange)}, which is no linear layer of this model; load it with "
-            "the class that it was saved from (AutoModelForCausalLM)"
+            "the class that it was saved from (AutoModelForCausalLM), or with klfast.load_quantized"
+        )
+
+
+def _require_one_kind_of_experts(folder: Path, config: QuantizationConfig) -> None:
+    """Raise CheckpointError unless transformers decompresses the experts: it reads all of them as one kind (5.23)."""
+    kinds = {
+        (group.weights.num_bits, group.weights.symmetric)
+        for group in config.config_groups.values()
+        if group.weights is not None
+        and any(target.startswith("re:") and "experts" in target for target in group.targets)
+    }
+    if len(kinds) > 1 or (kinds and not all(symmetric for _, symmetric in kinds)):
+        raise CheckpointError(
+            f"{folder} holds experts of several precisions, or with zero points, which transformers cannot read; "
+            "load it with klfast.load_quantized"
         )
 
 

@@ -64,7 +64,7 @@ def edit(folder, change):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_klfasts_folder_gives_the_bits_of_load_quantized(family, tied, dtype, tmp_path):
-    klfast.save_quantized(quantized(family, tied, dtype), tmp_path / "model")
+    klfast.save_quantized(quantized(family, tied, dtype, experts=False), tmp_path / "model")
     expected = klfast.load_quantized(tmp_path / "model")
     model, report = load(tmp_path / "model", output_loading_info=True)
     assert not any(report.values()) and not model.training

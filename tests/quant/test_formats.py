@@ -54,6 +54,21 @@ def test_a_spec_of_no_format(arguments, match):
         QuantSpec(*arguments)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rows_are_taken_apart_and_joined(spec):
+    """At any row: zero points of 4 and 6 bits may begin within a word."""
+    qt = quantize(torch.randn(37, 65) + torch.randn(37, 1), spec)
+    whole = qt.dequantize(torch.float32)
+    for layout in Layout:
+        for first, end in ((0, 37), (5, 6), (3, 37), (32, 37)):
+            block = qt.to_layout(layout).block(first, end)
+            assert torch.equal(block.dequantize(torch.float32), whole[first:end])
+    joined = klfast.QuantizedTensor.joined([qt.block(0, 5), qt.block(5, 11), qt.block(11, 37)])
+    assert joined.shape == qt.shape and all(map(torch.equal, joined.parts, qt.parts))
+    with pytest.raises(InvalidInputError, match="other inputs or specs"):
+        klfast.QuantizedTensor.joined([qt, quantize(torch.randn(37, 64), spec)])
+
+
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_parts_and_bytes(spec, layout):
