@@ -19,8 +19,8 @@ from klfast.nn.mamba_step import Parts
 _CHOICES = {"use_mambapy", "use_associative_scan"}
 # Transformers' names of arguments, and those that klfast's functions take from mamba_ssm and causal_conv1d.
 _SAME = {("hidden_states", "x"), ("hidden_states", "u"), ("dt", "delta")}
-# Classes that only later versions have; before, another family's stood in their places, or a linear layer.
-_SINCE = {"NemotronHRMSNormGated": (5, 20), "JambaTopKRouter": (5, 21)}
+# Classes that only later versions have; before, another family's stood in their places.
+_SINCE = {"NemotronHRMSNormGated": (5, 20)}
 # What forwards._one_token reads of a mixer, beside its parts.
 _READ_IN_A_STEP = ("activation", "layer_idx", "in_proj", "out_proj")
 
@@ -37,7 +37,7 @@ def problems(record: Family, source: Source) -> list[str]:
 def _problems(record: Family, later: set[str], config: Module, modeling: Module) -> Iterator[str]:
     named = {*record.mixers, *record.norms, *record.rows} - later
     yield from (f"there is no class {name}" for name in named if name not in modeling.classes)
-    mixers, norms, rows, matrices = (
+    mixers, norms, rows = (
         {name: facts for name, facts in of_kind.items() if name in modeling.classes}
         for of_kind in (record.mixers, record.norms, record.rows)
     )
@@ -51,9 +51,6 @@ def _problems(record: Family, later: set[str], config: Module, modeling: Module)
             yield f"{name}.forward takes ({', '.join(taken)}), klfast's (hidden_states, gate)"
     for name, uses in rows.items():
         yield from _missing_attributes(name, uses, modeling)
-    for name, parameters_of in matrices.items():
-        made = modeling.attributes(name)
-        yield from (f"{name} has no parameter {one}" for one in parameters_of if made.get(one) != "Parameter")
     path = record.blocks.path
     if path is not None and not any(path.split(".")[-1] in modeling.attributes(name) for name in modeling.classes):
         yield f"no class has blocks named {path}"
