@@ -14,6 +14,13 @@ import triton.language as tl
 
 
 @triton.jit
+def activated(p_gate, m, SIGMOID: tl.constexpr):
+    """Load a gate and apply its activation."""
+    gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
+    return 1.0 / (1.0 + tl.exp(-gate)) if SIGMOID else silu(gate)
+
+
+@triton.jit
 def rms_norm(
     x_ptr,  # float [A, B, D]
     w_ptr,  # float [D]
@@ -47,17 +54,13 @@ def rms_norm(
     m = (o_r < rows)[:, None] & m_g
     i_a, i_b = (o_r // B)[:, None], (o_r % B)[:, None]
     v = tl.load(x_ptr + i_a * x_a + i_b * x_b + o_d[None, :] * x_d, mask=m, other=0.0).to(tl.float32)  # [BR, BG]
-    if gate_ptr is not None:
-        p_gate = gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d
-        gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
-        gate = 1.0 / (1.0 + tl.exp(-gate)) if SIGMOID_GATE else silu(gate)
-        if not NORM_BEFORE_GATE:
-            v *= gate
+    if gate_ptr is not None and not NORM_BEFORE_GATE:
+        v *= activated(gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d, m, SIGMOID_GATE)
     scale = tl.rsqrt(tl.sum(v * v, axis=1) / group + eps)
     w = tl.load(w_ptr + o_d[None, :] * w_d, mask=m_g, other=0.0).to(tl.float32) + weight_offset
     y = v * scale[:, None] * w
     if gate_ptr is not None and NORM_BEFORE_GATE:
-        y *= gate
+        y *= activated(gate_ptr + i_a * gate_a + i_b * gate_b + o_d[None, :] * gate_d, m, SIGMOID_GATE)
     tl.store(y_ptr + i_a * y_a + i_b * y_b + o_d[None, :] * y_d, y.to(y_ptr.dtype.element_ty), mask=m)
 
 

@@ -8,7 +8,8 @@ from sweep_models import KL
 from tiny_models import batch, in_float64, tiny
 
 import klfast
-from klfast.models.linears import linear, linears
+from klfast.models.matrices import matrices
+from klfast.models.matrices import matrix as matrix_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning"),  # they run transformers' own functions
@@ -29,13 +30,13 @@ def divergence(teacher, student, ids):
 def test_from_sweep_to_generated_text(family, tied, tmp_path, one_thread):
     model, text = tiny(family, tied), batch(4, 24)
     found = klfast.sweep(model, text, [SPEC, "int8-channel-sym"], progress=False)
-    names = list(linears(model))
+    names = list(matrices(model))
     assert {name for name, _ in found.measurements} == set(names)
     truth = in_float64(model) if family != "xlstm" else copy.deepcopy(model)  # which mixes in float32
     for name in (*names[::5], names[-1]):
         rounded = copy.deepcopy(truth)
-        weight = klfast.quantize(linear(model, name).weight, SPEC).dequantize(torch.float32)
-        rounded.get_submodule(name).weight.copy_(weight)
+        weight = klfast.quantize(matrix_of(model, name).weight, SPEC).dequantize(torch.float32)
+        matrix_of(rounded, name).weight.copy_(weight)
         expected = divergence(truth, rounded, text)
         rounding = (expected * found.noise_floor[KL]) ** 0.5
         assert found.measurements[name, SPEC].mean[KL] == pytest.approx(expected, rel=1e-3, abs=4 * rounding), name

@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import klfast
 from klfast.core.errors import InvalidInputError
-from klfast.models.linears import linear, linears
+from klfast.models.linears import linears
+from klfast.models.matrices import matrices
+from klfast.models.matrices import matrix as matrix_of
 from klfast.models.sizes import other_bytes, unquantizable, weight_bytes
 from klfast.nn.conv1d import QuantConv1D, as_linear
 
@@ -39,7 +41,7 @@ def test_every_matrix_counts():
     names = [f"transformer.h.{i}.{name}" for i in range(2) for name in of_block]
     assert list(linears(model)) == [*names, "lm_head"] and unquantizable(model) == {}
     assert linears(model)[names[0]].weight.shape == (96, 32)
-    size = sum(map(weight_bytes, linears(model).values())) + other_bytes(model)
+    size = sum(map(weight_bytes, matrices(model).values())) + other_bytes(model)
     assert size == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -74,7 +76,7 @@ def test_from_plan_to_generated_text(tied, tmp_path):
     for name in plan.specs:
         layer = truth.get_submodule(name)
         matrix = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        matrix.copy_(klfast.quantize(linear(model, name).weight, SPEC).dequantize(torch.float32))
+        matrix.copy_(klfast.quantize(matrix_of(model, name).weight, SPEC).dequantize(torch.float32))
 
     klfast.quantize_model(model, plan)
     layers = linears(model)
@@ -82,7 +84,7 @@ def test_from_plan_to_generated_text(tied, tmp_path):
     assert {name for name, layer in layers.items() if isinstance(layer, QuantConv1D)} == set(plan.specs) - {"lm_head"}
     assert isinstance(model.get_submodule(left), Conv1D)
     torch.testing.assert_close(model(ids).logits.double(), truth(ids).logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InvalidInputError, match="or it has Conv1D"):
+    with pytest.raises(InvalidInputError, match="or it has experts or Conv1D"):
         model.save_pretrained(tmp_path / "model")
 
     klfast.save_quantized(model, tmp_path / "model")

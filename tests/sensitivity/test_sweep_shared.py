@@ -8,7 +8,8 @@ from sweep_models import KL, assert_same, make, snapshot, tokens
 
 import klfast
 from klfast.core.errors import InvalidInputError
-from klfast.models.linears import linears, sharers
+from klfast.models.linears import linears
+from klfast.models.matrices import sharers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = klfast.QuantSpec(4, 32)
