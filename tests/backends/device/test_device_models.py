@@ -80,7 +80,7 @@ def test_hymba(device, launched):
     assert not launched
     for fast, expected in zip(logits_and_all_states(), plain, strict=True):
         torch.testing.assert_close(fast, expected, atol=2e-5, rtol=2e-5)
-    assert launched == {"causal_conv1d", "selective_scan", "rms_norm", "decode_attention"}
+    assert launched == {"causal_conv1d", "keep_last", "selective_scan", "rms_norm", "decode_attention"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
