@@ -79,6 +79,7 @@ class Grouped {
 
     template <class Copy>
     void each_row(std::int64_t rows, std::int64_t bytes, Copy&& copy) const {
+        if (bytes == 0) return;  // memcpy may not be given a null pointer, even for nothing
         const int threads = worthwhile_threads(a.one.n_threads, static_cast<double>(rows) * static_cast<double>(bytes));
         parallel_for(rows, 1, threads, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t r = begin; r < end; ++r) copy(r);
