@@ -1,8 +1,9 @@
 """Configurations of hybrid models with the sizes of the released ones; those that would not fit have fewer layers.
 
-Sizes are those of the config.json files and model cards at huggingface.co: Qwen/Qwen3.5-0.8B and -2B,
-ibm-granite/granite-4.0-h-350m and -1b, tiiuae/Falcon-H1-0.5B-Base, nvidia/Nemotron-H-4B, Zyphra/Zamba2-1.2B,
-ai21labs/AI21-Jamba2-3B, ibm-ai-platform/Bamba-9B, LiquidAI/LFM2-350M and -1.2B.
+The sizes follow Qwen/Qwen3.5-0.8B and -2B, ibm-granite/granite-4.0-h-350m and -1b, tiiuae/Falcon-H1-0.5B-Base,
+nvidia/Nemotron-H-4B, Zyphra/Zamba2-1.2B, ai21labs/AI21-Jamba2-3B, ibm-ai-platform/Bamba-9B, LiquidAI/LFM2-350M and
+-1.2B at huggingface.co. Only those of Qwen3.5-0.8B and LFM2-350M were compared with copies of their config.json; the
+others come from descriptions of the models.
 """
 
 from __future__ import annotations
