@@ -22,6 +22,7 @@ from klfast.core.errors import InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
 from klfast.models.calling import cache_argument, returned_cache
 from klfast.models.families import mixer_of, norm_of
+from klfast.nn.experts import stack_names
 from klfast.sensitivity.measuring_mode import prepared
 
 
@@ -56,15 +57,20 @@ def test_logits_in_float32(model, shape, tier):
     assert_no_further(logits(model, x), plain, truth)
 
 
+def typical(errors, model):
+    """Return the root mean square; of a mixture the median, since rounding may let a token meet other experts."""
+    has_experts = any(map(stack_names, model.modules()))
+    return errors.median() if has_experts else errors.square().mean().sqrt()
+
+
 def test_logits_in_bfloat16_are_no_further_from_the_truth(model, tier):
-    """Of the median token, since an expert or two may be chosen otherwise."""
     x = ids(2, 100)
     truth = logits(model, x)
     model.to(torch.bfloat16)
     plain = logits(model, x)
     fast = logits(klfast.accelerate(model), x)
-    errors = [(found - truth).square().mean(-1).sqrt().median() for found in (fast, plain)]
-    assert errors[0] <= 1.1 * errors[1] + 1e-4
+    errors = [typical((found - truth).square().mean(-1).sqrt(), model) for found in (fast, plain)]
+    assert errors[0] <= 1.05 * errors[1] + 1e-4
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -131,14 +137,13 @@ def test_logits_and_states_of_chunked_prefill(model, lengths):
 
 
 def test_logits_and_states_in_bfloat16_are_no_further_from_the_truth(model):
-    """By the median, since an expert or two may be chosen otherwise."""
     model.to(torch.bfloat16)
     x, lengths = ids(2, 9), [6, 1, 2]
     truth = with_states(copy.deepcopy(model).float(), x, lengths)
     plain = with_states(model, x, lengths)
     for fast, expected, right in zip(with_states(klfast.accelerate(model), x, lengths), plain, truth, strict=True):
         assert fast.dtype == expected.dtype and fast.shape == expected.shape
-        assert (fast - right).abs().median() <= 1.5 * (expected - right).abs().median()
+        assert typical((fast - right).abs(), model) <= 2**0.5 * typical((expected - right).abs(), model)
 
 
 def test_unaccelerate_restores_and_both_are_idempotent(model):

@@ -158,7 +158,7 @@ _HEADS = dict(head_dim=12, num_key_value_heads=1)
 )
 @torch.no_grad()
 def test_a_tied_embedding_scales_its_quantized_rows(make, dtype, tmp_path):
-    """The scale, 24**0.5, is no number of bfloat16; BioGPT's is a number, the others' a tensor."""
+    """The scale, 24**0.5, is not exact in bfloat16; BioGPT's is a number, the others' a tensor."""
     model, ids, spec = make(dtype), batch(), QuantSpec(4, 8)
     embedding, weight = model.get_input_embeddings(), klfast.quantize(model.get_input_embeddings().weight, spec)
     assert is_head_tied(model) and type(embedding) is not torch.nn.Embedding

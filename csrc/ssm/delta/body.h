@@ -162,7 +162,7 @@ struct Scratch {
     float* factors;        // [blocks, key_dim, row]
     float* state;          // [heads of a head of keys, key_dim, wide_v], if it is not used in place
     Block<kBlock> blocks[kTokens / kBlock];
-    Block<1> singles[kTokens];
+    Block<1> singles[kBlock];  // those that no block takes
 
     explicit Scratch(const GatedDeltaRuleArgs& a)
         : wide_v(round_up(a.value_dim, kLanes)),

@@ -108,7 +108,7 @@ class PackedIntegers(QuantFormat):
     def slice_rows(
         self, parts: Sequence[torch.Tensor], rows: slice, layout: Layout = Layout.PLAIN
     ) -> list[torch.Tensor]:
-        """Slice each part; plain zero points by whole words, or they are packed anew."""
+        """Slice each part; plain zero points are repacked unless whole words are taken."""
         packed, scale, *zero_point = parts
         if layout is Layout.TILED:
             return [part[:, rows] for part in parts]
@@ -120,7 +120,7 @@ class PackedIntegers(QuantFormat):
         return [packed[rows], scale[rows], *(packing.pack(part.T, self.bits).T.contiguous() for part in zeros)]
 
     def join_rows(self, each: Sequence[Sequence[torch.Tensor]], rows: Sequence[int]) -> list[torch.Tensor]:
-        """Join each part; zero points are packed anew."""
+        """Join each part; zero points are repacked."""
         packed, scale, *zero_point = ([parts[i] for parts in each] for i in range(len(each[0])))
         zeros = [
             torch.cat([packing.unpack(words.T, self.bits, n) for words, n in zip(part, rows, strict=True)], 1)

@@ -11,7 +11,7 @@ import klfast
 from klfast.models.linears import linears
 from klfast.nn import QuantEmbedding
 
-# Every exact type, and Q4_K, of which there is no exact format.
+# Every exact type, and Q4_K, which no format of klfast's holds exactly.
 KINDS = {"*": "Q8_0", "*_q.*": "Q4_0", "*gate*": "Q4_0", "*_k.*": "Q5_0", "*_up.*": "Q6_K", "*in*": "Q6_K"}
 KINDS |= {"*_v.*": "IQ4_NL", "*out*": "Q4_0", "*down*": "Q4_K", "token_embd*": "Q6_K", "output.*": "Q6_K"}
 
