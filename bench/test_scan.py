@@ -164,6 +164,8 @@ def _delta_rule(draw: _Draw, dtype: str, length: int) -> Group:
 
     def theirs(function, q, k, v, g, beta, state):
         options = dict(output_final_state=True, use_qk_l2norm_in_kernel=True)
+        # Older versions leave the heads that several share to the model, newer ones repeat them themselves.
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
         y, last = function(q, k, v, g=g, beta=beta, initial_state=state, **options)
         state.copy_(last)
         return y
