@@ -115,17 +115,29 @@ def read_bytes(model: nn.Module) -> int:
     return sum(one.nbytes for one in matrices(model).values())
 
 
-def shares(model: nn.Module, prompt: torch.Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:
-    """Split a forward's ``seconds`` into linear layers (timed on inputs of the same shape), SSM op, and rest."""
-    layers = [(layer, torch.randn(*prompt.shape, layer.in_features, dtype=dtype)) for layer in linears(model).values()]
+def prefill(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a prompt's last token, which is all that generation needs of them."""
+    return model(prompt, use_cache=False, logits_to_keep=1).logits
+
+
+def shares(model: nn.Module, prompt: torch.Tensor, seconds: float) -> dict[str, float]:
+    """Split the ``seconds`` of a prefill into linear layers (timed on inputs of the same shapes), SSM op, and rest."""
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, torch.randn_like(inputs[0]))))
+        for layer in linears(model).values()
+    ]
+    prefill(model, prompt)
+    for hook in hooks:
+        hook.remove()
 
     def gemm() -> None:
-        for layer, x in layers:
+        for layer, x in calls:
             layer(x)
 
     gemm()
     gemm_s = min(timed(gemm) for _ in range(3))
     with profile(activities=[ProfilerActivity.CPU]) as record:
-        model(prompt, use_cache=False)
+        prefill(model, prompt)
     scan_s = sum(event.self_cpu_time_total for event in record.key_averages() if event.key in _SCANS) / 1e6
     return {"gemm_s": round(gemm_s, 5), "scan_s": round(scan_s, 5), "rest_s": round(seconds - gemm_s - scan_s, 5)}

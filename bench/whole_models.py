@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -49,24 +51,46 @@ def _prompt(length: int) -> torch.Tensor:
     return torch.randint(0, 512, (1, length))
 
 
-@functools.lru_cache(maxsize=len(VARIANTS))  # for prefill, then for decode
+class _Kept:
+    """The variants of one model for one stage; those of the stage before it are freed, as they might not fit."""
+
+    def __init__(self) -> None:
+        self._of: tuple[str, str] = "", ""
+        self._made: dict[object, Any] = {}
+
+    def get(self, of: tuple[str, str], variant: object, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` made of a model, ``of`` its name and the stage, for a variant."""
+        if of != self._of:
+            self._of, self._made = of, {}
+            gc.collect()
+        if variant not in self._made:
+            self._made[variant] = make()
+        return self._made[variant]
+
+
+_kept = _Kept()
+
+
 def _model(
-    name: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+    name: str, stage: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str
 ) -> tuple[torch.nn.Module, float]:
     """Return klfast's model in ``dtype``, and its error in float32: infinite if it generates other tokens."""
     _require_cpu(device)
-    model = models.ours(name, spec, activation)
-    error = models.error(model, _prompt(16))
-    if activation == "exact" and not models.same_tokens(model, _prompt(8), 4):
-        error = math.inf
-    return model.to(dtype), error
+
+    def make() -> tuple[torch.nn.Module, float]:
+        model = models.ours(name, spec, activation)
+        error = models.error(model, _prompt(16))
+        if activation == "exact" and not models.same_tokens(model, _prompt(8), 4):
+            error = math.inf
+        return model.to(dtype), error
+
+    return _kept.get((name, stage), (dtype, spec, activation), make)
 
 
-@functools.lru_cache(maxsize=2)
-def _plain_model(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def _plain_model(name: str, stage: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Return transformers' own model, against which klfast's are checked."""
     _require_cpu(device)
-    return models.plain(name).to(dtype)
+    return _kept.get((name, stage), dtype, lambda: models.plain(name).to(dtype))
 
 
 def _require_cpu(device: str) -> None:
@@ -77,24 +101,24 @@ def _require_cpu(device: str) -> None:
 def _prefill(
     name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
 ) -> Contender:
-    model, error = _model(name, settings.device, dtype, spec, activation)
+    model, error = _model(name, "prefill", settings.device, dtype, spec, activation)
     prompt = _prompt(length)
 
     def facts(seconds: float) -> dict[str, float]:
-        return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, dtype, seconds)}
+        return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, seconds)}
 
-    return Contender([lambda: model(prompt, use_cache=False)], lambda: error, TOLERANCE, facts=facts)
+    return Contender([lambda: models.prefill(model, prompt)], lambda: error, TOLERANCE, facts=facts)
 
 
 def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtype) -> Contender:
-    model, prompt = _plain_model(name, settings.device, dtype), _prompt(length)
-    return Contender([lambda: model(prompt, use_cache=False)], lambda: 0.0, 0.0, facts=rate(length))
+    model, prompt = _plain_model(name, "prefill", settings.device, dtype), _prompt(length)
+    return Contender([lambda: models.prefill(model, prompt)], lambda: 0.0, 0.0, facts=rate(length))
 
 
 def _decode(
     name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
 ) -> Contender:
-    model, error = _model(name, settings.device, dtype, spec, activation)
+    model, error = _model(name, "decode", settings.device, dtype, spec, activation)
     prompt = _prompt(DECODE_PROMPT)
     return Contender(
         [lambda: klfast.generate(model, prompt, new, eos_token_id=())],
@@ -106,7 +130,7 @@ def _decode(
 
 
 def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
-    model, prompt = _plain_model(name, settings.device, dtype), _prompt(DECODE_PROMPT)
+    model, prompt = _plain_model(name, "decode", settings.device, dtype), _prompt(DECODE_PROMPT)
     return Contender(
         [lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=rate(new)
     )
