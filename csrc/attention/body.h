@@ -1,5 +1,6 @@
-// Decode attention over Vec, in float32: the query heads that share a key head go over its keys and values together, so
-// that each is loaded and widened once. Scores stay in L1 or L2: as many floats as keys (kKeys at most) times heads.
+// Attention over Vec, in float32: queries that share a key head, of several heads or tokens, go over its keys and
+// values together, so that each is loaded and widened once. Scores stay in L1 or L2: as many floats as keys (kKeys at
+// most) times heads.
 #pragma once
 
 #include <cmath>
@@ -88,44 +89,61 @@ void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t k
     }
 }
 
+// A query, and how many keys it sees.
+struct Query {
+    std::int64_t token, head, keys;
+};
+
 // Long sequences in parts of kKeys: when a part raises the highest score, what was summed before is scaled down to it.
+// The queries are in the order of their keys.
 template <int H>
-void attend(const DecodeAttentionArgs& a, std::int64_t b, std::int64_t first_head, const Rows& k, const Rows& v) {
+void attend(const DecodeAttentionArgs& a, std::int64_t b, const Query* queries, const Rows& k, const Rows& v) {
     const std::int64_t q_padded = round_up(a.key_dim, kLanes), out_padded = round_up(a.value_dim, kLanes);
-    const std::int64_t part = smaller(a.keys, kKeys), pitch = round_up(part, kLanes);
+    const std::int64_t all = queries[H - 1].keys, part = smaller(all, kKeys), pitch = round_up(part, kLanes);
     const Buffer<float> scratch(H * (q_padded + out_padded + pitch));
     float* const q = scratch.data;
     float* const out = q + H * q_padded;
     float* const scores = out + H * out_padded;
-    load_tile(q, q_padded, a.q, b * a.q.stride[0] + first_head * a.q.stride[1], 1, a.q.stride[1], a.key_dim, H);
+    const auto at = [&](const View& view, int h) {
+        return b * view.stride[0] + queries[h].token * view.stride[1] + queries[h].head * view.stride[2];
+    };
+    for (int h = 0; h < H; ++h) load_tile(q + h * q_padded, q_padded, a.q, at(a.q, h), 1, 0, a.key_dim, 1);
     for (std::int64_t i = 0; i < H * q_padded; ++i) q[i] *= a.scale;
     float total[H] = {}, highest[H], old[H];
-    for (std::int64_t first = 0; first < a.keys; first += part) {
-        const std::int64_t keys = smaller(a.keys - first, part);
+    for (std::int64_t first = 0; first < all; first += part) {
+        const std::int64_t keys = smaller(all - first, part);
         score<H>(k.from(first), q, q_padded, keys, scores, pitch);
         for (int h = 0; h < H; ++h) {
+            const std::int64_t own = larger(smaller(queries[h].keys - first, keys), 0);
             const float before = first ? highest[h] : scores[h * pitch];
-            highest[h] = highest_of(scores + h * pitch, keys, before);
+            highest[h] = highest_of(scores + h * pitch, own, before);
             old[h] = before == highest[h] ? 1.0f : std::exp(before - highest[h]);
-            total[h] = total[h] * old[h] + weigh(scores + h * pitch, keys, pitch, highest[h]);
+            total[h] = total[h] * old[h] + weigh(scores + h * pitch, own, pitch, highest[h]);
         }
         mix<H>(v.from(first), scores, pitch, keys, first ? old : nullptr, out, out_padded);
     }
     for (int h = 0; h < H; ++h)
         for (std::int64_t c = 0; c < out_padded; ++c) out[h * out_padded + c] /= total[h];
-    store_tile(out, out_padded, a.out, b * a.out.stride[0] + first_head * a.out.stride[1], 1, a.out.stride[1],
-               a.value_dim, H);
+    for (int h = 0; h < H; ++h) store_tile(out + h * out_padded, out_padded, a.out, at(a.out, h), 1, 0, a.value_dim, 1);
 }
 
 inline void run(const DecodeAttentionArgs& a) {
-    using Attend = void(const DecodeAttentionArgs&, std::int64_t, std::int64_t, const Rows&, const Rows&);
+    using Attend = void(const DecodeAttentionArgs&, std::int64_t, const Query*, const Rows&, const Rows&);
     constexpr Attend* kAttend[kHeads + 1] = {nullptr,   attend<1>, attend<2>, attend<3>, attend<4>,
                                              attend<5>, attend<6>, attend<7>, attend<8>};
     const std::int64_t shared_by = a.heads / a.groups;  // query heads of a group
-    const int threads = worthwhile_threads(a.n_threads, 1.0 * a.batch * a.heads * a.keys * (a.key_dim + a.value_dim));
-    parallel_for(a.batch * a.groups, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    // Tokens whose heads go together, and blocks of them.
+    const std::int64_t tokens = larger(kHeads / shared_by, 1), blocks = (a.length + tokens - 1) / tokens;
+    std::int64_t keys = a.keys;
+    for (std::int64_t b = 0; a.keys_of && b < a.batch; ++b) keys = larger(keys, a.keys_of[b]);
+    const int threads =
+        worthwhile_threads(a.n_threads, 1.0 * a.batch * a.length * a.heads * keys * (a.key_dim + a.value_dim));
+    parallel_for(a.batch * a.groups * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t b = item / a.groups, g = item % a.groups;
+            const std::int64_t b = item / (a.groups * blocks), g = item / blocks % a.groups, turn = item % blocks;
+            // From both ends by turns: late tokens have more keys, and threads take neighbouring items.
+            const std::int64_t first = (turn % 2 ? blocks - 1 - turn / 2 : turn / 2) * tokens,
+                               last = smaller(first + tokens, a.length);
             const auto rows = [&](const View& t, std::int64_t width) {
                 return Rows{
                     .data = t.data,
@@ -135,10 +153,19 @@ inline void run(const DecodeAttentionArgs& a) {
                     .width = width,
                 };
             };
-            for (std::int64_t h = 0; h < shared_by; h += kHeads) {
-                const std::int64_t together = smaller(shared_by - h, kHeads);
-                kAttend[together](a, b, g * shared_by + h, rows(a.k, a.key_dim), rows(a.v, a.value_dim));
-            }
+            const std::int64_t seen = (a.keys_of ? a.keys_of[b] : a.keys) - a.length + 1;  // by the first token
+            Query queries[kHeads];
+            int count = 0;
+            const auto flush = [&] {
+                if (count > 0) kAttend[count](a, b, queries, rows(a.k, a.key_dim), rows(a.v, a.value_dim));
+                count = 0;
+            };
+            for (std::int64_t token = first; token < last; ++token)
+                for (std::int64_t h = 0; h < shared_by; ++h) {
+                    queries[count++] = {.token = token, .head = g * shared_by + h, .keys = seen + token};
+                    if (count == kHeads) flush();
+                }
+            flush();
         }
     });
 }

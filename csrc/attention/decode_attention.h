@@ -1,4 +1,4 @@
-// Attention of one query a head on many keys, as in decoding.
+// Attention of a few queries a head on many keys, as in decoding and for a chunk of a prompt.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,16 @@
 
 namespace klfast {
 
-// out[b, h] = sum_s softmax_s(scale q[b, h] . k[b, g, s]) v[b, g, s] with g = h / (heads / groups).
-// The last dimension of each tensor is contiguous.
+// out[b, t, h] = sum_s softmax_s(scale q[b, t, h] . k[b, g, s]) v[b, g, s] with g = h / (heads / groups). The last
+// query of each sequence sees `keys` keys, or keys_of[b], and each before it one fewer. The last dimension of each
+// tensor is contiguous.
 struct DecodeAttentionArgs {
-    View q;    // [batch, heads, key_dim]
+    View q;    // [batch, length, heads, key_dim]
     View k;    // [batch, groups, keys, key_dim]
     View v;    // [batch, groups, keys, value_dim]
-    View out;  // [batch, heads, value_dim]
-    std::int64_t batch, heads, groups, keys, key_dim, value_dim;
+    View out;  // [batch, length, heads, value_dim]
+    std::int64_t batch, length, heads, groups, keys, key_dim, value_dim;
+    const std::int64_t* keys_of = nullptr;
     float scale;
     int n_threads;
 };

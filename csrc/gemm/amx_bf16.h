@@ -63,12 +63,12 @@ void product_bf16_tiles(const Product& a, const Source& source) {
     constexpr int depth = kTileRowBytes / 4;
     const std::int64_t group = larger(1, smaller(source.depth, a.k));
     const TiledRows x(a.m, (a.k + 1) / 2, depth);
-    parallel_for(round_up(a.m, kTileSide), 1, useful_threads(a, 1.0 * a.m * a.k),
-                 [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t m = begin; m < end; ++m)
-                         x.write(m, static_cast<const std::uint16_t*>(a.x) + (m < a.m ? m * a.x_stride : 0),
-                                 m < a.m ? 2 * a.k : 0);
-                 });
+    prepare_for(round_up(a.m, kTileSide), 1, useful_threads(a, 1.0 * a.m * a.k),
+                [&](std::int64_t begin, std::int64_t end) {
+                    for (std::int64_t m = begin; m < end; ++m)
+                        x.write(m, static_cast<const std::uint16_t*>(a.x) + (m < a.m ? m * a.x_stride : 0),
+                                m < a.m ? 2 * a.k : 0);
+                });
     product_tiles(a, x, Segments(a.k, group),
                   Bf16Factors<Source>{.source = source, .k = a.k, .groups = larger(1, (a.k + group - 1) / group)});
 }

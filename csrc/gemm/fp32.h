@@ -74,7 +74,7 @@ void product_fp32(const Product& a, const Source& source) {
     const int threads = useful_threads(a, 1.0 * a.m * a.n * a.k);
     for (std::int64_t m0 = 0; m0 < a.m; m0 += kChunkM) {
         const XTiles tiles(a, smaller(kChunkM, a.m - m0));
-        parallel_for(tiles.count, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        prepare_for(tiles.count, 1, threads, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t tile = begin; tile < end; ++tile) tiles.fill(a, m0, tile);
         });
         // Where W has few rows, several threads share a pair of panels, each with some of the tiles.

@@ -23,13 +23,22 @@ class Projection {
         return other;
     }
 
+    // The weight, if it is quantized, else nullptr.
+    const DequantMatmulArgs* quantized() const { return std::get_if<DequantMatmulArgs>(&layer_); }
+
     // y [rows, n], contiguous, from x [rows, k] with x_stride elements from row to row; both of `type`.
     void operator()(const void* x, DType type, std::int64_t x_stride, void* y, std::int64_t rows, int n_threads,
                     Tier limit) const {
+        (*this)(x, type, x_stride, y, type, rows, n_threads, limit);
+    }
+
+    // The same, rounded to `type` but stored as y_type.
+    void operator()(const void* x, DType type, std::int64_t x_stride, void* y, DType y_type, std::int64_t rows,
+                    int n_threads, Tier limit) const {
         std::visit(
             [&](auto args) {
-                args.x = x, args.x_type = type, args.x_stride = x_stride, args.y = y,
-                args.y_type = args.rounded_to = type, args.m = rows, args.n_threads = n_threads;
+                args.x = x, args.x_type = type, args.x_stride = x_stride, args.y = y, args.y_type = y_type,
+                args.rounded_to = type, args.m = rows, args.n_threads = n_threads;
                 multiply(args, limit);
             },
             layer_);

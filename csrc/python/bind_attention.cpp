@@ -10,12 +10,17 @@ void bind_attention(pybind11::module_& m) {
     m.def("decode_attention", [](View q, View k, View v, View out, Int batch, Int heads, Int groups, Int keys,
                                  Int key_dim, Int value_dim, float scale, int n_threads, int limit) {
         const pybind11::gil_scoped_release release;
+        const auto one_token = [](View view) {  // [batch, heads, width] as [batch, 1, heads, width]
+            view.stride[3] = view.stride[2], view.stride[2] = view.stride[1], view.stride[1] = 0;
+            return view;
+        };
         const DecodeAttentionArgs args{
-            .q = q,
+            .q = one_token(q),
             .k = k,
             .v = v,
-            .out = out,
+            .out = one_token(out),
             .batch = batch,
+            .length = 1,
             .heads = heads,
             .groups = groups,
             .keys = keys,

@@ -59,6 +59,7 @@ void bind_prepared(py::module_& m) {
                             },
                         });
                     })
+        .def("weight_only", &Projection::weight_only)
         .def(
             "__call__",
             [](const Projection& layer, Address x, int type, Int x_stride, Address y, Int rows, int n_threads,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,6 +12,9 @@ from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
+from klfast.engine.builder import MOST_SEQUENCES, CannotLowerError
+from klfast.engine.engine import Engine
+from klfast.generation.engine import engine_of
 from klfast.models.calling import cache_argument, mixes_rows, reads_padding, returned_cache
 from klfast.models.families import family_of
 
@@ -17,14 +22,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> Stepper | RowByRow:
-    """Return what steps over a batch that begins with ``ids``: as a whole, or by row where the model cannot do that.
+def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what steps over a batch that begins with ``ids``.
+
+    That is klfast's engine where it runs the model; else the model itself, on the whole batch, or on each row where it
+    cannot do that.
 
     Args:
         model: a causal language model of transformers.
         ids: int64 [B, T].
         mask: int64 [B, T] of zeros and ones, zeros on the left; None if there is no padding.
     """
+    if len(ids) <= MOST_SEQUENCES:
+        with suppress(CannotLowerError):
+            return EngineStepper(engine_of(model), len(ids), mask)
     is_padded = mask is not None and not bool(mask.all())
     if not (is_padded and reads_padding(model)) and not (len(ids) > 1 and mixes_rows(model)):
         return Stepper(model, mask)
@@ -32,6 +43,32 @@ def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> S
     reason = f"{name} mixes rows." if mixes_rows(model) else f"padding changes what {name} returns."
     pins.slow_path("generate", list(ids.shape), reason, how="row by row")
     return RowByRow(model, [0] * len(ids) if mask is None else (mask.shape[1] - mask.sum(1)).tolist())
+
+
+class EngineStepper:
+    """Feeds tokens to an engine and keeps its state.
+
+    Args:
+        engine: of the model.
+        sequences: rows of the batch.
+        mask: int64 [B, T] of zeros and ones for the first tokens, zeros on the left; None if there is no padding.
+    """
+
+    def __init__(self, engine: Engine, sequences: int, mask: torch.Tensor | None) -> None:
+        self._engine, self._state = engine, engine.state(sequences)
+        self._padding = None if mask is None or bool(mask.all()) else (mask.shape[1] - mask.sum(1)).tolist()
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
+        if self._padding is None:
+            return self._engine(ids, self._state)
+        padding, self._padding = self._padding, None
+        self._state.reserve(ids.shape[1])  # once for all, so that the rows' states are parts of it
+        rows = [
+            self._engine(ids[row : row + 1, pads:], self._state.sequences(row, row + 1)).clone()
+            for row, pads in enumerate(padding)
+        ]
+        return torch.cat(rows)
 
 
 class Stepper:

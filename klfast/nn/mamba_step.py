@@ -16,6 +16,7 @@ from klfast.core.torch_internals import has_global_hooks
 from klfast.dispatch import pins
 from klfast.nn.direct_call import Place, Prepared, PreparedLinear, Watch, current, has, plain, unobserved
 from klfast.nn.linear import QuantLinear
+from klfast.nn.untouched import why_touched
 
 _LAYERS = (nn.Linear, QuantLinear)
 
@@ -201,17 +202,9 @@ def _projections(parts: Parts) -> tuple[tuple[PreparedLinear, PreparedLinear] | 
     if (
         type(x_proj) not in _LAYERS
         or type(dt_proj) not in _LAYERS
-        or not (_is_untouched(x_proj) and _is_untouched(dt_proj) and all(map(_is_untouched, parts.norms)))
+        or any(map(why_touched, (x_proj, dt_proj, *parts.norms)))
     ):
         return None, ()
     first, first_held = current(x_proj, PreparedLinear, x_proj)
     second, second_held = current(dt_proj, PreparedLinear, dt_proj)
     return (None, ()) if first_held is None or second_held is None else ((first, second), (first_held, second_held))
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Return True if calling the module does what its class does: it has no hooks, and no forward except klfast's."""
-    forward = module.__dict__.get("forward")
-    # functools.wraps copies klfast's mark.
-    own = forward is not None and (not hasattr(forward, "klfast_original") or hasattr(forward, "__wrapped__"))
-    return not (own or module._forward_hooks or module._forward_pre_hooks)

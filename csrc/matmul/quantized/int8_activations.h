@@ -48,7 +48,7 @@ struct QuantizedX {
 
     // Takes all rows; writes q as [m, pitch].
     void fill(std::int32_t* q) const {
-        parallel_for(a.m, 1, useful_threads(a, 8.0 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
+        prepare_for(a.m, 1, useful_threads(a, 8.0 * a.m * a.k), [&](std::int64_t begin, std::int64_t end) {
             const Row row(*this);
             for (std::int64_t m = begin; m < end; ++m) fill(m, row, q + m * pitch);
         });

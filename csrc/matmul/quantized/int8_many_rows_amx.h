@@ -115,15 +115,15 @@ void run_int8_tiles(const DequantMatmulArgs& a, int depth) {
     const Segments segments(a.k, a.group);
     const Q x(a, segments);
     const TiledRows tiles(a.m, x.pitch, depth);
-    parallel_for(round_up(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k),
-                 [&](std::int64_t begin, std::int64_t end) {
-                     const typename Q::Row row(x);
-                     const Buffer<std::int32_t> q(x.pitch);
-                     for (std::int64_t m = begin; m < end; ++m) {
-                         if (m < a.m) x.fill(m, row, q.data);
-                         tiles.write(m, q.data, m < a.m ? 4 * x.pitch : 0);
-                     }
-                 });
+    prepare_for(round_up(a.m, kTileSide), 1, useful_threads(a, 8.0 * a.m * a.k),
+                [&](std::int64_t begin, std::int64_t end) {
+                    const typename Q::Row row(x);
+                    const Buffer<std::int32_t> q(x.pitch);
+                    for (std::int64_t m = begin; m < end; ++m) {
+                        if (m < a.m) x.fill(m, row, q.data);
+                        tiles.write(m, q.data, m < a.m ? 4 * x.pitch : 0);
+                    }
+                });
     product_tiles(a, tiles, segments, Int8Factors<Bits>{.a = a, .segments = segments, .x = x});
 }
 

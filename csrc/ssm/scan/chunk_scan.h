@@ -26,7 +26,7 @@ inline std::int64_t steps_from(std::int64_t t0, std::int64_t length) { return sm
 // G [chunk, chunk] for each (batch, chunk, group), rows and columns beyond the sequence's end zero.
 inline void chunk_products(const ChunkScanArgs& s, std::int64_t n_chunks, float* products) {
     const std::int64_t n_states = s.states, pitch = round_up(s.states, kLanes);
-    parallel_for(s.batch * n_chunks * s.groups, 1, s.n_threads, [&](std::int64_t begin, std::int64_t end) {
+    prepare_for(s.batch * n_chunks * s.groups, 1, s.n_threads, [&](std::int64_t begin, std::int64_t end) {
         const Buffer<float> scratch(kChunk * (pitch + n_states));
         float* const c = scratch.data;        // [chunk, pitch]
         float* const b = c + kChunk * pitch;  // [states, chunk]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
 from klfast.nn.mamba_step import Parts
 
 Rows = Mapping[str, tuple[int, int]]  # the uses of a matrix's rows: {use: (first, end)}
@@ -98,6 +100,8 @@ class Family:
             forward takes no mask is detected.
         mixes_rows: after the prompt, the forward mixes the rows of a batch.
         widens_logits: the model's forward casts its logits to float32; then its accelerated head does so.
+        lower: appends the instructions of a model to a program, and returns the columns of its logits, float32; it
+            raises CannotLowerError for what no instruction computes. None if the engine does not run the family.
         own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers remain to accelerate.
     """
 
@@ -111,6 +115,7 @@ class Family:
     reads_padding: bool = False
     mixes_rows: bool = False
     widens_logits: bool = False
+    lower: Callable[[Builder, Any], Columns] | None = None
     own_code: bool = False
 
 

@@ -6,9 +6,11 @@ Logits are divided by ``logits_scaling`` (modeling_granitemoehybrid.py, GraniteM
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from klfast.models.families import common
+from klfast.engine.builder import Builder, CannotLowerError, NormSpec
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, LogitRule, Mixer, Rows, split
 
 
@@ -28,6 +30,48 @@ def _mlp_rows(mlp: _MLP) -> Mapping[str, Rows]:
     return {"input_linear": split(gate=mlp.hidden_size, up=mlp.hidden_size)}
 
 
+def _lower(build: Builder, model: Any) -> Columns:
+    build.expect(model, "GraniteMoeHybridForCausalLM")
+    config = model.config
+    names = lowering.DecoderNames(rotary=None if model.model.rotary_emb is None else "rotary_emb")
+    return lowering.decoder(
+        build,
+        model,
+        "GraniteMoeHybridDecoderLayer",
+        _norm,
+        _mixer,
+        _mlp,
+        names,
+        embedding_scale=config.embedding_multiplier,
+        residual_scale=config.residual_multiplier,
+    )
+
+
+def _norm(module: Any) -> NormSpec:
+    return NormSpec(module.variance_epsilon)
+
+
+def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
+    if block.mamba is not None:
+        lowering.mamba2(build, block.mamba, x, out, "GraniteMoeHybridMambaLayer")
+        return
+    build.expect(block.self_attn, "GraniteMoeHybridAttention")
+    lowering.attention(build, block.self_attn, x, out, angles)
+
+
+def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    mlp = block.shared_mlp
+    if block.has_experts:
+        raise CannotLowerError(f"{build.name(block)} has experts")
+    build.expect(mlp, "GraniteMoeHybridMLP")
+    lowering.require_silu(block.shared_mlp.activation)
+    both, inner = build.buffer("mlp.both", 2 * mlp.hidden_size), build.buffer("mlp.inner", mlp.hidden_size)
+    build.project(mlp.input_linear, x, both)
+    gate, up = both.split(mlp.hidden_size, mlp.hidden_size)
+    build.combine("silu_gate", gate, up, inner)
+    build.project(mlp.output_linear, inner, out)
+
+
 FAMILY = Family(
     model_type="granitemoehybrid",
     mixers={"GraniteMoeHybridMambaLayer": Mixer(common.MAMBA2_FUNCTIONS)},
@@ -35,4 +79,5 @@ FAMILY = Family(
     rows={"GraniteMoeHybridMambaLayer": common.mamba2_rows, "GraniteMoeHybridMLP": _mlp_rows},
     blocks=Blocks("layers"),
     logits=_logits,
+    lower=_lower,
 )

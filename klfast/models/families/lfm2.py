@@ -7,11 +7,13 @@ Lfm2ShortConv.forward, 5.23.0). Logits are the head's product.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
-from klfast.models.families import common
+from klfast.engine.builder import Builder, NormSpec
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 
 
@@ -24,6 +26,40 @@ def _rows(mixer: _ShortConv) -> Mapping[str, Rows]:
     return {"in_proj": split(B=channels, C=channels, x=channels)}
 
 
+def _lower(build: Builder, model: Any) -> Columns:
+    build.expect(model, "Lfm2ForCausalLM")
+    names = lowering.DecoderNames("operator_norm", "ffn_norm", "embedding_norm")
+    return lowering.decoder(build, model, "Lfm2DecoderLayer", _norm, _mixer, _mlp, names)
+
+
+def _norm(module: Any) -> NormSpec:
+    return NormSpec(module.variance_epsilon)
+
+
+def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
+    if block.is_attention_layer:
+        build.expect(block.self_attn, "Lfm2Attention")
+        names = lowering.AttentionNames(out="out_proj", q_norm="q_layernorm", k_norm="k_layernorm")
+        lowering.attention(build, block.self_attn, x, out, angles, names=names, norm=_norm)
+        return
+    mixer = block.conv
+    build.expect(mixer, "Lfm2ShortConv")
+    channels = mixer.conv.in_channels
+    projected, y = build.buffer("conv.projected", 3 * channels), build.buffer("conv.y", channels)
+    build.project(mixer.in_proj, x, projected)
+    B, C, inner = projected.split(channels, channels, channels)
+    build.combine("multiply", B, inner, y)
+    build.convolve(mixer.conv, False, y, inner)
+    build.combine("multiply", C, inner, y)
+    build.project(mixer.out_proj, y, out)
+
+
+def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    mlp = block.feed_forward
+    build.expect(mlp, "Lfm2MLP")
+    lowering.gated_mlp(build, mlp.w1, mlp.w3, mlp.w2, x, out)
+
+
 FAMILY = Family(
     model_type="lfm2",
     mixers={"Lfm2ShortConv": Mixer(common.CONVOLUTIONS)},
@@ -31,6 +67,7 @@ FAMILY = Family(
     rows={"Lfm2ShortConv": _rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )
 MOE = Family(
     model_type="lfm2_moe",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from klfast.models.families import common
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
 from klfast.nn.mamba_step import Parts
 
@@ -12,6 +14,10 @@ from klfast.nn.mamba_step import Parts
 def _step(mixer: Any) -> Parts:
     own = mixer._parameters
     return Parts(mixer.conv1d, mixer.x_proj, mixer.dt_proj, (own, "A_log"), (own, "D"))
+
+
+def _lower(build: Builder, model: Any) -> Columns:
+    return lowering.recurrent(build, model, "MambaBlock", "MambaRMSNorm", lowering.mamba1)
 
 
 FAMILY = Family(
@@ -23,4 +29,5 @@ FAMILY = Family(
     logits=plain,
     masks_prompt_only=True,
     widens_logits=True,
+    lower=_lower,
 )

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from klfast.models.families import common
+from typing import Any
+
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
+
+
+def _lower(build: Builder, model: Any) -> Columns:
+    return lowering.recurrent(build, model, "Mamba2Block", "Mamba2RMSNorm", lowering.mamba2)
+
 
 FAMILY = Family(
     model_type="mamba2",
@@ -14,4 +23,5 @@ FAMILY = Family(
     logits=plain,
     masks_prompt_only=True,
     widens_logits=True,
+    lower=_lower,
 )

@@ -1,0 +1,92 @@
+// The instructions of a program. Each calls the kernel of an op, on buffers, weights and states.
+#pragma once
+
+#include <cstdint>
+
+#include "elementwise/combine.h"
+#include "engine/program.h"
+#include "prepared/linear_layer.h"
+
+namespace klfast::engine {
+
+// out = the tokens' rows of table [vocabulary, width], rounded, times scale, rounded again.
+Work embed(View table, DType rounded_to, float scale, Columns out);
+// The same with a quantized head's weight as table.
+Work embed_quantized(Projection tied, DType rounded_to, float scale, Columns out);
+
+// out = in W^T + bias, rounded to in's type; out is a whole buffer.
+Work project(Projection layer, Columns in, Columns out);
+
+// The same of each sequence's last token alone, to out's first rows.
+Work project_last(Projection layer, Columns in, Columns out);
+
+struct Norm {
+    View weight;
+    std::int64_t group_size;
+    float eps, weight_offset;
+    bool norm_before_gate, sigmoid_gate;
+};
+// Of each row; of each of `heads` parts of it with the same weight. `gate` of width 0: without.
+Work normalise(Norm norm, std::int64_t heads, Columns in, Columns gate, Columns out);
+
+// As csrc/elementwise/combine.h; `narrow` of width 0: without.
+Work combine_two(Combination how, float factor, Columns a, Columns b, Columns out, Columns narrow);
+
+// The causal convolution of in's columns on state [sequences, width - 1, channels].
+struct Convolution {
+    View weight, bias;  // [width, channels], [channels]
+    std::int64_t channels, width;
+    bool silu;
+    int state;
+};
+Work convolve(Convolution layer, Columns in, Columns out);
+
+// Mamba's recurrence on state [sequences, channels, states].
+struct SelectiveScan {
+    View a, d, dt_bias;  // [channels, states], [channels], [channels]
+    std::int64_t channels, states;
+    int state;
+};
+Work selective_scan(SelectiveScan layer, Columns x, Columns dt, Columns b, Columns c, Columns z, Columns out);
+
+// Mamba-2's on state [sequences, heads, dim, states]; `z` of width 0: without gate.
+struct HeadScan {
+    View a, d, dt_bias;  // [heads]
+    std::int64_t heads, dim, groups, states;
+    float dt_min, dt_max;
+    int state;
+};
+Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Columns z, Columns out);
+
+// Rotary embedding (Su et al. 2021, arXiv:2104.09864): out [2 count], float32, = cos then sin of position times
+// frequency, times factor, rounded.
+Work angles(View frequencies, std::int64_t count, float factor, DType rounded_to, Columns out);
+// Turns the first channels of each head, pairs of which lie half of the angles apart.
+Work rotate(std::int64_t heads, Columns angles, Columns x);
+
+// out = the channels from `first` on of each of in's heads, as many as a head of out has.
+Work pick_heads(std::int64_t heads, std::int64_t first, Columns in, Columns out);
+
+// Writes keys or values of the run's tokens to a cache [sequences, heads, capacity, width], at their positions.
+Work remember(int state, std::int64_t heads, Columns in);
+
+// Causal attention on caches that remember() has filled.
+struct Attention {
+    std::int64_t heads, groups, key_dim, value_dim;
+    float scale;
+    int keys, values;  // states
+};
+Work attend(Attention layer, Columns q, Columns out);
+
+// g = rate softplus(a + bias), beta = sigmoid(b), a head each; both float32.
+Work delta_gates(View rate, View bias, std::int64_t heads, Columns a, Columns b, Columns g, Columns beta);
+
+// The gated delta rule on state [sequences, heads, key_dim, value_dim], with q and k divided by their norms.
+struct DeltaRule {
+    std::int64_t key_heads, heads, key_dim, value_dim;
+    float scale;
+    int state;
+};
+Work delta_rule(DeltaRule layer, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out);
+
+}  // namespace klfast::engine

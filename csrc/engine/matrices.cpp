@@ -1,0 +1,64 @@
+#include <vector>
+
+#include "core/parallel.h"
+#include "engine/instructions.h"
+#include "matmul/quantized/rows.h"
+
+namespace klfast::engine {
+
+namespace {
+
+// Work of an embedding whose rows read(row, out) fetches as floats.
+template <class Read>
+Work embedding(Read read, DType rounded_to, float scale, Columns out) {
+    return [=](const Input& input, const Buffers& buffers) {
+        const View rows = buffers[out];
+        const int threads = worthwhile_threads(input.n_threads, 4.0 * input.rows() * out.width);
+        parallel_for(input.rows(), 1, threads, [&](std::int64_t begin, std::int64_t end) {
+            std::vector<float> values(out.width);
+            const auto rounded = [&](float v) {
+                std::uint32_t stored;
+                store_float(&stored, 0, rounded_to, v);
+                return load_float(&stored, 0, rounded_to);
+            };
+            for (std::int64_t row = begin; row < end; ++row) {
+                read(input.tokens[row], values.data());
+                for (std::int64_t i = 0; i < out.width; ++i)
+                    store_float(rows.data, row * rows.stride[0] + i, rows.dtype, rounded(scale * rounded(values[i])));
+            }
+        });
+    };
+}
+
+}  // namespace
+
+Work embed(View table, DType rounded_to, float scale, Columns out) {
+    const auto read = [table, width = out.width](std::int64_t row, float* values) {
+        for (std::int64_t i = 0; i < width; ++i)
+            values[i] = load_float(table.data, row * table.stride[0] + i, table.dtype);
+    };
+    return embedding(read, rounded_to, scale, out);
+}
+
+Work embed_quantized(Projection tied, DType rounded_to, float scale, Columns out) {
+    const auto read = [tied](std::int64_t row, float* values) { dequantize_row(*tied.quantized(), row, values); };
+    return embedding(read, rounded_to, scale, out);
+}
+
+Work project(Projection layer, Columns in, Columns out) {
+    return [=](const Input& input, const Buffers& buffers) {
+        const View x = buffers[in], y = buffers[out];
+        layer(x.data, x.dtype, x.stride[0], y.data, y.dtype, input.rows(), input.n_threads, input.limit);
+    };
+}
+
+Work project_last(Projection layer, Columns in, Columns out) {
+    return [=](const Input& input, const Buffers& buffers) {
+        const View x = buffers[in], y = buffers[out];
+        const std::int64_t stride = x.stride[0] * input.length;
+        const auto* const first = static_cast<const std::byte*>(x.data) + (stride - x.stride[0]) * size_of(x.dtype);
+        layer(first, x.dtype, stride, y.data, y.dtype, input.sequences, input.n_threads, input.limit);
+    };
+}
+
+}  // namespace klfast::engine

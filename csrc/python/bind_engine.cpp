@@ -1,0 +1,195 @@
+// Programs of the engine; klfast/engine/program.py has checked tensors and shapes, and holds the memory.
+#include <pybind11/stl.h>
+
+#include "engine/instructions.h"
+#include "engine/program.h"
+#include "python/bindings.h"
+#include "python/columns_caster.h"
+#include "python/view_caster.h"
+
+namespace py = pybind11;
+
+namespace klfast {
+namespace {
+
+using engine::Columns, engine::Input, engine::Program;
+
+// Opaque to Python: a list of views would be converted at each token.
+struct HeldStates {
+    engine::States views;
+};
+
+Input input(Address tokens, Address seen, Int sequences, Int length, const HeldStates& states, int n_threads,
+            int limit) {
+    return {
+        .tokens = pointer<const std::int64_t>(tokens),
+        .seen = pointer<const std::int64_t>(seen),
+        .sequences = sequences,
+        .length = length,
+        .states = states.views,
+        .n_threads = n_threads,
+        .limit = static_cast<Tier>(limit),
+    };
+}
+
+Combination combination(const std::string& name) {
+    if (name == "add") return Combination::add;
+    if (name == "multiply") return Combination::multiply;
+    if (name == "silu_gate") return Combination::silu_gate;
+    if (name == "sigmoid_gate") return Combination::sigmoid_gate;
+    if (name == "gelu_gate") return Combination::gelu_gate;
+    throw std::invalid_argument("no combination " + name);
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+    py::class_<HeldStates>(m, "States")
+        .def(py::init([](std::vector<View> views) { return HeldStates{std::move(views)}; }), "States(views)");
+    py::class_<Program>(m, "Program")
+        .def(py::init<>())
+        .def("buffer", [](Program& p, Int width, int type,
+                          Int rows) { return p.buffers.add(width, static_cast<DType>(type), rows); })
+        .def("memory",
+             [](Program& p, Columns whole) {
+                 return py::memoryview::from_memory(p.buffers[whole].data, p.buffers.bytes(whole.buffer));
+             })
+        .def_property_readonly("nbytes", [](const Program& p) { return p.buffers.bytes(); })
+        .def("embed",
+             [](Program& p, std::string name, View table, int rounded_to, float scale, Columns out) {
+                 p.add(std::move(name), engine::embed(table, static_cast<DType>(rounded_to), scale, out));
+             })
+        .def("embed_quantized",
+             [](Program& p, std::string name, const Projection& tied, int rounded_to, float scale, Columns out) {
+                 p.add(std::move(name), engine::embed_quantized(tied, static_cast<DType>(rounded_to), scale, out));
+             })
+        .def("project", [](Program& p, std::string name, const Projection& layer, Columns in,
+                           Columns out) { p.add(std::move(name), engine::project(layer, in, out)); })
+        .def("project_last", [](Program& p, std::string name, const Projection& layer, Columns in,
+                                Columns out) { p.add(std::move(name), engine::project_last(layer, in, out)); })
+        .def("normalise",
+             [](Program& p, std::string name, View weight, Int group_size, float eps, float weight_offset,
+                bool norm_before_gate, bool sigmoid_gate, Int heads, Columns in, Columns gate, Columns out) {
+                 const engine::Norm norm{
+                     .weight = weight,
+                     .group_size = group_size,
+                     .eps = eps,
+                     .weight_offset = weight_offset,
+                     .norm_before_gate = norm_before_gate,
+                     .sigmoid_gate = sigmoid_gate,
+                 };
+                 p.add(std::move(name), engine::normalise(norm, heads, in, gate, out));
+             })
+        .def("combine",
+             [](Program& p, std::string name, const std::string& how, float factor, Columns a, Columns b, Columns out,
+                Columns narrow) {
+                 p.add(std::move(name), engine::combine_two(combination(how), factor, a, b, out, narrow));
+             })
+        .def("convolve",
+             [](Program& p, std::string name, View weight, View bias, Int channels, Int width, bool silu, int state,
+                Columns in, Columns out) {
+                 const engine::Convolution layer{
+                     .weight = weight,
+                     .bias = bias,
+                     .channels = channels,
+                     .width = width,
+                     .silu = silu,
+                     .state = state,
+                 };
+                 p.add(std::move(name), engine::convolve(layer, in, out));
+             })
+        .def("selective_scan",
+             [](Program& program, std::string name, View a, View d, View dt_bias, Int channels, Int states, int state,
+                Columns x, Columns dt, Columns b, Columns c, Columns z, Columns out) {
+                 const engine::SelectiveScan layer{
+                     .a = a,
+                     .d = d,
+                     .dt_bias = dt_bias,
+                     .channels = channels,
+                     .states = states,
+                     .state = state,
+                 };
+                 program.add(std::move(name), engine::selective_scan(layer, x, dt, b, c, z, out));
+             })
+        .def("head_scan",
+             [](Program& program, std::string name, View a, View d, View dt_bias, Int heads, Int dim, Int groups,
+                Int states, float dt_min, float dt_max, int state, Columns x, Columns dt, Columns b, Columns c,
+                Columns z, Columns out) {
+                 const engine::HeadScan layer{
+                     .a = a,
+                     .d = d,
+                     .dt_bias = dt_bias,
+                     .heads = heads,
+                     .dim = dim,
+                     .groups = groups,
+                     .states = states,
+                     .dt_min = dt_min,
+                     .dt_max = dt_max,
+                     .state = state,
+                 };
+                 program.add(std::move(name), engine::head_scan(layer, x, dt, b, c, z, out));
+             })
+        .def("angles",
+             [](Program& p, std::string name, View frequencies, Int count, float factor, int rounded_to, Columns out) {
+                 p.add(std::move(name),
+                       engine::angles(frequencies, count, factor, static_cast<DType>(rounded_to), out));
+             })
+        .def("rotate", [](Program& p, std::string name, Int heads, Columns angles,
+                          Columns x) { p.add(std::move(name), engine::rotate(heads, angles, x)); })
+        .def("pick_heads", [](Program& p, std::string name, Int heads, Int first, Columns in,
+                              Columns out) { p.add(std::move(name), engine::pick_heads(heads, first, in, out)); })
+        .def("remember", [](Program& p, std::string name, int state, Int heads,
+                            Columns in) { p.add(std::move(name), engine::remember(state, heads, in)); })
+        .def("attend",
+             [](Program& p, std::string name, Int heads, Int groups, Int key_dim, Int value_dim, float scale, int keys,
+                int values, Columns q, Columns out) {
+                 const engine::Attention layer{
+                     .heads = heads,
+                     .groups = groups,
+                     .key_dim = key_dim,
+                     .value_dim = value_dim,
+                     .scale = scale,
+                     .keys = keys,
+                     .values = values,
+                 };
+                 p.add(std::move(name), engine::attend(layer, q, out));
+             })
+        .def("delta_gates",
+             [](Program& p, std::string name, View rate, View bias, Int heads, Columns a, Columns b, Columns g,
+                Columns beta) { p.add(std::move(name), engine::delta_gates(rate, bias, heads, a, b, g, beta)); })
+        .def("delta_rule",
+             [](Program& p, std::string name, Int key_heads, Int heads, Int key_dim, Int value_dim, float scale,
+                int state, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out) {
+                 const engine::DeltaRule layer{
+                     .key_heads = key_heads,
+                     .heads = heads,
+                     .key_dim = key_dim,
+                     .value_dim = value_dim,
+                     .scale = scale,
+                     .state = state,
+                 };
+                 p.add(std::move(name), engine::delta_rule(layer, q, k, v, g, beta, out));
+             })
+        .def("names",
+             [](const Program& p) {
+                 std::vector<std::string> names;
+                 for (const auto& instruction : p.instructions()) names.push_back(instruction.name);
+                 return names;
+             })
+        .def("run",
+             [](const Program& p, Address tokens, Address seen, Int sequences, Int length, const HeldStates& states,
+                int n_threads, int limit) {
+                 const py::gil_scoped_release release;
+                 p.run(input(tokens, seen, sequences, length, states, n_threads, limit));
+             })
+        .def(
+            "profile",
+            [](const Program& p, Address tokens, Address seen, Int sequences, Int length, const HeldStates& states,
+               int n_threads, int limit) {
+                const py::gil_scoped_release release;
+                return p.profile(input(tokens, seen, sequences, length, states, n_threads, limit));
+            },
+            "Runs the program; the seconds of each instruction.");
+}
+
+}  // namespace klfast

@@ -1,0 +1,318 @@
+"""``Builder``: lowers the layers of a model to the instructions of a program."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from klfast.backends.cpu.extension import DTYPE_CODES, view
+from klfast.engine.columns import Columns
+from klfast.nn.direct_call import Place, PreparedLinear, Watch, has, plain
+from klfast.nn.embedding import QuantEmbedding
+from klfast.nn.untouched import why_touched
+
+MOST_SEQUENCES = 16
+
+
+class CannotLowerError(Exception):
+    """A part of a model that no instruction computes; the message is a clause that says which and why."""
+
+
+class StateSpec(NamedTuple):
+    """A tensor of a sequence's state.
+
+    Attributes:
+        shape: without the sequences, which come first.
+        dtype: of its numbers.
+        growing: the dimension of the shape that has a place for each token, whose size here means nothing; None if the
+            size is always the same.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    growing: int | None = None
+
+
+class NormSpec(NamedTuple):
+    """A root-mean-square normalisation; the attributes are those of ``klfast.models.families.base.Norm``."""
+
+    eps: float
+    group_size: int | None = None
+    norm_before_gate: bool = False
+    gate_activation: str = "silu"
+    weight_offset: float = 0.0
+
+
+def _are(found: Collection[object], expected: Collection[object]) -> bool:
+    """Return whether two collections hold the same objects in the same order."""
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))
+
+
+class Builder:
+    """Builds the program of a model.
+
+    Methods named after instructions append one. Buffers have a row for each token of a run; columns of them are what
+    instructions take and write. Weights are used where they lie.
+
+    Args:
+        model: the model, whose modules' names name the instructions.
+        dtype: that of activations.
+        rows: most tokens of a run.
+
+    Attributes:
+        program: the extension's.
+        states: the tensors of a sequence's state.
+        kept: what must live as long as the program.
+        checks: each returns False or None once a part of the model is no longer what the program has.
+
+    Raises:
+        CannotLowerError: klfast's extension is missing, or cannot take a part.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, rows: int) -> None:
+        try:
+            from klfast import _C
+        except ImportError as error:
+            raise CannotLowerError("klfast's C++ extension is not built") from error
+        if dtype not in DTYPE_CODES:
+            raise CannotLowerError(f"the model computes in {dtype}")
+        self.dtype, self.rows = dtype, rows
+        self.program = _C.Program()
+        self.states: list[StateSpec] = []
+        self._names = {module: name for name, module in model.named_modules()}
+        self._parts = frozenset(self._names) - {model}
+        self._buffers: dict[str, Columns] = {}
+        self.checks: list[Callable[[], object]] = []
+        self.kept: list[object] = []
+        # Not the modules themselves: the model would be one of them, which its engine must not keep alive.
+        children = [(module._modules, tuple(module._modules.values())) for module in model.modules()]
+        self.checks.append(lambda: all(_are(places.values(), found) for places, found in children))
+
+    # Memory -------------------------------------------------------------------------------------------------------
+
+    def buffer(self, name: str, width: int, dtype: torch.dtype | None = None, rows: int | None = None) -> Columns:
+        """Return the whole of a buffer; the same one for the same name."""
+        if name not in self._buffers:
+            code = DTYPE_CODES[dtype or self.dtype]
+            self._buffers[name] = Columns(self.program.buffer(width, code, rows or self.rows), 0, width)
+        if self._buffers[name].width != width:
+            raise ValueError(f"buffer {name} has {self._buffers[name].width} columns, not {width}")
+        return self._buffers[name]
+
+    def state(self, *shape: int, dtype: torch.dtype, growing: int | None = None) -> int:
+        """Return the number of a new tensor of the state, zero at first; see ``StateSpec``."""
+        self.states.append(StateSpec(shape, dtype, growing))
+        return len(self.states) - 1
+
+    # Parts of the model -------------------------------------------------------------------------------------------
+
+    def name(self, module: nn.Module) -> str:
+        """Return a module's name in the model."""
+        return self._names.get(module, type(module).__name__)
+
+    def expect(self, module: nn.Module, *classes: str) -> None:
+        """Require a module of one of these classes that does what its class does."""
+        name = self.name(module)
+        if type(module).__name__ not in classes:
+            raise CannotLowerError(f"{name} is a {type(module).__name__}")
+        if reason := why_touched(module):
+            raise CannotLowerError(f"{name} {reason}")
+        if module in self._parts:
+            self.checks.append(lambda: not why_touched(module))
+
+    def tensors(self, *places: Place) -> list[torch.Tensor | None]:
+        """Return tensors by their places in modules' parameters or buffers, watched from now on."""
+        if not has(*places):
+            raise CannotLowerError("a parameter has been replaced by a property")
+        watch = Watch(*places)
+        found, watch.tensors = list(watch.tensors), ()
+        if not plain(*found):
+            raise CannotLowerError("a parameter is not a plain tensor of floats on the CPU")
+        self.checks.append(watch.hold)
+        self.kept.append(found)
+        return found
+
+    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
+        """Return parameters of a module, tensors or None, watched from now on."""
+        return self.tensors(*((module._parameters, name) for name in names))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keep a tensor made for the program."""
+        self.kept.append(tensor)
+        return tensor
+
+    def _projection(self, layer: nn.Module, activations: bool = True) -> Any:
+        self.expect(layer, "Linear", "QuantLinear")
+        prepared = PreparedLinear(layer)
+        if prepared.projection is None or prepared.hold(layer) is None or not prepared.takes(self.dtype):
+            raise CannotLowerError(f"{self.name(layer)} has a weight that no kernel takes")
+        self.checks.append(lambda: prepared.hold(layer))
+        self.kept.append(prepared.hold(layer))
+        return prepared.projection if activations else prepared.projection.weight_only()
+
+    # Instructions -------------------------------------------------------------------------------------------------
+
+    def embed(self, embedding: nn.Module, out: Columns, scale: float = 1.0) -> None:
+        """Look up the tokens' rows of an nn.Embedding or a QuantEmbedding."""
+        self.expect(embedding, "Embedding", "QuantEmbedding")
+        name = self.name(embedding)
+        if isinstance(embedding, QuantEmbedding):
+            if embedding.scale is not None:
+                scale *= float(embedding.scale)
+            self.program.embed_quantized(name, self._projection(embedding.head), DTYPE_CODES[self.dtype], scale, out)
+            return
+        [table] = self.parameters(embedding, "weight")
+        self.program.embed(name, view(table), DTYPE_CODES[self.dtype], scale, out)
+
+    def project(self, layer: nn.Module, x: Columns, out: Columns, *, weight_only: bool = False) -> None:
+        """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""
+        self.program.project(self.name(layer), self._projection(layer, not weight_only), x, out)
+
+    def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
+        """Multiply each sequence's last token alone."""
+        self.program.project_last(self.name(layer), self._projection(layer), x, out)
+
+    def normalise(
+        self, module: nn.Module, norm: NormSpec, x: Columns, out: Columns, gate: Columns | None = None, heads: int = 1
+    ) -> None:
+        """Normalise each row of x, or each of its ``heads``, with the weight of a module."""
+        [weight] = self.parameters(module, "weight")
+        self.program.normalise(
+            self.name(module),
+            view(weight),
+            norm.group_size or 0,
+            norm.eps,
+            norm.weight_offset,
+            norm.norm_before_gate,
+            norm.gate_activation == "sigmoid",
+            heads,
+            x,
+            gate,
+            out,
+        )
+
+    def combine(
+        self, how: str, a: Columns, b: Columns, out: Columns, *, factor: float = 1.0, narrow: Columns | None = None
+    ) -> None:
+        """Combine two tensors as csrc/elementwise/combine.h describes: "add", "multiply", "silu_gate" and so on."""
+        self.program.combine(how, how, factor, a, b, out, narrow)
+
+    def convolve(self, conv: nn.Module, silu: bool, x: Columns, out: Columns) -> None:
+        """Apply a causal depthwise nn.Conv1d to its channels, and carry the last inputs in the state."""
+        self.expect(conv, "Conv1d")
+        weight, bias = self.parameters(conv, "weight", "bias")
+        channels, _, width = weight.shape
+        state = self.state(width - 1, channels, dtype=self.dtype)  # steps first, as vectors of channels take them
+        weight = self.keep(weight.squeeze(1).t().contiguous())
+        self.program.convolve(self.name(conv), view(weight), view(bias), channels, width, silu, state, x, out)
+
+    def selective_scan(
+        self,
+        name: str,
+        A: torch.Tensor,
+        D: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        x: Columns,
+        dt: Columns,
+        B: Columns,
+        C: Columns,
+        z: Columns,
+        out: Columns,
+    ) -> None:
+        """Apply Mamba's recurrence, with A [D, N] in float32, D [D] and the bias of dt [D]."""
+        channels, states = A.shape
+        state = self.state(channels, states, dtype=torch.float32)
+        self.program.selective_scan(
+            name, view(self.keep(A)), view(D), view(dt_bias), channels, states, state, x, dt, B, C, z, out
+        )
+
+    def head_scan(
+        self,
+        name: str,
+        A: torch.Tensor,
+        D: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        dim: int,
+        groups: int,
+        dt_limit: tuple[float, float],
+        x: Columns,
+        dt: Columns,
+        B: Columns,
+        C: Columns,
+        out: Columns,
+        z: Columns | None = None,
+    ) -> None:
+        """Apply Mamba-2's recurrence to heads of ``dim`` channels, with A, D and the bias of dt [H]."""
+        heads, states = len(A), B.width // groups
+        state = self.state(heads, dim, states, dtype=torch.float32)
+        self.program.head_scan(
+            name,
+            view(self.keep(A)),
+            view(D),
+            view(dt_bias),
+            heads,
+            dim,
+            groups,
+            states,
+            *dt_limit,
+            state,
+            x,
+            dt,
+            B,
+            C,
+            z,
+            out,
+        )
+
+    def angles(self, rotary: nn.Module, out: Columns) -> None:
+        """Compute cosines and sines of the tokens' angles, float32, by transformers' usual rotary embedding."""
+        if getattr(rotary, "rope_type", "default") != "default":
+            raise CannotLowerError(f"its rotary embedding is of type {rotary.rope_type}")
+        [frequencies] = self.tensors((rotary._buffers, "inv_freq"))
+        factor: Any = rotary.attention_scaling
+        code = DTYPE_CODES[self.dtype]
+        self.program.angles(self.name(rotary), view(frequencies), out.width // 2, float(factor), code, out)
+
+    def rotate(self, heads: int, angles: Columns, x: Columns) -> None:
+        """Apply rotary angles to the first channels of each head of x, in place."""
+        self.program.rotate("rotate", heads, angles, x)
+
+    def pick_heads(self, heads: int, first: int, x: Columns, out: Columns) -> None:
+        """Copy the channels from ``first`` on of each head of x to the heads of ``out``, which are narrower."""
+        self.program.pick_heads("pick_heads", heads, first, x, out)
+
+    def attend(
+        self, name: str, heads: int, groups: int, scale: float, q: Columns, k: Columns, v: Columns, out: Columns
+    ) -> None:
+        """Attend causally to all tokens so far; k and v go to the state."""
+        widths = k.width // groups, v.width // groups
+        states = [self.state(groups, 0, width, dtype=self.dtype, growing=1) for width in widths]
+        for state, columns in zip(states, (k, v), strict=True):
+            self.program.remember(f"{name}.cache", state, groups, columns)
+        self.program.attend(name, heads, groups, *widths, scale, *states, q, out)
+
+    def delta_rule(
+        self,
+        name: str,
+        A_log: torch.Tensor,
+        dt_bias: torch.Tensor,
+        key_heads: int,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        a: Columns,
+        b: Columns,
+        out: Columns,
+    ) -> None:
+        """Apply the gated delta rule with g = -exp(A_log) softplus(a + dt_bias) and beta = sigmoid(b), a head each."""
+        heads = len(A_log)
+        g, beta = (self.buffer(f"delta.{part}", heads, torch.float32) for part in ("g", "beta"))
+        rate = self.keep(-torch.exp(A_log.float()))
+        self.program.delta_gates(f"{name}.gates", view(rate), view(dt_bias), heads, a, b, g, beta)
+        key_dim, value_dim = k.width // key_heads, v.width // heads
+        state = self.state(heads, key_dim, value_dim, dtype=torch.float32)
+        self.program.delta_rule(name, key_heads, heads, key_dim, value_dim, key_dim**-0.5, state, q, k, v, g, beta, out)

@@ -1,0 +1,57 @@
+"""``engine_of``: the native engine of a model, where it has one."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import nn
+
+from klfast.core.torch_internals import has_global_hooks
+from klfast.dispatch import pins
+from klfast.engine.builder import Builder, CannotLowerError
+from klfast.engine.engine import Engine
+from klfast.models.families import family_of, text_config
+from klfast.models.families.base import plain
+from klfast.nn.untouched import why_touched
+
+ROWS = 512  # tokens of a prompt that go through the model together
+
+_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()  # parameters that want gradients are taken where nobody records any
+def engine_of(model: nn.Module) -> Engine:
+    """Return the engine of a causal language model, made at the first call and again once the model has changed.
+
+    Raises:
+        CannotLowerError: no engine runs it; the message is a clause that says why.
+    """
+    if pins.pinned() in ("reference", "triton"):
+        raise CannotLowerError(f"klfast.using pins the {pins.pinned()} implementations")
+    engine = _engines.get(model)
+    if engine is None or has_global_hooks() or why_touched(model) or not engine.is_current():
+        _engines.pop(model, None)
+        engine = _engines[model] = lower(model)
+    return engine
+
+
+@torch.no_grad()
+def lower(model: nn.Module, rows: int = ROWS) -> Engine:
+    """Lower a causal language model to an engine.
+
+    Raises:
+        CannotLowerError: no engine runs it; the message is a clause that says why.
+    """
+    family = family_of(model)
+    if family.lower is None:
+        kind = getattr(text_config(model), "model_type", type(model).__name__)
+        raise CannotLowerError(f"the engine does not know models of type {kind}")
+    if has_global_hooks():
+        raise CannotLowerError("torch has hooks for all modules")
+    if reason := why_touched(model):
+        raise CannotLowerError(f"the model {reason}")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    build = Builder(model, dtype, rows)
+    rule = (family.logits or plain)(text_config(model))
+    return Engine(build, family.lower(build, model), rule.scale, rule.softcap)

@@ -1,0 +1,146 @@
+"""The native engine against the models themselves in float64."""
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from tiny_models import batch, in_float64, tiny
+
+import klfast
+from klfast import Plan, QuantSpec
+from klfast.engine.builder import CannotLowerError
+from klfast.generation.engine import engine_of, lower
+from klfast.models.linears import linears
+
+LOWERED = ("mamba", "mamba2", "qwen3_5", "lfm2", "granite_hybrid")
+
+
+@pytest.fixture(params=LOWERED)
+def model(request):
+    return tiny(request.param)
+
+
+def quantized(model, spec, activation="exact"):
+    klfast.quantize_model(
+        model, Plan(dict.fromkeys(linears(model), QuantSpec.of(spec)), "uniform"), activation=activation
+    )
+    return model
+
+
+def relative(found, expected):
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+@torch.inference_mode()
+def logits_of_each(model, ids):
+    """Return the logits after each token, float64 [B, T, V]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", klfast.SlowPathWarning)
+        return in_float64(model)(ids, use_cache=False).logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("first", [1, 2, 9])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_equals_the_model_in_float64(model, rows, first):
+    ids = batch(rows, 14)
+    truth, engine = logits_of_each(model, ids), lower(model)
+    state = engine.state(rows)
+    assert relative(engine(ids[:, :first], state), truth[:, first - 1]) < 1e-4
+    for t in range(first, 11):
+        assert relative(engine(ids[:, t : t + 1], state), truth[:, t]) < 1e-4
+    assert relative(engine(ids[:, 11:], state), truth[:, -1]) < 1e-4  # several tokens after those before
+    assert state.seen.tolist() == [14] * rows
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("spec", ["int4-g16-sym", "int8-g16-asym"])
+def test_quantized_with_a_tied_head(spec):
+    for family in LOWERED:
+        model, ids = quantized(tiny(family, tied=True), spec), batch(2, 9)
+        truth, engine = logits_of_each(model, ids), lower(model)
+        assert relative(engine(ids, engine.state(2)), truth[:, -1]) < 1e-4, family
+
+
+@torch.inference_mode()
+def test_prompts_in_chunks(model):
+    ids = batch(2, 45)
+    truth = logits_of_each(model, ids)
+    engine = lower(model, rows=14)
+    assert relative(engine(ids, engine.state(2)), truth[:, -1]) < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 16])
+def test_threads_change_nothing(model, rows):
+    ids, results = batch(rows, 6), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        engine = lower(model)
+        state = engine.state(rows)
+        results.append([engine(ids[:, :4], state).clone(), *(engine(ids[:, t : t + 1], state).clone() for t in (4, 5))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@torch.inference_mode()
+def test_a_copy_of_the_state_is_a_way_back(model):
+    ids, engine = batch(1, 9), lower(model)
+    state = engine.state()
+    engine(ids[:, :5], state)
+    before = state.copy()
+    first = engine(ids[:, 5:], state).clone()
+    assert torch.equal(engine(ids[:, 5:], before), first)
+
+
+@torch.inference_mode()
+def test_sequences_do_not_mix(model):
+    ids, engine = batch(3, 8), lower(model)
+    state = engine.state(3)
+    engine(ids[:, :5], state)
+    together = engine(ids[:, 5:6], state).clone()
+    for row in range(3):
+        own = engine.state()
+        engine(ids[row : row + 1, :5], own)
+        assert relative(engine(ids[row : row + 1, 5:6], own)[0], together[row].double()) < 1e-5
+
+
+def test_says_what_it_cannot_lower():
+    model = tiny("mamba")
+    handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *_: None)
+    with pytest.raises(CannotLowerError, match=r"^backbone\.layers\.1\.mixer has hooks$"):
+        lower(model)
+    handle.remove()
+    lower(model)
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(CannotLowerError, match=r"^lm_head has a replaced forward$"):
+        lower(model)
+    with pytest.raises(CannotLowerError, match="does not know models of type llama"):
+        lower(tiny("llama"))
+
+
+@torch.inference_mode()
+def test_follows_changes_of_the_model():
+    model, ids = tiny("mamba"), batch(1, 5)
+    engine = engine_of(model)
+    assert engine_of(model) is engine
+    before = engine(ids, engine.state()).clone()
+    model.backbone.layers[0].mixer.out_proj.weight.mul_(2)  # in place: the engine reads the weights where they lie
+    after = engine(ids, engine.state()).clone()
+    assert engine_of(model) is engine and relative(after, logits_of_each(model, ids)[:, -1]) < 1e-4
+    assert not torch.equal(before, after)
+    quantized(model, "int4-g16-sym")
+    assert engine_of(model) is not engine
+    engine = engine_of(model)
+    assert relative(engine(ids, engine.state()), logits_of_each(model, ids)[:, -1]) < 1e-4
+
+
+def test_engines_do_not_keep_models_alive():
+    model = tiny("qwen3_5")
+    engine_of(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
