@@ -64,5 +64,6 @@ void check_conv();
 void check_scan();
 void check_delta();
 void check_norm();
+void check_elementwise();
 
 }  // namespace klfast::test

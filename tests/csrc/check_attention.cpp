@@ -1,4 +1,4 @@
-// decode_attention against softmax and sums in double.
+// decode_attention against softmax and sums in double, for one query a head and for several.
 #include <algorithm>
 #include <cmath>
 
@@ -11,47 +11,50 @@ void check_attention() {
     constexpr Int batch = 2, groups = 2, key_dim = 19, value_dim = 37;
     for (const DType dtype : kTypes)
         for (const Int shared_by : {1, 3, 9})
-            for (const Int keys : {1, 5, 131}) {
-                const Int heads = groups * shared_by;
-                Tensor q = Tensor::random(dtype, {batch, heads, key_dim}),
-                       k = Tensor::random(dtype, {batch, groups, keys, key_dim}),
-                       v = Tensor::random(dtype, {batch, groups, keys, value_dim});
-                std::vector<double> truth(batch * heads * value_dim), weight(keys);
-                for (Int b = 0; b < batch; ++b)
-                    for (Int h = 0; h < heads; ++h) {
-                        const Int group = b * groups + h / shared_by;
+            for (const Int keys : {1, 5, 131})
+                for (const Int length : {Int{1}, std::min<Int>(keys, 5)}) {
+                    const Int heads = groups * shared_by, fewer = length < keys ? 1 : 0;
+                    const Int keys_of[batch] = {keys, keys - fewer};  // seen by the last query of each sequence
+                    Tensor q = Tensor::random(dtype, {batch, length, heads, key_dim}),
+                           k = Tensor::random(dtype, {batch, groups, keys, key_dim}),
+                           v = Tensor::random(dtype, {batch, groups, keys, value_dim});
+                    std::vector<double> truth(batch * length * heads * value_dim), weight(keys);
+                    for (Int row = 0; row < batch * length * heads; ++row) {
+                        const Int b = row / (length * heads), t = row / heads % length, h = row % heads;
+                        const Int group = b * groups + h / shared_by, seen = keys_of[b] - (length - 1 - t);
                         double total = 0;
-                        for (Int s = 0; s < keys; ++s) {
+                        for (Int s = 0; s < seen; ++s) {
                             double dot = 0;
                             for (Int c = 0; c < key_dim; ++c)
-                                dot += q[(b * heads + h) * key_dim + c] * k[(group * keys + s) * key_dim + c];
+                                dot += q[row * key_dim + c] * k[(group * keys + s) * key_dim + c];
                             total += weight[s] = std::exp(0.3 * dot);
                         }
-                        for (Int s = 0; s < keys; ++s)
+                        for (Int s = 0; s < seen; ++s)
                             for (Int c = 0; c < value_dim; ++c)
-                                truth[(b * heads + h) * value_dim + c] +=
-                                    weight[s] / total * v[(group * keys + s) * value_dim + c];
+                                truth[row * value_dim + c] += weight[s] / total * v[(group * keys + s) * value_dim + c];
                     }
-                for_tiers("decode_attention", [&](Tier tier) {
-                    Tensor out(dtype, {batch, heads, value_dim});
-                    const DecodeAttentionArgs args{
-                        .q = q.view(),
-                        .k = k.view(),
-                        .v = v.view(),
-                        .out = out.view(),
-                        .batch = batch,
-                        .heads = heads,
-                        .groups = groups,
-                        .keys = keys,
-                        .key_dim = key_dim,
-                        .value_dim = value_dim,
-                        .scale = 0.3f,
-                        .n_threads = kThreads,
-                    };
-                    decode_attention(args, tier);
-                    compare("decode_attention", tier, out, truth);
-                });
-            }
+                    for_tiers("decode_attention", [&](Tier tier) {
+                        Tensor out(dtype, {batch, length, heads, value_dim});
+                        const DecodeAttentionArgs args{
+                            .q = q.view(),
+                            .k = k.view(),
+                            .v = v.view(),
+                            .out = out.view(),
+                            .batch = batch,
+                            .length = length,
+                            .heads = heads,
+                            .groups = groups,
+                            .keys = keys,
+                            .key_dim = key_dim,
+                            .value_dim = value_dim,
+                            .keys_of = keys_of,
+                            .scale = 0.3f,
+                            .n_threads = kThreads,
+                        };
+                        decode_attention(args, tier);
+                        compare("decode_attention", tier, out, truth);
+                    });
+                }
 }
 
 }  // namespace klfast::test

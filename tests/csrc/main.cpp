@@ -18,6 +18,7 @@ int main(int count, char** arguments) {
         {.name = "scan", .check = check_scan},
         {.name = "delta", .check = check_delta},
         {.name = "norm", .check = check_norm},
+        {.name = "elementwise", .check = check_elementwise},
     };
     for (const auto& family : families) {
         bool wanted = count == 1;

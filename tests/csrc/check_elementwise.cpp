@@ -1,0 +1,59 @@
+// combine against double, with each step rounded as it promises.
+#include <cmath>
+
+#include "check.h"
+#include "elementwise/combine.h"
+
+namespace klfast::test {
+namespace {
+
+double combined(Combination how, double factor, double a, double b, DType dtype) {
+    const auto step = [&](double v) {
+        Tensor one(dtype, {1});
+        one.set(0, v);
+        return one[0];
+    };
+    switch (how) {
+        case Combination::add: return a + step(factor * b);
+        case Combination::multiply: return a * b;
+        case Combination::silu_gate: return step(silu(a)) * b;
+        case Combination::sigmoid_gate: return step(1 / (1 + std::exp(-a))) * b;
+        case Combination::gelu_gate:
+            return step(0.5 * a * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (a + 0.044715 * a * a * a)))) * b;
+    }
+    return 0;
+}
+
+}  // namespace
+
+void check_elementwise() {
+    constexpr Int rows = 3;
+    constexpr float factor = 0.75f;
+    for (const DType dtype : kTypes)
+        for (const Int width : {1, 19, 1031})
+            for (const Combination how : {Combination::add, Combination::multiply, Combination::silu_gate,
+                                          Combination::sigmoid_gate, Combination::gelu_gate}) {
+                Tensor a = Tensor::random(dtype, {rows, width}, 3.0), b = Tensor::random(dtype, {rows, width}, 3.0);
+                std::vector<double> truth(rows * width);
+                for (Int i = 0; i < rows * width; ++i) truth[i] = combined(how, factor, a[i], b[i], dtype);
+                for_tiers("combine", [&](Tier tier) {
+                    Tensor out(dtype, {rows, width}), narrow(DType::bf16, {rows, width});
+                    const CombineArgs args{
+                        .a = a.view(),
+                        .b = b.view(),
+                        .out = out.view(),
+                        .narrow = narrow.view(),
+                        .rows = rows,
+                        .width = width,
+                        .how = how,
+                        .factor = factor,
+                        .n_threads = kThreads,
+                    };
+                    combine(args, tier);
+                    compare("combine", tier, out, truth);
+                    compare("combine", tier, narrow, truth);
+                });
+            }
+}
+
+}  // namespace klfast::test
