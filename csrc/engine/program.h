@@ -78,6 +78,7 @@ class Program {
     const std::vector<Instruction>& instructions() const { return instructions_; }
 
     Buffers buffers;
+    std::int64_t vocabulary = 0;  // tokens are below
 
   private:
     std::vector<Instruction> instructions_;

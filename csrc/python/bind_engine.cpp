@@ -56,11 +56,13 @@ void bind_engine(py::module_& m) {
              })
         .def_property_readonly("nbytes", [](const Program& p) { return p.buffers.bytes(); })
         .def("embed",
-             [](Program& p, std::string name, View table, int rounded_to, float scale, Columns out) {
+             [](Program& p, std::string name, View table, Int rows, int rounded_to, float scale, Columns out) {
+                 p.vocabulary = rows;
                  p.add(std::move(name), engine::embed(table, static_cast<DType>(rounded_to), scale, out));
              })
         .def("embed_quantized",
              [](Program& p, std::string name, const Projection& tied, int rounded_to, float scale, Columns out) {
+                 p.vocabulary = tied.quantized()->n;
                  p.add(std::move(name), engine::embed_quantized(tied, static_cast<DType>(rounded_to), scale, out));
              })
         .def("project", [](Program& p, std::string name, const Projection& layer, Columns in,
@@ -170,6 +172,16 @@ void bind_engine(py::module_& m) {
                  };
                  p.add(std::move(name), engine::delta_rule(layer, q, k, v, g, beta, out));
              })
+        .def_readonly("vocabulary", &Program::vocabulary)
+        .def(
+            "first_unknown",
+            [](const Program& p, Address tokens, Int count) {
+                const auto* const ids = pointer<const std::int64_t>(tokens);
+                for (Int i = 0; i < count; ++i)
+                    if (ids[i] < 0 || ids[i] >= p.vocabulary) return i;
+                return Int{-1};
+            },
+            "The index of the first token that is not in the vocabulary; -1 without.")
         .def("names",
              [](const Program& p) {
                  std::vector<std::string> names;

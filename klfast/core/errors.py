@@ -33,6 +33,10 @@ class KernelUnavailableError(KlfastError, RuntimeError):
     """A requested implementation that cannot run here, or a slow path under KLFAST_STRICT=1."""
 
 
+class CannotLowerError(KlfastError):
+    """A model that the native engine does not run; the message is a clause that says which part, and why."""
+
+
 class SlowPathWarning(UserWarning):
     """The plain-torch reference runs where a kernel was expected."""
 

@@ -10,31 +10,14 @@ import torch
 from torch import nn
 
 from klfast.backends.cpu.extension import DTYPE_CODES, view
+from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
+from klfast.engine.state import StateSpec
 from klfast.nn.direct_call import Place, PreparedLinear, Watch, has, plain
 from klfast.nn.embedding import QuantEmbedding
 from klfast.nn.untouched import why_touched
 
 MOST_SEQUENCES = 16
-
-
-class CannotLowerError(Exception):
-    """A part of a model that no instruction computes; the message is a clause that says which and why."""
-
-
-class StateSpec(NamedTuple):
-    """A tensor of a sequence's state.
-
-    Attributes:
-        shape: without the sequences, which come first.
-        dtype: of its numbers.
-        growing: the dimension of the shape that has a place for each token, whose size here means nothing; None if the
-            size is always the same.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    growing: int | None = None
 
 
 class NormSpec(NamedTuple):
@@ -166,7 +149,7 @@ class Builder:
             self.program.embed_quantized(name, self._projection(embedding.head), DTYPE_CODES[self.dtype], scale, out)
             return
         [table] = self.parameters(embedding, "weight")
-        self.program.embed(name, view(table), DTYPE_CODES[self.dtype], scale, out)
+        self.program.embed(name, view(table), len(table), DTYPE_CODES[self.dtype], scale, out)
 
     def project(self, layer: nn.Module, x: Columns, out: Columns, *, weight_only: bool = False) -> None:
         """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""

@@ -7,9 +7,10 @@ import weakref
 import torch
 from torch import nn
 
+from klfast.core.errors import CannotLowerError
 from klfast.core.torch_internals import has_global_hooks
 from klfast.dispatch import pins
-from klfast.engine.builder import Builder, CannotLowerError
+from klfast.engine.builder import Builder
 from klfast.engine.engine import Engine
 from klfast.models.families import family_of, text_config
 from klfast.models.families.base import plain

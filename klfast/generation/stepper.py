@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from klfast.core.errors import InvalidInputError
+from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.dispatch import pins
-from klfast.engine.builder import MOST_SEQUENCES, CannotLowerError
+from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
 from klfast.generation.engine import engine_of
 from klfast.models.calling import cache_argument, mixes_rows, reads_padding, returned_cache

@@ -10,7 +10,7 @@ from tiny_models import batch, in_float64, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
-from klfast.engine.builder import CannotLowerError
+from klfast.core.errors import CannotLowerError
 from klfast.generation.engine import engine_of, lower
 from klfast.models.linears import linears
 

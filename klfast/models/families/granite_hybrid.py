@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from klfast.engine.builder import Builder, CannotLowerError, NormSpec
+from klfast.core.errors import CannotLowerError
+from klfast.engine.builder import Builder, NormSpec
 from klfast.engine.columns import Columns
 from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, LogitRule, Mixer, Rows, split

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from klfast.engine.builder import MOST_SEQUENCES, Builder, CannotLowerError, NormSpec
+from klfast.core.errors import CannotLowerError
+from klfast.engine.builder import MOST_SEQUENCES, Builder, NormSpec
 from klfast.engine.columns import Columns
 
 Mixer = Callable[[Builder, Any, Columns, Columns], None]  # (build, module, x, out)

@@ -1,0 +1,82 @@
+"""``State``: what an engine carries from token to token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from klfast.backends.cpu.extension import view
+
+_LEAST_CAPACITY = 256  # tokens
+
+
+class StateSpec(NamedTuple):
+    """A tensor of a sequence's state.
+
+    Attributes:
+        shape: without the sequences, which come first.
+        dtype: of its numbers.
+        growing: the dimension of the shape that has a place for each token, whose size here means nothing; None if the
+            size is always the same.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    growing: int | None = None
+
+
+class State:
+    """What an engine carries from token to token, for some sequences.
+
+    Attributes:
+        specs: what its tensors are.
+        tensors: their numbers, sequences first.
+        seen: int64 [B], the tokens of each sequence so far.
+    """
+
+    def __init__(self, specs: Sequence[StateSpec], tensors: Sequence[torch.Tensor], seen: torch.Tensor) -> None:
+        self.specs, self.tensors, self.seen = specs, list(tensors), seen
+        self._native: Any = None
+
+    @classmethod
+    def empty(cls, specs: Sequence[StateSpec], sequences: int) -> State:
+        """Return the state of sequences without tokens."""
+        tensors = [torch.zeros(sequences, *spec.shape, dtype=spec.dtype) for spec in specs]
+        return cls(specs, tensors, torch.zeros(sequences, dtype=torch.int64))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens of each sequence, at least doubling what grows."""
+        for i, (spec, tensor) in enumerate(zip(self.specs, self.tensors, strict=True)):
+            if spec.growing is None or tensor.shape[dim := spec.growing + 1] >= tokens:
+                continue
+            shape = list(tensor.shape)
+            shape[dim] = max(tokens, 2 * shape[dim], _LEAST_CAPACITY)
+            grown = torch.zeros(shape, dtype=tensor.dtype)
+            grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+            self.tensors[i], self._native = grown, None
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def native(self) -> Any:
+        """Return the tensors as the extension takes them."""
+        if self._native is None:
+            from klfast import _C
+
+            self._native = _C.States([view(t) for t in self.tensors])
+        return self._native
+
+    def copy(self) -> State:
+        """Return a copy that shares nothing."""
+        return State(self.specs, [t.clone() for t in self.tensors], self.seen.clone())
+
+    def sequences(self, first: int, last: int) -> State:
+        """Return the state of sequences ``first`` to ``last``, which shares its memory until either grows."""
+        return State(self.specs, [t[first:last] for t in self.tensors], self.seen[first:last])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(t.nbytes for t in self.tensors)
