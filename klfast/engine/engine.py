@@ -61,8 +61,9 @@ class Engine:
         state.reserve(int(state.seen.max()) + ids.shape[1])
         with self._lock:
             for part in ids.split(self._rows // len(state), dim=1):
-                self._program.run(*self._arguments(part.contiguous(), state))
-                state.seen += part.shape[1]
+                chunk = part.contiguous()  # which must live as long as the call
+                self._program.run(*self._arguments(chunk, state))
+                state.seen += chunk.shape[1]
             logits = self._logits[: len(state)] * self._scale
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
