@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.checkpoint.by_name import load_tokenizer as load_tokenizer
     from klfast.checkpoint.load import load_quantized as load_quantized
     from klfast.checkpoint.save import save_quantized as save_quantized
+    from klfast.core.errors import CannotLowerError as CannotLowerError
     from klfast.core.errors import CheckpointError as CheckpointError
     from klfast.core.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from klfast.core.errors import InvalidInputError as InvalidInputError
@@ -26,7 +27,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.dispatch.pins import using as using
     from klfast.evaluation import Evaluation as Evaluation
     from klfast.evaluation import evaluate as evaluate
+    from klfast.generation.engine import lower as lower
     from klfast.generation.loop import generate as generate
+    from klfast.generation.state_file import load_state as load_state
+    from klfast.generation.state_file import save_state as save_state
     from klfast.integrations.hub_kernels import register_kernels as register_kernels
     from klfast.integrations.hub_kernels import unregister_kernels as unregister_kernels
     from klfast.integrations.quantizer import register_quantizer as register_quantizer
@@ -71,6 +75,9 @@ _PUBLIC = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "generate": "generation.loop",
+    "lower": "generation.engine",
+    "load_state": "generation.state_file",
+    "save_state": "generation.state_file",
     "load_model": "checkpoint.by_name",
     "load_quantized": "checkpoint.load",
     "load_tokenizer": "checkpoint.by_name",
@@ -103,6 +110,7 @@ _PUBLIC = {
     "explain": "diagnostics.explain",
     "Sensitivities": "sensitivity.results",
     "plan": "planning",
+    "CannotLowerError": "core.errors",
     "CheckpointError": "core.errors",
     "InfeasibleBudgetError": "core.errors",
     "InvalidInputError": "core.errors",

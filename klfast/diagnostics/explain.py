@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
+from torch import nn
 
 from klfast.core.errors import InvalidInputError
+from klfast.diagnostics.explain_model import ModelExplanation, explain_model
 from klfast.dispatch import pins, registry
 from klfast.quant.tensor import QuantizedTensor
 
@@ -42,11 +45,16 @@ class Explanation:
         return "\n".join([*lines, *(f"  not {name}: {reason}" for name, reason in self.rejected.items())])
 
 
-def explain(op: str | Callable[..., object], *args: object) -> Explanation:
-    """Return which implementation of an op would run now, and why the others would not.
+@overload
+def explain(op: nn.Module) -> ModelExplanation: ...  # type: ignore[overload-overlap]  # a module is callable, too
+@overload
+def explain(op: str | Callable[..., object], *args: object) -> Explanation: ...
+def explain(op: str | Callable[..., object] | nn.Module, *args: object) -> Explanation | ModelExplanation:
+    """Return which implementation of an op would run now and why the others would not, or how a model would run.
 
     Args:
-        op: an op's name ("dequant_matmul") or its public function (``klfast.dequant_matmul``).
+        op: an op's name ("dequant_matmul") or its public function (``klfast.dequant_matmul``); or a causal language
+            model: whether the native engine runs it in ``generate``, or why not, and what computes each layer.
         args: arguments of the public function; without any, the CPU is assumed. The choice for ``linear`` depends on
             the dtype and shape of its x, too: without one, klfast's own kernel is explained.
 
@@ -55,6 +63,8 @@ def explain(op: str | Callable[..., object], *args: object) -> Explanation:
     """
     from klfast import ops  # noqa: F401 (defines the ops)
 
+    if isinstance(op, nn.Module):
+        return explain_model(op)
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     name = _OPS_OF.get(name, name)
     if name not in registry.op_names():

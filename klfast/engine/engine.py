@@ -43,6 +43,11 @@ class Engine:
         size: int = self._program.nbytes
         return size
 
+    @property
+    def names(self) -> list[str]:
+        """The instructions' names, in their order: modules' names, or what they do."""
+        return self._program.names()
+
     def state(self, sequences: int = 1) -> State:
         """Return the state of sequences without tokens."""
         if not 0 < sequences <= MOST_SEQUENCES:

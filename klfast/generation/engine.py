@@ -39,7 +39,16 @@ def engine_of(model: nn.Module) -> Engine:
 
 @torch.no_grad()
 def lower(model: nn.Module, rows: int = ROWS) -> Engine:
-    """Lower a causal language model to an engine.
+    """Lower a causal language model to a native engine, which ``generate`` also takes where there is one.
+
+    ``engine(ids, state)`` feeds tokens, int64 [B, T], and returns the logits after the last ones, float32 [B, V];
+    ``state = engine.state(B)`` is what it carries, which can be copied (``state.copy()``: a way back) and saved
+    (``klfast.save_state``). The engine reads the model's weights where they lie and keeps them alive. It is for the
+    weights as they are now: after a layer was replaced or moved, ``engine.is_current()`` is False.
+
+    Args:
+        model: on the CPU, float32, bfloat16 or float16, with quantized layers or not.
+        rows: tokens of a prompt that go through the model together; memory of intermediate results grows with it.
 
     Raises:
         CannotLowerError: no engine runs it; the message is a clause that says why.
