@@ -35,9 +35,9 @@ struct PairLines {
     void arrange(const float* x, std::int32_t* out) const {
         for (int i = 0; i < kLanes; ++i)
             for (int j = 0; j < steps; ++j) {
-                const auto bits = [&](int k) {
-                    return static_cast<std::uint32_t>(float_to_bf16(x[i * 2 * steps + k]));
-                };  // x was bf16
+                const auto bits = [&](int k) {  // exact: x was bf16
+                    return __builtin_bit_cast(std::uint32_t, x[i * 2 * steps + k]) >> 16;
+                };
                 out[j * kLanes + i] = static_cast<std::int32_t>(bits(j) | bits(j + steps) << 16);
             }
     }
@@ -73,6 +73,7 @@ namespace avx512bf16 {
 
 void dequant_matmul(const DequantMatmulArgs& a) {
     const bool pairs_within_groups = a.group % 2 == 0 || a.groups() <= 1;
+    if (a.m <= kFewRows && is_narrow(a)) return avx512vnni::dequant_matmul(a);
     if (a.int8_activation || a.x_type != DType::bf16 || a.m == 0 || a.n == 0 || !pairs_within_groups)
         return avx512vnni::dequant_matmul(a);
     if (a.bits == 4)

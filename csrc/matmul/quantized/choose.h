@@ -18,7 +18,7 @@ void run_bits(const DequantMatmulArgs& args) {
         Int8FewRows<Bits>(args, segments).run();
     else if (args.int8_activation)
         run_int8<Bits>(args, segments);
-    else if (args.m < kSeveralRows && words_within_groups<Bits>(args))
+    else if (args.m < kSeveralRows && words_within_groups<Bits>(args) && !is_narrow(args))
         ExactFewRows<FloatLines, Bits>(args).run();
     else if (args.m < kManyRows && words_within_groups<Bits>(args))
         SeveralRows<PanelBits>(args, segments).run();

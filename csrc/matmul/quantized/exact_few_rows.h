@@ -31,11 +31,13 @@ struct LaneGroups {
           lane(lines * kLanes),
           first(lines) {
         const std::int64_t words = larger(a.group / kWordValues<Bits>, 1), last = larger(a.groups() - 1, 0);
+        std::int64_t group = 0, left = words;  // of the group; counting takes a tenth of the time of dividing
         for (std::int64_t line = 0; line < lines; ++line) {
-            first[line] = smaller(line * kLanes / words, last);
-            for (int i = 0; i < kLanes; ++i)
-                lane[line * kLanes + i] =
-                    static_cast<std::int32_t>(smaller((line * kLanes + i) / words, last) - first[line]);
+            first[line] = group;
+            for (int i = 0; i < kLanes; ++i) {
+                lane[line * kLanes + i] = static_cast<std::int32_t>(group - first[line]);
+                if (--left == 0) left = words, group = smaller(group + 1, last);
+            }
         }
     }
 };
@@ -238,6 +240,9 @@ struct FloatLines {
             }
     }
 };
+
+// Rows of W that a single line holds: adding up its lanes takes longer than the products (exact_several_rows.h does not).
+inline bool is_narrow(const DequantMatmulArgs& a) { return a.words() <= kLanes; }
 
 template <int Bits>
 bool words_within_groups(const DequantMatmulArgs& a) {
