@@ -89,9 +89,9 @@ void mix(const Rows& v, const float* weights, std::int64_t pitch, std::int64_t k
     }
 }
 
-// A query, and how many keys it sees.
+// A query, which sees the keys before `keys`, but of those before `from` only the sinks.
 struct Query {
-    std::int64_t token, head, keys;
+    std::int64_t token, head, keys, from;
 };
 
 // Long sequences in parts of kKeys: when a part raises the highest score, what was summed before is scaled down to it.
@@ -110,17 +110,25 @@ void attend(const DecodeAttentionArgs& a, std::int64_t b, const Query* queries, 
     for (int h = 0; h < H; ++h) load_tile(q + h * q_padded, q_padded, a.q, at(a.q, h), 1, 0, a.key_dim, 1);
     for (std::int64_t i = 0; i < H * q_padded; ++i) q[i] *= a.scale;
     float total[H] = {}, highest[H], old[H];
-    for (std::int64_t first = 0; first < all; first += part) {
-        const std::int64_t keys = smaller(all - first, part);
+    for (int h = 0; h < H; ++h) highest[h] = -__builtin_inff();
+    bool begun = false;
+    for (std::int64_t first = 0, keys; first < all; first += keys) {
+        if (first >= a.sinks && first < queries[0].from) first = queries[0].from;  // nobody sees what lies between
+        keys = smaller(all - first, part);
+        if (first < a.sinks && a.sinks < queries[0].from) keys = smaller(keys, a.sinks - first);
         score<H>(k.from(first), q, q_padded, keys, scores, pitch);
         for (int h = 0; h < H; ++h) {
-            const std::int64_t own = larger(smaller(queries[h].keys - first, keys), 0);
-            const float before = first ? highest[h] : scores[h * pitch];
+            const Query& query = queries[h];
+            for (std::int64_t s = larger(a.sinks - first, 0); s < smaller(query.from - first, keys); ++s)
+                scores[h * pitch + s] = -__builtin_inff();
+            const std::int64_t own = larger(smaller(query.keys - first, keys), 0);
+            const float before = highest[h];
             highest[h] = highest_of(scores + h * pitch, own, before);
             old[h] = before == highest[h] ? 1.0f : std::exp(before - highest[h]);
             total[h] = total[h] * old[h] + weigh(scores + h * pitch, own, pitch, highest[h]);
         }
-        mix<H>(v.from(first), scores, pitch, keys, first ? old : nullptr, out, out_padded);
+        mix<H>(v.from(first), scores, pitch, keys, begun ? old : nullptr, out, out_padded);
+        begun = true;
     }
     for (int h = 0; h < H; ++h)
         for (std::int64_t c = 0; c < out_padded; ++c) out[h * out_padded + c] /= total[h];
@@ -162,7 +170,9 @@ inline void run(const DecodeAttentionArgs& a) {
             };
             for (std::int64_t token = first; token < last; ++token)
                 for (std::int64_t h = 0; h < shared_by; ++h) {
-                    queries[count++] = {.token = token, .head = g * shared_by + h, .keys = seen + token};
+                    const std::int64_t keys_seen = seen + token;
+                    const std::int64_t from = a.window < 0 ? 0 : larger(keys_seen - 1 - a.window, 0);
+                    queries[count++] = {.token = token, .head = g * shared_by + h, .keys = keys_seen, .from = from};
                     if (count == kHeads) flush();
                 }
             flush();

@@ -51,6 +51,7 @@ inline void run(const CombineArgs& c) {
             if (c.factor == 1.0f) return combine_rows(c, [](Vec a, Vec b) { return a + b; });
             return combine_rows(c, [&](Vec a, Vec b) { return a + step(factor * b); });
         }
+        case Combination::average: return combine_rows(c, [&](Vec a, Vec b) { return step(a + b) * set(0.5f); });
         case Combination::multiply: return combine_rows(c, [](Vec a, Vec b) { return a * b; });
         case Combination::silu_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(silu(a)) * b; });
         case Combination::sigmoid_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(sigmoid(a)) * b; });

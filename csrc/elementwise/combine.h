@@ -11,6 +11,7 @@ namespace klfast {
 // Values are rounded to out's type after each step, as separate functions would.
 enum class Combination {
     add,           // out = a + factor b
+    average,       // out = (a + b) / 2
     multiply,      // out = a b
     silu_gate,     // out = silu(a) b
     sigmoid_gate,  // out = sigmoid(a) b

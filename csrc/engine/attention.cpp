@@ -116,6 +116,8 @@ Work attend(Attention layer, Columns q, Columns out) {
             .key_dim = layer.key_dim,
             .value_dim = layer.value_dim,
             .keys_of = keys.data(),
+            .window = layer.window,
+            .sinks = layer.sinks,
             .scale = layer.scale,
             .n_threads = input.n_threads,
         };

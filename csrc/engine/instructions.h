@@ -9,10 +9,11 @@
 
 namespace klfast::engine {
 
-// out = the tokens' rows of table [vocabulary, width], rounded, times scale, rounded again.
-Work embed(View table, DType rounded_to, float scale, Columns out);
+// out = the tokens' rows of table [vocabulary, width], rounded, times scale, rounded again. Tokens from the
+// vocabulary's size on are rows of `more`.
+Work embed(View table, std::int64_t vocabulary, View more, DType rounded_to, float scale, Columns out);
 // The same with a quantized head's weight as table.
-Work embed_quantized(Projection tied, DType rounded_to, float scale, Columns out);
+Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, Columns out);
 
 // out = in W^T + bias, rounded to in's type; out is a whole buffer.
 Work project(Projection layer, Columns in, Columns out);
@@ -70,9 +71,9 @@ Work pick_heads(std::int64_t heads, std::int64_t first, Columns in, Columns out)
 // Writes keys or values of the run's tokens to a cache [sequences, heads, capacity, width], at their positions.
 Work remember(int state, std::int64_t heads, Columns in);
 
-// Causal attention on caches that remember() has filled.
+// Causal attention on caches that remember() has filled; window and sinks as csrc/attention/decode_attention.h.
 struct Attention {
-    std::int64_t heads, groups, key_dim, value_dim;
+    std::int64_t heads, groups, key_dim, value_dim, window, sinks;
     float scale;
     int keys, values;  // states
 };

@@ -32,16 +32,22 @@ Work embedding(Read read, DType rounded_to, float scale, Columns out) {
 
 }  // namespace
 
-Work embed(View table, DType rounded_to, float scale, Columns out) {
-    const auto read = [table, width = out.width](std::int64_t row, float* values) {
-        for (std::int64_t i = 0; i < width; ++i)
-            values[i] = load_float(table.data, row * table.stride[0] + i, table.dtype);
+Work embed(View table, std::int64_t vocabulary, View more, DType rounded_to, float scale, Columns out) {
+    const auto read = [=, width = out.width](std::int64_t row, float* values) {
+        const View& of = row < vocabulary ? table : more;
+        const std::int64_t from = (row < vocabulary ? row : row - vocabulary) * of.stride[0];
+        for (std::int64_t i = 0; i < width; ++i) values[i] = load_float(of.data, from + i, of.dtype);
     };
     return embedding(read, rounded_to, scale, out);
 }
 
-Work embed_quantized(Projection tied, DType rounded_to, float scale, Columns out) {
-    const auto read = [tied](std::int64_t row, float* values) { dequantize_row(*tied.quantized(), row, values); };
+Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, Columns out) {
+    const auto read = [=, width = out.width](std::int64_t row, float* values) {
+        const DequantMatmulArgs& table = *tied.quantized();
+        if (row < table.n) return dequantize_row(table, row, values);
+        for (std::int64_t i = 0; i < width; ++i)
+            values[i] = load_float(more.data, (row - table.n) * more.stride[0] + i, more.dtype);
+    };
     return embedding(read, rounded_to, scale, out);
 }
 

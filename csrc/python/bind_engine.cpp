@@ -34,6 +34,7 @@ Input input(Address tokens, Address seen, Int sequences, Int length, const HeldS
 
 Combination combination(const std::string& name) {
     if (name == "add") return Combination::add;
+    if (name == "average") return Combination::average;
     if (name == "multiply") return Combination::multiply;
     if (name == "silu_gate") return Combination::silu_gate;
     if (name == "sigmoid_gate") return Combination::sigmoid_gate;
@@ -56,14 +57,18 @@ void bind_engine(py::module_& m) {
              })
         .def_property_readonly("nbytes", [](const Program& p) { return p.buffers.bytes(); })
         .def("embed",
-             [](Program& p, std::string name, View table, Int rows, int rounded_to, float scale, Columns out) {
+             [](Program& p, std::string name, View table, Int rows, View more, int rounded_to, float scale,
+                Columns out) {
                  p.vocabulary = rows;
-                 p.add(std::move(name), engine::embed(table, static_cast<DType>(rounded_to), scale, out));
+                 p.add(std::move(name),
+                       engine::embed(table, rows, more, static_cast<DType>(rounded_to), scale, out));
              })
         .def("embed_quantized",
-             [](Program& p, std::string name, const Projection& tied, int rounded_to, float scale, Columns out) {
+             [](Program& p, std::string name, const Projection& tied, View more, int rounded_to, float scale,
+                Columns out) {
                  p.vocabulary = tied.quantized()->n;
-                 p.add(std::move(name), engine::embed_quantized(tied, static_cast<DType>(rounded_to), scale, out));
+                 p.add(std::move(name),
+                       engine::embed_quantized(tied, more, static_cast<DType>(rounded_to), scale, out));
              })
         .def("project", [](Program& p, std::string name, const Projection& layer, Columns in,
                            Columns out) { p.add(std::move(name), engine::project(layer, in, out)); })
@@ -143,13 +148,15 @@ void bind_engine(py::module_& m) {
         .def("remember", [](Program& p, std::string name, int state, Int heads,
                             Columns in) { p.add(std::move(name), engine::remember(state, heads, in)); })
         .def("attend",
-             [](Program& p, std::string name, Int heads, Int groups, Int key_dim, Int value_dim, float scale, int keys,
-                int values, Columns q, Columns out) {
+             [](Program& p, std::string name, Int heads, Int groups, Int key_dim, Int value_dim, Int window, Int sinks,
+                float scale, int keys, int values, Columns q, Columns out) {
                  const engine::Attention layer{
                      .heads = heads,
                      .groups = groups,
                      .key_dim = key_dim,
                      .value_dim = value_dim,
+                     .window = window,
+                     .sinks = sinks,
                      .scale = scale,
                      .keys = keys,
                      .values = values,

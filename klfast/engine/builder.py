@@ -49,6 +49,7 @@ class Builder:
     Attributes:
         program: the extension's.
         states: the tensors of a sequence's state.
+        prefix: number of learned inputs before a sequence's tokens, the program's tokens beyond the vocabulary.
         kept: what must live as long as the program.
         checks: each returns False or None once a part of the model is no longer what the program has.
 
@@ -66,6 +67,7 @@ class Builder:
         self.dtype, self.rows = dtype, rows
         self.program = _C.Program()
         self.states: list[StateSpec] = []
+        self.prefix = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._parts = frozenset(self._names) - {model}
         self._buffers: dict[str, Columns] = {}
@@ -139,17 +141,21 @@ class Builder:
 
     # Instructions -------------------------------------------------------------------------------------------------
 
-    def embed(self, embedding: nn.Module, out: Columns, scale: float = 1.0) -> None:
-        """Look up the tokens' rows of an nn.Embedding or a QuantEmbedding."""
+    def embed(self, embedding: nn.Module, out: Columns, scale: float = 1.0, prefix: torch.Tensor | None = None) -> None:
+        """Look up the tokens' rows of an nn.Embedding or a QuantEmbedding.
+
+        ``prefix`` [M, width], if any, comes before the tokens of each sequence, at the first positions.
+        """
         self.expect(embedding, "Embedding", "QuantEmbedding")
-        name = self.name(embedding)
+        name, code = self.name(embedding), DTYPE_CODES[self.dtype]
+        self.prefix = 0 if prefix is None else len(prefix)
         if isinstance(embedding, QuantEmbedding):
             if embedding.scale is not None:
                 scale *= float(embedding.scale)
-            self.program.embed_quantized(name, self._projection(embedding.head), DTYPE_CODES[self.dtype], scale, out)
+            self.program.embed_quantized(name, self._projection(embedding.head), view(prefix), code, scale, out)
             return
         [table] = self.parameters(embedding, "weight")
-        self.program.embed(name, view(table), len(table), DTYPE_CODES[self.dtype], scale, out)
+        self.program.embed(name, view(table), len(table), view(prefix), code, scale, out)
 
     def project(self, layer: nn.Module, x: Columns, out: Columns, *, weight_only: bool = False) -> None:
         """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""
@@ -251,14 +257,10 @@ class Builder:
             out,
         )
 
-    def angles(self, rotary: nn.Module, out: Columns) -> None:
-        """Compute cosines and sines of the tokens' angles, float32, by transformers' usual rotary embedding."""
-        if getattr(rotary, "rope_type", "default") != "default":
-            raise CannotLowerError(f"its rotary embedding is of type {rotary.rope_type}")
-        [frequencies] = self.tensors((rotary._buffers, "inv_freq"))
-        factor: Any = rotary.attention_scaling
-        code = DTYPE_CODES[self.dtype]
-        self.program.angles(self.name(rotary), view(frequencies), out.width // 2, float(factor), code, out)
+    def angles(self, name: str, frequencies: torch.Tensor, factor: float, out: Columns) -> None:
+        """Compute cosines and sines of position times frequency, float32, times factor, rounded to activations."""
+        frequencies = self.keep(frequencies)
+        self.program.angles(name, view(frequencies), len(frequencies), factor, DTYPE_CODES[self.dtype], out)
 
     def rotate(self, heads: int, angles: Columns, x: Columns) -> None:
         """Apply rotary angles to the first channels of each head of x, in place."""
@@ -268,15 +270,33 @@ class Builder:
         """Copy the channels from ``first`` on of each head of x to the heads of ``out``, which are narrower."""
         self.program.pick_heads("pick_heads", heads, first, x, out)
 
-    def attend(
-        self, name: str, heads: int, groups: int, scale: float, q: Columns, k: Columns, v: Columns, out: Columns
-    ) -> None:
-        """Attend causally to all tokens so far; k and v go to the state."""
-        widths = k.width // groups, v.width // groups
-        states = [self.state(groups, 0, width, dtype=self.dtype, growing=1) for width in widths]
-        for state, columns in zip(states, (k, v), strict=True):
+    def remember(self, name: str, groups: int, k: Columns, v: Columns) -> tuple[int, int]:
+        """Keep keys and values of all tokens in the state; returns the numbers of the two tensors."""
+        keys, values = (self.state(groups, 0, c.width // groups, dtype=self.dtype, growing=1) for c in (k, v))
+        for state, columns in ((keys, k), (values, v)):
             self.program.remember(f"{name}.cache", state, groups, columns)
-        self.program.attend(name, heads, groups, *widths, scale, *states, q, out)
+        return keys, values
+
+    def attend(
+        self,
+        name: str,
+        heads: int,
+        scale: float,
+        q: Columns,
+        cache: tuple[int, int],
+        out: Columns,
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> None:
+        """Attend causally to the keys and values that ``remember`` keeps.
+
+        With a ``window``, a token sees itself, so many tokens before it, and the first ``sinks``.
+        """
+        keys, values = cache
+        groups, widths = self.states[keys].shape[0], [self.states[state].shape[-1] for state in cache]
+        back = -1 if window is None else window
+        self.program.attend(name, heads, groups, *widths, back, sinks, scale, keys, values, q, out)
 
     def delta_rule(
         self,

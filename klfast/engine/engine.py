@@ -27,6 +27,7 @@ class Engine:
     def __init__(self, builder: Builder, logits: Columns, scale: float = 1.0, softcap: float | None = None) -> None:
         # Not the builder, which knows the model: an engine does not keep that alive.
         self._program, self._rows, self._states = builder.program, builder.rows, builder.states
+        self._prefix = builder.prefix
         self._checks, self._kept = builder.checks, builder.kept
         self._scale, self._softcap = scale, softcap
         memory = torch.frombuffer(self._program.memory(logits), dtype=torch.float32)
@@ -52,7 +53,13 @@ class Engine:
         """Return the state of sequences without tokens."""
         if not 0 < sequences <= MOST_SEQUENCES:
             raise InvalidInputError(f"an engine runs 1 to {MOST_SEQUENCES} sequences, got {sequences}")
-        return State.empty(self._states, sequences)
+        state = State.empty(self._states, sequences)
+        if self._prefix:
+            first = self._program.vocabulary
+            ids = torch.arange(first, first + self._prefix).expand(sequences, -1)
+            with self._lock:
+                self._feed(ids, state)
+        return state
 
     def __call__(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Feed int64 [B, T] tokens; return the logits after the last ones, float32 [B, V].
@@ -63,12 +70,8 @@ class Engine:
             InvalidInputError: a wrong dtype or shape, or a token that is not in the vocabulary.
         """
         ids = self._checked(ids, state)
-        state.reserve(int(state.seen.max()) + ids.shape[1])
         with self._lock:
-            for part in ids.split(self._rows // len(state), dim=1):
-                chunk = part.contiguous()  # which must live as long as the call
-                self._program.run(*self._arguments(chunk, state))
-                state.seen += chunk.shape[1]
+            self._feed(ids, state)
             logits = self._logits[: len(state)] * self._scale
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
@@ -82,6 +85,13 @@ class Engine:
             seconds = self._program.profile(*self._arguments(ids, state))
         state.seen += ids.shape[1]
         return list(zip(self._program.names(), seconds, strict=True))
+
+    def _feed(self, ids: torch.Tensor, state: State) -> None:
+        state.reserve(int(state.seen.max()) + ids.shape[1])
+        for part in ids.split(self._rows // len(state), dim=1):
+            chunk = part.contiguous()  # which must live as long as the call
+            self._program.run(*self._arguments(chunk, state))
+            state.seen += chunk.shape[1]
 
     def _checked(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Return the ids, contiguous."""

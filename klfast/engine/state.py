@@ -33,7 +33,8 @@ class State:
     Attributes:
         specs: what its tensors are.
         tensors: their numbers, sequences first.
-        seen: int64 [B], the tokens of each sequence so far.
+        seen: int64 [B], the positions that each sequence has filled: by a learned prefix, if the model has one, and by
+            its tokens.
     """
 
     def __init__(self, specs: Sequence[StateSpec], tensors: Sequence[torch.Tensor], seen: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ double combined(Combination how, double factor, double a, double b, DType dtype)
     };
     switch (how) {
         case Combination::add: return a + step(factor * b);
+        case Combination::average: return step(a + b) / 2;
         case Combination::multiply: return a * b;
         case Combination::silu_gate: return step(silu(a)) * b;
         case Combination::sigmoid_gate: return step(1 / (1 + std::exp(-a))) * b;
@@ -31,7 +32,7 @@ void check_elementwise() {
     constexpr float factor = 0.75f;
     for (const DType dtype : kTypes)
         for (const Int width : {1, 19, 1031})
-            for (const Combination how : {Combination::add, Combination::multiply, Combination::silu_gate,
+            for (const Combination how : {Combination::add, Combination::average, Combination::multiply, Combination::silu_gate,
                                           Combination::sigmoid_gate, Combination::gelu_gate}) {
                 Tensor a = Tensor::random(dtype, {rows, width}, 3.0), b = Tensor::random(dtype, {rows, width}, 3.0);
                 std::vector<double> truth(rows * width);

@@ -147,8 +147,11 @@ def decoder(
 
 def rotary(build: Builder, module: Any) -> Columns:
     """Lower transformers' usual rotary embedding; returns the columns of the tokens' angles."""
+    if getattr(module, "rope_type", "default") != "default":
+        raise CannotLowerError(f"{build.name(module)} is of type {module.rope_type}")
+    build.tensors((module._buffers, "inv_freq"))
     angles = build.buffer("angles", 2 * len(module.inv_freq), torch.float32)
-    build.angles(module, angles)
+    build.angles(build.name(module), module.inv_freq.float(), float(module.attention_scaling), angles)
     return angles
 
 
@@ -205,7 +208,8 @@ def attention(
             build.normalise(getattr(module, name), norm(getattr(module, name)), columns, columns, heads=count)
         if angles is not None:
             build.rotate(count, angles, columns)
-    build.attend(build.name(module), heads, groups, module.scaling, q, k, v, y)
+    name = build.name(module)
+    build.attend(name, heads, module.scaling, q, build.remember(name, groups, k, v), y)
     if gate is not None:
         build.combine("sigmoid_gate", gate, y, y)
     build.project(layer_out, y, out)
