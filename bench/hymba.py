@@ -10,6 +10,8 @@ from torch import nn
 
 import klfast
 from klfast.benchkit.runner import distance
+from klfast.engine.engine import Engine
+from klfast.engine.state import State
 from klfast.models.hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from klfast.models.hymba.mixer import HymbaMixer
 from klfast.models.linears import linears
@@ -119,5 +121,14 @@ def step_by_step(model: HymbaForCausalLM, cache: HymbaCache, token: torch.Tensor
     cache, tokens = copy.deepcopy(cache), []
     for _ in range(new):
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        tokens.append(token)
+    return torch.cat(tokens, dim=1)
+
+
+def steps_of_engine(engine: Engine, state: State, token: torch.Tensor, new: int) -> torch.Tensor:
+    """Return the ``new`` most likely tokens after an engine's state and ``token`` [1, 1]; the state is not changed."""
+    state, tokens = state.copy(), []
+    for _ in range(new):
+        token = engine(token, state).argmax(-1, keepdim=True)
         tokens.append(token)
     return torch.cat(tokens, dim=1)

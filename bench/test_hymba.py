@@ -64,21 +64,25 @@ def _prompt(length: int) -> torch.Tensor:
 def _prefill(name: str, length: int, new: int, settings: Settings, precision: str | None) -> Contender:
     model, error = _contestant(name, settings, precision)
     prompt = _prompt(length)
-    return _contender(model, lambda: model(prompt, use_cache=True, logits_to_keep=1), precision, error, length)
+
+    def call() -> object:
+        return (models.prefill if precision is None else models.own_prefill)(model, prompt)
+
+    return _contender(model, call, precision, error, length)
 
 
 def _decode(name: str, length: int, new: int, settings: Settings, precision: str | None) -> Contender:
     model, error = _contestant(name, settings, precision)
     prompt = _prompt(length)
-    cache = returned_cache(_model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1))  # shared by all
-    return _contender(
-        model,
-        lambda: hymba.step_by_step(model, cache, prompt[:, -1:], new),
-        precision,
-        error,
-        new,
-        models.read_bytes(model) * new,
-    )
+    if precision is None:
+        cache = returned_cache(_model(name, "bf16")[0](prompt, use_cache=True, logits_to_keep=1))
+        call = functools.partial(hymba.step_by_step, model, cache, prompt[:, -1:], new)
+    else:
+        engine = klfast.lower(model)
+        state = engine.state()
+        engine(prompt, state)
+        call = functools.partial(hymba.steps_of_engine, engine, state, prompt[:, -1:], new)
+    return _contender(model, call, precision, error, new, models.read_bytes(model) * new)
 
 
 def _contender(

@@ -107,7 +107,7 @@ def _prefill(
     def facts(seconds: float) -> dict[str, float]:
         return {"tok_s": round(length / seconds, 1), **models.shares(model, prompt, seconds)}
 
-    return Contender([lambda: models.prefill(model, prompt)], lambda: error, TOLERANCE, facts=facts)
+    return Contender([lambda: models.own_prefill(model, prompt)], lambda: error, TOLERANCE, facts=facts)
 
 
 def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtype) -> Contender:

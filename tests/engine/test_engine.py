@@ -89,6 +89,22 @@ def test_threads_change_nothing(model, rows):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_5"])
+def test_a_long_text_does_not_drift(family):
+    """The state after many single tokens is that of the same tokens as a prompt, and takes no more memory."""
+    model, ids = tiny(family), batch(1, 3000)
+    engine = lower(model)
+    stepped, prompted = engine.state(), engine.state()
+    for t in range(ids.shape[1]):
+        one = engine(ids[:, t : t + 1], stepped)
+    assert relative(one, engine(ids, prompted).double()) < 1e-4
+    for found, expected, spec in zip(stepped.tensors, prompted.tensors, stepped.specs, strict=True):
+        if spec.growing is None:
+            assert relative(found, expected.double()) < 1e-4
+            assert found.shape[1:] == spec.shape
+
+
+@torch.inference_mode()
 def test_a_copy_of_the_state_is_a_way_back(model):
     ids, engine = batch(1, 9), lower(model)
     state = engine.state()
