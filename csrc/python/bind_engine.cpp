@@ -32,6 +32,12 @@ Input input(Address tokens, Address seen, Int sequences, Int length, const HeldS
     };
 }
 
+// Counts the tokens of a run: here, so that an interrupt, which Python raises between its own instructions, finds a
+// state and its count in step.
+void move_on(Address seen, Int sequences, Int length) {
+    for (Int i = 0; i < sequences; ++i) pointer<std::int64_t>(seen)[i] += length;
+}
+
 Combination combination(const std::string& name) {
     if (name == "add") return Combination::add;
     if (name == "average") return Combination::average;
@@ -200,13 +206,17 @@ void bind_engine(py::module_& m) {
                 int n_threads, int limit) {
                  const py::gil_scoped_release release;
                  p.run(input(tokens, seen, sequences, length, states, n_threads, limit));
+                 move_on(seen, sequences, length);
              })
         .def(
             "profile",
             [](const Program& p, Address tokens, Address seen, Int sequences, Int length, const HeldStates& states,
                int n_threads, int limit) {
                 const py::gil_scoped_release release;
-                return p.profile(input(tokens, seen, sequences, length, states, n_threads, limit));
+                std::vector<double> seconds =
+                    p.profile(input(tokens, seen, sequences, length, states, n_threads, limit));
+                move_on(seen, sequences, length);
+                return seconds;
             },
             "Runs the program; the seconds of each instruction.");
 }

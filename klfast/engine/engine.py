@@ -83,7 +83,6 @@ class Engine:
         state.reserve(int(state.seen.max()) + ids.shape[1])
         with self._lock:
             seconds = self._program.profile(*self._arguments(ids, state))
-        state.seen += ids.shape[1]
         return list(zip(self._program.names(), seconds, strict=True))
 
     def _feed(self, ids: torch.Tensor, state: State) -> None:
@@ -91,7 +90,6 @@ class Engine:
         for part in ids.split(self._rows // len(state), dim=1):
             chunk = part.contiguous()  # which must live as long as the call
             self._program.run(*self._arguments(chunk, state))
-            state.seen += chunk.shape[1]
 
     def _checked(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Return the ids, contiguous."""
