@@ -24,9 +24,11 @@ class Team {
     void wait();
 
     // Lets the others go, with Abandoned.
-    void abandon() { abandoned_.store(true, std::memory_order_release); }
+    void abandon();
 
   private:
+    void next_round();
+
     std::atomic<bool> abandoned_ = false;
     alignas(64) std::atomic<int> arrived_ = 0;
     alignas(64) std::atomic<unsigned> round_ = 0;
