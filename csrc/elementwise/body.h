@@ -56,6 +56,7 @@ inline void run(const CombineArgs& c) {
         case Combination::silu_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(silu(a)) * b; });
         case Combination::sigmoid_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(sigmoid(a)) * b; });
         case Combination::gelu_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(gelu(a)) * b; });
+        case Combination::relu_gate: return combine_rows(c, [](Vec a, Vec b) { return max(a, set(0.0f)) * b; });
     }
 }
 

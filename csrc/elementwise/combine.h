@@ -16,11 +16,13 @@ enum class Combination {
     silu_gate,     // out = silu(a) b
     sigmoid_gate,  // out = sigmoid(a) b
     gelu_gate,     // out = gelu(a) b, by its tanh approximation
+    relu_gate,     // out = max(a, 0) b; the squared ReLU of a where b is a
 };
 
 struct CombineArgs {
-    View a, b, out;  // [rows, width], the last dimension contiguous; out may be a or b
-    View narrow;     // a copy of out, rounded to its type; may be absent
+    // [rows, width], the last dimension contiguous; out may be a or b. A stride of 0 repeats one row.
+    View a, b, out;
+    View narrow;  // a copy of out, rounded to its type; may be absent
     std::int64_t rows, width;
     Combination how;
     float factor = 1.0f;

@@ -6,7 +6,8 @@
 
 namespace klfast::engine {
 
-Work delta_gates(View rate, View bias, std::int64_t heads, Columns a, Columns b, Columns g, Columns beta) {
+Work delta_gates(View rate, View bias, float largest, std::int64_t heads, Columns a, Columns b, Columns g,
+                 Columns beta) {
     return [=](const Input& input, const Buffers& buffers) {
         const View step = buffers[a], strength = buffers[b], decay = buffers[g], out = buffers[beta];
         const int threads = worthwhile_threads(input.n_threads, 60.0 * input.rows() * heads);
@@ -19,7 +20,7 @@ Work delta_gates(View rate, View bias, std::int64_t heads, Columns a, Columns b,
                     store_float(decay.data, row * decay.stride[0] + h, decay.dtype,
                                 load_float(rate.data, h, rate.dtype) * softplus);
                     const float logit = load_float(strength.data, row * strength.stride[0] + h, strength.dtype);
-                    store_float(out.data, row * out.stride[0] + h, out.dtype, 1.0f / (1.0f + std::exp(-logit)));
+                    store_float(out.data, row * out.stride[0] + h, out.dtype, largest / (1.0f + std::exp(-logit)));
                 }
         });
     };

@@ -33,6 +33,9 @@ Work normalise(Norm norm, std::int64_t heads, Columns in, Columns gate, Columns 
 // As csrc/elementwise/combine.h; `narrow` of width 0: without.
 Work combine_two(Combination how, float factor, Columns a, Columns b, Columns out, Columns narrow);
 
+// out = in, each column times its factor.
+Work scale(View factors, Columns in, Columns out);
+
 // The causal convolution of in's columns on state [sequences, width - 1, channels].
 struct Convolution {
     View weight, bias;  // [width, channels], [channels]
@@ -79,8 +82,9 @@ struct Attention {
 };
 Work attend(Attention layer, Columns q, Columns out);
 
-// g = rate softplus(a + bias), beta = sigmoid(b), a head each; both float32.
-Work delta_gates(View rate, View bias, std::int64_t heads, Columns a, Columns b, Columns g, Columns beta);
+// g = rate softplus(a + bias), beta = largest sigmoid(b), a head each; both float32.
+Work delta_gates(View rate, View bias, float largest, std::int64_t heads, Columns a, Columns b, Columns g,
+                 Columns beta);
 
 // The gated delta rule on state [sequences, heads, key_dim, value_dim], with q and k divided by their norms.
 struct DeltaRule {

@@ -47,4 +47,22 @@ Work combine_two(Combination how, float factor, Columns a, Columns b, Columns ou
     };
 }
 
+Work scale(View factors, Columns in, Columns out) {
+    View row = factors;
+    row.stride[0] = 0;
+    return [=](const Input& input, const Buffers& buffers) {
+        const CombineArgs args{
+            .a = buffers[in],
+            .b = row,
+            .out = buffers[out],
+            .narrow = {},
+            .rows = input.rows(),
+            .width = out.width,
+            .how = Combination::multiply,
+            .n_threads = input.n_threads,
+        };
+        combine(args, input.limit);
+    };
+}
+
 }  // namespace klfast::engine

@@ -45,6 +45,7 @@ Combination combination(const std::string& name) {
     if (name == "silu_gate") return Combination::silu_gate;
     if (name == "sigmoid_gate") return Combination::sigmoid_gate;
     if (name == "gelu_gate") return Combination::gelu_gate;
+    if (name == "relu_gate") return Combination::relu_gate;
     throw std::invalid_argument("no combination " + name);
 }
 
@@ -98,6 +99,8 @@ void bind_engine(py::module_& m) {
                 Columns narrow) {
                  p.add(std::move(name), engine::combine_two(combination(how), factor, a, b, out, narrow));
              })
+        .def("scale", [](Program& p, std::string name, View factors, Columns in,
+                         Columns out) { p.add(std::move(name), engine::scale(factors, in, out)); })
         .def("convolve",
              [](Program& p, std::string name, View weight, View bias, Int channels, Int width, bool silu, int state,
                 Columns in, Columns out) {
@@ -170,8 +173,10 @@ void bind_engine(py::module_& m) {
                  p.add(std::move(name), engine::attend(layer, q, out));
              })
         .def("delta_gates",
-             [](Program& p, std::string name, View rate, View bias, Int heads, Columns a, Columns b, Columns g,
-                Columns beta) { p.add(std::move(name), engine::delta_gates(rate, bias, heads, a, b, g, beta)); })
+             [](Program& p, std::string name, View rate, View bias, float largest, Int heads, Columns a, Columns b,
+                Columns g, Columns beta) {
+                 p.add(std::move(name), engine::delta_gates(rate, bias, largest, heads, a, b, g, beta));
+             })
         .def("delta_rule",
              [](Program& p, std::string name, Int key_heads, Int heads, Int key_dim, Int value_dim, float scale,
                 int state, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out) {

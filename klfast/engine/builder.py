@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,19 +15,13 @@ from klfast.engine.columns import Columns
 from klfast.engine.state import StateSpec
 from klfast.nn.direct_call import Place, PreparedLinear, Watch, has, plain
 from klfast.nn.embedding import QuantEmbedding
+from klfast.nn.norm import Norm
 from klfast.nn.untouched import why_touched
 
 MOST_SEQUENCES = 16
 
 
-class NormSpec(NamedTuple):
-    """A root-mean-square normalisation; the attributes are those of ``klfast.models.families.base.Norm``."""
-
-    eps: float
-    group_size: int | None = None
-    norm_before_gate: bool = False
-    gate_activation: str = "silu"
-    weight_offset: float = 0.0
+NormReader = Callable[[Any], Norm]  # from a module
 
 
 def _are(found: Collection[object], expected: Collection[object]) -> bool:
@@ -45,6 +39,7 @@ class Builder:
         model: the model, whose modules' names name the instructions.
         dtype: that of activations.
         rows: most tokens of a run.
+        norm_of: returns what reads the parameters of a norm of a class; None for a class that is no norm.
 
     Attributes:
         program: the extension's.
@@ -57,14 +52,16 @@ class Builder:
         CannotLowerError: klfast's extension is missing, or cannot take a part.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, rows: int) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, rows: int, norm_of: Callable[[type], NormReader | None]
+    ) -> None:
         try:
             from klfast import _C
         except ImportError as error:
             raise CannotLowerError("klfast's C++ extension is not built") from error
         if dtype not in DTYPE_CODES:
             raise CannotLowerError(f"the model computes in {dtype}")
-        self.dtype, self.rows = dtype, rows
+        self.dtype, self.rows, self._norm_of = dtype, rows, norm_of
         self.program = _C.Program()
         self.states: list[StateSpec] = []
         self.prefix = 0
@@ -100,17 +97,17 @@ class Builder:
         return self._names.get(module, type(module).__name__)
 
     def expect(self, module: nn.Module, *classes: str) -> None:
-        """Require a module of one of these classes that does what its class does."""
+        """Require a module of one of these classes, or of any if none is given, that does what its class does."""
         name = self.name(module)
-        if type(module).__name__ not in classes:
+        if classes and type(module).__name__ not in classes:
             raise CannotLowerError(f"{name} is a {type(module).__name__}")
         if reason := why_touched(module):
             raise CannotLowerError(f"{name} {reason}")
         if module in self._parts:
             self.checks.append(lambda: not why_touched(module))
 
-    def tensors(self, *places: Place) -> list[torch.Tensor | None]:
-        """Return tensors by their places in modules' parameters or buffers, watched from now on."""
+    def tensors(self, *places: Place) -> list[Any]:
+        """Return tensors, or None, by their places in modules' parameters or buffers, watched from now on."""
         if not has(*places):
             raise CannotLowerError("a parameter has been replaced by a property")
         watch = Watch(*places)
@@ -166,10 +163,20 @@ class Builder:
         self.program.project_last(self.name(layer), self._projection(layer), x, out)
 
     def normalise(
-        self, module: nn.Module, norm: NormSpec, x: Columns, out: Columns, gate: Columns | None = None, heads: int = 1
+        self, module: nn.Module, x: Columns, out: Columns, gate: Columns | None = None, *, norm: Norm | None = None
     ) -> None:
-        """Normalise each row of x, or each of its ``heads``, with the weight of a module."""
-        [weight] = self.parameters(module, "weight")
+        """Normalise each row of x, or each of its parts that are as wide as the weight, as a module does.
+
+        ``norm`` says what that is where ``norm_of`` does not know the module's class.
+        """
+        self.expect(module)
+        if norm is None:
+            read = self._norm_of(type(module))
+            if read is None:
+                raise CannotLowerError(f"{self.name(module)} is a {type(module).__name__}")
+            norm = read(module)
+        own = norm.weight is module._parameters.get("weight")
+        weight = self.parameters(module, "weight")[0] if own else self.keep(norm.weight)
         self.program.normalise(
             self.name(module),
             view(weight),
@@ -178,7 +185,7 @@ class Builder:
             norm.weight_offset,
             norm.norm_before_gate,
             norm.gate_activation == "sigmoid",
-            heads,
+            x.width // len(weight),
             x,
             gate,
             out,
@@ -190,10 +197,18 @@ class Builder:
         """Combine two tensors as csrc/elementwise/combine.h describes: "add", "multiply", "silu_gate" and so on."""
         self.program.combine(how, how, factor, a, b, out, narrow)
 
-    def convolve(self, conv: nn.Module, silu: bool, x: Columns, out: Columns) -> None:
-        """Apply a causal depthwise nn.Conv1d to its channels, and carry the last inputs in the state."""
+    def scale(self, factors: float | torch.Tensor, x: Columns, out: Columns) -> None:
+        """Multiply each column by its factor, or all by one."""
+        if not isinstance(factors, torch.Tensor):
+            factors = torch.full((x.width,), factors)
+        self.program.scale("scale", view(self.keep(factors)), x, out)
+
+    def convolve(self, conv: nn.Module, silu: bool, x: Columns, out: Columns, first: int = 0) -> None:
+        """Apply a causal depthwise nn.Conv1d, its channels from ``first`` on; the state has the last inputs."""
         self.expect(conv, "Conv1d")
         weight, bias = self.parameters(conv, "weight", "bias")
+        weight = weight[first : first + x.width]
+        bias = None if bias is None else bias[first : first + x.width]
         channels, _, width = weight.shape
         state = self.state(width - 1, channels, dtype=self.dtype)  # steps first, as vectors of channels take them
         weight = self.keep(weight.squeeze(1).t().contiguous())
@@ -257,10 +272,15 @@ class Builder:
             out,
         )
 
-    def angles(self, name: str, frequencies: torch.Tensor, factor: float, out: Columns) -> None:
-        """Compute cosines and sines of position times frequency, float32, times factor, rounded to activations."""
-        frequencies = self.keep(frequencies)
-        self.program.angles(name, view(frequencies), len(frequencies), factor, DTYPE_CODES[self.dtype], out)
+    def angles(
+        self, name: str, frequencies: torch.Tensor, factor: float, out: Columns, rounded_to: torch.dtype | None = None
+    ) -> None:
+        """Compute cosines and sines of position times frequency, float32, times factor.
+
+        They are rounded to a dtype; None for that of activations.
+        """
+        frequencies, code = self.keep(frequencies), DTYPE_CODES[rounded_to or self.dtype]
+        self.program.angles(name, view(frequencies), len(frequencies), factor, code, out)
 
     def rotate(self, heads: int, angles: Columns, x: Columns) -> None:
         """Apply rotary angles to the first channels of each head of x, in place."""
@@ -303,6 +323,7 @@ class Builder:
         name: str,
         A_log: torch.Tensor,
         dt_bias: torch.Tensor,
+        largest_beta: float,
         key_heads: int,
         q: Columns,
         k: Columns,
@@ -311,11 +332,14 @@ class Builder:
         b: Columns,
         out: Columns,
     ) -> None:
-        """Apply the gated delta rule with g = -exp(A_log) softplus(a + dt_bias) and beta = sigmoid(b), a head each."""
+        """Apply the gated delta rule.
+
+        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b).
+        """
         heads = len(A_log)
         g, beta = (self.buffer(f"delta.{part}", heads, torch.float32) for part in ("g", "beta"))
         rate = self.keep(-torch.exp(A_log.float()))
-        self.program.delta_gates(f"{name}.gates", view(rate), view(dt_bias), heads, a, b, g, beta)
+        self.program.delta_gates(f"{name}.gates", view(rate), view(dt_bias), largest_beta, heads, a, b, g, beta)
         key_dim, value_dim = k.width // key_heads, v.width // heads
         state = self.state(heads, key_dim, value_dim, dtype=torch.float32)
         self.program.delta_rule(name, key_heads, heads, key_dim, value_dim, key_dim**-0.5, state, q, k, v, g, beta, out)

@@ -12,7 +12,7 @@ from klfast.core.torch_internals import has_global_hooks
 from klfast.dispatch import pins
 from klfast.engine.builder import Builder
 from klfast.engine.engine import Engine
-from klfast.models.families import family_of, text_config
+from klfast.models.families import family_of, norm_of, text_config
 from klfast.models.families.base import plain
 from klfast.nn.untouched import why_touched
 
@@ -62,6 +62,6 @@ def lower(model: nn.Module, rows: int = ROWS) -> Engine:
     if reason := why_touched(model):
         raise CannotLowerError(f"the model {reason}")
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    build = Builder(model, dtype, rows)
+    build = Builder(model, dtype, rows, norm_of)
     rule = (family.logits or plain)(text_config(model))
     return Engine(build, family.lower(build, model), rule.scale, rule.softcap)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import batch, in_float64, tiny
+from tiny_models import VARIANTS, batch, in_float64, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
@@ -14,7 +14,11 @@ from klfast.core.errors import CannotLowerError
 from klfast.generation.engine import engine_of, lower
 from klfast.models.linears import linears
 
-LOWERED = ("mamba", "mamba2", "qwen3_5", "lfm2", "granite_hybrid", "hymba", "hymba_release")
+LOWERED = (
+    *("mamba", "mamba2", "falcon_mamba", "qwen3_5", "olmo_hybrid", "lfm2", "granite_hybrid", "bamba"),
+    *("falcon_h1", *(name for name in VARIANTS if name.startswith("falcon_h1")), "nemotron_h", "jamba"),
+    *("hymba", "hymba_release"),
+)
 
 
 @pytest.fixture(params=LOWERED)

@@ -33,7 +33,8 @@ from klfast.models.families import (
     zamba,
     zamba2,
 )
-from klfast.models.families.base import Family, Mixer, Norm, Rows
+from klfast.models.families.base import Family, Mixer, Rows
+from klfast.nn.norm import Norm
 
 FAMILIES: tuple[Family, ...] = (
     mamba.FAMILY,

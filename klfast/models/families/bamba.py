@@ -6,8 +6,34 @@ The gate comes before the mixer's norm, which has a mean for each group (modelin
 
 from __future__ import annotations
 
-from klfast.models.families import common
+import functools
+from typing import Any
+
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
+from klfast.models.families.lowering import Sublayer
+
+
+def _lower(build: Builder, model: Any) -> Columns:
+    build.expect(model, "BambaForCausalLM")
+    mixer = functools.partial(_mixer, lowering.rotary(build, model.model.rotary_emb))
+    sublayers = [Sublayer(mixer, "input_layernorm"), Sublayer(_mlp, "pre_ff_layernorm")]
+    return lowering.decoder(build, model, {"BambaDecoderLayer": sublayers}, last_norm="final_layernorm")
+
+
+def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    if block.block_type == "linear_attention":
+        lowering.mamba2(build, block.mamba, x, out, "BambaMixer")
+        return
+    build.expect(block.self_attn, "BambaAttention")
+    lowering.attention(build, block.self_attn, x, out, angles)
+
+
+def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    lowering.mlp(build, block.feed_forward, x, out, "BambaMLP")
+
 
 FAMILY = Family(
     model_type="bamba",
@@ -16,4 +42,5 @@ FAMILY = Family(
     rows={"BambaMixer": common.mamba2_rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.nn.mamba_step import Parts
+from klfast.nn.norm import Norm
 
 Rows = Mapping[str, tuple[int, int]]  # the uses of a matrix's rows: {use: (first, end)}
 
@@ -36,28 +35,6 @@ class Mixer:
     functions: tuple[str, ...]
     parts: Callable[[Any], Parts | None] | None = None
     left_weight: str | None = None
-
-
-class Norm(NamedTuple):
-    """The root-mean-square normalisation that a module computes: weight v / sqrt(mean(v^2) + eps).
-
-    Attributes:
-        weight: [D].
-        eps: added to the mean.
-        group_size: number of channels that share a mean; None for all.
-        norm_before_gate: a gate z multiplies the result by silu(z); else v is x silu(z).
-        gate_activation: "silu" or "sigmoid".
-        weight_offset: added to the weight; 1 where weights are stored around zero.
-        keeps_dtype: the result has x's dtype; else the wider of x's and the weight's.
-    """
-
-    weight: torch.Tensor
-    eps: float
-    group_size: int | None = None
-    norm_before_gate: bool = False
-    gate_activation: str = "silu"
-    weight_offset: float = 0.0
-    keeps_dtype: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from klfast.models.families.base import Norm, Rows, split
+from klfast.models.families.base import Rows, split
+from klfast.nn.norm import Norm
 
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 MAMBA1_FUNCTIONS = (*CONVOLUTIONS, "mamba_selective_scan", "mamba_selective_state_update")

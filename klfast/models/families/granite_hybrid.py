@@ -5,14 +5,16 @@ Logits are divided by ``logits_scaling`` (modeling_granitemoehybrid.py, GraniteM
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from klfast.core.errors import CannotLowerError
-from klfast.engine.builder import Builder, NormSpec
+from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, LogitRule, Mixer, Rows, split
+from klfast.models.families.lowering import Sublayer
 
 
 class _Config(Protocol):
@@ -33,26 +35,19 @@ def _mlp_rows(mlp: _MLP) -> Mapping[str, Rows]:
 
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "GraniteMoeHybridForCausalLM")
-    config = model.config
-    names = lowering.DecoderNames(rotary=None if model.model.rotary_emb is None else "rotary_emb")
+    config, positions = model.config, model.model.rotary_emb
+    mixer = functools.partial(_mixer, None if positions is None else lowering.rotary(build, positions))
+    sublayers = [Sublayer(mixer, "input_layernorm"), Sublayer(_mlp, "post_attention_layernorm")]
     return lowering.decoder(
         build,
         model,
-        "GraniteMoeHybridDecoderLayer",
-        _norm,
-        _mixer,
-        _mlp,
-        names,
+        {"GraniteMoeHybridDecoderLayer": sublayers},
         embedding_scale=config.embedding_multiplier,
         residual_scale=config.residual_multiplier,
     )
 
 
-def _norm(module: Any) -> NormSpec:
-    return NormSpec(module.variance_epsilon)
-
-
-def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
+def _mixer(angles: Columns | None, build: Builder, block: Any, x: Columns, out: Columns) -> None:
     if block.mamba is not None:
         lowering.mamba2(build, block.mamba, x, out, "GraniteMoeHybridMambaLayer")
         return

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from klfast.engine.builder import Builder, NormSpec
+from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import lowering
 from klfast.models.families.base import Blocks, Family, Rows, plain, split
+from klfast.nn.norm import Norm
 
 
 class _Mixer(Protocol):
@@ -52,7 +53,7 @@ def _lower(build: Builder, model: Any) -> Columns:
 
 def _norm(build: Builder, module: Any, x: Columns, out: Columns) -> None:
     build.expect(module, "HymbaRMSNorm")
-    build.normalise(module, NormSpec(module.eps), x, out)
+    build.normalise(module, x, out, norm=Norm(module.weight, module.eps))
 
 
 def _mixer(
@@ -104,7 +105,6 @@ def _state_space(build: Builder, mixer: Any, x: Columns, z: Columns, out: Column
     A_log, D, bias = build.tensors(
         (mixer.A_log._parameters, "0"), (mixer.D._parameters, "0"), (mixer.dt_proj[0]._parameters, "bias")
     )
-    assert A_log is not None
     build.selective_scan(f"{build.name(mixer)}.scan", -torch.exp(A_log.float()), D, bias, u, dt, B, C, z, out)
 
 

@@ -6,8 +6,43 @@ the head's product (JambaForCausalLM.forward).
 
 from __future__ import annotations
 
-from klfast.models.families import common
+from typing import Any
+
+from torch import nn
+
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
+from klfast.models.families.lowering import Sublayer
+
+
+def _lower(build: Builder, model: Any) -> Columns:
+    build.expect(model, "JambaForCausalLM")
+    mlp = Sublayer(_mlp, "pre_ff_layernorm")
+    blocks = {
+        "JambaMambaDecoderLayer": [Sublayer(_mamba, "input_layernorm"), mlp],
+        "JambaAttentionDecoderLayer": [Sublayer(_attention, "input_layernorm"), mlp],
+    }
+    return lowering.decoder(build, model, blocks, last_norm="final_layernorm")
+
+
+def _mamba(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    lowering.mamba1(build, block.mamba, x, out, "JambaMambaMixer", norm=_norm)
+
+
+def _norm(build: Builder, module: nn.Module, x: Columns) -> None:
+    build.normalise(module, x, x)
+
+
+def _attention(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    build.expect(block.self_attn, "JambaAttention")
+    lowering.attention(build, block.self_attn, x, out)
+
+
+def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    lowering.mlp(build, block.feed_forward, x, out, "JambaMLP")
+
 
 FAMILY = Family(
     model_type="jamba",
@@ -16,4 +51,5 @@ FAMILY = Family(
     rows={"JambaMambaMixer": common.mamba1_rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )

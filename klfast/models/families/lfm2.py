@@ -6,15 +6,17 @@ Lfm2ShortConv.forward, 5.23.0). Logits are the head's product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
-from klfast.engine.builder import Builder, NormSpec
+from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
+from klfast.models.families.lowering import Sublayer
 
 
 class _ShortConv(Protocol):
@@ -28,19 +30,16 @@ def _rows(mixer: _ShortConv) -> Mapping[str, Rows]:
 
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "Lfm2ForCausalLM")
-    names = lowering.DecoderNames("operator_norm", "ffn_norm", "embedding_norm")
-    return lowering.decoder(build, model, "Lfm2DecoderLayer", _norm, _mixer, _mlp, names)
+    mixer = functools.partial(_mixer, lowering.rotary(build, model.model.rotary_emb))
+    sublayers = [Sublayer(mixer, "operator_norm"), Sublayer(_mlp, "ffn_norm")]
+    return lowering.decoder(build, model, {"Lfm2DecoderLayer": sublayers}, last_norm="embedding_norm")
 
 
-def _norm(module: Any) -> NormSpec:
-    return NormSpec(module.variance_epsilon)
-
-
-def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
+def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns) -> None:
     if block.is_attention_layer:
         build.expect(block.self_attn, "Lfm2Attention")
         names = lowering.AttentionNames(out="out_proj", q_norm="q_layernorm", k_norm="k_layernorm")
-        lowering.attention(build, block.self_attn, x, out, angles, names=names, norm=_norm)
+        lowering.attention(build, block.self_attn, x, out, angles, names=names)
         return
     mixer = block.conv
     build.expect(mixer, "Lfm2ShortConv")

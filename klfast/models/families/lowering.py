@@ -1,19 +1,32 @@
-"""Lowerings that several families share: models of recurrent blocks, Mamba's and Mamba-2's mixers, heads."""
+"""Lowerings that several families share: chains of blocks, mixers, attention, feed-forward networks, heads."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from klfast.core.errors import CannotLowerError
-from klfast.engine.builder import MOST_SEQUENCES, Builder, NormSpec
+from klfast.engine.builder import MOST_SEQUENCES, Builder
 from klfast.engine.columns import Columns
 
-Mixer = Callable[[Builder, Any, Columns, Columns], None]  # (build, module, x, out)
+Lower = Callable[[Builder, Any, Columns, Columns], None]  # (build, module, x, out)
+
+
+class Sublayer(NamedTuple):
+    """What a block adds to the residual stream x: lower(x), with norms.
+
+    Attributes:
+        lower: lowers it, given the block.
+        before: name of the norm of its input in the block; None without.
+        after: name of the norm of its result; None without.
+    """
+
+    lower: Lower
+    before: str | None
+    after: str | None = None
 
 
 def require_silu(activation: object) -> None:
@@ -23,10 +36,48 @@ def require_silu(activation: object) -> None:
         raise CannotLowerError(f"an activation is {name}")
 
 
-def rms_norm(build: Builder, module: Any, *classes: str, x: Columns, out: Columns) -> None:
-    """Lower transformers' usual RMS norm."""
-    build.expect(module, *classes)
-    build.normalise(module, NormSpec(module.variance_epsilon), x, out)
+def decoder(
+    build: Builder,
+    model: Any,
+    blocks: Mapping[str, Sequence[Sublayer]],
+    *,
+    embedding: str = "embed_tokens",
+    last_norm: str = "norm",
+    embedding_scale: float = 1.0,
+    residual_scale: float = 1.0,
+    residual: torch.dtype | None = None,
+) -> Columns:
+    """Lower a model of blocks that add to a residual stream; returns the columns of its logits.
+
+    Args:
+        build: the program's builder.
+        model: has lm_head and a base model with an embedding, layers and a last norm.
+        blocks: what a block of each class adds, one after another.
+        embedding, last_norm: names in the base model.
+        embedding_scale: multiplies embeddings.
+        residual_scale: multiplies what is added.
+        residual: dtype of the stream; None for that of activations.
+    """
+    base, hidden = model.base_model, model.config.hidden_size
+    stream = build.buffer("residual", hidden, residual)
+    # What layers read: the stream, or a copy of it in the dtype of activations.
+    x = stream if residual in (None, build.dtype) else build.buffer("narrow", hidden)
+    normed, update = build.buffer("normed", hidden), build.buffer("update", hidden)
+    build.embed(getattr(base, embedding), stream, embedding_scale)
+    source = stream  # as good as its copy, which is not there yet
+    for block in base.layers:
+        build.expect(block, *blocks)
+        for lower, before, after in blocks[type(block).__name__]:
+            if before is not None:
+                build.normalise(getattr(block, before), source, normed)
+            lower(build, block, source if before is None else normed, update)
+            if after is not None:
+                build.normalise(getattr(block, after), update, update)
+            narrow = None if x is stream else x
+            build.combine("add", stream, update, stream, factor=residual_scale, narrow=narrow)
+            source = x
+    build.normalise(getattr(base, last_norm), x, normed)
+    return head(build, model.lm_head, normed)
 
 
 def head(build: Builder, layer: nn.Linear, x: Columns) -> Columns:
@@ -36,28 +87,26 @@ def head(build: Builder, layer: nn.Linear, x: Columns) -> Columns:
     return logits
 
 
-def recurrent(build: Builder, model: Any, block_class: str, norm_class: str, mixer: Mixer) -> Columns:
+def recurrent(build: Builder, model: Any, block_class: str, mixer: Lower) -> Columns:
     """Lower a model of blocks x + mixer(norm(x)), as Mamba and Mamba-2 are."""
-    base, hidden = model.backbone, model.config.hidden_size
-    residual = torch.float32 if model.config.residual_in_fp32 else build.dtype
-    # The residual stream, and its copy in the dtype of activations, from which norms are taken.
-    x, narrow = build.buffer("residual", hidden, residual), build.buffer("narrow", hidden)
-    normed, update = build.buffer("normed", hidden), build.buffer("update", hidden)
-    build.embed(base.embeddings, x)
-    before = x
-    for block in base.layers:
-        build.expect(block, block_class)
-        rms_norm(build, block.norm, norm_class, x=before, out=normed)
-        mixer(build, block.mixer, normed, update)
-        build.combine("add", x, update, x, narrow=narrow)
-        before = narrow
-    rms_norm(build, base.norm_f, norm_class, x=narrow, out=normed)
-    return head(build, model.lm_head, normed)
+    blocks = {block_class: [Sublayer(lambda build, block, x, out: mixer(build, block.mixer, x, out), "norm")]}
+    residual = torch.float32 if model.config.residual_in_fp32 else None
+    return decoder(build, model, blocks, embedding="embeddings", last_norm="norm_f", residual=residual)
 
 
-def mamba1(build: Builder, mixer: Any, x: Columns, out: Columns) -> None:
-    """Lower a Mamba mixer (transformers.models.mamba)."""
-    build.expect(mixer, "MambaMixer")
+def mamba1(
+    build: Builder,
+    mixer: Any,
+    x: Columns,
+    out: Columns,
+    *classes: str,
+    norm: Callable[[Builder, nn.Module, Columns], None] | None = None,
+) -> None:
+    """Lower a Mamba mixer (transformers.models.mamba), or one of ``classes``, which follow it.
+
+    ``norm`` lowers the norms of dt, B and C, in place; None without them.
+    """
+    build.expect(mixer, "MambaMixer", *classes)
     require_silu(mixer.activation)
     inner, rank, states = mixer.intermediate_size, mixer.time_step_rank, mixer.ssm_state_size
     xz, u, y = build.buffer("mamba.xz", 2 * inner), build.buffer("mamba.u", inner), build.buffer("mamba.y", inner)
@@ -67,6 +116,9 @@ def mamba1(build: Builder, mixer: Any, x: Columns, out: Columns) -> None:
     build.convolve(mixer.conv1d, True, x_part, u)
     build.project(mixer.x_proj, u, parts)
     step, B, C = parts.split(rank, states, states)
+    if norm is not None:
+        for name, columns in (("dt_layernorm", step), ("b_layernorm", B), ("c_layernorm", C)):
+            norm(build, getattr(mixer, name), columns)
     build.project(mixer.dt_proj, step, dt, weight_only=True)
     A_log, D = build.parameters(mixer, "A_log", "D")
     [dt_bias] = build.parameters(mixer.dt_proj, "bias")
@@ -74,84 +126,97 @@ def mamba1(build: Builder, mixer: Any, x: Columns, out: Columns) -> None:
     build.project(mixer.out_proj, y, out)
 
 
-def mamba2(build: Builder, mixer: Any, x: Columns, out: Columns, *classes: str) -> None:
-    """Lower a Mamba-2 mixer (transformers.models.mamba2), or one of ``classes``, which follow it."""
+def mamba2(
+    build: Builder, mixer: Any, x: Columns, out: Columns, *classes: str, factors: torch.Tensor | None = None
+) -> None:
+    """Lower a Mamba-2 mixer (transformers.models.mamba2), or one of ``classes``, which follow it.
+
+    Without a norm (an nn.Identity) the scan applies the gate. ``factors`` multiply in_proj's results.
+    """
     build.expect(mixer, "Mamba2Mixer", *classes)
     require_silu(mixer.activation)
     inner, heads, states = mixer.intermediate_size, mixer.num_heads, mixer.n_groups * mixer.ssm_state_size
     projected = build.buffer("mamba2.projected", 2 * inner + 2 * states + heads)
     mixed, y = build.buffer("mamba2.mixed", inner + 2 * states), build.buffer("mamba2.y", inner)
     build.project(mixer.in_proj, x, projected)
+    if factors is not None:
+        build.scale(factors, projected, projected)
     z, xBC, dt = projected.split(inner, inner + 2 * states, heads)
     build.convolve(mixer.conv1d, True, xBC, mixed)
     u, B, C = mixed.split(inner, states, states)
     A_log, D, dt_bias = build.parameters(mixer, "A_log", "D", "dt_bias")
     name, limit = build.name(mixer), mixer.time_step_limit
-    build.head_scan(name, _rate(A_log), D, dt_bias, mixer.head_dim, mixer.n_groups, limit, u, dt, B, C, y)
-    norm = NormSpec(mixer.norm.variance_epsilon, getattr(mixer.norm, "group_size", None))
-    build.normalise(mixer.norm, norm, y, y, gate=z)
+    gate = z if isinstance(mixer.norm, nn.Identity) else None
+    build.head_scan(name, _rate(A_log), D, dt_bias, mixer.head_dim, mixer.n_groups, limit, u, dt, B, C, y, gate)
+    if gate is None:
+        build.normalise(mixer.norm, y, y, z)
     build.project(mixer.out_proj, y, out)
 
 
-class DecoderNames(NamedTuple):
-    """Names of a decoder's parts: two norms of a block, the last norm and the rotary embedding, None without."""
+class DeltaNames(NamedTuple):
+    """Names of a gated delta net's layers: those of z, a and b, the norm of heads and the output."""
 
-    first_norm: str = "input_layernorm"
-    second_norm: str = "post_attention_layernorm"
-    last_norm: str = "norm"
-    rotary: str | None = "rotary_emb"
+    z: str = "in_proj_z"
+    a: str = "in_proj_a"
+    b: str = "in_proj_b"
+    norm: str = "norm"
+    out: str = "out_proj"
 
 
-def decoder(
+def delta_net(
     build: Builder,
-    model: Any,
-    block_class: str,
-    norm: Callable[[Any], NormSpec],
-    mixer: Callable[[Builder, Any, Columns | None, Columns, Columns], None],
-    mlp: Callable[[Builder, Any, Columns, Columns], None],
-    names: DecoderNames,
+    mixer: Any,
+    x: Columns,
+    out: Columns,
     *,
-    embedding_scale: float = 1.0,
-    residual_scale: float = 1.0,
-) -> Columns:
-    """Lower a model of blocks x + mixer(norm(x)), then x + mlp(norm(x)).
+    fused: str | None,
+    names: DeltaNames = DeltaNames(),  # noqa: B008 (a tuple)
+    largest_beta: float = 1.0,
+) -> None:
+    """Lower a gated delta net.
 
     Args:
         build: the program's builder.
-        model: has a base model ``model`` with embed_tokens and layers, and lm_head.
-        block_class: of the layers.
-        norm: reads the parameters of a norm.
-        mixer: lowers a block's: (build, block, angles of the rotary embedding, x, out).
-        mlp: lowers a block's feed-forward network: (build, block, x, out).
-        names: of the parts.
-        embedding_scale: multiplies embeddings.
-        residual_scale: multiplies what is added to x.
+        mixer: has key_dim, value_dim, num_k_heads, num_v_heads, conv1d and the layers of ``names``.
+        x, out: columns of the hidden size.
+        fused: name of the layer of queries, keys and values; None for q_proj, k_proj and v_proj.
+        names: of its layers.
+        largest_beta: beta is largest_beta sigmoid(b).
     """
-    base, hidden = model.model, model.config.hidden_size
-    x, normed, update = (build.buffer(name, hidden) for name in ("residual", "normed", "update"))
-    build.embed(base.embed_tokens, x, embedding_scale)
-    angles = None if names.rotary is None else rotary(build, getattr(base, names.rotary))
-    for block in base.layers:
-        build.expect(block, block_class)
-        for name, lower in (
-            (names.first_norm, functools.partial(mixer, build, block, angles)),
-            (names.second_norm, functools.partial(mlp, build, block)),
-        ):
-            build.normalise(getattr(block, name), norm(getattr(block, name)), x, normed)
-            lower(normed, update)
-            build.combine("add", x, update, x, factor=residual_scale)
-    last = getattr(base, names.last_norm)
-    build.normalise(last, norm(last), x, normed)
-    return head(build, model.lm_head, normed)
+    require_silu(mixer.activation)
+    widths, heads = (mixer.key_dim, mixer.key_dim, mixer.value_dim), mixer.num_v_heads
+    mixed = build.buffer("delta.mixed", sum(widths))
+    if fused is not None:
+        qkv = build.buffer("delta.qkv", sum(widths))
+        build.project(getattr(mixer, fused), x, qkv)
+        build.convolve(mixer.conv1d, True, qkv, mixed)
+    else:
+        for name, part in zip("qkv", mixed.split(*widths), strict=True):
+            projected = build.buffer(f"delta.{name}", part.width)
+            build.project(getattr(mixer, f"{name}_proj"), x, projected)
+            build.convolve(mixer.conv1d, True, projected, part, first=part.first)
+    z, y = build.buffer("delta.z", mixer.value_dim), build.buffer("delta.y", mixer.value_dim)
+    a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
+    for name, columns in ((names.z, z), (names.a, a), (names.b, b)):
+        build.project(getattr(mixer, name), x, columns)
+    A_log, dt_bias = build.parameters(mixer, "A_log", "dt_bias")
+    q, k, v = mixed.split(*widths)
+    build.delta_rule(build.name(mixer), A_log, dt_bias, largest_beta, mixer.num_k_heads, q, k, v, a, b, y)
+    build.normalise(getattr(mixer, names.norm), y, y, z)
+    build.project(getattr(mixer, names.out), y, out)
 
 
-def rotary(build: Builder, module: Any) -> Columns:
-    """Lower transformers' usual rotary embedding; returns the columns of the tokens' angles."""
+def rotary(build: Builder, module: Any, rounded_to: torch.dtype | None = None) -> Columns:
+    """Lower transformers' usual rotary embedding; returns the columns of the tokens' angles.
+
+    They are rounded to a dtype; None for that of activations.
+    """
     if getattr(module, "rope_type", "default") != "default":
         raise CannotLowerError(f"{build.name(module)} is of type {module.rope_type}")
     build.tensors((module._buffers, "inv_freq"))
     angles = build.buffer("angles", 2 * len(module.inv_freq), torch.float32)
-    build.angles(build.name(module), module.inv_freq.float(), float(module.attention_scaling), angles)
+    name, factor = build.name(module), float(module.attention_scaling)
+    build.angles(name, module.inv_freq.float(), factor, angles, rounded_to)
     return angles
 
 
@@ -174,8 +239,8 @@ def attention(
     angles: Columns | None = None,
     *,
     names: AttentionNames = AttentionNames(),  # noqa: B008 (a tuple)
-    norm: Callable[[Any], NormSpec] | None = None,
     gated: bool = False,
+    key_scale: float = 1.0,
 ) -> None:
     """Lower grouped-query attention as transformers writes it.
 
@@ -185,8 +250,8 @@ def attention(
         x, out: columns of the hidden size.
         angles: of the rotary embedding; None without.
         names: of its layers.
-        norm: reads the parameters of the norms of queries and keys, a head each.
         gated: each head of q_proj has a gate behind its query; sigmoid(gate) multiplies the result.
+        key_scale: multiplies keys.
     """
     layer_q, layer_k, layer_v, layer_out = (getattr(module, name) for name in names[:4])
     dim = module.head_dim
@@ -204,22 +269,40 @@ def attention(
     build.project(layer_k, x, k)
     build.project(layer_v, x, v)
     for name, columns, count in ((names.q_norm, q, heads), (names.k_norm, k, groups)):
-        if name is not None and norm is not None:
-            build.normalise(getattr(module, name), norm(getattr(module, name)), columns, columns, heads=count)
+        if name is not None:
+            build.normalise(getattr(module, name), columns, columns)
         if angles is not None:
             build.rotate(count, angles, columns)
     name = build.name(module)
-    build.attend(name, heads, module.scaling, q, build.remember(name, groups, k, v), y)
+    build.attend(name, heads, module.scaling * key_scale, q, build.remember(name, groups, k, v), y)
     if gate is not None:
         build.combine("sigmoid_gate", gate, y, y)
     build.project(layer_out, y, out)
 
 
-def gated_mlp(build: Builder, gate: nn.Linear, up: nn.Linear, down: nn.Linear, x: Columns, out: Columns) -> None:
-    """Lower down(silu(gate(x)) * up(x))."""
+def mlp(build: Builder, module: Any, x: Columns, out: Columns, *classes: str, gate_scale: float | None = None) -> None:
+    """Lower an MLP as transformers names its layers, of one of ``classes``: down(silu(gate_scale gate(x)) up(x))."""
+    build.expect(module, *classes)
+    require_silu(module.act_fn)
+    gated_mlp(build, module.gate_proj, module.up_proj, module.down_proj, x, out, gate_scale=gate_scale)
+
+
+def gated_mlp(
+    build: Builder,
+    gate: nn.Linear,
+    up: nn.Linear,
+    down: nn.Linear,
+    x: Columns,
+    out: Columns,
+    *,
+    gate_scale: float | None = None,
+) -> None:
+    """Lower down(silu(gate_scale gate(x)) up(x))."""
     one, other = (build.buffer(f"mlp.{name}", gate.out_features) for name in ("gate", "up"))
     build.project(gate, x, one)
     build.project(up, x, other)
+    if gate_scale is not None:
+        build.scale(gate_scale, one, one)
     build.combine("silu_gate", one, other, one)
     build.project(down, one, out)
 

@@ -7,12 +7,46 @@ NemotronHRMSNormGated.forward, 5.23.0); the other norms multiply by their weight
 
 from __future__ import annotations
 
-from klfast.models.families import common
-from klfast.models.families.base import Blocks, Family, Mixer, Norm, plain
+from typing import Any
+
+from klfast.core.errors import CannotLowerError
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
+from klfast.models.families import common, lowering
+from klfast.models.families.base import Blocks, Family, Mixer, plain
+from klfast.models.families.lowering import Sublayer
+from klfast.nn.norm import Norm
 
 
 def _norm(norm: common.RMSNorm) -> Norm:
     return Norm(norm.weight, norm.variance_epsilon, keeps_dtype=True)
+
+
+def _lower(build: Builder, model: Any) -> Columns:
+    build.expect(model, "NemotronHForCausalLM")
+    blocks = {"NemotronHBlock": [Sublayer(_mixer, "norm")]}
+    return lowering.decoder(build, model, blocks, embedding="embeddings", last_norm="norm_f")
+
+
+def _mixer(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    mixer = block.mixer
+    if block.block_type == "linear_attention":
+        lowering.mamba2(build, mixer, x, out, "NemotronHMamba2Mixer")
+    elif block.block_type == "full_attention":
+        build.expect(mixer, "NemotronHAttention")
+        lowering.attention(build, mixer, x, out)
+    else:
+        build.expect(mixer, "NemotronHMLP")
+        _mlp(build, mixer, x, out)
+
+
+def _mlp(build: Builder, mlp: Any, x: Columns, out: Columns) -> None:
+    if (activation := type(mlp.act_fn).__name__) != "ReLUSquaredActivation":
+        raise CannotLowerError(f"an activation is {activation}")
+    inner = build.buffer("mlp.inner", mlp.up_proj.out_features)
+    build.project(mlp.up_proj, x, inner)
+    build.combine("relu_gate", inner, inner, inner)
+    build.project(mlp.down_proj, inner, out)
 
 
 FAMILY = Family(
@@ -23,4 +57,5 @@ FAMILY = Family(
     blocks=Blocks("layers"),
     logits=plain,
     widens_logits=True,
+    lower=_lower,
 )

@@ -6,13 +6,15 @@ Qwen3_5RMSNorm.forward and Qwen3_5RMSNormGated.forward, 5.23.0). Logits are the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from klfast.engine.builder import Builder, NormSpec
+from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import common, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
+from klfast.models.families.lowering import Sublayer
 
 
 class _DeltaNet(Protocol):
@@ -26,42 +28,23 @@ def _rows(mixer: _DeltaNet) -> Mapping[str, Rows]:
 
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "Qwen3_5ForCausalLM")
-    return lowering.decoder(build, model, "Qwen3_5DecoderLayer", _norm, _mixer, _mlp, lowering.DecoderNames())
+    mixer = functools.partial(_mixer, lowering.rotary(build, model.model.rotary_emb))
+    sublayers = [Sublayer(mixer, "input_layernorm"), Sublayer(_mlp, "post_attention_layernorm")]
+    return lowering.decoder(build, model, {"Qwen3_5DecoderLayer": sublayers})
 
 
-def _norm(module: Any) -> NormSpec:
-    return NormSpec(module.eps, weight_offset=1.0)
-
-
-def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
+def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns) -> None:
     if block.block_type != "linear_attention":
         build.expect(block.self_attn, "Qwen3_5Attention")
         names = lowering.AttentionNames(q_norm="q_norm", k_norm="k_norm")
-        lowering.attention(build, block.self_attn, x, out, angles, names=names, norm=_norm, gated=True)
+        lowering.attention(build, block.self_attn, x, out, angles, names=names, gated=True)
         return
-    mixer = block.linear_attn
-    build.expect(mixer, "Qwen3_5GatedDeltaNet")
-    lowering.require_silu(mixer.activation)
-    key, value, heads = mixer.key_dim, mixer.value_dim, mixer.num_v_heads
-    qkv, mixed = (build.buffer(f"delta.{name}", 2 * key + value) for name in ("qkv", "mixed"))
-    z, y = build.buffer("delta.z", value), build.buffer("delta.y", value)
-    a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
-    for layer, columns in ((mixer.in_proj_qkv, qkv), (mixer.in_proj_z, z), (mixer.in_proj_a, a), (mixer.in_proj_b, b)):
-        build.project(layer, x, columns)
-    build.convolve(mixer.conv1d, True, qkv, mixed)
-    A_log, dt_bias = build.parameters(mixer, "A_log", "dt_bias")
-    q, k, v = mixed.split(key, key, value)
-    build.delta_rule(build.name(mixer), A_log, dt_bias, mixer.num_k_heads, q, k, v, a, b, y)
-    norm = NormSpec(mixer.norm.variance_epsilon, norm_before_gate=True, gate_activation=mixer.norm.activation)
-    build.normalise(mixer.norm, norm, y, y, gate=z, heads=heads)
-    build.project(mixer.out_proj, y, out)
+    build.expect(block.linear_attn, "Qwen3_5GatedDeltaNet")
+    lowering.delta_net(build, block.linear_attn, x, out, fused="in_proj_qkv")
 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
-    mlp = block.mlp
-    build.expect(mlp, "Qwen3_5MLP")
-    lowering.require_silu(mlp.config.hidden_act)
-    lowering.gated_mlp(build, mlp.gate_proj, mlp.up_proj, mlp.down_proj, x, out)
+    lowering.mlp(build, block.mlp, x, out, "Qwen3_5MLP")
 
 
 FAMILY = Family(
