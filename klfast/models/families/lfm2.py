@@ -13,7 +13,8 @@ from torch import nn
 
 from klfast.engine.builder import Builder, NormSpec
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.engine.routing import Routing
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 
 
@@ -27,9 +28,11 @@ def _rows(mixer: _ShortConv) -> Mapping[str, Rows]:
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    build.expect(model, "Lfm2ForCausalLM")
-    names = lowering.DecoderNames("operator_norm", "ffn_norm", "embedding_norm")
-    return lowering.decoder(build, model, "Lfm2DecoderLayer", _norm, _mixer, _mlp, names)
+    build.expect(model, "Lfm2ForCausalLM", "Lfm2MoeForCausalLM")
+    block = type(model).__name__.replace("ForCausalLM", "DecoderLayer")
+    rotary = "pos_emb" if hasattr(model.model, "pos_emb") else "rotary_emb"
+    names = lowering.DecoderNames("operator_norm", "ffn_norm", "embedding_norm", rotary)
+    return lowering.decoder(build, model, block, _norm, _mixer, _mlp, names)
 
 
 def _norm(module: Any) -> NormSpec:
@@ -38,12 +41,12 @@ def _norm(module: Any) -> NormSpec:
 
 def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
     if block.is_attention_layer:
-        build.expect(block.self_attn, "Lfm2Attention")
+        build.expect(block.self_attn, "Lfm2Attention", "Lfm2MoeAttention")
         names = lowering.AttentionNames(out="out_proj", q_norm="q_layernorm", k_norm="k_layernorm")
         lowering.attention(build, block.self_attn, x, out, angles, names=names, norm=_norm)
         return
     mixer = block.conv
-    build.expect(mixer, "Lfm2ShortConv")
+    build.expect(mixer, "Lfm2ShortConv", "Lfm2MoeShortConv")
     channels = mixer.conv.in_channels
     projected, y = build.buffer("conv.projected", 3 * channels), build.buffer("conv.y", channels)
     build.project(mixer.in_proj, x, projected)
@@ -56,8 +59,27 @@ def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
     mlp = block.feed_forward
-    build.expect(mlp, "Lfm2MLP")
-    lowering.gated_mlp(build, mlp.w1, mlp.w3, mlp.w2, x, out)
+    build.expect(mlp, "Lfm2MLP", "Lfm2MoeMLP", "Lfm2MoeSparseMoeBlock")
+    if hasattr(mlp, "experts"):
+        _mixture(build, mlp, x, out)
+    else:
+        lowering.gated_mlp(build, mlp.w1, mlp.w3, mlp.w2, x, out)
+
+
+def _mixture(build: Builder, moe: Any, x: Columns, out: Columns) -> None:
+    """Lower Lfm2MoeSparseMoeBlock (modeling_lfm2_moe.py, Lfm2MoeTopKRouter.forward, 5.17.0 and 5.24.0)."""
+    router = moe.gate
+    build.expect(router, "Lfm2MoeTopKRouter")
+    routing = Routing(
+        router.top_k,
+        sigmoid=True,
+        normalise=router.norm_topk_prob,
+        epsilon=1e-6,
+        factor=router.routed_scaling_factor,
+        rounds=True,
+    )
+    [bias] = build.tensors((moe._buffers, "expert_bias")) if moe.use_expert_bias else [None]
+    experts.mixture(build, moe.experts, experts.routes(build, router, x, routing, bias), x, out)
 
 
 FAMILY = Family(
@@ -76,4 +98,5 @@ MOE = Family(
     rows={"Lfm2MoeShortConv": _rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )

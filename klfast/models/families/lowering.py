@@ -17,8 +17,8 @@ Mixer = Callable[[Builder, Any, Columns, Columns], None]  # (build, module, x, o
 
 
 def require_silu(activation: object) -> None:
-    """Require that an activation, by its name or module, is SiLU."""
-    name = activation if isinstance(activation, str) else type(activation).__name__
+    """Require that an activation, by its name, function or module, is SiLU."""
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
     if str(name).lower() not in ("silu", "swish", "siluactivation"):
         raise CannotLowerError(f"an activation is {name}")
 
@@ -100,6 +100,20 @@ class DecoderNames(NamedTuple):
     second_norm: str = "post_attention_layernorm"
     last_norm: str = "norm"
     rotary: str | None = "rotary_emb"
+
+
+def delta_net(build: Builder, mixer: Any, qkv: Columns, z: Columns, a: Columns, b: Columns, out: Columns) -> None:
+    """Lower what follows the projections of a gated delta net (transformers.models.qwen3_5, qwen3_next)."""
+    require_silu(mixer.activation)
+    key, value, heads = mixer.key_dim, mixer.value_dim, mixer.num_v_heads
+    mixed, y = build.buffer("delta.mixed", 2 * key + value), build.buffer("delta.y", value)
+    build.convolve(mixer.conv1d, True, qkv, mixed)
+    A_log, dt_bias = build.parameters(mixer, "A_log", "dt_bias")
+    q, k, v = mixed.split(key, key, value)
+    build.delta_rule(build.name(mixer), A_log, dt_bias, mixer.num_k_heads, q, k, v, a, b, y)
+    norm = NormSpec(mixer.norm.variance_epsilon, norm_before_gate=True, gate_activation=mixer.norm.activation)
+    build.normalise(mixer.norm, norm, y, y, gate=z, heads=heads)
+    build.project(mixer.out_proj, y, out)
 
 
 def decoder(
@@ -222,6 +236,12 @@ def gated_mlp(build: Builder, gate: nn.Linear, up: nn.Linear, down: nn.Linear, x
     build.project(up, x, other)
     build.combine("silu_gate", one, other, one)
     build.project(down, one, out)
+
+
+def silu_mlp(build: Builder, mlp: Any, x: Columns, out: Columns) -> None:
+    """Lower transformers' usual feed-forward network."""
+    require_silu(mlp.act_fn)
+    gated_mlp(build, mlp.gate_proj, mlp.up_proj, mlp.down_proj, x, out)
 
 
 def _rate(A_log: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from klfast.engine.builder import Builder, NormSpec
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 
 
@@ -25,8 +25,9 @@ def _rows(mixer: _DeltaNet) -> Mapping[str, Rows]:
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    build.expect(model, "Qwen3_5ForCausalLM")
-    return lowering.decoder(build, model, "Qwen3_5DecoderLayer", _norm, _mixer, _mlp, lowering.DecoderNames())
+    build.expect(model, "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+    block = type(model).__name__.replace("ForCausalLM", "DecoderLayer")
+    return lowering.decoder(build, model, block, _norm, _mixer, _mlp, lowering.DecoderNames())
 
 
 def _norm(module: Any) -> NormSpec:
@@ -35,33 +36,26 @@ def _norm(module: Any) -> NormSpec:
 
 def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
     if block.block_type != "linear_attention":
-        build.expect(block.self_attn, "Qwen3_5Attention")
+        build.expect(block.self_attn, "Qwen3_5Attention", "Qwen3_5MoeAttention")
         names = lowering.AttentionNames(q_norm="q_norm", k_norm="k_norm")
         lowering.attention(build, block.self_attn, x, out, angles, names=names, norm=_norm, gated=True)
         return
     mixer = block.linear_attn
-    build.expect(mixer, "Qwen3_5GatedDeltaNet")
-    lowering.require_silu(mixer.activation)
-    key, value, heads = mixer.key_dim, mixer.value_dim, mixer.num_v_heads
-    qkv, mixed = (build.buffer(f"delta.{name}", 2 * key + value) for name in ("qkv", "mixed"))
-    z, y = build.buffer("delta.z", value), build.buffer("delta.y", value)
+    build.expect(mixer, "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+    heads, value = mixer.num_v_heads, mixer.value_dim
+    qkv, z = build.buffer("delta.qkv", 2 * mixer.key_dim + value), build.buffer("delta.z", value)
     a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
     for layer, columns in ((mixer.in_proj_qkv, qkv), (mixer.in_proj_z, z), (mixer.in_proj_a, a), (mixer.in_proj_b, b)):
         build.project(layer, x, columns)
-    build.convolve(mixer.conv1d, True, qkv, mixed)
-    A_log, dt_bias = build.parameters(mixer, "A_log", "dt_bias")
-    q, k, v = mixed.split(key, key, value)
-    build.delta_rule(build.name(mixer), A_log, dt_bias, mixer.num_k_heads, q, k, v, a, b, y)
-    norm = NormSpec(mixer.norm.variance_epsilon, norm_before_gate=True, gate_activation=mixer.norm.activation)
-    build.normalise(mixer.norm, norm, y, y, gate=z, heads=heads)
-    build.project(mixer.out_proj, y, out)
+    lowering.delta_net(build, mixer, qkv, z, a, b, out)
 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
-    mlp = block.mlp
-    build.expect(mlp, "Qwen3_5MLP")
-    lowering.require_silu(mlp.config.hidden_act)
-    lowering.gated_mlp(build, mlp.gate_proj, mlp.up_proj, mlp.down_proj, x, out)
+    build.expect(block.mlp, "Qwen3_5MLP", "Qwen3_5MoeSparseMoeBlock")
+    if hasattr(block.mlp, "experts"):
+        experts.with_shared_expert(build, block.mlp, True, x, out)
+    else:
+        lowering.silu_mlp(build, block.mlp, x, out)
 
 
 FAMILY = Family(
@@ -80,4 +74,5 @@ MOE = Family(
     rows={"Qwen3_5MoeGatedDeltaNet": _rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )

@@ -7,8 +7,53 @@ The rows of in_proj_qkvz go key head by key head, so a use is not one range of r
 
 from __future__ import annotations
 
-from klfast.models.families import common
+from typing import Any
+
+from klfast.engine.builder import Builder, NormSpec
+from klfast.engine.columns import Columns
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
+
+
+def _lower(build: Builder, model: Any) -> Columns:
+    build.expect(model, "Qwen3NextForCausalLM")
+    return lowering.decoder(build, model, "Qwen3NextDecoderLayer", _norm, _mixer, _mlp, lowering.DecoderNames())
+
+
+def _norm(module: Any) -> NormSpec:
+    return NormSpec(module.eps, weight_offset=1.0)
+
+
+def _mixer(build: Builder, block: Any, angles: Columns | None, x: Columns, out: Columns) -> None:
+    if block.block_type != "linear_attention":
+        build.expect(block.self_attn, "Qwen3NextAttention")
+        names = lowering.AttentionNames(q_norm="q_norm", k_norm="k_norm")
+        lowering.attention(build, block.self_attn, x, out, angles, names=names, norm=_norm, gated=True)
+        return
+    mixer = block.linear_attn
+    build.expect(mixer, "Qwen3NextGatedDeltaNet")
+    key, value, heads, groups = mixer.key_dim, mixer.value_dim, mixer.num_v_heads, mixer.num_k_heads
+    qkvz, gates = build.buffer("delta.qkvz", 2 * key + 2 * value), build.buffer("delta.gates", 2 * heads)
+    qkv, z = build.buffer("delta.qkv", 2 * key + value), build.buffer("delta.z", value)
+    a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
+    build.project(mixer.in_proj_qkvz, x, qkvz)
+    build.project(mixer.in_proj_ba, x, gates)
+    for fused, parts in ((qkvz, (*qkv.split(key, key, value), z)), (gates, (b, a))):
+        first = 0
+        for part in parts:
+            build.pick_heads(groups, first, fused, part)
+            first += part.width // groups
+    lowering.delta_net(build, mixer, qkv, z, a, b, out)
+
+
+def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
+    mlp = block.mlp
+    build.expect(mlp, "Qwen3NextMLP", "Qwen3NextSparseMoeBlock")
+    if hasattr(mlp, "experts"):
+        experts.with_shared_expert(build, mlp, mlp.gate.norm_topk_prob, x, out)
+    else:
+        lowering.silu_mlp(build, mlp, x, out)
+
 
 FAMILY = Family(
     model_type="qwen3_next",
@@ -16,4 +61,5 @@ FAMILY = Family(
     norms={"Qwen3NextRMSNorm": common.zero_centred_rms_norm, "Qwen3NextRMSNormGated": common.norm_before_gate},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )
