@@ -1,16 +1,19 @@
-// Combinations at each tier: see the body; compiled once for each (core/kernel_table.h).
+// Combinations and weighted sums at each tier: see the bodies; compiled once for each (core/kernel_table.h).
 #define KLFAST_TIERS scalar, avx2, avx512vnni
 
 #include "elementwise/combine.h"
+#include "elementwise/weighted_sum.h"
 
 #ifdef KLFAST_TIER
 
 #include "simd/tier.h"
 #include "elementwise/body.h"
+#include "elementwise/weighted_sum_body.h"
 
 namespace klfast::KLFAST_TIER {
 
 void combine(const CombineArgs& args) { run(args); }
+void weighted_sum(const WeightedSumArgs& args) { run(args); }
 
 }  // namespace klfast::KLFAST_TIER
 
@@ -21,6 +24,7 @@ void combine(const CombineArgs& args) { run(args); }
 namespace klfast {
 
 KLFAST_DISPATCH(combine, CombineArgs)
+KLFAST_DISPATCH(weighted_sum, WeightedSumArgs)
 
 }  // namespace klfast
 

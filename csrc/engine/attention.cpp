@@ -5,15 +5,10 @@
 #include "attention/decode_attention.h"
 #include "core/parallel.h"
 #include "engine/instructions.h"
+#include "engine/rounding.h"
 
 namespace klfast::engine {
 namespace {
-
-float rounded(float v, DType type) {
-    std::uint32_t stored;
-    store_float(&stored, 0, type, v);
-    return load_float(&stored, 0, type);
-}
 
 // work(row, position) for each row of the run.
 template <class Function>

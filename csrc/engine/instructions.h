@@ -30,8 +30,8 @@ struct Norm {
 // Of each row; of each of `heads` parts of it with the same weight. `gate` of width 0: without.
 Work normalise(Norm norm, std::int64_t heads, Columns in, Columns gate, Columns out);
 
-// As csrc/elementwise/combine.h; `narrow` of width 0: without.
-Work combine_two(Combination how, float factor, Columns a, Columns b, Columns out, Columns narrow);
+// As csrc/elementwise/combine.h, for `each` rows a token; `narrow` of width 0: without.
+Work combine_two(Combination how, float factor, std::int64_t each, Columns a, Columns b, Columns out, Columns narrow);
 
 // out = in, each column times its factor.
 Work scale(View factors, Columns in, Columns out);
@@ -93,5 +93,28 @@ struct DeltaRule {
     int state;
 };
 Work delta_rule(DeltaRule layer, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out);
+
+// How a router weighs the experts that it chooses for a token: those with the greatest scores plus bias.
+struct Routing {
+    View bias;       // [experts]; may be absent
+    bool sigmoid;    // scores are sigmoids of the logits; else their softmax
+    bool normalise;  // divide the scores of the chosen by epsilon and their sum
+    float epsilon, factor;
+    DType rounded_to;  // scores, and the result of each step after them
+};
+// weights = those of the experts that index names, as floats, from the greatest score on.
+Work route(Routing how, Columns logits, Columns index, Columns weights);
+
+// What route() has chosen, a route for each of a token's experts.
+struct Routes {
+    Columns index;
+    std::int64_t experts;  // of the mixture
+};
+// out = in's rows, one a route, in the order of their experts. The next two take and give such rows.
+Work gather(Routes routes, Columns in, Columns out);
+// Each row by the matrix of its expert in a stack of matrices with out's columns; no other matrix is read.
+Work project_gathered(Projection stack, Routes routes, Columns in, Columns out);
+// out = the weighted sum of each token's rows.
+Work sum_gathered(Routes routes, Columns weights, Columns in, Columns out);
 
 }  // namespace klfast::engine

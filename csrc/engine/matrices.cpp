@@ -2,6 +2,7 @@
 
 #include "core/parallel.h"
 #include "engine/instructions.h"
+#include "engine/rounding.h"
 #include "matmul/quantized/rows.h"
 
 namespace klfast::engine {
@@ -16,15 +17,11 @@ Work embedding(Read read, DType rounded_to, float scale, Columns out) {
         const int threads = worthwhile_threads(input.n_threads, 4.0 * input.rows() * out.width);
         parallel_for(input.rows(), 1, threads, [&](std::int64_t begin, std::int64_t end) {
             std::vector<float> values(out.width);
-            const auto rounded = [&](float v) {
-                std::uint32_t stored;
-                store_float(&stored, 0, rounded_to, v);
-                return load_float(&stored, 0, rounded_to);
-            };
+            const auto step = [&](float v) { return rounded(v, rounded_to); };
             for (std::int64_t row = begin; row < end; ++row) {
                 read(input.tokens[row], values.data());
                 for (std::int64_t i = 0; i < out.width; ++i)
-                    store_float(rows.data, row * rows.stride[0] + i, rows.dtype, rounded(scale * rounded(values[i])));
+                    store_float(rows.data, row * rows.stride[0] + i, rows.dtype, step(scale * step(values[i])));
             }
         });
     };

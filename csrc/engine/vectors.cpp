@@ -30,14 +30,14 @@ Work normalise(Norm norm, std::int64_t heads, Columns in, Columns gate, Columns 
     };
 }
 
-Work combine_two(Combination how, float factor, Columns a, Columns b, Columns out, Columns narrow) {
+Work combine_two(Combination how, float factor, std::int64_t each, Columns a, Columns b, Columns out, Columns narrow) {
     return [=](const Input& input, const Buffers& buffers) {
         const CombineArgs args{
             .a = buffers[a],
             .b = buffers[b],
             .out = buffers[out],
             .narrow = narrow.width ? buffers[narrow] : View{},
-            .rows = input.rows(),
+            .rows = input.rows() * each,
             .width = out.width,
             .how = how,
             .factor = factor,

@@ -4,8 +4,7 @@
 #include <cstdint>
 #include <variant>
 
-#include "matmul/quantized/dequant_matmul.h"
-#include "matmul/dense/linear.h"
+#include "matmul/blocks.h"
 
 namespace klfast {
 
@@ -21,6 +20,11 @@ class Projection {
         std::visit([](auto& layer) { layer.bias = nullptr; }, other.layer_);
         if (auto* quantized = std::get_if<DequantMatmulArgs>(&other.layer_)) quantized->int8_activation = false;
         return other;
+    }
+
+    // The product with rows first .. first + n of the weight, without bias.
+    Projection rows(std::int64_t first, std::int64_t n) const {
+        return std::visit([&](const auto& layer) { return Projection(block(layer, first, n)); }, layer_);
     }
 
     // The weight, if it is quantized, else nullptr.

@@ -95,9 +95,9 @@ void bind_engine(py::module_& m) {
                  p.add(std::move(name), engine::normalise(norm, heads, in, gate, out));
              })
         .def("combine",
-             [](Program& p, std::string name, const std::string& how, float factor, Columns a, Columns b, Columns out,
-                Columns narrow) {
-                 p.add(std::move(name), engine::combine_two(combination(how), factor, a, b, out, narrow));
+             [](Program& p, std::string name, const std::string& how, float factor, Int each, Columns a, Columns b,
+                Columns out, Columns narrow) {
+                 p.add(std::move(name), engine::combine_two(combination(how), factor, each, a, b, out, narrow));
              })
         .def("scale", [](Program& p, std::string name, View factors, Columns in,
                          Columns out) { p.add(std::move(name), engine::scale(factors, in, out)); })
@@ -200,6 +200,28 @@ void bind_engine(py::module_& m) {
                 return Int{-1};
             },
             "The index of the first token that is not in the vocabulary; -1 without.")
+        .def("route",
+             [](Program& p, std::string name, View bias, bool sigmoid, bool normalise, float epsilon, float factor,
+                int rounded_to, Columns logits, Columns index, Columns weights) {
+                 const engine::Routing how{
+                     .bias = bias,
+                     .sigmoid = sigmoid,
+                     .normalise = normalise,
+                     .epsilon = epsilon,
+                     .factor = factor,
+                     .rounded_to = static_cast<DType>(rounded_to),
+                 };
+                 p.add(std::move(name), engine::route(how, logits, index, weights));
+             })
+        .def("gather", [](Program& p, std::string name, Int experts, Columns index, Columns in,
+                          Columns out) { p.add(std::move(name), engine::gather({index, experts}, in, out)); })
+        .def("project_gathered",
+             [](Program& p, std::string name, const Projection& stack, Int experts, Columns index, Columns in,
+                Columns out) { p.add(std::move(name), engine::project_gathered(stack, {index, experts}, in, out)); })
+        .def("sum_gathered",
+             [](Program& p, std::string name, Int experts, Columns index, Columns weights, Columns in, Columns out) {
+                 p.add(std::move(name), engine::sum_gathered({index, experts}, weights, in, out));
+             })
         .def("names",
              [](const Program& p) {
                  std::vector<std::string> names;

@@ -12,6 +12,7 @@ from torch import nn
 from klfast.backends.cpu.extension import DTYPE_CODES, view
 from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
+from klfast.engine.routing import Routes, Routing
 from klfast.engine.state import StateSpec
 from klfast.nn.direct_call import Place, PreparedLinear, Watch, has, plain
 from klfast.nn.embedding import QuantEmbedding
@@ -67,7 +68,7 @@ class Builder:
         self.prefix = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._parts = frozenset(self._names) - {model}
-        self._buffers: dict[str, Columns] = {}
+        self._buffers: dict[tuple[str, int, int, int], Columns] = {}
         self.checks: list[Callable[[], object]] = []
         self.kept: list[object] = []
         # Not the modules themselves: the model would be one of them, which its engine must not keep alive.
@@ -77,13 +78,12 @@ class Builder:
     # Memory -------------------------------------------------------------------------------------------------------
 
     def buffer(self, name: str, width: int, dtype: torch.dtype | None = None, rows: int | None = None) -> Columns:
-        """Return the whole of a buffer; the same one for the same name."""
-        if name not in self._buffers:
-            code = DTYPE_CODES[dtype or self.dtype]
-            self._buffers[name] = Columns(self.program.buffer(width, code, rows or self.rows), 0, width)
-        if self._buffers[name].width != width:
-            raise ValueError(f"buffer {name} has {self._buffers[name].width} columns, not {width}")
-        return self._buffers[name]
+        """Return the whole of a buffer; the same one for the same name and size."""
+        code, rows = DTYPE_CODES[dtype or self.dtype], rows or self.rows
+        key = name, width, code, rows
+        if key not in self._buffers:
+            self._buffers[key] = Columns(self.program.buffer(width, code, rows), 0, width)
+        return self._buffers[key]
 
     def state(self, *shape: int, dtype: torch.dtype, growing: int | None = None) -> int:
         """Return the number of a new tensor of the state, zero at first; see ``StateSpec``."""
@@ -136,6 +136,18 @@ class Builder:
         self.kept.append(prepared.hold(layer))
         return prepared.projection if activations else prepared.projection.weight_only()
 
+    def _matrix(self, module: nn.Module, name: str) -> Any:
+        """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K]."""
+        if isinstance(layer := module._modules.get(name), nn.Linear):
+            return self._projection(layer)
+        from klfast import _C
+
+        [weight] = self.parameters(module, name)
+        if weight is None or weight.dtype is not self.dtype:
+            raise CannotLowerError(f"{self.name(module)}.{name} is not a tensor of {self.dtype}")
+        rows = weight.flatten(0, -2)
+        return _C.Projection.dense(view(rows), None, *rows.shape)
+
     # Instructions -------------------------------------------------------------------------------------------------
 
     def embed(self, embedding: nn.Module, out: Columns, scale: float = 1.0, prefix: torch.Tensor | None = None) -> None:
@@ -157,6 +169,10 @@ class Builder:
     def project(self, layer: nn.Module, x: Columns, out: Columns, *, weight_only: bool = False) -> None:
         """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""
         self.program.project(self.name(layer), self._projection(layer, not weight_only), x, out)
+
+    def project_parameter(self, module: nn.Module, name: str, x: Columns, out: Columns) -> None:
+        """Multiply by a parameter [N, K] of a module."""
+        self.program.project(self.name(module), self._matrix(module, name), x, out)
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
         """Multiply each sequence's last token alone."""
@@ -192,10 +208,21 @@ class Builder:
         )
 
     def combine(
-        self, how: str, a: Columns, b: Columns, out: Columns, *, factor: float = 1.0, narrow: Columns | None = None
+        self,
+        how: str,
+        a: Columns,
+        b: Columns,
+        out: Columns,
+        *,
+        factor: float = 1.0,
+        each: int = 1,
+        narrow: Columns | None = None,
     ) -> None:
-        """Combine two tensors as csrc/elementwise/combine.h describes: "add", "multiply", "silu_gate" and so on."""
-        self.program.combine(how, how, factor, a, b, out, narrow)
+        """Combine two tensors as csrc/elementwise/combine.h describes: "add", "multiply", "silu_gate" and so on.
+
+        ``each`` is the number of rows that a token has in their buffers.
+        """
+        self.program.combine(how, how, factor, each, a, b, out, narrow)
 
     def scale(self, factors: float | torch.Tensor, x: Columns, out: Columns) -> None:
         """Multiply each column by its factor, or all by one."""
@@ -343,3 +370,38 @@ class Builder:
         key_dim, value_dim = k.width // key_heads, v.width // heads
         state = self.state(heads, key_dim, value_dim, dtype=torch.float32)
         self.program.delta_rule(name, key_heads, heads, key_dim, value_dim, key_dim**-0.5, state, q, k, v, g, beta, out)
+
+    def route(
+        self, name: str, routing: Routing, logits: Columns, bias: torch.Tensor | None = None, prefix: str = "router"
+    ) -> Routes:
+        """Choose experts for each token by the logits; ``bias`` [E] is added to the scores for the choice alone."""
+        if routing.each > logits.width:
+            raise CannotLowerError(f"{name}: a token meets {routing.each} of {logits.width} experts")
+        index = self.buffer(f"{prefix}.index", routing.each, torch.float32)
+        weights = self.buffer(f"{prefix}.weights", routing.each)
+        self.program.route(
+            name,
+            view(bias),
+            routing.sigmoid,
+            routing.normalise,
+            routing.epsilon,
+            routing.factor,
+            DTYPE_CODES[self.dtype if routing.rounds else torch.float32],
+            logits,
+            index,
+            weights,
+        )
+        return Routes(logits.width, index, weights)
+
+    def gather(self, name: str, routes: Routes, x: Columns, out: Columns) -> None:
+        """Copy each token's row of x once for each of its experts, in the order of the experts."""
+        self.program.gather(name, routes.experts, routes.chosen, x, out)
+
+    def project_gathered(self, experts: nn.Module, stack: str, routes: Routes, x: Columns, out: Columns) -> None:
+        """Multiply each of such rows by its expert's matrix in a stack."""
+        name, matrices = f"{self.name(experts)}.{stack}", self._matrix(experts, stack)
+        self.program.project_gathered(name, matrices, routes.experts, routes.chosen, x, out)
+
+    def sum_gathered(self, name: str, routes: Routes, x: Columns, out: Columns) -> None:
+        """Add up such rows of each token, weighted."""
+        self.program.sum_gathered(name, routes.experts, routes.chosen, routes.weights, x, out)

@@ -1,18 +1,21 @@
-// combine against double, with each step rounded as it promises.
+// combine and weighted_sum against double, with each step rounded as they promise.
 #include <cmath>
 
 #include "check.h"
 #include "elementwise/combine.h"
+#include "elementwise/weighted_sum.h"
 
 namespace klfast::test {
 namespace {
 
+double rounded(double v, DType dtype) {
+    Tensor one(dtype, {1});
+    one.set(0, v);
+    return one[0];
+}
+
 double combined(Combination how, double factor, double a, double b, DType dtype) {
-    const auto step = [&](double v) {
-        Tensor one(dtype, {1});
-        one.set(0, v);
-        return one[0];
-    };
+    const auto step = [&](double v) { return rounded(v, dtype); };
     switch (how) {
         case Combination::add: return a + step(factor * b);
         case Combination::average: return step(a + b) / 2;
@@ -26,9 +29,35 @@ double combined(Combination how, double factor, double a, double b, DType dtype)
     return 0;
 }
 
-}  // namespace
+void check_weighted_sum(DType dtype, Int each, Int width) {
+    constexpr Int rows = 3, sources = 5;
+    Tensor x = Tensor::random(dtype, {sources, width}), weights = Tensor::random(dtype, {rows, each});
+    std::vector<Int> place(rows * each);
+    for (Int& i : place) i = random_int(0, sources);
+    std::vector<double> truth(rows * width);
+    for (Int row = 0; row < rows; ++row)
+        for (Int s = 0; s < each; ++s)
+            for (Int i = 0; i < width; ++i)
+                truth[row * width + i] +=
+                    rounded(weights[row * each + s] * x[place[row * each + s] * width + i], dtype);
+    for_tiers("weighted_sum", [&](Tier tier) {
+        Tensor out(dtype, {rows, width});
+        const WeightedSumArgs args{
+            .x = x.view(),
+            .weights = weights.view(),
+            .out = out.view(),
+            .place = place.data(),
+            .rows = rows,
+            .each = each,
+            .width = width,
+            .n_threads = kThreads,
+        };
+        weighted_sum(args, tier);
+        compare("weighted_sum", tier, out, truth);
+    });
+}
 
-void check_elementwise() {
+void check_combine() {
     constexpr Int rows = 3;
     constexpr float factor = 0.75f;
     for (const DType dtype : kTypes)
@@ -57,6 +86,15 @@ void check_elementwise() {
                     compare("combine", tier, narrow, truth);
                 });
             }
+}
+
+}  // namespace
+
+void check_elementwise() {
+    check_combine();
+    for (const DType dtype : kTypes)
+        for (const Int each : {1, 3})
+            for (const Int width : {1, 19, 1031}) check_weighted_sum(dtype, each, width);
 }
 
 }  // namespace klfast::test

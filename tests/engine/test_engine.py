@@ -12,12 +12,12 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.core.errors import CannotLowerError
 from klfast.generation.engine import engine_of, lower
-from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 
 LOWERED = (
     *("mamba", "mamba2", "falcon_mamba", "qwen3_5", "olmo_hybrid", "lfm2", "granite_hybrid", "bamba"),
     *("falcon_h1", *(name for name in VARIANTS if name.startswith("falcon_h1")), "nemotron_h", "jamba"),
-    *("hymba", "hymba_release"),
+    *("hymba", "hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe"),
 )
 
 
@@ -28,7 +28,7 @@ def model(request):
 
 def quantized(model, spec, activation="exact"):
     klfast.quantize_model(
-        model, Plan(dict.fromkeys(linears(model), QuantSpec.of(spec)), "uniform"), activation=activation
+        model, Plan(dict.fromkeys(matrices(model), QuantSpec.of(spec)), "uniform"), activation=activation
     )
     return model
 

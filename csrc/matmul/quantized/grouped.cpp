@@ -3,25 +3,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <vector>
 
 #include "core/buffer.h"
 #include "core/parallel.h"
+#include "matmul/blocks.h"
+#include "matmul/groups.h"
 
 namespace klfast {
 namespace {
-
-// The rows of y by their matrix: those of matrix i are order[first[i]] .. order[first[i + 1]], in ascending order.
-struct Groups {
-    std::vector<std::int64_t> first, order;
-
-    Groups(const std::int64_t* index, std::int64_t rows, std::int64_t count) : first(count + 2), order(rows) {
-        for (std::int64_t row = 0; row < rows; ++row) ++first[index[row] + 2];
-        for (std::int64_t i = 2; i < count + 2; ++i) first[i] += first[i - 1];
-        for (std::int64_t row = 0; row < rows; ++row) order[first[index[row] + 1]++] = row;
-        first.pop_back();
-    }
-};
 
 class Grouped {
   public:
@@ -37,9 +26,9 @@ class Grouped {
     void run(Tier limit) const {
         for (std::int64_t i = 0; i < a.count; ++i) {
             const std::int64_t* const rows = groups.order.data() + groups.first[i];
-            const std::int64_t m = groups.first[i + 1] - groups.first[i];
+            const std::int64_t m = groups.size(i);
             if (m == 0) continue;
-            DequantMatmulArgs args = matrix(i);
+            DequantMatmulArgs args = block(a.one, i * a.one.n, a.one.n);
             args.m = m;
             if (m == 1 || (a.each == 1 && rows[m - 1] - rows[0] == m - 1)) {
                 args.x = x_at(rows[0]), args.y = y_at(rows[0]);
@@ -57,17 +46,8 @@ class Grouped {
   private:
     std::int64_t largest() const {
         std::int64_t found = 0;
-        for (std::int64_t i = 0; i < a.count; ++i) found = std::max(found, groups.first[i + 1] - groups.first[i]);
+        for (std::int64_t i = 0; i < a.count; ++i) found = std::max(found, groups.size(i));
         return found;
-    }
-
-    DequantMatmulArgs matrix(std::int64_t i) const {
-        DequantMatmulArgs args = a.one;
-        const std::int64_t row = i * a.one.n;
-        args.packed += row * a.one.stored_words();
-        args.scale = static_cast<const std::byte*>(a.one.scale) + row * a.one.groups() * size_of(a.one.scale_type);
-        args.zero_row = row;
-        return args;
     }
 
     // The row of x that row `row` of y comes from.
@@ -87,7 +67,7 @@ class Grouped {
     }
 
     const GroupedDequantMatmulArgs& a;
-    const Groups groups;
+    const Groups groups;              // of y's rows
     const std::int64_t x_row, y_row;  // bytes
     const std::int64_t most;          // rows of one matrix
     Buffer<std::byte> x, y;           // rows of one matrix, side by side

@@ -15,7 +15,8 @@ struct GroupedDequantMatmulArgs {
 };
 
 // Calls dequant_matmul once for each matrix that a row meets, and reads no other. Returns false, with nothing done, if
-// an index is not in [0, count).
+// an index is not in [0, count). Not for a team (core/team.h): y's rows go through scratch that its members do not
+// share.
 bool grouped_dequant_matmul(const GroupedDequantMatmulArgs& args, Tier limit);
 
 }  // namespace klfast

@@ -9,10 +9,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from klfast.core.errors import CannotLowerError
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.engine.routing import Routing
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, LogitRule, Mixer, Rows, split
 from klfast.models.families.lowering import Sublayer
 
@@ -56,11 +56,22 @@ def _mixer(angles: Columns | None, build: Builder, block: Any, x: Columns, out: 
 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
-    mlp = block.shared_mlp
-    if block.has_experts:
-        raise CannotLowerError(f"{build.name(block)} has experts")
+    if not block.has_experts:
+        _shared_mlp(build, block.shared_mlp, x, out)
+        return
+    moe = block.block_sparse_moe
+    build.expect(moe, "GraniteMoeHybridMoE")
+    build.expect(moe.router, "GraniteMoeHybridTopKRouter")
+    shared = build.buffer("shared", out.width)
+    _shared_mlp(build, block.shared_mlp, x, shared)
+    # A softmax over the chosen alone is the normalised softmax over all (GraniteMoeHybridTopKRouter.forward, 5.24.0).
+    experts.mixture(build, moe.experts, experts.routes(build, moe.router, x, Routing(moe.router.top_k)), x, out)
+    build.combine("add", out, shared, out)
+
+
+def _shared_mlp(build: Builder, mlp: Any, x: Columns, out: Columns) -> None:
     build.expect(mlp, "GraniteMoeHybridMLP")
-    lowering.require_silu(block.shared_mlp.activation)
+    lowering.require_silu(mlp.activation)
     both, inner = build.buffer("mlp.both", 2 * mlp.hidden_size), build.buffer("mlp.inner", mlp.hidden_size)
     build.project(mlp.input_linear, x, both)
     gate, up = both.split(mlp.hidden_size, mlp.hidden_size)

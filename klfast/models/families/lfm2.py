@@ -14,7 +14,8 @@ from torch import nn
 
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.engine.routing import Routing
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 from klfast.models.families.lowering import Sublayer
 
@@ -29,20 +30,22 @@ def _rows(mixer: _ShortConv) -> Mapping[str, Rows]:
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    build.expect(model, "Lfm2ForCausalLM")
-    mixer = functools.partial(_mixer, lowering.rotary(build, model.model.rotary_emb))
+    build.expect(model, "Lfm2ForCausalLM", "Lfm2MoeForCausalLM")
+    positions = getattr(model.model, "pos_emb", None) or model.model.rotary_emb  # the mixture's, the dense model's
+    mixer = functools.partial(_mixer, lowering.rotary(build, positions))
     sublayers = [Sublayer(mixer, "operator_norm"), Sublayer(_mlp, "ffn_norm")]
-    return lowering.decoder(build, model, {"Lfm2DecoderLayer": sublayers}, last_norm="embedding_norm")
+    block = type(model).__name__.replace("ForCausalLM", "DecoderLayer")
+    return lowering.decoder(build, model, {block: sublayers}, last_norm="embedding_norm")
 
 
 def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns) -> None:
     if block.is_attention_layer:
-        build.expect(block.self_attn, "Lfm2Attention")
+        build.expect(block.self_attn, "Lfm2Attention", "Lfm2MoeAttention")
         names = lowering.AttentionNames(out="out_proj", q_norm="q_layernorm", k_norm="k_layernorm")
         lowering.attention(build, block.self_attn, x, out, angles, names=names)
         return
     mixer = block.conv
-    build.expect(mixer, "Lfm2ShortConv")
+    build.expect(mixer, "Lfm2ShortConv", "Lfm2MoeShortConv")
     channels = mixer.conv.in_channels
     projected, y = build.buffer("conv.projected", 3 * channels), build.buffer("conv.y", channels)
     build.project(mixer.in_proj, x, projected)
@@ -55,8 +58,27 @@ def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
     mlp = block.feed_forward
-    build.expect(mlp, "Lfm2MLP")
-    lowering.gated_mlp(build, mlp.w1, mlp.w3, mlp.w2, x, out)
+    build.expect(mlp, "Lfm2MLP", "Lfm2MoeMLP", "Lfm2MoeSparseMoeBlock")
+    if hasattr(mlp, "experts"):
+        _mixture(build, mlp, x, out)
+    else:
+        lowering.gated_mlp(build, mlp.w1, mlp.w3, mlp.w2, x, out)
+
+
+def _mixture(build: Builder, moe: Any, x: Columns, out: Columns) -> None:
+    """Lower Lfm2MoeSparseMoeBlock (modeling_lfm2_moe.py, Lfm2MoeTopKRouter.forward, 5.17.0 and 5.24.0)."""
+    router = moe.gate
+    build.expect(router, "Lfm2MoeTopKRouter")
+    routing = Routing(
+        router.top_k,
+        sigmoid=True,
+        normalise=router.norm_topk_prob,
+        epsilon=1e-6,
+        factor=router.routed_scaling_factor,
+        rounds=True,
+    )
+    [bias] = build.tensors((moe._buffers, "expert_bias")) if moe.use_expert_bias else [None]
+    experts.mixture(build, moe.experts, experts.routes(build, router, x, routing, bias), x, out)
 
 
 FAMILY = Family(
@@ -75,4 +97,5 @@ MOE = Family(
     rows={"Lfm2MoeShortConv": _rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )

@@ -30,8 +30,8 @@ class Sublayer(NamedTuple):
 
 
 def require_silu(activation: object) -> None:
-    """Require that an activation, by its name or module, is SiLU."""
-    name = activation if isinstance(activation, str) else type(activation).__name__
+    """Require that an activation, by its name, function or module, is SiLU."""
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
     if str(name).lower() not in ("silu", "swish", "siluactivation"):
         raise CannotLowerError(f"an activation is {name}")
 
@@ -195,12 +195,29 @@ def delta_net(
             projected = build.buffer(f"delta.{name}", part.width)
             build.project(getattr(mixer, f"{name}_proj"), x, projected)
             build.convolve(mixer.conv1d, True, projected, part, first=part.first)
-    z, y = build.buffer("delta.z", mixer.value_dim), build.buffer("delta.y", mixer.value_dim)
+    z = build.buffer("delta.z", mixer.value_dim)
     a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
     for name, columns in ((names.z, z), (names.a, a), (names.b, b)):
         build.project(getattr(mixer, name), x, columns)
+    delta_heads(build, mixer, mixed, z, a, b, out, names=names, largest_beta=largest_beta)
+
+
+def delta_heads(
+    build: Builder,
+    mixer: Any,
+    mixed: Columns,
+    z: Columns,
+    a: Columns,
+    b: Columns,
+    out: Columns,
+    *,
+    names: DeltaNames = DeltaNames(),  # noqa: B008 (a tuple)
+    largest_beta: float = 1.0,
+) -> None:
+    """Lower what follows the convolution of a gated delta net: ``mixed`` has its queries, keys and values."""
     A_log, dt_bias = build.parameters(mixer, "A_log", "dt_bias")
-    q, k, v = mixed.split(*widths)
+    q, k, v = mixed.split(mixer.key_dim, mixer.key_dim, mixer.value_dim)
+    y = build.buffer("delta.y", mixer.value_dim)
     build.delta_rule(build.name(mixer), A_log, dt_bias, largest_beta, mixer.num_k_heads, q, k, v, a, b, y)
     build.normalise(getattr(mixer, names.norm), y, y, z)
     build.project(getattr(mixer, names.out), y, out)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
 from klfast.models.families.lowering import Sublayer
 
@@ -27,24 +27,29 @@ def _rows(mixer: _DeltaNet) -> Mapping[str, Rows]:
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    build.expect(model, "Qwen3_5ForCausalLM")
+    build.expect(model, "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
     mixer = functools.partial(_mixer, lowering.rotary(build, model.model.rotary_emb))
     sublayers = [Sublayer(mixer, "input_layernorm"), Sublayer(_mlp, "post_attention_layernorm")]
-    return lowering.decoder(build, model, {"Qwen3_5DecoderLayer": sublayers})
+    block = type(model).__name__.replace("ForCausalLM", "DecoderLayer")
+    return lowering.decoder(build, model, {block: sublayers})
 
 
 def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns) -> None:
     if block.block_type != "linear_attention":
-        build.expect(block.self_attn, "Qwen3_5Attention")
+        build.expect(block.self_attn, "Qwen3_5Attention", "Qwen3_5MoeAttention")
         names = lowering.AttentionNames(q_norm="q_norm", k_norm="k_norm")
         lowering.attention(build, block.self_attn, x, out, angles, names=names, gated=True)
         return
-    build.expect(block.linear_attn, "Qwen3_5GatedDeltaNet")
+    build.expect(block.linear_attn, "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
     lowering.delta_net(build, block.linear_attn, x, out, fused="in_proj_qkv")
 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
-    lowering.mlp(build, block.mlp, x, out, "Qwen3_5MLP")
+    if hasattr(block.mlp, "experts"):
+        build.expect(block.mlp, "Qwen3_5MoeSparseMoeBlock")
+        experts.with_shared_expert(build, block.mlp, True, x, out)
+    else:
+        lowering.mlp(build, block.mlp, x, out, "Qwen3_5MLP")
 
 
 FAMILY = Family(
@@ -63,4 +68,5 @@ MOE = Family(
     rows={"Qwen3_5MoeGatedDeltaNet": _rows},
     blocks=Blocks("layers"),
     logits=plain,
+    lower=_lower,
 )

@@ -1,0 +1,41 @@
+"""How the tokens of a mixture meet its experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from klfast.engine.columns import Columns
+
+
+class Routing(NamedTuple):
+    """How a router chooses experts for a token, by their scores, and weighs them.
+
+    Attributes:
+        each: experts that a token meets.
+        sigmoid: scores are sigmoids of the logits; else their softmax.
+        normalise: the scores of the chosen are divided by ``epsilon`` and their sum.
+        epsilon: see there.
+        factor: multiplies the weights.
+        rounds: scores and the result of each step after them are in the model's dtype; else in float32.
+    """
+
+    each: int
+    sigmoid: bool = False
+    normalise: bool = True
+    epsilon: float = 0.0
+    factor: float = 1.0
+    rounds: bool = False
+
+
+class Routes(NamedTuple):
+    """Which experts the tokens meet.
+
+    Attributes:
+        experts: of the mixture.
+        chosen: columns of the experts' numbers, as float32, an expert each.
+        weights: columns of their weights.
+    """
+
+    experts: int
+    chosen: Columns
+    weights: Columns

@@ -1,0 +1,77 @@
+"""Lowerings of mixtures of experts, as transformers writes them: routers, experts, shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from klfast.core.errors import CannotLowerError
+from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
+from klfast.engine.routing import Routes, Routing
+from klfast.models.families import lowering
+from klfast.nn.experts import stack_names
+from klfast.nn.linear import QuantLinear
+
+
+def routes(build: Builder, router: Any, x: Columns, routing: Routing, bias: torch.Tensor | None = None) -> Routes:
+    """Lower a router with a ``weight`` [experts, hidden]; ``bias`` is added to the scores for the choice alone."""
+    logits = build.buffer("router.logits", len(router.weight))
+    build.project_parameter(router, "weight", x, logits)
+    return build.route(f"{build.name(router)}.routes", routing, logits, bias)
+
+
+def mixture(build: Builder, experts: Any, routes: Routes, x: Columns, out: Columns) -> None:
+    """Lower the weighted sum of experts ``down(silu(gate) * up)``.
+
+    Args:
+        build: the program's builder.
+        experts: of a class that ``stack_names`` knows, quantized or not.
+        routes: of the tokens.
+        x, out: columns of the hidden size.
+    """
+    name = build.name(experts)
+    build.expect(experts, type(experts).__name__)
+    names = stack_names(experts)
+    if not names or not experts.has_gate:
+        raise CannotLowerError(f"{name} are experts of another kind")
+    lowering.require_silu(experts.act_fn)
+    first, last = names
+    down = getattr(experts, last)
+    size = down.in_features if isinstance(down, QuantLinear) else down.shape[-1]
+    each = routes.chosen.width
+    rows, both, inner = (
+        build.buffer(f"experts.{part}", width, rows=build.rows * each)
+        for part, width in (("rows", x.width), ("both", 2 * size), ("inner", size))
+    )
+    build.gather(f"{name}.gather", routes, x, rows)
+    build.project_gathered(experts, first, routes, rows, both)
+    gate, up = both.split(size, size)
+    build.combine("silu_gate", gate, up, inner, each=each)
+    build.project_gathered(experts, last, routes, inner, rows)
+    build.sum_gathered(f"{name}.sum", routes, rows, out)
+
+
+def with_shared_expert(build: Builder, moe: Any, normalise: bool, x: Columns, out: Columns) -> None:
+    """Lower a mixture beside an expert that all tokens meet, as Qwen's models have it.
+
+    The router's softmax is in float32, its weights are normalised or not (Qwen3NextTopKRouter.forward and
+    Qwen3NextSparseMoeBlock.forward in modeling_qwen3_next.py, likewise modeling_qwen3_5_moe.py, 5.17.0 and 5.24.0).
+    """
+    build.expect(moe.gate, "Qwen3_5MoeTopKRouter", "Qwen3NextTopKRouter")
+    shared = build.buffer("experts.shared", out.width)
+    lowering.mlp(build, moe.shared_expert, x, shared, "Qwen3_5MoeMLP", "Qwen3NextMLP")
+    _gate(build, moe.shared_expert_gate, x, shared)
+    mixture(build, moe.experts, routes(build, moe.gate, x, Routing(moe.gate.top_k, normalise=normalise)), x, out)
+    build.combine("add", out, shared, out)
+
+
+def _gate(build: Builder, layer: nn.Linear, x: Columns, y: Columns) -> None:
+    """Lower y = sigmoid(layer(x)) y with one gate a token: a mixture of one expert, which all tokens meet."""
+    logit = build.buffer("gate.logit", 1)
+    build.project(layer, x, logit)
+    routing = Routing(1, sigmoid=True, normalise=False, rounds=True)
+    routes = build.route(f"{build.name(layer)}.routes", routing, logit, prefix="gate")
+    build.sum_gathered(f"{build.name(layer)}.multiply", routes, y, y)
