@@ -13,7 +13,7 @@ from transformers.utils import import_utils
 import klfast
 from klfast.acceleration.transformers_functions import REPLACEMENTS
 from klfast.integrations import hub_kernels
-from klfast.integrations.hub_kernels import KERNELS
+from klfast.integrations.hub_layers import KERNELS
 
 TRAINING_ONLY = {"mamba_inner_fn", "mamba_split_conv1d_scan_combined"}
 

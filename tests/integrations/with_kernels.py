@@ -14,7 +14,7 @@ from transformers.integrations.hub_kernels import get_kernel_mapping_transformer
 import klfast
 from kernels import Mode
 from klfast.acceleration.transformers_functions import REPLACEMENTS
-from klfast.integrations.hub_kernels import KERNELS
+from klfast.integrations.hub_layers import KERNELS
 
 FUNCTIONS = hub_functions()
 FAMILIES = ("mamba", "mamba2", "jamba", "qwen3_5", "kimi_linear", "lfm2")
