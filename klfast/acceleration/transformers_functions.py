@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from klfast import ops
+from klfast.ops import ssm
 
 SILU = ("silu", "swish")
 
@@ -33,9 +33,9 @@ def _conv1d(
 ) -> torch.Tensor:
     y: Any
     if activation is None or activation in SILU:
-        y = ops.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
+        y = ssm.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
     else:
-        y = _activated(cast(Any, ops.causal_conv1d_fn(x, weight, bias, seq_idx)), activation)
+        y = _activated(cast(Any, ssm.causal_conv1d_fn(x, weight, bias, seq_idx)), activation)
     found: torch.Tensor = y
     return found
 
@@ -49,8 +49,8 @@ def _conv1d_update(
     **kwargs: Any,
 ) -> torch.Tensor:
     if activation is None or activation in SILU:
-        return ops.causal_conv1d_update(x, conv_state, weight, bias, activation, **kwargs)
-    return _activated(ops.causal_conv1d_update(x, conv_state, weight, bias, **kwargs), activation)
+        return ssm.causal_conv1d_update(x, conv_state, weight, bias, activation, **kwargs)
+    return _activated(ssm.causal_conv1d_update(x, conv_state, weight, bias, **kwargs), activation)
 
 
 def _activated(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -74,7 +74,7 @@ def _scan(
     return_last_state: bool = False,
     **_: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    return ops.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    return ssm.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
 def _step(
@@ -90,7 +90,7 @@ def _step(
     dt_softplus: bool = False,
     **_: object,
 ) -> torch.Tensor:
-    return ops.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return ssm.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def _chunk_scan(
@@ -112,7 +112,7 @@ def _chunk_scan(
     return_varlen_states: bool = False,
     **_: object,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    return ops.mamba_chunk_scan_combined(
+    return ssm.mamba_chunk_scan_combined(
         x,
         dt,
         A,
@@ -149,11 +149,11 @@ def _delta_rule(
     Mixers read it from their cache and copy the final state there, so nothing is left to copy.
     """
     if initial_state is not None and initial_state.dtype == torch.float32 and output_final_state and cu_seqlens is None:
-        y = ops.gated_delta_rule_update(
+        y = ssm.gated_delta_rule_update(
             initial_state, query, key, value, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel
         )
         return y, initial_state
-    run = ops.chunk_kda if g.dim() == 4 else ops.chunk_gated_delta_rule
+    run = ssm.chunk_kda if g.dim() == 4 else ssm.chunk_gated_delta_rule
     return run(query, key, value, g, beta, None, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
 
 

@@ -169,19 +169,6 @@ def flat_targets(targets: torch.Tensor, tokens: int) -> torch.Tensor:
     return targets.reshape(-1).repeat(tokens // targets.numel()) if targets.numel() else targets.reshape(-1)
 
 
-def empty_channel_last(x: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialised [B, D, L], [B, L, D] in memory: a linear layer takes it next, transposed."""
-    batch, channels, length = x.shape
-    if length == 1:  # the same memory; a step need not pay for the transposition
-        return x.new_empty(batch, channels, 1)
-    return x.new_empty(batch, length, channels).transpose(1, 2)
-
-
-def groups_of(B: torch.Tensor, C: torch.Tensor) -> int:
-    """Return the groups of a selective scan's B and C, each [B, G, N, L] or [D, N]; 1 if both are constant."""
-    return next((t.shape[1] for t in (B, C) if t.dim() == 4), 1)
-
-
 def preferred_layout(device: torch.device, spec: QuantSpec) -> Layout:
     """Return the layout that a device's kernels read fastest; plain if none of them takes the format."""
     tiled = device.type != "cpu" and spec.format.name in registry.kernel_formats("dequant_matmul", device.type.upper())

@@ -94,7 +94,7 @@ def _klfast(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, demo, doctor, evaluate, generate, plan, quantize, report, sweep  # noqa: E402
+from klfast.cli import bench, demo, doctor, evaluate, export_kernels, generate, plan, quantize, report, sweep  # noqa: E402
 
 for command in (
     demo.demo,
@@ -106,8 +106,10 @@ for command in (
     bench.bench,
     report.report,
     doctor.doctor,
+    export_kernels.export_kernels,
 ):
-    app.command("eval" if command is evaluate.evaluate else command.__name__, cls=_Command)(command)
+    name = "eval" if command is evaluate.evaluate else command.__name__.replace("_", "-")
+    app.command(name, cls=_Command)(command)
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 from klfast.dispatch.checks import check_writable, no_memory
 
-LIBRARY = torch.library.Library("klfast", "DEF")
+NAMESPACE = __name__.partition(".")[0]  # another one in an exported copy (integrations/hub_repository.py)
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _checks: dict[str, Callable[..., Sequence[Any]]] = {}
 _runs: dict[str, Callable[..., Any]] = {}
 _references: dict[str, Callable[..., Any]] = {}
@@ -68,8 +69,8 @@ def define(
     reference: Callable[..., Any],
     arguments: Callable[..., Any] | None = None,
     formats: Callable[..., Iterable[str]] | None = None,
-) -> None:
-    """Define an op.
+) -> torch._ops.OpOverload:
+    """Define an op and return it.
 
     ``check`` raises InvalidInputError for invalid arguments. It runs first on every path: before ``fake`` (shape
     inference), before a kernel, and before ``reference`` (used where no kernel is registered). Whatever the schema
@@ -86,6 +87,7 @@ def define(
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     declared = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
     parsed = [(i, *argument.rpartition(" ")) for i, argument in enumerate(declared)]
     tensors = [(i, kind, argument) for i, kind, _, argument in parsed if kind.startswith("Tensor")]
@@ -138,9 +140,7 @@ def define(
                     f"{name}: {argument} is written in place and must not be a negated view; "
                     f"pass {argument}.resolve_neg()"
                 )
-        return getattr(torch.ops.klfast, name).default(
-            *(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
-        )
+        return op(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
 
     def without_kernel(*args: Any) -> Any:
         every = list(_tensors_in(args))
@@ -160,10 +160,11 @@ def define(
     _checks[name], _runs[name], _references[name] = checked, run, reference
     if formats is not None:
         _formats_of[name] = formats
-    torch.library.register_fake(f"klfast::{name}", checked_fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     if written:
         LIBRARY.impl(name, negated, "Negative")
+    return op
 
 
 def register_kernel(

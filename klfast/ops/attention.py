@@ -38,7 +38,7 @@ def _fake(a: DecodeAttention) -> torch.Tensor:
     return a.q.new_empty(*a.q.shape[:2], a.v.shape[-1])
 
 
-define(
+decode_attention_op = define(
     schema("decode_attention", DecodeAttention, "Tensor"),
     arguments=DecodeAttention,
     check=_check,
@@ -68,4 +68,4 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
-    return torch.ops.klfast.decode_attention.default(q, k, v, scale)
+    return decode_attention_op(q, k, v, scale)

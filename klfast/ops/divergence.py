@@ -10,7 +10,7 @@ from klfast.backends.operands import DivergenceArgs, flat_targets, head_parts
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.checks import public, same_device
-from klfast.dispatch.registry import define as _define
+from klfast.dispatch.registry import define
 from klfast.quant.tensor import QuantizedTensor
 from klfast.reference import divergence as reference_divergence
 
@@ -71,7 +71,7 @@ def _fake_logit_divergence(teacher, student, targets):
     return teacher.new_empty((8, teacher.shape[0]), dtype=torch.float32)
 
 
-_define(
+logit_divergence_op = define(
     "logit_divergence(Tensor teacher, Tensor student, Tensor? targets) -> Tensor",
     check=_check_logit_divergence,
     fake=_fake_logit_divergence,
@@ -121,7 +121,7 @@ def logit_divergence(
         student_logits.reshape(-1, vocab),
         None if targets is None else targets.reshape(-1),
     )
-    return _as_divergence(torch.ops.klfast.logit_divergence.default(*args), targets is not None)
+    return _as_divergence(logit_divergence_op(*args), targets is not None)
 
 
 def _as_divergence(metrics: torch.Tensor, with_targets: bool) -> Divergence:
@@ -187,7 +187,7 @@ def _reference_linear_divergence(args: DivergenceArgs) -> torch.Tensor:
     return reference_divergence.linear_divergence(teacher, args.t_head, student, args.s_head, targets)
 
 
-_define(
+linear_divergence_op = define(
     "linear_divergence(Tensor teacher, Tensor[] t_head, Tensor student, Tensor[] s_head, Tensor? targets, "
     "int t_rows, str t_format, str t_layout, int s_rows, str s_format, str s_layout) -> Tensor",
     check=_check_linear_divergence,
@@ -234,4 +234,4 @@ def linear_divergence(
             )
     (teacher, of_teacher), (student, of_student) = head_parts(teacher_head), head_parts(student_head)
     args = (teacher_hidden, teacher, student_hidden, student, targets, *of_teacher, *of_student)
-    return _as_divergence(torch.ops.klfast.linear_divergence.default(*args), targets is not None)
+    return _as_divergence(linear_divergence_op(*args), targets is not None)

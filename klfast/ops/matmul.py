@@ -45,7 +45,7 @@ def _reference_dequant_matmul(args: MatmulArgs) -> torch.Tensor:
     return reference.dequant_matmul(args.x, args.quantized, args.bias, args.activation)
 
 
-define(
+dequant_matmul_op = define(
     "dequant_matmul(Tensor x, Tensor[] parts, Tensor? bias, int n, int k, str format, str layout, str activation) "
     "-> Tensor",
     check=_check_dequant_matmul,
@@ -54,7 +54,6 @@ define(
     arguments=MatmulArgs.of,
     formats=attrgetter("weight.formats"),
 )
-dequant_matmul_op = torch.ops.klfast.dequant_matmul.default
 call_dequant_matmul = transforms.past_autograd(dequant_matmul_op)
 
 
@@ -105,7 +104,7 @@ def _check_grouped_dequant_matmul(args: GroupedMatmulArgs) -> None:
     same_device("grouped_dequant_matmul", x, index, *args.parts)
 
 
-define(
+grouped_dequant_matmul_op = define(
     "grouped_dequant_matmul(Tensor x, Tensor[] parts, Tensor index, int count, int n, int k, str format, str layout, "
     "str activation) -> Tensor",
     check=_check_grouped_dequant_matmul,
@@ -116,7 +115,6 @@ define(
     arguments=GroupedMatmulArgs.of,
     formats=attrgetter("weight.formats"),
 )
-grouped_dequant_matmul_op = torch.ops.klfast.grouped_dequant_matmul.default
 
 
 @public
@@ -172,14 +170,13 @@ def _fake_linear(a: Linear) -> torch.Tensor:
     return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=a.dtype)
 
 
-define(
+linear_op = define(
     schema("linear", Linear, "Tensor"),
     arguments=Linear,
     check=_check_linear,
     fake=_fake_linear,
     reference=lambda a: reference.linear(*a),
 )
-linear_op = torch.ops.klfast.linear.default
 
 
 @public

@@ -21,7 +21,9 @@ def _fake(a: RmsNorm) -> torch.Tensor:
     return torch.empty(a.x.shape, dtype=torch.promote_types(a.x.dtype, a.weight.dtype), device=a.x.device)
 
 
-define(schema("rms_norm", RmsNorm, "Tensor"), arguments=RmsNorm, check=_check, fake=_fake, reference=reference.rms_norm)
+rms_norm_op = define(
+    schema("rms_norm", RmsNorm, "Tensor"), arguments=RmsNorm, check=_check, fake=_fake, reference=reference.rms_norm
+)
 
 
 @public
@@ -62,4 +64,4 @@ def rms_norm(
         gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])
     group_size = group_size or (weight.shape[-1] if weight.dim() else 1)
     args = (x, weight, gate, eps, group_size, norm_before_gate, gate_activation == "sigmoid", weight_offset)
-    return torch.ops.klfast.rms_norm.default(*args).view(shape)
+    return rms_norm_op(*args).view(shape)

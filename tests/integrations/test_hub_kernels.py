@@ -1,19 +1,15 @@
 """register_kernels: klfast's functions under the names that transformers looks up in the package kernels."""
 
-import os
-import subprocess
-import sys
 from inspect import Parameter
-from pathlib import Path
 
 import pytest
 from hub_functions import hub_functions
+from other_process import run_tests
 from transformers.utils import import_utils
 
 import klfast
 from klfast.acceleration.transformers_functions import REPLACEMENTS
-from klfast.integrations import hub_kernels
-from klfast.integrations.hub_kernels import KERNELS
+from klfast.integrations.hub_layers import KERNELS, layer
 
 TRAINING_ONLY = {"mamba_inner_fn", "mamba_split_conv1d_scan_combined"}
 
@@ -26,7 +22,7 @@ def test_parameters_are_those_of_every_modeling_file():
             arguments = functions[name]
             assert not arguments.posonlyargs + arguments.kwonlyargs and arguments.vararg is None
             names = ["self", *(a.arg for a in arguments.args), *([arguments.kwarg.arg] if arguments.kwarg else [])]
-            found = hub_kernels._Repository(name).load().forward.__signature__.parameters
+            found = layer(name).forward.__signature__.parameters
             assert list(found) == names, (model, name)
             kinds = [Parameter.VAR_KEYWORD if n == "kwargs" else Parameter.POSITIONAL_OR_KEYWORD for n in names]
             assert [parameter.kind for parameter in found.values()] == kinds
@@ -45,8 +41,4 @@ def test_without_the_package_kernels(monkeypatch):
 
 def test_with_the_package_kernels():
     """It changes transformers' modeling files when they are imported, so in another process."""
-    file, support = Path(__file__).with_name("with_kernels.py"), Path(__file__).parents[1] / "support"
-    command = [sys.executable, "-m", "pytest", "-p", "kernels_taken", "-p", "no:cacheprovider", "-q", str(file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(support), *sys.path])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
+    run_tests("tests/integrations/with_kernels.py", plugins=["kernels_taken"])

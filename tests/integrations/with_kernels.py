@@ -6,15 +6,14 @@ import threading
 import pytest
 import torch
 from hub_functions import hub_functions
-from tiny_models import batch, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from models_with_kernels import load, outputs, saved
+from tiny_models import batch
 from transformers.integrations.hub_kernels import get_kernel_mapping_transformers
 
 import klfast
 from kernels import Mode
 from klfast.acceleration.transformers_functions import REPLACEMENTS
-from klfast.integrations.hub_kernels import KERNELS
+from klfast.integrations.hub_layers import KERNELS
 
 FUNCTIONS = hub_functions()
 FAMILIES = ("mamba", "mamba2", "jamba", "qwen3_5", "kimi_linear", "lfm2")
@@ -27,36 +26,6 @@ def _as_before():
     yield
     klfast.unregister_kernels()
     assert mapping == before
-
-
-class Calls(TorchDispatchMode):
-    """The names of klfast's ops that were called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace == "klfast":
-            self.names.add(name)
-        return func(*args, **(kwargs or {}))
-
-
-def outputs(model):
-    """Return logits, generated tokens and the names of klfast's ops that made them."""
-    with torch.inference_mode(), Calls() as calls:
-        logits, tokens = model(batch()).logits, model.generate(batch(2, 5), max_new_tokens=5, do_sample=False)
-    return logits, tokens, calls.names
-
-
-def saved(family, folder):
-    tiny(family, tied=None).save_pretrained(folder)
-    return folder
-
-
-def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

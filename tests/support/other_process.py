@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, timeout: float = 600, **environment: str) -> str:
@@ -14,3 +18,13 @@ def run(code: str, timeout: float = 600, **environment: str) -> str:
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     return done.stdout
+
+
+def run_tests(*tests: str, plugins: Iterable[str], **environment: str) -> None:
+    """Run tests, named from the repository's root, with plugins of tests/support; raise AssertionError if one fails."""
+    loaded = [word for plugin in plugins for word in ("-p", plugin)]
+    command = [sys.executable, "-m", "pytest", *loaded, "-p", "no:cacheprovider", "-q", *tests]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from klfast import _C
-from klfast.backends import operands
 from klfast.backends.cpu.extension import address, integers, resources, slots_view, view
+from klfast.backends.ssm_operands import empty_channel_last, groups_of
 from klfast.dispatch.arguments import (
     CausalConv1d,
     CausalConv1dUpdate,
@@ -19,7 +19,7 @@ from klfast.dispatch.arguments import (
 
 def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
     """Convolve a sequence, channels side by side in the result."""
-    out = operands.empty_channel_last(a.x)
+    out = empty_channel_last(a.x)
     width = a.weight.shape[1]
     tensors = (a.x, a.weight, a.bias, a.initial_states, a.final_states_out, out)
     _C.causal_conv1d(*map(view, tensors), None, 0, *a.x.shape, width, width - 1, width - 1, a.silu, *resources())
@@ -29,7 +29,7 @@ def causal_conv1d(a: CausalConv1d) -> torch.Tensor:
 def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
     """Convolve the steps after ``conv_state``, which is updated in place."""
     x, state, weight, bias, silu, seen, slots, padding = a  # one step takes microseconds, each field access about 20 ns
-    out = operands.empty_channel_last(x)
+    out = empty_channel_last(x)
     length = state.shape[-1]
     slots, seen = integers(slots), integers(seen)
     tensors = (x, weight, bias, state, state, out)
@@ -40,11 +40,11 @@ def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
 
 def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     """Scan a sequence; also return the last state, float32."""
-    out = operands.empty_channel_last(a.u)
+    out = empty_channel_last(a.u)
     state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
     tensors = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_states, out, state)
     constant = (a.B.dim() == 2, a.C.dim() == 2)
-    sizes = (*a.u.shape, operands.groups_of(a.B, a.C), a.A.shape[1])
+    sizes = (*a.u.shape, groups_of(a.B, a.C), a.A.shape[1])
     _C.selective_scan(*map(view, tensors), *sizes, *constant, a.delta_softplus, *resources())
     return out, state
 

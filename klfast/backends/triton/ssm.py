@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from klfast.backends import operands
+from klfast.backends.ssm_operands import empty_channel_last, groups_of
 from klfast.dispatch.arguments import (
     CausalConv1d,
     CausalConv1dUpdate,
@@ -42,7 +42,7 @@ def causal_conv1d_update(a: CausalConv1dUpdate) -> torch.Tensor:
 def _convolve(a: CausalConv1d | CausalConv1dUpdate, past: torch.Tensor | None, states: Any) -> torch.Tensor:
     from klfast.kernels import causal_conv1d as kernel
 
-    out = operands.empty_channel_last(a.x)
+    out = empty_channel_last(a.x)
     if out.numel():
         bias = None if a.bias is None else a.bias.detach().contiguous()
         kernel.plan(a.x.detach(), a.weight.detach(), bias, past, out, a.silu, states).run()
@@ -51,8 +51,8 @@ def _convolve(a: CausalConv1d | CausalConv1dUpdate, past: torch.Tensor | None, s
 
 def selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     """Scan [B, D, L] as G heads of D / G channels, one per group of B and C; also return the last state, float32."""
-    groups = operands.groups_of(a.B, a.C)
-    out = operands.empty_channel_last(a.u)
+    groups = groups_of(a.B, a.C)
+    out = empty_channel_last(a.u)
     state = a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
 
     def timed(t: torch.Tensor) -> torch.Tensor:  # [B, D, L] -> [B, L, G, D / G]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from klfast.backends.operands import empty_channel_last
+from klfast.backends.ssm_operands import empty_channel_last
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.arguments import CausalConv1d, CausalConv1dUpdate, schema
 from klfast.dispatch.checks import check_integers, check_sizes, check_slots, public, same_device, values_at_hand
@@ -48,7 +48,7 @@ def _fake_conv(a: CausalConv1d | CausalConv1dUpdate) -> torch.Tensor:
     return empty_channel_last(a.x)
 
 
-define(
+causal_conv1d_op = define(
     schema("causal_conv1d", CausalConv1d, "Tensor"),
     arguments=CausalConv1d,
     check=_check_causal_conv1d,
@@ -100,7 +100,7 @@ def causal_conv1d_fn(
     if wanted and final_states_out is None and x.dim() == 3 and weight.dim():
         final_states_out = x.new_empty(*x.shape[:2], max(weight.shape[-1] - 1, 0))
     args = (x, weight, bias, initial_states, final_states_out, silu)
-    out = torch.ops.klfast.causal_conv1d.default(*args)
+    out = causal_conv1d_op(*args)
     if not return_final_states:
         return out
     assert final_states_out is not None  # the op has refused other shapes
@@ -121,7 +121,7 @@ def _packed(
             sequence.of(out_in_time).zero_()
             continue
         piece = sequence.of(in_time).transpose(1, 2)
-        y = torch.ops.klfast.causal_conv1d.default(piece, weight, bias, None, None, silu)
+        y = causal_conv1d_op(piece, weight, bias, None, None, silu)
         sequence.of(out_in_time).copy_(y.transpose(1, 2))
     return out
 
@@ -172,7 +172,7 @@ def _check_causal_conv1d_update(a: CausalConv1dUpdate) -> None:
             raise InvalidInputError(f"{op}: cache_seqlens must be at least 0, got {int(seen.min())}")
 
 
-define(
+causal_conv1d_update_op = define(
     schema("causal_conv1d_update", CausalConv1dUpdate, "Tensor"),
     arguments=CausalConv1dUpdate,
     check=_check_causal_conv1d_update,
@@ -217,5 +217,5 @@ def causal_conv1d_update(
     silu = _is_silu("causal_conv1d_update", activation)
     places = (cache_seqlens, conv_state_indices, pad_slot_id)
     args = (x.unsqueeze(-1) if one_step else x, conv_state, weight, bias, silu, *places)
-    out = torch.ops.klfast.causal_conv1d_update.default(*args)
+    out = causal_conv1d_update_op(*args)
     return out.squeeze(-1) if one_step else out

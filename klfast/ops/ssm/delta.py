@@ -36,7 +36,7 @@ def _check(a: GatedDeltaRule) -> None:
         )
 
 
-define(
+gated_delta_rule_op = define(
     schema("gated_delta_rule", GatedDeltaRule, "Tensor"),
     arguments=GatedDeltaRule,
     check=_check,
@@ -71,7 +71,7 @@ def gated_delta_rule_update(
     if scale is None:
         scale = max(k.shape[-1:].numel(), 1) ** -0.5  # the op refuses no channels
     args = (q, k, v, g, beta, state, float(scale), use_qk_l2norm_in_kernel)
-    out: torch.Tensor = torch.ops.klfast.gated_delta_rule.default(*args)
+    out: torch.Tensor = gated_delta_rule_op(*args)
     return out
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from klfast.backends.operands import empty_channel_last
+from klfast.backends.ssm_operands import empty_channel_last
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.arguments import MambaChunkScan, SelectiveScan, SelectiveStateUpdate, schema
 from klfast.dispatch.checks import check_groups, check_sizes, check_slots, public, same_device
@@ -40,7 +40,7 @@ def _fake_selective_scan(a: SelectiveScan) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_channel_last(a.u), a.u.new_empty(a.u.shape[0], *a.A.shape, dtype=torch.float32)
 
 
-define(
+selective_scan_op = define(
     schema("selective_scan", SelectiveScan, "(Tensor, Tensor)"),
     arguments=SelectiveScan,
     check=_check_selective_scan,
@@ -85,7 +85,7 @@ def selective_scan_fn(
     """
     B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
     args = (u, delta, A, B, C, D, z, delta_bias, initial_states, delta_softplus)
-    out, last_state = torch.ops.klfast.selective_scan.default(*args)
+    out, last_state = selective_scan_op(*args)
     return (out, last_state) if return_last_state else out
 
 
@@ -118,7 +118,7 @@ def _fake_selective_state_update(a: SelectiveStateUpdate) -> torch.Tensor:
     return a.x.new_empty(a.x.shape)
 
 
-define(
+selective_state_update_op = define(
     schema("selective_state_update", SelectiveStateUpdate, "Tensor"),
     arguments=SelectiveStateUpdate,
     check=_check_selective_state_update,
@@ -172,7 +172,7 @@ def selective_state_update(
     if B.dim() == 2:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id)
-    out = torch.ops.klfast.selective_state_update.default(*args)
+    out = selective_state_update_op(*args)
     return out.squeeze(1) if headless else out
 
 
@@ -206,7 +206,7 @@ def _fake_mamba_chunk_scan(a: MambaChunkScan) -> tuple[torch.Tensor, torch.Tenso
     return a.x.new_empty(a.x.shape), a.x.new_empty(shape, dtype=torch.float32)
 
 
-define(
+mamba_chunk_scan_op = define(
     schema("mamba_chunk_scan", MambaChunkScan, "(Tensor, Tensor)"),
     arguments=MambaChunkScan,
     check=_check_mamba_chunk_scan,
@@ -268,7 +268,7 @@ def mamba_chunk_scan_combined(
     low, high = map(float, dt_limit)
     args = MambaChunkScan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, low, high, return_final_states)
     if seq_idx is None and cu_seqlens is None and not return_varlen_states:
-        out, final_states = torch.ops.klfast.mamba_chunk_scan.default(*args)
+        out, final_states = mamba_chunk_scan_op(*args)
         return (out, final_states) if return_final_states else out
     out, final_states, varlen_states = _packed(args, seq_idx, cu_seqlens, return_varlen_states)
     states = ((final_states,) if return_final_states else ()) + ((varlen_states,) if return_varlen_states else ())
@@ -302,7 +302,7 @@ def _packed(
             initial_states=state if begins_row else None,
             return_final_states=True,
         )
-        y, last = torch.ops.klfast.mamba_chunk_scan.default(*piece)
+        y, last = mamba_chunk_scan_op(*piece)
         sequence.of(out).copy_(y)
         state.copy_(last)
         found.append(last)
