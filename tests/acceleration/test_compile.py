@@ -30,7 +30,8 @@ def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkey
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, torch.float32) for family in MIXERS), ("mamba", torch.bfloat16)]
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in ("mamba", "mamba2", "lfm2", "kimi_linear")), ("mamba", torch.bfloat16)],
 )
 def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     model = klfast.accelerate(tiny(family, dtype=dtype))
