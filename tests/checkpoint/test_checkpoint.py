@@ -25,10 +25,10 @@ from klfast.models.linears import linears
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("family", "tied"), HEADS)
-def test_loads_to_the_same_logits(family, tied, dtype, tmp_path):
-    model, ids = quantized(family, tied, dtype), batch()
+def test_loads_to_the_same_logits(family, tied, tmp_path):
+    """In bfloat16 if the head is tied: the file's dtypes and who shares a weight are different things."""
+    model, ids = quantized(family, tied, torch.bfloat16 if tied else torch.float32), batch()
     klfast.save_quantized(model, tmp_path / "model")
     loaded = klfast.load_quantized(tmp_path / "model")
     assert torch.equal(loaded(ids).logits, model(ids).logits)

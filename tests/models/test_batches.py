@@ -34,8 +34,7 @@ def truth(model, name, texts=TEXTS):
     return {metric: torch.cat([part[metric].flatten() for part in parts]).mean().item() for metric in parts[0]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "side"), [*((family, "left") for family in FAMILIES), ("llama", "right")])
 def test_a_sweep_ignores_pads(family, side):
     model = make(family)
     name = next(name for name, _ in model.named_modules() if name.endswith(("in_proj", "up_proj")))
@@ -46,8 +45,7 @@ def test_a_sweep_ignores_pads(family, side):
         assert measured.mean[metric] == pytest.approx(expected, rel=1e-3, abs=room), metric
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "side"), [*((family, "right") for family in FAMILIES), ("llama", "left")])
 @torch.no_grad()
 def test_evaluate_ignores_pads(family, side):
     teacher, model = make(family), make(family)

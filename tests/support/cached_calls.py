@@ -1,8 +1,12 @@
 """Calls of a model piece by piece on its cache, in any version of transformers."""
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from klfast.models.calling import cache_argument, returned_cache
+
+# generate's name for it: as in outputs, "cache" since transformers 5.24.
+GENERATE_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @torch.inference_mode()

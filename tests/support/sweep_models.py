@@ -1,7 +1,5 @@
 """Helpers of the sweep's tests: random models far from uniform, snapshots, the naive computation of every metric."""
 
-import copy
-
 import torch
 from tiny_models import VOCABULARY as VOCAB
 from tiny_models import tiny
@@ -23,12 +21,16 @@ def tokens(windows=3, length=17, seed=1):
 
 
 @torch.no_grad()
-def naive(model, ids, name, spec):
-    """Return all metrics, [B, T - 1] each, from two whole models and float64 log-probabilities."""
-    student = copy.deepcopy(model)
-    weight = matrix(student, name).weight
+def naive(model, ids, name, spec, teacher=None):
+    """Return all metrics, [B, T - 1] each, from whole logits and float64 log-probabilities.
+
+    ``teacher`` are the logits of the model, if they are known.
+    """
+    weight = matrix(model, name).weight
+    teacher, original = model(ids).logits if teacher is None else teacher, weight.clone()
     weight.copy_(klfast.quantize(weight, spec).dequantize(torch.float32))
-    t, s = (network(ids).logits[:, :-1].double() for network in (model, student))
+    t, s = (logits[:, :-1].double() for logits in (teacher, model(ids).logits))
+    weight.copy_(original)
     log_p, log_q = t.log_softmax(-1), s.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     log_m = ((p + q) / 2).log()

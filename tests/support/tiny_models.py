@@ -2,7 +2,7 @@
 
 ``FAMILIES`` are the families with a record (klfast.models.families), and Llama for those without: they go through every
 suite. ``OTHERS`` are only read through transformers. A new family is tested if it is listed in ``FAMILIES`` with its
-configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers.
+configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers; in ``MIXERS`` if these are of a new kind.
 """
 
 import copy
@@ -23,6 +23,10 @@ FAMILIES = (
 HEADS = [  # families, with a head of its own or tied; transformers never ties those of Kimi-Linear and Nemotron-H
     *((family, False) for family in FAMILIES),
     *((family, True) for family in FAMILIES if family not in ("kimi_linear", "nemotron_h")),
+]
+SOME_TIED = [  # for what depends on the family and on the kind of head, but not on both
+    *((family, False) for family in FAMILIES),
+    *((family, True) for family in ("mamba2", "hymba", "llama", "zamba2")),
 ]
 WITH_EXPERTS = ("qwen3_next", "kimi_linear")
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")  # without attention
@@ -262,6 +266,9 @@ ACCELERATED = (
     # The first three have no mixers to accelerate; Zamba2's adapters concern its shared blocks.
     *(name for name in VARIANTS if name not in ("hymba_release", "rwkv", "minimax", "zamba2_adapters")),
 )
+# One of each kind of mixer: Mamba's, those with norms and in heads, Mamba-2's, a short convolution, two delta rules.
+# What concerns tiers, copies or torch.compile, not a family's own forward, need not be asked of more.
+MIXERS = ("mamba", "falcon_mamba", "zamba", "mamba2", "lfm2", "qwen3_5", "kimi_linear")
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cached_calls import GENERATE_CACHE
 from hymba_models import SETS, golden_model, golden_tensors, tiny_model
 
 import klfast
@@ -198,7 +199,7 @@ def test_generate_from_a_cache():
     mask[0, :4] = 0
     options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
     cache = model(ids[:, :15], attention_mask=mask[:, :15], use_cache=True).past_key_values
-    found = model.generate(ids, use_cache=True, past_key_values=cache, **options)
+    found = model.generate(ids, use_cache=True, **{GENERATE_CACHE: cache}, **options)
     assert torch.equal(found, model.generate(ids, use_cache=False, **options))
     assert cache.get_seq_length() == 25 + 9 - 1
 

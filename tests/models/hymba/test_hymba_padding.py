@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cached_calls import GENERATE_CACHE
 from hymba_models import golden_model, golden_tensors, tiny_model
 
 import klfast
@@ -104,7 +105,7 @@ def test_sampling_left_padded():
     for more in (
         {"use_cache": False},
         {"use_cache": True},
-        {"use_cache": True, "past_key_values": HymbaCache(model.config), "prefill_chunk_size": 29},
+        {"use_cache": True, GENERATE_CACHE: HymbaCache(model.config), "prefill_chunk_size": 29},
     ):
         torch.manual_seed(5)
         found.append(model.generate(ids, attention_mask=mask, **options, **more))

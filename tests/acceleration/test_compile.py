@@ -1,0 +1,72 @@
+"""Accelerated models under torch.compile: one of each kind of mixer, and one token of every family."""
+
+import pickle
+
+import pytest
+import torch
+from accelerated_models import logits
+from cached_calls import in_chunks
+from tiny_models import ACCELERATED, FAMILIES, MIXERS, assert_no_further, batch, in_float64, tiny
+
+import klfast
+from klfast.acceleration import forwards
+from klfast.models.calling import cache_argument, returned_cache
+
+
+@pytest.mark.parametrize(("tokens", "pickled"), [(17, False), (2, True)])
+@pytest.mark.parametrize("family", MIXERS)
+def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
+    """This includes models that have not run before, as in a new process."""
+    model = tiny(family)
+    ids = batch(2, tokens)
+    truth, plain = logits(in_float64(model), ids), logits(model, ids)
+    klfast.accelerate(model)
+    stored = pickle.dumps(model)
+    monkeypatch.setattr(forwards, "_natives", {})
+    model = pickle.loads(stored) if pickled else klfast.accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_no_further(logits(compiled, ids, use_cache=False), plain, truth)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in ("mamba", "mamba2", "lfm2", "kimi_linear")), ("mamba", torch.bfloat16)],
+)
+def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
+    model = klfast.accelerate(tiny(family, dtype=dtype))
+    ids = batch(2, 11)
+    expected, _ = in_chunks(model, ids, [9, 1, 1])
+    torch._dynamo.reset()
+    tolerance = 2e-5 if dtype == torch.float32 else 0.05
+    found, _ = in_chunks(torch.compile(model, backend="aot_eager"), ids, [9, 1, 1])
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", [family for family in ACCELERATED if family in FAMILIES])
+def test_one_token_compiles(family):
+    model = klfast.accelerate(tiny(family))
+    torch._dynamo.reset()  # it limits how often it compiles one forward for other models
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        ids, name = batch(1, 8), cache_argument(model)
+        caches = [returned_cache(model(ids[:, :5], use_cache=True)) for _ in range(2)]
+        for token in ids[:, 5:].split(1, dim=1):
+            found, expected = (
+                forward(token, use_cache=True, **{name: cache}).logits
+                for forward, cache in zip((compiled, model), caches, strict=True)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_convolution_compiles_with_inductor():
+    """Inductor is torch.compile's default backend."""
+    x, weight = torch.randn(2, 8, 9), torch.randn(8, 4)
+
+    def convolve(x):
+        return klfast.ops.causal_conv1d_fn(x, weight, activation="silu") * 2
+
+    torch._dynamo.reset()
+    # torch's disk cache also returns code compiled under another ATEN_CPU_CAPABILITY, which gives wrong results.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.testing.assert_close(torch.compile(convolve, fullgraph=True)(x), convolve(x))
