@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ import klfast
 from klfast.benchkit.runner import Benchmark, Contender, Group, Race, Times, UnavailableError
 from klfast.benchkit.settings import Settings, add_options
 
-from . import machine, results, roofline
+from . import llama_cpp, machine, results, roofline
 
 
 def pytest_addoption(parser):
@@ -20,8 +18,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings = Settings.of(config)
-    if settings.device != "cpu":
-        config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # but the device's clock
+    try:
+        llama_cpp.require(settings)
+    except klfast.InvalidInputError as error:
+        raise pytest.UsageError(str(error)) from None
+    if settings.device != "cpu" or settings.llama_cpp is not None:
+        # but the device's clock, or the peer's own
+        config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     torch.set_num_threads(settings.threads)
     if settings.isa is not None:
         pin = klfast.using(settings.isa)
@@ -73,29 +76,10 @@ class Run:
         for ours, ratio in ratios.items():
             self.results.ratio(suite, group.name, ours, name, ratio)
 
-    def time_outside(
-        self,
-        suite: str,
-        group: Group,
-        name: str,
-        once: Callable[[], float],
-        facts: Callable[[float], dict[str, object]],
-    ) -> None:
-        """Add the row of a peer that is a separate program and times itself: ``once()`` returns its seconds."""
-        self.race.enter(group)
-        median, ratios = self.race.run_outside(name, once)
-        self.results.add(suite, group.name, name, **group.facts, median_s=median, **facts(median))
-        for ours, ratio in ratios.items():
-            self.results.ratio(suite, group.name, ours, name, ratio)
-
     def _columns(self, group: Group, contender: Contender, times: Times) -> dict[str, object]:
-        columns = {
-            **group.facts,
-            "median_s": times.median,
-            "min_s": times.min,
-            "rounds": len(times.rounds),
-            "error": f"{contender.measured_error:.1e}",
-        }
+        columns = {**group.facts, "median_s": times.median, "min_s": times.min, "rounds": len(times.rounds)}
+        if contender.error is not None:
+            columns["error"] = f"{contender.measured_error:.1e}"
         columns["read_gbps"] = round(self._read_gbps, 2)
         if contender.nbytes:
             floor = contender.nbytes / self._read_gbps / 1e9

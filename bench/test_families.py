@@ -1,4 +1,4 @@
-"""Hybrid models of released sizes with random weights: prefill in bfloat16 and decode in INT4, against transformers."""
+"""Hybrid models of released sizes, random weights: prefill in bfloat16, decode in INT4, against their peers."""
 
 from __future__ import annotations
 

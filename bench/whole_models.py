@@ -1,4 +1,4 @@
-"""Contenders of the suites that time whole models: prefill and decode, klfast's and transformers'."""
+"""Contenders of the suites that time whole models, prefill and decode: klfast, transformers, llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from klfast.benchkit.runner import Contender, UnavailableError
 from klfast.benchkit.settings import Settings
 from klfast.quant.spec import QuantSpec
 
-from . import models
+from . import llama_cpp, models
 
 VARIANTS = {  # dtype, spec, activation
     "bf16": (torch.bfloat16, None, "exact"),
@@ -31,15 +32,20 @@ DECODE_PROMPT = 8  # tokens
 def contenders(
     name: str, stage: str, tokens: int, settings: Settings, variants: tuple[str, ...], plain: tuple[str, ...]
 ) -> dict[str, Callable[[], Contender]]:
-    """Return klfast's and transformers' contenders of a stage, "prefill" or "decode", by variant."""
+    """Return klfast's and its peers' contenders of a stage, "prefill" or "decode", by variant."""
     ours, theirs = {"prefill": (_prefill, _plain_prefill), "decode": (_decode, _plain_decode)}[stage]
-    made = {
+    klfasts = {
         f"klfast {variant}": functools.partial(ours, name, tokens, settings, *VARIANTS[variant]) for variant in variants
     }
-    return made | {
+    plains = {
         f"transformers {dtype}": functools.partial(theirs, name, tokens, settings, VARIANTS[dtype][0])
         for dtype in plain
     }
+    ggufs = {
+        f"llama.cpp {variant}": functools.partial(_llama_cpp, name, stage, tokens, settings, gguf)
+        for variant, gguf in llama_cpp.variants(name, settings).items()
+    }
+    return klfasts | plains | ggufs
 
 
 def rate(tokens: int) -> Callable[[float], dict[str, float]]:
@@ -134,3 +140,17 @@ def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -
     return Contender(
         [lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=rate(new)
     )
+
+
+def _llama_cpp(name: str, stage: str, tokens: int, settings: Settings, gguf: Path | None) -> Contender:
+    """Return llama-bench on a file, or on one that is made: random weights show the speed."""
+    _require_cpu(settings.device)
+    if gguf is None:
+        try:
+            from . import gguf_models
+        except ImportError as error:
+            raise UnavailableError(f"no GGUF file is made ({error}); pip install 'klfast[peers]'") from None
+        gguf = gguf_models.made(name)
+    prompt, new = (tokens, 0) if stage == "prefill" else (DECODE_PROMPT, tokens)
+    once = functools.partial(llama_cpp.seconds, settings, gguf, prompt=prompt, new=new)
+    return Contender([once], None, 0.0, facts=rate(tokens), own_clock=True)

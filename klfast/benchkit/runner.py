@@ -24,7 +24,7 @@ from klfast.benchkit.clock import Clock
 from klfast.benchkit.settings import Settings
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
-_OUTSIDE_ROUNDS = 7  # for programs that time themselves
+_OWN_CLOCK_ROUNDS = 7
 _LONG_SECONDS = 0.05  # calls that take longer need no untimed call before them
 _SPIN_SECONDS = 0.02  # OpenMP's threads spin this long after a call, and would slow down a peer with its own threads
 
@@ -48,28 +48,31 @@ class Contender:
 
     Attributes:
         calls: one for each copy of the weights, all with the same result.
-        error: computes one result and returns its distance from the reference, relative to the largest value.
+        error: computes one result and returns its distance from the reference, relative to the largest value; None for
+            a program that does not show its results.
         tolerance: the largest acceptable distance.
         nbytes: the least memory that a call reads.
         peak: the dtype of its products, for their share of the machine's peak; empty where that is not informative.
         own_threads: True if it has its own thread pool, not torch's.
+        own_clock: True if a call returns the seconds that count: a program that is started anew each time.
         facts: returns further columns of the table after the timing, given the median in seconds.
     """
 
-    calls: Sequence[Callable[[], object]]
-    error: Callable[[], float]
+    calls: Sequence[Callable[[], Any]]
+    error: Callable[[], float] | None
     tolerance: float
     nbytes: int = 0
     peak: str = ""
     own_threads: bool = False
+    own_clock: bool = False
     facts: Callable[[float], dict[str, object]] | None = None
     measured_error: float = field(init=False, default=float("nan"))
-    _turn: itertools.cycle[Callable[[], object]] = field(init=False)
+    _turn: itertools.cycle[Callable[[], Any]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._turn = itertools.cycle(self.calls)
 
-    def __call__(self) -> object:
+    def __call__(self) -> Any:
         """Make the next call in turn."""
         return next(self._turn)()
 
@@ -157,6 +160,8 @@ class Race:
 
     def _built(self, name: str) -> Contender:
         contender = self._current.contenders[name]()
+        if contender.error is None:
+            return contender
         error = contender.error()
         assert error <= contender.tolerance, (
             f"{name}: error {error:.1e} exceeds the tolerance {contender.tolerance:.0e}; wrong results are not timed"
@@ -182,13 +187,15 @@ class Race:
         return found
 
     def run(self, name: str, benchmark: Benchmark | None) -> tuple[Times, dict[str, float]]:
-        """Time a contender, on the CPU by ``benchmark``, on GPUs by the device's clock.
+        """Time a contender, on the CPU by ``benchmark``, on GPUs by the device's clock, unless it times itself.
 
         Returns:
             Its times, and the speedup over it of each of klfast's contenders.
         """
         contender, rivals = self.contender(name), self.rivals(name)
-        if self._settings.device != "cpu":
+        if contender.own_clock:
+            own, theirs = self._by_itself(contender, rivals)
+        elif self._settings.device != "cpu":
             own, theirs = self._by_device(name, contender, rivals)
         else:
             assert benchmark is not None
@@ -230,24 +237,17 @@ class Race:
         benchmark.pedantic(calls[name], setup=before, rounds=rounds)
         return Times(benchmark.stats.stats.data), {ours: Times(taken) for ours, taken in times.items()}
 
-    def run_outside(self, name: str, once: Callable[[], float]) -> tuple[float, dict[str, float]]:
-        """Let a peer time itself on the CPU, in turns with klfast's contenders.
-
-        Returns:
-            The peer's median in seconds, and the speedup over it of each of klfast's contenders.
-        """
-        calls = self.rivals(name)
+    def _by_itself(self, contender: Contender, rivals: dict[str, Contender]) -> tuple[Times, dict[str, Times]]:
         own: list[float] = []
-        times: dict[str, list[float]] = {ours: [] for ours in calls}
-        for call in calls.values():
+        times: dict[str, list[float]] = {ours: [] for ours in rivals}
+        for call in rivals.values():
             call()
-        for _ in range(_OUTSIDE_ROUNDS):
+        for _ in range(_OWN_CLOCK_ROUNDS):
             for ours, taken in times.items():
-                taken.append(timed(calls[ours]))
+                taken.append(timed(rivals[ours]))
             time.sleep(_SPIN_SECONDS)
-            own.append(once())
-        median = statistics.median(own)
-        return median, {ours: median / statistics.median(taken) for ours, taken in times.items()}
+            own.append(contender())
+        return Times(own), {ours: Times(taken) for ours, taken in times.items()}
 
 
 def _usual_seconds(call: Callable[[], object]) -> float:

@@ -53,7 +53,7 @@ def add_options(parser: pytest.Parser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="a model for llama-bench; its file name starts with the model's name",
+        help="a model for llama-bench; its file name starts with the model's name (random weights in Q4_0 by default)",
     )
 
 

@@ -100,12 +100,14 @@ def bench(
     ] = None,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option(help="llama.cpp's llama-bench, or the folder that holds it; a peer for decode.", exists=True),
+        typer.Option(help="llama.cpp's llama-bench, or its folder; a peer for decode and families.", exists=True),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A model for llama-bench; its name starts with the model's: mamba-130m-q4_0.gguf.", exists=True
+            help="A model for llama-bench, named after the bench's: mamba-130m-bf16.gguf. By default random weights in "
+            "Q4_0 are made for each.",
+            exists=True,
         ),
     ] = None,
     as_json: options.Json = False,

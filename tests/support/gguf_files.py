@@ -11,6 +11,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType
 from tokenizers import pre_tokenizers
 
+from bench.gguf_models import random_blocks
+
 START, END = 258, 259  # the tokens that begin and end a text
 TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "<|start|>", "<|end|>"]
 _SMALL = dict(vocab_size=len(TOKENS), hidden_size=256, num_hidden_layers=2)
@@ -172,13 +174,8 @@ def encode(values, kind):
     try:
         return gguf.quants.quantize(values, kind)
     except NotImplementedError:
-        per_block, size = gguf.GGML_QUANT_SIZES[kind]
-        shape = (*values.shape[:-1], values.shape[-1] // per_block, size)
-        blocks = np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
         scales = {Kind.IQ4_NL: [(0, -1e-3)], Kind.Q4_K: [(0, 2e-4), (2, 1e-4)], Kind.Q6_K: [(208, -3e-5)]}
-        for first, scale in scales[kind]:
-            blocks[..., first : first + 2].view(np.float16)[...] = scale
-        return blocks.reshape(*values.shape[:-1], -1)
+        return random_blocks(np.random.default_rng(values.shape), values.shape, kind, *scales[kind])
 
 
 def _changed(family, name, values):
