@@ -91,7 +91,7 @@ def _time(group: Group, clock: Clock, seconds: float, tell: Callable[[str], None
         tell(f"{group.name}, {name}")
         try:
             contender = build()
-            errors[name] = contender.error()
+            errors[name] = 0.0 if contender.error is None else contender.error()
         except UnavailableError as reason:
             notes[name] = str(reason)
         except Exception as failure:  # noqa: BLE001 (a compiler's or a driver's, for example; the others go on)
