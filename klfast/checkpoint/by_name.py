@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,12 @@ from klfast.checkpoint.model_folder import (
     read_headers,
     require_known,
 )
+from klfast.checkpoint.packed_folder import packed_or_refused
 from klfast.checkpoint.sources import gguf_file, resolve
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
 from klfast.core.placement import DTYPES, as_device, as_dtype
+from klfast.nn import QuantLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +57,9 @@ def load_model(
     Args:
         name_or_path: the name of a bundled model ("hymba", "mamba", "mamba2"; write "./mamba2" for a folder of that
             name), a local folder, a GGUF file, or a hub id (of a GGUF file: owner/name/file.gguf). A folder written by
-            ``klfast.save_quantized`` gives the quantized model. Mamba and Mamba-2 may be in the format of the package
-            mamba_ssm.
+            ``klfast.save_quantized`` gives the quantized model, and so does one in the format ``pack-quantized`` of
+            compressed-tensors (W4A16, W8A16; it takes that package). Mamba and Mamba-2 may be in the format of the
+            package mamba_ssm.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored one (of a quantized GGUF file: float32). The
             unquantized tensors of a quantized folder are cast likewise.
         device: the model's device, such as "cpu", "cuda" or "xpu".
@@ -67,7 +71,8 @@ def load_model(
             "int8-g32-asym" quantizes the other layers anew: less memory, but not quite the file's model.
 
     Raises:
-        InvalidInputError: an unknown dtype or device, no such folder; for a GGUF file, the package gguf is missing.
+        InvalidInputError: an unknown dtype or device, no such folder; the package that reads the format (gguf,
+            compressed-tensors) is missing.
         KernelUnavailableError: PyTorch finds no such device.
         CheckpointError: a file is missing, truncated or does not fit the model; there is no causal language model that
             transformers knows, or no safetensors; a weight is stored as integers; the hub cannot be reached.
@@ -82,7 +87,8 @@ def load_model(
         return load_mamba_ssm(folder, config, target, place)
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
-    if quantization.get("format") == "pack-quantized":
+    packed = quantization.get("format") == "pack-quantized"
+    if packed and (folder / MANIFEST).is_file():
         from klfast.checkpoint.load import load_quantized
 
         return load_quantized(folder, place, None if target == "auto" else target)
@@ -98,7 +104,11 @@ def load_model(
     check_config(config, folder / "config.json", len(stored))
     read_generation_config(folder, GenerationConfig)
     quantized_by = str(quantization.get("quant_method", "another tool")) if quantization else None
-    with one_line_errors(source, "model", quantized_by), bounded(folder / "config.json", len(stored)):
+    with (
+        packed_or_refused(folder) if packed else nullcontext(),
+        one_line_errors(source, "model", quantized_by),
+        bounded(folder / "config.json", len(stored)),
+    ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=target,
@@ -112,6 +122,8 @@ def load_model(
     _require_all_tensors(source, model, report, stored)
     if not quantization:  # other quantizers store integers by design
         _check_stored_dtypes(model, stored)
+    if packed:
+        model.requires_grad_(False)
     return accelerate_or_warn(model.eval().to(place))
 
 
@@ -170,7 +182,8 @@ def load_tokenizer(
 
 def _require_all_tensors(source: str, model: nn.Module, report: dict[str, Any], stored: Iterable[str]) -> None:
     """Raise CheckpointError, naming a tensor, unless the files hold all of the model's: transformers invents others."""
-    packed = [name for name in stored if name.endswith(_PACKED)]
+    runs_packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    packed = [name for name in stored if name.endswith(_PACKED) and not runs_packed]
     if packed and (report["mismatched_keys"] or report["missing_keys"]):
         reason = f"{source} holds weights that another tool has quantized, such as {packed[0]}"
         raise CheckpointError(f"{reason}; load the full-precision model instead")

@@ -82,7 +82,7 @@ def save_quantized(
     _require_numbers(model)
     described = cast("PreTrainedModel", model)
     config: Any = copy.deepcopy(described.config)
-    split_as = expert_files.projections(model)
+    split_as = {stack: names for stack, names in expert_files.projections(model).items() if stack in layers}
     targets = {stack: expert_files.target(stack, names) for stack, names in split_as.items()}
     config.quantization_config = model_quantization_config(model, targets)
     config.architectures = [type(model).__name__]

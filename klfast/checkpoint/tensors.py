@@ -96,7 +96,7 @@ class Tensors:
     def put_quantized(self, name: str, qt: QuantizedTensor) -> None:
         """Add the parts and the shape of a quantized weight, as if they had been stored."""
         parts = {part.name: tensor for part, tensor in zip(qt.stored.parts, qt.parts, strict=True)}
-        for part, tensor in (parts | {"shape": torch.tensor(qt.shape)}).items():
+        for part, tensor in (parts | {"shape": torch.tensor(qt.shape, device="cpu")}).items():
             self._readers[f"{name}.weight_{part}"] = partial(torch.Tensor.detach, tensor)
 
     def take_float(self, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +16,27 @@ from klfast.checkpoint.tensors import Facts, Tensors, read_quantized_layers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError
 from klfast.dispatch import registry
-from klfast.models.linears import linear_names
-from klfast.models.matrices import is_linear
+from klfast.integrations import packed_experts
+from klfast.integrations.schemes import Schemes
+from klfast.models.matrices import is_linear, named_matrices, replacements
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import is_conv1d
 from klfast.quant.spec import QuantSpec
 
+_REMEDY = "fetch or save it again"
+# A weight, or a zero point that an expert with a symmetric spec has beside those of its stack.
+_PACKED = re.compile(r"\.weight_packed$|\.experts\.\d+\.\w+\.weight_zero_point$")
+
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationConfig
     from transformers import PreTrainedModel
 
 
 def put_in(
     model: PreTrainedModel, config: QuantizationConfig, files: Collection[str], device_map: Any
 ) -> dict[str, str]:
-    """Put QuantLinear layers without values into a model, and a QuantEmbedding where only a tied head is stored.
+    """Put layers without values into a model: QuantLinear, QuantExperts, and a QuantEmbedding for a head stored alone.
 
     Args:
         model: on the meta device; its weights are not tied yet.
@@ -51,12 +56,14 @@ def put_in(
     if not files or not all(file.endswith(".safetensors") for file in files):
         raise KernelUnavailableError("klfast reads packed weights from safetensors files only.")
     folder = Path(next(iter(files))).parent
-    specs, facts = _specs(model, config), _layer_facts(folder)
-    _require_kernels({spec.format.name for spec in specs.values()}, _device_types(device_map))
+    schemes, facts = Schemes(config), _layer_facts(folder)
+    specs = _linear_specs(model, schemes)
     try:
-        tensors = _without_values(folder, files, model.dtype)
+        tensors = _without_values(folder, files, model)
+        specs |= packed_experts.join(model, tensors, schemes)
+        _require_kernels({spec.format.name for spec in specs.values()}, _device_types(device_map))
         stored = tensors.names()
-        _require_places(folder, stored, specs, config)
+        _require_places(folder, stored, specs)
         shared = _shared(model, specs, stored)
         own = {name: spec for name, spec in specs.items() if name not in shared}
         layers = read_quantized_layers(model, tensors, own, facts or _usual_facts(model, specs))
@@ -64,8 +71,9 @@ def put_in(
     except (CheckpointError, InvalidInputError) as error:
         if facts is not None:
             raise
-        raise KernelUnavailableError(f"{str(error).removesuffix('; save the model again')}.") from error
-    for name, module in {**layers, **embeddings, **{name: nn.Identity() for name in shared}}.items():
+        raise KernelUnavailableError(f"{str(error).removesuffix(f'; {_REMEDY}')}.") from error
+    emptied = {name: nn.Identity() for name in shared}
+    for name, module in {**replacements(model, layers), **embeddings, **emptied}.items():
         model.set_submodule(name, module)
     tell_transformers(model)
     return shared
@@ -88,35 +96,18 @@ def finish(model: PreTrainedModel, shared: Mapping[str, str]) -> None:
 # Which layers, and whether klfast runs them ------------------------------------------------------------------------
 
 
-def _specs(model: nn.Module, config: QuantizationConfig) -> dict[str, QuantSpec]:
-    """Return the spec of each linear layer that a config quantizes, under each of its names."""
-    from compressed_tensors.utils.match import is_match, match_targets
-
-    if config.kv_cache_scheme is not None:
-        raise KernelUnavailableError("klfast does not quantize the cache.")
-    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+def _linear_specs(model: nn.Module, schemes: Schemes) -> dict[str, QuantSpec]:
+    """Return the spec of each quantized linear layer, under each of its names."""
     specs = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        quantizable = is_linear(module) or isinstance(module, nn.Embedding)
-        if not quantizable or is_match(name, module, config.ignore or ()):
+        if not is_linear(module) and not isinstance(module, nn.Embedding):
             continue  # compressed-tensors quantizes no others (0.20, quantization/lifecycle/apply.py), nor a Conv1D
-        if targets := match_targets(name, module, schemes):
+        if (spec := schemes.spec(name, module)) is not None:
             if type(module) is not nn.Linear and not is_conv1d(module):
                 kind = type(module).__name__
                 raise KernelUnavailableError(f"{name} is quantized, which is no nn.Linear but a {kind}.")
-            specs[name] = _spec(schemes[targets[0]], config.format)
+            specs[name] = spec
     return specs
-
-
-def _spec(scheme: QuantizationScheme, usual_format: str) -> QuantSpec:
-    if (scheme.format or usual_format) != "pack-quantized":
-        raise KernelUnavailableError(f"some layers are in the format {scheme.format or usual_format}.")
-    if scheme.weights is None or scheme.input_activations is not None or scheme.output_activations is not None:
-        raise KernelUnavailableError("klfast does not quantize activations in the way that this model asks for.")
-    try:
-        return QuantSpec.from_compressed_tensors(scheme.model_dump())
-    except InvalidInputError as error:
-        raise KernelUnavailableError(f"{error}.") from error
 
 
 def _device_types(device_map: Any) -> set[str]:
@@ -145,11 +136,14 @@ def _layer_facts(folder: Path) -> Facts | None:
 
 
 def _usual_facts(model: nn.Module, specs: Collection[str]) -> Facts:
-    return {name: (module.weight.dtype, "exact") for name, module in linear_names(model).items() if name in specs}
+    return {name: (one.tensor.dtype, "exact") for name, one in named_matrices(model).items() if name in specs}
 
 
-def _without_values(folder: Path, files: Collection[str], dtype: torch.dtype) -> Tensors:
-    """Return the files' tensors on the meta device, except the weights' shapes, which are compared."""
+def _without_values(folder: Path, files: Collection[str], model: PreTrainedModel) -> Tensors:
+    """Return the files' tensors on the meta device, except the weights' shapes, which are compared.
+
+    They have the names that transformers gives them.
+    """
     from transformers.modeling_utils import load_state_dict
 
     real = Tensors.of_files(folder, list(files), torch.device("cpu"), None)
@@ -161,35 +155,33 @@ def _without_values(folder: Path, files: Collection[str], dtype: torch.dtype) ->
             for name, tensor in empty.items()
             if not name.endswith(".weight_shape")
         )
-    return Tensors(folder, readers, dtype)
+    names = _names_in(model, readers)
+    return Tensors(folder, {names[name]: read for name, read in readers.items()}, model.dtype, _REMEDY)
 
 
-def _require_places(folder: Path, stored: Collection[str], specs: Collection[str], config: QuantizationConfig) -> None:
-    packed = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
-    strange = packed.difference(specs)
-    if strange and all(re.search(r"\.experts\.\d+\.", name) for name in strange):
-        _require_one_kind_of_experts(folder, config)
-        raise KernelUnavailableError("transformers stacks experts; klfast.load_quantized keeps them packed.")
-    if strange:
-        raise CheckpointError(
-            f"{folder} holds the packed weight of {min(strange)}, which is no linear layer of this model; load it with "
-            "the class that it was saved from (AutoModelForCausalLM), or with klfast.load_quantized"
-        )
+def _names_in(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Return the name in the model of each tensor of a file; Kimi-Linear and Nemotron-H were published with others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-
-def _require_one_kind_of_experts(folder: Path, config: QuantizationConfig) -> None:
-    """Raise CheckpointError unless transformers decompresses the experts: it reads all of them as one kind (5.23)."""
-    kinds = {
-        (group.weights.num_bits, group.weights.symmetric)
-        for group in config.config_groups.values()
-        if group.weights is not None
-        and any(target.startswith("re:") and "experts" in target for target in group.targets)
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return {
+        name: name if name.rpartition(".")[0] in modules else rename_source_key(name, renamings, [])[0]
+        for name in stored
     }
-    if len(kinds) > 1 or (kinds and not all(symmetric for _, symmetric in kinds)):
-        raise CheckpointError(
-            f"{folder} holds experts of several precisions, or with zero points, which transformers cannot read; "
-            "load it with klfast.load_quantized"
-        )
+
+
+def _require_places(folder: Path, stored: Collection[str], specs: Collection[str]) -> None:
+    packed = {name.rpartition(".weight_")[0] for name in stored if _PACKED.search(name)}
+    if not (strange := packed.difference(specs)):
+        return
+    if all(re.search(r"\.experts\.\d+\.", name) for name in strange):
+        raise KernelUnavailableError(f"klfast does not know experts with the matrix {min(strange)}, or its spec.")
+    raise CheckpointError(
+        f"{folder} holds the packed weight of {min(strange)}, which is no linear layer of this model; load it with "
+        "the class that it was saved from (AutoModelForCausalLM), or with klfast.load_quantized"
+    )
 
 
 def _shared(model: PreTrainedModel, specs: Collection[str], stored: Collection[str]) -> dict[str, str]:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class PackedQuantizer(CompressedTensorsHfQuantizer):
-    """transformers' quantizer, except that linear layers with packed integer weights become QuantLinear.
+    """transformers' quantizer, except that packed integer weights become QuantLinear layers and QuantExperts.
 
     from_pretrained builds the model on the meta device, has ``_process_model_before_weight_loading`` exchange layers,
-    reads the files' tensors into the places of their names, and calls ``_process_model_after_weight_loading``
-    (transformers 5.17 to 5.24, modeling_utils.py).
+    asks ``update_weight_conversions`` how files differ from the model, reads the files' tensors into the places of
+    their names, and calls ``_process_model_after_weight_loading`` (transformers 5.17 to 5.24, modeling_utils.py).
     """
 
     _runs_packed = False
@@ -31,15 +31,19 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self._is_packed():
+            from klfast.checkpoint import packed_folder
             from klfast.dispatch import pins
-            from klfast.integrations import packed_layers
+            from klfast.integrations import packed_experts, packed_layers
 
+            config, files = self.compressor.quantization_config, checkpoint_files or []
             try:
-                config, files = self.compressor.quantization_config, checkpoint_files or []
                 self._shared = packed_layers.put_in(model, config, files, device_map)
                 self._runs_packed = True
                 return
             except KernelUnavailableError as error:
+                if packed_folder.is_required():
+                    raise
+                packed_experts.require_readable(files, config)
                 kind, how = type(model).__name__, "transformers' quantizer, with dense weights"
                 pins.slow_path("from_pretrained", kind, str(error), how)
         own: Any = super()  # untyped in transformers
@@ -53,6 +57,16 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             return False
         config = self.compressor.quantization_config
         return "pack-quantized" in {group.format or config.format for group in config.config_groups.values()}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Return the conversions of packed experts besides the model's own; ``args`` are the model, or (5.17) none."""
+        if not self._runs_packed:
+            own: Any = super()  # untyped in transformers
+            theirs: list[Any] = own.update_weight_conversions(weight_conversions, *args)
+            return theirs
+        from klfast.integrations import packed_experts
+
+        return packed_experts.with_packed_stacks(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if not self._runs_packed:

@@ -114,7 +114,10 @@ class QuantizedTensor:
         if any((qt.shape[1], qt.spec) != (first.shape[1], first.spec) for qt in each):
             raise InvalidInputError("matrices with other inputs or specs cannot be one")
         rows = [qt.shape[0] for qt in each]
-        parts = first.spec.format.join_rows([qt.parts for qt in each], rows)
+        parts = [
+            first.spec.format.join_part(part.name, [qt.parts[i] for qt in each], rows)
+            for i, part in enumerate(first.stored.parts)
+        ]
         return cls(parts, (sum(rows), first.shape[1]), first.spec)
 
     @property

@@ -132,8 +132,8 @@ class QuantFormat(ABC):
         """Return the parts of adjacent rows, as views where the slice begins at a multiple of 32."""
 
     @abstractmethod
-    def join_rows(self, each: Sequence[Sequence[torch.Tensor]], rows: Sequence[int]) -> list[torch.Tensor]:
-        """Return the plain parts of a weight from those of its first ``rows[0]`` rows, the next ``rows[1]`` ..."""
+    def join_part(self, name: str, each: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+        """Return a plain part of a weight from those of its first ``rows[0]`` rows, the next ``rows[1]`` ..."""
 
     @abstractmethod
     def convert(

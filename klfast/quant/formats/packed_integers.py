@@ -119,14 +119,12 @@ class PackedIntegers(QuantFormat):
         zeros = (packing.unpack_rows(part, self.bits, index).to(torch.uint8) for part in zero_point)
         return [packed[rows], scale[rows], *(packing.pack(part.T, self.bits).T.contiguous() for part in zeros)]
 
-    def join_rows(self, each: Sequence[Sequence[torch.Tensor]], rows: Sequence[int]) -> list[torch.Tensor]:
-        """Join each part; zero points are repacked."""
-        packed, scale, *zero_point = ([parts[i] for parts in each] for i in range(len(each[0])))
-        zeros = [
-            torch.cat([packing.unpack(words.T, self.bits, n) for words, n in zip(part, rows, strict=True)], 1)
-            for part in zero_point
-        ]
-        return [torch.cat(packed), torch.cat(scale), *(packing.pack(part, self.bits).T.contiguous() for part in zeros)]
+    def join_part(self, name: str, each: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+        """Join the tensors; zero points are repacked."""
+        if name != "zero_point":
+            return torch.cat(list(each))
+        zeros = [packing.unpack(words.T, self.bits, n) for words, n in zip(each, rows, strict=True)]
+        return packing.pack(torch.cat(zeros, 1), self.bits).T.contiguous()
 
     def convert(
         self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, source: Layout, target: Layout
