@@ -186,16 +186,6 @@ def test_a_weight_file_instead_of_a_folder(folder):
             load_model(folder / file)
 
 
-def test_pack_quantized_folders_of_others(folder):
-    config = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    refused(
-        folder,
-        r"has no klfast\.json, so klfast\.save_quantized did not write it; copy the whole folder, or quantize the ",
-    )
-
-
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors", "chat_template.jinja"])
 def test_pipes_are_not_read(folder, file):
     (folder / file).unlink(missing_ok=True)
