@@ -53,16 +53,16 @@ def save_quantized(
 
     Other readers: the compressed-tensors package (0.20) decompresses each layer bit for bit as
     ``QuantizedTensor.dequantize`` does, and loads whole models. ``from_pretrained`` of transformers reads every folder
-    once klfast is imported (``klfast.register_quantizer``), but see below for experts. Alone (5.23) it reads symmetric
-    specs, but not asymmetric ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing ``.weight`` its
-    initialisers touch. A quantized head that is tied to the input embedding is stored once, under the head's name:
-    without klfast, readers miss the embedding. For a folder that other software is to serve, leave the head out of the
-    plan, or untie it before quantizing: the embedding is then stored in full, too. GPT-2's Conv1D are stored as linear
-    layers, [out, in]: without klfast, transformers leaves random weights in their places, with a report.
+    once klfast is imported (``klfast.register_quantizer``). Alone (5.23) it reads symmetric specs, but not asymmetric
+    ones, nor a Mamba with a quantized out_proj or dt_proj, whose missing ``.weight`` its initialisers touch. A
+    quantized head that is tied to the input embedding is stored once, under the head's name: without klfast, readers
+    miss the embedding. For a folder that other software is to serve, leave the head out of the plan, or untie it before
+    quantizing: the embedding is then stored in full, too. GPT-2's Conv1D are stored as linear layers, [out, in]:
+    without klfast, transformers leaves random weights in their places, with a report.
 
-    Experts are stored matrix by matrix (``experts.0.gate_proj`` ...), as in published checkpoints. transformers reads
-    them, into dense weights, if all experts of the model have symmetric specs of as many bits. Those of Granite-4.0-H,
-    whose checkpoints hold them stacked, are stored so, which only ``load_quantized`` reads.
+    Experts are stored matrix by matrix (``experts.0.gate_proj`` ...), as in published checkpoints. Without klfast,
+    transformers reads them, into dense weights, if all experts of the model have symmetric specs of as many bits. Those
+    of Granite-4.0-H, whose checkpoints hold them stacked, are stored so, which only klfast reads.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.

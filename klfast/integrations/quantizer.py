@@ -15,9 +15,10 @@ def register_quantizer() -> None:
 
     This concerns folders and hub models in the ``pack-quantized`` format of compressed-tensors: those that
     ``klfast.save_quantized`` wrote, and others' with INT4 or INT8 weights (W4A16, W8A16). Their layers become
-    ``klfast.QuantLinear`` instead of being decompressed at the first call. All other formats, and what klfast has no
-    kernels for, go transformers' own way; where that is slower than it looks, a ``SlowPathWarning`` says why. So does
-    a single call with ``quantization_config=CompressedTensorsConfig(dequantize=True)``.
+    ``klfast.QuantLinear``, their experts ``klfast.nn.QuantExperts``, instead of being decompressed at the first call.
+    All other formats, and what klfast has no kernels for, go transformers' own way; where that is slower than it looks,
+    a ``SlowPathWarning`` says why. So does a single call with
+    ``quantization_config=CompressedTensorsConfig(dequantize=True)``.
 
     transformers itself needs the package compressed-tensors for this format (``klfast.load_quantized`` does not). It
     may be imported before or after this call; models that are loaded already stay as they are.
