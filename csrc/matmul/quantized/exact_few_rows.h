@@ -241,7 +241,8 @@ struct FloatLines {
     }
 };
 
-// Rows of W that a single line holds: adding up its lanes takes longer than the products (exact_several_rows.h does not).
+// Rows of W that a single line holds: adding up its lanes takes longer than the products; exact_several_rows.h does
+// not.
 inline bool is_narrow(const DequantMatmulArgs& a) { return a.words() <= kLanes; }
 
 template <int Bits>
