@@ -125,6 +125,7 @@ def generate(
 
     from klfast.checkpoint.by_name import load_model, load_tokenizer
     from klfast.cli import runtime
+    from klfast.generation.stopping import ends_of
 
     runtime.prepare(threads, device)
     texts = [] if prompts_file is None else prompts.read_lines(prompts_file)
@@ -149,7 +150,7 @@ def generate(
         num_return_sequences=num_return_sequences,
         stop_strings=stop or None,
         tokenizer=tokenizer,
-        eos_token_id=_ends(network, tokenizer),
+        eos_token_id=ends_of(network, tokenizer),
         generator=torch.Generator(device).manual_seed(seed),
     )
     request = _Request(model, network, tokenizer, device, settings, chat, as_json)
@@ -164,7 +165,7 @@ def _one(request: _Request, prompt: str, encoded: list[int]) -> None:
     import torch
 
     import klfast
-    from klfast.cli.stream import TextStream
+    from klfast.generation.text_stream import TextStream
 
     stream = TextStream(request.tokenizer, encoded)
     made: list[int] = []
@@ -232,7 +233,7 @@ def _padded(encoded: list[list[int]], device: str) -> tuple[torch.Tensor, torch.
 
 def _trimmed(request: _Request, row: list[int], before: list[int], pad: int) -> tuple[list[int], str]:
     """Return a row's tokens without the padding after its end, and their text."""
-    from klfast.cli.stream import TextStream
+    from klfast.generation.text_stream import TextStream
 
     ends, stops = request.settings["eos_token_id"], request.settings["stop_strings"] or ()
     end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
@@ -245,15 +246,6 @@ def _trimmed(request: _Request, row: list[int], before: list[int], pad: int) -> 
             break
         text += stream.push(token)
     return row, text + stream.end()
-
-
-def _ends(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the end tokens of the model's generation_config and tokenizer: often only one of them names one."""
-    from klfast.generation.stopping import end_tokens
-
-    named = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
-    own = tokenizer.eos_token_id
-    return sorted({*([] if named is None else end_tokens(named)), *([] if own is None else [own])})
 
 
 def _usual_length(network: nn.Module) -> int | None:

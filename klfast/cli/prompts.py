@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klfast.core.errors import InvalidInputError, one_line
+from klfast.core.errors import InvalidInputError
+from klfast.generation.chat import chat_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,8 +53,4 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: str, model: str, system: str
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError(f"{model} has no chat template; leave --chat out to continue the prompt as text")
     messages = [] if system is None else [{"role": "system", "content": require_unicode(system)}]
-    messages.append({"role": "user", "content": text})
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # noqa: BLE001 (a template is code that comes with the model)
-        raise InvalidInputError(f"the chat template of {model} refuses these messages: {one_line(error)}") from None
+    return chat_text(tokenizer, [*messages, {"role": "user", "content": text}], model)

@@ -26,6 +26,10 @@ class StateSpec(NamedTuple):
     dtype: torch.dtype
     growing: int | None = None
 
+    def first(self, tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Return the places of a state's tensor for so many tokens; all of one that does not grow."""
+        return tensor if self.growing is None else tensor.narrow(self.growing + 1, 0, tokens)
+
 
 class State:
     """What an engine carries from token to token, for some sequences.
@@ -76,6 +80,22 @@ class State:
     def sequences(self, first: int, last: int) -> State:
         """Return the state of sequences ``first`` to ``last``, which shares its memory until either grows."""
         return State(self.specs, [t[first:last] for t in self.tensors], self.seen[first:last])
+
+    def sequence(self, row: int) -> State:
+        """Return a copy of one sequence, with no more room than its tokens take."""
+        tokens = int(self.seen[row])
+        tensors = [
+            spec.first(tensor[row : row + 1], tokens).clone()
+            for spec, tensor in zip(self.specs, self.tensors, strict=True)
+        ]
+        return State(self.specs, tensors, self.seen[row : row + 1].clone())
+
+    def put(self, row: int, other: State) -> None:
+        """Copy the one sequence of another state into a row, which has room for its tokens."""
+        tokens = int(other.seen[0])
+        for spec, mine, theirs in zip(self.specs, self.tensors, other.tensors, strict=True):
+            spec.first(mine[row : row + 1], tokens).copy_(spec.first(theirs, tokens))
+        self.seen[row] = tokens
 
     @property
     def nbytes(self) -> int:

@@ -36,8 +36,7 @@ def save_state(path: str | os.PathLike[str], state: State, model: nn.Module) -> 
         raise InvalidInputError("the state belongs to another model's engine; give the model that made it")
     tensors = {"seen": state.seen}
     for i, (spec, tensor) in enumerate(zip(state.specs, state.tensors, strict=True)):
-        part = tensor if spec.growing is None else tensor.narrow(spec.growing + 1, 0, used)
-        tensors[f"state.{i}"] = part.contiguous()
+        tensors[f"state.{i}"] = spec.first(tensor, used).contiguous()
     own = _fingerprint(model, engine)
     facts = {"structure": own.structure, "norms": own.norms}
     write_atomic(path, save(tensors, {"format": _FORMAT, "model": json.dumps(facts)}))
@@ -76,7 +75,7 @@ def _fitted(name: str, tensors: dict[str, torch.Tensor], engine: Engine) -> Stat
     if len(tensors) != len(state.tensors):
         raise CheckpointError(f"{name} holds {len(tensors)} tensors, not {len(state.tensors)}; save the state again")
     for i, (spec, tensor) in enumerate(zip(state.specs, state.tensors, strict=True)):
-        to = tensor if spec.growing is None else tensor.narrow(spec.growing + 1, 0, int(seen.max()))
+        to = spec.first(tensor, int(seen.max()))
         found = tensors.get(f"state.{i}")
         if found is None or found.shape != to.shape or found.dtype != to.dtype:
             has = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"

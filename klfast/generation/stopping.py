@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from klfast.core.arguments import integer
 from klfast.core.errors import InvalidInputError
@@ -19,6 +20,13 @@ def end_tokens(given: object) -> list[int]:
     if isinstance(given, torch.Tensor):
         given = given.flatten().tolist()
     return [integer("eos_token_id", value, 0) for value in _listed(given)]
+
+
+def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the end tokens of the model's generation_config and tokenizer: often only one of them names one."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = tokenizer.eos_token_id
+    return sorted({*([] if named is None else end_tokens(named)), *([] if own is None else [own])})
 
 
 def stop_strings(given: object) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, TEXT, tokenizer
 
-from klfast.cli.stream import TextStream
+from klfast.generation.text_stream import TextStream
 
 
 def streamed(words, ids, prompt=()):
