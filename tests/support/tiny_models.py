@@ -272,13 +272,14 @@ MIXERS = ("mamba", "falcon_mamba", "zamba", "mamba2", "lfm2", "qwen3_5", "kimi_l
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 
 
-def tiny(name, tied=False, dtype=torch.float32, seed=0):
+def tiny(name, tied=False, dtype=torch.float32, seed=0, vocabulary=VOCABULARY):
     """Return a model in eval mode, with weights far from their initial symmetries.
 
     Its head is tied as ``tied`` says; None leaves it to the family's configuration.
     """
     torch.manual_seed(seed)
     config = CONFIGS[name]()
+    config.vocab_size = vocabulary
     if tied is not None:
         config.tie_word_embeddings = tied
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None

@@ -1,0 +1,147 @@
+"""``Answer``: what the server writes after one prompt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from klfast.core.errors import InvalidInputError, one_line
+from klfast.generation.sampling import Chooser
+from klfast.generation.settings import Settings
+from klfast.generation.text_stream import TextStream
+from klfast.generation.token_buffer import TokenBuffer
+from klfast.serving.stop_text import StopText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOWEST = -9999.0  # for a probability of 0, whose logarithm JSON cannot hold; OpenAI's own value
+
+
+class TokenScores(NamedTuple):
+    """Natural logarithms of probabilities by the model's own logits, without temperature and limits.
+
+    Attributes:
+        token: the token that was chosen.
+        logprob: its own.
+        top: the most likely tokens with theirs, best first.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to an answer.
+
+    Attributes:
+        text: what is settled by it, which may be empty.
+        scores: if they were asked for; None for end tokens.
+        finish: why the answer ends with it; "error" if it cannot go on.
+        error: what went wrong.
+    """
+
+    text: str = ""
+    scores: TokenScores | None = None
+    finish: Literal["stop", "length", "error"] | None = None
+    error: str = ""
+
+
+class Answer:
+    """The text after one prompt, written token by token.
+
+    Args:
+        prompt: token ids, at least one.
+        settings: those of ``klfast.generation.settings``; their stop strings are left out of the text.
+        tokenizer: the model's.
+        seed: of its own source of random numbers; None for any.
+        top_logprobs: the number of most likely tokens to report with each; None for no scores at all.
+        deliver: called with each piece, in the scheduler's thread; the last one has a ``finish``.
+
+    Attributes:
+        asked: when it was asked for, in seconds of ``time.monotonic``.
+        cached_tokens: tokens of the prompt that the prefix cache had.
+        made: its tokens so far, the one that ends it included.
+        is_cancelled: set from any thread when nobody waits for it any more.
+        is_done: whether its last piece has been delivered.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int | None = None,
+        top_logprobs: int | None = None,
+        deliver: Callable[[Piece], object],
+    ) -> None:
+        self.prompt, self.asked = prompt, time.monotonic()
+        self.cached_tokens = self.made = 0
+        self.is_cancelled = self.is_done = False
+        self._settings, self._top, self._deliver = settings, top_logprobs, deliver
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        self._choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
+        self._tokens = TokenBuffer(torch.tensor([prompt]))
+        self._text, self._stops = TextStream(tokenizer, prompt), StopText(settings.strings)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what follows it."""
+        found: list[int] = self._tokens.tokens[0].tolist()
+        return found
+
+    @property
+    def last_token(self) -> int:
+        """The newest token."""
+        return int(self._tokens.tokens[0, -1])
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Choose the next token from float32 logits [1, V], and deliver what it adds."""
+        try:
+            chosen = self._choose(logits, self._tokens.tokens)
+        except InvalidInputError as error:  # the model's numbers
+            self.fail(str(error))
+            return
+        self._tokens.append(chosen)
+        self.made += 1
+        token = int(chosen)
+        ends = token in self._settings.ends
+        scores = None if self._top is None or ends else _scores(logits[0], token, self._top)
+        text = "" if ends else self._stops.push(self._text.push(token))
+        is_last = ends or self.made == self._settings.max_new_tokens
+        if is_last and not self._stops.found:
+            text += self._stops.push(self._text.end())
+            text += self._stops.end()
+        stopped = ends or self._stops.found
+        self._give(Piece(text, scores, "stop" if stopped else "length" if is_last else None))
+
+    def fail(self, error: str | BaseException) -> None:
+        """End with an error."""
+        self._give(Piece(finish="error", error=error if isinstance(error, str) else one_line(error)))
+
+    def _give(self, piece: Piece) -> None:
+        self.is_done = piece.finish is not None
+        self._deliver(piece)
+
+
+def _scores(logits: torch.Tensor, token: int, top: int) -> TokenScores:
+    logs = logits.log_softmax(-1)
+    best = logs.topk(min(top, len(logs)))
+    ranked = zip(best.indices.tolist(), map(_finite, best.values.tolist()), strict=True)
+    return TokenScores(token, _finite(float(logs[token])), list(ranked))
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LOWEST

@@ -1,0 +1,171 @@
+"""``Scheduler``: the thread that runs the engine for all answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from klfast.core.errors import KlfastError
+from klfast.engine.builder import MOST_SEQUENCES
+from klfast.engine.engine import Engine
+from klfast.generation.engine import ROWS
+from klfast.serving.answer import Answer
+from klfast.serving.batch import Batch, Prefill
+from klfast.serving.metrics import Metrics
+from klfast.serving.prefix_cache import PrefixCache
+
+
+class QueueFullError(KlfastError):
+    """More answers are waiting than the queue takes."""
+
+
+class ClosedError(KlfastError):
+    """The server takes no more requests."""
+
+
+class Scheduler:
+    """Writes answers, several at a time, in the order in which they were asked for.
+
+    A thread of its own alone touches the engine. It takes turns: one chunk of the next prompt, then one token of each
+    running answer, so that a long prompt delays no answer by more than a chunk.
+
+    Args:
+        engine: of the model.
+        cache: states of earlier texts.
+        metrics: counts what happens.
+        sequences: most answers at a time.
+        waiting: most answers in the queue.
+        chunk: most tokens of a prompt between two steps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        cache: PrefixCache,
+        metrics: Metrics,
+        *,
+        sequences: int = MOST_SEQUENCES,
+        waiting: int = 256,
+        chunk: int = ROWS,
+    ) -> None:
+        self._engine, self._cache, self._metrics, self._chunk = engine, cache, metrics, chunk
+        self._start, self._batch, self._most_waiting = engine.state(), Batch(engine, sequences), waiting
+        self._waiting: deque[Answer] = deque()
+        self._prefill: Prefill | None = None
+        self._changed = threading.Condition()
+        self._is_open = self._finishes = True
+        self._thread = threading.Thread(target=self._run, name="klfast scheduler")
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether answers are still written."""
+        return self._thread.is_alive()
+
+    def submit(self, answers: Sequence[Answer]) -> None:
+        """Queue the answers of a request, all or none.
+
+        Raises:
+            QueueFullError: too many are waiting.
+            ClosedError: ``close`` was called.
+        """
+        with self._changed:
+            if not self._is_open:
+                raise ClosedError("the server is shutting down")
+            if len(self._waiting) + len(answers) > self._most_waiting:
+                raise QueueFullError(f"{len(self._waiting)} answers are waiting already; try again later")
+            self._waiting.extend(answers)
+            self._changed.notify()
+
+    def close(self, *, finish: bool = True) -> None:
+        """Take no more answers, write those that were accepted (or, without ``finish``, none), and end the thread."""
+        with self._changed:
+            self._is_open, self._finishes = False, finish
+            self._changed.notify()
+        self._thread.join()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._wait():
+            self._drop_cancelled()
+            self._admit()
+            self._decode()
+
+    def _wait(self) -> bool:
+        """Wait for work; return False if there will be none."""
+        with self._changed:
+            self._metrics.waiting.set(len(self._waiting))
+            self._metrics.running.set(len(self._batch) + (self._prefill is not None))
+            self._metrics.cache_bytes.set(self._cache.nbytes)
+            self._changed.wait_for(lambda: self._waiting or self._prefill or self._batch or not self._is_open)
+            return self._finishes and bool(self._waiting or self._prefill or self._batch)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            kept = deque(answer for answer in self._waiting if not answer.is_cancelled)
+            dropped, self._waiting = len(self._waiting) - len(kept), kept
+        if self._prefill is not None and self._prefill.answer.is_cancelled:
+            self._prefill = None
+            dropped += 1
+        for row in reversed(range(len(self._batch))):
+            if self._batch.answers[row].is_cancelled:
+                self._batch.remove(row)
+                dropped += 1
+        self._metrics.answers.labels("cancelled").inc(dropped)
+
+    def _admit(self) -> None:
+        """Feed one chunk of a prompt; after its last one the answer joins the batch."""
+        with self._changed:
+            if self._prefill is None and self._waiting and len(self._batch) < self._batch.most:
+                answer = self._waiting.popleft()
+                self._prefill = Prefill(self._engine, self._start, answer, self._cache, self._chunk)
+        if self._prefill is None:
+            return
+        prefill, answer = self._prefill, self._prefill.answer
+        try:
+            self._metrics.prompt_tokens.inc(prefill.step())
+            if prefill.logits is None:
+                return
+            self._metrics.cached_tokens.inc(answer.cached_tokens)
+            self._metrics.first_token.observe(time.monotonic() - answer.asked)
+            self._take(answer, prefill.logits)
+            if not answer.is_done:
+                self._batch.add(answer, prefill.state)
+        except Exception as error:  # noqa: BLE001 (memory, say: this answer's end, not the server's)
+            self._fail([answer], error)
+        self._prefill = None
+
+    def _decode(self) -> None:
+        """Write one token of each running answer."""
+        if not self._batch:
+            return
+        begun = time.monotonic()
+        try:
+            logits = self._batch.step()
+            for row in reversed(range(len(self._batch))):  # a row that leaves is replaced by one that was here
+                answer, own = self._batch.answers[row], logits[row : row + 1]
+                self._take(answer, own)
+                if answer.is_done:
+                    self._cache.put(answer.tokens[:-1], self._batch.state, row, own)
+                    self._batch.remove(row)
+        except Exception as error:  # noqa: BLE001 (as above; what the step left is unknown)
+            self._fail(self._batch.answers, error)
+            while self._batch:
+                self._batch.remove(len(self._batch) - 1)
+        self._metrics.step.observe(time.monotonic() - begun)
+
+    def _take(self, answer: Answer, logits: torch.Tensor) -> None:
+        answer.take(logits)
+        self._metrics.answer_tokens.inc()
+        if answer.is_done:
+            self._metrics.answers.labels("finished").inc()
+
+    def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
+        for answer in answers:
+            if not answer.is_done:
+                answer.fail(error)
+                self._metrics.answers.labels("failed").inc()

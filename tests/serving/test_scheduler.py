@@ -1,0 +1,277 @@
+"""The scheduler: answers written together equal those written alone."""
+
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+import served
+import torch
+from tiny_models import tiny
+
+from klfast.generation.engine import lower
+from klfast.generation.sampling import Sampling
+from klfast.generation.settings import Settings
+from klfast.serving.answer import Answer
+from klfast.serving.metrics import Metrics
+from klfast.serving.prefix_cache import PrefixCache
+from klfast.serving.scheduler import ClosedError, QueueFullError, Scheduler
+
+WAIT = 20  # seconds
+
+
+class Asked:
+    """An answer and what was delivered of it."""
+
+    def __init__(self, prompt, new, *, ends=(), strings=(), sampling=None, pause=0.0, **options):
+        self.prompt, self.new, self.pieces, self.done = prompt, new, [], threading.Event()
+        self.pause = pause
+        settings = Settings(new, sampling, 1.0, list(ends), list(strings), None)
+        self.answer = Answer(prompt, settings, served.words(), deliver=self.take, **options)
+
+    def take(self, piece):
+        time.sleep(self.pause)
+        self.pieces.append(piece)
+        if piece.finish:
+            self.done.set()
+
+    @property
+    def text(self):
+        assert self.done.wait(WAIT)
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def finish(self):
+        return self.pieces[-1].finish
+
+    @property
+    def made(self):
+        assert self.done.wait(WAIT)
+        return self.answer.tokens[len(self.prompt) :]
+
+
+@pytest.fixture
+def start(one_thread):
+    """Return what makes schedulers; they are closed in the end."""
+    made = []
+
+    def scheduler(model=None, cache_bytes=10**8, rows=64, **options):
+        found = Scheduler(lower(model or served.model(), rows), PrefixCache(cache_bytes), Metrics(), **options)
+        made.append(found)
+        return found
+
+    yield scheduler
+    for one in made:
+        one.close(finish=False)
+        assert not one.is_alive
+
+
+def prompts(count, seed=0, longest=90):
+    chance = random.Random(seed)
+    return [[chance.randrange(3, 400) for _ in range(chance.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**8])
+def test_answers_equal_those_written_alone(start, cache_bytes):
+    scheduler = start(cache_bytes=cache_bytes, chunk=13)
+    texts = prompts(40)
+    texts += [text[: len(text) // 2 + 1] for text in texts[:10]] + texts[:4]  # beginnings and repetitions of others
+    asked = [Asked(text, 1 + i % 23) for i, text in enumerate(texts)]
+    for one in asked:
+        scheduler.submit([one.answer])
+    for one in asked:
+        assert one.made == served.alone(one.prompt, one.new, eos_token_id=[])
+        assert one.text == served.text_after(one.prompt, one.made) and one.finish == "length"
+        assert [piece.finish for piece in one.pieces[:-1]] == [None] * (one.new - 1)
+
+
+@pytest.mark.parametrize("family", ["hymba", "qwen3_5", "falcon_mamba"])
+def test_every_kind_of_state(start, family):
+    model = tiny(family, vocabulary=len(served.words()))
+    scheduler = start(model, chunk=13)
+    asked = [Asked(text, 3 + i) for i, text in enumerate(prompts(20))]
+    scheduler.submit([one.answer for one in asked])
+    again = [Asked([*one.prompt, *one.made, 5], 4) for one in asked]
+    scheduler.submit([one.answer for one in again])
+    for one in [*asked, *again]:
+        assert one.made == served.alone(one.prompt, one.new, model, eos_token_id=[])
+
+
+def test_states_that_outgrow_their_room(start):
+    scheduler = start(cache_bytes=0)
+    asked = [Asked([5 + i] * (1 + 90 * i), 300 + 150 * i) for i in range(4)]  # the room is 256 tokens, 512, 1,024
+    scheduler.submit([one.answer for one in asked])
+    for one in asked:
+        assert one.made == served.alone(one.prompt, one.new, eos_token_id=[])
+
+
+def test_end_tokens_and_stop_strings(start):
+    scheduler = start()
+    prompt = prompts(1)[0]
+    made = served.alone(prompt, 30, eos_token_id=[])
+    end = next(t for t in made[4:] if t not in made[:4])
+    whole = served.text_after(prompt, made)
+    stop = whole[9:12]
+    by_token, by_text = Asked(prompt, 30, ends=[end]), Asked(prompt, 30, strings=["never said", stop])
+    scheduler.submit([by_token.answer, by_text.answer])
+    cut = made.index(end)
+    assert by_token.made == made[: cut + 1] and by_token.finish == "stop"
+    assert by_token.text == served.text_after(prompt, made[:cut])
+    assert by_text.text == whole[: whole.index(stop)] and by_text.finish == "stop"
+    assert by_text.answer.made < 30
+
+
+def test_a_seed_decides_whatever_runs_beside(start):
+    scheduler, sampling = start(), Sampling(1.0, top_k=40)
+    [prompt] = prompts(1)
+
+    def sampled(seed):
+        return Asked(prompt, 20, sampling=sampling, seed=seed)
+
+    first = sampled(7)
+    scheduler.submit([first.answer])
+    expected = first.made
+    crowd = [Asked(text, 30) for text in prompts(9, seed=3)]
+    again, other = sampled(7), sampled(8)
+    scheduler.submit(
+        [*(one.answer for one in crowd[:5]), again.answer, other.answer, *(one.answer for one in crowd[5:])]
+    )
+    assert again.made == expected != other.made
+    generator = torch.Generator().manual_seed(7)
+    assert expected == served.alone(prompt, 20, temperature=1.0, top_k=40, generator=generator, eos_token_id=[])
+
+
+def test_scores_are_the_model_s(start):
+    scheduler = start()
+    [prompt] = prompts(1)
+    asked = Asked(prompt, 6, top_logprobs=3)
+    scheduler.submit([asked.answer])
+    made = asked.made
+    with torch.inference_mode():
+        truth = served.model()(torch.tensor([prompt + made[:-1]])).logits[0, len(prompt) - 1 :].double().log_softmax(-1)
+    for piece, token, row in zip(asked.pieces, made, truth, strict=True):
+        best = row.topk(3)
+        assert piece.scores.token == token and piece.scores.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert [t for t, _ in piece.scores.top] == best.indices.tolist()
+        assert [p for _, p in piece.scores.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_the_next_turn_feeds_only_what_is_new(start):
+    scheduler = start()
+    first = Asked(prompts(1, longest=1)[0] * 50, 12)
+    scheduler.submit([first.answer])
+    text = first.prompt + first.made
+    second, repeated = Asked([*text, 5, 6, 7], 8), Asked(first.prompt, 12)
+    scheduler.submit([second.answer, repeated.answer])
+    assert second.made == served.alone(second.prompt, 8, eos_token_id=[])
+    assert second.answer.cached_tokens == len(text) - 1  # the last token was not fed
+    assert repeated.made == first.made and repeated.answer.cached_tokens == len(first.prompt)
+
+
+def test_a_long_prompt_does_not_hold_up_running_answers(start):
+    scheduler = start(chunk=8)
+    running, order = Asked([5, 6], 60), []
+    long = Asked(prompts(1)[0][:1] * 400, 2)
+    running.take, long.take = _noted(running, order, "running"), _noted(long, order, "long")
+    running.answer._deliver, long.answer._deliver = running.take, long.take
+    scheduler.submit([running.answer, long.answer])
+    assert running.done.wait(WAIT) and long.done.wait(WAIT)
+    assert order.index("long") > 45  # one token between each two of the 50 chunks
+
+
+def _noted(asked, order, name):
+    take = asked.take
+    return lambda piece: (order.append(name), take(piece))
+
+
+def test_cancelled_answers_leave_the_others_alone(start):
+    scheduler = start()
+    asked = [Asked(text, 40, pause=0.001) for text in prompts(30)]
+    scheduler.submit([one.answer for one in asked])
+    assert _until(lambda: len(asked[0].pieces) > 3)
+    for one in asked[::3]:
+        one.answer.is_cancelled = True
+    for i, one in enumerate(asked):
+        if i % 3:
+            assert one.made == served.alone(one.prompt, 40, eos_token_id=[])
+    assert sum(one.done.is_set() for one in asked[::3]) == 0
+    assert max(len(one.pieces) for one in asked[::3]) < 40
+
+
+def test_nothing_more_is_done_for_cancelled_answers(start):
+    scheduler = start(sequences=1, waiting=2, chunk=1)
+    long, waiting = Asked([5] * 10**6, 1), [Asked([6], 1) for _ in range(2)]
+    scheduler.submit([long.answer])
+    assert _until(lambda: scheduler._prefill)
+    scheduler.submit([one.answer for one in waiting])
+    for one in waiting:
+        one.answer.is_cancelled = True
+    assert _until(lambda: not scheduler._waiting)  # they make room at once, though none could begin
+    last = Asked([7], 3)
+    scheduler.submit([last.answer])
+    long.answer.is_cancelled = True
+    assert last.made == served.alone([7], 3, eos_token_id=[])
+    assert not any(one.done.is_set() for one in [long, *waiting])
+
+
+def test_the_queue_is_bounded(start):
+    scheduler = start(sequences=2, waiting=3)
+    asked = [Asked([5, 6, 7], 30, pause=0.01) for _ in range(2)]
+    scheduler.submit([one.answer for one in asked])
+    assert _until(lambda: all(one.pieces for one in asked))
+    more = [Asked([8], 3) for _ in range(3)]
+    scheduler.submit([one.answer for one in more])
+    with pytest.raises(QueueFullError, match=r"^3 answers are waiting already; try again later$"):
+        scheduler.submit([Asked([8], 3).answer])
+    assert len({tuple(one.made) for one in more}) == 1
+    with pytest.raises(QueueFullError):
+        scheduler.submit([Asked([8], 3).answer] * 4)  # all or none
+
+
+def test_closing_finishes_what_was_accepted(start):
+    scheduler = start(sequences=3)
+    asked = [Asked(text, 15) for text in prompts(9)]
+    scheduler.submit([one.answer for one in asked])
+    scheduler.close()
+    assert not scheduler.is_alive and all(one.done.is_set() for one in asked)
+    assert Counter(one.finish for one in asked) == {"length": 9}
+    with pytest.raises(ClosedError, match="shutting down"):
+        scheduler.submit([Asked([5], 3).answer])
+
+
+def test_closing_at_once(start):
+    scheduler = start()
+    asked = Asked([5], 5000, pause=0.001)
+    scheduler.submit([asked.answer])
+    assert _until(lambda: asked.pieces)
+    scheduler.close(finish=False)
+    assert not scheduler.is_alive and not asked.done.is_set()
+
+
+def test_damaged_numbers_end_one_answer_only(start):
+    import copy
+
+    model = copy.deepcopy(served.model())
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = float("nan")
+    scheduler = start(model)
+    bad, good = Asked([5, 77, 6], 9), Asked([5, 6], 9)
+    scheduler.submit([bad.answer, good.answer])
+    assert bad.text == "" and bad.finish == "error" and "NaN" in bad.pieces[-1].error
+    assert good.made == served.alone(good.prompt, 9, eos_token_id=[])
+
+
+def test_an_engine_that_fails_ends_answers_not_the_server(start):
+    scheduler = start()
+    bad, good = Asked([5, 10**6], 9), Asked([5, 6], 9)  # a token beyond the vocabulary
+    scheduler.submit([bad.answer, good.answer])
+    assert bad.text == "" and bad.finish == "error" and "token ids must lie in 0..419" in bad.pieces[-1].error
+    assert good.made == served.alone(good.prompt, 9, eos_token_id=[])
+
+
+def _until(holds):
+    end = time.monotonic() + WAIT
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.001)
+    return holds()
