@@ -87,14 +87,14 @@ def _klfast(
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
-    elif ctx.invoked_subcommand not in ("generate", "bench"):
+    elif ctx.invoked_subcommand not in ("generate", "serve", "bench"):
         # Waiting threads sleep instead of spinning, which makes a sweep several times as fast beside other busy
         # programs. Decoding, which has only short waits, and timings keep OpenMP's default. Set before torch is
         # imported, which reads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, demo, doctor, evaluate, export_kernels, generate, plan, quantize, report, sweep  # noqa: E402
+from klfast.cli import bench, demo, doctor, evaluate, export_kernels, generate, plan, quantize, report, serve, sweep  # noqa: E402
 
 for command in (
     demo.demo,
@@ -103,6 +103,7 @@ for command in (
     quantize.quantize,
     evaluate.evaluate,
     generate.generate,
+    serve.serve,
     bench.bench,
     report.report,
     doctor.doctor,

@@ -1,0 +1,114 @@
+"""klfast serve: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from klfast.cli import options
+from klfast.cli.console import emit
+from klfast.core.errors import InvalidInputError
+from klfast.core.loading_options import LoadingOptions
+
+if TYPE_CHECKING:
+    from klfast.serving.service import Service
+
+
+@options.loads_models
+def serve(
+    model: options.Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; by default MODEL's last part.", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KLFAST_API_KEY", help="Key that clients must send; better in the variable.", show_default=False
+        ),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(help="Most tokens of a prompt and its answer; no more than the model has.", min=2)
+    ] = 8192,
+    queue: Annotated[int, typer.Option(help="Most answers that wait; further requests get status 429.", min=1)] = 256,
+    request_bytes: Annotated[
+        int, typer.Option(parser=options.parse_bytes, metavar="SIZE", help="Largest body of a request.")
+    ] = "1MiB",  # type: ignore[assignment]  # typer parses defaults, too
+    prefix_cache: Annotated[
+        int,
+        typer.Option(
+            parser=options.parse_bytes,
+            metavar="SIZE",
+            help="Memory for the states of earlier texts, from which longer ones go on; 0 for none.",
+        ),
+    ] = "1GiB",  # type: ignore[assignment]
+    dtype: options.Dtype = "float32",
+    gguf: options.Gguf = "exact",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    *,
+    loading: LoadingOptions,
+) -> None:
+    """Serve a model by OpenAI's HTTP interface until Ctrl-C: /v1/completions, /v1/chat/completions."""
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
+        raise typer.BadParameter("an API key has printable ASCII characters, at least one")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InvalidInputError(f"klfast serve needs the package {error.name}: pip install 'klfast[serve]'") from None
+    from klfast.checkpoint.by_name import load_model, load_tokenizer
+    from klfast.cli import runtime
+    from klfast.serving.service import Service
+
+    runtime.prepare(threads)
+    listener = _listen(host, port)  # before the model is loaded, which takes long
+    tokenizer = load_tokenizer(model, **loading)
+    network = load_model(model, dtype, gguf=gguf, **loading)
+    if api_key is None and not _is_local(host):
+        print("klfast: warning: whoever reaches this address can use the server; set an --api-key", file=sys.stderr)
+    name = name or Path(model).name or model
+    service = Service(network, tokenizer, name, context=context, waiting=queue, cache_bytes=prefix_cache)
+    try:
+        _run(service, listener, api_key, request_bytes, as_json)
+    finally:
+        service.scheduler.close(finish=False)  # does nothing after an orderly end
+
+
+def _run(service: Service, listener: socket.socket, key: str | None, most_bytes: int, as_json: bool) -> None:
+    import uvicorn
+
+    from klfast.serving.api import make_app
+
+    app = make_app(service, key=key, most_bytes=most_bytes)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    emit({"model": service.name, "url": url}, f"klfast serves {service.name} at {url}", as_json)
+    sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again after the shutdown, which is over then
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        raise InvalidInputError(f"cannot listen on {host}, port {port}: {error}; choose another --port") from None
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

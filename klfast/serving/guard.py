@@ -1,0 +1,71 @@
+"""What every request passes first: the key, and the limit of its size."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from klfast.serving.metrics import Metrics
+from klfast.serving.replies import failure
+
+_OPEN = ("/health",)  # without a key
+
+
+class Guard:
+    """ASGI middleware that refuses requests without the key or with too many bytes, and counts replies.
+
+    Args:
+        app: what the others reach.
+        key: what clients must send as "Authorization: Bearer KEY"; None lets all in.
+        most_bytes: of a request's body.
+        paths: those to count by name.
+        metrics: where to count.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, key: str | None, most_bytes: int, paths: Iterable[str], metrics: Metrics
+    ) -> None:
+        self._app, self._most, self._paths, self._metrics = app, most_bytes, frozenset(paths), metrics
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self._paths else "other"
+        headers, size = dict(scope["headers"]), 0
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.replies.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._most:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        refusal = None
+        # compare_digest takes as long wherever the two differ, so that time tells nothing about the key.
+        if self._expected is not None and scope["path"] not in _OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = failure("wrong or missing API key", "authentication_error", "invalid_api_key")
+                refusal = JSONResponse(error, 401, {"WWW-Authenticate": "Bearer"})
+        if (
+            refusal is None and int(headers.get(b"content-length", 0)) > self._most
+        ):  # h11 has checked that it is a number
+            refusal = JSONResponse(failure(self._too_large, "invalid_request_error"), 413, {"Connection": "close"})
+        await (refusal or self._app)(scope, bounded, counted)
+
+    @property
+    def _too_large(self) -> str:
+        return f"the request has more than {self._most} bytes"

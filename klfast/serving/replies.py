@@ -1,0 +1,131 @@
+"""Replies in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from klfast.serving.answer import Answer, TokenScores
+
+Json = dict[str, Any]
+
+
+class Completions:
+    """The form of /v1/completions.
+
+    Args:
+        spelled: the text of a token.
+    """
+
+    kind = part_kind = "text_completion"
+
+    def __init__(self, spelled: Callable[[int], str]) -> None:
+        self._spelled, self._offsets = spelled, dict[int, int]()
+
+    def whole(self, index: int, text: str, scores: Sequence[TokenScores] | None, finish: str | None) -> Json:
+        """Return a choice, with its log probabilities in lists."""
+        found = None if scores is None else self._scores(index, scores)
+        return {"index": index, "text": text, "logprobs": found, "finish_reason": finish}
+
+    part = whole
+
+    def first(self, index: int) -> None:
+        """Return None: a text begins with its first letters."""
+
+    def _scores(self, index: int, scores: Sequence[TokenScores]) -> Json:
+        tokens = [self._spelled(one.token) for one in scores]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [one.logprob for one in scores],
+            "top_logprobs": [{self._spelled(token): logprob for token, logprob in one.top} for one in scores],
+            "text_offset": offsets,
+        }
+
+
+class Chats:
+    """The form of /v1/chat/completions.
+
+    Args:
+        spelled: the text of a token.
+    """
+
+    kind, part_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, spelled: Callable[[int], str]) -> None:
+        self._spelled = spelled
+
+    def whole(self, index: int, text: str, scores: Sequence[TokenScores] | None, finish: str | None) -> Json:
+        """Return a choice with a message."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return self._choice(index, "message", message, scores, finish)
+
+    def part(self, index: int, text: str, scores: Sequence[TokenScores] | None, finish: str | None) -> Json:
+        """Return a choice with what is new in the message."""
+        return self._choice(index, "delta", {"content": text} if text else {}, scores, finish)
+
+    def first(self, index: int) -> Json:
+        """Return the choice that says who speaks."""
+        return self._choice(index, "delta", {"role": "assistant", "content": ""}, None, None)
+
+    def _choice(
+        self, index: int, name: str, message: Json, scores: Sequence[TokenScores] | None, finish: str | None
+    ) -> Json:
+        found = None if scores is None else {"content": [self._scores(one) for one in scores], "refusal": None}
+        return {"index": index, name: message, "logprobs": found, "finish_reason": finish}
+
+    def _scores(self, scores: TokenScores) -> Json:
+        top = [self._score(token, logprob) for token, logprob in scores.top]
+        return {**self._score(scores.token, scores.logprob), "top_logprobs": top}
+
+    def _score(self, token: int, logprob: float) -> Json:
+        text = self._spelled(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+Form = Completions | Chats
+
+
+class Envelope:
+    """What all events of a reply have in common.
+
+    Args:
+        model: the name that the client asked for.
+        form: the kind of reply.
+    """
+
+    def __init__(self, model: str, form: Form) -> None:
+        prefix = "chatcmpl" if isinstance(form, Chats) else "cmpl"
+        self._common = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._form = form
+
+    def whole(self, choices: Sequence[Json], usage: Json) -> Json:
+        """Return a reply that comes at once."""
+        return {**self._common, "object": self._form.kind, "choices": choices, "usage": usage}
+
+    def part(self, choices: Sequence[Json], usage: Json | None = None) -> Json:
+        """Return an event of a stream."""
+        found = {**self._common, "object": self._form.part_kind, "choices": choices}
+        return found if usage is None else {**found, "usage": usage}
+
+
+def usage(answers: Sequence[Answer], prompts: int) -> Json:
+    """Return the tokens of a request whose answers are to this number of prompts, those to one prompt together."""
+    own = answers[:: len(answers) // prompts]
+    prompt, made = sum(len(answer.prompt) for answer in own), sum(answer.made for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in own)},
+    }
+
+
+def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> Json:
+    """Return an error."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,160 @@
+"""``Service``: a model with its tokenizer and scheduler, and the way from a request to answers."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from klfast.core.errors import InvalidInputError
+from klfast.engine.builder import CannotLowerError
+from klfast.generation.chat import chat_text
+from klfast.generation.engine import engine_of
+from klfast.generation.settings import settle
+from klfast.generation.stopping import ends_of
+from klfast.models.calling import check_ids
+from klfast.models.families import text_config
+from klfast.models.vocabulary import vocabulary_size
+from klfast.serving.answer import Answer
+from klfast.serving.mailbox import Mailbox
+from klfast.serving.metrics import Metrics
+from klfast.serving.prefix_cache import PrefixCache
+from klfast.serving.requests import Asked
+from klfast.serving.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Service:
+    """Answers requests with one model.
+
+    Args:
+        model: a causal language model that the engine runs.
+        tokenizer: the model's.
+        name: what clients call the model.
+        context: most tokens of a prompt and its answer; the model's own limit counts if it is less.
+        waiting: most answers in the queue.
+        cache_bytes: memory of the prefix cache.
+
+    Attributes:
+        name: as given.
+        metrics: of the server.
+        scheduler: writes the answers.
+
+    Raises:
+        InvalidInputError: the engine does not run the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        context: int = 8192,
+        waiting: int = 256,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        try:
+            engine = engine_of(model)
+        except CannotLowerError as error:
+            raise InvalidInputError(f"klfast serves models that its native engine runs, but {error}") from None
+        self.name, self.metrics = name, Metrics()
+        self._model, self._tokenizer = model, tokenizer
+        self._encoder, self._encoding = copy.deepcopy(tokenizer), asyncio.Lock()
+        self._ends, self._vocabulary = ends_of(model, tokenizer), vocabulary_size(model)
+        self._context = min(context, getattr(text_config(model), "max_position_embeddings", None) or context)
+        self.scheduler = Scheduler(engine, PrefixCache(cache_bytes), self.metrics, waiting=waiting)
+
+    def spelled(self, token: int) -> str:
+        """Return the text of a token on its own."""
+        text = self._tokenizer.decode([token])
+        assert isinstance(text, str)
+        return text
+
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return a text's tokens, with those that the tokenizer puts around it if ``special``."""
+        async with self._encoding:  # a tokenizer must not be used by two threads, and long texts would block the loop
+            found = await asyncio.to_thread(self._encoder, text, add_special_tokens=special)
+        return list(found["input_ids"])
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the tokens of a chat up to the answer.
+
+        Raises:
+            InvalidInputError: there is no template, or it refuses the messages.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidInputError(f"{self.name} has no chat template; use /v1/completions")
+        text = chat_text(self._tokenizer, messages, self.name)
+        return await self.encode(text, special=False)  # a template writes its special tokens itself
+
+    def start(
+        self,
+        asked: Asked,
+        prompts: Sequence[list[int]],
+        *,
+        max_tokens: int | None,
+        default: int | None,
+        top_logprobs: int | None,
+        mailbox: Mailbox,
+    ) -> list[Answer]:
+        """Queue ``asked.n`` answers to each prompt, which deliver to the mailbox's slots in this order.
+
+        Args:
+            asked: the request.
+            prompts: token ids.
+            max_tokens: of each answer; None for ``default``, or what the context leaves if that is less.
+            default: None for all that the context leaves.
+            top_logprobs: see ``Answer``.
+            mailbox: where pieces go.
+
+        Raises:
+            InvalidInputError: a prompt is empty, too long or not of the model's tokens.
+            QueueFullError: too many answers are waiting.
+        """
+        answers: list[Answer] = []
+        for prompt in prompts:
+            if not prompt:
+                raise InvalidInputError("the prompt has no tokens; give some text")
+            room = self._context - len(prompt)
+            if room < (max_tokens or 1):
+                raise InvalidInputError(
+                    f"the prompt's {len(prompt)} tokens and {max_tokens or 1} for the answer exceed the context of "
+                    f"{self._context} tokens"
+                )
+            check_ids(torch.tensor([prompt]), self._vocabulary, 1)
+            is_greedy = asked.temperature == 0
+            settings = settle(
+                self._model,
+                len(prompt),
+                max_new_tokens=max_tokens or min(default or room, room),
+                do_sample=True if asked.temperature is None else None,
+                temperature=asked.temperature,
+                top_k=None if is_greedy else asked.top_k,
+                top_p=None if is_greedy else asked.top_p,
+                min_p=None if is_greedy else asked.min_p,
+                repetition_penalty=asked.repetition_penalty,
+                eos_token_id=self._ends,
+                stop_strings=asked.stops or None,
+                pad_token_id=None,
+            )
+            for _ in range(asked.n or 1):
+                index = len(answers)
+                answers.append(
+                    Answer(
+                        prompt,
+                        settings,
+                        self._tokenizer,
+                        seed=None if asked.seed is None else asked.seed + index,
+                        top_logprobs=top_logprobs,
+                        deliver=mailbox.slot(index),
+                    )
+                )
+        self.scheduler.submit(answers)
+        return answers

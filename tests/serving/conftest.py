@@ -1,0 +1,63 @@
+"""A running server."""
+
+import threading
+import time
+
+import openai
+import pytest
+import served
+import uvicorn
+
+from klfast.serving.api import make_app
+from klfast.serving.service import Service
+
+NAME = "tiny"
+
+
+class Running:
+    """A server in a thread, on a free port."""
+
+    def __init__(self, key=None, most_bytes=2**20, **options):
+        self.service = Service(served.model(), served.words(), NAME, **options)
+        app = make_app(self.service, key=key, most_bytes=most_bytes)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+        self.root = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.url = f"{self.root}/v1"
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+
+    def stop(self):
+        self.server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Running(context=300)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as found:
+        yield found
+
+
+@pytest.fixture
+def serve():
+    """Return what starts servers with other options; they are stopped in the end."""
+    made = []
+
+    def start(**options):
+        made.append(Running(**options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.stop()

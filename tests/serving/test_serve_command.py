@@ -1,0 +1,133 @@
+"""klfast serve: the command, asked by curl, and its end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx2
+import pytest
+import served
+from command_line import fails
+from tiny_models import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return served.save(tmp_path_factory.mktemp("models") / "tiny-hybrid")
+
+
+@pytest.fixture
+def command(folder):
+    """Return what starts the command, once it listens; killed in the end."""
+    started = []
+
+    def start(*arguments):
+        words = [sys.executable, "-m", "klfast", "serve", str(folder), "--port", "0", "--threads", "1", "--json"]
+        environment = {**os.environ, "KLFAST_API_KEY": "secret"}
+        process = subprocess.Popen([*words, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+        started.append(process)
+        said = "".join(iter(process.stdout.readline, "}\n")) + "}"
+        return process, json.loads(said)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def curl(url, *arguments, key="secret"):
+    """Return the body and the status that curl gets."""
+    words = [
+        "curl",
+        "--silent",
+        "--no-buffer",
+        "--write-out",
+        "\n%{http_code}",
+        "--header",
+        f"Authorization: Bearer {key}",
+    ]
+    done = subprocess.run([*words, *arguments, url], capture_output=True, text=True, timeout=60, check=True)
+    body, status = done.stdout.rsplit("\n", 1)
+    return body, int(status)
+
+
+def test_serves_until_it_is_stopped(command):
+    process, said = command("--name", "mine")
+    url, ask = said["url"], ["--json", json.dumps(dict(model="mine", prompt="The sea", temperature=0, max_tokens=9))]
+    assert said["model"] == "mine" and url.startswith("http://127.0.0.1:")
+    body, status = curl(f"{url}/completions", *ask)
+    prompt = served.ids("The sea")
+    text = served.text_after(prompt, served.alone(prompt, 9))
+    assert status == 200 and json.loads(body)["choices"][0]["text"] == text
+    assert curl(f"{url}/completions", *ask, key="other")[1] == 401
+    assert curl(f"{url}/completions", "--json", "{")[1] == 400
+    assert curl(url.removesuffix("v1") + "health", key="")[1] == 200
+
+    # What runs is finished after the signal, and nothing new is taken.
+    more = dict(model="mine", prompt="A boat", temperature=0, max_tokens=1500, stream=True)
+    headers = {"Authorization": "Bearer secret"}
+    with httpx2.stream("POST", f"{url}/completions", json=more, headers=headers, timeout=60) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        events = [next(lines)]
+        process.send_signal(signal.SIGTERM)
+        events += lines
+    assert events.pop() == "data: [DONE]"
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    prompt = served.ids("A boat")
+    made = served.alone(prompt, 1500)
+    assert "".join(choice["text"] for choice in choices) == served.text_after(
+        prompt, [token for token in made if token != served.words().eos_token_id]
+    )
+    assert process.wait(20) == 0
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(url)
+
+
+def test_a_second_interrupt_ends_at_once(command):
+    process, said = command()
+    url, seen = said["url"], threading.Event()
+    assert said["model"] == "tiny-hybrid"
+
+    def read():
+        body = dict(model="tiny-hybrid", prompt="A boat", max_tokens=8000, stream=True)
+        headers = {"Authorization": "Bearer secret"}
+        with httpx2.stream("POST", f"{url}/completions", json=body, headers=headers, timeout=60) as stream:
+            try:
+                for _ in stream.iter_lines():
+                    seen.set()
+            except httpx2.RemoteProtocolError:
+                pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert seen.wait(60)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    reader.join()
+
+
+def test_what_cannot_be_served(folder, tmp_path):
+    tiny("zamba2", vocabulary=len(served.words())).save_pretrained(tmp_path / "zamba2")
+    served.words().save_pretrained(tmp_path / "zamba2")
+    assert (
+        "klfast serves models that its native engine runs, but the engine does not know models of type zamba2"
+        in fails("serve", tmp_path / "zamba2", "--port", "0")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1, port {port}" in fails("serve", folder, "--port", port)
+    assert "cannot listen on no.such.host.invalid" in fails("serve", folder, "--host", "no.such.host.invalid")
+    assert "printable ASCII" in fails("serve", folder, "--api-key", "", code=2)
+    assert "is not a size" in fails("serve", folder, "--prefix-cache", "much", code=2)
+
+
+def test_says_which_package_is_missing(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "klfast serve needs the package uvicorn: pip install 'klfast[serve]'" in fails("serve", folder)
