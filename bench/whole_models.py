@@ -58,7 +58,7 @@ def _prompt(length: int) -> torch.Tensor:
 
 
 class _Kept:
-    """The variants of one model for one stage; those of the stage before it are freed, as they might not fit."""
+    """One model's variants for one stage; it frees those of the stage before, which might not fit beside them."""
 
     def __init__(self) -> None:
         self._of: tuple[str, str] = "", ""

@@ -19,12 +19,6 @@ void each_row(const Input& input, double operations, Function&& work) {
     });
 }
 
-// [sequences, length, heads width] as [sequences, length, heads, width]
-View by_head(View view, std::int64_t width) {
-    view.stride[2] = width, view.stride[3] = 1;
-    return view;
-}
-
 template <class T>
 void rotate_row(T* x, std::int64_t half, DType type, const float* cos, const float* sin) {
     const auto step = [&](float v) { return rounded(v, type); };
@@ -99,10 +93,10 @@ Work attend(Attention layer, Columns q, Columns out) {
         std::vector<std::int64_t> keys(input.seen, input.seen + input.sequences);
         for (std::int64_t& count : keys) count += input.length;
         const DecodeAttentionArgs args{
-            .q = by_head(buffers.by_sequence(q, input.length), layer.key_dim),
+            .q = buffers.by_head(q, input.length, layer.heads),
             .k = input.states[layer.keys],
             .v = input.states[layer.values],
-            .out = by_head(buffers.by_sequence(out, input.length), layer.value_dim),
+            .out = buffers.by_head(out, input.length, layer.heads),
             .batch = input.sequences,
             .length = input.length,
             .heads = layer.heads,

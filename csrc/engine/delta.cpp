@@ -29,9 +29,7 @@ Work delta_gates(View rate, View bias, float largest, std::int64_t heads, Column
 Work delta_rule(DeltaRule layer, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out) {
     return [=](const Input& input, const Buffers& buffers) {
         const auto heads = [&](const Columns& columns, std::int64_t count) {
-            View view = buffers.by_sequence(columns, input.length);
-            view.stride[2] = columns.width / count, view.stride[3] = 1;
-            return view;
+            return buffers.by_head(columns, input.length, count);
         };
         View decay = buffers.by_sequence(g, input.length);
         decay.stride[3] = 0;

@@ -102,7 +102,7 @@ struct Routing {
     float epsilon, factor;
     DType rounded_to;  // scores, and the result of each step after them
 };
-// weights = those of the experts that index names, as floats, from the greatest score on.
+// index = the experts' numbers, as floats, highest score first; weights = their weights.
 Work route(Routing how, Columns logits, Columns index, Columns weights);
 
 // What route() has chosen, a route for each of a token's experts.

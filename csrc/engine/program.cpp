@@ -37,6 +37,12 @@ View Buffers::by_sequence(const Columns& columns, std::int64_t length) const {
     return view;
 }
 
+View Buffers::by_head(const Columns& columns, std::int64_t length, std::int64_t heads) const {
+    View view = by_sequence(columns, length);
+    view.stride[2] = columns.width / heads, view.stride[3] = 1;
+    return view;
+}
+
 std::int64_t Buffers::bytes() const {
     std::int64_t total = 0;
     for (int buffer = 0; buffer < static_cast<int>(all_.size()); ++buffer) total += bytes(buffer);

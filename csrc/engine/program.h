@@ -43,6 +43,8 @@ class Buffers {
     View operator[](const Columns& columns) const;
     // The same as [sequences, length, width].
     View by_sequence(const Columns& columns, std::int64_t length) const;
+    // The same as [sequences, length, heads, width of a head].
+    View by_head(const Columns& columns, std::int64_t length, std::int64_t heads) const;
     std::int64_t bytes() const;
     std::int64_t bytes(int buffer) const;
 

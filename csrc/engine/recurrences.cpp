@@ -18,12 +18,9 @@ View channels_first(const Buffers& buffers, const Columns& columns, const Input&
     return transposed(buffers.by_sequence(columns, input.length), 1);
 }
 
-// [sequences, length, heads dim] as [sequences, length, heads, dim], or without the length of one.
+// [sequences, length, heads, dim]; absent where the columns are.
 View by_head(const Buffers& buffers, const Columns& columns, const Input& input, std::int64_t heads) {
-    if (columns.width == 0) return {};
-    View view = buffers.by_sequence(columns, input.length);
-    view.stride[2] = columns.width / heads, view.stride[3] = 1;
-    return view;
+    return columns.width == 0 ? View{} : buffers.by_head(columns, input.length, heads);
 }
 
 View without_length(View view) {

@@ -34,6 +34,7 @@ class Engine:
         self._logits = memory.view(-1, logits.width)
         self._lock = threading.Lock()
 
+    @torch.no_grad()  # parameters that want gradients are taken where nobody records any
     def is_current(self) -> bool:
         """Return whether the model still has the tensors and settings that it was lowered with."""
         return all(check() not in (None, False) for check in self._checks)

@@ -21,7 +21,6 @@ ROWS = 512  # tokens of a prompt that go through the model together
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
-@torch.no_grad()  # parameters that want gradients are taken where nobody records any
 def engine_of(model: nn.Module) -> Engine:
     """Return the engine of a causal language model, made at the first call and again once the model has changed.
 
@@ -37,7 +36,7 @@ def engine_of(model: nn.Module) -> Engine:
     return engine
 
 
-@torch.no_grad()
+@torch.no_grad()  # parameters that want gradients are taken where nobody records any
 def lower(model: nn.Module, rows: int = ROWS) -> Engine:
     """Lower a causal language model to a native engine, which ``generate`` also takes where there is one.
 

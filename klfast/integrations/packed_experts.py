@@ -58,7 +58,7 @@ def join(model: nn.Module, tensors: Tensors, schemes: Schemes) -> dict[str, Quan
 
 
 def with_packed_stacks(conversions: Iterable[Any]) -> list[Any]:
-    """Return transformers' conversions, and before them those of the tensors of packed stacks."""
+    """Return transformers' conversions, preceded by those for the tensors of packed stacks."""
     twins = []
     for each in conversions:
         if not isinstance(each, WeightConverter) or not expert_files.stacked_names(each.source_patterns):

@@ -95,7 +95,7 @@ def test_threads_change_nothing(model, rows):
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["mamba2", "qwen3_5"])
 def test_a_long_text_does_not_drift(family):
-    """The state after many single tokens is that of the same tokens as a prompt, and takes no more memory."""
+    """Going token by token leaves the same state as the whole prompt at once, in no more memory."""
     model, ids = tiny(family), batch(1, 3000)
     engine = lower(model)
     stepped, prompted = engine.state(), engine.state()
@@ -158,6 +158,14 @@ def test_follows_changes_of_the_model():
     assert engine_of(model) is not engine
     engine = engine_of(model)
     assert relative(engine(ids, engine.state()), logits_of_each(model, ids)[:, -1]) < 1e-4
+
+
+def test_is_current_where_gradients_are_recorded():
+    model = tiny("mamba")
+    engine = lower(model)
+    assert engine.is_current()
+    model.lm_head = torch.nn.Linear(64, 61, bias=False)
+    assert not engine.is_current()
 
 
 def test_engines_do_not_keep_models_alive():

@@ -73,7 +73,7 @@ def test_a_bias_changes_the_choice_alone():
 @pytest.mark.parametrize("spec", [None, "int4-g16-asym", "int6-g32-sym"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tokens_read_only_their_experts(family, spec, rows, monkeypatch):
-    """All matrices but those of the experts that the tokens meet become NaN."""
+    """Fill the matrices with NaN, except those of the experts that the tokens are routed to."""
     model = changed(family, monkeypatch, num_experts=9, num_local_experts=9)
     if spec is not None:
         model = quantized(model, spec)

@@ -18,7 +18,7 @@ TEMPLATE = (
 
 @cache
 def model():
-    """Return a Granite-4.0-H: Mamba-2 layers with attention between them; it does not end by itself."""
+    """Return a tiny Granite-4.0-H, which never ends a text by itself."""
     found = tiny("granite_hybrid", vocabulary=len(words()))
     found.config.max_position_embeddings = 10**6
     with torch.no_grad():
