@@ -11,7 +11,7 @@ from klfast.core.errors import InvalidInputError
 
 from . import families, models
 
-_MODELS = (*models.MODELS, *models.QUICK_MODELS, *families.CONFIGS)
+_MODELS = (*models.MODELS, *models.LARGE_MODELS, *models.QUICK_MODELS, *families.CONFIGS)
 
 
 def require(settings: Settings) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def _mamba2(hidden: int, layers: int, vocab: int) -> Mamba2ForCausalLM:
 
 
 MODELS = {"mamba-130m": lambda: _mamba(768, 24, 50280), "mamba2-130m": lambda: _mamba2(768, 24, 50288)}
-LARGE = "mamba-1.4b"  # for GPUs
+LARGE = "mamba-1.4b"
 LARGE_MODELS = {LARGE: lambda: _mamba(2048, 48, 50280)}
 QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda: _mamba2(128, 2, 512)}
 
@@ -56,11 +57,12 @@ def plain(name: str) -> nn.Module:
     return (MODELS | LARGE_MODELS | QUICK_MODELS)[name]().eval()
 
 
-def ours(name: str, spec: QuantSpec | None, activation: str) -> nn.Module:
-    """Return the same model with klfast's functions, and with all linear layers quantized if there is a spec."""
+def ours(name: str, specs: Sequence[QuantSpec], activation: str) -> nn.Module:
+    """Return the same model with klfast's functions; linear layers take the specs, if there are any, in turn."""
     model = plain(name)
-    if spec is not None:
-        klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), spec), "uniform"), activation=activation)
+    if specs:
+        plan = Plan(dict(zip(linears(model), itertools.cycle(specs), strict=False)), "uniform")
+        klfast.quantize_model(model, plan, activation=activation)
     return klfast.accelerate(model)
 
 

@@ -18,12 +18,14 @@ from klfast.quant.spec import QuantSpec
 
 from . import llama_cpp, models
 
-VARIANTS = {  # dtype, spec, activation
-    "bf16": (torch.bfloat16, None, "exact"),
-    "fp32": (torch.float32, None, "exact"),
-    "int8": (torch.bfloat16, QuantSpec(8, 64), "exact"),
-    "int4": (torch.bfloat16, QuantSpec(4, 64), "exact"),
-    "int4, int8 activations": (torch.bfloat16, QuantSpec(4, 64), "int8"),
+_INT4, _INT8 = QuantSpec(4, 64), QuantSpec(8, 64)
+VARIANTS = {  # dtype, specs that linear layers take in turn, activation
+    "bf16": (torch.bfloat16, (), "exact"),
+    "fp32": (torch.float32, (), "exact"),
+    "int8": (torch.bfloat16, (_INT8,), "exact"),
+    "int4 and int8": (torch.bfloat16, (_INT4, _INT8), "exact"),
+    "int4": (torch.bfloat16, (_INT4,), "exact"),
+    "int4, int8 activations": (torch.bfloat16, (_INT4,), "int8"),
 }
 TOLERANCE = 2e-3  # of float32 logits
 DECODE_PROMPT = 8  # tokens
@@ -53,8 +55,18 @@ def rate(tokens: int) -> Callable[[float], dict[str, float]]:
     return lambda seconds: {"tok_s": round(tokens / seconds, 1)}
 
 
-def _prompt(length: int) -> torch.Tensor:
-    return torch.randint(0, 512, (1, length))
+def batches(
+    name: str, tokens: int, settings: Settings, variant: str, sequences: tuple[int, ...]
+) -> dict[str, Callable[[], Contender]]:
+    """Return contenders that decode so many sequences together."""
+    return {
+        f"klfast {variant}, {n} sequences": functools.partial(_decode, name, tokens, settings, *VARIANTS[variant], n)
+        for n in sequences
+    }
+
+
+def _prompt(length: int, sequences: int = 1) -> torch.Tensor:
+    return torch.randint(0, 512, (sequences, length))
 
 
 class _Kept:
@@ -78,19 +90,19 @@ _kept = _Kept()
 
 
 def _model(
-    name: str, stage: str, device: str, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+    name: str, stage: str, device: str, dtype: torch.dtype, specs: tuple[QuantSpec, ...], activation: str
 ) -> tuple[torch.nn.Module, float]:
     """Return klfast's model in ``dtype``, and its error in float32: infinite if it generates other tokens."""
     _require_cpu(device)
 
     def make() -> tuple[torch.nn.Module, float]:
-        model = models.ours(name, spec, activation)
+        model = models.ours(name, specs, activation)
         error = models.error(model, _prompt(16))
         if activation == "exact" and not models.same_tokens(model, _prompt(8), 4):
             error = math.inf
         return model.to(dtype), error
 
-    return _kept.get((name, stage), (dtype, spec, activation), make)
+    return _kept.get((name, stage), (dtype, specs, activation), make)
 
 
 def _plain_model(name: str, stage: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -105,9 +117,9 @@ def _require_cpu(device: str) -> None:
 
 
 def _prefill(
-    name: str, length: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+    name: str, length: int, settings: Settings, dtype: torch.dtype, specs: tuple[QuantSpec, ...], activation: str
 ) -> Contender:
-    model, error = _model(name, "prefill", settings.device, dtype, spec, activation)
+    model, error = _model(name, "prefill", settings.device, dtype, specs, activation)
     prompt = _prompt(length)
 
     def facts(seconds: float) -> dict[str, float]:
@@ -122,16 +134,22 @@ def _plain_prefill(name: str, length: int, settings: Settings, dtype: torch.dtyp
 
 
 def _decode(
-    name: str, new: int, settings: Settings, dtype: torch.dtype, spec: QuantSpec | None, activation: str
+    name: str,
+    new: int,
+    settings: Settings,
+    dtype: torch.dtype,
+    specs: tuple[QuantSpec, ...],
+    activation: str,
+    sequences: int = 1,
 ) -> Contender:
-    model, error = _model(name, "decode", settings.device, dtype, spec, activation)
-    prompt = _prompt(DECODE_PROMPT)
+    model, error = _model(name, "decode", settings.device, dtype, specs, activation)
+    prompt = _prompt(DECODE_PROMPT, sequences)
     return Contender(
         [lambda: klfast.generate(model, prompt, new, eos_token_id=())],
         lambda: error,
         TOLERANCE,
         models.read_bytes(model) * new,
-        facts=rate(new),
+        facts=rate(new * sequences),
     )
 
 
