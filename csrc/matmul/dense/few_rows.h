@@ -33,6 +33,9 @@ struct DenseFewRows {
         const std::int64_t whole = a.k / Terms::values, stride = a.weight_stride, x_pitch = pitch, base = n * stride;
         const void* const weight = a.weight;
         const char* const ahead = static_cast<const char*>(weight) + base * Terms::size + kAhead;
+        // In the order in which vectors lie, if one row follows another: docs/KERNEL_NOTES.md.
+        const std::int64_t next_row = stride == a.k ? Terms::values : stride,
+                           next_step = stride == a.k ? R * Terms::values : Terms::values;
         const std::int32_t* const row_x = x.data;
         Vec total[M][R];
         unrolled<M>([&](int m) KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { total[m][r] = set(0.0f); }); });
@@ -45,8 +48,7 @@ struct DenseFewRows {
             });
         };
         for (std::int64_t s = 0; s < whole; ++s) {
-            for (int r = 0; r < R; ++r)
-                __builtin_prefetch(ahead + (r * stride + s * Terms::values) * Terms::size, 0, 2);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + (r * next_row + s * next_step) * Terms::size, 0, 3);
             add(s, Terms::values);
         }
         if (whole < steps) add(whole, static_cast<int>(a.k - whole * Terms::values));

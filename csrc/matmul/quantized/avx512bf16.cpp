@@ -47,16 +47,21 @@ struct PairLines {
     }
 
     template <int R, int M>
-    void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, Vec (&acc)[M][R]) const {
-        for (int j = 0; j < steps; ++j)
-            for (int r = 0; r < R; ++r) {
+    [[gnu::always_inline]] void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch,
+                                    Vec (&acc)[M][R]) const {
+        unrolled<steps>([&](int j) KLFAST_INLINE {
+            __m512bh pair[M];
+            unrolled<M>([&](int m) KLFAST_INLINE {
+                pair[m] = reinterpret_cast<__m512bh>(_mm512_load_si512(x + m * x_pitch + j * kLanes));
+            });
+            unrolled<R>([&](int r) KLFAST_INLINE {
                 const __m512i digits = _mm512_srli_epi32(as_words<Bits>(words[r]).v, kBits * j);
-                for (int m = 0; m < M; ++m) {
-                    const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_load_si512(x + m * x_pitch + j * kLanes));
-                    acc[m][r].v = dot(acc[m][r], low, digits, pair);
-                    if constexpr (Bits != 4) acc[m][r].v = dot(acc[m][r], high, _mm512_srli_epi32(digits, 4), pair);
-                }
-            }
+                unrolled<M>([&](int m) KLFAST_INLINE {
+                    acc[m][r].v = dot(acc[m][r], low, digits, pair[m]);
+                    if constexpr (Bits != 4) acc[m][r].v = dot(acc[m][r], high, _mm512_srli_epi32(digits, 4), pair[m]);
+                });
+            });
+        });
     }
 };
 

@@ -15,27 +15,30 @@
 namespace klfast {
 namespace {
 
-constexpr int kFewAtOnce = 4;  // rows of x
+constexpr int kFewAtOnce = 4, kRowsAtOnce = 4;  // rows of x and of W
 
-// Which group each lane of each line belongs to, counted from the line's first.
+// Consecutive lines of a row that meet at most kLanes groups, and the lanes' groups, counted from a block's first.
 template <int Bits>
 struct LaneGroups {
-    std::int64_t lines;
-    bool one_a_line;            // every line lies in one group
+    struct Block {
+        std::int64_t begin, end;  // lines
+        std::int64_t group;
+    };
+    std::int64_t lines, blocks = 0;
     Buffer<std::int32_t> lane;  // [lines, kLanes]
-    Buffer<std::int64_t> first;
+    Buffer<Block> block;
 
     explicit LaneGroups(const DequantMatmulArgs& a)
-        : lines((a.words() + kLanes - 1) / kLanes),
-          one_a_line(a.groups() <= 1 || a.group % (kWordValues<Bits> * kLanes) == 0),
-          lane(lines * kLanes),
-          first(lines) {
+        : lines((a.words() + kLanes - 1) / kLanes), lane(lines * kLanes), block(lines) {
         const std::int64_t words = larger(a.group / kWordValues<Bits>, 1), last = larger(a.groups() - 1, 0);
         std::int64_t group = 0, left = words;  // of the group; counting takes a tenth of the time of dividing
         for (std::int64_t line = 0; line < lines; ++line) {
-            first[line] = group;
+            const std::int64_t ends = smaller(group + larger(kLanes - left + words - 1, 0) / words, last);
+            if (blocks == 0 || ends - block[blocks - 1].group >= kLanes)
+                block[blocks++] = {.begin = line, .end = line, .group = group};
+            block[blocks - 1].end = line + 1;
             for (int i = 0; i < kLanes; ++i) {
-                lane[line * kLanes + i] = static_cast<std::int32_t>(group - first[line]);
+                lane[line * kLanes + i] = static_cast<std::int32_t>(group - block[blocks - 1].group);
                 if (--left == 0) left = words, group = smaller(group + 1, last);
             }
         }
@@ -46,17 +49,18 @@ template <template <int> class Lines, int Bits>
 struct ExactFewRows {
     const DequantMatmulArgs& a;
     const LaneGroups<Bits> groups;
-    const std::int64_t n_groups, grid_pitch;
-    const std::int64_t pitch;  // of a row of x
-    Buffer<std::int32_t> x;    // [m, lines, steps, kLanes], the bits of whatever Lines takes
-    Buffer<float> sums;        // [m, lines, kLanes]: sums of a word's values of x, for zero points
+    const std::int64_t n_groups, row_bytes, whole;  // of W's rows; lines that they fill
+    const std::int64_t pitch;                       // of a row of x
+    Buffer<std::int32_t> x;                         // [m, lines, steps, kLanes], the bits of whatever Lines takes
+    Buffer<float> sums;                             // [m, lines, kLanes]: sums of a word's values of x, for zero points
     const Lines<Bits> digits{};
 
     explicit ExactFewRows(const DequantMatmulArgs& args)
         : a(args),
           groups(args),
           n_groups(a.groups()),
-          grid_pitch(round_up(n_groups, kLanes) + kLanes),
+          row_bytes(4 * a.stored_words()),
+          whole(smaller(row_bytes / kLineBytes<Bits>, groups.lines)),
           pitch(groups.lines * Lines<Bits>::steps * kLanes),
           x(a.m * pitch),
           sums(a.zero_point ? a.m * groups.lines * kLanes : 0) {
@@ -80,80 +84,73 @@ struct ExactFewRows {
         }
     }
 
-    // Scales and zero points (less 2^(Bits-1)) of rows n .. n + R as floats, [R, grid_pitch] each.
-    struct RowGrid {
-        Buffer<float> scale, zero;
-        explicit RowGrid(std::int64_t size, bool symmetric) : scale(size), zero(symmetric ? 0 : size) {}
-    };
-
-    template <int R>
-    void load_grid(const RowGrid& grid, std::int64_t n) const {
-        for (int r = 0; r < R; ++r)
-            for (std::int64_t g = 0; g < n_groups; g += kLanes) {
-                const std::int64_t left = smaller(kLanes, n_groups - g), row = n + r;
-                store(grid.scale.data + r * grid_pitch + g,
-                      load(a.scale, row * n_groups + g, a.scale_type, static_cast<int>(left)));
-                if (!a.zero_point) continue;
-                store(grid.zero.data + r * grid_pitch + g,
-                      to_float(stored_zeros(a, row, g, left)) - set(static_cast<float>(1 << (Bits - 1))));
-            }
+    void run() const {
+        if (a.zero_point)
+            run<true>();
+        else
+            run<false>();
     }
 
-    // Those of one line, lane by lane.
-    [[gnu::always_inline]] Vec spread(const float* of_groups, std::int64_t line) const {
-        const float* const from = of_groups + groups.first[line];
-        return groups.one_a_line ? set(*from) : pick(load(from), read(groups.lane.data + line * kLanes));
-    }
-
-    template <int R, int M>
-    [[gnu::always_inline]] void add_line(const RowGrid& grid, std::int64_t m0, std::int64_t line,
-                                         const std::int32_t* line_x, const Ints (&word)[R], Vec (&total)[M][R]) const {
-        Vec acc[M][R];
-        for (int m = 0; m < M; ++m)
-            for (int r = 0; r < R; ++r) acc[m][r] = set(0.0f);
-        digits.template add<R, M>(word, line_x, pitch, acc);
-        for (int r = 0; r < R; ++r) {
-            if (a.zero_point) {
-                const Vec z = spread(grid.zero.data + r * grid_pitch, line);
-                for (int m = 0; m < M; ++m)
-                    acc[m][r] = acc[m][r] - z * load(sums.data + ((m0 + m) * groups.lines + line) * kLanes);
-            }
-            const Vec s = spread(grid.scale.data + r * grid_pitch, line);
-            for (int m = 0; m < M; ++m) total[m][r] = fma(acc[m][r], s, total[m][r]);
-        }
-    }
-
-    // y[m0 .. m0 + M, n .. n + R]
-    template <int R, int M>
-    void tile(const RowGrid& grid, std::int64_t m0, std::int64_t n) const {
-        Vec total[M][R];
-        for (int m = 0; m < M; ++m)
-            for (int r = 0; r < R; ++r) total[m][r] = set(0.0f);
+  private:
+    // y[m .. m + M, n .. n + R]; rows from `end` on are the one before it once more.
+    template <bool Zeros, int R, int M>
+    void tile(std::int64_t m, std::int64_t n, std::int64_t end) const {
         constexpr std::int64_t bytes = kLineBytes<Bits>;
-        const std::int64_t row_bytes = 4 * a.stored_words(), whole = smaller(row_bytes / bytes, groups.lines);
-        const std::uint8_t* const packed = stored_row(a, n);
-        const std::int32_t* line_x = x.data + m0 * pitch;
-        Ints word[R];
-        for (std::int64_t line = 0; line < whole; ++line, line_x += Lines<Bits>::steps * kLanes) {
-            for (int r = 0; r < R; ++r) {
-                const std::uint8_t* const at = packed + r * row_bytes + line * bytes;
-                __builtin_prefetch(at + kAhead, 0, 2);
-                word[r] = read_line<Bits>(at);
+        const std::uint8_t* row[R];
+        unrolled<R>([&](int r) KLFAST_INLINE { row[r] = stored_row(a, smaller(n + r, end - 1)); });
+        // In the order in which lines lie, not in that of their use: docs/KERNEL_NOTES.md.
+        const std::uint8_t* ahead = row[0] + kAhead;
+        const std::int64_t scale_size = size_of(a.scale_type);
+        const char* const scales = static_cast<const char*>(a.scale) + rows_ahead(a) * n_groups * scale_size;
+        const std::int32_t* line_x = x.data + m * pitch;
+        const float* line_sums = sums.data + m * groups.lines * kLanes;
+        Vec total[M][R];
+        unrolled<M>([&](int i) KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { total[i][r] = set(0.0f); }); });
+        for (std::int64_t b = 0; b < groups.blocks; ++b) {
+            const auto block = groups.block[b];
+            const std::int64_t count = smaller(kLanes, n_groups - block.group);
+            Vec scale[R], zero[R];
+            unrolled<R>([&](int r) KLFAST_INLINE {
+                const std::int64_t of = smaller(n + r, end - 1);
+                __builtin_prefetch(scales + (of * n_groups + block.group) * scale_size, 0, 3);
+                scale[r] = load(a.scale, of * n_groups + block.group, a.scale_type, static_cast<int>(count));
+                if constexpr (Zeros)
+                    zero[r] =
+                        to_float(stored_zeros(a, of, block.group, count)) - set(static_cast<float>(1 << (Bits - 1)));
+            });
+            for (std::int64_t line = block.begin; line < block.end; ++line) {
+                Ints word[R];
+                unrolled<R>([&](int r) KLFAST_INLINE {
+                    __builtin_prefetch(ahead, 0, 3);
+                    ahead += bytes;
+                    const std::uint8_t* const at = row[r] + line * bytes;
+                    word[r] = line < whole ? read_line<Bits>(at) : read_line<Bits>(at, row_bytes - line * bytes);
+                });
+                Vec acc[M][R];
+                unrolled<M>([&](int i)
+                                KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { acc[i][r] = set(0.0f); }); });
+                digits.template add<R, M>(word, line_x, pitch, acc);
+                const Ints lane = read(groups.lane.data + line * kLanes);
+                unrolled<R>([&](int r) KLFAST_INLINE {
+                    const Vec s = pick(scale[r], lane);
+                    unrolled<M>([&](int i) KLFAST_INLINE {
+                        if constexpr (Zeros)
+                            acc[i][r] = acc[i][r] - pick(zero[r], lane) * load(line_sums + i * groups.lines * kLanes);
+                        total[i][r] = fma(acc[i][r], s, total[i][r]);
+                    });
+                });
+                line_x += Lines<Bits>::steps * kLanes, line_sums += kLanes;
             }
-            add_line<R, M>(grid, m0, line, line_x, word, total);
         }
-        if (whole < groups.lines) {
-            for (int r = 0; r < R; ++r)
-                word[r] = read_line<Bits>(packed + r * row_bytes + whole * bytes, row_bytes - whole * bytes);
-            add_line<R, M>(grid, m0, whole, line_x, word, total);
-        }
-        for (int m = 0; m < M; ++m)
-            for (int r = 0; r < R; ++r) {
-                float y = sum(total[m][r]);
-                if (y != y) y = in_order(m0 + m, n + r);
-                if (a.bias) y += load_float(a.bias, n + r, a.bias_type);
-                store_float(a.y, (m0 + m) * a.n + n + r, a.y_type, y);
-            }
+        unrolled<M>([&](int i) KLFAST_INLINE {
+            unrolled<R>([&](int r) KLFAST_INLINE { finish(m + i, smaller(n + r, end - 1), sum(total[i][r])); });
+        });
+    }
+
+    void finish(std::int64_t m, std::int64_t n, float y) const {
+        if (y != y) y = in_order(m, n);
+        if (a.bias) y += load_float(a.bias, n, a.bias_type);
+        store_float(a.y, m * a.n + n, a.y_type, y);
     }
 
     // One result digit by digit. Where x is infinite, parts of an integer or of its zero point may give infinities of
@@ -181,34 +178,30 @@ struct ExactFewRows {
         return static_cast<std::int32_t>(bits >> shift & ((1 << Bits) - 1));
     }
 
-    template <int R>
-    void rows(const RowGrid& grid, std::int64_t n) const {
-        load_grid<R>(grid, n);
+    template <bool Zeros>
+    void run() const {
+        parallel_for(a.n, kRowsAtOnce, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t n = begin; n < end; n += kRowsAtOnce) rows<Zeros>(n, end);
+        });
+    }
+
+    // All of x with rows n .. n + kRowsAtOnce of W, as many of them at a time as registers hold sums.
+    template <bool Zeros>
+    void rows(std::int64_t n, std::int64_t end) const {
         std::int64_t m = 0;
-        for (; m + kFewAtOnce <= a.m; m += kFewAtOnce) tile<R, kFewAtOnce>(grid, m, n);
+        for (; m + kFewAtOnce <= a.m; m += kFewAtOnce) wide<Zeros, kFewAtOnce>(m, n, end);
         switch (a.m - m) {
-            case 3: return tile<R, 3>(grid, m, n);
-            case 2: return tile<R, 2>(grid, m, n);
-            case 1: return tile<R, 1>(grid, m, n);
+            case 3: return wide<Zeros, 3>(m, n, end);
+            case 2: return tile<Zeros, kRowsAtOnce, 2>(m, n, end);
+            case 1: return tile<Zeros, kRowsAtOnce, 1>(m, n, end);
         }
     }
 
-    void run() const {
-        if (a.m <= 2)
-            run<4>();
-        else
-            run<2>();
-    }
-
-  private:
-    template <int R>
-    void run() const {
-        parallel_for(a.n, R, useful_threads(a, 1.0 * a.n * a.k), [&](std::int64_t begin, std::int64_t end) {
-            const RowGrid grid(R * grid_pitch, a.zero_point == nullptr);
-            std::int64_t n = begin;
-            for (; n + R <= end; n += R) rows<R>(grid, n);
-            for (; n < end; ++n) rows<1>(grid, n);
-        });
+    template <bool Zeros, int M>
+    void wide(std::int64_t m, std::int64_t n, std::int64_t end) const {
+        constexpr int R = kRowsAtOnce / 2;
+        for (std::int64_t first = n; first < smaller(n + kRowsAtOnce, end); first += R)
+            tile<Zeros, R, M>(m, first, end);
     }
 };
 
@@ -229,15 +222,18 @@ struct FloatLines {
     }
 
     template <int R, int M>
-    void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, Vec (&acc)[M][R]) const {
+    [[gnu::always_inline]] void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch,
+                                    Vec (&acc)[M][R]) const {
         Ints high[R];
-        for (int r = 0; r < R; ++r) high[r] = shift_right(words[r], D::upper);
-        for (int j = 0; j < steps; ++j)
-            for (int r = 0; r < R; ++r) {
+        unrolled<R>([&](int r) KLFAST_INLINE { high[r] = shift_right(words[r], D::upper); });
+        unrolled<steps>([&](int j) KLFAST_INLINE {
+            unrolled<R>([&](int r) KLFAST_INLINE {
                 const Vec value = digits.value(j < D::placed ? words[r] : high[r], j % D::placed, zero);
-                for (int m = 0; m < M; ++m)
+                unrolled<M>([&](int m) KLFAST_INLINE {
                     acc[m][r] = fma(value, float_bits(read(x + m * x_pitch + j * kLanes)), acc[m][r]);
-            }
+                });
+            });
+        });
     }
 };
 

@@ -73,6 +73,7 @@ struct Int8FewRows {
         const std::int64_t step_bytes = lines_a_step * bytes;
         const std::uint8_t* row[kFoldRows];
         for (int r = 0; r < kFoldRows; ++r) row[r] = stored_row(a, 0) + smaller(n + r, a.n - 1) * row_bytes;
+        const std::uint8_t* ahead = row[0] + kAhead;  // in the order in which lines lie: docs/KERNEL_NOTES.md
         const std::int32_t* line_x = x.data + m * pitch;
         const auto add_step = [&](const auto& line_of) KLFAST_INLINE {
             Ints sum[M][kFoldRows];
@@ -91,7 +92,8 @@ struct Int8FewRows {
         std::int64_t first = 0;
         for (std::int64_t step = 0; step < whole_steps; ++step, first += step_bytes)
             add_step([&](int r, std::int64_t i) KLFAST_INLINE {
-                __builtin_prefetch(row[r] + first + i + kAhead, 0, 2);
+                __builtin_prefetch(ahead, 0, 3);
+                ahead += bytes;
                 return read_line<Bits>(row[r] + first + i);
             });
         for (std::int64_t step = whole_steps; step < steps; ++step, first += step_bytes)

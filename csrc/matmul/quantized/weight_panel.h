@@ -23,6 +23,9 @@ inline const std::uint8_t* stored_row(const DequantMatmulArgs& a, std::int64_t n
     return reinterpret_cast<const std::uint8_t*>(a.packed + n * a.stored_words());
 }
 
+// Rows that lie within kAhead bytes of W, and one more: how far ahead their scales are asked for.
+inline std::int64_t rows_ahead(const DequantMatmulArgs& a) { return kAhead / larger(4 * a.stored_words(), 1) + 1; }
+
 // A line; of int6 units, as read_six has them.
 template <int Bits>
 [[gnu::always_inline]] inline Ints read_line(const std::uint8_t* at) {
@@ -115,12 +118,14 @@ struct PanelGrid {
     }
 
     void load_panel(const DequantMatmulArgs& a, std::int64_t n0) {
-        const std::int64_t groups = a.groups();
+        const std::int64_t groups = a.groups(), size = size_of(a.scale_type);
+        const char* const ahead = static_cast<const char*>(a.scale) + rows_ahead(a) * groups * size;
         for (std::int64_t g = 0; g < groups; g += kLanes) {
             const int count = static_cast<int>(smaller(kLanes, groups - g));
             Ints rows[kLanes];
             for (int lane = 0; lane < kLanes; ++lane) {
                 const std::int64_t n = smaller(n0 + lane, a.n - 1);
+                __builtin_prefetch(ahead + (n * groups + g) * size, 0, 3);
                 rows[lane] = bits_of(load(a.scale, n * groups + g, a.scale_type, count));
             }
             transpose_to(rows, scale.data + g * kLanes);
