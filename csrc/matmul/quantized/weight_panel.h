@@ -62,14 +62,15 @@ template <int Bits>
 }
 
 // Words of `count` columns from `first` on, rows n0.., as out[column * kLanes + lane]; zeros for rows behind the last.
-// `out` has room for count rounded up to a multiple of kLanes. Asks for the same words of the rows `ahead` further on.
+// `out` has room for count rounded up to a multiple of kLanes. Asks for the same words of the rows `ahead` further on, or
+// further where rows are short.
 template <int Bits>
 void load_words_as(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count,
                    std::int32_t* out, std::int64_t ahead) {
     constexpr std::int64_t kWordBytes = kLineBytes<Bits> / kLanes;
     const std::int64_t pitch = 4 * a.stored_words(), valid = smaller(kLanes, a.n - n0);
     const std::uint8_t* const base = stored_row(a, n0) + first * kWordBytes;
-    const std::int64_t next = ahead * pitch;
+    const std::int64_t next = larger(ahead, rows_ahead(a)) * pitch;
     for (std::int64_t c = 0; c < count; c += kLanes) {
         Ints rows[kLanes];
         const std::int64_t left = smaller((count - c) * kWordBytes, pitch - (first + c) * kWordBytes);
@@ -120,6 +121,11 @@ struct PanelGrid {
     void load_panel(const DequantMatmulArgs& a, std::int64_t n0) {
         const std::int64_t groups = a.groups(), size = size_of(a.scale_type);
         const char* const ahead = static_cast<const char*>(a.scale) + rows_ahead(a) * groups * size;
+        if (groups == 1 && a.zero_point == nullptr) {
+            __builtin_prefetch(ahead + n0 * size, 0, 3);
+            const auto count = static_cast<int>(smaller(kLanes, a.n - n0));
+            return store(scale.data, load(a.scale, n0, a.scale_type, count));
+        }
         for (std::int64_t g = 0; g < groups; g += kLanes) {
             const int count = static_cast<int>(smaller(kLanes, groups - g));
             Ints rows[kLanes];
