@@ -187,13 +187,13 @@ def test_refuses_models():
 
 LONG_TEXT = """
 import klfast, torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, PhiConfig
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
-model = AutoModelForCausalLM.from_config(LlamaConfig(
+model = AutoModelForCausalLM.from_config(PhiConfig(  # which no engine runs
     hidden_size=256, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, vocab_size=2000,
     max_position_embeddings=4000,
 )).eval()
