@@ -94,12 +94,14 @@ struct DeltaRule {
 };
 Work delta_rule(DeltaRule layer, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out);
 
-// How a router weighs the experts that it chooses for a token: those with the greatest scores plus bias.
+// How a router weighs the experts that it chooses for a token: those with the greatest scores plus bias. Of `groups`
+// groups of experts only the best `open_groups` take part, by the sum of their two greatest.
 struct Routing {
     View bias;       // [experts]; may be absent
     bool sigmoid;    // scores are sigmoids of the logits; else their softmax
     bool normalise;  // divide the scores of the chosen by epsilon and their sum
     float epsilon, factor;
+    std::int64_t groups, open_groups;
     DType rounded_to;  // scores, and the result of each step after them
 };
 // index = the experts' numbers, as floats, highest score first; weights = their weights.

@@ -202,13 +202,15 @@ void bind_engine(py::module_& m) {
             "The index of the first token that is not in the vocabulary; -1 without.")
         .def("route",
              [](Program& p, std::string name, View bias, bool sigmoid, bool normalise, float epsilon, float factor,
-                int rounded_to, Columns logits, Columns index, Columns weights) {
+                Int groups, Int open_groups, int rounded_to, Columns logits, Columns index, Columns weights) {
                  const engine::Routing how{
                      .bias = bias,
                      .sigmoid = sigmoid,
                      .normalise = normalise,
                      .epsilon = epsilon,
                      .factor = factor,
+                     .groups = groups,
+                     .open_groups = open_groups,
                      .rounded_to = static_cast<DType>(rounded_to),
                  };
                  p.add(std::move(name), engine::route(how, logits, index, weights));

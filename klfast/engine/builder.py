@@ -136,14 +136,19 @@ class Builder:
         self.kept.append(prepared.hold(layer))
         return prepared.projection if activations else prepared.projection.weight_only()
 
-    def _matrix(self, module: nn.Module, name: str) -> Any:
-        """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K]."""
+    def _matrix(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Any:
+        """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K].
+
+        A parameter of another dtype than ``dtype`` is copied; without, it must be that of activations.
+        """
         if isinstance(layer := module._modules.get(name), nn.Linear):
             return self._projection(layer)
         from klfast import _C
 
         [weight] = self.parameters(module, name)
-        if weight is None or weight.dtype is not self.dtype:
+        if weight is not None and dtype is not None:
+            weight = self.keep(weight.to(dtype))
+        if weight is None or weight.dtype is not (dtype or self.dtype):
             raise CannotLowerError(f"{self.name(module)}.{name} is not a tensor of {self.dtype}")
         rows = weight.flatten(0, -2)
         return _C.Projection.dense(view(rows), None, *rows.shape)
@@ -170,9 +175,11 @@ class Builder:
         """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""
         self.program.project(self.name(layer), self._projection(layer, not weight_only), x, out)
 
-    def project_parameter(self, module: nn.Module, name: str, x: Columns, out: Columns) -> None:
-        """Multiply by a parameter [N, K] of a module."""
-        self.program.project(self.name(module), self._matrix(module, name), x, out)
+    def project_parameter(
+        self, module: nn.Module, name: str, x: Columns, out: Columns, dtype: torch.dtype | None = None
+    ) -> None:
+        """Multiply by a parameter [N, K] of a module, in a dtype, which x has; None for that of activations."""
+        self.program.project(self.name(module), self._matrix(module, name, dtype), x, out)
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
         """Multiply each sequence's last token alone."""
@@ -375,10 +382,15 @@ class Builder:
         self, name: str, routing: Routing, logits: Columns, bias: torch.Tensor | None = None, prefix: str = "router"
     ) -> Routes:
         """Choose experts for each token by the logits; ``bias`` [E] is added to the scores for the choice alone."""
-        if routing.each > logits.width:
-            raise CannotLowerError(f"{name}: a token meets {routing.each} of {logits.width} experts")
+        if logits.width % routing.groups or routing.open_groups > routing.groups:
+            raise CannotLowerError(
+                f"{name}: {logits.width} experts in {routing.groups} groups, {routing.open_groups} open"
+            )
+        most = logits.width // routing.groups * routing.open_groups
+        if routing.each > most:
+            raise CannotLowerError(f"{name}: a token meets {routing.each} of {most} experts")
         index = self.buffer(f"{prefix}.index", routing.each, torch.float32)
-        weights = self.buffer(f"{prefix}.weights", routing.each)
+        weights = self.buffer(f"{prefix}.weights", routing.each, torch.float32 if routing.wide else None)
         self.program.route(
             name,
             view(bias),
@@ -386,6 +398,8 @@ class Builder:
             routing.normalise,
             routing.epsilon,
             routing.factor,
+            routing.groups,
+            routing.open_groups,
             DTYPE_CODES[self.dtype if routing.rounds else torch.float32],
             logits,
             index,

@@ -29,9 +29,9 @@ double combined(Combination how, double factor, double a, double b, DType dtype)
     return 0;
 }
 
-void check_weighted_sum(DType dtype, Int each, Int width) {
+void check_weighted_sum(DType dtype, DType of_weights, Int each, Int width) {
     constexpr Int rows = 3, sources = 5;
-    Tensor x = Tensor::random(dtype, {sources, width}), weights = Tensor::random(dtype, {rows, each});
+    Tensor x = Tensor::random(dtype, {sources, width}), weights = Tensor::random(of_weights, {rows, each});
     std::vector<Int> place(rows * each);
     for (Int& i : place) i = random_int(0, sources);
     std::vector<double> truth(rows * width);
@@ -39,7 +39,7 @@ void check_weighted_sum(DType dtype, Int each, Int width) {
         for (Int s = 0; s < each; ++s)
             for (Int i = 0; i < width; ++i)
                 truth[row * width + i] +=
-                    rounded(weights[row * each + s] * x[place[row * each + s] * width + i], dtype);
+                    rounded(weights[row * each + s] * x[place[row * each + s] * width + i], of_weights);
     for_tiers("weighted_sum", [&](Tier tier) {
         Tensor out(dtype, {rows, width});
         const WeightedSumArgs args{
@@ -93,8 +93,9 @@ void check_combine() {
 void check_elementwise() {
     check_combine();
     for (const DType dtype : kTypes)
-        for (const Int each : {1, 3})
-            for (const Int width : {1, 19, 1031}) check_weighted_sum(dtype, each, width);
+        for (const DType of_weights : {dtype, DType::f32})
+            for (const Int each : {1, 3})
+                for (const Int width : {1, 19, 1031}) check_weighted_sum(dtype, of_weights, each, width);
 }
 
 }  // namespace klfast::test

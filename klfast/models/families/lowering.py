@@ -31,8 +31,17 @@ class Sublayer(NamedTuple):
 
 def require_silu(activation: object) -> None:
     """Require that an activation, by its name, function or module, is SiLU."""
+    _require(activation, "silu", "swish", "siluactivation")
+
+
+def require_squared_relu(activation: object) -> None:
+    """Require that an activation is the square of ReLU."""
+    _require(activation, "relu2", "relusquaredactivation")
+
+
+def _require(activation: object, *names: str) -> None:
     name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
-    if str(name).lower() not in ("silu", "swish", "siluactivation"):
+    if str(name).lower() not in names:
         raise CannotLowerError(f"an activation is {name}")
 
 
