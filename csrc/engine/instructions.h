@@ -33,8 +33,8 @@ Work normalise(Norm norm, std::int64_t heads, Columns in, Columns gate, Columns 
 // As csrc/elementwise/combine.h, for `each` rows a token; `narrow` of width 0: without.
 Work combine_two(Combination how, float factor, std::int64_t each, Columns a, Columns b, Columns out, Columns narrow);
 
-// out = in, each column times its factor.
-Work scale(View factors, Columns in, Columns out);
+// The same of each row of `in` with one row.
+Work combine_row(Combination how, View row, Columns in, Columns out);
 
 // The causal convolution of in's columns on state [sequences, width - 1, channels].
 struct Convolution {
@@ -68,8 +68,13 @@ Work angles(View frequencies, std::int64_t count, float factor, DType rounded_to
 // Turns the first channels of each head, pairs of which lie half of the angles apart.
 Work rotate(std::int64_t heads, Columns angles, Columns x);
 
-// out = the channels from `first` on of each of in's heads, as many as a head of out has.
-Work pick_heads(std::int64_t heads, std::int64_t first, Columns in, Columns out);
+// `width` channels of each of in's heads, from `first` on, to those from `to` on of out's. `shared`: in is one head, for
+// each of out's.
+struct HeadCopy {
+    std::int64_t heads, first, to, width;
+    bool shared;
+};
+Work copy_heads(HeadCopy copy, Columns in, Columns out);
 
 // Writes keys or values of the run's tokens to a cache [sequences, heads, capacity, width], at their positions.
 Work remember(int state, std::int64_t heads, Columns in);
@@ -82,11 +87,8 @@ struct Attention {
 };
 Work attend(Attention layer, Columns q, Columns out);
 
-// g = rate softplus(a + bias), beta = largest sigmoid(b), a head each; both float32.
-Work delta_gates(View rate, View bias, float largest, std::int64_t heads, Columns a, Columns b, Columns g,
-                 Columns beta);
-
-// The gated delta rule on state [sequences, heads, key_dim, value_dim], with q and k divided by their norms.
+// The gated delta rule on state [sequences, heads, key_dim, value_dim], with q and k divided by their norms; g is one a
+// head or one a channel of its keys.
 struct DeltaRule {
     std::int64_t key_heads, heads, key_dim, value_dim;
     float scale;

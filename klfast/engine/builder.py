@@ -231,11 +231,15 @@ class Builder:
         """
         self.program.combine(how, how, factor, each, a, b, out, narrow)
 
+    def combine_row(self, how: str, x: Columns, row: float | torch.Tensor, out: Columns) -> None:
+        """Combine each row of x with one row, or with a number."""
+        if not isinstance(row, torch.Tensor):
+            row = torch.full((x.width,), row)
+        self.program.combine_row(how, how, view(self.keep(row)), x, out)
+
     def scale(self, factors: float | torch.Tensor, x: Columns, out: Columns) -> None:
         """Multiply each column by its factor, or all by one."""
-        if not isinstance(factors, torch.Tensor):
-            factors = torch.full((x.width,), factors)
-        self.program.scale("scale", view(self.keep(factors)), x, out)
+        self.combine_row("multiply", x, factors, out)
 
     def convolve(self, conv: nn.Module, silu: bool, x: Columns, out: Columns, first: int = 0) -> None:
         """Apply a causal depthwise nn.Conv1d, its channels from ``first`` on; the state has the last inputs."""
@@ -320,9 +324,23 @@ class Builder:
         """Apply rotary angles to the first channels of each head of x, in place."""
         self.program.rotate("rotate", heads, angles, x)
 
-    def pick_heads(self, heads: int, first: int, x: Columns, out: Columns) -> None:
-        """Copy the channels from ``first`` on of each head of x to the heads of ``out``, which are narrower."""
-        self.program.pick_heads("pick_heads", heads, first, x, out)
+    def pick_heads(
+        self,
+        heads: int,
+        first: int,
+        x: Columns,
+        out: Columns,
+        *,
+        to: int = 0,
+        width: int | None = None,
+        shared: bool = False,
+    ) -> None:
+        """Copy channels of each head of x, from ``first`` on, to the heads of ``out``, from ``to`` on.
+
+        ``width`` is their number, None for a whole head of ``out``. With ``shared``, x is one head for all of ``out``.
+        """
+        width = out.width // heads if width is None else width
+        self.program.copy_heads("pick_heads", heads, first, to, width, shared, x, out)
 
     def remember(self, name: str, groups: int, k: Columns, v: Columns) -> tuple[int, int]:
         """Keep keys and values of all tokens in the state; returns the numbers of the two tensors."""
@@ -368,12 +386,15 @@ class Builder:
     ) -> None:
         """Apply the gated delta rule.
 
-        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b).
+        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b). ``a`` and ``dt_bias`` have
+        one value a head, or one a channel of its keys.
         """
-        heads = len(A_log)
-        g, beta = (self.buffer(f"delta.{part}", heads, torch.float32) for part in ("g", "beta"))
-        rate = self.keep(-torch.exp(A_log.float()))
-        self.program.delta_gates(f"{name}.gates", view(rate), view(dt_bias), largest_beta, heads, a, b, g, beta)
+        heads = A_log.numel()
+        g, beta = (self.buffer(f"delta.{part}", c.width, torch.float32) for part, c in (("g", a), ("beta", b)))
+        rate = -torch.exp(A_log.float().flatten()).repeat_interleave(a.width // heads)
+        self.combine_row("add", a, dt_bias, g)
+        self.combine_row("softplus_gate", g, rate, g)
+        self.combine_row("sigmoid_gate", b, largest_beta, beta)
         key_dim, value_dim = k.width // key_heads, v.width // heads
         state = self.state(heads, key_dim, value_dim, dtype=torch.float32)
         self.program.delta_rule(name, key_heads, heads, key_dim, value_dim, key_dim**-0.5, state, q, k, v, g, beta, out)

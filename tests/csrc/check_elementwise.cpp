@@ -25,6 +25,7 @@ double combined(Combination how, double factor, double a, double b, DType dtype)
         case Combination::gelu_gate:
             return step(0.5 * a * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (a + 0.044715 * a * a * a)))) * b;
         case Combination::relu_gate: return std::fmax(a, 0) * b;
+        case Combination::softplus_gate: return step(std::log1p(std::exp(a))) * b;
     }
     return 0;
 }
@@ -62,9 +63,9 @@ void check_combine() {
     constexpr float factor = 0.75f;
     for (const DType dtype : kTypes)
         for (const Int width : {1, 19, 1031})
-            for (const Combination how :
-                 {Combination::add, Combination::average, Combination::multiply, Combination::silu_gate,
-                  Combination::sigmoid_gate, Combination::gelu_gate, Combination::relu_gate}) {
+            for (const Combination how : {Combination::add, Combination::average, Combination::multiply,
+                                          Combination::silu_gate, Combination::sigmoid_gate, Combination::gelu_gate,
+                                          Combination::relu_gate, Combination::softplus_gate}) {
                 Tensor a = Tensor::random(dtype, {rows, width}, 3.0), b = Tensor::random(dtype, {rows, width}, 3.0);
                 std::vector<double> truth(rows * width);
                 for (Int i = 0; i < rows * width; ++i) truth[i] = combined(how, factor, a[i], b[i], dtype);

@@ -14,7 +14,7 @@ from klfast.models.families import norm_of
 from klfast.models.families.experts import mixture
 from klfast.nn.experts import stack_names
 
-FAMILIES = ("granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe", "nemotron_h_moe", "jamba_moe")
+FAMILIES = ("granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe", "nemotron_h_moe", "jamba_moe", "kimi_linear")
 
 
 def changed(family, monkeypatch, **settings):
@@ -58,9 +58,11 @@ def assert_equals_the_model(model, rows=2, bound=1e-4):
             dict(n_routed_experts=9, n_group=3, topk_group=2, num_experts_per_tok=4, moe_latent_size=None),
         ),
         ("jamba_moe", dict(num_experts=5, num_experts_per_tok=2)),
+        ("kimi_linear", dict(num_local_experts=8, n_group=4, topk_group=2, norm_topk_prob=False)),
+        ("kimi_linear", dict(q_lora_rank=20, attention_bias=True, routed_scaling_factor=1.7)),
     ],
 )
-def test_routers_of_other_settings(family, settings, monkeypatch):
+def test_other_settings(family, settings, monkeypatch):
     assert_equals_the_model(changed(family, monkeypatch, **settings))
 
 

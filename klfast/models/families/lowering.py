@@ -200,15 +200,20 @@ def delta_net(
         build.project(getattr(mixer, fused), x, qkv)
         build.convolve(mixer.conv1d, True, qkv, mixed)
     else:
-        for name, part in zip("qkv", mixed.split(*widths), strict=True):
-            projected = build.buffer(f"delta.{name}", part.width)
-            build.project(getattr(mixer, f"{name}_proj"), x, projected)
-            build.convolve(mixer.conv1d, True, projected, part, first=part.first)
+        delta_qkv(build, mixer, x, mixed, widths)
     z = build.buffer("delta.z", mixer.value_dim)
     a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
     for name, columns in ((names.z, z), (names.a, a), (names.b, b)):
         build.project(getattr(mixer, name), x, columns)
     delta_heads(build, mixer, mixed, z, a, b, out, names=names, largest_beta=largest_beta)
+
+
+def delta_qkv(build: Builder, mixer: Any, x: Columns, mixed: Columns, widths: Sequence[int]) -> None:
+    """Lower q_proj, k_proj, v_proj of these widths, and the convolution that fills the whole buffer ``mixed``."""
+    for name, part in zip("qkv", mixed.split(*widths), strict=True):
+        projected = build.buffer(f"delta.{name}", part.width)
+        build.project(getattr(mixer, f"{name}_proj"), x, projected)
+        build.convolve(mixer.conv1d, True, projected, part, first=part.first)
 
 
 def delta_heads(
