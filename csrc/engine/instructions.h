@@ -53,7 +53,8 @@ struct SelectiveScan {
 };
 Work selective_scan(SelectiveScan layer, Columns x, Columns dt, Columns b, Columns c, Columns z, Columns out);
 
-// Mamba-2's on state [sequences, heads, dim, states]; `z` of width 0: without gate.
+// Mamba-2's on state [sequences, heads, dim, states]; `z` of width 0: without gate; `dt` of width 0: dt_bias are the
+// steps.
 struct HeadScan {
     View a, d, dt_bias;  // [heads]
     std::int64_t heads, dim, groups, states;
@@ -68,8 +69,8 @@ Work angles(View frequencies, std::int64_t count, float factor, DType rounded_to
 // Turns the first channels of each head, pairs of which lie half of the angles apart.
 Work rotate(std::int64_t heads, Columns angles, Columns x);
 
-// `width` channels of each of in's heads, from `first` on, to those from `to` on of out's. `shared`: in is one head, for
-// each of out's.
+// `width` channels of each of in's heads, from `first` on, to those from `to` on of out's. `shared`: in is one head,
+// for each of out's.
 struct HeadCopy {
     std::int64_t heads, first, to, width;
     bool shared;

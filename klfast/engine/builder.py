@@ -282,13 +282,16 @@ class Builder:
         groups: int,
         dt_limit: tuple[float, float],
         x: Columns,
-        dt: Columns,
+        dt: Columns | None,
         B: Columns,
         C: Columns,
         out: Columns,
         z: Columns | None = None,
     ) -> None:
-        """Apply Mamba-2's recurrence to heads of ``dim`` channels, with A, D and the bias of dt [H]."""
+        """Apply Mamba-2's recurrence to heads of ``dim`` channels, with A, D and the bias of dt [H].
+
+        Without ``dt``, the bias is the step size as it is.
+        """
         heads, states = len(A), B.width // groups
         state = self.state(heads, dim, states, dtype=torch.float32)
         self.program.head_scan(
@@ -386,8 +389,8 @@ class Builder:
     ) -> None:
         """Apply the gated delta rule.
 
-        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b). ``a`` and ``dt_bias`` have
-        one value a head, or one a channel of its keys.
+        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b). ``a`` and ``dt_bias``
+        have one value a head, or one a channel of its keys.
         """
         heads = A_log.numel()
         g, beta = (self.buffer(f"delta.{part}", c.width, torch.float32) for part, c in (("g", a), ("beta", b)))

@@ -19,7 +19,7 @@ LOWERED = (
     *("mamba", "mamba2", "falcon_mamba", "qwen3_5", "olmo_hybrid", "lfm2", "granite_hybrid", "bamba"),
     *("falcon_h1", *(name for name in VARIANTS if name.startswith("falcon_h1")), "nemotron_h", "jamba"),
     *("hymba", "hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe"),
-    *("llama", *LLAMA_LIKE, "nemotron_h_moe", "jamba_moe", "kimi_linear"),
+    *("llama", *LLAMA_LIKE, "nemotron_h_moe", "jamba_moe", "kimi_linear", "minimax"),
 )
 
 

@@ -14,7 +14,10 @@ from klfast.models.families import norm_of
 from klfast.models.families.experts import mixture
 from klfast.nn.experts import stack_names
 
-FAMILIES = ("granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe", "nemotron_h_moe", "jamba_moe", "kimi_linear")
+FAMILIES = (
+    *("granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe"),
+    *("nemotron_h_moe", "jamba_moe", "kimi_linear", "minimax"),
+)
 
 
 def changed(family, monkeypatch, **settings):
@@ -59,6 +62,10 @@ def assert_equals_the_model(model, rows=2, bound=1e-4):
         ),
         ("jamba_moe", dict(num_experts=5, num_experts_per_tok=2)),
         ("kimi_linear", dict(num_local_experts=8, n_group=4, topk_group=2, norm_topk_prob=False)),
+        (
+            "minimax",
+            dict(linear_attn_alpha_factor=1.5, full_attn_beta_factor=0.7, mlp_alpha_factor=0.4, sliding_window=5),
+        ),
         ("kimi_linear", dict(q_lora_rank=20, attention_bias=True, routed_scaling_factor=1.7)),
     ],
 )
