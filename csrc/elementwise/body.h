@@ -57,6 +57,7 @@ inline void run(const CombineArgs& c) {
         case Combination::sigmoid_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(sigmoid(a)) * b; });
         case Combination::gelu_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(gelu(a)) * b; });
         case Combination::relu_gate: return combine_rows(c, [](Vec a, Vec b) { return max(a, set(0.0f)) * b; });
+        case Combination::softplus_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(softplus(a)) * b; });
     }
 }
 

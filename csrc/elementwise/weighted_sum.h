@@ -8,8 +8,8 @@
 
 namespace klfast {
 
-// out[row] = sum over s < each of weights[row, s] x[place[row, s]]. Products are rounded to out's type before they are
-// added in float, as separate functions would.
+// out[row] = sum over s < each of weights[row, s] x[place[row, s]]. Products are rounded to out's type, unless weights
+// are float, before they are added in float, as separate functions would.
 struct WeightedSumArgs {
     View x, weights, out;       // [.., width], [rows, each], [rows, width]; the last dimension contiguous
     const std::int64_t* place;  // [rows, each]: rows of x

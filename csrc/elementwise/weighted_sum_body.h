@@ -9,6 +9,7 @@ namespace {
 
 inline void run(const WeightedSumArgs& a) {
     const std::int64_t blocks = (a.width + kColumns - 1) / kColumns;
+    const DType product = a.weights.dtype == DType::f32 ? DType::f32 : a.out.dtype;
     const int threads = worthwhile_threads(a.n_threads, 4.0 * a.rows * a.each * a.width);
     parallel_for(a.rows * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t item = begin; item < end; ++item) {
@@ -21,7 +22,7 @@ inline void run(const WeightedSumArgs& a) {
                 for (std::int64_t s = 0; s < a.each; ++s) {
                     const Vec weight = set(load_float(a.weights.data, row * a.weights.stride[0] + s, a.weights.dtype));
                     const Vec x = load(a.x.data, place[s] * a.x.stride[0] + i, a.x.dtype, n);
-                    total = total + rounded_to(weight * x, a.out.dtype);
+                    total = total + rounded_to(weight * x, product);
                 }
                 store(a.out.data, row * a.out.stride[0] + i, a.out.dtype, n, total);
             }

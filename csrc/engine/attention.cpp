@@ -59,16 +59,17 @@ Work rotate(std::int64_t heads, Columns angles, Columns x) {
     };
 }
 
-Work pick_heads(std::int64_t heads, std::int64_t first, Columns in, Columns out) {
+Work copy_heads(HeadCopy copy, Columns in, Columns out) {
     return [=](const Input& input, const Buffers& buffers) {
         const View from = buffers[in], to = buffers[out];
-        const std::int64_t size = size_of(from.dtype), bytes = out.width / heads * size;
+        const std::int64_t size = size_of(from.dtype);
+        const std::int64_t in_head = copy.shared ? 0 : in.width / copy.heads, out_head = out.width / copy.heads;
         each_row(input, 0.1 * static_cast<double>(out.width), [&](std::int64_t row, std::int64_t) {
-            for (std::int64_t h = 0; h < heads; ++h)
-                std::memcpy(static_cast<std::byte*>(to.data) + row * to.stride[0] * size + h * bytes,
-                            static_cast<const std::byte*>(from.data) +
-                                (row * from.stride[0] + h * (in.width / heads) + first) * size,
-                            static_cast<std::size_t>(bytes));
+            for (std::int64_t h = 0; h < copy.heads; ++h)
+                std::memcpy(
+                    static_cast<std::byte*>(to.data) + size * (row * to.stride[0] + h * out_head + copy.to),
+                    static_cast<const std::byte*>(from.data) + size * (row * from.stride[0] + h * in_head + copy.first),
+                    static_cast<std::size_t>(copy.width * size));
         });
     };
 }

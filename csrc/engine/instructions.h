@@ -33,8 +33,8 @@ Work normalise(Norm norm, std::int64_t heads, Columns in, Columns gate, Columns 
 // As csrc/elementwise/combine.h, for `each` rows a token; `narrow` of width 0: without.
 Work combine_two(Combination how, float factor, std::int64_t each, Columns a, Columns b, Columns out, Columns narrow);
 
-// out = in, each column times its factor.
-Work scale(View factors, Columns in, Columns out);
+// The same of each row of `in` with one row.
+Work combine_row(Combination how, View row, Columns in, Columns out);
 
 // The causal convolution of in's columns on state [sequences, width - 1, channels].
 struct Convolution {
@@ -53,7 +53,8 @@ struct SelectiveScan {
 };
 Work selective_scan(SelectiveScan layer, Columns x, Columns dt, Columns b, Columns c, Columns z, Columns out);
 
-// Mamba-2's on state [sequences, heads, dim, states]; `z` of width 0: without gate.
+// Mamba-2's on state [sequences, heads, dim, states]; `z` of width 0: without gate; `dt` of width 0: dt_bias are the
+// steps.
 struct HeadScan {
     View a, d, dt_bias;  // [heads]
     std::int64_t heads, dim, groups, states;
@@ -68,8 +69,13 @@ Work angles(View frequencies, std::int64_t count, float factor, DType rounded_to
 // Turns the first channels of each head, pairs of which lie half of the angles apart.
 Work rotate(std::int64_t heads, Columns angles, Columns x);
 
-// out = the channels from `first` on of each of in's heads, as many as a head of out has.
-Work pick_heads(std::int64_t heads, std::int64_t first, Columns in, Columns out);
+// `width` channels of each of in's heads, from `first` on, to those from `to` on of out's. `shared`: in is one head,
+// for each of out's.
+struct HeadCopy {
+    std::int64_t heads, first, to, width;
+    bool shared;
+};
+Work copy_heads(HeadCopy copy, Columns in, Columns out);
 
 // Writes keys or values of the run's tokens to a cache [sequences, heads, capacity, width], at their positions.
 Work remember(int state, std::int64_t heads, Columns in);
@@ -82,11 +88,8 @@ struct Attention {
 };
 Work attend(Attention layer, Columns q, Columns out);
 
-// g = rate softplus(a + bias), beta = largest sigmoid(b), a head each; both float32.
-Work delta_gates(View rate, View bias, float largest, std::int64_t heads, Columns a, Columns b, Columns g,
-                 Columns beta);
-
-// The gated delta rule on state [sequences, heads, key_dim, value_dim], with q and k divided by their norms.
+// The gated delta rule on state [sequences, heads, key_dim, value_dim], with q and k divided by their norms; g is one a
+// head or one a channel of its keys.
 struct DeltaRule {
     std::int64_t key_heads, heads, key_dim, value_dim;
     float scale;
@@ -94,12 +97,14 @@ struct DeltaRule {
 };
 Work delta_rule(DeltaRule layer, Columns q, Columns k, Columns v, Columns g, Columns beta, Columns out);
 
-// How a router weighs the experts that it chooses for a token: those with the greatest scores plus bias.
+// How a router weighs the experts that it chooses for a token: those with the greatest scores plus bias. Of `groups`
+// groups of experts only the best `open_groups` take part, by the sum of their two greatest.
 struct Routing {
     View bias;       // [experts]; may be absent
     bool sigmoid;    // scores are sigmoids of the logits; else their softmax
     bool normalise;  // divide the scores of the chosen by epsilon and their sum
     float epsilon, factor;
+    std::int64_t groups, open_groups;
     DType rounded_to;  // scores, and the result of each step after them
 };
 // index = the experts' numbers, as floats, highest score first; weights = their weights.

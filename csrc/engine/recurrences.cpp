@@ -123,14 +123,17 @@ Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Colu
         const View state = input.states[layer.state];
         const auto heads = [&](const Columns& columns) { return by_head(buffers, columns, input, layer.heads); };
         const auto groups = [&](const Columns& columns) { return by_head(buffers, columns, input, layer.groups); };
+        const bool constant = dt.width == 0;
+        const View steps = constant ? with_strides(layer.dt_bias, 0, 0, 1) : buffers.by_sequence(dt, input.length);
+        const View bias = constant ? View{} : layer.dt_bias;
         if (input.length > 1) {
             const ChunkScanArgs args{
                 .x = heads(x),
                 .z = heads(z),
                 .out = heads(out),
-                .dt = buffers.by_sequence(dt, input.length),
+                .dt = steps,
                 .a = layer.a,
-                .dt_bias = layer.dt_bias,
+                .dt_bias = bias,
                 .b = groups(b),
                 .c = groups(c),
                 .d = with_strides(layer.d, 1, 0, 0),
@@ -142,14 +145,13 @@ Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Colu
                 .dim = layer.dim,
                 .groups = layer.groups,
                 .states = layer.states,
-                .softplus = true,
+                .softplus = !constant,
                 .dt_min = layer.dt_min,
                 .dt_max = layer.dt_max,
                 .n_threads = input.n_threads,
             };
             return mamba_chunk_scan(args, input.limit);
         }
-        const View steps = buffers[dt];
         const StateUpdateArgs args{
             .state = state,
             .x = without_length(heads(x)),
@@ -160,13 +162,13 @@ Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Colu
             .b = without_length(groups(b)),
             .c = without_length(groups(c)),
             .d = with_strides(layer.d, 1, 0, 0),
-            .dt_bias = with_strides(layer.dt_bias, 1, 0, 0),
+            .dt_bias = with_strides(bias, 1, 0, 0),
             .batch = input.sequences,
             .heads = layer.heads,
             .dim = layer.dim,
             .groups = layer.groups,
             .states = layer.states,
-            .softplus = true,
+            .softplus = !constant,
             .a_is_log = false,
             .n_threads = input.n_threads,
         };

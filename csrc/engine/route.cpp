@@ -32,6 +32,25 @@ std::size_t greatest(const Floats& x, const std::vector<bool>& taken) {
     return best;
 }
 
+// Makes the choices of all groups but the best least.
+void close_groups(const Routing& how, Floats& choice) {
+    constexpr float least = -std::numeric_limits<float>::infinity();
+    const std::size_t size = choice.size() / how.groups;
+    Floats best(how.groups);
+    for (std::size_t group = 0; group < best.size(); ++group) {
+        float first = least, second = least;
+        for (std::size_t i = group * size; i < (group + 1) * size; ++i) {
+            second = std::fmax(second, std::fmin(first, choice[i]));
+            first = std::fmax(first, choice[i]);
+        }
+        best[group] = first + second;
+    }
+    std::vector<bool> open(best.size());
+    for (std::int64_t s = 0; s < how.open_groups; ++s) open[greatest(best, open)] = true;
+    for (std::size_t i = 0; i < choice.size(); ++i)
+        if (!open[i / size]) choice[i] = least;
+}
+
 void weigh(const Routing& how, Floats& chosen) {
     const auto step = [&](float v) { return rounded(v, how.rounded_to); };
     if (how.normalise) {
@@ -60,6 +79,7 @@ Work route(Routing how, Columns logits, Columns index, Columns weights) {
                     scores[i] = rounded(scores[i], how.rounded_to);
                     choice[i] = scores[i] + (how.bias ? load_float(how.bias.data, i, how.bias.dtype) : 0.0f);
                 }
+                if (how.open_groups < how.groups) close_groups(how, choice);
                 std::vector<bool> taken(count);
                 for (std::int64_t s = 0; s < each; ++s) {
                     const std::size_t expert = greatest(choice, taken);

@@ -47,8 +47,7 @@ Work combine_two(Combination how, float factor, std::int64_t each, Columns a, Co
     };
 }
 
-Work scale(View factors, Columns in, Columns out) {
-    View row = factors;
+Work combine_row(Combination how, View row, Columns in, Columns out) {
     row.stride[0] = 0;
     return [=](const Input& input, const Buffers& buffers) {
         const CombineArgs args{
@@ -58,7 +57,7 @@ Work scale(View factors, Columns in, Columns out) {
             .narrow = {},
             .rows = input.rows(),
             .width = out.width,
-            .how = Combination::multiply,
+            .how = how,
             .n_threads = input.n_threads,
         };
         combine(args, input.limit);

@@ -46,6 +46,7 @@ Combination combination(const std::string& name) {
     if (name == "sigmoid_gate") return Combination::sigmoid_gate;
     if (name == "gelu_gate") return Combination::gelu_gate;
     if (name == "relu_gate") return Combination::relu_gate;
+    if (name == "softplus_gate") return Combination::softplus_gate;
     throw std::invalid_argument("no combination " + name);
 }
 
@@ -99,8 +100,10 @@ void bind_engine(py::module_& m) {
                 Columns out, Columns narrow) {
                  p.add(std::move(name), engine::combine_two(combination(how), factor, each, a, b, out, narrow));
              })
-        .def("scale", [](Program& p, std::string name, View factors, Columns in,
-                         Columns out) { p.add(std::move(name), engine::scale(factors, in, out)); })
+        .def("combine_row",
+             [](Program& p, std::string name, const std::string& how, View row, Columns in, Columns out) {
+                 p.add(std::move(name), engine::combine_row(combination(how), row, in, out));
+             })
         .def("convolve",
              [](Program& p, std::string name, View weight, View bias, Int channels, Int width, bool silu, int state,
                 Columns in, Columns out) {
@@ -152,8 +155,18 @@ void bind_engine(py::module_& m) {
              })
         .def("rotate", [](Program& p, std::string name, Int heads, Columns angles,
                           Columns x) { p.add(std::move(name), engine::rotate(heads, angles, x)); })
-        .def("pick_heads", [](Program& p, std::string name, Int heads, Int first, Columns in,
-                              Columns out) { p.add(std::move(name), engine::pick_heads(heads, first, in, out)); })
+        .def("copy_heads",
+             [](Program& p, std::string name, Int heads, Int first, Int to, Int width, bool shared, Columns in,
+                Columns out) {
+                 const engine::HeadCopy copy{
+                     .heads = heads,
+                     .first = first,
+                     .to = to,
+                     .width = width,
+                     .shared = shared,
+                 };
+                 p.add(std::move(name), engine::copy_heads(copy, in, out));
+             })
         .def("remember", [](Program& p, std::string name, int state, Int heads,
                             Columns in) { p.add(std::move(name), engine::remember(state, heads, in)); })
         .def("attend",
@@ -171,11 +184,6 @@ void bind_engine(py::module_& m) {
                      .values = values,
                  };
                  p.add(std::move(name), engine::attend(layer, q, out));
-             })
-        .def("delta_gates",
-             [](Program& p, std::string name, View rate, View bias, float largest, Int heads, Columns a, Columns b,
-                Columns g, Columns beta) {
-                 p.add(std::move(name), engine::delta_gates(rate, bias, largest, heads, a, b, g, beta));
              })
         .def("delta_rule",
              [](Program& p, std::string name, Int key_heads, Int heads, Int key_dim, Int value_dim, float scale,
@@ -202,13 +210,15 @@ void bind_engine(py::module_& m) {
             "The index of the first token that is not in the vocabulary; -1 without.")
         .def("route",
              [](Program& p, std::string name, View bias, bool sigmoid, bool normalise, float epsilon, float factor,
-                int rounded_to, Columns logits, Columns index, Columns weights) {
+                Int groups, Int open_groups, int rounded_to, Columns logits, Columns index, Columns weights) {
                  const engine::Routing how{
                      .bias = bias,
                      .sigmoid = sigmoid,
                      .normalise = normalise,
                      .epsilon = epsilon,
                      .factor = factor,
+                     .groups = groups,
+                     .open_groups = open_groups,
                      .rounded_to = static_cast<DType>(rounded_to),
                  };
                  p.add(std::move(name), engine::route(how, logits, index, weights));

@@ -136,14 +136,19 @@ class Builder:
         self.kept.append(prepared.hold(layer))
         return prepared.projection if activations else prepared.projection.weight_only()
 
-    def _matrix(self, module: nn.Module, name: str) -> Any:
-        """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K]."""
+    def _matrix(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Any:
+        """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K].
+
+        A parameter of another dtype than ``dtype`` is copied; without, it must be that of activations.
+        """
         if isinstance(layer := module._modules.get(name), nn.Linear):
             return self._projection(layer)
         from klfast import _C
 
         [weight] = self.parameters(module, name)
-        if weight is None or weight.dtype is not self.dtype:
+        if weight is not None and dtype is not None:
+            weight = self.keep(weight.to(dtype))
+        if weight is None or weight.dtype is not (dtype or self.dtype):
             raise CannotLowerError(f"{self.name(module)}.{name} is not a tensor of {self.dtype}")
         rows = weight.flatten(0, -2)
         return _C.Projection.dense(view(rows), None, *rows.shape)
@@ -170,9 +175,11 @@ class Builder:
         """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""
         self.program.project(self.name(layer), self._projection(layer, not weight_only), x, out)
 
-    def project_parameter(self, module: nn.Module, name: str, x: Columns, out: Columns) -> None:
-        """Multiply by a parameter [N, K] of a module."""
-        self.program.project(self.name(module), self._matrix(module, name), x, out)
+    def project_parameter(
+        self, module: nn.Module, name: str, x: Columns, out: Columns, dtype: torch.dtype | None = None
+    ) -> None:
+        """Multiply by a parameter [N, K] of a module, in a dtype, which x has; None for that of activations."""
+        self.program.project(self.name(module), self._matrix(module, name, dtype), x, out)
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
         """Multiply each sequence's last token alone."""
@@ -224,11 +231,15 @@ class Builder:
         """
         self.program.combine(how, how, factor, each, a, b, out, narrow)
 
+    def combine_row(self, how: str, x: Columns, row: float | torch.Tensor, out: Columns) -> None:
+        """Combine each row of x with one row, or with a number."""
+        if not isinstance(row, torch.Tensor):
+            row = torch.full((x.width,), row)
+        self.program.combine_row(how, how, view(self.keep(row)), x, out)
+
     def scale(self, factors: float | torch.Tensor, x: Columns, out: Columns) -> None:
         """Multiply each column by its factor, or all by one."""
-        if not isinstance(factors, torch.Tensor):
-            factors = torch.full((x.width,), factors)
-        self.program.scale("scale", view(self.keep(factors)), x, out)
+        self.combine_row("multiply", x, factors, out)
 
     def convolve(self, conv: nn.Module, silu: bool, x: Columns, out: Columns, first: int = 0) -> None:
         """Apply a causal depthwise nn.Conv1d, its channels from ``first`` on; the state has the last inputs."""
@@ -271,13 +282,16 @@ class Builder:
         groups: int,
         dt_limit: tuple[float, float],
         x: Columns,
-        dt: Columns,
+        dt: Columns | None,
         B: Columns,
         C: Columns,
         out: Columns,
         z: Columns | None = None,
     ) -> None:
-        """Apply Mamba-2's recurrence to heads of ``dim`` channels, with A, D and the bias of dt [H]."""
+        """Apply Mamba-2's recurrence to heads of ``dim`` channels, with A, D and the bias of dt [H].
+
+        Without ``dt``, the bias is the step size as it is.
+        """
         heads, states = len(A), B.width // groups
         state = self.state(heads, dim, states, dtype=torch.float32)
         self.program.head_scan(
@@ -313,9 +327,23 @@ class Builder:
         """Apply rotary angles to the first channels of each head of x, in place."""
         self.program.rotate("rotate", heads, angles, x)
 
-    def pick_heads(self, heads: int, first: int, x: Columns, out: Columns) -> None:
-        """Copy the channels from ``first`` on of each head of x to the heads of ``out``, which are narrower."""
-        self.program.pick_heads("pick_heads", heads, first, x, out)
+    def pick_heads(
+        self,
+        heads: int,
+        first: int,
+        x: Columns,
+        out: Columns,
+        *,
+        to: int = 0,
+        width: int | None = None,
+        shared: bool = False,
+    ) -> None:
+        """Copy channels of each head of x, from ``first`` on, to the heads of ``out``, from ``to`` on.
+
+        ``width`` is their number, None for a whole head of ``out``. With ``shared``, x is one head for all of ``out``.
+        """
+        width = out.width // heads if width is None else width
+        self.program.copy_heads("pick_heads", heads, first, to, width, shared, x, out)
 
     def remember(self, name: str, groups: int, k: Columns, v: Columns) -> tuple[int, int]:
         """Keep keys and values of all tokens in the state; returns the numbers of the two tensors."""
@@ -361,12 +389,15 @@ class Builder:
     ) -> None:
         """Apply the gated delta rule.
 
-        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b).
+        For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b). ``a`` and ``dt_bias``
+        have one value a head, or one a channel of its keys.
         """
-        heads = len(A_log)
-        g, beta = (self.buffer(f"delta.{part}", heads, torch.float32) for part in ("g", "beta"))
-        rate = self.keep(-torch.exp(A_log.float()))
-        self.program.delta_gates(f"{name}.gates", view(rate), view(dt_bias), largest_beta, heads, a, b, g, beta)
+        heads = A_log.numel()
+        g, beta = (self.buffer(f"delta.{part}", c.width, torch.float32) for part, c in (("g", a), ("beta", b)))
+        rate = -torch.exp(A_log.float().flatten()).repeat_interleave(a.width // heads)
+        self.combine_row("add", a, dt_bias, g)
+        self.combine_row("softplus_gate", g, rate, g)
+        self.combine_row("sigmoid_gate", b, largest_beta, beta)
         key_dim, value_dim = k.width // key_heads, v.width // heads
         state = self.state(heads, key_dim, value_dim, dtype=torch.float32)
         self.program.delta_rule(name, key_heads, heads, key_dim, value_dim, key_dim**-0.5, state, q, k, v, g, beta, out)
@@ -375,10 +406,15 @@ class Builder:
         self, name: str, routing: Routing, logits: Columns, bias: torch.Tensor | None = None, prefix: str = "router"
     ) -> Routes:
         """Choose experts for each token by the logits; ``bias`` [E] is added to the scores for the choice alone."""
-        if routing.each > logits.width:
-            raise CannotLowerError(f"{name}: a token meets {routing.each} of {logits.width} experts")
+        if logits.width % routing.groups or routing.open_groups > routing.groups:
+            raise CannotLowerError(
+                f"{name}: {logits.width} experts in {routing.groups} groups, {routing.open_groups} open"
+            )
+        most = logits.width // routing.groups * routing.open_groups
+        if routing.each > most:
+            raise CannotLowerError(f"{name}: a token meets {routing.each} of {most} experts")
         index = self.buffer(f"{prefix}.index", routing.each, torch.float32)
-        weights = self.buffer(f"{prefix}.weights", routing.each)
+        weights = self.buffer(f"{prefix}.weights", routing.each, torch.float32 if routing.wide else None)
         self.program.route(
             name,
             view(bias),
@@ -386,6 +422,8 @@ class Builder:
             routing.normalise,
             routing.epsilon,
             routing.factor,
+            routing.groups,
+            routing.open_groups,
             DTYPE_CODES[self.dtype if routing.rounds else torch.float32],
             logits,
             index,

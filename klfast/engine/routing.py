@@ -17,6 +17,9 @@ class Routing(NamedTuple):
         epsilon: see there.
         factor: multiplies the weights.
         rounds: scores and the result of each step after them are in the model's dtype; else in float32.
+        wide: logits and weights are float32; else in the model's dtype.
+        groups: the experts lie in so many groups.
+        open_groups: number of groups whose experts a token may meet: those whose two best scores add up to most.
     """
 
     each: int
@@ -25,6 +28,9 @@ class Routing(NamedTuple):
     epsilon: float = 0.0
     factor: float = 1.0
     rounds: bool = False
+    wide: bool = False
+    groups: int = 1
+    open_groups: int = 1
 
 
 class Routes(NamedTuple):

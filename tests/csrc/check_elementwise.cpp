@@ -25,13 +25,14 @@ double combined(Combination how, double factor, double a, double b, DType dtype)
         case Combination::gelu_gate:
             return step(0.5 * a * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (a + 0.044715 * a * a * a)))) * b;
         case Combination::relu_gate: return std::fmax(a, 0) * b;
+        case Combination::softplus_gate: return step(std::log1p(std::exp(a))) * b;
     }
     return 0;
 }
 
-void check_weighted_sum(DType dtype, Int each, Int width) {
+void check_weighted_sum(DType dtype, DType of_weights, Int each, Int width) {
     constexpr Int rows = 3, sources = 5;
-    Tensor x = Tensor::random(dtype, {sources, width}), weights = Tensor::random(dtype, {rows, each});
+    Tensor x = Tensor::random(dtype, {sources, width}), weights = Tensor::random(of_weights, {rows, each});
     std::vector<Int> place(rows * each);
     for (Int& i : place) i = random_int(0, sources);
     std::vector<double> truth(rows * width);
@@ -39,7 +40,7 @@ void check_weighted_sum(DType dtype, Int each, Int width) {
         for (Int s = 0; s < each; ++s)
             for (Int i = 0; i < width; ++i)
                 truth[row * width + i] +=
-                    rounded(weights[row * each + s] * x[place[row * each + s] * width + i], dtype);
+                    rounded(weights[row * each + s] * x[place[row * each + s] * width + i], of_weights);
     for_tiers("weighted_sum", [&](Tier tier) {
         Tensor out(dtype, {rows, width});
         const WeightedSumArgs args{
@@ -62,9 +63,9 @@ void check_combine() {
     constexpr float factor = 0.75f;
     for (const DType dtype : kTypes)
         for (const Int width : {1, 19, 1031})
-            for (const Combination how :
-                 {Combination::add, Combination::average, Combination::multiply, Combination::silu_gate,
-                  Combination::sigmoid_gate, Combination::gelu_gate, Combination::relu_gate}) {
+            for (const Combination how : {Combination::add, Combination::average, Combination::multiply,
+                                          Combination::silu_gate, Combination::sigmoid_gate, Combination::gelu_gate,
+                                          Combination::relu_gate, Combination::softplus_gate}) {
                 Tensor a = Tensor::random(dtype, {rows, width}, 3.0), b = Tensor::random(dtype, {rows, width}, 3.0);
                 std::vector<double> truth(rows * width);
                 for (Int i = 0; i < rows * width; ++i) truth[i] = combined(how, factor, a[i], b[i], dtype);
@@ -93,8 +94,9 @@ void check_combine() {
 void check_elementwise() {
     check_combine();
     for (const DType dtype : kTypes)
-        for (const Int each : {1, 3})
-            for (const Int width : {1, 19, 1031}) check_weighted_sum(dtype, each, width);
+        for (const DType of_weights : {dtype, DType::f32})
+            for (const Int each : {1, 3})
+                for (const Int width : {1, 19, 1031}) check_weighted_sum(dtype, of_weights, each, width);
 }
 
 }  // namespace klfast::test

@@ -6,7 +6,8 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import VARIANTS, batch, in_float64, tiny
+import transformers
+from tiny_models import LLAMA_LIKE, VARIANTS, batch, in_float64, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
@@ -18,6 +19,7 @@ LOWERED = (
     *("mamba", "mamba2", "falcon_mamba", "qwen3_5", "olmo_hybrid", "lfm2", "granite_hybrid", "bamba"),
     *("falcon_h1", *(name for name in VARIANTS if name.startswith("falcon_h1")), "nemotron_h", "jamba"),
     *("hymba", "hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe"),
+    *("llama", *LLAMA_LIKE, "nemotron_h_moe", "jamba_moe", "kimi_linear", "minimax"),
 )
 
 
@@ -69,6 +71,51 @@ def test_quantized_with_a_tied_head(spec):
         model, ids = quantized(tiny(family, tied=True), spec), batch(2, 9)
         truth, engine = logits_of_each(model, ids), lower(model)
         assert relative(engine(ids, engine.state(2)), truth[:, -1]) < 1e-4, family
+
+
+def positions(**parameters):
+    """Return a tiny Llama whose rotary embedding is of another type."""
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        rope_parameters={"rope_theta": 100.0, **parameters},
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        dict(rope_type="linear", factor=3.0),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+        dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_scaled_positions(parameters):
+    model, ids = positions(**parameters), batch(1, 40)
+    engine = lower(model)
+    assert relative(engine(ids, engine.state()), logits_of_each(model, ids)[:, -1]) < 1e-4
+
+
+@torch.inference_mode()
+def test_biases_and_norms_count(model):
+    """Move the small parameters away from the zeros and ones that models begin with."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype), alpha=0.2)
+    ids, engine = batch(2, 9), lower(model)
+    assert relative(engine(ids, engine.state(2)), logits_of_each(model, ids)[:, -1]) < 1e-4
 
 
 @torch.inference_mode()
@@ -140,8 +187,10 @@ def test_says_what_it_cannot_lower():
     model.lm_head.forward = lambda x: x
     with pytest.raises(CannotLowerError, match=r"^lm_head has a replaced forward$"):
         lower(model)
-    with pytest.raises(CannotLowerError, match="does not know models of type llama"):
-        lower(tiny("llama"))
+    with pytest.raises(CannotLowerError, match="does not know models of type phi"):
+        lower(tiny("phi"))
+    with pytest.raises(CannotLowerError, match=r"^model\.rotary_emb is of type dynamic$"):
+        lower(positions(rope_type="dynamic", factor=2.0))
 
 
 @torch.inference_mode()

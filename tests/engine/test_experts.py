@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_engine import logits_of_each, quantized, relative
 from tiny_models import CONFIGS, batch, tiny
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
 from klfast.core.errors import CannotLowerError
 from klfast.engine.builder import Builder
@@ -13,7 +14,10 @@ from klfast.models.families import norm_of
 from klfast.models.families.experts import mixture
 from klfast.nn.experts import stack_names
 
-FAMILIES = ("granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe")
+FAMILIES = (
+    *("granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe"),
+    *("nemotron_h_moe", "jamba_moe", "kimi_linear", "minimax"),
+)
 
 
 def changed(family, monkeypatch, **settings):
@@ -51,19 +55,36 @@ def assert_equals_the_model(model, rows=2, bound=1e-4):
         ("qwen3_next", dict(norm_topk_prob=False, mlp_only_layers=[1])),
         ("qwen3_5_moe", dict(num_experts=7, num_experts_per_tok=5)),
         ("granite_hybrid_moe", dict(num_experts_per_tok=4)),
+        ("nemotron_h_moe", dict(n_group=2, norm_topk_prob=False, mlp_bias=True)),
+        (
+            "nemotron_h_moe",
+            dict(n_routed_experts=9, n_group=3, topk_group=2, num_experts_per_tok=4, moe_latent_size=None),
+        ),
+        ("jamba_moe", dict(num_experts=5, num_experts_per_tok=2)),
+        ("kimi_linear", dict(num_local_experts=8, n_group=4, topk_group=2, norm_topk_prob=False)),
+        (
+            "minimax",
+            dict(linear_attn_alpha_factor=1.5, full_attn_beta_factor=0.7, mlp_alpha_factor=0.4, sliding_window=5),
+        ),
+        ("kimi_linear", dict(q_lora_rank=20, attention_bias=True, routed_scaling_factor=1.7)),
     ],
 )
-def test_routers_of_other_settings(family, settings, monkeypatch):
+def test_other_settings(family, settings, monkeypatch):
     assert_equals_the_model(changed(family, monkeypatch, **settings))
 
 
 @torch.inference_mode()
-def test_a_bias_changes_the_choice_alone():
-    model = tiny("lfm2_moe")
+@pytest.mark.parametrize(
+    ("family", "settings"), [("lfm2_moe", {}), ("nemotron_h_moe", {}), ("nemotron_h_moe", dict(n_group=2))]
+)
+def test_a_bias_changes_the_choice_alone(family, settings, monkeypatch):
+    model = changed(family, monkeypatch, **settings)
     plain = lower(model)
     before = plain(batch(), plain.state(2)).clone()
-    for block in model.model.layers[1:]:
-        block.feed_forward.expert_bias.copy_(torch.tensor([3.0, -3.0, 2.0, -2.0]))  # experts 0 and 2, always
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("_bias")]
+    assert biases
+    for bias in biases:
+        bias.copy_(torch.tensor([4.0, -2.5, 2.0, -2.0]))  # experts 0 and 2; with groups, 0 and 1
     assert_equals_the_model(model)
     assert relative(plain(batch(), plain.state(2)), before.double()) > 1e-2  # read where it lies
 
@@ -137,12 +158,21 @@ def test_says_what_it_cannot_lower():
         lower(model)
     model = tiny("nemotron_h_moe")
     [experts] = experts_of(model)
+    experts.act_fn = torch.nn.SiLU()
+    with pytest.raises(CannotLowerError, match=r"^an activation is SiLU$"):
+        lower(model)
+    others = GptOssExperts(GptOssConfig(num_local_experts=4, hidden_size=48, intermediate_size=8))
     build = Builder(model, torch.float32, 8, norm_of)
     router, x = build.buffer("router", 4), build.buffer("x", 48)
-    with pytest.raises(CannotLowerError, match=r"mixer\.experts are experts of another kind$"):
-        mixture(build, experts, build.route("routes", Routing(2), router), x, x)
+    with pytest.raises(CannotLowerError, match=r"^GptOssExperts are experts of another kind$"):
+        mixture(build, others, build.route("routes", Routing(2), router), x, x)
     with pytest.raises(CannotLowerError, match=r"^routes: a token meets 5 of 4 experts$"):
         build.route("routes", Routing(5), router)
+    with pytest.raises(CannotLowerError, match=r"^routes: a token meets 3 of 2 experts$"):
+        build.route("routes", Routing(3, groups=2), router)
+    for routing in (Routing(1, groups=3, open_groups=2), Routing(1, groups=2, open_groups=3)):
+        with pytest.raises(CannotLowerError, match=r"^routes: 4 experts in \d groups, \d open$"):
+            build.route("routes", routing, router)
     model = tiny("lfm2_moe")
     model.model.layers[1].feed_forward.gate.half()
     with pytest.raises(CannotLowerError, match=r"gate\.weight is not a tensor of torch\.float32$"):

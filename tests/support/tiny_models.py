@@ -1,7 +1,7 @@
 """The registry of tiny causal language models with random weights, for all tests.
 
-``FAMILIES`` are the families with a record (klfast.models.families), and Llama for those without: they go through every
-suite. ``OTHERS`` are only read through transformers. A new family is tested if it is listed in ``FAMILIES`` with its
+``FAMILIES`` have a record (klfast.models.families) and go through every suite, ``VARIANTS`` have one and go through
+some. ``OTHERS`` are read by what klfast detects. A new family is tested if it is listed in ``FAMILIES`` with its
 configuration in ``CONFIGS``, and in ``ACCELERATED`` if it has mixers; in ``MIXERS`` if these are of a new kind.
 """
 
@@ -199,6 +199,7 @@ CONFIGS = {
     ),
     "lfm2": lambda: transformers.Lfm2Config(**_ATTENTION | _SHORT_CONV, block_auto_adjust_ff_dim=False),
     "lfm2_moe": lambda: transformers.Lfm2MoeConfig(**_ATTENTION | _SHORT_CONV | _EXPERTS, num_dense_layers=1),
+    "mistral": lambda: transformers.MistralConfig(**_ATTENTION, head_dim=12, sliding_window=6),
     "llama_eager": lambda: transformers.LlamaConfig(**_ATTENTION, attn_implementation="eager"),
     "minimax": lambda: transformers.MiniMaxConfig(
         **_ATTENTION,
@@ -209,6 +210,9 @@ CONFIGS = {
     ),
     "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**_ATTENTION | _DELTA),
     "phi": lambda: transformers.PhiConfig(**_ATTENTION),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **_ATTENTION | dict(num_hidden_layers=3), use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**_ATTENTION, head_dim=16),
     "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**_ATTENTION | _DELTA, head_dim=16),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(
@@ -236,6 +240,9 @@ CONFIGS = {
         context_length=64,
         rescale_every=0,
     ),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **_ATTENTION | dict(num_hidden_layers=3), no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=5
+    ),
     "xlstm": lambda: transformers.xLSTMConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -248,9 +255,11 @@ CONFIGS = {
     ),
 }
 _FALCON_NORMS = ("falcon_h1_norm", "falcon_h1_gated_norm")
+LLAMA_LIKE = ("mistral", "qwen2", "qwen3", "smollm3")
 _ALL_VARIANTS = (  # with a record
     *("hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "lfm2_moe", *_FALCON_NORMS),
     *("nemotron_h_moe", "jamba_moe", "zamba2_adapters", "rwkv", "minimax"),
+    *LLAMA_LIKE,
 )
 # In transformers 5.17 the norm of a single token loses a dimension, so that batches mix when they decode.
 _WRONG = _FALCON_NORMS if FalconH1RMSNormGated(4)(torch.ones(1, 1, 4)).dim() != 3 else ()
@@ -263,8 +272,8 @@ ACCELERATED = (
     "lfm2",
     *DELTA,
     *("nemotron_h", "jamba", "zamba", "zamba2"),
-    # The first three have no mixers to accelerate; Zamba2's adapters concern its shared blocks.
-    *(name for name in VARIANTS if name not in ("hymba_release", "rwkv", "minimax", "zamba2_adapters")),
+    # Most of these have no mixers to accelerate; Zamba2's adapters concern its shared blocks.
+    *(name for name in VARIANTS if name not in ("hymba_release", "rwkv", "minimax", "zamba2_adapters", *LLAMA_LIKE)),
 )
 # One of each kind of mixer: Mamba's, those with norms and in heads, Mamba-2's, a short convolution, two delta rules.
 # What concerns tiers, copies or torch.compile, not a family's own forward, need not be asked of more.

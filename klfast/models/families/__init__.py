@@ -22,6 +22,7 @@ from klfast.models.families import (
     jamba,
     kimi_linear,
     lfm2,
+    llama,
     mamba,
     mamba2,
     minimax,
@@ -57,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     zamba2.FAMILY,
     rwkv.FAMILY,
     minimax.FAMILY,
+    *llama.FAMILIES,
 )
 GENERIC = generic.FAMILY
 _BY_TYPE = {family.model_type: family for family in FAMILIES}

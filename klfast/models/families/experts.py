@@ -17,14 +17,46 @@ from klfast.nn.linear import QuantLinear
 
 
 def routes(build: Builder, router: Any, x: Columns, routing: Routing, bias: torch.Tensor | None = None) -> Routes:
-    """Lower a router with a ``weight`` [experts, hidden]; ``bias`` is added to the scores for the choice alone."""
-    logits = build.buffer("router.logits", len(router.weight))
-    build.project_parameter(router, "weight", x, logits)
+    """Lower a router: a linear layer, or another module with a ``weight`` [experts, hidden].
+
+    With ``routing.wide`` its product is in float32, too. ``bias`` is added to the scores for the choice alone.
+    """
+    if isinstance(router, nn.Linear):
+        logits = build.buffer("router.logits", router.out_features)
+        build.project(router, x, logits)
+    else:
+        dtype = torch.float32 if routing.wide else None
+        logits = build.buffer("router.logits", len(router.weight), dtype)
+        if dtype not in (None, build.dtype):
+            wide = build.buffer("router.wide", x.width, dtype)
+            build.scale(1.0, x, wide)
+            x = wide
+        build.project_parameter(router, "weight", x, logits, dtype)
     return build.route(f"{build.name(router)}.routes", routing, logits, bias)
 
 
+def deepseek_routes(build: Builder, router: Any, x: Columns) -> Routes:
+    """Lower a router as DeepSeek-V3 has it: sigmoids in float32, a bias for the choice, groups of experts.
+
+    NemotronHTopkRouter.forward in modeling_nemotron_h.py, likewise modeling_kimi_linear.py, 5.17.0 and 5.24.0.
+    """
+    build.expect(router, "NemotronHTopkRouter", "KimiLinearTopkRouter")
+    routing = Routing(
+        router.top_k,
+        sigmoid=True,
+        normalise=router.norm_topk_prob,
+        epsilon=1e-20,
+        factor=router.routed_scaling_factor,
+        wide=True,
+        groups=router.num_group,
+        open_groups=router.topk_group,
+    )
+    [bias] = build.tensors((router._buffers, "e_score_correction_bias"))
+    return routes(build, router, x, routing, bias)
+
+
 def mixture(build: Builder, experts: Any, routes: Routes, x: Columns, out: Columns) -> None:
-    """Lower the weighted sum of experts ``down(silu(gate) * up)``.
+    """Lower the weighted sum of experts ``down(silu(gate) * up)``, or ``down(relu(up)^2)`` without gates.
 
     Args:
         build: the program's builder.
@@ -35,21 +67,25 @@ def mixture(build: Builder, experts: Any, routes: Routes, x: Columns, out: Colum
     name = build.name(experts)
     build.expect(experts, type(experts).__name__)
     names = stack_names(experts)
-    if not names or not experts.has_gate:
+    if not names:
         raise CannotLowerError(f"{name} are experts of another kind")
-    lowering.require_silu(experts.act_fn)
     first, last = names
     down = getattr(experts, last)
     size = down.in_features if isinstance(down, QuantLinear) else down.shape[-1]
     each = routes.chosen.width
-    rows, both, inner = (
+    rows, projected, inner = (
         build.buffer(f"experts.{part}", width, rows=build.rows * each)
-        for part, width in (("rows", x.width), ("both", 2 * size), ("inner", size))
+        for part, width in (("rows", x.width), ("projected", (1 + experts.has_gate) * size), ("inner", size))
     )
+    if experts.has_gate:
+        lowering.require_silu(experts.act_fn)
+        activation, one, other = "silu_gate", *projected.split(size, size)
+    else:
+        lowering.require_squared_relu(experts.act_fn)
+        activation, one, other = "relu_gate", projected, projected
     build.gather(f"{name}.gather", routes, x, rows)
-    build.project_gathered(experts, first, routes, rows, both)
-    gate, up = both.split(size, size)
-    build.combine("silu_gate", gate, up, inner, each=each)
+    build.project_gathered(experts, first, routes, rows, projected)
+    build.combine(activation, one, other, inner, each=each)
     build.project_gathered(experts, last, routes, inner, rows)
     build.sum_gathered(f"{name}.sum", routes, rows, out)
 

@@ -1,4 +1,4 @@
-"""Any model without its own record, such as Llama: everything is detected from the model."""
+"""Any model without its own record, such as Phi: everything is detected from the model."""
 
 from __future__ import annotations
 

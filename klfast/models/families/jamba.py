@@ -12,7 +12,8 @@ from torch import nn
 
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.engine.routing import Routing
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
 from klfast.models.families.lowering import Sublayer
 
@@ -41,7 +42,14 @@ def _attention(build: Builder, block: Any, x: Columns, out: Columns) -> None:
 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
-    lowering.mlp(build, block.feed_forward, x, out, "JambaMLP")
+    mlp = block.feed_forward
+    if not hasattr(mlp, "experts"):
+        lowering.mlp(build, mlp, x, out, "JambaMLP")
+        return
+    build.expect(mlp, "JambaSparseMoeBlock")
+    build.expect(mlp.router, "JambaTopKRouter", "Linear", "QuantLinear")  # a linear layer in 5.17
+    routes = experts.routes(build, mlp.router, x, Routing(mlp.top_k, normalise=False))
+    experts.mixture(build, mlp.experts, routes, x, out)
 
 
 FAMILY = Family(

@@ -31,8 +31,17 @@ class Sublayer(NamedTuple):
 
 def require_silu(activation: object) -> None:
     """Require that an activation, by its name, function or module, is SiLU."""
+    _require(activation, "silu", "swish", "siluactivation")
+
+
+def require_squared_relu(activation: object) -> None:
+    """Require that an activation is the square of ReLU."""
+    _require(activation, "relu2", "relusquaredactivation")
+
+
+def _require(activation: object, *names: str) -> None:
     name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
-    if str(name).lower() not in ("silu", "swish", "siluactivation"):
+    if str(name).lower() not in names:
         raise CannotLowerError(f"an activation is {name}")
 
 
@@ -191,15 +200,20 @@ def delta_net(
         build.project(getattr(mixer, fused), x, qkv)
         build.convolve(mixer.conv1d, True, qkv, mixed)
     else:
-        for name, part in zip("qkv", mixed.split(*widths), strict=True):
-            projected = build.buffer(f"delta.{name}", part.width)
-            build.project(getattr(mixer, f"{name}_proj"), x, projected)
-            build.convolve(mixer.conv1d, True, projected, part, first=part.first)
+        delta_qkv(build, mixer, x, mixed, widths)
     z = build.buffer("delta.z", mixer.value_dim)
     a, b = build.buffer("delta.a", heads), build.buffer("delta.b", heads)
     for name, columns in ((names.z, z), (names.a, a), (names.b, b)):
         build.project(getattr(mixer, name), x, columns)
     delta_heads(build, mixer, mixed, z, a, b, out, names=names, largest_beta=largest_beta)
+
+
+def delta_qkv(build: Builder, mixer: Any, x: Columns, mixed: Columns, widths: Sequence[int]) -> None:
+    """Lower q_proj, k_proj, v_proj of these widths, and the convolution that fills the whole buffer ``mixed``."""
+    for name, part in zip("qkv", mixed.split(*widths), strict=True):
+        projected = build.buffer(f"delta.{name}", part.width)
+        build.project(getattr(mixer, f"{name}_proj"), x, projected)
+        build.convolve(mixer.conv1d, True, projected, part, first=part.first)
 
 
 def delta_heads(
@@ -226,10 +240,12 @@ def delta_heads(
 def rotary(build: Builder, module: Any, rounded_to: torch.dtype | None = None) -> Columns:
     """Lower transformers' usual rotary embedding; returns the columns of the tokens' angles.
 
-    They are rounded to a dtype; None for that of activations.
+    They are rounded to a dtype; None for that of activations. The types whose frequencies follow the text's length have
+    no lowering (dynamic_rope_update in modeling_rope_utils.py, 5.24.0).
     """
-    if getattr(module, "rope_type", "default") != "default":
-        raise CannotLowerError(f"{build.name(module)} is of type {module.rope_type}")
+    kind = getattr(module, "rope_type", "default")
+    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+        raise CannotLowerError(f"{build.name(module)} is of type {kind}")
     build.tensors((module._buffers, "inv_freq"))
     angles = build.buffer("angles", 2 * len(module.inv_freq), torch.float32)
     name, factor = build.name(module), float(module.attention_scaling)
@@ -258,6 +274,7 @@ def attention(
     names: AttentionNames = AttentionNames(),  # noqa: B008 (a tuple)
     gated: bool = False,
     key_scale: float = 1.0,
+    window: int | None = None,
 ) -> None:
     """Lower grouped-query attention as transformers writes it.
 
@@ -269,6 +286,7 @@ def attention(
         names: of its layers.
         gated: each head of q_proj has a gate behind its query; sigmoid(gate) multiplies the result.
         key_scale: multiplies keys.
+        window: number of tokens that a token sees, itself included; None for all before it.
     """
     layer_q, layer_k, layer_v, layer_out = (getattr(module, name) for name in names[:4])
     dim = module.head_dim
@@ -291,7 +309,8 @@ def attention(
         if angles is not None:
             build.rotate(count, angles, columns)
     name = build.name(module)
-    build.attend(name, heads, module.scaling * key_scale, q, build.remember(name, groups, k, v), y)
+    cache, scale = build.remember(name, groups, k, v), module.scaling * key_scale
+    build.attend(name, heads, scale, q, cache, y, window=None if window is None else window - 1)
     if gate is not None:
         build.combine("sigmoid_gate", gate, y, y)
     build.project(layer_out, y, out)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from klfast.core.errors import CannotLowerError
+from torch import nn
+
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
-from klfast.models.families import common, lowering
+from klfast.models.families import common, experts, lowering
 from klfast.models.families.base import Blocks, Family, Mixer, plain
 from klfast.models.families.lowering import Sublayer
 from klfast.nn.norm import Norm
@@ -35,14 +36,33 @@ def _mixer(build: Builder, block: Any, x: Columns, out: Columns) -> None:
     elif block.block_type == "full_attention":
         build.expect(mixer, "NemotronHAttention")
         lowering.attention(build, mixer, x, out)
+    elif block.block_type == "moe":
+        _mixture(build, mixer, x, out)
     else:
-        build.expect(mixer, "NemotronHMLP")
         _mlp(build, mixer, x, out)
 
 
+def _mixture(build: Builder, moe: Any, x: Columns, out: Columns) -> None:
+    """Lower NemotronHMoE, whose experts may work on a projection of x (NemotronHMoE.forward, 5.17.0 and 5.24.0)."""
+    build.expect(moe, "NemotronHMoE")
+    shared = build.buffer("experts.shared", out.width)
+    _mlp(build, moe.shared_experts, x, shared)
+    routes = experts.deepseek_routes(build, moe.gate, x)
+    for layer in (moe.fc1_latent_proj, moe.fc2_latent_proj):
+        build.expect(layer, "Identity", "Linear", "QuantLinear")
+    if isinstance(moe.fc1_latent_proj, nn.Identity):
+        experts.mixture(build, moe.experts, routes, x, out)
+    else:
+        latent = build.buffer("experts.latent", moe.fc1_latent_proj.out_features)
+        build.project(moe.fc1_latent_proj, x, latent)
+        experts.mixture(build, moe.experts, routes, latent, latent)
+        build.project(moe.fc2_latent_proj, latent, out)
+    build.combine("add", out, shared, out)
+
+
 def _mlp(build: Builder, mlp: Any, x: Columns, out: Columns) -> None:
-    if (activation := type(mlp.act_fn).__name__) != "ReLUSquaredActivation":
-        raise CannotLowerError(f"an activation is {activation}")
+    build.expect(mlp, "NemotronHMLP")
+    lowering.require_squared_relu(mlp.act_fn)
     inner = build.buffer("mlp.inner", mlp.up_proj.out_features)
     build.project(mlp.up_proj, x, inner)
     build.combine("relu_gate", inner, inner, inner)
