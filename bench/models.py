@@ -22,10 +22,15 @@ from klfast.quant.spec import QuantSpec
 from . import families
 
 _SCANS = ("klfast::gated_delta_rule", "klfast::selective_scan", "klfast::mamba_chunk_scan")
+_STD = 0.02  # of the weights; with transformers' 0.1, 48 layers multiply a rounding error by 10,000
 
 
 def _mamba(hidden: int, layers: int, vocab: int) -> MambaForCausalLM:
-    return MambaForCausalLM(MambaConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, state_size=16))
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, state_size=16, initializer_range=_STD
+        )
+    )
 
 
 def _mamba2(hidden: int, layers: int, vocab: int) -> Mamba2ForCausalLM:
@@ -39,6 +44,7 @@ def _mamba2(hidden: int, layers: int, vocab: int) -> Mamba2ForCausalLM:
             head_dim=64,
             state_size=128,
             n_groups=1,
+            initializer_range=_STD,
         )
     )
 

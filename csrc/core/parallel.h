@@ -7,13 +7,15 @@
 
 #include <omp.h>
 
+#include "core/denormals.h"
 #include "core/team.h"
 
 namespace klfast {
 
 // Calls body(begin, end) on at most n_threads threads with contiguous shares of [0, n), each a multiple
 // of `grain` but the last. Which thread does what never changes a result: items are independent. An exception from
-// body (out of memory) must not leave the parallel region, which would end the process: it is rethrown after it.
+// body (out of memory) must not leave the parallel region, which would end the process: it is rethrown after it. In body,
+// denormals count as 0.
 //
 // In a team (core/team.h) every member calls this, with a copy of its own of what is local to the caller; so body must
 // write what all of them share, and scratch is filled by prepare_for.
@@ -31,10 +33,14 @@ void parallel_for(std::int64_t n, std::int64_t grain, int n_threads, Body&& body
         return;
     }
     const int threads = static_cast<int>(std::min<std::int64_t>(std::max(n_threads, 1), chunks));
-    if (threads == 1) return share(0, 1);
+    if (threads == 1) {
+        const FlushedDenormals flushed;
+        return share(0, 1);
+    }
     std::exception_ptr failure;
 #pragma omp parallel num_threads(threads)
     {
+        const FlushedDenormals flushed;
         try {
             share(omp_get_thread_num(), omp_get_num_threads());
         } catch (...) {

@@ -7,6 +7,8 @@
 
 #include <omp.h>
 
+#include "core/denormals.h"
+
 namespace klfast {
 
 class Team {
@@ -46,7 +48,7 @@ namespace team_detail {
 void join(const Membership& as);
 }
 
-// Calls body() in n_threads threads, each a member of one team. What one of them throws is thrown here.
+// Calls body() in n_threads threads, each a member of one team; denormals count as 0 there. What one of them throws is thrown here.
 template <class Body>
 void run_together(int n_threads, Body&& body) {
     Team* team = nullptr;
@@ -56,6 +58,7 @@ void run_together(int n_threads, Body&& body) {
 #pragma omp single
         team = new Team(omp_get_num_threads());  // small; a failure here ends the process, as in any parallel region
         team_detail::join({.team = team, .rank = omp_get_thread_num()});
+        const FlushedDenormals flushed;
         try {
             body();
         } catch (const Team::Abandoned&) {
