@@ -9,7 +9,7 @@ import klfast
 from klfast.benchkit.runner import Benchmark, Contender, Group, Race, Times, UnavailableError
 from klfast.benchkit.settings import Settings, add_options
 
-from . import llama_cpp, machine, results, roofline
+from . import llama_cpp, machine, models, results, roofline
 
 
 def pytest_addoption(parser):
@@ -19,6 +19,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     settings = Settings.of(config)
     try:
+        models.require(settings)
         llama_cpp.require(settings)
     except klfast.InvalidInputError as error:
         raise pytest.UsageError(str(error)) from None

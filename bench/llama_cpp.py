@@ -9,9 +9,7 @@ from pathlib import Path
 from klfast.benchkit.settings import Settings
 from klfast.core.errors import InvalidInputError
 
-from . import families, models
-
-_MODELS = (*models.MODELS, *models.LARGE_MODELS, *models.QUICK_MODELS, *families.CONFIGS)
+from . import models
 
 
 def require(settings: Settings) -> None:
@@ -21,8 +19,8 @@ def require(settings: Settings) -> None:
     elif settings.gguf:
         raise InvalidInputError("--gguf needs --llama-cpp, the folder of llama-bench")
     for path in settings.gguf:
-        if not path.name.startswith(_MODELS):
-            raise InvalidInputError(f"the name of {path.name} does not begin with one of {', '.join(_MODELS)}")
+        if not path.name.startswith(models.NAMES):
+            raise InvalidInputError(f"the name of {path.name} does not begin with one of {', '.join(models.NAMES)}")
 
 
 def variants(name: str, settings: Settings) -> dict[str, Path | None]:

@@ -12,6 +12,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 import klfast
 from klfast.benchkit.runner import distance, timed
+from klfast.benchkit.settings import Settings
+from klfast.core.errors import InvalidInputError
 from klfast.generation.engine import engine_of
 from klfast.models.families import mixer_of
 from klfast.models.linears import linears
@@ -53,6 +55,15 @@ MODELS = {"mamba-130m": lambda: _mamba(768, 24, 50280), "mamba2-130m": lambda: _
 LARGE = "mamba-1.4b"
 LARGE_MODELS = {LARGE: lambda: _mamba(2048, 48, 50280)}
 QUICK_MODELS = {"mamba-tiny": lambda: _mamba(128, 2, 512), "mamba2-tiny": lambda: _mamba2(128, 2, 512)}
+
+NAMES = (*MODELS, *LARGE_MODELS, *QUICK_MODELS, *families.CONFIGS)
+
+
+def require(settings: Settings) -> None:
+    """Raise InvalidInputError if models are asked for that there are not."""
+    for asked in settings.models:
+        if not any(name.startswith(asked) for name in NAMES):
+            raise InvalidInputError(f"no model's name begins with {asked!r}; there are {', '.join(NAMES)}")
 
 
 def plain(name: str) -> nn.Module:

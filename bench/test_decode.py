@@ -16,17 +16,19 @@ _LARGE = {"prefill": ("bf16", "int4, int8 activations"), "decode": tuple(VARIANT
 def groups(settings: Settings) -> Iterator[Group]:
     names, length, new = (models.QUICK_MODELS, 64, 4) if settings.quick else (models.MODELS, 512, 32)
     stages = {"prefill": length, "decode": new}
-    for name in names:
+    for name in filter(settings.takes, names):
         for stage in stages:
             yield _group(name, stage, stages[stage], settings, tuple(VARIANTS), ("bf16", "fp32"))
+    largest = next(iter(names)) if settings.quick else models.LARGE
+    if not settings.takes(largest):
+        return
     if not settings.quick:
         for stage, variants in _LARGE.items():
-            yield _group(models.LARGE, stage, stages[stage], settings, variants, ("bf16",))
-    name = names[0] if settings.quick else models.LARGE
+            yield _group(largest, stage, stages[stage], settings, variants, ("bf16",))
     yield Group(
-        f"{name} decode {new} tokens of each sequence",
-        {"model": name, "stage": "decode", "tokens": new},
-        batches(name, new, settings, "int4", (1, 8, 16)),
+        f"{largest} decode {new} tokens of each sequence",
+        {"model": largest, "stage": "decode", "tokens": new},
+        batches(largest, new, settings, "int4", (1, 8, 16)),
     )
 
 

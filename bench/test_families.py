@@ -13,7 +13,7 @@ from .whole_models import contenders
 
 def groups(settings: Settings) -> Iterator[Group]:
     names, length, new = (families.QUICK_MODELS, 64, 4) if settings.quick else (families.MODELS, 512, 32)
-    for name in names:
+    for name in filter(settings.takes, names):
         for stage, tokens, variants in (
             ("prefill", length, ("bf16", "int4, int8 activations")),
             ("decode", new, ("int4", "int4, int8 activations")),

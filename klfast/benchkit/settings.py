@@ -43,6 +43,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, help="time for the rounds of one contender (0.5; 0.05 with --quick)")
     group.addoption("--shapes", type=_shapes, help="linear layers as KxN,KxN")
     group.addoption("--rows", type=_sizes, help="rows of x (M) as 1,8,128")
+    group.addoption("--models", help="models of decode and families, by the beginnings of their names: qwen3.5,lfm2")
     group.addoption("--out", type=Path, default=Path("klfast-bench"), help="folder for the results, created if needed")
     group.addoption(
         "--compare", type=Path, help="folder of an earlier run; differences are shown and written to compare.md"
@@ -59,7 +60,7 @@ def add_options(parser: pytest.Parser) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run with defaults filled in; empty ``shapes`` (K, N) and ``rows`` stand for the suite's own."""
+    """Options of a run with defaults filled in; without ``shapes`` (K, N), ``rows`` or ``models``, the suite's own."""
 
     quick: bool = False
     device: str = "cpu"
@@ -69,10 +70,15 @@ class Settings:
     seconds: float = 0.5
     shapes: tuple[tuple[int, int], ...] = ()
     rows: tuple[int, ...] = ()
+    models: tuple[str, ...] = ()
     out: Path = Path("klfast-bench")
     compare: Path | None = None
     llama_cpp: Path | None = None
     gguf: tuple[Path, ...] = ()
+
+    def takes(self, model: str) -> bool:
+        """Return whether a model is to be timed."""
+        return not self.models or model.startswith(self.models)
 
     @classmethod
     def of(cls, config: pytest.Config) -> Settings:
@@ -92,6 +98,7 @@ class Settings:
             get("seconds") or (0.05 if quick else 0.5),
             get("shapes") or (),
             get("rows") or (),
+            tuple(get("models").split(",")) if get("models") else (),
             get("out"),
             get("compare"),
             get("llama_cpp"),

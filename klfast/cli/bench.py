@@ -98,6 +98,12 @@ def bench(
         str | None,
         typer.Option(metavar="M,...", help="Rows of x to time instead of 1,4,8,16,128,512 (GPUs: also 64 and 4096)."),
     ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Models of decode and families to time, by the beginnings of their names."
+        ),
+    ] = None,
     llama_cpp: Annotated[
         Path | None,
         typer.Option(help="llama.cpp's llama-bench, or its folder; a peer for decode and families.", exists=True),
@@ -145,6 +151,7 @@ def bench(
         "--seconds": seconds,
         "--shapes": shapes,
         "--rows": rows,
+        "--models": models,
         "--llama-cpp": llama_cpp,
     }.items():
         command += [] if value is None else [name, str(value)]

@@ -11,6 +11,8 @@ from klfast.core.errors import InvalidInputError
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
+_AT_ONCE = 1 << 24  # weights that are dequantized together; a head has a billion
+
 
 def dequant_matmul(
     x: torch.Tensor, qt: QuantizedTensor, bias: torch.Tensor | None = None, activation: str = "exact"
@@ -22,7 +24,10 @@ def dequant_matmul(
     x32 = x.float()
     if activation == "int8":
         x32 = fake_quantize_rows(x32, qt.spec)
-    y = x32 @ qt.dequantize(torch.float32).T
+    n, k = qt.shape
+    step = max(32, _AT_ONCE // max(k, 1) // 32 * 32)
+    blocks = (qt.block(first, min(first + step, n)) for first in range(0, max(n, 1), step))
+    y = torch.cat([x32 @ block.dequantize(torch.float32).T for block in blocks], -1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import klfast
-from bench import document, machine, results, test_linear, test_sweep
+from bench import document, machine, models, results, test_decode, test_families, test_linear, test_sweep
 from klfast.benchkit import peers, runner
 from klfast.benchkit.runner import Contender, Group, Race, UnavailableError
 from klfast.benchkit.settings import Settings
@@ -84,6 +84,16 @@ def test_committed_page_matches_the_committed_results():
 )
 def test_wrong_usage(wrong):
     assert klf("bench", *wrong).exit_code == 2
+
+
+def test_models_by_the_beginnings_of_their_names():
+    settings = Settings(models=("qwen3.5", "jamba"))
+    names = [group.facts["model"] for group in test_families.groups(settings)]
+    assert names == [name for name in ("qwen3.5-0.8b", "qwen3.5-2b", "jamba2-3b, 7 layers") for _ in range(2)]
+    assert not [*test_decode.groups(settings)]
+    assert len([*test_decode.groups(Settings(models=("mamba-1.4b",)))]) == 3
+    with pytest.raises(klfast.InvalidInputError, match=r"^no model's name begins with 'gpt'; there are mamba-130m, "):
+        models.require(Settings(models=("mamba", "gpt")))
 
 
 class Benchmark:
