@@ -18,7 +18,7 @@ Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, 
 // out = in W^T + bias, rounded to in's type; out is a whole buffer.
 Work project(Projection layer, Columns in, Columns out);
 
-// The same of each sequence's last token alone, to out's first rows.
+// The same of each sequence's last token alone, or of all tokens if the run wants each, to out's first rows.
 Work project_last(Projection layer, Columns in, Columns out);
 
 struct Norm {

@@ -58,9 +58,9 @@ Work project(Projection layer, Columns in, Columns out) {
 Work project_last(Projection layer, Columns in, Columns out) {
     return [=](const Input& input, const Buffers& buffers) {
         const View x = buffers[in], y = buffers[out];
-        const std::int64_t stride = x.stride[0] * input.length;
+        const std::int64_t step = input.each_token ? 1 : input.length, stride = x.stride[0] * step;
         const auto* const first = static_cast<const std::byte*>(x.data) + (stride - x.stride[0]) * size_of(x.dtype);
-        layer(first, x.dtype, stride, y.data, y.dtype, input.sequences, input.n_threads, input.limit);
+        layer(first, x.dtype, stride, y.data, y.dtype, input.rows() / step, input.n_threads, input.limit);
     };
 }
 

@@ -25,6 +25,7 @@ struct Input {
     const States& states;  // of these sequences; written in place
     int n_threads;
     Tier limit;
+    bool each_token = false;  // the head takes all tokens, not only each sequence's last
 
     std::int64_t rows() const { return sequences * length; }
 };

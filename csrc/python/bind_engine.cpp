@@ -240,9 +240,11 @@ void bind_engine(py::module_& m) {
              })
         .def("run",
              [](const Program& p, Address tokens, Address seen, Int sequences, Int length, const HeldStates& states,
-                int n_threads, int limit) {
+                int n_threads, int limit, bool each_token) {
                  const py::gil_scoped_release release;
-                 p.run(input(tokens, seen, sequences, length, states, n_threads, limit));
+                 Input given = input(tokens, seen, sequences, length, states, n_threads, limit);
+                 given.each_token = each_token;
+                 p.run(given);
                  move_on(seen, sequences, length);
              })
         .def(

@@ -73,7 +73,25 @@ class Engine:
         ids = self._checked(ids, state)
         with self._lock:
             self._feed(ids, state)
-            logits = self._logits[: len(state)] * self._scale
+            return self._answers(len(state))
+
+    def each(self, ids: torch.Tensor, state: State) -> torch.Tensor:
+        """Feed int64 [B, T] tokens, at most 16 in all; return the logits after each of them, float32 [B, T, V].
+
+        Raises:
+            InvalidInputError: too many tokens, or as for a call.
+        """
+        ids = self._checked(ids, state)
+        if ids.numel() > (most := min(self._rows, MOST_SEQUENCES)):
+            raise InvalidInputError(f"logits of each token are for at most {most} tokens, got {ids.numel()}")
+        state.reserve(int(state.seen.max()) + ids.shape[1])
+        with self._lock:
+            self._program.run(*self._arguments(ids, state), True)
+            return self._answers(ids.numel()).view(*ids.shape, -1)
+
+    def _answers(self, rows: int) -> torch.Tensor:
+        """Return the logits in the first rows of the head's buffer, float32 [rows, V]."""
+        logits = self._logits[:rows] * self._scale
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def profile(self, ids: torch.Tensor, state: State) -> list[tuple[str, float]]:
@@ -90,7 +108,7 @@ class Engine:
         state.reserve(int(state.seen.max()) + ids.shape[1])
         for part in ids.split(self._rows // len(state), dim=1):
             chunk = part.contiguous()  # which must live as long as the call
-            self._program.run(*self._arguments(chunk, state))
+            self._program.run(*self._arguments(chunk, state), False)
 
     def _checked(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Return the ids, contiguous."""

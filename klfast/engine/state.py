@@ -31,6 +31,18 @@ class StateSpec(NamedTuple):
         return tensor if self.growing is None else tensor.narrow(self.growing + 1, 0, tokens)
 
 
+class Mark(NamedTuple):
+    """A moment of a state, to which it can go back.
+
+    Attributes:
+        fixed: copies of the tensors that do not grow, in their order.
+        seen: int64 [B], a copy.
+    """
+
+    fixed: list[torch.Tensor]
+    seen: torch.Tensor
+
+
 class State:
     """What an engine carries from token to token, for some sequences.
 
@@ -76,6 +88,30 @@ class State:
     def copy(self) -> State:
         """Return a copy that shares nothing."""
         return State(self.specs, [t.clone() for t in self.tensors], self.seen.clone())
+
+    def mark(self) -> Mark:
+        """Return the way back to this moment: unlike a copy, it costs the same at any length of the text."""
+        return Mark([t.clone() for t in self._fixed()], self.seen.clone())
+
+    def go_back(self, mark: Mark) -> None:
+        """Forget what came after a mark of this state."""
+        for mine, before in zip(self._fixed(), mark.fixed, strict=True):
+            mine.copy_(before)
+        self.seen.copy_(mark.seen)  # what lies behind it in a tensor that grows means nothing
+
+    def _fixed(self) -> list[torch.Tensor]:
+        return [t for spec, t in zip(self.specs, self.tensors, strict=True) if spec.growing is None]
+
+    def select(self, rows: Sequence[int]) -> State:
+        """Return a state of other sequences, each a copy of one of these ``rows``."""
+        index = torch.tensor(rows)
+        return State(self.specs, [t[index] for t in self.tensors], self.seen[index])
+
+    def follow(self, rows: Sequence[int]) -> None:
+        """Let each sequence go on from that of ``rows[i]``; one that others go on from has to stay itself."""
+        for row, source in enumerate(rows):
+            if row != source:
+                self.put(row, self.sequences(source, source + 1))
 
     def sequences(self, first: int, last: int) -> State:
         """Return the state of sequences ``first`` to ``last``, which shares its memory until either grows."""

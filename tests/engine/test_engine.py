@@ -11,7 +11,7 @@ from tiny_models import LLAMA_LIKE, VARIANTS, batch, in_float64, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
-from klfast.core.errors import CannotLowerError
+from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.generation.engine import engine_of, lower
 from klfast.models.matrices import matrices
 
@@ -163,6 +163,45 @@ def test_a_copy_of_the_state_is_a_way_back(model):
     before = state.copy()
     first = engine(ids[:, 5:], state).clone()
     assert torch.equal(engine(ids[:, 5:], before), first)
+
+
+@torch.inference_mode()
+def test_goes_back_to_a_mark(model):
+    ids, engine = batch(2, 300), lower(model)
+    state = engine.state(2)
+    engine(ids[:, :5], state)
+    mark, seen = state.mark(), state.seen.clone()
+    first = engine(ids[:, 5:9], state)
+    engine(ids[:, 9:], state)  # beyond the room that there was
+    for _ in range(2):
+        state.go_back(mark)
+        assert torch.equal(state.seen, seen) and torch.equal(engine(ids[:, 5:9], state), first)
+
+
+@torch.inference_mode()
+def test_sequences_go_on_from_others(model):
+    ids, engine = batch(3, 8), lower(model)
+    state = engine.state(3)
+    engine(ids[:, :5], state)
+    selected = state.select([2, 0, 0, 1])
+    state.follow([0, 0, 2])
+    for rows, found in (([2, 0, 0, 1], selected), ([0, 0, 2], state)):
+        own = engine.state(len(rows))
+        engine(ids[rows, :5], own)
+        for t in (5, 6, 7):
+            expected = engine(ids[rows, t : t + 1], own)
+            assert relative(engine(ids[rows, t : t + 1], found), expected.double()) < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_after_each_token(model, rows):
+    ids, engine = batch(rows, 9), lower(model)
+    truth, state = logits_of_each(model, ids), engine.state(rows)
+    engine(ids[:, :4], state)
+    assert relative(engine.each(ids[:, 4:], state), truth[:, 4:]) < 1e-4
+    with pytest.raises(InvalidInputError, match="for at most 16 tokens, got 18"):
+        engine.each(batch(1, 18).view(rows, -1), state)
 
 
 @torch.inference_mode()
