@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.generation.loop import generate as generate
     from klfast.generation.state_file import load_state as load_state
     from klfast.generation.state_file import save_state as save_state
+    from klfast.generation.transcript import Transcript as Transcript
     from klfast.integrations.hub_kernels import register_kernels as register_kernels
     from klfast.integrations.hub_kernels import unregister_kernels as unregister_kernels
     from klfast.integrations.quantizer import register_quantizer as register_quantizer
@@ -78,6 +79,7 @@ _PUBLIC = {
     "lower": "generation.engine",
     "load_state": "generation.state_file",
     "save_state": "generation.state_file",
+    "Transcript": "generation.transcript",
     "load_model": "checkpoint.by_name",
     "load_quantized": "checkpoint.load",
     "load_tokenizer": "checkpoint.by_name",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from klfast.core.arguments import integer
 from klfast.core.errors import InvalidInputError
+from klfast.generation.beams import Beams, search
 from klfast.generation.sampling import Chooser
-from klfast.generation.settings import settle
+from klfast.generation.settings import Settings, settle
+from klfast.generation.speculation import speculative_stepper
 from klfast.generation.stepper import stepper
 from klfast.generation.stopping import Stopping
 from klfast.generation.token_buffer import TokenBuffer
+from klfast.generation.transcript import Transcript
 from klfast.models.calling import check_ids, evaluation_mode
 from klfast.models.vocabulary import vocabulary_size
 
@@ -37,7 +41,14 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+    early_stopping: bool | Literal["never"] | None = None,
     num_return_sequences: int = 1,
+    draft_model: nn.Module | None = None,
+    num_draft_tokens: int | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     stop_strings: str | Iterable[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -45,6 +56,7 @@ def generate(
     generator: torch.Generator | None = None,
     callback: Callable[[torch.Tensor], bool | None] | None = None,
     streamer: BaseStreamer | None = None,
+    transcript: Transcript | None = None,
 ) -> torch.Tensor:
     """Continue token sequences.
 
@@ -62,7 +74,19 @@ def generate(
         top_p: sample from the smallest set of most likely tokens whose probability reaches this.
         min_p: sample from tokens at least this fraction as likely as the most likely one.
         repetition_penalty: above 1, tokens of the prompt and the text so far become less likely; 1 changes nothing.
-        num_return_sequences: texts to sample for each prompt.
+        presence_penalty: subtracted from the logits of tokens that the text has so far, without the prompt; -2 to 2.
+        frequency_penalty: the same, for each time that the text has the token so far.
+        num_beams: above 1, so many texts of a prompt go on side by side, and the most likely as a whole win.
+        length_penalty: of beams: a text's log probability is divided by the number of its new tokens to this power, by
+            default 1.
+        early_stopping: of beams: when a prompt's search ends once ``num_beams`` texts are finished: True: at once;
+            False, the default: when the running ones score no higher at their present length; "never": when they could
+            at no length.
+        num_return_sequences: texts for each prompt: samples, or the best of the beams, best first.
+        draft_model: a smaller model with the same tokens. It guesses some of them ahead, which ``model`` checks in one
+            run; the text stays the same, sampled or not. For one prompt, where klfast's engine runs both models.
+        num_draft_tokens: most tokens of a guess, up to 15, by default 4. Without ``draft_model`` the guess is that the
+            text goes on as it did where its latest tokens occurred before.
         eos_token_id: a row is done when it produces this token (or one of these); an empty list never stops early.
         stop_strings: a row is done when its text contains one of these; it ends with the token that completes it.
         tokenizer: the model's tokenizer, which ``stop_strings`` require.
@@ -72,6 +96,7 @@ def generate(
             continues if it returns False or None.
         streamer: transformers' BaseStreamer: ``put`` gets the prompts, then each step's tokens, on the CPU; ``end`` is
             called at the end, even after an error.
+        transcript: notes times, right guesses and, if told to, log probabilities.
 
     Returns:
         int64 [B * num_return_sequences, T + new tokens]: the prompts with their continuations, the texts of one prompt
@@ -79,7 +104,8 @@ def generate(
         ``callback`` ended generation.
 
     Raises:
-        InvalidInputError: an argument out of range, ids beyond the vocabulary, padding on the right, a NaN logit.
+        InvalidInputError: an argument out of range, arguments that contradict each other, ids beyond the vocabulary,
+            padding on the right, a NaN logit.
     """
     get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
     if get_head is None or get_head() is None:
@@ -97,49 +123,87 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         eos_token_id=eos_token_id,
         stop_strings=stop_strings,
         pad_token_id=pad_token_id,
     )
     mask = None if attention_mask is None else _checked_mask(attention_mask, ids)
-    if (copies := integer("num_return_sequences", num_return_sequences, 1)) > 1:
-        if settings.sampling is None:
-            raise InvalidInputError(
-                "num_return_sequences above 1 needs sampling, or all would be the same; give a temperature above 0"
-            )
-        ids = ids.repeat_interleave(copies, 0)
-        mask = None if mask is None else mask.repeat_interleave(copies, 0)
-    stopping = Stopping(len(ids), settings.ends, settings.strings, tokenizer, settings.pad, ids.device)
     if generator is not None and (
         not isinstance(generator, torch.Generator) or generator.device.type != ids.device.type
     ):
         raise InvalidInputError(
             f"generator must be a torch.Generator on the ids' device, {ids.device}, got {generator!r}"
         )
-    choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
-    step = stepper(model, ids, mask)
+    beams = Beams.checked(model, num_beams, length_penalty, early_stopping)
+    returned = integer("num_return_sequences", num_return_sequences, 1)
+    speculates = draft_model is not None or num_draft_tokens is not None
+    _check_texts(settings, beams, returned, is_single=len(ids) * returned == 1, speculates=speculates)
+    notes = Transcript() if transcript is None else transcript
+    if beams is not None and (notes.has_scores or callback is not None or streamer is not None):
+        raise InvalidInputError("beam search settles no token before its end; leave out callback, streamer, logprobs")
+
+    prompts, prompt_tokens = ids, ids.numel() if mask is None else int(mask.sum())
+    if (copies := returned if beams is None else beams.count) > 1:
+        ids = ids.repeat_interleave(copies, 0)
+        mask = None if mask is None else mask.repeat_interleave(copies, 0)
+    stopping = Stopping(len(ids), settings.ends, settings.strings, tokenizer, settings.pad, ids.device)
+    # Padding does not count as text: the last token replaces it.
+    text = TokenBuffer(ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:]))
+    write: Callable[[], torch.Tensor]
+    if beams is not None:
+        step = stepper(model, ids, mask, copies)
+        write = partial(search, step, ids, text, settings, beams, stopping, notes, returned)
+    else:
+        choose = Chooser(settings.sampling, settings.penalties, ids.shape[1], generator)
+        one_by_one: Callable[[torch.Tensor], torch.Tensor] = (
+            speculative_stepper(model, mask, draft_model, num_draft_tokens, notes)
+            if speculates
+            else stepper(model, ids, mask, copies)
+        )
+        most = settings.max_new_tokens
+        write = partial(_continue, one_by_one, ids, text, most, choose, stopping, callback, streamer, notes)
     with _streaming(streamer, ids), evaluation_mode(model):
-        made = _continue(step, ids, mask, settings.max_new_tokens, choose, stopping, callback, streamer)
+        notes.begin(prompt_tokens, len(ids))
+        made = write()
     with torch.inference_mode(False):  # so that the caller can write to the result
-        return torch.cat([ids, made], dim=1)
+        return torch.cat([prompts.repeat_interleave(returned, 0), made], dim=1)
+
+
+def _check_texts(settings: Settings, beams: Beams | None, returned: int, *, is_single: bool, speculates: bool) -> None:
+    """Raise InvalidInputError if so many texts of a prompt cannot be written this way."""
+    if beams is None:
+        if returned > 1 and settings.sampling is None:
+            raise InvalidInputError(
+                "num_return_sequences above 1 needs sampling or beams, or all would be the same; give a temperature "
+                "above 0"
+            )
+    elif settings.sampling is not None:
+        raise InvalidInputError("num_beams above 1 takes the most likely texts; leave do_sample and temperature out")
+    elif returned > beams.count:
+        raise InvalidInputError(f"num_return_sequences must be at most num_beams, {beams.count}, got {returned}")
+    if speculates and (beams is not None or not is_single):
+        raise InvalidInputError("guesses ahead are for a single text; give one prompt, without beams")
 
 
 def _continue(
     step: Callable[[torch.Tensor], torch.Tensor],
     ids: torch.Tensor,
-    mask: torch.Tensor | None,
+    text: TokenBuffer,
     most: int,
     choose: Chooser,
     stopping: Stopping,
     callback: Callable[[torch.Tensor], bool | None] | None,
     streamer: BaseStreamer | None,
+    transcript: Transcript,
 ) -> torch.Tensor:
-    """Return the new tokens, int64 [B, N]."""
-    # Padding does not count as text: the last token replaces it.
-    text = TokenBuffer(ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:]))
+    """Return the new tokens, int64 [B, N]; ``text`` is the ids as penalties and stop strings see them."""
     fed, length = ids, ids.shape[1]
     for _ in range(most):
-        token = stopping.fill(choose(step(fed), text.tokens))
+        logits = step(fed)
+        token = stopping.fill(choose(logits, text.tokens))
+        transcript.add(token, logits, stopping.running)
         fed = token.unsqueeze(1)
         text.append(token)
         done = stopping.update(token, text.tokens)

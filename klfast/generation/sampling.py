@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from klfast.core.errors import InvalidInputError
+from klfast.generation.penalties import Penalties
+
+NAN_LOGITS = "the model's logits hold a NaN; its weights are damaged"
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,16 @@ class Chooser:
 
     Args:
         sampling: options of sampling; None takes the most likely token.
-        repetition_penalty: divides the positive logits of tokens that have occurred and multiplies their negative ones;
-            1 for none.
+        penalties: of tokens that have occurred.
+        prompt_tokens: how many of a row's tokens are the prompt, padding included.
         generator: source of randomness; torch's own if None.
     """
 
-    def __init__(self, sampling: Sampling | None, repetition_penalty: float, generator: torch.Generator | None) -> None:
-        self._generator, self._penalty = generator, None
-        if repetition_penalty != 1:
-            from transformers import RepetitionPenaltyLogitsProcessor
-
-            self._penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
+    def __init__(
+        self, sampling: Sampling | None, penalties: Penalties, prompt_tokens: int, generator: torch.Generator | None
+    ) -> None:
+        self._generator, self._prompt_tokens = generator, prompt_tokens
+        self._penalties = None if penalties == Penalties() else penalties
         self._filters = None if sampling is None else _filters(sampling)
 
     def __call__(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -43,9 +45,9 @@ class Chooser:
         token = logits.argmax(-1)  # a NaN counts as the largest
         top = logits.gather(1, token.unsqueeze(1))
         if top.isnan().any():
-            raise InvalidInputError("the model's logits hold a NaN; its weights are damaged")
-        if self._penalty is not None:
-            logits = self._penalty(seen, logits)
+            raise InvalidInputError(NAN_LOGITS)
+        if self._penalties is not None:
+            logits = self._penalties(logits, seen, self._prompt_tokens)
             token = logits.argmax(-1)
             top = logits.gather(1, token.unsqueeze(1))
         if self._filters is None:

@@ -12,6 +12,7 @@ from torch import nn
 from klfast.core.arguments import integer, number
 from klfast.core.errors import InvalidInputError
 from klfast.generation import stopping
+from klfast.generation.penalties import Penalties
 from klfast.generation.sampling import Sampling
 from klfast.models.vocabulary import vocabulary_size
 
@@ -44,7 +45,7 @@ class Settings:
 
     max_new_tokens: int
     sampling: Sampling | None
-    repetition_penalty: float
+    penalties: Penalties
     ends: list[int]
     strings: list[str]
     pad: int | None
@@ -61,6 +62,8 @@ def settle(
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float | None,
+    presence_penalty: float | None,
+    frequency_penalty: float | None,
     eos_token_id: int | Iterable[int] | None,
     stop_strings: str | Iterable[str] | None,
     pad_token_id: int | None,
@@ -76,7 +79,6 @@ def settle(
         return getattr(config, name, None) if given is None else given
 
     _warn_about_ignored_options(model, config)
-    penalty = own(repetition_penalty, "repetition_penalty")
     ends = own(eos_token_id, "eos_token_id")
     ends = [] if ends is None else stopping.end_tokens(ends)
     pad = own(pad_token_id, "pad_token_id")
@@ -86,9 +88,7 @@ def settle(
         if max_new_tokens is None
         else integer("max_new_tokens", max_new_tokens, 0),
         sampling=_sampling(do_sample, temperature, {"top_k": top_k, "top_p": top_p, "min_p": min_p}, own),
-        repetition_penalty=1.0
-        if penalty is None
-        else number("repetition_penalty", penalty, lambda p: 1e-6 <= p <= 1e6, "between 1e-6 and 1e6"),
+        penalties=Penalties.checked(own(repetition_penalty, "repetition_penalty"), presence_penalty, frequency_penalty),
         ends=ends,
         strings=[] if strings is None else stopping.stop_strings(strings),
         pad=_pad(model, pad_token_id)

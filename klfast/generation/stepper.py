@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.dispatch import pins
 from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
+from klfast.engine.state import State
 from klfast.generation.engine import engine_of
 from klfast.models.calling import cache_argument, mixes_rows, reads_padding, returned_cache
 from klfast.models.families import family_of
@@ -22,7 +22,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+class Steps(Protocol):
+    """What feeds a batch of texts to a model and keeps what is carried from token to token."""
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
+
+    def select(self, rows: list[int]) -> None:
+        """Let each row go on from the text of ``rows[i]``; one that others go on from has to stay itself.
+
+        Raises:
+            InvalidInputError: the model keeps a cache that cannot do that.
+        """
+
+
+def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, copies: int = 1) -> Steps:
     """Return what steps over a batch that begins with ``ids``.
 
     That is klfast's engine where it runs the model; else the model itself, on the whole batch, or on each row where it
@@ -32,10 +46,11 @@ def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> C
         model: a causal language model of transformers.
         ids: int64 [B, T].
         mask: int64 [B, T] of zeros and ones, zeros on the left; None if there is no padding.
+        copies: how many rows after one another begin with the same prompt.
     """
     if len(ids) <= MOST_SEQUENCES:
         with suppress(CannotLowerError):
-            return EngineStepper(engine_of(model), len(ids), mask)
+            return EngineStepper(engine_of(model), mask, copies)
     is_padded = mask is not None and not bool(mask.all())
     if not (is_padded and reads_padding(model)) and not (len(ids) > 1 and mixes_rows(model)):
         return Stepper(model, mask)
@@ -50,25 +65,42 @@ class EngineStepper:
 
     Args:
         engine: of the model.
-        sequences: rows of the batch.
         mask: int64 [B, T] of zeros and ones for the first tokens, zeros on the left; None if there is no padding.
+        copies: how many rows after one another begin with the same tokens, which are fed once.
     """
 
-    def __init__(self, engine: Engine, sequences: int, mask: torch.Tensor | None) -> None:
-        self._engine, self._state = engine, engine.state(sequences)
+    def __init__(self, engine: Engine, mask: torch.Tensor | None, copies: int) -> None:
+        self._engine, self._copies = engine, copies
+        self._state: State | None = None
         self._padding = None if mask is None or bool(mask.all()) else (mask.shape[1] - mask.sum(1)).tolist()
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
-        if self._padding is None:
+        if self._state is not None:
             return self._engine(ids, self._state)
-        padding, self._padding = self._padding, None
-        self._state.reserve(ids.shape[1])  # once for all, so that the rows' states are parts of it
+        self._state, logits = self._begun(ids[:: self._copies])
+        if self._copies == 1:
+            return logits
+        rows = [row // self._copies for row in range(len(ids))]
+        self._state = self._state.select(rows)
+        return logits[rows]
+
+    def select(self, rows: list[int]) -> None:
+        """Let each row go on from the text of ``rows[i]``; one that others go on from has to stay itself."""
+        assert self._state is not None
+        self._state.follow(rows)
+
+    def _begun(self, prompts: torch.Tensor) -> tuple[State, torch.Tensor]:
+        """Return the state after different prompts, and the next token's logits."""
+        state = self._engine.state(len(prompts))
+        if self._padding is None:
+            return state, self._engine(prompts, state)
+        state.reserve(int(state.seen.max()) + prompts.shape[1])  # once for all: the rows' states are parts of it
         rows = [
-            self._engine(ids[row : row + 1, pads:], self._state.sequences(row, row + 1)).clone()
-            for row, pads in enumerate(padding)
+            self._engine(prompts[row : row + 1, pads:], state.sequences(row, row + 1)).clone()
+            for row, pads in enumerate(self._padding[:: self._copies])
         ]
-        return torch.cat(rows)
+        return state, torch.cat(rows)
 
 
 class Stepper:
@@ -103,6 +135,14 @@ class Stepper:
             self._cache = cache
         logits: torch.Tensor = output.logits
         return logits[:, -1].float()
+
+    def select(self, rows: list[int]) -> None:
+        """Let each row go on from the text of ``rows[i]``, which begins with the same padding."""
+        reorder = getattr(self._cache, "reorder_cache", None)
+        if reorder is None:
+            name = type(self._model).__name__
+            raise InvalidInputError(f"{name} keeps a cache whose rows cannot change places; leave num_beams out")
+        reorder(torch.tensor(rows, device=next(self._model.parameters()).device))
 
     def _options(self, ids: torch.Tensor) -> dict[str, object]:
         first, options = self._cache is None, dict(self._fixed)
@@ -148,3 +188,7 @@ class RowByRow:
         texts = [row[:, pads:] for row, pads in zip(ids.split(1), self._padding, strict=True)]
         self._padding = [0] * len(texts)
         return torch.cat([step(text) for step, text in zip(self._rows, texts, strict=True)])
+
+    def select(self, rows: list[int]) -> None:
+        """Raise InvalidInputError: each row has a cache of its own, of any kind."""
+        raise InvalidInputError("the model continues texts row by row, but beams change places; leave num_beams out")

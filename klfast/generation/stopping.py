@@ -49,6 +49,9 @@ class Stopping:
         tokenizer: the model's, for ``strings``.
         pad: token that fills rows that are done; may be None for a single row.
         device: the tokens' device.
+
+    Attributes:
+        running: the rows that are not done, bool [B].
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Stopping:
     ) -> None:
         self._ends = torch.tensor(ends, device=device) if ends else None
         self._strings = _criterion(strings, tokenizer) if strings else None
-        self._running = torch.ones(rows, dtype=torch.bool, device=device)
+        self.running = torch.ones(rows, dtype=torch.bool, device=device)
         self._stops = bool(ends or strings)
         self._filler: int | None = None  # None if no row can be done before the others
         if self._stops and rows > 1:
@@ -74,15 +77,23 @@ class Stopping:
 
     def fill(self, token: torch.Tensor) -> torch.Tensor:
         """Return the tokens, int64 [B], with the padding token in rows that are done."""
-        return token if self._filler is None else torch.where(self._running, token, self._filler)
+        return token if self._filler is None else torch.where(self.running, token, self._filler)
+
+    def completes(self, token: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Return, bool [B], where the newest token, int64 [B], the last of ``seen``, int64 [B, T], ends a text."""
+        found = torch.zeros_like(token, dtype=torch.bool)
+        if self._ends is not None:
+            found |= token == self._ends if len(self._ends) == 1 else torch.isin(token, self._ends)
+        if self._strings is not None:
+            found |= self._strings(seen, None)
+        return found
 
     def update(self, token: torch.Tensor, seen: torch.Tensor) -> bool:
         """Note the newest tokens, int64 [B], the last of ``seen``, int64 [B, T]; return True if all rows are done."""
-        if self._ends is not None:
-            self._running &= token != self._ends if len(self._ends) == 1 else ~torch.isin(token, self._ends)
-        if self._strings is not None:
-            self._running &= ~self._strings(seen, None)
-        return self._stops and not bool(self._running.any())
+        if not self._stops:
+            return False
+        self.running &= ~self.completes(token, seen)
+        return not bool(self.running.any())
 
 
 def _criterion(

@@ -33,3 +33,7 @@ class TokenBuffer:
             self._memory = longer
         self._memory[:, self._length] = token
         self._length += 1
+
+    def select(self, rows: list[int]) -> None:
+        """Let each text go on from that of ``rows[i]``."""
+        self._memory[:, : self._length] = self.tokens[rows]

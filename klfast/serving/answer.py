@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from klfast.core.errors import InvalidInputError, one_line
 from klfast.generation.sampling import Chooser
+from klfast.generation.scores import TokenScores, token_scores
 from klfast.generation.settings import Settings
 from klfast.generation.text_stream import TextStream
 from klfast.generation.token_buffer import TokenBuffer
@@ -19,22 +19,6 @@ from klfast.serving.stop_text import StopText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_LOWEST = -9999.0  # for a probability of 0, whose logarithm JSON cannot hold; OpenAI's own value
-
-
-class TokenScores(NamedTuple):
-    """Natural logarithms of probabilities by the model's own logits, without temperature and limits.
-
-    Attributes:
-        token: the token that was chosen.
-        logprob: its own.
-        top: the most likely tokens with theirs, best first.
-    """
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,7 @@ class Answer:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        self._choose = Chooser(settings.sampling, settings.repetition_penalty, generator)
+        self._choose = Chooser(settings.sampling, settings.penalties, len(prompt), generator)
         self._tokens = TokenBuffer(torch.tensor([prompt]))
         self._text, self._stops = TextStream(tokenizer, prompt), StopText(settings.strings)
 
@@ -118,7 +102,7 @@ class Answer:
         self.made += 1
         token = int(chosen)
         ends = token in self._settings.ends
-        scores = None if self._top is None or ends else _scores(logits[0], token, self._top)
+        scores = None if self._top is None or ends else token_scores(logits[0], token, self._top)
         text = "" if ends else self._stops.push(self._text.push(token))
         is_last = ends or self.made == self._settings.max_new_tokens
         if is_last and not self._stops.found:
@@ -134,14 +118,3 @@ class Answer:
     def _give(self, piece: Piece) -> None:
         self.is_done = piece.finish is not None
         self._deliver(piece)
-
-
-def _scores(logits: torch.Tensor, token: int, top: int) -> TokenScores:
-    logs = logits.log_softmax(-1)
-    best = logs.topk(min(top, len(logs)))
-    ranked = zip(best.indices.tolist(), map(_finite, best.values.tolist()), strict=True)
-    return TokenScores(token, _finite(float(logs[token])), list(ranked))
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else _LOWEST

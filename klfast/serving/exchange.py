@@ -11,7 +11,8 @@ from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from klfast.serving.answer import Answer, Piece, TokenScores
+from klfast.generation.scores import TokenScores
+from klfast.serving.answer import Answer, Piece
 from klfast.serving.mailbox import Mailbox
 from klfast.serving.replies import Envelope, Form, Json, failure, usage
 

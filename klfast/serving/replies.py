@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from klfast.serving.answer import Answer, TokenScores
+from klfast.generation.scores import TokenScores
+from klfast.serving.answer import Answer
 
 Json = dict[str, Any]
 

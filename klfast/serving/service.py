@@ -140,6 +140,8 @@ class Service:
                 top_p=None if is_greedy else asked.top_p,
                 min_p=None if is_greedy else asked.min_p,
                 repetition_penalty=asked.repetition_penalty,
+                presence_penalty=asked.presence_penalty,
+                frequency_penalty=asked.frequency_penalty,
                 eos_token_id=self._ends,
                 stop_strings=asked.stops or None,
                 pad_token_id=None,

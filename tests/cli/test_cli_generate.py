@@ -60,6 +60,11 @@ def said(*arguments):
     return json.loads(klf("generate", *arguments, "--json").stdout)
 
 
+def silent(shown):
+    """Return whether standard error has nothing but the line about the speed."""
+    return re.fullmatch(r"(klfast: [^\n]* prompt tokens [^\n]* new tokens[^\n]*\n)?", shown) is not None
+
+
 def test_shown_text_is_the_decoded_whole(folders):
     found = said(folders / "plain", "The sea 🦜", "--max-new-tokens", 40)
     words = loaded(folders / "plain")[1]
@@ -74,7 +79,7 @@ def test_chat_uses_the_template_of_the_model(folders):
     found = said(folders / "chat", "Hello", "--chat", "--system", "Be brief.", "--max-new-tokens", 12)
     assert found["token_ids"] == expected(folders / "chat", prompt, special=False) and found["prompt"] == "Hello"
     shown = klf("generate", folders / "chat", "Hello", "--chat", "--system", "Be brief.", "--max-new-tokens", 12)
-    assert shown.stdout == found["text"] + "\n" and shown.stderr == ""  # only the answer
+    assert shown.stdout == found["text"] + "\n" and silent(shown.stderr)  # only the answer
 
 
 def test_impossible_chats(folders):
@@ -84,9 +89,9 @@ def test_impossible_chats(folders):
         fails("generate", folders / "chat", "Hello", "--chat", "--system", "bad"),
     )
     assert "--system goes with --chat" in fails("generate", folders / "chat", "Hello", "--system", "x", code=2)
-    hint = klf("generate", folders / "chat", "Hello", "--max-new-tokens", 2).stderr
-    assert hint.count("chat template") == hint.count("\n") == 1 and "--chat" in hint
-    assert klf("generate", folders / "plain", "Hello", "--max-new-tokens", 2).stderr == ""
+    hint, speed = klf("generate", folders / "chat", "Hello", "--max-new-tokens", 2).stderr.splitlines(keepends=True)
+    assert "chat template" in hint and "--chat" in hint and silent(speed)
+    assert silent(klf("generate", folders / "plain", "Hello", "--max-new-tokens", 2).stderr)
 
 
 @pytest.mark.parametrize("options", [(), ("--repetition-penalty", 1.5)])
@@ -154,6 +159,55 @@ def test_several_texts_of_a_prompt(folders):
     assert "needs sampling" in fails("generate", folders / "plain", "The sea", "--num-return-sequences", 3)
 
 
+def test_speed_is_shown_apart_from_the_text(folders):
+    command = (folders / "plain", "The sea", "--max-new-tokens", 5)
+    tokens = len(loaded(folders / "plain")[1]("The sea")["input_ids"])
+    shown = klf("generate", *command).stderr
+    number = r"\d+\.\d+"
+    counts = rf"{tokens} prompt tokens at {number}/s, 5 new tokens at {number}/s"
+    assert re.fullmatch(rf"klfast: first token after {number} s, {counts}\n", shown)
+    speed = said(*command)["speed"]
+    assert (speed["prompt_tokens"], speed["new_tokens"]) == (tokens, 5)
+    assert speed["prompt_tokens_per_second"] == pytest.approx(tokens / speed["prompt_seconds"])
+
+
+def test_logprobs_beside_the_tokens(folders, tmp_path):
+    model, words = loaded(folders / "plain")
+    command = (folders / "plain", "The sea", "--max-new-tokens", 4, "--logprobs", 2)
+    found = said(*command)
+    ids = words("The sea")["input_ids"]
+    with torch.no_grad():
+        logs = model(torch.tensor([ids + found["token_ids"]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    for one, token, row in zip(found["logprobs"], found["token_ids"], logs, strict=True):
+        best = row.topk(2)
+        assert one["token"] == words.decode([token]) and one["logprob"] == pytest.approx(float(row[token]), abs=1e-3)
+        assert [each["token"] for each in one["top"]] == [words.decode([i]) for i in best.indices]
+        assert [each["logprob"] for each in one["top"]] == pytest.approx(best.values.tolist(), abs=1e-3)
+    text, *lines = klf("generate", *command).stdout.splitlines()
+    assert text == "The sea" + found["text"] and len(lines) == 4
+    assert all(repr(one["token"]) in line for one, line in zip(found["logprobs"], lines, strict=True))
+    (tmp_path / "prompts.txt").write_text("The sea\nA boat\n")
+    several = said(folders / "plain", "--prompts", tmp_path / "prompts.txt", *command[2:])["results"]
+    assert [one["token"] for one in several[0]["logprobs"]] == [one["token"] for one in found["logprobs"]]
+    assert len(several[1]["logprobs"]) == 4
+
+
+def test_beams(folders):
+    command = (folders / "plain", "The sea", "--max-new-tokens", 8, "--num-beams", 3, "--length-penalty", 0.5)
+    found = said(*command)
+    assert found["token_ids"] == expected(folders / "plain", "The sea", 8, num_beams=3, length_penalty=0.5)
+    assert klf("generate", *command).stdout == "The sea" + found["text"] + "\n"
+    assert len(said(*command, "--num-return-sequences", 3)["results"]) == 3
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_guesses_ahead(folders, draft):
+    options = ("--draft-model", folders / "chat") if draft else ("--num-draft-tokens", 3)
+    found = said(folders / "plain", "The sea, the sea, the sea", "--max-new-tokens", 30, *options)
+    assert found["token_ids"] == expected(folders / "plain", "The sea, the sea, the sea", 30)
+    assert found["speed"]["guessed"] >= found["speed"]["confirmed"] >= (23 if draft else 0)
+
+
 @pytest.mark.filterwarnings("ignore:generate .* runs row by row")
 def test_models_that_read_padding_as_text_get_no_padding(folders, tmp_path, monkeypatch):
     model = by_name.load_model(folders / "plain")
@@ -195,6 +249,12 @@ def test_impossible_prompts(folders, tmp_path):
         ("--min-p", "-0.1", "min-p"),
         ("--repetition-penalty", "0", "repetition-penalty must be"),
         ("--repetition-penalty", "inf", "repetition-penalty"),
+        ("--presence-penalty", "2.1", "presence-penalty must be between -2 and 2"),
+        ("--frequency-penalty", "nan", "frequency-penalty"),
+        ("--length-penalty", "11", "length-penalty"),
+        ("--num-beams", "0", "num-beams"),
+        ("--num-draft-tokens", "16", "num-draft-tokens"),
+        ("--logprobs", "-1", "logprobs"),
         ("--seed", "-1", "seed"),
         ("--seed", str(2**64), "seed"),
         ("--num-return-sequences", "0", "num-return-sequences"),
@@ -257,7 +317,7 @@ def test_reader_that_closes_the_pipe(folders, arguments):
 def test_closed_streams(folders, closed, arguments, code):
     command = f"{sys.executable} -m klfast {arguments.format(plain=folders / 'plain')} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (code, "")
+    assert done.returncode == code and silent(done.stderr)
     assert bool(done.stdout) == (closed == "2>&-")
 
 
@@ -265,7 +325,7 @@ def test_characters_that_the_encoding_lacks(folders):
     ascii_only = environment(PYTHONIOENCODING="ascii")
     command = ("generate", folders / "plain", "Ü 🦜", "--max-new-tokens", "2")
     done = process(*command, capture_output=True, env=ascii_only)
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(rb"\xdc \U0001f99c")
+    assert done.returncode == 0 and silent(done.stderr.decode()) and done.stdout.startswith(rb"\xdc \U0001f99c")
     assert process("--help", capture_output=True, env=ascii_only).returncode == 0
     lost = process("eval", folders / "plain", "--text", b"no\xff".decode(errors="surrogateescape"), capture_output=True)
     assert lost.returncode == 1 and lost.stderr.count(b"\n") == 1
@@ -285,7 +345,7 @@ def test_interrupt_keeps_the_generated_text(folders, tmp_path):
             _, errors = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert running.returncode == 130 and errors == b""
+    assert running.returncode == 130 and silent(errors.decode())
     text = shown.read_text(encoding="utf-8")
     assert text.startswith("The sea") and text.endswith("\n") and len(text) >= 200
 
@@ -362,7 +422,7 @@ def test_completion_of_shells(monkeypatch, shell):
 
 
 @pytest.mark.parametrize(
-    ("words", "found"), [("klfast ge", "generate"), ("klfast generate --num", "--num-return-sequences")]
+    ("words", "found"), [("klfast ge", "generate"), ("klfast generate --num-r", "--num-return-sequences")]
 )
 def test_completion_of_words(words, found):
     asked = environment(_KLFAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))

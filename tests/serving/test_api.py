@@ -138,6 +138,15 @@ def test_seeds_and_several_answers(client):
     assert unseeded.usage.completion_tokens == 24
 
 
+def test_penalties(client):
+    repetition = dict(extra_body={"repetition_penalty": 1.5})
+    for penalties in (dict(presence_penalty=2), dict(frequency_penalty=-0.5), repetition):
+        own = penalties.get("extra_body", penalties)
+        made = served.alone(served.ids("The sea"), 30, **own)
+        found = client.completions.create(prompt="The sea", max_tokens=30, **penalties, **GREEDY).choices[0].text
+        assert found == served.text_after(served.ids("The sea"), made) != expected("The sea", 30)[2]
+
+
 def test_several_prompts(client):
     found = client.completions.create(prompt=["The sea", "A boat"], max_tokens=9, **GREEDY)
     assert [choice.text for choice in found.choices] == [expected(text, 9)[2] for text in ("The sea", "A boat")]
@@ -166,7 +175,8 @@ BAD = [
     (dict(prompt="The sea", n=17), "n: "),
     (dict(prompt="The sea", stop=[""]), "stop"),
     (dict(prompt="The sea", echo=True), "echo: is not supported; leave it out"),
-    (dict(prompt="The sea", presence_penalty=0.5), "presence_penalty: is not supported"),
+    (dict(prompt="The sea", presence_penalty=2.5), "presence_penalty: "),
+    (dict(prompt="The sea", logit_bias={"5": 1}), "logit_bias: is not supported"),
     (dict(prompt="The sea", extra_body={"beams": 2}), "beams: Extra inputs are not permitted"),
 ]
 

@@ -11,6 +11,7 @@ import torch
 from tiny_models import tiny
 
 from klfast.generation.engine import lower
+from klfast.generation.penalties import Penalties
 from klfast.generation.sampling import Sampling
 from klfast.generation.settings import Settings
 from klfast.serving.answer import Answer
@@ -27,7 +28,7 @@ class Asked:
     def __init__(self, prompt, new, *, ends=(), strings=(), sampling=None, pause=0.0, **options):
         self.prompt, self.new, self.pieces, self.done = prompt, new, [], threading.Event()
         self.pause = pause
-        settings = Settings(new, sampling, 1.0, list(ends), list(strings), None)
+        settings = Settings(new, sampling, Penalties(), list(ends), list(strings), None)
         self.answer = Answer(prompt, settings, served.words(), deliver=self.take, **options)
 
     def take(self, piece):
