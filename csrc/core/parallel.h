@@ -14,8 +14,8 @@ namespace klfast {
 
 // Calls body(begin, end) on at most n_threads threads with contiguous shares of [0, n), each a multiple
 // of `grain` but the last. Which thread does what never changes a result: items are independent. An exception from
-// body (out of memory) must not leave the parallel region, which would end the process: it is rethrown after it. In body,
-// denormals count as 0.
+// body (out of memory) must not leave the parallel region, which would end the process: it is rethrown after it. In
+// body, denormals count as 0.
 //
 // In a team (core/team.h) every member calls this, with a copy of its own of what is local to the caller; so body must
 // write what all of them share, and scratch is filled by prepare_for.

@@ -48,8 +48,8 @@ namespace team_detail {
 void join(const Membership& as);
 }
 
-// Calls body() in n_threads threads, each a member of one team. What one of them throws is thrown here. In body, denormals
-// count as 0.
+// Calls body() in n_threads threads, each a member of one team. What one of them throws is thrown here. In body,
+// denormals count as 0.
 template <class Body>
 void run_together(int n_threads, Body&& body) {
     Team* team = nullptr;

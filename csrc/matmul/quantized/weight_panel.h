@@ -62,8 +62,8 @@ template <int Bits>
 }
 
 // Words of `count` columns from `first` on, rows n0.., as out[column * kLanes + lane]; zeros for rows behind the last.
-// `out` has room for count rounded up to a multiple of kLanes. Asks for the same words of the rows `ahead` further on, or
-// further where rows are short.
+// `out` has room for count rounded up to a multiple of kLanes. Asks for the same words of the rows `ahead` further on,
+// or further where rows are short.
 template <int Bits>
 void load_words_as(const DequantMatmulArgs& a, std::int64_t n0, std::int64_t first, std::int64_t count,
                    std::int32_t* out, std::int64_t ahead) {
