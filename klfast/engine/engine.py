@@ -68,7 +68,7 @@ class Engine:
         The state moves on in place. Prompts go through in chunks.
 
         Raises:
-            InvalidInputError: a wrong dtype or shape, or a token that is not in the vocabulary.
+            InvalidInputError: a wrong dtype or shape, a token that is not in the vocabulary, or another engine's state.
         """
         ids = self._checked(ids, state)
         with self._lock:
@@ -112,12 +112,15 @@ class Engine:
 
     def _checked(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Return the ids, contiguous."""
-        if ids.dtype != torch.int64 or ids.dim() != 2 or ids.is_cuda or not ids.numel():
+        if ids.dtype != torch.int64 or ids.dim() != 2 or not ids.is_cpu or not ids.numel():
             raise InvalidInputError(
-                f"ids must be int64 [B, T] on the CPU with at least one token, got {ids.dtype} {list(ids.shape)}"
+                f"ids must be int64 [B, T] on the CPU with at least one token, got {ids.dtype} {list(ids.shape)} "
+                f"on {ids.device}"
             )
         if len(ids) != len(state):
             raise InvalidInputError(f"ids have {len(ids)} rows, but the state has {len(state)} sequences")
+        if state.specs is not self._states and state.specs != self._states:
+            raise InvalidInputError("the state belongs to another model's engine; make one with engine.state()")
         ids = ids.contiguous()
         if (unknown := self._program.first_unknown(ids.data_ptr(), ids.numel())) >= 0:
             raise InvalidInputError(

@@ -26,6 +26,13 @@ class StateSpec(NamedTuple):
     dtype: torch.dtype
     growing: int | None = None
 
+    def sizes(self, sequences: int, tokens: int) -> list[int]:
+        """Return the shape of a state's tensor with places for so many tokens."""
+        sizes = [sequences, *self.shape]
+        if self.growing is not None:
+            sizes[self.growing + 1] = tokens
+        return sizes
+
     def first(self, tensor: torch.Tensor, tokens: int) -> torch.Tensor:
         """Return the places of a state's tensor for so many tokens; all of one that does not grow."""
         return tensor if self.growing is None else tensor.narrow(self.growing + 1, 0, tokens)

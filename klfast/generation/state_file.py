@@ -70,17 +70,18 @@ def _fitted(name: str, tensors: dict[str, torch.Tensor], engine: Engine) -> Stat
     seen = tensors.pop("seen", torch.empty(0))
     if seen.dtype != torch.int64 or seen.dim() != 1 or not len(seen) or int(seen.min()) < 0:
         raise CheckpointError(f"{name} holds no numbers of tokens; save the state again")
-    state = engine.state(len(seen))
-    state.reserve(int(seen.max()))
-    if len(tensors) != len(state.tensors):
-        raise CheckpointError(f"{name} holds {len(tensors)} tensors, not {len(state.tensors)}; save the state again")
-    for i, (spec, tensor) in enumerate(zip(state.specs, state.tensors, strict=True)):
-        to = spec.first(tensor, int(seen.max()))
-        found = tensors.get(f"state.{i}")
-        if found is None or found.shape != to.shape or found.dtype != to.dtype:
+    specs, used = engine.state().specs, int(seen.max())
+    if len(tensors) != len(specs):
+        raise CheckpointError(f"{name} holds {len(tensors)} tensors, not {len(specs)}; save the state again")
+    for i, spec in enumerate(specs):
+        found, sizes = tensors.get(f"state.{i}"), spec.sizes(len(seen), used)
+        if found is None or list(found.shape) != sizes or found.dtype != spec.dtype:
             has = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise CheckpointError(f"{name}: state.{i} must be {to.dtype} {list(to.shape)}, got {has}; save it again")
-        to.copy_(found)
+            raise CheckpointError(f"{name}: state.{i} must be {spec.dtype} {sizes}, got {has}; save it again")
+    state = engine.state(len(seen))
+    state.reserve(used)
+    for i, (spec, tensor) in enumerate(zip(specs, state.tensors, strict=True)):
+        spec.first(tensor, used).copy_(tensors[f"state.{i}"])
     state.seen.copy_(seen)
     return state
 

@@ -65,6 +65,7 @@ def test_refuses_damaged_files(saved):
         (lambda tensors, facts: facts.update(model="{}"), "is damaged"),
         (lambda tensors, facts: tensors.pop("seen"), "holds no numbers of tokens"),
         (lambda tensors, facts: tensors.pop("state.1"), "holds 3 tensors, not 4"),
+        (lambda tensors, facts: tensors.update(seen=torch.tensor([0] * 17)), r"state\.0 must be .* \[17, "),
         (lambda tensors, facts: tensors.update({"state.0": torch.ones(1, 2)}), r"state\.0 must be torch.float32"),
     ],
 )
@@ -76,4 +77,19 @@ def test_refuses_states_that_do_not_fit(saved, change, message):
     change(tensors, facts)
     save_file(tensors, path, facts)
     with pytest.raises(klfast.CheckpointError, match=message):
+        klfast.load_state(path, model)
+
+
+@torch.inference_mode()
+def test_takes_no_memory_for_tokens_that_a_damaged_file_counts(tmp_path):
+    model, path = tiny("qwen3_5"), tmp_path / "state"
+    engine = lower(model)
+    state = engine.state()
+    engine(batch(1, 5), state)
+    klfast.save_state(path, state, model)
+    tensors = load_file(path)
+    own = fingerprint(model)
+    facts = {"format": "klfast state 1", "model": json.dumps({"structure": own.structure, "norms": own.norms})}
+    save_file(tensors | {"seen": torch.tensor([10**15])}, path, facts)
+    with pytest.raises(klfast.CheckpointError, match=r"must be torch\.float32 \[1, 2, 1000000000000000, 16\], got"):
         klfast.load_state(path, model)
