@@ -34,7 +34,7 @@ class KernelUnavailableError(KlfastError, RuntimeError):
 
 
 class CannotLowerError(KlfastError):
-    """A model that the native engine does not run; the message is a clause that says which part, and why."""
+    """A model that the native engine, or a graph on a GPU, cannot run; the message is a clause that says why."""
 
 
 class SlowPathWarning(UserWarning):

@@ -10,6 +10,7 @@ from torch import nn
 from klfast.acceleration.forwards import is_own
 from klfast.core.errors import CannotLowerError
 from klfast.generation.engine import lower
+from klfast.generation.graph_stepper import how_steps_ran
 from klfast.models.families import mixer_of, norm_of
 from klfast.models.linears import linears
 from klfast.nn.experts import QuantExperts
@@ -23,15 +24,19 @@ class ModelExplanation:
     Attributes:
         engine: True if the native engine runs it, else the model's own forward.
         reason: why the engine does not run it; empty if it does.
+        steps: how the decode steps of the last long text on a GPU ran, as a graph or why not; empty if there was none.
         layers: by layer, what computes it, a clause each.
     """
 
     engine: bool
     reason: str
+    steps: str
     layers: dict[str, str]
 
     def __str__(self) -> str:
         first = "the native engine runs the model" if self.engine else f"the model's own forward runs: {self.reason}"
+        if self.steps:
+            first += f"; its decode steps on the GPU were {self.steps}"
         return "\n".join([first, *(f"  {name}: {what}" for name, what in self.layers.items())])
 
 
@@ -40,9 +45,10 @@ def explain_model(model: nn.Module) -> ModelExplanation:
     try:
         names = lower(model).names
     except CannotLowerError as error:
-        return ModelExplanation(False, str(error), _modules(model))
+        return ModelExplanation(False, str(error), how_steps_ran(model), _modules(model))
     return ModelExplanation(
         True,
+        "",
         "",
         {f"{name} x{count}" if count > 1 else name: "a native instruction" for name, count in Counter(names).items()},
     )

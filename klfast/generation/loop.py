@@ -13,6 +13,7 @@ from torch import nn
 from klfast.core.arguments import integer
 from klfast.core.errors import InvalidInputError
 from klfast.generation.beams import Beams, search
+from klfast.generation.graph_stepper import with_graph
 from klfast.generation.sampling import Chooser
 from klfast.generation.settings import Settings, settle
 from klfast.generation.speculation import speculative_stepper
@@ -160,7 +161,7 @@ def generate(
         one_by_one: Callable[[torch.Tensor], torch.Tensor] = (
             speculative_stepper(model, mask, draft_model, num_draft_tokens, notes)
             if speculates
-            else stepper(model, ids, mask, copies)
+            else with_graph(stepper(model, ids, mask, copies), model, ids, settings.max_new_tokens)
         )
         most = settings.max_new_tokens
         write = partial(_continue, one_by_one, ids, text, most, choose, stopping, callback, streamer, notes)

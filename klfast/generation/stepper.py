@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -15,7 +14,7 @@ from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
 from klfast.engine.state import State
 from klfast.generation.engine import engine_of
-from klfast.models.calling import cache_argument, mixes_rows, reads_padding, returned_cache
+from klfast.models.calling import CachedForward, cache_argument, mixes_rows, reads_padding, returned_cache
 from klfast.models.families import family_of
 
 if TYPE_CHECKING:
@@ -109,47 +108,54 @@ class Stepper:
     Args:
         model: a causal language model of transformers.
         mask: int64 [B, T] of zeros and ones for the first tokens, zeros on the left; None if there is no padding.
+
+    Attributes:
+        model: that model.
+        forward: how it is called.
+        cache: what it keeps of the tokens fed so far; None before the first.
+        positions: int64 [B, T], of the tokens fed last; None before the first, or if the model takes none.
     """
 
     def __init__(self, model: nn.Module, mask: torch.Tensor | None) -> None:
-        self._model = model
-        self._cache: object | None = None
-        self._positions: torch.Tensor | None = None
-        self._name, self._masks_prompt_only = cache_argument(model), family_of(model).masks_prompt_only
-        accepted = inspect.signature(model.forward).parameters
-        self._fixed: dict[str, object] = {"use_cache": True}
-        if "logits_to_keep" in accepted:
-            self._fixed["logits_to_keep"] = 1
-        self._wants_positions = "position_ids" in accepted
+        self.model, self.forward = model, CachedForward(model)
+        self.cache: object | None = None
+        self.positions: torch.Tensor | None = None
+        self._masks_prompt_only = family_of(model).masks_prompt_only
         self._mask = None if mask is None or bool(mask.all()) else mask
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a mask says which tokens are padding."""
+        return self._mask is not None
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
         options = self._options(ids)
-        output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
+        output = self.forward(ids, self.cache, **options)
         cache = returned_cache(output)
-        if cache is None and self._cache is None:  # the model fills a cache, but does not return it
-            self._cache = self._own_cache()
-            output = self._model(input_ids=ids, **{self._name: self._cache}, **options)
+        if cache is None and self.cache is None:  # the model fills a cache, but does not return it
+            self.cache = self._own_cache()
+            output = self.forward(ids, self.cache, **options)
         elif cache is not None:
-            self._cache = cache
+            self.cache = cache
         logits: torch.Tensor = output.logits
         return logits[:, -1].float()
 
     def select(self, rows: list[int]) -> None:
         """Let each row go on from the text of ``rows[i]``, which begins with the same padding."""
-        reorder = getattr(self._cache, "reorder_cache", None)
+        reorder = getattr(self.cache, "reorder_cache", None)
         if reorder is None:
-            name = type(self._model).__name__
+            name = type(self.model).__name__
             raise InvalidInputError(f"{name} keeps a cache whose rows cannot change places; leave num_beams out")
-        reorder(torch.tensor(rows, device=next(self._model.parameters()).device))
+        reorder(torch.tensor(rows, device=next(self.model.parameters()).device))
 
     def _options(self, ids: torch.Tensor) -> dict[str, object]:
-        first, options = self._cache is None, dict(self._fixed)
-        if self._wants_positions:
-            before = self._positions
-            self._positions = self._first_positions(ids) if first or before is None else before[:, -1:] + 1
-            options["position_ids"] = self._positions
+        first = self.cache is None
+        options: dict[str, object] = {}
+        if self.forward.takes_positions:
+            before = self.positions
+            self.positions = self._first_positions(ids) if first or before is None else before[:, -1:] + 1
+            options["position_ids"] = self.positions
         if self._mask is not None and (first or not self._masks_prompt_only):
             self._mask = self._mask if first else torch.cat([self._mask, self._mask.new_ones(ids.shape)], dim=1)
             options["attention_mask"] = self._mask
@@ -162,13 +168,11 @@ class Stepper:
         return (self._mask.cumsum(1) - 1).clamp_(min=0)
 
     def _own_cache(self) -> object:
-        if self._name == "state":
-            raise InvalidInputError(
-                f"{type(self._model).__name__} returns no {self._name}; generate cannot continue its text"
-            )
+        if cache_argument(self.model) == "state":
+            raise InvalidInputError(f"{type(self.model).__name__} returns no state; generate cannot continue its text")
         from transformers import DynamicCache
 
-        return DynamicCache(config=cast("PreTrainedModel", self._model).config.get_text_config(decoder=True))
+        return DynamicCache(config=cast("PreTrainedModel", self.model).config.get_text_config(decoder=True))
 
 
 class RowByRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,26 @@ def cache_argument(model: nn.Module) -> str:
         if name in accepted:
             return name
     raise InvalidInputError(f"{type(model).__name__} takes no cache ({', '.join(CACHE_NAMES)})")
+
+
+class CachedForward:
+    """A causal language model's forward with a cache, whatever its arguments are called.
+
+    Attributes:
+        takes_positions: whether it takes position_ids.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        accepted = inspect.signature(model.forward).parameters
+        self._model, self._cache_name = model, cache_argument(model)
+        self._fixed: dict[str, object] = {"use_cache": True}
+        if "logits_to_keep" in accepted:
+            self._fixed["logits_to_keep"] = 1
+        self.takes_positions = "position_ids" in accepted
+
+    def __call__(self, ids: torch.Tensor, cache: object | None, **options: object) -> Any:
+        """Return the model's output for int64 [B, T] ids after those in the cache, whose last logits it has."""
+        return self._model(input_ids=ids, **{self._cache_name: cache}, **self._fixed, **options)
 
 
 def returned_cache(output: object) -> object | None:
