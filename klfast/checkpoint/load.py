@@ -39,6 +39,9 @@ def load_quantized(
     The model is built without memory, then each tensor is read when its place is filled: the full-precision weight of a
     quantized layer never exists. Nothing is unpickled and no code from the folder runs.
 
+    On the CPU, packed weights stay where they are mapped from the files: they are in memory once, and processes share
+    them. Do not change these files in place while a model uses them; ``save_quantized`` puts new ones in their place.
+
     Args:
         directory: the folder.
         device: the tensors' device.

@@ -112,8 +112,8 @@ class Tensors:
 def _reader(opened: Any, name: str, path: Path) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         try:
-            view: torch.Tensor = opened.get_tensor(name)
-            return view.clone()  # since the file may change or vanish
+            tensor: torch.Tensor = opened.get_tensor(name)  # on the CPU as it is mapped from the file
+            return tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); copy it again") from None
 

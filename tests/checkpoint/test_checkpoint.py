@@ -49,6 +49,24 @@ def test_a_loaded_model_saves_to_the_same_files(saved, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_packed_weights_are_those_of_the_file_and_outlive_it(saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    loaded, expected = klfast.load_quantized(folder), klfast.load_quantized(saved).state_dict()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [
+        [int(n, 16) for n in line.split()[0].split("-")] for line in lines if str(folder / "model.safetensors") in line
+    ]
+    packed = [name for name in expected if name.endswith("weight_packed")]
+    assert packed and all(
+        any(begin <= loaded.get_buffer(name).data_ptr() < end for begin, end in places) for name in packed
+    )
+    klfast.save_quantized(quantized("mamba2"), folder, overwrite=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    shutil.rmtree(folder)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors_decompresses_the_same_bits(family, tmp_path):
