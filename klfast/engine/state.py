@@ -33,9 +33,9 @@ class StateSpec(NamedTuple):
             sizes[self.growing + 1] = tokens
         return sizes
 
-    def first(self, tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Return the places of a state's tensor for so many tokens; all of one that does not grow."""
-        return tensor if self.growing is None else tensor.narrow(self.growing + 1, 0, tokens)
+    def places(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Return a part of a state's tensor, from place ``begin`` to ``end``; all of one that does not grow."""
+        return tensor if self.growing is None else tensor.narrow(self.growing + 1, begin, end - begin)
 
 
 class Mark(NamedTuple):
@@ -124,20 +124,19 @@ class State:
         """Return the state of sequences ``first`` to ``last``, which shares its memory until either grows."""
         return State(self.specs, [t[first:last] for t in self.tensors], self.seen[first:last])
 
-    def sequence(self, row: int) -> State:
-        """Return a copy of one sequence, with no more room than its tokens take."""
-        tokens = int(self.seen[row])
-        tensors = [
-            spec.first(tensor[row : row + 1], tokens).clone()
+    def since(self, row: int, begin: int) -> list[torch.Tensor]:
+        """Return one sequence's parts of the tensors, not copied; of what grows only the places from ``begin`` on."""
+        end = int(self.seen[row])
+        return [
+            spec.places(tensor[row : row + 1], begin, end)
             for spec, tensor in zip(self.specs, self.tensors, strict=True)
         ]
-        return State(self.specs, tensors, self.seen[row : row + 1].clone())
 
     def put(self, row: int, other: State) -> None:
         """Copy the one sequence of another state into a row, which has room for its tokens."""
         tokens = int(other.seen[0])
         for spec, mine, theirs in zip(self.specs, self.tensors, other.tensors, strict=True):
-            spec.first(mine[row : row + 1], tokens).copy_(spec.first(theirs, tokens))
+            spec.places(mine[row : row + 1], 0, tokens).copy_(spec.places(theirs, 0, tokens))
         self.seen[row] = tokens
 
     @property

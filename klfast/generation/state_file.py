@@ -36,7 +36,7 @@ def save_state(path: str | os.PathLike[str], state: State, model: nn.Module) -> 
         raise InvalidInputError("the state belongs to another model's engine; give the model that made it")
     tensors = {"seen": state.seen}
     for i, (spec, tensor) in enumerate(zip(state.specs, state.tensors, strict=True)):
-        tensors[f"state.{i}"] = spec.first(tensor, used).contiguous()
+        tensors[f"state.{i}"] = spec.places(tensor, 0, used).contiguous()
     own = _fingerprint(model, engine)
     facts = {"structure": own.structure, "norms": own.norms}
     write_atomic(path, save(tensors, {"format": _FORMAT, "model": json.dumps(facts)}))
@@ -81,7 +81,7 @@ def _fitted(name: str, tensors: dict[str, torch.Tensor], engine: Engine) -> Stat
     state = engine.state(len(seen))
     state.reserve(used)
     for i, (spec, tensor) in enumerate(zip(specs, state.tensors, strict=True)):
-        spec.first(tensor, used).copy_(tensors[f"state.{i}"])
+        spec.places(tensor, 0, used).copy_(tensors[f"state.{i}"])
     state.seen.copy_(seen)
     return state
 

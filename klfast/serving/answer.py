@@ -47,6 +47,7 @@ class Answer:
         tokenizer: the model's.
         seed: of its own source of random numbers; None for any.
         top_logprobs: the number of most likely tokens to report with each; None for no scores at all.
+        shared: tokens at the beginning of the prompt that other prompts are likely to share.
         deliver: called with each piece, in the scheduler's thread; the last one has a ``finish``.
 
     Attributes:
@@ -65,9 +66,10 @@ class Answer:
         *,
         seed: int | None = None,
         top_logprobs: int | None = None,
+        shared: int = 0,
         deliver: Callable[[Piece], object],
     ) -> None:
-        self.prompt, self.asked = prompt, time.monotonic()
+        self.prompt, self.shared, self.asked = prompt, shared, time.monotonic()
         self.cached_tokens = self.made = 0
         self.is_cancelled = self.is_done = False
         self._settings, self._top, self._deliver = settings, top_logprobs, deliver

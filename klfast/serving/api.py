@@ -70,7 +70,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         _require_model(service, asked.model)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise InvalidInputError("top_logprobs needs logprobs: true")
-        prompt = await service.encode_chat(asked.chat)
+        prompt, shared = await service.encode_chat(asked.chat)
         form, mailbox = Chats(service.spelled), Mailbox()
         answers = service.start(
             asked,
@@ -78,6 +78,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             max_tokens=asked.max_completion_tokens or asked.max_tokens,
             default=None,
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            shared=shared,
             mailbox=mailbox,
         )
         exchange = Exchange(answers, 1, mailbox, form, asked.model, with_scores=bool(asked.logprobs))

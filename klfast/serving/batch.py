@@ -1,4 +1,4 @@
-"""``Batch``: the answers that go through the engine together; ``Prefill``: a prompt on its way there."""
+"""``Batch``: the answers that go through the engine together."""
 
 from __future__ import annotations
 
@@ -7,50 +7,8 @@ import torch
 from klfast.engine.engine import Engine
 from klfast.engine.state import State
 from klfast.serving.answer import Answer
-from klfast.serving.prefix_cache import PrefixCache
 
 _LEAST_ROOM = 256  # tokens
-
-
-class Prefill:
-    """Feeds an answer's prompt to the engine, chunk by chunk, from the longest beginning that the cache has.
-
-    Args:
-        engine: runs the chunks.
-        start: the engine's state before any token; not changed.
-        answer: whose prompt.
-        cache: where prompts begin and are kept.
-        chunk: most tokens at a time.
-
-    Attributes:
-        state: of the sequence.
-        logits: of the first token after the prompt, float32 [1, V]; None until the last chunk.
-    """
-
-    def __init__(self, engine: Engine, start: State, answer: Answer, cache: PrefixCache, chunk: int) -> None:
-        self.answer, self.state = answer, start
-        self.logits: torch.Tensor | None = None
-        self._engine, self._cache, self._chunk, self._fed = engine, cache, chunk, 0
-
-    def step(self) -> int:
-        """Feed one chunk, the first of which follows what the cache has; return the number of tokens that were fed."""
-        prompt = self.answer.prompt
-        if not self._fed:
-            known = self._cache.longest(prompt)
-            if known is not None:
-                self.state = known.state
-                self._fed = self.answer.cached_tokens = known.tokens
-                if self._fed == len(prompt):
-                    self.logits = known.logits
-                    return 0
-            self.state = self.state.copy()
-        part = prompt[self._fed : self._fed + self._chunk]
-        logits = self._engine(torch.tensor([part]), self.state)
-        self._fed += len(part)
-        if self._fed == len(prompt):
-            self.logits = logits
-            self._cache.put(prompt, self.state, 0, logits)
-        return len(part)
 
 
 class Batch:

@@ -14,9 +14,12 @@ from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
 from klfast.generation.engine import ROWS
 from klfast.serving.answer import Answer
-from klfast.serving.batch import Batch, Prefill
+from klfast.serving.batch import Batch
 from klfast.serving.metrics import Metrics
+from klfast.serving.prefill import Prefill
 from klfast.serving.prefix_cache import PrefixCache
+
+_BESIDE = 128  # tokens of a prompt between two tokens of running answers, which wait for it
 
 
 class QueueFullError(KlfastError):
@@ -28,10 +31,11 @@ class ClosedError(KlfastError):
 
 
 class Scheduler:
-    """Writes answers, several at a time, in the order in which they were asked for.
+    """Writes answers, several at a time, begun in the order in which they were asked for.
 
-    A thread of its own alone touches the engine. It takes turns: one chunk of the next prompt, then one token of each
-    running answer, so that a long prompt delays no answer by more than a chunk.
+    A thread of its own alone touches the engine. It takes turns: one chunk of a prompt, then one token of each running
+    answer, so that prompts delay no answer by more than a chunk. Prompts take turns, too, so that a short one does not
+    wait for a long one; of those that begin alike, one goes ahead, and the others go on from what it left in the cache.
 
     Args:
         engine: of the model.
@@ -39,7 +43,7 @@ class Scheduler:
         metrics: counts what happens.
         sequences: most answers at a time.
         waiting: most answers in the queue.
-        chunk: most tokens of a prompt between two steps.
+        chunk: most tokens of a prompt at a time, while no answer is running.
     """
 
     def __init__(
@@ -52,10 +56,11 @@ class Scheduler:
         waiting: int = 256,
         chunk: int = ROWS,
     ) -> None:
-        self._engine, self._cache, self._metrics, self._chunk = engine, cache, metrics, chunk
+        self._engine, self._cache, self._metrics = engine, cache, metrics
+        self._chunk, self._beside = chunk, min(chunk, _BESIDE)
         self._start, self._batch, self._most_waiting = engine.state(), Batch(engine, sequences), waiting
         self._waiting: deque[Answer] = deque()
-        self._prefill: Prefill | None = None
+        self._prefills: deque[Prefill] = deque()  # in the order of their turns
         self._changed = threading.Condition()
         self._is_open = self._finishes = True
         self._thread = threading.Thread(target=self._run, name="klfast scheduler")
@@ -93,24 +98,24 @@ class Scheduler:
         while self._wait():
             self._drop_cancelled()
             self._admit()
+            self._feed()
             self._decode()
 
     def _wait(self) -> bool:
         """Wait for work; return False if there will be none."""
         with self._changed:
             self._metrics.waiting.set(len(self._waiting))
-            self._metrics.running.set(len(self._batch) + (self._prefill is not None))
+            self._metrics.running.set(len(self._batch) + len(self._prefills))
             self._metrics.cache_bytes.set(self._cache.nbytes)
-            self._changed.wait_for(lambda: self._waiting or self._prefill or self._batch or not self._is_open)
-            return self._finishes and bool(self._waiting or self._prefill or self._batch)
+            self._changed.wait_for(lambda: self._waiting or self._prefills or self._batch or not self._is_open)
+            return self._finishes and bool(self._waiting or self._prefills or self._batch)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
             kept = deque(answer for answer in self._waiting if not answer.is_cancelled)
             dropped, self._waiting = len(self._waiting) - len(kept), kept
-        if self._prefill is not None and self._prefill.answer.is_cancelled:
-            self._prefill = None
-            dropped += 1
+        fed = deque(prefill for prefill in self._prefills if not prefill.answer.is_cancelled)
+        dropped, self._prefills = dropped + len(self._prefills) - len(fed), fed
         for row in reversed(range(len(self._batch))):
             if self._batch.answers[row].is_cancelled:
                 self._batch.remove(row)
@@ -118,17 +123,22 @@ class Scheduler:
         self._metrics.answers.labels("cancelled").inc(dropped)
 
     def _admit(self) -> None:
-        """Feed one chunk of a prompt; after its last one the answer joins the batch."""
+        """Begin with as many prompts as the batch has room for."""
         with self._changed:
-            if self._prefill is None and self._waiting and len(self._batch) < self._batch.most:
-                answer = self._waiting.popleft()
-                self._prefill = Prefill(self._engine, self._start, answer, self._cache, self._chunk)
-        if self._prefill is None:
+            while self._waiting and len(self._batch) + len(self._prefills) < self._batch.most:
+                self._prefills.append(Prefill(self._engine, self._start, self._waiting.popleft(), self._cache))
+
+    def _feed(self) -> None:
+        """Feed one chunk of the prompt whose turn it is; after its last one the answer joins the batch."""
+        if not self._prefills:
             return
-        prefill, answer = self._prefill, self._prefill.answer
+        prefill = next(one for one in self._prefills if not any(other.leads(one) for other in self._prefills))
+        self._prefills.remove(prefill)
+        answer = prefill.answer
         try:
-            self._metrics.prompt_tokens.inc(prefill.step())
+            self._metrics.prompt_tokens.inc(prefill.step(self._beside if self._batch else self._chunk))
             if prefill.logits is None:
+                self._prefills.append(prefill)
                 return
             self._metrics.cached_tokens.inc(answer.cached_tokens)
             self._metrics.first_token.observe(time.monotonic() - answer.asked)
@@ -137,7 +147,6 @@ class Scheduler:
                 self._batch.add(answer, prefill.state)
         except Exception as error:  # noqa: BLE001 (memory, say: this answer's end, not the server's)
             self._fail([answer], error)
-        self._prefill = None
 
     def _decode(self) -> None:
         """Write one token of each running answer."""

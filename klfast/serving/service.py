@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.engine.builder import CannotLowerError
-from klfast.generation.chat import chat_text
+from klfast.generation.chat import chat_text, system_part
 from klfast.generation.engine import engine_of
 from klfast.generation.settings import settle
 from klfast.generation.stopping import ends_of
@@ -83,8 +84,8 @@ class Service:
             found = await asyncio.to_thread(self._encoder, text, add_special_tokens=special)
         return list(found["input_ids"])
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the tokens of a chat up to the answer.
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], int]:
+        """Return the tokens of a chat up to the answer, and how many of them are those of its system messages.
 
         Raises:
             InvalidInputError: there is no template, or it refuses the messages.
@@ -92,7 +93,10 @@ class Service:
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidInputError(f"{self.name} has no chat template; use /v1/completions")
         text = chat_text(self._tokenizer, messages, self.name)
-        return await self.encode(text, special=False)  # a template writes its special tokens itself
+        prompt = await self.encode(text, special=False)  # a template writes its special tokens itself
+        system = await self.encode(system_part(text, messages), special=False)
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, system, strict=False))
+        return prompt, len(list(alike))  # a token may reach beyond the end
 
     def start(
         self,
@@ -102,6 +106,7 @@ class Service:
         max_tokens: int | None,
         default: int | None,
         top_logprobs: int | None,
+        shared: int = 0,
         mailbox: Mailbox,
     ) -> list[Answer]:
         """Queue ``asked.n`` answers to each prompt, which deliver to the mailbox's slots in this order.
@@ -111,7 +116,7 @@ class Service:
             prompts: token ids.
             max_tokens: of each answer; None for ``default``, or what the context leaves if that is less.
             default: None for all that the context leaves.
-            top_logprobs: see ``Answer``.
+            top_logprobs, shared: see ``Answer``.
             mailbox: where pieces go.
 
         Raises:
@@ -155,6 +160,7 @@ class Service:
                         self._tokenizer,
                         seed=None if asked.seed is None else asked.seed + index,
                         top_logprobs=top_logprobs,
+                        shared=shared,
                         deliver=mailbox.slot(index),
                     )
                 )

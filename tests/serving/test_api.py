@@ -69,6 +69,17 @@ def test_the_next_turn_of_a_chat_is_prefilled_from_the_cache(client):
     assert second.choices[0].message.content == expected(text, 10, special=False)[2]
 
 
+def test_chats_with_the_same_system_message_share_its_state(client):
+    system = {"role": "system", "content": "Answer as the keeper of a lighthouse would, at length and with patience."}
+    before = served.words()("<s>system: " + system["content"], add_special_tokens=False)["input_ids"]
+    for question, cached in (("Who are you?", 0), ("Where is the boat?", len(before)), ("Well?", len(before))):
+        messages = [system, {"role": "user", "content": question}]
+        found = client.chat.completions.create(messages=messages, max_tokens=8, **GREEDY)
+        text = served.words().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert found.choices[0].message.content == expected(text, 8, special=False)[2]
+        assert found.usage.prompt_tokens_details.cached_tokens == cached
+
+
 def test_streams(client):
     text = expected("The sea", 20)[2]
     events = list(client.completions.create(prompt="The sea", max_tokens=20, stream=True, **GREEDY))

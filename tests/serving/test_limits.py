@@ -58,7 +58,8 @@ def test_a_full_queue(serve):
 def test_64_clients_some_of_whom_leave(serve):
     server = serve(context=2 * LONG)
     chance = random.Random(1)
-    texts = ["".join(chance.choice("abcdef gh") for _ in range(chance.randint(1, 120))) for _ in range(64)]
+    longest = [1500 if i % 16 == 3 else 120 for i in range(64)]
+    texts = ["".join(chance.choice("abcdef gh") for _ in range(chance.randint(1, most))) for most in longest]
     lengths = [chance.randint(3, 40) for _ in texts]
 
     async def ask(client, i):

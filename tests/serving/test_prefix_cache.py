@@ -1,4 +1,6 @@
-"""States of earlier texts, and the texts that go on from them."""
+"""States after the beginnings of texts, and the texts that go on from them."""
+
+import math
 
 import pytest
 import torch
@@ -19,6 +21,12 @@ def engine(request):
 def kept(cache, engine, tokens):
     state = engine.state()
     cache.put(tokens, state, 0, engine(torch.tensor([tokens]), state))
+    return state
+
+
+def restored(prefix, engine):
+    state = engine.state()
+    prefix.restore(state)
     return state
 
 
@@ -45,8 +53,8 @@ def test_goes_on_as_the_whole_does(engine, row):
     truth = [engine(ids[row : row + 1, part], whole) for part in (slice(13), slice(13, 21))]
     found = cache.longest(text)
     torch.testing.assert_close(found.logits, truth[0], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(engine(ids[row : row + 1, 13:], found.state.copy()), truth[1], rtol=1e-5, atol=1e-4)
-    again = engine(ids[row : row + 1, 13:], found.state.copy())
+    torch.testing.assert_close(engine(ids[row : row + 1, 13:], restored(found, engine)), truth[1], rtol=1e-5, atol=1e-4)
+    again = engine(ids[row : row + 1, 13:], restored(found, engine))
     torch.testing.assert_close(again, truth[1], rtol=1e-5, atol=1e-4)
 
 
@@ -75,6 +83,47 @@ def test_takes_no_more_room_than_tokens_need(engine):
     assert (long.nbytes > short.nbytes) == bool(growing)
     if growing:
         assert state.nbytes > long.nbytes - short.nbytes  # it has room for 256
+
+
+@torch.inference_mode()
+def test_keeps_what_grows_once_for_all_that_begin_alike(engine):
+    text, other, cache = *batch(2, 30).tolist(), PrefixCache(10**9)
+    texts = [text[:8], text[:19], text, text[:13], text[:8] + other[:9], text[:8] + other]
+    for one in texts:
+        kept(cache, engine, one)
+    places = 8 + 11 + 11 + 5 + 9 + 21  # of each text, those that the longest beginning kept before it lacks
+    size = {True: 0, False: 0}
+    for spec in engine.state().specs:
+        shape = [n for i, n in enumerate(spec.shape) if i != spec.growing]
+        size[spec.growing is not None] += math.prod(shape) * spec.dtype.itemsize
+    learned = int(engine.state().seen[0])
+    assert cache.nbytes == len(texts) * (size[False] + 4 * VOCABULARY) + (places + learned) * size[True]
+    for one in texts:
+        state, truth = restored(cache.longest(one), engine), engine.state()
+        logits = engine(torch.tensor([one]), truth)
+        assert int(state.seen) == int(truth.seen) and torch.equal(cache.longest(one).logits, logits)
+        for spec, mine, theirs in zip(state.specs, state.tensors, truth.tensors, strict=True):
+            end = len(one) + learned
+            torch.testing.assert_close(spec.places(mine, 0, end), spec.places(theirs, 0, end), rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_forgets_the_ends_of_texts_before_their_beginnings(engine):
+    text, other = batch(2, 30).tolist()
+    probe = PrefixCache(10**9)
+    for one in (text[:10], text[:20], text, other):
+        kept(probe, engine, one)
+    cache = PrefixCache(probe.nbytes - 1)
+    for one in (text[:10], text[:20], text, other):
+        kept(cache, engine, one)
+        cache.longest(text)
+    assert cache.longest(text).tokens == 20 and cache.longest(other).tokens == 30
+    torch.testing.assert_close(
+        engine(torch.tensor([text[20:]]), restored(cache.longest(text), engine)),
+        engine(torch.tensor([text]), engine.state()),
+        rtol=1e-5,
+        atol=1e-4,
+    )
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import served
@@ -57,8 +58,9 @@ def start(one_thread):
     """Return what makes schedulers; they are closed in the end."""
     made = []
 
-    def scheduler(model=None, cache_bytes=10**8, rows=64, **options):
-        found = Scheduler(lower(model or served.model(), rows), PrefixCache(cache_bytes), Metrics(), **options)
+    def scheduler(model=None, engine=None, cache_bytes=10**8, rows=64, **options):
+        engine = engine or lower(model or served.model(), rows)
+        found = Scheduler(engine, PrefixCache(cache_bytes), Metrics(), **options)
         made.append(found)
         return found
 
@@ -66,6 +68,23 @@ def start(one_thread):
     for one in made:
         one.close(finish=False)
         assert not one.is_alive
+
+
+class Recorded:
+    """An engine that notes the numbers of sequences and tokens of each call."""
+
+    def __init__(self):
+        self._engine, self.calls = lower(served.model(), 64), []
+        self.state = self._engine.state
+
+    def __call__(self, ids, state):
+        self.calls.append(tuple(ids.shape))
+        return self._engine(ids, state)
+
+    @property
+    def chunks(self):
+        """The tokens of each call that is not for a single one."""
+        return [tokens for _, tokens in self.calls if tokens > 1]
 
 
 def prompts(count, seed=0, longest=90):
@@ -174,16 +193,82 @@ def test_a_long_prompt_does_not_hold_up_running_answers(start):
     scheduler = start(chunk=8)
     running, order = Asked([5, 6], 60), []
     long = Asked(prompts(1)[0][:1] * 400, 2)
-    running.take, long.take = _noted(running, order, "running"), _noted(long, order, "long")
-    running.answer._deliver, long.answer._deliver = running.take, long.take
+    _note(running, order, "running")
+    _note(long, order, "long")
     scheduler.submit([running.answer, long.answer])
     assert running.done.wait(WAIT) and long.done.wait(WAIT)
     assert order.index("long") > 45  # one token between each two of the 50 chunks
 
 
-def _noted(asked, order, name):
-    take = asked.take
-    return lambda piece: (order.append(name), take(piece))
+def test_prompts_are_fed_in_small_chunks_between_tokens_and_in_large_ones_alone(start):
+    engine = Recorded()
+    scheduler = start(engine=engine, chunk=512)
+    alone = Asked([5] * 600, 1)
+    scheduler.submit([alone.answer])
+    assert alone.done.wait(WAIT) and engine.chunks == [512, 88]
+    engine.calls.clear()
+    asked = [Asked([5, 6], 60), *(Asked([7 + i] * 384, 60) for i in range(4))]
+    scheduler.submit([one.answer for one in asked])
+    assert all(one.done.wait(WAIT) for one in asked)
+    assert engine.chunks == [2] + 12 * [128]
+    assert not any(a > 1 and b > 1 for (_, a), (_, b) in pairwise(engine.calls))
+
+
+def test_a_long_prompt_does_not_hold_up_short_ones(start):
+    engine, order, fed = Recorded(), [], []
+    scheduler = start(engine=engine, chunk=8)
+    long, short = Asked([5] * 400, 1), [Asked([6 + i] * 24, 1) for i in range(10)]
+    for one in (long, *short):
+        _note(one, order, one, lambda: fed.append(len(engine.chunks)))
+    scheduler.submit([one.answer for one in (long, *short)])
+    assert all(one.done.wait(WAIT) for one in (long, *short))
+    assert order == [*short, long]
+    assert fed == [*range(24, 34), 80]  # chunks: the short prompts end with their third, of 11 in turn
+
+
+def test_short_prompts_do_not_starve_a_long_one(start):
+    scheduler, ended = start(chunk=8, cache_bytes=0), []
+
+    def ask():
+        short = Asked([6 + len(ended) % 300] * 16, 1)
+        _note(short, ended, short, lambda: long.done.is_set() or len(ended) > 500 or ask())
+        scheduler.submit([short.answer])
+
+    long, before = Asked([5] * 400, 1), []
+    _note(long, before, long, lambda: before.append(len(ended)))
+    scheduler.submit([long.answer])
+    for _ in range(3):
+        ask()
+    assert long.done.wait(WAIT)
+    assert 30 < before[1] < 90  # of four turns one is the long prompt's, and two make a short one
+
+
+def test_prompts_that_begin_alike_are_fed_once(start):
+    engine = Recorded()
+    scheduler = start(engine=engine, chunk=16)
+    begin = list(range(5, 105))
+    ends = [[20 + i] * 10 for i in range(6)]
+    asked = [Asked(begin + end, 5, shared=len(begin)) for end in [*ends, ends[0], ends[0]]]
+    scheduler.submit([one.answer for one in asked])
+    for one in asked:
+        assert one.made == served.alone(one.prompt, 5, eos_token_id=[])
+    assert sum(engine.chunks) == 100 + 6 * 10
+    assert [one.answer.cached_tokens for one in asked] == [0] + 5 * [100] + 2 * [110]
+
+
+def test_a_long_beginning_is_found_without_a_hint(start):
+    scheduler = start()
+    for end, cached in ([6], 0), ([7], 1024), ([8], 1024):
+        asked = Asked([5] * 1100 + end * 9, 3)
+        scheduler.submit([asked.answer])
+        assert asked.made == served.alone(asked.prompt, 3, eos_token_id=[])
+        assert asked.answer.cached_tokens == cached
+
+
+def _note(asked, order, name, then=lambda: None):
+    """Append a name to a list with each piece that is delivered."""
+    take = asked.answer._deliver
+    asked.answer._deliver = lambda piece: (order.append(name), then(), take(piece))
 
 
 def test_cancelled_answers_leave_the_others_alone(start):
@@ -202,9 +287,9 @@ def test_cancelled_answers_leave_the_others_alone(start):
 
 def test_nothing_more_is_done_for_cancelled_answers(start):
     scheduler = start(sequences=1, waiting=2, chunk=1)
-    long, waiting = Asked([5] * 10**6, 1), [Asked([6], 1) for _ in range(2)]
+    long, waiting = Asked([5] * 10**5, 1), [Asked([6], 1) for _ in range(2)]
     scheduler.submit([long.answer])
-    assert _until(lambda: scheduler._prefill)
+    assert _until(lambda: scheduler._prefills)
     scheduler.submit([one.answer for one in waiting])
     for one in waiting:
         one.answer.is_cancelled = True
