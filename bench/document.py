@@ -31,6 +31,10 @@ How it is timed:
   NNCF's INT4_SYM compression writes, with the same rounded weights; by default it rounds activations to 8 bits.
 - "int8" after klfast's weights: activations rounded to 8 bits; "exact": not rounded.
 - Decode is 32 tokens after a prompt of 8, including the prompt's time.
+- serve: a server in a process of its own, with random weights in INT4 and 16 bits, and clients that stream, on the same
+  cores. Each asks once for 32 tokens after a prompt of 32 to 128; the median is the time of all of them together.
+  first, between: milliseconds to the first token and from token to token as clients see them, 50th and 99th percentile
+  of all. A turn has 16 new tokens after 1,024 that the prefix cache has, or would have.
 - Hymba has the released size and random weights. Each mixer and feed-forward part is checked separately, in a prefill,
   in a chunk that continues a cache and in a step. "mixed": x_proj, dt_proj, the head and the last block in 8 bits, the
   rest in 4, groups of 64. "reference": the same model on PyTorch's operations. memory_gb is the peak memory of the run

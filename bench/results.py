@@ -25,6 +25,19 @@ _FIGURES = (
     "tflops",
     "share_of_peak",
 )
+_EXTRA = (
+    "tok_s",
+    "gemm_s",
+    "scan_s",
+    "rest_s",
+    "extra_mb",
+    "weights_mb",
+    "memory_gb",
+    "first_p50_ms",
+    "first_p99_ms",
+    "between_p50_ms",
+    "between_p99_ms",
+)
 
 
 class Results:
@@ -124,11 +137,7 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
     """Return a suite's table under a heading: a line per contender, grouped, with the columns that have figures."""
     peers = list(dict.fromkeys(name for row in rows for name in row if name and name.startswith(RATIO)))
     floors = any(number(row.get("share_of_floor")) > 0 for row in rows)
-    extra = [
-        name
-        for name in ("tok_s", "gemm_s", "scan_s", "rest_s", "extra_mb", "weights_mb", "memory_gb")
-        if any(number(row.get(name)) >= 0 for row in rows)
-    ]
+    extra = [name for name in _EXTRA if any(number(row.get(name)) >= 0 for row in rows)]
     headings = [
         "group",
         "contender",

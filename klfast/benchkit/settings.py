@@ -43,7 +43,9 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, help="time for the rounds of one contender (0.5; 0.05 with --quick)")
     group.addoption("--shapes", type=_shapes, help="linear layers as KxN,KxN")
     group.addoption("--rows", type=_sizes, help="rows of x (M) as 1,8,128")
-    group.addoption("--models", help="models of decode and families, by the beginnings of their names: qwen3.5,lfm2")
+    group.addoption(
+        "--models", help="models of decode, families and serve, by the beginnings of their names: qwen3.5,lfm2"
+    )
     group.addoption("--out", type=Path, default=Path("klfast-bench"), help="folder for the results, created if needed")
     group.addoption(
         "--compare", type=Path, help="folder of an earlier run; differences are shown and written to compare.md"

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-SUITES = ("linear", "divergence", "scan", "sweep", "decode", "families", "hymba")
+SUITES = ("linear", "divergence", "scan", "sweep", "decode", "families", "hymba", "serve")

@@ -101,7 +101,7 @@ def bench(
     models: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,...", help="Models of decode and families to time, by the beginnings of their names."
+            metavar="NAME,...", help="Models of decode, families and serve to time, by the beginnings of their names."
         ),
     ] = None,
     llama_cpp: Annotated[
@@ -118,7 +118,7 @@ def bench(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time klfast against torch and other peers: linear layers, divergence, scans, sweep, whole models.
+    """Time klfast against torch and other peers: linear layers, divergence, scans, sweep, whole models, the server.
 
     Every result is checked against the reference before it is timed. Weights rotate through more memory than caches
     hold, and klfast takes turns with each peer. Needs klfast's extra "bench"; OpenVINO (extra "peers") takes part if
