@@ -146,7 +146,7 @@ def test_seeds_and_several_answers(client):
     assert ask(7, extra_body={"top_k": 1}) == [expected("The sea", 12)[2]]
     unseeded = client.completions.create(model=NAME, prompt="The sea", max_tokens=12, n=2)
     assert len({choice.text for choice in unseeded.choices}) == 2  # temperature 1, as OpenAI's
-    assert unseeded.usage.completion_tokens == 24
+    assert 2 <= unseeded.usage.completion_tokens <= 24  # either may draw the end token
 
 
 def test_penalties(client):
