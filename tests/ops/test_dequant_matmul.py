@@ -58,6 +58,13 @@ def check_int8(x, qt, bias, got):
 CHECKS = {"exact": check_exact, "int8": check_int8}
 
 
+def with_signs(qt):
+    """Return the weight with scales of either sign, as second-order rounding makes them."""
+    packed, scale, *zero_point = qt.parts
+    signs = torch.where(torch.rand(scale.shape) < 0.5, -1, 1).to(scale.dtype)
+    return QuantizedTensor([packed, scale * signs, *zero_point], qt.shape, qt.spec)
+
+
 @pytest.mark.parametrize("activation", CHECKS)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -75,6 +82,15 @@ def test_against_float64(tier, spec, x_dtype, activation):
     ]:
         x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
         CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+@pytest.mark.parametrize("spec", SPECS[::2], ids=str)
+def test_scales_of_either_sign(tier, spec, activation):
+    for m in (1, 3, 20, 63):
+        x, qt, bias = operands(m, 50, 130, spec, x_dtype=torch.bfloat16)
+        signed = with_signs(qt)
+        CHECKS[activation](x, signed, bias, dequant_matmul(x, signed, bias, activation=activation))
 
 
 @pytest.mark.parametrize("m", range(2, 19))

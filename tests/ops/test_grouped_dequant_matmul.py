@@ -3,7 +3,7 @@
 import pytest
 import torch
 from guarded_memory import guarded
-from test_dequant_matmul import CHECKS, TIERS
+from test_dequant_matmul import CHECKS, TIERS, with_signs
 
 from klfast import QuantizedTensor, QuantSpec, quantize, using
 from klfast.core.dtypes import FLOAT_DTYPES
@@ -48,6 +48,16 @@ def test_against_float64(tier, spec, dtype, activation):
     for count, *shape in SHAPES:
         x, qt, index = operands(count, *shape, spec, dtype)
         check(x, qt, index, count, grouped_dequant_matmul(x, qt, index, count, activation=activation), activation)
+
+
+@pytest.mark.parametrize("activation", CHECKS)
+def test_scales_of_either_sign(tier, activation):
+    for count, *shape in SHAPES:
+        x, qt, index = operands(count, *shape, QuantSpec(4, 32))
+        signed = with_signs(qt)
+        check(
+            x, signed, index, count, grouped_dequant_matmul(x, signed, index, count, activation=activation), activation
+        )
 
 
 def test_routing_of_every_kind(tier):

@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klfast import QuantSpec, quantize
+from klfast import QuantizedTensor, QuantSpec, quantize
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.quant import packing, rounding
@@ -198,8 +198,10 @@ def test_compressed_tensors_decompresses_the_same_bits(bits, group, symmetric, s
     scheme = QuantizationScheme(
         targets=["Linear"], weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **grouping)
     )
-    state = {"weight_packed": qt.packed, "weight_scale": qt.scale, "weight_shape": torch.tensor(shape)}
-    if not symmetric:
-        state["weight_zero_point"] = qt.zero_point
-    weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
-    assert weight.dtype == scale_dtype and torch.equal(weight, qt.dequantize())
+    for scale in (qt.scale, -qt.scale):  # of either sign, as second-order rounding makes them
+        signed = QuantizedTensor([qt.packed, scale, *qt.parts[2:]], shape, spec)
+        state = {"weight_packed": qt.packed, "weight_scale": scale, "weight_shape": torch.tensor(shape)}
+        if not symmetric:
+            state["weight_zero_point"] = qt.zero_point
+        weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+        assert weight.dtype == scale_dtype and torch.equal(weight, signed.dequantize())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from klfast.kernels import dequant_matmul as kernel
 from klfast.kernels import launch
-from test_dequant_matmul import CHECKS, SPECS, operands
+from test_dequant_matmul import CHECKS, SPECS, operands, with_signs
 
 from klfast import Layout, QuantLinear, QuantSpec, dequant_matmul, quantize
 from klfast.backends import operands as backend_operands
@@ -39,6 +39,15 @@ def test_other_sizes(device, activation):
     for spec in (QuantSpec(4, 32), QuantSpec(6, 64, False), QuantSpec(8, -1, False)):
         for m, n, k in [(1, 48, 100), (17, 20, 64), (1, 1, 1)]:
             check(device, m, n, k, spec, activation)
+
+
+@EXACT_INT8
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_scales_of_either_sign(device, bits, activation):
+    for m in (1, 5, 17):
+        x, qt, bias = operands(m, 40, 130, QuantSpec(bits, 32))
+        signed = with_signs(qt)
+        CHECKS[activation](x, signed, bias, run(device, x, signed, bias, activation))
 
 
 @EXACT_INT8
