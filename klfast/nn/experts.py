@@ -62,11 +62,7 @@ class QuantExperts(nn.Module):
         """
         first, last = self.stack_names
         y = self._product(first, hidden_states, top_k_index)
-        if self.has_gate:
-            gate, up = y.chunk(2, -1)
-            y = self.act_fn(gate) * up
-        else:
-            y = self.act_fn(y)
+        y = activated(self, y)
         y = self._product(last, y.flatten(0, 1), top_k_index.reshape(-1, 1))
         y = y.view(*top_k_index.shape, y.shape[-1]) * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
@@ -107,6 +103,14 @@ class QuantExperts(nn.Module):
         """Return the number of experts and the sizes of stacks in full precision."""
         sizes = (f", {name}={list(stack.shape)}" for name, stack in self.named_parameters(recurse=False))
         return f"{self.num_experts} experts{''.join(sizes)}"
+
+
+def activated(experts: Any, y: torch.Tensor) -> torch.Tensor:
+    """Return what enters the last matrix of a mixture's experts, [..., K], of what leaves the first, [..., N]."""
+    if not experts.has_gate:
+        return experts.act_fn(y)
+    gate, up = y.chunk(2, -1)
+    return experts.act_fn(gate) * up
 
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:
