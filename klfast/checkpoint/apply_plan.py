@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +12,9 @@ from torch import nn
 from klfast.checkpoint.transformers_view import description, set_own, ties_left
 from klfast.core.arguments import check_activation
 from klfast.core.errors import InvalidInputError
+from klfast.core.progress import Progress
 from klfast.models.adapters import refuse_wrapper
+from klfast.models.batches import Batches
 from klfast.models.fingerprint import require_match
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import refuse_moving_weights
@@ -22,10 +25,21 @@ from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import quantized_class
 from klfast.planning.plan_file import Plan
 from klfast.quant.rounding import quantize
-from klfast.quant.spec import SCALES, QuantSpec
+from klfast.quant.spec import ROUNDINGS, SCALES, QuantSpec
+from klfast.quant.tensor import QuantizedTensor
+from klfast.rounding.walk import RoundedModel, round_model
 
 
-def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, activation: str = "exact") -> nn.Module:
+def quantize_model(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    scale: str | None = None,
+    activation: str = "exact",
+    rounding: str = "nearest",
+    calibration: Batches | None = None,
+    progress: Progress = None,
+) -> nn.Module:
     """Replace each linear layer that ``plan`` names by a QuantLinear, and experts by QuantExperts, in place.
 
     If the head is quantized and the input embedding is tied to it, the embedding becomes a QuantEmbedding that reads
@@ -42,6 +56,12 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
         scale: "absmax" or "mse", as in ``klfast.quantize``. By default as in the sweep that the plan was made from, or
             "absmax" if the plan does not record it.
         activation: "exact" or "int8", as in ``klfast.dequant_matmul``.
+        rounding: "nearest", or "gptq": each weight is rounded so that the output of its layer, on calibration text,
+            changes least, block by block (docs/ROUNDING.md). The format is the same. It takes some minutes, and needs a
+            model whose blocks form a chain, as a sweep does. What the text does not reach (an expert with few tokens)
+            is rounded to nearest; a warning says what and why.
+        calibration: token ids for "gptq", as for ``klfast.sweep``; 16,000 tokens or more.
+        progress: of "gptq", as for ``klfast.sweep``.
 
     Returns:
         ``model`` itself.
@@ -52,11 +72,13 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
         InvalidInputError: a layer is already quantized, or its weight is not finite or not in memory; a quantized head
             is tied to an embedding that does more than look up rows and scale them; there are different specs for one
             shared weight; the model is an RWKV with ``rescale_every`` or in peft's wrapper; an argument is invalid, or
-            ``scale`` differs from the plan's.
+            ``scale`` differs from the plan's; rounding is "gptq" and there is no calibration text, or the model
+            is not a chain.
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
     check_activation("", activation)
+    _check_rounding(rounding, calibration)
     scale = plan_scale(plan, scale)
     refuse_wrapper(model)
     refuse_moving_weights(model)
@@ -70,12 +92,16 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
     with_embedding = bool(specs) and is_head_tied(model) and head_name(model) in specs
     embedded_times = embedding_scale(model) if with_embedding else None
 
+    rounded = RoundedModel()
+    if calibration is not None:
+        rounded = round_model(model, specs, calibration, scale=scale, progress=progress)
+        _tell(rounded)
     layers: dict[str, QuantLinear] = {}
     for name, spec in specs.items():
-        try:
-            layers |= _quantized({name: known[name] for name in groups[name]}, spec, activation, scale)
-        except InvalidInputError as error:
-            raise InvalidInputError(f"{name}: {error}") from None
+        same = {each: known[each] for each in groups[name]}
+        if (qt := rounded.tensors.get(name)) is None:
+            qt = _to_nearest(name, known[name], spec, scale)
+        layers |= _quantized(same, qt, activation, "nearest" if name in rounded.nearest else rounding)
     modules = replacements(model, layers)
     if with_embedding:
         embedding = QuantEmbedding(layers[head_name(model)], embedded_times)
@@ -84,6 +110,22 @@ def quantize_model(model: nn.Module, plan: Plan, *, scale: str | None = None, ac
         warn_unquantizable(model, "quantize_model")
     _swap(model, modules)
     return model
+
+
+def _check_rounding(rounding: str, calibration: Batches | None) -> None:
+    if rounding not in ROUNDINGS:
+        raise InvalidInputError(f'rounding must be "nearest" or "gptq", got {rounding!r}')
+    if rounding == "gptq" and calibration is None:
+        raise InvalidInputError('rounding="gptq" needs calibration text: pass calibration=klfast.token_batches(...)')
+    if rounding != "gptq" and calibration is not None:
+        raise InvalidInputError('only rounding="gptq" reads calibration text; pass that, or no calibration')
+
+
+def _tell(rounded: RoundedModel) -> None:
+    """Warn, in one line, of what was rounded to nearest, and why."""
+    if rounded.notes:
+        listed = ", ".join(f"{name} ({why})" for name, why in rounded.notes.items())
+        warnings.warn(f"quantize_model: rounded to nearest: {listed}", stacklevel=3)
 
 
 def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
@@ -110,16 +152,25 @@ def _refuse_unfit(name: str, one: Matrix) -> None:
         )
 
 
-def _quantized(same: Mapping[str, Matrix], spec: QuantSpec, activation: str, scale: str) -> dict[str, QuantLinear]:
+def _to_nearest(name: str, one: Matrix, spec: QuantSpec, scale: str) -> QuantizedTensor:
+    try:
+        return quantize(one.weight, spec, scale=scale)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name}: {error}") from None
+
+
+def _quantized(
+    same: Mapping[str, Matrix], qt: QuantizedTensor, activation: str, rounding: str
+) -> dict[str, QuantLinear]:
     """Return the replacements of matrices that are one, by name; layers with one bias get one module."""
-    weight = next(iter(same.values())).weight
-    qt = quantize(weight, spec, scale=scale)
+    dtype = next(iter(same.values())).tensor.dtype
     made: dict[int, QuantLinear] = {}  # by bias
     found = {}
     for name, one in same.items():
         bias: Any = one.bias
         if id(bias) not in made:
-            layer = quantized_class(one.holder)(qt, bias, activation, dtype=weight.dtype).train(one.holder.training)
+            layer = quantized_class(one.holder)(qt, bias, activation, dtype=dtype).train(one.holder.training)
+            layer.rounding = rounding
             layer.bias = bias  # the same parameter, so that optimizers and requires_grad stay as they are
             made[id(bias)] = layer
         found[name] = made[id(bias)]

@@ -14,7 +14,7 @@ from torch import nn
 from klfast.acceleration.patch import accelerate_or_warn
 from klfast.checkpoint import expert_files
 from klfast.checkpoint.compressed_tensors import read_specs
-from klfast.checkpoint.manifest import read_layer_facts, read_manifest, read_projections
+from klfast.checkpoint.manifest import read_layer_facts, read_manifest, read_projections, read_roundings
 from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initialise_buffers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.dtypes import dtype_name
@@ -67,13 +67,17 @@ def load_quantized(
     folder = Path(directory)
     recover(folder)
     manifest = read_manifest(folder, verify)
-    facts = read_layer_facts(folder, manifest)
+    facts, roundings = read_layer_facts(folder, manifest), read_roundings(folder, manifest)
     tensors = Tensors.of_files(
         folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
     )
     specs = expert_files.join(tensors, read_specs(folder), read_projections(folder, manifest))
     model = empty_model(folder, dtype, len(tensors.names()))
-    return filled(model, tensors, place, specs, facts)
+    filled(model, tensors, place, specs, facts)
+    for name in specs:
+        layer: Any = model.get_submodule(name)
+        layer.rounding = roundings[name]
+    return model
 
 
 def filled(

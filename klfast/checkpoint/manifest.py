@@ -1,7 +1,7 @@
 """klfast.json in a saved folder: facts that the format of compressed-tensors cannot express.
 
-These are the dtype that each layer's weight had, the treatment of its activations, the names of experts' matrices, and
-each file's size and SHA-256.
+These are the dtype that each layer's weight had, how it was rounded, the treatment of its activations, the names of
+experts' matrices, and each file's size and SHA-256.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from klfast.core.arguments import ACTIVATIONS
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, shortened
 from klfast.core.io import write_atomic
+from klfast.quant.spec import ROUNDINGS
 
 MANIFEST = "klfast.json"
 FORMAT_VERSION = 1
@@ -111,6 +112,22 @@ def read_layer_facts(folder: Path, manifest: Mapping[str, object]) -> dict[str, 
                 )
         facts[name] = (_DTYPES[fact["dtype"]], fact["activation"])
     return facts
+
+
+def read_roundings(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return how each quantized layer was rounded, from klfast.json's content; earlier versions of klfast did not say.
+
+    Raises:
+        CheckpointError: klfast.json names an unknown rounding.
+    """
+    found = {name: fact.get("rounding", ROUNDINGS[0]) for name, fact in manifest["layers"].items()}
+    if wrong := [name for name, rounding in found.items() if rounding not in ROUNDINGS]:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: the rounding of {shortened(wrong[0], 200)} is "
+            f"{shortened(repr(found[wrong[0]]), 80)}, not one of {', '.join(ROUNDINGS)}; "
+            "copy it again, or save the model again"
+        )
+    return found
 
 
 def read_projections(folder: Path, manifest: Mapping[str, object]) -> dict[str, list[str]]:

@@ -89,7 +89,8 @@ def save_quantized(
     config.dtype = dtype_name(described.dtype)
     set_tied_in_config(config, is_head_tied(model))
     facts = {
-        name: {"dtype": dtype_name(module.dtype), "activation": module.activation} for name, module in layers.items()
+        name: {"dtype": dtype_name(module.dtype), "activation": module.activation, "rounding": module.rounding}
+        for name, module in layers.items()
     }
     with folder_atomic(target) as folder:
         _save_settings(config, "config", folder)

@@ -94,6 +94,7 @@ def window_count(given: str | int) -> int | None:
 dtype_name = one_of("float32", "bfloat16", "float16", "auto")
 scale_name = one_of("absmax", "mse")
 device_name = one_of("cpu", "cuda", "xpu")
+rounding_name = one_of("nearest", "gptq")
 method_name = one_of("optimal", "greedy", "uniform")
 metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 

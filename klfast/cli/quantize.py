@@ -32,6 +32,21 @@ def quantize(
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     scale: options.PlanScale = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            parser=options.rounding_name,
+            metavar="NAME",
+            help="nearest, or gptq: choose the codes so that each layer's output on calibration text changes least; "
+            "takes minutes.",
+        ),
+    ] = "nearest",
+    calibration: Annotated[
+        str, typer.Option(help='For gptq: a text file, a token file (.npy, .json), or "calibration", the bundled text.')
+    ] = "calibration",
+    windows: options.Windows = 64,
+    length: options.Length = 512,
+    threads: options.Threads = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -55,10 +70,10 @@ def quantize(
     from klfast.checkpoint.apply_plan import plan_scale
     from klfast.checkpoint.by_name import find_tokenizer, load_model
     from klfast.checkpoint.save import require_target
-    from klfast.cli.runtime import prepare
+    from klfast.cli.runtime import open_batches, prepare
     from klfast.models.matrices import matrices
 
-    prepare()
+    prepare(threads)
     require_target(out, overwrite=force)
     made = None if plan is None else klfast.Plan.from_json(plan)
     if made is not None:
@@ -70,7 +85,11 @@ def quantize(
     if spec is not None:
         made = _uniform(network, spec, layers, exclude, scale)
     assert made is not None  # there is a plan or a spec
-    klfast.save_quantized(klfast.quantize_model(network, made, scale=scale), out, tokenizer, overwrite=force)
+    text = None
+    if rounding == "gptq":
+        text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
+    klfast.quantize_model(network, made, scale=scale, rounding=rounding, calibration=text)
+    klfast.save_quantized(network, out, tokenizer, overwrite=force)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     quantized, total = len(made.specs), len(matrices(network))
     emit(

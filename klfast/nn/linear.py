@@ -33,8 +33,10 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
 
     The input and the bias, if it ``requires_grad``, get gradients; the weight is frozen and read-only. The layer is an
     instance of nn.Linear, so that libraries such as peft can train adapters around it. After ``double()`` it computes
-    in float64 from the dequantized weight, slowly.
+    in float64 from the dequantized weight, slowly. ``rounding`` tells how its codes were chosen, "nearest" or "gptq".
     """
+
+    rounding = "nearest"
 
     def __init__(
         self,

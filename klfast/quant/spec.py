@@ -12,6 +12,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.quant.formats import FORMATS, QuantFormat
 
 SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
+ROUNDINGS = ("nearest", "gptq")  # the ways to choose the codes, see klfast.quantize_model
 SHAPE_BYTES = 16  # of the saved weight_shape, int64 [2], of each quantized layer
 
 

@@ -16,6 +16,7 @@ from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import linears
 from klfast.nn.lazy_weight import LazyWeight
 from klfast.quant.formats import PackedIntegers
+from klfast.rounding.walk import round_model
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
 
@@ -281,3 +282,48 @@ def test_lazy_weight_compiles(lazy):
 
     x = torch.randn(2, 3, 16)
     torch.testing.assert_close(torch.compile(Mixer(), fullgraph=True, backend="aot_eager")(x), Mixer()(x))
+
+
+def test_gptq_rounds_as_round_model_does():
+    model, ids = tiny("mamba2", tied=True), batch(24, 16)
+    plan = Plan({name: QuantSpec(4, 32) for name in linears(model)}, "uniform", fingerprint(model))
+    want = round_model(model, plan.specs, ids, progress=False).tensors
+    klfast.quantize_model(model, plan, rounding="gptq", calibration=ids, progress=False)
+    for name, layer in linears(model).items():
+        assert layer.rounding == "gptq" and all(map(torch.equal, layer.quantized.parts, want[name].parts))
+    assert isinstance(model.get_input_embeddings(), nn.QuantEmbedding)
+
+
+def test_gptq_tells_what_it_rounded_to_nearest():
+    model = tiny("zamba", tied=True)
+    plan = Plan({name: QuantSpec(4, 32) for name in linears(model)}, "uniform")
+    with pytest.warns(UserWarning, match="rounded to nearest: .* \\(no single block holds it\\)") as warned:
+        klfast.quantize_model(model, plan, rounding="gptq", calibration=batch(24, 16), progress=False)
+    assert sum("rounded to nearest" in str(one.message) for one in warned) == 1
+    layers = linears(model)
+    assert {layer.rounding for layer in layers.values()} == {"nearest", "gptq"}
+    assert layers["lm_head"].rounding == "gptq"
+
+
+def test_gptq_needs_text_and_only_gptq_takes_it():
+    model, plan, ids = tiny("llama"), Plan({"lm_head": QuantSpec()}, "uniform"), batch()
+    unchanged(model, plan, errors.InvalidInputError, "rounding must be .*'up'", rounding="up")
+    unchanged(model, plan, errors.InvalidInputError, "needs calibration text", rounding="gptq")
+    unchanged(model, plan, errors.InvalidInputError, 'only rounding="gptq" reads', calibration=ids)
+    unchanged(model, plan, errors.InvalidInputError, "token id", rounding="gptq", calibration=ids + 1000)
+    assert (
+        isinstance(klfast.quantize_model(model, plan).lm_head, nn.QuantLinear) and model.lm_head.rounding == "nearest"
+    )
+
+
+def test_a_saved_folder_tells_how_each_layer_was_rounded(tmp_path):
+    model, ids = tiny("zamba", tied=True), batch(24, 16)
+    plan = Plan({name: QuantSpec(4, 32) for name in linears(model)}, "uniform")
+    with pytest.warns(UserWarning, match="rounded to nearest"):
+        klfast.quantize_model(model, plan, rounding="gptq", calibration=ids, progress=False)
+    klfast.save_quantized(model, tmp_path / "small")
+    again = klfast.load_quantized(tmp_path / "small")
+    expected = {name: layer.rounding for name, layer in linears(model).items()}
+    assert {name: layer.rounding for name, layer in linears(again).items()} == expected
+    with torch.no_grad():
+        assert torch.equal(klfast.accelerate(model)(ids).logits, again(ids).logits)

@@ -163,6 +163,9 @@ def test_wrong_descriptions_with_a_valid_manifest(damaged):
         ("dtype", ["float32"]),
         ("activation", "int4"),
         ("activation", None),
+        ("rounding", "floor"),
+        ("rounding", None),
+        ("rounding", ["gptq"]),
     ],
 )
 def test_unknown_layer_facts(damaged, key, value):

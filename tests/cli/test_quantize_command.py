@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import klfast
 from klfast.checkpoint import by_name
 from klfast.cli import app
+from klfast.models.linears import linears
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,28 @@ def test_other_commands_check_their_files_first(tmp_path, command):
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "folder"), "--force"])
     assert result.exit_code == 1
     assert f"{tmp_path / 'folder'} is a folder; name a file with --out" in result.stderr
+
+
+def test_gptq_writes_a_model_that_is_nearer(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The sea was calm, and the old man slept. " * 60)
+    small, plain = tmp_path / "small", tmp_path / "plain"
+    options = ("--rounding", "gptq", "--calibration", text, "--length", 32, "--windows", 40)
+    for out, chosen in ((small, options), (plain, ())):
+        result = quantize(model, "--out", out, *chosen)
+        assert result.exit_code == 0, result.output
+    teacher, ids = (
+        klfast.load_model(str(model)),
+        klfast.token_batches(text, by_name.load_tokenizer(str(model)), vocab_size=257),
+    )
+    found = {out: klfast.load_quantized(out) for out in (small, plain)}
+    assert {layer.rounding for layer in linears(found[small]).values()} == {"gptq"}
+    kl = {out: klfast.evaluate(one, ids, teacher=teacher).kl for out, one in found.items()}
+    assert kl[small] < 0.7 * kl[plain]
+    sizes = {out: (out / "model.safetensors").stat().st_size for out in found}
+    assert sizes[small] == sizes[plain]
+
+
+def test_an_unknown_rounding_is_wrong_usage(model, tmp_path):
+    result = quantize(model, "--out", tmp_path / "small", "--rounding", "up")
+    assert result.exit_code == 2 and "nearest, gptq" in result.stderr
