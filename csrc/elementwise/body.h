@@ -3,19 +3,13 @@
 
 #include "core/parallel.h"
 #include "elementwise/combine.h"
+#include "simd/rounded.h"
 #include "simd/tile_io.h"
 
 namespace klfast {
 namespace {
 
 constexpr std::int64_t kColumns = 512;
-
-inline Vec rounded_to(Vec v, DType type) {
-    if (type == DType::f32) return v;
-    alignas(64) std::uint16_t stored[kLanes];
-    store(stored, 0, type, kLanes, v);
-    return load(stored, 0, type, kLanes);
-}
 
 // x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), which is 0.5 x (1 + tanh(...)) (Hendrycks and Gimpel 2016,
 // arXiv:1606.08415).
@@ -44,7 +38,7 @@ void combine_rows(const CombineArgs& c, Function&& function) {
 }
 
 inline void run(const CombineArgs& c) {
-    const auto step = [&](Vec v) { return rounded_to(v, c.out.dtype); };
+    const auto step = [&](Vec v) { return rounded(v, c.out.dtype); };
     switch (c.how) {
         case Combination::add: {
             const Vec factor = set(c.factor);

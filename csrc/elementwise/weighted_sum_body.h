@@ -22,7 +22,7 @@ inline void run(const WeightedSumArgs& a) {
                 for (std::int64_t s = 0; s < a.each; ++s) {
                     const Vec weight = set(load_float(a.weights.data, row * a.weights.stride[0] + s, a.weights.dtype));
                     const Vec x = load(a.x.data, place[s] * a.x.stride[0] + i, a.x.dtype, n);
-                    total = total + rounded_to(weight * x, product);
+                    total = total + rounded(weight * x, product);
                 }
                 store(a.out.data, row * a.out.stride[0] + i, a.out.dtype, n, total);
             }

@@ -9,6 +9,7 @@
 #include "core/integers.h"
 #include "core/parallel.h"
 #include "gemm/args.h"
+#include "simd/rounded.h"
 #include "simd/unrolled.h"
 
 namespace klfast {
@@ -21,13 +22,6 @@ constexpr int kBlock = 256;
 // Prefetch distance in bytes of W, into L2: the hardware's own prefetch stops at each page, and into L1 too few can be
 // under way at once (docs/KERNEL_NOTES.md).
 constexpr int kAhead = 8192;
-
-inline Vec rounded(Vec v, DType type) {
-    if (type == DType::f32) return v;
-    alignas(64) std::uint16_t stored[kLanes];
-    store(stored, 0, type, kLanes, v);
-    return load(stored, 0, type, kLanes);
-}
 
 // Writes total + bias to y[m, n0 .. n0 + valid].
 inline void store_columns(const Product& a, std::int64_t m, std::int64_t n0, int valid, Vec total) {

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "matmul/quantized/digits.h"
+#include "matmul/quantized/packed_value.h"
 
 namespace klfast {
 namespace {
@@ -160,22 +161,13 @@ struct ExactFewRows {
         float total = 0.0f;
         for (std::int64_t k = 0; k < a.k; ++k) {
             const std::int64_t g = k / a.group;
-            const std::int32_t q = value_at(row, k, 1), z = a.zero_point
-                                                                ? value_at(a.zero_point + g, a.zero_row + n, n_groups)
-                                                                : 1 << (Bits - 1);
+            const std::int32_t q = value_at(row, k, 1, Bits);
+            const std::int32_t z =
+                a.zero_point ? value_at(a.zero_point + g, a.zero_row + n, n_groups, Bits) : 1 << (Bits - 1);
             total += load_float(a.x, m * a.x_stride + k, a.x_type) *
                      (static_cast<float>(q - z) * load_float(a.scale, n * n_groups + g, a.scale_type));
         }
         return total;
-    }
-
-    // Value i of a run of packed ones, whose words lie `pitch` apart.
-    static std::int32_t value_at(const std::int32_t* words, std::int64_t i, std::int64_t pitch) {
-        const std::int64_t bit = i * Bits, word = bit / 32 * pitch, shift = bit % 32;
-        std::uint64_t bits = static_cast<std::uint32_t>(words[word]);
-        if (shift + Bits > 32)
-            bits |= static_cast<std::uint64_t>(static_cast<std::uint32_t>(words[word + pitch])) << 32;
-        return static_cast<std::int32_t>(bits >> shift & ((1 << Bits) - 1));
     }
 
     template <bool Zeros>
