@@ -126,7 +126,8 @@ Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Colu
         const bool constant = dt.width == 0;
         const View steps = constant ? with_strides(layer.dt_bias, 0, 0, 1) : buffers.by_sequence(dt, input.length);
         const View bias = constant ? View{} : layer.dt_bias;
-        if (input.length > 1) {
+        // Steps have limits in prompts alone, be it of one token: transformers' decoding step knows none.
+        if (input.length > 1 || input.seen[0] == 0) {
             const ChunkScanArgs args{
                 .x = heads(x),
                 .z = heads(z),

@@ -106,7 +106,9 @@ class Engine:
 
     def _feed(self, ids: torch.Tensor, state: State) -> None:
         state.reserve(int(state.seen.max()) + ids.shape[1])
-        for part in ids.split(self._rows // len(state), dim=1):
+        most = self._rows // len(state)
+        # As long as one another: the last, were it a single token, would be taken for a decoding step.
+        for part in ids.tensor_split(-(-ids.shape[1] // most), dim=1):
             chunk = part.contiguous()  # which must live as long as the call
             self._program.run(*self._arguments(chunk, state), False)
 
