@@ -3,6 +3,7 @@
 
 #include "core/parallel.h"
 #include "elementwise/combine.h"
+#include "elementwise/gelu.h"
 #include "simd/rounded.h"
 #include "simd/tile_io.h"
 
@@ -10,13 +11,6 @@ namespace klfast {
 namespace {
 
 constexpr std::int64_t kColumns = 512;
-
-// x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), which is 0.5 x (1 + tanh(...)) (Hendrycks and Gimpel 2016,
-// arXiv:1606.08415).
-inline Vec gelu(Vec x) {
-    const Vec inner = x * fma(x * x, set(0.044715f * 1.5957691216f), set(1.5957691216f));
-    return x * sigmoid(inner);
-}
 
 template <class Function>
 void combine_rows(const CombineArgs& c, Function&& function) {
@@ -50,6 +44,7 @@ inline void run(const CombineArgs& c) {
         case Combination::silu_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(silu(a)) * b; });
         case Combination::sigmoid_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(sigmoid(a)) * b; });
         case Combination::gelu_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(gelu(a)) * b; });
+        case Combination::gelu_tanh_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(gelu_tanh(a)) * b; });
         case Combination::relu_gate: return combine_rows(c, [](Vec a, Vec b) { return max(a, set(0.0f)) * b; });
         case Combination::softplus_gate: return combine_rows(c, [&](Vec a, Vec b) { return step(softplus(a)) * b; });
     }

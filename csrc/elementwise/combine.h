@@ -10,14 +10,15 @@ namespace klfast {
 
 // Values are rounded to out's type after each step, as separate functions would.
 enum class Combination {
-    add,            // out = a + factor b
-    average,        // out = (a + b) / 2
-    multiply,       // out = a b
-    silu_gate,      // out = silu(a) b
-    sigmoid_gate,   // out = sigmoid(a) b
-    gelu_gate,      // out = gelu(a) b, by its tanh approximation
-    relu_gate,      // out = max(a, 0) b; the squared ReLU of a where b is a
-    softplus_gate,  // out = log(1 + exp(a)) b
+    add,             // out = a + factor b
+    average,         // out = (a + b) / 2
+    multiply,        // out = a b
+    silu_gate,       // out = silu(a) b
+    sigmoid_gate,    // out = sigmoid(a) b
+    gelu_gate,       // out = gelu(a) b
+    gelu_tanh_gate,  // out = gelu(a) b, by its tanh approximation
+    relu_gate,       // out = max(a, 0) b; the squared ReLU of a where b is a
+    softplus_gate,   // out = log(1 + exp(a)) b
 };
 
 struct CombineArgs {

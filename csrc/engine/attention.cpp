@@ -29,6 +29,19 @@ void rotate_row(T* x, std::int64_t half, DType type, const float* cos, const flo
     }
 }
 
+// The channels of a row's heads, as HeadCopy says. Single ones go by value: a call of memcpy for each would take longer
+// than its work.
+template <class T>
+void copy_channels(const HeadCopy& copy, const T* in, std::int64_t in_head, T* out, std::int64_t out_head) {
+    in += copy.first, out += copy.to;
+    if (copy.width == 1) {
+        for (std::int64_t h = 0; h < copy.heads; ++h) out[h * out_head] = in[h * in_head];
+        return;
+    }
+    for (std::int64_t h = 0; h < copy.heads; ++h)
+        std::memcpy(out + h * out_head, in + h * in_head, static_cast<std::size_t>(copy.width) * sizeof(T));
+}
+
 }  // namespace
 
 Work angles(View frequencies, std::int64_t count, float factor, DType rounded_to, Columns out) {
@@ -62,15 +75,17 @@ Work rotate(std::int64_t heads, Columns angles, Columns x) {
 Work copy_heads(HeadCopy copy, Columns in, Columns out) {
     return [=](const Input& input, const Buffers& buffers) {
         const View from = buffers[in], to = buffers[out];
-        const std::int64_t size = size_of(from.dtype);
         const std::int64_t in_head = copy.shared ? 0 : in.width / copy.heads, out_head = out.width / copy.heads;
-        each_row(input, 0.1 * static_cast<double>(out.width), [&](std::int64_t row, std::int64_t) {
-            for (std::int64_t h = 0; h < copy.heads; ++h)
-                std::memcpy(
-                    static_cast<std::byte*>(to.data) + size * (row * to.stride[0] + h * out_head + copy.to),
-                    static_cast<const std::byte*>(from.data) + size * (row * from.stride[0] + h * in_head + copy.first),
-                    static_cast<std::size_t>(copy.width * size));
-        });
+        const auto rows = [&]<class T>(T* first) {
+            each_row(input, 0.1 * static_cast<double>(out.width), [&](std::int64_t row, std::int64_t) {
+                const T* const source = static_cast<const T*>(from.data) + row * from.stride[0];
+                copy_channels(copy, source, in_head, first + row * to.stride[0], out_head);
+            });
+        };
+        if (from.dtype == DType::f32)
+            rows(static_cast<float*>(to.data));
+        else
+            rows(static_cast<std::uint16_t*>(to.data));
     };
 }
 

@@ -45,6 +45,7 @@ Combination combination(const std::string& name) {
     if (name == "silu_gate") return Combination::silu_gate;
     if (name == "sigmoid_gate") return Combination::sigmoid_gate;
     if (name == "gelu_gate") return Combination::gelu_gate;
+    if (name == "gelu_tanh_gate") return Combination::gelu_tanh_gate;
     if (name == "relu_gate") return Combination::relu_gate;
     if (name == "softplus_gate") return Combination::softplus_gate;
     throw std::invalid_argument("no combination " + name);

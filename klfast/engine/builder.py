@@ -69,6 +69,7 @@ class Builder:
         self._names = {module: name for name, module in model.named_modules()}
         self._parts = frozenset(self._names) - {model}
         self._buffers: dict[tuple[str, int, int, int], Columns] = {}
+        self._projections: dict[nn.Module, Any] = {}
         self.checks: list[Callable[[], object]] = []
         self.kept: list[object] = []
         # Not the modules themselves: the model would be one of them, which its engine must not keep alive.
@@ -128,18 +129,22 @@ class Builder:
         return tensor
 
     def _projection(self, layer: nn.Module, activations: bool = True) -> Any:
-        self.expect(layer, "Linear", "QuantLinear")
-        prepared = PreparedLinear(layer)
-        if prepared.projection is None or prepared.hold(layer) is None or not prepared.takes(self.dtype):
-            raise CannotLowerError(f"{self.name(layer)} has a weight that no kernel takes")
-        self.checks.append(lambda: prepared.hold(layer))
-        self.kept.append(prepared.hold(layer))
-        return prepared.projection if activations else prepared.projection.weight_only()
+        if layer not in self._projections:  # several blocks may share it
+            self.expect(layer, "Linear", "QuantLinear")
+            prepared = PreparedLinear(layer)
+            if prepared.projection is None or prepared.hold(layer) is None or not prepared.takes(self.dtype):
+                raise CannotLowerError(f"{self.name(layer)} has a weight that no kernel takes")
+            self.checks.append(lambda: prepared.hold(layer))
+            self.kept.append(prepared.hold(layer))
+            self._projections[layer] = prepared.projection
+        projection = self._projections[layer]
+        return projection if activations else projection.weight_only()
 
-    def _matrix(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Any:
+    def _matrix(self, module: nn.Module, name: str, dtype: torch.dtype | None = None, index: int | None = None) -> Any:
         """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K].
 
-        A parameter of another dtype than ``dtype`` is copied; without, it must be that of activations.
+        A parameter of another dtype than ``dtype`` is copied; without, it must be that of activations. ``index`` picks
+        one matrix of a parameter [E, N, K].
         """
         if isinstance(layer := module._modules.get(name), nn.Linear):
             return self._projection(layer)
@@ -150,7 +155,7 @@ class Builder:
             weight = self.keep(weight.to(dtype))
         if weight is None or weight.dtype is not (dtype or self.dtype):
             raise CannotLowerError(f"{self.name(module)}.{name} is not a tensor of {self.dtype}")
-        rows = weight.flatten(0, -2)
+        rows = weight.flatten(0, -2) if index is None else weight[index]
         return _C.Projection.dense(view(rows), None, *rows.shape)
 
     # Instructions -------------------------------------------------------------------------------------------------
@@ -176,10 +181,20 @@ class Builder:
         self.program.project(self.name(layer), self._projection(layer, not weight_only), x, out)
 
     def project_parameter(
-        self, module: nn.Module, name: str, x: Columns, out: Columns, dtype: torch.dtype | None = None
+        self,
+        module: nn.Module,
+        name: str,
+        x: Columns,
+        out: Columns,
+        *,
+        dtype: torch.dtype | None = None,
+        index: int | None = None,
     ) -> None:
-        """Multiply by a parameter [N, K] of a module, in a dtype, which x has; None for that of activations."""
-        self.program.project(self.name(module), self._matrix(module, name, dtype), x, out)
+        """Multiply by a parameter [N, K] of a module, or by the matrix ``index`` of one of shape [E, N, K].
+
+        It does so in a dtype, which x has; None for that of activations.
+        """
+        self.program.project(self.name(module), self._matrix(module, name, dtype, index), x, out)
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
         """Multiply each sequence's last token alone."""

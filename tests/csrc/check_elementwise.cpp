@@ -22,7 +22,8 @@ double combined(Combination how, double factor, double a, double b, DType dtype)
         case Combination::multiply: return a * b;
         case Combination::silu_gate: return step(silu(a)) * b;
         case Combination::sigmoid_gate: return step(1 / (1 + std::exp(-a))) * b;
-        case Combination::gelu_gate:
+        case Combination::gelu_gate: return step(0.5 * a * std::erfc(-a / std::sqrt(2))) * b;
+        case Combination::gelu_tanh_gate:
             return step(0.5 * a * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (a + 0.044715 * a * a * a)))) * b;
         case Combination::relu_gate: return std::fmax(a, 0) * b;
         case Combination::softplus_gate: return step(std::log1p(std::exp(a))) * b;
@@ -63,9 +64,10 @@ void check_combine() {
     constexpr float factor = 0.75f;
     for (const DType dtype : kTypes)
         for (const Int width : {1, 19, 1031})
-            for (const Combination how : {Combination::add, Combination::average, Combination::multiply,
-                                          Combination::silu_gate, Combination::sigmoid_gate, Combination::gelu_gate,
-                                          Combination::relu_gate, Combination::softplus_gate}) {
+            for (const Combination how :
+                 {Combination::add, Combination::average, Combination::multiply, Combination::silu_gate,
+                  Combination::sigmoid_gate, Combination::gelu_gate, Combination::gelu_tanh_gate,
+                  Combination::relu_gate, Combination::softplus_gate}) {
                 Tensor a = Tensor::random(dtype, {rows, width}, 3.0), b = Tensor::random(dtype, {rows, width}, 3.0);
                 std::vector<double> truth(rows * width);
                 for (Int i = 0; i < rows * width; ++i) truth[i] = combined(how, factor, a[i], b[i], dtype);

@@ -114,11 +114,10 @@ def test_a_second_interrupt_ends_at_once(command):
 
 
 def test_what_cannot_be_served(folder, tmp_path):
-    tiny("zamba2", vocabulary=len(served.words())).save_pretrained(tmp_path / "zamba2")
-    served.words().save_pretrained(tmp_path / "zamba2")
-    assert (
-        "klfast serves models that its native engine runs, but the engine does not know models of type zamba2"
-        in fails("serve", tmp_path / "zamba2", "--port", "0")
+    tiny("phi", vocabulary=len(served.words())).save_pretrained(tmp_path / "phi")
+    served.words().save_pretrained(tmp_path / "phi")
+    assert "klfast serves models that its native engine runs, but the engine does not know models of type phi" in fails(
+        "serve", tmp_path / "phi", "--port", "0"
     )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -31,7 +31,7 @@ def routes(build: Builder, router: Any, x: Columns, routing: Routing, bias: torc
             wide = build.buffer("router.wide", x.width, dtype)
             build.scale(1.0, x, wide)
             x = wide
-        build.project_parameter(router, "weight", x, logits, dtype)
+        build.project_parameter(router, "weight", x, logits, dtype=dtype)
     return build.route(f"{build.name(router)}.routes", routing, logits, bias)
 
 

@@ -71,12 +71,7 @@ def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
 
 def _shared_mlp(build: Builder, mlp: Any, x: Columns, out: Columns) -> None:
     build.expect(mlp, "GraniteMoeHybridMLP")
-    lowering.require_silu(mlp.activation)
-    both, inner = build.buffer("mlp.both", 2 * mlp.hidden_size), build.buffer("mlp.inner", mlp.hidden_size)
-    build.project(mlp.input_linear, x, both)
-    gate, up = both.split(mlp.hidden_size, mlp.hidden_size)
-    build.combine("silu_gate", gate, up, inner)
-    build.project(mlp.output_linear, inner, out)
+    lowering.fused_mlp(build, mlp.input_linear, mlp.output_linear, mlp.activation, x, out)
 
 
 FAMILY = Family(

@@ -105,7 +105,7 @@ def _state_space(build: Builder, mixer: Any, x: Columns, z: Columns, out: Column
     A_log, D, bias = build.tensors(
         (mixer.A_log._parameters, "0"), (mixer.D._parameters, "0"), (mixer.dt_proj[0]._parameters, "bias")
     )
-    build.selective_scan(f"{build.name(mixer)}.scan", -torch.exp(A_log.float()), D, bias, u, dt, B, C, z, out)
+    build.selective_scan(f"{build.name(mixer)}.scan", lowering.rate(A_log), D, bias, u, dt, B, C, z, out)
 
 
 FAMILY = Family(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import common, experts, lowering
@@ -41,20 +39,14 @@ def _delta_attention(build: Builder, mixer: Any, x: Columns, out: Columns) -> No
     lowering.delta_qkv(build, mixer, x, mixed, (width, width, width))
     a, z, y = (build.buffer(f"delta.{name}", width) for name in "azy")
     b = build.buffer("delta.b", mixer.num_heads)
-    _project_twice(build, gate.f_a_proj, gate.f_b_proj, x, a)
-    _project_twice(build, mixer.g_a_proj, mixer.g_b_proj, x, z)
+    lowering.project_twice(build, gate.f_a_proj, gate.f_b_proj, x, a)
+    lowering.project_twice(build, mixer.g_a_proj, mixer.g_b_proj, x, z)
     build.project(mixer.b_proj, x, b)
     A_log, dt_bias = build.parameters(gate, "A_log", "dt_bias")
     q, k, v = mixed.split(width, width, width)
     build.delta_rule(build.name(mixer), A_log, dt_bias, 1.0, mixer.num_heads, q, k, v, a, b, y)
     build.normalise(mixer.o_norm, y, y, z)
     build.project(mixer.o_proj, y, out)
-
-
-def _project_twice(build: Builder, first: nn.Linear, last: nn.Linear, x: Columns, out: Columns) -> None:
-    inner = build.buffer("delta.inner", first.out_features)
-    build.project(first, x, inner)
-    build.project(last, inner, out)
 
 
 def _latent_attention(build: Builder, module: Any, x: Columns, out: Columns) -> None:

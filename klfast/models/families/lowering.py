@@ -29,6 +29,24 @@ class Sublayer(NamedTuple):
     after: str | None = None
 
 
+_GATES = {
+    "silu": "silu_gate",
+    "swish": "silu_gate",
+    "siluactivation": "silu_gate",
+    "geluactivation": "gelu_gate",
+    "gelutanh": "gelu_tanh_gate",
+    "newgeluactivation": "gelu_tanh_gate",
+}
+
+
+def activation_gate(activation: object) -> str:
+    """Return the combination of ``Builder.combine`` that multiplies an activation, of transformers', by another row."""
+    name = _name(activation)
+    if name.lower() not in _GATES:
+        raise CannotLowerError(f"an activation is {name}")
+    return _GATES[name.lower()]
+
+
 def require_silu(activation: object) -> None:
     """Require that an activation, by its name, function or module, is SiLU."""
     _require(activation, "silu", "swish", "siluactivation")
@@ -40,9 +58,32 @@ def require_squared_relu(activation: object) -> None:
 
 
 def _require(activation: object, *names: str) -> None:
-    name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
-    if str(name).lower() not in names:
+    if (name := _name(activation)).lower() not in names:
         raise CannotLowerError(f"an activation is {name}")
+
+
+def _name(activation: object) -> str:
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
+    return str(name)
+
+
+def project_twice(build: Builder, first: nn.Linear, last: nn.Linear, x: Columns, out: Columns) -> None:
+    """Lower last(first(x))."""
+    inner = build.buffer("projected_once", first.out_features)
+    build.project(first, x, inner)
+    build.project(last, inner, out)
+
+
+def project_adapted(build: Builder, layer: nn.Linear, adapter: Any, x: Columns, out: Columns) -> None:
+    """Lower layer(x) + adapter(x), with an nn.Sequential of two linear layers; None for layer(x) alone."""
+    build.project(layer, x, out)
+    if adapter is None:
+        return
+    build.expect(adapter, "Sequential")
+    update = build.buffer("adapter.update", out.width)
+    first, last = adapter
+    project_twice(build, first, last, x, update)
+    build.combine("add", out, update, out)
 
 
 def decoder(
@@ -131,7 +172,7 @@ def mamba1(
     build.project(mixer.dt_proj, step, dt, weight_only=True)
     A_log, D = build.parameters(mixer, "A_log", "D")
     [dt_bias] = build.parameters(mixer.dt_proj, "bias")
-    build.selective_scan(build.name(mixer), _rate(A_log), D, dt_bias, u, dt, B, C, z, y)
+    build.selective_scan(build.name(mixer), rate(A_log), D, dt_bias, u, dt, B, C, z, y)
     build.project(mixer.out_proj, y, out)
 
 
@@ -156,7 +197,7 @@ def mamba2(
     A_log, D, dt_bias = build.parameters(mixer, "A_log", "D", "dt_bias")
     name, limit = build.name(mixer), mixer.time_step_limit
     gate = z if isinstance(mixer.norm, nn.Identity) else None
-    build.head_scan(name, _rate(A_log), D, dt_bias, mixer.head_dim, mixer.n_groups, limit, u, dt, B, C, y, gate)
+    build.head_scan(name, rate(A_log), D, dt_bias, mixer.head_dim, mixer.n_groups, limit, u, dt, B, C, y, gate)
     if gate is None:
         build.normalise(mixer.norm, y, y, z)
     build.project(mixer.out_proj, y, out)
@@ -275,6 +316,7 @@ def attention(
     gated: bool = False,
     key_scale: float = 1.0,
     window: int | None = None,
+    adapters: Sequence[nn.Module | None] = (None, None, None),
 ) -> None:
     """Lower grouped-query attention as transformers writes it.
 
@@ -287,8 +329,10 @@ def attention(
         gated: each head of q_proj has a gate behind its query; sigmoid(gate) multiplies the result.
         key_scale: multiplies keys.
         window: number of tokens that a token sees, itself included; None for all before it.
+        adapters: of q_proj, k_proj and v_proj, as ``project_adapted`` takes them.
     """
     layer_q, layer_k, layer_v, layer_out = (getattr(module, name) for name in names[:4])
+    adapter_q, adapter_k, adapter_v = adapters
     dim = module.head_dim
     heads, groups = layer_out.in_features // dim, layer_k.out_features // dim
     q, k, v = (build.buffer(f"attention.{name}", n * dim) for name, n in (("q", heads), ("k", groups), ("v", groups)))
@@ -296,13 +340,13 @@ def attention(
     gate = None
     if gated:
         both, gate = build.buffer("attention.gated", 2 * heads * dim), build.buffer("attention.gate", heads * dim)
-        build.project(layer_q, x, both)
+        project_adapted(build, layer_q, adapter_q, x, both)
         build.pick_heads(heads, 0, both, q)
         build.pick_heads(heads, dim, both, gate)
     else:
-        build.project(layer_q, x, q)
-    build.project(layer_k, x, k)
-    build.project(layer_v, x, v)
+        project_adapted(build, layer_q, adapter_q, x, q)
+    project_adapted(build, layer_k, adapter_k, x, k)
+    project_adapted(build, layer_v, adapter_v, x, v)
     for name, columns, count in ((names.q_norm, q, heads), (names.k_norm, k, groups)):
         if name is not None:
             build.normalise(getattr(module, name), columns, columns)
@@ -317,10 +361,10 @@ def attention(
 
 
 def mlp(build: Builder, module: Any, x: Columns, out: Columns, *classes: str, gate_scale: float | None = None) -> None:
-    """Lower an MLP as transformers names its layers, of one of ``classes``: down(silu(gate_scale gate(x)) up(x))."""
+    """Lower an MLP as transformers names its layers, of one of ``classes``: down(act(gate_scale gate(x)) up(x))."""
     build.expect(module, *classes)
-    require_silu(module.act_fn)
-    gated_mlp(build, module.gate_proj, module.up_proj, module.down_proj, x, out, gate_scale=gate_scale)
+    layers, how = (module.gate_proj, module.up_proj, module.down_proj), activation_gate(module.act_fn)
+    gated_mlp(build, *layers, x, out, how=how, gate_scale=gate_scale)
 
 
 def gated_mlp(
@@ -331,18 +375,37 @@ def gated_mlp(
     x: Columns,
     out: Columns,
     *,
+    how: str = "silu_gate",
     gate_scale: float | None = None,
 ) -> None:
-    """Lower down(silu(gate_scale gate(x)) up(x))."""
+    """Lower down(act(gate_scale gate(x)) up(x)); ``how`` is an ``activation_gate``."""
     one, other = (build.buffer(f"mlp.{name}", gate.out_features) for name in ("gate", "up"))
     build.project(gate, x, one)
     build.project(up, x, other)
     if gate_scale is not None:
         build.scale(gate_scale, one, one)
-    build.combine("silu_gate", one, other, one)
+    build.combine(how, one, other, one)
     build.project(down, one, out)
 
 
-def _rate(A_log: torch.Tensor) -> torch.Tensor:
-    """Return A."""
+def fused_mlp(
+    build: Builder,
+    gate_up: nn.Linear,
+    down: nn.Linear,
+    activation: object,
+    x: Columns,
+    out: Columns,
+    adapter: nn.Module | None = None,
+) -> None:
+    """Lower such an MLP whose gate and up are one layer, the gate's rows first, which may have an adapter."""
+    width = down.in_features
+    both, inner = build.buffer("mlp.both", 2 * width), build.buffer("mlp.inner", width)
+    project_adapted(build, gate_up, adapter, x, both)
+    gate, up = both.split(width, width)
+    build.combine(activation_gate(activation), gate, up, inner)
+    build.project(down, inner, out)
+
+
+def rate(A_log: torch.Tensor) -> torch.Tensor:
+    """Return A, float32."""
     return -torch.exp(A_log.float())
