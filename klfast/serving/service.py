@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from klfast.core.errors import InvalidInputError
-from klfast.engine.builder import CannotLowerError
+from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.generation.chat import chat_text, system_part
 from klfast.generation.engine import engine_of
 from klfast.generation.settings import settle

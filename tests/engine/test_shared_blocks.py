@@ -56,7 +56,7 @@ def test_a_quantized_layer_that_blocks_share_is_prepared_once(monkeypatch):
             super().__init__(layer)
 
     model = quantized(tiny("zamba2_adapters", tied=True), "int8-g16-sym")
-    monkeypatch.setattr("klfast.engine.builder.PreparedLinear", Counted)
+    monkeypatch.setattr("klfast.engine.instructions.matrices.PreparedLinear", Counted)
     engine = lower(model)
     assert engine.names.count("model.layers.1.shared_transformer.self_attn.q_proj") == 2
     assert len(set(prepared)) == len(prepared)

@@ -1,0 +1,1 @@
+"""A builder's methods, one an instruction, by what they compute."""

@@ -1,0 +1,58 @@
+"""``ExpertInstructions``: which experts tokens meet, and the products with their matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from klfast.backends.cpu.extension import DTYPE_CODES, view
+from klfast.core.errors import CannotLowerError
+from klfast.engine.columns import Columns
+from klfast.engine.instructions.matrices import MatrixInstructions
+from klfast.engine.routing import Routes, Routing
+
+
+class ExpertInstructions(MatrixInstructions):
+    """Routers and experts."""
+
+    def route(
+        self, name: str, routing: Routing, logits: Columns, bias: torch.Tensor | None = None, prefix: str = "router"
+    ) -> Routes:
+        """Choose experts for each token by the logits; ``bias`` [E] is added to the scores for the choice alone."""
+        if logits.width % routing.groups or routing.open_groups > routing.groups:
+            raise CannotLowerError(
+                f"{name}: {logits.width} experts in {routing.groups} groups, {routing.open_groups} open"
+            )
+        most = logits.width // routing.groups * routing.open_groups
+        if routing.each > most:
+            raise CannotLowerError(f"{name}: a token meets {routing.each} of {most} experts")
+        index = self.buffer(f"{prefix}.index", routing.each, torch.float32)
+        weights = self.buffer(f"{prefix}.weights", routing.each, torch.float32 if routing.wide else None)
+        self.program.route(
+            name,
+            view(bias),
+            routing.sigmoid,
+            routing.normalise,
+            routing.epsilon,
+            routing.factor,
+            routing.groups,
+            routing.open_groups,
+            DTYPE_CODES[self.dtype if routing.rounds else torch.float32],
+            logits,
+            index,
+            weights,
+        )
+        return Routes(logits.width, index, weights)
+
+    def gather(self, name: str, routes: Routes, x: Columns, out: Columns) -> None:
+        """Copy each token's row of x once for each of its experts, in the order of the experts."""
+        self.program.gather(name, routes.experts, routes.chosen, x, out)
+
+    def project_gathered(self, experts: nn.Module, stack: str, routes: Routes, x: Columns, out: Columns) -> None:
+        """Multiply each of such rows by its expert's matrix in a stack."""
+        name, matrices = f"{self.name(experts)}.{stack}", self._matrix(experts, stack)
+        self.program.project_gathered(name, matrices, routes.experts, routes.chosen, x, out)
+
+    def sum_gathered(self, name: str, routes: Routes, x: Columns, out: Columns) -> None:
+        """Add up such rows of each token, weighted."""
+        self.program.sum_gathered(name, routes.experts, routes.chosen, routes.weights, x, out)

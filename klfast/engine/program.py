@@ -1,0 +1,124 @@
+"""``ProgramBase``: a program's memory and states, and the parts of the model that it reads."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from klfast.backends.cpu.extension import DTYPE_CODES
+from klfast.core.errors import CannotLowerError
+from klfast.engine.columns import Columns
+from klfast.engine.state import StateSpec
+from klfast.nn.direct_call import Place, Watch, has, plain
+from klfast.nn.norm import Norm
+from klfast.nn.untouched import why_touched
+
+NormReader = Callable[[Any], Norm]  # from a module
+
+
+def _are(found: Collection[object], expected: Collection[object]) -> bool:
+    """Return whether two collections hold the same objects in the same order."""
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))
+
+
+class ProgramBase:
+    """What the instructions of a program are made with.
+
+    Buffers have a row for each token of a run; columns of them are what instructions take and write. Weights are used
+    where they lie.
+
+    Args:
+        model: the model, whose modules' names name the instructions.
+        dtype: that of activations.
+        rows: most tokens of a run.
+        norm_of: returns what reads the parameters of a norm of a class; None for a class that is no norm.
+
+    Attributes:
+        program: the extension's.
+        states: the tensors of a sequence's state.
+        prefix: number of learned inputs before a sequence's tokens, the program's tokens beyond the vocabulary.
+        kept: what must live as long as the program.
+        checks: each returns False or None once a part of the model is no longer what the program has.
+
+    Raises:
+        CannotLowerError: klfast's extension is missing, or cannot take a part.
+    """
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, rows: int, norm_of: Callable[[type], NormReader | None]
+    ) -> None:
+        try:
+            from klfast import _C
+        except ImportError as error:
+            raise CannotLowerError("klfast's C++ extension is not built") from error
+        if dtype not in DTYPE_CODES:
+            raise CannotLowerError(f"the model computes in {dtype}")
+        self.dtype, self.rows, self._norm_of = dtype, rows, norm_of
+        self.program = _C.Program()
+        self.states: list[StateSpec] = []
+        self.prefix = 0
+        self._names = {module: name for name, module in model.named_modules()}
+        self._parts = frozenset(self._names) - {model}
+        self._buffers: dict[tuple[str, int, int, int], Columns] = {}
+        self._projections: dict[nn.Module, Any] = {}
+        self.checks: list[Callable[[], object]] = []
+        self.kept: list[object] = []
+        # Not the modules themselves: the model would be one of them, which its engine must not keep alive.
+        children = [(module._modules, tuple(module._modules.values())) for module in model.modules()]
+        self.checks.append(lambda: all(_are(places.values(), found) for places, found in children))
+
+    # Memory -------------------------------------------------------------------------------------------------------
+
+    def buffer(self, name: str, width: int, dtype: torch.dtype | None = None, rows: int | None = None) -> Columns:
+        """Return the whole of a buffer; the same one for the same name and size."""
+        code, rows = DTYPE_CODES[dtype or self.dtype], rows or self.rows
+        key = name, width, code, rows
+        if key not in self._buffers:
+            self._buffers[key] = Columns(self.program.buffer(width, code, rows), 0, width)
+        return self._buffers[key]
+
+    def state(self, *shape: int, dtype: torch.dtype, growing: int | None = None) -> int:
+        """Return the number of a new tensor of the state, zero at first; see ``StateSpec``."""
+        self.states.append(StateSpec(shape, dtype, growing))
+        return len(self.states) - 1
+
+    # Parts of the model -------------------------------------------------------------------------------------------
+
+    def name(self, module: nn.Module) -> str:
+        """Return a module's name in the model."""
+        return self._names.get(module, type(module).__name__)
+
+    def expect(self, module: nn.Module, *classes: str) -> None:
+        """Require a module of one of these classes, or of any if none is given, that does what its class does."""
+        name = self.name(module)
+        if classes and type(module).__name__ not in classes:
+            raise CannotLowerError(f"{name} is a {type(module).__name__}")
+        if reason := why_touched(module):
+            raise CannotLowerError(f"{name} {reason}")
+        if module in self._parts:
+            self.checks.append(lambda: not why_touched(module))
+
+    def tensors(self, *places: Place) -> list[Any]:
+        """Return tensors, or None, by their places in modules' parameters or buffers, watched from now on."""
+        if not has(*places):
+            raise CannotLowerError("a parameter has been replaced by a property")
+        watch = Watch(*places)
+        found, watch.tensors = list(watch.tensors), ()
+        if not plain(*found):
+            raise CannotLowerError("a parameter is not a plain tensor of floats on the CPU")
+        self.checks.append(watch.hold)
+        self.kept.append(found)
+        return found
+
+    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
+        """Return parameters of a module, tensors or None, watched from now on."""
+        return self.tensors(*((module._parameters, name) for name in names))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keep a tensor made for the program."""
+        self.kept.append(tensor)
+        return tensor

@@ -1,0 +1,35 @@
+"""Lowerings that several families share: chains of blocks, mixers, attention, feed-forward networks, heads."""
+
+from klfast.models.families.lowering.activations import activation_gate, require_silu, require_squared_relu
+from klfast.models.families.lowering.blocks import Lower, Sublayer, decoder, head, recurrent
+from klfast.models.families.lowering.delta_nets import DeltaNames, delta_heads, delta_net, delta_qkv
+from klfast.models.families.lowering.feed_forward import fused_mlp, gated_mlp, mlp
+from klfast.models.families.lowering.projections import project_adapted, project_twice
+from klfast.models.families.lowering.self_attention import AttentionNames, attention, rotary
+from klfast.models.families.lowering.state_space import mamba1, mamba2, rate
+
+__all__ = [
+    "AttentionNames",
+    "DeltaNames",
+    "Lower",
+    "Sublayer",
+    "activation_gate",
+    "attention",
+    "decoder",
+    "delta_heads",
+    "delta_net",
+    "delta_qkv",
+    "fused_mlp",
+    "gated_mlp",
+    "head",
+    "mamba1",
+    "mamba2",
+    "mlp",
+    "project_adapted",
+    "project_twice",
+    "rate",
+    "recurrent",
+    "require_silu",
+    "require_squared_relu",
+    "rotary",
+]
