@@ -123,7 +123,8 @@ struct PanelGrid {
         const char* const ahead = static_cast<const char*>(a.scale) + rows_ahead(a) * groups * size;
         if (groups == 1 && a.zero_point == nullptr) {
             __builtin_prefetch(ahead + n0 * size, 0, 3);
-            const auto count = static_cast<int>(smaller(kLanes, a.n - n0));
+            // Of a pair of panels, the second may have no rows.
+            const auto count = static_cast<int>(larger(smaller(kLanes, a.n - n0), 0));
             return store(scale.data, load(a.scale, n0, a.scale_type, count));
         }
         for (std::int64_t g = 0; g < groups; g += kLanes) {
