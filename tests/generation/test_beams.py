@@ -147,7 +147,6 @@ def test_a_damaged_model():
         (dict(callback=print), "leave out callback, streamer, logprobs"),
         (dict(transcript=klfast.Transcript(logprobs=1)), "leave out callback, streamer, logprobs"),
     ],
-    ids=str,
 )
 def test_refuses_options(options, message):
     with pytest.raises(errors.InvalidInputError, match=message):
