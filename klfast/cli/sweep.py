@@ -40,6 +40,9 @@ def sweep(
     rows: Annotated[
         bool, typer.Option("--rows", help="Also measure each role of the rows of a fused layer (Hymba's in_proj).")
     ] = False,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Also measure int8 activations, for klfast plan --activation auto.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="File for the sensitivities.")] = Path("sensitivities.json"),
     resume: Annotated[
         bool,
@@ -83,6 +86,7 @@ def sweep(
             layers=layers,
             exclude=exclude,
             rows=rows,
+            activations=activations,
             scale=scale,
             dtype=None if computed == "auto" else computed,
         )

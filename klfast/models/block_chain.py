@@ -157,7 +157,7 @@ class Chain:
 
             return forward
 
-        with _replaced_forwards(self.blocks, substitute):
+        with replaced_forwards(self.blocks, substitute):
             output: Sequence[torch.Tensor] = self._base(input_ids=input_ids, use_cache=False)
             return output
 
@@ -214,10 +214,10 @@ def _find_blocks(base: nn.Module, name: str, path: str | None) -> list[nn.Module
 
 
 @contextmanager
-def _replaced_forwards(
+def replaced_forwards(
     blocks: Sequence[nn.Module], substitute: Callable[[int], Callable[..., object]]
 ) -> Iterator[None]:
-    """Temporarily give each block another ``forward``."""
+    """Temporarily give each module another ``forward``."""
     before = [vars(block).get("forward") for block in blocks]  # other libraries (accelerate) set it, too
     try:
         for index, block in enumerate(blocks):

@@ -1,9 +1,13 @@
 """Measurement of one micro-batch of a sweep: how each candidate changes the model's next-token distributions.
 
-A candidate is one matrix quantized, all others at full precision. The teacher runs once and leaves the carry at
-every block boundary; a candidate re-runs its own block from there, and all candidates of a block go through the rest
-of the network as one larger batch. Only through a block that uses a candidate's weight again (Zamba's shared blocks)
-they go one by one, each with its own weight. Full logits are never materialised.
+A candidate is one matrix quantized, or the input of one rounded to int8, all else at full precision. The teacher runs
+once and leaves the carry at every block boundary; a candidate re-runs its own block from there, and all candidates of a
+block go through the rest of the network as one larger batch. Only through a block that uses a candidate's weight again
+(Zamba's shared blocks) they go one by one, each with its own weight. Full logits are never materialised.
+
+Inputs are rounded beside the exact weight. The errors of a weight and of its input are small and independent, so their
+KLs add up. With the quantized weight, the KL that int8 adds would be the small difference of two large ones, noisy, and
+another one for each spec.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
@@ -23,6 +28,7 @@ from klfast.models.head import Readout, divergence
 from klfast.models.matrices import Matrix
 from klfast.quant.rounding import fake_quantize
 from klfast.quant.spec import QuantSpec
+from klfast.sensitivity.int8_inputs import int8_inputs, rounded
 from klfast.sensitivity.results import METRICS
 from klfast.sensitivity.unfinished import Unfinished
 
@@ -37,6 +43,7 @@ COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's
 class Candidate:
     """A named matrix and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``.
 
+    With ``inputs_of``, the modules that hold it, their input is rounded to int8 in the spec's groups, not the weight.
     ``blocks`` are the indices of all blocks that use its weight, in order; empty for the head.
     """
 
@@ -46,8 +53,11 @@ class Candidate:
     blocks: tuple[int, ...] = ()
     use: str | None = None
     rows: tuple[int, int] | None = None
+    inputs_of: tuple[nn.Module, ...] = ()
 
     def __str__(self) -> str:
+        if self.inputs_of:
+            return f"{self.name} with int8 activations"
         return f"{self.name}{f' ({self.use} rows)' if self.use else ''} as {self.spec}"
 
 
@@ -128,6 +138,9 @@ class Engine:
         self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None
     ) -> torch.Tensor:
         """Measure the head under one spec. A tied embedding reads the quantized rows, which affects every block."""
+        if candidate.inputs_of:
+            hidden = rounded(teacher.hidden, candidate.spec).unsqueeze(0)
+            return self._diverge(teacher, hidden, self._full_head)
         with self._swapped(candidate):
             if tied:
                 with self._timed("suffix"):
@@ -192,7 +205,11 @@ class Engine:
 
     @contextmanager
     def _swapped(self, candidate: Candidate) -> Iterator[None]:
-        """Give the layer its quantized weight, and restore its own storage afterwards. A tied embedding shares both."""
+        """Round the weight, or its input; restore its storage afterwards. A tied embedding shares the weight."""
+        if candidate.inputs_of:
+            with int8_inputs(candidate.inputs_of, candidate.matrix.attribute, candidate.spec):
+                yield
+            return
         tensor, weight = candidate.matrix.tensor, candidate.matrix.weight
         first, end = candidate.rows or (0, len(weight))
         with self._timed("quantize"):

@@ -25,7 +25,11 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     if found.fingerprint is None:
         return kl_ssm_quant.read_files(paths)
     merged = replace(
-        found, measurements=dict(found.measurements), rows=dict(found.rows), provenance=dict(found.provenance)
+        found,
+        measurements=dict(found.measurements),
+        rows=dict(found.rows),
+        activations=dict(found.activations),
+        provenance=dict(found.provenance),
     )
     for path in paths[1:]:
         other = Sensitivities.from_json(path)
@@ -42,6 +46,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
             raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} again; leave one of the files out")
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
+        merged.activations.update(other.activations)  # the same for all specs with such groups
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
             merged.provenance.pop("ce_teacher", None)  # no single text to predict a perplexity for
         scales = [one.provenance.get("scale") for one in (found, other)]

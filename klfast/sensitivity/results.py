@@ -66,6 +66,8 @@ class Sensitivities:
         provenance: free-form facts (model, calibration text, tokens, versions ...). "ce_teacher", where a sweep has
             recorded it, is the full-precision model's mean cross-entropy on the calibration text, nats per token.
         rows: by (layer name, use, spec), measurements of only those rows of the layer that serve one use.
+        activations: by (layer name, inputs in a group), measurements of the layer with its weight in full precision and
+            its input rounded to int8 in such groups.
     """
 
     fingerprint: Fingerprint | None
@@ -75,12 +77,17 @@ class Sensitivities:
     noise_floor: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
     rows: dict[tuple[str, str, QuantSpec], Measurement] = field(default_factory=dict)
+    activations: dict[tuple[str, int], Measurement] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Sensitivities:
         """Return sensitivities of ``model`` without measurements: its fingerprint, layers and bytes."""
         found = {name: LayerInfo(one.shape, weight_bytes(one)) for name, one in matrices(model).items()}
         return cls(fingerprint.fingerprint(model), found, other_bytes(model))
+
+    def int8_activations(self, name: str, spec: QuantSpec) -> Measurement | None:
+        """Return the measurement of a layer's input rounded in the groups of a spec; None if there is none."""
+        return self.activations.get((name, spec.group_length(self.layers[name].shape[1])))
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, extra: Mapping[str, object] | None = None) -> str:
         """Return the sensitivities as JSON text; write it atomically to ``path`` if given.
@@ -104,6 +111,9 @@ class Sensitivities:
             "rows": [
                 {"layer": name, "use": use, "spec": str(spec), **_entry(m)}
                 for (name, use, spec), m in self.rows.items()
+            ],
+            "activations": [
+                {"layer": name, "group": group, **_entry(m)} for (name, group), m in self.activations.items()
             ],
             "noise_floor": numbers_to_json(self.noise_floor),
             "provenance": self.provenance,
@@ -165,13 +175,18 @@ class Sensitivities:
                     )
                     for entry in entries.get("rows", ())
                 },
+                {
+                    (entry["layer"], whole(entry["group"], "group", 1)): _measurement(entry)
+                    for entry in entries.get("activations", ())  # files of before have none
+                },
             )
             if "ce_teacher" in found.provenance:
                 number(found.provenance["ce_teacher"], "ce_teacher", most=_MOST)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KlfastError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{origin} is damaged ({what}); {remedy}") from error
-        if unknown := [name for name, *_ in (*found.measurements, *found.rows) if name not in layers]:
+        measured = (*found.measurements, *found.rows, *found.activations)
+        if unknown := [name for name, *_ in measured if name not in layers]:
             raise CheckpointError(
                 f"{origin} has measurements of {unknown[0]!r}, which is not among its layers; {remedy}"
             )

@@ -9,7 +9,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.models.head import is_head_tied
 from klfast.models.linears import row_parts
-from klfast.models.matrices import matrices, sharers
+from klfast.models.matrices import named_matrices, sharers
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
 
@@ -41,9 +41,9 @@ class Step:
         return f"block {self.place}" if isinstance(self.place, int) else self.place
 
 
-def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool) -> list[Step]:
+def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool, activations: bool) -> list[Step]:
     """Return the steps of one micro-batch: the noise floor, the candidates of each block, then those of the head."""
-    of_model = matrices(chain.model)
+    of_model = named_matrices(chain.model)
     groups = {group[0]: group for group in sharers(chain.model)}
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
     for name in names:
@@ -51,6 +51,10 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
         blocks = () if layer.holder is chain.head.module else _blocks(chain, groups[name])
         place = blocks[0] if blocks else "head"
         at[place] += [Candidate(name, layer, spec, blocks) for spec in specs]
+        if activations:
+            holders = tuple(dict.fromkeys(of_model[same].holder for same in groups[name]))
+            by_group = {spec.group_length(layer.shape[1]): spec for spec in specs}
+            at[place] += [Candidate(name, layer, spec, blocks, inputs_of=holders) for spec in by_group.values()]
         for use, part in row_parts(chain.model, name).items() if rows else ():
             at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in specs]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in chain.blocks]

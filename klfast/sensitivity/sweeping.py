@@ -50,6 +50,7 @@ def sweep(
     layers: Patterns | None = None,
     exclude: Patterns | None = None,
     rows: bool = False,
+    activations: bool = False,
     scale: str = "absmax",
     max_batch_tokens: int = 8192,
     dtype: torch.dtype | None = torch.float32,
@@ -82,6 +83,8 @@ def sweep(
         rows: also measure, into ``Sensitivities.rows``, each use that the rows of a fused layer are split between, such
             as the gate, input, B, C and step size in Mamba-2's in_proj, and each expert of a mixture (``layers`` can
             leave those out, which are many). Plans do not need it; it shows what hurts.
+        activations: also measure, into ``Sensitivities.activations``, each layer with its weight exact and its input
+            rounded to int8, in the groups of each spec. ``klfast.plan(activation="auto")`` needs it.
         scale: how scales are chosen, as in ``klfast.quantize``.
         max_batch_tokens: most tokens that go through a block at a time (but at least one window).
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
@@ -116,6 +119,7 @@ def sweep(
             "specs": [str(spec) for spec in parsed],
             "layers": names,
             "rows": rows,
+            "activations": activations,
             "calibration": inputs.digest(windows),
             "scale": scale,
             "max_batch_tokens": max_batch_tokens,
@@ -125,7 +129,7 @@ def sweep(
             blank,
             Engine(chain, scale, max_batch_tokens),
             windows,
-            steps(chain, names, parsed, rows),
+            steps(chain, names, parsed, rows, activations),
             settings,
             reported,
             resume,
@@ -236,18 +240,28 @@ class _Run:
             floor, ce_teacher = self._metrics(self.tally.mean(0)), self.tally.mean(0)[COLUMNS.index("ce_teacher")]
             if math.isfinite(ce_teacher):
                 provenance["ce_teacher"] = ce_teacher
-        measurements, rows = {}, {}
+        measurements, rows, activations = {}, {}, {}
         for step in self.steps:
             for row, candidate in enumerate(step.candidates, step.first):
                 if tokens := self.tally.tokens(row):
                     mean = self._metrics(self.tally.mean(row))
                     below = mean[_KL] < NOISE_MULTIPLE * floor[_KL]
                     measurement = Measurement(mean, self._metrics(self.tally.stderr(row)), tokens, below)
-                    if candidate.use is None:
+                    if candidate.inputs_of:
+                        group = candidate.spec.group_length(candidate.matrix.shape[1])
+                        activations[candidate.name, group] = measurement
+                    elif candidate.use is None:
                         measurements[candidate.name, candidate.spec] = measurement
                     else:
                         rows[candidate.name, candidate.use, candidate.spec] = measurement
-        return replace(self.blank, measurements=measurements, rows=rows, noise_floor=floor, provenance=provenance)
+        return replace(
+            self.blank,
+            measurements=measurements,
+            rows=rows,
+            activations=activations,
+            noise_floor=floor,
+            provenance=provenance,
+        )
 
     def _metrics(self, values: Sequence[float]) -> dict[str, float]:
         return {name: value for name, value in zip(COLUMNS, values, strict=True) if name in self.reported}
@@ -311,8 +325,9 @@ class _Run:
         if found is None or own is None or not found.matches(own):
             raise ModelMismatchError(f"{path} is the resume file of another model's sweep; {remedy}")
         try:
+            settings = {"activations": False, **state["settings"]}  # files of before lack it
             for name, value in self.settings.items():
-                if state["settings"][name] != value:
+                if settings[name] != value:
                     raise InvalidInputError(f"{path} is the resume file of a sweep with other {name}; {remedy}")
             self.micro_batch, self.step = (signed_json.whole(number, "its next step") for number in state["next"])
             if "steps" not in state:

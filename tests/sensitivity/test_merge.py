@@ -51,3 +51,9 @@ def test_scales_must_agree(tmp_path):
     unknown = made(INT8)
     del unknown.provenance["scale"]
     assert "scale" not in read(tmp_path, made(INT4), unknown).provenance
+
+
+def test_activations_of_all_files_are_kept(tmp_path):
+    first, second = ({("a", group): Measurement({KL: 0.1}, {KL: 0.01}, group)} for group in (64, 32))
+    found = read(tmp_path, replace(made(INT4), activations=first), replace(made(INT8), activations=first | second))
+    assert found.activations == first | second

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 
@@ -34,6 +35,7 @@ def sensitivities():
         },
         noise_floor={"kl_teacher_student": 3e-12},
         provenance={"model": "tiny", "windows": 2},
+        activations={("lm_head", 5): Measurement(mean, stderr, 510)},
     )
 
 
@@ -58,6 +60,12 @@ def test_files_without_a_digest_can_be_read(sensitivities):
     data = json.loads(sensitivities.to_json())
     del data["sha256"]
     assert repr(Sensitivities.from_json(json.dumps(data))) == repr(sensitivities)
+
+
+def test_files_from_before_there_were_activations_can_be_read(sensitivities):
+    data = json.loads(sensitivities.to_json())
+    del data["sha256"], data["activations"]
+    assert repr(Sensitivities.from_json(json.dumps(data))) == repr(replace(sensitivities, activations={}))
 
 
 def test_flipped_bits_are_found(sensitivities, tmp_path):
@@ -120,6 +128,8 @@ def test_missing_file(tmp_path):
         (lambda d: d.update(layers=[1]), "damaged"),
         (lambda d: d["measurements"][0].update(spec="int3"), "damaged .*int3"),
         (lambda d: d["measurements"][0].update(layer="nowhere"), "'nowhere'"),
+        (lambda d: d["activations"][0].update(layer="nowhere"), "'nowhere'"),
+        (lambda d: d["activations"][0].update(group=0), "damaged .group is 0"),
         (lambda d: d["measurements"][0]["mean"].update(jsd=None), "damaged"),
         (lambda d: d.update(other_bytes="many"), "damaged"),
         (lambda d: d.update(fingerprint={"structure": "x"}), "damaged .it lacks 'norms'"),
