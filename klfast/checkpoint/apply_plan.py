@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from klfast.checkpoint.transformers_view import description, set_own, ties_left
-from klfast.core.arguments import check_activation
+from klfast.core.arguments import ACTIVATIONS
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress
 from klfast.models.adapters import refuse_wrapper
@@ -35,7 +35,7 @@ def quantize_model(
     plan: Plan,
     *,
     scale: str | None = None,
-    activation: str = "exact",
+    activation: str | None = None,
     rounding: str = "nearest",
     calibration: Batches | None = None,
     progress: Progress = None,
@@ -55,7 +55,8 @@ def quantize_model(
         plan: a spec for each layer to quantize; the others are left alone.
         scale: "absmax" or "mse", as in ``klfast.quantize``. By default as in the sweep that the plan was made from, or
             "absmax" if the plan does not record it.
-        activation: "exact" or "int8", as in ``klfast.dequant_matmul``.
+        activation: "exact" or "int8" in every layer, as in ``klfast.dequant_matmul``, or "auto": in each what the plan
+            records. By default what the plan records, or "exact" if it records nothing.
         rounding: "nearest", or "gptq": each weight is rounded so that the output of its layer, on calibration text,
             changes least, block by block (docs/ROUNDING.md). The format is the same. It takes some minutes, and needs a
             model whose blocks form a chain, as a sweep does. What the text does not reach (an expert with few tokens)
@@ -70,14 +71,14 @@ def quantize_model(
         ModelMismatchError: the plan was made for another model.
         UnknownLayerError: the plan names a linear layer that the model does not have.
         InvalidInputError: a layer is already quantized, or its weight is not finite or not in memory; a quantized head
-            is tied to an embedding that does more than look up rows and scale them; there are different specs for one
-            shared weight; the model is an RWKV with ``rescale_every`` or in peft's wrapper; an argument is invalid, or
-            ``scale`` differs from the plan's; rounding is "gptq" and there is no calibration text, or the model
-            is not a chain.
+            is tied to an embedding that does more than look up rows and scale them; there are different specs or
+            activations for one shared weight; the model is an RWKV with ``rescale_every`` or in peft's wrapper; an
+            argument is invalid, ``scale`` differs from the plan's, or "auto" finds no activations in the plan; rounding
+            is "gptq" and there is no calibration text, or the model is not a chain.
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
-    check_activation("", activation)
+    activations = plan_activations(plan, activation)
     _check_rounding(rounding, calibration)
     scale = plan_scale(plan, scale)
     refuse_wrapper(model)
@@ -88,25 +89,26 @@ def quantize_model(
         _refuse_unfit(name, known[name])
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
-    specs = _specs_by_first_name(model, plan, groups)
-    with_embedding = bool(specs) and is_head_tied(model) and head_name(model) in specs
+    chosen = _by_first_name(model, plan, activations, groups)
+    with_embedding = bool(chosen) and is_head_tied(model) and head_name(model) in chosen
     embedded_times = embedding_scale(model) if with_embedding else None
 
     rounded = RoundedModel()
     if calibration is not None:
+        specs = {name: spec for name, (spec, _) in chosen.items()}
         rounded = round_model(model, specs, calibration, scale=scale, progress=progress)
         _tell(rounded)
     layers: dict[str, QuantLinear] = {}
-    for name, spec in specs.items():
+    for name, (spec, mode) in chosen.items():
         same = {each: known[each] for each in groups[name]}
         if (qt := rounded.tensors.get(name)) is None:
             qt = _to_nearest(name, known[name], spec, scale)
-        layers |= _quantized(same, qt, activation, "nearest" if name in rounded.nearest else rounding)
+        layers |= _quantized(same, qt, mode, "nearest" if name in rounded.nearest else rounding)
     modules = replacements(model, layers)
     if with_embedding:
         embedding = QuantEmbedding(layers[head_name(model)], embedded_times)
         modules[embedding_name(model)] = embedding.train(model.training)
-    if specs:
+    if chosen:
         warn_unquantizable(model, "quantize_model")
     _swap(model, modules)
     return model
@@ -128,19 +130,20 @@ def _tell(rounded: RoundedModel) -> None:
         warnings.warn(f"quantize_model: rounded to nearest: {listed}", stacklevel=3)
 
 
-def _specs_by_first_name(model: nn.Module, plan: Plan, groups: Mapping[str, list[str]]) -> dict[str, QuantSpec]:
-    """Return the plan's specs; layers that share a weight appear once, under the first of their names."""
+def _by_first_name(
+    model: nn.Module, plan: Plan, activations: Mapping[str, str], groups: Mapping[str, list[str]]
+) -> dict[str, tuple[QuantSpec, str]]:
+    """Return the spec and activation of each layer; those that share a weight appear once, under their first name."""
     first = {name: names[0] for names in groups.values() for name in names}
-    specs: dict[str, QuantSpec] = {}
-    for name, spec in plan.specs.items():
+    chosen: dict[str, tuple[QuantSpec, str]] = {}
+    for name, choice in ((name, (spec, activations[name])) for name, spec in plan.specs.items()):
         if name not in first:
             matrix(model, name)  # raises, naming the closest
-        if specs.setdefault(first[name], spec) != spec:
-            one, other = specs[first[name]], spec
-            raise InvalidInputError(
-                f"{name} shares its weight with {first[name]}, but the plan has {other} for one and {one} for the other"
-            )
-    return specs
+        for one, other in zip(chosen.setdefault(first[name], choice), choice, strict=True):
+            if one != other:
+                both = f"{other} for one and {one} for the other"
+                raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {both}")
+    return chosen
 
 
 def _refuse_unfit(name: str, one: Matrix) -> None:
@@ -204,3 +207,20 @@ def plan_scale(plan: Plan, asked: str | None = None) -> str:
             f"leave scale out, or sweep with scale {asked}"
         )
     return asked or plan.scale or SCALES[0]
+
+
+def plan_activations(plan: Plan, asked: str | None = None) -> dict[str, str]:
+    """Return the activation of each layer of a plan: the one asked for, else the plan's, else "exact".
+
+    Raises:
+        InvalidInputError: there is no such activation, or "auto" was asked for and the plan records none.
+    """
+    if asked not in (None, "auto", *ACTIVATIONS):
+        raise InvalidInputError(f'activation must be "exact", "int8" or "auto", got {asked!r}')
+    if asked == "auto" and plan.specs and not plan.activations:
+        raise InvalidInputError(
+            'the plan records no activations; make it with activation="auto" (klfast plan --activation auto)'
+        )
+    if asked is None or asked == "auto":
+        return {name: plan.activations.get(name, "exact") for name in plan.specs}
+    return dict.fromkeys(plan.specs, asked)

@@ -93,6 +93,7 @@ def window_count(given: str | int) -> int | None:
 # Repeated from the library, whose import would delay --help by a second.
 dtype_name = one_of("float32", "bfloat16", "float16", "auto")
 scale_name = one_of("absmax", "mse")
+activation_name = one_of("exact", "int8", "auto")
 device_name = one_of("cpu", "cuda", "xpu")
 rounding_name = one_of("nearest", "gptq")
 method_name = one_of("optimal", "greedy", "uniform")

@@ -43,6 +43,15 @@ def plan(
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     keep: options.Keep = None,
+    activation: Annotated[
+        str,
+        typer.Option(
+            parser=options.one_of("exact", "auto"),
+            metavar="exact|auto",
+            help="auto: round a layer's input to int8 where that costs less than a tenth of rounding its weight; "
+            "needs klfast sweep --activations.",
+        ),
+    ] = "exact",
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
     force: options.Force = False,
     as_json: options.Json = False,
@@ -57,7 +66,16 @@ def plan(
 
     found = merge.read(sensitivities)
     made = klfast.plan(
-        found, max_bytes, mean_bits, max_kl, method, metric=metric, layers=layers, exclude=exclude, keep=kept
+        found,
+        max_bytes,
+        mean_bits,
+        max_kl,
+        method,
+        metric=metric,
+        layers=layers,
+        exclude=exclude,
+        keep=kept,
+        activation=activation,
     )
     made.to_json(out)
     by_spec = Counter(str(made.specs.get(name, FULL)) for name in found.layers)
@@ -67,6 +85,7 @@ def plan(
         "predicted": dict(made.predicted),
         "notes": list(made.notes),
         "scale": made.scale,
+        "activations": dict(Counter(made.activations.values())),
     }
     emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
     say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)

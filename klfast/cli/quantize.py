@@ -32,6 +32,16 @@ def quantize(
     layers: options.Layers = None,
     exclude: options.Exclude = None,
     scale: options.PlanScale = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            parser=options.activation_name,
+            metavar="NAME",
+            show_default=False,
+            help="Round the inputs of the quantized layers: int8, exact (not at all), or auto as the plan has them; by "
+            "default as the plan has them, exact with --uniform.",
+        ),
+    ] = None,
     rounding: Annotated[
         str,
         typer.Option(
@@ -65,9 +75,11 @@ def quantize(
     spec = None if uniform is None else options.parse_spec(uniform)
     if plan is not None and (layers or exclude):
         raise typer.BadParameter("--layers and --exclude go with --uniform; with a plan, give them to klfast plan")
+    if uniform is not None and activation == "auto":
+        raise typer.BadParameter("--activation auto goes with a plan; with --uniform, give int8 or exact")
     options.require_free(out, force, folder=True)
     import klfast
-    from klfast.checkpoint.apply_plan import plan_scale
+    from klfast.checkpoint.apply_plan import plan_activations, plan_scale
     from klfast.checkpoint.by_name import find_tokenizer, load_model
     from klfast.checkpoint.save import require_target
     from klfast.cli.runtime import open_batches, prepare
@@ -77,7 +89,8 @@ def quantize(
     require_target(out, overwrite=force)
     made = None if plan is None else klfast.Plan.from_json(plan)
     if made is not None:
-        scale = plan_scale(made, scale)  # raises before the model is loaded
+        scale = plan_scale(made, scale)  # raise before the model is loaded
+        plan_activations(made, activation)
     tokenizer = find_tokenizer(model, **loading)
     if tokenizer is None:
         say(f"{model} holds no tokenizer, so {out} gets none.", as_json)
@@ -88,7 +101,7 @@ def quantize(
     text = None
     if rounding == "gptq":
         text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
-    klfast.quantize_model(network, made, scale=scale, rounding=rounding, calibration=text)
+    klfast.quantize_model(network, made, scale=scale, activation=activation, rounding=rounding, calibration=text)
     klfast.save_quantized(network, out, tokenizer, overwrite=force)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     quantized, total = len(made.specs), len(matrices(network))

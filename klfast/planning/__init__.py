@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.selection import Patterns
+from klfast.planning.activation import CHOICES
 from klfast.planning.budget import Budget
 from klfast.planning.constraints import Keep, settled
 from klfast.planning.greedy import plan_greedy, plan_greedy_evaluated
@@ -38,6 +39,7 @@ def plan(
     layers: Patterns | None = None,
     exclude: Patterns | None = None,
     keep: Keep | None = None,
+    activation: str = "exact",
 ) -> Plan:
     """Choose a precision for each layer: full precision, or a spec that the sweep measured on it.
 
@@ -72,6 +74,10 @@ def plan(
         keep: pattern -> spec, or None or "full" for full precision: the precision of these layers, whatever the budget
             and the method. The sweep must have measured the spec on them. Under "greedy" with ``evaluate`` they have it
             from the second evaluation on.
+        activation: "auto": a layer rounds its input to int8, which makes products faster, where that costs less than a
+            tenth of the KL that rounding its weight does. It needs a sweep with ``activations=True``; the plan records
+            the choice for each layer, ``quantize_model`` follows it, and both costs count as the layer's. "exact": the
+            plan leaves it to ``quantize_model``.
 
     Returns:
         The plan. Its ``predicted`` holds "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, if the sweep
@@ -81,7 +87,7 @@ def plan(
 
     Raises:
         InvalidInputError: no budget or more than one, an unknown method or metric, no finite measurement, contradictory
-            patterns, or a kept spec that was not measured.
+            patterns, a kept spec that was not measured, or under "auto" int8 activations that were not.
         UnknownLayerError: a pattern selects no layer.
         InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
     """
@@ -100,7 +106,11 @@ def plan(
     spec = None if spec is None else QuantSpec.of(spec)
     if time_limit != math.inf:
         time_limit = require_number("time_limit", time_limit, 0.0)
-    problem = Problem(sensitivities, metric, settled(sensitivities.layers, layers, exclude, keep))
+    if activation not in CHOICES:
+        raise InvalidInputError(
+            f'activation must be "exact" or "auto", got {activation!r}; quantize_model takes "int8" for all layers'
+        )
+    problem = Problem(sensitivities, metric, settled(sensitivities.layers, layers, exclude, keep), activation)
     budget = Budget.of(problem, max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
     if method == "uniform":
         return plan_uniform(problem, budget, spec)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from klfast.core import signed_json
+from klfast.core.arguments import check_activation
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.signed_json import is_a, number
 from klfast.models.fingerprint import Fingerprint
@@ -16,6 +17,7 @@ SCHEMA = "klfast-plan/1"
 _REMEDY = "create the plan again"
 _ENTRIES = ("schema", "method", "fingerprint", "specs", "predicted", "notes")
 _ADDED = ("scale", signed_json.DIGEST)  # plans of klfast 0.1.0 have neither, later ones have both
+_OPTIONAL = ("activations",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
             layers' contributions to the cross-entropy were additive.
         notes: anything that the planner changed or found, one sentence each.
         scale: the choice of scales in the sweep and when the plan is applied, "absmax" or "mse"; None if unknown.
+        activations: quantized layer -> "exact" or "int8" (see ``klfast.dequant_matmul``); empty if the plan is silent.
     """
 
     specs: Mapping[str, QuantSpec]
@@ -40,6 +43,7 @@ class Plan:
     predicted: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     scale: str | None = None
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.specs, Mapping):
@@ -51,6 +55,10 @@ class Plan:
             raise InvalidInputError(
                 f"the scale of a plan must be {' or '.join(SCALES)}, or None if not known, got {self.scale!r}"
             )
+        for name, activation in self.activations.items():
+            if name not in self.specs:
+                raise InvalidInputError(f"the plan has an activation for {name}, but no spec; give it one")
+            check_activation(f"{name}: ", activation)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the plan as JSON text; write it atomically to ``path`` if given."""
@@ -84,6 +92,7 @@ def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
         "predicted": dict(plan.predicted),
         "notes": list(plan.notes),
         "scale": plan.scale,
+        **({"activations": dict(plan.activations)} if plan.activations else {}),
     }
     try:
         return signed_json.write(data, path)
@@ -125,7 +134,7 @@ def read(source: str | os.PathLike[str]) -> Plan:
 
 def _check_entries(data: dict[str, object]) -> None:
     """Raise unless the entries are those of a plan: a digest under a damaged name would not be verified."""
-    if unknown := [name for name in data if name not in (*_ENTRIES, *_ADDED)]:
+    if unknown := [name for name in data if name not in (*_ENTRIES, *_ADDED, *_OPTIONAL)]:
         raise ValueError(f"it has an unknown entry {unknown[0]!r}")
     missing = [name for name in _ADDED if name not in data]
     if 0 < len(missing) < len(_ADDED):
@@ -145,6 +154,7 @@ def _plan(data: dict[str, object]) -> Plan:
         predicted,
         notes,
         None if scale is None else is_a(str, scale, "scale"),
+        is_a(dict, data.get("activations", {}), "activations"),
     )
 
 

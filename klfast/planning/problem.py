@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from klfast.core.errors import InvalidInputError
+from klfast.planning.activation import with_int8
 from klfast.planning.numbers_given import shortened
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
@@ -32,6 +33,7 @@ class Choice:
         kl: measured KL in nats per token, None if it was not measured.
         delta_ce: measured growth of the cross-entropy, nats per token; None if it was not measured.
         measured: the spec that the cost was measured with.
+        activation: "int8" if the layer rounds its input, whose costs are then in those above; else "exact".
     """
 
     spec: QuantSpec | None
@@ -40,6 +42,7 @@ class Choice:
     kl: float | None
     delta_ce: float | None
     measured: QuantSpec | None = None
+    activation: str = "exact"
 
     @property
     def weight_bytes(self) -> int:
@@ -58,18 +61,27 @@ class Problem:
         metric: the metric that costs are derived from.
         notes: findings about the measurements.
         n_left_out: measurements that no plan can use, since the metric is not finite.
+        activation: "exact", or "auto" if layers round their input to int8 where it costs next to nothing.
     """
 
     def __init__(
-        self, sensitivities: Sensitivities, metric: str | None, settled: Mapping[str, QuantSpec | None] | None = None
+        self,
+        sensitivities: Sensitivities,
+        metric: str | None,
+        settled: Mapping[str, QuantSpec | None] | None = None,
+        activation: str = "exact",
     ) -> None:
         self.sensitivities = sensitivities
         self.settled = dict(settled or {})
+        self.activation = activation
         self.notes: list[str] = []
         _check(sensitivities)
         self._measurements = {key: m for key, m in sensitivities.measurements.items() if self._may_be(*key)}
         self.metric = self._metric(metric)
         self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
+        deciding = self.kl_metric or KL_METRICS[0]
+        int8 = with_int8(sensitivities, self._measurements, deciding, self.metric) if activation == "auto" else {}
+        self._measurements |= int8
         self.n_weights = sum(math.prod(info.shape) for info in sensitivities.layers.values())
         self.full = {
             name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()
@@ -87,9 +99,10 @@ class Problem:
             kl = _counted(kl) if kl is not None and abs(kl) < _TOO_LARGE else None
             shape = sensitivities.layers[name].shape
             spec = storable_spec(measured, shape[1])
-            found[name].append(
-                Choice(spec, spec.saved_bytes(shape), _counted(cost), kl, measurement.mean.get("delta_ce"), measured)
-            )
+            delta_ce = measurement.mean.get("delta_ce")
+            chosen = "int8" if (name, measured) in int8 else "exact"
+            choice = Choice(spec, spec.saved_bytes(shape), _counted(cost), kl, delta_ce, measured, chosen)
+            found[name].append(choice)
         self.n_left_out = len(broken)
         if broken and not any(found.values()):
             raise InvalidInputError(
@@ -186,10 +199,11 @@ class Problem:
     def plan(self, picks: dict[str, Choice], method: str, notes: Sequence[str] = ()) -> Plan:
         """Return the Plan of these choices with its predicted cost."""
         specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
-        notes = (*self.notes, *self._note_groups(picks), *notes)
+        modes = {name: picks[name].activation for name in specs} if self.activation == "auto" else {}
+        notes = (*self.notes, *self._note_groups(picks), *_note_modes(modes), *notes)
         scale = self.sensitivities.provenance.get("scale")
         known_scale = next((known for known in SCALES if scale == known), None)
-        return Plan(specs, method, self.sensitivities.fingerprint, self._predicted(picks), notes, known_scale)
+        return Plan(specs, method, self.sensitivities.fingerprint, self._predicted(picks), notes, known_scale, modes)
 
     def _predicted(self, picks: dict[str, Choice]) -> dict[str, float]:
         predicted: dict[str, float] = {
@@ -269,6 +283,13 @@ def _unique(full: Choice, found: list[Choice]) -> list[Choice]:
             by_spec[spec] = choice
     ordered = sorted(by_spec, key=lambda spec: (-by_spec[spec].nbytes, -spec.bits, spec))
     return [full, *(by_spec[spec] for spec in ordered)]
+
+
+def _note_modes(modes: Mapping[str, str]) -> list[str]:
+    """Note how many layers round their input."""
+    int8 = sum(mode == "int8" for mode in modes.values())
+    below = "where they cost less than a tenth of what the weights do"
+    return [f"int8 activations in {int8} of {len(modes)} quantized layers, {below}"] if modes else []
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget
@@ -57,7 +58,7 @@ def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
     found = next((c for c in problem.layers[name] if c.spec == stored), None)
     if found is None:
         return Choice(stored, nbytes, math.inf, None, None, spec)
-    return Choice(stored, nbytes, found.cost, found.kl, found.delta_ce, spec)
+    return replace(found, measured=spec)
 
 
 def _order(picks: dict[str, Choice], budget: Budget) -> tuple[float, float]:

@@ -60,9 +60,24 @@ def test_keeps_the_dtype(dtype):
     torch.testing.assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
 
 
-def test_int8_activations_reach_the_layers():
-    model = klfast.quantize_model(tiny("llama"), Plan({"lm_head": QuantSpec(8, 32)}, "uniform"), activation="int8")
-    assert model.lm_head.activation == "int8"
+def test_each_layer_gets_the_activation_of_the_plan_or_of_the_call():
+    names = list(linears(tiny("mamba")))
+    plan = Plan(dict.fromkeys(names, QuantSpec(8, 32)), "uniform", activations=dict.fromkeys(names[1::2], "int8"))
+    recorded = ["int8" if name in plan.activations else "exact" for name in names]
+    everywhere = [(one, [one] * len(names)) for one in ("int8", "exact")]
+    for asked, expected in ((None, recorded), ("auto", recorded), *everywhere):
+        model = klfast.quantize_model(tiny("mamba"), plan, activation=asked)
+        assert [layer.activation for layer in linears(model).values()] == expected
+    silent = Plan({"lm_head": QuantSpec(8, 32)}, "uniform")
+    assert klfast.quantize_model(tiny("mamba"), silent).lm_head.activation == "exact"
+    assert klfast.quantize_model(tiny("mamba"), Plan({}, "uniform"), activation="auto")
+
+
+def test_experts_get_the_activation_of_their_stack():
+    name = "model.layers.0.block_sparse_moe.experts.down_proj"
+    plan = Plan({name: "int8-g32-sym", name.replace("down", "gate_up"): "int8"}, "uniform", activations={name: "int8"})
+    experts = klfast.quantize_model(tiny("granite_hybrid_moe"), plan).model.layers[0].block_sparse_moe.experts
+    assert (experts.gate_up_proj.activation, experts.down_proj.activation) == ("exact", "int8")
 
 
 def test_mse_scale_is_used():
@@ -95,6 +110,13 @@ def test_refuses_without_changing_anything():
     unchanged(model, {"lm_head": spec}, errors.InvalidInputError, "takes a Plan")
     unchanged(model, Plan({"lm_head": spec}, "uniform"), errors.InvalidInputError, "activation", activation="int4")
     unchanged(model, Plan({"lm_head": spec}, "uniform"), errors.InvalidInputError, "scale must be", scale="max")
+    unchanged(
+        model,
+        Plan({"lm_head": spec}, "uniform"),
+        errors.InvalidInputError,
+        'the plan records no activations; make it with activation="auto"',
+        activation="auto",
+    )
     with torch.no_grad():
         model.backbone.layers[1].mixer.out_proj.weight[3, 4] = torch.nan
     plan = Plan({"lm_head": spec, "backbone.layers.1.mixer.out_proj": spec}, "uniform")

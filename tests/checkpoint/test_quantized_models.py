@@ -75,6 +75,8 @@ def test_two_layers_with_one_weight_still_share_it():
     expected = fake_quantized(model, Plan({names[0]: QuantSpec()}, "uniform"))(batch()).logits
     differing = Plan({names[0]: QuantSpec(8), names[1]: QuantSpec(4)}, "uniform")
     unchanged(model, differing, errors.InvalidInputError, f"{names[1]} shares its weight with {names[0]}")
+    differing = Plan(dict.fromkeys(names, QuantSpec()), "uniform", activations={names[1]: "int8"})
+    unchanged(model, differing, errors.InvalidInputError, "the plan has int8 for one and exact for the other")
     klfast.quantize_model(model, Plan({names[1]: QuantSpec()}, "uniform"))
     first, second = (block.mixer.in_proj for block in model.backbone.layers)
     assert first.weight_packed is second.weight_packed and [first.bias, second.bias] == biases

@@ -18,6 +18,7 @@ PLAN = Plan(
     {"bytes": 1234, "kl": 0.0625},
     ("a note",),
     "mse",
+    {"a.b": "int8", "head": "exact"},
 )
 
 
@@ -32,11 +33,12 @@ def test_round_trip(plan, tmp_path):
 
 def unsigned(plan):
     """Return the plan's entries as klfast 0.1.0 wrote them."""
-    return {name: value for name, value in json.loads(plan.to_json()).items() if name not in ("scale", "sha256")}
+    later = ("scale", "sha256", "activations")
+    return {name: value for name, value in json.loads(plan.to_json()).items() if name not in later}
 
 
 def test_plans_without_digest_and_scale_can_be_read():
-    assert Plan.from_json(json.dumps(unsigned(PLAN))) == replace(PLAN, scale=None)
+    assert Plan.from_json(json.dumps(unsigned(PLAN))) == replace(PLAN, scale=None, activations={})
 
 
 def test_error_of_an_edited_plan_says_how_to_read_it():
@@ -95,6 +97,9 @@ def without(key):
         (lambda data: data.update(scale="max", sha256=""), "damaged.*absmax or mse"),
         (lambda data: data.update(scale="mse"), "damaged.*lacks 'sha256'"),
         (lambda data: data.update(sha25="x"), "damaged.*unknown entry 'sha25'"),
+        (lambda data: data.update(activations={"head": "int4"}), "damaged.*head: activation must be"),
+        (lambda data: data.update(activations={"tail": "int8"}), "damaged.*an activation for tail, but no spec"),
+        (lambda data: data.update(activations=["head"]), "damaged.*activations is"),
         (lambda data: data.update(schema="klfast-sensitivities/1"), "holds sensitivities; make a plan from them first"),
     ],
 )
