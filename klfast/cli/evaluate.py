@@ -38,6 +38,8 @@ def evaluate(
     import klfast
     from klfast.checkpoint.by_name import load_model
     from klfast.cli import runtime
+    from klfast.models.activations import exact_activations, int8_layers
+    from klfast.models.matrices import matrices
 
     runtime.prepare(threads, device)
     network = load_model(model, dtype, device=device, gguf=gguf, **loading)
@@ -46,6 +48,7 @@ def evaluate(
         text, model, network, length=length, windows=windows, batch_size=batch_size, **loading
     )
     found = klfast.evaluate(network, batches, other, progress=None)
+    int8, quantized = int8_layers(network), sum(one.is_quantized for one in matrices(network).values())
     rows = [("predicted tokens", str(found.tokens)), ("perplexity", f"{found.perplexity:.4f}")]
     if found.kl is not None and found.kl_stderr is not None:
         error = "" if math.isnan(found.kl_stderr) else f" +- {found.kl_stderr:.6f}"
@@ -55,4 +58,13 @@ def evaluate(
             ("top-1 agreement", f"{found.top1_agreement:.2%}"),
         ]
     data = {key: value for key, value in asdict(found).items() if value is not None}
+    if quantized:
+        data |= {"quantized_layers": quantized, "int8_activations": len(int8)}
+        rows.append(("quantized layers with int8 activations", f"{len(int8)} of {quantized}"))
+    if int8 and other is not None:
+        with exact_activations(network):
+            exact = klfast.evaluate(network, batches, other, progress=None).kl
+        assert exact is not None  # there is a teacher
+        data["kl_with_exact_activations"] = exact
+        rows.append(("KL with exact activations in all layers", f"{exact:.6f}"))
     emit({"model": model, "teacher": teacher, "text": text, **data}, table([model, ""], rows), as_json)

@@ -46,12 +46,12 @@ def explain_model(model: nn.Module) -> ModelExplanation:
         names = lower(model).names
     except CannotLowerError as error:
         return ModelExplanation(False, str(error), how_steps_ran(model), _modules(model))
-    return ModelExplanation(
-        True,
-        "",
-        "",
-        {f"{name} x{count}" if count > 1 else name: "a native instruction" for name, count in Counter(names).items()},
-    )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {}
+    for name, count in Counter(names).items():
+        what = f"a native instruction{_rounding(modules.get(name))}"
+        layers[f"{name} x{count}" if count > 1 else name] = what
+    return ModelExplanation(True, "", "", layers)
 
 
 def _modules(model: nn.Module) -> dict[str, str]:
@@ -61,7 +61,7 @@ def _modules(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if module in matrices or isinstance(module, QuantExperts):
             quantized = isinstance(module, (QuantLinear, QuantExperts))
-            found[name] = _with(module, "klfast's kernels" if quantized else "torch")
+            found[name] = _with(module, "klfast's kernels" if quantized else "torch") + _rounding(module)
         elif mixer_of(type(module)) or norm_of(type(module)):
             found[name] = _with(module, "transformers' own functions")
     return found
@@ -69,3 +69,10 @@ def _modules(model: nn.Module) -> dict[str, str]:
 
 def _with(module: nn.Module, otherwise: str) -> str:
     return "klfast's kernels" if is_own(module.__dict__.get("forward")) else otherwise
+
+
+def _rounding(module: nn.Module | None) -> str:
+    """Return a clause on the inputs that a layer rounds, or any stack of experts; empty if none."""
+    layers = module.children() if isinstance(module, QuantExperts) else [module]
+    rounds = any(isinstance(layer, QuantLinear) and layer.activation == "int8" for layer in layers)
+    return ", int8 activations" if rounds else ""

@@ -11,7 +11,7 @@ from klfast.reporting.grouping import kind, settle_metric
 from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.results import Sensitivities
 
-FULL = "full precision"
+FULL, INT8 = "full precision", "int8 activations"
 _PREDICTED = {"perplexity": "perplexity on the calibration text, if the layers' contributions are additive"}
 
 
@@ -27,17 +27,18 @@ def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[
     facts += [("note", note) for note in plan.notes]
     names = plan.specs if sensitivities is None else sensitivities.layers
     counts = Counter((kind(name), str(plan.specs.get(name, FULL))) for name in names)
-    specs = [str(spec) for spec in sorted(set(plan.specs.values()))] + [FULL]
-    specs = [spec for spec in specs if any(s == spec for _, s in counts)]
+    counts.update((kind(name), INT8) for name, activation in plan.activations.items() if activation == "int8")
+    columns = [*map(str, sorted(set(plan.specs.values()))), FULL, INT8]
+    columns = [column for column in columns if any(counted == column for _, counted in counts)]
     kinds = dict.fromkeys(kind(name) for name in names)
-    rows: tuple[tuple[Cell, ...], ...] = tuple((k, *(counts[k, spec] for spec in specs)) for k in kinds)
-    return [Table("Plan", ("what", "value"), tuple(facts)), Table("Layers by precision", ("kind", *specs), rows)]
+    rows: tuple[tuple[Cell, ...], ...] = tuple((k, *(counts[k, column] for column in columns)) for k in kinds)
+    return [Table("Plan", ("what", "value"), tuple(facts)), Table("Layers by precision", ("kind", *columns), rows)]
 
 
 def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None = None) -> Table:
     """Return a table of every layer's precision, bytes in the saved model and measured ``metric``, in module order.
 
-    The metric is empty for full precision and where it was not measured.
+    The metric is empty for full precision and where it was not measured. A plan with activations has a column of them.
 
     Raises:
         InvalidInputError: no such metric was measured.
@@ -62,4 +63,8 @@ def plan_by_layer(plan: Plan, sensitivities: Sensitivities, metric: str | None =
             rows.append((name, FULL, info.float_bytes, None))
         else:
             rows.append((name, str(spec), spec.saved_bytes(info.shape), measured.get((name, spec), {}).get(metric)))
-    return Table("Precision by layer", ("layer", "precision", "bytes", metric), tuple(rows))
+    headings: tuple[str, ...] = ("layer", "precision", "bytes", metric)
+    if plan.activations:
+        headings = (*headings, "activations")
+        rows = [(*row, plan.activations.get(name)) for row, name in zip(rows, sensitivities.layers, strict=True)]
+    return Table("Precision by layer", headings, tuple(rows))

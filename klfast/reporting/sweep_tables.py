@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from klfast.quant.spec import QuantSpec
+from klfast.reporting.activation_table import activation_costs
 from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, harm, kind, settle_metric
 from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.coverage import unfinished_note
@@ -17,7 +18,8 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
     """Return the tables of a sweep; the first one tells if the sweep is unfinished.
 
     They hold the most sensitive layers of each spec, means by kind of layer, by depth and by both, means by role of a
-    layer's rows if the sweep measured them, and how well the other metrics agree on the ranking.
+    layer's rows and costs of int8 activations if the sweep measured them, and how well the other metrics agree on the
+    ranking.
 
     Args:
         sensitivities: the sweep's result.
@@ -32,7 +34,8 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
     tables = [Table("Unfinished sweep", ("note",), ((note,),) if note else ())]
     tables += [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
     tables += [by_kind_and_depth(sensitivities, metric, spec) for spec in by_spec(sensitivities)]
-    return [table for table in [*tables, by_use(sensitivities, metric), agreement(sensitivities, metric)] if table.rows]
+    tables += [by_use(sensitivities, metric), activation_costs(sensitivities), agreement(sensitivities, metric)]
+    return [table for table in tables if table.rows]
 
 
 def ranking(sensitivities: Sensitivities, metric: str, top: int) -> Table:

@@ -12,6 +12,7 @@ from klfast.models.fingerprint import Fingerprint
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import QuantSpec
 from klfast.reporting import plot, table
+from klfast.reporting.activation_table import activation_costs
 from klfast.reporting.plan_tables import plan_by_layer, plan_tables
 from klfast.reporting.sweep_tables import agreement, by_kind, by_kind_and_depth, ranking, sweep_tables
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
@@ -149,6 +150,30 @@ def test_plan_by_layer(found):
         found.fingerprint = Fingerprint("x", (2.0,))
         with pytest.raises(ModelMismatchError, match="different models"):
             plan_by_layer(strange, found)
+
+
+def test_plans_show_their_activations(found):
+    activations = {NAMES[0]: "int8", NAMES[2]: "exact"}
+    plan = Plan({NAMES[0]: INT4, NAMES[2]: INT8, NAMES[4]: INT4}, "optimal", activations=activations)
+    by_precision = plan_tables(plan, found)[1]
+    assert by_precision.headings[-2:] == ("full precision", "int8 activations")
+    assert [(row[0], row[-1]) for row in by_precision.rows] == [("in_proj", 1), ("x_proj", 0), ("lm_head", 0)]
+    by_layer = plan_by_layer(plan, found)
+    assert by_layer.headings[4:] == ("activations",)
+    assert [row[4] for row in by_layer.rows] == ["int8", None, "exact", None, None]
+
+
+def test_costs_of_int8_activations(found):
+    """A KL of 1e-3 beside 1e-2 to 5e-2 at 4 bits: below a tenth of it but in the first layer."""
+    assert not activation_costs(found).rows
+    for name in NAMES:
+        found.activations[name, 32] = Measurement({"kl_teacher_student": 1e-3}, {}, 10)
+    rows = {row[:2]: row[2:] for row in activation_costs(found).rows}
+    assert list(rows) == [(kind, str(spec)) for kind in ("in_proj", "x_proj", "lm_head") for spec in (INT4, INT8)]
+    assert rows["in_proj", "int4-g32-sym"] == (pytest.approx(0.02), pytest.approx(1e-3), pytest.approx(0.05), 1, 2)
+    assert rows["x_proj", "int8-g32-sym"] == (pytest.approx(3e-4), pytest.approx(1e-3), pytest.approx(10 / 3), 0, 2)
+    assert rows["lm_head", "int4-g32-sym"][3:] == (1, 1)
+    assert titled(sweep_tables(found), "Int8 activations").rows == activation_costs(found).rows
 
 
 def test_unfinished_sweeps_are_noted(found):
