@@ -29,7 +29,8 @@ How it is timed:
   each group: sums over the whole working set. TFLOP/s count two operations per weight and row.
 - torch's int4pack and int8pack take bfloat16 activations, as klfast's contenders do. OpenVINO runs the graph that
   NNCF's INT4_SYM compression writes, with the same rounded weights; by default it rounds activations to 8 bits.
-- "int8" after klfast's weights: activations rounded to 8 bits; "exact": not rounded.
+- "int8" after klfast's weights: activations rounded to 8 bits; "exact": not rounded. What that costs in KL is in
+  [FORMATS.md](FORMATS.md#int8-activations).
 - Decode is 32 tokens after a prompt of 8, including the prompt's time.
 - serve: a server in a process of its own, with random weights in INT4 and 16 bits, and clients that stream, on the same
   cores. Each asks once for 32 tokens after a prompt of 32 to 128; the median is the time of all of them together.
