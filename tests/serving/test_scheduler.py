@@ -358,6 +358,6 @@ def test_an_engine_that_fails_ends_answers_not_the_server(start):
 
 def _until(holds):
     end = time.monotonic() + WAIT
-    while not holds() and time.monotonic() < end:
+    while not (found := holds()) and time.monotonic() < end:
         time.sleep(0.001)
-    return holds()
+    return found  # as it was: it may hold for a moment only

@@ -123,9 +123,9 @@ struct PanelGrid {
         const char* const ahead = static_cast<const char*>(a.scale) + rows_ahead(a) * groups * size;
         if (groups == 1 && a.zero_point == nullptr) {
             __builtin_prefetch(ahead + n0 * size, 0, 3);
-            // Of a pair of panels, the second may have no rows.
-            const auto count = static_cast<int>(larger(smaller(kLanes, a.n - n0), 0));
-            return store(scale.data, load(a.scale, n0, a.scale_type, count));
+            const std::int64_t first = smaller(n0, a.n - 1);  // of a pair of panels, the second may have no rows
+            const auto count = static_cast<int>(smaller(kLanes, a.n - first));
+            return store(scale.data, load(a.scale, first, a.scale_type, count));
         }
         for (std::int64_t g = 0; g < groups; g += kLanes) {
             const int count = static_cast<int>(smaller(kLanes, groups - g));
