@@ -44,9 +44,9 @@ How it is timed:
   of the same sizes in Q4_0 (the head in Q6_K, as llama-quantize has it); loading is not counted. Its decode also has a
   prompt of 8 tokens (-pg 8,32). Build llama-bench in llama.cpp's sources, which are in llama-cpp-python's source
   archive, too (vendor/llama.cpp): `cmake -B FOLDER -DGGML_NATIVE=ON && cmake --build FOLDER --target llama-bench`. Then
-  `klfast bench decode families --llama-cpp FOLDER`; making the files needs `klfast[gguf]`. For the table of families it was
-  built with `-DCMAKE_C_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"` and the same for C++: with AMX it crashed on that
-  machine.
+  `klfast bench decode families --llama-cpp FOLDER`; making the files needs `klfast[gguf]`. For the table of families
+  it was built with `-DCMAKE_C_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"` and the same for C++: with AMX it
+  crashed on that machine.
 - Of released sizes are all families but Nemotron-H, Jamba and Bamba, which have as many layers as fit.
 """
 
