@@ -47,7 +47,8 @@ How it is timed:
   `klfast bench decode families --llama-cpp FOLDER`; making the files needs `klfast[gguf]`. For the table of families
   it was built with `-DCMAKE_C_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"` and the same for C++: with AMX it
   crashed on that machine.
-- Of released sizes are all families but Nemotron-H, Jamba and Bamba, which have as many layers as fit.
+- Of released sizes are all families but Nemotron-H, Jamba and Bamba, which have as many layers as fit. The
+  table joins two runs of one day; the second had `--models zamba2,bamba,lfm2`.
 """
 
 

@@ -8,6 +8,7 @@ Each model is quantized as a whole, uniformly and the tied head included, and me
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
@@ -18,44 +19,33 @@ from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.models.matrices import matrices
 from klfast.quant.spec import storable_spec
+from klfast.reporting.table import Cell, Table
 
 MODELS = ("hymba", "mamba", "mamba2")
 SPECS = ("int4-g64-sym",)
 _LENGTH = 256
+HEADINGS = (
+    *("model", "spec", "MB of matrices", "KL to nearest", "KL by GPTQ", "ratio"),
+    *("perplexity, nearest", "by GPTQ", "seconds of GPTQ"),
+)
 
 
-def measure(name: str, spec: str, windows: int, held_out: int) -> list[dict[str, object]]:
-    """Return a row for each rounding of a bundled model."""
+def measure(name: str, spec: str, windows: int, held_out: int) -> tuple[Cell, ...]:
+    """Return a row of the table: a bundled model in one spec, with each rounding."""
     teacher, tokenizer = klfast.load_model(name, dtype="float32"), klfast.load_tokenizer(name)
     options = {"vocab_size": teacher.config.vocab_size, "length": _LENGTH}
     calibration = klfast.token_batches("calibration", tokenizer, windows=windows, **options)
     text = klfast.token_batches("evaluation", tokenizer, windows=held_out, **options)
-    rows = []
-    for rounding in ("nearest", "gptq"):
-        model, start = klfast.load_model(name, dtype="float32"), time.time()
-        wanted = klfast.QuantSpec.parse(spec)
-        plan = klfast.Plan({n: storable_spec(wanted, m.shape[1]) for n, m in matrices(model).items()}, "uniform")
-        given = {"calibration": calibration} if rounding == "gptq" else {}
-        klfast.quantize_model(model, plan, rounding=rounding, **given)
-        seconds = time.time() - start
-        found = klfast.evaluate(model, text, teacher=teacher)
-        size = sum(one.nbytes for one in matrices(model).values())
-        rows.append({"rounding": rounding, "bytes": size, "kl": found.kl, "ppl": found.perplexity, "seconds": seconds})
-    return rows
-
-
-def table(rows: list[tuple[str, str, list[dict[str, object]]]]) -> str:
-    """Return a Markdown table."""
-    lines = [
-        "| model | spec | MB of matrices | KL to nearest | KL by GPTQ | ratio | perplexity, nearest | GPTQ | seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, spec, (nearest, gptq) in rows:
-        lines.append(
-            f"| {name} | {spec} | {nearest['bytes'] / 1e6:.3f} | {nearest['kl']:.4f} | {gptq['kl']:.4f} "
-            f"| {gptq['kl'] / nearest['kl']:.2f} | {nearest['ppl']:.3f} | {gptq['ppl']:.3f} | {gptq['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+    specs = {n: storable_spec(klfast.QuantSpec.parse(spec), m.shape[1]) for n, m in matrices(teacher).items()}
+    model, found, seconds = teacher, [], 0.0
+    for given in ({}, {"rounding": "gptq", "calibration": calibration}):
+        model, start = copy.deepcopy(teacher), time.perf_counter()
+        klfast.quantize_model(model, klfast.Plan(specs, "uniform"), **given)
+        seconds = time.perf_counter() - start
+        found.append(klfast.evaluate(model, text, teacher=teacher))
+    nearest, gptq = found
+    size = sum(one.nbytes for one in matrices(model).values()) / 1e6
+    return name, spec, size, nearest.kl, gptq.kl, gptq.kl / nearest.kl, nearest.perplexity, gptq.perplexity, seconds
 
 
 def main() -> None:
@@ -70,15 +60,16 @@ def main() -> None:
     rows = []
     for name in asked.models:
         for spec in asked.specs:
-            rows.append((name, spec, measure(name, spec, asked.windows, asked.held_out)))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-    head = (
-        "# Rounding\n\nKL divergence in nats a token from the model in full precision, on the bundled evaluation text "
-        f"({asked.held_out} windows of {_LENGTH} tokens); GPTQ calibrated on the bundled calibration text "
-        f"({asked.windows} windows). {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}.\n\n"
-        "Made by `python -m klfast.bench.rounding`.\n\n"
+            rows.append(measure(name, spec, asked.windows, asked.held_out))
+            print(*rows[-1], flush=True)
+    conditions = (
+        "KL divergence in nats a token from the model in full precision, on "
+        f"{asked.held_out * _LENGTH:,} tokens of the bundled evaluation text; GPTQ calibrated on "
+        f"{asked.windows * _LENGTH:,} tokens of the bundled calibration text. `python -m klfast.bench.rounding` on "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
     )
-    write_atomic(asked.out, head + table(rows) + "\n")
+    table = Table("Whole models, tied head included", HEADINGS, tuple(rows))
+    write_atomic(asked.out, f"# Rounding\n\n{conditions}\n\n{table.markdown()}")
 
 
 if __name__ == "__main__":

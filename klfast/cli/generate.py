@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _USUAL_LENGTH = 100  # for models whose generation_config names none
-_TOKENS, _BEAMS, _GUESSES = "Choice of tokens", "Beam search", "Guesses ahead"  # panels of the help
+_TOKENS, _BEAMS, _DRAFTS = "Choice of tokens", "Beam search", "Speculative decoding"  # panels of the help
 
 
 @options.loads_models
@@ -131,17 +131,17 @@ def generate(
         typer.Option(
             "--draft-model",
             metavar="MODEL",
-            help="A smaller model with the same tokens that guesses some ahead, for MODEL to check at once.",
-            rich_help_panel=_GUESSES,
+            help="A smaller model with the same tokens that drafts some, for MODEL to check at once.",
+            rich_help_panel=_DRAFTS,
         ),
     ] = None,
     num_draft_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens to guess at a time, 4 with --draft-model; without it, from repetitions in the text.",
+            help="Tokens to draft at a time, 4 with --draft-model; without it, from repetitions in the text.",
             min=1,
             max=15,
-            rich_help_panel=_GUESSES,
+            rich_help_panel=_DRAFTS,
         ),
     ] = None,
     num_return_sequences: Annotated[

@@ -169,8 +169,8 @@ def _speed(transcript: Transcript) -> dict[str, object]:
         "new_tokens": transcript.new_tokens,
         "tokens_per_second": transcript.tokens_per_second,
     }
-    if transcript.guessed:
-        found |= {"guessed": transcript.guessed, "confirmed": transcript.confirmed}
+    if transcript.draft_tokens:
+        found |= {"draft_tokens": transcript.draft_tokens, "accepted_tokens": transcript.accepted_tokens}
     return found
 
 
@@ -182,6 +182,6 @@ def _say_speed(transcript: Transcript, *, is_one: bool) -> None:
         (transcript.new_tokens, "new", transcript.tokens_per_second),
     ):
         parts.append(f"{count} {kind} tokens" + ("" if speed is None else f" at {speed:.1f}/s"))
-    if transcript.guessed:
-        parts.append(f"{transcript.confirmed} of {transcript.guessed} guesses right")
+    if transcript.draft_tokens:
+        parts.append(f"{transcript.accepted_tokens} of {transcript.draft_tokens} draft tokens accepted")
     print(f"klfast: {', '.join(parts)}", file=sys.stderr)

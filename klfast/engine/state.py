@@ -114,7 +114,7 @@ class State:
         index = torch.tensor(rows)
         return State(self.specs, [t[index] for t in self.tensors], self.seen[index])
 
-    def follow(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int]) -> None:
         """Let each sequence go on from that of ``rows[i]``; one that others go on from has to stay itself."""
         for row, source in enumerate(rows):
             if row != source:

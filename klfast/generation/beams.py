@@ -142,7 +142,7 @@ def search(
         logs = step(fed).log_softmax(-1)
         if logs.isnan().any():
             raise InvalidInputError(NAN_LOGITS)
-        values, parents, tokens = _likeliest(totals, settings.penalties(logs, text.tokens, width), len(settings.ends))
+        values, parents, tokens = _best(totals, settings.penalties(logs, text.tokens, width), len(settings.ends))
         seen = torch.cat([text.tokens[(firsts + parents).flatten()], tokens.view(-1, 1)], 1)
         ends = stopping.completes(tokens.flatten(), seen).view(tokens.shape) | (length == most)
         totals, running = values.masked_fill(ends, -torch.inf).topk(count)
@@ -157,8 +157,8 @@ def search(
         running, totals = running.gather(1, places), totals.gather(1, places)
         sources = (firsts + parents.gather(1, running)).flatten().tolist()
         if sources != list(range(rows)):
-            step.select(sources)
-            text.select(sources)
+            step.reorder(sources)
+            text.reorder(sources)
         chosen = tokens.gather(1, running).flatten()
         text.append(chosen)
         fed = chosen.unsqueeze(1)
@@ -167,8 +167,8 @@ def search(
     return pad_sequence(texts, batch_first=True, padding_value=filler)
 
 
-def _likeliest(totals: torch.Tensor, logs: torch.Tensor, ends: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the log probabilities of the likeliest continuations, their beams and tokens, [prompts, K], best first.
+def _best(totals: torch.Tensor, logs: torch.Tensor, ends: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the K most likely continuations, best first: log probabilities, beams and tokens, [prompts, K] each.
 
     K is such that enough of them go on, whatever end tokens they have.
 

@@ -1,4 +1,4 @@
-"""Drafts: cheap guesses of how a text goes on."""
+"""Drafts: what a text may go on with, found cheaply."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from klfast.engine.state import Mark
 
 
 class Drafter(Protocol):
-    """What guesses how a growing text goes on."""
+    """What drafts the next tokens of a growing text."""
 
     def __call__(self, text: list[int], most: int) -> list[int]:
-        """Return at most ``most`` tokens, at least one is asked for; the text begins with that of the call before."""
+        """Return at most ``most`` tokens, 1 or more; each text continues the one of the call before."""
 
 
 class PromptLookup:
     """Guesses that after the latest tokens comes what came after them the last time (Saxena 2023, prompt lookup).
 
-    Texts that quote their prompt, code and lists are full of such repetitions; a guess costs next to nothing.
+    Texts that quote their prompt, code and lists are full of such repetitions; a draft costs next to nothing.
     """
 
     _RUNS = (3, 2)  # tokens that have to agree, the surest first
@@ -40,7 +40,7 @@ class PromptLookup:
             begin = self._next.get(tuple(text[-run:]))
             if begin is not None:
                 found: list[int] = []
-                for place in range(begin, begin + most):  # beyond its end, the text goes on with the guess itself
+                for place in range(begin, begin + most):  # beyond its end, the text goes on with the draft itself
                     found.append(text[place] if place < len(text) else found[place - len(text)])
                 return found
         return []
@@ -59,7 +59,7 @@ class DraftModel:
         self._mark: Mark | None = None
 
     def __call__(self, text: list[int], most: int) -> list[int]:
-        """Return ``most`` tokens, the likeliest by that model."""
+        """Return the ``most`` tokens that the model writes greedily."""
         if self._mark is not None:
             self._state.go_back(self._mark)
         logits = self._engine(torch.tensor([text[self._known :]]), self._state)

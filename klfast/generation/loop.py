@@ -84,9 +84,9 @@ def generate(
             False, the default: when the running ones score no higher at their present length; "never": when they could
             at no length.
         num_return_sequences: texts for each prompt: samples, or the best of the beams, best first.
-        draft_model: a smaller model with the same tokens. It guesses some of them ahead, which ``model`` checks in one
-            run; the text stays the same, sampled or not. For one prompt, where klfast's engine runs both models.
-        num_draft_tokens: most tokens of a guess, up to 15, by default 4. Without ``draft_model`` the guess is that the
+        draft_model: a smaller model with the same tokens. It drafts some of them, which ``model`` checks in one run;
+            the text stays the same, sampled or not. For one prompt, where klfast's engine runs both models.
+        num_draft_tokens: most tokens of a draft, up to 15, by default 4. Without ``draft_model`` the draft is that the
             text goes on as it did where its latest tokens occurred before.
         eos_token_id: a row is done when it produces this token (or one of these); an empty list never stops early.
         stop_strings: a row is done when its text contains one of these; it ends with the token that completes it.
@@ -97,7 +97,7 @@ def generate(
             continues if it returns False or None.
         streamer: transformers' BaseStreamer: ``put`` gets the prompts, then each step's tokens, on the CPU; ``end`` is
             called at the end, even after an error.
-        transcript: notes times, right guesses and, if told to, log probabilities.
+        transcript: notes times, accepted drafts and, if told to, log probabilities.
 
     Returns:
         int64 [B * num_return_sequences, T + new tokens]: the prompts with their continuations, the texts of one prompt
@@ -185,7 +185,7 @@ def _check_texts(settings: Settings, beams: Beams | None, returned: int, *, is_s
     elif returned > beams.count:
         raise InvalidInputError(f"num_return_sequences must be at most num_beams, {beams.count}, got {returned}")
     if speculates and (beams is not None or not is_single):
-        raise InvalidInputError("guesses ahead are for a single text; give one prompt, without beams")
+        raise InvalidInputError("speculative decoding is for a single text; give one prompt, without beams")
 
 
 def _continue(

@@ -27,7 +27,7 @@ class Steps(Protocol):
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed int64 [B, T] ids, which follow those fed before; return the next token's logits, float32 [B, V]."""
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Let each row go on from the text of ``rows[i]``; one that others go on from has to stay itself.
 
         Raises:
@@ -84,10 +84,10 @@ class EngineStepper:
         self._state = self._state.select(rows)
         return logits[rows]
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Let each row go on from the text of ``rows[i]``; one that others go on from has to stay itself."""
         assert self._state is not None
-        self._state.follow(rows)
+        self._state.reorder(rows)
 
     def _begun(self, prompts: torch.Tensor) -> tuple[State, torch.Tensor]:
         """Return the state after different prompts, and the next token's logits."""
@@ -141,7 +141,7 @@ class Stepper:
         logits: torch.Tensor = output.logits
         return logits[:, -1].float()
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Let each row go on from the text of ``rows[i]``, which begins with the same padding."""
         reorder = getattr(self.cache, "reorder_cache", None)
         if reorder is None:
@@ -193,6 +193,6 @@ class RowByRow:
         self._padding = [0] * len(texts)
         return torch.cat([step(text) for step, text in zip(self._rows, texts, strict=True)])
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Raise InvalidInputError: each row has a cache of its own, of any kind."""
         raise InvalidInputError("the model continues texts row by row, but beams change places; leave num_beams out")

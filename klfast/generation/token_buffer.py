@@ -34,6 +34,6 @@ class TokenBuffer:
         self._memory[:, self._length] = token
         self._length += 1
 
-    def select(self, rows: list[int]) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Let each text go on from that of ``rows[i]``."""
         self._memory[:, : self._length] = self.tokens[rows]

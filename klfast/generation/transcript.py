@@ -11,7 +11,7 @@ from klfast.generation.scores import TokenScores, token_scores
 
 
 class Transcript:
-    """Times, log probabilities and right guesses of a call of ``generate``, noted token by token.
+    """Times, log probabilities and accepted drafts of a call of ``generate``, noted token by token.
 
     A transcript that is given to several calls adds them up. After an interrupt it has what there was.
 
@@ -26,8 +26,8 @@ class Transcript:
         prompt_seconds: from the start until the first tokens were there.
         new_tokens: number of new tokens in all rows, without padding.
         decode_seconds: from the first tokens to the last.
-        guessed: number of tokens that were guessed ahead (``num_draft_tokens``).
-        confirmed: those of them that the model then chose.
+        draft_tokens: number of tokens that speculative decoding proposed.
+        accepted_tokens: those of them that the model then chose.
 
     Raises:
         InvalidInputError: ``logprobs`` is not an integer of 0 or more.
@@ -36,7 +36,7 @@ class Transcript:
     def __init__(self, logprobs: int | None = None) -> None:
         self._top = None if logprobs is None else integer("logprobs", logprobs, 0)
         self.scores: list[list[TokenScores]] = []
-        self.prompt_tokens = self.new_tokens = self.guessed = self.confirmed = 0
+        self.prompt_tokens = self.new_tokens = self.draft_tokens = self.accepted_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
         self._later_tokens = 0  # those after the first of their rows
         self._rows: list[list[TokenScores]] = []  # the last entries of scores, of this call's rows
@@ -54,8 +54,8 @@ class Transcript:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of guesses that were right; None without guesses."""
-        return self.confirmed / self.guessed if self.guessed else None
+        """The share of draft tokens that were accepted; None without any."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
 
     @property
     def has_scores(self) -> bool:

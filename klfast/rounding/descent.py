@@ -48,7 +48,7 @@ def _refit_scale(
     fit = stored(step + pull / curvature, dtype)
     moved = fit - step
     gain = 2 * moved * pull - moved.square() * curvature
-    moved = torch.where(gain > 0, moved, 0)  # a NaN, where all codes are 0, is no gain
+    moved = torch.where(gain > 0, moved, 0)  # all codes 0: a NaN, which compares as no gain
     grid.step[group] = torch.where(gain > 0, fit, step)
     return codes * moved
 

@@ -1,6 +1,6 @@
 """What second-order rounding minimises: the squared change of a layer's output on calibration text.
 
-With x the inputs of the full-precision model and y those of the partly rounded one, [T, K] each, a weight W [N, K] is
+Let x be the inputs in the full-precision model and y those in the partly rounded one, [T, K] each. A weight W [N, K] is
 rounded to the V that minimises |y V^T - x W^T|^2 + d |V - W|^2. Up to a constant, that is (V - U) H (V - U)^T summed
 over the rows, with H = y^T y + d I and U^T = H^-1 (y^T x + d I) W^T. Where x is not given, U is W: GPTQ's objective
 (Frantar et al., arXiv 2210.17323). d, the damping, keeps V near W where the text says nothing.

@@ -186,7 +186,7 @@ def test_sequences_go_on_from_others(model):
     state = engine.state(3)
     engine(ids[:, :5], state)
     selected = state.select([2, 0, 0, 1])
-    state.follow([0, 0, 2])
+    state.reorder([0, 0, 2])
     for rows, found in (([2, 0, 0, 1], selected), ([0, 0, 2], state)):
         own = engine.state(len(rows))
         engine(ids[rows, :5], own)

@@ -17,6 +17,8 @@ FAMILIES = (
     *("lfm2", "qwen3_5", "kimi_linear", "minimax"),
 )
 
+SINGLE = "^speculative decoding is for a single text"
+
 
 def nearly(model, noise=0.05):
     """Return a copy of the model that often writes the same."""
@@ -52,32 +54,32 @@ def test_the_text_is_the_model_s(family, tokens):
 
 @pytest.mark.parametrize("options", [{"temperature": 0.4}, {"temperature": 0.7, "top_k": 8, "frequency_penalty": 0.5}])
 @pytest.mark.parametrize("family", ["llama", "mamba2", "qwen3_5"])
-def test_samples_are_those_without_guesses(family, options):
+def test_samples_are_those_without_drafts(family, options):
     model, ids = tiny(family), batch(1, 9)
     for draft in (model, nearly(model), None):
         texts, notes = [], klfast.Transcript()
-        for guesses in ({}, {"draft_model": draft, "num_draft_tokens": 3, "transcript": notes}):
+        for drafts in ({}, {"draft_model": draft, "num_draft_tokens": 3, "transcript": notes}):
             chance = torch.Generator().manual_seed(5)
-            texts.append(klfast.generate(model, ids, 80, generator=chance, **options, **guesses))
+            texts.append(klfast.generate(model, ids, 80, generator=chance, **options, **drafts))
         assert torch.equal(*texts)
-        assert draft is None or notes.guessed > notes.confirmed > 0  # drawn texts seldom repeat themselves
+        assert draft is None or notes.draft_tokens > notes.accepted_tokens > 0  # drawn texts seldom repeat themselves
 
 
-def test_logprobs_ends_and_padding_are_those_without_guesses():
+def test_logprobs_ends_and_padding_are_those_without_drafts():
     model, ids = tiny("granite_hybrid"), batch(2, 9)
     ids, mask = ids[:1], left_padded(ids)[:1]
     end = int(klfast.generate(model, ids, 20, attention_mask=mask)[0, -4])
     for draft in (model, None):
         texts, notes = [], []
-        for guesses in ({}, {"draft_model": draft, "num_draft_tokens": 4}):
+        for drafts in ({}, {"draft_model": draft, "num_draft_tokens": 4}):
             notes.append(klfast.Transcript(logprobs=2))
             texts.append(
-                klfast.generate(model, ids, 40, attention_mask=mask, eos_token_id=end, transcript=notes[-1], **guesses)
+                klfast.generate(model, ids, 40, attention_mask=mask, eos_token_id=end, transcript=notes[-1], **drafts)
             )
         assert torch.equal(*texts) and texts[0].shape[1] <= 9 + 17
-        plain, guessed = (one.scores[0] for one in notes)
-        assert [one.token for one in guessed] == [one.token for one in plain] == texts[0][0, 9:].tolist()
-        assert [one.logprob for one in guessed] == pytest.approx([one.logprob for one in plain], abs=1e-4)
+        plain, drafted = (one.scores[0] for one in notes)
+        assert [one.token for one in drafted] == [one.token for one in plain] == texts[0][0, 9:].tolist()
+        assert [one.logprob for one in drafted] == pytest.approx([one.logprob for one in plain], abs=1e-4)
         assert notes[1].prompt_tokens == 5
 
 
@@ -96,19 +98,19 @@ def runs(monkeypatch):
     return fed
 
 
-def test_right_guesses_cost_no_run(runs):
-    """After the prompt each run has the newest token and four guesses; all are right in a text of one period."""
+def test_accepted_drafts_cost_no_run(runs):
+    """After the prompt each run has the newest token and a draft of four, all accepted in a text of one period."""
     model, notes = _periodic(), klfast.Transcript()
     klfast.generate(model, torch.tensor([[1, 2, 3, 1, 2, 3]]), 26, num_draft_tokens=4, transcript=notes)
-    assert runs == [6, 5, 5, 5, 5, 5] and (notes.guessed, notes.confirmed) == (20, 20)
+    assert runs == [6, 5, 5, 5, 5, 5] and (notes.draft_tokens, notes.accepted_tokens) == (20, 20)
 
 
-def test_tokens_after_a_wrong_guess_are_fed_again(runs):
-    """After 3 1 the guess from the prompt is 9 9 9, but the text goes on with 2."""
+def test_tokens_after_a_rejected_draft_are_fed_again(runs):
+    """After 3 1 the draft from the prompt is 9 9 9, but the text goes on with 2."""
     model = _periodic()
     found = klfast.generate(model, torch.tensor([[3, 1, 9, 9, 9, 3]]), 8, num_draft_tokens=3)
     assert found[0, 6:].tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
-    assert runs == [6, 1 + 3, 2, 1, 1 + 1, 1 + 3]  # 2: the 1 again, and 2 in place of 9; then a guess of one token
+    assert runs == [6, 1 + 3, 2, 1, 1 + 1, 1 + 3]  # 2: the 1 again, and 2 in place of 9; then a draft of one token
 
 
 def _periodic():
@@ -129,7 +131,7 @@ def _periodic():
         ([1, 2, 3, 9, 8, 7, 1, 2, 3], 2, [9, 8]),
         ([1, 2, 3, 9, 5, 2, 3, 4, 1, 2, 3], 3, [9, 5, 2]),  # three tokens agree, against two later ones
         ([2, 3, 9, 5, 2, 3, 4, 1, 7, 2, 3], 3, [4, 1, 7]),  # the latest of two places
-        ([5, 6, 5, 6], 5, [5, 6, 5, 6, 5]),  # the guess goes on with itself
+        ([5, 6, 5, 6], 5, [5, 6, 5, 6, 5]),  # the draft goes on with itself
         ([4, 4, 4], 3, [4, 4, 4]),
         ([1, 2, 3, 4], 3, []),
         ([1, 2, 3, 1], 3, []),  # one token says too little
@@ -150,9 +152,9 @@ def test_prompt_lookup(text, most, expected):
         (dict(num_draft_tokens=0), "^num_draft_tokens must be an integer, 1 or more"),
         (dict(num_draft_tokens=2.0), "^num_draft_tokens must be an integer"),
         (dict(num_draft_tokens=16), "^num_draft_tokens must be 15 or less, got 16"),
-        (dict(num_draft_tokens=2, ids=batch(2)), "^guesses ahead are for a single text"),
-        (dict(num_draft_tokens=2, num_return_sequences=2, temperature=1.0), "^guesses ahead are for a single text"),
-        (dict(num_draft_tokens=2, num_beams=2), "^guesses ahead are for a single text"),
+        (dict(num_draft_tokens=2, ids=batch(2)), SINGLE),
+        (dict(num_draft_tokens=2, num_return_sequences=2, temperature=1.0), SINGLE),
+        (dict(num_draft_tokens=2, num_beams=2), SINGLE),
         (dict(draft_model=tiny("llama", vocabulary=50)), "^draft_model must have the model's 61 tokens, got 50"),
         (dict(draft_model=tiny("phi")), "does not run draft_model: the engine does not know models of type phi"),
         (dict(model=tiny("phi"), num_draft_tokens=2), "does not run the model: the engine does not know"),

@@ -1,5 +1,7 @@
 """The command line, run in this process."""
 
+import re
+
 from typer.testing import CliRunner
 
 from klfast.cli import app
@@ -23,3 +25,8 @@ def fails(*arguments, code=1):
         assert len(lines) == 1 and lines[0].startswith("klfast: "), result.stderr
         assert result.stdout == ""
     return " ".join(line.strip(" │╭╰─╮╯") for line in lines)
+
+
+def silent(shown):
+    """Return whether standard error has nothing but the line about the speed."""
+    return re.fullmatch(r"(klfast: [^\n]* prompt tokens [^\n]* new tokens[^\n]*\n)?", shown) is not None

@@ -93,7 +93,8 @@ struct ExactFewRows {
     }
 
   private:
-    // y[m .. m + M, n .. n + R]; rows from `end` on are the one before it once more.
+    // y[m .. m + M, n .. n + R]. Where W ends sooner, the last row before `end` is computed again in place of those
+    // missing.
     template <bool Zeros, int R, int M>
     void tile(std::int64_t m, std::int64_t n, std::int64_t end) const {
         constexpr std::int64_t bytes = kLineBytes<Bits>;
