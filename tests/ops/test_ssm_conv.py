@@ -142,14 +142,15 @@ def test_a_ring_keeps_what_is_older(tier):
 def test_conv_of_packed_sequences(width, dtype, tier):
     seq_idx = torch.tensor([[-1] * 2 + [4] * 19 + [5] + [9] * 18, [0] * 2 + [1] * 30 + [-1] * 3 + [7] * 2 + [-7] * 3])
     x, weight, bias = make(2, 37, 40, dtype=dtype, last=1), make(37, width), make(37)
-    expected = torch.zeros(x.shape).double()
-    for row in range(2):
-        for index in seq_idx[row].unique().tolist():
-            steps = seq_idx[row] == index
-            if index >= 0:
-                expected[row, :, steps] = true_conv(x[row : row + 1, :, steps], weight, bias, None, True)[0][0]
-    for dtype_of_index in (torch.int32, torch.int64):
-        out = ops.causal_conv1d_fn(x, weight, bias, seq_idx.to(dtype_of_index), activation="silu")
+    for dtype_of_index, initial in ((torch.int32, None), (torch.int64, make(2, 37, width - 1, dtype=dtype))):
+        expected = torch.zeros(x.shape).double()
+        for row in range(2):
+            for index in seq_idx[row].unique().tolist():
+                steps = seq_idx[row] == index
+                past = None if initial is None or not steps[0] else initial[row : row + 1]
+                if index >= 0:
+                    expected[row, :, steps] = true_conv(x[row : row + 1, :, steps], weight, bias, past, True)[0][0]
+        out = ops.causal_conv1d_fn(x, weight, bias, seq_idx.to(dtype_of_index), initial, activation="silu")
         close(out, expected, dtype)
         assert out.transpose(1, 2).is_contiguous() and not out.transpose(1, 2)[seq_idx < 0].any()
     assert ops.causal_conv1d_fn(x[..., :0], weight, bias, seq_idx[:, :0]).shape == (2, 37, 0)

@@ -75,8 +75,8 @@ def causal_conv1d_fn(
         weight: [D, W], W at least 1.
         bias: [D], optional.
         seq_idx: int [B, L], optional: equal numbers mark a sequence; the next one, of a greater number, begins without
-            a past. Where it is negative (padding) the output is 0. Without states.
-        initial_states: [B, D, W-1], zeros if absent.
+            a past. Where it is negative (padding) the output is 0. Without final states.
+        initial_states: [B, D, W-1], zeros if absent; with seq_idx the past of each row's first sequence.
         return_final_states: also return the last W-1 values of seq, [B, D, W-1] in x's dtype.
         final_states_out: written with these; optional.
         activation: None, "silu" or "swish" (the same).
@@ -86,15 +86,15 @@ def causal_conv1d_fn(
 
     Raises:
         InvalidInputError: a wrong dtype, shape, device or activation; a ``seq_idx`` that falls along a row, or beside
-            states.
+            final states.
 
     Signature: causal_conv1d.causal_conv1d_fn.
     """
     silu = _is_silu("causal_conv1d_fn", activation)
     if seq_idx is not None:
-        if initial_states is not None or return_final_states or final_states_out is not None:
-            raise InvalidInputError("causal_conv1d_fn: seq_idx goes without states; leave one or the other out")
-        return _packed(x, weight, bias, seq_idx, silu)
+        if return_final_states or final_states_out is not None:
+            raise InvalidInputError("causal_conv1d_fn: seq_idx goes without final states; leave one or the other out")
+        return _packed(CausalConv1d(x, weight, bias, initial_states, None, silu), seq_idx)
     # torch.compile's inductor fails on an op whose output argument is None.
     wanted = return_final_states or torch.compiler.is_compiling()
     if wanted and final_states_out is None and x.dim() == 3 and weight.dim():
@@ -107,22 +107,20 @@ def causal_conv1d_fn(
     return out, final_states_out
 
 
-def _packed(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seq_idx: torch.Tensor, silu: bool
-) -> torch.Tensor:
-    """Convolve sequence by sequence, zeros where there is none."""
-    a = CausalConv1d(x, weight, bias, None, None, silu)
+def _packed(a: CausalConv1d, seq_idx: torch.Tensor) -> torch.Tensor:
+    """Convolve sequence by sequence, zeros where there is none; the first of a row begins after its initial states."""
+    op = "causal_conv1d_fn"
     _check_causal_conv1d(a)
-    same_device("causal_conv1d_fn", x, seq_idx)
+    same_device(op, a.x, seq_idx)
     out = _fake_conv(a)
-    in_time, out_in_time = x.transpose(1, 2), out.transpose(1, 2)
-    for sequence in packed.by_index("causal_conv1d_fn", seq_idx, x.shape[0], x.shape[2]):
+    in_time, out_in_time = a.x.transpose(1, 2), out.transpose(1, 2)
+    for sequence in packed.by_index(op, seq_idx, a.x.shape[0], a.x.shape[2]):
         if sequence.number < 0:
             sequence.of(out_in_time).zero_()
             continue
-        piece = sequence.of(in_time).transpose(1, 2)
-        y = causal_conv1d_op(piece, weight, bias, None, None, silu)
-        sequence.of(out_in_time).copy_(y.transpose(1, 2))
+        past = None if a.initial_states is None or sequence.first else a.initial_states[sequence.row : sequence.row + 1]
+        piece = a._replace(x=sequence.of(in_time).transpose(1, 2), initial_states=past)
+        sequence.of(out_in_time).copy_(causal_conv1d_op(*piece).transpose(1, 2))
     return out
 
 
