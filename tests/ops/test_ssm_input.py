@@ -82,7 +82,10 @@ def scan_of(batch=2, **options):
         ),
         (lambda: ops.causal_conv1d_fn(X, W, seq_idx=BACK), "must rise along each row.* got 3 after 3 in row 1"),
         (lambda: ops.causal_conv1d_fn(X, W, seq_idx=RISING, return_final_states=True), "without final states"),
-        (lambda: ops.causal_conv1d_fn(X, W, seq_idx=RISING, initial_states=X[..., :2]), "initial_states must hold at least 3"),
+        (
+            lambda: ops.causal_conv1d_fn(X, W, seq_idx=RISING, initial_states=X[..., :2]),
+            "initial_states must hold at least 3",
+        ),
         (lambda: ops.causal_conv1d_fn(X, W[:4], seq_idx=RISING), r"weight must be \[5, W\]"),
         (lambda: ops.causal_conv1d_varlen_states(X, ints(2), 3), r"x must be \[T, D\]"),
         (lambda: ops.causal_conv1d_varlen_states(X[0], ints(3, 2), 3), r"cu_seqlens must be int32 or int64 \[6\]"),

@@ -22,6 +22,16 @@ _ATTENTION = dict(
 _MAMBA = dict(**_SMALL, state_size=8, time_step_rank=32)
 _ROPE = {"rope_type": "default", "rope_theta": 500.0}
 _PARTIAL = {"partial_rotary_factor": 0.25, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+_DELTA_NETS = dict(
+    head_dim=64,
+    layer_types=["linear_attention", "full_attention"],
+    full_attention_interval=2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=32,
+    linear_value_head_dim=64,
+    rope_parameters=_ROPE | _PARTIAL,
+)
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**_ATTENTION, rope_parameters=_ROPE),
     "mamba": lambda: transformers.MambaConfig(**_MAMBA),
@@ -29,17 +39,16 @@ CONFIGS = {
     "lfm2": lambda: transformers.Lfm2Config(
         **_ATTENTION, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, rope_parameters=_ROPE
     ),
-    "qwen35": lambda: transformers.Qwen3_5TextConfig(
+    "qwen35": lambda: transformers.Qwen3_5TextConfig(**_ATTENTION, **_DELTA_NETS),
+    "qwen35moe": lambda: transformers.Qwen3_5MoeTextConfig(
         **_ATTENTION,
-        head_dim=64,
-        layer_types=["linear_attention", "full_attention"],
-        full_attention_interval=2,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=64,
-        rope_parameters=_ROPE | _PARTIAL,
+        **_DELTA_NETS,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=256,
     ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=len(TOKENS), n_embd=256, n_layer=2, n_head=4),
     "qwen3moe": lambda: transformers.Qwen3MoeConfig(  # transformers does not read the experts' width and takes 768
         **_ATTENTION,
         head_dim=64,
@@ -67,6 +76,24 @@ _MAMBA_NAMES = {
     r"mixer\.A_log": "ssm_a",
     r"mixer\.D": "ssm_d",
 }
+_EXPERT_NAMES = {
+    r"mlp\.gate\.": "ffn_gate_inp.",
+    r"mlp\.shared_expert_gate\.": "ffn_gate_inp_shexp.",
+    r"mlp\.shared_expert\.(\w+)_proj": r"ffn_\1_shexp",
+    r"mlp\.experts\.(\w+)_proj": r"ffn_\1_exps.weight",
+}
+_QWEN35_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    r"linear_attn\.in_proj_qkv": "attn_qkv",
+    r"linear_attn\.in_proj_z": "attn_gate",
+    r"linear_attn\.in_proj_a": "ssm_alpha",
+    r"linear_attn\.in_proj_b": "ssm_beta",
+    r"linear_attn\.(conv1d|norm)": r"ssm_\1",
+    r"linear_attn\.out_proj": "ssm_out",
+    r"linear_attn\.A_log": "ssm_a",
+    r"linear_attn\.dt_bias": "ssm_dt.bias",
+}
 _NAMES_OF = {
     "llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
     "mamba": _MAMBA_NAMES,
@@ -80,24 +107,21 @@ _NAMES_OF = {
         r"conv\.(in|out)_proj": r"shortconv.\1_proj",
         r"conv\.conv": "shortconv.conv",
     },
-    "qwen3moe": {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        r"mlp\.gate\.": "ffn_gate_inp.",
-        r"mlp\.experts\.(\w+)_proj": r"ffn_\1_exps.weight",
+    "gpt2": {
+        r"^transformer\.wte": "token_embd",
+        r"^transformer\.wpe": "position_embd",
+        r"^transformer\.ln_f": "output_norm",
+        r"^transformer\.h": "blk",
+        "ln_1": "attn_norm",
+        "ln_2": "ffn_norm",
+        r"attn\.c_attn": "attn_qkv",
+        r"attn\.c_proj": "attn_output",
+        r"mlp\.c_fc": "ffn_up",
+        r"mlp\.c_proj": "ffn_down",
     },
-    "qwen35": {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        r"linear_attn\.in_proj_qkv": "attn_qkv",
-        r"linear_attn\.in_proj_z": "attn_gate",
-        r"linear_attn\.in_proj_a": "ssm_alpha",
-        r"linear_attn\.in_proj_b": "ssm_beta",
-        r"linear_attn\.(conv1d|norm)": r"ssm_\1",
-        r"linear_attn\.out_proj": "ssm_out",
-        r"linear_attn\.A_log": "ssm_a",
-        r"linear_attn\.dt_bias": "ssm_dt.bias",
-    },
+    "qwen3moe": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", **_EXPERT_NAMES},
+    "qwen35": _QWEN35_NAMES,
+    "qwen35moe": _QWEN35_NAMES | _EXPERT_NAMES,
 }
 
 
@@ -159,7 +183,7 @@ def _parts(family, model):
         if "gate_up" in name:
             yield from zip((name.replace("gate_up", one) for one in ("gate", "up")), tensor.chunk(2, 1), strict=True)
         else:
-            yield name, tensor
+            yield name, tensor.T if family == "gpt2" and re.search(r"c_\w+\.weight", parameter) else tensor
 
 
 def stored_name(family, parameter):
@@ -184,7 +208,7 @@ def _changed(family, name, values):
         return -values.exp()
     if "conv1d.weight" in name or "shortconv.conv" in name:
         return values.squeeze(1)
-    if family == "qwen35" and name.endswith("norm.weight") and "ssm_norm" not in name:
+    if family.startswith("qwen35") and name.endswith("norm.weight") and "ssm_norm" not in name:
         return values + 1
     return values
 
@@ -194,7 +218,7 @@ def _order(family, name, shape, config):
     if family == "llama" and (found := re.search(r"attn_([qk])\.", name)):  # halves of each head are interleaved
         heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
         return 0, torch.arange(shape[0]).view(heads, 2, -1).transpose(1, 2).flatten()
-    if family == "qwen35" and (found := re.search(r"attn_qkv|attn_gate|ssm_(?!norm)[a-z0-9]+", name)):
+    if family.startswith("qwen35") and (found := re.search(r"attn_qkv|attn_gate|ssm_(?!norm)[a-z0-9]+", name)):
         # Value heads that share a key head are apart, in tiles, instead of together. They come after queries and keys.
         keys, values = config.linear_num_key_heads, config.linear_num_value_heads
         first = 2 * keys * config.linear_key_head_dim if found[0] in ("attn_qkv", "ssm_conv1d") else 0
@@ -223,6 +247,8 @@ def _metadata(family, config):
             "ssm.time_step_rank": config.time_step_rank,
             "ssm.dt_b_c_rms": family == "falcon_mamba",
         }
+    elif family == "gpt2":
+        keys["attention.head_count"] = config.n_head
     else:
         heads = config.num_key_value_heads
         keys |= {
@@ -230,14 +256,16 @@ def _metadata(family, config):
             "attention.head_count": config.num_attention_heads,
             "attention.head_count_kv": [0, heads] if family == "lfm2" else heads,
             "attention.key_length": 64,
-            "rope.dimension_count": 16 if family == "qwen35" else 64,
+            "rope.dimension_count": 16 if family.startswith("qwen35") else 64,
             "rope.freq_base": 500.0,
         }
-    if family == "qwen3moe":
+    if family.endswith("moe"):
         keys |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+    if family == "qwen35moe":
+        keys |= {"expert_feed_forward_length": 256, "expert_shared_feed_forward_length": 256}
     if family == "lfm2":
         keys["shortconv.l_cache"] = config.conv_L_cache
-    if family == "qwen35":
+    if family.startswith("qwen35"):
         keys |= {
             "ssm.conv_kernel": config.linear_conv_kernel_dim,
             "ssm.state_size": config.linear_key_head_dim,

@@ -45,7 +45,7 @@ def exact_spec(kind: str) -> QuantSpec | None:
 
 
 def codes_and_scale(file: GgufFile, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes, int8 [N, K], and the scales, [N, G], of a matrix of such a type.
+    """Return the codes, int8 [..., N, K], and the scales, [..., N, G], of a matrix or a stack of such a type.
 
     The scales are the file's own float16 numbers; where two fields make one (Q6_K), the product, exact in float32.
     """
@@ -54,11 +54,11 @@ def codes_and_scale(file: GgufFile, name: str) -> tuple[torch.Tensor, torch.Tens
 
     tensor = file.tensors[name]
     _, fields = _EXACT[file.kind(name)]
-    blocks = tensor.data.reshape(len(tensor.data), -1, GGML_QUANT_SIZES[tensor.tensor_type][1])
+    blocks = tensor.data.reshape(*tensor.data.shape[:-1], -1, GGML_QUANT_SIZES[tensor.tensor_type][1])
     only_codes = blocks.copy()  # with scales of 1, so that gguf, which knows the order of the bits, gives the codes
     for field in fields:
         field.of(only_codes)[...] = 1
     codes = dequantize(only_codes.reshape(tensor.data.shape), tensor.tensor_type)
     first, *others = (field.of(blocks) for field in fields)
     scale = math.prod((field.astype(np.float32) for field in others), start=first)
-    return torch.from_numpy(codes.astype(np.int8)), torch.from_numpy(scale.reshape(len(blocks), -1).copy())
+    return torch.from_numpy(codes.astype(np.int8)), torch.from_numpy(scale.reshape(*blocks.shape[:-2], -1).copy())

@@ -6,6 +6,7 @@ asked for one parameter at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -123,7 +124,7 @@ class Moves(NamedTuple):
     """Where a conversion takes a matrix from, if it only moves rows and whole groups of columns.
 
     Attributes:
-        rows: the source of each row, int64 [N].
+        rows: the source of each row, int64 [N]; the sources lie one behind the other, in each expert anew.
         groups: the source of each group of columns, int64 [G].
     """
 
@@ -131,25 +132,49 @@ class Moves(NamedTuple):
     groups: torch.Tensor
 
 
-def moves(made: Conversion, parameter: str, name: str, shape: tuple[int, ...], group: int) -> Moves | None:
+def moves(
+    made: Conversion, parameter: str, shapes: Mapping[str, tuple[int, ...]], group: int, transposed: bool = False
+) -> Moves | None:
     """Return where a conversion takes each row and group from; None if it does anything else.
 
-    The conversion is applied to the numbers of the rows and of the columns instead of the values.
+    The conversion is applied to the numbers of the rows and of the columns instead of the values: of a matrix, or of
+    the first two experts of a stack, between which it knows no difference.
+
+    Args:
+        made: the conversion.
+        parameter: one that it makes.
+        shapes: of the parameter's sources, [N, K] or [E, N, K].
+        group: columns of a group.
+        transposed: the parameter holds a matrix as [K, N].
     """
-    if len(shape) != 2 or len(made.sources[parameter]) != 1:
+    (*experts, _, k), *others = shapes.values()
+    if len(experts) > 1 or any((*shape[:-2], shape[-1]) != (*experts, k) for shape in others):
         return None
-    places = [torch.arange(shape[0], dtype=torch.int32)[:, None], torch.arange(shape[1], dtype=torch.int32)]
-    found = [made.convert(parameter, {name: place.expand(shape)}) for place in places]
+    shown, heights = [min(count, 2) for count in experts], [shape[-2] for shape in shapes.values()]
+    shape = (*shown, n := sum(heights), k)
+    rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int32).view(*shape[:-1], 1)
+    columns = torch.arange(k, dtype=torch.int32)
+    places = (rows.split(heights, -2), [columns] * len(heights))
+    found = [
+        made.convert(
+            parameter,
+            {name: one.expand(*shown, height, k) for name, height, one in zip(shapes, heights, each, strict=True)},
+        )
+        for each in places
+    ]
+    found = [one.T for one in found] if transposed else found
     if any(one.shape != shape for one in found):
         return None
-    rows, columns = found[0][:, :1], found[1][:1]
-    groups = columns.view(-1, group)
+    rows_found, columns_found = found[0][..., :1], found[1].flatten(0, -2)[:1]
+    groups, one_expert = columns_found.view(-1, group), rows_found.flatten()[:n]
     if not (
-        (found[0].stride(1) == 0 or torch.equal(found[0], rows.expand(shape)))
-        and (found[1].stride(0) == 0 or torch.equal(found[1], columns.expand(shape)))
-        and torch.equal(rows.sort(0).values, places[0])
-        and torch.equal(columns.sort().values, places[1].expand(1, -1))
-        and torch.equal(groups, groups[:, :1] // group * group + places[1][:group])
+        (found[0].stride(-1) == 0 or torch.equal(found[0], rows_found.expand(shape)))
+        and (not any(found[1].stride()[:-1]) or torch.equal(found[1], columns_found.expand(shape)))
+        and torch.equal(one_expert.sort().values, rows.flatten()[:n])
+        and torch.equal(rows_found, rows - rows.flatten()[:n].view(-1, 1) + one_expert.view(-1, 1))
+        and torch.equal(columns_found.sort().values, columns.expand(1, -1))
+        and torch.equal(groups, groups[:, :1] // group * group + columns[:group])
     ):
         return None
-    return Moves(rows[:, 0].long(), groups[:, 0].long() // group)
+    firsts = n * torch.arange(math.prod(experts))
+    return Moves((firsts[:, None] + one_expert).flatten(), groups[:, 0].long() // group)

@@ -7,25 +7,33 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from klfast.checkpoint.compressed_tensors import linear_names
 from klfast.checkpoint.gguf.blocks import codes_and_scale, exact_spec
 from klfast.checkpoint.gguf.conversion import Conversion, conversion, moves
 from klfast.checkpoint.gguf.file import GgufFile
 from klfast.checkpoint.tensors import Tensors, part_names
 from klfast.core.dtypes import dtype_name
 from klfast.models.head import head_name, is_head_tied
+from klfast.models.matrices import named_matrices
 from klfast.models.vocabulary import input_embedding
+from klfast.nn.conv1d import is_conv1d
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec, storable_spec
 from klfast.quant.tensor import QuantizedTensor
 
 Weights = Literal["exact", "dense"] | QuantSpec
 REMEDY = "fetch or convert it again"
+
+
+class _Layer(NamedTuple):
+    """A matrix of the model, and whether its parameter holds it as [K, N]."""
+
+    name: str
+    transposed: bool = False
 
 
 class _Changed:
@@ -64,24 +72,24 @@ class Source:
         used = {name for names in self._made.sources.values() for name in names}
         self._left_out = [*sorted(file.tensors.keys() - used), *_rope_scaling_left_out(file, model)]
 
-    def _add(self, parameter: str, layer: str | None) -> None:
-        """Add a parameter, which is the weight of a linear layer or of none."""
+    def _add(self, parameter: str, layer: _Layer | None) -> None:
+        """Add a parameter, which is the weight of a layer or of none."""
         file, names = self._file, self._made.sources[parameter]
         values = partial(_values, file, self._made, parameter)
         if self._weights == "dense" or not any(map(file.is_quantized, names)):
             self._readers[parameter] = values
             return
-        if layer is not None and (exact := _exact(file, self._made, parameter)) is not None:
-            self._add_quantized(layer, *exact)
+        if layer is not None and (exact := _exact(file, self._made, parameter, layer.transposed)) is not None:
+            self._add_quantized(layer.name, *exact)
             return
-        shape = file.shape(names[0])
+        n, k = sum(math.prod(file.shape(name)[:-1]) for name in names), file.shape(names[0])[-1]
         if layer is not None and isinstance(self._weights, QuantSpec):
-            spec = storable_spec(self._weights, shape[1])
-            self._add_quantized(layer, spec, lambda: quantize(values(), spec))
-            changed, after = self._rounded, spec.nbytes((shape[0], shape[1]))
+            spec, transposed = storable_spec(self._weights, k), layer.transposed
+            self._add_quantized(layer.name, spec, lambda: quantize(_matrix(values(), transposed), spec))
+            changed, after = self._rounded, spec.nbytes((n, k))
         else:
             self._readers[parameter] = values
-            changed, after = self._expanded, len(names) * math.prod(shape) * self._dtype.itemsize
+            changed, after = self._expanded, n * k * self._dtype.itemsize
         changed.kinds[file.kind(names[0]) + ("" if layer else " outside linear layers")] += len(names)
         changed.before += sum(int(file.tensors[name].n_bytes) for name in names)
         changed.after += after
@@ -122,13 +130,16 @@ def _rope_scaling_left_out(file: GgufFile, model: Any) -> list[str]:
     return [key for key, value in file.metadata.items() if key.endswith(".rope.scaling.factor") and value not in (0, 1)]
 
 
-def _layers(model: nn.Module, made: Conversion) -> dict[str, str]:
-    """Return the linear layer of each parameter that can be quantized; a tied embedding's is the head."""
-    layers = {f"{name}.weight": name for name in linear_names(model)}
+def _layers(model: nn.Module, made: Conversion) -> dict[str, _Layer]:
+    """Return the layer of each parameter that can be quantized; a tied embedding's is the head."""
+    layers = {
+        name if one.is_stack else f"{name}.weight": _Layer(name, is_conv1d(one.holder))
+        for name, one in named_matrices(model).items()
+    }
     if is_head_tied(model) and type(embedding := input_embedding(model)) is nn.Embedding:
         head = head_name(model)
         if f"{head}.weight" not in made.sources:
-            layers |= {f"{name}.weight": head for name, module in model.named_modules() if module is embedding}
+            layers |= {f"{name}.weight": _Layer(head) for name, module in model.named_modules() if module is embedding}
     return layers
 
 
@@ -136,18 +147,29 @@ def _values(file: GgufFile, made: Conversion, parameter: str) -> torch.Tensor:
     return made.convert(parameter, {name: file.values(name) for name in made.sources[parameter]})
 
 
-def _exact(file: GgufFile, made: Conversion, parameter: str) -> tuple[QuantSpec, Callable[[], QuantizedTensor]] | None:
+def _matrix(values: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Return a layer's parameter as a matrix [N, K]."""
+    return values.T if transposed else values.flatten(0, -2)
+
+
+def _exact(
+    file: GgufFile, made: Conversion, parameter: str, transposed: bool
+) -> tuple[QuantSpec, Callable[[], QuantizedTensor]] | None:
     """Return the spec that holds a parameter exactly, and its reader; None if there is no such spec."""
-    name, *others = made.sources[parameter]
-    stored, shape = exact_spec(file.kind(name)), file.shape(name)
-    if others or stored is None or (moved := moves(made, parameter, name, shape, stored.group_size)) is None:
+    names = made.sources[parameter]
+    stored, *others = {exact_spec(file.kind(name)) for name in names}
+    if stored is None or others:
         return None
-    spec = storable_spec(stored, shape[1])
+    moved = moves(made, parameter, {name: file.shape(name) for name in names}, stored.group_size, transposed)
+    if moved is None:
+        return None
+    n, k = len(moved.rows), file.shape(names[0])[-1]
+    spec = storable_spec(stored, k)
 
     def read() -> QuantizedTensor:
-        codes, scale = codes_and_scale(file, name)
-        n, k = codes.shape
-        codes = codes[moved.rows].view(n, *scale.shape[1:], -1)[:, moved.groups].reshape(n, k)
-        return QuantizedTensor(spec.format.encode(codes, scale[moved.rows][:, moved.groups], None), (n, k), spec)
+        sources = zip(*(codes_and_scale(file, name) for name in names), strict=True)
+        codes, scale = (torch.cat(each, -2).flatten(0, -2)[moved.rows] for each in sources)
+        codes = codes.view(n, scale.shape[1], -1)[:, moved.groups].view(n, k)
+        return QuantizedTensor(spec.format.encode(codes, scale[:, moved.groups], None), (n, k), spec)
 
     return spec, read

@@ -28,7 +28,7 @@ class Made:
     ],
 )
 def test_moves(function, rows, groups):
-    found = moves(Made(function), "w", "w", (6, 8), 4)
+    found = moves(Made(function), "w", {"w": (6, 8)}, 4)
     assert found.rows.tolist() == rows and found.groups.tolist() == groups
 
 
@@ -50,11 +50,44 @@ def test_moves(function, rows, groups):
     ],
 )
 def test_anything_else_is_no_move(function):
-    assert moves(Made(function), "w", "w", (6, 8), 4) is None
+    assert moves(Made(function), "w", {"w": (6, 8)}, 4) is None
 
 
-def test_a_matrix_made_of_two_is_no_move():
-    assert moves(Made(lambda w: w, ["w", "v"]), "w", "w", (6, 8), 4) is None
+class Joined(Made):
+    """A conversion of two tensors."""
+
+    def convert(self, parameter, tensors):
+        return self._function(tensors["w"], tensors["v"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_stacks_of_two_tensors_in_each_expert(count):
+    shapes = {"w": (count, 2, 8), "v": (count, 3, 8)}
+    found = moves(Joined(lambda w, v: torch.cat((v.flip(1), w), 1).roll(4, -1)), "w", shapes, 4)
+    assert found.rows.view(count, 5).tolist() == [[5 * i + row for row in (4, 3, 2, 0, 1)] for i in range(count)]
+    assert found.groups.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, v: torch.cat((w.flip(0), v), 1),  # of another expert
+        lambda w, v: torch.cat((w, v), 1)[:, :4],
+        lambda w, v: torch.cat((torch.cat((w, v), 1)[:1], torch.cat((v, w), 1)[1:])),  # others otherwise
+        lambda w, v: torch.cat((w, v.roll(4, -1)), 1),  # some columns only
+    ],
+)
+def test_anything_else_is_no_move_of_stacks(function):
+    assert moves(Joined(function), "w", {"w": (3, 2, 8), "v": (3, 3, 8)}, 4) is None
+
+
+def test_a_matrix_that_is_held_transposed():
+    found = moves(Made(lambda w: w.flip(0).T), "w", {"w": (6, 8)}, 4, transposed=True)
+    assert found.rows.tolist() == [5, 4, 3, 2, 1, 0] and found.groups.tolist() == [0, 1]
+
+
+def test_sources_of_different_shapes_are_no_move():
+    assert moves(Joined(lambda w, v: torch.cat((w, v))), "w", {"w": (6, 8), "v": (6, 4)}, 4) is None
 
 
 @pytest.mark.parametrize("family", gguf_files.CONFIGS)

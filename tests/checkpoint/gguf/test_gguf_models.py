@@ -9,11 +9,13 @@ from torch import nn
 
 import klfast
 from klfast.models.linears import linears
+from klfast.models.matrices import matrices
 from klfast.nn import QuantEmbedding
 
 # Every exact type, and Q4_K, which no format of klfast's holds exactly.
 KINDS = {"*": "Q8_0", "*_q.*": "Q4_0", "*gate*": "Q4_0", "*_k.*": "Q5_0", "*_up.*": "Q6_K", "*in*": "Q6_K"}
 KINDS |= {"*_v.*": "IQ4_NL", "*out*": "Q4_0", "*down*": "Q4_K", "token_embd*": "Q6_K", "output.*": "Q6_K"}
+KINDS |= {"*_gate_exps*": "Q6_K", "*_up_exps*": "Q6_K", "*_down_exps*": "Q4_0", "*_gate_inp*": "F32"}
 
 
 @pytest.fixture(params=gguf_files.CONFIGS)
@@ -43,7 +45,9 @@ def test_logits(tmp_path, family, tied):
     left = {
         name.rpartition(".")[2] for name, layer in linears(found).items() if not isinstance(layer, klfast.QuantLinear)
     }
-    assert left <= {"down_proj", "w2"}  # Q4_K
+    assert left <= {"down_proj", "w2", "c_proj", "shared_expert_gate"}  # Q4_K, and a router
+    stacks = {name: one for name, one in matrices(found).items() if "experts." in name}
+    assert all(one.is_quantized for one in stacks.values()) and bool(stacks) == ("moe" in family)
     assert isinstance(found.get_input_embeddings(), QuantEmbedding if tied else nn.Embedding)
 
 
