@@ -25,8 +25,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.diagnostics.doctor import doctor as doctor
     from klfast.diagnostics.explain import explain as explain
     from klfast.dispatch.pins import using as using
-    from klfast.evaluation import Evaluation as Evaluation
-    from klfast.evaluation import evaluate as evaluate
+    from klfast.evaluation.comparing import compare as compare
+    from klfast.evaluation.comparison import Comparison as Comparison
+    from klfast.evaluation.quality import Evaluation as Evaluation
+    from klfast.evaluation.quality import evaluate as evaluate
     from klfast.generation.engine import lower as lower
     from klfast.generation.loop import generate as generate
     from klfast.generation.state_file import load_state as load_state
@@ -73,8 +75,10 @@ _PUBLIC = {
     "QuantizedTensor": "quant.tensor",
     "quantize": "quant.rounding",
     "quantize_model": "checkpoint.apply_plan",
-    "Evaluation": "evaluation",
-    "evaluate": "evaluation",
+    "Comparison": "evaluation.comparison",
+    "compare": "evaluation.comparing",
+    "Evaluation": "evaluation.quality",
+    "evaluate": "evaluation.quality",
     "generate": "generation.loop",
     "lower": "generation.engine",
     "load_state": "generation.state_file",

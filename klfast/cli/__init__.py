@@ -94,7 +94,20 @@ def _klfast(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-from klfast.cli import bench, demo, doctor, evaluate, export_kernels, generate, plan, quantize, report, serve, sweep  # noqa: E402
+from klfast.cli import (  # noqa: E402
+    bench,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export_kernels,
+    generate,
+    plan,
+    quantize,
+    report,
+    serve,
+    sweep,
+)
 
 for command in (
     demo.demo,
@@ -102,6 +115,7 @@ for command in (
     plan.plan,
     quantize.quantize,
     evaluate.evaluate,
+    compare.compare,
     generate.generate,
     serve.serve,
     bench.bench,

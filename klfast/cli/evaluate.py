@@ -18,9 +18,7 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare with this model, for example the full-precision one.")
     ] = None,
-    text: Annotated[
-        str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')
-    ] = "evaluation",
+    text: options.HeldOut = "evaluation",
     windows: options.AllWindows = None,
     length: options.Length = 512,
     batch_size: options.BatchSize = 4,

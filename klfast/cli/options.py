@@ -107,6 +107,9 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+HeldOut = Annotated[
+    str, typer.Option(help='A text file, a token file (.npy, .json), or "evaluation", the bundled text.')
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 _WINDOWS = "Windows of the text, from its start, or all."
 Windows = Annotated[int | None, typer.Option(parser=window_count, metavar="N|all", help=_WINDOWS)]

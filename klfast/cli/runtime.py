@@ -40,15 +40,19 @@ def open_batches(
     **loading: Unpack[LoadingOptions],
 ) -> list[torch.Tensor]:
     """Return batches of a text or token file; the latter needs no tokenizer."""
-    is_tokens = os.path.splitext(source)[1] in (".npy", ".json")
     return token_batches(
         source,
-        None if is_tokens else by_name.load_tokenizer(model_name, **loading),
+        None if is_token_file(source) else by_name.load_tokenizer(model_name, **loading),
         vocab_size=vocabulary_size(model),
         length=length,
         windows=windows,
         batch_size=batch_size,
     )
+
+
+def is_token_file(source: str) -> bool:
+    """Return True if the source of a text is a file of token ids, which needs no tokenizer."""
+    return os.path.splitext(source)[1] in (".npy", ".json")
 
 
 def count(batches: list[torch.Tensor]) -> int:

@@ -281,6 +281,7 @@ def test_choices_match_the_library(parse, names):
         ("sweep", "m"),
         ("quantize", "m", "--uniform", "int4", "--out", "q"),
         ("eval", "m"),
+        ("compare", "m", "m"),
         ("generate", "m", "Once"),
     ],
     ids=lambda arguments: arguments[0],
@@ -299,7 +300,14 @@ def test_every_command_passes_on_loading_options(arguments, offline, remote, tmp
 
 
 @pytest.mark.parametrize(
-    "arguments", [("sweep", "{}"), ("eval", "{}"), ("eval", "{}", "--teacher", "{}"), ("generate", "{}", "Once")]
+    "arguments",
+    [
+        ("sweep", "{}"),
+        ("eval", "{}"),
+        ("eval", "{}", "--teacher", "{}"),
+        ("compare", "{}", "{}"),
+        ("generate", "{}", "Once"),
+    ],
 )
 def test_models_are_loaded_on_the_device(arguments, work, tmp_path, monkeypatch):
     def load(name, dtype, device, **_):
@@ -317,7 +325,7 @@ def test_models_are_loaded_on_the_device(arguments, work, tmp_path, monkeypatch)
     assert devices == devices_wanted
 
 
-@pytest.mark.parametrize("arguments", [("sweep", "m"), ("eval", "m"), ("generate", "m", "Once")])
+@pytest.mark.parametrize("arguments", [("sweep", "m"), ("eval", "m"), ("compare", "m", "m"), ("generate", "m", "Once")])
 def test_missing_devices_are_refused_before_anything_is_loaded(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
@@ -342,7 +350,7 @@ def test_sizes(text, size):
     assert options.parse_bytes(text) == size
 
 
-COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "generate", "report", "doctor")
+COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "compare", "generate", "report", "doctor")
 
 
 def run(*arguments, **environment):

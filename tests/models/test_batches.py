@@ -142,14 +142,14 @@ def test_forms_give_the_same_measurements():
 
 
 def test_a_large_tensor_is_evaluated_in_parts(monkeypatch):
-    from klfast import evaluation
+    from klfast.evaluation import side_by_side
 
     model, ids, rows = make("mamba"), tokens(6, 9), []
     expected = klfast.evaluate(model, [ids])
-    monkeypatch.setattr(evaluation, "_MOST_TOKENS", 20)
-    whole = evaluation.head_inputs
+    monkeypatch.setattr(side_by_side, "_MOST_TOKENS", 20)
+    whole = side_by_side.head_inputs
     monkeypatch.setattr(
-        evaluation, "head_inputs", lambda model, head, ids: rows.append(len(ids)) or whole(model, head, ids)
+        side_by_side, "head_inputs", lambda model, head, ids: rows.append(len(ids)) or whole(model, head, ids)
     )
     found = klfast.evaluate(model, ids)
     assert rows == [2, 2, 2] and found.tokens == expected.tokens and found.nll == pytest.approx(expected.nll, rel=1e-6)

@@ -23,11 +23,11 @@ def save_tokenizer(folder: Path, bos: bool = False) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_model(folder: Path, seed: int = 0, layers: int = 2) -> Path:
+def save_model(folder: Path, seed: int = 0, layers: int = 2, vocab_size: int = 257) -> Path:
     """Save a Mamba-2 of ``layers`` blocks with random weights, and its tokenizer."""
     torch.manual_seed(seed)
     config = Mamba2Config(
-        vocab_size=257,
+        vocab_size=vocab_size,
         hidden_size=64,
         num_hidden_layers=layers,
         num_heads=8,

@@ -1,0 +1,53 @@
+"""klfast compare."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_folder
+from command_line import FEW, TEXT, fails, klf
+from tokenizer_kinds import tokenizer
+
+import klfast
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Create a folder with a model, the same in INT4, and a text."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_folder.save_model(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    klf("quantize", folder / "model", "--uniform", "int4", "--out", folder / "small")
+    return folder
+
+
+def test_card_as_text_json_and_file(work, tmp_path):
+    command = ("compare", work / "model", work / "small", "--text", work / "text.txt", *FEW)
+    shown = klf(*command).stdout
+    assert "Mean KLD" in shown and "KL by position" in shown and "1 to 64" in shown
+    data = json.loads(klf(*command, "--json", "--out", tmp_path / "card.json").stdout)
+    assert data["tokens"] == 4 * 63 and data["figures"]["Mean KLD"]["low"] > 0
+    card = klfast.Comparison.from_json(tmp_path / "card.json")
+    assert card.provenance["base"] == str(work / "model") and card.provenance["length"] == 64
+    assert card.figures["Mean KLD"].value == data["figures"]["Mean KLD"]["value"]
+    teacher = json.loads(
+        klf("eval", work / "small", "--teacher", work / "model", "--text", work / "text.txt", *FEW, "--json").stdout
+    )
+    assert teacher["kl"] == pytest.approx(data["figures"]["Mean KLD"]["value"], rel=1e-5)
+    assert "exists" in fails(*command, "--out", tmp_path / "card.json")
+
+
+def test_one_window_says_that_it_has_no_intervals(work):
+    command = ("compare", work / "small", work / "model", "--text", work / "text.txt", "--windows", 1, "--length", 64)
+    assert "Intervals need several windows" in klf(*command).stdout
+
+
+def test_other_tokenizers_and_vocabularies_are_refused(work, tmp_path):
+    tiny_folder.save_model(tmp_path / "other")
+    tokenizer("byte-level BPE").save_pretrained(tmp_path / "other")
+    line = fails("compare", work / "model", tmp_path / "other", "--text", work / "text.txt", *FEW)
+    assert "have different tokenizers: token 0 is" in line
+    tiny_folder.save_model(tmp_path / "larger", vocab_size=300)
+    assert "one vocabulary" in fails("compare", work / "model", tmp_path / "larger", "--text", work / "text.txt", *FEW)
+    np.save(tmp_path / "ids.npy", np.arange(200) % 250)  # which needs no tokenizer
+    klf("compare", work / "model", tmp_path / "other", "--text", tmp_path / "ids.npy", *FEW)
