@@ -15,7 +15,8 @@ def report(
     sensitivities: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="Files from sweep, or published kl-ssm-quant files; several are merged."
+            metavar="FILE|FOLDER...",
+            help="Files from sweep, or published kl-ssm-quant files, or folders of them; several are merged.",
         ),
     ],
     plan: Annotated[
@@ -29,6 +30,14 @@ def report(
     ] = None,
     top: Annotated[int, typer.Option(help="Layers to list for each spec.", min=1)] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the tables to this .md or .json file instead.")] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write one page to this .html file: maps by depth and submodule, ranking, size against KL, cost of "
+            "the sweep; and plans (klfast plan) and KL cards (klfast compare) that are among the files.",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw sensitivity over depth into this .png, .svg or .pdf file.")
     ] = None,
@@ -36,18 +45,22 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Show a sweep's findings (which layers, kinds and depths are sensitive), or a plan."""
-    for path, option in ((out, "--out"), (plot, "--plot")):
+    for path, option in ((out, "--out"), (page, "--html"), (plot, "--plot")):
         if path is not None:
             options.require_free(path, force, option=option)
     import klfast
     from klfast.core.errors import InvalidInputError
+    from klfast.core.io import write_atomic
+    from klfast.reporting.page.document import html_page
     from klfast.reporting.plan_tables import plan_by_layer, plan_tables
     from klfast.reporting.plot import plot as draw
+    from klfast.reporting.results_folder import ResultFiles
     from klfast.reporting.sweep_tables import sweep_tables
     from klfast.reporting.table import write
     from klfast.sensitivity import merge
 
-    found = merge.read(sensitivities)
+    files = ResultFiles.of(sensitivities)
+    found = merge.read(files.sensitivities)
     if plan is None:
         tables = sweep_tables(found, metric, top)
     else:
@@ -55,10 +68,14 @@ def report(
         tables = [*plan_tables(made, found), plan_by_layer(made, found, metric)]
     if out is not None:
         write(out, tables)
+    if page is not None:
+        plans = [klfast.Plan.from_json(path) for path in dict.fromkeys([*files.plans, *([plan] if plan else [])])]
+        cards = [klfast.Comparison.from_json(path) for path in files.comparisons]
+        write_atomic(page, html_page(found, plans, cards, metric, top))
     if plot is not None:
         try:
             draw(found, plot, metric)
         except ImportError as error:  # matplotlib is optional
             raise InvalidInputError(str(error)) from None
-    if out is None or as_json:
+    if (out is None and page is None) or as_json:
         emit({"tables": [one.data() for one in tables]}, [one.rich() for one in tables], as_json)

@@ -37,8 +37,8 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        aligned = ["---:" if self._is_numeric(i) else "---" for i in range(len(self.headings))]
-        lines = [self.headings, aligned, *([_text(cell).replace("|", "\\|") for cell in row] for row in self.rows)]
+        aligned = ["---:" if self.is_numeric(i) else "---" for i in range(len(self.headings))]
+        lines = [self.headings, aligned, *([shown(cell).replace("|", "\\|") for cell in row] for row in self.rows)]
         return f"### {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def rich(self) -> rich.table.Table:
@@ -48,12 +48,13 @@ class Table:
 
         table = RichTable(title=self.title, title_justify="left")
         for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if self._is_numeric(i) else "left")
+            table.add_column(heading, justify="right" if self.is_numeric(i) else "left")
         for row in self.rows:
-            table.add_row(*(Text(_text(cell)) for cell in row))
+            table.add_row(*(Text(shown(cell)) for cell in row))
         return table
 
-    def _is_numeric(self, column: int) -> bool:
+    def is_numeric(self, column: int) -> bool:
+        """Return True if a column holds numbers alone."""
         return all(row[column] is None or isinstance(row[column], (int, float)) for row in self.rows)
 
 
@@ -70,7 +71,8 @@ def write(path: str | os.PathLike[str], tables: Iterable[Table]) -> None:
         )
 
 
-def _text(cell: Cell) -> str:
+def shown(cell: Cell) -> str:
+    """Return a cell as text."""
     if cell is None:
         return ""
     if isinstance(cell, float):

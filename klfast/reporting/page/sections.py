@@ -1,0 +1,155 @@
+"""The page's sections: maps of sensitivity, ranking, plan, KL card, cost of the sweep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from klfast.evaluation.comparison import KLD, Comparison
+from klfast.evaluation.windowed import Estimate
+from klfast.planning.plan_file import Plan
+from klfast.quant.spec import QuantSpec
+from klfast.reporting.comparison_tables import comparison_tables
+from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, harm, kind
+from klfast.reporting.page.axis import Axis, number
+from klfast.reporting.page.intervals import Row, interval_table
+from klfast.reporting.page.layer_map import Square, layer_map
+from klfast.reporting.page.markup import Markup, data_table, numbers, section, tag
+from klfast.reporting.plan_tables import FULL, plan_by_layer, plan_tables
+from klfast.reporting.sweep_tables import by_kind
+from klfast.reporting.table import Table
+from klfast.sensitivity.results import Sensitivities
+
+_NORMAL = 1.96  # standard errors to each side; a sweep keeps those of many windows
+_FULL_BITS = 16
+
+
+def sensitivity_maps(sensitivities: Sensitivities, metric: str) -> Markup:
+    """Return a map of each spec, of which one is shown at a time."""
+    found = by_spec(sensitivities)
+    axes = {spec: Axis.spanning(harm(metric, m) for m in some.values()) for spec, some in found.items()}
+    factor, unit = (1000, "thousandths of a nat") if metric not in (*BETTER_HIGH, "mse") else (1, metric)
+
+    def square(spec: QuantSpec, names: Sequence[str]) -> Square | None:
+        held = [found[spec][name] for name in names if name in found[spec]]
+        if not held:
+            return None
+        value = math.fsum(m.mean[metric] for m in held) / len(held)
+        worst = math.fsum(harm(metric, m) for m in held) / len(held)
+        return Square(number(factor * value), f"{', '.join(names)}: {metric} {value:.4g}", axes[spec].share(worst))
+
+    maps = [
+        tag(
+            "details",
+            tag("summary", str(spec)),
+            layer_map(f"{metric} in {spec}, {unit}", sensitivities.layers, partial(square, spec)),
+            name="spec",  # so that one of them is open
+            open=index == 0,
+        )
+        for index, spec in enumerate(found)
+    ]
+    said = "One layer at a time is quantized, all else is in full precision. The darker (on a dark page, the brighter) "
+    return section(
+        "What each layer suffers",
+        "maps",
+        tag("p", f"{said}a cell, the worse; each precision has its own scale."),
+        *maps,
+        numbers("Means by kind of layer", by_kind(sensitivities, metric)),
+    )
+
+
+def ranking(sensitivities: Sensitivities, metric: str, top: int) -> Markup:
+    """Return the most sensitive layers of the coarsest spec, with intervals."""
+    spec, measurements = next(iter(by_spec(sensitivities).items()))
+    worst = sorted(measurements.items(), key=lambda item: harm(metric, item[1]), reverse=True)[:top]
+    rows = []
+    for name, m in worst:
+        value, half = m.mean[metric], _NORMAL * m.stderr.get(metric, math.nan)
+        limits = () if math.isnan(half) else (value - half, value + half)
+        rows.append(Row(_short(name), Estimate(value, *limits), name))
+    return section(
+        "Most sensitive layers", "ranking", interval_table(f"{metric} of one layer in {spec}", "layer", rows)
+    )
+
+
+def plan_section(plan: Plan, sensitivities: Sensitivities, metric: str, index: int | None) -> Markup:
+    """Return a plan: a map of precisions, its predictions and a list of all layers."""
+    bits = [spec.bits for spec in plan.specs.values()]
+    lowest = min(bits, default=_FULL_BITS)
+
+    def square(names: Sequence[str]) -> Square:
+        specs = [plan.specs.get(name) for name in names]
+        spec = min(specs, key=lambda one: _FULL_BITS if one is None else one.bits)
+        width = _FULL_BITS if spec is None else spec.bits
+        text = "full" if spec is None else str(spec.bits) + ("" if spec.group_size < 0 else f" g{spec.group_size}")
+        said = ", ".join(f"{name} {FULL if one is None else one}" for name, one in zip(names, specs, strict=True))
+        return Square(text, said, (width - lowest) / max(_FULL_BITS - lowest, 1))
+
+    by_layer = plan_by_layer(plan, sensitivities, metric)
+    facts, counts = plan_tables(plan, sensitivities)
+    suffix = "" if index is None else f" {index}"
+    return section(
+        f"The plan{suffix}",
+        f"plan{suffix.strip()}",
+        layer_map("Bits of each layer, and weights in a group (g)", sensitivities.layers, square, is_plan=True),
+        data_table(facts),
+        data_table(counts),
+        numbers("Every layer", by_layer),
+    )
+
+
+def card_section(comparison: Comparison, index: int | None) -> Markup:
+    """Return a comparison: the KL card, and KL by position and by token frequency."""
+    given = comparison.provenance
+    has_names = {"base", "model", "text"} <= given.keys()
+    named = f"{given['model']} against {given['base']}, on {given['text']}." if has_names else None
+    suffix = "" if index is None else f" {index}"
+    card = comparison_tables(comparison)[0]
+    parts = [
+        interval_table(
+            f"{KLD} by {what}",
+            heading,
+            [Row(str(part), part.figures[KLD], f"{part.tokens:,} tokens") for part in chosen],
+        )
+        for what, heading, chosen in (
+            ("position", "tokens before", comparison.by_position),
+            ("token frequency", "occurrences", comparison.by_frequency),
+        )
+        if chosen
+    ]
+    what = tag("p", named) if named else None
+    return section(f"KL card{suffix}", f"card{suffix.strip()}", what, data_table(card), *parts)
+
+
+def cost(sensitivities: Sensitivities) -> Markup | None:
+    """Return what the sweep took; None for published files, which do not say."""
+    given: dict[str, Any] = sensitivities.provenance
+    seconds = given.get("seconds")
+    if not isinstance(seconds, dict):
+        return None
+    total = math.fsum(seconds.values())
+    candidates = len(sensitivities.measurements) + len(sensitivities.rows) + len(sensitivities.activations)
+    tokens = max((m.tokens for m in sensitivities.measurements.values()), default=0)
+    facts = (
+        ("seconds", total),
+        ("candidates", candidates),
+        ("tokens measured of each", tokens),
+        ("seconds a candidate and 1,000 tokens", total / candidates / tokens * 1000 if candidates and tokens else None),
+        ("tokens through the whole network", given.get("token_forwards")),
+        ("computed in", str(given.get("dtype", ""))),
+    )
+    rows = tuple((stage.replace("_", " "), value, value / total if total else 0.0) for stage, value in seconds.items())
+    return section(
+        "What the sweep took",
+        "cost",
+        data_table(Table("The sweep", ("what", "value"), facts)),
+        data_table(Table("Seconds by stage", ("stage", "seconds", "share"), rows)),
+    )
+
+
+def _short(name: str) -> str:
+    """Return a layer's name as people say it: "block 3, x_proj"."""
+    block = depth(name)
+    return kind(name) if block is None else f"block {block}, {kind(name)}"
