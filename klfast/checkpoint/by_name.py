@@ -50,7 +50,7 @@ def load_model(
     device: torch.device | str = "cpu",
     local_files_only: bool = False,
     trust_remote_code: bool = False,
-    gguf: str = "exact",
+    gguf: str = "int8-g32-asym",
 ) -> nn.Module:
     """Load a causal language model in evaluation mode, with klfast's native SSM functions (``klfast.accelerate``).
 
@@ -65,10 +65,10 @@ def load_model(
         device: the model's device, such as "cpu", "cuda" or "xpu".
         local_files_only: look up a hub id only in the local cache.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.
-        gguf: how to hold the quantized matrices of a GGUF file. "exact", the default, rounds no number again: layers
-            that a format of klfast holds as they are stay quantized (Q4_0, Q5_0, Q6_K, Q8_0 and IQ4_NL), others are
-            expanded to ``dtype``, which one warning counts. "dense" expands all, for sweeps and plans. A spec such as
-            "int8-g32-asym" quantizes the other layers anew: less memory, but not quite the file's model.
+        gguf: how to hold the quantized matrices of a GGUF file. Layers that a format of klfast holds as they are stay
+            so (Q4_0, Q5_0, Q6_K, Q8_0 and IQ4_NL); the others are quantized anew to this spec, which one warning
+            counts. "exact" rounds no number again: it expands the others to ``dtype``. "dense" expands all, for sweeps
+            and plans.
 
     Raises:
         InvalidInputError: an unknown dtype or device, no such folder; the package that reads the format (gguf,

@@ -41,7 +41,7 @@ def evaluate(
 
     runtime.prepare(threads, device)
     network = load_model(model, dtype, device=device, gguf=gguf, **loading)
-    other = None if teacher is None else load_model(teacher, dtype, device=device, **loading)
+    other = None if teacher is None else load_model(teacher, dtype, device=device, gguf="exact", **loading)
     batches = runtime.open_batches(
         text, model, network, length=length, windows=windows, batch_size=batch_size, **loading
     )

@@ -155,7 +155,7 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="Stop at the token that completes this text; repeatable.")
     ] = None,
     dtype: options.Dtype = "float32",
-    gguf: options.Gguf = "exact",
+    gguf: options.Gguf = "int8-g32-asym",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     as_json: options.Json = False,

@@ -160,8 +160,8 @@ Gguf = Annotated[
     typer.Option(
         parser=parse_gguf,
         metavar="exact|dense|SPEC",
-        help="Quantized matrices of a GGUF file: exact keeps those that klfast's formats hold and expands the others, "
-        "dense expands all, and a spec such as int8-g32-asym quantizes the others anew.",
+        help="Quantized matrices of a GGUF file: those that klfast's formats hold are kept; a spec quantizes the others "
+        "anew, exact expands them, and dense expands all.",
     ),
 ]
 Device = Annotated[

@@ -50,7 +50,7 @@ def serve(
         ),
     ] = "1GiB",  # type: ignore[assignment]
     dtype: options.Dtype = "float32",
-    gguf: options.Gguf = "exact",
+    gguf: options.Gguf = "int8-g32-asym",
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,

@@ -111,10 +111,10 @@ class Source:
         """Say in one line which tensors change their precision, and what is left out."""
         found = []
         if self._expanded.kinds:
-            hint = 'gguf="int8-g32-asym" (--gguf) quantizes linear layers anew'
-            found.append(f"expanded to {dtype_name(self._dtype)}: {self._expanded}; {hint}")
+            hint = '; gguf="int8-g32-asym" (--gguf) quantizes linear layers anew' if self._weights == "exact" else ""
+            found.append(f"expanded to {dtype_name(self._dtype)}: {self._expanded}{hint}")
         if self._rounded.kinds:
-            found.append(f"quantized anew to {self._weights}: {self._rounded}")
+            found.append(f'quantized anew to {self._weights}: {self._rounded}; gguf="exact" (--gguf) expands them')
         if left := self._left_out:
             found.append(f"left out by transformers: {left[0]}" + (f" and {len(left) - 1} more" if left[1:] else ""))
         if found:
