@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 
@@ -21,7 +22,7 @@ def groups(settings: Settings) -> Iterator[Group]:
         for case in (_selective_scan, _chunk_scan, _conv, _state_update, _state_update_heads, _conv_update):
             yield case(_Draw(settings.device, dtype), name, batch, length)
         for tokens in (length, 1):
-            yield _delta_rule(_Draw(settings.device, dtype), name, tokens)
+            yield _delta_rule(_Draw(settings.device, dtype), name, tokens, settings.working_set)
 
 
 class _Draw:
@@ -153,7 +154,10 @@ def _conv_update(draw: _Draw, dtype: str, batch: int, length: int) -> Group:
     )
 
 
-def _delta_rule(draw: _Draw, dtype: str, length: int) -> Group:
+def _delta_rule(draw: _Draw, dtype: str, length: int, working_set: int) -> Group:
+    """Return a group; one step, which reads and writes its state and little else, rotates through several states."""
+    moved = 2 * 32 * 128 * 128 * 4 if length == 1 else 0
+
     def arguments() -> tuple:
         q, k = (draw.normal(1, length, 16, 128) for _ in range(2))
         v, beta = draw.normal(1, length, 32, 128), draw.normal(1, length, 32).sigmoid()
@@ -178,7 +182,8 @@ def _delta_rule(draw: _Draw, dtype: str, length: int) -> Group:
         ours,
         f"qwen3_5.torch_{'recurrent' if length == 1 else 'chunk'}_gated_delta_rule",
         call_theirs=theirs,
-        bytes_read=32 * 128 * 128 * 4 if length == 1 else 0,
+        bytes_moved=moved,
+        states=-(-working_set // moved) if moved else 1,
     )
 
 
@@ -191,18 +196,19 @@ def _group(
     theirs: str,
     more: Callable[[], dict] = dict,
     call_theirs: Callable | None = None,
-    bytes_read: int = 0,
+    bytes_moved: int = 0,
+    states: int = 1,
 ) -> Group:
     """Return a group of klfast's function and transformers'.
 
     ``theirs`` is the module and name of transformers' function, which takes the same arguments unless ``call_theirs``
-    adapts them.
+    adapts them. Calls take turns with so many ``states``, the last argument.
     """
 
     def klfast() -> Contender:
         if not registry.has_kernel(op, draw.device.upper()):
             raise UnavailableError(f"klfast has no {draw.device} kernel of {op}")
-        return _contender(ours, arguments(), more(), ours, bytes_read)
+        return _contender(ours, arguments(), more(), ours, bytes_moved, states)
 
     def transformers() -> Contender:
         module, name = theirs.split(".")
@@ -210,12 +216,14 @@ def _group(
         if function is None:
             raise UnavailableError(f"this version of transformers has no {name}")
         call = function if call_theirs is None else lambda *args, **kwargs: call_theirs(function, *args, **kwargs)
-        return _contender(call, arguments(), more(), ours)
+        return _contender(call, arguments(), more(), ours, states=states)
 
     return Group(title, {}, {"klfast": klfast, "transformers": transformers})
 
 
-def _contender(call: Callable, args: tuple, more: dict, ours: Callable, bytes_read: int = 0) -> Contender:
+def _contender(
+    call: Callable, args: tuple, more: dict, ours: Callable, bytes_moved: int = 0, states: int = 1
+) -> Contender:
     """Return a contender checked against the reference in float32: transformers' bfloat16 steps round their states."""
 
     def fresh(convert: Callable[[torch.Tensor], torch.Tensor]) -> list:
@@ -230,7 +238,9 @@ def _contender(call: Callable, args: tuple, more: dict, ours: Callable, bytes_re
         return distance(call(*fresh(torch.clone), **more), expected)
 
     single = all(t.dtype != torch.bfloat16 for t in args if isinstance(t, torch.Tensor))
-    return Contender([lambda: call(*args, **more)], error, 1e-3 if single else 5e-2, bytes_read)
+    others = [(*args[:-1], args[-1].clone()) for _ in range(states - 1)]
+    calls = [functools.partial(call, *each, **more) for each in (args, *others)]
+    return Contender(calls, error, 1e-3 if single else 5e-2, bytes_moved)
 
 
 def test_scan(group, name, run, benchmark):

@@ -51,7 +51,7 @@ class Contender:
         error: computes one result and returns its distance from the reference, relative to the largest value; None for
             a program that does not show its results.
         tolerance: the largest acceptable distance.
-        nbytes: the least memory that a call reads.
+        nbytes: the least memory that a call reads, or reads and writes back.
         peak: the dtype of its products, for their share of the machine's peak; empty where that is not informative.
         own_threads: True if it has its own thread pool, not torch's.
         own_clock: True if a call returns the seconds that count: a program that is started anew each time.

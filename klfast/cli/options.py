@@ -160,8 +160,8 @@ Gguf = Annotated[
     typer.Option(
         parser=parse_gguf,
         metavar="exact|dense|SPEC",
-        help="Quantized matrices of a GGUF file: those that klfast's formats hold are kept; a spec quantizes the others "
-        "anew, exact expands them, and dense expands all.",
+        help="Quantized matrices of a GGUF file: those that klfast's formats hold are kept; a spec quantizes the "
+        "others anew, exact expands them, and dense expands all.",
     ),
 ]
 Device = Annotated[
