@@ -23,6 +23,7 @@ namespace {
 constexpr int kBlock = kLanes >= 16 ? 4 : 2;  // tokens that pass together
 constexpr std::int64_t kTokens = 32;          // of a chunk, whole blocks: its vectors fit in L2
 constexpr int kWide = kLanes >= 16 ? 2 : 3;   // vectors of columns that pass together
+constexpr int kLine = 16;                     // floats of a line of the cache
 constexpr float kNormEps = 1e-6f;             // as in the package fla
 
 // T tokens as the state meets them. Factors of key channel i and vector j (R_t0 k_t of each t, R_t0 q_t of each t, R_Ts
@@ -40,14 +41,17 @@ struct Block {
     Vec factor(std::int64_t i, int j) const { return set(factors[T == 1 ? j * wide_k + i : i * kRow + j]); }
 };
 
-// N vectors of columns of S [key_dim, pitch], and of v and out [T, wide_v].
+// N vectors of columns of S [key_dim, pitch], and of v and out [T, wide_v]. A single token, which is as fast as memory,
+// asks meanwhile for as much of `ahead`, line after line: columns alone lie too far apart for the processor to guess.
 template <int T, int N>
 inline void pass(float* s, std::int64_t pitch, std::int64_t key_dim, const Block<T>& b, const float* v, float* out,
-                 std::int64_t wide_v) {
+                 std::int64_t wide_v, const float* ahead) {
     Vec read[2 * T][N], added[T][N];
     unrolled<2 * T>([&](int j) KLFAST_INLINE { unrolled<N>([&](int n) KLFAST_INLINE { read[j][n] = set(0.0f); }); });
     for (std::int64_t i = 0; i < key_dim; ++i) {
         Vec x[N];
+        if constexpr (T == 1)
+            for (int at = 0; at < N * kLanes; at += kLine) __builtin_prefetch(ahead + i * N * kLanes + at, 0, 2);
         unrolled<N>([&](int n) KLFAST_INLINE { x[n] = load(s + i * pitch + n * kLanes); });
         unrolled<2 * T>([&](int j) KLFAST_INLINE {
             const Vec factor = b.factor(i, j);
@@ -185,8 +189,8 @@ struct Scratch {
     }
 };
 
-// The tokens of a chunk: whole blocks, then those that are left one by one.
-inline void run_chunk(float* s, std::int64_t pitch, const Chunk& c, Scratch& m) {
+// The tokens of a chunk: whole blocks, then those that are left one by one; `next` is the state that is used after s.
+inline void run_chunk(float* s, std::int64_t pitch, const Chunk& c, Scratch& m, const float* next) {
     const std::int64_t n_blocks = c.count / kBlock, n_singles = c.count % kBlock, first_single = n_blocks * kBlock;
     for (std::int64_t i = 0; i < n_blocks; ++i)
         prepare(m.blocks[i], c, i * kBlock, m.vectors, m.factors + i * c.key_dim * Block<kBlock>::kRow);
@@ -199,10 +203,10 @@ inline void run_chunk(float* s, std::int64_t pitch, const Chunk& c, Scratch& m) 
             const auto at = [&](const float* rows, std::int64_t t) { return rows + t * c.wide_v + column; };
             for (std::int64_t i = 0; i < n_blocks; ++i)
                 pass<kBlock, n>(s + column, pitch, c.key_dim, m.blocks[i], at(c.v, i * kBlock),
-                                c.out + i * kBlock * c.wide_v + column, c.wide_v);
+                                c.out + i * kBlock * c.wide_v + column, c.wide_v, next);
             for (std::int64_t i = first_single; i < c.count; ++i)
                 pass<1, n>(s + column, pitch, c.key_dim, m.singles[i - first_single], at(c.v, i),
-                           c.out + i * c.wide_v + column, c.wide_v);
+                           c.out + i * c.wide_v + column, c.wide_v, next + column * c.key_dim);
         }
     };
     if (!n_blocks) columns(std::integral_constant<int, 4>());
@@ -267,7 +271,7 @@ inline void run_heads(const GatedDeltaRuleArgs& a, std::int64_t batch, std::int6
                               .wide_k = wide_k,
                               .wide_v = wide_v,
                               .by_channel = by_channel};
-            run_chunk(state(head), pitch, chunk, m);
+            run_chunk(state(head), pitch, chunk, m, state(m.in_place && head + 1 < a.heads ? head + 1 : head));
             const std::int64_t out_base = batch * a.out.stride[0] + first * a.out.stride[1] + head * a.out.stride[2];
             store_tile(m.out, wide_v, a.out, out_base, a.out.stride[3], a.out.stride[1], a.value_dim, count);
         }
