@@ -13,6 +13,13 @@ class Projection {
     explicit Projection(const LinearArgs& layer) : layer_(layer) {}
     explicit Projection(const DequantMatmulArgs& layer) : layer_(layer) {}
 
+    std::int64_t n() const {
+        return std::visit([](const auto& layer) { return layer.n; }, layer_);
+    }
+    std::int64_t k() const {
+        return std::visit([](const auto& layer) { return layer.k; }, layer_);
+    }
+
     // The product with the weight alone, as Python code makes it that takes layer.weight: without bias, and of
     // unrounded rows.
     Projection weight_only() const {

@@ -2,6 +2,7 @@
 // each call.
 #include "prepared/mamba_step.h"
 #include "python/bindings.h"
+#include "python/multiply.h"
 #include "python/watch.h"
 #include "python/view_caster.h"
 
@@ -60,15 +61,9 @@ void bind_prepared(py::module_& m) {
                         });
                     })
         .def("weight_only", &Projection::weight_only)
-        .def(
-            "__call__",
-            [](const Projection& layer, Address x, int type, Int x_stride, Address y, Int rows, int n_threads,
-               int limit) {
-                const py::gil_scoped_release release;
-                layer(pointer<const void>(x), static_cast<DType>(type), x_stride, pointer<void>(y), rows, n_threads,
-                      static_cast<Tier>(limit));
-            },
-            "x [rows, k] to y [rows, n], contiguous.");
+        .def("__call__", [](const Projection& layer, py::handle x, int type, int n_threads, int limit) {
+            return multiply(layer, x, static_cast<DType>(type), n_threads, static_cast<Tier>(limit));
+        });
     py::class_<MambaMixer>(m, "MambaMixer")
         .def(py::init([](View conv_weight, View conv_bias, const Projection& x_proj, const Projection& dt_proj,
                          bool normed, View dt_norm, View b_norm, View c_norm, float eps, View a_log, View d,

@@ -37,6 +37,7 @@ dispatch_modes = _bound(torch, "_C._len_torch_dispatch_stack")  # their number
 function_modes = _bound(torch, "_C._len_torch_function_stack")
 transform = _bound(torch, "_C._functorch.peek_interpreter_stack")  # torch.func's innermost, or None
 tracing_state = _bound(torch, "_C._get_tracing_state")  # None unless torch.jit traces
+is_autocasting = _bound(torch, "_C._is_any_autocast_enabled")  # on any device: asking for one takes five times as long
 is_profiled = _bound(torch, "autograd._profiler_enabled")
 has_global_hooks = _bound(torch, "nn.modules.module._has_any_global_hook")
 below_autograd = _bound(torch, "_C._AutoDispatchBelowAutograd")  # a context manager

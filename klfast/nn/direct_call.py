@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import get_num_threads, is_autocast_enabled, is_grad_enabled, nn
+from torch import get_num_threads, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -25,6 +25,7 @@ from klfast.core.torch_internals import (
     StorageWeakRef,
     dispatch_modes,
     function_modes,
+    is_autocasting,
     is_profiled,
     tracing_state,
     transform,
@@ -51,17 +52,16 @@ _Made = TypeVar("_Made", bound="Prepared")
 def unobserved(x: torch.Tensor) -> bool:
     """Return True if x is a plain CPU tensor and nothing intercepts operations on it.
 
-    Interceptors are: a tensor subclass, a lazy negation, gradients, forward-mode tangents, autocast, a dispatch or
-    function mode, a transform such as vmap, a tracer, a compiler, a profiler, and a pin to an implementation outside
-    the extension. Without the extension every tensor counts as observed.
+    Interceptors are: a tensor subclass, a lazy negation, forward-mode tangents, autocast, a dispatch or function mode,
+    a transform such as vmap, a tracer, a compiler, a profiler, and a pin to an implementation outside the extension.
+    Without the extension every tensor counts as observed. Gradients are for the caller to ask about.
     """
     return (
         type(x) is torch.Tensor
         and x.is_cpu
         and not is_compiling()
         and _READY
-        and not (x.requires_grad and is_grad_enabled())
-        and not is_autocast_enabled("cpu")
+        and not is_autocasting()
         and not dispatch_modes()
         and not function_modes()
         and transform() is None
@@ -121,7 +121,7 @@ def _is_array(t: torch.Tensor) -> bool:
 
 
 class Prepared(ABC):
-    """What direct calls keep in a module, as its ``_klfast_prepared``: objects of the extension for its tensors.
+    """The objects of the extension for a module's tensors, which the module owns as its ``_klfast_prepared``.
 
     Copies and pickles of the module do without it, and make their own.
     """
@@ -232,19 +232,10 @@ class PreparedLinear(Prepared):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
         """Multiply x [..., K] while the layer is held: [..., N]; None if the op must do it, or is faster."""
-        shape, code = x.shape, DTYPE_CODES.get(x.dtype)
-        if not shape or shape[-1] != self.k or code is None or not x.is_contiguous():
+        code = DTYPE_CODES.get(x.dtype)
+        if code is None or (self.dtype is not None and x.dtype is not self.dtype):
             return None
-        rows, address = x.numel() // (self.k or 1), x.data_ptr()
-        if not address:  # no rows, unwritten zeros, or freed memory
-            return None
-        if self.dtype is not None and x.dtype is not self.dtype:
-            return None
-        y = torch.empty((*shape[:-1], self.n), dtype=x.dtype)  # ``unobserved`` excludes a default device, a mode
-        self.projection(  # type: ignore[misc]  # a held layer has it
-            address, code, self.k, y.data_ptr(), rows, get_num_threads(), pins.cpu_tier_limit()
-        )
-        return y
+        return self.projection(x, code, get_num_threads(), pins.cpu_tier_limit())  # type: ignore[misc]  # it is held
 
 
 def _formats() -> frozenset[str]:
@@ -259,6 +250,11 @@ def _options(layer: nn.Module) -> tuple | None:
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Call an nn.Linear or a QuantLinear: y [..., N]; None where the op must be called."""
+    return None if x.requires_grad and is_grad_enabled() else product(layer, x)
+
+
+def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Call an nn.Linear or a QuantLinear as ``linear`` does, also if x takes a gradient: y is not connected to x."""
     if not unobserved(x) or (type(layer) is nn.Linear and handed_over("linear", "CPU", x)):
         return None
     found, held = current(layer, PreparedLinear, layer)
@@ -270,7 +266,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: f
     shape = x.shape
     if not unobserved(x) or not plain(x, weight) or not shape or weight.shape != shape[-1:] or not weight.shape[0]:
         return None
-    if weight.requires_grad and is_grad_enabled():
+    if (x.requires_grad or weight.requires_grad) and is_grad_enabled():
         return None
     weight_view, held = view(weight), weight.untyped_storage()
     if not held.data_ptr() <= weight_view[0] < held.data_ptr() + held.nbytes():  # another thread gave it other memory

@@ -15,7 +15,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 from klfast.nn import direct_call
 from klfast.nn.lazy_weight import LazyWeight, ReadOnlyWeight
-from klfast.ops.matmul import call_dequant_matmul
+from klfast.ops.matmul import call_dequant_matmul, differentiable_dequant_matmul
 from klfast.quant.layouts import Layout
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
@@ -111,21 +111,15 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in_features] by the weight, and add the bias."""
-        if (y := direct_call.linear(self, x)) is not None:
+        y = direct_call.product(self, x)
+        if y is not None and not (x.requires_grad and torch.is_grad_enabled()):
             return y
         if x.dtype is self.dtype is torch.float64:
             return self._in_float64(x)
-        # The bare op: a QuantizedTensor at each call would cost as much as a small product.
-        return call_dequant_matmul(
-            x,
-            self.parts(),
-            self.bias,
-            self.out_features,
-            self.in_features,
-            self.spec.text,
-            self.layout.value,
-            self.activation,
-        )
+        # Not by a QuantizedTensor: to make one at each call would cost as much as a small product.
+        sizes, how = (self.out_features, self.in_features), (self.spec.text, self.layout.value, self.activation)
+        arguments = (x, self.parts(), self.bias, *sizes, *how)
+        return call_dequant_matmul(*arguments) if y is None else differentiable_dequant_matmul(arguments, lambda *_: y)
 
     def _in_float64(self, x: torch.Tensor) -> torch.Tensor:
         pins.slow_path(

@@ -161,7 +161,7 @@ class MambaStep(Prepared):
                 f"x and z must be {list(shape)} after the first projection, "
                 f"got {x.dtype} {list(x.shape)} and {z.dtype} {list(z.shape)}"
             )
-        out = x.new_empty(x.shape)
+        out = x.new_empty(*shape)
         self.mixer(
             view(x),
             view(z),

@@ -203,4 +203,4 @@ def linear(
     return linear_op(x, weight, bias, dtype)
 
 
-transforms.register(dequant_matmul_op, linear_op)
+differentiable_dequant_matmul = transforms.register(dequant_matmul_op, linear_op)

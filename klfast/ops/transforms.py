@@ -7,6 +7,7 @@ in float32, whatever ``activation`` is: rounding x to int8 counts as the identit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,20 @@ from klfast.quant.tensor import QuantizedTensor, stored
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
 
-def register(dequant_matmul: Callable, linear: Callable) -> None:
-    """Register derivatives, vmap and autocast of these two ops."""
-    _register_derivative(dequant_matmul)
+def register(dequant_matmul: Callable, linear: Callable) -> Callable[..., torch.Tensor]:
+    """Register derivatives, vmap and autocast of these two ops.
+
+    Returns:
+        A function that gives a product the derivative of dequant_matmul. It takes that op's arguments, of which only x
+        may require a gradient, and a function of the same arguments that computes the product.
+    """
+    derivative = _derivative(dequant_matmul)
+    _register_derivative(dequant_matmul, derivative)
     torch.library.register_vmap("klfast::dequant_matmul", _batched(dequant_matmul), lib=registry.LIBRARY)
     for device, key in _AUTOCAST_DEVICES.items():
         registry.LIBRARY.impl("dequant_matmul", _autocast(dequant_matmul, device, 1), key)
         registry.LIBRARY.impl("linear", _autocast(linear, device, 2), key)
+    return partial(_apply, derivative)
 
 
 def past_autograd(op: Callable) -> Callable:
@@ -43,8 +51,7 @@ def past_autograd(op: Callable) -> Callable:
     return call
 
 
-def _register_derivative(op: Callable) -> None:
-    derivative = _derivative(op)
+def _register_derivative(op: Callable, derivative: type[torch.autograd.Function]) -> None:
     if torch_internals.MISSING:
         # torch's own registration: no forward mode, no torch.func.
         def backward(ctx, dy):
@@ -59,10 +66,10 @@ def _register_derivative(op: Callable) -> None:
     def differentiable(keyset, *args):
         x, parts, bias = args[:3]
         if not _is_differentiated(x, bias, *parts):
-            return _below_autograd(op, keyset, args)
+            return _below_autograd(op, keyset, *args)
         _refuse_parts(parts)
         with torch_internals.single_level_autograd():
-            return super(torch.autograd.Function, derivative).apply(*args, keyset)
+            return _apply(derivative, args, partial(_below_autograd, op, keyset))
 
     registry.LIBRARY.impl("dequant_matmul", differentiable, "Autograd", with_keyset=True)
 
@@ -78,7 +85,11 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: Sequence[Any]) -> torch.Tensor:
+def _apply(derivative: type[torch.autograd.Function], args: Sequence[Any], run: Callable) -> torch.Tensor:
+    return super(torch.autograd.Function, derivative).apply(*args, run)  # past its checks of torch.func's transforms
+
+
+def _below_autograd(op: torch._ops.OpOverload, keyset: Any, *args: Any) -> torch.Tensor:
     with torch_internals.below_autograd():
         return op.redispatch(keyset & torch_internals.after_autograd, *args)
 
@@ -105,12 +116,12 @@ def _derivative(op: Callable) -> type[torch.autograd.Function]:
 
         @staticmethod
         def forward(ctx, *args):
-            *args, keyset = args
+            *args, run = args
             if torch_internals.transform() is None:
-                y = _below_autograd(op, keyset, args)
+                y = run(*args)
             else:  # torch turns derivatives off in here, also those of enclosing transforms
                 with torch.enable_grad(), torch_internals.forward_mode_enabled(True):
-                    y = _below_autograd(op, keyset, args)
+                    y = run(*args)
             _remember(ctx, args, y)
             return y
 

@@ -235,6 +235,33 @@ def test_layers_that_share_another_ones_attributes_have_their_own_tensors():
     assert torch.equal(layer(x), y)
 
 
+# Gradients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["exact", "int8"])
+@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 5, 100)])
+def test_a_call_with_a_gradient_equals_its_op(shape, activation):
+    with torch.inference_mode(False), torch.enable_grad():
+        layer, x = quantized(activation=activation), torch.randn(shape, requires_grad=True)
+        dy = torch.randn(*shape[:-1], 21, requires_grad=True)
+        assert direct_call.product(layer, x) is not None and not is_taken(layer, x)
+        results = []
+        for y in (layer(x), by_op(layer, x)):
+            (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+            results.append((y, dx, *torch.autograd.grad(dx.square().sum(), dy)))
+        for direct, by_dispatcher in zip(*results, strict=True):
+            assert torch.equal(direct, by_dispatcher)
+
+
+def test_a_weight_changed_between_forward_and_backward_is_refused():
+    with torch.inference_mode(False), torch.enable_grad():
+        layer, x = quantized(), torch.randn(2, 100, requires_grad=True)
+        y = layer(x)
+        layer.weight_scale.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 # Observers ---------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +285,7 @@ def test_observed_calls_go_through_the_op():
         with_bias = quantized()
         assert is_taken(with_bias, torch.randn(2, 100))
         with_bias.bias.requires_grad_()
-        assert not is_taken(with_bias, torch.randn(2, 100))
+        assert not is_taken(with_bias, torch.randn(2, 100)) and with_bias(torch.randn(2, 100)).requires_grad
     with torch.inference_mode(False), torch.autograd.forward_ad.dual_level():
         assert not is_taken(layer, torch.randn(2, 100))
     with torch.autocast("cpu", torch.bfloat16):
