@@ -83,7 +83,7 @@ class BuildPerTier(build_ext):
 
     def build_objects(self, ext):
         """Compile what is not current of an extension's sources; returns all of its objects."""
-        built = self._tiers()
+        built = self.built_tiers()
         names = ",".join(built)
         macros = [("KLFAST_BUILT", names), *((twin, "1") for twin in TWINS)]
         compiler = [
@@ -122,7 +122,7 @@ class BuildPerTier(build_ext):
         with ThreadPoolExecutor(jobs()) as pool:
             return list(pool.map(compile_one, units))
 
-    def _tiers(self):
+    def built_tiers(self):
         known = FEATURES if platform.machine().lower() in ("x86_64", "amd64", "i686") else {}
         found = {name: needs for name, needs in tiers().items() if set(needs) <= set(known)}
         return [name for name, needs in found.items() if not needs or self._compiles(flags_of(needs), probes_of(needs))]

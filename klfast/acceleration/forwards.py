@@ -89,6 +89,11 @@ def _native(make: _Maker, module_class: type[nn.Module], original: _Native) -> _
     return _natives[key]
 
 
+def forget_forwards() -> None:
+    """Forget the forwards made so far: modules that have one keep it, others get theirs made as in a new process."""
+    _natives.clear()
+
+
 def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argument: str) -> Callable[[_Maker], Forward]:
     """Turn ``make``, a maker of klfast's forward for a class, into a forward.
 
@@ -176,7 +181,7 @@ def mixer_forward(module_class: type[nn.Module], original: _Native) -> _Native:
         if torch.compiler.is_compiling():  # which cannot trace the stand-ins below
             return copy(self, hidden_states, *args, **kwargs)
         if mixer.parts is not None and hidden_states.is_cpu and hidden_states.shape[1] == 1:
-            out = _one_token(mixer.parts, self, hidden_states, *args, **kwargs)
+            out = one_token(mixer.parts, self, hidden_states, *args, **kwargs)
             if out is not None:
                 return out
         if mixer.left_weight is not None and hidden_states.shape[1] > 1:
@@ -188,7 +193,7 @@ def mixer_forward(module_class: type[nn.Module], original: _Native) -> _Native:
     return forward
 
 
-def _one_token(
+def one_token(
     parts_of: Callable[[Any], mamba_step.Parts | None],
     mixer: Any,
     hidden_states: torch.Tensor,

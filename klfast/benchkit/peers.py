@@ -54,25 +54,26 @@ def torch_int4pack(x: torch.Tensor, weights: Weights) -> Contender:
 
 
 def _int4pack_cpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(_codes(qt).int(), 1), _scales_and_zeros(qt, dtype)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(shifted_codes(qt).int(), 1)
+    return packed, scales_and_zeros_of(qt, dtype)
 
 
 def _int4pack_cuda(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Pack with the largest number of inner tiles, of 16 values along K, that divides K."""
     tiles = next(tiles for tiles in (8, 4, 2) if qt.shape[1] % (16 * tiles) == 0)
-    codes = _codes(qt)
+    codes = shifted_codes(qt)
     packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], tiles)
-    return packed, _scales_and_zeros(qt, dtype)
+    return packed, scales_and_zeros_of(qt, dtype)
 
 
-def _int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def int4pack_xpu(qt: QuantizedTensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Return the words that klfast saves, and scales and zero points [K / group, N]."""
     packed, scale = _packed_and_scale(qt)
     scale = scale.T.to(dtype).contiguous()
     return packed, scale, torch.full_like(scale, 8, dtype=torch.int8)
 
 
-def _codes(qt: QuantizedTensor) -> torch.Tensor:
+def shifted_codes(qt: QuantizedTensor) -> torch.Tensor:
     """Return codes as uint8 [N, K], with 8 for 0."""
     return packing.unpack(_packed_and_scale(qt)[0], 4, qt.shape[1])
 
@@ -82,7 +83,7 @@ def _packed_and_scale(qt: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
     return qt.packed, qt.scale
 
 
-def _scales_and_zeros(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+def scales_and_zeros_of(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Return scales and zeros [K / group, N, 2]; a zero is the value of code 8."""
     scale = _packed_and_scale(qt)[1].T.to(dtype)
     return torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
@@ -93,7 +94,7 @@ def _scales_and_zeros(qt: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
 _INT4PACK = {
     "cpu": ("_weight_int4pack_mm_for_cpu", _int4pack_cpu),
     "cuda": ("_weight_int4pack_mm", _int4pack_cuda),
-    "xpu": ("_weight_int4pack_mm_with_scales_and_zeros", _int4pack_xpu),
+    "xpu": ("_weight_int4pack_mm_with_scales_and_zeros", int4pack_xpu),
 }
 
 

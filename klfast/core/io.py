@@ -166,7 +166,7 @@ def _settle(beside: Path, path: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchange the names of two folders in one step; return False if the system or file system does not support it."""
-    renameat2 = _renameat2()
+    renameat2 = find_renameat2()
     if renameat2 is None:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -179,7 +179,8 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @functools.cache
-def _renameat2() -> Callable[..., int] | None:
+def find_renameat2() -> Callable[..., int] | None:
+    """Return the C library's function that can exchange two names, None where there is none."""
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):

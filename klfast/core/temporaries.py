@@ -25,7 +25,7 @@ _FOREIGN_SECONDS = 24 * 3600  # other machines' processes cannot be seen: only t
 def name_beside(target: Path) -> Path:
     """Return a new name beside ``target`` that belongs to this process."""
     pid = os.getpid()
-    return target.with_name(f"{_prefix(target)}.{_machine()}-{pid}-{_start(pid) or 0}-{secrets.token_hex(8)}.{NEW}")
+    return target.with_name(f"{_prefix(target)}.{_machine()}-{pid}-{start_time(pid) or 0}-{secrets.token_hex(8)}.{NEW}")
 
 
 def old_name(beside: Path) -> Path:
@@ -90,11 +90,11 @@ def _is_alive(pid: int, start: int) -> bool:
         return False
     except OSError:
         pass  # it belongs to another user
-    found = _start(pid)
+    found = start_time(pid)
     return found is None or not start or found == start
 
 
-def _start(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
     """Return a process's start time in clock ticks since boot, None where the system does not report it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

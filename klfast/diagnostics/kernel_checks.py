@@ -105,7 +105,7 @@ def _in_a_process(op: str, kernel: str, device: str, tell: Callable[[str], None]
         # Run in klfast's own folder, where Python looks for modules first: a klfast elsewhere may be another version.
         folder = Path(klfast.__file__).parent.parent
         with subprocess.Popen(
-            _command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors
+            command(op, kernel, device), cwd=folder, stdout=subprocess.PIPE, stderr=errors
         ) as process:
             for message in _messages(process):
                 if "check" in message:
@@ -124,7 +124,8 @@ def _parsed(check: dict[str, Any]) -> Check:
     return Check(**check | {"outcome": op_checks.Outcome(**outcome | {"faults": tuple(outcome["faults"])})})
 
 
-def _command(op: str, kernel: str, device: str) -> list[str]:
+def command(op: str, kernel: str, device: str) -> list[str]:
+    """Return the command line of the process that checks a kernel."""
     return [sys.executable, "-m", "klfast.diagnostics.kernel_checks", device, op, kernel]
 
 

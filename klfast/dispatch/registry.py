@@ -6,6 +6,7 @@ Kernels register by dispatch key (klfast/backends); where a device has none, the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 def kernel_formats(name: str, dispatch_key: str) -> frozenset[str]:
     """Return the quantization formats that a device's kernel of an op takes; none without a kernel."""
     return _kernel_formats.get((name, dispatch_key), frozenset())
+
+
+@contextmanager
+def only_formats(name: str, dispatch_key: str, formats: Iterable[str]) -> Iterator[None]:
+    """Let a device's kernel of an op take only some formats in this block."""
+    at = name, dispatch_key
+    before = _kernel_formats[at]
+    _kernel_formats[at] = before.intersection(formats)
+    try:
+        yield
+    finally:
+        _kernel_formats[at] = before
 
 
 def why_no_format(name: str, dispatch_key: str, formats: Iterable[str]) -> str:

@@ -33,13 +33,13 @@ def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install klfast[plot]") from error
-    figure = _figure(sensitivities, metric)
+    drawn = figure(sensitivities, metric)
     image = io.BytesIO()
-    figure.savefig(image, format=suffix[1:], dpi=150)
+    drawn.savefig(image, format=suffix[1:], dpi=150)
     write_atomic(path, image.getvalue())
 
 
-def _figure(sensitivities: Sensitivities, metric: str) -> Figure:
+def figure(sensitivities: Sensitivities, metric: str) -> Figure:
     """Return the figure of ``plot``, with its legend beside the panels."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure

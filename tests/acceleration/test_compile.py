@@ -15,14 +15,14 @@ from klfast.models.calling import cache_argument, returned_cache
 
 @pytest.mark.parametrize(("tokens", "pickled"), [(17, False), (2, True)])
 @pytest.mark.parametrize("family", MIXERS)
-def test_whole_sequences_compile_without_a_break(family, tokens, pickled, monkeypatch):
+def test_whole_sequences_compile_without_a_break(family, tokens, pickled):
     """This includes models that have not run before, as in a new process."""
     model = tiny(family)
     ids = batch(2, tokens)
     truth, plain = logits(in_float64(model), ids), logits(model, ids)
     klfast.accelerate(model)
     stored = pickle.dumps(model)
-    monkeypatch.setattr(forwards, "_natives", {})
+    forwards.forget_forwards()
     model = pickle.loads(stored) if pickled else klfast.accelerate(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

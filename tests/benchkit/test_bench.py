@@ -147,10 +147,10 @@ def test_klfast_takes_turns_with_a_peer_and_weights_rotate():
 def test_weights_in_the_formats_of_int4_ops_for_gpus():
     weight = klfast.quantize(torch.randn(16, 64), klfast.QuantSpec(4, 32))
     expected = weight.dequantize(torch.float32)
-    words, scale, zero_point = peers._int4pack_xpu(weight, torch.float32)
+    words, scale, zero_point = peers.int4pack_xpu(weight, torch.float32)
     codes = torch.stack([words >> 4 * i & 15 for i in range(8)], -1).flatten(1)  # the lowest bits first
     assert torch.equal((codes - zero_point.T.repeat_interleave(32, 1)) * scale.T.repeat_interleave(32, 1), expected)
-    codes, scales_and_zeros = peers._codes(weight), peers._scales_and_zeros(weight, torch.float32)
+    codes, scales_and_zeros = peers.shifted_codes(weight), peers.scales_and_zeros_of(weight, torch.float32)
     scale, zero = scales_and_zeros.transpose(0, 1).repeat_interleave(32, 1).unbind(-1)
     assert torch.equal((codes.float() - 8) * scale + zero, expected)
 

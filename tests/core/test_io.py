@@ -136,7 +136,7 @@ def test_stopped_at_any_step(tmp_path, what, existing, after, error, exchange):
             (path / "old").write_text("x")
         with pytest.MonkeyPatch.context() as patch:
             if not exchange:
-                patch.setattr(files, "_renameat2", lambda: None)
+                patch.setattr(files, "find_renameat2", lambda: None)
             stopper = Stopper(patch, n, error, after)
             try:
                 if what == "file":
@@ -160,7 +160,7 @@ def test_stopped_at_any_step(tmp_path, what, existing, after, error, exchange):
 def test_interrupted_at_any_line(tmp_path, exchange, monkeypatch):
     """Ctrl-C may come between any two lines."""
     if not exchange:
-        monkeypatch.setattr(files, "_renameat2", lambda: None)
+        monkeypatch.setattr(files, "find_renameat2", lambda: None)
 
     def traced(at, action):
         left = at
@@ -209,7 +209,7 @@ import os, signal, sys
 from klfast.core import io as files
 step, n, kind, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if sys.argv[5] == "renames":
-    files._renameat2 = lambda: None
+    files.find_renameat2 = lambda: None
 real = getattr(os, step)
 def die(*args, **options):
     global n
@@ -273,7 +273,7 @@ def test_temporaries_of_running_processes_stay(tmp_path):
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
         machine, _, _, random = mine.suffixes[-2].strip(".").split("-")
-        start = temporaries._start(sleeper.pid)
+        start = temporaries.start_time(sleeper.pid)
         others = [mine.with_name(f".target.{machine}-{sleeper.pid}-{s}-{random}.tmp") for s in (start, 0)]
         reused = mine.with_name(f".target.{machine}-{sleeper.pid}-{start + 1}-{random}.tmp")
         foreign, ancient = (mine.with_name(f".target.{m}-1-1-{random}.tmp") for m in ("01234567", "89abcdef"))
@@ -330,7 +330,7 @@ def test_old_folder_that_cannot_be_restored_is_kept_and_named(tmp_path, monkeypa
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("x")
-    monkeypatch.setattr(files, "_renameat2", lambda: None)
+    monkeypatch.setattr(files, "find_renameat2", lambda: None)
     real, calls = os.rename, []
 
     def rename(*args):

@@ -194,7 +194,7 @@ WRITES = "import os, sys, time; print('hello'); print('{\"now\": \"case 7\"}', f
 
 def test_process_that_ends_early_fails_only_its_kernel(monkeypatch):
     """As on a GPU: two kernels crash their processes, the next one passes."""
-    right = kernel_checks._command
+    right = kernel_checks.command
     broken = {
         "causal_conv1d": WRITES
         + "print('first\\n\\n an illegal memory access \\n', file=sys.stderr, flush=True); os._exit(3)",
@@ -202,7 +202,7 @@ def test_process_that_ends_early_fails_only_its_kernel(monkeypatch):
     }
     monkeypatch.setattr(
         kernel_checks,
-        "_command",
+        "command",
         lambda op, kernel, _: [sys.executable, "-c", broken[op]] if op in broken else right(op, kernel, "cpu"),
     )
     monkeypatch.setattr(registry, "op_names", lambda: [*broken, "decode_attention"])
@@ -221,7 +221,7 @@ def test_process_that_ends_early_fails_only_its_kernel(monkeypatch):
 
 def test_process_that_hangs_is_killed(monkeypatch):
     monkeypatch.setattr(kernel_checks, "PATIENCE", 1.0)
-    monkeypatch.setattr(kernel_checks, "_command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
+    monkeypatch.setattr(kernel_checks, "command", lambda *_: [sys.executable, "-c", WRITES + "time.sleep(100)"])
     found = kernel_checks.in_a_process("rms_norm", "rms_norm", "xpu", lambda _: None)
     assert found.status == kernel_checks.FAIL
     assert found.reason == "its process ended with exit code -9 in the case of case 7: it said nothing"
@@ -252,11 +252,11 @@ def test_lack_of_room_for_a_process_is_not_a_fault_of_the_kernel(short, monkeypa
 def test_process_that_cannot_start_threads_is_tried_again(monkeypatch, tmp_path):
     message = "libgomp: Thread creation failed: Resource temporarily unavailable"
     code = f"import os, sys; os.mkdir({str(tmp_path / 'tried')!r}); sys.exit({message!r})"
-    right = kernel_checks._command
+    right = kernel_checks.command
     monkeypatch.setattr(kernel_checks, "PAUSE", 0.0)
     monkeypatch.setattr(
         kernel_checks,
-        "_command",
+        "command",
         lambda *args: right(*args) if (tmp_path / "tried").exists() else [sys.executable, "-c", code],
     )
     assert kernel_checks.in_a_process("rms_norm", "rms_norm", "cpu", lambda _: None).status == kernel_checks.PASS

@@ -114,8 +114,8 @@ def test_full_logits_are_never_made_and_modes_are_kept():
 
 @pytest.mark.parametrize("model", [tiny("mamba"), quantized("mamba", QuantSpec(4, 16))], ids=["float", "quantized"])
 def test_without_a_teacher_logits_are_made_once(model, monkeypatch):
-    products, logits = [], cpu_divergence._logits
-    monkeypatch.setattr(cpu_divergence, "_logits", lambda *args: products.append(args) or logits(*args))
+    products, logits = [], cpu_divergence.block_logits
+    monkeypatch.setattr(cpu_divergence, "block_logits", lambda *args: products.append(args) or logits(*args))
     klfast.evaluate(model, [batch()])
     assert len(products) == 1
 

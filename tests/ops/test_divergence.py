@@ -288,8 +288,8 @@ def test_a_model_alone_has_its_logits_made_once(quantized, monkeypatch):
     hidden, weight = torch.randn(2, 5, 24).bfloat16(), torch.randn(2600, 24)
     targets = torch.randint(0, 2600, (2, 5))
     head, copied = (klfast.quantize(weight, QuantSpec(4, 8)) if quantized else weight.clone() for _ in range(2))
-    products, logits = [], cpu_divergence._logits
-    monkeypatch.setattr(cpu_divergence, "_logits", lambda *args: products.append(args) or logits(*args))
+    products, logits = [], cpu_divergence.block_logits
+    monkeypatch.setattr(cpu_divergence, "block_logits", lambda *args: products.append(args) or logits(*args))
     alone = klfast.linear_divergence(hidden, head, hidden, head, targets)
     once = len(products)
     pair = klfast.linear_divergence(hidden, head, hidden.clone(), copied, targets)

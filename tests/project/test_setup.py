@@ -67,7 +67,7 @@ sys.exit(subprocess.run([{COMPILER!r}, *arguments]).returncode)
 def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
     def tiers(*unknown, **environment):
         compiler = old_assembler(tmp_path, *unknown)
-        return python("print(json.dumps(command._tiers()))", tmp_path, CXX=compiler, CC=compiler, **environment)
+        return python("print(json.dumps(command.built_tiers()))", tmp_path, CXX=compiler, CC=compiler, **environment)
 
     every = tiers()
     if every != python("print(json.dumps(list(names['tiers']())))", tmp_path):

@@ -140,8 +140,9 @@ def test_a_config_group_of_no_known_format():
 
 
 @pytest.fixture
-def without_int6(monkeypatch):
-    monkeypatch.setitem(registry._kernel_formats, ("dequant_matmul", "CPU"), frozenset({"int4", "int8"}))
+def without_int6():
+    with registry.only_formats("dequant_matmul", "CPU", {"int4", "int8"}):
+        yield
 
 
 def test_the_reference_runs_without_a_kernel_of_the_format(without_int6, monkeypatch):

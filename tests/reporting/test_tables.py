@@ -243,7 +243,7 @@ def test_legend_covers_no_panel(found, specs):
             else:
                 found.measurements.pop((name, spec), None)
     del found.measurements[NAMES[0], INT4], found.measurements[NAMES[2], INT4]  # in_proj is not in the first panel
-    figure = plot._figure(found, "kl_teacher_student")
+    figure = plot.figure(found, "kl_teacher_student")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure.legends[0].get_window_extent()

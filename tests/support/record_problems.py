@@ -21,7 +21,7 @@ _CHOICES = {"use_mambapy", "use_associative_scan"}
 _SAME = {("hidden_states", "x"), ("hidden_states", "u"), ("dt", "delta")}
 # Classes that only later versions have; before, another family's stood in their places.
 _SINCE = {"NemotronHRMSNormGated": (5, 20)}
-# What forwards._one_token reads of a mixer, beside its parts.
+# What forwards.one_token reads of a mixer, beside its parts.
 _READ_IN_A_STEP = ("activation", "layer_idx", "in_proj", "out_proj")
 
 
@@ -78,7 +78,7 @@ def _of_mixer(name: str, mixer: Mixer, modeling: Module) -> Iterator[str]:
         made = modeling.attributes(name)
         yield from (f"{name} has no attribute {one}" for one in _READ_IN_A_STEP if one not in made)
         yield from _missing_attributes(name, mixer.parts, modeling)
-        step = [*inspect.signature(forwards._one_token).parameters]
+        step = [*inspect.signature(forwards.one_token).parameters]
         if parameters(forward)[1:2] == ["cache_params"]:
             step[step.index("cache")] = "cache_params"
         first = step[2:5]

@@ -12,9 +12,9 @@ from collections import deque
 import torch
 
 _LARGE = 1 << 24  # bytes; the C library reuses smaller blocks by itself
-# The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``_block``,
+# The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``take``,
 # and a fork finds it whole.
-_kept: deque[mmap.mmap] = deque(maxlen=1)
+kept: deque[mmap.mmap] = deque(maxlen=1)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -27,36 +27,38 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
         return torch.empty(*shape, dtype=dtype)
-    block = _block(count * dtype.itemsize)
+    block = take(count * dtype.itemsize)
     buffer = (ctypes.c_char * len(block)).from_buffer(block)
-    weakref.finalize(buffer, _keep, block).atexit = False
+    weakref.finalize(buffer, keep, block).atexit = False
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
 
 
-def _block(size: int) -> mmap.mmap:
+def take(size: int) -> mmap.mmap:
+    """Return a block of at least ``size`` bytes: the one that is kept, unless it is too small or far too large."""
     try:
-        block = _kept.pop()
+        block = kept.pop()
     except IndexError:
         pass
     else:
         if size <= len(block) <= 2 * size:
             return block
-        _kept.append(block)
+        kept.append(block)
     # Private: a forked process gets its own copy, as with any other memory.
     try:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"cannot allocate a result of {size} bytes") from error
-    _advise(block, "MADV_HUGEPAGE")
+    advise(block, "MADV_HUGEPAGE")
     return block
 
 
-def _keep(block: mmap.mmap) -> None:
-    _advise(block, "MADV_FREE")
-    _kept.append(block)
+def keep(block: mmap.mmap) -> None:
+    """Keep a block that is no longer used, instead of the one kept so far."""
+    advise(block, "MADV_FREE")
+    kept.append(block)
 
 
-def _advise(block: mmap.mmap, name: str) -> None:
+def advise(block: mmap.mmap, name: str) -> None:
     """Give the system a hint, where it supports it."""
     if hasattr(mmap, name):
         with contextlib.suppress(OSError):  # a kernel built without huge pages

@@ -139,10 +139,10 @@ def _accumulate(
         s_block = t_block if s_head is t_head else _block(s_head, first, columns, teacher.dtype)
         for start in range(0, n_teacher, rows):
             stop = min(start + rows, n_teacher)
-            t_logits = _logits(teacher[start:stop], t_block, scratch[0])
+            t_logits = block_logits(teacher[start:stop], t_block, scratch[0])
             for s in range(students):
                 some = slice(s * n_teacher + start, s * n_teacher + stop)
-                s_logits = t_logits if alone else _logits(student[some], s_block, scratch[1])
+                s_logits = t_logits if alone else block_logits(student[some], s_block, scratch[1])
                 some_targets = None if targets is None else targets[some]
                 _C.divergence_accumulate(
                     _matrix(t_logits),
@@ -167,7 +167,8 @@ def _block(
     return rows.dequantize(torch.float32) if isinstance(rows, QuantizedTensor) else rows.float()
 
 
-def _logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
+def block_logits(hidden: torch.Tensor, head: torch.Tensor | QuantizedTensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits [rows, columns] of hidden states and a block of a head, in ``scratch``."""
     out = scratch.flatten()[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
     if isinstance(head, QuantizedTensor):
         dequant_matmul_into(out, hidden, head.parts, None, head.stored)

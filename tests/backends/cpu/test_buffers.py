@@ -17,9 +17,9 @@ LARGE = (4096, 1100)  # of float32: large enough for the block to be kept
 @pytest.fixture(autouse=True)
 def _nothing_kept():
     gc.collect()
-    buffers._kept.clear()
+    buffers.kept.clear()
     yield
-    buffers._kept.clear()
+    buffers.kept.clear()
 
 
 def test_tensors_in_use_never_share_memory():
@@ -44,9 +44,9 @@ def test_a_freed_block_serves_the_next():
 def test_a_block_more_than_twice_as_large_is_left_alone():
     large = buffers.empty(3 * LARGE[0], LARGE[1], dtype=torch.float32)
     del large
-    kept = list(buffers._kept)
+    kept = list(buffers.kept)
     small = buffers.empty(*LARGE, dtype=torch.float32)
-    assert len(kept) == 1 and list(buffers._kept) == kept and small.shape == LARGE
+    assert len(kept) == 1 and list(buffers.kept) == kept and small.shape == LARGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,7 +177,7 @@ def test_the_system_takes_both_hints(monkeypatch):
         block.madvise(getattr(mmap, name))  # OSError if the system refuses
         advised.append(name)
 
-    monkeypatch.setattr(buffers, "_advise", strictly)
+    monkeypatch.setattr(buffers, "advise", strictly)
     buffers.empty(*LARGE, dtype=torch.float32).fill_(1)
     gc.collect()
     assert advised == ["MADV_HUGEPAGE", "MADV_FREE"]
@@ -185,15 +185,15 @@ def test_the_system_takes_both_hints(monkeypatch):
 
 def test_a_finalizer_may_run_while_a_block_is_taken():
     """The garbage collector may run one at any point: its block is kept, and nothing deadlocks."""
-    other = buffers._block(17 << 20)
+    other = buffers.take(17 << 20)
 
     class Block(bytes):
         def __len__(self):
-            buffers._keep(other)
+            buffers.keep(other)
             return 1
 
-    buffers._kept.append(Block())
-    assert buffers._block(17 << 20) is not other
+    buffers.kept.append(Block())
+    assert buffers.take(17 << 20) is not other
 
 
 def test_no_memory_is_a_memory_error():
