@@ -44,6 +44,7 @@ lint: .venv/.lint
 	.venv/bin/typos
 	.venv/bin/lint-imports
 	.venv/bin/mypy
+	.venv/bin/python docs/draw.py --check
 
 .venv/.lint: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[lint]'

@@ -16,10 +16,7 @@ from pathlib import Path
 import grimp
 import tomllib
 
-import klfast.ops  # noqa: F401 (registers the kernels)
-from klfast import _C
 from klfast.backends import triton
-from klfast.dispatch import pins
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "ARCHITECTURE.md"
@@ -55,11 +52,22 @@ def imports() -> str:
     return "\n".join([*lines, "```"])
 
 
+def kernel_tiers() -> dict[str, str]:
+    """Return the tiers of each op's kernels as the sources list them, whichever of them this compiler builds."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "csrc").rglob("tiers.cpp")):
+        text = path.read_text(encoding="utf-8")
+        for tiers in re.findall(r"^#define KLFAST_TIERS (.*)$", text, re.MULTILINE):
+            ops = re.findall(r'^KLFAST_DISPATCH\((\w+),|\bannounce_\w+\{"(\w+)"', text, re.MULTILINE)
+            found |= {dispatched or announced: tiers for dispatched, announced in ops}
+    return found
+
+
 def implementations() -> str:
     """Draw a Mermaid flowchart from each op to the tiers that have a kernel of it, and to Triton."""
     lines = ["```mermaid", "flowchart LR"]
-    for op, tiers in sorted(_C.kernel_tiers().items()):
-        lines.append(f"    {op} --> cpu_{op}[{', '.join(tier for tier in pins.CPU_TIERS if tier in tiers)}]")
+    for op, tiers in sorted(kernel_tiers().items()):
+        lines.append(f"    {op} --> cpu_{op}[{tiers}]")
         if op in triton.KERNELS:
             lines.append(f"    {op} --> triton_{op}[Triton]")
     return "\n".join([*lines, "```"])
