@@ -82,7 +82,7 @@ class Server:
         self._model, self._address = found["model"], found["url"].split("/")[2]
 
     def ask(self, prompt: str, new: int) -> Reply:
-        """Send one request for so many tokens, greedy, and wait for all of them."""
+        """Send one request for this many tokens, greedy, and wait for all of them."""
         body = {"model": self._model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
         body["stream_options"] = {"include_usage": True}
         connection = http.client.HTTPConnection(self._address, timeout=_SECONDS)
@@ -137,5 +137,5 @@ def _words(size: int) -> PreTrainedTokenizerFast:
 
 
 def prompt(chance: random.Random, tokens: int) -> str:
-    """Return a text of so many tokens."""
+    """Return a text of this many tokens."""
     return " ".join(f"w{chance.randrange(512)}" for _ in range(tokens))

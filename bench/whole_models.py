@@ -51,14 +51,14 @@ def contenders(
 
 
 def rate(tokens: int) -> Callable[[float], dict[str, float]]:
-    """Return the facts of a contender that handles so many tokens: tokens per second."""
+    """Return the facts of a contender that handles this many tokens: tokens per second."""
     return lambda seconds: {"tok_s": round(tokens / seconds, 1)}
 
 
 def batches(
     name: str, tokens: int, settings: Settings, variant: str, sequences: tuple[int, ...]
 ) -> dict[str, Callable[[], Contender]]:
-    """Return contenders that decode so many sequences together."""
+    """Return contenders that decode this many sequences together."""
     return {
         f"klfast {variant}, {n} sequences": functools.partial(_decode, name, tokens, settings, *VARIANTS[variant], n)
         for n in sequences

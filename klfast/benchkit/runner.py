@@ -54,7 +54,7 @@ class Contender:
         nbytes: the least memory that a call reads, or reads and writes back.
         peak: the dtype of its products, for their share of the machine's peak; empty where that is not informative.
         own_threads: True if it has its own thread pool, not torch's.
-        own_clock: True if a call returns the seconds that count: a program that is started anew each time.
+        own_clock: True if a call returns the seconds that count: a program that starts again each time.
         facts: returns further columns of the table after the timing, given the median in seconds.
     """
 

@@ -115,7 +115,9 @@ def generate(
     num_beams: Annotated[
         int,
         typer.Option(
-            help="Write so many texts side by side and show the most likely as a whole.", min=1, rich_help_panel=_BEAMS
+            help="Write this many texts side by side and show the most likely as a whole.",
+            min=1,
+            rich_help_panel=_BEAMS,
         ),
     ] = 1,
     length_penalty: Annotated[
@@ -149,7 +151,7 @@ def generate(
     ] = 1,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="Show each token's log probability, and so many of the most likely tokens.", min=0),
+        typer.Option(help="Show each token's log probability, and this many of the most likely tokens.", min=0),
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Stop at the token that completes this text; repeatable.")

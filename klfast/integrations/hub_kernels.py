@@ -91,7 +91,7 @@ def _transformers_mapping() -> dict[str, dict[Any, Any]]:
 
 
 class _Repository(NamedTuple):
-    """What the package kernels takes for a repository: it loads one layer."""
+    """A repository, as the package kernels sees one: it loads one layer."""
 
     name: str
 

@@ -105,7 +105,7 @@ def _linear_specs(model: nn.Module, schemes: Schemes) -> dict[str, QuantSpec]:
         if (spec := schemes.spec(name, module)) is not None:
             if type(module) is not nn.Linear and not is_conv1d(module):
                 kind = type(module).__name__
-                raise KernelUnavailableError(f"{name} is quantized, which is no nn.Linear but a {kind}.")
+                raise KernelUnavailableError(f"{name} is quantized, but is a {kind}, not an nn.Linear.")
             specs[name] = spec
     return specs
 
@@ -179,7 +179,7 @@ def _require_places(folder: Path, stored: Collection[str], specs: Collection[str
     if all(re.search(r"\.experts\.\d+\.", name) for name in strange):
         raise KernelUnavailableError(f"klfast does not know experts with the matrix {min(strange)}, or its spec.")
     raise CheckpointError(
-        f"{folder} holds the packed weight of {min(strange)}, which is no linear layer of this model; load it with "
+        f"{folder} holds the packed weight of {min(strange)}, which is not a linear layer of this model; load it with "
         "the class that it was saved from (AutoModelForCausalLM), or with klfast.load_quantized"
     )
 

@@ -1,4 +1,4 @@
-"""What a model's quantization_config says of each of its layers, in the terms of compressed-tensors."""
+"""The scheme of each layer in a model's quantization_config, matched as compressed-tensors does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether calling a module does what its class does."""
+"""Detection of modules whose call does something else than their class: hooks, replaced forwards."""
 
 from __future__ import annotations
 

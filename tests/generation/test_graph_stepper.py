@@ -78,7 +78,7 @@ def test_what_chooses_tokens_is_not_in_the_graph(generate):
     assert torch.equal(found, own) and calls == CALLS
 
 
-def test_each_text_records_anew(generate):
+def test_each_text_records_a_graph_of_its_own(generate):
     model = tiny("llama")
     for rows, tokens in ((1, 3), (2, 9), (1, 30)):
         own, found, calls = generate(model, batch(rows, tokens))

@@ -315,8 +315,8 @@ def put_in(folder, device_map=None):
     [
         (quantize_activations, "klfast does not quantize activations in the way"),
         (quantize_cache, "klfast does not quantize the cache"),
-        (quantize_embedding, "model.embed_tokens is quantized, which is no nn.Linear"),
-        (skip_a_layer, "holds the packed weight of model.layers.0.mlp.up_proj, which is no linear layer"),
+        (quantize_embedding, "model.embed_tokens is quantized, but is a .*, not an nn.Linear"),
+        (skip_a_layer, "holds the packed weight of model.layers.0.mlp.up_proj, which is not a linear layer"),
         (take_other_groups, r"scale must have shape \[64, 4\]"),
         (take_other_bits, "none of the formats int4, int6, int8 has such weights"),
         (take_one_scale, "none of the formats int4, int6, int8 has such weights"),

@@ -18,7 +18,7 @@ from klfast.core.errors import CheckpointError
 
 
 class Conversion(Protocol):
-    """What transformers does with a file's tensors.
+    """The way from a file's tensors to a model's parameters, which transformers knows.
 
     Attributes:
         sources: the tensors of the file that each parameter of the model is made of.

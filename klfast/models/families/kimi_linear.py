@@ -53,7 +53,7 @@ def _latent_attention(build: Builder, module: Any, x: Columns, out: Columns) -> 
     """Lower KimiLinearAttention.forward (5.17.0 and 5.24.0): keys and values are projections of a latent vector.
 
     Of a key, a part is common to all heads. The cache has keys and values whole: they are made once, where transformers
-    makes them from the cached latents for each token anew.
+    makes them from the cached latents again for each token.
     """
     heads, rank, value = module.num_heads, module.kv_lora_rank, module.v_head_dim
     own, common_part = module.qk_nope_head_dim, module.qk_rope_head_dim

@@ -1,4 +1,4 @@
-"""What a model's activations are on the engine."""
+"""Activation functions of models, as the engine names them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Lower = Callable[[Builder, Any, Columns, Columns], None]  # (build, module, x, o
 
 
 class Sublayer(NamedTuple):
-    """What a block adds to the residual stream x: lower(x), with norms.
+    """A term that a block adds to the residual stream x: lower(x), with norms.
 
     Attributes:
         lower: lowers it, given the block.
