@@ -64,7 +64,7 @@ sanitize: install
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive .venv/bin/pytest $(IN_PARALLEL) -q -p no:cacheprovider \
 	    tests/ops/test_dequant_matmul.py tests/ops/test_grouped_dequant_matmul.py tests/ops/test_linear.py \
-	    tests/ops/test_divergence.py tests/ops/test_ssm_*.py \
+	    tests/ops/test_divergence.py tests/ops/test_gathered_logits.py tests/ops/test_ssm_*.py \
 	    tests/ops/test_delta_rule.py tests/ops/test_norm.py tests/ops/test_attention.py tests/nn/test_mamba_step.py tests/engine
 
 # Triton's XPU backend comes as another package named triton, so in an environment of its own; the rest is that of .venv.

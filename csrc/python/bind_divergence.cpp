@@ -3,7 +3,9 @@
 #include <tuple>
 
 #include "divergence/divergence.h"
+#include "divergence/gathered/gathered_logits.h"
 #include "python/bindings.h"
+#include "python/view_caster.h"
 
 namespace py = pybind11;
 
@@ -89,6 +91,22 @@ void bind_divergence(py::module_& m) {
             divergence::logit_divergence(args, pointer<float>(out), pointer<Int>(fault), static_cast<Tier>(limit));
         },
         Release());
+    m.def("gathered_logits", [](View hidden, View head, Address index, Address out, Int students, Int tokens,
+                                Int entries, Int features, int n_threads, int limit) {
+        const py::gil_scoped_release release;
+        const GatheredLogitsArgs args{
+            .hidden = hidden,
+            .head = head,
+            .index = pointer<const Int>(index),
+            .out = pointer<float>(out),
+            .students = students,
+            .tokens = tokens,
+            .entries = entries,
+            .features = features,
+            .n_threads = n_threads,
+        };
+        gathered_logits(args, static_cast<Tier>(limit));
+    });
 }
 
 }  // namespace klfast

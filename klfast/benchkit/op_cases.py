@@ -173,6 +173,16 @@ def _linear_divergence(dtype: torch.dtype, spec: QuantSpec | None, tokens: int) 
     return _case("linear_divergence", dtype, what, lambda *args: astuple(ops.linear_divergence(*args)), *args)
 
 
+def _gathered_logits(dtype: torch.dtype, students: int, tokens: int) -> Case:
+    hidden, head = torch.randn(students, tokens, 63).to(dtype), torch.randn(301, 63).to(dtype)
+    index = torch.randint(301, (tokens, 19))
+
+    def call(hidden: torch.Tensor, head: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
+        return [ops.gathered_logits(hidden, head, index)]
+
+    return _case("gathered_logits", dtype, f"{list(hidden.shape)} x 19 of [301, 63]", call, hidden, head, index)
+
+
 def _causal_conv1d(dtype: torch.dtype, length: int) -> Case:
     x, weight, bias, state = torch.randn(2, 19, length), torch.randn(19, 4), torch.randn(19), torch.randn(2, 19, 3)
 
@@ -322,6 +332,7 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
     "linear_divergence": lambda dtype: [
         _linear_divergence(dtype, head, tokens) for head in _HEADS for tokens in (1, 21)
     ],
+    "gathered_logits": lambda dtype: [_gathered_logits(dtype, *shape) for shape in ((1, 1), (5, 3), (17, 9))],
     "causal_conv1d": lambda dtype: [_causal_conv1d(dtype, length) for length in _LENGTHS],
     "causal_conv1d_update": lambda dtype: [
         _causal_conv1d_update(dtype, cache, rings) for cache in (False, True) for rings in (False, True)

@@ -52,6 +52,14 @@ class DecodeAttention(NamedTuple):
     scale: float
 
 
+class GatheredLogits(NamedTuple):
+    """Hidden states [S, T, H] of S students, a head [V, H], and ``index``, int64 [T, J]: rows of it for each token."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    index: torch.Tensor
+
+
 class RmsNorm(NamedTuple):
     """x and gate [A, B, D], weight [D]; the mean goes over each run of ``group_size`` channels.
 

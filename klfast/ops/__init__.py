@@ -6,7 +6,7 @@ wrapper, torch.ops, tracing.
 
 from klfast import backends
 from klfast.ops.attention import decode_attention
-from klfast.ops.divergence import linear_divergence, logit_divergence
+from klfast.ops.divergence import gathered_logits, linear_divergence, logit_divergence
 from klfast.ops.matmul import dequant_matmul, grouped_dequant_matmul, linear
 from klfast.ops.norm import rms_norm
 from klfast.ops.ssm import (
@@ -34,6 +34,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",
     "gated_delta_rule_update",
+    "gathered_logits",
     "grouped_dequant_matmul",
     "linear",
     "linear_divergence",

@@ -9,7 +9,8 @@ import torch
 from klfast.backends.operands import DivergenceArgs, flat_targets, head_parts
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
-from klfast.dispatch.checks import public, same_device
+from klfast.dispatch.arguments import GatheredLogits, schema
+from klfast.dispatch.checks import check_sizes, public, same_device
 from klfast.dispatch.registry import define
 from klfast.quant.tensor import QuantizedTensor
 from klfast.reference import divergence as reference_divergence
@@ -235,3 +236,53 @@ def linear_divergence(
     (teacher, of_teacher), (student, of_student) = head_parts(teacher_head), head_parts(student_head)
     args = (teacher_hidden, teacher, student_hidden, student, targets, *of_teacher, *of_student)
     return _as_divergence(linear_divergence_op(*args), targets is not None)
+
+
+# gathered_logits --------------------------------------------------------------------------------------------------
+
+
+def _check_gathered_logits(a: GatheredLogits) -> None:
+    op, sizes = "gathered_logits", {}
+    check_sizes(op, sizes, hidden=(a.hidden, "STH"), head=(a.head, "VH"))
+    if a.index.dtype != torch.int64 or a.index.dim() != 2 or a.index.shape[0] != sizes["T"]:
+        raise InvalidInputError(
+            f"{op}: index must be int64 [{sizes['T']}, J], got {str(a.index.dtype)[6:]} {list(a.index.shape)}"
+        )
+    same_device(op, a.hidden, a.index)
+
+
+def _fake_gathered_logits(a: GatheredLogits) -> torch.Tensor:
+    return a.hidden.new_empty((*a.hidden.shape[:2], a.index.shape[1]), dtype=torch.float32)
+
+
+gathered_logits_op = define(
+    schema("gathered_logits", GatheredLogits, "Tensor"),
+    arguments=GatheredLogits,
+    check=_check_gathered_logits,
+    fake=_fake_gathered_logits,
+    reference=reference_divergence.gathered_logits,
+)
+
+
+@public
+def gathered_logits(hidden: torch.Tensor, head: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return logits of a few vocabulary entries, which differ from token to token, without those of the others.
+
+    Rows of the head are read in place, once a token for all students; no copy of them is made.
+
+    Args:
+        hidden: float32, bfloat16 or float16 [S..., T, H], hidden states of S students at T tokens.
+        head: float32, bfloat16 or float16 [V, H].
+        index: int64 [T, J], rows of the head for each token; any may occur twice.
+
+    Returns:
+        float32 [S..., T, J], every product and sum in float32. An index out of range gives NaN on GPUs.
+
+    Raises:
+        InvalidInputError: a wrong dtype, shape or device; an index out of range, on the CPU.
+    """
+    if hidden.dim() < 2:
+        raise InvalidInputError(f"gathered_logits: hidden must be [..., T, H], got {list(hidden.shape)}")
+    students = hidden.shape[:-2]
+    found = gathered_logits_op(hidden.reshape(students.numel(), *hidden.shape[-2:]), head, index)
+    return found.view(*students, *found.shape[1:])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from klfast.core.errors import InvalidInputError
+from klfast.dispatch.arguments import GatheredLogits
 from klfast.quant.tensor import QuantizedTensor
 
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
@@ -107,6 +108,25 @@ def check_targets(targets: torch.Tensor | None, vocab: int) -> None:
         raise InvalidInputError(
             f"targets must be in 0..{vocab - 1}, or {IGNORED_TARGET} to ignore a token; got {value}"
         )
+
+
+def gathered_logits(a: GatheredLogits) -> torch.Tensor:
+    """Return hidden states [S, T, H] times the rows ``index`` [T, J] of a head [V, H]: float32 [S, T, J]."""
+    check_index(a.index, a.head.shape[0])
+    students, tokens = a.hidden.shape[:2]
+    out = torch.empty(students, tokens, a.index.shape[1], device=a.hidden.device)
+    for start in range(0, tokens, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        rows = a.head[a.index[part]].double()  # [t, J, H]
+        out[:, part] = torch.einsum("sth,tjh->stj", a.hidden[:, part].double(), rows).float()
+    return out
+
+
+def check_index(index: torch.Tensor, vocab: int) -> None:
+    """Raise InvalidInputError unless every entry of ``index`` is a row of a head with ``vocab`` rows."""
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < vocab:
+        wrong = index[(index < 0) | (index >= vocab)][0].item()
+        raise InvalidInputError(f"gathered_logits: index must be in 0..{vocab - 1}, got {wrong}")
 
 
 def raise_not_finite(who: str, token: int, column: int) -> None:

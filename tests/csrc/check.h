@@ -60,6 +60,7 @@ void check_quantized_matmul();
 void check_dense_matmul();
 void check_attention();
 void check_divergence();
+void check_gathered_logits();
 void check_conv();
 void check_scan();
 void check_delta();

@@ -14,6 +14,7 @@ int main(int count, char** arguments) {
         {.name = "dense_matmul", .check = check_dense_matmul},
         {.name = "attention", .check = check_attention},
         {.name = "divergence", .check = check_divergence},
+        {.name = "gathered_logits", .check = check_gathered_logits},
         {.name = "conv", .check = check_conv},
         {.name = "scan", .check = check_scan},
         {.name = "delta", .check = check_delta},

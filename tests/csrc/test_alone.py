@@ -19,6 +19,7 @@ FAMILIES = {
     "dense_matmul": ["linear"],
     "attention": ["decode_attention"],
     "divergence": ["logit_divergence"],
+    "gathered_logits": ["gathered_logits"],
     "conv": ["causal_conv1d", "causal_conv1d_update"],
     "scan": ["mamba_chunk_scan", "selective_scan", "selective_state_update"],
     "delta": ["gated_delta_rule"],

@@ -10,6 +10,7 @@ from klfast.kernels import (
     decode_attention,
     dequant_matmul,
     gated_delta_rule,
+    gathered_logits,
     linear_divergence,
     logit_divergence,
     rms_norm,
@@ -126,6 +127,10 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
             None,
         )
         yield f"first_anchors {name}", logit_divergence.plan_anchors(logits, logits, anchor), None
+        picked = empty(16, 512, 129, dtype=torch.float32)
+        index = empty(512, 129, dtype=torch.int64)
+        hidden, head = empty(16, 512, 768, dtype=torch.float32), empty(50280, 768, dtype=dtype)
+        yield f"gathered_logits {name}", gathered_logits.plan(hidden, head, index, picked), None
     if family == "intel":
         yield from heads()
     rows = empty(7, dtype=torch.int64)

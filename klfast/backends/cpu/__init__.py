@@ -23,5 +23,6 @@ def register() -> None:
         ssm.mamba_chunk_scan,
         ssm.gated_delta_rule,
         norm.rms_norm,
+        divergence.gathered_logits,
     ):
         register_kernel(kernel.__name__, "CPU", kernel, sees_addresses=True)

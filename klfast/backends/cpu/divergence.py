@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from klfast import _C
-from klfast.backends.cpu.extension import DTYPE_CODES, address, resources
+from klfast.backends.cpu.extension import DTYPE_CODES, address, resources, view
 from klfast.backends.cpu.matmul import FORMATS as MATMUL_FORMATS
 from klfast.backends.cpu.matmul import dequant_matmul_into, linear_into
 from klfast.backends.operands import DivergenceArgs, flat_targets
 from klfast.dispatch import pins
+from klfast.dispatch.arguments import GatheredLogits
 from klfast.quant.layouts import Layout
 from klfast.quant.tensor import QuantizedTensor
-from klfast.reference.divergence import check_targets, raise_not_finite, raise_too_large
+from klfast.reference.divergence import check_index, check_targets, raise_not_finite, raise_too_large
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
 
@@ -79,6 +80,16 @@ def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
             _accumulate(
                 some if same_hidden else teacher[rows % teacher.shape[0]], t_head, some, s_head, some_targets, states
             )
+    return out
+
+
+def gathered_logits(a: GatheredLogits) -> torch.Tensor:
+    """Multiply hidden states with rows of a head: float32 [S, T, J]."""
+    check_index(a.index, a.head.shape[0])
+    (students, tokens, features), entries = a.hidden.shape, a.index.shape[1]
+    index, out = a.index.contiguous(), torch.empty(students, tokens, entries)
+    sizes = (students, tokens, entries, features)
+    _C.gathered_logits(view(a.hidden), view(a.head), address(index), address(out), *sizes, *resources())
     return out
 
 

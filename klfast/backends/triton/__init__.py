@@ -30,6 +30,7 @@ _MODULES = {
     "grouped_dequant_matmul": "matmul",
     "decode_attention": "attention",
     "rms_norm": "norm",
+    "gathered_logits": "divergence",
     **dict.fromkeys(DIVERGENCE, "divergence"),
     **dict.fromkeys(_SSM, "ssm"),
 }

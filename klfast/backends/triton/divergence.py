@@ -17,6 +17,7 @@ from klfast.backends.cpu import divergence as cpu_divergence
 from klfast.backends.cpu.extension import address
 from klfast.backends.operands import DivergenceArgs, flat_targets
 from klfast.dispatch import pins
+from klfast.dispatch.arguments import GatheredLogits
 from klfast.quant.layouts import RELAID, Layout, fill_blocks
 from klfast.quant.tensor import QuantizedTensor
 from klfast.reference.divergence import IGNORED_TARGET, check_targets
@@ -79,6 +80,15 @@ def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
 
     picked = None if targets is None else torch.stack([_picked(hidden, head, targets) for hidden, head in models], 1)
     return finish("linear_divergence", shape, sums, logits, vocab, targets, picked, device)
+
+
+def gathered_logits(a: GatheredLogits) -> torch.Tensor:
+    """Multiply hidden states with rows of a head: float32 [S, T, J]."""
+    from klfast.kernels import gathered_logits as kernel
+
+    out = torch.empty(*a.hidden.shape[:2], a.index.shape[1], device=a.hidden.device)
+    kernel.plan(a.hidden.detach(), a.head.detach(), a.index, out).run()
+    return out
 
 
 # Results for R rows: sums float32 [R, parts, N_SUMS], both argmaxes int32 [R, parts, 2], anchors float32 [R].

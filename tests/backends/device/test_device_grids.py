@@ -5,6 +5,7 @@ from klfast.kernels import (
     causal_conv1d,
     decode_attention,
     dequant_matmul,
+    gathered_logits,
     logit_divergence,
     rms_norm,
     selective_scan,
@@ -50,6 +51,8 @@ def test_many_tokens():
         logit_divergence.plan_anchors(logits, logits, anchor),
         logit_divergence.plan_sums(logits, logits, None, anchor, family="nvidia", cores=132)[0],
     )
+    index = empty(MANY, 1, dtype=torch.int64)
+    check(gathered_logits.plan(x.view(1, MANY, 64), empty(100, 64), index, empty(1, MANY, 1, dtype=torch.float32)))
     tiling = Tiling.of(1024, 4, 64)
     weight = dequant_matmul.Weight(
         empty(tiling.n_tiles, 16, 64, dtype=torch.uint8), empty(16, 16), k=1024, spec=QuantSpec(4, 64)

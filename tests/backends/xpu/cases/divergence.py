@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 
 import test_divergence
+import test_gathered_logits
 import torch
 from triton_launches import FLOATS, OTHER_SPECS, SPECS
 
 import klfast
 from klfast import Layout, QuantSpec
-from xpu.cases.case import Case
+from xpu.cases.case import ROUNDING, Case, error
 
 OF_METRICS = 3e-5
 OF_PRODUCTS = 1e-4  # metrics of logits that are sums of float32 products themselves
@@ -20,6 +21,8 @@ OF_PRODUCTS = 1e-4  # metrics of logits that are sums of float32 products themse
 def cases() -> Iterator[Case]:
     yield from logit_divergence()
     yield from linear_divergence()
+    for dtype in FLOATS.values():
+        yield gathered_case(5, 7, dtype)
 
 
 def error_of_metrics(found: klfast.Divergence, truth: dict[str, torch.Tensor]) -> float:
@@ -29,6 +32,15 @@ def error_of_metrics(found: klfast.Divergence, truth: dict[str, torch.Tensor]) -
         for name, value in truth.items()
     ]
     return float(torch.stack(each).max())
+
+
+def gathered_case(students: int, tokens: int, dtype: torch.dtype) -> Case:
+    def run() -> float:
+        hidden, head = torch.randn(students, tokens, 99), torch.randn(1601, 99).to(dtype)
+        index = torch.randint(1601, (tokens, 33))
+        return error(klfast.ops.gathered_logits(hidden, head, index), test_gathered_logits.truth(hidden, head, index))
+
+    return Case(f"gathered_logits, {str(dtype)[6:]}", f"{students} x {tokens} x 99", run, ROUNDING[torch.float32])
 
 
 def logit_divergence() -> Iterator[Case]:
