@@ -53,11 +53,11 @@ class DecodeAttention(NamedTuple):
 
 
 class GatheredLogits(NamedTuple):
-    """Hidden states [S, T, H] of S students, a head [V, H], and ``index``, int64 [T, J]: rows of it for each token."""
+    """Hidden states [S, T, H] of S students, a head [V, H], and int64 [T, J]: rows of it for each token."""
 
     hidden: torch.Tensor
     head: torch.Tensor
-    index: torch.Tensor
+    rows: torch.Tensor
 
 
 class RmsNorm(NamedTuple):

@@ -2,8 +2,9 @@
 
 The model's own forward does everything outside the blocks (embedding, masks, rotary tables, final norm): it runs with
 its blocks bypassed, which shows the input of the first block, the other arguments of each block, and the result for the
-last block's output. The record of the model's family (klfast.models.families) tells where the blocks are, and which
-tensors cross from one to the next beside the hidden states.
+last block's output; where a single module makes that, as the final norm mostly does, it alone runs. The record of the
+model's family (klfast.models.families) tells where the blocks are, and which tensors cross from one to the next beside
+the hidden states.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Chain:
         self._carry_argument = place.carry
         self.blocks = _find_blocks(self._base, self._name, place.path)
         self._tuples: list[int] = [0] * len(self.blocks)  # per block: the length of the tuple it returns; 0: a tensor
+        self._final: nn.Module | None = None  # makes the head's input of the last block's output, if one module does
         self.head = self._verify()
 
     def block_of(self, module_name: str) -> int | None:
@@ -128,6 +130,9 @@ class Chain:
     @torch.no_grad()
     def finish(self, carry: Carry, passage: Passage) -> torch.Tensor:
         """Return the head's input, [B, T, H], from the last block's output."""
+        if self._final is not None:
+            found: torch.Tensor = self._final(carry.hidden)
+            return found
         last = len(self.blocks) - 1
         output = self._forward_around(
             passage.input_ids, lambda index, state, args, kwargs: carry.hidden if index == last else state
@@ -182,6 +187,7 @@ class Chain:
         final = last_hidden(self.model, ids)
         try:
             passage = self.enter(ids)
+            self._final = self._find_final(passage)
             hidden = self.run(passage.entry, passage)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             if isinstance(error, InvalidInputError):
@@ -190,6 +196,22 @@ class Chain:
         if not close(hidden, final):
             raise self._no_chain("run one by one they do not reproduce the model")
         return head
+
+    def _find_final(self, passage: Passage) -> nn.Module | None:
+        """Return the module that the model calls with the last block's output alone, and whose result it returns."""
+        marker, found = passage.entry.hidden.clone(), []
+
+        def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            if len(args) == 1 and args[0] is marker:
+                found.append((module, output))
+
+        hooks = [module.register_forward_hook(note) for module in self._base.children()]
+        try:
+            result = self._forward_around(passage.input_ids, lambda index, state, args, kwargs: marker)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return next((module for module, output in found if output is result), None)
 
     def _no_chain(self, reason: str) -> InvalidInputError:
         reason = " ".join(reason.split())

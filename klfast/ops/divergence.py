@@ -244,15 +244,15 @@ def linear_divergence(
 def _check_gathered_logits(a: GatheredLogits) -> None:
     op, sizes = "gathered_logits", {}
     check_sizes(op, sizes, hidden=(a.hidden, "STH"), head=(a.head, "VH"))
-    if a.index.dtype != torch.int64 or a.index.dim() != 2 or a.index.shape[0] != sizes["T"]:
+    if a.rows.dtype != torch.int64 or a.rows.dim() != 2 or a.rows.shape[0] != sizes["T"]:
         raise InvalidInputError(
-            f"{op}: index must be int64 [{sizes['T']}, J], got {str(a.index.dtype)[6:]} {list(a.index.shape)}"
+            f"{op}: rows must be int64 [{sizes['T']}, J], got {str(a.rows.dtype)[6:]} {list(a.rows.shape)}"
         )
-    same_device(op, a.hidden, a.index)
+    same_device(op, a.hidden, a.rows)
 
 
 def _fake_gathered_logits(a: GatheredLogits) -> torch.Tensor:
-    return a.hidden.new_empty((*a.hidden.shape[:2], a.index.shape[1]), dtype=torch.float32)
+    return a.hidden.new_empty((*a.hidden.shape[:2], a.rows.shape[1]), dtype=torch.float32)
 
 
 gathered_logits_op = define(
@@ -265,7 +265,7 @@ gathered_logits_op = define(
 
 
 @public
-def gathered_logits(hidden: torch.Tensor, head: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gathered_logits(hidden: torch.Tensor, head: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return logits of a few vocabulary entries, which differ from token to token, without those of the others.
 
     Rows of the head are read in place, once a token for all students; no copy of them is made.
@@ -273,16 +273,16 @@ def gathered_logits(hidden: torch.Tensor, head: torch.Tensor, index: torch.Tenso
     Args:
         hidden: float32, bfloat16 or float16 [S..., T, H], hidden states of S students at T tokens.
         head: float32, bfloat16 or float16 [V, H].
-        index: int64 [T, J], rows of the head for each token; any may occur twice.
+        rows: int64 [T, J], rows of the head for each token; any may occur twice.
 
     Returns:
-        float32 [S..., T, J], every product and sum in float32. An index out of range gives NaN on GPUs.
+        float32 [S..., T, J], every product and sum in float32. A row that the head lacks gives NaN on GPUs.
 
     Raises:
-        InvalidInputError: a wrong dtype, shape or device; an index out of range, on the CPU.
+        InvalidInputError: a wrong dtype, shape or device; on the CPU a row that the head lacks.
     """
     if hidden.dim() < 2:
         raise InvalidInputError(f"gathered_logits: hidden must be [..., T, H], got {list(hidden.shape)}")
     students = hidden.shape[:-2]
-    found = gathered_logits_op(hidden.reshape(students.numel(), *hidden.shape[-2:]), head, index)
+    found = gathered_logits_op(hidden.reshape(students.numel(), *hidden.shape[-2:]), head, rows)
     return found.view(*students, *found.shape[1:])

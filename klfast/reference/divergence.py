@@ -111,22 +111,22 @@ def check_targets(targets: torch.Tensor | None, vocab: int) -> None:
 
 
 def gathered_logits(a: GatheredLogits) -> torch.Tensor:
-    """Return hidden states [S, T, H] times the rows ``index`` [T, J] of a head [V, H]: float32 [S, T, J]."""
-    check_index(a.index, a.head.shape[0])
+    """Return hidden states [S, T, H] times the rows ``rows`` [T, J] of a head [V, H]: float32 [S, T, J]."""
+    check_rows(a.rows, a.head.shape[0])
     students, tokens = a.hidden.shape[:2]
-    out = torch.empty(students, tokens, a.index.shape[1], device=a.hidden.device)
+    out = torch.empty(students, tokens, a.rows.shape[1], device=a.hidden.device)
     for start in range(0, tokens, _CHUNK):
         part = slice(start, start + _CHUNK)
-        rows = a.head[a.index[part]].double()  # [t, J, H]
-        out[:, part] = torch.einsum("sth,tjh->stj", a.hidden[:, part].double(), rows).float()
+        gathered = a.head[a.rows[part]].double()  # [t, J, H]
+        out[:, part] = torch.einsum("sth,tjh->stj", a.hidden[:, part].double(), gathered).float()
     return out
 
 
-def check_index(index: torch.Tensor, vocab: int) -> None:
-    """Raise InvalidInputError unless every entry of ``index`` is a row of a head with ``vocab`` rows."""
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < vocab:
-        wrong = index[(index < 0) | (index >= vocab)][0].item()
-        raise InvalidInputError(f"gathered_logits: index must be in 0..{vocab - 1}, got {wrong}")
+def check_rows(rows: torch.Tensor, vocab: int) -> None:
+    """Raise InvalidInputError unless a head with ``vocab`` rows has all of ``rows``."""
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < vocab:
+        wrong = rows[(rows < 0) | (rows >= vocab)][0].item()
+        raise InvalidInputError(f"gathered_logits: rows must be in 0..{vocab - 1}, got {wrong}")
 
 
 def raise_not_finite(who: str, token: int, column: int) -> None:

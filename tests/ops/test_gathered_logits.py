@@ -46,14 +46,14 @@ def test_opcheck():
         (dict(hidden=torch.ones(5)), r"hidden must be \[\.\.\., T, H\], got \[5\]"),
         (dict(head=torch.ones(7, 4)), r"head must be \[V, 5\], got \[7, 4\]"),
         (dict(head=torch.ones(7, 5, dtype=torch.float64)), "head must be float32"),
-        (dict(index=torch.zeros(2, 4, dtype=torch.int64)), r"index must be int64 \[3, J\], got int64 \[2, 4\]"),
-        (dict(index=torch.zeros(3, 4)), r"index must be int64 \[3, J\], got float32 \[3, 4\]"),
-        (dict(index=torch.full((3, 4), 7)), r"index must be in 0\.\.6, got 7"),
-        (dict(index=torch.full((3, 4), -1)), r"index must be in 0\.\.6, got -1"),
+        (dict(rows=torch.zeros(2, 4, dtype=torch.int64)), r"rows must be int64 \[3, J\], got int64 \[2, 4\]"),
+        (dict(rows=torch.zeros(3, 4)), r"rows must be int64 \[3, J\], got float32 \[3, 4\]"),
+        (dict(rows=torch.full((3, 4), 7)), r"rows must be in 0\.\.6, got 7"),
+        (dict(rows=torch.full((3, 4), -1)), r"rows must be in 0\.\.6, got -1"),
     ],
 )
 def test_bad_input(change, message, tier):
-    arguments = dict(hidden=torch.ones(2, 3, 5), head=torch.ones(7, 5), index=torch.zeros(3, 4, dtype=torch.int64))
+    arguments = dict(hidden=torch.ones(2, 3, 5), head=torch.ones(7, 5), rows=torch.zeros(3, 4, dtype=torch.int64))
     with pytest.raises(InvalidInputError, match=message) as caught:
         ops.gathered_logits(**arguments | change)
     assert "\n" not in str(caught.value)

@@ -34,7 +34,7 @@ def calls() -> dict:
         ops.logit_divergence: dict(
             teacher_logits=f(3, 11), student_logits=f(3, 11), targets=torch.zeros(3, dtype=torch.int64)
         ),
-        ops.gathered_logits: dict(hidden=f(2, 3, 8), head=f(9, 8), index=torch.zeros(3, 4, dtype=torch.int64)),
+        ops.gathered_logits: dict(hidden=f(2, 3, 8), head=f(9, 8), rows=torch.zeros(3, 4, dtype=torch.int64)),
         ops.linear_divergence: dict(
             teacher_hidden=f(3, 8),
             teacher_head=f(5, 8),

@@ -13,7 +13,7 @@ from klfast.dispatch import pins
 from klfast.dispatch.arguments import GatheredLogits
 from klfast.quant.layouts import Layout
 from klfast.quant.tensor import QuantizedTensor
-from klfast.reference.divergence import check_index, check_targets, raise_not_finite, raise_too_large
+from klfast.reference.divergence import check_rows, check_targets, raise_not_finite, raise_too_large
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512  # of the two scratch blocks of logits: 1 MB each
 
@@ -85,11 +85,11 @@ def linear_divergence(args: DivergenceArgs) -> torch.Tensor:
 
 def gathered_logits(a: GatheredLogits) -> torch.Tensor:
     """Multiply hidden states with rows of a head: float32 [S, T, J]."""
-    check_index(a.index, a.head.shape[0])
-    (students, tokens, features), entries = a.hidden.shape, a.index.shape[1]
-    index, out = a.index.contiguous(), torch.empty(students, tokens, entries)
+    check_rows(a.rows, a.head.shape[0])
+    (students, tokens, features), entries = a.hidden.shape, a.rows.shape[1]
+    rows, out = a.rows.contiguous(), torch.empty(students, tokens, entries)
     sizes = (students, tokens, entries, features)
-    _C.gathered_logits(view(a.hidden), view(a.head), address(index), address(out), *sizes, *resources())
+    _C.gathered_logits(view(a.hidden), view(a.head), address(rows), address(out), *sizes, *resources())
     return out
 
 

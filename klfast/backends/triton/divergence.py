@@ -86,8 +86,8 @@ def gathered_logits(a: GatheredLogits) -> torch.Tensor:
     """Multiply hidden states with rows of a head: float32 [S, T, J]."""
     from klfast.kernels import gathered_logits as kernel
 
-    out = torch.empty(*a.hidden.shape[:2], a.index.shape[1], device=a.hidden.device)
-    kernel.plan(a.hidden.detach(), a.head.detach(), a.index, out).run()
+    out = torch.empty(*a.hidden.shape[:2], a.rows.shape[1], device=a.hidden.device)
+    kernel.plan(a.hidden.detach(), a.head.detach(), a.rows, out).run()
     return out
 
 
