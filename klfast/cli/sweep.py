@@ -43,6 +43,28 @@ def sweep(
     activations: Annotated[
         bool, typer.Option("--activations", help="Also measure int8 activations, for klfast plan --activation auto.")
     ] = False,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|sampled|N",
+            help="Compare all logits, or only KL and cross-entropy, from 128 (N) vocabulary entries a token: the "
+            "likeliest and a random sample. Saves the more the larger the vocabulary is.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="exhaustive|adaptive",
+            help="Measure everything on all of the text, or what plans depend on at a tenth of the cost (with "
+            "--vocabulary sampled by default).",
+        ),
+    ] = "exhaustive",
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.parse_bytes, metavar="SIZE", help="With --budget adaptive: the size of the wanted plan."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="File for the sensitivities.")] = Path("sensitivities.json"),
     resume: Annotated[
         bool,
@@ -68,6 +90,7 @@ def sweep(
     from klfast.checkpoint.by_name import as_dtype, load_model
     from klfast.cli.runtime import count, open_batches, prepare
     from klfast.reporting.sweep_tables import ranking as rank
+    from klfast.sensitivity.coverage import measured_note
 
     prepare(threads, device)
     computed = as_dtype(dtype)
@@ -88,6 +111,9 @@ def sweep(
             rows=rows,
             activations=activations,
             scale=scale,
+            vocabulary=int(vocabulary) if vocabulary is not None and vocabulary.isdecimal() else vocabulary,
+            budget=budget,
+            max_bytes=max_bytes,
             dtype=None if computed == "auto" else computed,
         )
         found.provenance.update(model=model, calibration=calibration)
@@ -107,8 +133,11 @@ def sweep(
         "resumed": resumed,
         "noise_floor": found.noise_floor,
         "ranking": ranking.data(),
+        "measured": measured_note(found),
     }
     emit(data, ranking.rich(), as_json)
+    if how := measured_note(found):
+        say(f"Not measured in full: {how}.", as_json)
     if resumed:
         say(f"The sweep continued from {partial}; --no-resume would have started from scratch.", as_json)
     following = command("klfast", "plan", out, "--max-bytes", "SIZE")

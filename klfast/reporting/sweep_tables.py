@@ -10,7 +10,7 @@ from klfast.quant.spec import QuantSpec
 from klfast.reporting.activation_table import activation_costs
 from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, harm, kind, settle_metric
 from klfast.reporting.table import Cell, Table
-from klfast.sensitivity.coverage import unfinished_note
+from klfast.sensitivity.coverage import measured_note, unfinished_note
 from klfast.sensitivity.results import METRICS, Sensitivities
 
 
@@ -32,6 +32,8 @@ def sweep_tables(sensitivities: Sensitivities, metric: str | None = None, top: i
     metric = settle_metric(sensitivities, metric)
     note = unfinished_note(sensitivities)
     tables = [Table("Unfinished sweep", ("note",), ((note,),) if note else ())]
+    how = measured_note(sensitivities)
+    tables.append(Table("How it was measured", ("note",), ((how,),) if how else ()))
     tables += [ranking(sensitivities, metric, top), by_kind(sensitivities, metric), by_depth(sensitivities, metric)]
     tables += [by_kind_and_depth(sensitivities, metric, spec) for spec in by_spec(sensitivities)]
     tables += [by_use(sensitivities, metric), activation_costs(sensitivities), agreement(sensitivities, metric)]

@@ -33,6 +33,19 @@ def unfinished_note(sensitivities: Sensitivities) -> str | None:
     return f"the sweep is unfinished: {found}; run it again to go on"
 
 
+def measured_note(sensitivities: Sensitivities) -> str | None:
+    """Return a sentence on what a sweep did not measure in full; None if it did."""
+    found, vocabulary = sensitivities.measurements, sensitivities.provenance.get("vocabulary", "full")
+    derived = sum(one.is_derived for one in found.values())
+    parts = []
+    if vocabulary != "full":
+        entries = "in part" if vocabulary == "mixed" else f"{vocabulary} entries a token"
+        parts.append(f"KL from a sample of the vocabulary ({entries})")
+    if derived:
+        parts.append(f"{derived} of {len(found)} measurements follow from another spec of the layer")
+    return "; ".join(parts) or None
+
+
 def _progress(sensitivities: Sensitivities) -> tuple[int, int]:
     """Return the number of measured parts of the calibration text and of all its parts; (0, 0) if unknown."""
     parts = sensitivities.provenance.get("micro_batches")

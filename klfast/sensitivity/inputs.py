@@ -16,6 +16,7 @@ from klfast.models.matrices import matrices
 from klfast.models.selection import Patterns, select
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
+from klfast.sensitivity.sampled_vocabulary import FEWEST_ROWS, ROWS
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -27,8 +28,37 @@ def vocabulary(model: nn.Module) -> int:
     return embedding.num_embeddings
 
 
-def micro_batches(given: Batches, vocab: int, max_tokens: int) -> list[torch.Tensor]:
+def vocabulary_rows(given: str | int, vocab: int) -> int | None:
+    """Return how many of ``vocab`` entries a token a sweep compares; None for all of them."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= FEWEST_ROWS:
+        rows = given
+    elif given in ("full", "sampled"):
+        rows = vocab if given == "full" else ROWS
+    else:
+        raise InvalidInputError(
+            f'vocabulary must be "full", "sampled" or a number of entries from {FEWEST_ROWS} on, got {given!r}'
+        )
+    return rows if rows < vocab else None
+
+
+def is_adaptive(budget: str, max_bytes: int | None, beside: bool) -> bool:
+    """Return True if a sweep's budget is "adaptive"; ``beside``: more than whole weights are to be measured."""
+    if budget not in ("exhaustive", "adaptive"):
+        raise InvalidInputError(f'budget must be "exhaustive" or "adaptive", got {budget!r}')
+    if budget == "adaptive":
+        if beside:
+            raise InvalidInputError('rows and activations need budget="exhaustive"; an adaptive sweep measures weights')
+        if max_bytes is not None and max_bytes <= 0:
+            raise InvalidInputError(f"max_bytes must be positive, got {max_bytes}")
+    elif max_bytes is not None:
+        raise InvalidInputError('max_bytes needs budget="adaptive"; klfast.plan takes it after an exhaustive sweep')
+    return budget == "adaptive"
+
+
+def micro_batches(given: Batches, vocab: int, max_tokens: int, parts: int = 1) -> list[torch.Tensor]:
     """Return all windows as int64 [B, T] of at most ``max_tokens`` tokens each (but at least one window).
+
+    They are at least ``parts`` if there are so many windows.
 
     They keep their order unless some are padded or ragged: then shorter ones come first, so that all windows of one
     length run together.
@@ -37,6 +67,7 @@ def micro_batches(given: Batches, vocab: int, max_tokens: int) -> list[torch.Ten
     windows = [row for batch in read for row in batch.rows]
     if any(batch.is_ragged for batch in read):
         windows.sort(key=len)
+    max_tokens = min(max_tokens, sum(map(len, windows)) // parts)
     found: list[list[torch.Tensor]] = []
     for window in windows:
         room = found and found[-1][0].shape == window.shape and (len(found[-1]) + 1) * len(window) <= max_tokens
@@ -86,15 +117,22 @@ def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns |
     return select(found, layers, exclude)
 
 
-def choose_metrics(metrics: Iterable[str]) -> list[str]:
-    """Return the metrics to report, checked, in the order of ``METRICS``; kl_teacher_student is always one of them."""
+def choose_metrics(metrics: Iterable[str] | None, available: Sequence[str]) -> list[str]:
+    """Return the metrics to report, checked, in the order of ``METRICS``; None stands for all that are available.
+
+    kl_teacher_student is always one of them.
+    """
+    if metrics is None:
+        return list(available)
     if not isinstance(metrics, Iterable):
         raise InvalidInputError(
-            f"metrics must be names, got {type(metrics).__name__}; choose from {', '.join(METRICS)}"
+            f"metrics must be names, got {type(metrics).__name__}; choose from {', '.join(available)}"
         )
     wanted = [metrics] if isinstance(metrics, str) else list(metrics)
     if unknown := [name for name in wanted if name not in METRICS]:
-        raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
+        raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(available)}")
+    if missing := [name for name in wanted if name not in available]:
+        raise InvalidInputError(f'{missing[0]} needs vocabulary="full"; a sample gives {" and ".join(available)}')
     return [name for name in METRICS if name == METRICS[0] or name in wanted]
 
 

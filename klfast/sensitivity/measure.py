@@ -28,14 +28,19 @@ from klfast.models.head import Readout, divergence
 from klfast.models.matrices import Matrix
 from klfast.quant.rounding import fake_quantize
 from klfast.quant.spec import QuantSpec
+from klfast.sensitivity import sampled_vocabulary
 from klfast.sensitivity.int8_inputs import int8_inputs, rounded
 from klfast.sensitivity.results import METRICS
+from klfast.sensitivity.sampled_vocabulary import Sample
 from klfast.sensitivity.unfinished import Unfinished
 
 SQNR_CAP = 150.0  # dB; beyond float32's resolution, so that a token with equal logits does not make the mean infinite
 COLUMNS = (*METRICS, "ce_teacher")  # the columns of the measuring methods' sums
+SAMPLED = ("kl_teacher_student", "delta_ce")  # the metrics that a part of the vocabulary gives
 STAGES = ("teacher", "quantize", "own_block", "suffix", "divergence")
 _T = TypeVar("_T")
+LARGE = 0.1  # nats: a mean KL above this is measured with the whole vocabulary,
+UNSURE = 0.05  # as is one whose standard error over draws is more than this share of it
 COMPARED_TOGETHER = 16  # candidates that share one computation of the teacher's logits
 
 
@@ -70,33 +75,40 @@ class Teacher:
         carries: the input of each block, in order.
         hidden: input of the head, [B * (T - 1), H]; a window's last token has no next one to be compared at.
         targets: the next tokens, int64 [B * (T - 1)].
+        sample: the part of the vocabulary that stands for all of it; None to compare all of it.
     """
 
     passage: Passage
     carries: list[Carry]
     hidden: torch.Tensor
     targets: torch.Tensor
+    sample: Sample | None
 
 
 class Engine:
     """Measures candidates, one micro-batch at a time.
 
-    The measuring methods return sums over each window's T - 1 tokens, float64 [C, len(COLUMNS), B]. Given
-    ``unfinished`` they continue an earlier, interrupted call.
+    The measuring methods return sums over each window's T - 1 tokens, float64 [C, len(COLUMNS), B]; of a sampled
+    vocabulary only ``SAMPLED`` and ce_teacher, and zeros in the other columns. Given ``unfinished`` they continue an
+    earlier, interrupted call.
 
     Attributes:
         seconds: wall time spent so far, by stage.
         block_tokens: tokens that went through a block so far, counted once for each block.
+        in_full: comparisons with the whole vocabulary so far, one a candidate and micro-batch.
         pause: called after each block that candidates went through, with the state needed to continue from there.
     """
 
-    def __init__(self, chain: Chain, scale: str, max_batch_tokens: int) -> None:
+    def __init__(self, chain: Chain, scale: str, max_batch_tokens: int, vocabulary_rows: int | None = None) -> None:
         self.chain = chain
         self._full_head = chain.head.readout()  # unaffected while the head is swapped
         self.scale = scale
         self.max_batch_tokens = max_batch_tokens
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.block_tokens = 0
+        self.vocabulary_rows = vocabulary_rows  # of a sample a token; None for the whole vocabulary
+        self.block_tokens = self.in_full = 0
+        self._stacks_of: Passage | None = None
+        self._stacks: dict[int, Passage] = {}  # by number of copies of that passage
         self.pause: Callable[[Unfinished], None] = lambda unfinished: None
 
     def teach(self, input_ids: torch.Tensor) -> Teacher:
@@ -109,7 +121,12 @@ class Engine:
             hidden = self.chain.finish(carries[-1], passage)
             if not torch.isfinite(hidden).all():
                 self._blame_block(carries)
-            return Teacher(passage, carries[:-1], self._compared(hidden)[0], input_ids[:, 1:].flatten())
+            compared, targets = self._compared(hidden)[0], input_ids[:, 1:].flatten()
+            if self.vocabulary_rows is None:
+                sample = None
+            else:
+                sample = sampled_vocabulary.draw(self._full_head, compared, input_ids, self.vocabulary_rows)
+            return Teacher(passage, carries[:-1], compared, targets, sample)
 
     def measure_block(
         self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None
@@ -132,15 +149,14 @@ class Engine:
             for candidate, final in zip(part, hidden.split(windows), strict=True):
                 self._require_finite(candidate, final)
                 finals.append(final)
-        return self._compare(teacher, torch.cat(finals))
+        return self._compare(teacher, self._compared(torch.cat(finals), len(candidates)))
 
     def measure_head(
         self, teacher: Teacher, candidate: Candidate, tied: bool, unfinished: Unfinished | None = None
     ) -> torch.Tensor:
         """Measure the head under one spec. A tied embedding reads the quantized rows, which affects every block."""
         if candidate.inputs_of:
-            hidden = rounded(teacher.hidden, candidate.spec).unsqueeze(0)
-            return self._diverge(teacher, hidden, self._full_head)
+            return self._compare(teacher, rounded(teacher.hidden, candidate.spec).unsqueeze(0))
         with self._swapped(candidate):
             if tied:
                 with self._timed("suffix"):
@@ -159,7 +175,7 @@ class Engine:
         nudged = (entry.float() * (1 + torch.finfo(entry.dtype).eps * ulps)).to(entry.dtype)
         with self._timed("suffix"):
             hidden = self._run(teacher.passage, *_start(unfinished, Carry(nudged, teacher.carries[0].extra)))
-        return self._compare(teacher, hidden)
+        return self._compare(teacher, self._compared(hidden))
 
     def _own_block(self, index: int, carry: Carry, passage: Passage, candidate: Candidate) -> Carry:
         with self._swapped(candidate), self._timed("own_block"):
@@ -179,7 +195,7 @@ class Engine:
         ``finals`` are the results of the candidates before them, for ``pause``.
         """
         copies = len(carry.hidden) // len(passage.input_ids)
-        together = self.chain.enter(passage.input_ids.repeat(copies, 1)) if copies > 1 else passage
+        together = self._repeated(passage, copies)
         for index in range(start, len(self.chain.blocks)):
             if any(index in candidate.blocks for candidate in candidates):
                 carry = self._one_by_one(index, carry, passage, candidates)
@@ -187,6 +203,16 @@ class Engine:
                 carry = self._step(index, carry, together)
             self.pause(Unfinished(list(finals), carry, index + 1))
         return self.chain.finish(carry, together)
+
+    def _repeated(self, passage: Passage, copies: int) -> Passage:
+        """Return the passage of a batch repeated ``copies`` times, which the next stack of that size takes again."""
+        if copies == 1:
+            return passage
+        if passage is not self._stacks_of:
+            self._stacks_of, self._stacks = passage, {}
+        if copies not in self._stacks:
+            self._stacks[copies] = self.chain.enter(passage.input_ids.repeat(copies, 1))
+        return self._stacks[copies]
 
     def _one_by_one(self, index: int, carry: Carry, passage: Passage, candidates: Sequence[Candidate]) -> Carry:
         """Run a block that uses the weights of some candidates, each with its own change."""
@@ -228,9 +254,21 @@ class Engine:
             tensor.data = original
 
     def _compare(self, teacher: Teacher, hidden: torch.Tensor) -> torch.Tensor:
-        """Compare hidden states [C * B, T, H] with the teacher's under the full-precision head."""
-        windows = teacher.passage.input_ids.shape[0]
-        return self._diverge(teacher, self._compared(hidden, len(hidden) // windows), self._full_head)
+        """Compare the head's input [C, B * (T - 1), H] with the teacher's under the full-precision head."""
+        if teacher.sample is None:
+            return self._diverge(teacher, hidden, self._full_head)
+        with self._timed("divergence"), interruptible():
+            found = sampled_vocabulary.estimate(teacher.sample, self._full_head, teacher.hidden, hidden)
+        mean, error = found.kl.mean(-1), found.variance.sum(-1).sqrt() / found.variance.shape[-1]
+        is_sure = (mean <= LARGE) & (error <= UNSURE * mean)  # not where they are NaN
+        columns = [COLUMNS.index(name) for name in (*SAMPLED, "ce_teacher")]
+        sums = torch.zeros(len(hidden), len(COLUMNS), len(teacher.passage.input_ids), dtype=torch.float64)
+        for column, per_token in zip(columns, (found.kl, found.delta_ce, teacher.sample.ce), strict=True):
+            sums[:, column] = self._by_window(teacher, per_token)
+        if len(doubtful := (~is_sure).nonzero().flatten().cpu()):
+            whole = self._diverge(teacher, hidden[doubtful.to(hidden.device)], self._full_head)
+            sums[doubtful.unsqueeze(-1), columns] = whole[:, columns]
+        return sums
 
     def _compared(self, hidden: torch.Tensor, candidates: int = 1) -> torch.Tensor:
         """Return [C * B, T, H] without each window's last token, in the head's dtype: [C, B * (T - 1), H]."""
@@ -244,9 +282,13 @@ class Engine:
             assert found.ce_student is not None and found.ce_teacher is not None  # there are targets
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
             per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
-            windows, length = teacher.passage.input_ids.shape
-            # On the CPU, since some GPUs have no float64.
-            return per_token.cpu().double().view(len(COLUMNS), -1, windows, length - 1).sum(-1).transpose(0, 1)
+            self.in_full += len(hidden)
+            return self._by_window(teacher, per_token.view(len(COLUMNS), len(hidden), -1)).transpose(0, 1)
+
+    def _by_window(self, teacher: Teacher, per_token: torch.Tensor) -> torch.Tensor:
+        """Sum [..., B * (T - 1)] over each window's tokens: float64 [..., B]."""
+        windows = len(teacher.passage.input_ids)  # on the CPU, as some GPUs have no float64
+        return per_token.cpu().double().unflatten(-1, (windows, -1)).sum(-1)
 
     def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
         if not torch.isfinite(hidden).all():

@@ -49,6 +49,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
         merged.activations.update(other.activations)  # the same for all specs with such groups
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
             merged.provenance.pop("ce_teacher", None)  # no single text to predict a perplexity for
+        if other.provenance.get("vocabulary", "full") != merged.provenance.get("vocabulary", "full"):
+            merged.provenance["vocabulary"] = "mixed"  # each measurement's standard error has that of its own sample
         scales = [one.provenance.get("scale") for one in (found, other)]
         if None in scales:
             merged.provenance.pop("scale", None)

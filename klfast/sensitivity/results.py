@@ -43,13 +43,15 @@ class Measurement:
     """One candidate's metrics, each a mean over ``tokens`` tokens with its standard error (both keyed as METRICS).
 
     The standard error is that of a mean over windows, since the tokens of a window are correlated; NaN with a single
-    window. ``below_noise``: the KL is too close to the noise floor to rank anything.
+    window. ``below_noise``: the KL is too close to the noise floor to rank anything. ``is_derived``: an adaptive sweep
+    took it from that of another spec of the layer, by the squared errors of the weights.
     """
 
     mean: dict[str, float]
     stderr: dict[str, float]
     tokens: int
     below_noise: bool = False
+    is_derived: bool = False
 
 
 @dataclass
@@ -204,6 +206,7 @@ def _entry(m: Measurement) -> dict[str, object]:
         "below_noise": m.below_noise,
         "mean": numbers_to_json(m.mean),
         "stderr": numbers_to_json(m.stderr),
+        **({"is_derived": True} if m.is_derived else {}),
     }
 
 
@@ -228,7 +231,11 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
         for name, value in entry["stderr"].items()
     }
     return Measurement(
-        mean, stderr, whole(entry["tokens"], "tokens", 1), is_a(bool, entry["below_noise"], "below_noise")
+        mean,
+        stderr,
+        whole(entry["tokens"], "tokens", 1),
+        is_a(bool, entry["below_noise"], "below_noise"),
+        is_a(bool, entry.get("is_derived", False), "is_derived"),  # files of before have none
     )
 
 

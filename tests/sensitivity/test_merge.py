@@ -8,6 +8,7 @@ from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity import merge
+from klfast.sensitivity.coverage import measured_note
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 KL = "kl_teacher_student"
@@ -57,3 +58,12 @@ def test_activations_of_all_files_are_kept(tmp_path):
     first, second = ({("a", group): Measurement({KL: 0.1}, {KL: 0.01}, group)} for group in (64, 32))
     found = read(tmp_path, replace(made(INT4), activations=first), replace(made(INT8), activations=first | second))
     assert found.activations == first | second
+
+
+def test_samples_of_the_vocabulary_may_differ(tmp_path):
+    merged = read(tmp_path, made(INT4, vocabulary=128), made(INT8, vocabulary="full"))
+    assert merged.provenance["vocabulary"] == "mixed"
+    assert measured_note(merged) == "KL from a sample of the vocabulary (in part)"
+    alike = read(tmp_path, made(INT4, vocabulary=128), made(INT8, vocabulary=128))
+    assert measured_note(alike) == "KL from a sample of the vocabulary (128 entries a token)"
+    assert measured_note(read(tmp_path, made(INT4), made(INT8, vocabulary="full"))) is None

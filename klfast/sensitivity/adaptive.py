@@ -1,0 +1,148 @@
+"""What an adaptive sweep measures: one spec a layer, then what plans still depend on, at a tenth of the whole work.
+
+A layer's other specs follow from the one that is measured by the squared errors of its weight, to which that of its
+output, and so the KL, is close to proportional. What plans hesitate about (racing.py) is measured for itself, or on
+twice the text, until they are settled or the work allowed is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from klfast.core.window_stats import WindowStats
+from klfast.quant.rounding import fake_quantize
+from klfast.sensitivity.racing import Field, contested
+from klfast.sensitivity.results import LayerInfo, Measurement
+from klfast.sensitivity.steps import Step
+
+PARTS = 32  # of the calibration text, at least, so that the first is a small share
+ALLOWED = 0.1  # of the work of an exhaustive sweep
+_OF_SMALLEST = (1.05, 1.2, 1.5)  # sizes of plans, if none is given, relative to the smallest
+_RATIO_ERROR = 0.15  # of the ratio of two specs' KLs by their weights' errors
+_TOKEN_ERROR = 2.4  # least error of a mean over tokens, as a share of it, times their square root
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    """A candidate: row in the tally, bytes, share of the network that it runs through, squared error of the weight."""
+
+    layer: str
+    row: int
+    nbytes: int
+    work: float
+    square: float
+
+
+class Schedule:
+    """Chooses how many parts of the text each candidate is measured on, round by round.
+
+    Args:
+        steps: those of the exhaustive sweep.
+        layers: the model's.
+        other_bytes: of all that is not quantized.
+        max_bytes: of the plan that is wanted; None for plans of several sizes.
+        blocks: of the network.
+        parts: of the text.
+        scale: of the rounding.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        layers: Mapping[str, LayerInfo],
+        other_bytes: int,
+        max_bytes: int | None,
+        blocks: int,
+        parts: int,
+        scale: str,
+    ) -> None:
+        self.parts = parts
+        self.by_layer: dict[str, list[_Entrant]] = {}
+        for step in steps:
+            work = 1.0 if isinstance(step.place, str) else (blocks - step.place) / blocks
+            for row, one in enumerate(step.candidates, step.first):
+                weight = one.matrix.weight.detach()
+                square = float((fake_quantize(weight, one.spec, scale=scale) - weight).square().sum())
+                nbytes = one.spec.saved_bytes(layers[one.name].shape)
+                self.by_layer.setdefault(one.name, []).append(_Entrant(one.name, row, nbytes, work, square))
+        for some in self.by_layer.values():
+            some.sort(key=lambda entrant: -entrant.square)  # the reference first: the most error, the least noise
+        self.entrants = [entrant for some in self.by_layer.values() for entrant in some]
+        self.allowed = ALLOWED * parts * sum(entrant.work for entrant in self.entrants)
+        fixed = other_bytes + sum(info.float_bytes for name, info in layers.items() if name not in self.by_layer)
+        smallest = fixed + sum(min(e.nbytes for e in some) for some in self.by_layer.values())
+        sizes = [max_bytes] if max_bytes is not None else [smallest * factor for factor in _OF_SMALLEST]
+        self.limits = [size - fixed for size in sizes]
+        self.float_bytes = [layers[name].float_bytes for name in self.by_layer]
+
+    def first(self) -> dict[int, int]:
+        """Return the parts of the text for the first rows: the noise floor, which is row 0, and one spec a layer."""
+        return {0: 1} | {some[0].row: 1 for some in self.by_layer.values()}
+
+    def following(self, tally: WindowStats, had: Mapping[int, int]) -> dict[int, int]:
+        """Return the parts for the rows that need more than they have had; none if the plans are settled."""
+        field = self._field(tally, had)
+        doubtful = contested(field, self.limits)
+        stakes = field.costs * field.errors
+        places = sorted(doubtful.nonzero().tolist(), key=lambda place: -float(stakes[place[0], place[1]]))
+        layers, left, goals = list(self.by_layer.values()), self.allowed - self.spent(had), {}
+        for layer, option in places:
+            if option == 0:  # full precision costs nothing, as is known
+                continue
+            entrant = layers[layer][option - 1]
+            goal = min(self.parts, max(1, 2 * had.get(entrant.row, 0)))
+            work = (goal - had.get(entrant.row, 0)) * entrant.work
+            if 0 < work <= left:
+                goals[entrant.row], left = goal, left - work
+        return goals
+
+    def spent(self, had: Mapping[int, int]) -> float:
+        """Return the work done, in passes of a part of the text through the network."""
+        return sum(had.get(entrant.row, 0) * entrant.work for entrant in self.entrants)
+
+    def derived(self, measured: Mapping[int, Measurement]) -> dict[int, Measurement]:
+        """Return the measurements of all other rows, which follow from those of their layers' references."""
+        found = {}
+        for reference, *others in self.by_layer.values():
+            base = measured.get(reference.row)
+            for entrant in others if base is not None else ():
+                if entrant.row not in measured:
+                    assert base is not None
+                    ratio = _ratio(entrant, reference)
+                    mean = {name: value * ratio for name, value in base.mean.items()}
+                    stderr = {
+                        name: ((value * ratio) ** 2 + (_RATIO_ERROR * mean[name]) ** 2) ** 0.5
+                        for name, value in base.stderr.items()
+                    }
+                    found[entrant.row] = replace(base, mean=mean, stderr=stderr, is_derived=True)
+        return found
+
+    def _field(self, tally: WindowStats, had: Mapping[int, int]) -> Field:
+        options = 1 + max(map(len, self.by_layer.values()))
+        costs, errors = (torch.zeros(len(self.by_layer), options, dtype=torch.float64) for _ in range(2))
+        nbytes = torch.full_like(costs, torch.inf)
+        nbytes[:, 0] = torch.tensor(self.float_bytes)
+        for layer, some in enumerate(self.by_layer.values()):
+            base, base_error = self._known(tally, some[0])
+            for option, entrant in enumerate(some, 1):
+                nbytes[layer, option] = entrant.nbytes
+                if had.get(entrant.row):
+                    costs[layer, option], errors[layer, option] = self._known(tally, entrant)
+                else:
+                    costs[layer, option] = base * _ratio(entrant, some[0])
+                    errors[layer, option] = (base_error**2 + _RATIO_ERROR**2) ** 0.5
+        return Field(costs, errors, nbytes)
+
+    def _known(self, tally: WindowStats, entrant: _Entrant) -> tuple[float, float]:
+        """Return a measured KL and its error as a share of it, which few windows show too small or not at all."""
+        mean, stderr = tally.mean(entrant.row)[0], tally.stderr(entrant.row)[0]
+        share = stderr / mean if mean > 0 and math.isfinite(stderr) else 0.0
+        return mean, max(share, _TOKEN_ERROR / tally.tokens(entrant.row) ** 0.5)
+
+
+def _ratio(entrant: _Entrant, reference: _Entrant) -> float:
+    return entrant.square / reference.square if reference.square > 0 else 1.0
