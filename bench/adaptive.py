@@ -1,0 +1,79 @@
+"""What an adaptive sweep loses: plans of the bundled models after it and after an exhaustive one, at equal bytes.
+
+Each plan is applied as a whole and measured on the bundled evaluation text.
+
+    python -m klfast.bench.adaptive --out bench/results/adaptive.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import klfast
+from klfast.core.io import write_atomic
+from klfast.core.machine import cpu_name
+from klfast.reporting.table import Cell, Table
+from klfast.sensitivity.results import Sensitivities
+
+MODELS = ("hymba", "mamba", "mamba2")
+SPECS = ("int4-g64-sym", "int8-g64-sym")
+SIZES = (1.05, 1.2, 1.5)  # of all layers in the first spec
+_LENGTH = 256
+HEADINGS = (
+    *("model", "size / INT4", "KL, adaptive", "KL, exhaustive", "ratio"),
+    *("token-forwards, adaptive", "exhaustive", "seconds, adaptive", "exhaustive"),
+)
+
+
+def measure(name: str, windows: int, held_out: int) -> Iterator[tuple[Cell, ...]]:
+    """Yield rows of the table: a bundled model's plans of each size."""
+    teacher, tokenizer = klfast.load_model(name, dtype="float32"), klfast.load_tokenizer(name)
+    options = {"vocab_size": teacher.config.vocab_size, "length": _LENGTH}
+    calibration = klfast.token_batches("calibration", tokenizer, windows=windows, **options)
+    text = klfast.token_batches("evaluation", tokenizer, windows=held_out, **options)
+    sweeps = [klfast.sweep(teacher, calibration, SPECS, budget=budget) for budget in ("adaptive", "exhaustive")]
+    smallest = klfast.plan(sweeps[1], method="uniform", spec=SPECS[0]).predicted["bytes"]
+    for size in SIZES:
+        kl = [_kl(teacher, text, found, int(size * smallest)) for found in sweeps]
+        work = [found.provenance["token_forwards"] for found in sweeps]
+        seconds = [sum(found.provenance["seconds"].values()) for found in sweeps]
+        yield name, size, *kl, kl[0] / kl[1], *work, *seconds
+
+
+def _kl(teacher: torch.nn.Module, text: list[torch.Tensor], found: Sensitivities, size: int) -> float:
+    """Return the KL of the plan within ``size`` bytes, measured."""
+    model = copy.deepcopy(teacher)
+    klfast.quantize_model(model, klfast.plan(found, max_bytes=size))
+    return klfast.evaluate(model, text, teacher=teacher).kl
+
+
+def main() -> None:
+    """Measure the bundled models and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--windows", type=int, default=64, help=f"calibration windows of {_LENGTH} tokens")
+    parser.add_argument("--held-out", type=int, default=96, help="evaluation windows")
+    asked = parser.parse_args()
+    rows = []
+    for name in asked.models:
+        for row in measure(name, asked.windows, asked.held_out):
+            rows.append(row)
+            print(*row, flush=True)
+    conditions = (
+        "KL divergence in nats a token of whole plans from the model in full precision, on "
+        f"{asked.held_out * _LENGTH:,} tokens of the bundled evaluation text; sweeps of {' and '.join(SPECS)} on "
+        f"{asked.windows * _LENGTH:,} tokens of the bundled calibration text. `python -m klfast.bench.adaptive` on "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
+    )
+    table = Table("Plans after adaptive and exhaustive sweeps", HEADINGS, tuple(rows))
+    write_atomic(asked.out, f"# Adaptive sweeps\n\n{conditions}\n\n{table.markdown()}")
+
+
+if __name__ == "__main__":
+    main()

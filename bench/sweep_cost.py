@@ -1,0 +1,126 @@
+"""What a sweep of a Mamba-130M-sized model costs: the reference's procedure, plain forward passes, and klfast's ways.
+
+The weights are random. Only the adaptive sweep is measured as a whole. The rest is measured on a part and extrapolated:
+three candidates on one window by whole forward passes, those of the middle block, which go through half of the network,
+by klfast.
+
+    python -m klfast.bench.sweep_cost --out bench/results/sweep_cost.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import klfast
+from klfast.benchkit.runner import timed
+from klfast.core.io import write_atomic
+from klfast.core.machine import cpu_name
+from klfast.models.linears import linears
+from klfast.quant.rounding import fake_quantize
+from klfast.quant.spec import QuantSpec
+from klfast.reporting.table import Table
+
+from . import models
+from .test_divergence import kl
+
+SPECS = (QuantSpec(4, 64), QuantSpec(8, 64))
+HEADINGS = (
+    "way",
+    "seconds a candidate",
+    "minutes a sweep",
+    "times as fast as the reference",
+    "MB beyond the model",
+    "how",
+)
+_PIECE = 4  # windows that klfast measures to extrapolate from
+
+
+def by_whole_forwards(model: torch.nn.Module, text: torch.Tensor, is_cached: bool) -> float:
+    """Return the seconds of a candidate on one window, the mean of three, with the teacher's logits known or not."""
+    layers, window = linears(model), text[:1]
+    names = list(layers)[:: max(1, len(layers) // 3)][:3]
+    teacher = model(window, use_cache=False).logits[:, :-1]
+    start = time.perf_counter()
+    for name in names:
+        weight = layers[name].weight
+        kept = weight.data.clone()
+        weight.data.copy_(fake_quantize(kept, SPECS[0]))
+        student = model(window, use_cache=False).logits[:, :-1]
+        weight.data.copy_(kept)
+        kl(teacher if is_cached else model(window, use_cache=False).logits[:, :-1], student)
+    return (time.perf_counter() - start) / len(names)
+
+
+def by_klfast(model: torch.nn.Module, text: torch.Tensor, vocabulary: str) -> float:
+    """Return the seconds of a candidate of the middle block on one window: those of the teacher count for nothing."""
+    names = list(linears(model))
+    middle = names[len(names) // 2].rpartition(".")[0]
+    found = klfast.sweep(
+        model, text[:_PIECE], SPECS, "kl_teacher_student", layers=f"{middle}.*", vocabulary=vocabulary, progress=False
+    )
+    seconds, candidates = found.provenance["seconds"], len(found.measurements)
+    # The noise floor is one comparison, and one pass through all of the network: two halves.
+    each = (
+        (seconds["quantize"] + seconds["own_block"]) / candidates
+        + seconds["suffix"] / (candidates + 2)
+        + seconds["divergence"] / (candidates + 1)
+    )
+    return each / _PIECE
+
+
+def main() -> None:
+    """Measure each way and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="mamba-130m", choices=models.NAMES)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    asked = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model = models.plain(asked.model)
+    text = torch.randint(model.config.vocab_size, (asked.windows, asked.length))
+    candidates = len(linears(model)) * len(SPECS)
+    found: list[tuple[str, str, float, float]] = []
+
+    def measure(way: str, how: str, seconds_a_window: Callable[[], float]) -> None:
+        before, seconds = _peak_mb(), seconds_a_window() * asked.windows
+        found.append((way, how, seconds, _peak_mb() - before))
+        print(*found[-1], flush=True)
+
+    def adaptive() -> float:
+        seconds = timed(lambda: klfast.sweep(model, text, SPECS, budget="adaptive", progress=False))
+        return seconds / (candidates * asked.windows)
+
+    # In the order of what they need, as the process has but one peak.
+    measure("klfast, adaptive", "measured", adaptive)
+    for vocabulary in ("sampled", "full"):
+        how = f"{_PIECE} windows, the middle block, extrapolated"
+        way = f"klfast, exhaustive, {vocabulary} vocabulary"
+        measure(way, how, functools.partial(by_klfast, model, text, vocabulary))
+    for is_cached, way in ((True, "plain forward, teacher cached"), (False, "reference: two plain forwards")):
+        how = "3 candidates, 1 window, extrapolated"
+        measure(way, how, functools.partial(by_whole_forwards, model, text, is_cached))
+    reference = found[-1][2]
+    rows = [(way, s, s * candidates / 60, reference / s, mb, how) for way, how, s, mb in found]
+    conditions = (
+        f"{asked.model}-sized, random weights in float32, {asked.windows} x {asked.length} tokens, {candidates} "
+        "candidates (INT4 and INT8). A candidate's seconds are for all of the text; for the adaptive sweep they are "
+        f"its whole time by {candidates}. `python -m klfast.bench.sweep_cost` on {cpu_name()}, {torch.get_num_threads()} "
+        f"threads, klfast {klfast.__version__}, torch {torch.__version__}."
+    )
+    write_atomic(asked.out, f"# Cost of a sweep\n\n{conditions}\n\n{Table('Ways', HEADINGS, tuple(rows)).markdown()}")
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
