@@ -112,8 +112,8 @@ def main() -> None:
     conditions = (
         f"{asked.model}-sized, random weights in float32, {asked.windows} x {asked.length} tokens, {candidates} "
         "candidates (INT4 and INT8). A candidate's seconds are for all of the text; for the adaptive sweep they are "
-        f"its whole time by {candidates}. `python -m klfast.bench.sweep_cost` on {cpu_name()}, {torch.get_num_threads()} "
-        f"threads, klfast {klfast.__version__}, torch {torch.__version__}."
+        f"its whole time by {candidates}. `python -m klfast.bench.sweep_cost` on {cpu_name()}, "
+        f"{torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
     )
     write_atomic(asked.out, f"# Cost of a sweep\n\n{conditions}\n\n{Table('Ways', HEADINGS, tuple(rows)).markdown()}")
 

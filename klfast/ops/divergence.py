@@ -242,7 +242,7 @@ def linear_divergence(
 
 
 def _check_gathered_logits(a: GatheredLogits) -> None:
-    op, sizes = "gathered_logits", {}
+    op, sizes = "gathered_logits", dict[str, int]()
     check_sizes(op, sizes, hidden=(a.hidden, "STH"), head=(a.head, "VH"))
     if a.rows.dtype != torch.int64 or a.rows.dim() != 2 or a.rows.shape[0] != sizes["T"]:
         raise InvalidInputError(

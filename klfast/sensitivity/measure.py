@@ -288,7 +288,8 @@ class Engine:
     def _by_window(self, teacher: Teacher, per_token: torch.Tensor) -> torch.Tensor:
         """Sum [..., B * (T - 1)] over each window's tokens: float64 [..., B]."""
         windows = len(teacher.passage.input_ids)  # on the CPU, as some GPUs have no float64
-        return per_token.cpu().double().unflatten(-1, (windows, -1)).sum(-1)
+        sums: torch.Tensor = per_token.cpu().double().view(*per_token.shape[:-1], windows, -1).sum(-1)
+        return sums
 
     def _require_finite(self, candidate: Candidate, hidden: torch.Tensor) -> None:
         if not torch.isfinite(hidden).all():

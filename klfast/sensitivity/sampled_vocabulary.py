@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -69,9 +70,9 @@ def draw(readout: Readout, hidden: torch.Tensor, windows: torch.Tensor, rows: in
     """
     numbers = torch.cat([_uniform(window, rows - rows // 2) for window in windows])
     targets = windows[:, 1:].reshape(-1, 1)
-    size = max(1, _MOST_LOGITS // len(readout.weight))
+    size = max(1, _MOST_LOGITS // readout.weight.shape[0])
     parts = zip(*(some.split(size) for some in (hidden, numbers, targets)), strict=True)
-    return _joined([_draw(readout, *part, rows // 2) for part in parts])
+    return _joined([_draw(readout, *part, likeliest=rows // 2) for part in parts])
 
 
 def estimate(sample: Sample, readout: Readout, teacher: torch.Tensor, students: torch.Tensor) -> Estimate:
@@ -120,7 +121,11 @@ def _draw(
 
 def _joined(samples: list[Sample]) -> Sample:
     columns = {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(Sample)}
-    return Sample(**{name: torch.cat(c) if isinstance(c[0], torch.Tensor) else c[0] for name, c in columns.items()})
+    joined: dict[str, Any] = {
+        name: torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0]
+        for name, column in columns.items()
+    }
+    return Sample(**joined)
 
 
 def _changes(

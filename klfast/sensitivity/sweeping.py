@@ -257,7 +257,8 @@ class _Run:
 
     def _total(self) -> int:
         """Return the number of measurements, at most."""
-        return math.ceil(len(self.windows) * self.rows * (1 if self.schedule is None else ALLOWED))
+        every = len(self.windows) * self.rows
+        return every if self.schedule is None else max(len(self.schedule.first()), math.ceil(ALLOWED * every))
 
     def _done(self) -> int:
         """Return the number of measurements so far."""

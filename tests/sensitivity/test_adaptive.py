@@ -6,7 +6,7 @@ from sweep_models import KL, make, means, tokens
 
 import klfast
 from klfast.core.errors import InvalidInputError
-from klfast.sensitivity import racing
+from klfast.sensitivity import adaptive, racing
 from klfast.sensitivity.results import Sensitivities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +17,8 @@ def swept(**changes):
     return klfast.sweep(make(), tokens(40, 17), SPECS, **{"budget": "adaptive", "vocabulary": 16, **changes})
 
 
-def test_a_tenth_of_the_work_gives_nearly_the_same_plan(tmp_path):
+def test_a_tenth_of_the_work_gives_nearly_the_same_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptive, "_TOKEN_ERROR", 0.4)  # as if windows of 16 tokens had many more
     exhaustive, found = klfast.sweep(make(), tokens(40, 17), SPECS, metrics="delta_ce"), swept()
     assert found.measurements.keys() == exhaustive.measurements.keys()
     assert found.provenance["budget"] == "adaptive"
@@ -34,7 +35,8 @@ def test_a_tenth_of_the_work_gives_nearly_the_same_plan(tmp_path):
         costs = [sum(exhaustive.measurements[pick].mean[KL] for pick in plan.specs.items()) for plan in plans]
         assert costs[0] <= 1.2 * costs[1], size
     found.to_json(tmp_path / "s.json")
-    assert Sensitivities.from_json(tmp_path / "s.json").measurements == found.measurements
+    read = Sensitivities.from_json(tmp_path / "s.json")
+    assert repr(read.measurements) == repr(found.measurements)  # with NaN, the error of one window
 
 
 def test_an_interrupted_sweep_goes_on_to_the_same_measurements(tmp_path):
