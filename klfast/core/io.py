@@ -36,20 +36,30 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         OSError: the folder is missing (FileNotFoundError) or not writable, the disk is full, or ``path`` is not a
             regular file. The error names ``path``.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with file_atomic(path) as beside:
+        beside.write_bytes(data)
+
+
+@contextmanager
+def file_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, which replaces ``path`` when the block ends without an error.
+
+    Until then ``path`` is unchanged; after an error the new file is removed. Errors and permissions as for
+    ``write_atomic``.
+    """
     path = _target(path)
     _require_kind(path, stat.S_ISREG)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temporaries.clear_leftovers(path)
     beside, mode = temporaries.name_beside(path), _mode(path)
     with _naming(beside, path):
         try:
             opener = functools.partial(os.open, mode=0o666 if mode is None else mode)
-            with open(beside, "xb", opener=opener) as file:
+            with open(beside, "xb", opener=opener):
                 if mode is not None:
                     os.chmod(beside, mode)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield beside
+            _flush(beside)
             os.replace(beside, path)
         finally:
             with suppress(FileNotFoundError):
