@@ -286,8 +286,12 @@ def tiny(name, tied=False, dtype=torch.float32, seed=0, vocabulary=VOCABULARY):
 
     Its head is tied as ``tied`` says; None leaves it to the family's configuration.
     """
+    return made(CONFIGS[name](), name, tied, dtype, seed, vocabulary)
+
+
+def made(config, name, tied=False, dtype=torch.float32, seed=0, vocabulary=VOCABULARY):
+    """Return a model as ``tiny`` does, with a configuration changed by the caller."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
     config.vocab_size = vocabulary
     if tied is not None:
         config.tie_word_embeddings = tied

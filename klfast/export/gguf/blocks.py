@@ -50,34 +50,25 @@ def encoded(qt: QuantizedTensor, change: Change) -> np.ndarray:
     Raises:
         InvalidInputError: a scale is beyond float16.
     """
-    n, k = qt.shape
+    is_shifted = exact_kind(qt.spec) == "Q4_1"  # zero points stay zero points only there
     codes = _codes(qt)
-    scale = _by_block(_part(qt, "scale"), qt.spec, k).float()
-    zero = (
-        _by_block(packing.unpack(_part(qt, "zero_point").T, qt.spec.bits, n).T, qt.spec, k)
-        if qt.spec.bits == 4 and not qt.spec.symmetric
-        else None
-    )
+    of_blocks = [_by_block(qt, _part(qt, "scale").float()), *([_by_block(qt, _zero_points(qt))] if is_shifted else [])]
     if change.rows is not None:
-        codes, scale = codes[change.rows], scale[change.rows]
-        zero = None if zero is None else zero[change.rows]
+        codes, *of_blocks = (each[change.rows] for each in (codes, *of_blocks))
     if change.columns is not None:
-        blocks = change.columns[::BLOCK] // BLOCK
-        codes, scale = codes[:, change.columns], scale[:, blocks]
-        zero = None if zero is None else zero[:, blocks]
+        codes = codes[:, change.columns]
+        of_blocks = [each[:, change.columns[::BLOCK] // BLOCK] for each in of_blocks]
+    scale, *zero = of_blocks
     scale = scale * change.row_factor(scale)
-    fields = [scale] if zero is None else [scale, -scale * zero]
-    halves = [field.half() for field in fields]
-    if not all(half.isfinite().all() for half in halves):
+    halves = [each.half() for each in (scale, *(-scale * each for each in zero))]
+    if not all(each.isfinite().all() for each in halves):
         raise InvalidInputError("a scale is beyond float16, in which GGUF holds scales")
     codes = codes.view(*scale.shape, BLOCK)
-    if zero is not None:
-        codes = codes + zero.unsqueeze(-1)
-    elif qt.spec.bits == 4:
-        codes = codes + 8
-    bytes_ = _nibbles(codes.to(torch.uint8)) if qt.spec.bits == 4 else codes.to(torch.int8).view(torch.uint8)
-    joined = torch.cat([*(half.unsqueeze(-1).view(torch.uint8) for half in halves), bytes_], -1)
-    return joined.flatten(1).numpy()
+    if qt.spec.bits == 4:
+        bytes_ = _nibbles((codes + (zero[0].unsqueeze(-1) if zero else 8)).to(torch.uint8))
+    else:
+        bytes_ = codes.to(torch.int8).view(torch.uint8)
+    return torch.cat([*(each.unsqueeze(-1).view(torch.uint8) for each in halves), bytes_], -1).flatten(1).numpy()
 
 
 def _codes(qt: QuantizedTensor) -> torch.Tensor:
@@ -92,9 +83,15 @@ def _part(qt: QuantizedTensor, name: str) -> torch.Tensor:
     return part
 
 
-def _by_block(of_groups: torch.Tensor, spec: QuantSpec, k: int) -> torch.Tensor:
-    """Return a number of each group [N, G] for each block [N, K / 32]."""
-    return of_groups.repeat_interleave(spec.group_length(k) // BLOCK, 1)
+def _zero_points(qt: QuantizedTensor) -> torch.Tensor:
+    """Return zero points as they are stored, counted from the smallest code, [N, G]."""
+    return packing.unpack(_part(qt, "zero_point").T, qt.spec.bits, qt.shape[0]).T
+
+
+def _by_block(qt: QuantizedTensor, of_groups: torch.Tensor) -> torch.Tensor:
+    """Return a number of each group [N, G] for each block [N, K / 32]; the last group may be shorter."""
+    k = qt.shape[1]
+    return of_groups.repeat_interleave(qt.spec.group_length(k) // BLOCK, 1)[:, : k // BLOCK]
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from klfast.export.gguf import blocks
 from klfast.export.gguf.architecture import Architecture, Shape
 from klfast.export.gguf.change import Change
 from klfast.export.gguf.families import ARCHITECTURES
-from klfast.export.gguf.weights import Weight, is_same, weights
+from klfast.export.gguf.weights import Weight, weights
 from klfast.quant.tensor import QuantizedTensor
 
 _FLOATS = {torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -50,7 +50,9 @@ class Content:
                 return blocks.encoded(self.weight, self.change).reshape(*self.shape[:-1], -1)
             except InvalidInputError as error:
                 raise InvalidInputError(f"{self.layer}: {error}; nothing is written") from None
-        dense = self.weight.dequantize(torch.float32) if isinstance(self.weight, QuantizedTensor) else self.weight
+        dense = (
+            self.weight.dequantize(torch.float32) if isinstance(self.weight, QuantizedTensor) else self.weight.detach()
+        )
         return _encoded(self.change.of(dense).reshape(self.shape).contiguous(), self.kind)
 
 
@@ -71,7 +73,7 @@ def contents(model: nn.Module, architecture: Architecture, *, regroup: bool = Fa
     """Return the tensors of the file; a head that is tied to the embedding is left out.
 
     Args:
-        model: on the CPU.
+        model: on the CPU; on the meta device for names, types and shapes alone.
         architecture: the model's.
         regroup: round layers anew whose groups no type of GGUF has; else they are an error.
 
@@ -84,7 +86,7 @@ def contents(model: nn.Module, architecture: Architecture, *, regroup: bool = Fa
     found = [_content(one.name, one.source, held[one.source], one.change) for one in named]
     by_name = {one.name: one for one in found}
     head, embedding = by_name.get("output.weight"), by_name["token_embd.weight"]
-    if head and is_same(head.weight, embedding.weight) and head.change.factor == embedding.change.factor:
+    if head and head.weight is embedding.weight and head.change.factor == embedding.change.factor:
         found.remove(head)
     if not regroup:
         _require_exact(found)

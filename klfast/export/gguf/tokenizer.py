@@ -60,6 +60,8 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     kind = described["model"]["type"]
     if kind != "BPE":
         raise InvalidInputError(f"klfast writes BPE tokenizers into GGUF files, this one is {kind}; {_REMEDY}")
+    if not described["model"]["merges"]:
+        raise InvalidInputError(f"llama.cpp loads no BPE without merges, as this tokenizer is; {_REMEDY}")
     if not _is_on_bytes(described) and not described["model"]["byte_fallback"]:
         raise InvalidInputError(
             f"GGUF cannot say this tokenizer, a BPE neither on bytes nor with bytes for unknown text; {_REMEDY}"

@@ -14,25 +14,18 @@ Weight = torch.Tensor | QuantizedTensor
 
 
 def weights(model: nn.Module) -> dict[str, Weight]:
-    """Return a model's tensors under the names that they have in full precision; tied ones under each."""
+    """Return a model's tensors under the names that they have in full precision; tied ones, one object, under each."""
     modules = dict(model.named_modules())
     found: dict[str, Weight] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         holder, _, own = name.rpartition(".")
         if not isinstance(modules[holder], QuantLinear) or own == "bias":
             found[name] = tensor
+    plain: dict[QuantLinear, QuantizedTensor] = {}
     for name, module in modules.items():
         if isinstance(module, (QuantLinear, QuantEmbedding)):
-            head = module.head if isinstance(module, QuantEmbedding) else module
+            layer = module.head if isinstance(module, QuantEmbedding) else module
             is_stack = isinstance(modules[name.rpartition(".")[0]], QuantExperts)
-            found[name if is_stack else f"{name}.weight"] = head.quantized.to_layout(Layout.PLAIN)
+            quantized = plain.setdefault(layer, layer.quantized.to_layout(Layout.PLAIN))
+            found[name if is_stack else f"{name}.weight"] = quantized
     return found
-
-
-def is_same(first: Weight, second: Weight) -> bool:
-    """Return True if two weights are one in memory."""
-    return first is second or _place(first) == _place(second)
-
-
-def _place(weight: Weight) -> int:
-    return (weight.parts[0] if isinstance(weight, QuantizedTensor) else weight).data_ptr()

@@ -1,0 +1,85 @@
+"""What GGUF cannot hold: one line that says so, and no file."""
+
+import pytest
+import tiny_models
+import torch
+from exported_models import exportable, quantized
+
+import klfast
+from klfast.export.gguf.tensor_types import tensor_types
+from klfast.export.gguf.write import export_gguf
+
+
+def refused(model, path, match, **options):
+    with pytest.raises(klfast.InvalidInputError, match=match) as caught:
+        export_gguf(model, path / "m.gguf", **options)
+    assert "\n" not in str(caught.value) and not list(path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        ("hymba", "klfast writes no GGUF file of hymba, only of falcon_h1, "),
+        ("mamba", r"no place for backbone\.layers\.0\.mixer\.in_proj\.bias"),
+        ("mistral", "attends to a whole text, this model to 6 tokens"),
+        ("falcon_h1_norm", "norms after the gate"),
+        ("granite_hybrid_moe", "is written without experts"),
+        ("qwen3_5", "keys and values of one width, this model 12 and 20"),
+        ("smollm3", "no rotary embeddings in each fourth layer"),
+    ],
+)
+def test_what_llama_cpp_lacks(tmp_path, family, match):
+    refused(tiny_models.tiny(family), tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"time_step_limit": (0.01, 0.1)}, "does not clamp time steps, this model does, to 0.01 to 0.1"),
+        ({"use_conv_bias": False}, "needs a bias in convolutions"),
+    ],
+)
+def test_constants_that_llama_cpp_lacks(tmp_path, change, match):
+    model = exportable("mamba2")
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    refused(model, tmp_path, match)
+
+
+def test_rotary_embeddings(tmp_path):
+    model = exportable("qwen3")
+    model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    refused(model, tmp_path, "rotary embeddings default or linear, this model has yarn")
+
+
+def test_groups_without_a_type(tmp_path):
+    model = quantized(exportable("mamba"), ["int4-g16-sym"])
+    refused(model, tmp_path, r"holds backbone\.layers\.0\.mixer\.in_proj \(groups of 16\), .* and \d more; .*--regroup")
+    model = quantized(exportable("mamba"), ["int4-g16-sym", "int8-g32-asym"])
+    refused(model, tmp_path, r"x_proj \(zero points of 8 bits\)")
+    written = export_gguf(model, tmp_path / "m.gguf", regroup=True)
+    assert written.kinds["Q4_0"] == 4 and written.kinds["Q8_0"] == 3
+    assert (
+        "4 layers with groups of 16 are rounded anew to Q4_0 (backbone.layers.0.mixer.in_proj.weight ...)"
+        in written.notes
+    )
+
+
+def test_rows_that_are_not_whole_blocks(tmp_path):
+    model = exportable("mamba")
+    klfast.quantize_model(model, klfast.Plan({"backbone.layers.0.mixer.dt_proj": "int4-channel-sym"}, "uniform"))
+    written = export_gguf(model, tmp_path / "m.gguf")
+    assert written.kinds["F16"] == 1 and "1 layers with groups of 4 are F16" in written.notes[0]
+
+
+def test_a_scale_beyond_float16(tmp_path):
+    model = quantized(exportable("falcon_h1"), ["int8-g32-sym"])
+    model.config.ssm_out_multiplier = 1e9
+    refused(model, tmp_path, r"layers\.0\.mamba\.out_proj\.weight: a scale is beyond float16")
+
+
+def test_types_for_llama_quantize():
+    model = quantized(exportable("qwen3", tied=True), ["int4-g64-sym", "int8-g32-sym", "int4-g16-sym"])
+    lines = tensor_types(model.to(torch.bfloat16)).splitlines()
+    assert r"^blk\.0\.attn_q\.weight$=q4_0" in lines and r"^blk\.0\.attn_k\.weight$=q8_0" in lines
+    assert not any("norm" in line for line in lines) and len(lines) == 15
