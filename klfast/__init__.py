@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.evaluation.comparison import Comparison as Comparison
     from klfast.evaluation.quality import Evaluation as Evaluation
     from klfast.evaluation.quality import evaluate as evaluate
+    from klfast.export.gguf.write import export_gguf as export_gguf
     from klfast.generation.engine import lower as lower
     from klfast.generation.loop import generate as generate
     from klfast.generation.state_file import load_state as load_state
@@ -88,6 +89,7 @@ _PUBLIC = {
     "load_quantized": "checkpoint.load",
     "load_tokenizer": "checkpoint.by_name",
     "save_quantized": "checkpoint.save",
+    "export_gguf": "export.gguf.write",
     "dequant_matmul": "ops",
     "linear_divergence": "ops",
     "logit_divergence": "ops",

@@ -350,7 +350,7 @@ def test_sizes(text, size):
     assert options.parse_bytes(text) == size
 
 
-COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "compare", "generate", "report", "doctor")
+COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "compare", "export", "generate", "report", "doctor")
 
 
 def run(*arguments, **environment):
