@@ -86,7 +86,8 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
 
 
 def _apply(derivative: type[torch.autograd.Function], args: Sequence[Any], run: Callable) -> torch.Tensor:
-    return super(torch.autograd.Function, derivative).apply(*args, run)  # past its checks of torch.func's transforms
+    # Past its checks of torch.func's transforms.
+    return super(torch.autograd.Function, derivative).apply(*args, run)  # type: ignore[misc]
 
 
 def _below_autograd(op: torch._ops.OpOverload, keyset: Any, *args: Any) -> torch.Tensor:
