@@ -38,7 +38,7 @@ def sweep(
         typer.Option(metavar="PATTERN", help="Leave out these layers, chosen in the same way; repeatable."),
     ] = None,
     rows: Annotated[
-        bool, typer.Option("--rows", help="Also measure each role of the rows of a fused layer (Hymba's in_proj).")
+        bool, typer.Option("--rows", help="Also measure each use of a fused layer's rows, and each expert.")
     ] = False,
     activations: Annotated[
         bool, typer.Option("--activations", help="Also measure int8 activations, for klfast plan --activation auto.")
