@@ -11,7 +11,7 @@ from klfast.engine.state import State
 from klfast.serving.answer import Answer
 from klfast.serving.prefix_cache import PrefixCache
 
-_FIRST_KEPT = 512  # tokens
+_POWERS = tuple(2**n for n in range(9, 32))  # tokens
 
 
 class Prefill:
@@ -52,7 +52,7 @@ class Prefill:
             if self.fed == len(prompt):
                 self.logits = known.logits
                 return 0
-        part = prompt[self.fed : min(self.fed + most, self._next_kept)]
+        part = prompt[self.fed : self.fed + self._chunk(most)]
         logits = self._engine(torch.tensor([part]), self.state)
         self.fed += len(part)
         if self.fed in self._kept:
@@ -66,6 +66,12 @@ class Prefill:
         end = self._next_kept
         return other.fed < self.fed and self.answer.prompt[:end] == other.answer.prompt[:end]
 
+    def _chunk(self, most: int) -> int:
+        """Return how many tokens go next, of chunks as long as one another: a single one is a decoding step's."""
+        left = self._next_kept - self.fed
+        chunks = -(-left // most)
+        return -(-left // chunks)
+
     @property
     def _next_kept(self) -> int:
         return next(length for length in self._kept if length > self.fed)
@@ -75,10 +81,11 @@ def _kept_lengths(prompt: int, shared: int) -> list[int]:
     """Return how long the beginnings of a prompt are whose states are kept, the shortest first.
 
     These are what others are likely to share, the whole, and 512, 1,024, 2,048 ... tokens: few, for each costs as much
-    memory as any other, but at least half of what two prompts have in common.
+    memory as any other, but at least half of what two prompts have in common. Of two that differ by one token the
+    whole, or else the shared one, stays: a chunk of one token would be taken for a decoding step.
     """
-    lengths, power = {shared, prompt} - {0}, _FIRST_KEPT
-    while power < prompt:
-        lengths.add(power)
-        power *= 2
+    lengths = [prompt]
+    for length in (shared, *_POWERS):
+        if 0 < length < prompt and all(abs(length - other) > 1 for other in lengths):
+            lengths.append(length)
     return sorted(lengths)

@@ -17,6 +17,7 @@ from klfast.generation.sampling import Sampling
 from klfast.generation.settings import Settings
 from klfast.serving.answer import Answer
 from klfast.serving.metrics import Metrics
+from klfast.serving.prefill import Prefill
 from klfast.serving.prefix_cache import PrefixCache
 from klfast.serving.scheduler import ClosedError, QueueFullError, Scheduler
 
@@ -116,6 +117,26 @@ def test_every_kind_of_state(start, family):
     scheduler.submit([one.answer for one in again])
     for one in [*asked, *again]:
         assert one.made == served.alone(one.prompt, one.new, model, eos_token_id=[])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shared", "most", "chunks"),
+    [
+        (14, 0, 13, [7, 7]),
+        (40, 0, 13, [10, 10, 10, 10]),
+        (27, 13, 13, [13, 7, 7]),
+        (14, 13, 64, [14]),  # what is shared is not kept: one token would follow it
+        (513, 511, 64, [64] * 7 + [63, 2]),  # nor are 512 tokens
+        (1, 0, 13, [1]),
+    ],
+)
+def test_no_chunk_but_a_whole_prompt_is_a_single_token(tokens, shared, most, chunks):
+    engine, cache = Recorded(), PrefixCache(10**8)
+    asked = Asked([3 + i % 400 for i in range(tokens)], 1, shared=shared)
+    prefill = Prefill(engine, engine.state(), asked.answer, cache)
+    while prefill.logits is None:
+        prefill.step(most)
+    assert [length for _, length in engine.calls] == chunks
 
 
 def test_states_that_outgrow_their_room(start):
