@@ -28,7 +28,7 @@ def groups(settings: Settings) -> Iterator[Group]:
     yield Group(
         f"{largest} decode {new} tokens of each sequence",
         {"model": largest, "stage": "decode", "tokens": new},
-        batches(largest, new, settings, "int4", (1, 8, 16)),
+        batches(largest, new, settings, ("int4", "int4, int8 activations"), (1, 8, 16)),
     )
 
 

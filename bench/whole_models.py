@@ -56,11 +56,12 @@ def rate(tokens: int) -> Callable[[float], dict[str, float]]:
 
 
 def batches(
-    name: str, tokens: int, settings: Settings, variant: str, sequences: tuple[int, ...]
+    name: str, tokens: int, settings: Settings, variants: tuple[str, ...], sequences: tuple[int, ...]
 ) -> dict[str, Callable[[], Contender]]:
     """Return contenders that decode this many sequences together."""
     return {
         f"klfast {variant}, {n} sequences": functools.partial(_decode, name, tokens, settings, *VARIANTS[variant], n)
+        for variant in variants
         for n in sequences
     }
 

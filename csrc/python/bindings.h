@@ -10,6 +10,7 @@ namespace klfast {
 void bind_attention(pybind11::module_& m);
 void bind_dequant_matmul(pybind11::module_& m);
 void bind_divergence(pybind11::module_& m);
+void bind_elementwise(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_prepared(pybind11::module_& m);

@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_dequant_matmul(m);
     bind_divergence(m);
+    bind_elementwise(m);
     bind_engine(m);
     bind_linear(m);
     bind_ssm(m);

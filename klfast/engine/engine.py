@@ -108,7 +108,8 @@ class Engine:
         state.reserve(int(state.seen.max()) + ids.shape[1])
         most = self._rows // len(state)
         # As long as one another: the last, were it a single token, would be taken for a decoding step.
-        for part in ids.tensor_split(-(-ids.shape[1] // most), dim=1):
+        chunks = -(-ids.shape[1] // most)
+        for part in ids.tensor_split(chunks, dim=1) if chunks > 1 else (ids,):
             chunk = part.contiguous()  # which must live as long as the call
             self._program.run(*self._arguments(chunk, state), False)
 

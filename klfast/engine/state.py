@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ class State:
     def __init__(self, specs: Sequence[StateSpec], tensors: Sequence[torch.Tensor], seen: torch.Tensor) -> None:
         self.specs, self.tensors, self.seen = specs, list(tensors), seen
         self._native: Any = None
+        self._room = self._places()
 
     @classmethod
     def empty(cls, specs: Sequence[StateSpec], sequences: int) -> State:
@@ -72,6 +74,8 @@ class State:
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens of each sequence, at least doubling what grows."""
+        if tokens <= self._room:
+            return
         for i, (spec, tensor) in enumerate(zip(self.specs, self.tensors, strict=True)):
             if spec.growing is None or tensor.shape[dim := spec.growing + 1] >= tokens:
                 continue
@@ -80,9 +84,15 @@ class State:
             grown = torch.zeros(shape, dtype=tensor.dtype)
             grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
             self.tensors[i], self._native = grown, None
+        self._room = self._places()
+
+    def _places(self) -> float:
+        """Return the number of tokens of each sequence that there is room for."""
+        grows = ((t, spec.growing) for spec, t in zip(self.specs, self.tensors, strict=True))
+        return min((t.shape[growing + 1] for t, growing in grows if growing is not None), default=math.inf)
 
     def __len__(self) -> int:
-        return len(self.seen)
+        return self.seen.shape[0]  # len() of a tensor takes five times as long
 
     def native(self) -> Any:
         """Return the tensors as the extension takes them."""

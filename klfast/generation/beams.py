@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from klfast.core.arguments import integer, number
 from klfast.core.errors import InvalidInputError
+from klfast.generation.prompt_rows import PromptRows
 from klfast.generation.sampling import NAN_LOGITS
 from klfast.generation.settings import Settings
 from klfast.generation.stepper import Steps
 from klfast.generation.stopping import Stopping
-from klfast.generation.token_buffer import TokenBuffer
 from klfast.generation.transcript import Transcript
 
 
@@ -107,8 +107,7 @@ class _Finished:
 
 def search(
     step: Steps,
-    ids: torch.Tensor,
-    text: TokenBuffer,
+    rows: PromptRows,
     settings: Settings,
     beams: Beams,
     stopping: Stopping,
@@ -119,8 +118,7 @@ def search(
 
     Args:
         step: feeds a batch of ``beams.count`` rows for each prompt.
-        ids: int64 [B, T], the batch.
-        text: the same as penalties and stop strings see it.
+        rows: the batch.
         settings: without sampling.
         beams: options of the search.
         stopping: says which texts are finished before they have all tokens.
@@ -130,11 +128,12 @@ def search(
     Raises:
         InvalidInputError: a NaN logit, or a model whose rows cannot change places.
     """
-    count, (rows, width), most = beams.count, ids.shape, settings.max_new_tokens
-    finished = [_Finished(beams, most) for _ in range(rows // count)]
+    ids, text, count, most = rows.ids, rows.text(), beams.count, settings.max_new_tokens
+    batch, width = ids.shape
+    finished = [_Finished(beams, most) for _ in range(batch // count)]
     if not most:
         return ids.new_empty(len(finished) * returned, 0)
-    firsts = torch.arange(0, rows, count, device=ids.device).unsqueeze(1)  # each prompt's first row
+    firsts = torch.arange(0, batch, count, device=ids.device).unsqueeze(1)  # each prompt's first row
     totals = torch.full((len(finished), count), -torch.inf, device=ids.device)
     totals[:, 0] = 0  # at first a prompt's rows are all the same
     fed = ids
@@ -156,7 +155,7 @@ def search(
         places = torch.tensor([_in_place(own) for own in parents.gather(1, running).tolist()], device=ids.device)
         running, totals = running.gather(1, places), totals.gather(1, places)
         sources = (firsts + parents.gather(1, running)).flatten().tolist()
-        if sources != list(range(rows)):
+        if sources != list(range(batch)):
             step.reorder(sources)
             text.reorder(sources)
         chosen = tokens.gather(1, running).flatten()

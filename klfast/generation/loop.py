@@ -14,12 +14,12 @@ from klfast.core.arguments import integer
 from klfast.core.errors import InvalidInputError
 from klfast.generation.beams import Beams, search
 from klfast.generation.graph_stepper import with_graph
+from klfast.generation.prompt_rows import PromptRows
 from klfast.generation.sampling import Chooser
 from klfast.generation.settings import Settings, settle
 from klfast.generation.speculation import speculative_stepper
 from klfast.generation.stepper import stepper
 from klfast.generation.stopping import Stopping
-from klfast.generation.token_buffer import TokenBuffer
 from klfast.generation.transcript import Transcript
 from klfast.models.calling import check_ids, evaluation_mode
 from klfast.models.vocabulary import vocabulary_size
@@ -108,11 +108,7 @@ def generate(
         InvalidInputError: an argument out of range, arguments that contradict each other, ids beyond the vocabulary,
             padding on the right, a NaN logit.
     """
-    get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
-    if get_head is None or get_head() is None:
-        raise InvalidInputError(
-            f"{type(model).__name__} has no output embeddings; klfast needs a causal language model"
-        )
+    _require_head(model)
     check_ids(ids, vocabulary_size(model), minimum=1)
     settings = settle(
         model,
@@ -130,13 +126,7 @@ def generate(
         stop_strings=stop_strings,
         pad_token_id=pad_token_id,
     )
-    mask = None if attention_mask is None else _checked_mask(attention_mask, ids)
-    if generator is not None and (
-        not isinstance(generator, torch.Generator) or generator.device.type != ids.device.type
-    ):
-        raise InvalidInputError(
-            f"generator must be a torch.Generator on the ids' device, {ids.device}, got {generator!r}"
-        )
+    _check_generator(generator, ids.device)
     beams = Beams.checked(model, num_beams, length_penalty, early_stopping)
     returned = integer("num_return_sequences", num_return_sequences, 1)
     speculates = draft_model is not None or num_draft_tokens is not None
@@ -145,31 +135,37 @@ def generate(
     if beams is not None and (notes.has_scores or callback is not None or streamer is not None):
         raise InvalidInputError("beam search settles no token before its end; leave out callback, streamer, logprobs")
 
-    prompts, prompt_tokens = ids, ids.numel() if mask is None else int(mask.sum())
-    if (copies := returned if beams is None else beams.count) > 1:
-        ids = ids.repeat_interleave(copies, 0)
-        mask = None if mask is None else mask.repeat_interleave(copies, 0)
-    stopping = Stopping(len(ids), settings.ends, settings.strings, tokenizer, settings.pad, ids.device)
-    # Padding does not count as text: the last token replaces it.
-    text = TokenBuffer(ids if mask is None else torch.where(mask != 0, ids, ids[:, -1:]))
+    rows = PromptRows.of(ids, attention_mask, returned if beams is None else beams.count)
+    stopping = Stopping(len(rows.ids), settings.ends, settings.strings, tokenizer, settings.pad, ids.device)
     write: Callable[[], torch.Tensor]
     if beams is not None:
-        step = stepper(model, ids, mask, copies)
-        write = partial(search, step, ids, text, settings, beams, stopping, notes, returned)
+        write = partial(search, stepper(model, rows), rows, settings, beams, stopping, notes, returned)
     else:
-        choose = Chooser(settings.sampling, settings.penalties, ids.shape[1], generator)
-        one_by_one: Callable[[torch.Tensor], torch.Tensor] = (
-            speculative_stepper(model, mask, draft_model, num_draft_tokens, notes)
+        step = (
+            speculative_stepper(model, rows.mask, draft_model, num_draft_tokens, notes)
             if speculates
-            else with_graph(stepper(model, ids, mask, copies), model, ids, settings.max_new_tokens)
+            else with_graph(stepper(model, rows), model, rows.ids, settings.max_new_tokens)
         )
-        most = settings.max_new_tokens
-        write = partial(_continue, one_by_one, ids, text, most, choose, stopping, callback, streamer, notes)
-    with _streaming(streamer, ids), evaluation_mode(model):
-        notes.begin(prompt_tokens, len(ids))
+        choose = Chooser(settings.sampling, settings.penalties, ids.shape[1], generator)
+        write = partial(_continue, step, rows, settings.max_new_tokens, choose, stopping, callback, streamer, notes)
+    with _streaming(streamer, rows.ids), evaluation_mode(model):
+        notes.begin(rows.tokens, len(rows.ids))
         made = write()
     with torch.inference_mode(False):  # so that the caller can write to the result
-        return torch.cat([prompts.repeat_interleave(returned, 0), made], dim=1)
+        return torch.cat([ids.repeat_interleave(returned, 0), made], dim=1)
+
+
+def _require_head(model: nn.Module) -> None:
+    get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
+    if get_head is None or get_head() is None:
+        raise InvalidInputError(
+            f"{type(model).__name__} has no output embeddings; klfast needs a causal language model"
+        )
+
+
+def _check_generator(generator: object, device: torch.device) -> None:
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != device.type):
+        raise InvalidInputError(f"generator must be a torch.Generator on the ids' device, {device}, got {generator!r}")
 
 
 def _check_texts(settings: Settings, beams: Beams | None, returned: int, *, is_single: bool, speculates: bool) -> None:
@@ -190,8 +186,7 @@ def _check_texts(settings: Settings, beams: Beams | None, returned: int, *, is_s
 
 def _continue(
     step: Callable[[torch.Tensor], torch.Tensor],
-    ids: torch.Tensor,
-    text: TokenBuffer,
+    rows: PromptRows,
     most: int,
     choose: Chooser,
     stopping: Stopping,
@@ -199,8 +194,8 @@ def _continue(
     streamer: BaseStreamer | None,
     transcript: Transcript,
 ) -> torch.Tensor:
-    """Return the new tokens, int64 [B, N]; ``text`` is the ids as penalties and stop strings see them."""
-    fed, length = ids, ids.shape[1]
+    """Return the new tokens of each row, int64 [B, N]."""
+    fed, text, length = rows.ids, rows.text(), rows.ids.shape[1]
     for _ in range(most):
         logits = step(fed)
         token = stopping.fill(choose(logits, text.tokens))
@@ -231,14 +226,3 @@ def _streaming(streamer: BaseStreamer | None, ids: torch.Tensor) -> Iterator[Non
         yield
     finally:
         streamer.end()
-
-
-def _checked_mask(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mask as int64 zeros and ones."""
-    if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != tuple(ids.shape):
-        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise InvalidInputError(f"attention_mask must have the shape of ids, {list(ids.shape)}, got {found}")
-    mask = (mask != 0).long()
-    if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
-        raise InvalidInputError("padding must be on the left of each row; set the tokenizer's padding_side to left")
-    return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -42,24 +43,32 @@ class Chooser:
 
     def __call__(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return tokens, int64 [B], from float32 logits [B, V] and the int64 [B, T] tokens before."""
-        token = logits.argmax(-1)  # a NaN counts as the largest
-        top = logits.gather(1, token.unsqueeze(1))
+        top, token = _likeliest(logits)  # a NaN counts as the largest
         if top.isnan().any():
             raise InvalidInputError(NAN_LOGITS)
         if self._penalties is not None:
             logits = self._penalties(logits, seen, self._prompt_tokens)
-            token = logits.argmax(-1)
-            top = logits.gather(1, token.unsqueeze(1))
+            top, token = _likeliest(logits)
         if self._filters is None:
             return token
         if not top.isfinite().all():
             raise InvalidInputError(
                 "the model's logits hold an infinity, so no token can be sampled; its weights are damaged"
             )
-        scores = logits - top  # so that the largest is 0, which no temperature takes out of range
+        scores = logits - top.unsqueeze(1)  # so that the largest is 0, which no temperature takes out of range
         for change in self._filters:
             scores = change(seen, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).squeeze(1)
+
+
+def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest of float32 logits [B, V] in each row, [B], and their tokens, int64 [B]."""
+    if logits.is_cpu:
+        with suppress(ImportError):  # the extension is not built
+            from klfast.backends.cpu.largest import largest
+
+            return largest(logits)
+    return tuple(logits.max(-1))
 
 
 def _filters(sampling: Sampling) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:

@@ -14,6 +14,7 @@ from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
 from klfast.engine.state import State
 from klfast.generation.engine import engine_of
+from klfast.generation.prompt_rows import PromptRows
 from klfast.models.calling import CachedForward, cache_argument, mixes_rows, reads_padding, returned_cache
 from klfast.models.families import family_of
 
@@ -35,21 +36,20 @@ class Steps(Protocol):
         """
 
 
-def stepper(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, copies: int = 1) -> Steps:
-    """Return what steps over a batch that begins with ``ids``.
+def stepper(model: nn.Module, rows: PromptRows) -> Steps:
+    """Return what steps over a batch that begins with ``rows``.
 
     That is klfast's engine where it runs the model; else the model itself, on the whole batch, or on each row where it
     cannot do that.
 
     Args:
         model: a causal language model of transformers.
-        ids: int64 [B, T].
-        mask: int64 [B, T] of zeros and ones, zeros on the left; None if there is no padding.
-        copies: how many rows after one another begin with the same prompt.
+        rows: the prompts.
     """
+    ids, mask = rows.ids, rows.mask
     if len(ids) <= MOST_SEQUENCES:
         with suppress(CannotLowerError):
-            return EngineStepper(engine_of(model), mask, copies)
+            return EngineStepper(engine_of(model), mask, rows.copies)
     is_padded = mask is not None and not bool(mask.all())
     if not (is_padded and reads_padding(model)) and not (len(ids) > 1 and mixes_rows(model)):
         return Stepper(model, mask)

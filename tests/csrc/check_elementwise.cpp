@@ -1,8 +1,9 @@
-// combine and weighted_sum against double, with each step rounded as they promise.
+// combine and weighted_sum against double, with each step rounded as they promise; largest against a loop.
 #include <cmath>
 
 #include "check.h"
 #include "elementwise/combine.h"
+#include "elementwise/largest.h"
 #include "elementwise/weighted_sum.h"
 
 namespace klfast::test {
@@ -91,10 +92,41 @@ void check_combine() {
             }
 }
 
+void check_largest() {
+    constexpr Int rows = 3;
+    for (const Int width : {1, 19, 1031, 5000}) {
+        Tensor x = Tensor::random(DType::f32, {rows, width});
+        std::vector<double> truth(2 * rows);
+        for (Int row = 0; row < rows; ++row) {
+            Int best = 0;
+            for (Int i = 1; i < width; ++i)
+                if (x[row * width + i] > x[row * width + best]) best = i;
+            truth[2 * row] = x[row * width + best], truth[2 * row + 1] = static_cast<double>(best);
+        }
+        for_tiers("largest", [&](Tier tier) {
+            float value[rows];
+            std::int64_t index[rows];
+            largest({.x = static_cast<const float*>(x.view().data),
+                     .rows = rows,
+                     .width = width,
+                     .stride = width,
+                     .value = value,
+                     .index = index,
+                     .n_threads = kThreads},
+                    tier);
+            Tensor out(DType::f32, {rows, 2});
+            for (Int row = 0; row < rows; ++row)
+                out.set(2 * row, value[row]), out.set(2 * row + 1, static_cast<double>(index[row]));
+            compare("largest", tier, out, truth);
+        });
+    }
+}
+
 }  // namespace
 
 void check_elementwise() {
     check_combine();
+    check_largest();
     for (const DType dtype : kTypes)
         for (const DType of_weights : {dtype, DType::f32})
             for (const Int each : {1, 3})

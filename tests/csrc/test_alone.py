@@ -24,7 +24,7 @@ FAMILIES = {
     "scan": ["mamba_chunk_scan", "selective_scan", "selective_state_update"],
     "delta": ["gated_delta_rule"],
     "norm": ["rms_norm"],
-    "elementwise": ["combine", "weighted_sum"],
+    "elementwise": ["combine", "largest", "weighted_sum"],
 }
 SAME_KERNELS = {"linear_divergence": "logit_divergence"}
 pytestmark = pytest.mark.skipif(

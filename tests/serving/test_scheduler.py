@@ -310,7 +310,7 @@ def test_nothing_more_is_done_for_cancelled_answers(start):
     scheduler = start(sequences=1, waiting=2, chunk=1)
     long, waiting = Asked([5] * 10**5, 1), [Asked([6], 1) for _ in range(2)]
     scheduler.submit([long.answer])
-    assert _until(lambda: scheduler._prefills)
+    assert _until(lambda: not scheduler._waiting)  # it has begun
     scheduler.submit([one.answer for one in waiting])
     for one in waiting:
         one.answer.is_cancelled = True
