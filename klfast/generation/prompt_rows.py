@@ -32,10 +32,11 @@ class PromptRows(NamedTuple):
         Raises:
             InvalidInputError: the mask has another shape, or padding elsewhere than on the left.
         """
+        rows = ids.repeat_interleave(copies, 0)
         if mask is None:
-            return cls(ids.repeat_interleave(copies, 0), None, copies, ids.numel())
+            return cls(rows, None, copies, ids.numel())
         mask = _checked(mask, ids)
-        return cls(*(rows.repeat_interleave(copies, 0) for rows in (ids, mask)), copies, int(mask.sum()))
+        return cls(rows, mask.repeat_interleave(copies, 0), copies, int(mask.sum()))
 
     def text(self) -> TokenBuffer:
         """Return the rows as penalties and stop strings see them: the last token in the place of padding."""

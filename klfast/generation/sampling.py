@@ -68,7 +68,8 @@ def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             from klfast.backends.cpu.largest import largest
 
             return largest(logits)
-    return tuple(logits.max(-1))
+    top, token = logits.max(-1)
+    return top, token
 
 
 def _filters(sampling: Sampling) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
