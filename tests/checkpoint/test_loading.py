@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS
 
 from klfast.checkpoint.by_name import bundled_models, load_model, load_tokenizer
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
@@ -160,6 +161,7 @@ def config_with(**entries):
         (nest("config.json"), "not a valid configuration.*nested too deeply"),
         (config_with(model_type="unheard-of"), "does not know its architecture"),
         (config_with(model_type="clip"), "not a causal language model"),
+        (config_with(**CONFIGS["bamba"]().to_dict()), r"lm_head.weight must have shape .*; fetch"),
         (
             config_with(model_type="x", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
             "--trust-remote-code",
