@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "elementwise/combine.h"
 #include "engine/program.h"
@@ -12,8 +14,9 @@ namespace klfast::engine {
 // out = the tokens' rows of table [vocabulary, width], rounded, times scale, rounded again. Tokens from the
 // vocabulary's size on are rows of `more`.
 Work embed(View table, std::int64_t vocabulary, View more, DType rounded_to, float scale, Columns out);
-// The same with a quantized head's weight as table.
-Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, Columns out);
+// The same with a quantized head's weight as table. A correction's rows are added to rows `corrected`, which rise.
+Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, Columns out,
+                     std::vector<std::int32_t> corrected, std::optional<Projection> correction);
 
 // out = in W^T + bias, rounded to in's type; out is a whole buffer.
 Work project(Projection layer, Columns in, Columns out);

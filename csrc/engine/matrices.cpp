@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "core/parallel.h"
@@ -38,10 +39,19 @@ Work embed(View table, std::int64_t vocabulary, View more, DType rounded_to, flo
     return embedding(read, rounded_to, scale, out);
 }
 
-Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, Columns out) {
+Work embed_quantized(Projection tied, View more, DType rounded_to, float scale, Columns out,
+                     std::vector<std::int32_t> corrected, std::optional<Projection> correction) {
     const auto read = [=, width = out.width](std::int64_t row, float* values) {
         const DequantMatmulArgs& table = *tied.quantized();
-        if (row < table.n) return dequantize_row(table, row, values);
+        if (row < table.n) {
+            dequantize_row(table, row, values);
+            const auto found = std::lower_bound(corrected.begin(), corrected.end(), row);
+            if (found == corrected.end() || *found != row) return;
+            std::vector<float> added(width);
+            dequantize_row(*correction->quantized(), found - corrected.begin(), added.data());
+            for (std::int64_t i = 0; i < width; ++i) values[i] += added[i];
+            return;
+        }
         for (std::int64_t i = 0; i < width; ++i)
             values[i] = load_float(more.data, (row - table.n) * more.stride[0] + i, more.dtype);
     };

@@ -74,11 +74,15 @@ void bind_engine(py::module_& m) {
              })
         .def("embed_quantized",
              [](Program& p, std::string name, const Projection& tied, View more, int rounded_to, float scale,
-                Columns out) {
+                Columns out, std::vector<std::int32_t> corrected, const Projection* correction) {
                  p.vocabulary = tied.quantized()->n;
                  p.add(std::move(name),
-                       engine::embed_quantized(tied, more, static_cast<DType>(rounded_to), scale, out));
-             })
+                       engine::embed_quantized(tied, more, static_cast<DType>(rounded_to), scale, out,
+                                               std::move(corrected),
+                                               correction ? std::optional(*correction) : std::nullopt));
+             },
+             py::arg("name"), py::arg("tied"), py::arg("more"), py::arg("rounded_to"), py::arg("scale"),
+             py::arg("out"), py::arg("corrected"), py::arg("correction") = nullptr)
         .def("project", [](Program& p, std::string name, const Projection& layer, Columns in,
                            Columns out) { p.add(std::move(name), engine::project(layer, in, out)); })
         .def("project_last", [](Program& p, std::string name, const Projection& layer, Columns in,

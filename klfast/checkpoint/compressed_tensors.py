@@ -7,6 +7,7 @@ names of the layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -93,3 +94,8 @@ def read_specs(folder: Path) -> dict[str, QuantSpec]:
             f"{folder}: the description of the quantized layers is damaged ({reason}); save the model again"
         ) from None
     return specs
+
+
+def with_corrected(specs: Mapping[str, QuantSpec], corrected: Mapping[str, int]) -> dict[str, QuantSpec]:
+    """Return the specs with their numbers of corrected rows, of which ``quantization_config`` says nothing."""
+    return {name: replace(spec, corrected=corrected.get(name, 0)) for name, spec in specs.items()}

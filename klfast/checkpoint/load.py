@@ -13,8 +13,8 @@ from torch import nn
 
 from klfast.acceleration.patch import accelerate_or_warn
 from klfast.checkpoint import expert_files
-from klfast.checkpoint.compressed_tensors import read_specs
-from klfast.checkpoint.manifest import read_layer_facts, read_manifest, read_projections, read_roundings
+from klfast.checkpoint.compressed_tensors import read_specs, with_corrected
+from klfast.checkpoint.manifest import read_corrected, read_layer_facts, read_manifest, read_projections, read_roundings
 from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initialise_buffers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.dtypes import dtype_name
@@ -72,6 +72,7 @@ def load_quantized(
         folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
     )
     specs = expert_files.join(tensors, read_specs(folder), read_projections(folder, manifest))
+    specs = with_corrected(specs, read_corrected(folder, manifest))
     model = empty_model(folder, dtype, len(tensors.names()))
     filled(model, tensors, place, specs, facts)
     for name in specs:

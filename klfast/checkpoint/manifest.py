@@ -1,7 +1,7 @@
 """klfast.json in a saved folder: facts that the format of compressed-tensors cannot express.
 
-These are the dtype that each layer's weight had, how it was rounded, the treatment of its activations, the names of
-experts' matrices, and each file's size and SHA-256.
+These are the dtype that each layer's weight had, how it was rounded, how many of its rows are corrected, the treatment
+of its activations, the names of experts' matrices, and each file's size and SHA-256.
 """
 
 from __future__ import annotations
@@ -126,6 +126,21 @@ def read_roundings(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
             f"{folder / MANIFEST} is damaged: the rounding of {shortened(wrong[0], 200)} is "
             f"{shortened(repr(found[wrong[0]]), 80)}, not one of {', '.join(ROUNDINGS)}; "
             "copy it again, or save the model again"
+        )
+    return found
+
+
+def read_corrected(folder: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of corrected rows of each quantized layer that has some, from klfast.json's content.
+
+    Raises:
+        CheckpointError: klfast.json holds anything else for it.
+    """
+    found = {name: fact["corrected"] for name, fact in manifest["layers"].items() if "corrected" in fact}
+    if wrong := [name for name, rows in found.items() if type(rows) is not int or rows < 1]:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: {shortened(wrong[0], 200)} has "
+            f"{shortened(repr(found[wrong[0]]), 80)} corrected rows; copy it again, or save the model again"
         )
     return found
 

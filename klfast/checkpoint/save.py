@@ -88,10 +88,7 @@ def save_quantized(
     config.architectures = [type(model).__name__]
     config.dtype = dtype_name(described.dtype)
     set_tied_in_config(config, is_head_tied(model))
-    facts = {
-        name: {"dtype": dtype_name(module.dtype), "activation": module.activation, "rounding": module.rounding}
-        for name, module in layers.items()
-    }
+    facts = {name: _facts(module) for name, module in layers.items()}
     with folder_atomic(target) as folder:
         _save_settings(config, "config", folder)
         stored = _readable_state(model, layers, folder)
@@ -103,6 +100,13 @@ def save_quantized(
             tokenizer.save_pretrained(folder)
         more = {"experts": split_as} if split_as else {}
         write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts, **more)
+
+
+def _facts(layer: QuantLinear) -> dict[str, object]:
+    """Return what klfast.json says of a layer."""
+    corrected = {"corrected": layer.spec.corrected} if layer.spec.corrected else {}
+    facts = {"dtype": dtype_name(layer.dtype), "activation": layer.activation, "rounding": layer.rounding}
+    return facts | corrected
 
 
 def _require_numbers(model: nn.Module) -> None:

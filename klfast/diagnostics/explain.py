@@ -70,7 +70,10 @@ def explain(op: str | Callable[..., object] | nn.Module, *args: object) -> Expla
     if name not in registry.op_names():
         raise InvalidInputError(f"klfast has no op {name!r}; its ops are {', '.join(registry.op_names())}")
     device = next((a.device.type for a in args if isinstance(a, (torch.Tensor, QuantizedTensor))), "cpu")
-    formats = [a.spec.format.name for a in args if isinstance(a, QuantizedTensor)]
+    specs = [a.spec for a in args if isinstance(a, QuantizedTensor)]
+    if name == "dequant_matmul":
+        specs = [spec.base for spec in specs]  # two such products and a sum, if some rows are corrected
+    formats = [spec.format.name for spec in specs]
     chosen, why = _chosen(name, device, args, formats)
     rejected = {
         tier: _why_not(name, tier, device, formats) or why

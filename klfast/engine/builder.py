@@ -6,8 +6,6 @@ from klfast.engine.instructions.attention import AttentionInstructions
 from klfast.engine.instructions.experts import ExpertInstructions
 from klfast.engine.instructions.recurrences import RecurrenceInstructions
 
-MOST_SEQUENCES = 16
-
 
 class Builder(RecurrenceInstructions, AttentionInstructions, ExpertInstructions):
     """Builds the program of a model, as ``ProgramBase`` says; methods named after instructions append one."""

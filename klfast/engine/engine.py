@@ -9,8 +9,9 @@ import torch
 
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
-from klfast.engine.builder import MOST_SEQUENCES, Builder
+from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
+from klfast.engine.program import MOST_SEQUENCES
 from klfast.engine.state import State
 
 
@@ -30,9 +31,14 @@ class Engine:
         self._prefix = builder.prefix
         self._checks, self._kept = builder.checks, builder.kept
         self._scale, self._softcap = scale, softcap
-        memory = torch.frombuffer(self._program.memory(logits), dtype=torch.float32)
-        self._logits = memory.view(-1, logits.width)
+        self._logits = self._memory(logits)
+        self._corrected = builder.corrected
+        self._correction = None if builder.correction is None else self._memory(builder.correction)
         self._lock = threading.Lock()
+
+    def _memory(self, of: Columns) -> torch.Tensor:
+        """Return a buffer of the program, float32 [rows, width]."""
+        return torch.frombuffer(self._program.memory(of), dtype=torch.float32).view(-1, of.width)
 
     @torch.no_grad()  # parameters that want gradients are taken where nobody records any
     def is_current(self) -> bool:
@@ -92,6 +98,8 @@ class Engine:
     def _answers(self, rows: int) -> torch.Tensor:
         """Return the logits in the first rows of the head's buffer, float32 [rows, V]."""
         logits = self._logits[:rows] * self._scale
+        if self._corrected is not None and self._correction is not None:
+            logits.index_add_(1, self._corrected, self._correction[:rows], alpha=self._scale)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def profile(self, ids: torch.Tensor, state: State) -> list[tuple[str, float]]:

@@ -25,6 +25,9 @@ def _are(found: Collection[object], expected: Collection[object]) -> bool:
     return len(found) == len(expected) and all(map(operator.is_, found, expected))
 
 
+MOST_SEQUENCES = 16
+
+
 class ProgramBase:
     """What the instructions of a program are made with.
 
@@ -41,6 +44,8 @@ class ProgramBase:
         program: the extension's.
         states: the tensors of a sequence's state.
         prefix: number of learned inputs before a sequence's tokens, the program's tokens beyond the vocabulary.
+        corrected: the head's corrected rows, int32 [R], if it has any.
+        correction: the buffer of what is added to their logits.
         kept: what must live as long as the program.
         checks: each returns False or None once a part of the model is no longer what the program has.
 
@@ -61,10 +66,13 @@ class ProgramBase:
         self.program = _C.Program()
         self.states: list[StateSpec] = []
         self.prefix = 0
+        self.corrected: torch.Tensor | None = None
+        self.correction: Columns | None = None
         self._names = {module: name for name, module in model.named_modules()}
         self._parts = frozenset(self._names) - {model}
         self._buffers: dict[tuple[str, int, int, int], Columns] = {}
         self._projections: dict[nn.Module, Any] = {}
+        self._halves: dict[nn.Module, tuple[nn.Module, nn.Module]] = {}
         self.checks: list[Callable[[], object]] = []
         self.kept: list[object] = []
         # Not the modules themselves: the model would be one of them, which its engine must not keep alive.

@@ -7,8 +7,8 @@ from torch import nn
 
 from klfast.core.arguments import integer
 from klfast.core.errors import CannotLowerError, InvalidInputError
-from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
+from klfast.engine.program import MOST_SEQUENCES
 from klfast.engine.state import Mark
 from klfast.generation.drafts import Drafter, DraftModel, PromptLookup
 from klfast.generation.engine import engine_of

@@ -10,8 +10,8 @@ from torch import nn
 
 from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.dispatch import pins
-from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
+from klfast.engine.program import MOST_SEQUENCES
 from klfast.engine.state import State
 from klfast.generation.engine import engine_of
 from klfast.generation.prompt_rows import PromptRows

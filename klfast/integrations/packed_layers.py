@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klfast.checkpoint.manifest import MANIFEST, read_layer_facts, read_manifest
+from klfast.checkpoint.compressed_tensors import with_corrected
+from klfast.checkpoint.manifest import MANIFEST, read_corrected, read_layer_facts, read_manifest
 from klfast.checkpoint.tensors import Facts, Tensors, read_quantized_layers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError
@@ -61,7 +62,8 @@ def put_in(
     try:
         tensors = _without_values(folder, files, model)
         specs |= packed_experts.join(model, tensors, schemes)
-        _require_kernels({spec.format.name for spec in specs.values()}, _device_types(device_map))
+        specs = with_corrected(specs, _corrected(folder))
+        _require_kernels({spec.base.format.name for spec in specs.values()}, _device_types(device_map))
         stored = tensors.names()
         _require_places(folder, stored, specs)
         shared = _shared(model, specs, stored)
@@ -133,6 +135,11 @@ def _require_kernels(formats: Collection[str], devices: Collection[str]) -> None
 def _layer_facts(folder: Path) -> Facts | None:
     """Return what klfast.json says, after a check of all files; None if klfast did not write the folder."""
     return read_layer_facts(folder, read_manifest(folder, verify=True)) if (folder / MANIFEST).is_file() else None
+
+
+def _corrected(folder: Path) -> dict[str, int]:
+    manifest = folder / MANIFEST
+    return read_corrected(folder, read_manifest(folder, verify=False)) if manifest.is_file() else {}
 
 
 def _usual_facts(model: nn.Module, specs: Collection[str]) -> Facts:

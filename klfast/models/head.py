@@ -108,6 +108,8 @@ class Head:
     def readout(self) -> Readout:
         """Return its current tensors and rule; giving the module another weight later does not change them."""
         weight = self.module.quantized if isinstance(self.module, QuantLinear) else self.module.weight.detach()
+        if isinstance(weight, QuantizedTensor) and weight.spec.corrected:  # no kernel of divergences adds two products
+            weight = weight.dequantize(torch.float32)
         bias = None if self.module.bias is None else self.module.bias.detach()
         return Readout(weight, bias, self.rule)
 

@@ -15,7 +15,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 from klfast.nn import direct_call
 from klfast.nn.lazy_weight import LazyWeight, ReadOnlyWeight
-from klfast.ops.matmul import call_dequant_matmul, differentiable_dequant_matmul
+from klfast.ops.matmul import call_dequant_matmul, dequant_matmul, differentiable_dequant_matmul
 from klfast.quant.layouts import Layout
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
@@ -116,6 +116,8 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
             return y
         if x.dtype is self.dtype is torch.float64:
             return self._in_float64(x)
+        if self.spec.corrected:
+            return dequant_matmul(x, self.quantized, self.bias, activation=self.activation)
         # Not by a QuantizedTensor: to make one at each call would cost as much as a small product.
         sizes, how = (self.out_features, self.in_features), (self.spec.text, self.layout.value, self.activation)
         arguments = (x, self.parts(), self.bias, *sizes, *how)

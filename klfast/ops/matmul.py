@@ -78,6 +78,10 @@ def dequant_matmul(
     Raises:
         InvalidInputError: a wrong dtype, shape, device or activation; a scale that requires a gradient.
     """
+    if qt.spec.corrected:
+        base, rows, correction = qt.halves
+        y = dequant_matmul(x, base, bias, activation=activation)
+        return y.index_add(-1, rows, dequant_matmul(x, correction, activation=activation))
     return call_dequant_matmul(x, list(qt.parts), bias, *qt.shape, qt.spec.text, qt.layout.value, activation)
 
 

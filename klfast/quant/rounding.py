@@ -31,11 +31,20 @@ def quantize(
             nothing. float16 scales below 6e-5 are coarse and rounded up, so that no weight is clipped; the smallest is
             6e-8, so weights below 3e-8 become 0. Pass bfloat16 for matrices of such small weights.
 
+    Corrected rows are those with the largest squared error.
+
     Raises:
-        InvalidInputError: wrong dtype or shape, a NaN or infinity, or a scale beyond ``scale_dtype``'s range.
+        InvalidInputError: wrong dtype or shape, a NaN or infinity, a scale beyond ``scale_dtype``'s range, or fewer
+            rows than the spec corrects.
     """
     spec = QuantSpec.of(spec)
     _check(weight, scale, scale_dtype)
+    if spec.corrected:
+        base = quantize(weight, spec.base, scale=scale, scale_dtype=scale_dtype)
+        error = weight.detach().float() - base.dequantize(torch.float32)
+        rows = costliest(error.square().sum(-1), spec.corrected)
+        correction = quantize(error[rows], spec.base, scale=scale, scale_dtype=scale_dtype)
+        return QuantizedTensor.corrected(base, rows, correction)
     n, k = weight.shape
     n_groups = spec.n_groups(k)
     q = torch.empty(n, k, dtype=torch.int8, device=weight.device)
@@ -54,11 +63,24 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Return ``quantize(...).dequantize(torch.float32)`` of the same arguments bit for bit, without packing."""
     spec = QuantSpec.of(spec)
+    if spec.corrected:
+        return quantize(weight, spec, scale=scale, scale_dtype=scale_dtype).dequantize(torch.float32)
     _check(weight, scale, scale_dtype)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows, columns, _, tile in _rounded_tiles(weight, spec, scale, scale_dtype):
         out[rows, columns] = spec.format.restore(tile).flatten(1)
     return out
+
+
+def costliest(cost: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the rows of largest cost, int64 [count], in rising order, for float [N] costs.
+
+    Raises:
+        InvalidInputError: there are fewer.
+    """
+    if count > len(cost):
+        raise InvalidInputError(f"{count} rows cannot be corrected in a matrix of {len(cost)}")
+    return cost.topk(count).indices.sort().values
 
 
 def _rounded_tiles(

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from klfast.core.errors import InvalidInputError
-from klfast.quant.formats import FORMATS, QuantFormat
+from klfast.quant.formats import CORRECTED, FORMATS, QuantFormat
 
 SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
 ROUNDINGS = ("nearest", "gptq")  # the ways to choose the codes, see klfast.quantize_model
+_TEXT = r"([a-z]+[0-9]+)(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?(?:\+([1-9][0-9]{0,8}))?"
 SHAPE_BYTES = 16  # of the saved weight_shape, int64 [2], of each quantized layer
 
 
@@ -26,14 +27,18 @@ class QuantSpec:
             does not divide the number of input features, the last group is shorter.
         symmetric: True for w = q * scale; False for w = (q - zero_point) * scale.
         kind: with ``bits``, the format's name (``klfast.quant.formats``); "int" rounds to nearest on a uniform grid.
+        corrected: rows that have twice the bits, since a second matrix of the same format is added to them: those that
+            cost most. They suit a head, whose rows cost more the likelier their tokens are.
 
-    ``str(spec)`` is, for instance, ``"int4-g64-sym"``, which ``QuantSpec.parse`` reads back.
+    ``str(spec)`` is, for instance, ``"int4-g64-sym"``, or ``"int4-g64-sym+512"`` with 512 corrected rows;
+    ``QuantSpec.parse`` reads it back.
     """
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = True
     kind: str = "int"
+    corrected: int = 0
 
     def __post_init__(self) -> None:
         known = [each.bits for each in FORMATS.values() if each.kind == self.kind]
@@ -51,6 +56,8 @@ class QuantSpec:
             )
         if not isinstance(self.symmetric, bool):
             raise InvalidInputError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if not isinstance(self.corrected, int) or isinstance(self.corrected, bool) or self.corrected < 0:
+            raise InvalidInputError(f"corrected must be a number of rows, 0 or more, got {self.corrected!r}")
         if not (self.symmetric or self.format.has_zero_points):
             raise InvalidInputError(f"{self.format.name} has no zero points; symmetric must be True")
 
@@ -61,7 +68,8 @@ class QuantSpec:
     def text(self) -> str:
         """The spec as text, such as "int4-g64-sym"."""
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.format.name}-{group}-{'sym' if self.symmetric else 'asym'}"
+        rows = f"+{self.corrected}" if self.corrected else ""
+        return f"{self.kind}{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{rows}"
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
@@ -74,15 +82,15 @@ class QuantSpec:
             raise InvalidInputError(
                 f"a quantization spec must be a QuantSpec or text such as int4-g64-sym, got {type(text).__name__}"
             )
-        match = re.fullmatch(r"([a-z]+[0-9]+)(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?", text)
+        match = re.fullmatch(_TEXT, text)
         if match is None or match[1] not in FORMATS:
             raise InvalidInputError(
-                f"{text!r} is not a quantization spec (examples: int4-g64-sym, int8-channel-asym; "
+                f"{text!r} is not a quantization spec (examples: int4-g64-sym, int8-channel-asym, int4-g64-sym+512; "
                 f"formats: {', '.join(FORMATS)})"
             )
-        name, group, symmetry = match.groups()
+        name, group, symmetry, rows = match.groups()
         size = cls.group_size if group is None else -1 if group == "channel" else int(group[1:])
-        return cls(FORMATS[name].bits, size, symmetry != "asym", FORMATS[name].kind)
+        return cls(FORMATS[name].bits, size, symmetry != "asym", FORMATS[name].kind, int(rows or 0))
 
     @classmethod
     def of(cls, spec: QuantSpec | str) -> QuantSpec:
@@ -104,7 +112,12 @@ class QuantSpec:
     @property
     def format(self) -> QuantFormat:
         """The format, which rounds, stores and saves such weights."""
-        return FORMATS[f"{self.kind}{self.bits}"]
+        return (CORRECTED if self.corrected else FORMATS)[f"{self.kind}{self.bits}"]
+
+    @property
+    def base(self) -> QuantSpec:
+        """The spec without corrected rows."""
+        return replace(self, corrected=0) if self.corrected else self
 
     @property
     def q_min(self) -> int:

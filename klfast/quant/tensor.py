@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -120,6 +120,24 @@ class QuantizedTensor:
         ]
         return cls(parts, (sum(rows), first.shape[1]), first.spec)
 
+    @classmethod
+    def corrected(cls, base: QuantizedTensor, rows: torch.Tensor, correction: QuantizedTensor) -> QuantizedTensor:
+        """Return the tensor that is ``base``, with ``correction`` [R, K] added to ``rows``, int [R], rising."""
+        spec = replace(base.spec, corrected=len(rows))
+        return cls([*base.parts, rows.to(torch.int32), *correction.parts], base.shape, spec, base.layout)
+
+    @property
+    def halves(self) -> tuple[QuantizedTensor, torch.Tensor, QuantizedTensor]:
+        """The two tensors and the rows, int32 [R], that ``corrected`` made this one of; views."""
+        of_format: Any = self.spec.format
+        base, rows, correction = of_format.halves(self.parts)
+        shapes = (self.shape, (len(rows), self.shape[1]))
+        whole, added = (
+            QuantizedTensor(parts, shape, self.spec.base, self.layout)
+            for parts, shape in zip((base, correction), shapes, strict=True)
+        )
+        return whole, rows, added
+
     @property
     def stored(self) -> Stored:
         """The meaning of the parts."""
@@ -172,6 +190,11 @@ class QuantizedTensor:
 
     def block(self, first: int, end: int) -> QuantizedTensor:
         """Return adjacent rows, as views where ``first`` is a multiple of 32."""
+        if self.spec.corrected:
+            whole, rows, added = self.halves
+            begin, stop = torch.searchsorted(rows, rows.new_tensor([first, end])).tolist()
+            part = whole.block(first, end)
+            return part if begin == stop else self.corrected(part, rows[begin:stop] - first, added.block(begin, stop))
         parts = self.spec.format.slice_rows(self.parts, slice(first, end), self.layout)
         return QuantizedTensor(parts, (end - first, self.shape[1]), self.spec, self.layout)
 

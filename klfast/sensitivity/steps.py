@@ -50,7 +50,9 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
         layer = of_model[name]
         blocks = () if layer.holder is chain.head.module else _blocks(chain, groups[name])
         place = blocks[0] if blocks else "head"
-        at[place] += [Candidate(name, layer, spec, blocks) for spec in specs]
+        # Corrected rows are a head's: tokens differ in how much they cost.
+        tried = [spec for spec in specs if layer.holder is chain.head.module or not spec.corrected]
+        at[place] += [Candidate(name, layer, spec, blocks) for spec in tried]
         if activations:
             holders = tuple(dict.fromkeys(of_model[same].holder for same in groups[name]))
             by_group = {spec.group_length(layer.shape[1]): spec for spec in specs}

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from klfast.core.errors import KlfastError
-from klfast.engine.builder import MOST_SEQUENCES
 from klfast.engine.engine import Engine
+from klfast.engine.program import MOST_SEQUENCES
 from klfast.generation.engine import ROWS
 from klfast.serving.answer import Answer
 from klfast.serving.batch import Batch

@@ -75,6 +75,22 @@ def test_quantized_with_a_tied_head(spec):
         assert relative(engine(ids, engine.state(2)), truth[:, -1]) < 1e-4, family
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["mamba2", "llama", "granite_hybrid"])  # one that scales its logits, too
+def test_a_head_with_corrected_rows(family, tied):
+    model, ids = tiny(family, tied), batch(2, 9)
+    ids[0, -1] = 60
+    klfast.quantize_model(model, Plan({"lm_head": "int4-g16-sym+30"}, "uniform"))
+    truth, engine = logits_of_each(model, ids), lower(model)
+    state = engine.state(2)
+    assert relative(engine.each(ids[:, :8], state), truth[:, :8]) < 1e-4
+    assert relative(engine(ids[:, 8:], state), truth[:, -1]) < 1e-4
+    assert engine.is_current()
+    model.lm_head.weight_correction_scale = 2 * model.lm_head.weight_correction_scale
+    assert not engine.is_current()
+
+
 def positions(**parameters):
     """Return a tiny Llama whose rotary embedding is of another type."""
     config = transformers.LlamaConfig(

@@ -10,9 +10,10 @@ from torch import nn
 from klfast.backends.cpu.extension import DTYPE_CODES, view
 from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
-from klfast.engine.program import ProgramBase
-from klfast.nn.direct_call import PreparedLinear
+from klfast.engine.program import MOST_SEQUENCES, ProgramBase
+from klfast.nn.direct_call import PreparedLinear, Watch
 from klfast.nn.embedding import QuantEmbedding
+from klfast.nn.linear import QuantLinear
 
 
 class MatrixInstructions(ProgramBase):
@@ -29,7 +30,9 @@ class MatrixInstructions(ProgramBase):
         if isinstance(embedding, QuantEmbedding):
             if embedding.scale is not None:
                 scale *= float(embedding.scale)
-            self.program.embed_quantized(name, self._projection(embedding.head), view(prefix), code, scale, out)
+            head, *correction = self._projections_of(embedding.head)
+            rows = [] if self.corrected is None else self.corrected.tolist()
+            self.program.embed_quantized(name, head, view(prefix), code, scale, out, rows, *correction)
             return
         [table] = self.parameters(embedding, "weight")
         self.program.embed(name, view(table), len(table), view(prefix), code, scale, out)
@@ -55,8 +58,30 @@ class MatrixInstructions(ProgramBase):
         self.program.project(self.name(module), self._matrix(module, name, dtype, index), x, out)
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
-        """Multiply each sequence's last token alone."""
-        self.program.project_last(self.name(layer), self._projection(layer), x, out)
+        """Multiply each sequence's last token alone; a buffer of its own gets what corrects some rows of the layer."""
+        whole, *correction = self._projections_of(layer)
+        self.program.project_last(self.name(layer), whole, x, out)
+        for projection in correction:
+            assert self.corrected is not None  # as there is a correction
+            buffer = self.buffer("correction", len(self.corrected), torch.float32, rows=MOST_SEQUENCES)
+            self.program.project_last(f"{self.name(layer)}.correction", projection, x, buffer)
+            self.correction = buffer
+
+    def _projections_of(self, layer: nn.Module) -> tuple[Any, ...]:
+        """Return the product with a layer, and if it has corrected rows, noted as the program's, that with theirs."""
+        if not (isinstance(layer, QuantLinear) and layer.spec.corrected):
+            return (self._projection(layer),)
+        if layer not in self._halves:
+            self.expect(layer, "QuantLinear")
+            watch = Watch(*((layer._buffers, name) for name in layer.part_names), (layer._parameters, "bias"))
+            watch.tensors = ()
+            self.checks.append(watch.hold)
+            whole, self.corrected, correction = layer.quantized.halves
+            self._halves[layer] = (
+                QuantLinear(whole, layer.bias, layer.activation, dtype=layer.dtype),
+                QuantLinear(correction, None, layer.activation, dtype=layer.dtype),
+            )
+        return tuple(map(self._projection, self._halves[layer]))
 
     def _projection(self, layer: nn.Module, activations: bool = True) -> Any:
         if layer not in self._projections:  # several blocks may share it

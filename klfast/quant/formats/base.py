@@ -26,6 +26,10 @@ class Grouping(Protocol):
     def symmetric(self) -> bool:
         """True without zero points."""
 
+    @property
+    def corrected(self) -> int:
+        """Rows that a second matrix corrects."""
+
     def group_length(self, in_features: int, /) -> int:
         """Return the features in each group, of which the last may be shorter."""
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from klfast.engine.builder import MOST_SEQUENCES, Builder
+from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
+from klfast.engine.program import MOST_SEQUENCES
 
 Lower = Callable[[Builder, Any, Columns, Columns], None]  # (build, module, x, out)
 
