@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -27,7 +28,8 @@ from klfast.planning.plan_file import Plan
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import ROUNDINGS, SCALES, QuantSpec
 from klfast.quant.tensor import QuantizedTensor
-from klfast.rounding.walk import RoundedModel, round_model
+from klfast.rounding.rounded import RoundedModel
+from klfast.rounding.walk import round_model
 
 
 def quantize_model(
@@ -38,6 +40,7 @@ def quantize_model(
     activation: str | None = None,
     rounding: str = "nearest",
     calibration: Batches | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: Progress = None,
 ) -> nn.Module:
     """Replace each linear layer that ``plan`` names by a QuantLinear, and experts by QuantExperts, in place.
@@ -62,6 +65,8 @@ def quantize_model(
             model whose blocks form a chain, as a sweep does. What the text does not reach (an expert with few tokens)
             is rounded to nearest; a warning says what and why.
         calibration: token ids for "gptq", as for ``klfast.sweep``; 16,000 tokens or more.
+        resume: for "gptq", a folder that keeps what is rounded, block by block. If it exists, rounding goes on from
+            there, to the same result. It is no longer needed once the model is saved.
         progress: of "gptq", as for ``klfast.sweep``.
 
     Returns:
@@ -79,14 +84,14 @@ def quantize_model(
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
     activations = plan_activations(plan, activation)
-    _check_rounding(rounding, calibration)
+    _check_rounding(rounding, calibration, resume)
     scale = plan_scale(plan, scale)
     refuse_wrapper(model)
     refuse_moving_weights(model)
     groups = {names[0]: names for names in sharers(model)}
     known = named_matrices(model)
     for name in (name for name in plan.specs if name in known):
-        _refuse_unfit(name, known[name])
+        _refuse_unfit(name, known[name], plan.specs[name])
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
     chosen = _by_first_name(model, plan, activations, groups)
@@ -96,7 +101,7 @@ def quantize_model(
     rounded = RoundedModel()
     if calibration is not None:
         specs = {name: spec for name, (spec, _) in chosen.items()}
-        rounded = round_model(model, specs, calibration, scale=scale, progress=progress)
+        rounded = round_model(model, specs, calibration, scale=scale, resume=resume, progress=progress)
         _tell(rounded)
     layers: dict[str, QuantLinear] = {}
     for name, (spec, mode) in chosen.items():
@@ -114,13 +119,15 @@ def quantize_model(
     return model
 
 
-def _check_rounding(rounding: str, calibration: Batches | None) -> None:
+def _check_rounding(rounding: str, calibration: Batches | None, resume: object) -> None:
     if rounding not in ROUNDINGS:
         raise InvalidInputError(f'rounding must be "nearest" or "gptq", got {rounding!r}')
     if rounding == "gptq" and calibration is None:
         raise InvalidInputError('rounding="gptq" needs calibration text: pass calibration=klfast.token_batches(...)')
     if rounding != "gptq" and calibration is not None:
         raise InvalidInputError('only rounding="gptq" reads calibration text; pass that, or no calibration')
+    if rounding != "gptq" and resume is not None:
+        raise InvalidInputError('only rounding="gptq" can be resumed; pass that, or no resume')
 
 
 def _tell(rounded: RoundedModel) -> None:
@@ -146,7 +153,9 @@ def _by_first_name(
     return chosen
 
 
-def _refuse_unfit(name: str, one: Matrix) -> None:
+def _refuse_unfit(name: str, one: Matrix, spec: QuantSpec) -> None:
+    if one.is_stack and spec.corrected:
+        raise InvalidInputError(f"{name} holds experts, whose rows cannot be corrected; plan {spec.base} for it")
     if isinstance(one.holder, QuantLinear):
         raise InvalidInputError(f"{name} is quantized already ({one.holder.spec}); load the full-precision model again")
     if one.tensor.is_meta:

@@ -65,6 +65,13 @@ def quantize(
             help="Store the rest of the model in float32, bfloat16, float16, or auto to leave it as it is.",
         ),
     ] = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="For gptq: continue from OUT.partial, which a stopped run leaves, or discard it.",
+        ),
+    ] = True,
     force: options.Force = False,
     as_json: options.Json = False,
     *,
@@ -84,6 +91,7 @@ def quantize(
     from klfast.checkpoint.save import require_target
     from klfast.cli.runtime import open_batches, prepare
     from klfast.models.matrices import matrices
+    from klfast.rounding.rounded import forget
 
     prepare(threads)
     require_target(out, overwrite=force)
@@ -98,11 +106,18 @@ def quantize(
     if spec is not None:
         made = _uniform(network, spec, layers, exclude, scale)
     assert made is not None  # there is a plan or a spec
-    text = None
+    text, partial = None, None
     if rounding == "gptq":
         text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
-    klfast.quantize_model(network, made, scale=scale, activation=activation, rounding=rounding, calibration=text)
+        partial = out.with_name(out.name + ".partial")
+        if not resume:
+            forget(partial)
+    klfast.quantize_model(
+        network, made, scale=scale, activation=activation, rounding=rounding, calibration=text, resume=partial
+    )
     klfast.save_quantized(network, out, tokenizer, overwrite=force)
+    if partial is not None:
+        forget(partial)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     quantized, total = len(made.specs), len(matrices(network))
     emit(

@@ -65,6 +65,15 @@ def sweep(
             parser=options.parse_bytes, metavar="SIZE", help="With --budget adaptive: the size of the wanted plan."
         ),
     ] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            parser=options.rounding_name,
+            metavar="NAME",
+            help="nearest, or gptq: what each layer costs if klfast quantize --rounding gptq rounds it, per channel "
+            "and in groups, in INT4, INT6 and INT8, and for the head with some of its rows corrected.",
+        ),
+    ] = "nearest",
     out: Annotated[Path, typer.Option(help="File for the sensitivities.")] = Path("sensitivities.json"),
     resume: Annotated[
         bool,
@@ -116,6 +125,8 @@ def sweep(
             max_bytes=max_bytes,
             dtype=None if computed == "auto" else computed,
         )
+        if rounding == "gptq":
+            found = klfast.second_order_costs(network, found, batches)
         found.provenance.update(model=model, calibration=calibration)
         found.to_json(out)
     except KeyboardInterrupt:

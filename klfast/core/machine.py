@@ -45,6 +45,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def available_memory() -> int | None:
+    """Return the bytes of memory that programs can still take without swapping; None if the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
 def installed_version(package: str) -> str:
     """Return a package's version, "none" if it is not installed."""
     try:

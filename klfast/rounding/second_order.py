@@ -8,6 +8,7 @@ import torch
 
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
+from klfast.quant.rounding import costliest
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 from klfast.rounding.descent import descend
@@ -26,6 +27,7 @@ def second_order(
     cross: torch.Tensor | None = None,
     *,
     ridge: torch.Tensor | None = None,
+    cost: torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
     rounds: int = 4,
 ) -> QuantizedTensor:
@@ -43,29 +45,78 @@ def second_order(
             target; by default it is what the layer makes of y in full precision.
         ridge: float [N], what is added to the damping in each row, on the scale of the Hessian: for a row that is not
             only multiplied by y. Rows with similar ridges share their mean.
+        cost: float [N], what each row's objective counts for where the spec corrects some rows: those of largest cost
+            are corrected. All alike by default.
         scale_dtype: of the stored scales.
         rounds: of coordinate descent.
 
     Raises:
         InvalidInputError: another dtype or shape, a format on no uniform grid, a weight that is not finite, scales
-            beyond ``scale_dtype``'s range, a Hessian that is 0 or not finite.
+            beyond ``scale_dtype``'s range, a Hessian that is 0 or not finite, fewer rows than the spec corrects.
     """
     spec = QuantSpec.of(spec)
     _check(weight, spec, hessian, cross, scale_dtype)
+    options = spec.base, scale_dtype, rounds
+    whole = _round(weight.detach(), hessian, cross, ridge, *options)
+    if not spec.corrected:
+        return whole.encoded()
+    rows = costliest(whole.errors if cost is None else whole.errors * cost, spec.corrected)
+    # Nearest values on the whole range: those of GPTQ, and clipped ones, are further away and leave more to correct.
+    target = whole.target[rows].T.contiguous()  # that of both matrices together, so what is left is the correction's
+    grid = absmax(target, spec.base, scale_dtype)
+    codes = grid.nearest(target)
+    whole.put(rows, codes, grid)
+    left = (target - grid.values(codes)).T
+    correction = _round(left, hessian, None, None if ridge is None else ridge[rows], *options)
+    return QuantizedTensor.corrected(whole.encoded(), rows, correction.encoded())
+
+
+class _Matrix:
+    """A matrix that is rounded row by row.
+
+    Attributes:
+        target: U, float32 [N, K].
+        errors: the objective of each row, float32 [N].
+    """
+
+    def __init__(self, shape: torch.Size, spec: QuantSpec, scale_dtype: torch.dtype, device: torch.device) -> None:
+        n, k = shape
+        self.spec, self.target, self.errors = spec, torch.empty(n, k, device=device), torch.empty(n, device=device)
+        self._codes = torch.empty(n, k, dtype=torch.int8, device=device)
+        self._scale = torch.empty(n, spec.n_groups(k), dtype=scale_dtype, device=device)
+        self._zero = None if spec.symmetric else torch.empty_like(self._scale, dtype=torch.int8)
+
+    def put(self, rows: torch.Tensor, codes: torch.Tensor, grid: Grid) -> None:
+        """Set rows, int64 [R], to codes, float32 [K, R], of a grid."""
+        zeros = self.spec.q_min - grid.low
+        self._codes[rows] = (codes + grid.by_feature(zeros, len(codes))).T.to(torch.int8)
+        self._scale[rows] = grid.step.T.to(self._scale.dtype)
+        if self._zero is not None:
+            self._zero[rows] = zeros.T.to(torch.int8)
+
+    def encoded(self) -> QuantizedTensor:
+        n, k = self.target.shape
+        return QuantizedTensor(self.spec.format.encode(self._codes, self._scale, self._zero), (n, k), self.spec)
+
+
+def _round(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    cross: torch.Tensor | None,
+    ridge: torch.Tensor | None,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    rounds: int,
+) -> _Matrix:
     n, k = weight.shape
-    q = torch.empty(n, k, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(n, spec.n_groups(k), dtype=scale_dtype, device=weight.device)
-    zero = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int8)
+    found = _Matrix(weight.shape, spec, scale_dtype, weight.device)
     for members, objective in _classes(n, hessian, cross, ridge):
         for rows in members.split(max(1, _TILE // k)):
-            matrix = weight.detach()[rows].float().T.contiguous()
-            codes, grid = _rounded(matrix, objective, spec, scale_dtype, rounds)
-            zeros = spec.q_min - grid.low
-            q[rows] = (codes + grid.by_feature(zeros, k)).T.to(torch.int8)
-            scale[rows] = grid.step.T.to(scale_dtype)
-            if zero is not None:
-                zero[rows] = zeros.T.to(torch.int8)
-    return QuantizedTensor(spec.format.encode(q, scale, zero), (n, k), spec)
+            matrix = weight[rows].float().T.contiguous()
+            target, codes, grid = _rounded_rows(matrix, objective, spec, scale_dtype, rounds)
+            found.put(rows, codes, grid)
+            found.target[rows], found.errors[rows] = target.T, objective.errors(grid.values(codes), target)
+    return found
 
 
 def _classes(
@@ -80,10 +131,10 @@ def _classes(
         yield rows, Objective.of(hessian + shift, None if cross is None else cross + shift)
 
 
-def _rounded(
+def _rounded_rows(
     matrix: torch.Tensor, objective: Objective, spec: QuantSpec, scale_dtype: torch.dtype, rounds: int
-) -> tuple[torch.Tensor, Grid]:
-    """Return codes and grid of W^T [K, N]."""
+) -> tuple[torch.Tensor, torch.Tensor, Grid]:
+    """Return target, codes and grid of W^T [K, N]."""
     target = objective.target(matrix)
     grid = absmax(matrix, spec, scale_dtype)
     if not grid.step.isfinite().all():
@@ -96,7 +147,7 @@ def _rounded(
         better = errors < least
         codes, grid = torch.where(better, other, codes), searched.where(better, grid)
         least = torch.where(better, errors, least)
-    return descend(target, objective, codes, grid, rounds, scale_dtype)
+    return target, *descend(target, objective, codes, grid, rounds, scale_dtype)
 
 
 def _check(

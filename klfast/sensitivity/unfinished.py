@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from klfast.core.io import write_atomic
+from klfast.core import signed_tensors
 from klfast.models.block_chain import Carry
 
 
@@ -38,7 +33,6 @@ def write(path: str | os.PathLike[str], unfinished: Unfinished, after: str) -> N
     """Write the state of a step; ``after`` identifies everything that was measured before the step."""
     parts = {f"final.{i}": final for i, final in enumerate(unfinished.finals)}
     parts |= {f"carry.{i}": part for i, part in enumerate((unfinished.carry.hidden, *unfinished.carry.extra))}
-    tensors = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
     finals = len(unfinished.finals)
     facts = {
         "after": after,
@@ -47,7 +41,7 @@ def write(path: str | os.PathLike[str], unfinished: Unfinished, after: str) -> N
         "finals": finals,
         "carry": len(parts) - finals,
     }
-    write_atomic(path, save(tensors, {"facts": json.dumps(facts), "sha256": _digest(facts, tensors)}))
+    signed_tensors.write(path, facts, parts)
 
 
 def read(path: str | os.PathLike[str], after: str, device: torch.device) -> Unfinished | None:
@@ -58,26 +52,13 @@ def read(path: str | os.PathLike[str], after: str, device: torch.device) -> Unfi
     if not os.path.exists(path):
         return None
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = json.loads(metadata["facts"])
-        if metadata["sha256"] != _digest(facts, tensors):
-            raise ValueError("its content does not match its digest")
+        facts, tensors = signed_tensors.read(path)
         if facts["after"] != after:
             return None
         parts = {name: part.to(device) for name, part in tensors.items()}
         carry = [parts[f"carry.{i}"] for i in range(facts["carry"])]
         finals = [parts[f"final.{i}"] for i in range(facts["finals"])]
         return Unfinished(finals, Carry(carry[0], tuple(carry[1:])), facts["block"], facts["costs"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{os.fspath(path)} is damaged ({error}); its step is measured again", stacklevel=2)
         return None
-
-
-def _digest(facts: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
-    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()

@@ -8,7 +8,7 @@ from tiny_models import VOCABULARY, batch, in_float64, tiny
 
 from klfast.models.families.base import LogitRule
 from klfast.models.head import Readout
-from klfast.rounding.tied_head import ridges
+from klfast.rounding.head_rows import ridges, spreads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_ridges_against_float64(scale):
     weight, hidden = torch.randn(30, 16), [torch.randn(2, 9, 16), torch.randn(1, 7, 16)]
     ids = [torch.randint(0, 25, (2, 9)), torch.randint(0, 25, (1, 7))]
-    found = ridges(Readout(weight, rule=LogitRule(scale)), ids, hidden, 0.7)
+    found = ridges(spreads(Readout(weight, rule=LogitRule(scale)), hidden), ids, 0.7)
     states = torch.cat([each.flatten(0, 1) for each in hidden]).double()
     p = (scale * states @ weight.double().T).softmax(-1)
     counts = torch.zeros(30, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_the_ridge_weighs_both_uses_by_what_they_cost():
     hidden = model.model(ids)[0]
     k = embedded / error[ids].square().sum(-1).mean().item()
     states = hidden.flatten(0, 1).double()
-    ridge = ridges(Readout(model.lm_head.weight), [ids], [hidden], k).double()
+    ridge = ridges(spreads(Readout(model.lm_head.weight), [hidden]), [ids], k).double()
     hessian = states.T @ states / len(states)
     share = (ridge * error.square().sum(1) * _spread(states, model)).sum() / 2
     other = (torch.einsum("vk,kl,vl->v", error, hessian, error) * _spread(states, model)).sum() / 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rounding_truth import gptq_by_elimination, inputs, objectives
+from rounding_truth import DAMPING, gptq_by_elimination, inputs, objectives
 
 from klfast import QuantSpec, dequant_matmul, quantize
 from klfast.core.dtypes import FLOAT_DTYPES
@@ -172,3 +172,32 @@ def test_an_equal_ridge_is_part_of_the_hessian():
     found = second_order(weight, spec, hessian, ridge=torch.full((48,), 3.0)).dequantize(torch.float32)
     truth = second_order(weight, spec, hessian + 3 * torch.eye(64)).dequantize(torch.float32)
     assert (found == truth).float().mean() > 0.98
+
+
+def test_corrected_rows_are_those_that_cost_most():
+    y, weight, spec = inputs(300, 64), torch.randn(40, 64), QuantSpec(4, 32)
+    cost = torch.rand(40) ** 4
+    base = rounded(weight, spec, y)
+    errors = objectives(base, weight, y)
+    qt = second_order(weight, QuantSpec(4, 32, corrected=6), *moments(y), cost=cost)
+    assert set(qt.halves[1].tolist()) == set((errors * cost).topk(6).indices.tolist())
+    rows, found = qt.halves[1].long(), qt.dequantize(torch.float32)
+    assert (objectives(found, weight, y)[rows] < 0.01 * errors[rows]).all()
+    others = torch.ones(40, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(found[others], base[others])
+
+
+def test_a_correction_aims_at_the_full_output_too():
+    """The rows' target is that of both matrices together: what full precision makes of x, not of y."""
+    x = inputs(300, 64)
+    y = x + 0.3 * torch.randn(300, 64)
+    weight = torch.randn(12, 64)
+    spec = QuantSpec(4, 32, corrected=12)
+    found = rounded(weight, spec, y, x)
+    base = rounded(weight, spec.base, y, x)
+
+    hessian = y.T @ y / 300
+    damping = DAMPING * hessian.diagonal().mean() * torch.eye(64)
+    best = torch.linalg.solve(hessian + damping, (y.T @ x / 300 + damping) @ weight.double().T).T
+    least, after, before = (objectives(weight, each, y, x).sum() for each in (best, found, base))
+    assert after - least < 0.02 * (before - least)

@@ -1,0 +1,64 @@
+"""Hidden states between two blocks, in memory while there is room, else on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from klfast.core.machine import available_memory
+from klfast.models.block_chain import Carry
+
+_SHARE = 4  # of the free memory that one set of hidden states may take
+
+
+class Carries:
+    """What enters a block, by micro-batch; each may be replaced by what leaves it.
+
+    They go to a temporary folder, a file for each, if together they take more than a quarter of the memory that is free
+    at first. ``tempfile`` says where; the environment variable TMPDIR changes it.
+
+    Args:
+        carries: the first ones.
+        room: bytes that they may take in memory, by default a quarter of what is free.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def __init__(self, carries: Sequence[Carry], room: int | None = None) -> None:
+        if room is None:
+            free = available_memory()
+            room = None if free is None else free // _SHARE
+        size = sum(part.nbytes for carry in carries for part in (carry.hidden, *carry.extra))
+        on_host = all(carry.hidden.device.type == "cpu" for carry in carries)
+        self._folder = None
+        if room is not None and on_host and size > room:
+            self._folder = tempfile.TemporaryDirectory(prefix="klfast-rounding-")
+        self._held: list[Carry | None] = [None] * len(carries)
+        for index, carry in enumerate(carries):
+            self[index] = carry
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Carry]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Carry:
+        if (held := self._held[index]) is not None:
+            return held
+        hidden, *extra = torch.load(self._path(index), weights_only=True)
+        return Carry(hidden, tuple(extra))
+
+    def __setitem__(self, index: int, carry: Carry) -> None:
+        if self._folder is None:
+            self._held[index] = carry
+        else:
+            torch.save([part.contiguous() for part in (carry.hidden, *carry.extra)], self._path(index))
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None  # as it is not held
+        return Path(self._folder.name, f"{index}.pt")

@@ -1,0 +1,147 @@
+"""Passes of calibration text through a chain of blocks, and the places of matrices in it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from klfast.core.errors import InvalidInputError
+from klfast.core.interrupts import interruptible
+from klfast.models.block_chain import Carry, Chain, Passage
+from klfast.models.head import divergence, is_head_tied
+from klfast.models.matrices import named_matrices, sharers
+from klfast.quant.rounding import quantize
+from klfast.quant.spec import QuantSpec
+from klfast.quant.tensor import QuantizedTensor
+from klfast.rounding.head_rows import ridges, spreads
+from klfast.rounding.moments import Moments
+
+TIED, HEAD, NOWHERE = "tied head", "head", "nowhere"  # places beside the blocks
+
+
+class Passes:
+    """A chain, the text, and matrices by place.
+
+    Attributes:
+        chain: the model.
+        windows: the text by micro-batch, on the head's device.
+        matrices: by name.
+        names: those names by place, an index of a block or one of TIED, HEAD and NOWHERE.
+    """
+
+    def __init__(self, chain: Chain, names: Collection[str], windows: Sequence[torch.Tensor]) -> None:
+        self.chain = chain
+        self.windows = [ids.to(chain.head.device) for ids in windows]
+        named = named_matrices(chain.model)
+        self.matrices = {name: named[name] for name in names}
+        self.names: defaultdict[int | str, list[str]] = defaultdict(list)
+        for same in sharers(chain.model):
+            if same[0] in self.matrices:
+                self.names[self._place(same)].append(same[0])
+
+    def _place(self, names: Sequence[str]) -> int | str:
+        """Return the block of a matrix with these names, or where else it is."""
+        if self.matrices[names[0]].holder is self.chain.head.module:
+            return TIED if is_head_tied(self.chain.model) else HEAD
+        blocks = {self.chain.block_of(name) for name in names}
+        (block, *others) = blocks
+        return NOWHERE if others or block is None else block
+
+    def enter(self, windows: Sequence[torch.Tensor]) -> list[Passage]:
+        """Return what enters the first block, by micro-batch."""
+        with interruptible():
+            return [self.chain.enter(ids) for ids in windows]
+
+    def run(self, passages: Sequence[Passage]) -> list[torch.Tensor]:
+        """Return what enters the head, by micro-batch, of a whole pass."""
+        with interruptible():
+            return [self.chain.run(passage.entry, passage) for passage in passages]
+
+    def end(self, carries: Iterable[Carry], passages: Sequence[Passage]) -> list[torch.Tensor]:
+        """Return what enters the head, by micro-batch, of what leaves the last block."""
+        with interruptible():
+            return [self.chain.finish(*each) for each in zip(carries, passages, strict=True)]
+
+    def step(self, index: int, carry: Carry, passage: Passage) -> Carry:
+        """Run a micro-batch through a block."""
+        with interruptible():
+            return self.chain.step(index, carry, passage)
+
+    @contextmanager
+    def swapped(self, rounded: Mapping[str, QuantizedTensor]) -> Iterator[None]:
+        """Put rounded weights in their places, and afterwards the full ones back."""
+        before = []
+        try:
+            for name, qt in rounded.items():
+                tensor = self.matrices[name].tensor
+                before.append((tensor, tensor.data))
+                tensor.data = qt.dequantize(torch.float32).to(tensor.dtype).view_as(tensor)
+            yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
+
+    def head_moments(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> Moments:
+        """Return the moments of what enters the head."""
+        moments = Moments(student[0].shape[-1], self.chain.head.device)
+        for batch in zip(student, teacher, strict=True):
+            moments.add(*batch)
+        return moments
+
+    def spreads(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what an error of each of the head's rows counts for (``head_rows.spreads``), float32 [V]."""
+        with interruptible():
+            return spreads(self.chain.head.readout(), hidden)
+
+    def ridges(self, name: str, spec: QuantSpec, hidden: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+        """Return what the rows of a tied head have beside their use as output weights, float32 [V].
+
+        Args:
+            name: the head.
+            spec: to round it to for a measurement.
+            hidden: what enters it in the first micro-batch.
+            spread: from ``spreads``.
+        """
+        return ridges(spread, self.windows, self._embedding_cost(name, spec, hidden))
+
+    def _embedding_cost(self, name: str, spec: QuantSpec, hidden: torch.Tensor) -> float:
+        """Return the divergence in the first micro-batch by a squared error of 1 in each embedding, in nats a token.
+
+        The embedding alone is rounded to nearest for it.
+        """
+        ids, weight, readout = self.windows[0], self.matrices[name].weight, self.chain.head.readout()
+        with named(name):
+            nearest = quantize(weight, spec)
+        error = (nearest.rows(ids) - weight[ids]).square().sum(-1).mean().item()
+        with self.swapped({name: nearest}):
+            passages = self.enter([ids])
+        (moved,) = self.run(passages)
+        with interruptible():
+            kl = divergence(hidden, readout, moved, readout).kl_teacher_student.mean().item()
+        return max(kl, 0.0) / error if error else 0.0
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of a layer in front of the message of an InvalidInputError."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name}: {error}") from None
+
+
+def add_inputs(
+    moments: dict[str, Moments], student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]
+) -> None:
+    """Add a batch's inputs by name. Layers with one input (q, k and v) share their moments, which are added once."""
+    seen: dict[tuple[int, tuple[int, ...], torch.Size], Moments] = {}
+    for name, y in student.items():
+        key = (y.data_ptr(), y.stride(), y.shape)
+        if key in seen:
+            moments.setdefault(name, seen[key])
+        else:
+            seen[key] = moments.setdefault(name, Moments(y.shape[-1], y.device))
+            seen[key].add(y, teacher[name])

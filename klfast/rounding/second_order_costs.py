@@ -1,0 +1,193 @@
+"""What layers cost under second-order rounding, from a sweep that rounded to nearest.
+
+A small error E of a weight costs about a constant of the layer times tr(E H E^T), the squared error of its output
+(``klfast.rounding.objective``; of a head each row counts by its token, ``klfast.rounding.head_rows``). The sweep gives
+the constant: its cost of one spec over that error. So each layer is rounded by second order to each spec, on the inputs
+of the full-precision model, and the divergence follows from the error of its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from klfast.core.interrupts import interruptible
+from klfast.core.progress import Progress, reporter
+from klfast.models.batches import Batches
+from klfast.models.block_chain import Chain
+from klfast.models.fingerprint import require_match
+from klfast.quant.rounding import quantize
+from klfast.quant.spec import QuantSpec, storable_spec
+from klfast.quant.tensor import QuantizedTensor
+from klfast.rounding.moments import Moments
+from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named
+from klfast.rounding.second_order import on_uniform_grid, second_order
+from klfast.rounding.walk import MOST_TOKENS
+from klfast.rounding.watching import watched
+from klfast.sensitivity.inputs import micro_batches, parse_specs, vocabulary
+from klfast.sensitivity.measuring_mode import prepared
+from klfast.sensitivity.results import Measurement, Sensitivities
+
+SPECS = ("int4-channel-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int6-channel-sym", "int8-channel-sym")
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the head's rows that may be corrected
+_QUADRATIC = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "delta_ce")  # in a small error
+_DECIBELS = 10 / math.log(10)
+
+
+def second_order_costs(
+    model: nn.Module,
+    sensitivities: Sensitivities,
+    calibration: Batches,
+    specs: QuantSpec | str | Sequence[QuantSpec | str] = SPECS,
+    *,
+    corrected: Iterable[float] = SHARES,
+    progress: Progress = None,
+) -> Sensitivities:
+    """Return what each layer costs in each spec if it is rounded with ``rounding="gptq"``, for ``klfast.plan``.
+
+    Stacks of experts, layers that several blocks share and whatever the sweep did not measure keep what the sweep says.
+
+    Args:
+        model: the full-precision model of the sweep; left as it was.
+        sensitivities: of a sweep, with one spec or more for each layer.
+        calibration: token ids, as for ``klfast.quantize_model``.
+        specs: to estimate; the sweep need not have measured them.
+        corrected: shares of the head's rows that may be corrected, in each of the INT4 specs.
+        progress: as for ``klfast.sweep``.
+
+    Returns:
+        Sensitivities whose provenance has "rounding": "gptq". The standard errors are scaled like the means.
+
+    Raises:
+        ModelMismatchError: the sweep was another model's.
+        InvalidInputError: the text or specs are not valid, or the model is not a chain.
+    """
+    parsed = parse_specs(specs)
+    if sensitivities.fingerprint is not None:
+        require_match(sensitivities.fingerprint, model, "the sweep")
+    windows = micro_batches(calibration, vocabulary(model), MOST_TOKENS)
+    measured: dict[str, dict[QuantSpec, Measurement]] = {}
+    for (name, spec), one in sensitivities.measurements.items():
+        measured.setdefault(name, {})[spec] = one
+    with prepared(model, torch.float32), reporter(progress, "round", len(measured)) as advance:
+        costs = _Costs(Chain(model), measured, windows, parsed, tuple(corrected), advance)
+        found = costs.finish(str(sensitivities.provenance.get("scale", "absmax")))
+    return replace(
+        sensitivities,
+        measurements={(name, spec): one for name in measured for spec, one in found[name].items()},
+        provenance={**sensitivities.provenance, "rounding": "gptq"},
+        rows={},
+        activations={},
+    )
+
+
+class _Costs(Passes):
+    """One pass of the full-precision model, in which each layer is rounded to all specs."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        measured: Mapping[str, Mapping[QuantSpec, Measurement]],
+        windows: Sequence[torch.Tensor],
+        specs: Sequence[QuantSpec],
+        corrected: Sequence[float],
+        advance: Callable[..., None],
+    ) -> None:
+        super().__init__(chain, measured.keys(), windows)
+        self.measured, self.specs, self.corrected, self.advance = measured, specs, corrected, advance
+        self.found = {name: dict(of_layer) for name, of_layer in measured.items()}
+        self.scale = "absmax"
+
+    def finish(self, scale: str) -> dict[str, dict[QuantSpec, Measurement]]:
+        self.scale = scale
+        for _ in self.names[NOWHERE]:
+            self.advance(1)
+        passages = self.enter(self.windows)
+        carries = [passage.entry for passage in passages]
+        for index in range(len(self.chain.blocks)):
+            linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_stack}
+            moments: dict[str, Moments] = {}
+            for batch, passage in enumerate(passages):
+                with watched(linear, ()) as seen:
+                    carries[batch] = self.step(index, carries[batch], passage)
+                add_inputs(moments, seen.inputs, seen.inputs)
+            for name in self.names[index]:
+                if name in moments:
+                    self._estimate(name, moments[name])
+                self.advance(1, name)
+        self._estimate_head(self.end(carries, passages))
+        return self.found
+
+    def _estimate_head(self, hidden: Sequence[torch.Tensor]) -> None:
+        for place in (TIED, HEAD):
+            for name in self.names[place]:
+                spread = self.spreads(hidden)
+                ridge = None
+                if place == TIED:
+                    ridge = self.ridges(name, min(spec.base for spec in self.measured[name]), hidden[0], spread)
+                self._estimate(name, self.head_moments(hidden, hidden), ridge, spread)
+                self.advance(1, name)
+
+    def _estimate(
+        self, name: str, moments: Moments, ridge: torch.Tensor | None = None, cost: torch.Tensor | None = None
+    ) -> None:
+        """Add the costs of a layer in all specs, from that of the coarsest which the sweep measured."""
+        weight, hessian = self.matrices[name].weight.detach(), moments.hessian / moments.tokens
+        if moments.tokens < len(hessian) or not hessian.any():
+            return  # it will be rounded to nearest
+
+        def errors(qt: QuantizedTensor) -> torch.Tensor:
+            rest = qt.dequantize(torch.float32) - weight
+            found = (rest * (rest @ hessian)).sum(-1)
+            if ridge is not None:
+                found = found + ridge * rest.square().sum(-1)
+            return found if cost is None else found * cost
+
+        with named(name), interruptible():
+            usual = min(spec for spec in self.measured[name])
+            unit = errors(quantize(weight, usual, scale=self.scale)).sum().item()
+            if not unit > 0:
+                return
+            self.found[name] = {}
+            for spec in self.specs:
+                if not on_uniform_grid(spec):
+                    continue
+                stored = storable_spec(spec, weight.shape[1])
+                for each, error in self._rounded(weight, stored, hessian, ridge, cost, errors):
+                    self.found[name][each] = _scaled(self.measured[name][usual], error / unit)
+
+    def _rounded(
+        self,
+        weight: torch.Tensor,
+        spec: QuantSpec,
+        hessian: torch.Tensor,
+        ridge: torch.Tensor | None,
+        cost: torch.Tensor | None,
+        errors: Callable[[QuantizedTensor], torch.Tensor],
+    ) -> Iterator[tuple[QuantSpec, float]]:
+        """Yield a spec and the error of the output in it; of a head also with some of its rows corrected."""
+        counts = sorted({int(share * len(weight)) for share in self.corrected} - {0}) if cost is not None else []
+        if not counts or spec.bits != 4:
+            yield spec, errors(second_order(weight, spec, hessian, ridge=ridge)).sum().item()
+            return
+        whole = second_order(weight, replace(spec, corrected=counts[-1]), hessian, ridge=ridge, cost=cost)
+        base, rows, _ = whole.halves
+        before, after = errors(base), errors(whole)
+        yield spec, before.sum().item()
+        rows = rows.long()
+        gains = (before - after)[rows][before[rows].argsort(descending=True)].cumsum(0)
+        for count in counts:
+            yield replace(spec, corrected=count), (before.sum() - gains[count - 1]).item()
+
+
+def _scaled(measured: Measurement, ratio: float) -> Measurement:
+    """Return what a layer costs whose output has ``ratio`` times the squared error."""
+    mean = {metric: value * ratio for metric, value in measured.mean.items() if metric in _QUADRATIC}
+    if "sqnr_db" in measured.mean:
+        mean["sqnr_db"] = measured.mean["sqnr_db"] - _DECIBELS * math.log(max(ratio, 1e-30))
+    stderr = {metric: value * (ratio if metric in _QUADRATIC else 1.0) for metric, value in measured.stderr.items()}
+    return replace(measured, mean=mean, stderr={metric: stderr[metric] for metric in mean if metric in stderr})

@@ -1,0 +1,114 @@
+"""Rounding that was stopped goes on where it was, to the same bits."""
+
+import gc
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import batch, tiny
+
+import klfast
+from klfast.core.errors import InvalidInputError
+from klfast.models.matrices import matrices
+from klfast.rounding import carries, walk
+from klfast.rounding.rounded import forget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SPEC = klfast.QuantSpec(4, 32)
+
+
+def rounded(model, ids, **options):
+    specs = dict.fromkeys(matrices(model), SPEC)
+    return walk.round_model(model, specs, ids, progress=False, **options)
+
+
+def same(a, b):
+    assert a.notes == b.notes and a.nearest == b.nearest and a.tensors.keys() == b.tensors.keys()
+    for name, qt in a.tensors.items():
+        assert qt.spec == b.tensors[name].spec
+        assert all(torch.equal(x, y) for x, y in zip(qt.parts, b.tensors[name].parts, strict=True)), name
+
+
+def stopped(monkeypatch, model, ids, folder, after):
+    """Stop a rounding at its matrix number ``after``; return a list that counts those rounded from then on."""
+    calls, whole = [], walk.second_order
+
+    def stopping(*args, **options):
+        calls.append(None)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(walk, "second_order", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        rounded(model, ids, resume=folder)
+    calls.clear()
+    calls.extend([None] * after)
+    return calls
+
+
+@pytest.mark.parametrize(("family", "tied"), [("mamba2", True), ("llama", False), ("granite_hybrid_moe", True)])
+def test_goes_on_to_the_same_bits(family, tied, tmp_path, monkeypatch):
+    model, ids = tiny(family, tied), batch(48, 16)
+    truth = rounded(model, ids)
+    calls = stopped(monkeypatch, model, ids, tmp_path / "kept", after=4 if family == "mamba2" else 9)
+    begun = len(calls)
+    same(rounded(model, ids, resume=tmp_path / "kept"), truth)
+    again = len(calls) - begun
+    calls.clear()
+    calls.extend([None] * 10**6)
+    same(rounded(model, ids, resume=tmp_path / "kept"), truth)
+    assert again > 0 and len(calls) == 10**6, "all is kept now"
+    forget(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_damaged_file_is_rounded_again(tmp_path):
+    model, ids = tiny("llama"), batch(24, 16)
+    truth = rounded(model, ids, resume=tmp_path / "kept")
+    for name, change in (("0.safetensors", lambda data: data[:-3] + b"abc"), ("1.safetensors", lambda data: data[:99])):
+        path = tmp_path / "kept" / name
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged .* its matrices are rounded again"):
+        same(rounded(model, ids, resume=tmp_path / "kept"), truth)
+
+
+def test_other_runs_and_folders_are_refused(tmp_path):
+    model, ids = tiny("llama"), batch(24, 16)
+    rounded(model, ids, resume=tmp_path / "kept")
+    for what, options in (
+        ("calibration", dict(model=model, ids=batch(24, 16, seed=9))),
+        ("scale", dict(model=model, ids=ids, scale="mse")),
+        ("model", dict(model=tiny("llama", seed=8), ids=ids)),
+    ):
+        with pytest.raises(InvalidInputError, match=f"of a rounding with other {what}"):
+            rounded(**options, resume=tmp_path / "kept")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(InvalidInputError, match="no rounding left there"):
+        rounded(model, ids, resume=tmp_path / "mine")
+    forget(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    with pytest.raises(InvalidInputError, match="only rounding"):
+        klfast.quantize_model(model, klfast.Plan({}, "uniform"), resume=tmp_path / "kept")
+
+
+def test_hidden_states_on_disk_make_no_difference(monkeypatch):
+    model, ids = tiny("zamba2", tied=True), batch(24, 16)
+    monkeypatch.setattr(walk, "MOST_TOKENS", 6 * 16)
+    truth = rounded(model, ids)
+    folders, make = [], tempfile.TemporaryDirectory
+
+    def noted(**options):
+        folders.append(make(**options))
+        return folders[-1]
+
+    monkeypatch.setattr(carries, "available_memory", lambda: 0)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", noted)
+    same(rounded(model, ids), truth)
+    assert len(folders) == 2
+    names = [folder.name for folder in folders]
+    folders.clear()
+    gc.collect()
+    assert not any(Path(name).exists() for name in names)

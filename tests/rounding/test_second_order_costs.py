@@ -1,0 +1,98 @@
+"""What layers cost under second-order rounding, estimated from a sweep, against measured divergences."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import batch, tiny
+
+import klfast
+from klfast.core.errors import InvalidInputError, ModelMismatchError
+from klfast.models.matrices import matrices, matrix
+from klfast.rounding.second_order import second_order
+from klfast.rounding.second_order_costs import second_order_costs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SPECS = ("int4-channel-sym", "int4-g16-sym", "int6-g16-sym")
+
+
+def costs(model, ids, specs=SPECS, swept=("int4-g32-sym",), **options):
+    before = klfast.sweep(model, ids, swept, ("kl_teacher_student", "sqnr_db"), progress=False)
+    return before, second_order_costs(model, before, ids, specs, progress=False, **options)
+
+
+@torch.no_grad()
+def kl(model, ids, name, values):
+    student = copy.deepcopy(model)
+    matrix(student, name).weight.copy_(values)
+    log_p, log_q = (each(ids).logits[:, :-1].double().log_softmax(-1) for each in (model, student))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("family", ["mamba2", "llama"])
+def test_predicts_the_divergence_of_layers_rounded_by_second_order(family):
+    model, ids = tiny(family, tied=False), batch(48, 16)
+    _, found = costs(model, ids)
+    assert found.provenance["rounding"] == "gptq"
+    assert {spec for _, spec in found.measurements} >= {klfast.QuantSpec.parse(text) for text in SPECS}
+    name = next(name for name in matrices(model) if name.endswith(("out_proj", "o_proj")))
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    hessian, weight = seen[0].T @ seen[0] / len(seen[0]), model.get_submodule(name).weight.detach()
+    for text in SPECS:
+        spec = klfast.QuantSpec.parse(text)
+        truth = kl(model, ids, name, second_order(weight, spec, hessian).dequantize(torch.float32))
+        assert found.measurements[name, spec].mean["kl_teacher_student"] == pytest.approx(truth, rel=0.5)
+
+
+def test_corrected_heads_cost_less_the_more_rows_they_have():
+    model, ids = tiny("mamba2", tied=True), batch(48, 16)
+    before, found = costs(model, ids, ("int4-g16-sym",), corrected=(0.1, 0.3, 1.0))
+    kls = [
+        found.measurements["lm_head", klfast.QuantSpec(4, 16, corrected=rows)].mean["kl_teacher_student"]
+        for rows in (0, 6, 18, 61)
+    ]
+    assert kls == sorted(kls, reverse=True) and kls[-1] < 0.03 * kls[0]
+    plan = klfast.plan(found, klfast.plan(found, method="uniform", spec="int4-g16-sym").predicted["bytes"] + 300)
+    assert plan.specs["lm_head"].corrected
+    assert any("second-order" in note for note in plan.notes)
+    assert before.provenance.get("rounding") is None
+    klfast.quantize_model(model, plan, rounding="gptq", calibration=ids, progress=False)
+    assert model.lm_head.spec == plan.specs["lm_head"]
+
+
+def test_metrics_follow_the_error():
+    model, ids = tiny("llama", tied=False), batch(48, 16)
+    before, found = costs(model, ids, ("int8-g32-sym",))
+    old, new = (
+        before.measurements["lm_head", klfast.QuantSpec(4, 32)],
+        found.measurements["lm_head", klfast.QuantSpec(8, 32)],
+    )
+    ratio = new.mean["kl_teacher_student"] / old.mean["kl_teacher_student"]
+    assert new.mean["sqnr_db"] - old.mean["sqnr_db"] == pytest.approx(-10 * math.log10(ratio))
+    assert new.stderr["kl_teacher_student"] == pytest.approx(ratio * old.stderr["kl_teacher_student"])
+    assert klfast.Sensitivities.from_json(found.to_json()).measurements == found.measurements
+
+
+def test_what_is_not_rounded_by_second_order_keeps_its_cost():
+    model, ids = tiny("granite_hybrid_moe"), batch(48, 16)
+    before, found = costs(model, ids, ("int4-g16-sym",))
+    stacks = [name for name, one in matrices(model).items() if one.is_stack]
+    assert stacks
+    for (name, spec), measured in before.measurements.items():
+        assert (found.measurements.get((name, spec)) == measured) == (name in stacks)
+    few = second_order_costs(model, before, batch(1, 16), ("int4-g16-sym",), progress=False)
+    assert few.measurements == before.measurements
+
+
+def test_bad_input():
+    model, ids = tiny("llama"), batch(4, 16)
+    swept = klfast.sweep(model, ids, "int4-g32-sym", progress=False)
+    with pytest.raises(ModelMismatchError):
+        second_order_costs(tiny("llama", seed=5), swept, ids)
+    with pytest.raises(InvalidInputError, match="not a quantization spec"):
+        second_order_costs(model, swept, ids, "int5")
