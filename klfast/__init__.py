@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.integrations.hub_kernels import unregister_kernels as unregister_kernels
     from klfast.integrations.quantizer import register_quantizer as register_quantizer
     from klfast.integrations.quantizer import unregister_quantizer as unregister_quantizer
+    from klfast.measured_kl import measured_kl as measured_kl
     from klfast.nn import QuantLinear as QuantLinear
     from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
     from klfast.ops import causal_conv1d_update as causal_conv1d_update
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.quant.rounding import quantize as quantize
     from klfast.quant.spec import QuantSpec as QuantSpec
     from klfast.quant.tensor import QuantizedTensor as QuantizedTensor
+    from klfast.rounding.second_order_costs import second_order_costs as second_order_costs
     from klfast.sensitivity.results import Sensitivities as Sensitivities
     from klfast.sensitivity.sweeping import sweep as sweep
     from klfast.text import token_batches as token_batches
@@ -90,6 +92,7 @@ _PUBLIC = {
     "load_tokenizer": "checkpoint.by_name",
     "save_quantized": "checkpoint.save",
     "export_gguf": "export.gguf.write",
+    "measured_kl": "measured_kl",
     "dequant_matmul": "ops",
     "linear_divergence": "ops",
     "logit_divergence": "ops",
@@ -114,6 +117,7 @@ _PUBLIC = {
     "token_batches": "text",
     "using": "dispatch.pins",
     "sweep": "sensitivity.sweeping",
+    "second_order_costs": "rounding.second_order_costs",
     "doctor": "diagnostics.doctor",
     "explain": "diagnostics.explain",
     "Sensitivities": "sensitivity.results",

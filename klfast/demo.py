@@ -157,6 +157,8 @@ def run(
             klfast.save_quantized(network, saved, tokenizer)
             network = klfast.load_quantized(saved)
         rows.append(_measure(variant, network, teacher, evaluation, swept))
+        if plan is not None:
+            say(f"{variant}: KL {plan.predicted['kl']:.5f} predicted by the layers' sum, {rows[-1].kl:.5f} measured.")
     say(f"The KL-planned model is in {saved}; its row was measured on the model as loaded back from there.")
     return DemoResult(
         name,

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from klfast.cli import options
 from klfast.cli.console import command, emit, say
+from klfast.core.loading_options import LoadingOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from klfast.planning.plan_file import Plan
+    from klfast.sensitivity.results import Sensitivities
 
 
+@options.loads_models
 def plan(
     sensitivities: Annotated[
         list[Path],
@@ -52,9 +61,35 @@ def plan(
             "needs klfast sweep --activations.",
         ),
     ] = "exact",
+    servable: Annotated[
+        bool,
+        typer.Option(
+            "--servable",
+            help="A plan whose folder vLLM and transformers without klfast load: layers that they fuse have one "
+            "precision, the head and Mamba's out_proj and dt_proj full precision.",
+        ),
+    ] = False,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="Measure whole plans on this model: the plan, uniform ones of as many bytes and the best swaps; the "
+            "best is the plan. By GPTQ if the sweep was for it.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(help='For --refine: a text file, a token file (.npy, .json), or "calibration", the bundled text.'),
+    ] = "calibration",
+    windows: options.Windows = 32,
+    length: options.Length = 512,
+    tries: Annotated[int, typer.Option(min=0, help="For --refine: most swaps to measure.")] = 12,
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
     force: options.Force = False,
     as_json: options.Json = False,
+    *,
+    loading: LoadingOptions,
 ) -> None:
     """Choose a precision for each layer under one budget: --max-bytes, --mean-bits or --max-kl."""
     options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
@@ -65,6 +100,7 @@ def plan(
     from klfast.sensitivity import merge
 
     found = merge.read(sensitivities)
+    measure = None if refine is None else _measure(found, refine, calibration, windows, length, **loading)
     made = klfast.plan(
         found,
         max_bytes,
@@ -76,6 +112,9 @@ def plan(
         exclude=exclude,
         keep=kept,
         activation=activation,
+        refine=measure,
+        tries=tries,
+        servable=servable,
     )
     made.to_json(out)
     by_spec = Counter(str(made.specs.get(name, FULL)) for name in found.layers)
@@ -89,3 +128,17 @@ def plan(
     }
     emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
     say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)
+
+
+def _measure(
+    found: Sensitivities, model: str, calibration: str, windows: int, length: int, **loading: Unpack[LoadingOptions]
+) -> Callable[[Plan], float]:
+    """Return what measures the KL of a whole plan on a model, rounded as the sweep's costs are meant."""
+    import klfast
+    from klfast.checkpoint.by_name import load_model
+    from klfast.cli.runtime import open_batches
+
+    network = load_model(model, "float32", gguf="dense", **loading)
+    text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
+    gptq = found.provenance.get("rounding") == "gptq"
+    return klfast.measured_kl(network, text, rounding="gptq" if gptq else "nearest", calibration=text if gptq else None)

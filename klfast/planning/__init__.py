@@ -15,6 +15,8 @@ from klfast.planning.numbers_given import require_number
 from klfast.planning.optimal import plan_optimal
 from klfast.planning.plan_file import Plan
 from klfast.planning.problem import Problem
+from klfast.planning.refine import refine as refined
+from klfast.planning.servable import unread
 from klfast.planning.uniform import plan_uniform
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import Sensitivities
@@ -40,6 +42,9 @@ def plan(
     exclude: Patterns | None = None,
     keep: Keep | None = None,
     activation: str = "exact",
+    refine: Callable[[Plan], float] | None = None,
+    tries: int = 12,
+    servable: bool = False,
 ) -> Plan:
     """Choose a precision for each layer: full precision, or a spec that the sweep measured on it.
 
@@ -78,11 +83,19 @@ def plan(
             tenth of the KL that rounding its weight does. It needs a sweep with ``activations=True``; the plan records
             the choice for each layer, ``quantize_model`` follows it, and both costs count as the layer's. "exact": the
             plan leaves it to ``quantize_model``.
+        refine: for a budget of bytes: plan -> measured KL of the whole model so quantized (``klfast.measured_kl``). The
+            plan, uniform ones within the budget, and the best swaps are measured; the best of them is returned, so it
+            is never worse, on that text, than a uniform one at the same bytes.
+        tries: most swaps that ``refine`` measures.
+        servable: vLLM and transformers without klfast load the plan's folder: layers that they fuse (q, k and v; gate
+            and up) have one precision, with 4 or 8 bits; the head, and what Mamba's forwards multiply by themselves,
+            keep full precision, unless ``keep`` says otherwise.
 
     Returns:
         The plan. Its ``predicted`` holds "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, if the sweep
         measured delta_ce, "perplexity" on its calibration text, estimated as if the layers' contributions to the
-        cross-entropy were additive: exp(the teacher's cross-entropy + the sum of delta_ce). If files cannot hold a
+        cross-entropy were additive: exp(the teacher's cross-entropy + the sum of delta_ce); and "kl_measured", if
+        ``refine`` measured it. If files cannot hold a
         measured group size (``storable_spec``), the plan has the storable one and a note. Ties go to fewer bytes.
 
     Raises:
@@ -110,7 +123,12 @@ def plan(
         raise InvalidInputError(
             f'activation must be "exact" or "auto", got {activation!r}; quantize_model takes "int8" for all layers'
         )
-    problem = Problem(sensitivities, metric, settled(sensitivities.layers, layers, exclude, keep), activation)
+    if refine is not None and (not callable(refine) or evaluate is not None or method == "uniform"):
+        raise InvalidInputError("refine must be a function from a plan to a KL, for an optimal or greedy plan by costs")
+    fixed = settled(sensitivities.layers, layers, exclude, keep)
+    if servable:
+        fixed = {**dict.fromkeys(unread(sensitivities.layers)), **fixed}
+    problem = Problem(sensitivities, metric, fixed, activation, servable)
     budget = Budget.of(problem, max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
     if method == "uniform":
         return plan_uniform(problem, budget, spec)
@@ -120,6 +138,5 @@ def plan(
         raise InvalidInputError(
             "give a budget: max_bytes (of the model), mean_bits (per weight) or max_kl (nats per token)"
         )
-    if method == "greedy":
-        return plan_greedy(problem, budget)
-    return plan_optimal(problem, budget, time_limit)
+    made = plan_greedy(problem, budget) if method == "greedy" else plan_optimal(problem, budget, time_limit)
+    return made if refine is None else refined(problem, budget, made, refine, tries)

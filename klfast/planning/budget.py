@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
@@ -10,6 +11,11 @@ from klfast.planning.numbers_given import require_number
 from klfast.planning.problem import KL_METRICS, Choice, Problem
 
 _ANY_BITS = 1e6  # more bits per weight than any model has
+
+
+def summed_cost(picks: Mapping[str, Choice]) -> float:
+    """Return the cost of some choices together."""
+    return math.fsum(choice.cost for choice in picks.values())
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,13 @@ class Budget:
         """Return the bytes counted against the budget; under max_kl, the bytes being minimised."""
         return choice.weight_bytes if self.name == "mean_bits" else choice.nbytes
 
+    def sizes(self, picks: Mapping[str, Choice]) -> int:
+        """Return the bytes of some choices that count against the budget."""
+        return sum(map(self.size, picks.values()))
+
     def used(self, picks: dict[str, Choice]) -> float:
         """Return the sum of sizes or of costs that counts against the budget."""
-        return sum(map(self.size, picks.values())) if self.of_bytes else math.fsum(c.cost for c in picks.values())
+        return self.sizes(picks) if self.of_bytes else summed_cost(picks)
 
     def met(self, picks: dict[str, Choice]) -> bool:
         """Return True if the choices are within the budget."""

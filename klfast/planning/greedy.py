@@ -12,20 +12,20 @@ import math
 from collections.abc import Callable
 
 from klfast.core.errors import InvalidInputError
-from klfast.planning.budget import Budget
+from klfast.planning.budget import Budget, summed_cost
 from klfast.planning.numbers_given import require_number
 from klfast.planning.plan_file import Plan
-from klfast.planning.problem import Choice, Problem
+from klfast.planning.problem import Picks, Problem
 
 
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:
     """Return a plan without evaluation: candidates in order until the bytes meet the budget, or while the KL does."""
     picks = _start(problem)
-    for name, choice in _candidates(problem):
+    for candidate in _candidates(problem):
         if budget.of_bytes and budget.met(picks):
             break
-        trial = {**picks, name: choice}
-        if choice.nbytes < picks[name].nbytes and (budget.of_bytes or budget.met(trial)):
+        trial = {**picks, **candidate}
+        if _is_smaller(candidate, picks) and (budget.of_bytes or budget.met(trial)):
             picks = trial
     budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits")
     return problem.plan(picks, "greedy")
@@ -51,12 +51,12 @@ def plan_greedy_evaluated(
                 f"the layers in keep raise the perplexity to {perplexity:.4f}, above gamma times that of full precision"
             )
     accepted = tried = 0
-    for name, choice in _candidates(problem):
+    for candidate in _candidates(problem):
         if budget is not None and budget.met(picks):
             break
-        if choice.nbytes >= picks[name].nbytes:
+        if not _is_smaller(candidate, picks):
             continue
-        trial = {**picks, name: choice}
+        trial = {**picks, **candidate}
         result = _perplexity(evaluate, problem.plan(trial, "greedy"))
         tried += 1
         if result <= gamma * baseline:  # rejects NaN, too
@@ -70,7 +70,7 @@ def plan_greedy_evaluated(
     return problem.plan(picks, "greedy", notes)
 
 
-def _start(problem: Problem) -> dict[str, Choice]:
+def _start(problem: Problem) -> Picks:
     """Return full precision for every layer whose precision the user has not fixed."""
     return {name: choices[0] for name, choices in problem.layers.items()}
 
@@ -83,7 +83,15 @@ def _perplexity(evaluate: Callable[[Plan], float], plan: Plan) -> float:
         raise InvalidInputError(f"evaluate must return a perplexity, got {type(found).__name__}") from None
 
 
-def _candidates(problem: Problem) -> list[tuple[str, Choice]]:
-    """Return (layer, choice) by rising cost; on ties, more bytes first, then in module order."""
-    pairs = [(name, choice) for name, choices in problem.layers.items() for choice in choices[1:]]
-    return sorted(pairs, key=lambda pair: (pair[1].cost, -pair[1].nbytes))
+def _candidates(problem: Problem) -> list[Picks]:
+    """Return the units' choices by rising cost; on ties, more bytes first, then in module order."""
+    found = [picks for unit in problem.units for picks in unit[1:]]
+    return sorted(found, key=lambda picks: (summed_cost(picks), -_bytes(picks)))
+
+
+def _is_smaller(candidate: Picks, picks: Picks) -> bool:
+    return _bytes(candidate) < _bytes({name: picks[name] for name in candidate})
+
+
+def _bytes(picks: Picks) -> int:
+    return sum(choice.nbytes for choice in picks.values())

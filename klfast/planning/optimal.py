@@ -20,13 +20,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 
-from klfast.planning.budget import Budget
+from klfast.planning.budget import Budget, summed_cost
 from klfast.planning.milp import solve_milp
 from klfast.planning.plan_file import Plan
-from klfast.planning.problem import Problem
+from klfast.planning.problem import Picks, Problem
 
 Option = tuple[float, float]  # value, weight
 
@@ -43,22 +44,27 @@ class Solution:
 
 def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
     """Return the plan of least summed cost within a byte budget, or of fewest bytes within a KL budget."""
-    smallest = {
-        name: min(choices, key=lambda c: budget.size(c) if budget.of_bytes else c.cost)
-        for name, choices in problem.layers.items()
-    }
-    budget.require(problem, smallest, "raise the budget, or sweep specs with fewer bits")
-    options = [
-        [(c.cost, budget.size(c)) if budget.of_bytes else (budget.size(c), c.cost) for c in choices]
-        for choices in problem.layers.values()
+    both = [
+        [(summed_cost(picks), budget.sizes(picks))[:: 1 if budget.of_bytes else -1] for picks in unit]
+        for unit in problem.units
     ]
-    solution = solve(options, budget.limit, time_limit)
-    picks = {name: choices[i] for (name, choices), i in zip(problem.layers.items(), solution.picks, strict=True)}
+    least = [unit.index(min(unit, key=itemgetter(1))) for unit in both]
+    budget.require(problem, _merged(problem, least), "raise the budget, or sweep specs with fewer bits")
+    solution = solve(both, budget.limit, time_limit)
+    picks = _merged(problem, solution.picks)
     notes = []
     if solution.gap:
         unit = problem.metric if budget.of_bytes else "bytes"
         notes.append(f"stopped after {time_limit:g} s: at most {solution.gap:.3g} {unit} above the optimum")
     return problem.plan(picks, "optimal", notes)
+
+
+def _merged(problem: Problem, chosen: Sequence[int]) -> Picks:
+    """Return the choices of all layers, in the layers' order, given the index of each unit's."""
+    found: Picks = {}
+    for unit, index in zip(problem.units, chosen, strict=True):
+        found |= unit[index]
+    return {name: found[name] for name in problem.layers}
 
 
 def solve(options: Sequence[Sequence[Option]], limit: float, time_limit: float = 60.0) -> Solution:

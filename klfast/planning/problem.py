@@ -7,11 +7,13 @@ import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.activation import with_int8
 from klfast.planning.numbers_given import shortened
 from klfast.planning.plan_file import Plan
+from klfast.planning.servable import fused, is_served
 from klfast.quant.spec import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
 from klfast.sensitivity.coverage import require_measurements, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
@@ -50,11 +52,16 @@ class Choice:
         return self.nbytes if self.spec is None else self.nbytes - SHAPE_BYTES
 
 
+Picks = dict[str, Choice]  # a choice for each of some layers
+
+
 class Problem:
     """Sensitivities as choices.
 
     Attributes:
         full: name -> full precision.
+        units: what is decided at once: the possible choices of one layer, or of layers with one precision, by name.
+        servable: the plan is one that other engines load.
         layers: name -> choices. Full precision first, then by falling bytes; a single choice where the user fixed one.
         settled: name -> the spec (None: full precision) that the user fixed; the other layers are free.
         n_weights: the number of weights in all linear layers.
@@ -70,9 +77,11 @@ class Problem:
         metric: str | None,
         settled: Mapping[str, QuantSpec | None] | None = None,
         activation: str = "exact",
+        servable: bool = False,
     ) -> None:
         self.sensitivities = sensitivities
         self.settled = dict(settled or {})
+        self.servable = servable
         self.activation = activation
         self.notes: list[str] = []
         _check(sensitivities)
@@ -109,6 +118,8 @@ class Problem:
                 f"{self.metric} is not finite in any measurement ({_some(broken)}); pass another metric or sweep again"
             )
         self.layers = {name: self._choices(name, choices) for name, choices in found.items()}
+        groups = fused(list(self.layers)) if servable else [[name] for name in self.layers]
+        self.units = [self._unit(names) for names in groups]
         self._note_layers()
         self._note_measurements(negative, noise, broken)
 
@@ -117,7 +128,23 @@ class Problem:
         """Layers whose precision the planner may choose."""
         return [name for name in self.full if name not in self.settled]
 
+    def _unit(self, names: Sequence[str]) -> list[Picks]:
+        """Return the choices that layers have in common; those of the first say in which order."""
+        found = []
+        for first in self.layers[names[0]]:
+            each = [next((one for one in self.layers[name] if one.spec == first.spec), None) for name in names]
+            picks = {name: choice for name, choice in zip(names, each, strict=True) if choice is not None}
+            if len(picks) == len(names):
+                found.append(picks)
+        if not found:
+            raise InvalidInputError(
+                f"{', '.join(names)} have no precision in common, which a servable plan needs; keep the same for all"
+            )
+        return found
+
     def _may_be(self, name: str, measured: QuantSpec) -> bool:
+        if self.servable and not is_served(measured):
+            return False
         if name not in self.settled:
             return True
         wanted, k = self.settled[name], self.sensitivities.layers[name].shape[1]
@@ -166,6 +193,8 @@ class Problem:
         """Note which layers the user fixed, and which the planner cannot quantize."""
         if note := unfinished_note(self.sensitivities):
             self.notes.append(note)
+        if self.sensitivities.provenance.get("rounding") == "gptq":
+            self.notes.append('costs are those of second-order rounding: quantize with rounding="gptq"')
         by_spec: dict[QuantSpec | None, list[str]] = {}
         for name, spec in self.settled.items():
             by_spec.setdefault(spec, []).append(name)
@@ -196,14 +225,21 @@ class Problem:
         """Bytes of everything that is never quantized."""
         return int(self.sensitivities.other_bytes)
 
-    def plan(self, picks: dict[str, Choice], method: str, notes: Sequence[str] = ()) -> Plan:
-        """Return the Plan of these choices with its predicted cost."""
+    def plan(
+        self,
+        picks: dict[str, Choice],
+        method: str,
+        notes: Sequence[str] = (),
+        measured: Mapping[str, float] = MappingProxyType({}),
+    ) -> Plan:
+        """Return the Plan of these choices with its predicted cost, and what was measured of it."""
         specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
         modes = {name: picks[name].activation for name in specs} if self.activation == "auto" else {}
         notes = (*self.notes, *self._note_groups(picks), *_note_modes(modes), *notes)
         scale = self.sensitivities.provenance.get("scale")
         known_scale = next((known for known in SCALES if scale == known), None)
-        return Plan(specs, method, self.sensitivities.fingerprint, self._predicted(picks), notes, known_scale, modes)
+        predicted = {**self._predicted(picks), **measured}
+        return Plan(specs, method, self.sensitivities.fingerprint, predicted, notes, known_scale, modes)
 
     def _predicted(self, picks: dict[str, Choice]) -> dict[str, float]:
         predicted: dict[str, float] = {

@@ -28,18 +28,23 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
         return _plan(problem, picks)
     if budget is None:
         raise InvalidInputError("a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits or max_kl")
-    specs = sorted({measured for _, measured in problem.sensitivities.measurements})
-    trials = [{name: _choice(problem, name, s) for name in problem.layers} for s in specs]
-    if not problem.free:
-        trials = [{name: choices[0] for name, choices in problem.layers.items()}]
-    trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
-    trials = [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
+    trials = uniform_picks(problem)
     if not trials:
         raise InvalidInputError("no spec was measured on every layer; pass spec=, or finish the sweep")
     least = min(trials, key=budget.used)
     budget.require(problem, least, "raise the budget, or use method='optimal'")
     fitting = [picks for picks in trials if budget.met(picks)]
     return _plan(problem, min(fitting, key=lambda picks: _order(picks, budget)))
+
+
+def uniform_picks(problem: Problem) -> list[dict[str, Choice]]:
+    """Return the uniform plans whose cost is known, one for each spec that was measured on every layer."""
+    specs = sorted({measured for _, measured in problem.sensitivities.measurements})
+    trials = [{name: _choice(problem, name, s) for name in problem.layers} for s in specs]
+    if not problem.free:
+        trials = [{name: choices[0] for name, choices in problem.layers.items()}]
+    trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
+    return [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
 
 
 def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:

@@ -12,7 +12,10 @@ from klfast.reporting.table import Cell, Table
 from klfast.sensitivity.results import Sensitivities
 
 FULL, INT8 = "full precision", "int8 activations"
-_PREDICTED = {"perplexity": "perplexity on the calibration text, if the layers' contributions are additive"}
+_PREDICTED = {
+    "perplexity": "perplexity on the calibration text, if the layers' contributions are additive",
+    "kl_measured": "kl of the whole plan, measured",
+}
 
 
 def plan_tables(plan: Plan, sensitivities: Sensitivities | None = None) -> list[Table]:

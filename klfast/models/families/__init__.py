@@ -61,6 +61,7 @@ FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
 )
 GENERIC = generic.FAMILY
+FUSED = tuple(dict.fromkeys(group for family in (*FAMILIES, GENERIC) for group in family.fused))
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
 _MIXERS = {name: mixer for family in FAMILIES for name, mixer in family.mixers.items()}
 _NORMS = {name: norm for family in FAMILIES for name, norm in family.norms.items()}

@@ -20,6 +20,9 @@ from klfast.nn.norm import Norm
 Rows = Mapping[str, tuple[int, int]]  # the uses of a matrix's rows: {use: (first, end)}
 
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 @dataclass(frozen=True)
 class Mixer:
     """A class of transformers' recurrent layers.
@@ -79,6 +82,7 @@ class Family:
         widens_logits: the model's forward casts its logits to float32; then its accelerated head does so.
         lower: appends the instructions of a model to a program, and returns the columns of its logits, float32; it
             raises CannotLowerError for what no instruction computes. None if the engine does not run the family.
+        fused: names of layers of one module that other engines make one matrix of, which has one precision.
         own_code: the model is klfast's own and calls klfast's ops itself; only its linear layers remain to accelerate.
     """
 
@@ -93,6 +97,7 @@ class Family:
     mixes_rows: bool = False
     widens_logits: bool = False
     lower: Callable[[Builder, Any], Columns] | None = None
+    fused: tuple[tuple[str, ...], ...] = FUSED
     own_code: bool = False
 
 

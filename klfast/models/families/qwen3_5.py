@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import common, experts, lowering
-from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
+from klfast.models.families.base import FUSED, Blocks, Family, Mixer, Rows, plain, split
 from klfast.models.families.lowering import Sublayer
 
 
@@ -52,6 +52,8 @@ def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
         lowering.mlp(build, block.mlp, x, out, "Qwen3_5MLP")
 
 
+_FUSED = (*FUSED, ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))  # as vLLM has them
+
 FAMILY = Family(
     model_type="qwen3_5_text",
     mixers={"Qwen3_5GatedDeltaNet": Mixer(common.DELTA_FUNCTIONS)},
@@ -60,6 +62,7 @@ FAMILY = Family(
     blocks=Blocks("layers"),
     logits=plain,
     lower=_lower,
+    fused=_FUSED,
 )
 MOE = Family(
     model_type="qwen3_5_moe_text",
@@ -69,4 +72,5 @@ MOE = Family(
     blocks=Blocks("layers"),
     logits=plain,
     lower=_lower,
+    fused=_FUSED,
 )

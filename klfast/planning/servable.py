@@ -1,0 +1,39 @@
+"""Plans whose folders other engines load: vLLM and transformers without klfast.
+
+They fuse some layers into one matrix, which has one precision (q, k and v; gate and up; in Qwen3.5 in_proj_qkv and z, b
+and a). They have kernels for integers of 4 and 8 bits. They read no quantized head, which may be tied to the embedding,
+and nothing packed where a forward takes the weight itself: Mamba's dt_proj, and the out_proj beside it, which fused
+kernels multiply by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from klfast.models.families import FUSED
+from klfast.quant.spec import QuantSpec
+
+_BLOCK = re.compile(r"\.\d+\.")
+_TAKEN = re.compile(r"\.dt_proj$|\.(mixer|mamba)\.out_proj$")
+_BITS = (4, 8)
+
+
+def unread(names: Iterable[str]) -> list[str]:
+    """Return the layers that have to stay in full precision: those outside of the blocks, and Mamba's two."""
+    return [name for name in names if not _BLOCK.search(name) or _TAKEN.search(name)]
+
+
+def is_served(spec: QuantSpec) -> bool:
+    """Return True if other engines have kernels for a spec."""
+    return spec.kind == "int" and spec.bits in _BITS and not spec.corrected
+
+
+def fused(names: Sequence[str]) -> list[list[str]]:
+    """Return the layers in groups of one precision, in the order of their first members; most are alone."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        members = next((each for each in FUSED if last in each), (last,))
+        groups.setdefault((parent, members), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,74 @@
+"""plan(refine=...): whole plans are measured, and the best of them is kept."""
+
+import math
+
+import pytest
+from planning_problems import INT4, INT8, sensitivities
+
+import klfast
+from klfast.core.errors import InvalidInputError
+
+COSTS = [(0.01, 1.0), (0.01, 0.8), (0.01, 0.7), (0.01, 0.5)]  # in INT8, in INT4
+
+
+def found():
+    return sensitivities(COSTS, [(64, 64)] * 4)
+
+
+def budget(n8):
+    uniform = {spec: klfast.plan(found(), method="uniform", spec=spec).predicted["bytes"] for spec in (INT4, INT8)}
+    return uniform[INT4] + n8 * (uniform[INT8] - uniform[INT4]) // 4
+
+
+def truth(weights):
+    """Return a measurement in which layers cost otherwise than the sweep says."""
+    calls = []
+
+    def measure(plan):
+        calls.append(plan)
+        return sum(
+            w * (0.01 if plan.specs.get(name) == INT8 else 1.0) for name, w in zip(found().layers, weights, strict=True)
+        )
+
+    measure.calls = calls
+    return measure
+
+
+def test_swaps_find_what_the_sums_do_not_tell():
+    measure = truth([0.1, 0.1, 0.1, 2.0])  # the last layer matters most, the sweep says least
+    before = klfast.plan(found(), budget(1))
+    assert [name for name, spec in before.specs.items() if spec == INT8] == ["layers.0.proj"]
+    after = klfast.plan(found(), budget(1), refine=measure)
+    assert [name for name, spec in after.specs.items() if spec == INT8] == ["layers.3.proj"]
+    assert after.predicted["kl_measured"] == measure(after) < measure(before)
+    assert all(plan.predicted["bytes"] <= budget(1) for plan in measure.calls)
+    assert klfast.Plan.from_json(after.to_json()) == after
+    assert any("refined" in note for note in after.notes)
+
+
+def test_never_worse_than_uniform():
+    def measure(plan):
+        return 0.1 if set(plan.specs.values()) == {INT4} and len(plan.specs) == 4 else 1.0
+
+    made = klfast.plan(found(), budget(2), refine=measure, tries=0)
+    assert set(made.specs.values()) == {INT4} and made.predicted["kl_measured"] == 0.1
+
+
+def test_measures_each_plan_once_and_no_more_than_asked():
+    measure = truth([1.0, 1.0, 1.0, 1.0])
+    klfast.plan(found(), budget(2), refine=measure, tries=3)
+    texts = [plan.to_json() for plan in measure.calls]
+    assert len(set(texts)) == len(texts) <= 1 + 1 + 3
+
+
+def test_a_measurement_that_fails_counts_as_the_worst():
+    made = klfast.plan(found(), budget(2), refine=lambda plan: math.nan, tries=2)
+    assert "kl_measured" not in made.predicted
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"max_kl": 1.0}, {"max_bytes": 1e9, "method": "uniform"}, {"max_bytes": 1e9, "refine": 3}]
+)
+def test_what_cannot_be_refined(arguments):
+    with pytest.raises(InvalidInputError, match="refine"):
+        klfast.plan(found(), **{"refine": lambda plan: 1.0, **arguments})

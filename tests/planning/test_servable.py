@@ -1,0 +1,99 @@
+"""plan(servable=True): what other engines load."""
+
+import itertools
+import math
+
+import pytest
+from planning_problems import INT4, INT8, sensitivities
+
+import klfast
+from klfast.core.errors import InvalidInputError
+from klfast.planning.servable import fused
+from klfast.sensitivity.results import Measurement
+
+NAMES = (
+    *(f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    *(
+        f"model.layers.1.linear_attn.{name}"
+        for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+    ),
+    *(f"model.layers.2.mamba.{name}" for name in ("in_proj", "dt_proj", "out_proj")),
+    "lm_head",
+)
+GROUPS = [[0, 1, 2], [3], [4, 5], [6], [7, 8], [9, 10], [11], [12], [13], [14], [15]]
+
+
+def found(specs=(INT8, INT4)):
+    kl = [[0.01 * (1 + n % 5) / 2**spec.bits for spec in specs] for n in range(len(NAMES))]
+    swept = sensitivities(kl, [(32 * (1 + n % 3), 64) for n in range(len(NAMES))], specs)
+    names = dict(zip(swept.layers, NAMES, strict=True))
+    swept.layers = {names[name]: info for name, info in swept.layers.items()}
+    swept.measurements = {(names[name], spec): one for (name, spec), one in swept.measurements.items()}
+    return swept
+
+
+def full(plan):
+    return [name for name in NAMES if name not in plan.specs]
+
+
+@pytest.mark.parametrize("method", ["optimal", "greedy", "uniform"])
+def test_fused_layers_have_one_precision_and_some_have_full(method):
+    swept = found()
+    least, most = (
+        klfast.plan(swept, 1e9, method="uniform", spec=spec, servable=True).predicted["bytes"] for spec in (INT4, INT8)
+    )
+    for share in (0.0, 0.2, 0.5, 0.8):
+        plan = klfast.plan(swept, least + share * (most - least), method=method, servable=True)
+        assert {NAMES[13], NAMES[14], "lm_head"} <= set(full(plan))
+        for group in GROUPS:
+            assert len({plan.specs.get(NAMES[n]) for n in group}) == 1
+    assert klfast.plan(swept, mean_bits=6).specs.get("lm_head"), "only if asked"
+
+
+def test_the_optimum_under_these_rules():
+    swept = found()
+    budget = klfast.plan(swept, mean_bits=7.0, servable=True).predicted["bytes"]
+    free = [group for group in GROUPS if not {13, 14, 15} & set(group)]
+    best = math.inf
+    for choice in itertools.product((None, INT8, INT4), repeat=len(free)):
+        size = swept.other_bytes + sum(swept.layers[NAMES[n]].float_bytes for n in (13, 14, 15))
+        cost = 0.0
+        for group, spec in zip(free, choice, strict=True):
+            for n in group:
+                info = swept.layers[NAMES[n]]
+                size += info.float_bytes if spec is None else spec.saved_bytes(info.shape)
+                cost += 0.0 if spec is None else swept.measurements[NAMES[n], spec].mean["kl_teacher_student"]
+        if size <= budget:
+            best = min(best, cost)
+    assert klfast.plan(swept, budget, servable=True).predicted["kl"] == pytest.approx(best, rel=1e-9)
+
+
+def test_specs_that_no_other_engine_runs_are_left_out():
+    specs = (INT8, klfast.QuantSpec(6, 32), INT4)
+    swept = found(specs)
+    swept.measurements["lm_head", klfast.QuantSpec(4, 32, corrected=3)] = Measurement(
+        {"kl_teacher_student": 0.0}, {}, 9
+    )
+    plan = klfast.plan(swept, mean_bits=8.0, servable=True)
+    assert set(plan.specs.values()) <= {INT4, INT8}
+    assert klfast.QuantSpec(6, 32) in klfast.plan(swept, mean_bits=6.5).specs.values()
+
+
+def test_refined_plans_keep_the_rules():
+    seen = []
+
+    def measure(plan):
+        seen.append(plan)
+        return sum(0.1 if spec == INT4 else 0.01 for spec in plan.specs.values()) / len(seen)
+
+    klfast.plan(found(), mean_bits=8.0, servable=True, refine=measure, tries=8)
+    assert len(seen) > 3
+    for plan in seen:
+        assert all(len({plan.specs.get(NAMES[n]) for n in group}) == 1 for group in GROUPS)
+
+
+def test_contradictions_and_names():
+    with pytest.raises(InvalidInputError, match="no precision in common"):
+        klfast.plan(found(), 1e9, servable=True, keep={"q_proj": INT4, "k_proj": INT8})
+    assert [[NAMES.index(name) for name in group] for group in fused(NAMES)] == GROUPS
