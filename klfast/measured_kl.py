@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from klfast.checkpoint.apply_plan import quantize_model
-from klfast.evaluation import evaluate
+from klfast.evaluation.quality import evaluate
 from klfast.models.batches import Batches
 from klfast.planning.plan_file import Plan
 

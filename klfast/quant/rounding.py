@@ -40,11 +40,7 @@ def quantize(
     spec = QuantSpec.of(spec)
     _check(weight, scale, scale_dtype)
     if spec.corrected:
-        base = quantize(weight, spec.base, scale=scale, scale_dtype=scale_dtype)
-        error = weight.detach().float() - base.dequantize(torch.float32)
-        rows = costliest(error.square().sum(-1), spec.corrected)
-        correction = quantize(error[rows], spec.base, scale=scale, scale_dtype=scale_dtype)
-        return QuantizedTensor.corrected(base, rows, correction)
+        return _corrected(weight, spec, scale, scale_dtype)
     n, k = weight.shape
     n_groups = spec.n_groups(k)
     q = torch.empty(n, k, dtype=torch.int8, device=weight.device)
@@ -70,6 +66,14 @@ def fake_quantize(
     for rows, columns, _, tile in _rounded_tiles(weight, spec, scale, scale_dtype):
         out[rows, columns] = spec.format.restore(tile).flatten(1)
     return out
+
+
+def _corrected(weight: torch.Tensor, spec: QuantSpec, scale: str, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """Quantize a weight matrix, then what is left of the rows with the largest squared error."""
+    base = quantize(weight, spec.base, scale=scale, scale_dtype=scale_dtype)
+    error = weight.detach().float() - base.dequantize(torch.float32)
+    rows = costliest(error.square().sum(-1), spec.corrected)
+    return QuantizedTensor.corrected(base, rows, quantize(error[rows], spec.base, scale=scale, scale_dtype=scale_dtype))
 
 
 def costliest(cost: torch.Tensor, count: int) -> torch.Tensor:

@@ -236,3 +236,24 @@ def test_keep_is_split_at_the_last_equals_sign():
     kept = options.parse_keep(["re:.*(?=in)=int8-g64-sym", "lm_head=full"])
     assert kept == {"re:.*(?=in)": klfast.QuantSpec(8, 64), "lm_head": None}
     assert options.parse_keep([]) is options.parse_keep(None) is None
+
+
+def test_plans_for_second_order_rounding_are_measured_whole(work, tmp_path):
+    sens, model = tmp_path / "sens.json", work / "model"
+    text = ("--calibration", work / "text.txt", *FEW)
+    klf("sweep", model, *text, "--spec", "int4-g32-sym", "--rounding", "gptq", "--out", sens)
+    found = klfast.Sensitivities.from_json(sens)
+    assert found.provenance["rounding"] == "gptq"
+    assert any(spec.corrected for name, spec in found.measurements if name == HEAD)
+    out = tmp_path / "plan.json"
+    klf("plan", sens, "--mean-bits", 5, "--refine", model, "--tries", 1, *text, "--out", out)
+    made = klfast.Plan.from_json(out)
+    assert made.predicted["kl_measured"] >= 0 and any("refined" in note for note in made.notes)
+    klf("quantize", model, out, "--rounding", "gptq", *text, "--out", tmp_path / "small")
+    assert klfast.load_quantized(tmp_path / "small").lm_head.spec == made.specs[HEAD]
+    assert not (tmp_path / "small.partial").exists()
+
+
+def test_servable_plans_leave_the_head_alone(work, tmp_path):
+    made = plan(work, tmp_path, "--mean-bits", 20, "--servable")
+    assert HEAD not in made.specs and made.specs
