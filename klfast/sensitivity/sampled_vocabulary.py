@@ -24,7 +24,7 @@ from klfast.reference.divergence import raise_not_finite
 
 ROWS = 128  # of the vocabulary a token, half of them the likeliest: the mean KL within 0.1 to 0.2 % at 2,048 tokens
 FEWEST_ROWS = 4  # two of them drawn, so that they have a variance
-_MOST_LOGITS = 2**22  # float64, made at once: 32 MiB
+_MOST_LOGITS = 2**22  # made at once: 16 MiB, twice that in float64
 _MOST_CHANGES = 2**20  # differences of logits, in float64: 8 MiB
 
 
@@ -71,8 +71,8 @@ def draw(readout: Readout, hidden: torch.Tensor, windows: torch.Tensor, rows: in
     numbers = torch.cat([_uniform(window, rows - rows // 2) for window in windows])
     targets = windows[:, 1:].reshape(-1, 1)
     size = max(1, _MOST_LOGITS // readout.weight.shape[0])
-    parts = zip(*(some.split(size) for some in (hidden, numbers, targets)), strict=True)
-    return _joined([_draw(readout, *part, likeliest=rows // 2) for part in parts])
+    parts = zip(hidden.split(size), numbers.split(size), targets.split(size), strict=True)
+    return _joined([_draw(readout, some, uniform, wanted, rows // 2) for some, uniform, wanted in parts])
 
 
 def estimate(sample: Sample, readout: Readout, teacher: torch.Tensor, students: torch.Tensor) -> Estimate:
@@ -97,25 +97,26 @@ def _uniform(window: torch.Tensor, drawn: int) -> torch.Tensor:
 def _draw(
     readout: Readout, hidden: torch.Tensor, numbers: torch.Tensor, targets: torch.Tensor, likeliest: int
 ) -> Sample:
-    logits = _wide(readout.logits(hidden))  # [t, V]
+    logits = readout.logits(hidden)  # [t, V]
     if not torch.isfinite(logits).all():
         token, column = (~torch.isfinite(logits)).nonzero()[0].tolist()
         raise_not_finite("teacher", token, column)
-    log_p, targets = logits.log_softmax(-1), targets.to(logits.device)
-    top = log_p.exp().topk(likeliest)
-    below = log_p.exp().scatter(-1, top.indices, 0).cumsum(-1)
+    log_p = logits.log_softmax(-1)
+    top = log_p.topk(likeliest)
+    of_target = log_p.gather(-1, targets.to(log_p.device)).squeeze(-1)
+    below = _wide(log_p.scatter_(-1, top.indices, -torch.inf).exp_()).cumsum_(-1)  # of all but the likeliest
     tail = below[:, -1:]
     entries = torch.searchsorted(below, numbers.to(below.device) * tail, right=True).clamp(max=logits.shape[1] - 1)
-    index = torch.cat((top.indices, entries, targets), -1)
-    weights = torch.cat((top.values, (tail / entries.shape[1]).expand_as(entries)), -1)
+    index = torch.cat((top.indices.to(below.device), entries, targets.to(below.device)), -1)
+    weights = torch.cat((_wide(top.values).exp(), (tail / entries.shape[1]).expand_as(entries)), -1)
     cap = readout.rule.softcap
     return Sample(
         index,
         weights / weights.sum(-1, keepdim=True),
         tail.squeeze(-1),
-        None if cap is None else logits.gather(-1, index) / cap,
+        None if cap is None else _wide(logits.gather(-1, index.to(logits.device))) / cap,
         entries.shape[1],
-        -log_p.gather(-1, targets).squeeze(-1),
+        -_wide(of_target),
     )
 
 
