@@ -30,11 +30,14 @@ demo: install
 	.venv/bin/klfast demo
 
 # Tests in a process a core, each with one thread where a test does not say how many. The Triton kernels run in Triton's
-# interpreter, which must be chosen before they are imported, so in a run of its own.
+# interpreter, which must be chosen before they are imported, so in a run of its own. Compiled Python is kept, whatever the
+# environment says: many tests start processes of their own, and each process would rewrite the asserts of all tests anew.
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+test: export OMP_NUM_THREADS := 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: install
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(IN_PARALLEL)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device
+	.venv/bin/python -m pytest $(IN_PARALLEL)
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device
 
 # pre-commit runs the same commands before a commit: .venv/bin/pre-commit install
 lint: .venv/.lint
@@ -58,6 +61,7 @@ bench: install
 # Left out is what makes compiling much slower and finds little here: null pointers crash anyway, virtual calls there are none,
 # and AddressSanitizer knows the sizes of objects.
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,vptr,object-size -fno-sanitize-recover=all
+sanitize: export PYTHONDONTWRITEBYTECODE :=
 sanitize: install
 	KLFAST_AVXVNNI_TWIN=1 KLFAST_AMX_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib

@@ -30,10 +30,15 @@ def pytest_terminal_summary(terminalreporter, config):
         )
 
 
+THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_start():
     torch.manual_seed(0)
     pins.forget_warnings()
+    if torch.get_num_threads() != THREADS:  # left by a test; more threads than cores make all that follow slow
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(params=["reference", *pins.available_tiers()])
