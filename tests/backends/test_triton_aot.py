@@ -1,5 +1,7 @@
 """Each shipped launch, compiled for an absent NVIDIA GPU (sm_90): registers, spills, matrix instructions."""
 
+from pathlib import Path
+
 import pytest
 from triton_aot import compile_for_hopper, source
 from triton_launches import attention, launches
@@ -9,8 +11,9 @@ LAUNCHES = {name: (launch, matrix) for name, launch, matrix in launches("nvidia"
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+def _own_cache(monkeypatch):
+    """Keep what is compiled: Triton's key is a hash of the source, the options and the compiler."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "triton"))
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

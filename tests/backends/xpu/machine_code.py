@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from xpu.lunar_lake import Compiled
 from xpu.workers import WORKERS
 
 # Ponte Vecchio, which has Xe2's matrix instructions (16 lanes, same shapes) and older compilers know; Lunar Lake;
-# Battlemage.
-DEVICES = ("pvc", "lnl", "bmg")
+# Battlemage, of which every fourth program is enough: it has Lunar Lake's instructions and registers.
+DEVICES = {"pvc": 1, "lnl": 1, "bmg": 4}
 SPILL_SIZE = re.compile(rb"spill_size:\s*(\d+)")  # in the binary's section .ze_info
 WARNING = re.compile(r"allocated \d+ regs and spilled around \d+")
 
@@ -27,18 +28,19 @@ def check_all(shipped: dict[str, Compiled]) -> int:
         print("SKIPPED machine code: ocloc is not installed (Debian: intel-opencl-icd; later intel-ocloc)", flush=True)
         return 0
     failures = 0
-    for device in DEVICES:
+    for device, step in DEVICES.items():
         ocloc = next((path for path in found if _knows(path, device)), None)
         if ocloc is None:
             print(f"SKIPPED machine code for {device}: not known to {' or '.join(found)}", flush=True)
             continue
+        some = dict(islice(shipped.items(), 0, None, step))
         with ThreadPoolExecutor(WORKERS) as pool:
-            complaints = pool.map(lambda compiled: _complaint(ocloc, device, compiled), shipped.values())  # noqa: B023
+            complaints = pool.map(lambda compiled: _complaint(ocloc, device, compiled), some.values())  # noqa: B023
             wrong = [
-                f"FAILED  {name}: {complaint}" for name, complaint in zip(shipped, complaints, strict=True) if complaint
+                f"FAILED  {name}: {complaint}" for name, complaint in zip(some, complaints, strict=True) if complaint
             ]
         print(
-            f"Machine code for {device} ({ocloc}): {len(shipped) - len(wrong)} of {len(shipped)} programs compile "
+            f"Machine code for {device} ({ocloc}): {len(some) - len(wrong)} of {len(some)} programs compile "
             "without spills",
             *wrong,
             sep="\n",
