@@ -13,8 +13,10 @@ from klfast.acceleration import forwards
 from klfast.models.calling import cache_argument, returned_cache
 
 
-@pytest.mark.parametrize(("tokens", "pickled"), [(17, False), (2, True)])
-@pytest.mark.parametrize("family", MIXERS)
+@pytest.mark.parametrize(
+    ("family", "tokens", "pickled"),
+    [(family, *((17, False) if i % 2 else (2, True))) for i, family in enumerate(MIXERS)] + [("mamba", 17, False)],
+)
 def test_whole_sequences_compile_without_a_break(family, tokens, pickled):
     """This includes models that have not run before, as in a new process."""
     model = tiny(family)
@@ -31,7 +33,7 @@ def test_whole_sequences_compile_without_a_break(family, tokens, pickled):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, torch.float32) for family in ("mamba", "mamba2", "lfm2", "kimi_linear")), ("mamba", torch.bfloat16)],
+    [*((family, torch.float32) for family in ("mamba2", "lfm2", "qwen3_5")), ("mamba", torch.bfloat16)],
 )
 def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     model = klfast.accelerate(tiny(family, dtype=dtype))
@@ -49,7 +51,8 @@ def test_one_token_compiles(family):
     torch._dynamo.reset()  # it limits how often it compiles one forward for other models
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.inference_mode():
-        ids, name = batch(1, 8), cache_argument(model)
+        # From the second token on, the length of attention's cache is a symbol, which is compiled again.
+        ids, name = batch(1, 8 if family in ("mamba", "falcon_h1", "qwen3_5") else 6), cache_argument(model)
         caches = [returned_cache(model(ids[:, :5], use_cache=True)) for _ in range(2)]
         for token in ids[:, 5:].split(1, dim=1):
             found, expected = (

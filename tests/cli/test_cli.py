@@ -392,12 +392,13 @@ def test_command_in_another_process(work, tmp_path):
 
 def test_doctor_fails_if_a_check_fails(monkeypatch):
     from klfast.benchkit import op_cases
-    from klfast.dispatch import pins
+    from klfast.dispatch import pins, registry
 
     wrong = op_cases.Case(
         "dequant_matmul", "a number", 1e-4, lambda: [torch.tensor([float(pins.pinned() == "reference")])]
     )
     monkeypatch.setitem(op_cases.CASES, "dequant_matmul", lambda _: [wrong])
+    monkeypatch.setattr(registry, "op_names", lambda: ["dequant_matmul", "rms_norm"])
     result = klf("doctor", code=1)
     assert "dequant_matmul" in result.stdout and "FAILED" in result.stdout
 

@@ -3,6 +3,7 @@
 import gc
 import warnings
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -52,17 +53,17 @@ def logits_of_each(model, ids):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("first", [1, 2, 9])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_equals_the_model_in_float64(model, rows, first):
-    ids = batch(rows, 14)
-    truth, engine = logits_of_each(model, ids), lower(model)
-    state = engine.state(rows)
-    assert relative(engine(ids[:, :first], state), truth[:, first - 1]) < 1e-4
-    for t in range(first, 11):
-        assert relative(engine(ids[:, t : t + 1], state), truth[:, t]) < 1e-4
-    assert relative(engine(ids[:, 11:], state), truth[:, -1]) < 1e-4  # several tokens after those before
-    assert (state.seen - engine.state(rows).seen).tolist() == [14] * rows  # without Hymba's memory tokens
+def test_equals_the_model_in_float64(model):
+    all_ids = batch(3, 14)
+    all_truth, engine = logits_of_each(model, all_ids), lower(model)
+    for rows, first in product((1, 3), (1, 2, 9)):
+        ids, truth, state = all_ids[:rows], all_truth[:rows], engine.state(rows)
+        assert relative(engine(ids[:, :first], state), truth[:, first - 1]) < 1e-4, (rows, first)
+        for t in range(first, 11):
+            assert relative(engine(ids[:, t : t + 1], state), truth[:, t]) < 1e-4, (rows, first, t)
+        # several tokens after those before
+        assert relative(engine(ids[:, 11:], state), truth[:, -1]) < 1e-4, (rows, first)
+        assert (state.seen - engine.state(rows).seen).tolist() == [14] * rows  # without Hymba's memory tokens
 
 
 @torch.inference_mode()
@@ -145,14 +146,15 @@ def test_prompts_in_chunks(model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 16])
-def test_threads_change_nothing(model, rows):
-    ids, results = batch(rows, 6), []
+def test_threads_change_nothing(model):
+    ids, results = batch(16, 6), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        engine = lower(model)
-        state = engine.state(rows)
-        results.append([engine(ids[:, :4], state).clone(), *(engine(ids[:, t : t + 1], state).clone() for t in (4, 5))])
+        engine, found = lower(model), []
+        for rows in (1, 16):
+            state, own = engine.state(rows), ids[:rows]
+            found += [engine(piece, state).clone() for piece in own.split([4, 1, 1], dim=1)]
+        results.append(found)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -212,12 +214,13 @@ def test_sequences_go_on_from_others(model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 3])
-def test_logits_after_each_token(model, rows):
-    ids, engine = batch(rows, 9), lower(model)
-    truth, state = logits_of_each(model, ids), engine.state(rows)
-    engine(ids[:, :4], state)
-    assert relative(engine.each(ids[:, 4:], state), truth[:, 4:]) < 1e-4
+def test_logits_after_each_token(model):
+    ids, engine = batch(3, 9), lower(model)
+    truth = logits_of_each(model, ids)
+    for rows in (1, 3):
+        state = engine.state(rows)
+        engine(ids[:rows, :4], state)
+        assert relative(engine.each(ids[:rows, 4:], state), truth[:rows, 4:]) < 1e-4
     with pytest.raises(InvalidInputError, match="for at most 16 tokens, got 18"):
         engine.each(batch(1, 18).view(rows, -1), state)
 

@@ -25,23 +25,23 @@ def model(request):
 def test_greedy_equals_transformers(model, tokens):
     ids = batch(3, tokens)
     assert torch.equal(
-        klfast.generate(model, ids, max_new_tokens=12), model.generate(ids, do_sample=False, max_new_tokens=12)
+        klfast.generate(model, ids, max_new_tokens=7), model.generate(ids, do_sample=False, max_new_tokens=7)
     )
 
 
 @pytest.mark.parametrize("family", [name for name in (*VARIANTS, *OTHERS) if name not in BY_ROW])
 def test_greedy_equals_transformers_in_other_families(family, one_thread):
     model, ids = tiny(family, tied=None), batch(3, 9)
-    for mask in (None, torch.ones_like(ids), left_padded(ids)):
-        found = klfast.generate(model, ids, 10, attention_mask=mask)
-        given = torch.ones_like(ids) if mask is None else mask
-        assert torch.equal(
-            found, model.generate(ids, attention_mask=given, do_sample=False, max_new_tokens=10, pad_token_id=0)
-        )
-    expected = model.generate(
-        ids[:, :1], attention_mask=given[:, -1:], do_sample=False, max_new_tokens=10, pad_token_id=0
-    )
-    assert torch.equal(klfast.generate(model, ids[:, :1], 10), expected)
+
+    def expected(ids, mask):
+        return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=7, pad_token_id=0)
+
+    full, padded = torch.ones_like(ids), left_padded(ids)
+    unpadded = expected(ids, full)
+    for mask in (None, full):
+        assert torch.equal(klfast.generate(model, ids, 7, attention_mask=mask), unpadded)
+    assert torch.equal(klfast.generate(model, ids, 7, attention_mask=padded), expected(ids, padded))
+    assert torch.equal(klfast.generate(model, ids[:, :1], 7), expected(ids[:, :1], full[:, :1]))
 
 
 @pytest.mark.parametrize("length", [1, 9, 20])
@@ -52,12 +52,12 @@ def test_rows_continue_as_if_alone(family, length, one_thread):
     """The truth runs each row without its padding, and again for each token, without a cache."""
     model, ids = tiny(family, tied=None), batch(3, length)
     for mask in (torch.ones_like(ids), left_padded(ids))[: 1 if length == 1 else 2]:
-        found = klfast.generate(model, ids, 10, attention_mask=mask)
+        found = klfast.generate(model, ids, 6, attention_mask=mask)
         for row, prompt, real in zip(found, ids, mask, strict=True):
             text = prompt[real != 0].unsqueeze(0)
-            for _ in range(10):
+            for _ in range(6):
                 text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-            assert row[length:].tolist() == text[0, -10:].tolist()
+            assert row[length:].tolist() == text[0, -6:].tolist()
 
 
 @pytest.mark.parametrize(("family", "why"), BY_ROW.items())
@@ -80,10 +80,10 @@ def test_greedy_equals_transformers_quantized(model):
 
 def test_left_padding_changes_nothing(model):
     ids, mask = batch(3, 9), left_padded(batch(3, 9))
-    found = klfast.generate(model, ids, 12, attention_mask=mask)
-    assert torch.equal(found, model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12))
-    assert torch.equal(found[:1, 4:], klfast.generate(model, ids[:1, 4:], 12))
-    assert torch.equal(found[2:], klfast.generate(model, ids[2:], 12))
+    found = klfast.generate(model, ids, 7, attention_mask=mask)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=7))
+    assert torch.equal(found[:1, 4:], klfast.generate(model, ids[:1, 4:], 7))
+    assert torch.equal(found[2:], klfast.generate(model, ids[2:], 7))
 
 
 def test_left_padding_shifts_absolute_positions():
@@ -102,13 +102,13 @@ def test_left_padding_shifts_absolute_positions():
 
 def test_end_tokens(model):
     ids = batch(3, 9)
-    free = klfast.generate(model, ids, 20)
+    free = klfast.generate(model, ids, 10)
     ends = {int(free[0, 9 + 2]), int(free[1, 9 + 5])}
-    found = klfast.generate(model, ids, 20, eos_token_id=ends, pad_token_id=60)
-    expected = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=list(ends), pad_token_id=60)
+    found = klfast.generate(model, ids, 10, eos_token_id=ends, pad_token_id=60)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=10, eos_token_id=list(ends), pad_token_id=60)
     assert torch.equal(found, expected)
     one = int(free[0, 9])
-    alone = klfast.generate(model, ids[:1], 20, eos_token_id=one)
+    alone = klfast.generate(model, ids[:1], 10, eos_token_id=one)
     assert alone[0].tolist() == [*ids[0].tolist(), one]  # it stops when every row is done
 
 

@@ -1,6 +1,7 @@
 """dequant_matmul at every tier: against float64; memory bounds, threads, compile, bad input."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -65,10 +66,8 @@ def with_signs(qt):
     return QuantizedTensor([packed, scale * signs, *zero_point], qt.shape, qt.spec)
 
 
-@pytest.mark.parametrize("activation", CHECKS)
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_against_float64(tier, spec, x_dtype, activation):
+def test_against_float64(tier, spec):
     for m, n, k in [
         (1, 48, 100),
         (1, 132, 1600),
@@ -80,17 +79,19 @@ def test_against_float64(tier, spec, x_dtype, activation):
         (9, 17, 515),
         (33, 200, 160),
     ]:
-        x, qt, bias = operands(m, n, k, spec, x_dtype=x_dtype)
-        CHECKS[activation](x, qt, bias, dequant_matmul(x, qt, bias, activation=activation))
+        x, qt, bias = operands(m, n, k, spec)
+        for x_dtype, activation in product([torch.float32, torch.bfloat16], CHECKS):
+            y = dequant_matmul(x.to(x_dtype), qt, bias, activation=activation)
+            CHECKS[activation](x.to(x_dtype), qt, bias, y)
 
 
-@pytest.mark.parametrize("activation", CHECKS)
 @pytest.mark.parametrize("spec", SPECS[::2], ids=str)
-def test_scales_of_either_sign(tier, spec, activation):
+def test_scales_of_either_sign(tier, spec):
     for m in (1, 3, 20, 63):
         x, qt, bias = operands(m, 50, 130, spec, x_dtype=torch.bfloat16)
         signed = with_signs(qt)
-        CHECKS[activation](x, signed, bias, dequant_matmul(x, signed, bias, activation=activation))
+        for activation, check in CHECKS.items():
+            check(x, signed, bias, dequant_matmul(x, signed, bias, activation=activation))
 
 
 @pytest.mark.parametrize("m", range(2, 19))
@@ -108,14 +109,13 @@ def test_every_number_of_rows_up_to_two_tiles(tier, m):
         check_exact(x, qt, bias, dequant_matmul(x, qt, bias))
 
 
-@pytest.mark.parametrize("activation", CHECKS)
 @pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
-def test_dtypes(tier, x_dtype, scale_dtype, activation):
+def test_dtypes(tier, x_dtype, scale_dtype):
     for spec in (QuantSpec(4, 32), QuantSpec(6, 64), QuantSpec(6, 32, False), QuantSpec(8, 64, False)):
         for m in (1, 3, 20):
             x, qt, bias = operands(m, 50, 130, spec, x_dtype=x_dtype, scale_dtype=scale_dtype)
-            for b in (None, bias, bias.to(torch.bfloat16), bias.to(torch.float16)):
+            for activation, b in zip(2 * [*CHECKS], (None, bias, bias.bfloat16(), bias.half()), strict=True):
                 CHECKS[activation](x, qt, b, dequant_matmul(x, qt, b, activation=activation))
 
 
