@@ -34,7 +34,7 @@ def model(request):
 
 
 @pytest.fixture(params=ACCELERATED)
-def pinned_model(request):
+def model_and_pins(request):
     """Return a model of every family and its pins: none, and each for one of each kind of mixer."""
     every = ("reference", *pins.available_tiers()) if request.param in MIXERS else ()
     return tiny(request.param), (nullcontext(), *map(pins.using, every))
@@ -49,12 +49,12 @@ def ids(batch, length):
     return torch.randint(2, VOCABULARY, (batch, length))
 
 
-def test_logits_in_float32(pinned_model):
-    model, pinned = pinned_model
+def test_logits_in_float32(model_and_pins):
+    model, every_pin = model_and_pins
     inputs = [ids(*shape) for shape in ((1, 1), (2, 3), (1, 63), (2, 70))]
     truths, plain = ([logits(one, x) for x in inputs] for one in (in_float64(model), model))
     assert all(is_accelerated(m) for m in mixers(klfast.accelerate(model)))
-    for pin in pinned:
+    for pin in every_pin:
         with pin:
             for x, expected, truth in zip(inputs, plain, truths, strict=True):
                 assert_no_further(logits(model, x), expected, truth)
@@ -66,12 +66,12 @@ def typical(errors, model):
     return errors.median() if has_experts else errors.square().mean().sqrt()
 
 
-def test_logits_in_bfloat16_are_no_further_from_the_truth(pinned_model):
-    (model, pinned), x = pinned_model, ids(2, 100)
+def test_logits_in_bfloat16_are_no_further_from_the_truth(model_and_pins):
+    (model, every_pin), x = model_and_pins, ids(2, 100)
     truth = logits(model, x)
     plain = logits(model.to(torch.bfloat16), x)
     klfast.accelerate(model)
-    for pin in pinned:
+    for pin in every_pin:
         with pin:
             fast = logits(model, x)
         errors = [typical((found - truth).square().mean(-1).sqrt(), model) for found in (fast, plain)]

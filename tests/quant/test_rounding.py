@@ -189,7 +189,7 @@ def test_pack_and_unpack_are_inverse_and_compressed_tensors_own(bits, rows, coun
 @pytest.mark.parametrize("group", [-1, 5, 32, 50])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "scale_dtype"), zip([(1, 100), (13, 50), (48, 160)], FLOAT_DTYPES, strict=True), ids=str
+    ("shape", "scale_dtype"), [*zip([(1, 100), (13, 50), (48, 160)], FLOAT_DTYPES, strict=True)], ids=str
 )
 def test_compressed_tensors_decompresses_the_same_bits(bits, group, symmetric, shape, scale_dtype):
     spec = storable_spec(QuantSpec(bits, group, symmetric), shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -14,6 +16,8 @@ import triton
 from klfast.kernels.launch import FUSED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from klfast.core.io import write_atomic
 
 TYPES = {
     torch.float32: "*fp32",
@@ -69,16 +73,21 @@ class Compiled:
 
 def compile_for_hopper(launch) -> Compiled:
     compiled = triton.compile(source(launch), target=HOPPER, options=launch.options | FUSED)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        listing = _run(tools / "nvdisasm", "-c", file.name)
+    usage = _told(compiled.asm["cubin"], "cuobjdump", "-res-usage")
+    listing = _told(compiled.asm["cubin"], "nvdisasm", "-c")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE))
     return Compiled(registers, stack, compiled.metadata.shared, opcodes)
 
 
-def _run(*command) -> str:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+def _told(cubin: bytes, tool: str, option: str) -> str:
+    """Return what NVIDIA's tool says of a cubin; kept in Triton's cache, since it takes half a second to start."""
+    kept = Path(os.environ["TRITON_CACHE_DIR"], f"{tool}-{hashlib.sha256(cubin).hexdigest()}")
+    if not kept.exists():
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, option]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+        write_atomic(kept, done.stdout)
+    return kept.read_text()

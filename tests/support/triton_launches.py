@@ -23,7 +23,7 @@ from klfast import QuantSpec
 from klfast.quant.layouts import Layout
 
 CORES = {"nvidia": 132, "intel": 8}
-SPECS = [QuantSpec(4, 64), QuantSpec(8, 64, False)]  # with every configuration; klfast's default first
+SPECS = [QuantSpec(4, 64), QuantSpec(8, 64, False)]  # the first, klfast's default, with every configuration
 # These compile to other code: how a tile's scales are applied, with or without zero points, blocks per group.
 OTHER_SPECS = [
     QuantSpec(4, 64, False),
@@ -94,7 +94,8 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
         for x in (*FLOATS, "int8"):
             activation = "int8" if x == "int8" else "exact"
             dtype = FLOATS.get(x, torch.float16)
-            for config in dequant_matmul.GEMM[family, torch.int8 if x == "int8" else dtype]:
+            configurations = dequant_matmul.GEMM[family, torch.int8 if x == "int8" else dtype]
+            for config in configurations if spec is SPECS[0] else configurations[-1:]:
                 for one in dequant(family, min(config.rows, 4096), spec, dtype, activation):
                     if one.kernel.__name__ == "dequant_gemm":
                         yield (
