@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.evaluation.comparison import Comparison as Comparison
     from klfast.evaluation.quality import Evaluation as Evaluation
     from klfast.evaluation.quality import evaluate as evaluate
+    from klfast.evaluation.study_results import Study as Study
+    from klfast.evaluation.studying import study as study
     from klfast.export.gguf.write import export_gguf as export_gguf
     from klfast.generation.engine import lower as lower
     from klfast.generation.loop import generate as generate
@@ -82,6 +84,8 @@ _PUBLIC = {
     "compare": "evaluation.comparing",
     "Evaluation": "evaluation.quality",
     "evaluate": "evaluation.quality",
+    "Study": "evaluation.study_results",
+    "study": "evaluation.studying",
     "generate": "generation.loop",
     "lower": "generation.engine",
     "load_state": "generation.state_file",

@@ -107,6 +107,7 @@ from klfast.cli import (  # noqa: E402
     quantize,
     report,
     serve,
+    study,
     sweep,
 )
 
@@ -122,6 +123,7 @@ for command in (
     serve.serve,
     bench.bench,
     report.report,
+    study.study,
     doctor.doctor,
     export_kernels.export_kernels,
 ):

@@ -282,6 +282,7 @@ def test_choices_match_the_library(parse, names):
         ("quantize", "m", "--uniform", "int4", "--out", "q"),
         ("eval", "m"),
         ("compare", "m", "m"),
+        ("study", "m"),
         ("generate", "m", "Once"),
     ],
     ids=lambda arguments: arguments[0],
@@ -325,7 +326,9 @@ def test_models_are_loaded_on_the_device(arguments, work, tmp_path, monkeypatch)
     assert devices == devices_wanted
 
 
-@pytest.mark.parametrize("arguments", [("sweep", "m"), ("eval", "m"), ("compare", "m", "m"), ("generate", "m", "Once")])
+@pytest.mark.parametrize(
+    "arguments", [("sweep", "m"), ("eval", "m"), ("compare", "m", "m"), ("study", "m"), ("generate", "m", "Once")]
+)
 def test_missing_devices_are_refused_before_anything_is_loaded(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
@@ -350,7 +353,7 @@ def test_sizes(text, size):
     assert options.parse_bytes(text) == size
 
 
-COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "compare", "export", "generate", "report", "doctor")
+COMMANDS = ("demo", "sweep", "plan", "quantize", "eval", "compare", "export", "generate", "report", "study", "doctor")
 
 
 def run(*arguments, **environment):

@@ -102,7 +102,7 @@ def test_sections_headings_and_figures(page):
     headings = ["What each layer suffers", "Most sensitive layers", "Size against KL", "The plan", "KL card"]
     assert [text for _, text in outline.all("h2")] == [*headings, "What the sweep took"]
     facts = dict(zip([t for _, t in outline.all("dt")], [t for _, t in outline.all("dd")], strict=True))
-    assert facts["layers"] == "7" and facts["KL measured"] == "0.02 nat" and float(facts["bits a weight"]) <= 6
+    assert facts["layers"] == "7" and facts["KL measured"] == "0.02" and float(facts["bits a weight"]) <= 6
     cells = {attributes.get("title"): text for attributes, text in outline.all("td")}
     assert cells["backbone.layers.1.mixer.x_proj: kl_teacher_student 0.004"] == "4"
     assert cells["lm_head: kl_teacher_student 7e-05"] == "0.07"

@@ -19,9 +19,9 @@ from klfast.sensitivity.results import Sensitivities
 
 _T = TypeVar("_T")
 _PREDICTED = {
-    "bytes": ("size of the plan", lambda value: f"{value / 1e6:.2f} MB"),
+    "bytes": ("size of plan", lambda value: f"{value / 1e6:.2f} MB"),
     "mean_bits": ("bits a weight", lambda value: f"{value:.2f}"),
-    "kl": ("KL predicted", lambda value: f"{number(value)} nat"),
+    "kl": ("KL predicted", number),
 }
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # so that a browser would refuse any request
 
@@ -98,7 +98,7 @@ def _facts(sensitivities: Sensitivities, plans: Sequence[Plan], comparisons: Seq
         predicted = plans[0].predicted
         found += [(what, show(predicted[key])) for key, (what, show) in _PREDICTED.items() if key in predicted]
     if len(comparisons) == 1:
-        found.append(("KL measured", f"{number(comparisons[0].figures[KLD].value)} nat"))
+        found.append(("KL measured", number(comparisons[0].figures[KLD].value)))
     return tag("dl", joined(tag("div", tag("dt", what), tag("dd", value)) for what, value in found), class_="facts")
 
 
