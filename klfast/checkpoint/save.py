@@ -104,9 +104,12 @@ def save_quantized(
 
 def _facts(layer: QuantLinear) -> dict[str, object]:
     """Return what klfast.json says of a layer."""
-    corrected = {"corrected": layer.spec.corrected} if layer.spec.corrected else {}
-    facts = {"dtype": dtype_name(layer.dtype), "activation": layer.activation, "rounding": layer.rounding}
-    return facts | corrected
+    return {
+        "dtype": dtype_name(layer.dtype),
+        "activation": layer.activation,
+        "rounding": layer.rounding,
+        **({"corrected": layer.spec.corrected} if layer.spec.corrected else {}),
+    }
 
 
 def _require_numbers(model: nn.Module) -> None:

@@ -131,7 +131,12 @@ def plan(
 
 
 def _measure(
-    found: Sensitivities, model: str, calibration: str, windows: int, length: int, **loading: Unpack[LoadingOptions]
+    found: Sensitivities,
+    model: str,
+    calibration: str,
+    windows: int | None,
+    length: int,
+    **loading: Unpack[LoadingOptions],
 ) -> Callable[[Plan], float]:
     """Return what measures the KL of a whole plan on a model, rounded as the sweep's costs are meant."""
     import klfast

@@ -45,7 +45,10 @@ class Solution:
 def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
     """Return the plan of least summed cost within a byte budget, or of fewest bytes within a KL budget."""
     both = [
-        [(summed_cost(picks), budget.sizes(picks))[:: 1 if budget.of_bytes else -1] for picks in unit]
+        [
+            (summed_cost(picks), budget.sizes(picks)) if budget.of_bytes else (budget.sizes(picks), summed_cost(picks))
+            for picks in unit
+        ]
         for unit in problem.units
     ]
     least = [unit.index(min(unit, key=itemgetter(1))) for unit in both]

@@ -91,7 +91,8 @@ def _picks(problem: Problem, plan: Plan) -> Picks:
 
 def _swaps(problem: Problem, budget: Budget, picks: Picks) -> Iterator[Picks]:
     """Yield plans within the budget, each with one unit larger, those of least predicted cost first."""
-    used, found = budget.sizes(picks), []
+    used = budget.sizes(picks)
+    found: list[tuple[float, int, Picks]] = []
     for unit in problem.units:
         held = {name: picks[name] for name in unit[0]}
         for larger in _next_larger(unit, held, budget):

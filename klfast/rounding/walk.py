@@ -225,10 +225,17 @@ class _Walk(Passes):
         with named(name), interruptible():
             return quantize(weight, self.specs[name], scale=self.scale)
 
-    def _second_order(self, name: str, weight: torch.Tensor, moments: Moments, **rows: torch.Tensor) -> QuantizedTensor:
+    def _second_order(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        moments: Moments,
+        ridge: torch.Tensor | None = None,
+        cost: torch.Tensor | None = None,
+    ) -> QuantizedTensor:
         hessian, cross = moments.hessian / moments.tokens, moments.cross / moments.tokens
         with named(name), interruptible():
-            return second_order(weight, self.specs[name], hessian, cross, **rows)
+            return second_order(weight, self.specs[name], hessian, cross, ridge=ridge, cost=cost)
 
 
 def _without_entries(passages: Sequence[Passage]) -> list[Passage]:
