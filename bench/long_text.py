@@ -82,7 +82,10 @@ def main() -> None:
         f"{arguments.tokens:,} tokens, float32, INT4 in groups of 64. `python -m klfast.bench.long_text` on "
         f"{cpu_name()}, {torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
     )
-    write_atomic(arguments.out, "\n".join(["# A long text\n", f"{conditions}\n", Table("Token by token", HEADINGS, rows).markdown()]))
+    write_atomic(
+        arguments.out,
+        "\n".join(["# A long text\n", f"{conditions}\n", Table("Token by token", HEADINGS, rows).markdown()]),
+    )
 
 
 if __name__ == "__main__":

@@ -228,13 +228,21 @@ def test_logits_after_each_token(model):
 @torch.inference_mode()
 def test_sequences_do_not_mix(model):
     ids, engine = batch(3, 8), lower(model)
-    state = engine.state(3)
-    engine(ids[:, :5], state)
-    together = engine(ids[:, 5:6], state).clone()
+
+    def step_after_five(ids):
+        state = engine.state(len(ids))
+        engine(ids[:, :5], state)
+        return engine(ids[:, 5:6], state).clone()
+
+    # An expert's kernel is chosen by the rows that go to it, and kernels round differently.
+    bound = 1e-4 if any("experts" in name for name, _ in model.named_modules()) else 0
+    together = step_after_five(ids)
     for row in range(3):
-        own = engine.state()
-        engine(ids[row : row + 1, :5], own)
-        assert relative(engine(ids[row : row + 1, 5:6], own)[0], together[row].double()) < 1e-5
+        others = (ids + 1) % model.config.vocab_size
+        others[row] = ids[row]
+        assert relative(step_after_five(others)[row], together[row].double()) <= bound
+        alone = step_after_five(ids[row : row + 1])[0]  # by kernels for fewer rows
+        assert relative(alone, together[row].double()) < 1e-4
 
 
 def test_says_what_it_cannot_lower():
