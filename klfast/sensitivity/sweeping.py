@@ -118,6 +118,7 @@ def sweep(
         ModelMismatchError: the resume file belongs to another model.
         CheckpointError: the resume file is damaged or not a resume file.
     """
+    refuse_adapters(model)
     parsed = inputs.parse_specs(specs)
     is_adaptive = inputs.is_adaptive(budget, max_bytes, beside=rows or activations)
     vocabulary_rows = inputs.vocabulary_rows(
@@ -127,7 +128,6 @@ def sweep(
     reported = inputs.choose_metrics(metrics, SAMPLED if is_partial else METRICS)
     if scale not in ("absmax", "mse"):
         raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
-    refuse_adapters(model)
     blank = Sensitivities.of(model)  # before ``prepared`` changes dtypes, and with them the bytes
     names = inputs.choose_layers(model, layers, exclude)
     assert blank.fingerprint is not None  # ``of`` makes one

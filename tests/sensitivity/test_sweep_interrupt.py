@@ -14,7 +14,7 @@ import torch
 from sweep_models import assert_same, make, means, snapshot, tokens
 
 import klfast
-from klfast.core import interrupts, signed_json
+from klfast.core import interrupts, signed_json, signed_tensors
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
 from klfast.sensitivity import sweeping, unfinished
@@ -97,7 +97,7 @@ def test_a_sweep_killed_between_its_files_resumes_bit_for_bit(tmp_path, monkeypa
                 raise Killed
 
         with monkeypatch.context() as patch, suppress(Killed):
-            for module in (signed_json, unfinished):
+            for module in (signed_json, signed_tensors):
                 patch.setattr(module, "write_atomic", dying)
             klfast.sweep(model, ids, resume=path, **OPTIONS)
         return len(made)

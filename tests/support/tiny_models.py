@@ -283,8 +283,10 @@ MIXERS = ("mamba", "falcon_mamba", "zamba", "mamba2", "lfm2", "qwen3_5", "kimi_l
 OTHERS = tuple(name for name in CONFIGS if name not in FAMILIES + _ALL_VARIANTS)
 
 # Kimi-Linear's own delta rule in chunks of 16 tokens, not 64: it fills up the last one, and takes a fifth of the time.
+# In processes with the package kernels it is a module, and stays as it is.
 _kimi = inspect.unwrap(chunk_kimi_delta_attention)
-_kimi.__defaults__ = tuple(16 if default == 64 else default for default in _kimi.__defaults__)
+if inspect.isfunction(_kimi):
+    _kimi.__defaults__ = tuple(16 if default == 64 else default for default in _kimi.__defaults__)
 
 
 def tiny(name, tied=False, dtype=torch.float32, seed=0, vocabulary=VOCABULARY):
