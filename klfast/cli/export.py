@@ -56,7 +56,7 @@ def export(
         write_atomic(out, tensor_types(network))
         emit({"out": str(out)}, f"The types are in {out}: llama-quantize --tensor-type-file {out} ...", as_json)
         return
-    name = Path(model).stem or model
+    name = Path(model).absolute().name.removesuffix(".gguf")
     written = export_gguf(network, out, tokenizer, name=name, regroup=regroup, pre_tokenizer=pre_tokenizer)
     for note in written.notes:
         say(f"Note: {note}.", as_json)

@@ -100,6 +100,25 @@ def test_what_each_layer_has(tmp_path):
     assert fields(tmp_path / "m.gguf")["attention.head_count_kv"] == [0, 2, 0]
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_experts_lie_side_by_side(tmp_path, is_quantized):
+    model = exportable("jamba_moe")
+    if is_quantized:
+        quantized(model, ["int4-g32-sym", "int8-g32-sym"])
+    export_gguf(model, tmp_path / "m.gguf")
+    found, experts = tensors(tmp_path / "m.gguf"), model.model.layers[1].feed_forward.experts
+
+    def stack(name):
+        one = getattr(experts, name)
+        dense = one.quantized.dequantize(torch.float32) if is_quantized else one.detach()
+        return dense.view(experts.num_experts, -1, dense.shape[-1])
+
+    for name, expected in zip(("gate", "up"), stack("gate_up_proj").chunk(2, 1), strict=True):
+        assert torch.equal(values(found[f"blk.1.ffn_{name}_exps.weight"]), expected)
+    assert torch.equal(values(found["blk.1.ffn_down_exps.weight"]), stack("down_proj"))
+    assert fields(tmp_path / "m.gguf")["feed_forward_length"] == stack("down_proj").shape[-1]
+
+
 def test_rotary_frequencies_of_llama3(tmp_path):
     model = exportable("llama")
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -59,17 +59,24 @@ def test_groups_without_a_type(tmp_path):
     refused(model, tmp_path, r"x_proj \(zero points of 8 bits\)")
     written = export_gguf(model, tmp_path / "m.gguf", regroup=True)
     assert written.kinds["Q4_0"] == 4 and written.kinds["Q8_0"] == 3
-    assert (
-        "4 layers with groups of 16 are rounded anew to Q4_0 (backbone.layers.0.mixer.in_proj.weight ...)"
-        in written.notes
-    )
+    said = "4 layers (backbone.layers.0.mixer.in_proj.weight ...) with groups of 16 are rounded anew to Q4_0"
+    assert said in written.notes
+
+
+def test_corrected_rows(tmp_path):
+    model = exportable("mamba2")
+    klfast.quantize_model(model, klfast.Plan({"lm_head": "int4-g32-sym+20"}, "uniform"))
+    refused(model, tmp_path, r"no type of GGUF holds lm_head \(corrected rows\); ")
+    written = export_gguf(model, tmp_path / "m.gguf", regroup=True)
+    assert written.notes[0] == "lm_head.weight with corrected rows is rounded anew to Q8_0"
 
 
 def test_rows_that_are_not_whole_blocks(tmp_path):
     model = exportable("mamba")
     klfast.quantize_model(model, klfast.Plan({"backbone.layers.0.mixer.dt_proj": "int4-channel-sym"}, "uniform"))
     written = export_gguf(model, tmp_path / "m.gguf")
-    assert written.kinds["F16"] == 1 and "1 layers with groups of 4 are F16" in written.notes[0]
+    assert written.kinds["F16"] == 1
+    assert written.notes[0] == "backbone.layers.0.mixer.dt_proj.weight with groups of 4 is F16"
 
 
 def test_a_scale_beyond_float16(tmp_path):

@@ -22,16 +22,18 @@ _KINDS = {(4, True): "Q4_0", (4, False): "Q4_1", (6, True): "Q8_0", (6, False): 
 
 def exact_kind(spec: QuantSpec) -> str | None:
     """Return the type that holds a spec's codes; None if there is none."""
-    return _KINDS.get((spec.bits, spec.symmetric))
+    return None if spec.corrected else _KINDS.get((spec.bits, spec.symmetric))
 
 
 def nearest_kind(spec: QuantSpec, k: int) -> str:
     """Return the type for weights that are rounded anew; float16 for rows that are not whole blocks."""
-    return "F16" if k % BLOCK else "Q4_0" if spec.bits == 4 else "Q8_0"
+    return "F16" if k % BLOCK else "Q4_0" if spec.bits == 4 and not spec.corrected else "Q8_0"
 
 
 def misfit(spec: QuantSpec, k: int, change: Change) -> str | None:
     """Say why blocks cannot hold a matrix with rows of ``k``; None if they can."""
+    if spec.corrected:
+        return "corrected rows"
     if exact_kind(spec) is None:
         return f"zero points of {spec.bits} bits"
     if (length := spec.group_length(k)) % BLOCK:

@@ -11,10 +11,10 @@ from torch import nn
 
 from klfast.core.errors import InvalidInputError
 from klfast.export.gguf import blocks
-from klfast.export.gguf.architecture import Architecture, Shape
+from klfast.export.gguf.architecture import Architecture, FileTensor, Shape
 from klfast.export.gguf.change import Change
 from klfast.export.gguf.families import ARCHITECTURES
-from klfast.export.gguf.weights import Weight, weights
+from klfast.export.gguf.weights import Weight, shapes, weights
 from klfast.quant.tensor import QuantizedTensor
 
 _FLOATS = {torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -82,8 +82,9 @@ def contents(model: nn.Module, architecture: Architecture, *, regroup: bool = Fa
     """
     config: Any = model.config
     held = weights(model)
-    named = architecture.tensors(config, {name: tuple(weight.shape) for name, weight in held.items()})
-    found = [_content(one.name, one.source, held[one.source], one.change) for one in named]
+    given = shapes(model, held)
+    named = architecture.tensors(config, given)
+    found = [_content(one, held[one.source], given[one.source]) for one in named]
     by_name = {one.name: one for one in found}
     head, embedding = by_name.get("output.weight"), by_name["token_embd.weight"]
     if head and head.weight is embedding.weight and head.change.factor == embedding.change.factor:
@@ -100,8 +101,10 @@ def shape_after(change: Change, shape: Shape) -> Shape:
     return tuple(change.of(torch.empty(shape, device="meta")).shape)
 
 
-def _content(name: str, layer: str, weight: Weight, change: Change) -> Content:
-    shape = shape_after(change, tuple(weight.shape))
+def _content(of: FileTensor, weight: Weight, given: Shape) -> Content:
+    """Return a tensor of the file made of a weight, whose shape in full precision is given."""
+    name, layer, change = of
+    shape = shape_after(change, given)
     if not isinstance(weight, QuantizedTensor):
         is_matrix = len(shape) > 1 and change.values is None
         return Content(name, layer, weight, change, _FLOATS.get(weight.dtype, "F32") if is_matrix else "F32", shape)
@@ -117,8 +120,8 @@ def _require_exact(found: list[Content]) -> None:
     if lost:
         shown = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if lost[_SHOWN:] else "")
         raise InvalidInputError(
-            f"no type of GGUF holds {shown}; plan them with groups of 32, 64 or 128 and int8 symmetric, or round them "
-            "anew with --regroup (regroup=True); nothing is written"
+            f"no type of GGUF holds {shown}; plan them with groups of 32, 64 or 128, int8 symmetric, without corrected "
+            "rows, or round them anew with --regroup (regroup=True); nothing is written"
         )
 
 

@@ -131,7 +131,7 @@ def _write_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Any) -> None:
         if token is not None:
             write(token)
     ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
     if isinstance(template := getattr(tokenizer, "chat_template", None), str):
         writer.add_chat_template(template)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -14,7 +17,10 @@ Weight = torch.Tensor | QuantizedTensor
 
 
 def weights(model: nn.Module) -> dict[str, Weight]:
-    """Return a model's tensors under the names that they have in full precision; tied ones, one object, under each."""
+    """Return a model's tensors under the names that they have in full precision; tied ones, one object, under each.
+
+    A quantized stack of experts is one matrix, of all their rows; ``shapes`` tells them apart.
+    """
     modules = dict(model.named_modules())
     found: dict[str, Weight] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -28,4 +34,15 @@ def weights(model: nn.Module) -> dict[str, Weight]:
             is_stack = isinstance(modules[name.rpartition(".")[0]], QuantExperts)
             quantized = plain.setdefault(layer, layer.quantized.to_layout(Layout.PLAIN))
             found[name if is_stack else f"{name}.weight"] = quantized
+    return found
+
+
+def shapes(model: nn.Module, held: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a model's ``weights`` have in full precision, [E, N, K] of a stack of experts."""
+    found = {name: tuple(weight.shape) for name, weight in held.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantExperts):
+            for stack in (f"{name}.{own}" for own in module.stack_names):
+                *rows, k = found[stack]
+                found[stack] = (module.num_experts, math.prod(rows) // module.num_experts, k)
     return found

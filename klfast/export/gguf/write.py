@@ -131,6 +131,12 @@ def _notes(found: list[Content]) -> list[str]:
         if one.anew:
             groups.setdefault((one.anew, one.kind), []).append(one.layer)
     return [
-        f"{len(layers)} layers with {why} are {kind if kind == 'F16' else f'rounded anew to {kind}'} ({layers[0]} ...)"
+        f"{_counted(layers)} with {why} {'is' if len(layers) == 1 else 'are'} "
+        + (kind if kind == "F16" else f"rounded anew to {kind}")
         for (why, kind), layers in groups.items()
     ]
+
+
+def _counted(layers: list[str]) -> str:
+    """Return one layer's name, or the number of several with the first of them."""
+    return layers[0] if len(layers) == 1 else f"{len(layers)} layers ({layers[0]} ...)"
