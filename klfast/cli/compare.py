@@ -45,15 +45,14 @@ def compare(
 
     import klfast
     from klfast.checkpoint.by_name import load_model
-    from klfast.checkpoint.one_tokenizer import require_one_tokenizer
+    from klfast.checkpoint.one_tokenizer import with_tokenizer
     from klfast.cli import runtime
     from klfast.reporting.comparison_tables import comparison_tables
 
     runtime.prepare(threads, device)
-    if not runtime.is_token_file(text):
-        require_one_tokenizer(base, model, **loading)
+    reader = model if runtime.is_token_file(text) else with_tokenizer(base, model, **loading)
     teacher, student = (load_model(name, dtype, device=device, gguf=gguf, **loading) for name in (base, model))
-    rows = torch.cat(runtime.open_batches(text, model, student, length=length, windows=windows, **loading))
+    rows = torch.cat(runtime.open_batches(text, reader, student, length=length, windows=windows, **loading))
     found = klfast.compare(teacher, student, rows, progress=None)
     named = {"base": base, "model": model, "text": text, "length": rows.shape[1], "dtype": dtype}
     found = replace(found, provenance={**named, **found.provenance})

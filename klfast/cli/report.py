@@ -66,12 +66,12 @@ def report(
     else:
         made = klfast.Plan.from_json(plan)
         tables = [*plan_tables(made, found), plan_by_layer(made, found, metric)]
-    if out is not None:
-        write(out, tables)
     if page is not None:
         plans = [klfast.Plan.from_json(path) for path in dict.fromkeys([*files.plans, *([plan] if plan else [])])]
         cards = [klfast.Comparison.from_json(path) for path in files.comparisons]
         write_atomic(page, html_page(found, plans, cards, metric, top))
+    if out is not None:
+        write(out, tables)
     if plot is not None:
         try:
             draw(found, plot, metric)

@@ -59,6 +59,8 @@ def study(
 
     runtime.prepare(threads, device)
     if all(one.endswith(".json") for one in source):
+        if out is not None:
+            raise typer.BadParameter("--out is for what is measured; files are shown, and --report keeps that")
         found = _read(source)
     elif len(source) > 1:
         raise typer.BadParameter("give one model, or .json files")

@@ -12,17 +12,17 @@ _LIMITS = ("95 % from", "to")
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Return the KL card and, if the text is longer than one part, tables by position and by token frequency."""
+    """Return the KL card, then tables by position and by token frequency if the comparison has them."""
     card = Table(
         f"KL card, {comparison.tokens:,} tokens in {comparison.windows:,} windows",
         ("figure", "value", *_LIMITS),
         tuple((name, *_cells(one)) for name, one in comparison.figures.items()),
     )
-    return [
-        card,
-        _by("KL by position", "tokens before", comparison.by_position),
-        _by("KL by token frequency", "occurrences in the text", comparison.by_frequency),
-    ]
+    by_part = (
+        ("KL by position", "tokens before", comparison.by_position),
+        ("KL by token frequency", "occurrences in the text", comparison.by_frequency),
+    )
+    return [card, *(_by(title, heading, parts) for title, heading, parts in by_part if parts)]
 
 
 def _by(title: str, heading: str, parts: Sequence[Part]) -> Table:

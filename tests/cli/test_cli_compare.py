@@ -42,6 +42,17 @@ def test_one_window_says_that_it_has_no_intervals(work):
     assert "Intervals need several windows" in klf(*command).stdout
 
 
+def test_one_of_both_has_a_tokenizer(work, tmp_path):
+    bare = tmp_path / "bare"
+    tiny_folder.save_model(bare)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    for pair in ((work / "model", bare), (bare, work / "model")):
+        shown = json.loads(klf("compare", *pair, "--text", work / "text.txt", *FEW, "--json").stdout)
+        assert shown["tokens"] == 4 * 63 and shown["figures"]["Maximum KLD"]["value"] < 1e-6
+    assert "no tokenizer" in fails("compare", bare, bare, "--text", work / "text.txt", *FEW)
+
+
 def test_other_tokenizers_and_vocabularies_are_refused(work, tmp_path):
     tiny_folder.save_model(tmp_path / "other")
     tokenizer("byte-level BPE").save_pretrained(tmp_path / "other")

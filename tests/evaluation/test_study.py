@@ -142,3 +142,4 @@ def test_command(made, tmp_path):
     assert "| int4-channel-sym | kl_teacher_student | 1.00 (1.00 to 1.00) |" in (tmp_path / "study.md").read_text()
     assert "give one model" in fails("study", "a", "b", code=2)
     assert "exists" in fails("study", "mamba", "--out", tmp_path / "study.json")
+    assert "--report" in fails("study", tmp_path / "study.json", "--out", tmp_path / "other.json", code=2)
