@@ -82,10 +82,11 @@ def _kept_lengths(prompt: int, shared: int) -> list[int]:
 
     These are what others are likely to share, the whole, and 512, 1,024, 2,048 ... tokens: few, for each costs as much
     memory as any other, but at least half of what two prompts have in common. Of two that differ by one token the
-    whole, or else the shared one, stays: a chunk of one token would be taken for a decoding step.
+    whole, or else the shared one, stays, and the first token alone is not kept: a chunk of one token would be taken for
+    a decoding step.
     """
     lengths = [prompt]
     for length in (shared, *_POWERS):
-        if 0 < length < prompt and all(abs(length - other) > 1 for other in lengths):
+        if 1 < length < prompt and all(abs(length - other) > 1 for other in lengths):
             lengths.append(length)
     return sorted(lengths)

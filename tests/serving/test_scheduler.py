@@ -126,6 +126,7 @@ def test_every_kind_of_state(start, family):
         (40, 0, 13, [10, 10, 10, 10]),
         (27, 13, 13, [13, 7, 7]),
         (14, 13, 64, [14]),  # what is shared is not kept: one token would follow it
+        (14, 1, 64, [14]),  # or be it
         (513, 511, 64, [64] * 7 + [63, 2]),  # nor are 512 tokens
         (1, 0, 13, [1]),
     ],
