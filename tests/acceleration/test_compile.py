@@ -52,7 +52,7 @@ def test_one_token_compiles(family):
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.inference_mode():
         # From the second token on, the length of attention's cache is a symbol, which is compiled again.
-        ids, name = batch(1, 8 if family in ("mamba", "falcon_h1", "qwen3_5") else 6), cache_argument(model)
+        ids, name = batch(1, 8 if family in ("mamba", "hymba", "falcon_h1", "qwen3_5") else 6), cache_argument(model)
         caches = [returned_cache(model(ids[:, :5], use_cache=True)) for _ in range(2)]
         for token in ids[:, 5:].split(1, dim=1):
             found, expected = (
