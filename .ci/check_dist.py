@@ -11,6 +11,7 @@ IN_WHEEL = (
     "klfast/kernels/__init__.py",
     "klfast/kernels/dequant_matmul.py",
     "klfast/bench/conftest.py",
+    "klfast/assets/report/style.css",
     "klfast/assets/text/evaluation.txt",
     *(f"klfast/assets/models/{name}/model.safetensors" for name in ("hymba", "mamba", "mamba2")),
 )
@@ -38,9 +39,11 @@ def main(folder: Path) -> None:
     assert not missing, f"missing from the wheel: {missing}"
     assert wheel.stat().st_size < MAX_WHEEL_BYTES, f"the wheel has {wheel.stat().st_size:,} bytes"
     with tarfile.open(sdist) as archive:
-        packed = {name.split("/", 1)[-1] for name in archive.getnames()}
+        packed = {one.name.split("/", 1)[-1] for one in archive if one.isfile()}
     missing = [name for name in IN_SDIST if name not in packed]
     assert not missing, f"missing from the sdist: {missing}"
+    missing = sorted(name for name in packed if name.startswith("klfast/") and name not in names)
+    assert not missing, f"in klfast/, but missing from the wheel (pyproject.toml lists packages and data): {missing}"
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(names)} files")
     print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
 
