@@ -64,17 +64,23 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
         found = model_quantization_config(model)
     except InvalidInputError:  # groups that do not divide a row
         found = None
-    only_klfasts = (QuantEmbedding, QuantConv1D, QuantExperts)
-    readable = found is not None and not any(isinstance(module, only_klfasts) for module in model.modules())
+    readable = found is not None and not any(map(_is_only_klfasts, model.modules()))
     return [
         (config, "quantization_config", found),
         (model, "save_pretrained", None if readable else partial(_refuse_saving, model)),
     ]
 
 
+def _is_only_klfasts(module: nn.Module) -> bool:
+    """Return True if no quantization_config describes a module as it is."""
+    is_corrected = isinstance(module, QuantLinear) and module.spec.corrected > 0
+    return is_corrected or isinstance(module, (QuantEmbedding, QuantConv1D, QuantExperts))
+
+
 def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
-        "write (its head is tied to the embedding, its groups do not divide a row, or it has experts or Conv1D); "
+        "write (its head is tied to the embedding or has corrected rows, its groups do not divide a row, or it has "
+        "experts or Conv1D); "
         "use klfast.save_quantized(model, folder)"
     )

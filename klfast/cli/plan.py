@@ -127,7 +127,16 @@ def plan(
         "activations": dict(Counter(made.activations.values())),
     }
     emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
-    say(f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, '--out', 'FOLDER')}", as_json)
+    rounding = ("--rounding", "gptq") if _is_for_gptq(found) else ()
+    say(
+        f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, *rounding, '--out', 'FOLDER')}",
+        as_json,
+    )
+
+
+def _is_for_gptq(found: Sensitivities) -> bool:
+    """Return True if costs are those of second-order rounding."""
+    return found.provenance.get("rounding") == "gptq"
 
 
 def _measure(
@@ -145,5 +154,5 @@ def _measure(
 
     network = load_model(model, "float32", gguf="dense", **loading)
     text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
-    gptq = found.provenance.get("rounding") == "gptq"
+    gptq = _is_for_gptq(found)
     return klfast.measured_kl(network, text, rounding="gptq" if gptq else "nearest", calibration=text if gptq else None)

@@ -84,23 +84,24 @@ def plan(
             the choice for each layer, ``quantize_model`` follows it, and both costs count as the layer's. "exact": the
             plan leaves it to ``quantize_model``.
         refine: for a budget of bytes: plan -> measured KL of the whole model so quantized (``klfast.measured_kl``). The
-            plan, uniform ones within the budget, and the best swaps are measured; the best of them is returned, so it
-            is never worse, on that text, than a uniform one at the same bytes.
+            plan, uniform ones within the budget in each spec that was measured on every layer, and the best swaps are
+            measured; the best of them is returned, so it is never worse, on that text, than those.
         tries: most swaps that ``refine`` measures.
         servable: vLLM and transformers without klfast load the plan's folder: layers that they fuse (q, k and v; gate
-            and up) have one precision, with 4 or 8 bits; the head, and what Mamba's forwards multiply by themselves,
-            keep full precision, unless ``keep`` says otherwise.
+            and up) have one precision, one that vLLM has kernels for (``klfast.planning.servable``); the head, and
+            what Mamba's forwards multiply by themselves, keep full precision, unless ``keep`` says otherwise.
 
     Returns:
         The plan. Its ``predicted`` holds "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, if the sweep
         measured delta_ce, "perplexity" on its calibration text, estimated as if the layers' contributions to the
         cross-entropy were additive: exp(the teacher's cross-entropy + the sum of delta_ce); and "kl_measured", if
-        ``refine`` measured it. If files cannot hold a
-        measured group size (``storable_spec``), the plan has the storable one and a note. Ties go to fewer bytes.
+        ``refine`` measured it. If files cannot hold a measured group size (``storable_spec``), the plan has the
+        storable one and a note. Ties go to fewer bytes.
 
     Raises:
         InvalidInputError: no budget or more than one, an unknown method or metric, no finite measurement, contradictory
-            patterns, a kept spec that was not measured, or under "auto" int8 activations that were not.
+            patterns, a kept spec that was not measured, under "auto" int8 activations that were not, or under
+            ``servable`` a kept or uniform spec that other engines have no kernels for.
         UnknownLayerError: a pattern selects no layer.
         InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
     """

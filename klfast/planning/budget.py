@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
+from klfast.planning.choices import Choice, Picks
 from klfast.planning.numbers_given import require_number
-from klfast.planning.problem import KL_METRICS, Choice, Problem
+from klfast.planning.problem import KL_METRICS, Problem
 
 _ANY_BITS = 1e6  # more bits per weight than any model has
 
@@ -66,15 +67,15 @@ class Budget:
         """Return the bytes of some choices that count against the budget."""
         return sum(map(self.size, picks.values()))
 
-    def used(self, picks: dict[str, Choice]) -> float:
+    def used(self, picks: Picks) -> float:
         """Return the sum of sizes or of costs that counts against the budget."""
         return self.sizes(picks) if self.of_bytes else summed_cost(picks)
 
-    def met(self, picks: dict[str, Choice]) -> bool:
+    def met(self, picks: Picks) -> bool:
         """Return True if the choices are within the budget."""
         return self.used(picks) <= self.limit
 
-    def require(self, problem: Problem, smallest: dict[str, Choice], remedy: str) -> None:
+    def require(self, problem: Problem, smallest: Picks, remedy: str) -> None:
         """Raise InfeasibleBudgetError unless ``smallest``, the method's smallest plan, meets the budget."""
         if self.met(smallest):
             return

@@ -13,14 +13,15 @@ from collections.abc import Callable
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget, summed_cost
+from klfast.planning.choices import Picks
 from klfast.planning.numbers_given import require_number
 from klfast.planning.plan_file import Plan
-from klfast.planning.problem import Picks, Problem
+from klfast.planning.problem import Problem
 
 
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:
     """Return a plan without evaluation: candidates in order until the bytes meet the budget, or while the KL does."""
-    picks = _start(problem)
+    picks = problem.start
     for candidate in _candidates(problem):
         if budget.of_bytes and budget.met(picks):
             break
@@ -40,7 +41,7 @@ def plan_greedy_evaluated(
             "greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl"
         )
     gamma = require_number("gamma", gamma, 1.0)
-    picks, notes = _start(problem), []
+    picks, notes = problem.start, []
     baseline = perplexity = _perplexity(evaluate, problem.plan(problem.full, "greedy"))
     if not math.isfinite(baseline) or baseline <= 0:
         raise InvalidInputError(f"evaluate gave {baseline} for the full-precision model; it must return a perplexity")
@@ -68,11 +69,6 @@ def plan_greedy_evaluated(
         f"perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
     )
     return problem.plan(picks, "greedy", notes)
-
-
-def _start(problem: Problem) -> Picks:
-    """Return full precision for every layer whose precision the user has not fixed."""
-    return {name: choices[0] for name, choices in problem.layers.items()}
 
 
 def _perplexity(evaluate: Callable[[Plan], float], plan: Plan) -> float:

@@ -7,6 +7,10 @@ import math
 import numbers
 
 from klfast.core.errors import InvalidInputError
+from klfast.sensitivity.coverage import require_measurements
+from klfast.sensitivity.results import Sensitivities
+
+_ANY_SIZE = 2**63
 
 
 def require_number(name: str, value: object, least: float) -> float:
@@ -25,3 +29,19 @@ def shortened(value: object) -> str:
     except ValueError:  # Python does not print integers of several thousand digits
         return "an integer that is too large"
     return text if len(text) < 100 else f"{text[:40]}..."
+
+
+def require_sizes(sensitivities: Sensitivities) -> None:
+    """Raise InvalidInputError unless something was measured, on layers that exist and have a size."""
+    require_measurements(sensitivities)
+    for name, _ in sensitivities.measurements:
+        if name not in sensitivities.layers:
+            raise InvalidInputError(f"the sensitivities measure {name!r}, which is not among their layers; sweep again")
+    sizes = [("what is never quantized", "bytes", sensitivities.other_bytes)]
+    for name, info in sensitivities.layers.items():
+        sizes += [(name, "bytes", info.float_bytes), *((name, "rows or columns", n) for n in info.shape)]
+    for name, what, size in sizes:
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool) or not 0 <= size < _ANY_SIZE:
+            raise InvalidInputError(f"the sensitivities are damaged: {name} has {shortened(size)} {what}; sweep again")
+    if not any(math.prod(info.shape) for info in sensitivities.layers.values()):
+        raise InvalidInputError("the layers of the sensitivities have no weights; sweep again")

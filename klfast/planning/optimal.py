@@ -27,7 +27,7 @@ import numpy as np
 from klfast.planning.budget import Budget, summed_cost
 from klfast.planning.milp import solve_milp
 from klfast.planning.plan_file import Plan
-from klfast.planning.problem import Picks, Problem
+from klfast.planning.problem import Problem
 
 Option = tuple[float, float]  # value, weight
 
@@ -52,22 +52,14 @@ def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
         for unit in problem.units
     ]
     least = [unit.index(min(unit, key=itemgetter(1))) for unit in both]
-    budget.require(problem, _merged(problem, least), "raise the budget, or sweep specs with fewer bits")
+    budget.require(problem, problem.together(least), "raise the budget, or sweep specs with fewer bits")
     solution = solve(both, budget.limit, time_limit)
-    picks = _merged(problem, solution.picks)
+    picks = problem.together(solution.picks)
     notes = []
     if solution.gap:
         unit = problem.metric if budget.of_bytes else "bytes"
         notes.append(f"stopped after {time_limit:g} s: at most {solution.gap:.3g} {unit} above the optimum")
     return problem.plan(picks, "optimal", notes)
-
-
-def _merged(problem: Problem, chosen: Sequence[int]) -> Picks:
-    """Return the choices of all layers, in the layers' order, given the index of each unit's."""
-    found: Picks = {}
-    for unit, index in zip(problem.units, chosen, strict=True):
-        found |= unit[index]
-    return {name: found[name] for name in problem.layers}
 
 
 def solve(options: Sequence[Sequence[Option]], limit: float, time_limit: float = 60.0) -> Solution:

@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.activation import with_int8
-from klfast.planning.numbers_given import shortened
+from klfast.planning.choices import TOO_LARGE, Choice, Picks, cost_of, counted, unique
+from klfast.planning.numbers_given import require_sizes
 from klfast.planning.plan_file import Plan
-from klfast.planning.servable import fused, is_served
-from klfast.quant.spec import SCALES, SHAPE_BYTES, QuantSpec, storable_spec
-from klfast.sensitivity.coverage import require_measurements, unfinished_note, unmeasured
+from klfast.planning.servable import SERVED, fused, is_served
+from klfast.quant.spec import SCALES, QuantSpec, storable_spec
+from klfast.sensitivity.coverage import unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
 
 KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
-# Sums and rates of costs within this range stay within floats. Above it is damage, like an infinity; below it is 0.
-_TINY, _TOO_LARGE = 1e-100, 1e100
-_ANY_SIZE = 2**63
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One precision of one layer.
-
-    Attributes:
-        spec: as it will be stored; None for full precision.
-        nbytes: bytes of the layer in that precision, as saved.
-        cost: the quantity being minimised, additive over layers.
-        kl: measured KL in nats per token, None if it was not measured.
-        delta_ce: measured growth of the cross-entropy, nats per token; None if it was not measured.
-        measured: the spec that the cost was measured with.
-        activation: "int8" if the layer rounds its input, whose costs are then in those above; else "exact".
-    """
-
-    spec: QuantSpec | None
-    nbytes: int
-    cost: float
-    kl: float | None
-    delta_ce: float | None
-    measured: QuantSpec | None = None
-    activation: str = "exact"
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights with scales and zero points, from which bits per weight are computed."""
-        return self.nbytes if self.spec is None else self.nbytes - SHAPE_BYTES
-
-
-Picks = dict[str, Choice]  # a choice for each of some layers
 
 
 class Problem:
@@ -84,7 +49,7 @@ class Problem:
         self.servable = servable
         self.activation = activation
         self.notes: list[str] = []
-        _check(sensitivities)
+        require_sizes(sensitivities)
         self._measurements = {key: m for key, m in sensitivities.measurements.items() if self._may_be(*key)}
         self.metric = self._metric(metric)
         self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
@@ -98,19 +63,19 @@ class Problem:
         negative, noise, broken = 0, 0, []
         found: dict[str, list[Choice]] = {name: [] for name in self.full}
         for (name, measured), measurement in self._measurements.items():
-            cost = _cost(self.metric, measurement.mean[self.metric])
-            if not abs(cost) < _TOO_LARGE:
+            cost = cost_of(self.metric, measurement.mean[self.metric])
+            if not abs(cost) < TOO_LARGE:
                 broken.append(f"{name} at {measured}")
                 continue
             negative += cost < 0
             noise += measurement.below_noise
             kl = None if self.kl_metric is None else measurement.mean[self.kl_metric]
-            kl = _counted(kl) if kl is not None and abs(kl) < _TOO_LARGE else None
+            kl = counted(kl) if kl is not None and abs(kl) < TOO_LARGE else None
             shape = sensitivities.layers[name].shape
             spec = storable_spec(measured, shape[1])
             delta_ce = measurement.mean.get("delta_ce")
             chosen = "int8" if (name, measured) in int8 else "exact"
-            choice = Choice(spec, spec.saved_bytes(shape), _counted(cost), kl, delta_ce, measured, chosen)
+            choice = Choice(spec, spec.saved_bytes(shape), counted(cost), kl, delta_ce, measured, chosen)
             found[name].append(choice)
         self.n_left_out = len(broken)
         if broken and not any(found.values()):
@@ -142,20 +107,35 @@ class Problem:
             )
         return found
 
+    @property
+    def start(self) -> Picks:
+        """Full precision for each layer that may have it: the user has fixed neither it nor one fused with it."""
+        return self.together([0] * len(self.units))
+
+    def together(self, chosen: Sequence[int]) -> Picks:
+        """Return the choices of all layers, in the layers' order, given the index of each unit's."""
+        found: Picks = {}
+        for unit, index in zip(self.units, chosen, strict=True):
+            found |= unit[index]
+        return {name: found[name] for name in self.layers}
+
     def _may_be(self, name: str, measured: QuantSpec) -> bool:
-        if self.servable and not is_served(measured):
+        k = self.sensitivities.layers[name].shape[1]
+        if self.servable and not is_served(storable_spec(measured, k)):
             return False
         if name not in self.settled:
             return True
-        wanted, k = self.settled[name], self.sensitivities.layers[name].shape[1]
+        wanted = self.settled[name]
         return wanted is not None and storable_spec(wanted, k) == storable_spec(measured, k)
 
     def _choices(self, name: str, found: list[Choice]) -> list[Choice]:
         if name not in self.settled:
-            return _unique(self.full[name], found)
+            return unique(self.full[name], found)
         wanted = self.settled[name]
         if wanted is None:
             return [self.full[name]]
+        if self.servable and not is_served(storable_spec(wanted, self.sensitivities.layers[name].shape[1])):
+            raise InvalidInputError(f"keep asks for {wanted} on {name}, which no other engine runs; {SERVED}")
         if not found:
             specs = ", ".join(str(spec) for layer, spec in self.sensitivities.measurements if layer == name)
             why = (
@@ -203,9 +183,10 @@ class Problem:
         ]
         single = [name for name in self.free if len(self.layers[name]) == 1]
         missing = set(unmeasured(self.sensitivities)) if single else set()
+        known = "measured spec that other engines run" if self.servable else "measured spec"
         for why, names in (
             ("not measured", [name for name in single if name in missing]),
-            ("no measured spec makes it smaller", [name for name in single if name not in missing]),
+            (f"no {known} makes it smaller", [name for name in single if name not in missing]),
         ):
             if names:
                 self.notes.append(f"{_some(names)} keeping full precision: {why}")
@@ -226,11 +207,7 @@ class Problem:
         return int(self.sensitivities.other_bytes)
 
     def plan(
-        self,
-        picks: dict[str, Choice],
-        method: str,
-        notes: Sequence[str] = (),
-        measured: Mapping[str, float] = MappingProxyType({}),
+        self, picks: Picks, method: str, notes: Sequence[str] = (), measured: Mapping[str, float] = MappingProxyType({})
     ) -> Plan:
         """Return the Plan of these choices with its predicted cost, and what was measured of it."""
         specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
@@ -241,7 +218,7 @@ class Problem:
         predicted = {**self._predicted(picks), **measured}
         return Plan(specs, method, self.sensitivities.fingerprint, predicted, notes, known_scale, modes)
 
-    def _predicted(self, picks: dict[str, Choice]) -> dict[str, float]:
+    def _predicted(self, picks: Picks) -> dict[str, float]:
         predicted: dict[str, float] = {
             "bytes": sum(choice.nbytes for choice in picks.values()) + self.other_bytes,
             "mean_bits": 8 * sum(choice.weight_bytes for choice in picks.values()) / self.n_weights,
@@ -257,7 +234,7 @@ class Problem:
                 predicted["perplexity"] = math.exp(min(nll, 700.0))
         return predicted
 
-    def _note_groups(self, picks: dict[str, Choice]) -> list[str]:
+    def _note_groups(self, picks: Picks) -> list[str]:
         changed: Counter[tuple[QuantSpec, QuantSpec, int]] = Counter()
         for name, choice in picks.items():
             k = self.sensitivities.layers[name].shape[1]
@@ -270,55 +247,12 @@ class Problem:
         ]
 
 
-def _check(sensitivities: Sensitivities) -> None:
-    """Raise InvalidInputError unless something was measured, on layers that exist and have a size."""
-    require_measurements(sensitivities)
-    for name, _ in sensitivities.measurements:
-        if name not in sensitivities.layers:
-            raise InvalidInputError(f"the sensitivities measure {name!r}, which is not among their layers; sweep again")
-    sizes = [("what is never quantized", "bytes", sensitivities.other_bytes)]
-    for name, info in sensitivities.layers.items():
-        sizes += [(name, "bytes", info.float_bytes), *((name, "rows or columns", n) for n in info.shape)]
-    for name, what, size in sizes:
-        if not isinstance(size, numbers.Integral) or isinstance(size, bool) or not 0 <= size < _ANY_SIZE:
-            raise InvalidInputError(f"the sensitivities are damaged: {name} has {shortened(size)} {what}; sweep again")
-    if not any(math.prod(info.shape) for info in sensitivities.layers.values()):
-        raise InvalidInputError("the layers of the sensitivities have no weights; sweep again")
-
-
 def _sum(values: Sequence[float]) -> float:
     """Return the exactly rounded sum; NaN if undefined (infinities of both signs) or out of the range of floats."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
         return math.nan
-
-
-def _cost(metric: str, mean: float) -> float:
-    """Return the additive cost of one measurement."""
-    if metric == "sqnr_db":  # noise power relative to the signal's
-        return 10.0 ** (-mean / 10.0) if mean > -3000 else math.inf
-    if metric == "top1_agree":
-        return 1.0 - mean
-    return mean
-
-
-def _counted(cost: float) -> float:
-    return cost if cost > _TINY else 0.0
-
-
-def _unique(full: Choice, found: list[Choice]) -> list[Choice]:
-    """Return one choice per stored spec that is smaller than full precision, by falling bytes, then bits.
-
-    Of two measured specs that are stored as the same one, the one that needed no change counts.
-    """
-    by_spec: dict[QuantSpec, Choice] = {}
-    for choice in found:
-        spec = choice.spec
-        if spec is not None and choice.nbytes < full.nbytes and (spec not in by_spec or spec == choice.measured):
-            by_spec[spec] = choice
-    ordered = sorted(by_spec, key=lambda spec: (-by_spec[spec].nbytes, -spec.bits, spec))
-    return [full, *(by_spec[spec] for spec in ordered)]
 
 
 def _note_modes(modes: Mapping[str, str]) -> list[str]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget, summed_cost
+from klfast.planning.choices import Picks
+from klfast.planning.numbers_given import shortened
 from klfast.planning.plan_file import Plan
-from klfast.planning.problem import Picks, Problem
+from klfast.planning.problem import Problem
 from klfast.planning.uniform import uniform_picks
 
 Measure = Callable[[Plan], float]
@@ -29,20 +31,25 @@ def refine(problem: Problem, budget: Budget, plan: Plan, measure: Measure, tries
 
     Returns:
         The plan, whose ``predicted`` has "kl_measured".
+
+    Raises:
+        InvalidInputError: another budget, a number of tries that is none, or a measurement that is no number.
     """
+    if not isinstance(tries, int) or isinstance(tries, bool) or tries < 0:
+        raise InvalidInputError(f"tries must be a number of swaps, 0 or more, got {shortened(tries)}")
     if not budget.of_bytes:
         raise InvalidInputError("only a plan within max_bytes or mean_bits can be refined, not one within max_kl")
-    search = _Search(problem, measure)
+    search = _Search(problem, measure, plan.method)
     first = search.try_plan(_picks(problem, plan))
     for picks in uniform_picks(problem):
         if budget.met(picks):
             search.try_plan(picks)
     improved = 0
     swaps = _swaps(problem, budget, search.best)
-    for _ in range(tries):
-        if (trial := next(swaps, None)) is None:
-            break
-        before = search.least
+    while tries and (trial := next(swaps, None)) is not None:
+        if search.knows(trial):
+            continue
+        before, tries = search.least, tries - 1
         if search.try_plan(trial) < before:
             improved += 1
             swaps = _swaps(problem, budget, search.best)
@@ -50,24 +57,29 @@ def refine(problem: Problem, budget: Budget, plan: Plan, measure: Measure, tries
         f"refined: KL {search.least:.6g} measured, {first:.6g} before, in {len(search.seen)} whole plans of which "
         f"{improved} swaps were taken"
     )
-    return search.result(plan.method, (note,))
+    return search.result((note,))
 
 
 class _Search:
     """The plans that were measured, and the best of them."""
 
-    def __init__(self, problem: Problem, measure: Measure) -> None:
-        self.problem, self.measure = problem, measure
+    def __init__(self, problem: Problem, measure: Measure, method: str) -> None:
+        self.problem, self.measure, self.method = problem, measure, method
         self.seen: dict[tuple[str, ...], float] = {}
         self.best: Picks = {}
         self.least = math.inf
 
+    def knows(self, picks: Picks) -> bool:
+        """Return True if a plan was measured."""
+        return _key(picks) in self.seen
+
     def try_plan(self, picks: Picks) -> float:
         """Measure a plan, unless it was; return its KL, infinite if it is not finite."""
-        key = tuple(str(choice.spec) for choice in picks.values())
+        key = _key(picks)
         if key not in self.seen:
+            measured = self.measure(self.problem.plan(picks, self.method))  # whose errors are its own
             try:
-                found = float(self.measure(self.problem.plan(picks, "optimal")))
+                found = float(measured)
             except (TypeError, ValueError, OverflowError):
                 raise InvalidInputError("refine must return the KL of a plan, a number") from None
             self.seen[key] = found if math.isfinite(found) else math.inf
@@ -75,10 +87,14 @@ class _Search:
             self.best, self.least = picks, self.seen[key]
         return self.seen[key]
 
-    def result(self, method: str, notes: tuple[str, ...]) -> Plan:
+    def result(self, notes: tuple[str, ...]) -> Plan:
         """Return the best plan."""
         measured = {"kl_measured": self.least} if math.isfinite(self.least) else {}
-        return self.problem.plan(self.best, method, notes, measured)
+        return self.problem.plan(self.best, self.method, notes, measured)
+
+
+def _key(picks: Picks) -> tuple[str, ...]:
+    return tuple(str(choice.spec) for choice in picks.values())
 
 
 def _picks(problem: Problem, plan: Plan) -> Picks:
@@ -91,44 +107,44 @@ def _picks(problem: Problem, plan: Plan) -> Picks:
 
 def _swaps(problem: Problem, budget: Budget, picks: Picks) -> Iterator[Picks]:
     """Yield plans within the budget, each with one unit larger, those of least predicted cost first."""
-    used = budget.sizes(picks)
+    used, savings = budget.sizes(picks), _cheapest_savings(problem, budget, picks)
     found: list[tuple[float, int, Picks]] = []
-    for unit in problem.units:
+    for number, unit in enumerate(problem.units):
         held = {name: picks[name] for name in unit[0]}
-        for larger in _next_larger(unit, held, budget):
-            trial, size = {**picks, **larger}, used + budget.sizes(larger) - budget.sizes(held)
-            for before, smaller in _cheapest_savings(problem, budget, picks, without=unit):
-                if size <= budget.limit:
-                    break
-                size += budget.sizes(smaller) - budget.sizes(before)
-                trial |= smaller
+        if (larger := _next_larger(unit, held, budget)) is None:
+            continue
+        trial, size = {**picks, **larger}, used + budget.sizes(larger) - budget.sizes(held)
+        for other, saved, smaller in savings:
             if size <= budget.limit:
-                found.append((summed_cost(trial), len(found), trial))
+                break
+            if other != number:
+                size -= saved
+                trial |= smaller
+        if size <= budget.limit:
+            found.append((summed_cost(trial), len(found), trial))
     for _, _, trial in sorted(found, key=lambda each: each[:2]):
         yield trial
 
 
-def _next_larger(unit: list[Picks], held: Picks, budget: Budget) -> list[Picks]:
-    """Return the choice of a unit that is next in bytes and costs less, as a list of at most one."""
+def _next_larger(unit: list[Picks], held: Picks, budget: Budget) -> Picks | None:
+    """Return the choice of a unit that is next in bytes and costs less; None if there is none."""
     size, cost = budget.sizes(held), summed_cost(held)
     better = [each for each in unit if budget.sizes(each) > size and summed_cost(each) < cost]
-    return [min(better, key=lambda each: (budget.sizes(each), summed_cost(each)))] if better else []
+    return min(better, key=lambda each: (budget.sizes(each), summed_cost(each))) if better else None
 
 
-def _cheapest_savings(
-    problem: Problem, budget: Budget, picks: Picks, without: list[Picks]
-) -> list[tuple[Picks, Picks]]:
-    """Return for each other unit its choices now and the smaller ones of least added cost a byte; the least first."""
+def _cheapest_savings(problem: Problem, budget: Budget, picks: Picks) -> list[tuple[int, int, Picks]]:
+    """Return for each unit its number, and the bytes and choices of least added cost a byte saved; the least first."""
     found = []
     for number, unit in enumerate(problem.units):
         held = {name: picks[name] for name in unit[0]}
         size, cost = budget.sizes(held), summed_cost(held)
         rates = [
-            ((summed_cost(each) - cost) / (size - budget.sizes(each)), number, place)
+            ((summed_cost(each) - cost) / (size - budget.sizes(each)), place)
             for place, each in enumerate(unit)
-            if unit is not without and budget.sizes(each) < size
+            if budget.sizes(each) < size
         ]
         if rates:
-            rate, _, place = min(rates)
-            found.append((rate, number, held, unit[place]))
-    return [(held, smaller) for _, _, held, smaller in sorted(found, key=lambda each: each[:2])]
+            rate, place = min(rates)
+            found.append((rate, number, size - budget.sizes(unit[place]), unit[place]))
+    return [each[1:] for each in sorted(found, key=lambda each: each[:2])]

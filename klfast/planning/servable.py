@@ -1,9 +1,10 @@
 """Plans whose folders other engines load: vLLM and transformers without klfast.
 
 They fuse some layers into one matrix, which has one precision (q, k and v; gate and up; in Qwen3.5 in_proj_qkv and z, b
-and a). They have kernels for integers of 4 and 8 bits. They read no quantized head, which may be tied to the embedding,
-and nothing packed where a forward takes the weight itself: Mamba's dt_proj, and the out_proj beside it, which fused
-kernels multiply by.
+and a). vLLM's kernels take integers of 4 and 8 bits by row or in groups of 32, 64 and 128, and zero points with 4 bits
+alone (its MARLIN_SUPPORTED_GROUP_SIZES and query_marlin_supported_quant_types). They read no quantized head, which may
+be tied to the embedding, and nothing packed where a forward takes the weight itself: Mamba's dt_proj, and the out_proj
+beside it, which fused kernels multiply by.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from klfast.quant.spec import QuantSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _TAKEN = re.compile(r"\.dt_proj$|\.(mixer|mamba)\.out_proj$")
-_BITS = (4, 8)
+_BITS, _GROUPS = (4, 8), (-1, 32, 64, 128)
+SERVED = "choose INT4 or INT8 by row or in groups of 32, 64 or 128, with zero points only INT4, or no servable plan"
 
 
 def unread(names: Iterable[str]) -> list[str]:
@@ -25,8 +27,9 @@ def unread(names: Iterable[str]) -> list[str]:
 
 
 def is_served(spec: QuantSpec) -> bool:
-    """Return True if other engines have kernels for a spec."""
-    return spec.kind == "int" and spec.bits in _BITS and not spec.corrected
+    """Return True if other engines have kernels for a stored spec."""
+    is_known = spec.kind == "int" and spec.bits in _BITS and spec.group_size in _GROUPS
+    return is_known and (spec.symmetric or spec.bits == 4) and not spec.corrected
 
 
 def fused(names: Sequence[str]) -> list[list[str]]:

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget
+from klfast.planning.choices import Choice, Picks
 from klfast.planning.plan_file import Plan
-from klfast.planning.problem import Choice, Problem
+from klfast.planning.problem import Problem
+from klfast.planning.servable import SERVED, is_served
 from klfast.quant.spec import QuantSpec, storable_spec
 
 
@@ -18,7 +20,10 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
     That is the one of least cost under a byte budget, or of fewest bytes under a KL budget.
     """
     if spec is not None:
-        picks = {name: _choice(problem, name, spec) for name in problem.layers}
+        picks = _everywhere(problem, spec)
+        for name, choice in picks.items():
+            if problem.servable and choice.spec is not None and not is_served(choice.spec):
+                raise InvalidInputError(f"no other engine runs {choice.spec} on {name}; {SERVED}")
         if budget is not None:
             if not budget.of_bytes and any(c.kl is None for c in picks.values()):
                 raise InvalidInputError(
@@ -37,23 +42,30 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
     return _plan(problem, min(fitting, key=lambda picks: _order(picks, budget)))
 
 
-def uniform_picks(problem: Problem) -> list[dict[str, Choice]]:
+def uniform_picks(problem: Problem) -> list[Picks]:
     """Return the uniform plans whose cost is known, one for each spec that was measured on every layer."""
     specs = sorted({measured for _, measured in problem.sensitivities.measurements})
-    trials = [{name: _choice(problem, name, s) for name in problem.layers} for s in specs]
-    if not problem.free:
-        trials = [{name: choices[0] for name, choices in problem.layers.items()}]
+    trials = [_everywhere(problem, spec) for spec in specs] if problem.free else [problem.start]
     trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
     return [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
+
+
+def _everywhere(problem: Problem, spec: QuantSpec) -> Picks:
+    """Return ``spec`` on each layer that the user fixed neither itself nor by one that is fused with it."""
+    found: Picks = {}
+    for unit in problem.units:
+        names = unit[0].keys()
+        each = unit[0] if names & problem.settled.keys() else {name: _choice(problem, name, spec) for name in names}
+        is_one = len({choice.spec for choice in each.values()}) == 1
+        found |= each if is_one else {name: problem.full[name] for name in names}
+    return {name: found[name] for name in problem.layers}
 
 
 def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
     """Return ``spec`` on that layer, or full precision if the spec saves nothing there.
 
-    If it was not measured, the cost is infinite and the KL None. A layer that the user fixed has only its one choice.
+    If it was not measured, the cost is infinite and the KL None.
     """
-    if name in problem.settled:
-        return problem.layers[name][0]
     full = problem.full[name]
     shape = problem.sensitivities.layers[name].shape
     stored = storable_spec(spec, shape[1])
@@ -66,12 +78,12 @@ def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
     return replace(found, measured=spec)
 
 
-def _order(picks: dict[str, Choice], budget: Budget) -> tuple[float, float]:
+def _order(picks: Picks, budget: Budget) -> tuple[float, float]:
     nbytes, cost = sum(c.nbytes for c in picks.values()), math.fsum(c.cost for c in picks.values())
     return (cost, nbytes) if budget.of_bytes else (nbytes, cost)
 
 
-def _plan(problem: Problem, picks: dict[str, Choice]) -> Plan:
+def _plan(problem: Problem, picks: Picks) -> Plan:
     full = [name for name, choice in picks.items() if choice.spec is None and len(problem.layers[name]) > 1]
     notes = [f"{len(full)} layers keep full precision, since the spec saves nothing: {', '.join(full)}"] if full else []
     return problem.plan(picks, "uniform", notes)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 
 from klfast.core.machine import available_memory
 from klfast.models.block_chain import Carry
@@ -25,7 +26,7 @@ class Carries:
         room: bytes that they may take in memory, by default a quarter of what is free.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the disk is full; the message says how to name another folder.
     """
 
     def __init__(self, carries: Sequence[Carry], room: int | None = None) -> None:
@@ -50,15 +51,22 @@ class Carries:
     def __getitem__(self, index: int) -> Carry:
         if (held := self._held[index]) is not None:
             return held
-        hidden, *extra = torch.load(self._path(index), weights_only=True)
+        parts = load(self._path(index).read_bytes())
+        hidden, *extra = (parts[str(number)] for number in range(len(parts)))
         return Carry(hidden, tuple(extra))
 
     def __setitem__(self, index: int, carry: Carry) -> None:
         if self._folder is None:
             self._held[index] = carry
-        else:
-            torch.save([part.contiguous() for part in (carry.hidden, *carry.extra)], self._path(index))
+            return
+        whole = torch.contiguous_format  # and apart: files of tensors hold none that share memory
+        parts = [part.clone(memory_format=whole) for part in (carry.hidden, *carry.extra)]
+        path = self._path(index)
+        try:
+            path.write_bytes(save({str(number): part for number, part in enumerate(parts)}))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (TMPDIR names another folder)", str(path)) from error
 
     def _path(self, index: int) -> Path:
         assert self._folder is not None  # as it is not held
-        return Path(self._folder.name, f"{index}.pt")
+        return Path(self._folder.name, f"{index}.safetensors")

@@ -24,3 +24,10 @@ class Moments:
         self.hessian.addmm_(y.T, y)
         self.cross.addmm_(y.T, x)
         self.tokens += len(y)
+
+    def why_useless(self) -> str:
+        """Return why they say too little to round by, a clause; empty if they say enough."""
+        needed = len(self.hessian)
+        if self.tokens < needed:
+            return f"only {self.tokens} of the {needed} tokens that are needed reach it"
+        return "" if self.hessian.any() else "its input is always 0"

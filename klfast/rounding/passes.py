@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
 from klfast.models.head import divergence, is_head_tied
-from klfast.models.matrices import named_matrices, sharers
+from klfast.models.matrices import matrix, named_matrices, sharers
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
@@ -30,13 +31,19 @@ class Passes:
         windows: the text by micro-batch, on the head's device.
         matrices: by name.
         names: those names by place, an index of a block or one of TIED, HEAD and NOWHERE.
+
+    Raises:
+        UnknownLayerError: the model has no matrix of a name.
     """
 
     def __init__(self, chain: Chain, names: Collection[str], windows: Sequence[torch.Tensor]) -> None:
         self.chain = chain
         self.windows = [ids.to(chain.head.device) for ids in windows]
-        named = named_matrices(chain.model)
-        self.matrices = {name: named[name] for name in names}
+        known = named_matrices(chain.model)
+        for name in names:
+            if name not in known:
+                matrix(chain.model, name)  # raises, naming the closest
+        self.matrices = {name: known[name] for name in names}
         self.names: defaultdict[int | str, list[str]] = defaultdict(list)
         for same in sharers(chain.model):
             if same[0] in self.matrices:
@@ -122,6 +129,11 @@ class Passes:
         with interruptible():
             kl = divergence(hidden, readout, moved, readout).kl_teacher_student.mean().item()
         return max(kl, 0.0) / error if error else 0.0
+
+
+def without_entries(passages: Sequence[Passage]) -> list[Passage]:
+    """Return passages without what entered the first block, which would stay in memory."""
+    return [replace(passage, entry=Carry(passage.entry.hidden[:0].clone())) for passage in passages]
 
 
 @contextmanager

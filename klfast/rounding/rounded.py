@@ -14,10 +14,11 @@ import torch
 
 from klfast.core import signed_json, signed_tensors
 from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.core.io import folder_atomic
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
-_SETTINGS = "settings.json"
+_SETTINGS = "rounding.json"
 _REMEDY = "to start over delete the folder (--no-resume), or give `resume` another path"
 
 
@@ -60,7 +61,7 @@ class Kept:
     Raises:
         InvalidInputError: the folder belongs to a run with other settings, or is something else.
         CheckpointError: its settings are damaged.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or is a file.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, object]) -> None:
@@ -69,8 +70,8 @@ class Kept:
         if not known.exists():
             if self._folder.is_dir() and any(self._folder.iterdir()):
                 raise InvalidInputError(f"{path} holds something that no rounding left there; name another folder")
-            self._folder.mkdir(exist_ok=True)
-            signed_json.write(dict(settings), known)
+            with folder_atomic(path) as beside:  # never a folder without its settings, which would be refused
+                signed_json.write(settings, beside / _SETTINGS)
             return
         found, origin = signed_json.read(known, "a rounding's settings", _REMEDY)
         for name, value in settings.items():

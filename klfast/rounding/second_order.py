@@ -54,12 +54,32 @@ def second_order(
         InvalidInputError: another dtype or shape, a format on no uniform grid, a weight that is not finite, scales
             beyond ``scale_dtype``'s range, a Hessian that is 0 or not finite, fewer rows than the spec corrects.
     """
+    options = {"ridge": ridge, "cost": cost, "scale_dtype": scale_dtype, "rounds": rounds}
+    return plain_and_corrected(weight, spec, hessian, cross, **options)[1]
+
+
+def plain_and_corrected(
+    weight: torch.Tensor,
+    spec: QuantSpec | str,
+    hessian: torch.Tensor,
+    cross: torch.Tensor | None = None,
+    *,
+    ridge: torch.Tensor | None = None,
+    cost: torch.Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+    rounds: int = 4,
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """Return what ``second_order`` makes of a spec without its corrected rows, and of the spec; one if it has none.
+
+    Corrected rows are not those of the first with something added, so the two have other errors there.
+    """
     spec = QuantSpec.of(spec)
     _check(weight, spec, hessian, cross, scale_dtype)
     options = spec.base, scale_dtype, rounds
     whole = _round(weight.detach(), hessian, cross, ridge, *options)
+    plain = whole.encoded()
     if not spec.corrected:
-        return whole.encoded()
+        return plain, plain
     rows = costliest(whole.errors if cost is None else whole.errors * cost, spec.corrected)
     # Nearest values on the whole range: those of GPTQ, and clipped ones, are further away and leave more to correct.
     target = whole.target[rows].T.contiguous()  # that of both matrices together, so what is left is the correction's
@@ -68,7 +88,7 @@ def second_order(
     whole.put(rows, codes, grid)
     left = (target - grid.values(codes)).T
     correction = _round(left, hessian, None, None if ridge is None else ridge[rows], *options)
-    return QuantizedTensor.corrected(whole.encoded(), rows, correction.encoded())
+    return plain, QuantizedTensor.corrected(whole.encoded(), rows, correction.encoded())
 
 
 class _Matrix:
@@ -95,8 +115,9 @@ class _Matrix:
             self._zero[rows] = zeros.T.to(torch.int8)
 
     def encoded(self) -> QuantizedTensor:
+        """Return it as it is now."""
         n, k = self.target.shape
-        return QuantizedTensor(self.spec.format.encode(self._codes, self._scale, self._zero), (n, k), self.spec)
+        return QuantizedTensor(self.spec.format.encode(self._codes, self._scale.clone(), self._zero), (n, k), self.spec)
 
 
 def _round(

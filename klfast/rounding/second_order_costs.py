@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
 from klfast.core.progress import Progress, reporter
 from klfast.models.batches import Batches
@@ -23,9 +24,10 @@ from klfast.models.fingerprint import require_match
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec, storable_spec
 from klfast.quant.tensor import QuantizedTensor
+from klfast.rounding.carries import Carries
 from klfast.rounding.moments import Moments
-from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named
-from klfast.rounding.second_order import on_uniform_grid, second_order
+from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named, without_entries
+from klfast.rounding.second_order import on_uniform_grid, plain_and_corrected, second_order
 from klfast.rounding.walk import MOST_TOKENS
 from klfast.rounding.watching import watched
 from klfast.sensitivity.inputs import micro_batches, parse_specs, vocabulary
@@ -56,32 +58,36 @@ def second_order_costs(
         sensitivities: of a sweep, with one spec or more for each layer.
         calibration: token ids, as for ``klfast.quantize_model``.
         specs: to estimate; the sweep need not have measured them.
-        corrected: shares of the head's rows that may be corrected, in each of the INT4 specs.
+        corrected: shares of the head's rows, up to 1, that may be corrected in each of the INT4 specs.
         progress: as for ``klfast.sweep``.
 
     Returns:
         Sensitivities whose provenance has "rounding": "gptq". The standard errors are scaled like the means.
 
     Raises:
-        ModelMismatchError: the sweep was another model's.
-        InvalidInputError: the text or specs are not valid, or the model is not a chain.
+        ModelMismatchError, UnknownLayerError: the sweep was another model's.
+        InvalidInputError: the text, specs or shares are not valid, the model is not a chain, or the sensitivities come
+            from here.
     """
-    parsed = parse_specs(specs)
+    parsed, shares = parse_specs(specs), tuple(corrected)
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise InvalidInputError(f"corrected must be shares of the head's rows, from 0 to 1, got {wrong[0]!r}")
+    if sensitivities.provenance.get("rounding") == "gptq":
+        raise InvalidInputError("these are costs of second-order rounding already; pass the sweep that they come from")
     if sensitivities.fingerprint is not None:
         require_match(sensitivities.fingerprint, model, "the sweep")
     windows = micro_batches(calibration, vocabulary(model), MOST_TOKENS)
     measured: dict[str, dict[QuantSpec, Measurement]] = {}
     for (name, spec), one in sensitivities.measurements.items():
         measured.setdefault(name, {})[spec] = one
+    scale = str(sensitivities.provenance.get("scale", "absmax"))
     with prepared(model, torch.float32), reporter(progress, "round", len(measured)) as advance:
-        costs = _Costs(Chain(model), measured, windows, parsed, tuple(corrected), advance)
-        found = costs.finish(str(sensitivities.provenance.get("scale", "absmax")))
+        found = _Costs(Chain(model), measured, windows, parsed, shares, scale, advance).finish()
     return replace(
         sensitivities,
         measurements={(name, spec): one for name in measured for spec, one in found[name].items()},
         provenance={**sensitivities.provenance, "rounding": "gptq"},
         rows={},
-        activations={},
     )
 
 
@@ -95,19 +101,20 @@ class _Costs(Passes):
         windows: Sequence[torch.Tensor],
         specs: Sequence[QuantSpec],
         corrected: Sequence[float],
+        scale: str,
         advance: Callable[..., None],
     ) -> None:
         super().__init__(chain, measured.keys(), windows)
-        self.measured, self.specs, self.corrected, self.advance = measured, specs, corrected, advance
+        self.measured, self.specs, self.corrected = measured, specs, corrected
+        self.scale, self.advance = scale, advance
         self.found = {name: dict(of_layer) for name, of_layer in measured.items()}
-        self.scale = "absmax"
 
-    def finish(self, scale: str) -> dict[str, dict[QuantSpec, Measurement]]:
-        self.scale = scale
+    def finish(self) -> dict[str, dict[QuantSpec, Measurement]]:
         for _ in self.names[NOWHERE]:
             self.advance(1)
         passages = self.enter(self.windows)
-        carries = [passage.entry for passage in passages]
+        carries = Carries([passage.entry for passage in passages])
+        passages = without_entries(passages)
         for index in range(len(self.chain.blocks)):
             linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_stack}
             moments: dict[str, Moments] = {}
@@ -128,17 +135,22 @@ class _Costs(Passes):
                 spread = self.spreads(hidden)
                 ridge = None
                 if place == TIED:
-                    ridge = self.ridges(name, min(spec.base for spec in self.measured[name]), hidden[0], spread)
+                    ridge = self.ridges(name, self._coarsest(name).base, hidden[0], spread)
                 self._estimate(name, self.head_moments(hidden, hidden), ridge, spread)
                 self.advance(1, name)
+
+    def _coarsest(self, name: str) -> QuantSpec:
+        """Return the spec of fewest bits, then of fewest groups, in which the sweep measured a layer."""
+        k = self.matrices[name].shape[1]
+        return min(self.measured[name], key=lambda spec: (spec.bits, spec.n_groups(k), spec.corrected))
 
     def _estimate(
         self, name: str, moments: Moments, ridge: torch.Tensor | None = None, cost: torch.Tensor | None = None
     ) -> None:
         """Add the costs of a layer in all specs, from that of the coarsest which the sweep measured."""
-        weight, hessian = self.matrices[name].weight.detach(), moments.hessian / moments.tokens
-        if moments.tokens < len(hessian) or not hessian.any():
+        if moments.why_useless():
             return  # it will be rounded to nearest
+        weight, hessian = self.matrices[name].weight.detach(), moments.hessian / moments.tokens
 
         def errors(qt: QuantizedTensor) -> torch.Tensor:
             rest = qt.dequantize(torch.float32) - weight
@@ -148,7 +160,7 @@ class _Costs(Passes):
             return found if cost is None else found * cost
 
         with named(name), interruptible():
-            usual = min(spec for spec in self.measured[name])
+            usual = self._coarsest(name)
             unit = errors(quantize(weight, usual, scale=self.scale)).sum().item()
             if not unit > 0:
                 return
@@ -174,11 +186,11 @@ class _Costs(Passes):
         if not counts or spec.bits != 4:
             yield spec, errors(second_order(weight, spec, hessian, ridge=ridge)).sum().item()
             return
-        whole = second_order(weight, replace(spec, corrected=counts[-1]), hessian, ridge=ridge, cost=cost)
-        base, rows, _ = whole.halves
-        before, after = errors(base), errors(whole)
+        most = replace(spec, corrected=counts[-1])
+        plain, whole = plain_and_corrected(weight, most, hessian, ridge=ridge, cost=cost)
+        before, after = errors(plain), errors(whole)
         yield spec, before.sum().item()
-        rows = rows.long()
+        rows = whole.halves[1].long()
         gains = (before - after)[rows][before[rows].argsort(descending=True)].cumsum(0)
         for count in counts:
             yield replace(spec, corrected=count), (before.sum() - gains[count - 1]).item()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from torch import nn
 from klfast.core.interrupts import interruptible
 from klfast.core.progress import Progress, reporter
 from klfast.models.batches import Batches
-from klfast.models.block_chain import Carry, Chain, Passage
+from klfast.models.block_chain import Chain, Passage
 from klfast.models.fingerprint import fingerprint
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
@@ -27,7 +26,7 @@ from klfast.quant.tensor import QuantizedTensor
 from klfast.rounding.carries import Carries
 from klfast.rounding.experts import expert_moments
 from klfast.rounding.moments import Moments
-from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named
+from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named, without_entries
 from klfast.rounding.rounded import Kept, RoundedModel
 from klfast.rounding.second_order import on_uniform_grid, second_order
 from klfast.rounding.watching import Routed, watched
@@ -111,7 +110,7 @@ class _Walk(Passes):
                 with self._rounded([name]):
                     student = self.enter(self.windows)
             self.student = Carries([passage.entry for passage in student])
-            teacher, student = _without_entries(teacher), _without_entries(student)
+            teacher, student = without_entries(teacher), without_entries(student)
             for index in range(len(self.chain.blocks)):
                 with self._keeping(index) as is_kept:
                     self._see_block(index, teacher, student, is_kept)
@@ -205,12 +204,7 @@ class _Walk(Passes):
 
     def _why_nearest(self, spec: QuantSpec, moments: Moments) -> str:
         """Return why a matrix has to be rounded to nearest, a clause; empty if it has not."""
-        needed = len(moments.hessian)
-        if not on_uniform_grid(spec):
-            return f"{spec} has no uniform grid"
-        if moments.tokens < needed:
-            return f"only {moments.tokens} of the {needed} tokens that are needed reach it"
-        return "" if moments.hessian.any() else "its input is always 0"
+        return moments.why_useless() if on_uniform_grid(spec) else f"{spec} has no uniform grid"
 
     def _to_nearest(self, name: str, reason: str) -> None:
         self.found.notes[name] = reason
@@ -236,8 +230,3 @@ class _Walk(Passes):
         hessian, cross = moments.hessian / moments.tokens, moments.cross / moments.tokens
         with named(name), interruptible():
             return second_order(weight, self.specs[name], hessian, cross, ridge=ridge, cost=cost)
-
-
-def _without_entries(passages: Sequence[Passage]) -> list[Passage]:
-    """Return passages without what entered the first block, which would stay in memory."""
-    return [replace(passage, entry=Carry(passage.entry.hidden[:0].clone())) for passage in passages]

@@ -15,7 +15,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     """Return the contents of all ``paths``: sweeps of one model with different specs or layers, or its published files.
 
     Raises:
-        InvalidInputError: no path, one candidate measured in two files, or sweeps with different scales.
+        InvalidInputError: no path, one candidate measured in two files, or sweeps with different scales or roundings.
         ModelMismatchError: files for different models.
         CheckpointError: a file is missing or damaged.
     """
@@ -51,6 +51,10 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
             merged.provenance.pop("ce_teacher", None)  # no single text to predict a perplexity for
         if other.provenance.get("vocabulary", "full") != merged.provenance.get("vocabulary", "full"):
             merged.provenance["vocabulary"] = "mixed"  # each measurement's standard error has that of its own sample
+        roundings = [one.provenance.get("rounding", "nearest") for one in (other, found)]
+        if roundings[0] != roundings[1]:
+            both = f"{os.fspath(path)} has costs of {roundings[0]}, {os.fspath(paths[0])} of {roundings[1]}"
+            raise InvalidInputError(f"{both}; a plan needs one rounding")
         scales = [one.provenance.get("scale") for one in (found, other)]
         if None in scales:
             merged.provenance.pop("scale", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
@@ -52,13 +53,16 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
         place = blocks[0] if blocks else "head"
         # Corrected rows are a head's: tokens differ in how much they cost.
         tried = [spec for spec in specs if layer.holder is chain.head.module or not spec.corrected]
+        if tried and max(spec.corrected for spec in tried) > layer.shape[0]:
+            most = max(tried, key=attrgetter("corrected"))
+            raise InvalidInputError(f"{name} has {layer.shape[0]} rows, fewer than {most} corrects; sweep another spec")
         at[place] += [Candidate(name, layer, spec, blocks) for spec in tried]
         if activations:
             holders = tuple(dict.fromkeys(of_model[same].holder for same in groups[name]))
             by_group = {spec.group_length(layer.shape[1]): spec for spec in specs}
             at[place] += [Candidate(name, layer, spec, blocks, inputs_of=holders) for spec in by_group.values()]
         for use, part in row_parts(chain.model, name).items() if rows else ():
-            at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in specs]
+            at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in tried]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in chain.blocks]
     head = chain.head.module.weight.numel()
     found = [Step("noise", (), 0, 2 * (sum(sizes) + head))]  # the teacher runs before it

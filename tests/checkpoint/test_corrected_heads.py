@@ -34,6 +34,29 @@ def test_saved_and_loaded(tied, tmp_path):
         assert torch.equal(loaded.get_input_embeddings()(batch()), model.get_input_embeddings()(batch()))
 
 
+def test_transformers_own_folder_would_lose_the_correction(tmp_path):
+    model = quantized("llama", tied=False)
+    with pytest.raises(InvalidInputError, match=r"corrected rows.* use klfast\.save_quantized"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_too_many_rows_are_refused_before_the_work_begins():
+    model, plan = tiny("llama"), klfast.Plan({"lm_head": "int4-g32-sym+62"}, "uniform")
+    for rounding in ({}, {"rounding": "gptq", "calibration": batch()}):
+        with pytest.raises(InvalidInputError, match="lm_head: 62 rows cannot be corrected in a matrix of 61"):
+            klfast.quantize_model(model, plan, progress=lambda *_: pytest.fail("it began"), **rounding)
+    with pytest.raises(InvalidInputError, match=r"lm_head has 61 rows, fewer than int4-g32-sym\+62 corrects"):
+        klfast.sweep(model, batch(), ["int4-g32-sym", "int4-g32-sym+62"], progress=lambda *_: pytest.fail("it began"))
+
+
+def test_rows_of_other_layers_are_swept_without():
+    found = klfast.sweep(
+        tiny("mamba2"), batch(2, 8), [SPEC.base, SPEC], "kl_teacher_student", rows=True, progress=False
+    )
+    assert {spec for *_, spec in found.rows} == {SPEC.base}
+
+
 def test_a_damaged_number_of_rows(tmp_path):
     klfast.save_quantized(quantized(), tmp_path / "model")
     path = tmp_path / "model" / "klfast.json"

@@ -246,7 +246,8 @@ def test_plans_for_second_order_rounding_are_measured_whole(work, tmp_path):
     assert found.provenance["rounding"] == "gptq"
     assert any(spec.corrected for name, spec in found.measurements if name == HEAD)
     out = tmp_path / "plan.json"
-    klf("plan", sens, "--mean-bits", 5, "--refine", model, "--tries", 1, *text, "--out", out)
+    done = klf("plan", sens, "--mean-bits", 5, "--refine", model, "--tries", 1, *text, "--out", out)
+    assert "--rounding gptq" in done.output.replace("\n", " ")
     made = klfast.Plan.from_json(out)
     assert made.predicted["kl_measured"] >= 0 and any("refined" in note for note in made.notes)
     klf("quantize", model, out, "--rounding", "gptq", *text, "--out", tmp_path / "small")

@@ -61,14 +61,38 @@ def test_measures_each_plan_once_and_no_more_than_asked():
     assert len(set(texts)) == len(texts) <= 1 + 1 + 3
 
 
+def test_known_plans_are_no_tries():
+    """After a swap is taken, the swaps of the new plan include some that were measured."""
+    measure = truth([0.1, 0.1, 0.1, 2.0])
+    klfast.plan(found(), budget(2), refine=measure, tries=6)
+    assert len(measure.calls) == 2 + 6
+
+
+def test_an_error_of_the_measurement_is_told_as_it_is():
+    def measure(plan):
+        raise InvalidInputError("lm_head: the weight holds a NaN")
+
+    with pytest.raises(InvalidInputError, match="lm_head: the weight holds a NaN"):
+        klfast.plan(found(), budget(2), refine=measure)
+    with pytest.raises(InvalidInputError, match="refine must return the KL of a plan"):
+        klfast.plan(found(), budget(2), refine=lambda plan: "much")
+
+
 def test_a_measurement_that_fails_counts_as_the_worst():
     made = klfast.plan(found(), budget(2), refine=lambda plan: math.nan, tries=2)
     assert "kl_measured" not in made.predicted
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"max_kl": 1.0}, {"max_bytes": 1e9, "method": "uniform"}, {"max_bytes": 1e9, "refine": 3}]
+    ("arguments", "match"),
+    [
+        ({"max_kl": 1.0}, "refine"),
+        ({"max_bytes": 1e9, "method": "uniform"}, "refine"),
+        ({"max_bytes": 1e9, "refine": 3}, "refine"),
+        ({"max_bytes": 1e9, "tries": -1}, "tries must be a number of swaps"),
+        ({"max_bytes": 1e9, "tries": 2.5}, "tries must be a number of swaps"),
+    ],
 )
-def test_what_cannot_be_refined(arguments):
-    with pytest.raises(InvalidInputError, match="refine"):
+def test_what_cannot_be_refined(arguments, match):
+    with pytest.raises(InvalidInputError, match=match):
         klfast.plan(found(), **{"refine": lambda plan: 1.0, **arguments})

@@ -93,6 +93,30 @@ def test_refined_plans_keep_the_rules():
         assert all(len({plan.specs.get(NAMES[n]) for n in group}) == 1 for group in GROUPS)
 
 
+@pytest.mark.parametrize("method", ["optimal", "greedy", "uniform"])
+def test_a_kept_layer_decides_for_those_fused_with_it(method):
+    swept = found()
+    most = klfast.plan(swept, 1e9, method="uniform", spec=INT8).predicted["bytes"]
+    chosen = {"spec": INT4} if method == "uniform" else {}
+    for wanted in (INT8, None):
+        plan = klfast.plan(swept, most, method=method, servable=True, keep={"k_proj": wanted}, **chosen)
+        assert {plan.specs.get(NAMES[n]) for n in (0, 1, 2)} == {wanted}
+        assert plan.specs, "others are quantized"
+
+
+UNSERVED = [klfast.QuantSpec(6, 32), klfast.QuantSpec(8, 32, symmetric=False), klfast.QuantSpec(4, 16)]
+
+
+@pytest.mark.parametrize("spec", [*UNSERVED, klfast.QuantSpec(4, 32, corrected=3)], ids=str)
+def test_specs_that_are_asked_for_but_no_other_engine_runs(spec):
+    swept = found((INT8, spec, INT4))
+    assert spec not in klfast.plan(swept, mean_bits=8.5, servable=True).specs.values()
+    with pytest.raises(InvalidInputError, match="no other engine runs"):
+        klfast.plan(swept, method="uniform", spec=spec, servable=True)
+    with pytest.raises(InvalidInputError, match=f"keep asks for .* on {NAMES[3]}, which no other engine runs"):
+        klfast.plan(swept, 1e9, servable=True, keep={"o_proj": spec})
+
+
 def test_contradictions_and_names():
     with pytest.raises(InvalidInputError, match="no precision in common"):
         klfast.plan(found(), 1e9, servable=True, keep={"q_proj": INT4, "k_proj": INT8})

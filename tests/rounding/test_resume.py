@@ -9,7 +9,9 @@ import torch
 from tiny_models import batch, tiny
 
 import klfast
+from klfast.core import signed_json
 from klfast.core.errors import InvalidInputError
+from klfast.models.block_chain import Carry
 from klfast.models.matrices import matrices
 from klfast.rounding import carries, walk
 from klfast.rounding.rounded import forget
@@ -88,10 +90,46 @@ def test_other_runs_and_folders_are_refused(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(InvalidInputError, match="no rounding left there"):
         rounded(model, ids, resume=tmp_path / "mine")
+    (tmp_path / "mine" / "settings.json").write_text("{}")
     forget(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
+    with pytest.raises(NotADirectoryError):
+        rounded(model, ids, resume=tmp_path / "mine" / "thesis.tex")
     with pytest.raises(InvalidInputError, match="only rounding"):
         klfast.quantize_model(model, klfast.Plan({}, "uniform"), resume=tmp_path / "kept")
+
+
+def test_a_kill_at_the_start_leaves_nothing_that_is_refused(tmp_path, monkeypatch):
+    model, ids, write = tiny("llama"), batch(24, 16), signed_json.write
+
+    def killed(data, path):
+        write(data, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signed_json, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rounded(model, ids, resume=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    monkeypatch.setattr(signed_json, "write", write)
+    same(rounded(model, ids, resume=tmp_path / "kept"), rounded(model, ids))
+
+
+def test_a_full_disk_is_one_line():
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    states = carries.Carries([Carry(torch.zeros(8), (torch.zeros(8),))], room=0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large \(TMPDIR names another folder\): '.*0\.safetensors'"):
+            states[0] = Carry(torch.zeros(10**6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_hidden_states_that_share_memory():
+    whole = torch.arange(12.0).view(2, 6)
+    (found,) = carries.Carries([Carry(whole, (whole, whole.T))], room=0)
+    assert all(map(torch.equal, (found.hidden, *found.extra), (whole, whole, whole.T)))
 
 
 def test_hidden_states_on_disk_make_no_difference(monkeypatch):

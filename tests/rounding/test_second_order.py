@@ -12,7 +12,7 @@ from klfast.rounding.descent import descend
 from klfast.rounding.gptq import gptq
 from klfast.rounding.grids import search
 from klfast.rounding.objective import Objective
-from klfast.rounding.second_order import second_order
+from klfast.rounding.second_order import plain_and_corrected, second_order
 
 SPECS = [QuantSpec(4, 64), QuantSpec(4, 7, False), QuantSpec(4, -1), QuantSpec(6, 32, False), QuantSpec(8, 48)]
 SHAPES = [(1, 1), (9, 63), (33, 130), (5, 200)]
@@ -185,6 +185,14 @@ def test_corrected_rows_are_those_that_cost_most():
     assert (objectives(found, weight, y)[rows] < 0.01 * errors[rows]).all()
     others = torch.ones(40, dtype=torch.bool).index_fill(0, rows, False)
     assert torch.equal(found[others], base[others])
+
+
+def test_a_plain_matrix_beside_the_corrected_one():
+    y, weight = inputs(300, 64), torch.randn(40, 64)
+    plain, corrected = plain_and_corrected(weight, "int4-g32-asym+6", *moments(y))
+    for found, spec in ((plain, "int4-g32-asym"), (corrected, "int4-g32-asym+6")):
+        truth = second_order(weight, spec, *moments(y))
+        assert found.spec == truth.spec and all(map(torch.equal, found.parts, truth.parts))
 
 
 def test_a_correction_aims_at_the_full_output_too():

@@ -2,18 +2,23 @@
 
 import copy
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import batch, tiny
 
 import klfast
-from klfast.core.errors import InvalidInputError, ModelMismatchError
+from klfast.core.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
 from klfast.models.matrices import matrices, matrix
+from klfast.rounding import carries
 from klfast.rounding.second_order import second_order
 from klfast.rounding.second_order_costs import second_order_costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+HEAD = "lm_head"
+second_order_costs_module = sys.modules[second_order_costs.__module__]
 SPECS = ("int4-channel-sym", "int4-g16-sym", "int6-g16-sym")
 
 
@@ -89,9 +94,43 @@ def test_what_is_not_rounded_by_second_order_keeps_its_cost():
     assert few.measurements == before.measurements
 
 
+def test_an_estimate_does_not_depend_on_how_many_rows_other_choices_correct():
+    """Corrected rows are rounded otherwise than the same rows of a plain head."""
+    model, ids = tiny("mamba2", tied=True), batch(48, 16)
+    kls = []
+    for corrected in ((), (0.1,), (0.1, 1.0)):
+        found = costs(model, ids, ("int4-g16-sym",), corrected=corrected)[1].measurements
+        of_head = {
+            spec.corrected: one.mean["kl_teacher_student"] for (name, spec), one in found.items() if name == HEAD
+        }
+        kls.append(of_head)
+    assert [sorted(each) for each in kls] == [[0], [0, 6], [0, 6, 61]]
+    assert kls[0][0] == pytest.approx(kls[1][0], rel=1e-5) == pytest.approx(kls[2][0], rel=1e-5)
+    assert kls[1][6] == pytest.approx(kls[2][6], rel=0.02)
+
+
+def test_hidden_states_on_disk_and_activations_make_no_difference(monkeypatch):
+    model, ids = tiny("zamba2", tied=False), batch(24, 16)
+    before = klfast.sweep(model, ids, "int4-g32-sym", "kl_teacher_student", activations=True, progress=False)
+    monkeypatch.setattr(second_order_costs_module, "MOST_TOKENS", 6 * 16)
+    truth = second_order_costs(model, before, ids, "int4-g32-sym", progress=False)
+    monkeypatch.setattr(carries, "available_memory", lambda: 0)
+    found = second_order_costs(model, before, ids, "int4-g32-sym", progress=False)
+    assert found.measurements == truth.measurements != before.measurements
+    assert found.activations == before.activations
+    assert klfast.plan(found, 1e9, activation="auto").activations is not None
+
+
 def test_bad_input():
     model, ids = tiny("llama"), batch(4, 16)
     swept = klfast.sweep(model, ids, "int4-g32-sym", progress=False)
+    for wrong in (0.0, 1.5, math.nan):
+        with pytest.raises(InvalidInputError, match="corrected must be shares of the head's rows"):
+            second_order_costs(model, swept, ids, corrected=(0.5, wrong))
+    with pytest.raises(InvalidInputError, match="costs of second-order rounding already"):
+        second_order_costs(model, replace(swept, provenance={"rounding": "gptq"}), ids)
+    with pytest.raises(UnknownLayerError, match="no linear layer"):
+        second_order_costs(tiny("mamba2"), replace(swept, fingerprint=None), ids)
     with pytest.raises(ModelMismatchError):
         second_order_costs(tiny("llama", seed=5), swept, ids)
     with pytest.raises(InvalidInputError, match="not a quantization spec"):

@@ -54,6 +54,12 @@ def test_scales_must_agree(tmp_path):
     assert "scale" not in read(tmp_path, made(INT4), unknown).provenance
 
 
+def test_roundings_must_agree(tmp_path):
+    assert read(tmp_path, *(made(spec, rounding="gptq") for spec in (INT4, INT8))).provenance["rounding"] == "gptq"
+    with pytest.raises(InvalidInputError, match=r"1\.json has costs of gptq, .*0\.json of nearest; a plan needs one"):
+        read(tmp_path, made(INT4), made(INT8, rounding="gptq"))
+
+
 def test_activations_of_all_files_are_kept(tmp_path):
     first, second = ({("a", group): Measurement({KL: 0.1}, {KL: 0.01}, group)} for group in (64, 32))
     found = read(tmp_path, replace(made(INT4), activations=first), replace(made(INT8), activations=first | second))
