@@ -176,7 +176,7 @@ class PreparedLinear(Prepared):
     def __init__(self, layer: nn.Module) -> None:
         layer = cast("QuantLinear", layer)  # or an nn.Linear, which has only the features and the bias
         self.n, self.k = layer.out_features, layer.in_features
-        self.projection, self.dtype, self._options = None, None, _options(layer)
+        self.projection, self.dtype, self._options = None, None, options(layer)
         names = ("weight", "bias") if self._options is None else (*_INTEGER_PARTS, "bias")
         homes: list[Mapping[str, torch.Tensor | None]] = [
             layer._buffers if name in layer._buffers else layer._parameters for name in names
@@ -224,7 +224,7 @@ class PreparedLinear(Prepared):
 
     def hold(self, layer: nn.Module) -> list | None:
         """Return the memory that a call needs; None if the layer has changed, or cannot be called at all."""
-        return self._watch.hold() if self.projection is not None and self._options == _options(layer) else None
+        return self._watch.hold() if self.projection is not None and self._options == options(layer) else None
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Return True if the extension multiplies x of a dtype by this layer."""
@@ -243,7 +243,7 @@ def _formats() -> frozenset[str]:
     return kernel_formats("dequant_matmul", "CPU")
 
 
-def _options(layer: nn.Module) -> tuple | None:
+def options(layer: nn.Module) -> tuple | None:
     """Return a QuantLinear's settings besides its tensors; None for an nn.Linear."""
     return None if type(layer) is nn.Linear else (layer.spec, layer.activation, layer.layout)
 

@@ -54,8 +54,10 @@ def second_order(
         InvalidInputError: another dtype or shape, a format on no uniform grid, a weight that is not finite, scales
             beyond ``scale_dtype``'s range, a Hessian that is 0 or not finite, fewer rows than the spec corrects.
     """
-    options = {"ridge": ridge, "cost": cost, "scale_dtype": scale_dtype, "rounds": rounds}
-    return plain_and_corrected(weight, spec, hessian, cross, **options)[1]
+    _, found = plain_and_corrected(
+        weight, spec, hessian, cross, ridge=ridge, cost=cost, scale_dtype=scale_dtype, rounds=rounds
+    )
+    return found
 
 
 def plain_and_corrected(

@@ -88,6 +88,10 @@ def test_a_head_with_corrected_rows(family, tied):
     assert relative(engine.each(ids[:, :8], state), truth[:, :8]) < 1e-4
     assert relative(engine(ids[:, 8:], state), truth[:, -1]) < 1e-4
     assert engine.is_current()
+    model.lm_head.activation = "int8"
+    assert not engine.is_current()
+    model.lm_head.activation = "exact"
+    assert engine.is_current()
     model.lm_head.weight_correction_scale = 2 * model.lm_head.weight_correction_scale
     assert not engine.is_current()
 

@@ -96,10 +96,9 @@ def test_refined_plans_keep_the_rules():
 @pytest.mark.parametrize("method", ["optimal", "greedy", "uniform"])
 def test_a_kept_layer_decides_for_those_fused_with_it(method):
     swept = found()
-    most = klfast.plan(swept, 1e9, method="uniform", spec=INT8).predicted["bytes"]
     chosen = {"spec": INT4} if method == "uniform" else {}
     for wanted in (INT8, None):
-        plan = klfast.plan(swept, most, method=method, servable=True, keep={"k_proj": wanted}, **chosen)
+        plan = klfast.plan(swept, mean_bits=12, method=method, servable=True, keep={"k_proj": wanted}, **chosen)
         assert {plan.specs.get(NAMES[n]) for n in (0, 1, 2)} == {wanted}
         assert plan.specs, "others are quantized"
 

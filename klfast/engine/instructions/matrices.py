@@ -11,7 +11,7 @@ from klfast.backends.cpu.extension import DTYPE_CODES, view
 from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
 from klfast.engine.program import MOST_SEQUENCES, ProgramBase
-from klfast.nn.direct_call import PreparedLinear, Watch
+from klfast.nn.direct_call import PreparedLinear, Watch, options
 from klfast.nn.embedding import QuantEmbedding
 from klfast.nn.linear import QuantLinear
 
@@ -75,7 +75,8 @@ class MatrixInstructions(ProgramBase):
             self.expect(layer, "QuantLinear")
             watch = Watch(*((layer._buffers, name) for name in layer.part_names), (layer._parameters, "bias"))
             watch.tensors = ()
-            self.checks.append(watch.hold)
+            made_of = options(layer)
+            self.checks.append(lambda: made_of == options(layer) and watch.hold())
             whole, self.corrected, correction = layer.quantized.halves
             self._halves[layer] = (
                 QuantLinear(whole, layer.bias, layer.activation, dtype=layer.dtype),
