@@ -61,11 +61,18 @@ def test_measures_each_plan_once_and_no_more_than_asked():
     assert len(set(texts)) == len(texts) <= 1 + 1 + 3
 
 
-def test_known_plans_are_no_tries():
-    """After a swap is taken, the swaps of the new plan include some that were measured."""
-    measure = truth([0.1, 0.1, 0.1, 2.0])
-    klfast.plan(found(), budget(2), refine=measure, tries=6)
-    assert len(measure.calls) == 2 + 6
+def test_plans_that_were_measured_are_no_tries():
+    """After a swap is taken, those of the new plan include some that were measured."""
+    swept = sensitivities([(0.01, cost) for cost in (0.9, 0.9, 0.1, 0.8, 0.8, 0.7, 0.7, 0.3)], [(64, 64)] * 8)
+    sizes = [klfast.plan(swept, method="uniform", spec=spec).predicted["bytes"] for spec in (INT4, INT8)]
+    weights, calls = dict(zip(swept.layers, (0.7, 1.8, 0.5, 2.3, 0.9, 2.6, 1.4, 2.0), strict=True)), []
+
+    def measure(plan):
+        calls.append(plan.to_json())
+        return sum(w * (0.01 if plan.specs.get(name) == INT8 else 1.0) for name, w in weights.items())
+
+    klfast.plan(swept, sizes[0] + 3 * (sizes[1] - sizes[0]) // 8, refine=measure, tries=7)
+    assert len(calls) == len(set(calls)) == 1 + 1 + 7
 
 
 def test_an_error_of_the_measurement_is_told_as_it_is():
