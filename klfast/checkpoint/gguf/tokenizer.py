@@ -20,4 +20,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         str(path.parent), gguf_file=path.name, local_files_only=True
     )
+    end = metadata.get("tokenizer.ggml.eos_token_id")
+    if end is not None and found.eos_token_id != end:  # transformers 5.17 takes the token that begins texts
+        found.eos_token = found.convert_ids_to_tokens(int(end))
     return found
