@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from klfast.core.window_stats import WindowStats
-from klfast.quant.rounding import fake_quantize
+from klfast.quant.spec import storable_spec
 from klfast.sensitivity.racing import Field, contested
 from klfast.sensitivity.results import LayerInfo, Measurement
-from klfast.sensitivity.steps import Step
+from klfast.sensitivity.steps import NOISE, Step
 
 PARTS = 32  # of the calibration text, at least, so that the first is a small share
 ALLOWED = 0.1  # of the work of an exhaustive sweep
+_BESIDE = 2  # passes of a part of the text through the network beside the candidates': of the teacher and its noise
 _OF_SMALLEST = (1.05, 1.2, 1.5)  # sizes of plans, if none is given, relative to the smallest
 _RATIO_ERROR = 0.15  # of the ratio of two specs' KLs by their weights' errors
 _TOKEN_ERROR = 2.4  # least error of a mean over tokens, as a share of it, times their square root
@@ -28,9 +29,8 @@ _TOKEN_ERROR = 2.4  # least error of a mean over tokens, as a share of it, times
 
 @dataclass(frozen=True)
 class _Entrant:
-    """A candidate: row in the tally, bytes, share of the network that it runs through, squared error of the weight."""
+    """A candidate: row in the tally, bytes as saved, share of the network that it runs through, squared error."""
 
-    layer: str
     row: int
     nbytes: int
     work: float
@@ -65,14 +65,14 @@ class Schedule:
         for step in steps:
             work = 1.0 if isinstance(step.place, str) else (blocks - step.place) / blocks
             for row, one in enumerate(step.candidates, step.first):
-                weight = one.matrix.weight.detach()
-                square = float((fake_quantize(weight, one.spec, scale=scale) - weight).square().sum())
-                nbytes = one.spec.saved_bytes(layers[one.name].shape)
-                self.by_layer.setdefault(one.name, []).append(_Entrant(one.name, row, nbytes, work, square))
+                shape = layers[one.name].shape
+                nbytes = storable_spec(one.spec, shape[1]).saved_bytes(shape)
+                entrant = _Entrant(row, nbytes, work, one.squared_error(scale))
+                self.by_layer.setdefault(one.name, []).append(entrant)
         for some in self.by_layer.values():
             some.sort(key=lambda entrant: -entrant.square)  # the reference first: the most error, the least noise
         self.entrants = [entrant for some in self.by_layer.values() for entrant in some]
-        self.allowed = ALLOWED * parts * sum(entrant.work for entrant in self.entrants)
+        self.allowed = ALLOWED * parts * (_BESIDE + sum(entrant.work for entrant in self.entrants))
         fixed = other_bytes + sum(info.float_bytes for name, info in layers.items() if name not in self.by_layer)
         smallest = fixed + sum(min(e.nbytes for e in some) for some in self.by_layer.values())
         sizes = [max_bytes] if max_bytes is not None else [smallest * factor for factor in _OF_SMALLEST]
@@ -80,29 +80,35 @@ class Schedule:
         self.float_bytes = [layers[name].float_bytes for name in self.by_layer]
 
     def first(self) -> dict[int, int]:
-        """Return the parts of the text for the first rows: the noise floor, which is row 0, and one spec a layer."""
-        return {0: 1} | {some[0].row: 1 for some in self.by_layer.values()}
+        """Return the parts of the text for the first rows: the noise floor and one spec a layer."""
+        return {NOISE: 1} | {some[0].row: 1 for some in self.by_layer.values()}
 
-    def following(self, tally: WindowStats, had: Mapping[int, int]) -> dict[int, int]:
-        """Return the parts for the rows that need more than they have had; none if the plans are settled."""
+    def following(self, tally: WindowStats, had: Mapping[int, int], taught: int) -> dict[int, int]:
+        """Return the parts for the rows that need more than they have had; none if the plans are settled.
+
+        ``taught`` is the number of parts that the teacher has run on, once a round.
+        """
         field = self._field(tally, had)
         doubtful = contested(field, self.limits)
         stakes = field.costs * field.errors
         places = sorted(doubtful.nonzero().tolist(), key=lambda place: -float(stakes[place[0], place[1]]))
-        layers, left, goals = list(self.by_layer.values()), self.allowed - self.spent(had), {}
+        layers, goals, due = list(self.by_layer.values()), dict[int, int](), set[int]()
+        left = self.allowed - self.spent(had) - taught
         for layer, option in places:
             if option == 0:  # full precision costs nothing, as is known
                 continue
             entrant = layers[layer][option - 1]
-            goal = min(self.parts, max(1, 2 * had.get(entrant.row, 0)))
-            work = (goal - had.get(entrant.row, 0)) * entrant.work
-            if 0 < work <= left:
-                goals[entrant.row], left = goal, left - work
+            before = had.get(entrant.row, 0)
+            wanted = range(before, min(self.parts, max(1, 2 * before)))
+            work = len(wanted) * entrant.work + len(due.union(wanted)) - len(due)  # the latter of the teacher
+            if wanted and work <= left:
+                goals[entrant.row], left = wanted.stop, left - work
+                due.update(wanted)
         return goals
 
     def spent(self, had: Mapping[int, int]) -> float:
-        """Return the work done, in passes of a part of the text through the network."""
-        return sum(had.get(entrant.row, 0) * entrant.work for entrant in self.entrants)
+        """Return the work done without the teacher's, in passes of a part of the text through the network."""
+        return had.get(NOISE, 0) + sum(had.get(entrant.row, 0) * entrant.work for entrant in self.entrants)
 
     def derived(self, measured: Mapping[int, Measurement]) -> dict[int, Measurement]:
         """Return the measurements of all other rows, which follow from those of their layers' references."""
@@ -142,6 +148,11 @@ class Schedule:
         mean, stderr = tally.mean(entrant.row)[0], tally.stderr(entrant.row)[0]
         share = stderr / mean if mean > 0 and math.isfinite(stderr) else 0.0
         return mean, max(share, _TOKEN_ERROR / tally.tokens(entrant.row) ** 0.5)
+
+
+def parts_due(had: Mapping[int, int], goals: Mapping[int, int]) -> int:
+    """Return the number of parts of the text that any row is to be measured on."""
+    return len(set[int]().union(*(range(had.get(row, 0), goal) for row, goal in goals.items())))
 
 
 def _ratio(entrant: _Entrant, reference: _Entrant) -> float:

@@ -132,7 +132,9 @@ def choose_metrics(metrics: Iterable[str] | None, available: Sequence[str]) -> l
     if unknown := [name for name in wanted if name not in METRICS]:
         raise InvalidInputError(f"there is no metric {unknown[0]!r}; choose from {', '.join(available)}")
     if missing := [name for name in wanted if name not in available]:
-        raise InvalidInputError(f'{missing[0]} needs vocabulary="full"; a sample gives {" and ".join(available)}')
+        raise InvalidInputError(
+            f'{missing[0]} needs vocabulary="full" and budget="exhaustive"; others give {" and ".join(available)}'
+        )
     return [name for name in METRICS if name == METRICS[0] or name in wanted]
 
 

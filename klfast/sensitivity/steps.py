@@ -12,7 +12,9 @@ from klfast.models.head import is_head_tied
 from klfast.models.linears import row_parts
 from klfast.models.matrices import named_matrices, sharers
 from klfast.quant.spec import QuantSpec
-from klfast.sensitivity.measure import COMPARED_TOGETHER, Candidate, chunks
+from klfast.sensitivity.candidates import COMPARED_TOGETHER, Candidate, chunks
+
+NOISE = 0  # the noise floor's row in the tally
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
         at[place] += [Candidate(name, layer, spec, blocks) for spec in tried]
         if activations:
             holders = tuple(dict.fromkeys(of_model[same].holder for same in groups[name]))
-            by_group = {spec.group_length(layer.shape[1]): spec for spec in specs}
+            by_group = {spec.group_length(layer.shape[1]): spec for spec in tried}
             at[place] += [Candidate(name, layer, spec, blocks, inputs_of=holders) for spec in by_group.values()]
         for use, part in row_parts(chain.model, name).items() if rows else ():
             at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in tried]
+    if not any(at.values()):
+        raise InvalidInputError(f"{specs[0]} corrects rows of the head, which is not among `layers`; add it there")
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in chain.blocks]
     head = chain.head.module.weight.numel()
-    found = [Step("noise", (), 0, 2 * (sum(sizes) + head))]  # the teacher runs before it
+    found = [Step("noise", (), NOISE, 2 * (sum(sizes) + head))]  # the teacher runs before it
     for place, candidates in at.items():
         before_head = sum(sizes[place:]) if isinstance(place, int) else sum(sizes) * is_head_tied(chain.model)
         each = head + before_head

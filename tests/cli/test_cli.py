@@ -22,7 +22,7 @@ from klfast.checkpoint import by_name
 from klfast.cli import app, options
 from klfast.core import machine
 from klfast.core.progress import reporter
-from klfast.sensitivity import sweeping
+from klfast.sensitivity import run as sweep_run
 from klfast.sensitivity.results import METRICS
 
 
@@ -162,7 +162,7 @@ def test_same_command_continues_from_the_partial_file(work, tmp_path, monkeypatc
         """Run the sweep to its end and return how many steps had been done before."""
         starts = []
         monkeypatch.setattr(
-            sweeping,
+            sweep_run,
             "reporter",
             lambda progress, what, total, done: starts.append(done) or reporter(progress, what, total, done),
         )

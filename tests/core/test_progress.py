@@ -120,7 +120,7 @@ def test_durations(seconds, text):
 
 def test_sweep_reports_its_work_in_order():
     """Shares grow from 0 to 1, also within the steps."""
-    from klfast.sensitivity import sweeping
+    from klfast.sensitivity import run
 
     shares, whole = [], progress.reporter
 
@@ -135,6 +135,6 @@ def test_sweep_reports_its_work_in_order():
         return made()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "reporter", listening)
+        patch.setattr(run, "reporter", listening)
         klfast.sweep(make("hymba", tied=True), tokens(3), max_batch_tokens=4 * 2 * 17, progress=False)
     assert shares[0] == 0 and shares[-1] == pytest.approx(1) and shares == sorted(shares) and len(set(shares)) > 40

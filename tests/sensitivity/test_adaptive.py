@@ -22,8 +22,8 @@ def test_a_tenth_of_the_work_gives_nearly_the_same_plan(tmp_path, monkeypatch):
     exhaustive, found = klfast.sweep(make(), tokens(40, 17), SPECS, metrics="delta_ce"), swept()
     assert found.measurements.keys() == exhaustive.measurements.keys()
     assert found.provenance["budget"] == "adaptive"
-    # The noise floor and the teacher take much of the work on a small model.
-    assert found.provenance["token_forwards"] < 0.25 * exhaustive.provenance["token_forwards"]
+    # The head of its own is work, too, but goes through no block.
+    assert found.provenance["token_forwards"] < 0.12 * exhaustive.provenance["token_forwards"]
     derived = [key for key, one in found.measurements.items() if one.is_derived]
     assert derived and all(key[1].bits == 8 for key in derived)
     for key, one in found.measurements.items():
@@ -55,6 +55,14 @@ def test_an_interrupted_sweep_goes_on_to_the_same_measurements(tmp_path):
         swept(resume=path, budget="exhaustive")
 
 
+def test_error_names_a_layer_that_cannot_be_rounded():
+    model = make()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight[3, 4] = 1e7
+    with pytest.raises(InvalidInputError, match=r"layers\.1\.mixer\.in_proj as int4-g32-sym: a scale does not fit"):
+        klfast.sweep(model, tokens(), SPECS, budget="adaptive")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -62,7 +70,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_measurements(tmp_path):
         (dict(rows=True), "rows and activations need"),
         (dict(budget="exhaustive", max_bytes=5), 'max_bytes needs budget="adaptive"'),
         (dict(max_bytes=0), "max_bytes must be positive, got 0"),
-        (dict(metrics="mse"), "a sample gives kl_teacher_student and delta_ce"),
+        (dict(metrics="mse"), "mse needs .* and budget=.exhaustive.; others give kl_teacher_student and delta_ce"),
     ],
 )
 def test_bad_input(change, message):

@@ -10,7 +10,7 @@ import klfast
 from klfast.core.errors import InvalidInputError
 from klfast.models.families.base import LogitRule
 from klfast.models.head import Readout
-from klfast.sensitivity import measure, sampled_vocabulary
+from klfast.sensitivity import comparison, sampled_vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS, FEATURES, ENTRIES = 40, 16, 3000
@@ -84,7 +84,7 @@ def test_a_sweep_equals_float64_within_its_error():
 
 @pytest.mark.parametrize("limit", ["LARGE", "UNSURE"])
 def test_what_is_large_or_unsure_is_compared_in_full(limit, monkeypatch):
-    monkeypatch.setattr(measure, limit, 0.0)
+    monkeypatch.setattr(comparison, limit, 0.0)
     model, ids = make(), tokens()
     full = klfast.sweep(model, ids, "int4", metrics="delta_ce")
     found = klfast.sweep(model, ids, "int4", vocabulary=16)
@@ -120,9 +120,10 @@ def test_infinite_logits_are_reported():
     ("change", "message"),
     [
         (dict(vocabulary="some"), 'vocabulary must be "full", "sampled" or a number of entries from 4 on, got .some'),
+        (dict(vocabulary=0), "from 4 on, got 0"),
         (dict(vocabulary=3), "from 4 on, got 3"),
         (dict(vocabulary=True), "from 4 on, got True"),
-        (dict(vocabulary=8, metrics="jsd"), 'jsd needs vocabulary="full"; a sample gives kl_teacher_student and delta'),
+        (dict(vocabulary=8, metrics="jsd"), 'jsd needs vocabulary="full" and budget=.exhaustive.; others give kl_teach'),
     ],
 )
 def test_bad_input(change, message):

@@ -91,20 +91,32 @@ def test_error_names_a_damaged_weight_before_anything_is_written(value, tmp_path
 
 
 def test_error_names_a_candidate_that_breaks_the_model(monkeypatch):
-    from klfast.sensitivity import measure as engine
+    from klfast.sensitivity import candidates
 
-    whole = engine.fake_quantize
+    whole = candidates.fake_quantize
 
     def overflowing(weight, spec, **kwargs):
         rounded = whole(weight, spec, **kwargs)
         return rounded * math.inf if spec.bits == 4 and len(rounded) == VOCAB else rounded
 
     model = make(tied=True)
-    monkeypatch.setattr(engine, "fake_quantize", overflowing)
+    monkeypatch.setattr(candidates, "fake_quantize", overflowing)
     with pytest.raises(
         InvalidInputError, match=r"lm_head as int4-g64-sym makes the model's hidden states NaN or infinite"
     ):
         klfast.sweep(model, tokens())
+
+
+def test_corrected_rows_are_a_heads():
+    specs = ["int4-g32-sym", "int4-g32-sym+8"]
+    found = klfast.sweep(make(), tokens(1), specs, rows=True, activations=True, layers=["lm_head", "*.0.mixer.in_proj"])
+    assert [spec.corrected for name, spec in found.measurements if name == "lm_head"] == [0, 8]
+    others = [*found.measurements, *found.rows]
+    assert len(others) > 3 and not any(key[-1].corrected for key in others if key[0] != "lm_head")
+    with pytest.raises(
+        InvalidInputError, match=r"int4-g32-sym\+8 corrects rows of the head, which is not among `layers`"
+    ):
+        klfast.sweep(make(), tokens(1), specs[1], layers="in_proj")
 
 
 def test_adapters_are_refused():

@@ -17,7 +17,7 @@ import klfast
 from klfast.core import interrupts, signed_json, signed_tensors
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
-from klfast.sensitivity import sweeping, unfinished
+from klfast.sensitivity import resume_file, unfinished
 from klfast.sensitivity.results import Sensitivities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +49,7 @@ def stopped_at(monkeypatch, number, sweep):
     ("family", "tied"), [("mamba2", True), ("hymba", False), ("hymba", True), ("llama", False), ("zamba", True)]
 )
 def test_a_sweep_killed_within_a_block_resumes_bit_for_bit(family, tied, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)  # save wherever it can
+    monkeypatch.setattr(resume_file, "_SAVE_SECONDS", -1.0)  # save wherever it can
     model, ids, path = make(family, tied), tokens(3), tmp_path / "r.json"
     whole = klfast.sweep(model, ids, **OPTIONS)
     total = stopped_at(monkeypatch, -1, lambda: klfast.sweep(model, ids, **OPTIONS))
@@ -65,9 +65,31 @@ def test_a_sweep_killed_within_a_block_resumes_bit_for_bit(family, tied, tmp_pat
         path.unlink()
 
 
+def test_an_adaptive_sweep_killed_within_a_block_goes_on_there(tmp_path, monkeypatch):
+    """Also after steps of which nothing was due."""
+    monkeypatch.setattr(resume_file, "_SAVE_SECONDS", -1.0)
+    path, read, found = tmp_path / "r.json", unfinished.read, []
+
+    def sweep(resume=None):
+        options = {**OPTIONS, "budget": "adaptive", "vocabulary": 16, "layers": ["*.layers.0.*"]}
+        return klfast.sweep(make(), tokens(40), resume=resume, **options)
+
+    def recorded(beside, *args):
+        found.append((os.path.exists(beside), read(beside, *args)))
+        return found[-1][1]
+
+    whole, total = sweep(), stopped_at(monkeypatch, -1, sweep)
+    monkeypatch.setattr(unfinished, "read", recorded)
+    for number in random.Random(0).sample(range(total // 3, total), 5):
+        stopped_at(monkeypatch, number, lambda: sweep(path))
+        assert repr(means(sweep(path))) == repr(means(whole)), number  # with NaN, the error of one window
+        path.unlink()
+    assert any(exists for exists, _ in found) and all(state is not None for exists, state in found if exists)
+
+
 def test_a_repeatedly_killed_sweep_finishes(tmp_path, monkeypatch):
     """Each run dies one step after the teacher of its micro-batch."""
-    monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resume_file, "_SAVE_SECONDS", -1.0)
     model, ids, path, found = make("hymba"), tokens(2), tmp_path / "r.json", []
     options = {**OPTIONS, "layers": ["lm_head", "*.layers.0.*in_proj"], "resume": path}
     whole = klfast.sweep(model, ids, **{**options, "resume": None})
@@ -79,7 +101,7 @@ def test_a_repeatedly_killed_sweep_finishes(tmp_path, monkeypatch):
 
 
 def test_a_sweep_killed_between_its_files_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resume_file, "_SAVE_SECONDS", -1.0)
     model, ids, path = make("mamba"), tokens(2), tmp_path / "r.json"
     whole = klfast.sweep(model, ids, **OPTIONS)
     write = signed_json.write_atomic
@@ -116,9 +138,9 @@ KILLED = """
 import sys, torch, klfast
 sys.path.insert(0, sys.argv[1])
 import sweep_models
-from klfast.sensitivity import sweeping
+from klfast.sensitivity import resume_file
 
-sweeping._SAVE_SECONDS = -1.0
+resume_file._SAVE_SECONDS = -1.0
 torch.set_num_threads(1)
 print("ready", flush=True)
 klfast.sweep(sweep_models.make("hymba"), sweep_models.tokens(8, 65), resume=sys.argv[2], max_batch_tokens=4 * 65)
@@ -166,7 +188,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_a_damaged_step_is_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resume_file, "_SAVE_SECONDS", -1.0)
     model, ids, path, beside = make("mamba"), tokens(2), tmp_path / "r.json", tmp_path / "r.json.step"
     whole = klfast.sweep(model, ids, **OPTIONS)
     stopped_at(monkeypatch, 20, lambda: klfast.sweep(model, ids, resume=path, **OPTIONS))
@@ -202,7 +224,7 @@ def test_a_file_of_klfast_0_1_0_is_continued(tmp_path, monkeypatch):
     model, ids, path = make("llama"), tokens(1), tmp_path / "r.json"
     whole = klfast.sweep(model, ids, specs, **OPTIONS)
     saves = []
-    monkeypatch.setattr(sweeping, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resume_file, "_SAVE_SECONDS", -1.0)
     with monkeypatch.context() as patch:
         to_json = Sensitivities.to_json
         patch.setattr(

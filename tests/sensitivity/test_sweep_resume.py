@@ -22,9 +22,9 @@ import torch
 import klfast
 sys.path.insert(0, sys.argv[1])
 import sweep_models
-from klfast.sensitivity import sweeping
+from klfast.sensitivity import resume_file
 
-sweeping._SAVE_SECONDS = -1.0  # save after every group
+resume_file._SAVE_SECONDS = -1.0  # save after every group
 
 def kill(done, total, what):
     if done >= 15:

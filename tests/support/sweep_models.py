@@ -6,7 +6,7 @@ from tiny_models import tiny
 
 import klfast
 from klfast.models.matrices import matrix
-from klfast.sensitivity.measure import SQNR_CAP
+from klfast.sensitivity.comparison import SQNR_CAP
 
 KL = "kl_teacher_student"
 
