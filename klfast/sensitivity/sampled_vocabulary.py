@@ -6,8 +6,11 @@ the rest) / M for each of M entries drawn from the rest with their probabilities
     KL(p || q) = log sum p exp(d) - sum p d  ~  log sum w exp(d - mu)
 
 The sum is taken as 1 + sum w (expm1(d - mu) - (d - mu)), which has no cancellation, as sum w (d - mu) = 0. An estimated
-sum makes its logarithm too small by half its variance, which is added. The draw belongs to the text of a window, so all
-candidates share it, however windows are grouped and wherever a sweep was stopped.
+sum makes its logarithm too small by half its variance, which is added. The change of the cross-entropy is sum p d + KL
+minus d of the target; its first term is the change of the hidden state times the head's mean row, sum p W.
+
+The draw belongs to the text of a window, so all candidates share it, however windows are grouped and wherever a sweep
+was stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from klfast.reference.divergence import raise_not_finite
 ROWS = 128  # of the vocabulary a token, half of them the likeliest: the mean KL within 0.1 to 0.2 % at 2,048 tokens
 FEWEST_ROWS = 4  # two of them drawn, so that they have a variance
 _MOST_LOGITS = 2**22  # made at once: 16 MiB, twice that in float64
+_WIDENED_ROWS = 8192  # rows of a 16-bit head that are in float32 at a time
 _MOST_CHANGES = 2**20  # differences of logits, in float64: 8 MiB
 
 
@@ -36,6 +40,7 @@ class Sample:
         index: int64 [T, K + M + 1]: the K likeliest entries, M drawn ones, the target.
         weights: float64 [T, K + M], which add up to 1.
         tail: float64 [T], the probability of all but the likeliest.
+        mean_row: float32 [T, H], the head's mean row under the teacher's probabilities; None for a head with a cap.
         capped: float64 [T, K + M + 1], the teacher's logits as shares of the head's cap; None for a head without one.
         drawn: M.
         ce: float64 [T], the teacher's cross-entropy against the targets, nats.
@@ -44,6 +49,7 @@ class Sample:
     index: torch.Tensor
     weights: torch.Tensor
     tail: torch.Tensor
+    mean_row: torch.Tensor | None
     capped: torch.Tensor | None
     drawn: int
     ce: torch.Tensor
@@ -53,8 +59,8 @@ class Sample:
 class Estimate:
     """What a sample says of C candidates; each is float64 [C, T], in nats.
 
-    ``variance`` is that of ``kl`` over draws. ``delta_ce`` is the student's cross-entropy minus the teacher's: the
-    target's own logits are exact, the change of the normaliser is estimated.
+    ``variance`` is that of ``kl`` over draws. ``delta_ce`` is the student's cross-entropy minus the teacher's, exact
+    but for the error of ``kl``; with a cap sum p d is estimated, too.
     """
 
     kl: torch.Tensor
@@ -81,8 +87,12 @@ def estimate(sample: Sample, readout: Readout, teacher: torch.Tensor, students: 
     found = []
     for start in range(0, len(teacher), size):
         some = slice(start, start + size)
-        changes = _changes(sample, readout, teacher[some], students[:, some], some)
-        found.append(_of_changes(changes, sample.weights[some], sample.tail[some], sample.drawn))
+        change = students[:, some].float() - teacher[some].float()
+        d = _changes_of_logits(sample, readout, change, some)
+        kl, mean, variance = _of_changes(d[..., :-1], sample.weights[some], sample.tail[some], sample.drawn)
+        if sample.mean_row is not None:
+            mean = _wide(torch.einsum("cth,th->ct", change, sample.mean_row[some])) * readout.rule.scale
+        found.append((kl, mean + kl - d[..., -1], variance))
     kl, delta_ce, variance = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
     return Estimate(kl, delta_ce, variance)
 
@@ -104,20 +114,29 @@ def _draw(
     log_p = logits.log_softmax(-1)
     top = log_p.topk(likeliest)
     of_target = log_p.gather(-1, targets.to(log_p.device)).squeeze(-1)
+    cap = readout.rule.softcap
+    mean_row = _mean_row(log_p.exp(), readout) if cap is None else None
     below = _wide(log_p.scatter_(-1, top.indices, -torch.inf).exp_()).cumsum_(-1)  # of all but the likeliest
     tail = below[:, -1:]
     entries = torch.searchsorted(below, numbers.to(below.device) * tail, right=True).clamp(max=logits.shape[1] - 1)
     index = torch.cat((top.indices.to(below.device), entries, targets.to(below.device)), -1)
     weights = torch.cat((_wide(top.values).exp(), (tail / entries.shape[1]).expand_as(entries)), -1)
-    cap = readout.rule.softcap
     return Sample(
         index,
         weights / weights.sum(-1, keepdim=True),
         tail.squeeze(-1),
+        mean_row,
         None if cap is None else _wide(logits.gather(-1, index.to(logits.device))) / cap,
         entries.shape[1],
         -_wide(of_target),
     )
+
+
+def _mean_row(p: torch.Tensor, readout: Readout) -> torch.Tensor:
+    """Return the mean of the head's rows, float32 [t, H], under probabilities [t, V]."""
+    assert isinstance(readout.weight, torch.Tensor)  # sweeps take full-precision models
+    parts = zip(p.split(_WIDENED_ROWS, -1), readout.weight.split(_WIDENED_ROWS), strict=True)
+    return torch.stack([some @ rows.float() for some, rows in parts]).sum(0)
 
 
 def _joined(samples: list[Sample]) -> Sample:
@@ -129,18 +148,14 @@ def _joined(samples: list[Sample]) -> Sample:
     return Sample(**joined)
 
 
-def _changes(
-    sample: Sample, readout: Readout, teacher: torch.Tensor, students: torch.Tensor, some: slice
-) -> torch.Tensor:
-    """Return student - teacher logits, float64 [C, T, K + M + 1]: the head's product with the states' difference.
+def _changes_of_logits(sample: Sample, readout: Readout, change: torch.Tensor, some: slice) -> torch.Tensor:
+    """Return student - teacher logits, float64 [C, T, K + M + 1]: the head's product with the hidden states' change.
 
     A bias cancels. tanh(a + b) - tanh(a) = (1 - tanh(a)^2) tanh(b) / (1 + tanh(a) tanh(b)) serves a cap.
     """
     assert isinstance(readout.weight, torch.Tensor)  # sweeps take full-precision models
-    change = students.float() - teacher.float()
-    found = (
-        _wide(ops.gathered_logits(change, readout.weight, sample.index[some].to(change.device))) * readout.rule.scale
-    )
+    index = sample.index[some].to(change.device)
+    found = _wide(ops.gathered_logits(change, readout.weight, index)) * readout.rule.scale
     cap = readout.rule.softcap
     if cap is None or sample.capped is None:
         return found
@@ -149,10 +164,9 @@ def _changes(
 
 
 def _of_changes(
-    changes: torch.Tensor, weights: torch.Tensor, tail: torch.Tensor, drawn: int
+    d: torch.Tensor, weights: torch.Tensor, tail: torch.Tensor, drawn: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return KL, change of the cross-entropy and variance of the KL over draws, each [C, T]."""
-    d, of_target = changes[..., :-1], changes[..., -1]
+    """Return the KL of changes of logits [C, T, K + M], their mean, and the KL's variance over draws: [C, T] each."""
     mean = (weights * d).sum(-1)
     x = d - mean.unsqueeze(-1)
     growth = x.expm1()
@@ -161,7 +175,8 @@ def _of_changes(
     share = tail.square() / drawn
     of_sum = share * growth[..., -drawn:].var(-1)
     kl = total.log1p() + of_sum / (2 * (1 + total).square())
-    return kl, mean + kl - of_target, share * excess[..., -drawn:].var(-1)
+    of_kl = excess - growth * (total / (1 + total)).unsqueeze(-1)  # growth / (1 + total) - x, by both terms of the KL
+    return kl, mean, share * of_kl[..., -drawn:].var(-1)
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
