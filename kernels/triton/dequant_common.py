@@ -135,6 +135,27 @@ def multiply(b_w, b_x, acc):
 
 
 @triton.jit
+def float_product(b_x, b_w, acc, UPCAST: tl.constexpr, IN_PARTS: tl.constexpr):
+    """Return acc plus the product with a float head; IN_PARTS splits operands into three bfloat16 parts, exactly."""
+    if IN_PARTS:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
+        b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+        x_high, w_high = top_bits(b_x), top_bits(b_w)
+        x_middle, w_middle = top_bits(b_x - x_high), top_bits(b_w - w_high)
+        x_low, w_low = (b_x - x_high - x_middle).to(DTYPE), (b_w - w_high - w_middle).to(DTYPE)
+        x_high, w_high, x_middle, w_middle = x_high.to(DTYPE), w_high.to(DTYPE), x_middle.to(DTYPE), w_middle.to(DTYPE)
+        acc = multiply(w_low, x_low, acc)
+        acc = multiply(w_middle, x_low, multiply(w_low, x_middle, acc))
+        acc = multiply(w_high, x_low, multiply(w_middle, x_middle, multiply(w_low, x_high, acc)))
+        acc = multiply(w_high, x_middle, multiply(w_middle, x_high, acc))
+        return multiply(w_high, x_high, acc)
+    else:
+        if UPCAST:
+            b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+        return multiply(b_w, b_x, acc)
+
+
+@triton.jit
 def product(b_x, packed, zero, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCAST: tl.constexpr, PTX: tl.constexpr):
     """Return acc plus a quantized weight, packed bytes and float32 zero points as in ``centred``, times x.
 

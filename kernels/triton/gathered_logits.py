@@ -1,14 +1,14 @@
 """gathered_logits: a token's hidden states in S models times a few rows of the head, others for each token.
 
 A program takes one token, BJ of its rows and BS models: the rows come from memory once, and no copy of them is made.
-Operands are widened to float32, so that every product is exact to its last digit.
+float32 operands are split into three bfloat16 parts, so that no product is rounded.
 """
 
 from __future__ import annotations
 
 import torch
-from klfast.kernels.dequant_common import multiply
-from klfast.kernels.launch import Launch, cdiv, power_of_2, strided
+from klfast.kernels.dequant_common import float_product
+from klfast.kernels.launch import INTERPRETED, Launch, cdiv, power_of_2, strided
 
 import triton
 import triton.language as tl
@@ -37,6 +37,8 @@ def gathered_logits(
     BJ: tl.constexpr,
     BS: tl.constexpr,
     BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """Compute BJ logits of one token in BS models; NaN for rows that the head lacks."""
     i_t = tl.program_id(0).to(tl.int64)
@@ -52,7 +54,7 @@ def gathered_logits(
         m_k = first + o_k < K
         b_w = tl.load(p_w + first * head_k, mask=(m_j & is_row)[:, None] & m_k[None, :], other=0.0)
         b_x = tl.load(p_x + first * hidden_k, mask=m_s[None, :] & m_k[:, None], other=0.0)
-        acc = multiply(b_w.to(tl.float32), b_x.to(tl.float32), acc)
+        acc = float_product(b_x, b_w, acc, UPCAST, IN_PARTS)
     acc = tl.where(is_row[:, None], acc, float("nan"))
     p_y = y_ptr + i_t * y_t + o_s[None, :] * y_s + o_j[:, None] * y_j
     tl.store(p_y, acc, mask=m_j[:, None] & m_s[None, :])
@@ -64,8 +66,17 @@ DIMS = {"hidden": "stk", "head": "vk", "index": "tj", "y": "stj"}
 def plan(hidden: torch.Tensor, head: torch.Tensor, index: torch.Tensor, y: torch.Tensor) -> Launch:
     """Return the launch for hidden [S, T, K], head [V, K], index [T, J] and y [S, T, J], any strides."""
     (students, tokens, features), entries = hidden.shape, index.shape[1]
-    BJ, BS = max(16, min(64, power_of_2(entries))), max(16, min(32, power_of_2(students)))
+    in_parts = hidden.dtype != head.dtype or hidden.dtype == torch.float32
+    BJ, BS = max(16, min(32, power_of_2(entries))), 16
     args = strided(DIMS, hidden=hidden, head=head, index=index, y=y) | dict(
-        S=students, J=entries, K=features, V=head.shape[0], BJ=BJ, BS=BS, BK=32
+        S=students,
+        J=entries,
+        K=features,
+        V=head.shape[0],
+        BJ=BJ,
+        BS=BS,
+        BK=16 if in_parts else 32,
+        UPCAST=INTERPRETED,
+        IN_PARTS=in_parts,
     )
     return Launch(gathered_logits, (tokens, cdiv(entries, BJ), cdiv(students, BS)), args, dict(num_warps=4))

@@ -131,7 +131,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
         picked = empty(16, 512, 129, dtype=torch.float32)
         index = empty(512, 129, dtype=torch.int64)
         hidden, head = empty(16, 512, 768, dtype=torch.float32), empty(50280, 768, dtype=dtype)
-        yield f"gathered_logits {name}", gathered_logits.plan(hidden, head, index, picked), None
+        yield f"gathered_logits {name}", gathered_logits.plan(hidden, head, index, picked), "float"
     if family == "intel":
         yield from heads()
     rows = empty(7, dtype=torch.int64)
