@@ -1,6 +1,7 @@
 """What an adaptive sweep loses: plans of the bundled models after it and after an exhaustive one, at equal bytes.
 
-Each plan is applied as a whole and measured on the bundled evaluation text.
+Each plan is applied as a whole and measured on the bundled evaluation text. Sweeps are kept in files: a run that was
+stopped goes on where it was. The table is written after each model.
 
     python -m klfast.bench.adaptive --out bench/results/adaptive.md
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,23 +28,26 @@ SIZES = (1.05, 1.2, 1.5)  # of all layers in the first spec
 _LENGTH = 256
 HEADINGS = (
     *("model", "size / INT4", "KL, adaptive", "KL, exhaustive", "ratio"),
-    *("token-forwards, adaptive", "exhaustive", "seconds, adaptive", "exhaustive"),
+    *("token-forwards, adaptive", "exhaustive", "share", "seconds, adaptive", "exhaustive"),
 )
 
 
-def measure(name: str, windows: int, held_out: int) -> Iterator[tuple[Cell, ...]]:
-    """Yield rows of the table: a bundled model's plans of each size."""
+def measure(name: str, windows: int, held_out: int, sweeps: Path) -> Iterator[tuple[Cell, ...]]:
+    """Yield rows of the table: a bundled model's plans of each size. The folder ``sweeps`` keeps its sweeps."""
     teacher, tokenizer = klfast.load_model(name, dtype="float32"), klfast.load_tokenizer(name)
     options = {"vocab_size": teacher.config.vocab_size, "length": _LENGTH}
     calibration = klfast.token_batches("calibration", tokenizer, windows=windows, **options)
     text = klfast.token_batches("evaluation", tokenizer, windows=held_out, **options)
-    sweeps = [klfast.sweep(teacher, calibration, SPECS, budget=budget) for budget in ("adaptive", "exhaustive")]
-    smallest = klfast.plan(sweeps[1], method="uniform", spec=SPECS[0]).predicted["bytes"]
+    both = [
+        klfast.sweep(teacher, calibration, SPECS, budget=budget, resume=sweeps / f"{name}-{budget}.json")
+        for budget in ("adaptive", "exhaustive")
+    ]
+    work = [found.provenance["token_forwards"] for found in both]
+    seconds = [sum(found.provenance["seconds"].values()) for found in both]
+    smallest = klfast.plan(both[1], method="uniform", spec=SPECS[0]).predicted["bytes"]
     for size in SIZES:
-        kl = [_kl(teacher, text, found, int(size * smallest)) for found in sweeps]
-        work = [found.provenance["token_forwards"] for found in sweeps]
-        seconds = [sum(found.provenance["seconds"].values()) for found in sweeps]
-        yield name, size, *kl, kl[0] / kl[1], *work, *seconds
+        kl = [_kl(teacher, text, found, int(size * smallest)) for found in both]
+        yield name, size, *kl, kl[0] / kl[1], *work, work[0] / work[1], *seconds
 
 
 def _kl(teacher: torch.nn.Module, text: list[torch.Tensor], found: Sensitivities, size: int) -> float:
@@ -59,20 +64,27 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--windows", type=int, default=64, help=f"calibration windows of {_LENGTH} tokens")
     parser.add_argument("--held-out", type=int, default=96, help="evaluation windows")
+    parser.add_argument("--sweeps", type=Path, help="folder that keeps the sweeps (default: in the temporary folder)")
     asked = parser.parse_args()
+    sweeps = asked.sweeps or Path(tempfile.gettempdir(), f"klfast-adaptive-{asked.windows}")
+    sweeps.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in asked.models:
-        for row in measure(name, asked.windows, asked.held_out):
+        for row in measure(name, asked.windows, asked.held_out, sweeps):
             rows.append(row)
             print(*row, flush=True)
+        write_atomic(asked.out, _page(rows, asked.windows, asked.held_out))
+
+
+def _page(rows: list[tuple[Cell, ...]], windows: int, held_out: int) -> str:
     conditions = (
         "KL divergence in nats a token of whole plans from the model in full precision, on "
-        f"{asked.held_out * _LENGTH:,} tokens of the bundled evaluation text; sweeps of {' and '.join(SPECS)} on "
-        f"{asked.windows * _LENGTH:,} tokens of the bundled calibration text. `python -m klfast.bench.adaptive` on "
+        f"{held_out * _LENGTH:,} tokens of the bundled evaluation text; sweeps of {' and '.join(SPECS)} on "
+        f"{windows * _LENGTH:,} tokens of the bundled calibration text. `python -m klfast.bench.adaptive` on "
         f"{cpu_name()}, {torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
     )
     table = Table("Plans after adaptive and exhaustive sweeps", HEADINGS, tuple(rows))
-    write_atomic(asked.out, f"# Adaptive sweeps\n\n{conditions}\n\n{table.markdown()}")
+    return f"# Adaptive sweeps\n\n{conditions}\n\n{table.markdown()}"
 
 
 if __name__ == "__main__":
