@@ -1,10 +1,10 @@
-"""State of a sweep: the sums so far, the next step, and which rows of the tally the rest of the round adds to."""
+"""State of a sweep: the sums so far, the next job, and which rows of the tally the rest of the round adds to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +18,15 @@ from klfast.sensitivity.steps import Step, from_group
 from klfast.sensitivity.unfinished import Unfinished
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is measured at once: the candidates of a step that are due, by their rows in the tally, on a micro-batch."""
+
+    micro_batch: int
+    step: int
+    rows: tuple[int, ...]
+
+
 class State:
     """How far a sweep is. An exhaustive one goes through the text once, an adaptive one in rounds.
 
@@ -29,7 +38,7 @@ class State:
 
     Attributes:
         tally: sums of ``COLUMNS``, row by row.
-        micro_batch, step: the next ones.
+        micro_batch, step: of the next job; after the last one of the round the number of micro-batches, and 0.
         had, goals: of each row, the number of micro-batches (the first ones) that it had before this round, and is to
             have after it.
         taught: micro-batches that the teacher runs on, of all rounds up to this one.
@@ -59,25 +68,29 @@ class State:
         """True if all of the text has been gone through."""
         return self.micro_batch == len(self.windows)
 
-    def due(self, step: Step) -> tuple[Step, list[int]]:
-        """Return a step's candidates, and their rows, that the current micro-batch is to be measured on."""
-        rows = [
-            row
-            for row in range(step.first, step.first + step.rows)
-            if self.had.get(row, 0) <= self.micro_batch < self.goals.get(row, 0)
-        ]
-        return replace(step, candidates=tuple(step.candidates[r - step.first] for r in rows if step.candidates)), rows
+    def jobs(self) -> Iterator[Job]:
+        """Yield the jobs of the rest of the round, in order."""
+        return self._jobs_from(self.micro_batch, self.step)
 
-    def add(self, rows: Sequence[int], sums: torch.Tensor, tokens: int) -> None:
-        """Add sums of the current micro-batch, whose windows have ``tokens`` scored tokens, to rows of the tally."""
-        for row, of_row in zip(rows, sums.split(1), strict=True):
+    def add(self, job: Job, sums: torch.Tensor, tokens: int) -> None:
+        """Add a job's sums over windows of ``tokens`` scored tokens to its rows of the tally; go on to the next job."""
+        for row, of_row in zip(job.rows, sums.split(1), strict=True):
             self.tally.add(row, of_row, tokens)
+        self.unfinished = None
+        self._go_to(job.micro_batch, job.step + 1)
 
-    def pass_step(self) -> None:
-        """Go on to the next step."""
-        self.step, self.unfinished = self.step + 1, None
-        if self.step == len(self.steps):
-            self.micro_batch, self.step = self.micro_batch + 1, 0
+    def _jobs_from(self, micro_batch: int, step: int) -> Iterator[Job]:
+        for number in range(micro_batch, len(self.windows)):
+            for at in range(step if number == micro_batch else 0, len(self.steps)):
+                of_step = range(self.steps[at].first, self.steps[at].first + self.steps[at].rows)
+                due = tuple(row for row in of_step if self.had.get(row, 0) <= number < self.goals.get(row, 0))
+                if due:
+                    yield Job(number, at, due)
+
+    def _go_to(self, micro_batch: int, step: int) -> None:
+        """Make the first job from there on the next one."""
+        job = next(self._jobs_from(micro_batch, step), Job(len(self.windows), 0, ()))
+        self.micro_batch, self.step = job.micro_batch, job.step
 
     def start_round(self) -> bool:
         """Go through the text again for what an adaptive sweep needs more of; False if that is nothing."""
@@ -87,7 +100,7 @@ class State:
         self.goals = self.schedule.following(self.tally, self.had, self.taught)
         self.taught += parts_due(self.had, self.goals)
         if self.goals:
-            self.micro_batch, self.step = 0, 0
+            self._go_to(0, 0)
         return bool(self.goals)
 
     # Progress -----------------------------------------------------------------------------------------------------
@@ -150,6 +163,7 @@ class State:
         if self.schedule is not None:
             self.had, self.goals = (_row_counts(data[name]) for name in ("had", "goals"))
             self.taught = signed_json.whole(data["taught"], "taught")
+        self._go_to(self.micro_batch, self.step)
 
 
 def _row_counts(data: object) -> dict[int, int]:

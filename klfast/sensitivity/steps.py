@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from klfast.core.errors import InvalidInputError
@@ -37,6 +37,10 @@ class Step:
     def rows(self) -> int:
         """Rows in the tally."""
         return len(self.candidates) or 1
+
+    def only(self, rows: Sequence[int]) -> Step:
+        """Return the step with the candidates of these rows of the tally alone."""
+        return replace(self, candidates=tuple(self.candidates[row - self.first] for row in rows if self.candidates))
 
     @property
     def name(self) -> str:

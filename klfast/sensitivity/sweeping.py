@@ -21,6 +21,7 @@ from klfast.sensitivity import inputs, lock
 from klfast.sensitivity.adaptive import PARTS, Schedule
 from klfast.sensitivity.comparison import SAMPLED
 from klfast.sensitivity.measure import Engine
+from klfast.sensitivity.measurer import Measurer
 from klfast.sensitivity.measuring_mode import prepared
 from klfast.sensitivity.outcome import Outcome
 from klfast.sensitivity.results import METRICS, Sensitivities
@@ -151,4 +152,5 @@ def sweep(
         state = State(order, [len(ids) for ids in windows], len(chain.blocks), schedule)
         outcome = Outcome(blank, settings, reported, engine, state)
         with nullcontext() if resume is None else lock.held(resume):
-            return Run(outcome, windows, ResumeFile(resume, outcome)).finish(progress)
+            measurer = Measurer(engine, order, windows)
+            return Run(outcome, measurer, windows, ResumeFile(resume, outcome)).finish(progress)
