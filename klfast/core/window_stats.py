@@ -43,13 +43,17 @@ class WindowStats:
         """Return the number of tokens added to a candidate."""
         return int(self._parts["counts"][candidate, 0])
 
+    def is_broken(self, candidate: int) -> bool:
+        """Return True if a metric was NaN in any window."""
+        return bool(self._parts["sum"][candidate].isnan().any())
+
     def mean(self, candidate: int) -> list[float]:
         """Return each metric's mean over tokens."""
         means: list[float] = (self._parts["sum"][candidate] / self._parts["counts"][candidate, 0]).tolist()
         return means
 
     def stderr(self, candidate: int) -> list[float]:
-        """Return each mean's standard error: NaN with fewer than two windows, or where the metric is infinite."""
+        """Return each mean's standard error: NaN with fewer than two windows, or where the metric is NaN."""
         tokens, windows, token_squares = self._parts["counts"][candidate].tolist()
         if windows < 2:
             return [math.nan] * self._parts["sum"].shape[1]
@@ -73,6 +77,6 @@ class WindowStats:
             if len(raw) != part.numel() * part.element_size():
                 raise CheckpointError("the sums of the sweep are damaged (wrong size)")
             values = torch.frombuffer(bytearray(raw), dtype=part.dtype).view_as(part)
-            if not values.isfinite().all() or (name == "counts" and (values < 0).any()):
-                raise CheckpointError("the sums of the sweep are damaged (a NaN, an infinity or a negative count)")
+            if values.isinf().any() or (name == "counts" and not (values >= 0).all()):
+                raise CheckpointError("the sums of the sweep are damaged (an infinity, or a count that is none)")
             part.copy_(values)

@@ -14,7 +14,7 @@ from klfast.planning.numbers_given import require_sizes
 from klfast.planning.plan_file import Plan
 from klfast.planning.servable import SERVED, fused, is_served
 from klfast.quant.spec import SCALES, QuantSpec, storable_spec
-from klfast.sensitivity.coverage import unfinished_note, unmeasured
+from klfast.sensitivity.coverage import not_finite_note, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
 
 KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
@@ -171,8 +171,9 @@ class Problem:
 
     def _note_layers(self) -> None:
         """Note which layers the user fixed, and which the planner cannot quantize."""
-        if note := unfinished_note(self.sensitivities):
-            self.notes.append(note)
+        for note in (unfinished_note(self.sensitivities), not_finite_note(self.sensitivities)):
+            if note:
+                self.notes.append(note)
         if self.sensitivities.provenance.get("rounding") == "gptq":
             self.notes.append('costs are those of second-order rounding: quantize with rounding="gptq"')
         by_spec: dict[QuantSpec | None, list[str]] = {}

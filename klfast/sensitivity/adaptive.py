@@ -88,11 +88,14 @@ class Schedule:
 
         ``taught`` is the number of parts that the teacher has run on, once a round.
         """
-        field = self._field(tally, had)
+        layers = self._sound(tally)
+        if goals := {some[0].row: 1 for some in layers if some and not had.get(some[0].row)}:
+            return goals  # since their layers' references were broken
+        field = self._field(layers, tally, had)
         doubtful = contested(field, self.limits)
         stakes = field.costs * field.errors
         places = sorted(doubtful.nonzero().tolist(), key=lambda place: -float(stakes[place[0], place[1]]))
-        layers, goals, due = list(self.by_layer.values()), dict[int, int](), set[int]()
+        due = set[int]()
         left = self.allowed - self.spent(had) - taught
         for layer, option in places:
             if option == 0:  # full precision costs nothing, as is known
@@ -110,10 +113,10 @@ class Schedule:
         """Return the work done without the teacher's, in passes of a part of the text through the network."""
         return had.get(NOISE, 0) + sum(had.get(entrant.row, 0) * entrant.work for entrant in self.entrants)
 
-    def derived(self, measured: Mapping[int, Measurement]) -> dict[int, Measurement]:
+    def derived(self, measured: Mapping[int, Measurement], tally: WindowStats) -> dict[int, Measurement]:
         """Return the measurements of all other rows, which follow from those of their layers' references."""
         found = {}
-        for reference, *others in self.by_layer.values():
+        for reference, *others in filter(None, self._sound(tally)):
             base = measured.get(reference.row)
             for entrant in others if base is not None else ():
                 if entrant.row not in measured:
@@ -127,12 +130,18 @@ class Schedule:
                     found[entrant.row] = replace(base, mean=mean, stderr=stderr, is_derived=True)
         return found
 
-    def _field(self, tally: WindowStats, had: Mapping[int, int]) -> Field:
+    def _sound(self, tally: WindowStats) -> list[list[_Entrant]]:
+        """Return the entrants of each layer without broken ones; the first is its reference."""
+        return [[one for one in some if not tally.is_broken(one.row)] for some in self.by_layer.values()]
+
+    def _field(self, layers: Sequence[Sequence[_Entrant]], tally: WindowStats, had: Mapping[int, int]) -> Field:
         options = 1 + max(map(len, self.by_layer.values()))
         costs, errors = (torch.zeros(len(self.by_layer), options, dtype=torch.float64) for _ in range(2))
         nbytes = torch.full_like(costs, torch.inf)
         nbytes[:, 0] = torch.tensor(self.float_bytes)
-        for layer, some in enumerate(self.by_layer.values()):
+        for layer, some in enumerate(layers):
+            if not some:
+                continue
             base, base_error = self._known(tally, some[0])
             for option, entrant in enumerate(some, 1):
                 nbytes[layer, option] = entrant.nbytes

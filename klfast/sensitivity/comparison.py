@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Passage
 from klfast.models.head import Head, Readout, divergence
@@ -48,7 +49,7 @@ class Comparison:
     """Compares the head's inputs, in the head's dtype, with the teacher's.
 
     Sums are float64 [C, len(COLUMNS), B], for C candidates and B windows; of a sampled vocabulary only ``SAMPLED`` and
-    ce_teacher, and zeros in the other columns.
+    ce_teacher, and zeros in the other columns. All of a candidate are NaN where it makes a NaN or an infinity.
 
     Attributes:
         full_head: the full-precision head, unaffected while the head is swapped.
@@ -92,13 +93,23 @@ class Comparison:
 
     def in_full_under(self, head: Readout, teacher: Teacher, hidden: torch.Tensor) -> torch.Tensor:
         """Compare the head's input [C, B * (T - 1), H] with the teacher's over the whole vocabulary under ``head``."""
+        try:
+            sums = self._divergences(head, teacher, hidden)
+        except InvalidInputError:  # a logit is no number, or too large to be compared
+            if len(hidden) == 1:
+                return torch.full((1, len(COLUMNS), len(teacher.passage.input_ids)), torch.nan, dtype=torch.float64)
+            return torch.cat([self.in_full_under(head, teacher, one) for one in hidden.split(1)])
+        self.in_full += len(hidden)
+        sums[~sums.isfinite().flatten(1).all(1)] = torch.nan
+        return sums
+
+    def _divergences(self, head: Readout, teacher: Teacher, hidden: torch.Tensor) -> torch.Tensor:
         with self._stages.timed("divergence"):
             with interruptible():
                 found = divergence(teacher.hidden, self.full_head, hidden, head, teacher.targets)
             assert found.ce_student is not None and found.ce_teacher is not None  # there are targets
             columns = {"delta_ce": found.ce_student - found.ce_teacher, "sqnr_db": found.sqnr_db.clamp(max=SQNR_CAP)}
             per_token = torch.stack([columns[name] if name in columns else getattr(found, name) for name in COLUMNS])
-            self.in_full += len(hidden)
             return _by_window(teacher, per_token.view(len(COLUMNS), len(hidden), -1)).transpose(0, 1)
 
 

@@ -43,7 +43,18 @@ def measured_note(sensitivities: Sensitivities) -> str | None:
         parts.append(f"KL from a sample of the vocabulary ({entries})")
     if derived:
         parts.append(f"{derived} of {len(found)} measurements follow from another spec of the layer")
+    if broken := not_finite_note(sensitivities):
+        parts.append(broken)
     return "; ".join(parts) or None
+
+
+def not_finite_note(sensitivities: Sensitivities) -> str | None:
+    """Return a sentence on the candidates that made a NaN or an infinity; None if none did."""
+    broken = sensitivities.provenance.get("not_finite")
+    if not isinstance(broken, list) or not broken:
+        return None
+    more = f" and {len(broken) - 1} more" if broken[1:] else ""
+    return f"{broken[0]}{more} left out: the model's outputs become NaN or infinite"
 
 
 def _progress(sensitivities: Sensitivities) -> tuple[int, int]:

@@ -47,6 +47,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
         merged.activations.update(other.activations)  # the same for all specs with such groups
+        if broken := [*_broken(merged), *_broken(other)]:
+            merged.provenance["not_finite"] = broken
         if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
             merged.provenance.pop("ce_teacher", None)  # no single text to predict a perplexity for
         if other.provenance.get("vocabulary", "full") != merged.provenance.get("vocabulary", "full"):
@@ -62,3 +64,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
             both = f"{os.fspath(path)} was swept with scale {scales[1]}, {os.fspath(paths[0])} with {scales[0]}"
             raise InvalidInputError(f"{both}; a plan needs one of them")
     return merged
+
+
+def _broken(of: Sensitivities) -> list[object]:
+    found = of.provenance.get("not_finite")
+    return found if isinstance(found, list) else []

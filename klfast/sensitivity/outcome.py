@@ -45,11 +45,13 @@ class Outcome:
             floor, ce_teacher = self._metrics(mean), mean[COLUMNS.index("ce_teacher")]
             if math.isfinite(ce_teacher):
                 provenance["ce_teacher"] = ce_teacher
-        measurements, rows, activations = {}, {}, {}
+        measurements, rows, activations, broken = {}, {}, {}, []
         found = self._measured(floor)
         for step in self.state.steps:
             for row, candidate in enumerate(step.candidates, step.first):
-                if measurement := found.get(row):
+                if tally.is_broken(row):
+                    broken.append(str(candidate))
+                elif measurement := found.get(row):
                     if candidate.inputs_of:
                         group = candidate.spec.group_length(candidate.matrix.shape[1])
                         activations[candidate.name, group] = measurement
@@ -57,6 +59,8 @@ class Outcome:
                         measurements[candidate.name, candidate.spec] = measurement
                     else:
                         rows[candidate.name, candidate.use, candidate.spec] = measurement
+        if broken:
+            provenance["not_finite"] = broken
         return replace(
             self.blank,
             measurements=measurements,
@@ -70,10 +74,10 @@ class Outcome:
         """Return the measurements by row, with those that follow from others."""
         tally, found = self.state.tally, {}
         for row in range(NOISE + 1, self.state.rows):
-            if tokens := tally.tokens(row):
+            if (tokens := tally.tokens(row)) and not tally.is_broken(row):
                 found[row] = Measurement(self._metrics(tally.mean(row)), self._metrics(tally.stderr(row)), tokens)
         if self.state.schedule is not None:
-            found |= self.state.schedule.derived(found)
+            found |= self.state.schedule.derived(found, tally)
         return {
             row: replace(one, below_noise=one.mean[_KL] < NOISE_MULTIPLE * floor[_KL]) for row, one in found.items()
         }

@@ -8,12 +8,12 @@ import torch
 
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress, reporter
-from klfast.sensitivity.comparison import COLUMNS
 from klfast.sensitivity.measurer import Measurer
 from klfast.sensitivity.outcome import Outcome
 from klfast.sensitivity.results import Sensitivities
 from klfast.sensitivity.resume_file import ResumeFile
 from klfast.sensitivity.state import Job
+from klfast.sensitivity.steps import NOISE
 from klfast.sensitivity.unfinished import Unfinished
 
 
@@ -62,14 +62,10 @@ class Run:
             self._advance(len(job.rows), state.steps[job.step].name, state.share())
 
     def _require_finite(self, job: Job, sums: torch.Tensor) -> None:
-        """Raise InvalidInputError, naming the candidate, for a sum that is NaN or infinite: files cannot hold it."""
-        broken = (~sums.isfinite()).nonzero()
-        if len(broken):
-            row, column, _ = broken[0].tolist()
-            candidates = self._state.steps[job.step].only(job.rows).candidates
-            who = candidates[row] if candidates else "the noise floor"
+        if NOISE in job.rows and not sums.isfinite().all():
             raise InvalidInputError(
-                f"{COLUMNS[column]} of {who} is NaN or infinite; leave this layer out of `layers`, or sweep other specs"
+                "the full-precision model's logits are NaN, infinite or too large; repair the checkpoint before "
+                "sweeping it"
             )
 
     def _pause(self, unfinished: Unfinished) -> None:

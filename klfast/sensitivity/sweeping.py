@@ -57,6 +57,7 @@ def sweep(
     Every metric is a mean over the same tokens: all of a window except its last, which has no next token. Memory is
     bounded by ``max_batch_tokens``, not by the number of batches. The model is left as it was, even after an error.
     Layers that share a weight (Zamba's) are measured once, under the first of their names: it changes in all of them.
+    Candidates that make a NaN or an infinity have no measurement; "not_finite" in the provenance names them.
 
     Args:
         model: a transformers causal language model whose blocks form a chain (Mamba, Mamba-2, FalconMamba, Hymba,
@@ -103,8 +104,9 @@ def sweep(
 
     Raises:
         InvalidInputError: batches, specs, metrics or layers are missing or invalid; the model is not a chain, is
-            already quantized or has adapters; a layer, which is named, lies outside the blocks, or makes a NaN or
-            infinity; the resume file belongs to a sweep with other arguments, or another process is working on it.
+            already quantized or has adapters; a layer, which is named, lies outside the blocks, or cannot be rounded to
+            a spec; the full-precision model's hidden states or logits are NaN or infinite; the resume file belongs to a
+            sweep with other arguments, or another process is working on it.
         UnknownLayerError: an entry of ``layers`` or ``exclude`` matches none of the model's.
         ModelMismatchError: the resume file belongs to another model.
         CheckpointError: the resume file is damaged or not a resume file.

@@ -14,7 +14,7 @@ from klfast.reporting.page.axis import number
 from klfast.reporting.page.front import front, points
 from klfast.reporting.page.markup import Markup, joined, tag
 from klfast.reporting.page.sections import card_section, cost, plan_section, ranking, sensitivity_maps
-from klfast.sensitivity.coverage import unfinished_note
+from klfast.sensitivity.coverage import not_finite_note, unfinished_note
 from klfast.sensitivity.results import Sensitivities
 
 _T = TypeVar("_T")
@@ -50,13 +50,13 @@ def html_page(
         cost(sensitivities),
     ]
     name = str(sensitivities.provenance.get("model", "a model"))
-    note = unfinished_note(sensitivities)
+    notes = filter(None, (unfinished_note(sensitivities), not_finite_note(sensitivities)))
     body = [
         tag("a", "Skip to the content", href="#content", class_="skip"),
         tag("header", tag("h1", f"klfast: {name}"), _themes()),
         tag(
             "main",
-            tag("p", note, class_="note") if note else None,
+            *(tag("p", note, class_="note") for note in notes),
             _facts(sensitivities, plans, comparisons),
             *sections,
             id="content",
