@@ -7,11 +7,11 @@
 #pragma once
 
 #include "gemm/common.h"
+#include "gemm/tile.h"
 
 namespace klfast {
 namespace {
 
-constexpr int kPair = 2 * kLanes;      // columns of y computed together
 constexpr std::int64_t kChunkM = 512;  // rows of x held as floats at a time
 
 // Rows of x as float32 tiles of up to kTileRows rows: [tile][block][row][kBlock].
@@ -39,35 +39,6 @@ struct XTiles {
                     load(a.x, (m0 + first + r) * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k))));
     }
 };
-
-// sums[R, kPair] += x[R, depth] weights[depth, kPair]
-template <int R>
-void tile_product(const float* x, const float* weights, std::int64_t depth, float* sums) {
-    Vec left[R], right[R];
-    for (int r = 0; r < R; ++r) {
-        left[r] = load(sums + r * kPair);
-        right[r] = load(sums + r * kPair + kLanes);
-    }
-    for (std::int64_t k = 0; k < depth; ++k) {
-        const Vec w0 = load(weights + k * kPair), w1 = load(weights + k * kPair + kLanes);
-        for (int r = 0; r < R; ++r) {
-            const Vec v = set(x[r * kBlock + k]);
-            left[r] = fma(v, w0, left[r]);
-            right[r] = fma(v, w1, right[r]);
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        store(sums + r * kPair, left[r]);
-        store(sums + r * kPair + kLanes, right[r]);
-    }
-}
-
-template <int R = kTileRows>
-void tile_product(std::int64_t rows, const float* x, const float* weights, std::int64_t depth, float* sums) {
-    if constexpr (R > 1)
-        if (rows < R) return tile_product<R - 1>(rows, x, weights, depth, sums);
-    tile_product<R>(x, weights, depth, sums);
-}
 
 template <class Source>
 void product_fp32(const Product& a, const Source& source) {

@@ -1,4 +1,5 @@
-// decode_attention against softmax and sums in double, for one query a head and for several, with and without a window.
+// decode_attention against softmax and sums in double, for one query a head, several and many, with and without
+// windows.
 #include <algorithm>
 #include <cmath>
 
@@ -8,8 +9,8 @@
 namespace klfast::test {
 namespace {
 
-void check(DType dtype, Int shared_by, Int keys, Int length, bool windowed) {
-    constexpr Int batch = 2, groups = 2, key_dim = 19, value_dim = 37;
+void check(DType dtype, Int shared_by, Int keys, Int length, bool windowed, Int key_dim = 19) {
+    constexpr Int batch = 2, groups = 2, value_dim = 37;
     const Int heads = groups * shared_by, fewer = length < keys ? 1 : 0;
     const Int window = windowed ? 3 : -1, sinks = windowed ? 2 : 0;
     const Int keys_of[batch] = {keys, keys - fewer};  // seen by the last query of each sequence
@@ -65,6 +66,9 @@ void check_attention() {
             for (const Int keys : {1, 5, 131})
                 for (const Int length : {Int{1}, std::min<Int>(keys, 5)})
                     for (const bool windowed : {false, true}) check(dtype, shared_by, keys, length, windowed);
+    for (const Int shared_by : {1, 3})  // many queries, and more keys than are laid out at a time
+        for (const bool windowed : {false, true}) check(DType::f32, shared_by, 600, 77, windowed, 300);
+    check(DType::f32, 130, 300, 3, false);
 }
 
 }  // namespace klfast::test
