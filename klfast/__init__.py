@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLIC
     from klfast.acceleration.patch import accelerate as accelerate
     from klfast.acceleration.patch import unaccelerate as unaccelerate
+    from klfast.benchkit.product_times import time_products as time_products
     from klfast.checkpoint.apply_plan import quantize_model as quantize_model
     from klfast.checkpoint.by_name import load_model as load_model
     from klfast.checkpoint.by_name import load_tokenizer as load_tokenizer
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.ops.divergence import Divergence as Divergence
     from klfast.planning import plan as plan
     from klfast.planning.plan_file import Plan as Plan
+    from klfast.planning.timings import Timings as Timings
     from klfast.quant.layouts import Layout as Layout
     from klfast.quant.rounding import quantize as quantize
     from klfast.quant.spec import QuantSpec as QuantSpec
@@ -126,6 +128,8 @@ _PUBLIC = {
     "explain": "diagnostics.explain",
     "Sensitivities": "sensitivity.results",
     "plan": "planning",
+    "Timings": "planning.timings",
+    "time_products": "benchkit.product_times",
     "CannotLowerError": "core.errors",
     "CheckpointError": "core.errors",
     "InfeasibleBudgetError": "core.errors",

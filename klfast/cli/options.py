@@ -96,6 +96,7 @@ scale_name = one_of("absmax", "mse")
 activation_name = one_of("exact", "int8", "auto")
 device_name = one_of("cpu", "cuda", "xpu")
 rounding_name = one_of("nearest", "gptq")
+objective_name = one_of("size", "latency")
 method_name = one_of("optimal", "greedy", "uniform")
 metric_name = one_of("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "sqnr_db", "delta_ce", "top1_agree")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from klfast.planning.plan_file import Plan
+    from klfast.planning.timings import Timings
     from klfast.sensitivity.results import Sensitivities
 
 
@@ -38,6 +39,24 @@ def plan(
         float | None, typer.Option(help="Limit per weight of the linear layers, including scales.")
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit on the sum over the layers, nats per token.")] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(help="Limit on the seconds that a token spends in products with the matrices, on this machine."),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            parser=options.objective_name, metavar="size|latency", help="What a plan within --max-kl has least of."
+        ),
+    ] = "size",
+    timings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Seconds of the products, for --max-seconds, --objective latency and the plan's prediction: read from "
+            "this file, or if there is none measured here, and kept in it.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(parser=options.method_name, metavar="NAME", help="optimal, greedy or uniform.")
     ] = "optimal",
@@ -85,21 +104,36 @@ def plan(
     windows: options.Windows = 32,
     length: options.Length = 512,
     tries: Annotated[int, typer.Option(min=0, help="For --refine: most swaps to measure.")] = 12,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            parser=options.one_of("float32", "bfloat16", "float16"),
+            metavar="NAME",
+            help="Of --timings: the dtype in which the model is to run.",
+        ),
+    ] = "float32",
+    threads: options.Threads = None,
     out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
     force: options.Force = False,
     as_json: options.Json = False,
     *,
     loading: LoadingOptions,
 ) -> None:
-    """Choose a precision for each layer under one budget: --max-bytes, --mean-bits or --max-kl."""
-    options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    """Choose a precision for each layer under one budget: --max-bytes, --mean-bits, --max-seconds or --max-kl."""
+    options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_seconds=max_seconds, max_kl=max_kl)
+    if objective == "latency" and max_kl is None and max_seconds is None:
+        raise typer.BadParameter("--objective latency goes with --max-kl or --max-seconds")
     kept = options.parse_keep(keep)
     options.require_free(out, force)
     import klfast
+    from klfast.cli.runtime import prepare
     from klfast.reporting.plan_tables import FULL, plan_tables
     from klfast.sensitivity import merge
 
+    prepare(threads, "cpu")
     found = merge.read(sensitivities)
+    in_seconds = timings is not None or max_seconds is not None or objective == "latency"
+    timed = _timings(found, timings, dtype) if in_seconds else None
     measure = None if refine is None else _measure(found, refine, calibration, windows, length, **loading)
     made = klfast.plan(
         found,
@@ -115,6 +149,9 @@ def plan(
         refine=measure,
         tries=tries,
         servable=servable,
+        objective=objective,
+        max_seconds=max_seconds,
+        timings=timed,
     )
     made.to_json(out)
     by_spec = Counter(str(made.specs.get(name, FULL)) for name in found.layers)
@@ -132,6 +169,19 @@ def plan(
         f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, *rounding, '--out', 'FOLDER')}",
         as_json,
     )
+
+
+def _timings(found: Sensitivities, path: Path | None, dtype: str) -> Timings:
+    """Return the seconds of products that are in a file, or measured now, and then kept there."""
+    import torch
+
+    from klfast.benchkit.product_times import time_products, timings_in
+
+    if path is None:
+        return time_products(found, dtype=getattr(torch, dtype))
+    if not path.exists():
+        options.require_free(path, force=False, option="--timings")
+    return timings_in(path, found, dtype=getattr(torch, dtype))
 
 
 def _is_for_gptq(found: Sensitivities) -> bool:

@@ -17,6 +17,7 @@ from klfast.planning.plan_file import Plan
 from klfast.planning.problem import Problem
 from klfast.planning.refine import refine as refined
 from klfast.planning.servable import unread
+from klfast.planning.timings import Timings
 from klfast.planning.uniform import plan_uniform
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import Sensitivities
@@ -24,6 +25,7 @@ from klfast.sensitivity.results import Sensitivities
 __all__ = ["plan"]
 
 METHODS = ("optimal", "greedy", "uniform")
+OBJECTIVES = ("size", "latency")
 
 
 def plan(
@@ -45,10 +47,13 @@ def plan(
     refine: Callable[[Plan], float] | None = None,
     tries: int = 12,
     servable: bool = False,
+    objective: str = "size",
+    max_seconds: float | None = None,
+    timings: Timings | None = None,
 ) -> Plan:
     """Choose a precision for each layer: full precision, or a spec that the sweep measured on it.
 
-    Exactly one of max_bytes, mean_bits and max_kl must be given, except where a method says otherwise.
+    Exactly one of max_bytes, mean_bits, max_kl and max_seconds must be given, except where a method says otherwise.
 
     Args:
         sensitivities: from klfast.sweep, or the published files (klfast.sensitivity.kl_ssm_quant).
@@ -58,7 +63,8 @@ def plan(
             for each single matrix of quantized experts.
         mean_bits: limit per weight of all linear layers and experts, including scales, zero points and layers in full
             precision.
-        max_kl: limit on the KL summed over the layers, nats per token; the plan is the smallest within it.
+        max_kl: limit on the KL summed over the layers, nats per token; the plan is the smallest within it, or by
+            ``objective="latency"`` the fastest.
         method:
             "optimal": the least summed cost within the budget, a knapsack solved to proven optimality.
             "greedy": candidates (layer, spec) by rising cost. With ``evaluate``, as in the paper: a candidate is taken
@@ -83,25 +89,31 @@ def plan(
             tenth of the KL that rounding its weight does. It needs a sweep with ``activations=True``; the plan records
             the choice for each layer, ``quantize_model`` follows it, and both costs count as the layer's. "exact": the
             plan leaves it to ``quantize_model``.
-        refine: for a budget of bytes: plan -> measured KL of the whole model so quantized (``klfast.measured_kl``). The
-            plan, uniform ones within the budget in each spec that was measured on every layer, and the best swaps are
-            measured; the best of them is returned, so it is never worse, on that text, than those.
+        refine: for a budget of bytes or seconds: plan -> measured KL of the whole model so quantized
+            (``klfast.measured_kl``). The plan, uniform ones within the budget in each spec that was measured on every
+            layer, and the best swaps are measured; the best of them is returned, so it is never worse, on that text,
+            than those.
         tries: most swaps that ``refine`` measures.
         servable: vLLM and transformers without klfast load the plan's folder: layers that they fuse (q, k and v; gate
             and up) have one precision, one that vLLM has kernels for (``klfast.planning.servable``); the head, and
             what Mamba's forwards multiply by themselves, keep full precision, unless ``keep`` says otherwise.
+        objective: what a plan within ``max_kl`` has least of: "size", bytes, or "latency", seconds a token.
+        max_seconds: limit on the seconds that a token spends in the products with the layers' matrices, as ``timings``
+            say. Attention, recurrences and norms, which no plan changes, come on top.
+        timings: from ``klfast.time_products``. Every plan then says its "seconds".
 
     Returns:
         The plan. Its ``predicted`` holds "bytes" (whole model), "mean_bits", "kl" (sum over layers) and, if the sweep
         measured delta_ce, "perplexity" on its calibration text, estimated as if the layers' contributions to the
-        cross-entropy were additive: exp(the teacher's cross-entropy + the sum of delta_ce); and "kl_measured", if
-        ``refine`` measured it. If files cannot hold a measured group size (``storable_spec``), the plan has the
-        storable one and a note. Ties go to fewer bytes.
+        cross-entropy were additive: exp(the teacher's cross-entropy + the sum of delta_ce); "seconds" a token in the
+        layers' products, with ``timings``; and "kl_measured", if ``refine`` measured it. If files cannot hold a
+        measured group size (``storable_spec``), the plan has the storable one and a note. Ties go to fewer bytes.
 
     Raises:
-        InvalidInputError: no budget or more than one, an unknown method or metric, no finite measurement, contradictory
-            patterns, a kept spec that was not measured, under "auto" int8 activations that were not, or under
-            ``servable`` a kept or uniform spec that other engines have no kernels for.
+        ModelMismatchError: the timings are of another model.
+        InvalidInputError: no budget or more than one, seconds without timings, an unknown method or metric, no finite
+            measurement, contradictory patterns, a kept spec that was not measured, under "auto" int8 activations that
+            were not, or under ``servable`` a kept or uniform spec that other engines have no kernels for.
         UnknownLayerError: a pattern selects no layer.
         InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
     """
@@ -126,18 +138,22 @@ def plan(
         )
     if refine is not None and (not callable(refine) or evaluate is not None or method == "uniform"):
         raise InvalidInputError("refine must be a function from a plan to a KL, for an optimal or greedy plan by costs")
+    if objective not in OBJECTIVES:
+        raise InvalidInputError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
     fixed = settled(sensitivities.layers, layers, exclude, keep)
     if servable:
         fixed = {**dict.fromkeys(unread(sensitivities.layers)), **fixed}
-    problem = Problem(sensitivities, metric, fixed, activation, servable)
-    budget = Budget.of(problem, max_bytes=max_bytes, mean_bits=mean_bits, max_kl=max_kl)
+    problem = Problem(sensitivities, metric, fixed, activation, servable, timings)
+    limits = {"max_bytes": max_bytes, "mean_bits": mean_bits, "max_seconds": max_seconds, "max_kl": max_kl}
+    budget = Budget.of(problem, objective, **limits)
     if method == "uniform":
         return plan_uniform(problem, budget, spec)
     if evaluate is not None:
         return plan_greedy_evaluated(problem, budget, evaluate, gamma)
     if budget is None:
         raise InvalidInputError(
-            "give a budget: max_bytes (of the model), mean_bits (per weight) or max_kl (nats per token)"
+            "give a budget: max_bytes (of the model), mean_bits (per weight), max_seconds (a token) or max_kl (nats "
+            "per token)"
         )
     made = plan_greedy(problem, budget) if method == "greedy" else plan_optimal(problem, budget, time_limit)
     return made if refine is None else refined(problem, budget, made, refine, tries)

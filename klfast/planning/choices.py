@@ -23,6 +23,7 @@ class Choice:
         delta_ce: measured growth of the cross-entropy, nats per token; None if it was not measured.
         measured: the spec that the cost was measured with.
         activation: "int8" if the layer rounds its input, whose costs are then in those above; else "exact".
+        seconds: of its product with a token, if it was timed.
     """
 
     spec: QuantSpec | None
@@ -32,6 +33,7 @@ class Choice:
     delta_ce: float | None
     measured: QuantSpec | None = None
     activation: str = "exact"
+    seconds: float | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -23,10 +23,10 @@ def plan_greedy(problem: Problem, budget: Budget) -> Plan:
     """Return a plan without evaluation: candidates in order until the bytes meet the budget, or while the KL does."""
     picks = problem.start
     for candidate in _candidates(problem):
-        if budget.of_bytes and budget.met(picks):
+        if budget.limits_size and budget.met(picks):
             break
         trial = {**picks, **candidate}
-        if _is_smaller(candidate, picks) and (budget.of_bytes or budget.met(trial)):
+        if _is_smaller(candidate, picks) and (budget.limits_size or budget.met(trial)):
             picks = trial
     budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits")
     return problem.plan(picks, "greedy")
@@ -36,7 +36,7 @@ def plan_greedy_evaluated(
     problem: Problem, budget: Budget | None, evaluate: Callable[[Plan], float], gamma: float
 ) -> Plan:
     """Return the paper's plan: a candidate stays if the perplexity from ``evaluate`` is at most gamma x baseline."""
-    if budget is not None and not budget.of_bytes:
+    if budget is not None and not budget.limits_size:
         raise InvalidInputError(
             "greedy with evaluate is limited by perplexity; give max_bytes or mean_bits to stop it early, not max_kl"
         )

@@ -43,10 +43,12 @@ class Solution:
 
 
 def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
-    """Return the plan of least summed cost within a byte budget, or of fewest bytes within a KL budget."""
+    """Return the plan of least summed cost within a budget of sizes, or of least size within a KL budget."""
     both = [
         [
-            (summed_cost(picks), budget.sizes(picks)) if budget.of_bytes else (budget.sizes(picks), summed_cost(picks))
+            (summed_cost(picks), budget.sizes(picks))
+            if budget.limits_size
+            else (budget.sizes(picks), summed_cost(picks))
             for picks in unit
         ]
         for unit in problem.units
@@ -57,7 +59,7 @@ def plan_optimal(problem: Problem, budget: Budget, time_limit: float) -> Plan:
     picks = problem.together(solution.picks)
     notes = []
     if solution.gap:
-        unit = problem.metric if budget.of_bytes else "bytes"
+        unit = problem.metric if budget.limits_size else "seconds" if budget.in_seconds else "bytes"
         notes.append(f"stopped after {time_limit:g} s: at most {solution.gap:.3g} {unit} above the optimum")
     return problem.plan(picks, "optimal", notes)
 

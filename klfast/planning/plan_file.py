@@ -31,7 +31,7 @@ class Plan:
         predicted: the plan's expected cost, as far as known: "bytes" of all tensors of the saved model (its files add
             headers: names, shapes and offsets), "mean_bits" per quantizable weight (scales and zero points included),
             "kl" in nats per token (the sum over layers), "perplexity" on the calibration text, estimated as if the
-            layers' contributions to the cross-entropy were additive.
+            layers' contributions to the cross-entropy were additive, "seconds" a token in the layers' products.
         notes: anything that the planner changed or found, one sentence each.
         scale: the choice of scales in the sweep and when the plan is applied, "absmax" or "mse"; None if unknown.
         activations: quantized layer -> "exact" or "int8" (see ``klfast.dequant_matmul``); empty if the plan is silent.

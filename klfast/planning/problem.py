@@ -13,6 +13,7 @@ from klfast.planning.choices import TOO_LARGE, Choice, Picks, cost_of, counted, 
 from klfast.planning.numbers_given import require_sizes
 from klfast.planning.plan_file import Plan
 from klfast.planning.servable import SERVED, fused, is_served
+from klfast.planning.timings import Product, Timings
 from klfast.quant.spec import SCALES, QuantSpec, storable_spec
 from klfast.sensitivity.coverage import not_finite_note, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
@@ -34,6 +35,7 @@ class Problem:
         notes: findings about the measurements.
         n_left_out: measurements that no plan can use, since the metric is not finite.
         activation: "exact", or "auto" if layers round their input to int8 where it costs next to nothing.
+        timings: of the layers' products, if plans count them.
     """
 
     def __init__(
@@ -43,13 +45,17 @@ class Problem:
         settled: Mapping[str, QuantSpec | None] | None = None,
         activation: str = "exact",
         servable: bool = False,
+        timings: Timings | None = None,
     ) -> None:
         self.sensitivities = sensitivities
+        self.timings = timings
         self.settled = dict(settled or {})
         self.servable = servable
         self.activation = activation
         self.notes: list[str] = []
         require_sizes(sensitivities)
+        if timings is not None:
+            timings.require_model(sensitivities)
         self._measurements = {key: m for key, m in sensitivities.measurements.items() if self._may_be(*key)}
         self.metric = self._metric(metric)
         self.kl_metric = self.metric if self.metric in KL_METRICS else next(filter(self._all_have, KL_METRICS), None)
@@ -58,7 +64,8 @@ class Problem:
         self._measurements |= int8
         self.n_weights = sum(math.prod(info.shape) for info in sensitivities.layers.values())
         self.full = {
-            name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0) for name, info in sensitivities.layers.items()
+            name: Choice(None, int(info.float_bytes), 0.0, 0.0, 0.0, seconds=self.seconds(name, None))
+            for name, info in sensitivities.layers.items()
         }
         negative, noise, broken = 0, 0, []
         found: dict[str, list[Choice]] = {name: [] for name in self.full}
@@ -75,7 +82,8 @@ class Problem:
             spec = storable_spec(measured, shape[1])
             delta_ce = measurement.mean.get("delta_ce")
             chosen = "int8" if (name, measured) in int8 else "exact"
-            choice = Choice(spec, spec.saved_bytes(shape), counted(cost), kl, delta_ce, measured, chosen)
+            seconds = self.seconds(name, spec, chosen)
+            choice = Choice(spec, spec.saved_bytes(shape), counted(cost), kl, delta_ce, measured, chosen, seconds)
             found[name].append(choice)
         self.n_left_out = len(broken)
         if broken and not any(found.values()):
@@ -87,6 +95,11 @@ class Problem:
         self.units = [self._unit(names) for names in groups]
         self._note_layers()
         self._note_measurements(negative, noise, broken)
+
+    def seconds(self, name: str, spec: QuantSpec | None, activation: str = "exact") -> float | None:
+        """Return the seconds of a layer's product with a token; None without timings."""
+        shape = self.sensitivities.layers[name].shape
+        return None if self.timings is None else self.timings.of(Product(shape, spec, activation))
 
     @property
     def free(self) -> list[str]:
@@ -227,6 +240,9 @@ class Problem:
         kl = [choice.kl for choice in picks.values() if choice.kl is not None]
         if len(kl) == len(picks):
             predicted["kl"] = math.fsum(kl)
+        seconds = [choice.seconds for choice in picks.values() if choice.seconds is not None]
+        if len(seconds) == len(picks):
+            predicted["seconds"] = math.fsum(seconds)
         teacher = self.sensitivities.provenance.get("ce_teacher")
         delta_ce = [choice.delta_ce for choice in picks.values() if choice.delta_ce is not None]
         if isinstance(teacher, (int, float)) and len(delta_ce) == len(picks):

@@ -17,14 +17,14 @@ Measure = Callable[[Plan], float]
 
 
 def refine(problem: Problem, budget: Budget, plan: Plan, measure: Measure, tries: int) -> Plan:
-    """Return the best of the measured plans within a budget of bytes: this one, uniform ones, and swaps in the best.
+    """Return the best of the measured plans within a budget of sizes: this one, uniform ones, and swaps in the best.
 
     A swap gives one layer its next larger choice and pays for it with the next smaller choices of others. Those of
     least predicted cost are measured first; whenever one is better than the best plan so far, it takes its place.
 
     Args:
         problem: the choices.
-        budget: of bytes.
+        budget: of bytes or seconds.
         plan: to repair.
         measure: returns the KL of a whole plan, nats per token.
         tries: most swaps to measure.
@@ -37,8 +37,10 @@ def refine(problem: Problem, budget: Budget, plan: Plan, measure: Measure, tries
     """
     if not isinstance(tries, int) or isinstance(tries, bool) or tries < 0:
         raise InvalidInputError(f"tries must be a number of swaps, 0 or more, got {shortened(tries)}")
-    if not budget.of_bytes:
-        raise InvalidInputError("only a plan within max_bytes or mean_bits can be refined, not one within max_kl")
+    if not budget.limits_size:
+        raise InvalidInputError(
+            "only a plan within max_bytes, mean_bits or max_seconds can be refined, not one within max_kl"
+        )
     search = _Search(problem, measure, plan.method)
     first = search.try_plan(_picks(problem, plan))
     for picks in uniform_picks(problem):
@@ -133,7 +135,7 @@ def _next_larger(unit: list[Picks], held: Picks, budget: Budget) -> Picks | None
     return min(better, key=lambda each: (budget.sizes(each), summed_cost(each))) if better else None
 
 
-def _cheapest_savings(problem: Problem, budget: Budget, picks: Picks) -> list[tuple[int, int, Picks]]:
+def _cheapest_savings(problem: Problem, budget: Budget, picks: Picks) -> list[tuple[int, float, Picks]]:
     """Return for each unit its number, and the bytes and choices of least added cost a byte saved; the least first."""
     found = []
     for number, unit in enumerate(problem.units):

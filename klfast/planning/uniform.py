@@ -17,7 +17,7 @@ from klfast.quant.spec import QuantSpec, storable_spec
 def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None) -> Plan:
     """Return the plan with ``spec`` everywhere; without one, with the measured spec that meets the budget best.
 
-    That is the one of least cost under a byte budget, or of fewest bytes under a KL budget.
+    That is the one of least cost under a budget of sizes, or of least size under a KL budget.
     """
     if spec is not None:
         picks = _everywhere(problem, spec)
@@ -25,14 +25,16 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
             if problem.servable and choice.spec is not None and not is_served(choice.spec):
                 raise InvalidInputError(f"no other engine runs {choice.spec} on {name}; {SERVED}")
         if budget is not None:
-            if not budget.of_bytes and any(c.kl is None for c in picks.values()):
+            if not budget.limits_size and any(c.kl is None for c in picks.values()):
                 raise InvalidInputError(
                     f"{spec} was not measured on every layer, so its KL is not known; sweep it, or give max_bytes"
                 )
             budget.require(problem, picks, "raise the budget or choose another spec")
         return _plan(problem, picks)
     if budget is None:
-        raise InvalidInputError("a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits or max_kl")
+        raise InvalidInputError(
+            "a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits, max_seconds or max_kl"
+        )
     trials = uniform_picks(problem)
     if not trials:
         raise InvalidInputError("no spec was measured on every layer; pass spec=, or finish the sweep")
@@ -74,13 +76,13 @@ def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
         return full
     found = next((c for c in problem.layers[name] if c.spec == stored), None)
     if found is None:
-        return Choice(stored, nbytes, math.inf, None, None, spec)
+        return Choice(stored, nbytes, math.inf, None, None, spec, seconds=problem.seconds(name, stored))
     return replace(found, measured=spec)
 
 
 def _order(picks: Picks, budget: Budget) -> tuple[float, float]:
-    nbytes, cost = sum(c.nbytes for c in picks.values()), math.fsum(c.cost for c in picks.values())
-    return (cost, nbytes) if budget.of_bytes else (nbytes, cost)
+    size, cost = budget.sizes(picks), math.fsum(c.cost for c in picks.values())
+    return (cost, size) if budget.limits_size else (size, cost)
 
 
 def _plan(problem: Problem, picks: Picks) -> Plan:

@@ -258,3 +258,17 @@ def test_plans_for_second_order_rounding_are_measured_whole(work, tmp_path):
 def test_servable_plans_leave_the_head_alone(work, tmp_path):
     made = plan(work, tmp_path, "--mean-bits", 20, "--servable")
     assert HEAD not in made.specs and made.specs
+
+
+def test_plans_by_seconds(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("klfast.benchkit.product_times._SECONDS", 0.0)
+    timed = ("--timings", tmp_path / "timings.json", "--threads", 1)
+    fastest = plan(work, tmp_path, "--max-kl", 1000, "--objective", "latency", *timed)
+    seconds = fastest.predicted["seconds"]
+    assert plan(work, tmp_path, "--max-seconds", seconds, *timed).predicted["seconds"] == pytest.approx(seconds)
+    assert plan(work, tmp_path, "--mean-bits", 6, *timed).predicted["seconds"] >= seconds
+    refused = ("plan", work / "sens.json", "--max-seconds", 1, "--out", tmp_path / "other.json", *timed)
+    assert "with dtype float32, but here it is bfloat16" in fails(*refused, "--dtype", "bfloat16")
+    wrong = ("plan", work / "sens.json", "--mean-bits", 6, "--objective", "latency", "--out", tmp_path / "other.json")
+    assert "--objective latency goes with --max-kl or --max-seconds" in fails(*wrong, code=2)
+    assert not (tmp_path / "other.json").exists()
