@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.dispatch.pins import using as using
     from klfast.evaluation.comparing import compare as compare
     from klfast.evaluation.comparison import Comparison as Comparison
+    from klfast.evaluation.front import Front as Front
     from klfast.evaluation.quality import Evaluation as Evaluation
     from klfast.evaluation.quality import evaluate as evaluate
     from klfast.evaluation.study_results import Study as Study
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.integrations.hub_kernels import unregister_kernels as unregister_kernels
     from klfast.integrations.quantizer import register_quantizer as register_quantizer
     from klfast.integrations.quantizer import unregister_quantizer as unregister_quantizer
+    from klfast.measured_front import measure_front as measure_front
     from klfast.measured_kl import measured_kl as measured_kl
     from klfast.nn import QuantLinear as QuantLinear
     from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
@@ -99,6 +101,8 @@ _PUBLIC = {
     "save_quantized": "checkpoint.save",
     "export_gguf": "export.gguf.write",
     "measured_kl": "measured_kl",
+    "Front": "evaluation.front",
+    "measure_front": "measured_front",
     "dequant_matmul": "ops",
     "linear_divergence": "ops",
     "logit_divergence": "ops",

@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from klfast import __version__
-from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CannotLowerError, InvalidInputError, KernelUnavailableError
-from klfast.core.machine import cpu_name
 from klfast.core.progress import Progress, reporter
-from klfast.dispatch import pins
+from klfast.dispatch.conditions import conditions
 from klfast.engine.builder import Builder
 from klfast.engine.engine import Engine
 from klfast.nn import QuantLinear
@@ -80,17 +78,6 @@ def timings_in(
     found.require_conditions(conditions(dtype), os.fspath(path))
     found.require_model(sensitivities)
     return found
-
-
-def conditions(dtype: torch.dtype) -> dict[str, object]:
-    """Return what times depend on beside the product, as it is here and now."""
-    pin = pins.pinned()
-    return {
-        "machine": cpu_name(),
-        "tier": pin if pin in pins.CPU_TIERS else pins.available_tiers()[-1],
-        "threads": torch.get_num_threads(),
-        "dtype": dtype_name(dtype),
-    }
 
 
 def _products(sensitivities: Sensitivities) -> list[Product]:

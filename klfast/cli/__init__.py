@@ -87,7 +87,7 @@ def _klfast(
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
-    elif ctx.invoked_subcommand not in ("generate", "serve", "bench"):
+    elif ctx.invoked_subcommand not in ("generate", "serve", "bench", "plan", "pareto"):
         # Waiting threads sleep instead of spinning, which makes a sweep several times as fast beside other busy
         # programs. Decoding, which has only short waits, and timings keep OpenMP's default. Set before torch is
         # imported, which reads it.
@@ -103,6 +103,7 @@ from klfast.cli import (  # noqa: E402
     export,
     export_kernels,
     generate,
+    pareto,
     plan,
     quantize,
     report,
@@ -115,6 +116,7 @@ for command in (
     demo.demo,
     sweep.sweep,
     plan.plan,
+    pareto.pareto,
     quantize.quantize,
     evaluate.evaluate,
     compare.compare,

@@ -127,6 +127,7 @@ def plan(
     options.require_free(out, force)
     import klfast
     from klfast.cli.runtime import prepare
+    from klfast.planning.servable import unserved
     from klfast.reporting.plan_tables import FULL, plan_tables
     from klfast.sensitivity import merge
 
@@ -164,6 +165,9 @@ def plan(
         "activations": dict(Counter(made.activations.values())),
     }
     emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
+    if alone := unserved(list(found.layers), made.specs):
+        more = f" and {len(alone) - 1} more" if alone[1:] else ""
+        say(f"klfast alone loads {alone[0]}{more} so; --servable plans for vLLM and transformers, too.", as_json)
     rounding = ("--rounding", "gptq") if _is_for_gptq(found) else ()
     say(
         f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, *rounding, '--out', 'FOLDER')}",

@@ -35,7 +35,7 @@ def report(
         typer.Option(
             "--html",
             help="Write one page to this .html file: maps by depth and submodule, ranking, size against KL, cost of "
-            "the sweep; and plans (klfast plan) and KL cards (klfast compare) that are among the files.",
+            "the sweep; and plans (klfast plan), KL cards (klfast compare) and fronts (klfast pareto) among the files.",
         ),
     ] = None,
     plot: Annotated[
@@ -69,7 +69,8 @@ def report(
     if page is not None:
         plans = [klfast.Plan.from_json(path) for path in dict.fromkeys([*files.plans, *([plan] if plan else [])])]
         cards = [klfast.Comparison.from_json(path) for path in files.comparisons]
-        write_atomic(page, html_page(found, plans, cards, metric, top))
+        fronts = [klfast.Front.from_json(path) for path in files.fronts]
+        write_atomic(page, html_page(found, plans, cards, fronts, metric, top))
     if out is not None:
         write(out, tables)
     if plot is not None:

@@ -10,7 +10,7 @@ beside it, which fused kernels multiply by.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from klfast.models.families import FUSED
 from klfast.quant.spec import QuantSpec
@@ -30,6 +30,16 @@ def is_served(spec: QuantSpec) -> bool:
     """Return True if other engines have kernels for a stored spec."""
     is_known = spec.kind == "int" and spec.bits in _BITS and spec.group_size in _GROUPS
     return is_known and (spec.symmetric or spec.bits == 4) and not spec.corrected
+
+
+def unserved(names: Sequence[str], specs: Mapping[str, QuantSpec]) -> list[str]:
+    """Return the layers that other engines do not load with these specs (none: full precision), in their order."""
+    found = {name for name in unread(names) if name in specs}
+    found |= {name for name, spec in specs.items() if not is_served(spec)}
+    for group in fused(names):
+        if len({specs.get(name) for name in group}) > 1:
+            found.update(group)
+    return [name for name in names if name in found]
 
 
 def fused(names: Sequence[str]) -> list[list[str]]:

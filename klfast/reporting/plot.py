@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,24 @@ def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str
         InvalidInputError: nothing was measured, or not this metric, or the file has another suffix.
     """
     metric = settle_metric(sensitivities, metric)
+    write(path, lambda: figure(sensitivities, metric))
+
+
+def write(path: str | os.PathLike[str], draw: Callable[[], Figure]) -> None:
+    """Write the figure that ``draw`` returns to a file; raise as ``require_plot``."""
+    require_plot(path)
+    image = io.BytesIO()
+    draw().savefig(image, format=Path(path).suffix[1:], dpi=150)
+    write_atomic(path, image.getvalue())
+
+
+def require_plot(path: str | os.PathLike[str]) -> None:
+    """Raise unless a plot can be written to a file of that name.
+
+    Raises:
+        ImportError: matplotlib is not installed: ``pip install klfast[plot]``.
+        InvalidInputError: its suffix is not .png, .svg or .pdf.
+    """
     suffix = Path(path).suffix
     if suffix not in (".png", ".svg", ".pdf"):
         raise InvalidInputError(
@@ -33,10 +52,6 @@ def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install klfast[plot]") from error
-    drawn = figure(sensitivities, metric)
-    image = io.BytesIO()
-    drawn.savefig(image, format=suffix[1:], dpi=150)
-    write_atomic(path, image.getvalue())
 
 
 def figure(sensitivities: Sensitivities, metric: str) -> Figure:

@@ -1,4 +1,4 @@
-"""The files of klfast in a folder: sensitivities, plans and comparisons, known by their schemas."""
+"""The files of klfast in a folder: sensitivities, plans, comparisons and fronts, known by their schemas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import parse_json
-from klfast.evaluation import comparison
+from klfast.evaluation import comparison, front
 from klfast.planning import plan_file
 from klfast.sensitivity import results
 
@@ -20,6 +20,7 @@ class ResultFiles:
     sensitivities: list[Path]
     plans: list[Path]
     comparisons: list[Path]
+    fronts: list[Path]
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> ResultFiles:
@@ -30,11 +31,12 @@ class ResultFiles:
         Raises:
             InvalidInputError: there are no sensitivities.
         """
-        found = cls([], [], [])
+        found = cls([], [], [], [])
         by_schema = {
             results.SCHEMA: found.sensitivities,
             plan_file.SCHEMA: found.plans,
             comparison.SCHEMA: found.comparisons,
+            front.SCHEMA: found.fronts,
         }
         for path in paths:
             if path.is_dir():

@@ -125,7 +125,21 @@ def test_unexpected_errors_ask_for_a_report(folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "demo", "sweep", "plan", "quantize", "eval", "compare", "generate", "bench", "report", "study", "doctor"],
+    [
+        "",
+        "demo",
+        "sweep",
+        "plan",
+        "pareto",
+        "quantize",
+        "eval",
+        "compare",
+        "generate",
+        "bench",
+        "report",
+        "study",
+        "doctor",
+    ],
 )
 def test_help_shows_flags_without_a_value(name):
     shown = klf(*([name] if name else []), "--help").stdout

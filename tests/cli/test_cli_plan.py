@@ -258,6 +258,9 @@ def test_plans_for_second_order_rounding_are_measured_whole(work, tmp_path):
 def test_servable_plans_leave_the_head_alone(work, tmp_path):
     made = plan(work, tmp_path, "--mean-bits", 20, "--servable")
     assert HEAD not in made.specs and made.specs
+    out = ("--out", tmp_path / "plan.json", "--force")
+    assert "klfast alone" not in klf("plan", work / "sens.json", "--mean-bits", 20, "--servable", *out).stdout
+    assert "klfast alone loads" in klf("plan", work / "sens.json", "--mean-bits", 6, *out).stdout
 
 
 def test_plans_by_seconds(work, tmp_path, monkeypatch):
@@ -272,3 +275,19 @@ def test_plans_by_seconds(work, tmp_path, monkeypatch):
     wrong = ("plan", work / "sens.json", "--mean-bits", 6, "--objective", "latency", "--out", tmp_path / "other.json")
     assert "--objective latency goes with --max-kl or --max-seconds" in fails(*wrong, code=2)
     assert not (tmp_path / "other.json").exists()
+
+
+def test_pareto_measures_plans_of_many_sizes(work, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("klfast.measured_front._NEW_TOKENS", 3)
+    out, picture, page = (tmp_path / name for name in ("front.json", "front.svg", "page.html"))
+    arguments = ("--text", work / "text.txt", *FEW, "--plans", 3, "--threads", 1, "--out", out)
+    command = ("pareto", work / "model", work / "sens.json", *arguments)
+    assert "written as .png, .svg or .pdf" in fails(*command, "--plot", tmp_path / "front.gif") and not out.exists()
+    data = json.loads(klf(*command, "--plot", picture, "--json").stdout)
+    front = klfast.Front.from_json(out)
+    assert len(data["points"]["rows"]) == len(front.points) == 3 + 2 + 1
+    assert front.provenance["model"] == str(work / "model") and "tokens a second" in picture.read_text()
+    assert not (tmp_path / "front.json.partial").exists()
+    klf("report", work / "sens.json", out, "--html", page)
+    assert "Measured plans" in page.read_text() and "tokens/s" in page.read_text()

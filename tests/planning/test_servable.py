@@ -8,7 +8,7 @@ from planning_problems import INT4, INT8, sensitivities
 
 import klfast
 from klfast.core.errors import InvalidInputError
-from klfast.planning.servable import fused
+from klfast.planning.servable import fused, unserved
 from klfast.sensitivity.results import Measurement
 
 NAMES = (
@@ -120,3 +120,11 @@ def test_contradictions_and_names():
     with pytest.raises(InvalidInputError, match="no precision in common"):
         klfast.plan(found(), 1e9, servable=True, keep={"q_proj": INT4, "k_proj": INT8})
     assert [[NAMES.index(name) for name in group] for group in fused(NAMES)] == GROUPS
+
+
+def test_what_other_engines_do_not_load():
+    swept = found()
+    assert not unserved(NAMES, klfast.plan(swept, mean_bits=8, servable=True).specs)
+    odd = klfast.QuantSpec(4, 16)
+    specs = {"lm_head": INT4, NAMES[3]: odd, NAMES[4]: INT4, NAMES[5]: INT8, NAMES[6]: INT8, NAMES[13]: INT4}
+    assert unserved(NAMES, specs) == [NAMES[3], NAMES[4], NAMES[5], NAMES[13], "lm_head"]

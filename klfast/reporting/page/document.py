@@ -8,10 +8,11 @@ from typing import TypeVar
 from klfast import __version__
 from klfast.core.bundled import ASSETS
 from klfast.evaluation.comparison import KLD, Comparison
+from klfast.evaluation.front import Front
 from klfast.planning.plan_file import Plan
 from klfast.reporting.grouping import settle_metric
 from klfast.reporting.page.axis import number
-from klfast.reporting.page.front import front, points
+from klfast.reporting.page.front import front, measured_section, points
 from klfast.reporting.page.markup import Markup, joined, tag
 from klfast.reporting.page.sections import card_section, cost, plan_section, ranking, sensitivity_maps
 from klfast.sensitivity.coverage import not_finite_note, unfinished_note
@@ -30,10 +31,11 @@ def html_page(
     sensitivities: Sensitivities,
     plans: Sequence[Plan] = (),
     comparisons: Sequence[Comparison] = (),
+    fronts: Sequence[Front] = (),
     metric: str | None = None,
     top: int = 10,
 ) -> str:
-    """Return a page on a sweep, the plans made of it, and comparisons of the models made by them.
+    """Return a page on a sweep, the plans made of it, measured fronts, and comparisons of the models made by them.
 
     Raises:
         InvalidInputError: nothing was measured, or not this metric.
@@ -45,6 +47,7 @@ def html_page(
         sensitivity_maps(sensitivities, metric),
         ranking(sensitivities, metric, top),
         front(points(sensitivities, plans, measured)),
+        *(measured_section(one, index) for index, one in _numbered(fronts)),
         *(plan_section(one, sensitivities, metric, index) for index, one in _numbered(plans)),
         *(card_section(one, index) for index, one in _numbered(comparisons)),
         cost(sensitivities),

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from klfast.core.errors import InfeasibleBudgetError
-from klfast.planning import plan as make_plan
+from klfast.evaluation.front import Front
+from klfast.planning.front import front_plans, uniform_plans
 from klfast.planning.plan_file import Plan
 from klfast.planning.problem import KL_METRICS
-from klfast.reporting.grouping import by_spec
+from klfast.reporting.front_tables import front_table
 from klfast.reporting.page.axis import Axis, number
 from klfast.reporting.page.markup import Markup, joined, numbers, section, tag
 from klfast.reporting.table import Table
 from klfast.sensitivity.results import Sensitivities
 
-_BUDGETS = 20
-_SECONDS = 5.0  # for each plan; far more than most need
+_KINDS = {"planned": "best plan of its size", "uniform": "one precision for all"}
 _WIDTH, _HEIGHT = 640, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 40, 52
 
@@ -43,14 +42,9 @@ def points(sensitivities: Sensitivities, plans: Sequence[Plan], measured: float 
     if not any(all(name in m.mean for m in measurements) for name in KL_METRICS):
         return []
     found = []
-    for budget in _budgets(sensitivities):
-        try:
-            made = make_plan(sensitivities, budget, time_limit=_SECONDS)
-        except InfeasibleBudgetError:
-            continue
+    for made in front_plans(sensitivities):
         found += _point("planned", f"planned, {made.predicted['mean_bits']:.2f} bits a weight", made)
-    for spec in by_spec(sensitivities):
-        made = make_plan(sensitivities, method="uniform", spec=spec)
+    for spec, made in uniform_plans(sensitivities).items():
         found += _point("uniform", f"uniform {spec}", made)
     for index, one in enumerate(plans, 1):
         found += _point("plan", "the plan" if len(plans) == 1 else f"plan {index}", one)
@@ -66,29 +60,41 @@ def front(found: Sequence[Point]) -> Markup | None:
     table = Table(
         "Size and KL", ("model", "MB", "KL, nats a token"), tuple((p.label, p.megabytes, p.kl) for p in found)
     )
-    kinds = {"planned": "best plan of its size", "uniform": "one precision for all", "plan": "the plan given"}
-    kinds["measured"] = "the same, measured as a whole"
+    kinds = {**_KINDS, "plan": "the plan given", "measured": "the same, measured as a whole"}
+    note = "KL predicted as the sum over the layers, unless measured. Lower left is better."
+    return _section("Size against KL", "front", found, kinds, note, table)
+
+
+def measured_section(front: Front, index: int | None) -> Markup:
+    """Return the section of a measured front."""
+    found = [
+        Point(point.kind, point.label, point.nbytes / 1e6, point.kl)
+        for point in front.points
+        if point.kl > 0  # which full precision's, 0, is not
+    ]
+    suffix = "" if index is None else f" {index}"
+    of = [str(front.provenance[name]) for name in ("machine", "tier", "dtype") if name in front.provenance]
+    note = f"KL of whole models, measured on {front.provenance.get('tokens', 'some')} tokens. Lower left is better."
+    table = front_table(front)
+    title, identity = f"Measured plans{suffix}", f"measured{suffix.strip()}"
+    return _section(title, identity, found, _KINDS, f"{note} Tokens per second: {', '.join(of)}.", table)
+
+
+def _section(
+    title: str, identity: str, found: Sequence[Point], kinds: Mapping[str, str], note: str, table: Table
+) -> Markup:
+    """Return a section with a drawing of points, its legend and a table."""
     legend = [
         tag("li", tag("svg", _mark(kind, 8, 8), viewBox="0 0 16 16", aria_hidden="true"), label)
         for kind, label in kinds.items()
         if any(point.kind == kind for point in found)
     ]
-    note = "KL predicted as the sum over the layers, unless measured. Lower left is better."
     return section(
-        "Size against KL",
-        "front",
+        title,
+        identity,
         tag("figure", _drawing(found), tag("figcaption", note), tag("ul", *legend, class_="legend")),
         numbers("The points as a table", table),
     )
-
-
-def _budgets(sensitivities: Sensitivities) -> list[float]:
-    sizes: dict[str, list[int]] = {}
-    for name, spec in sensitivities.measurements:
-        sizes.setdefault(name, []).append(spec.saved_bytes(sensitivities.layers[name].shape))
-    left = sum(info.float_bytes for name, info in sensitivities.layers.items() if name not in sizes)
-    low, high = (left + sensitivities.other_bytes + sum(map(pick, sizes.values())) for pick in (min, max))
-    return [low + (high - low) * i / (_BUDGETS - 1) for i in range(_BUDGETS)]
 
 
 def _point(kind: str, label: str, plan: Plan) -> list[Point]:
