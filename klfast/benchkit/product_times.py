@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from klfast.quant.spec import QuantSpec, storable_spec
 from klfast.quant.tensor import QuantizedTensor
 from klfast.sensitivity.results import Sensitivities
 
+_ROUTED = re.compile(r"\.experts\.(?!0\.)")  # stacks, or experts one by one; all tokens meet an only one (Hymba's)
 _MOST_BYTES, _MOST_COPIES = 2**28, 256  # of the copies of a matrix
 _SECONDS, _FEWEST_RUNS, _MOST_RUNS = 0.2, 3, 100  # of each product's timing
 
@@ -48,8 +50,8 @@ def time_products(
         InvalidInputError: the model has experts, of which a token meets some, or a dtype without kernels.
         KernelUnavailableError: klfast's extension is missing.
     """
-    if stacks := [name for name in sensitivities.layers if ".experts." in name]:
-        raise InvalidInputError(f"timings are of matrices that all tokens meet, but {stacks[0]} is a mixture's experts")
+    if routed := next(filter(_ROUTED.search, sensitivities.layers), None):
+        raise InvalidInputError(f"timings are of matrices that all tokens meet, but {routed} is a mixture's experts")
     products = _products(sensitivities)
     found = {}
     with reporter(progress, "time products", len(products), 0) as advance, torch.no_grad():

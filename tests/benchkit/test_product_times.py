@@ -70,6 +70,8 @@ def test_a_file_is_measured_once_and_only_for_here(tmp_path, monkeypatch):
 
 def test_experts_are_refused():
     swept = found()
+    swept.layers["layers.0.experts.0.down_proj"] = swept.layers["layers.0.proj"]
+    assert time_products(swept, progress=False), "an only expert is met by all tokens"
     swept.layers["layers.0.experts.down_proj"] = swept.layers["layers.0.proj"]
     with pytest.raises(InvalidInputError, match=r"layers.0.experts.down_proj is a mixture's experts"):
         time_products(swept)
