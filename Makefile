@@ -2,10 +2,11 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test lint bench dist sanitize verify-xpu check-transformers clean
+.PHONY: help install demo test test-slow lint bench dist sanitize verify-xpu check-transformers clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
-	@echo "make test     run the tests"
+	@echo "make test     run the tests but the slow ones"
+	@echo "make test-slow run those: compilers, killed processes, whole sweeps, Triton's kernels in its interpreter"
 	@echo "make lint     check style, types, imports between layers, spelling"
 	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
 	@echo "make install  only make .venv and build the extension"
@@ -33,10 +34,13 @@ demo: install
 # interpreter, which must be chosen before they are imported, so in a run of its own. Compiled Python is kept, whatever the
 # environment says: many tests start processes of their own, and each process would rewrite the asserts of all tests anew.
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
-test: export OMP_NUM_THREADS := 1
-test: export PYTHONDONTWRITEBYTECODE :=
+test test-slow: export OMP_NUM_THREADS := 1
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 test: install
-	.venv/bin/python -m pytest $(IN_PARALLEL)
+	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not slow"
+
+test-slow: install
+	.venv/bin/python -m pytest $(IN_PARALLEL) -m slow
 	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device
 
 # pre-commit runs the same commands before a commit: .venv/bin/pre-commit install

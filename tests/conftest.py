@@ -23,7 +23,7 @@ collect_ignore = (
 
 def pytest_terminal_summary(terminalreporter, config):
     """Name the tests left out, if all tests or those for GPUs were asked for."""
-    if collect_ignore and (config.option.markexpr or not any(".py" in argument for argument in config.args)):
+    if collect_ignore and ("gpu" in config.option.markexpr or not any(".py" in argument for argument in config.args)):
         terminalreporter.write_line(
             "SKIPPED pytest -m gpu (tests/backends/device on a GPU): "
             f"torch {torch.__version__} finds neither a CUDA nor an XPU device"

@@ -31,6 +31,7 @@ def rows(result):
     return {row.variant: row for row in result.rows}
 
 
+@pytest.mark.slow
 def test_mixed_model_beats_uniform_int4_of_about_its_size(ran):
     found = rows(ran[0])
     uniform, fine, mixed = found["uniform INT4"], found["uniform INT4, groups of 32"], found["KL-planned mixed"]
@@ -82,6 +83,7 @@ def test_results_as_markdown_and_csv(ran, tmp_path):
     assert all(part in text for part in ("| KL-planned mixed |", "threads", ran[0].findings[0], "| all kinds |"))
 
 
+@pytest.mark.slow
 def test_command(ran, tmp_path, monkeypatch):
     """A second run gives the same figures."""
     monkeypatch.setattr(demo, "QUICK", EFFORT)

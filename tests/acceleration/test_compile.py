@@ -1,4 +1,4 @@
-"""Accelerated models under torch.compile: one of each kind of mixer, and one token of every family."""
+"""Accelerated models under torch.compile: one of each kind of mixer, alone and with attention."""
 
 import pickle
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from accelerated_models import logits
 from cached_calls import in_chunks
-from tiny_models import ACCELERATED, FAMILIES, MIXERS, assert_no_further, batch, in_float64, tiny
+from tiny_models import MIXERS, assert_no_further, batch, in_float64, tiny
 
 import klfast
 from klfast.acceleration import forwards
 from klfast.models.calling import cache_argument, returned_cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tokens", "pickled"),
     [(family, *((17, False) if i % 2 else (2, True))) for i, family in enumerate(MIXERS)] + [("mamba", 17, False)],
@@ -31,10 +32,8 @@ def test_whole_sequences_compile_without_a_break(family, tokens, pickled):
     assert_no_further(logits(compiled, ids, use_cache=False), plain, truth)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [*((family, torch.float32) for family in ("mamba2", "lfm2", "qwen3_5")), ("mamba", torch.bfloat16)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3_5", torch.float32), ("mamba", torch.bfloat16)])
 def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     model = klfast.accelerate(tiny(family, dtype=dtype))
     ids = batch(2, 11)
@@ -45,7 +44,8 @@ def test_prompts_and_tokens_with_a_cache_compile(family, dtype):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", [family for family in ACCELERATED if family in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*MIXERS, "hymba", "falcon_h1"])
 def test_one_token_compiles(family):
     model = klfast.accelerate(tiny(family))
     torch._dynamo.reset()  # it limits how often it compiles one forward for other models
@@ -62,6 +62,7 @@ def test_one_token_compiles(family):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_convolution_compiles_with_inductor():
     """Inductor is torch.compile's default backend."""
     x, weight = torch.randn(2, 8, 9), torch.randn(8, 4)

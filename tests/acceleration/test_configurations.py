@@ -162,6 +162,7 @@ OF_OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -219,6 +220,7 @@ def test_falcon_mamba_decodes_with_its_own_norms():
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STATE_SPACE)
 def test_another_activation_compiles(family):
     plain, fast = configured(family, hidden_act="gelu")

@@ -65,6 +65,7 @@ def _in_another_process(model, ids, results):
     results.put((sum(map(is_accelerated, model.modules())), logits(model, ids).tolist()))
 
 
+@pytest.mark.slow
 def test_a_spawned_process_gets_an_accelerated_model():
     model = klfast.accelerate(tiny("mamba2"))
     context = torch.multiprocessing.get_context("spawn")

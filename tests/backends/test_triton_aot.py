@@ -16,6 +16,7 @@ def _own_cache(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "triton"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_compiles_for_hopper(name):
     launch, matrix = LAUNCHES[name]

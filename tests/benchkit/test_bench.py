@@ -35,6 +35,7 @@ def ran(tmp_path_factory):
     return out, json.loads(run.stdout)
 
 
+@pytest.mark.slow
 def test_run_writes_csv_markdown_and_plot(ran):
     out, printed = ran
     assert {"linear.csv", "linear.md", "roofline.png"} <= {path.name for path in out.iterdir()}

@@ -8,6 +8,7 @@ from command_line import klf
 from bench import results
 
 
+@pytest.mark.slow
 def test_a_small_run_shows_rates_and_waits_by_number_of_clients(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would not time
     klf("bench", "serve", "--quick", "--threads", 1, "--device", "cpu", "--out", tmp_path)

@@ -155,6 +155,7 @@ def state_of(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
 def test_an_interruption_anywhere_leaves_the_model_as_it_was(kind, tied, monkeypatch):

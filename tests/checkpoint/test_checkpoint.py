@@ -204,6 +204,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak memory of a process")
 def test_never_holds_the_float_weights(tmp_path):
     """Loading needs a fraction of the 100 MB of float32 linear weights, which are 13 MB as int4."""
@@ -286,6 +287,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "shards"), [(20_000, "5GB"), (20_000, "40KB"), (300, "5GB")])
 def test_a_full_disk_leaves_the_old_folder_and_nothing_else(saved, tmp_path, limit, shards):
     """Simulate a full disk by a limit on the size of files."""

@@ -204,6 +204,7 @@ print((max(at_end) - before) // 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_long_text_follows_its_cache():
     """The cache takes 16 MB, and twice that while it grows.

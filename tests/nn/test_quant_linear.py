@@ -145,6 +145,7 @@ def test_embedding_of_an_offloaded_head():
         embedding(torch.tensor([0]))
 
 
+@pytest.mark.slow
 def test_exported_program_in_another_process(tmp_path):
     layer, x = QuantLinear.from_linear(nn.Linear(64, 8), QuantSpec()), torch.ones(2, 64)
     torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")

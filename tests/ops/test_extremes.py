@@ -44,6 +44,7 @@ assert torch.equal(ops.causal_conv1d_fn(x, torch.ones(512, 1)), x)
     )
 
 
+@pytest.mark.slow
 def test_rms_norm_of_more_channels_than_32_bits_count():
     """With groups of one, each a vector of floats."""
     other_process.run(

@@ -63,6 +63,7 @@ sys.exit(subprocess.run([{COMPILER!r}, *arguments]).returncode)
     return str(wrapper)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the tiers are x86's")
 def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
     def tiers(*unknown, **environment):
@@ -125,6 +126,7 @@ print(json.dumps(sorted(glob.glob("temp/**/*.o", recursive=True))))
         python(code, tmp_path)
 
 
+@pytest.mark.slow
 def test_only_what_has_changed_is_compiled_again(tmp_path):
     (tmp_path / "a.cpp").write_text('#include "a.h"\nint a() { return A; }\n')
     (tmp_path / "b.cpp").write_text("int b() { return 2; }\n")

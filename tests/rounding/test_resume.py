@@ -50,6 +50,7 @@ def stopped(monkeypatch, model, ids, folder, after):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("mamba2", True), ("llama", False), ("granite_hybrid_moe", True)])
 def test_goes_on_to_the_same_bits(family, tied, tmp_path, monkeypatch):
     model, ids = tiny(family, tied), batch(48, 16)

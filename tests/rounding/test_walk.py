@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from sweep_models import snapshot
-from tiny_models import FAMILIES, VOCABULARY, batch, tiny
+from tiny_models import SOME_TIED, VOCABULARY, batch, tiny
 
 import klfast
 from klfast.core.errors import InvalidInputError
@@ -50,12 +50,10 @@ def nearest(model):
     return {name: klfast.quantize(matrix(model, name).weight.detach(), SPEC) for name in specs_of(model)}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SHARED])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tied"), [case for case in SOME_TIED if case[0] not in SHARED])
 @pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
 def test_every_matrix_is_rounded_by_what_enters_it(family, tied):
-    if tied and family in ("kimi_linear", "nemotron_h"):
-        tied = False  # transformers never ties these
     model, ids = tiny(family, tied), text()
     if any(one.is_stack for one in matrices(model).values()):
         ids = text(64)
@@ -159,6 +157,7 @@ def test_experts_are_rounded_by_their_own_tokens(family):
         assert few or name not in found.nearest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 @pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
 def test_models_with_experts_come_closer(family):

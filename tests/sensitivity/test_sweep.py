@@ -85,6 +85,7 @@ def test_kl_of_scaled_and_capped_logits_equals_float64(family, tied):
         assert found.measurements[name, spec].mean[KL] == pytest.approx(expected, rel=1e-5, abs=2 * rounding), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bundled_models())
 @torch.no_grad()
 def test_equals_the_naive_computation_on_trained_models(name):

@@ -35,6 +35,7 @@ klfast.sweep(sweep_models.make(), sweep_models.tokens(), resume=sys.argv[2], max
 """
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_bit_for_bit(tmp_path):
     path = tmp_path / "resume.json"
     command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), str(path)]

@@ -27,6 +27,7 @@ def truth(model, ids, rounded):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [4 * 4 * 2 * 17, 17], ids=["together", "one by one"])
 @pytest.mark.parametrize("family", ["zamba", "zamba2", "zamba2_adapters"])
 def test_all_uses_change_at_once(family, limit):

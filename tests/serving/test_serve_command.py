@@ -55,6 +55,7 @@ def curl(url, *arguments, key="secret"):
     return body, int(status)
 
 
+@pytest.mark.slow
 def test_serves_until_it_is_stopped(command):
     process, said = command("--name", "mine")
     url, ask = said["url"], ["--json", json.dumps(dict(model="mine", prompt="The sea", temperature=0, max_tokens=9))]
@@ -87,6 +88,7 @@ def test_serves_until_it_is_stopped(command):
         httpx2.get(url)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(command):
     process, said = command()
     url, seen = said["url"], threading.Event()

@@ -79,6 +79,7 @@ def forked(work, wait=True):
 """
 
 
+@pytest.mark.slow
 def test_a_write_in_a_forked_child_does_not_reach_the_parent_or_the_other_way_round():
     other_process.run(
         BEGIN
@@ -98,6 +99,7 @@ assert os.waitpid(child, 0)[1] == 0
     )
 
 
+@pytest.mark.slow
 def test_forked_workers_that_reuse_a_kept_block_do_not_share_it():
     other_process.run(
         BEGIN
@@ -114,6 +116,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     )
 
 
+@pytest.mark.slow
 def test_pools_and_data_loaders():
     other_process.run(
         BEGIN
@@ -143,6 +146,7 @@ assert [float(mean) for _, mean in loader] == [16.0 * i for i in range(8)]
     )
 
 
+@pytest.mark.slow
 def test_a_fork_at_any_moment_leaves_the_child_able_to_allocate():
     """While another thread takes and frees blocks."""
     other_process.run(
