@@ -36,6 +36,7 @@ def environment(**more):
     return {**os.environ, **more}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("--version",), ("generate", "{}", "Once", "--max-new-tokens", "2"), ("bench", "--help")]
@@ -48,6 +49,7 @@ def test_output_that_cannot_be_written(folder, arguments):
     assert "No space left" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--help",), ("generate", "{}", "Once", "--max-new-tokens", "40")])
 def test_reader_that_closes_the_pipe(folder, arguments):
     arguments = [a.format(folder) for a in arguments]
@@ -58,6 +60,7 @@ def test_reader_that_closes_the_pipe(folder, arguments):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("closed", "arguments", "code"),
     [
@@ -74,6 +77,7 @@ def test_closed_streams(folder, closed, arguments, code):
     assert bool(done.stdout) == (closed == "2>&-")
 
 
+@pytest.mark.slow
 def test_characters_that_the_encoding_lacks(folder):
     ascii_only = environment(PYTHONIOENCODING="ascii")
     command = ("generate", folder, "Ü 🦜", "--max-new-tokens", "2")
@@ -115,6 +119,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_unexpected_errors_ask_for_a_report(folder):
     command = [sys.executable, "-c", UNEXPECTED, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -383,6 +383,7 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", HELP], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_command_in_another_process(work, tmp_path):
     assert run("--version").stdout == f"klfast {klfast.__version__}\n"
     done = run("eval", work / "small", "--text", work / "text.txt", *FEW, "--json")

@@ -263,6 +263,7 @@ def test_extreme_numbers(folders):
     assert "64 bits" in fails("generate", folders / "plain", "The sea", "--max-new-tokens", 10**30)
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_the_generated_text(folders, tmp_path):
     prompt = [str(folders / "plain"), "The sea", "--max-new-tokens", "1000000"]
     command = [sys.executable, "-m", "klfast", "generate", *prompt]

@@ -32,6 +32,7 @@ assert direct_call.linear(layer, x.detach()) is None
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
     [("torch._C", "_len_torch_function_stack"), ("torch._functorch.utils", "enable_single_level_autograd_function")],

@@ -68,6 +68,7 @@ def built():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_correct_at_every_tier(built, family):
     done = subprocess.run([built["program"], family], capture_output=True, text=True)

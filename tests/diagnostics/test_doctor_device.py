@@ -112,6 +112,7 @@ for op, words in (
 """
 
 
+@pytest.mark.slow
 def test_cases_reach_the_kernels_for_larger_sizes():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)

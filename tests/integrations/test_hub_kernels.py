@@ -39,6 +39,7 @@ def test_without_the_package_kernels(monkeypatch):
     klfast.unregister_kernels()
 
 
+@pytest.mark.slow
 def test_with_the_package_kernels():
     """It changes transformers' modeling files when they are imported, so in another process."""
     run_tests("tests/integrations/with_kernels.py", plugins=["kernels_taken"])

@@ -113,6 +113,7 @@ def test_without_klfast(build):
     )
 
 
+@pytest.mark.slow
 def test_functions_against_float64(build):
     """klfast's own tests of the Triton kernels, with the repository's functions."""
     files = [f"tests/backends/device/{name}" for name in ON_THE_DEVICE]
@@ -120,6 +121,7 @@ def test_functions_against_float64(build):
     run_tests(*files, plugins=["exported_ops"], **environment)
 
 
+@pytest.mark.slow
 def test_layers_in_transformers(build):
     files = ["tests/integrations/with_repository.py"]
     environment = dict(REPOSITORY=str(build / "torch-xpu"), TRITON_INTERPRET="1", KLFAST_STRICT="1")

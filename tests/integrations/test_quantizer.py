@@ -347,6 +347,7 @@ def test_devices_with_kernels(device_map, foreign):
 KIND = "print(auto.AUTO_QUANTIZER_MAPPING['compressed-tensors'].__name__)"
 
 
+@pytest.mark.slow
 def test_before_transformers_is_imported():
     code = f"""
     import sys
@@ -366,6 +367,7 @@ def test_before_transformers_is_imported():
     assert other_process.run(code).split() == ["PackedQuantizer", "CompressedTensorsHfQuantizer", "PackedQuantizer"]
 
 
+@pytest.mark.slow
 def test_after_transformers_is_imported():
     code = f"""
     import transformers.quantizers.auto as auto
@@ -376,6 +378,7 @@ def test_after_transformers_is_imported():
     assert other_process.run(code).split() == ["CompressedTensorsHfQuantizer", "PackedQuantizer"]
 
 
+@pytest.mark.slow
 def test_turned_off_before_transformers_is_imported():
     code = f"""
     import klfast

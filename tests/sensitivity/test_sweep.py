@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SQUARES = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse")  # of small differences of the logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), SOME_TIED)
 @torch.no_grad()
 def test_equals_the_naive_computation(family, tied):

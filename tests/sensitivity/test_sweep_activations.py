@@ -80,6 +80,7 @@ def assert_equals_float64(model, ids, found):
         assert measured.tokens == ids[:, 1:].numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied"),
     [

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_no_races(tmp_path, sanitizer):
     program, sources = tmp_path / "races", [ROOT / "csrc/core/team.cpp", Path(__file__).with_name("team_races.cpp")]

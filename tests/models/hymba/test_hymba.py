@@ -255,6 +255,7 @@ def test_16_bit_at_the_depth_of_the_release():
         assert (cached - whole).square().mean().sqrt() < 1.4 * error
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_sizes_of_the_release():
     """Run two of its layers, one of which owns keys that both use, until tokens leave the window."""
