@@ -92,12 +92,14 @@ def test_every_op_has_the_kernels_that_its_tiers_cpp_names():
             assert _C.kernel_tiers()[op] == set(named.split(", ")) & built, op
 
 
+@pytest.mark.slow
 def test_nothing_outside_csrc_python_includes_pythons_headers(built):
     for path in built["objects"]:
         headers = (ROOT / f"{path}.d").read_text()
         assert "Python.h" not in headers and "pybind11" not in headers, path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_no_tier_code_runs_or_is_shared_before_cpu_detection(built):
     """No initialisers, no functions that the linker could share: they could contain a tier's instructions."""
