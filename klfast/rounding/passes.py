@@ -17,7 +17,7 @@ from klfast.models.matrices import matrix, named_matrices, sharers
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
-from klfast.rounding.head_rows import ridges, spreads
+from klfast.rounding.head_rows import Clusters, clusters, ridges, spreads
 from klfast.rounding.moments import Moments
 
 TIED, HEAD, NOWHERE = "tied head", "head", "nowhere"  # places beside the blocks
@@ -103,6 +103,11 @@ class Passes:
         with interruptible():
             return spreads(self.chain.head.readout(), hidden)
 
+    def clusters(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], moments: Moments) -> Clusters:
+        """Return clusters of the head's rows, for what enters the head (``head_rows.clusters``)."""
+        with interruptible():
+            return clusters(self.chain.head.readout(), student, teacher, moments)
+
     def ridges(self, name: str, spec: QuantSpec, hidden: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
         """Return what the rows of a tied head have beside their use as output weights, float32 [V].
 
@@ -149,11 +154,16 @@ def add_inputs(
     moments: dict[str, Moments], student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]
 ) -> None:
     """Add a batch's inputs by name. Layers with one input (q, k and v) share their moments, which are added once."""
-    seen: dict[tuple[int, tuple[int, ...], torch.Size], Moments] = {}
+    seen: dict[object, Moments] = {}
     for name, y in student.items():
-        key = (y.data_ptr(), y.stride(), y.shape)
+        key = input_key(y)
         if key in seen:
             moments.setdefault(name, seen[key])
         else:
             seen[key] = moments.setdefault(name, Moments(y.shape[-1], y.device))
             seen[key].add(y, teacher[name])
+
+
+def input_key(x: torch.Tensor) -> object:
+    """Return what inputs have in common that are one tensor, as long as they are kept."""
+    return x.data_ptr(), x.stride(), x.shape

@@ -17,7 +17,7 @@ from klfast.rounding.grids import Grid, absmax, search
 from klfast.rounding.objective import Objective
 
 _TILE = 1 << 20  # weights whose rows are rounded together
-_CLASSES = 16  # of rows with similar ridges
+_CLASSES = 64  # of rows with one Hessian and similar ridges
 
 
 def second_order(
@@ -26,6 +26,7 @@ def second_order(
     hessian: torch.Tensor,
     cross: torch.Tensor | None = None,
     *,
+    cluster: torch.Tensor | None = None,
     ridge: torch.Tensor | None = None,
     cost: torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
@@ -43,6 +44,7 @@ def second_order(
         hessian: float [K, K], y^T y of the layer's inputs y [T, K], which may be divided by T.
         cross: float [K, K], y^T x, divided alike, with the inputs x of the full-precision model, if its output is the
             target; by default it is what the layer makes of y in full precision.
+        cluster: int64 [N], the Hessian of each row, if there are several: then ``hessian`` and ``cross`` are [C, K, K].
         ridge: float [N], what is added to the damping in each row, on the scale of the Hessian: for a row that is not
             only multiplied by y. Rows with similar ridges share their mean.
         cost: float [N], what each row's objective counts for where the spec corrects some rows: those of largest cost
@@ -55,7 +57,7 @@ def second_order(
             beyond ``scale_dtype``'s range, a Hessian that is 0 or not finite, fewer rows than the spec corrects.
     """
     _, found = plain_and_corrected(
-        weight, spec, hessian, cross, ridge=ridge, cost=cost, scale_dtype=scale_dtype, rounds=rounds
+        weight, spec, hessian, cross, cluster=cluster, ridge=ridge, cost=cost, scale_dtype=scale_dtype, rounds=rounds
     )
     return found
 
@@ -66,6 +68,7 @@ def plain_and_corrected(
     hessian: torch.Tensor,
     cross: torch.Tensor | None = None,
     *,
+    cluster: torch.Tensor | None = None,
     ridge: torch.Tensor | None = None,
     cost: torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
@@ -76,9 +79,12 @@ def plain_and_corrected(
     Corrected rows are not those of the first with something added, so the two have other errors there.
     """
     spec = QuantSpec.of(spec)
+    if cluster is None:
+        cluster = torch.zeros(len(weight), dtype=torch.int64, device=hessian.device)
+        hessian, cross = hessian[None], None if cross is None else cross[None]
     _check(weight, spec, hessian, cross, scale_dtype)
     options = spec.base, scale_dtype, rounds
-    whole = _round(weight.detach(), hessian, cross, ridge, *options)
+    whole = _round(weight.detach(), hessian, cross, cluster, ridge, *options)
     plain = whole.encoded()
     if not spec.corrected:
         return plain, plain
@@ -89,7 +95,7 @@ def plain_and_corrected(
     codes = grid.nearest(target)
     whole.put(rows, codes, grid)
     left = (target - grid.values(codes)).T
-    correction = _round(left, hessian, None, None if ridge is None else ridge[rows], *options)
+    correction = _round(left, hessian, None, cluster[rows], None if ridge is None else ridge[rows], *options)
     return plain, QuantizedTensor.corrected(whole.encoded(), rows, correction.encoded())
 
 
@@ -126,14 +132,15 @@ def _round(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     cross: torch.Tensor | None,
+    cluster: torch.Tensor,
     ridge: torch.Tensor | None,
     spec: QuantSpec,
     scale_dtype: torch.dtype,
     rounds: int,
 ) -> _Matrix:
-    n, k = weight.shape
+    k = weight.shape[1]
     found = _Matrix(weight.shape, spec, scale_dtype, weight.device)
-    for members, objective in _classes(n, hessian, cross, ridge):
+    for members, objective in _classes(hessian, cross, cluster, ridge):
         for rows in members.split(max(1, _TILE // k)):
             matrix = weight[rows].float().T.contiguous()
             target, codes, grid = _rounded_rows(matrix, objective, spec, scale_dtype, rounds)
@@ -143,15 +150,19 @@ def _round(
 
 
 def _classes(
-    n: int, hessian: torch.Tensor, cross: torch.Tensor | None, ridge: torch.Tensor | None
+    hessian: torch.Tensor, cross: torch.Tensor | None, cluster: torch.Tensor, ridge: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, Objective]]:
     """Yield int64 [rows], the rows with one objective, and that."""
-    if ridge is None:
-        yield torch.arange(n, device=hessian.device), Objective.of(hessian, cross)
-        return
-    for rows in ridge.argsort().chunk(_CLASSES):
-        shift = ridge[rows].mean() * torch.eye(len(hessian), device=hessian.device)
-        yield rows, Objective.of(hessian + shift, None if cross is None else cross + shift)
+    for each, own in enumerate(hessian):
+        rows, own_cross = (cluster == each).nonzero().squeeze(1), None if cross is None else cross[each]
+        if not len(rows):
+            continue
+        if ridge is None:
+            yield rows, Objective.of(own, own_cross)
+            continue
+        for some in rows[ridge[rows].argsort()].chunk(max(1, _CLASSES // len(hessian))):
+            shift = ridge[some].mean() * torch.eye(len(own), device=own.device)
+            yield some, Objective.of(own + shift, None if own_cross is None else own_cross + shift)
 
 
 def _rounded_rows(
@@ -183,8 +194,8 @@ def _check(
             raise InvalidInputError(f"{what} must be {FLOAT_NAMES}, got {dtype}")
     k = weight.shape[1]
     for name, moment in (("hessian", hessian), ("cross", cross)):
-        if moment is not None and moment.shape != (k, k):
-            raise InvalidInputError(f"{name} must be [{k}, {k}] for this weight, got {list(moment.shape)}")
+        if moment is not None and moment.shape[1:] != (k, k):
+            raise InvalidInputError(f"{name} must be [{k}, {k}] for this weight, got {list(moment.shape[1:])}")
     if not on_uniform_grid(spec):
         raise InvalidInputError(f"second-order rounding is for integers on a uniform grid, not for {spec}")
     if not weight.isfinite().all():

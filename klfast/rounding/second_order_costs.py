@@ -25,6 +25,7 @@ from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec, storable_spec
 from klfast.quant.tensor import QuantizedTensor
 from klfast.rounding.carries import Carries
+from klfast.rounding.head_rows import Clusters, Rows
 from klfast.rounding.moments import Moments
 from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named, without_entries
 from klfast.rounding.second_order import on_uniform_grid, plain_and_corrected, second_order
@@ -36,6 +37,7 @@ from klfast.sensitivity.results import Measurement, Sensitivities
 
 SPECS = ("int4-channel-sym", "int4-g128-sym", "int4-g64-sym", "int4-g32-sym", "int6-channel-sym", "int8-channel-sym")
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the head's rows that may be corrected
+_ROUNDS = 1  # of coordinate descent: more of them make all specs better alike
 _QUADRATIC = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "delta_ce")  # in a small error
 _DECIBELS = 10 / math.log(10)
 
@@ -119,7 +121,7 @@ class _Costs(Passes):
             linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_stack}
             moments: dict[str, Moments] = {}
             for batch, passage in enumerate(passages):
-                with watched(linear, ()) as seen:
+                with watched(linear) as seen:
                     carries[batch] = self.step(index, carries[batch], passage)
                 add_inputs(moments, seen.inputs, seen.inputs)
             for name in self.names[index]:
@@ -136,7 +138,8 @@ class _Costs(Passes):
                 ridge = None
                 if place == TIED:
                     ridge = self.ridges(name, self._coarsest(name).base, hidden[0], spread)
-                self._estimate(name, self.head_moments(hidden, hidden), ridge, spread)
+                moments = self.head_moments(hidden, hidden)
+                self._estimate(name, moments, Rows(self.clusters(hidden, hidden, moments), ridge, spread))
                 self.advance(1, name)
 
     def _coarsest(self, name: str) -> QuantSpec:
@@ -144,20 +147,18 @@ class _Costs(Passes):
         k = self.matrices[name].shape[1]
         return min(self.measured[name], key=lambda spec: (spec.bits, spec.n_groups(k), spec.corrected))
 
-    def _estimate(
-        self, name: str, moments: Moments, ridge: torch.Tensor | None = None, cost: torch.Tensor | None = None
-    ) -> None:
+    def _estimate(self, name: str, moments: Moments, rows: Rows | None = None) -> None:
         """Add the costs of a layer in all specs, from that of the coarsest which the sweep measured."""
         if moments.why_useless():
             return  # it will be rounded to nearest
-        weight, hessian = self.matrices[name].weight.detach(), moments.hessian / moments.tokens
+        weight = self.matrices[name].weight.detach()
+        if rows is None:
+            hessian = (moments.hessian / moments.tokens)[None]
+            rows = Rows(Clusters(torch.zeros(len(weight), dtype=torch.int64, device=hessian.device), hessian, hessian))
+        errors_of = rows.errors
 
         def errors(qt: QuantizedTensor) -> torch.Tensor:
-            rest = qt.dequantize(torch.float32) - weight
-            found = (rest * (rest @ hessian)).sum(-1)
-            if ridge is not None:
-                found = found + ridge * rest.square().sum(-1)
-            return found if cost is None else found * cost
+            return errors_of(qt.dequantize(torch.float32) - weight)
 
         with named(name), interruptible():
             usual = self._coarsest(name)
@@ -169,29 +170,27 @@ class _Costs(Passes):
                 if not on_uniform_grid(spec):
                     continue
                 stored = storable_spec(spec, weight.shape[1])
-                for each, error in self._rounded(weight, stored, hessian, ridge, cost, errors):
+                for each, error in self._rounded(weight, stored, rows, errors):
                     self.found[name][each] = _scaled(self.measured[name][usual], error / unit)
 
     def _rounded(
-        self,
-        weight: torch.Tensor,
-        spec: QuantSpec,
-        hessian: torch.Tensor,
-        ridge: torch.Tensor | None,
-        cost: torch.Tensor | None,
-        errors: Callable[[QuantizedTensor], torch.Tensor],
+        self, weight: torch.Tensor, spec: QuantSpec, rows: Rows, errors: Callable[[QuantizedTensor], torch.Tensor]
     ) -> Iterator[tuple[QuantSpec, float]]:
         """Yield a spec and the error of the output in it; of a head also with some of its rows corrected."""
-        counts = sorted({int(share * len(weight)) for share in self.corrected} - {0}) if cost is not None else []
+        hessian, of_row = rows.clusters.hessian, rows.clusters.of_row
+        counts = sorted({int(share * len(weight)) for share in self.corrected} - {0}) if rows.cost is not None else []
         if not counts or spec.bits != 4:
-            yield spec, errors(second_order(weight, spec, hessian, ridge=ridge)).sum().item()
+            plain = second_order(weight, spec, hessian, cluster=of_row, ridge=rows.ridge, rounds=_ROUNDS)
+            yield spec, errors(plain).sum().item()
             return
         most = replace(spec, corrected=counts[-1])
-        plain, whole = plain_and_corrected(weight, most, hessian, ridge=ridge, cost=cost)
+        plain, whole = plain_and_corrected(
+            weight, most, hessian, cluster=of_row, ridge=rows.ridge, cost=rows.cost, rounds=_ROUNDS
+        )
         before, after = errors(plain), errors(whole)
         yield spec, before.sum().item()
-        rows = whole.halves[1].long()
-        gains = (before - after)[rows][before[rows].argsort(descending=True)].cumsum(0)
+        best = whole.halves[1].long()
+        gains = (before - after)[best][before[best].argsort(descending=True)].cumsum(0)
         for count in counts:
             yield replace(spec, corrected=count), (before.sum() - gains[count - 1]).item()
 

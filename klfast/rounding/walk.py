@@ -1,15 +1,16 @@
 """Second-order rounding of a model, block by block.
 
 Two models walk through the chain side by side on the calibration text: the teacher, in full precision, and the student,
-whose earlier blocks are rounded already. In each block both show what enters its matrices, with the block in full
-precision; then each matrix is rounded so that the student's output comes nearest to the teacher's. Both share one set
-of weights: rounded ones are in place only while the student needs them.
+whose earlier matrices are rounded already. Each block is rounded in stages, by order of use: both show what enters the
+matrices of a stage, which are then rounded so that their output in the student comes nearest to the teacher's. Both
+share one set of weights: rounded ones are in place only while the student needs them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -25,8 +26,9 @@ from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 from klfast.rounding.carries import Carries
 from klfast.rounding.experts import expert_moments
+from klfast.rounding.head_rows import Rows
 from klfast.rounding.moments import Moments
-from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named, without_entries
+from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, input_key, named, without_entries
 from klfast.rounding.rounded import Kept, RoundedModel
 from klfast.rounding.second_order import on_uniform_grid, second_order
 from klfast.rounding.watching import Routed, watched
@@ -139,20 +141,57 @@ class _Walk(Passes):
 
     def _see_block(self, index: int, teacher: Sequence[Passage], student: Sequence[Passage], is_kept: bool) -> None:
         """Move the teacher past a block, and unless its matrices are kept, round them by what enters them in both."""
-        names, shared = self.names[index], self.names[NOWHERE]
-        if is_kept or not names:
-            for batch, passage in enumerate(teacher):
-                self.teacher[batch] = self.step(index, self.teacher[batch], passage)
-            return
+        names = self.names[index]
+        if names and not is_kept:
+            done: list[str] = []
+            for uses in self._stages(index, teacher[0]):
+                self._round_stage(index, [name for name in names if name in uses], done, uses, teacher, student)
+                done += uses
+            if rest := [name for name in names if name not in done]:
+                self._round_stage(index, rest, done, {}, teacher, student)
+        for batch, passage in enumerate(teacher):
+            self.teacher[batch] = self.step(index, self.teacher[batch], passage)
+
+    def _stages(self, index: int, passage: Passage) -> Iterable[dict[str, int]]:
+        """Return how often a block's linear layers are used, those with one input together, by order of use.
+
+        Only the first micro-batch is looked at.
+        """
+        linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_stack}
+        with watched(linear) as seen:
+            self.step(index, self.teacher[0], passage)
+        found: defaultdict[object, dict[str, int]] = defaultdict(dict)
+        for name, x in seen.inputs.items():
+            found[input_key(x)][name] = seen.uses[name]
+        return found.values()
+
+    def _round_stage(
+        self,
+        index: int,
+        names: Sequence[str],
+        done: Sequence[str],
+        uses: Mapping[str, int],
+        teacher: Sequence[Passage],
+        student: Sequence[Passage],
+    ) -> None:
+        """Round some matrices of a block by what enters them, in the student with those rounded that are ``done``.
+
+        Args:
+            index: of the block.
+            names: the matrices.
+            done: those of the block that are rounded already.
+            uses: how often the matrices are used: the rest of the block is not run. Empty: all of it is.
+            teacher, student: by micro-batch.
+        """
         stacks = [name for name in names if self.matrices[name].is_stack]
         linear = {name: self.matrices[name] for name in names if name not in stacks}
         experts = {self.matrices[name].holder for name in stacks}
         moments: dict[str, Moments] = {}
         routed: list[tuple[Mapping[nn.Module, Routed], Mapping[nn.Module, Routed]]] = []
         for batch, passages in enumerate(zip(teacher, student, strict=True)):
-            with watched(linear, experts) as of_teacher:
-                self.teacher[batch] = self.step(index, self.teacher[batch], passages[0])
-            with self._rounded(shared), watched(linear, experts) as of_student:
+            with watched(linear, experts, uses) as of_teacher:
+                self.step(index, self.teacher[batch], passages[0])
+            with self._rounded([*done, *self.names[NOWHERE]]), watched(linear, experts, uses) as of_student:
                 self.step(index, self.student[batch], passages[1])
             add_inputs(moments, of_student.inputs, of_teacher.inputs)
             routed.append((of_student.routed, of_teacher.routed))
@@ -168,13 +207,13 @@ class _Walk(Passes):
             for batch, passage in enumerate(student):
                 self.student[batch] = self.step(index, self.student[batch], passage)
 
-    def _round_linear(self, name: str, moments: Moments | None, **rows: torch.Tensor) -> None:
+    def _round_linear(self, name: str, moments: Moments | None, rows: Rows | None = None) -> None:
         if moments is None:
             self._to_nearest(name, "its input was not seen")
         elif reason := self._why_nearest(self.specs[name], moments):
             self._to_nearest(name, reason)
         else:
-            self._keep(name, self._second_order(name, self.matrices[name].weight, moments, **rows))
+            self._keep(name, self._second_order(name, self.matrices[name].weight, moments, rows))
 
     def _round_stack(self, name: str, batches: Sequence[tuple[Routed, Routed]]) -> None:
         stack, spec = self.matrices[name], self.specs[name]
@@ -193,14 +232,15 @@ class _Walk(Passes):
         self._keep(name, QuantizedTensor.joined(parts))
 
     def _round_head(self, name: str, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> None:
-        rows = {"cost": self.spreads(teacher)} if self.specs[name].corrected else {}
-        self._round_linear(name, self.head_moments(student, teacher), **rows)
+        moments = self.head_moments(student, teacher)
+        rows = Rows(self.clusters(student, teacher, moments), None, self.spreads(teacher))
+        self._round_linear(name, moments, rows)
 
     def _round_tied_head(self, name: str, passages: Sequence[Passage]) -> None:
         hidden = self.run(passages)
-        spread = self.spreads(hidden)
+        spread, moments = self.spreads(hidden), self.head_moments(hidden, hidden)
         ridge = self.ridges(name, self.specs[name].base, hidden[0], spread)
-        self._round_linear(name, self.head_moments(hidden, hidden), ridge=ridge, cost=spread)
+        self._round_linear(name, moments, Rows(self.clusters(hidden, hidden, moments), ridge, spread))
 
     def _why_nearest(self, spec: QuantSpec, moments: Moments) -> str:
         """Return why a matrix has to be rounded to nearest, a clause; empty if it has not."""
@@ -220,13 +260,11 @@ class _Walk(Passes):
             return quantize(weight, self.specs[name], scale=self.scale)
 
     def _second_order(
-        self,
-        name: str,
-        weight: torch.Tensor,
-        moments: Moments,
-        ridge: torch.Tensor | None = None,
-        cost: torch.Tensor | None = None,
+        self, name: str, weight: torch.Tensor, moments: Moments, rows: Rows | None = None
     ) -> QuantizedTensor:
-        hessian, cross = moments.hessian / moments.tokens, moments.cross / moments.tokens
+        spec = self.specs[name]
         with named(name), interruptible():
-            return second_order(weight, self.specs[name], hessian, cross, ridge=ridge, cost=cost)
+            if rows is None:
+                return second_order(weight, spec, moments.hessian / moments.tokens, moments.cross / moments.tokens)
+            of = rows.clusters
+            return second_order(weight, spec, of.hessian, of.cross, cluster=of.of_row, ridge=rows.ridge, cost=rows.cost)

@@ -8,7 +8,8 @@ from tiny_models import VOCABULARY, batch, in_float64, tiny
 
 from klfast.models.families.base import LogitRule
 from klfast.models.head import Readout
-from klfast.rounding.head_rows import ridges, spreads
+from klfast.rounding.head_rows import clusters, ridges, spreads
+from klfast.rounding.moments import Moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +27,45 @@ def test_ridges_against_float64(scale):
     frequency = (counts + 0.5) / (25 + 15)
     truth = 2 * 0.7 * frequency / (scale**2 * (p * (1 - p)).mean(0))
     torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=0)
+
+
+def test_a_clusters_hessian_weighs_states_by_its_rows_tokens():
+    weight = torch.randn(90, 12)
+    student, teacher = ([torch.randn(2, 40, 12), torch.randn(1, 30, 12)] for _ in range(2))
+    y, x = (torch.cat([each.flatten(0, 1) for each in hidden]).double() for hidden in (student, teacher))
+    moments = Moments(12, weight.device)
+    moments.add(y, x)
+    found = clusters(Readout(weight, rule=LogitRule(0.5)), student, teacher, moments)
+    assert len(found.hessian) == 16 and set(found.of_row.tolist()) == set(range(16))
+    p = (0.5 * x @ weight.double().T).softmax(-1)
+    for each in range(16):
+        w = (p * (1 - p))[:, found.of_row == each].sum(1, keepdim=True)
+        own, own_cross = y.T @ (w * y) / w.sum(), y.T @ (w * x) / w.sum()
+        size = own.trace() / (y.T @ y / len(y)).trace()
+        for one, of_own, of_all in ((found.hessian, own, y.T @ y), (found.cross, own_cross, y.T @ x)):
+            truth = 0.95 * of_own + 0.05 * size * of_all / len(y)
+            torch.testing.assert_close(one[each].double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_rows_share_a_cluster_and_near_ones_are_together():
+    weight, states = torch.randn(40, 8).repeat(3, 1), torch.randn(1, 50, 8)
+    moments = Moments(8, weight.device)
+    moments.add(states, states)
+    found = clusters(Readout(weight), [states], [states], moments).of_row
+    assert (found.view(3, 40) == found[:40]).all()
+    centres = torch.stack([weight[found == each].mean(0) for each in range(int(found.max()) + 1)])
+    within = (weight - centres[found]).square().sum()
+    assert within < 0.5 * (weight - weight.mean(0)).square().sum()
+
+
+def test_rows_that_are_never_likely_have_the_hessian_of_all():
+    weight = torch.cat([torch.randn(40, 8), torch.tensor([[-1000.0] + 7 * [0.0]]).repeat(40, 1)])
+    states = torch.cat([torch.ones(1, 30, 1), torch.randn(1, 30, 7)], -1)
+    moments = Moments(8, weight.device)
+    moments.add(states, states)
+    found = clusters(Readout(weight), [states], [states], moments)
+    for each in found.of_row[40:].unique().tolist():
+        torch.testing.assert_close(found.hessian[each], moments.hessian / moments.tokens)
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ from tiny_models import SOME_TIED, VOCABULARY, batch, tiny
 
 import klfast
 from klfast.core.errors import InvalidInputError
-from klfast.models.head import head_name
+from klfast.models.head import Readout, head_name
 from klfast.models.linears import linears
 from klfast.models.matrices import matrices, matrix
 from klfast.rounding import walk
+from klfast.rounding.head_rows import clusters
+from klfast.rounding.moments import Moments
 from klfast.rounding.second_order import second_order
 from klfast.rounding.walk import round_model
 
@@ -84,10 +86,11 @@ def agreement(found, truth):
     return (found.dequantize(torch.float32) == truth.dequantize(torch.float32)).float().mean().item()
 
 
+@pytest.mark.parametrize("before", ["model.layers.0.", "model.layers.1.self_attn."])
 @torch.no_grad()
-def test_a_block_sees_the_rounded_prefix_and_aims_at_the_full_output():
+def test_a_matrix_sees_those_before_it_rounded_and_aims_at_the_full_output(before):
     model, ids = tiny("llama", seed=3), text()
-    name, before = "model.layers.1.mlp.gate_proj", "model.layers.0."
+    name = "model.layers.1.mlp.gate_proj"
     specs = {each: SPEC for each in matrices(model) if each.startswith(before)} | {name: SPEC}
     found = round_model(model, specs, ids, progress=False).tensors
     student = with_weights(model, {each: found[each] for each in found if each != name})
@@ -103,8 +106,11 @@ def test_an_untied_head_sees_the_rounded_model():
     model, ids = tiny("llama"), text()
     found = round_model(model, specs_of(model), ids, progress=False).tensors
     student = with_weights(model, {name: one for name, one in found.items() if name != "lm_head"})
-    x, y = (inputs_of(each, "lm_head", ids) for each in (model, student))
-    truth = second_order(model.lm_head.weight, SPEC, (y.T @ y).float() / len(y), (y.T @ x).float() / len(y))
+    x, y = (inputs_of(each, "lm_head", ids).float() for each in (model, student))
+    moments = Moments(64, x.device)
+    moments.add(y, x)
+    of_rows = clusters(Readout(model.lm_head.weight), [y[None]], [x[None]], moments)
+    truth = second_order(model.lm_head.weight, SPEC, of_rows.hessian, of_rows.cross, cluster=of_rows.of_row)
     assert agreement(found["lm_head"], truth) > 0.98
 
 
@@ -224,9 +230,9 @@ def test_microbatches_make_little_difference(monkeypatch):
     whole = round_model(model, specs_of(model), ids, progress=False).tensors
     monkeypatch.setattr(walk, "MOST_TOKENS", 5 * 16)
     parts = round_model(model, specs_of(model), list(ids.split(2)), progress=False).tensors
-    assert kl(with_weights(model, whole), with_weights(model, parts), ids) < 0.1 * kl(
-        model, with_weights(model, whole), ids
-    )
+    first = "model.layers.0.mamba.in_proj"  # a code that falls otherwise moves many of the matrices behind it
+    assert agreement(parts[first], whole[first]) > 0.98
+    assert kl(model, with_weights(model, parts), ids) < 1.3 * kl(model, with_weights(model, whole), ids)
 
 
 def test_progress_names_every_matrix():

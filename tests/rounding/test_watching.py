@@ -37,3 +37,15 @@ def test_inputs_of_several_calls_are_joined():
             layer(some)
     layer(x)
     assert torch.equal(seen.inputs["a"], x)
+
+
+@torch.no_grad()
+def test_a_forward_is_left_once_its_layers_were_used_as_often_as_asked():
+    layer, other, x, after = nn.Linear(6, 4), nn.Linear(6, 4), torch.randn(5, 6), []
+    with watched({"a": Matrix(layer), "b": Matrix(other)}, last={"a": 2, "b": 1}) as seen:
+        for part in (x, 2 * x, 3 * x):
+            layer(part)
+            other(part)
+            after.append(part)
+    assert len(after) == 1 and seen.uses == {"a": 2, "b": 1}
+    assert torch.equal(seen.inputs["a"], torch.cat([x, 2 * x])) and torch.equal(seen.inputs["b"], x)
