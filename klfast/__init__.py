@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.checkpoint.save import save_quantized as save_quantized
     from klfast.core.errors import CannotLowerError as CannotLowerError
     from klfast.core.errors import CheckpointError as CheckpointError
+    from klfast.core.errors import ClusterError as ClusterError
     from klfast.core.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from klfast.core.errors import InvalidInputError as InvalidInputError
     from klfast.core.errors import KernelUnavailableError as KernelUnavailableError
@@ -136,6 +137,7 @@ _PUBLIC = {
     "time_products": "benchkit.product_times",
     "CannotLowerError": "core.errors",
     "CheckpointError": "core.errors",
+    "ClusterError": "core.errors",
     "InfeasibleBudgetError": "core.errors",
     "InvalidInputError": "core.errors",
     "KernelUnavailableError": "core.errors",

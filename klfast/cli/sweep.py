@@ -74,6 +74,18 @@ def sweep(
             "and in groups, in INT4, INT6 and INT8, and for the head with some of its rows corrected.",
         ),
     ] = "nearest",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="local|ray",
+            help="Measure in this process, or on the Ray cluster at RAY_ADDRESS (without it, on one that runs or "
+            "starts here), whose workers have --threads threads each.",
+        ),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="With --engine ray: the most workers at a time; by default as many as have room.", min=1),
+    ] = None,
     out: Annotated[Path, typer.Option(help="File for the sensitivities.")] = Path("sensitivities.json"),
     resume: Annotated[
         bool,
@@ -124,6 +136,8 @@ def sweep(
             budget=budget,
             max_bytes=max_bytes,
             dtype=None if computed == "auto" else computed,
+            engine=engine,
+            workers=workers,
         )
         if rounding == "gptq":
             found = klfast.second_order_costs(network, found, batches)

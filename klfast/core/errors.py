@@ -33,6 +33,10 @@ class KernelUnavailableError(KlfastError, RuntimeError):
     """A requested implementation that cannot run here, or a slow path under KLFAST_STRICT=1."""
 
 
+class ClusterError(KlfastError):
+    """A Ray cluster that cannot be reached, is gone, or failed."""
+
+
 class CannotLowerError(KlfastError):
     """A model that the native engine, or a graph on a GPU, cannot run; the message is a clause that says why."""
 

@@ -55,6 +55,16 @@ def is_adaptive(budget: str, max_bytes: int | None, beside: bool) -> bool:
     return budget == "adaptive"
 
 
+def check_engine(engine: str, workers: int | None) -> None:
+    """Raise InvalidInputError for an unknown engine, or a number of workers that it does not take."""
+    if engine not in ("local", "ray"):
+        raise InvalidInputError(f'engine must be "local" or "ray", got {engine!r}')
+    if workers is not None and engine != "ray":
+        raise InvalidInputError('workers needs engine="ray"')
+    if workers is not None and workers < 1:
+        raise InvalidInputError(f"workers must be at least 1, got {workers}")
+
+
 def micro_batches(given: Batches, vocab: int, max_tokens: int, parts: int = 1) -> list[torch.Tensor]:
     """Return all windows as int64 [B, T] of at most ``max_tokens`` tokens each (but at least one window).
 

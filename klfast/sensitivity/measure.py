@@ -46,6 +46,11 @@ class Engine:
         self._stacks: dict[int, Passage] = {}  # by number of copies of that passage
         self.pause: Callable[[Unfinished], None] = lambda unfinished: None
 
+    def reset_costs(self) -> None:
+        """Count time and work from zero."""
+        self.stages.seconds = dict.fromkeys(self.stages.seconds, 0.0)
+        self.block_tokens = self.comparison.in_full = 0
+
     def teach(self, input_ids: torch.Tensor) -> Teacher:
         """Run the full-precision model on a micro-batch, int64 [B, T]."""
         with self.stages.timed("teacher"):

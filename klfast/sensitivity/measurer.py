@@ -24,7 +24,7 @@ class Measurer:
     """
 
     def __init__(self, engine: Engine, steps: Sequence[Step], windows: Sequence[torch.Tensor]) -> None:
-        self.engine, self._steps, self._windows = engine, steps, windows
+        self.engine, self.steps, self._windows = engine, steps, windows
 
     def measured(self, jobs: Iterable[Job], unfinished: Unfinished | None = None) -> Iterator[tuple[Job, torch.Tensor]]:
         """Yield each job with its sums, float64 [C, len(COLUMNS), B].
@@ -42,7 +42,7 @@ class Measurer:
         return self.engine.teach(self._windows[micro_batch].to(self.engine.chain.head.device))
 
     def _measure(self, teacher: Teacher, job: Job, unfinished: Unfinished | None) -> torch.Tensor:
-        engine, step = self.engine, self._steps[job.step].only(job.rows)
+        engine, step = self.engine, self.steps[job.step].only(job.rows)
         if step.place == "noise":
             return engine.measure_noise(teacher, job.micro_batch, unfinished)
         if isinstance(step.place, int):

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from klfast.core.errors import InvalidInputError
+from klfast.core.errors import ClusterError, InvalidInputError
 from klfast.core.progress import Progress, reporter
 from klfast.sensitivity.measurer import Measurer
 from klfast.sensitivity.outcome import Outcome
+from klfast.sensitivity.ray_measurer import RayMeasurer
 from klfast.sensitivity.results import Sensitivities
 from klfast.sensitivity.resume_file import ResumeFile
 from klfast.sensitivity.state import Job
@@ -27,7 +28,9 @@ class Run:
         file: keeps the outcome.
     """
 
-    def __init__(self, outcome: Outcome, measurer: Measurer, windows: Sequence[torch.Tensor], file: ResumeFile) -> None:
+    def __init__(
+        self, outcome: Outcome, measurer: Measurer | RayMeasurer, windows: Sequence[torch.Tensor], file: ResumeFile
+    ) -> None:
         self._outcome, self._measurer, self._windows, self._file = outcome, measurer, windows, file
         self._engine, self._state = outcome.engine, outcome.state
         self._advance: Callable[..., None] = lambda *_: None
@@ -45,7 +48,7 @@ class Run:
                 while state.start_round():
                     self._file.save()
                     self._measure_round()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ClusterError):
             self._file.save(and_unfinished=True)
             raise
         self._file.save()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from klfast.sensitivity.measure import Engine
 from klfast.sensitivity.measurer import Measurer
 from klfast.sensitivity.measuring_mode import prepared
 from klfast.sensitivity.outcome import Outcome
+from klfast.sensitivity.ray_connection import connected
+from klfast.sensitivity.ray_measurer import RayMeasurer
 from klfast.sensitivity.results import METRICS, Sensitivities
 from klfast.sensitivity.resume_file import ResumeFile
 from klfast.sensitivity.run import Run
@@ -50,6 +52,8 @@ def sweep(
     max_bytes: int | None = None,
     max_batch_tokens: int = 8192,
     dtype: torch.dtype | None = torch.float32,
+    engine: str = "local",
+    workers: int | None = None,
     progress: Progress = None,
 ) -> Sensitivities:
     """Measure each linear layer under each spec, alone, against the full-precision model; forward passes only.
@@ -99,6 +103,11 @@ def sweep(
         max_batch_tokens: most tokens that go through a block at a time (but at least one window).
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
+        engine: "local" to measure in this process, or "ray" on a Ray cluster (``pip install 'klfast[ray]'``): the one
+            that this process is connected to, else that of RAY_ADDRESS, else one that runs on this machine or starts
+            there. Each worker computes with as many threads as this process would; results are the same for any number
+            of workers, and those of "local" with as many threads on such a CPU. The model must be on the CPU.
+        workers: most that measure at a time, with "ray"; by default as many as the cluster has CPUs for.
         progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
             nothing; or a function that is called with (done, total, what was just measured).
 
@@ -110,9 +119,11 @@ def sweep(
         UnknownLayerError: an entry of ``layers`` or ``exclude`` matches none of the model's.
         ModelMismatchError: the resume file belongs to another model.
         CheckpointError: the resume file is damaged or not a resume file.
+        ClusterError: there is no Ray cluster at RAY_ADDRESS, or it went away; the resume file keeps what was measured.
     """
     refuse_adapters(model)
     parsed = inputs.parse_specs(specs)
+    inputs.check_engine(engine, workers)
     is_adaptive = inputs.is_adaptive(budget, max_bytes, beside=rows or activations)
     if vocabulary is None:
         vocabulary = "sampled" if is_adaptive else "full"
@@ -146,13 +157,18 @@ def sweep(
             "max_bytes": max_bytes,
         }
         order = steps(chain, names, parsed, rows, activations)
-        engine = Engine(chain, scale, max_batch_tokens, vocabulary_rows)
+        measuring = Engine(chain, scale, max_batch_tokens, vocabulary_rows)
         schedule = None
         if is_adaptive:
             sizes = blank.layers, blank.other_bytes, max_bytes, len(chain.blocks)
             schedule = Schedule(order, *sizes, len(windows), scale)
         state = State(order, [len(ids) for ids in windows], len(chain.blocks), schedule)
-        outcome = Outcome(blank, settings, reported, engine, state)
-        with nullcontext() if resume is None else lock.held(resume):
-            measurer = Measurer(engine, order, windows)
+        outcome = Outcome(blank, settings, reported, measuring, state)
+        with ExitStack() as stack:
+            if resume is not None:
+                stack.enter_context(lock.held(resume))
+            local = Measurer(measuring, order, windows)
+            if engine == "ray":
+                stack.enter_context(connected())
+            measurer = RayMeasurer(local, workers) if engine == "ray" else local
             return Run(outcome, measurer, windows, ResumeFile(resume, outcome)).finish(progress)

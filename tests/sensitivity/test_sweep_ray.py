@@ -1,0 +1,172 @@
+"""Sweeps on a real Ray cluster of this machine: the same for any number of workers, whatever happens to them."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from sweep_models import make, means, tokens
+
+import klfast
+from klfast.core.errors import ClusterError, InvalidInputError
+from klfast.sensitivity import ray_connection, ray_measurer
+from klfast.sensitivity.ray_connection import Watch
+from klfast.sensitivity.results import Sensitivities
+from klfast.sensitivity.state import Job
+from klfast.sensitivity.steps import Step
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'klfast[ray]'")
+
+SETTINGS = {  # of the cluster's processes
+    "RAY_worker_niceness": "0",  # else tests beside these starve the workers
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+OPTIONS = {"max_batch_tokens": 4 * 2 * 17, "progress": False}  # two windows at a time
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Four workers at most."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(
+            "local",
+            num_cpus=4,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+            object_store_memory=10**8,
+        )
+        yield
+        ray.shutdown()
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    monkeypatch.setattr(ray_measurer, "_FORWARDS", 2)
+
+
+def sweep(**changes):
+    return klfast.sweep(make("zamba", tied=True), tokens(6), **OPTIONS, **changes)
+
+
+def text(found):
+    """Return a sweep as JSON, without what a run of its own takes: seconds, and the teacher's passes by task."""
+    data = json.loads(found.to_json())
+    del data["sha256"], data["provenance"]["seconds"], data["provenance"]["token_forwards"]
+    return data
+
+
+def test_results_are_the_same_bits_for_any_number_of_workers(cluster, small_tasks):
+    found = [sweep(engine="ray", workers=workers) for workers in (1, 2, 4)]
+    forwards = {one.provenance["token_forwards"] for one in found}
+    assert len(forwards) == 1  # as are the costs, but for the time
+    assert text(found[0]) == text(found[1]) == text(found[2]) == text(sweep())
+
+
+def test_an_adaptive_sweep_goes_on_where_the_other_engine_stopped(cluster, tmp_path):
+    def stop(done, total, what):
+        raise KeyboardInterrupt
+
+    def adaptive(**changes):
+        return klfast.sweep(make(), tokens(40), **{**OPTIONS, "budget": "adaptive", "vocabulary": 16, **changes})
+
+    for engine in ("local", "ray"):
+        with pytest.raises(KeyboardInterrupt):
+            adaptive(engine=engine, progress=stop, resume=tmp_path / "r.json")
+    assert means(adaptive(engine="ray", resume=tmp_path / "r.json")) == means(adaptive())
+
+
+def kill_once(mark, measure):
+    """Return ``measure`` for a worker that is killed within its first task, and leaves a file then."""
+
+    def measured(*args):
+        try:
+            open(mark, "x").close()
+        except FileExistsError:
+            return measure(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    return measured
+
+
+def test_a_killed_worker_loses_nothing(cluster, tmp_path, monkeypatch):
+    mark = tmp_path / "killed"
+    monkeypatch.setattr(ray_measurer, "_measure", kill_once(mark, ray_measurer._measure))
+    found = sweep(engine="ray", layers="lm_head")
+    assert mark.exists() and text(found) == text(sweep(layers="lm_head"))
+
+
+def raising(error):
+    def measure(*args):
+        raise error
+
+    return measure
+
+
+def test_error_of_a_worker_is_the_sweep_s(cluster, monkeypatch):
+    monkeypatch.setattr(ray_measurer, "_measure", raising(InvalidInputError("as a worker found")))
+    with pytest.raises(InvalidInputError, match=r"^as a worker found$"):
+        sweep(engine="ray", layers="lm_head")
+    monkeypatch.setattr(ray_measurer, "_measure", raising(KeyError("nothing")))
+    with pytest.raises(ClusterError, match=r"^a worker of the Ray cluster failed \(KeyError: 'nothing'\)$"):
+        sweep(engine="ray", layers="lm_head")
+
+
+class Gone(Watch):
+    """Looks where nothing listens: a cluster that is really lost would end the processes of other tests, too."""
+
+    def __init__(self):
+        self._servers, self._seen = (("127.0.0.1", 1),), time.monotonic()
+
+
+def hang_at_the_last(measure):
+    """Return ``measure`` for workers that never answer from the third micro-batch on."""
+    return lambda *args: time.sleep(600) if args[-1][0].micro_batch == 2 else measure(*args)
+
+
+def test_a_cluster_that_goes_away_is_one_error_and_loses_nothing(cluster, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_connection, "_GONE_SECONDS", 0.5)
+        patch.setattr(ray_measurer, "_LOOK_SECONDS", 0.1)
+        patch.setattr(ray_measurer, "Watch", Gone)
+        patch.setattr(ray_measurer, "_measure", hang_at_the_last(ray_measurer._measure))
+        with pytest.raises(ClusterError, match=r"^the Ray cluster is gone \(.*refused\); run the sweep again to go on"):
+            sweep(engine="ray", resume=path)
+    assert Sensitivities.from_json(path).provenance["micro_batches"] == [2, 3]
+    assert text(sweep(engine="ray", resume=path)) == text(sweep())
+
+
+def test_tasks_are_of_one_micro_batch_and_worth_more_than_their_teacher(monkeypatch):
+    monkeypatch.setattr(ray_measurer, "_FORWARDS", 2)
+    steps = [Step("noise", (), 0, 20.0), *(Step(0, (None,) * 4, first, 40.0) for first in (1, 5, 9))]
+    jobs = [Job(0, 0, (0,)), Job(0, 1, (1, 2)), Job(0, 2, (5,)), Job(0, 3, (9, 10, 11, 12)), Job(1, 3, (9,))]
+    assert list(ray_measurer._tasks(jobs, steps)) == [jobs[:2], jobs[2:4], jobs[4:]]
+
+
+def test_error_says_what_the_cluster_lacks(cluster, monkeypatch):
+    torch.set_num_threads(5)
+    with pytest.raises(InvalidInputError, match=r"no node of the Ray cluster has 5 CPUs, .* but 4 at most"):
+        sweep(engine="ray")
+    with pytest.raises(InvalidInputError, match='engine must be "local" or "ray", got \'spark\''):
+        sweep(engine="spark")
+    for workers in (0, 1):
+        with pytest.raises(InvalidInputError, match="workers"):
+            sweep(engine="ray" if workers == 0 else "local", workers=workers)
+
+
+def test_error_says_that_ray_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InvalidInputError, match=r"needs the package ray.*pip install 'klfast\[ray\]'"):
+        sweep(engine="ray")
