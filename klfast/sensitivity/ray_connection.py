@@ -19,7 +19,7 @@ def connected() -> Iterator[None]:
     """Connect to a Ray cluster unless this process is: to RAY_ADDRESS, one of this machine, or one that starts here.
 
     Raises:
-        InvalidInputError: the package ray is not installed.
+        InvalidInputError: the package ray is not installed, or RAY_ADDRESS is that of a Ray Client.
         ClusterError: there is no cluster at RAY_ADDRESS, or it has other versions of Ray or Python.
     """
     try:
@@ -31,15 +31,32 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _require_answer(os.environ.get("RAY_ADDRESS", ""))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that starts here reports to nobody
     try:
-        ray.init(logging_level="error", log_to_driver=False)
+        ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"there is no Ray cluster to connect to: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise ClusterError if nothing listens at HOST:PORT, to which Ray would try to connect for minutes."""
+    if "://" in address:
+        raise InvalidInputError(f"a sweep runs on a node of the Ray cluster, not behind {address}; start it there")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            _reach(host, int(port))
+        except OSError as error:
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS, {address} ({error})") from error
+
+
+def _reach(host: str, port: int) -> None:
+    socket.create_connection((host.strip("[]"), port), _CONNECT_SECONDS).close()
 
 
 class Watch:
@@ -51,14 +68,14 @@ class Watch:
         context = ray.get_runtime_context()
         host, _, port = context.gcs_address.rpartition(":")
         own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-        self._servers = (host.strip("[]"), int(port)), (own["NodeManagerAddress"], own["NodeManagerPort"])
+        self._servers = (host, int(port)), (own["NodeManagerAddress"], own["NodeManagerPort"])
         self._seen = time.monotonic()
 
     def look(self) -> None:
         """Raise ClusterError if its head, or this node, has been out of reach for long."""
         try:
             for server in self._servers:
-                socket.create_connection(server, _CONNECT_SECONDS).close()
+                _reach(*server)
         except OSError as error:
             if time.monotonic() - self._seen > _GONE_SECONDS:
                 raise ClusterError(f"the Ray cluster is gone ({error}); run the sweep again to go on") from error

@@ -11,7 +11,7 @@ import torch
 from sweep_models import make, means, tokens
 
 import klfast
-from klfast.core.errors import ClusterError, InvalidInputError
+from klfast.core.errors import ClusterError, InvalidInputError, KlfastError
 from klfast.sensitivity import ray_connection, ray_measurer
 from klfast.sensitivity.ray_connection import Watch
 from klfast.sensitivity.results import Sensitivities
@@ -170,3 +170,14 @@ def test_error_says_that_ray_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InvalidInputError, match=r"needs the package ray.*pip install 'klfast\[ray\]'"):
         sweep(engine="ray")
+
+
+def test_error_says_that_no_cluster_answers(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for address, said in {
+        "127.0.0.1:1": r"^no Ray cluster answers at RAY_ADDRESS, 127.0.0.1:1 \(.*refused\)$",
+        "ray://head:10001": "^a sweep runs on a node of the Ray cluster, not behind ray://head:10001; start it there$",
+    }.items():
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(KlfastError, match=said):
+            sweep(engine="ray")
