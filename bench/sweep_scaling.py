@@ -154,7 +154,7 @@ def main() -> None:
     )
     second = (
         f"Counted, not measured: exhaustive sweeps with a sampled vocabulary of {TOKENS:,} tokens, "
-        f"{' and '.join(SPECS)}; hours at {rate / 1e9:.0f} * 10^9 operations a second, as measured above for width 512; "
+        f"{' and '.join(SPECS)}; hours at {rate / 1e9:.0f} * 10^9 operations a second, measured above for width 512; "
         f"minutes for nodes of "
         f"{NODE_RATE / 1e12:.0f} * 10^12 each, an assumption. An adaptive sweep is taken for a tenth."
     )
