@@ -39,7 +39,9 @@ def measure(name: str, windows: int, held_out: int, sweeps: Path) -> Iterator[tu
     calibration = klfast.token_batches("calibration", tokenizer, windows=windows, **options)
     text = klfast.token_batches("evaluation", tokenizer, windows=held_out, **options)
     both = [
-        klfast.sweep(teacher, calibration, SPECS, budget=budget, resume=sweeps / f"{name}-{budget}.json")
+        klfast.sweep(
+            teacher, calibration, SPECS, budget=budget, vocabulary="sampled", resume=sweeps / f"{name}-{budget}.json"
+        )
         for budget in ("adaptive", "exhaustive")
     ]
     work = [found.provenance["token_forwards"] for found in both]
@@ -62,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--windows", type=int, default=64, help=f"calibration windows of {_LENGTH} tokens")
+    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {_LENGTH} tokens")
     parser.add_argument("--held-out", type=int, default=96, help="evaluation windows")
     parser.add_argument("--sweeps", type=Path, help="folder that keeps the sweeps (default: in the temporary folder)")
     asked = parser.parse_args()
@@ -79,9 +81,10 @@ def main() -> None:
 def _page(rows: list[tuple[Cell, ...]], windows: int, held_out: int) -> str:
     conditions = (
         "KL divergence in nats a token of whole plans from the model in full precision, on "
-        f"{held_out * _LENGTH:,} tokens of the bundled evaluation text; sweeps of {' and '.join(SPECS)} on "
-        f"{windows * _LENGTH:,} tokens of the bundled calibration text. `python -m klfast.bench.adaptive` on "
-        f"{cpu_name()}, {torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
+        f"{held_out * _LENGTH:,} tokens of the bundled evaluation text; sweeps of {' and '.join(SPECS)} with a "
+        f"sampled vocabulary on {windows * _LENGTH:,} tokens of the bundled calibration text. "
+        f"`python -m klfast.bench.adaptive` on {cpu_name()}, {torch.get_num_threads()} threads, "
+        f"klfast {klfast.__version__}, torch {torch.__version__}."
     )
     table = Table("Plans after adaptive and exhaustive sweeps", HEADINGS, tuple(rows))
     return f"# Adaptive sweeps\n\n{conditions}\n\n{table.markdown()}"
