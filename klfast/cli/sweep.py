@@ -78,7 +78,7 @@ def sweep(
         str,
         typer.Option(
             metavar="local|ray",
-            help="Measure in this process, or on the Ray cluster at RAY_ADDRESS (without it, on one that runs or "
+            help="Measure in this process, or on the Ray cluster at RAY_ADDRESS (without it, on one that "
             "starts here), whose workers have --threads threads each.",
         ),
     ] = "local",

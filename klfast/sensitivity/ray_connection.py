@@ -17,7 +17,7 @@ _CONNECT_SECONDS = 2.0
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Connect to a Ray cluster unless this process is: to RAY_ADDRESS, one of this machine, or one that starts here.
+    """Connect to a Ray cluster unless this process is: to that at RAY_ADDRESS, or else to one that starts here.
 
     Raises:
         InvalidInputError: the package ray is not installed, or RAY_ADDRESS is that of a Ray Client.
@@ -32,10 +32,11 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _require_answer(os.environ.get("RAY_ADDRESS", ""))
+    address = os.environ.get("RAY_ADDRESS") or "local"  # not Ray's guess, which may be a cluster that is gone
+    _require_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that starts here reports to nobody
     try:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"there is no Ray cluster to connect to: {error}") from error
     try:

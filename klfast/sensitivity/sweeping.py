@@ -104,9 +104,9 @@ def sweep(
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
         engine: "local" to measure in this process, or "ray" on a Ray cluster (``pip install 'klfast[ray]'``): the one
-            that this process is connected to, else that of RAY_ADDRESS, else one that runs on this machine or starts
-            there. Each worker computes with as many threads as this process would; results are the same for any number
-            of workers, and those of "local" with as many threads on such a CPU. The model must be on the CPU.
+            that this process is connected to, else that at RAY_ADDRESS, else one that starts here. Each worker computes
+            with as many threads as this process would; results are the same for any number of workers, and those of
+            "local" with as many threads on such a CPU. The model must be on the CPU.
         workers: most that measure at a time, with "ray"; by default as many as the cluster has CPUs for.
         progress: True or None for a bar on stderr if that is a terminal, else for a line every half a minute; False for
             nothing; or a function that is called with (done, total, what was just measured).
