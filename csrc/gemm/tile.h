@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kPair = 2 * kLanes;  // columns computed together
 
-// sums[R, kPair] += x[R, depth] weights[depth, kPair]
+// sums[R, kPair] += x[R, depth] weights[depth, kPair]; rows of x are kBlock apart.
 template <int R>
 void tile_product(const float* x, const float* weights, std::int64_t depth, float* sums) {
     Vec left[R], right[R];

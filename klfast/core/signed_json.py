@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
-from klfast.core.errors import CheckpointError
+from klfast.core.errors import CheckpointError, KlfastError
 from klfast.core.io import parse_json, write_atomic
 
 DIGEST = "sha256"  # the entry that holds the digest of the others
@@ -84,6 +85,16 @@ def digest(data: Mapping[str, object]) -> str:
     """Return the SHA-256 of all entries except the digest itself, independent of their order and of white space."""
     content = {name: value for name, value in data.items() if name != DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def parsed(origin: str, remedy: str) -> Iterator[None]:
+    """Raise CheckpointError, with the remedy, for what reading entries from ``origin`` raises: they are damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KlfastError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{origin} is damaged ({what}); {remedy}") from error
 
 
 def is_a(kind: type[_T], value: object, what: str) -> _T:

@@ -97,7 +97,7 @@ class Comparison:
             raise CheckpointError(
                 f"{origin} is not a comparison (its schema is not {SCHEMA!r}); give a file that klfast compare wrote"
             )
-        try:
+        with signed_json.parsed(origin, _REMEDY):
             return cls(
                 whole(data["tokens"], "tokens", 1),
                 whole(data["windows"], "windows", 1),
@@ -106,9 +106,6 @@ class Comparison:
                 _parts(data["by_frequency"]),
                 dict(is_a(dict, data["provenance"], "provenance")),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
 
 
 def _figures_data(figures: Mapping[str, Estimate]) -> dict[str, dict[str, float | str | None]]:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 
 from klfast.core import signed_json
-from klfast.core.errors import CheckpointError, KlfastError
+from klfast.core.errors import CheckpointError
 from klfast.core.signed_json import is_a, number
 from klfast.planning.plan_file import Plan
 
@@ -98,12 +98,9 @@ class Front:
             raise CheckpointError(
                 f"{origin} is not a front (its schema is not {SCHEMA!r}); give a file that klfast pareto wrote"
             )
-        try:
+        with signed_json.parsed(origin, _REMEDY):
             points = tuple(map(_point, is_a(list, data["points"], "points")))
             return cls(points, dict(is_a(dict, data["provenance"], "provenance")))
-        except (KeyError, TypeError, ValueError, KlfastError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
 
 
 def _point(data: object) -> FrontPoint:

@@ -106,12 +106,9 @@ class Study:
         data: dict[str, Any] = found if isinstance(found, dict) else {}
         if data.get("schema") != SCHEMA:
             raise CheckpointError(f"{origin} is not a study (its schema is not {SCHEMA!r}); give one of klfast study")
-        try:
+        with signed_json.parsed(origin, _REMEDY):
             specs = {spec: _alone(alone) for spec, alone in data["specs"].items()}
             return cls(specs, dict(is_a(dict, data["provenance"], "provenance")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
 
 
 def _between_halves(values: Values) -> float | None:

@@ -116,12 +116,9 @@ def read(source: str | os.PathLike[str]) -> Plan:
         raise CheckpointError(
             f"{origin} is not a klfast plan (its schema is not {SCHEMA!r}); give a file that klfast plan wrote"
         )
-    try:
+    with signed_json.parsed(origin, _REMEDY):
         _check_entries(data)
         plan = _plan(data)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
     try:
         signed_json.verify(data, origin, _REMEDY)
     except CheckpointError as error:

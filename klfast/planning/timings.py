@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from klfast.core import signed_json
 from klfast.core.arguments import check_activation
-from klfast.core.errors import CheckpointError, InvalidInputError, KlfastError, ModelMismatchError
+from klfast.core.errors import CheckpointError, InvalidInputError, ModelMismatchError
 from klfast.core.signed_json import is_a, number, whole
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import Sensitivities
@@ -101,7 +101,7 @@ class Timings:
         data = found if isinstance(found, dict) else {}
         if data.get("schema") != SCHEMA:
             raise CheckpointError(f"{origin} does not hold timings (its schema is not {SCHEMA!r}); name another file")
-        try:
+        with signed_json.parsed(origin, _REMEDY):
             versions, structure = is_a(dict, data["versions"], "versions"), data["structure"]
             return cls(
                 {name: data[name] for name in _CONDITIONS},
@@ -109,9 +109,6 @@ class Timings:
                 None if structure is None else is_a(str, structure, "structure"),
                 dict(map(_product, is_a(list, data["products"], "products"))),
             )
-        except (KeyError, TypeError, ValueError, KlfastError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{origin} is damaged ({what}); {_REMEDY}") from error
 
 
 def _product(data: object) -> tuple[Product, float]:

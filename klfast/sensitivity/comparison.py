@@ -95,7 +95,7 @@ class Comparison:
         """Compare the head's input [C, B * (T - 1), H] with the teacher's over the whole vocabulary under ``head``."""
         try:
             sums = self._divergences(head, teacher, hidden)
-        except InvalidInputError:  # a logit is no number, or too large to be compared
+        except InvalidInputError:  # a logit is NaN, or too large to compare
             if len(hidden) == 1:
                 return torch.full((1, len(COLUMNS), len(teacher.passage.input_ids)), torch.nan, dtype=torch.float64)
             return torch.cat([self.in_full_under(head, teacher, one) for one in hidden.split(1)])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from klfast.core import signed_json
-from klfast.core.errors import CheckpointError, KlfastError
+from klfast.core.errors import CheckpointError
 from klfast.core.signed_json import is_a, number, whole
 from klfast.models import fingerprint
 from klfast.models.fingerprint import Fingerprint
@@ -159,7 +159,7 @@ class Sensitivities:
             )
         if schema != SCHEMA:
             raise CheckpointError(f"{origin} has schema {schema!r}, this klfast reads {SCHEMA!r}; {remedy}")
-        try:
+        with signed_json.parsed(origin, remedy):
             layers = {name: _layer(name, info) for name, info in is_a(dict, entries["layers"], "layers").items()}
             found = cls(
                 _fingerprint(entries["fingerprint"], len(layers)),
@@ -184,9 +184,6 @@ class Sensitivities:
             )
             if "ce_teacher" in found.provenance:
                 number(found.provenance["ce_teacher"], "ce_teacher", most=_MOST)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KlfastError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{origin} is damaged ({what}); {remedy}") from error
         measured = (*found.measurements, *found.rows, *found.activations)
         if unknown := [name for name, *_ in measured if name not in layers]:
             raise CheckpointError(

@@ -22,7 +22,7 @@ def found():
 
 
 def timings(seconds=SECONDS):
-    """Return times of layers that grow with their rows, but for one shape whose INT8 is the fastest."""
+    """Return times that grow with a layer's rows; for one shape INT8 is the fastest."""
     products = {}
     for info, (spec, each) in itertools.product(found().layers.values(), seconds.items()):
         odd = spec == INT8 and info.shape[0] == 128

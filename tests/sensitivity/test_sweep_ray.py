@@ -69,7 +69,7 @@ def text(found):
 def test_results_are_the_same_bits_for_any_number_of_workers(cluster, small_tasks):
     found = [sweep(engine="ray", workers=workers) for workers in (1, 2)]
     forwards = {one.provenance["token_forwards"] for one in found}
-    assert len(forwards) == 1  # as are the costs, but for the time
+    assert len(forwards) == 1  # the same work, whoever does it
     assert text(found[0]) == text(found[1]) == text(sweep())
 
 
