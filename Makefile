@@ -2,12 +2,13 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test test-slow lint bench dist sanitize verify-xpu check-transformers clean
+.PHONY: help install demo test test-slow lint docs bench dist sanitize verify-xpu check-transformers clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests but the slow ones"
 	@echo "make test-slow run those: compilers, killed processes, whole sweeps, Triton's kernels in its interpreter"
 	@echo "make lint     check style, types, imports between layers, spelling"
+	@echo "make docs     build the documentation as a site in build/site, without the network"
 	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
 	@echo "make install  only make .venv and build the extension"
 	@echo "make sanitize run the kernel tests under AddressSanitizer and UBSan"
@@ -55,6 +56,13 @@ lint: .venv/.lint
 
 .venv/.lint: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[lint]'
+	touch $@
+
+docs: .venv/.docs
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+
+.venv/.docs: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 
 bench: install
