@@ -55,6 +55,7 @@ def generate(monkeypatch):
     return both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "hymba"])
 def test_a_graph_writes_the_same_tokens(family, generate):
     model = tiny(family)

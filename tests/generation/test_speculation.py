@@ -35,6 +35,7 @@ def repetitive(ids):
     return torch.cat([ids, ids[:, :6], ids, ids[:, :6]], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 3, 15])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_is_the_model_s(family, tokens):

@@ -185,6 +185,7 @@ def test_the_rows_of_granites_mlp_do_what_their_names_say(family):
 # The pipeline -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied"),
     [

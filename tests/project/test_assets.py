@@ -65,6 +65,7 @@ def test_tokenizer_round_trip(folder, text):
     assert len(tokenizer) == 4096
 
 
+@pytest.mark.slow
 @each_model
 def test_bits_per_byte(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -18,6 +18,7 @@ def test_public_names(name):
     assert getattr(klfast, name).__name__ == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["errors", "data", "loading"])
 def test_earlier_names_of_modules(name):
     module = importlib.import_module(f"klfast.{name}")

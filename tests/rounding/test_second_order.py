@@ -72,6 +72,7 @@ def test_no_single_code_or_scale_improves_after_the_descent(spec):
             assert (errors(codes, type(grid)(step, grid.low, grid.high, grid.length)) >= least).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["own output", "teacher's output"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

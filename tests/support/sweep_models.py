@@ -47,7 +47,8 @@ def naive(model, ids, name, spec, teacher=None):
 
 
 def means(sensitivities):
-    return {key: (m.mean, m.stderr, m.tokens, m.below_noise) for key, m in sensitivities.measurements.items()}
+    """Return what was measured, by candidate, in words that compare: NaN, the error of one sequence, is not itself."""
+    return {key: repr((m.mean, m.stderr, m.tokens, m.below_noise)) for key, m in sensitivities.measurements.items()}
 
 
 def snapshot(model):
