@@ -25,7 +25,7 @@ from klfast.core.machine import cpu_name
 from klfast.diagnostics.explain import explain
 from klfast.models.linears import linears, row_parts
 from klfast.models.matrices import matrices
-from klfast.models.sizes import other_bytes, weight_bytes
+from klfast.models.sizes import total_bytes
 from klfast.models.vocabulary import vocabulary_size
 from klfast.quant.spec import QuantSpec
 from klfast.reporting.grouping import depth, kind
@@ -263,7 +263,7 @@ def _measure(
     held = list(matrices(model).values())
     weights = sum(math.prod(info.shape) for info in swept.layers.values())
     bits = 8 * sum(one.nbytes for one in held) / weights
-    total = sum(map(weight_bytes, held)) + other_bytes(model)  # before the cast: as stored
+    total = total_bytes(model)  # before the cast: as stored
     found = klfast.evaluate(model.float(), batches, teacher, progress=None)
     kl, kl_stderr, agreement = found.kl, found.kl_stderr, found.top1_agreement
     assert kl is not None and kl_stderr is not None and agreement is not None  # since there is a teacher

@@ -33,6 +33,11 @@ def other_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in weights)
 
 
+def total_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model as saved."""
+    return sum(map(weight_bytes, matrices(model).values())) + other_bytes(model)
+
+
 def unquantizable(model: nn.Module) -> dict[str, int]:
     """Return the bytes of the weight matrices that klfast cannot quantize, by the class that holds them.
 
