@@ -5,6 +5,7 @@ transformers imports it together with its own quantizers, so klfast's kernels ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             from klfast.dispatch import pins
             from klfast.integrations import packed_experts, packed_layers
 
-            config, files = self.compressor.quantization_config, checkpoint_files or []
+            config = self.compressor.quantization_config
+            files = [os.path.abspath(file) for file in checkpoint_files or ()]
             try:
                 self._shared = packed_layers.put_in(model, config, files, device_map)
                 self._runs_packed = True

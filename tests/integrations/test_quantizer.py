@@ -87,6 +87,11 @@ def test_a_model_loaded_and_saved_again_is_the_same(llama, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (llama / name).read_bytes()
 
 
+def test_a_folder_named_from_the_current_one(llama, monkeypatch):
+    monkeypatch.chdir(llama.parent)
+    assert packed(load(llama.name)) == packed(load(llama)) > 0
+
+
 @torch.no_grad()
 def test_save_pretrained(llama, tmp_path):
     with pytest.raises(errors.InvalidInputError, match=r"its head is tied .* use klfast\.save_quantized"):
