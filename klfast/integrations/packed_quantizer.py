@@ -27,6 +27,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
 
     _runs_packed = False
     _shared: Mapping[str, str] = {}
+    _rescales = False  # whether the configuration has Mamba's initialisers divide out_proj
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -41,6 +42,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             try:
                 self._shared = packed_layers.put_in(model, config, files, device_map)
                 self._runs_packed = True
+                if getattr(model.config, "rescale_prenorm_residual", False):  # 5.24 divides what was read, too
+                    self._rescales, model.config.rescale_prenorm_residual = True, False
                 return
             except KernelUnavailableError as error:
                 if packed_folder.is_required():
@@ -76,4 +79,6 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         from klfast.integrations import packed_layers
 
         packed_layers.finish(model, self._shared)
+        if self._rescales:
+            model.config.rescale_prenorm_residual = True
         return model

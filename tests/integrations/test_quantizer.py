@@ -81,6 +81,17 @@ def test_klfasts_folder_gives_the_bits_of_load_quantized(family, tied, dtype, tm
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_initialisers_that_divide_out_proj_leave_it_alone(family, tmp_path):
+    made = quantized(family, tied=True)
+    made.config.rescale_prenorm_residual = True
+    klfast.save_quantized(made, tmp_path)
+    model, expected = load(tmp_path), klfast.load_quantized(tmp_path)
+    assert model.config.rescale_prenorm_residual and packed(model) == packed(expected) > 0
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
 def test_a_model_loaded_and_saved_again_is_the_same(llama, tmp_path):
     klfast.save_quantized(load(llama), tmp_path / "again")
     for name in ("model.safetensors", "config.json", "klfast.json"):
