@@ -54,7 +54,8 @@ def quantize_model(
     Either everything is replaced or nothing, even if interrupted. Biases and other parameters stay the same objects.
 
     Args:
-        model: a transformers causal language model, with its weights on any device.
+        model: a transformers causal language model, or one of the package mamba_ssm (MambaLMHeadModel), with its
+            weights on any device.
         plan: a spec for each layer to quantize; the others are left alone.
         scale: "absmax" or "mse", as in ``klfast.quantize``. By default as in the sweep that the plan was made from, or
             "absmax" if the plan does not record it.

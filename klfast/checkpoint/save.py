@@ -21,6 +21,7 @@ from klfast.checkpoint import expert_files
 from klfast.checkpoint.compressed_tensors import model_quantization_config, quantized_layers
 from klfast.checkpoint.manifest import MANIFEST, write_manifest
 from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buffers, set_tied_in_config, tied_places
+from klfast.checkpoint.transformers_view import describes_transformers, not_transformers
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
@@ -81,6 +82,8 @@ def save_quantized(
     require_target(target, overwrite)
     _require_numbers(model)
     described = cast("PreTrainedModel", model)
+    if not describes_transformers(described.config):
+        raise InvalidInputError(not_transformers(model))
     config: Any = copy.deepcopy(described.config)
     split_as = {stack: names for stack, names in expert_files.projections(model).items() if stack in layers}
     targets = {stack: expert_files.target(stack, names) for stack, names in split_as.items()}

@@ -60,6 +60,8 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
     """
     if (config := getattr(model, "config", None)) is None:
         return []
+    if not describes_transformers(config):
+        return [(model, "save_pretrained", partial(_refuse_saving, model))]
     try:
         found = model_quantization_config(model)
     except InvalidInputError:  # groups that do not divide a row
@@ -71,13 +73,28 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
     ]
 
 
+def not_transformers(model: nn.Module) -> str:
+    """Return why a model whose configuration is not transformers' cannot be saved."""
+    return (
+        f"{type(model).__name__} is not a transformers model, and no format holds it quantized; quantize and save the "
+        "one that klfast.load_model reads from the same folder"
+    )
+
+
 def _is_only_klfasts(module: nn.Module) -> bool:
     """Return True if no quantization_config describes a module as it is."""
     is_corrected = isinstance(module, QuantLinear) and module.spec.corrected > 0
     return is_corrected or isinstance(module, (QuantEmbedding, QuantConv1D, QuantExperts))
 
 
+def describes_transformers(config: object) -> bool:
+    """Return True for a transformers configuration; mamba_ssm's models have one of their own."""
+    return hasattr(config, "save_pretrained")
+
+
 def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
+    if not describes_transformers(model.config):
+        raise InvalidInputError(not_transformers(model))
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
         "write (its head is tied to the embedding or has corrected rows, its groups do not divide a row, or it has "

@@ -270,9 +270,16 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True)
 
 
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """Return the output projection, in transformers' models or mamba_ssm's (2.3.2, models/mixer_seq_simple.py)."""
+    if hasattr(model, "get_output_embeddings"):
+        return cast(_Causal, model).get_output_embeddings()
+    return getattr(model, "lm_head", None)
+
+
 def head_name(model: nn.Module) -> str:
     """Return the module name of the output projection (lm_head)."""
-    head = cast(_Causal, model).get_output_embeddings()
+    head = _output_head(model)
     name: str
     for name, module in model.named_modules():
         if module is head:
@@ -282,7 +289,7 @@ def head_name(model: nn.Module) -> str:
 
 def is_head_tied(model: nn.Module) -> bool:
     """Return True if the head and the input embedding share one weight."""
-    head, embedding = cast(_Causal, model).get_output_embeddings(), input_embedding(model)
+    head, embedding = _output_head(model), input_embedding(model)
     if isinstance(embedding, QuantEmbedding):
         return embedding.head is head
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)

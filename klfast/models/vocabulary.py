@@ -19,8 +19,13 @@ class _Embeds(Protocol):
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
-    """Return the model's input embedding: an nn.Embedding, or a QuantEmbedding."""
-    return cast(_Embeds, model).get_input_embeddings()
+    """Return the model's input embedding: an nn.Embedding, or a QuantEmbedding.
+
+    In the package mamba_ssm (2.3.2, models/mixer_seq_simple.py) it is ``backbone.embedding``.
+    """
+    if hasattr(model, "get_input_embeddings"):
+        return cast(_Embeds, model).get_input_embeddings()
+    return model.get_submodule("backbone.embedding")
 
 
 def vocabulary_size(model: nn.Module) -> int:
