@@ -60,6 +60,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Show Mermaid's flowcharts, which a browser would need a script for, as tables of what points to what."""
+    return re.sub(r"```mermaid\n(.*?)```", lambda found: _table(found[1]), markdown, flags=re.DOTALL)
+
+
+def _table(flowchart: str) -> str:
+    targets: dict[str, list[str]] = {}
+    for source, target in re.findall(r"^ *(\w+) --> (.+)$", flowchart, re.MULTILINE):
+        targets.setdefault(source, []).append(target.partition("[")[2].rstrip("]") or target)
+    rows = [f"| `{source}` | {'; '.join(found)} |" for source, found in targets.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
 def interface() -> str:
     """Return the page of the Python interface, whose entries mkdocstrings fills from docstrings."""
     groups: dict[str, list[str]] = {title: [] for title in dict.fromkeys(TITLES.values())}
