@@ -47,6 +47,12 @@ def test_commands_and_options_exist(page):
         assert (ROOT / "bench" / f"{module}.py").is_file(), module
 
 
+def test_the_site_lists_every_page():
+    listed = re.findall(r"[\w/]+\.md", (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
+    missing = {page.relative_to(ROOT).as_posix() for page in PAGES} - set(listed)
+    assert not missing, f"docs/site/mkdocs.yml does not list {missing}"
+
+
 @pytest.mark.parametrize("page", pages_with(lambda block: block.language == "python"), ids=ids)
 def test_python_is_valid(page):
     for block in blocks(page):
