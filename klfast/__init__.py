@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.evaluation.study_results import Study as Study
     from klfast.evaluation.studying import study as study
     from klfast.export.gguf.write import export_gguf as export_gguf
+    from klfast.export.openvino.write import export_openvino as export_openvino
     from klfast.generation.engine import lower as lower
     from klfast.generation.loop import generate as generate
     from klfast.generation.state_file import load_state as load_state
@@ -101,6 +102,7 @@ _PUBLIC = {
     "load_tokenizer": "checkpoint.by_name",
     "save_quantized": "checkpoint.save",
     "export_gguf": "export.gguf.write",
+    "export_openvino": "export.openvino.write",
     "measured_kl": "measured_kl",
     "Front": "evaluation.front",
     "measure_front": "measured_front",

@@ -93,12 +93,12 @@ def save_quantized(
     set_tied_in_config(config, is_head_tied(model))
     facts = {name: _facts(module) for name, module in layers.items()}
     with folder_atomic(target) as folder:
-        _save_settings(config, "config", folder)
+        save_settings(config, "config", folder)
         stored = _readable_state(model, layers, folder)
         _write_tensors(expert_files.split(model, stored, split_as), folder, max_shard_size)
         generation_config: _Saves | None = getattr(model, "generation_config", None)
         if generation_config is not None:
-            _save_settings(generation_config, "generation_config", folder)
+            save_settings(generation_config, "generation_config", folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         more = {"experts": split_as} if split_as else {}
@@ -127,7 +127,7 @@ def _require_numbers(model: nn.Module) -> None:
             )
 
 
-def _save_settings(settings: _Saves, what: str, folder: Path) -> None:
+def save_settings(settings: _Saves, what: str, folder: Path) -> None:
     """Write config.json or generation_config.json."""
     try:
         settings.save_pretrained(folder)
@@ -239,8 +239,12 @@ def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_siz
         write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def require_target(directory: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise, before the work begins, unless ``save_quantized`` can create the folder and is allowed to.
+def require_target(
+    directory: str | os.PathLike[str], overwrite: bool, *, writer: str = "save_quantized", mark: str = MANIFEST
+) -> None:
+    """Raise, before the work begins, unless ``writer`` can create the folder and is allowed to.
+
+    ``mark`` names a file of the folders that it wrote.
 
     Raises:
         InvalidInputError, OSError: as for ``save_quantized``.
@@ -252,8 +256,8 @@ def require_target(directory: str | os.PathLike[str], overwrite: bool) -> None:
         raise InvalidInputError(f"{target} is a file; name a folder")
     recover(target)
     if target.is_dir() and any(target.iterdir()):
-        if not (target / MANIFEST).is_file():
-            raise InvalidInputError(f"{target} holds something that save_quantized did not write; name another folder")
+        if not (target / mark).is_file():
+            raise InvalidInputError(f"{target} holds something that {writer} did not write; name another folder")
         if not overwrite:
             raise InvalidInputError(f"{target} contains a saved model; name another folder or pass overwrite=True")
     require_writable(target, folder=True)

@@ -15,6 +15,16 @@ from klfast.nn.norm import Norm
 class VectorInstructions(ProgramBase):
     """Norms, combinations, copies."""
 
+    def read_norm(self, module: nn.Module, norm: Norm | None = None) -> Norm:
+        """Require a module that does what its class does; return what it computes, ``norm`` itself if that is given."""
+        self.expect(module)
+        if norm is not None:
+            return norm
+        read = self._norm_of(type(module))
+        if read is None:
+            raise CannotLowerError(f"{self.name(module)} is a {type(module).__name__}")
+        return read(module)
+
     def normalise(
         self, module: nn.Module, x: Columns, out: Columns, gate: Columns | None = None, *, norm: Norm | None = None
     ) -> None:
@@ -22,12 +32,7 @@ class VectorInstructions(ProgramBase):
 
         ``norm`` says what that is where ``norm_of`` does not know the module's class.
         """
-        self.expect(module)
-        if norm is None:
-            read = self._norm_of(type(module))
-            if read is None:
-                raise CannotLowerError(f"{self.name(module)} is a {type(module).__name__}")
-            norm = read(module)
+        norm = self.read_norm(module, norm)
         own = norm.weight is module._parameters.get("weight")
         weight = self.parameters(module, "weight")[0] if own else self.keep(norm.weight)
         self.program.normalise(

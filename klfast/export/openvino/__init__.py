@@ -1,0 +1,1 @@
+"""Models as OpenVINO's IR, with klfast's own codes and scales."""
