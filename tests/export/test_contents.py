@@ -28,11 +28,16 @@ def test_every_weight_is_written_once(tmp_path, family):
     model = exportable(family)
     written = export_gguf(model, tmp_path / "m.gguf")
     found = tensors(tmp_path / "m.gguf")
-    assert sum(int(np.prod(one.shape)) for one in found.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(int(np.prod(one.shape)) for one in found.values()) == sum(
+        one.numel() for one in model.state_dict().values()
+    )
     assert written.kinds == {"F32": len(found)}
     tied = export_gguf(exportable(family, tied=True), tmp_path / "m.gguf")
     is_one = "output.weight" not in tensors(tmp_path / "m.gguf")
-    assert is_one == (family not in ("nemotron_h", "falcon_h1")) and sum(tied.kinds.values()) == len(found) - is_one
+    assert (
+        is_one == (family not in ("nemotron_h", "nemotron_h_moe", "falcon_h1"))
+        and sum(tied.kinds.values()) == len(found) - is_one
+    )
 
 
 @pytest.mark.parametrize("spec", EXACT)
@@ -117,6 +122,21 @@ def test_experts_lie_side_by_side(tmp_path, is_quantized):
         assert torch.equal(values(found[f"blk.1.ffn_{name}_exps.weight"]), expected)
     assert torch.equal(values(found["blk.1.ffn_down_exps.weight"]), stack("down_proj"))
     assert fields(tmp_path / "m.gguf")["feed_forward_length"] == stack("down_proj").shape[-1]
+
+
+def test_routers_stay_in_float32(tmp_path):
+    export_gguf(exportable("granite_hybrid_moe").to(torch.bfloat16), tmp_path / "m.gguf")
+    found = tensors(tmp_path / "m.gguf")
+    assert found["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    assert found["blk.0.ffn_up_exps.weight"].tensor_type.name == "BF16"
+
+
+def test_bambas_rotary_pairs_are_neighbours_in_half_of_a_head(tmp_path):
+    model = exportable("bamba")
+    export_gguf(model, tmp_path / "m.gguf")
+    heads = model.model.layers[1].self_attn.q_proj.weight.detach().view(4, 16, 64)
+    order = [0, 4, 1, 5, 2, 6, 3, 7, *range(8, 16)]
+    assert torch.equal(values(tensors(tmp_path / "m.gguf")["blk.1.attn_q.weight"]), heads[:, order].flatten(0, 1))
 
 
 def test_rotary_frequencies_of_llama3(tmp_path):

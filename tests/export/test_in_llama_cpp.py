@@ -50,7 +50,9 @@ def test_log_probabilities(tmp_path, text, tokenizer, family, tied):
     assert (torch.from_numpy(found) - expected).abs()[expected > least].max() < 5e-4  # 16 bits
 
 
-@pytest.mark.parametrize("family", ["mamba", "granite_hybrid", "falcon_h1", "qwen3_5"])
+@pytest.mark.parametrize(
+    "family", ["mamba", "granite_hybrid", "falcon_h1", "qwen3_5", "granite_hybrid_moe", "lfm2_moe"]
+)
 def test_quantized_layers(tmp_path, text, tokenizer, family):
     model = quantized(exportable(family, vocabulary=tokenizer_kinds.SIZE))
     export_gguf(model, tmp_path / "m.gguf", tokenizer)

@@ -19,11 +19,10 @@ def refused(model, path, match, **options):
 @pytest.mark.parametrize(
     ("family", "match"),
     [
-        ("hymba", "klfast writes no GGUF file of hymba, only of falcon_h1, "),
+        ("hymba", "klfast writes no GGUF file of hymba, only of bamba, falcon_h1, "),
         ("mamba", r"no place for backbone\.layers\.0\.mixer\.in_proj\.bias"),
         ("mistral", "attends to a whole text, this model to 6 tokens"),
         ("falcon_h1_norm", "norms after the gate"),
-        ("granite_hybrid_moe", "is written without experts"),
         ("qwen3_5", "keys and values of one width, this model 12 and 20"),
         ("smollm3", "no rotary embeddings in each fourth layer"),
     ],
@@ -41,6 +40,22 @@ def test_what_llama_cpp_lacks(tmp_path, family, match):
 )
 def test_constants_that_llama_cpp_lacks(tmp_path, change, match):
     model = exportable("mamba2")
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    refused(model, tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "match"),
+    [
+        ("nemotron_h_moe", {"n_group": 2}, "all experts in one group, this model has 2"),
+        ("nemotron_h_moe", {"layers_block_type": ["mlp", "moe", "mamba"]}, "experts in all of its MLPs"),
+        ("lfm2_moe", {"routed_scaling_factor": 2.0}, "weights of experts that add up to one"),
+        ("lfm2_moe", {"use_expert_bias": False}, "needs a bias of the router"),
+    ],
+)
+def test_routers_that_llama_cpp_lacks(tmp_path, family, change, match):
+    model = exportable(family)
     for name, value in change.items():
         setattr(model.config, name, value)
     refused(model, tmp_path, match)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _NO_CHANGE = Change()
+_HEAD = {"lm_head.weight": "output.weight"}  # which the package gguf leaves out of LFM2's, since the released are tied
 
 
 class FileTensor(NamedTuple):
@@ -51,7 +52,8 @@ class Architecture:
             the shapes of the file's tensors, by name.
         changes: function from the configuration to the tensors that do not go in as they are, by their names in the
             file without the block.
-        renamed: {part of a tensor's name: what the package gguf knows it as}; several names share its rows.
+        renamed: {regular expression of a part of a tensor's name: what the package gguf knows it as}; several names
+            share its rows.
         biases: the tensors beside which llama.cpp reads a bias.
         misfit: function from the configuration to what llama.cpp cannot say of it; None if it can say all.
         remark: function from the configuration to what llama.cpp computes a little differently; None for nothing.
@@ -96,10 +98,10 @@ class Architecture:
         table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.kind], config.num_hidden_layers)
         known_as = [source]
         for old, new in self.renamed.items():
-            if old in source:
-                known_as = [known.replace(old, each) for known in known_as for each in new]
+            if re.search(old, source):
+                known_as = [re.sub(old, each, known) for known in known_as for each in new]
         for part, known in enumerate(known_as):
-            name = table.get_name(known, try_suffixes=(".weight", ".bias"))
+            name = table.get_name(known, try_suffixes=(".weight", ".bias")) or _HEAD.get(known)
             if name is None or (name.endswith(".bias") and _without_block(name)[: -len(".bias")] not in self.biases):
                 raise InvalidInputError(
                     f"llama.cpp's architecture {self.name} has no place for {source}; nothing is written"

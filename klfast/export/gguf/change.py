@@ -55,9 +55,13 @@ def share(shape: tuple[int, ...], part: int, parts: int) -> torch.Tensor:
     return rows[:, part].flatten()
 
 
-def interleaved(rows: int, heads: int) -> torch.Tensor:
-    """Return the rows of queries or keys whose rotary pairs are neighbours, not in the two halves of a head."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+def interleaved(rows: int, heads: int, rotary: int) -> torch.Tensor:
+    """Return the rows of queries or keys whose rotary pairs are neighbours, not in the two halves of ``rotary`` rows.
+
+    These are the first of each head.
+    """
+    turned, others = torch.arange(rows).view(heads, -1).split((rotary, rows // heads - rotary), 1)
+    return torch.cat((turned.view(heads, 2, -1).transpose(1, 2).flatten(1), others), 1).flatten()
 
 
 def tiled(count: int, groups: int, heads: int, first: int = 0) -> torch.Tensor:
@@ -69,6 +73,8 @@ def tiled(count: int, groups: int, heads: int, first: int = 0) -> torch.Tensor:
 
 NEGATED_EXP = Change(values=lambda tensor: -tensor.exp())
 PLUS_ONE = Change(values=lambda tensor: tensor + 1)
+IN_FLOAT32 = Change(values=lambda tensor: tensor)
+ONE_ROW = Change(values=lambda tensor: tensor.squeeze(0))
 DEPTHWISE = Change(values=lambda tensor: tensor.squeeze(1))  # [C, 1, W]
 COLUMN = Change(values=lambda tensor: tensor.unsqueeze(-1))
 COLUMN_OF_NEGATED_EXP = Change(values=lambda tensor: -tensor.exp().unsqueeze(-1))

@@ -13,7 +13,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.export.gguf import blocks
 from klfast.export.gguf.architecture import Architecture, FileTensor, Shape
 from klfast.export.gguf.change import Change
-from klfast.export.gguf.families import ARCHITECTURES
+from klfast.export.gguf.families import ARCHITECTURES, WITH_EXPERTS
 from klfast.export.gguf.weights import Weight, shapes, weights
 from klfast.quant.tensor import QuantizedTensor
 
@@ -66,7 +66,8 @@ def architecture_of(model: nn.Module) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InvalidInputError(f"klfast writes no GGUF file of {config.model_type}, only of {known}")
-    return ARCHITECTURES[config.model_type]
+    has_experts, with_experts = WITH_EXPERTS.get(config.model_type, (lambda _: False, None))
+    return with_experts if with_experts and has_experts(config) else ARCHITECTURES[config.model_type]
 
 
 def contents(model: nn.Module, architecture: Architecture, *, regroup: bool = False) -> list[Content]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from klfast.export.gguf.architecture import Shape
-from klfast.export.gguf.change import Change, interleaved
+from klfast.export.gguf.change import IN_FLOAT32, Change, interleaved
 
 if TYPE_CHECKING:
     import gguf
@@ -17,8 +17,9 @@ _EPS = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
 ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v")
 DENSE_BIASES = ("attn_output", "ffn_gate", "ffn_up", "ffn_down")
 SSM_BIASES = ("ssm_conv1d", "ssm_dt")
-GATE_AND_UP = {"experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj")}
-DT_BIAS = {".dt_bias": (".dt_proj.bias",)}
+GATE_AND_UP = {r"experts\.gate_up_proj": ("experts.gate_proj", "experts.up_proj")}
+ROUTER = {"ffn_gate_inp.weight": IN_FLOAT32}  # llama.cpp would round what it multiplies by 16 bits, too
+DT_BIAS = {r"\.dt_bias": (".dt_proj.bias",)}
 
 
 def sizes(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
@@ -40,13 +41,22 @@ def heads(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> 
     writer.add_value_length(width)
 
 
+def experts(writer: gguf.GGUFWriter, count: int, used: int, inner: int, shared: int = 0) -> None:
+    """Write the number of experts, how many of them a token meets, and the inner features of one and of the shared."""
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(used)
+    writer.add_expert_feed_forward_length(inner)
+    if shared:
+        writer.add_expert_shared_feed_forward_length(shared)
+
+
 def rope(writer: gguf.GGUFWriter, config: Any) -> None:
     """Write the rotary embeddings that ``rope_misfit`` lets through."""
     import gguf
 
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(int(head_width(config) * rope.get("partial_rotary_factor", 1)))
+    writer.add_rope_dimension_count(_rotary_width(config))
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -84,16 +94,20 @@ def conv_bias_misfit(has_bias: bool) -> str | None:
 
 def interleaved_heads(config: Any) -> dict[str, Change]:
     """Return the changes of queries and keys for rotary embeddings of neighbours."""
-    width = head_width(config)
-    changes = {}
+    width, changes = head_width(config), {}
     for name, count in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)):
-        changes[f"{name}.weight"] = changes[f"{name}.bias"] = Change(rows=interleaved(count * width, count))
+        rows = interleaved(count * width, count, _rotary_width(config))
+        changes[f"{name}.weight"] = changes[f"{name}.bias"] = Change(rows=rows)
     return changes
 
 
 def head_width(config: Any) -> int:
     """Return the features of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotary_width(config: Any) -> int:
+    return int(head_width(config) * (config.rope_parameters or {}).get("partial_rotary_factor", 1))
 
 
 def _feed_forward(config: Any, shapes: Mapping[str, Shape]) -> list[int]:

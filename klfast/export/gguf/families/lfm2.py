@@ -1,4 +1,4 @@
-"""LFM2."""
+"""LFM2, with experts or without."""
 
 from __future__ import annotations
 
@@ -24,4 +24,29 @@ def _changes(config: Any) -> Mapping[str, Change]:
     return {"shortconv.conv.weight": DEPTHWISE}
 
 
+def _describe_experts(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
+    import gguf
+
+    _describe(writer, config, shapes)
+    common.experts(writer, config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
+    writer.add_leading_dense_block_count(config.num_dense_layers)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def _experts_misfit(config: Any) -> str | None:
+    if not config.norm_topk_prob or config.routed_scaling_factor != 1:
+        return "has weights of experts that add up to one, this model has not"
+    if not config.use_expert_bias:
+        return "needs a bias of the router, this model has none"
+    return common.rope_misfit(config)
+
+
 LFM2 = Architecture("LFM2", _describe, _changes, misfit=common.rope_misfit)
+LFM2_MOE = Architecture(
+    "LFM2MOE",
+    _describe_experts,
+    lambda config: {**_changes(config), **common.ROUTER},
+    common.GATE_AND_UP | {r"expert_bias": ("expert_bias.bias",)},
+    ("exp_probs_b",),
+    _experts_misfit,
+)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _changes(config: Any) -> Mapping[str, Change]:
-    return {"ssm_conv1d.weight": DEPTHWISE, "ssm_a": NEGATED_EXP}
+    return {"ssm_conv1d.weight": DEPTHWISE, "ssm_a": NEGATED_EXP} | common.ROUTER
 
 
 def _mamba(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:

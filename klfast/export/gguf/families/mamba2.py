@@ -1,8 +1,9 @@
-"""Mamba-2 and the hybrids with its layers: Granite-4.0-H, Falcon-H1, Nemotron-H."""
+"""Mamba-2 and the hybrids with its layers: Granite-4.0-H, Bamba, Falcon-H1, Nemotron-H."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,21 +70,42 @@ def _granite(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) 
     writer.add_embedding_scale(config.embedding_multiplier)
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_logit_scale(config.logits_scaling)
+    if config.num_local_experts:
+        common.experts(
+            writer,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            config.intermediate_size,
+            config.shared_intermediate_size,
+        )
 
 
 def _granite_changes(config: Any) -> Mapping[str, Change]:
-    return _mixer(config.mamba_n_groups) | common.interleaved_heads(config)
+    return _mixer(config.mamba_n_groups) | common.interleaved_heads(config) | common.ROUTER
 
 
 def _granite_misfit(config: Any) -> str | None:
-    inner, hidden = config.mamba_n_heads * config.mamba_d_head, config.hidden_size
-    if config.num_local_experts:
-        return "is written without experts, this model has some"
-    if inner != 2 * hidden:
-        return f"has twice as many inner channels as features, this model {inner} of {hidden}"
     if config.position_embedding_type == "rope" and (reason := common.rope_misfit(config)):
         return reason
-    return _with_attention_misfit(config)
+    return _inner_misfit(config) or _with_attention_misfit(config)
+
+
+def _inner_misfit(config: Any) -> str | None:
+    inner, hidden = config.mamba_n_heads * config.mamba_d_head, config.hidden_size
+    if inner == 2 * hidden:
+        return None
+    return f"has twice as many inner channels as features, this model {inner} of {hidden}"
+
+
+def _bamba(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
+    """Write Bamba as a Granite without multipliers."""
+    _with_attention(writer, config, shapes)
+    writer.add_rope_scaling_finetuned(True)
+    common.rope(writer, config)
+
+
+def _bamba_misfit(config: Any) -> str | None:
+    return common.rope_misfit(config) or _inner_misfit(config) or _with_attention_misfit(config)
 
 
 def _falcon(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
@@ -137,14 +159,36 @@ def _nemotron(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape])
     )
 
 
+def _nemotron_moe(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
+    _nemotron(writer, config, shapes)
+    common.experts(
+        writer,
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.moe_shared_expert_intermediate_size,
+    )
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    if config.moe_latent_size is not None:
+        writer.add_moe_latent_size(config.moe_latent_size)
+
+
 def _nemotron_changes(config: Any) -> Mapping[str, Change]:
-    return _mixer(config.n_groups)
+    return _mixer(config.n_groups) | common.ROUTER
 
 
 def _nemotron_misfit(config: Any) -> str | None:
-    if "moe" in config.layers_block_type:
-        return "is written without experts, this model has some"
     return common.conv_bias_misfit(config.use_conv_bias)
+
+
+def _nemotron_moe_misfit(config: Any) -> str | None:
+    if "mlp" in config.layers_block_type:
+        return "has experts in all of its MLPs, this model in some"
+    if config.n_group > 1:
+        return f"is written with all experts in one group, this model has {config.n_group}"
+    return _nemotron_misfit(config)
 
 
 def _nemotron_remark(config: Any) -> str | None:
@@ -154,10 +198,22 @@ def _nemotron_remark(config: Any) -> str | None:
 
 _BIASES = common.SSM_BIASES + common.ATTENTION_BIASES + common.DENSE_BIASES
 _SHARED_MLP = {
-    "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
-    "shared_mlp.output_linear": ("mlp.down_proj",),
+    r"shared_mlp\.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+    r"shared_mlp\.output_linear": ("mlp.down_proj",),
 }
-_NEMOTRON_NAMES = {"model.layers.": ("backbone.layers.",)}
+_GRANITE_EXPERTS = {
+    r"block_sparse_moe\.router": ("block_sparse_moe.router.layer",),
+    r"block_sparse_moe\.experts\.gate_up_proj": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
+    r"block_sparse_moe\.experts\.down_proj": ("mlp.experts.down_proj",),
+    r"shared_mlp\.input_linear": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+}
+_BAMBA_NAMES = {
+    r"feed_forward\.": ("mlp.",),
+    "pre_ff_layernorm": ("post_attention_layernorm",),
+    "final_layernorm": ("norm",),
+}
+_NEMOTRON_NAMES = {r"model\.layers\.(?!\d+\.mixer\.experts)": ("backbone.layers.",)}
+_NEMOTRON_EXPERTS = {r"mixer\.experts\.": ("mlp.experts.",), "e_score_correction_bias": ("e_score_correction.bias",)}
 
 MAMBA2 = Architecture(
     "MAMBA2", _mamba2, lambda config: _mixer(config.n_groups), common.DT_BIAS, common.SSM_BIASES, _mamba2_misfit
@@ -165,6 +221,8 @@ MAMBA2 = Architecture(
 GRANITE_HYBRID = Architecture(
     "GRANITE_HYBRID", _granite, _granite_changes, common.DT_BIAS | _SHARED_MLP, _BIASES, _granite_misfit
 )
+GRANITE_HYBRID_MOE = replace(GRANITE_HYBRID, renamed=common.DT_BIAS | _GRANITE_EXPERTS)
+BAMBA = replace(GRANITE_HYBRID, describe=_bamba, renamed=common.DT_BIAS | _BAMBA_NAMES, misfit=_bamba_misfit)
 FALCON_H1 = Architecture("FALCON_H1", _falcon, _falcon_changes, common.DT_BIAS, _BIASES, _falcon_misfit)
 NEMOTRON_H = Architecture(
     "NEMOTRON_H",
@@ -174,4 +232,12 @@ NEMOTRON_H = Architecture(
     _BIASES,
     _nemotron_misfit,
     _nemotron_remark,
+)
+NEMOTRON_H_MOE = replace(
+    NEMOTRON_H,
+    kind="NEMOTRON_H_MOE",
+    describe=_nemotron_moe,
+    renamed=common.DT_BIAS | _NEMOTRON_NAMES | _NEMOTRON_EXPERTS,
+    biases=(*_BIASES, "exp_probs_b"),
+    misfit=_nemotron_moe_misfit,
 )

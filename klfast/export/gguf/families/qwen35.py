@@ -1,12 +1,13 @@
-"""Qwen3.5."""
+"""Qwen3.5, with experts or without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from klfast.export.gguf.architecture import Architecture, Shape
-from klfast.export.gguf.change import PLUS_ONE, Change, tiled
+from klfast.export.gguf.change import ONE_ROW, PLUS_ONE, Change, tiled
 from klfast.export.gguf.families import common
 
 if TYPE_CHECKING:
@@ -83,4 +84,26 @@ def _misfit(config: Any) -> str | None:
     return common.rope_misfit(config)
 
 
+def _describe_experts(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
+    _describe(writer, config, shapes)
+    common.experts(
+        writer,
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.shared_expert_intermediate_size,
+    )
+
+
+def _changes_of_experts(config: Any) -> Mapping[str, Change]:
+    return {**_changes(config), **common.ROUTER, "ffn_gate_inp_shexp.weight": ONE_ROW}
+
+
 QWEN35 = Architecture("QWEN35", _describe, _changes, common.DT_BIAS, ("ssm_dt",), _misfit)
+QWEN35_MOE = replace(
+    QWEN35,
+    kind="QWEN35MOE",
+    describe=_describe_experts,
+    changes=_changes_of_experts,
+    renamed=common.DT_BIAS | common.GATE_AND_UP,
+)
