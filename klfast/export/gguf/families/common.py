@@ -17,9 +17,9 @@ _EPS = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
 ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v")
 DENSE_BIASES = ("attn_output", "ffn_gate", "ffn_up", "ffn_down")
 SSM_BIASES = ("ssm_conv1d", "ssm_dt")
-GATE_AND_UP = {r"experts\.gate_up_proj": ("experts.gate_proj", "experts.up_proj")}
+GATE_AND_UP: dict[str, tuple[str, ...]] = {r"experts\.gate_up_proj": ("experts.gate_proj", "experts.up_proj")}
 ROUTER = {"ffn_gate_inp.weight": IN_FLOAT32}  # llama.cpp would round what it multiplies by 16 bits, too
-DT_BIAS = {r"\.dt_bias": (".dt_proj.bias",)}
+DT_BIAS: dict[str, tuple[str, ...]] = {r"\.dt_bias": (".dt_proj.bias",)}
 
 
 def sizes(writer: gguf.GGUFWriter, config: Any, shapes: Mapping[str, Shape]) -> None:
