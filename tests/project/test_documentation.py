@@ -17,7 +17,7 @@ from command_line import TEXT, klf
 import klfast
 from klfast.cli import app
 
-LESS = {"--windows": "2", "--length": "32"}  # than the pages say
+LESS = {"--windows": "2", "--length": "32", "--tries": "1"}  # than the pages say
 GROUP = typer.main.get_command(app)
 
 
