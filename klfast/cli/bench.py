@@ -15,6 +15,7 @@ import typer
 import klfast
 from klfast.benchkit.suites import SUITES
 from klfast.cli import options
+from klfast.cli.bench_openvino import bench_openvino
 from klfast.cli.console import emit
 from klfast.core.errors import KlfastError
 
@@ -48,7 +49,11 @@ def folder() -> Path:
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SUITE", help=f"Some of {', '.join(SUITES)}; all by default.", show_default=False),
+        typer.Argument(
+            metavar="SUITE",
+            help=f"Some of {', '.join(SUITES)}; all by default. Or openvino, and folders of klfast export.",
+            show_default=False,
+        ),
     ] = None,
     quick: Annotated[
         bool,
@@ -116,6 +121,11 @@ def bench(
             exists=True,
         ),
     ] = None,
+    devices: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Devices of openvino: some of CPU, GPU, NPU.")
+    ] = "CPU",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of openvino's prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that openvino writes.", min=2)] = 64,
     as_json: options.Json = False,
 ) -> None:
     """Time klfast against torch and other peers: linear layers, divergence, scans, sweep, whole models, the server.
@@ -123,7 +133,12 @@ def bench(
     Every result is checked against the reference before it is timed. Weights rotate through more memory than caches
     hold, and klfast takes turns with each peer. Needs klfast's extra "bench"; OpenVINO (extra "peers") takes part if
     installed.
+
+    klfast bench openvino FOLDER ... times folders of klfast export --format openvino on OpenVINO's devices.
     """
+    if suites and suites[0] == "openvino":
+        bench_openvino(suites[1:], devices, prompt_tokens, new_tokens, threads, out, as_json)
+        return
     if unknown := [name for name in suites or () if name not in SUITES]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SUITES)}")
     _check_sizes("shapes", shapes, 2)
