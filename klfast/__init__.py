@@ -75,7 +75,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.sensitivity.sweeping import sweep as sweep
     from klfast.text import token_batches as token_batches
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> module. Modules load on first use: `import klfast` costs no more than torch.
 _PUBLIC = {
