@@ -1,0 +1,32 @@
+"""Ten thousand random op calls against float64; python tests/differential runs more, or one again by its number."""
+
+import judging
+import pytest
+import torch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 10_000, 1000))
+def test_random_calls(first, one_thread):
+    faults = [complaint for number in range(first, first + 1000) if (complaint := judging.fault(number))]
+    assert not faults, "\n".join(faults[:5])
+
+
+def test_wrong_results_are_found(one_thread, monkeypatch):
+    """The judge itself: float32 results that are off by 0.01 %, and an operand that is written to."""
+    results = judging.results
+
+    def a_little_off(call):
+        return [t * (1 + 1e-4) if t.dtype == torch.float32 else t for t in results(call)]
+
+    assert not judging.fault(3, "rms_norm")
+    monkeypatch.setattr(judging, "results", a_little_off)
+    assert sum(judging.fault(number, "gathered_logits") is not None for number in range(10)) > 5
+
+    def written_to(call):
+        x = call.arguments["x"]
+        x.new_empty(0).set_(x.untyped_storage()).fill_(7)
+        return results(call)
+
+    monkeypatch.setattr(judging, "results", written_to)
+    assert "was written to" in judging.fault(3, "rms_norm")
