@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +62,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Show Mermaid's flowcharts, which a browser would need a script for, as tables of what points to what."""
-    return re.sub(r"```mermaid\n(.*?)```", lambda found: _table(found[1]), markdown, flags=re.DOTALL)
+    """Name links by the titles of their pages; show flowcharts as tables, since a browser would need a script."""
+    named = re.sub(r"\[(?:docs/)?(\w+)\.md\](?=\()", lambda found: f"[{_title(found[1])}]", markdown)
+    return re.sub(r"```mermaid\n(.*?)```", lambda found: _table(found[1]), named, flags=re.DOTALL)
+
+
+@functools.cache
+def _title(name: str) -> str:
+    """Return the first heading of a page in docs; of others the file's name."""
+    page = ROOT / "docs" / f"{name}.md"
+    return page.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") if page.is_file() else f"{name}.md"
 
 
 def _table(flowchart: str) -> str:
@@ -107,9 +116,11 @@ def _rows(command: Any, context: Any) -> Iterator[str]:
         if record is None:
             continue
         names, said = record
-        said, default = re.subn(r"\s*\[(?:default: ([^\]]*)|required)\]", "", said or "")[0], parameter.default
+        if parameter.param_type_name == "argument":
+            names = names.partition(" <")[0]  # without its type
+        said, default = re.sub(r"\s*\[(default: [^\]]*|required)\]", "", said or ""), parameter.default
         shown = "" if default in (None, False, ()) or callable(default) else f"`{_default(default)}`"
-        yield f"| `{names}` | {_prose(said)} | {shown} |".replace("||", "\\|\\|")
+        yield f"| `{names}` | {_prose(said)} | {shown} |"
 
 
 def _default(value: object) -> str:
