@@ -12,12 +12,21 @@ from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
 from torch import nn
 
+from klfast.core.errors import CannotLowerError
 from klfast.engine.builder import Builder
+from klfast.engine.columns import Columns
 from klfast.engine.program import NormReader
 from klfast.export.openvino.memory import Memory
 from klfast.export.openvino.nodes import constant, integers, size
 
 _Put = Callable[[Any], None]
+
+
+class _NoProgram:
+    """Stands for the engine's program: an instruction of ``Builder`` that has no nodes here would end there."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise CannotLowerError(f"no nodes compute the engine's {name}")
 
 
 class GraphBase(Builder):
@@ -45,14 +54,20 @@ class GraphBase(Builder):
         initial: Sequence[torch.Tensor] | None = None,
     ) -> None:
         super().__init__(model, torch.float32, 1, norm_of)
+        self.program = _NoProgram()  # type: ignore[assignment]  # it has no instructions
         self.memory = Memory()
         self.ids = op.parameter([-1, -1], np.int64, name="input_ids")
         self.beams = op.parameter([-1], np.int32, name="beam_idx")
         self.mask = op.parameter([-1, -1], np.int64, name="attention_mask")
         self.past = op.parameter([1], np.int64)
         self._initial = initial
+        self._named: dict[tuple[str, int], Columns] = {}
         self._sinks: list[Any] = []
         self._growing: Any = None
+
+    def buffer(self, name: str, width: int, dtype: torch.dtype | None = None, rows: int | None = None) -> Columns:
+        """Return the whole of a buffer, which has no memory; the same one for the same name and width."""
+        return self._named.setdefault((name, width), Columns(len(self._named), 0, width))
 
     def variable(self, index: int, arranged: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tuple[Any, _Put]:
         """Return a tensor of the state as a node [B, ...], and what takes its new value.

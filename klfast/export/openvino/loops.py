@@ -1,8 +1,8 @@
 """Recurrences over time as OpenVINO's Loop, one token an iteration.
 
 ``delta_rule`` has the form in which OpenVINO's GatedDeltaNetFusion (2026.4, fuse_gated_delta_net.cpp in
-src/common/transformations/src/transformations/common_optimizations) finds it and makes one operation of it; where
-nothing does, the loop runs as it is.
+src/common/transformations/src/transformations/common_optimizations) finds it and makes one operation of it. On CPUs
+with AVX2 that has not been seen to happen; then the loop runs as it is.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def head_scan(decay: Any, x: Any, B: Any, C: Any, state: Any) -> tuple[Any, Any]
     _, groups, width, states = sizes(state)
     loop = _Loop(size(x, 1))
     decay, x = (reshaped(loop.slices(each, 1), 0, groups, width, 1) for each in (decay, x))
-    b, c = (reshaped(loop.slices(each, 1), 0, groups, 1, states) for each in (B, C))
+    b = reshaped(loop.slices(B, 1), 0, groups, 1, states)
+    c = reshaped(loop.slices(C, 1), 0, groups, states, 1)
     h = loop.carried(state)
     new = op.add(op.multiply(h, decay), op.multiply(x, b))
-    y = op.reduce_sum(op.multiply(new, c), op.constant(-1), keep_dims=True)
+    y = op.matmul(new, c, False, False)
     return loop.run(h, new, reshaped(y, 0, 1, groups * width), 1)
 
 
