@@ -95,8 +95,9 @@ def plan(
             than those.
         tries: most swaps that ``refine`` measures.
         servable: vLLM and transformers without klfast load the plan's folder: layers that they fuse (q, k and v; gate
-            and up) have one precision, one that vLLM has kernels for (``klfast.planning.servable``); the head, and
-            what Mamba's forwards multiply by themselves, keep full precision, unless ``keep`` says otherwise.
+            and up), and all experts, have one precision, one that vLLM has kernels for (``klfast.planning.servable``);
+            the head, what Mamba's forwards multiply by themselves, and Granite-4.0-H's experts keep full precision,
+            unless ``keep`` says otherwise.
         objective: what a plan within ``max_kl`` has least of: "size", bytes, or "latency", seconds a token.
         max_seconds: limit on the seconds that a token spends in the products with the layers' matrices, as ``timings``
             say. Attention, recurrences and norms, which no plan changes, come on top.

@@ -134,7 +134,7 @@ class Problem:
 
     def _may_be(self, name: str, measured: QuantSpec) -> bool:
         k = self.sensitivities.layers[name].shape[1]
-        if self.servable and not is_served(storable_spec(measured, k)):
+        if self.servable and not is_served(storable_spec(measured, k), name):
             return False
         if name not in self.settled:
             return True
@@ -147,7 +147,7 @@ class Problem:
         wanted = self.settled[name]
         if wanted is None:
             return [self.full[name]]
-        if self.servable and not is_served(storable_spec(wanted, self.sensitivities.layers[name].shape[1])):
+        if self.servable and not is_served(storable_spec(wanted, self.sensitivities.layers[name].shape[1]), name):
             raise InvalidInputError(f"keep asks for {wanted} on {name}, which no other engine runs; {SERVED}")
         if not found:
             specs = ", ".join(str(spec) for layer, spec in self.sensitivities.measurements if layer == name)

@@ -22,7 +22,7 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
     if spec is not None:
         picks = _everywhere(problem, spec)
         for name, choice in picks.items():
-            if problem.servable and choice.spec is not None and not is_served(choice.spec):
+            if problem.servable and choice.spec is not None and not is_served(choice.spec, name):
                 raise InvalidInputError(f"no other engine runs {choice.spec} on {name}; {SERVED}")
         if budget is not None:
             if not budget.limits_size and any(c.kl is None for c in picks.values()):

@@ -128,3 +128,14 @@ def test_what_other_engines_do_not_load():
     odd = klfast.QuantSpec(4, 16)
     specs = {"lm_head": INT4, NAMES[3]: odd, NAMES[4]: INT4, NAMES[5]: INT8, NAMES[6]: INT8, NAMES[13]: INT4}
     assert unserved(NAMES, specs) == [NAMES[3], NAMES[4], NAMES[5], NAMES[13], "lm_head"]
+
+
+def test_all_experts_have_one_symmetric_precision_and_stacked_ones_have_full():
+    names = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
+    stacked = "model.layers.0.block_sparse_moe.experts.down_proj"
+    assert fused([*names, names[0].replace("mlp.experts", "mlp.shared_expert")])[0] == names
+    asymmetric = klfast.QuantSpec(4, 32, symmetric=False)
+    assert unserved([*names, stacked], dict.fromkeys([*names, stacked], INT4)) == [stacked]
+    assert unserved(names, {name: INT8 if "0" in name else INT4 for name in names}) == names
+    assert unserved(names, dict.fromkeys(names, asymmetric)) == names
+    assert not unserved(["model.layers.0.mlp.up_proj"], {"model.layers.0.mlp.up_proj": asymmetric})
