@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
 
 
@@ -31,6 +32,13 @@ class Routing(NamedTuple):
     wide: bool = False
     groups: int = 1
     open_groups: int = 1
+
+    def require_experts(self, name: str, count: int) -> None:
+        """Raise CannotLowerError if the router of that name cannot choose among so many experts."""
+        if count % self.groups or self.open_groups > self.groups:
+            raise CannotLowerError(f"{name}: {count} experts in {self.groups} groups, {self.open_groups} open")
+        if self.each > (most := count // self.groups * self.open_groups):
+            raise CannotLowerError(f"{name}: a token meets {self.each} of {most} experts")
 
 
 class Routes(NamedTuple):

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from klfast.backends.cpu.extension import DTYPE_CODES, view
-from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
 from klfast.engine.instructions.matrices import MatrixInstructions
 from klfast.engine.routing import Routes, Routing
@@ -19,13 +18,7 @@ class ExpertInstructions(MatrixInstructions):
         self, name: str, routing: Routing, logits: Columns, bias: torch.Tensor | None = None, prefix: str = "router"
     ) -> Routes:
         """Choose experts for each token by the logits; ``bias`` [E] is added to the scores for the choice alone."""
-        if logits.width % routing.groups or routing.open_groups > routing.groups:
-            raise CannotLowerError(
-                f"{name}: {logits.width} experts in {routing.groups} groups, {routing.open_groups} open"
-            )
-        most = logits.width // routing.groups * routing.open_groups
-        if routing.each > most:
-            raise CannotLowerError(f"{name}: a token meets {routing.each} of {most} experts")
+        routing.require_experts(name, logits.width)
         index = self.buffer(f"{prefix}.index", routing.each, torch.float32)
         weights = self.buffer(f"{prefix}.weights", routing.each, torch.float32 if routing.wide else None)
         self.program.route(

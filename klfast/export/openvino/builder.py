@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from klfast.export.openvino.attention import GraphAttention
 from klfast.export.openvino.experts import GraphExperts
-from klfast.export.openvino.matrices import GraphMatrices
 from klfast.export.openvino.recurrences import GraphRecurrences
 from klfast.export.openvino.vectors import GraphVectors
 
 
-class GraphBuilder(GraphRecurrences, GraphAttention, GraphExperts, GraphMatrices, GraphVectors):
+class GraphBuilder(GraphRecurrences, GraphAttention, GraphExperts, GraphVectors):
     """Builds the graph of a model, as ``GraphBase`` says, by the calls with which families lower theirs."""

@@ -100,12 +100,14 @@ class GraphMatrices(GraphBase):
             self._weights[id(layer)] = self._packed(self.name(layer), qt.halves[0] if qt.spec.corrected else qt)
         return self._weights[id(layer)]
 
-    def _packed(self, name: str, qt: QuantizedTensor) -> Any:
+    def _packed(self, name: str, qt: QuantizedTensor, rows: torch.Tensor | None = None) -> Any:
+        """Return a quantized matrix [N, K] as a node, or some of its rows [E, n], as [E, n, K]."""
         if weights.misfit(qt):
             self.kinds[name] = "float16"
-            return weights.dense(qt.dequantize(torch.float32).half())
+            dense = qt.dequantize(torch.float32).half()
+            return weights.dense(dense if rows is None else dense[rows])
         self.kinds[name] = f"{'i' if qt.spec.symmetric else 'u'}{4 if qt.spec.bits == 4 else 8}"
-        return weights.quantized(qt)
+        return weights.quantized(qt, rows)
 
     def _correction(self, layer: QuantLinear, x: Any) -> Any:
         """Return what is added to the results of a layer's corrected rows, 0 for the others."""

@@ -38,20 +38,27 @@ def dense(weight: torch.Tensor) -> Any:
     return op.convert(op.constant(halves.contiguous().numpy()), np.float32)
 
 
-def quantized(qt: QuantizedTensor) -> Any:
-    """Return a matrix without corrected rows as a node [N, K] in float32 that computes code times scale."""
+def quantized(qt: QuantizedTensor, rows: torch.Tensor | None = None) -> Any:
+    """Return a matrix without corrected rows as a node [N, K] in float32 that computes code times scale.
+
+    With ``rows``, int64 [E, n], it is these of its rows, [E, n, K].
+    """
     n, k = qt.shape
     length = common_group(qt)
-    codes, scale, zero_points = _parts(qt.to_layout(Layout.PLAIN), length)
+    parts = _parts(qt.to_layout(Layout.PLAIN), length)
+    leading = [n] if rows is None else list(rows.shape)
+    codes, scale, zero_points = (each if rows is None or each is None else each[rows.flatten()] for each in parts)
+    assert codes is not None
+    assert scale is not None
     halves = scale.half()
     dtype = np.float16 if torch.equal(halves.float(), scale) else np.float32
-    shape = [n, k] if k == length else [n, k // length, length]
+    shape = [*leading, k] if k == length else [*leading, k // length, length]
     node = op.convert(_integers(codes.view(shape), qt), dtype)
     if zero_points is not None:
         node = op.subtract(node, op.convert(_integers(zero_points.view(*shape[:-1], 1), qt), dtype))
     node = op.multiply(node, op.constant(scale.numpy().astype(dtype).reshape(*shape[:-1], 1)))
     if k != length:
-        node = op.reshape(node, integers(n, k), special_zero=False)
+        node = op.reshape(node, integers(*leading, k), special_zero=False)
     return node if dtype is np.float32 else op.convert(node, np.float32)
 
 
