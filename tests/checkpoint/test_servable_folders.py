@@ -7,13 +7,11 @@ import sys
 
 import pytest
 import torch
+from servable_plans import servable_plan
 from tiny_models import FAMILIES, VARIANTS, batch, tiny
 
 import klfast
-from klfast.planning.servable import unserved
-from klfast.sensitivity.results import Measurement, Sensitivities
 
-SPECS = [klfast.QuantSpec(4, 32), klfast.QuantSpec(8, 32)]
 # Hymba is klfast's own; transformers' RWKV asks packed layers for their weight when it initialises.
 SERVED = [name for name in dict.fromkeys((*FAMILIES, *VARIANTS)) if "hymba" not in name and name != "rwkv"]
 READ = """
@@ -31,27 +29,13 @@ print(json.dumps(found))
 """
 
 
-def mixed(model):
-    """Return a servable plan of INT4 and INT8: a little larger than the smallest."""
-    swept = Sensitivities.of(model)
-    for i, name in enumerate(swept.layers):
-        for spec in SPECS:
-            cost = (1 + i % 3) / 2**spec.bits
-            swept.measurements[name, spec] = Measurement({"kl_teacher_student": cost}, {}, 9)
-    least = klfast.plan(swept, max_kl=1e9, servable=True).predicted["bytes"]
-    most = swept.other_bytes + sum(info.float_bytes for info in swept.layers.values())
-    plan = klfast.plan(swept, 0.93 * least + 0.07 * most, servable=True)
-    assert not unserved(list(swept.layers), plan.specs)
-    return plan
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_transformers_alone_computes_the_same(tmp_path):
     expected, bits = {}, {}
     for family in SERVED:
         model, ids = tiny(family), batch()
-        plan = mixed(model)
+        plan = servable_plan(model)
         bits[family] = {spec.bits for spec in plan.specs.values()}
         klfast.save_quantized(klfast.quantize_model(model, plan), tmp_path / family)
         torch.save(ids, tmp_path / family / "ids.pt")
