@@ -50,7 +50,7 @@ def test_sixteen_bits_are_float16(tmp_path):
     assert size < 2.3 * sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
-    refused(model, tmp_path / "other", "a weight is beyond float16")
+    refused(model, tmp_path / "other", "lm_head has a value beyond float16")
 
 
 def refused(model, path, match, **options):

@@ -65,6 +65,19 @@ def test_tied_heads_with_corrected_rows(family):
     assert relative(Run(graph_of(model).model)(ids), of_engine(model, ids)) < 1e-5
 
 
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_limited_time_steps(prompt):
+    config = tiny_models.CONFIGS["mamba2"]()
+    config.time_step_limit = (0.3, 0.6)
+    model, ids = tiny_models.made(config, "mamba2"), batch(2, 9)
+    engine, running = lower(model), Run(graph_of(model).model)
+    for _ in range(2):
+        state = engine.state(2)
+        for part in ids.split([prompt, *[1] * (9 - prompt)], 1):
+            assert relative(running(part)[:, -1], engine(part, state)) < 3e-4
+        running.forget()
+
+
 def test_experts_in_groups():
     config = tiny_models.CONFIGS["nemotron_h_moe"]()
     config.n_group, config.topk_group = 2, 1

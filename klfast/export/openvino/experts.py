@@ -85,7 +85,7 @@ class GraphExperts(GraphMatrices):
         layer = experts._modules.get(stack)
         if not isinstance(layer, QuantLinear):
             [held] = self.parameters(experts, stack)
-            return weights.dense(held[:, first:end])
+            return weights.dense(held[:, first:end], name)
         self.expect(layer, "QuantLinear")
         rows = torch.arange(layer.out_features).view(count, -1)[:, first:end]
         return self._packed(name, layer.quantized, rows)

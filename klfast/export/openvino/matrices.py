@@ -42,7 +42,7 @@ class GraphMatrices(GraphBase):
             scale *= 1.0 if embedding.scale is None else float(embedding.scale)
         else:
             [table] = self.parameters(embedding, "weight")
-            rows = op.gather(self._dense(table), self.ids, op.constant(0))
+            rows = op.gather(self._dense(self.name(embedding), table), self.ids, op.constant(0))
         rows.set_friendly_name(self.name(embedding))
         self.memory.write(out, self.without_padding(rows if scale == 1 else op.multiply(rows, np.float32(scale))))
 
@@ -56,7 +56,7 @@ class GraphMatrices(GraphBase):
                 y = op.add(y, self._correction(layer, value))
         else:
             [weight] = self.parameters(layer, "weight")
-            y = self._product(name, value, self._dense(weight))
+            y = self._product(name, value, self._dense(name, weight))
         [bias] = self.parameters(layer, "bias")
         self.memory.write(out, y if bias is None or weight_only else op.add(y, constant(bias)))
 
@@ -76,7 +76,8 @@ class GraphMatrices(GraphBase):
             return
         [weight] = self.parameters(module, name)
         rows = weight.flatten(0, -2) if index is None else weight[index]
-        self.memory.write(out, self._product(f"{self.name(module)}.{name}", self.memory.read(x), weights.dense(rows)))
+        whole_name = f"{self.name(module)}.{name}"
+        self.memory.write(out, self._product(whole_name, self.memory.read(x), weights.dense(rows, whole_name)))
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
         """Multiply all tokens: which logits are wanted, a graph's caller says."""
@@ -87,10 +88,10 @@ class GraphMatrices(GraphBase):
         y.set_friendly_name(name)
         return y
 
-    def _dense(self, tensor: torch.Tensor) -> Any:
+    def _dense(self, name: str, tensor: torch.Tensor) -> Any:
         """Return a tensor as a node, the same one for an embedding and a head that share it."""
         if id(tensor) not in self._weights:
-            self._weights[id(tensor)] = weights.dense(tensor)
+            self._weights[id(tensor)] = weights.dense(tensor, name)
         return self._weights[id(tensor)]
 
     def _quantized(self, layer: QuantLinear) -> Any:
@@ -105,7 +106,7 @@ class GraphMatrices(GraphBase):
         if weights.misfit(qt):
             self.kinds[name] = "float16"
             dense = qt.dequantize(torch.float32).half()
-            return weights.dense(dense if rows is None else dense[rows])
+            return weights.dense(dense if rows is None else dense[rows], name)
         self.kinds[name] = f"{'i' if qt.spec.symmetric else 'u'}{4 if qt.spec.bits == 4 else 8}"
         return weights.quantized(qt, rows)
 

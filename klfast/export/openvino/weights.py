@@ -23,8 +23,8 @@ from klfast.quant.tensor import QuantizedTensor
 _LEAST_GROUP = 4  # with shorter ones, scales alone would take 8 bits a weight or more
 
 
-def dense(weight: torch.Tensor) -> Any:
-    """Return a float tensor as a node in float32; one of 16 bits is held as float16.
+def dense(weight: torch.Tensor, name: str) -> Any:
+    """Return the float tensor of that name as a node in float32; one of 16 bits is held as float16.
 
     Raises:
         InvalidInputError: a bfloat16 value is beyond float16.
@@ -34,7 +34,9 @@ def dense(weight: torch.Tensor) -> Any:
         return op.constant(weight.contiguous().numpy())
     halves = weight.to(torch.float16)
     if not halves.isfinite().all():
-        raise InvalidInputError("a weight is beyond float16, in which OpenVINO holds 16 bits")
+        raise InvalidInputError(
+            f"{name} has a value beyond float16, in which OpenVINO holds 16 bits; load the model in float32"
+        )
     return op.convert(op.constant(halves.contiguous().numpy()), np.float32)
 
 
