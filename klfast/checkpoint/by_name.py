@@ -28,6 +28,7 @@ from klfast.checkpoint.model_folder import (
     require_known,
 )
 from klfast.checkpoint.packed_folder import packed_or_refused
+from klfast.checkpoint.rescaling import as_stored
 from klfast.checkpoint.sources import gguf_file, resolve
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
@@ -117,6 +118,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _require_all_tensors names them
+            **as_stored(config),
         )
     model, report = loaded
     _require_all_tensors(source, model, report, stored)

@@ -20,6 +20,7 @@ from klfast import __version__
 from klfast.checkpoint import expert_files
 from klfast.checkpoint.compressed_tensors import model_quantization_config, quantized_layers
 from klfast.checkpoint.manifest import MANIFEST, write_manifest
+from klfast.checkpoint.rescaling import as_stored
 from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buffers, set_tied_in_config, tied_places
 from klfast.checkpoint.transformers_view import describes_transformers, not_transformers
 from klfast.core.dtypes import dtype_name
@@ -89,6 +90,7 @@ def save_quantized(
     targets = {stack: expert_files.target(stack, names) for stack, names in split_as.items()}
     config.quantization_config = model_quantization_config(model, targets)
     config.architectures = [type(model).__name__]
+    config.update(as_stored(config.to_dict()))
     config.dtype = dtype_name(described.dtype)
     set_tied_in_config(config, is_head_tied(model))
     facts = {name: _facts(module) for name, module in layers.items()}

@@ -83,10 +83,11 @@ def test_klfasts_folder_gives_the_bits_of_load_quantized(family, tied, dtype, tm
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_initialisers_that_divide_out_proj_leave_it_alone(family, tmp_path):
-    made = quantized(family, tied=True)
-    made.config.rescale_prenorm_residual = True
-    klfast.save_quantized(made, tmp_path)
-    model, expected = load(tmp_path), klfast.load_quantized(tmp_path)
+    klfast.save_quantized(quantized(family, tied=True), tmp_path)
+    expected, config = klfast.load_quantized(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "klfast.json").unlink()  # as another tool writes it
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rescale_prenorm_residual": True}))
+    model = load(tmp_path)
     assert model.config.rescale_prenorm_residual and packed(model) == packed(expected) > 0
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
