@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from openvino import opset15 as op
+from openvino import opset13 as op
 
 from klfast.core.errors import InvalidInputError, one_line
 from klfast.export.openvino.write import MODEL

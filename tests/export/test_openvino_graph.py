@@ -90,6 +90,11 @@ def test_padding_makes_nan():
     assert running(batch(1, 3)).isfinite().all() and running(batch(1, 3), mask=0).isnan().all()
 
 
+def test_openvino_finds_delta_nets_and_experts():
+    found = Run(graph_of(mixed("qwen3_5_moe")).model).operations()
+    assert {"GatedDeltaNet", "GatherMatmul"} <= found and "TensorIterator" not in found
+
+
 def test_weights_stay_packed_in_memory():
     graph = graph_of(mixed("granite_hybrid"))
     found = Run(graph.model).weight_types()

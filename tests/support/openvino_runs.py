@@ -28,6 +28,10 @@ class Run:
         """Begin new texts."""
         self.request.reset_state()
 
+    def operations(self):
+        """Return the types of the running program's nodes."""
+        return {node.get_rt_info()["layerType"].value for node in self.compiled.get_runtime_model().get_ops()}
+
     def weight_types(self):
         """Return {name of a product: type of its weight in the running program}."""
         found = {}

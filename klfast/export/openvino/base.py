@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import opset15 as op
+from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
 from torch import nn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from openvino import opset15 as op
+from openvino import opset13 as op
 from torch import nn
 
 from klfast.engine.columns import Columns

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import openvino as ov
 import torch
-from openvino import opset15 as op
+from openvino import opset13 as op
 from torch import nn
 
 from klfast import __version__

@@ -1,8 +1,8 @@
 """Recurrences over time as OpenVINO's Loop, one token an iteration.
 
-``delta_rule`` has the form in which OpenVINO's GatedDeltaNetFusion (2026.4, fuse_gated_delta_net.cpp in
-src/common/transformations/src/transformations/common_optimizations) finds it and makes one operation of it. On CPUs
-with AVX2 that has not been seen to happen; then the loop runs as it is.
+``delta_rule`` has the form, down to the versions of operations, in which OpenVINO's GatedDeltaNetFusion (2026.4,
+fuse_gated_delta_net.cpp in src/common/transformations/src/transformations/common_optimizations) finds it and makes one
+operation of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from openvino import opset15 as op
+from openvino import opset13 as op
 
 from klfast.export.openvino.nodes import integers, reshaped, size, sizes
 

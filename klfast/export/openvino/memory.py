@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from openvino import opset15 as op
+from openvino import opset13 as op
 
 from klfast.engine.columns import Columns
 

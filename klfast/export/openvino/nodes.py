@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import opset15 as op
+from openvino import opset13 as op
+from openvino.utils.node_factory import NodeFactory
+
+_factory = NodeFactory("opset13")
 
 
 def constant(tensor: torch.Tensor) -> Any:
@@ -48,5 +51,5 @@ def size(x: Any, dimension: int) -> Any:
 
 
 def silu(x: Any) -> Any:
-    """Return x sigmoid(x)."""
-    return op.swish(x)
+    """Return x sigmoid(x), as a node of one input: to that of ``op.swish`` OpenVINO's transformations are blind."""
+    return _factory.create("Swish", [x.output(0) if isinstance(x, ov.Node) else x], {})

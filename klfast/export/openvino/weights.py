@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import opset15 as op
+from openvino import opset13 as op
 
 from klfast.core.errors import InvalidInputError
 from klfast.export.openvino.nodes import integers
