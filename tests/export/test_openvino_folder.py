@@ -109,6 +109,11 @@ def test_without_the_package(tmp_path, monkeypatch):
     assert "pip install 'klfast[openvino]'" in said
 
 
+def test_an_old_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(ov, "__version__", "2026.2.1-21919-releases/2026/2")
+    refused(tiny("mamba"), tmp_path / "ov", r"OpenVINO 2026.2.1 is too old, 2026.3 is needed: pip install -U 'klfast")
+
+
 def test_ignored_scopes():
     model = planned(tiny("granite_hybrid"), ["int4-g32-sym", "int6-g32-asym", None])
     embedding = "model.embed_tokens"

@@ -85,13 +85,16 @@ def export_openvino(
 
 
 def require_package() -> None:
-    """Raise InvalidInputError if the package openvino is missing."""
+    """Raise InvalidInputError if the package openvino is missing, or so old (2026.2) that it crashes in some graphs."""
     try:
-        import openvino  # noqa: F401
+        import openvino
     except ImportError:
         raise InvalidInputError(
             "OpenVINO models need the package openvino, which is not installed: pip install 'klfast[openvino]'"
         ) from None
+    version = openvino.__version__.split("-")[0]
+    if tuple(map(int, version.split(".")[:2])) < (2026, 3):
+        raise InvalidInputError(f"OpenVINO {version} is too old, 2026.3 is needed: pip install -U 'klfast[openvino]'")
 
 
 def require_free(directory: str | os.PathLike[str], overwrite: bool) -> None:
