@@ -50,13 +50,15 @@ if "KLFAST_AVXVNNI_TWIN" in TWINS:
 # Likewise where AVX-512-BF16 is there but not AMX: a model of the tiles (csrc/simd/amx_model.h) takes their place.
 if "KLFAST_AMX_TWIN" in TWINS:
     FEATURES |= dict.fromkeys(("amx_tile", "amx_int8", "amx_bf16"), ([], []))
+# For the compiler and for the linker. Apple's clang has the pragmas but no runtime: that of Homebrew's libomp.
+OPENMP = (["-Xpreprocessor", "-fopenmp"], ["-lomp"]) if sys.platform == "darwin" else (["-fopenmp"], ["-fopenmp"])
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 # -fno-tree-loop-distribute-patterns: keeps loops that zero a tile, since `rep stos` takes longer than small products.
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
     "-g0",
-    "-fopenmp",
+    *OPENMP[0],
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-tree-loop-distribute-patterns",
@@ -78,7 +80,7 @@ class BuildPerTier(build_ext):
         self._check_tools()
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(str(Path(target).parent))
-        flags = ["-fopenmp", *extra_flags()]
+        flags = [*OPENMP[1], *extra_flags()]
         self.compiler.link_shared_object(self.build_objects(ext), target, extra_postargs=flags, target_lang="c++")
 
     def build_objects(self, ext):
