@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import signal
 import socket
@@ -18,6 +19,8 @@ from klfast.core.loading_options import LoadingOptions
 
 if TYPE_CHECKING:
     from klfast.serving.service import Service
+
+_OTHER_FILES = 128  # than connections
 
 
 @options.loads_models
@@ -77,6 +80,8 @@ def serve(
         print("klfast: warning: whoever reaches this address can use the server; set an --api-key", file=sys.stderr)
     name = name or Path(model).name or model
     service = Service(network, tokenizer, name, context=context, waiting=queue, cache_bytes=prefix_cache)
+    gc.collect()
+    gc.freeze()  # or else each full collection, some of them in the middle of a request, looks at all of this again
     try:
         _run(service, listener, api_key, request_bytes, as_json)
     finally:
@@ -84,12 +89,11 @@ def serve(
 
 
 def _run(service: Service, listener: socket.socket, key: str | None, most_bytes: int, as_json: bool) -> None:
-    import uvicorn
-
     from klfast.serving.api import make_app
+    from klfast.serving.connection import MOST_CONNECTIONS, http_server
 
     app = make_app(service, key=key, most_bytes=most_bytes)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server = http_server(app, most_connections=_allow_connections(MOST_CONNECTIONS))
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     emit({"model": service.name, "url": url}, f"klfast serves {service.name} at {url}", as_json)
@@ -105,6 +109,21 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
         raise InvalidInputError(f"cannot listen on {host}, port {port}: {error}; choose another --port") from None
+
+
+def _allow_connections(most: int) -> int:
+    """Let this process open files for this many connections, or as many as the system allows; return how many."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return most
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    wanted = most + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(most + _OTHER_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(1, min(most, max(soft, wanted) - _OTHER_FILES))
 
 
 def _is_local(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""What every request passes first: the key, and the limit of its size."""
+"""What every request passes first: its length, once, its limit, and the key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPEN = ("/health",)  # without a key
 
 
 class Guard:
-    """ASGI middleware that refuses requests without the key or with too many bytes, and counts replies.
+    """ASGI middleware that refuses requests without the key, with too many bytes or two lengths, and counts replies.
 
     Args:
         app: what the others reach.
@@ -60,10 +60,11 @@ class Guard:
             if not hmac.compare_digest(given, self._expected):
                 error = failure("wrong or missing API key", "authentication_error", "invalid_api_key")
                 refusal = JSONResponse(error, 401, {"WWW-Authenticate": "Bearer"})
-        if (
-            refusal is None and int(headers.get(b"content-length", 0)) > self._most
-        ):  # h11 has checked that it is a number
-            refusal = JSONResponse(failure(self._too_large, "invalid_request_error"), 413, {"Connection": "close"})
+        if refusal is None and int(headers.get(b"content-length", 0)) > self._most:  # h11 has seen that it is a number
+            refusal = JSONResponse(failure(self._too_large, "invalid_request_error"), 413)
+        if {b"content-length", b"transfer-encoding"} <= headers.keys():  # a proxy may have read the other than h11 does
+            error = failure("a request has a Content-Length or a Transfer-Encoding, not both", "invalid_request_error")
+            refusal = JSONResponse(error, 400, {"Connection": "close"})
         await (refusal or self._app)(scope, bounded, counted)
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _MOST_CHOICES, _MOST_STOPS, _LONGEST_STOP = 16, 16, 256
 
@@ -33,19 +33,32 @@ def _unicode(text: str) -> str:
 _Text = Annotated[str, AfterValidator(_unicode)]
 _Stop = Annotated[_Text, Field(min_length=1, max_length=_LONGEST_STOP)]
 _Ignored = Any  # says nothing about the answer
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1, fail_fast=True)]
 
 
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Body(BaseModel):
+    """What has known keys alone, of the types that the API names, and one error, since 100,000 take seconds."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        unknown = {key for key in given if key not in cls.model_fields}
+        one = next((key for key in given if key in unknown), None)
+        return {key: value for key, value in given.items() if key == one or key not in unknown}
+
+
+class _StreamOptions(_Body):
     include_usage: bool | None = None
     include_obfuscation: _Ignored = None
 
 
-class Asked(BaseModel):
+class Asked(_Body):
     """What both kinds of requests have in common."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1000)] | None = None
@@ -57,7 +70,7 @@ class Asked(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - _MOST_CHOICES)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     user: _Ignored = None
@@ -75,9 +88,9 @@ class CompletionRequest(Asked):
 
     prompt: (
         _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=_MOST_CHOICES)]
+        | Annotated[list[_Text], Field(min_length=1, max_length=_MOST_CHOICES, fail_fast=True)]
         | _Ids
-        | Annotated[list[_Ids], Field(min_length=1, max_length=_MOST_CHOICES)]
+        | Annotated[list[_Ids], Field(min_length=1, max_length=_MOST_CHOICES, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Annotated[Any, _only(False)] = None
@@ -91,15 +104,14 @@ class CompletionRequest(Asked):
         return cast("list[str | list[int]]", [self.prompt] if is_one else self.prompt)
 
 
-class _TextPart(BaseModel):
+class _TextPart(_Body):
     type: Literal["text"]
     text: _Text
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | list[_TextPart]
+    content: _Text | Annotated[list[_TextPart], Field(fail_fast=True)]
     name: _Ignored = None
     refusal: Annotated[Any, _only()] = None
 
@@ -107,7 +119,7 @@ class _Message(BaseModel):
 class ChatRequest(Asked):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -91,7 +91,8 @@ class Service:
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidInputError(f"{self.name} has no chat template; use /v1/completions")
-        text = chat_text(self._tokenizer, messages, self.name)
+        async with self._encoding:
+            text = await asyncio.to_thread(chat_text, self._encoder, messages, self.name)
         prompt = await self.encode(text, special=False)  # a template writes its special tokens itself
         system = await self.encode(system_part(text, messages), special=False)
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, system, strict=False))
