@@ -11,6 +11,8 @@ from collections import deque
 
 import torch
 
+# A forked process gets its own copy, as with any other memory. Windows has neither forks nor these flags.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _LARGE = 1 << 24  # bytes; the C library reuses smaller blocks by itself
 # The last large block freed. No lock: a deque's methods are atomic, so a finalizer may run in the middle of ``take``,
 # and a fork finds it whole.
@@ -43,9 +45,8 @@ def take(size: int) -> mmap.mmap:
         if size <= len(block) <= 2 * size:
             return block
         kept.append(block)
-    # Private: a forked process gets its own copy, as with any other memory.
     try:
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = mmap.mmap(-1, size, **_PRIVATE)
     except OSError as error:
         raise MemoryError(f"cannot allocate a result of {size} bytes") from error
     advise(block, "MADV_HUGEPAGE")
