@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+_LONGEST = 1000  # characters of a message
+
 
 class KlfastError(Exception):
-    """Base class of klfast's errors."""
+    """Base class of klfast's errors: a printable line of at most 1,000 characters, whatever texts it quotes."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
 
 
 class InvalidInputError(KlfastError, ValueError):
@@ -43,6 +48,13 @@ class CannotLowerError(KlfastError):
 
 class SlowPathWarning(UserWarning):
     """The plain-torch reference runs where a kernel was expected."""
+
+
+def printable(text: str) -> str:
+    """Return text, such as a message that quotes a file, as a line for a terminal: no control characters, not long."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2 - 3]} ... {text[-_LONGEST // 2 + 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def one_line(error: BaseException, most: int = 400) -> str:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from klfast.core.errors import printable
 from klfast.generation.scores import TokenScores
 from klfast.serving.answer import Answer
 
@@ -129,4 +130,4 @@ def usage(answers: Sequence[Answer], prompts: int) -> Json:
 
 def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> Json:
     """Return an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": printable(message), "type": kind, "param": param, "code": code}}
