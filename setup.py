@@ -54,6 +54,7 @@ if "KLFAST_AMX_TWIN" in TWINS:
 OPENMP = (["-Xpreprocessor", "-fopenmp"], ["-lomp"]) if sys.platform == "darwin" else (["-fopenmp"], ["-fopenmp"])
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
 # -fno-tree-loop-distribute-patterns: keeps loops that zero a tile, since `rep stos` takes longer than small products.
+GCC_ONLY = "-fno-tree-loop-distribute-patterns"  # clang ends at flags that it does not know
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -61,7 +62,7 @@ COMMON_FLAGS = [
     *OPENMP[0],
     "-fvisibility=hidden",
     "-ffp-contract=off",
-    "-fno-tree-loop-distribute-patterns",
+    GCC_ONLY,
     "-Wall",
     "-Wextra",
 ]
@@ -93,12 +94,13 @@ class BuildPerTier(build_ext):
             subprocess.check_output([*self.compiler.compiler_so_cxx, "--version"], text=True),
         ]
         needs = tiers()
+        common = [flag for flag in COMMON_FLAGS if flag != GCC_ONLY or self._error([flag]) is None]
 
         def compile_one(unit):
             source, tier = unit
             own = [] if tier is None else [("KLFAST_TIER", tier)]
             folder = self.build_temp if tier is None else str(Path(self.build_temp, tier))
-            flags = [*COMMON_FLAGS, *(() if tier is None else flags_of(needs[tier])), *extra_flags()]
+            flags = [*common, *(() if tier is None else flags_of(needs[tier])), *extra_flags()]
             [object_file] = self.compiler.object_filenames([source], output_dir=folder)
             record = Path(f"{object_file}.command")
             command = repr(
@@ -127,7 +129,7 @@ class BuildPerTier(build_ext):
     def built_tiers(self):
         known = FEATURES if platform.machine().lower() in ("x86_64", "amd64", "i686") else {}
         found = {name: needs for name, needs in tiers().items() if set(needs) <= set(known)}
-        return [name for name, needs in found.items() if not needs or self._compiles(flags_of(needs), probes_of(needs))]
+        return [name for name, needs in found.items() if not needs or self._builds(flags_of(needs), probes_of(needs))]
 
     def _check_tools(self):
         """Say what is missing in one line, before the compiler says it in many."""
@@ -143,7 +145,15 @@ class BuildPerTier(build_ext):
                 "again"
             )
 
-    def _compiles(self, flags, instructions):
+    def _builds(self, flags, instructions):
+        """Return whether compiler and assembler build a tier; if not, say so."""
+        error = self._error(flags, instructions)
+        if error is not None:
+            print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
+        return error is None
+
+    def _error(self, flags, instructions=()):
+        """Return what goes wrong in compiling some instructions with these flags; None if nothing does."""
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cpp")
             lines = "".join(f'    asm volatile("{line}");\n' for line in instructions)
@@ -151,9 +161,8 @@ class BuildPerTier(build_ext):
             try:
                 self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
             except Exception as error:  # noqa: BLE001 (compilers' exception classes differ by setuptools version)
-                print(f"klfast: the compiler or its assembler cannot build a tier ({' '.join(flags)}): {error}")
-                return False
-        return True
+                return error
+        return None
 
 
 def extra_flags():

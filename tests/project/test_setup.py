@@ -191,3 +191,22 @@ def test_limits_of_control_groups(tmp_path, limits, expected):
     assert python(code, tmp_path) == expected
     (tmp_path / "cgroup").write_text("12:cpu:/old\n")  # version 1 alone
     assert python(code, tmp_path) == math.inf
+
+
+def test_flags_that_only_gcc_knows_are_left_out_for_other_compilers(tmp_path):
+    """Clang ends at an unknown -f flag; the wrapper does the same at this one."""
+    other = tmp_path / "other-g++"
+    refusal = 'case "$*" in *-fno-tree*) echo "error: unknown argument" >&2; exit 1;; esac'
+    other.write_text(f'#!/bin/sh\n{refusal}\nexec {COMPILER} "$@"\n')
+    other.chmod(0o755)
+    source = tmp_path / "one.cpp"
+    source.write_text("int one() { return 1; }\n")
+    code = f"""
+command.force = True
+names["tiers"].cache_clear()
+objects = command.build_objects(Extension("tiny", [{str(source)!r}]))
+print(json.dumps(open(objects[0] + ".command").read()))
+"""
+    assert "-fno-tree" in python(code, tmp_path)
+    text = python(code, tmp_path, CXX=str(other), CC=str(other))
+    assert "-fno-tree" not in text and "-ffp-contract=off" in text
