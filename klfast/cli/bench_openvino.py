@@ -15,7 +15,6 @@ import typer
 import klfast
 from klfast.cli.console import emit, say
 from klfast.core.io import write_atomic
-from klfast.core.machine import cpu_name
 
 if TYPE_CHECKING:
     from klfast.benchkit.openvino_devices import Timed
@@ -41,6 +40,8 @@ def bench_openvino(
         say(f"{folder} on {', '.join(names)} ...", as_json=True)
         rows += timed(Path(folder), names, prompt, tokens, threads)
     import openvino
+
+    from klfast.core.machine import cpu_name
 
     versions = f"klfast {klfast.__version__}, OpenVINO {openvino.__version__.split('-')[0]}, {platform.system()}"
     text = _markdown(rows, prompt, tokens, f"{cpu_name()}; {versions}")
