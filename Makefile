@@ -116,6 +116,8 @@ $(XPU)/.installed: $(XPU)/.triton
 check-transformers: install
 	PYTHONPATH=tests/support .venv/bin/python tests/acceleration/check_transformers.py $(VERSIONS)
 
+# With one compiler and umask, a commit's wheel always has the same bytes: .ci/reproducible
+dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
 	.venv/bin/python -m build --outdir dist
