@@ -16,6 +16,7 @@ import torch
 from klfast.bench.document import RESULTS
 
 import klfast
+from klfast.benchkit.openvino_core import core
 from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.export.openvino.write import MODEL
@@ -56,7 +57,7 @@ def study(windows: int) -> Table:
 @torch.inference_mode()
 def _figures(teacher: torch.nn.Module, model: torch.nn.Module, file: Path, text: list[torch.Tensor]) -> list[float]:
     """Return KL in klfast and with each of the settings, then the largest difference of logits with the first."""
-    requests = [ov.Core().compile_model(file, "CPU", settings).create_infer_request() for settings in SETTINGS.values()]
+    requests = [core().compile_model(file, "CPU", settings).create_infer_request() for settings in SETTINGS.values()]
     sums, largest = np.zeros(1 + len(requests)), 0.0
     windows = torch.cat(text).split(1)
     for ids in windows:

@@ -13,6 +13,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
+from klfast.benchkit import openvino_core
 from klfast.core.errors import InvalidInputError, one_line
 from klfast.export.openvino.write import MODEL
 
@@ -47,7 +48,7 @@ class Timed:
 
 def require_devices(names: Sequence[str]) -> None:
     """Raise InvalidInputError for a device that OpenVINO does not find here."""
-    there = ov.Core().available_devices
+    there = openvino_core.core().available_devices
     known = {*there, *(name.split(".")[0] for name in there)}
     for name in names:
         if name not in known:
@@ -99,7 +100,7 @@ class _Running:
     """A folder's model on a device."""
 
     def __init__(self, folder: Path, device: str, settings: dict[str, Any]) -> None:
-        core = ov.Core()
+        core = openvino_core.core()
         model = core.read_model(folder / MODEL)
         self.vocabulary = model.output("logits").get_partial_shape()[2].get_length()
         _keep_last(model)

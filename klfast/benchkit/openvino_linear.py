@@ -8,10 +8,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
+from klfast.benchkit.openvino_core import core
 from klfast.quant import packing
 from klfast.quant.tensor import QuantizedTensor
-
-_core = ov.Core()
 
 
 def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[], np.ndarray]:
@@ -26,9 +25,11 @@ def compiled(rows: np.ndarray, qt: QuantizedTensor, threads: int) -> Callable[[]
     weight = op.reshape(op.multiply(op.convert(integers, np.float16), scale), np.array([n, k]), special_zero=False)
     x = op.parameter(list(rows.shape), np.float32)
     model = ov.Model([op.matmul(x, op.convert(weight, np.float32), False, True)], [x])
-    request = _core.compile_model(
-        model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    ).create_infer_request()
+    request = (
+        core()
+        .compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
+        .create_infer_request()
+    )
     request.set_input_tensor(ov.Tensor(rows))  # a copy
 
     def run() -> np.ndarray:

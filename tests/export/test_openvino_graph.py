@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from openvino_runs import Run, ov
+from openvino_runs import Run, core, ov
 from tiny_models import batch, tiny
 
 import klfast
@@ -117,7 +117,7 @@ def test_weights_are_codes_times_scales(spec, n, k, scale):
 
 
 def computed(node):
-    running = ov.Core().compile_model(ov.Model([node], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    running = core().compile_model(ov.Model([node], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.from_numpy(running([])[0].copy())
 
 
