@@ -77,7 +77,7 @@ def _rounding(call: Call, i: int, found: torch.Tensor) -> tuple[float, float]:
     if not found.is_floating_point():
         return 0.0, 0.0
     if call.function in (ops.logit_divergence, ops.linear_divergence):  # of KL, KL, JSD, MSE, SQNR, cross-entropies
-        return 3e-5, (1e-13, 1e-13, 1e-13, 0.0, 1e-4, 1e-6, 1e-6, 0.0)[i]
+        return 3e-5, (1e-13, 1e-13, 1e-13, 1e-37, 1e-4, 1e-6, 1e-6, 0.0)[i]
     dtypes = {found.dtype, call.arguments["x"].dtype} if call.function is ops.linear else {found.dtype}
     relative = max(torch.finfo(dtype).eps for dtype in dtypes) + 2.0**-20
     return relative, max(torch.finfo(dtype).smallest_normal for dtype in dtypes) + 1e-30
@@ -112,6 +112,8 @@ def _not_near(call: Call, every: list[tuple[torch.Tensor, torch.Tensor, Any]], w
         right |= (~plain[i].isfinite() & exact.isfinite()) | (~found.isfinite() & (plain[i].abs() > 1e37))
         if call.function in (ops.logit_divergence, ops.linear_divergence):  # squares below float32's range: no dB
             right |= (found.abs() == math.inf) & (exact.abs() > 300) & (found.sign() == exact.sign())
+            if i == len(every) - 1:  # which of a head's equal rows is largest is up to rounding
+                right |= found == plain[i]
         if "delta" in call.function.__name__ or "kda" in call.function.__name__:  # has q k^T, not S, times infinite v
             right |= ~found.isfinite() & ~exact.isfinite()
         if not right.all():
