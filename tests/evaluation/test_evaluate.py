@@ -49,6 +49,7 @@ def truth(model, batches, teacher):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), SOME_TIED)
 def test_equals_full_softmaxes(family, tied):
     teacher, model = tiny(family, tied), quantized(family, QuantSpec(4, 16), tied=tied)

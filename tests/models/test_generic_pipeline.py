@@ -24,6 +24,7 @@ def divergence(teacher, student, ids):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["recurrent_gemma", "rwkv", "xlstm", "minimax", "gemma3"])
 @torch.no_grad()

@@ -109,6 +109,7 @@ def test_an_estimate_does_not_depend_on_how_many_rows_other_choices_correct():
     assert kls[1][6] == pytest.approx(kls[2][6], rel=0.02)
 
 
+@pytest.mark.slow
 def test_hidden_states_on_disk_and_activations_make_no_difference(monkeypatch):
     model, ids = tiny("zamba2", tied=False), batch(24, 16)
     before = klfast.sweep(model, ids, "int4-g32-sym", "kl_teacher_student", activations=True, progress=False)
