@@ -290,7 +290,7 @@ def save(model, tokenizer, out):
     """Save the model in bfloat16, and the tokenizer."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     if hasattr(half.config, "rescale_prenorm_residual"):
-        half.config.rescale_prenorm_residual = False  # or from_pretrained would divide out_proj once more
+        half.config.rescale_prenorm_residual = False  # from_pretrained would divide out_proj again
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -68,7 +68,7 @@ def lm_eval(
     from klfast.reporting.harness_table import harness_table
 
     runtime.prepare(threads, device)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that it does not load by itself
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about models that it did not load itself
     found = HarnessTasks([name for name in tasks.split(",") if name], include_path)
     other = None if teacher is None else load_model(teacher, dtype, device=device, gguf="exact", **loading)
 
