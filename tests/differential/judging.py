@@ -17,6 +17,7 @@ from klfast.dispatch import pins
 
 _NEARBY = 2.0**-18  # how far float32 may move an operand: 64 roundings
 _DEPEND_ON_THREADS = (ops.linear, ops.logit_divergence, ops.linear_divergence)  # the first where torch multiplies
+_MSE, _SQNR = 3, 4  # results of the divergences
 _CHANGED = 4  # random changes of the operands, of which the largest effect counts
 
 
@@ -110,8 +111,10 @@ def _not_near(call: Call, every: list[tuple[torch.Tensor, torch.Tensor, Any]], w
         right = _close(found, exact, rounding, effects[i] + LARGEST * 2.0**-24 * exact.abs())  # equal terms, one by one
         # What overflows in float32 alone, and in which order, is not promised.
         right |= (~plain[i].isfinite() & exact.isfinite()) | (~found.isfinite() & (plain[i].abs() > 1e37))
-        if call.function in (ops.logit_divergence, ops.linear_divergence):  # squares below float32's range: no dB
-            right |= (found.abs() == math.inf) & (exact.abs() > 300) & (found.sign() == exact.sign())
+        if call.function in (ops.logit_divergence, ops.linear_divergence):
+            if i == _SQNR:  # squares below float32's range: no dB
+                of_noise = (exact > 300) | (every[_MSE][1] < 1e-37)
+                right |= ((found == math.inf) & of_noise) | ((found == -math.inf) & (exact < -300))
             if i == len(every) - 1:  # which of a head's equal rows is largest is up to rounding
                 right |= found == plain[i]
         if "delta" in call.function.__name__ or "kda" in call.function.__name__:  # has q k^T, not S, times infinite v
