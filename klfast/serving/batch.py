@@ -48,6 +48,13 @@ class Batch:
         self.answers.pop()
         self._view = None
 
+    def take(self, row: int) -> State:
+        """Take an answer out, and return its state, with which it can be added again."""
+        parts = [part.clone() for part in self.state.since(row, 0)]
+        state = State(self.state.specs, parts, self.state.seen[row : row + 1].clone())
+        self.remove(row)
+        return state
+
     def step(self) -> torch.Tensor:
         """Feed each answer's newest token; return the next logits, float32 [answers, V]."""
         used = len(self.answers)

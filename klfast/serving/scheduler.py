@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -31,11 +32,15 @@ class ClosedError(KlfastError):
 
 
 class Scheduler:
-    """Writes answers, several at a time, begun in the order in which they were asked for.
+    """Writes answers, several at a time, with an equal share of the places for each request.
 
     A thread of its own alone touches the engine. It takes turns: one chunk of a prompt, then one token of each running
     answer, so that prompts delay no answer by more than a chunk. Prompts take turns, too, so that a short one does not
     wait for a long one; of those that begin alike, one goes ahead, and the others go on from what it left in the cache.
+
+    A free place goes to the request that has fewest, of several to the one that has waited longest. Where none is free
+    and a request has two more than one that waits, it gives one up: that answer is parked with its state, until a place
+    is free again.
 
     Args:
         engine: of the model.
@@ -61,6 +66,8 @@ class Scheduler:
         self._start, self._batch, self._most_waiting = engine.state(), Batch(engine, sequences), waiting
         self._waiting: deque[Answer] = deque()
         self._prefills: deque[Prefill] = deque()  # in the order of their turns
+        self._parked: dict[Answer, Callable[[], None]] = {}  # and what lets each go on
+        self._requests = 0
         self._changed = threading.Condition()
         self._is_open = self._finishes = True
         self._thread = threading.Thread(target=self._run, name="klfast scheduler")
@@ -83,6 +90,9 @@ class Scheduler:
                 raise ClosedError("the server is shutting down")
             if len(self._waiting) + len(answers) > self._most_waiting:
                 raise QueueFullError(f"{len(self._waiting)} answers are waiting already; try again later")
+            self._requests += 1
+            for answer in answers:
+                answer.request = self._requests
             self._waiting.extend(answers)
             self._changed.notify()
 
@@ -104,11 +114,15 @@ class Scheduler:
     def _wait(self) -> bool:
         """Wait for work; return False if there will be none."""
         with self._changed:
-            self._metrics.waiting.set(len(self._waiting))
+            self._metrics.waiting.set(len(self._waiting) + len(self._parked))
             self._metrics.running.set(len(self._batch) + len(self._prefills))
             self._metrics.cache_bytes.set(self._cache.nbytes)
-            self._changed.wait_for(lambda: self._waiting or self._prefills or self._batch or not self._is_open)
-            return self._finishes and bool(self._waiting or self._prefills or self._batch)
+            self._changed.wait_for(lambda: self._has_work or not self._is_open)
+            return self._finishes and self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._parked or self._prefills or self._batch)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -116,6 +130,8 @@ class Scheduler:
             dropped, self._waiting = len(self._waiting) - len(kept), kept
         fed = deque(prefill for prefill in self._prefills if not prefill.answer.is_cancelled)
         dropped, self._prefills = dropped + len(self._prefills) - len(fed), fed
+        parked = {answer: go_on for answer, go_on in self._parked.items() if not answer.is_cancelled}
+        dropped, self._parked = dropped + len(self._parked) - len(parked), parked
         for row in reversed(range(len(self._batch))):
             if self._batch.answers[row].is_cancelled:
                 self._batch.remove(row)
@@ -123,10 +139,49 @@ class Scheduler:
         self._metrics.answers.labels("cancelled").inc(dropped)
 
     def _admit(self) -> None:
-        """Begin with as many prompts as the batch has room for."""
-        with self._changed:
-            while self._waiting and len(self._batch) + len(self._prefills) < self._batch.most:
-                self._prefills.append(Prefill(self._engine, self._start, self._waiting.popleft(), self._cache))
+        """Give places to the requests that have fewest: the free ones, then those that others have too many of."""
+        while self._waiting or self._parked:
+            places = Counter(prefill.answer.request for prefill in self._prefills)
+            places.update(answer.request for answer in self._batch.answers)
+            is_full = places.total() == self._batch.most
+            if is_full and (len(self._parked) == self._batch.most or max(places.values()) == 1):
+                return
+            with self._changed:
+                answer = min((*self._parked, *self._waiting), key=lambda one: places[one.request])
+            if is_full and not self._park(places, places[answer.request]):
+                return
+            if answer in self._parked:
+                self._go_on(answer)
+            else:
+                self._prefills.append(Prefill(self._engine, self._start, answer, self._cache))
+                with self._changed:
+                    self._waiting.remove(answer)
+
+    def _park(self, places: Counter[int], fewest: int) -> bool:
+        """Take a place from the request that has most, if that is two more than ``fewest``; return whether it was."""
+        [(request, most)] = places.most_common(1)
+        if most - fewest < 2:
+            return False
+        if fed := [prefill for prefill in self._prefills if prefill.answer.request == request]:
+            prefill = min(fed, key=lambda one: one.fed)
+            self._prefills.remove(prefill)
+            self._parked[prefill.answer] = lambda: self._prefills.append(prefill)  # another deque by then
+        else:
+            row = max(row for row, answer in enumerate(self._batch.answers) if answer.request == request)
+            answer = self._batch.answers[row]
+            try:
+                self._parked[answer] = partial(self._batch.add, answer, self._batch.take(row))
+            except Exception:  # noqa: BLE001 (no memory for a copy, say: then it keeps its place)
+                return False
+        return True
+
+    def _go_on(self, answer: Answer) -> None:
+        """Put a parked answer back."""
+        go_on = self._parked.pop(answer)
+        try:
+            go_on()
+        except Exception as error:  # noqa: BLE001 (as in ``_feed``)
+            self._fail([answer], error)
 
     def _feed(self) -> None:
         """Feed one chunk of the prompt whose turn it is; after its last one the answer joins the batch."""

@@ -55,6 +55,14 @@ def test_a_full_queue(serve):
         assert client.completions.create(prompt="x", max_tokens=2, **ASK).usage.completion_tokens == 2
 
 
+def test_one_request_does_not_hold_up_the_others(serve):
+    server = serve(context=2 * LONG)
+    many = dict(prompt="x", n=16, max_tokens=LONG, stream=True, **ASK)
+    with server.client() as client, client.completions.create(**many):  # which nobody reads
+        _until(server, "klfast_running_answers 16.0")
+        assert client.completions.create(prompt="y", max_tokens=9, **ASK).usage.completion_tokens == 9
+
+
 def test_64_clients_some_of_whom_leave(serve):
     server = serve(context=2 * LONG)
     chance = random.Random(1)

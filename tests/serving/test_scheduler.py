@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -21,7 +22,7 @@ from klfast.serving.prefill import Prefill
 from klfast.serving.prefix_cache import PrefixCache
 from klfast.serving.scheduler import ClosedError, QueueFullError, Scheduler
 
-WAIT = 20  # seconds
+WAIT = 3  # seconds
 
 
 class Asked:
@@ -321,6 +322,50 @@ def test_nothing_more_is_done_for_cancelled_answers(start):
     long.answer.is_cancelled = True
     assert last.made == served.alone([7], 3, eos_token_id=[])
     assert not any(one.done.is_set() for one in [long, *waiting])
+
+
+@pytest.mark.parametrize("family", ["granite_hybrid", "hymba"])
+def test_a_request_gives_up_places_beyond_its_share(start, family):
+    """The answers that lose their places go on later as if nothing had been."""
+    model = tiny(family, vocabulary=len(served.words()))
+    scheduler, parked, ended = start(model, sequences=4, chunk=13), [], []
+    many, few, one = ([Asked(text, new) for text in prompts(count, count)] for count, new in [(8, 90), (2, 20), (1, 9)])
+    everything = [*many, *few, *one]
+
+    def look(asked):
+        parked.append(len(scheduler._parked))
+        if asked is many[0] and len(asked.pieces) == 5:
+            scheduler.submit([asked.answer for asked in few])
+            scheduler.submit([asked.answer for asked in one])
+        if asked.answer.made == asked.new:
+            ended.append(asked)
+
+    for asked in everything:
+        _note(asked, [], None, partial(look, asked))
+    scheduler.submit([asked.answer for asked in many])
+    for asked in everything:
+        assert asked.made == served.alone(asked.prompt, asked.new, model, eos_token_id=[])
+    assert max(parked) == 2  # four places were divided in 2, 1, 1
+    assert ended[:3] == [*one, *few]
+
+
+def test_no_more_are_parked_than_are_written(start):
+    """Each has its state, so that a crowd of requests with many answers could fill the memory."""
+    scheduler, parked = start(sequences=8), []
+    requests = [[Asked(text, 40) for text in prompts(8, seed)] for seed in range(5)]
+
+    def submit(number):
+        if number < len(requests):
+            asked = requests[number]
+            _note(asked[0], [], None, lambda: asked[0].pieces or submit(number + 1))
+            _note(asked[0], [], None, lambda: parked.append(len(scheduler._parked)))
+            scheduler.submit([one.answer for one in asked])
+
+    submit(0)
+    for request in requests:
+        for asked in request:
+            assert asked.done.wait(WAIT) and asked.finish == "length"
+    assert max(parked) == 8
 
 
 def test_the_queue_is_bounded(start):
