@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -60,15 +59,14 @@ class MatmulArgs(NamedTuple):
         return weight.spec.format.convert(self.parts, weight.shape, weight.spec, weight.layout, layout)
 
 
-@dataclass(frozen=True)
-class GroupedMatmulArgs:
+class GroupedMatmulArgs(NamedTuple):
     """The arguments of grouped_dequant_matmul, checked.
 
     Attributes:
         x: float [..., K].
-        parts: the tensors of ``count`` matrices [N, K], one below the other.
+        parts: the tensors of some matrices [N, K], one below the other.
         index: int64 [..., S], the matrices that a row of x meets.
-        count: of the matrices.
+        matrices: their number.
         weight: the meaning of ``parts``, for all matrices together.
         activation: one of ``ACTIVATIONS``.
     """
@@ -76,7 +74,7 @@ class GroupedMatmulArgs:
     x: torch.Tensor
     parts: list[torch.Tensor]
     index: torch.Tensor
-    count: int
+    matrices: int
     weight: Stored
     activation: str
 
@@ -104,7 +102,7 @@ class GroupedMatmulArgs:
     @property
     def n(self) -> int:
         """Rows of a matrix."""
-        return self.weight.shape[0] // self.count
+        return self.weight.shape[0] // self.matrices
 
 
 class DivergenceArgs(NamedTuple):

@@ -100,8 +100,8 @@ def _check_grouped_dequant_matmul(args: GroupedMatmulArgs) -> None:
             f"grouped_dequant_matmul: index must be torch.int64 {[*x.shape[:-1], 'S']} for this x, "
             f"got {index.dtype} {list(index.shape)}"
         )
-    if args.count < 1 or rows % args.count:
-        raise InvalidInputError(f"grouped_dequant_matmul: {rows} rows cannot be those of {args.count} matrices")
+    if args.matrices < 1 or rows % args.matrices:
+        raise InvalidInputError(f"grouped_dequant_matmul: {rows} rows cannot be those of {args.matrices} matrices")
     if args.activation not in ACTIVATIONS:
         check_activation("grouped_dequant_matmul: ", args.activation)
     args.weight.check(args.parts)
@@ -114,7 +114,7 @@ grouped_dequant_matmul_op = define(
     check=_check_grouped_dequant_matmul,
     fake=lambda args: args.x.new_empty((*args.index.shape, args.n)),
     reference=lambda args: reference.grouped_dequant_matmul(
-        args.x, args.quantized, args.index, args.count, args.activation
+        args.x, args.quantized, args.index, args.matrices, args.activation
     ),
     arguments=GroupedMatmulArgs.of,
     formats=attrgetter("weight.formats"),

@@ -44,8 +44,8 @@ def grouped_dequant_matmul(args: GroupedMatmulArgs) -> torch.Tensor:
     y = x.new_empty((*index.shape, args.n))
     m = index.numel() // max(each, 1)
     product = _arguments(rows, stride, parts, None, y, m, args.n, weight, args.activation)
-    if not _C.grouped_dequant_matmul(address(index), each, args.count, *product):
-        raise out_of_range(index, args.count)
+    if not _C.grouped_dequant_matmul(address(index), each, args.matrices, *product):
+        raise out_of_range(index, args.matrices)
     return y
 
 

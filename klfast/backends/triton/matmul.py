@@ -45,7 +45,7 @@ def grouped_dequant_matmul(args: GroupedMatmulArgs) -> torch.Tensor:
         dequant_product(rows, parts, None, y, k, weight.spec, int8=args.activation == "int8")
         return y
 
-    return reference.by_group(product, x, args.index, args.count, n)
+    return reference.by_group(product, x, args.index, args.matrices, n)
 
 
 def dequant_product(
