@@ -27,8 +27,8 @@ def accelerate(model: nn.Module, ssm: str = "klfast") -> nn.Module:
     """Make a transformers state-space model or hybrid run klfast's kernels; return the same model.
 
     This covers the layers of the families in ``klfast.models.families``, in any model: Mamba, Mamba-2, FalconMamba,
-    Granite-4.0-H, Falcon-H1, Bamba, Nemotron-H, Jamba, Zamba, Zamba2, Qwen3.5, Qwen3-Next, OLMo hybrid, Kimi-Linear
-    and LFM2.
+    Granite-4.0-H, Falcon-H1, Bamba, Nemotron-H, Jamba, Zamba, Zamba2, Qwen3.5, Qwen3-Next, OLMo hybrid,
+    Kimi-Linear, LFM2 and LFM3.
 
     Only this model changes, in place, including caches and generation; ``unaccelerate`` undoes it. Copies and pickles
     of the model are accelerated, too. A model without recurrent layers (a Llama) has nothing to accelerate and is

@@ -159,6 +159,7 @@ OF_OTHERS = [
     ("olmo_hybrid", {"linear_allow_neg_eigval": False}),
     *(("kimi_linear", change) for change in ({"linear_head_dim": 32}, {"linear_conv_kernel_dim": 4})),
     *(("lfm2", change) for change in ({"conv_L_cache": 3}, {"conv_L_cache": 2}, {"norm_eps": 0.1})),
+    ("lfm3", {"conv_L_cache": 3, "conv_bias": True, "use_sandwich_norm": False, "use_attention_gate": False}),
 ]
 
 
@@ -167,8 +168,7 @@ OF_OTHERS = [
     ("family", "changes"),
     [
         *((family, change) for change in HYBRID_CHANGES for family in ("granite_hybrid", "falcon_h1", "bamba")),
-        *(case for case in OF_ONE_HYBRID if case[0] in ACCELERATED),
-        *OF_OTHERS,
+        *(case for case in (*OF_ONE_HYBRID, *OF_OTHERS) if case[0] in ACCELERATED),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import transformers
-from tiny_models import LLAMA_LIKE, VARIANTS, batch, in_float64, tiny
+from tiny_models import CONFIGS, LLAMA_LIKE, VARIANTS, batch, in_float64, made, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
@@ -21,7 +21,7 @@ LOWERED = (
     *("falcon_h1", *(name for name in VARIANTS if name.startswith("falcon_h1")), "nemotron_h", "jamba"),
     *("hymba", "hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "qwen3_next", "lfm2_moe"),
     *("llama", *LLAMA_LIKE, "nemotron_h_moe", "jamba_moe", "kimi_linear", "minimax"),
-    *("zamba", "zamba2", "zamba2_adapters"),
+    *("zamba", "zamba2", "zamba2_adapters", *(name for name in VARIANTS if name == "lfm3")),
 )
 
 
@@ -129,6 +129,28 @@ def test_scaled_positions(parameters):
     model, ids = positions(**parameters), batch(1, 40)
     engine = lower(model)
     assert relative(engine(ids, engine.state()), logits_of_each(model, ids)[:, -1]) < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.skipif("lfm3" not in VARIANTS, reason="transformers has it since 5.23")
+@pytest.mark.parametrize("parts", [True, False], ids=["biases", "no gates, no norms of results"])
+def test_optional_parts_of_lfm3(parts):
+    changes = dict(conv_bias=parts, attention_bias=parts, use_attention_gate=parts, use_sandwich_norm=parts)
+    model, ids = made(type(config := CONFIGS["lfm3"]())(**config.to_dict() | changes), "lfm3"), batch(2, 9)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    engine = lower(model)
+    assert relative(engine(ids, engine.state(2)), logits_of_each(model, ids)[:, -1]) < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.skipif("lfm3" not in VARIANTS, reason="transformers has it since 5.23")
+def test_positions_of_a_type_of_layers_that_follow_the_text():
+    config = CONFIGS["lfm3"]()
+    config.rope_parameters["sliding_attention"] = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    with pytest.raises(CannotLowerError, match=r"^model\.rotary_emb is of type dynamic$"):
+        lower(made(config, "lfm3"))
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ OTHERS = (
     *("falcon_mamba", "hymba", "falcon_h1", "falcon_h1_norm", "falcon_h1_gated_norm", "bamba", "nemotron_h", "jamba"),
     *("zamba", "zamba2", "zamba2_adapters", "lfm2", "olmo_hybrid", "llama", *tiny_models.LLAMA_LIKE),
     *("qwen3_5_moe", "qwen3_next", "lfm2_moe", "nemotron_h_moe", "jamba_moe", "kimi_linear", "minimax"),
+    *(name for name in tiny_models.VARIANTS if name == "lfm3"),
 )
 
 

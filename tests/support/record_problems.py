@@ -19,8 +19,8 @@ from klfast.nn.mamba_step import Parts
 _CHOICES = {"use_mambapy", "use_associative_scan"}
 # Transformers' names of arguments, and those that klfast's functions take from mamba_ssm and causal_conv1d.
 _SAME = {("hidden_states", "x"), ("hidden_states", "u"), ("dt", "delta")}
-# Classes that only later versions have; before, another family's stood in their places.
-_SINCE = {"NemotronHRMSNormGated": (5, 20)}
+# Model types that only later versions have, and classes: before, another family's stood in their places.
+_SINCE = {"NemotronHRMSNormGated": (5, 20), "lfm3": (5, 23)}
 # What forwards.one_token reads of a mixer, beside its parts.
 _READ_IN_A_STEP = ("activation", "layer_idx", "in_proj", "out_proj")
 
@@ -30,7 +30,10 @@ def problems(record: Family, source: Source) -> list[str]:
     files = source.of_model(record.model_type)
     version = tuple(map(int, source.version.split(".")[:2]))
     later = {name for name, since in _SINCE.items() if version < since}
-    found = [f"there is no model type {record.model_type}"] if files is None else list(_problems(record, later, *files))
+    if files is None:
+        found = [] if record.model_type in later else [f"there is no model type {record.model_type}"]
+    else:
+        found = list(_problems(record, later, *files))
     return [f"transformers {source.version}, {record.model_type}: {line}" for line in found]
 
 

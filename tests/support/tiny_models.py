@@ -71,6 +71,12 @@ _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 _SHORT_CONV = dict(
     num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_L_cache=4, initializer_range=0.5
 )
+_LFM3 = dict(
+    num_hidden_layers=4,
+    layer_types=["conv", "full_attention", "sliding_attention", "conv"],
+    conv_L_cache=7,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),  # the default ones are beyond the vocabulary
+)
 _NEMOTRON = dict(
     head_dim=16,
     ssm_state_size=13,
@@ -201,6 +207,7 @@ CONFIGS = {
     ),
     "lfm2": lambda: transformers.Lfm2Config(**_ATTENTION | _SHORT_CONV, block_auto_adjust_ff_dim=False),
     "lfm2_moe": lambda: transformers.Lfm2MoeConfig(**_ATTENTION | _SHORT_CONV | _EXPERTS, num_dense_layers=1),
+    "lfm3": lambda: transformers.Lfm3Config(**_ATTENTION | _SHORT_CONV | _LFM3, head_dim=12, sliding_window=6),
     "mistral": lambda: transformers.MistralConfig(**_ATTENTION, head_dim=12, sliding_window=6),
     "llama_eager": lambda: transformers.LlamaConfig(**_ATTENTION, attn_implementation="eager"),
     "minimax": lambda: transformers.MiniMaxConfig(
@@ -256,16 +263,19 @@ CONFIGS = {
         chunk_size=8,
     ),
 }
+_MISSING = () if hasattr(transformers, "Lfm3Config") else ("lfm3",)  # since 5.23
+for _name in _MISSING:
+    del CONFIGS[_name]
 _FALCON_NORMS = ("falcon_h1_norm", "falcon_h1_gated_norm")
 LLAMA_LIKE = ("mistral", "qwen2", "qwen3", "smollm3")
 _ALL_VARIANTS = (  # with a record
     *("hymba_release", "granite_hybrid_moe", "qwen3_5_moe", "lfm2_moe", *_FALCON_NORMS),
-    *("nemotron_h_moe", "jamba_moe", "zamba2_adapters", "rwkv", "minimax"),
+    *("nemotron_h_moe", "jamba_moe", "zamba2_adapters", "rwkv", "minimax", "lfm3"),
     *LLAMA_LIKE,
 )
 # In transformers 5.17 the norm of a single token loses a dimension, so that batches mix when they decode.
 _WRONG = _FALCON_NORMS if FalconH1RMSNormGated(4)(torch.ones(1, 1, 4)).dim() != 3 else ()
-VARIANTS = tuple(name for name in _ALL_VARIANTS if name not in _WRONG)
+VARIANTS = tuple(name for name in _ALL_VARIANTS if name not in (*_WRONG, *_MISSING))
 ACCELERATED = (
     *STATE_SPACE,
     "granite_hybrid",

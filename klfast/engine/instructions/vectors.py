@@ -93,3 +93,12 @@ class VectorInstructions(ProgramBase):
         """
         width = out.width // heads if width is None else width
         self.program.copy_heads("pick_heads", heads, first, to, width, shared, x, out)
+
+    def spread_heads(self, heads: int, x: Columns, out: Columns) -> None:
+        """Copy the one value of each head of x to all channels of the head of ``out``: one, then twice as many each."""
+        self.pick_heads(heads, 0, x, out, width=1)
+        filled, whole = 1, out.width // heads
+        while filled < whole:
+            width = min(filled, whole - filled)
+            self.pick_heads(heads, 0, out, out, to=filled, width=width)
+            filled += width

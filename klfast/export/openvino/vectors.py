@@ -91,6 +91,11 @@ class GraphVectors(GraphBase):
             picked = self._among(picked, heads, to, width, out)
         self.memory.write(out, flat(picked))
 
+    def spread_heads(self, heads: int, x: Columns, out: Columns) -> None:
+        """Copy the one value of each head of x to all channels of the head of ``out``."""
+        each = by_head(self.memory.read(x), heads)
+        self.memory.write(out, flat(op.tile(each, np.array([1, 1, 1, out.width // heads]))))
+
     def _among(self, picked: Any, heads: int, to: int, width: int, out: Columns) -> Any:
         """Return heads of ``out`` with channels ``picked`` [B, T, heads, width] from ``to`` on."""
         whole = out.width // heads

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from klfast.models.families.base import Rows, split
 from klfast.nn.norm import Norm
@@ -59,6 +60,12 @@ class Mamba2Mixer(Protocol):
     num_heads: int
 
 
+class ShortConvolution(Protocol):
+    """Attributes of LFM2's short convolution."""
+
+    conv: nn.Conv1d
+
+
 def rms_norm(norm: RMSNorm) -> Norm:
     """Return the parameters of transformers' usual RMS norm: ``weight * normed.to(x.dtype)``."""
     return Norm(norm.weight, norm.variance_epsilon)
@@ -91,3 +98,9 @@ def mamba2_rows(mixer: Mamba2Mixer) -> Mapping[str, Rows]:
     """Return the row ranges in a Mamba-2 mixer: the gate, the scan's input, B, C and the step size."""
     inner, states = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
     return {"in_proj": split(z=inner, x=inner, B=states, C=states, dt=mixer.num_heads)}
+
+
+def short_convolution_rows(mixer: ShortConvolution) -> Mapping[str, Rows]:
+    """Return the row ranges in LFM2's short convolution: it runs over B x, its result is multiplied by C."""
+    channels = mixer.conv.in_channels
+    return {"in_proj": split(B=channels, C=channels, x=channels)}

@@ -1,32 +1,19 @@
 """LFM2, dense and with experts (transformers.models.lfm2, lfm2_moe): short convolutions and attention.
 
-A convolution runs over B x without an activation, and its result is multiplied by C (modeling_lfm2.py,
-Lfm2ShortConv.forward, 5.23.0). Logits are the head's product.
+Logits are the head's product.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.engine.routing import Routing
 from klfast.models.families import common, experts, lowering
-from klfast.models.families.base import Blocks, Family, Mixer, Rows, plain, split
+from klfast.models.families.base import Blocks, Family, Mixer, plain
 from klfast.models.families.lowering import Sublayer
-
-
-class _ShortConv(Protocol):
-    conv: nn.Conv1d
-
-
-def _rows(mixer: _ShortConv) -> Mapping[str, Rows]:
-    channels = mixer.conv.in_channels
-    return {"in_proj": split(B=channels, C=channels, x=channels)}
 
 
 def _lower(build: Builder, model: Any) -> Columns:
@@ -44,16 +31,7 @@ def _mixer(angles: Columns, build: Builder, block: Any, x: Columns, out: Columns
         names = lowering.AttentionNames(out="out_proj", q_norm="q_layernorm", k_norm="k_layernorm")
         lowering.attention(build, block.self_attn, x, out, angles, names=names)
         return
-    mixer = block.conv
-    build.expect(mixer, "Lfm2ShortConv", "Lfm2MoeShortConv")
-    channels = mixer.conv.in_channels
-    projected, y = build.buffer("conv.projected", 3 * channels), build.buffer("conv.y", channels)
-    build.project(mixer.in_proj, x, projected)
-    B, C, inner = projected.split(channels, channels, channels)
-    build.combine("multiply", B, inner, y)
-    build.convolve(mixer.conv, False, y, inner)
-    build.combine("multiply", C, inner, y)
-    build.project(mixer.out_proj, y, out)
+    lowering.short_convolution(build, block.conv, x, out, "Lfm2ShortConv", "Lfm2MoeShortConv")
 
 
 def _mlp(build: Builder, block: Any, x: Columns, out: Columns) -> None:
@@ -85,7 +63,7 @@ FAMILY = Family(
     model_type="lfm2",
     mixers={"Lfm2ShortConv": Mixer(common.CONVOLUTIONS)},
     norms={"Lfm2RMSNorm": common.rms_norm},
-    rows={"Lfm2ShortConv": _rows},
+    rows={"Lfm2ShortConv": common.short_convolution_rows},
     blocks=Blocks("layers"),
     logits=plain,
     lower=_lower,
@@ -94,7 +72,7 @@ MOE = Family(
     model_type="lfm2_moe",
     mixers={"Lfm2MoeShortConv": Mixer(common.CONVOLUTIONS)},
     norms={"Lfm2MoeRMSNorm": common.rms_norm},
-    rows={"Lfm2MoeShortConv": _rows},
+    rows={"Lfm2MoeShortConv": common.short_convolution_rows},
     blocks=Blocks("layers"),
     logits=plain,
     lower=_lower,

@@ -6,6 +6,7 @@ from klfast.models.families.lowering.delta_nets import DeltaNames, delta_heads, 
 from klfast.models.families.lowering.feed_forward import fused_mlp, gated_mlp, mlp
 from klfast.models.families.lowering.projections import project_adapted, project_twice
 from klfast.models.families.lowering.self_attention import AttentionNames, attention, rotary
+from klfast.models.families.lowering.short_convolution import short_convolution
 from klfast.models.families.lowering.state_space import mamba1, mamba2, rate
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "require_silu",
     "require_squared_relu",
     "rotary",
+    "short_convolution",
 ]

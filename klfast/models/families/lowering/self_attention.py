@@ -14,19 +14,23 @@ from klfast.engine.columns import Columns
 from klfast.models.families.lowering.projections import project_adapted
 
 
-def rotary(build: Builder, module: Any, rounded_to: torch.dtype | None = None) -> Columns:
+def rotary(
+    build: Builder, module: Any, rounded_to: torch.dtype | None = None, layer_type: str | None = None
+) -> Columns:
     """Lower transformers' usual rotary embedding; returns the columns of the tokens' angles.
 
-    They are rounded to a dtype; None for that of activations. The types whose frequencies follow the text's length have
-    no lowering (dynamic_rope_update in modeling_rope_utils.py, 5.24.0).
+    They are rounded to a dtype; None for that of activations. ``layer_type`` is for an embedding with frequencies of
+    its own for each type of layer. The types whose frequencies follow the text's length have no lowering
+    (dynamic_rope_update in modeling_rope_utils.py, 5.24.0).
     """
-    kind = getattr(module, "rope_type", "default")
+    kind = getattr(module, "rope_type", "default") if layer_type is None else module.rope_type[layer_type]
+    prefix = "" if layer_type is None else f"{layer_type}_"
     if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
         raise CannotLowerError(f"{build.name(module)} is of type {kind}")
-    build.tensors((module._buffers, "inv_freq"))
-    angles = build.buffer("angles", 2 * len(module.inv_freq), torch.float32)
-    name, factor = build.name(module), float(module.attention_scaling)
-    build.angles(name, module.inv_freq.float(), factor, angles, rounded_to)
+    [frequencies] = build.tensors((module._buffers, f"{prefix}inv_freq"))
+    angles = build.buffer(f"{prefix}angles", 2 * len(frequencies), torch.float32)
+    factor = float(getattr(module, f"{prefix}attention_scaling"))
+    build.angles(build.name(module), frequencies.float(), factor, angles, rounded_to)
     return angles
 
 
@@ -50,6 +54,7 @@ def attention(
     *,
     names: AttentionNames = AttentionNames(),  # noqa: B008 (a tuple)
     gated: bool = False,
+    head_gates: nn.Linear | None = None,
     key_scale: float = 1.0,
     window: int | None = None,
     adapters: Sequence[nn.Module | None] = (None, None, None),
@@ -63,6 +68,7 @@ def attention(
         angles: of the rotary embedding; None without.
         names: of its layers.
         gated: each head of q_proj has a gate behind its query; sigmoid(gate) multiplies the result.
+        head_gates: makes one gate a head of x; sigmoid(gate) multiplies the head's result. None without.
         key_scale: multiplies keys.
         window: number of tokens that a token sees, itself included; None for all before it.
         adapters: of q_proj, k_proj and v_proj, as ``project_adapted`` takes them.
@@ -92,5 +98,10 @@ def attention(
     cache, scale = build.remember(name, groups, k, v), module.scaling * key_scale
     build.attend(name, heads, scale, q, cache, y, window=None if window is None else window - 1)
     if gate is not None:
+        build.combine("sigmoid_gate", gate, y, y)
+    if head_gates is not None:
+        each, gate = build.buffer("attention.head_gates", heads), build.buffer("attention.gate", heads * dim)
+        build.project(head_gates, x, each)
+        build.spread_heads(heads, each, gate)
         build.combine("sigmoid_gate", gate, y, y)
     build.project(layer_out, y, out)
