@@ -241,3 +241,4 @@ def test_cache_size_of_the_release():
     per_key = 5 * (64 + 128) * 2
     assert state_bytes(config, 5000) - state_bytes(config, 4999) == 3 * per_key
     assert state_bytes(config, 100) - state_bytes(config, 99) == 17 * per_key
+    assert round(state_bytes(config, 1024) / 1e6, 1) == 45.0  # docs/HYMBA.md
