@@ -13,6 +13,7 @@ from torch import nn
 
 from klfast import __version__
 from klfast.checkpoint.apply_plan import quantize_model
+from klfast.core import lock
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress, reporter
 from klfast.dispatch.conditions import conditions
@@ -62,34 +63,41 @@ def measure_front(
         choices: further arguments of ``klfast.plan``: layers, exclude, keep, activation, servable.
 
     Raises:
-        InvalidInputError: the resume file belongs to other arguments or another machine; or as ``klfast.plan``,
-            ``klfast.quantize_model`` and ``klfast.evaluate``.
+        InvalidInputError: the resume file belongs to other arguments or another machine, or another process is working
+            on it; or as ``klfast.plan``, ``klfast.quantize_model`` and ``klfast.evaluate``.
         CheckpointError: the resume file is damaged.
         ModelMismatchError: the sensitivities are of another model.
     """
     windows = inputs.micro_batches(text, inputs.vocabulary(model), _MOST_TOKENS)
     plans = _plans(sensitivities, count, **choices)
     provenance = _provenance(model, windows, rounding, calibration)
-    found = {} if resume is None else _resumed(resume, provenance)
-    todo = [planned for planned in plans if _key(planned) not in found]
     prompt = windows[0][:1, :_PROMPT]
-    with reporter(progress, "pareto", len(plans), len(plans) - len(todo)) as advance:
-        for kind, spec, plan in todo:
-            student = model
-            if plan.specs:
-                student = quantize_model(
-                    copy.deepcopy(model), plan, rounding=rounding, calibration=calibration, progress=False
+    with lock.held(resume):
+        found = {} if resume is None else _resumed(resume, provenance)
+        todo = [planned for planned in plans if _key(planned) not in found]
+        with reporter(progress, "pareto", len(plans), len(plans) - len(todo)) as advance:
+            for kind, spec, plan in todo:
+                student = model
+                if plan.specs:
+                    student = quantize_model(
+                        copy.deepcopy(model), plan, rounding=rounding, calibration=calibration, progress=False
+                    )
+                quality = evaluate(student, windows, teacher=model, progress=False)
+                assert quality.kl is not None and quality.kl_stderr is not None  # since there is a teacher
+                point = FrontPoint(
+                    kind,
+                    plan,
+                    spec,
+                    quality.kl,
+                    quality.kl_stderr,
+                    quality.perplexity,
+                    _tokens_per_second(student, prompt),
                 )
-            quality = evaluate(student, windows, teacher=model, progress=False)
-            assert quality.kl is not None and quality.kl_stderr is not None  # since there is a teacher
-            point = FrontPoint(
-                kind, plan, spec, quality.kl, quality.kl_stderr, quality.perplexity, _tokens_per_second(student, prompt)
-            )
-            found[_key((kind, spec, plan))] = point
-            if resume is not None:
-                _front(found.values(), provenance).to_json(resume)
-            advance(1, point.label)
-    return _front((found[_key(planned)] for planned in plans), provenance)
+                found[_key((kind, spec, plan))] = point
+                if resume is not None:
+                    _front(found.values(), provenance).to_json(resume)
+                advance(1, point.label)
+        return _front((found[_key(planned)] for planned in plans), provenance)
 
 
 def _plans(sensitivities: Sensitivities, count: int, **choices: object) -> list[Planned]:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -102,7 +103,7 @@ def save_quantized(
         if generation_config is not None:
             save_settings(generation_config, "generation_config", folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         more = {"experts": split_as} if split_as else {}
         write_manifest(folder, klfast_version=__version__, torch_version=torch.__version__, layers=facts, **more)
 
@@ -140,6 +141,23 @@ def save_settings(settings: _Saves, what: str, folder: Path) -> None:
         raise InvalidInputError(
             f"transformers refuses to save model.{what} ({reason}); correct it and save again"
         ) from error
+
+
+def save_tokenizer(tokenizer: _Saves, folder: Path) -> None:
+    """Write a tokenizer's files."""
+    with _in_rust(folder):
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _in_rust(path: Path) -> Iterator[None]:
+    """Raise OSError for errors of the system that safetensors and tokenizers only mention in their own."""
+    try:
+        yield
+    except Exception as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder: Path) -> dict[str, torch.Tensor]:
@@ -230,10 +248,9 @@ def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_siz
         ) from error
     for file, names in split.filename_to_tensors.items():
         try:
-            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+            with _in_rust(folder / file):
+                save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
-            if code := re.search(r"os error (\d+)", str(error)):
-                raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder / file)) from error
             raise CheckpointError(f"the weights cannot be written ({' '.join(str(error).split())})") from error
         shutil.copymode(folder / "config.json", folder / file)  # safetensors creates private files
     if split.is_sharded:

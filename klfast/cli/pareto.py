@@ -59,6 +59,7 @@ def pareto(
     import klfast
     from klfast.checkpoint.by_name import load_model
     from klfast.cli.runtime import open_batches, prepare
+    from klfast.core import lock
     from klfast.core.errors import InvalidInputError
     from klfast.reporting.front_plot import plot_front
     from klfast.reporting.front_tables import front_table
@@ -77,7 +78,8 @@ def pareto(
     gptq = found.provenance.get("rounding") == "gptq"
     partial = out.with_name(f"{out.name}.partial")
     if not resume:
-        partial.unlink(missing_ok=True)
+        with lock.held(partial):
+            partial.unlink(missing_ok=True)
     try:
         front = klfast.measure_front(
             network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,6 +91,7 @@ def quantize(
     from klfast.checkpoint.by_name import find_tokenizer, load_model
     from klfast.checkpoint.save import require_target
     from klfast.cli.runtime import open_batches, prepare
+    from klfast.core.errors import InvalidInputError
     from klfast.models.matrices import matrices
     from klfast.rounding.rounded import forget
 
@@ -117,7 +119,8 @@ def quantize(
     )
     klfast.save_quantized(network, out, tokenizer, overwrite=force)
     if partial is not None:
-        forget(partial)
+        with suppress(InvalidInputError):  # another process goes on from there, and removes it in the end
+            forget(partial)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     quantized, total = len(made.specs), len(matrices(network))
     emit(

@@ -110,6 +110,7 @@ def sweep(
     import klfast
     from klfast.checkpoint.by_name import as_dtype, load_model
     from klfast.cli.runtime import count, open_batches, prepare
+    from klfast.core import lock
     from klfast.reporting.sweep_tables import ranking as rank
     from klfast.sensitivity.coverage import measured_note
 
@@ -119,7 +120,8 @@ def sweep(
     batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
     partial = out.with_name(out.name + ".partial")
     if not resume:
-        partial.unlink(missing_ok=True)
+        with lock.held(partial):
+            partial.unlink(missing_ok=True)
     resumed = partial.exists()
     try:
         found = klfast.sweep(

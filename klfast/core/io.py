@@ -88,7 +88,8 @@ def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.mkdir(beside, 0o777 if mode is None else mode)
             if mode is not None:
                 os.chmod(beside, mode)
-            yield beside
+            with _staying(beside):
+                yield beside
             for entry in [*beside.rglob("*"), beside]:
                 _flush(entry)
             _take_place(beside, path)
@@ -97,11 +98,39 @@ def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             _settle(beside, path)
 
 
+@contextmanager
+def _staying(folder: Path) -> Iterator[None]:
+    """Raise FileNotFoundError at the end if the folder was removed; the writers of some files make it again."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)  # while it is open, no new folder passes for it
+    except PermissionError:  # Windows, or permissions without reading
+        yield
+        return
+    try:
+        yield
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    finally:
+        os.close(handle)
+
+
 def recover(path: str | os.PathLike[str]) -> None:
     """Restore a folder that a killed ``folder_atomic`` had renamed, if ``path`` does not exist."""
     path = _target(path)
     if not path.exists():
         temporaries.clear_leftovers(path)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder in one step, as others see it; the next write to ``path`` removes what a kill leaves.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    path = _target(path)
+    beside = temporaries.name_beside(path)
+    os.rename(path, beside)
+    temporaries.remove(beside)
 
 
 def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
@@ -144,9 +173,11 @@ def _naming(beside: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is None:  # NumPy's "4 requested and 0 written"
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        if error.filename is None:
             error.filename = str(path)
-        elif error.filename is not None:
+        else:
             error.filename = os.fsdecode(error.filename).replace(str(beside), str(path))
             if error.filename2 is not None:
                 error.filename2 = None

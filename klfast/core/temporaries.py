@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,15 @@ def name_beside(target: Path) -> Path:
 def old_name(beside: Path) -> Path:
     """Return the target's name while ``beside`` takes its place."""
     return beside.with_suffix(f".{OLD}")
+
+
+def scratch_folder(name: str) -> Path:
+    """Make a folder for this process where ``tempfile`` would; remove those that killed ones left under the name."""
+    target = Path(tempfile.gettempdir(), name)
+    clear_leftovers(target)
+    folder = name_beside(target)
+    folder.mkdir(0o700)
+    return folder
 
 
 def clear_leftovers(target: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
 
+from klfast.core import temporaries
 from klfast.core.machine import available_memory
 from klfast.models.block_chain import Carry
 
@@ -19,7 +20,8 @@ class Carries:
     """What enters a block, by micro-batch; each may be replaced by what leaves it.
 
     They go to a temporary folder, a file for each, if together they take more than a quarter of the memory that is free
-    at first. ``tempfile`` says where; the environment variable TMPDIR changes it.
+    at first. ``tempfile`` says where; the environment variable TMPDIR changes it. The next ones remove what a killed
+    process left there.
 
     Args:
         carries: the first ones.
@@ -35,9 +37,10 @@ class Carries:
             room = None if free is None else free // _SHARE
         size = sum(part.nbytes for carry in carries for part in (carry.hidden, *carry.extra))
         on_host = all(carry.hidden.device.type == "cpu" for carry in carries)
-        self._folder = None
+        self._folder: Path | None = None
         if room is not None and on_host and size > room:
-            self._folder = tempfile.TemporaryDirectory(prefix="klfast-rounding-")
+            self._folder = temporaries.scratch_folder("klfast-rounding")
+            weakref.finalize(self, temporaries.remove, self._folder)
         self._held: list[Carry | None] = [None] * len(carries)
         for index, carry in enumerate(carries):
             self[index] = carry
@@ -69,4 +72,4 @@ class Carries:
 
     def _path(self, index: int) -> Path:
         assert self._folder is not None  # as it is not held
-        return Path(self._folder.name, f"{index}.safetensors")
+        return self._folder / f"{index}.safetensors"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from klfast.core import signed_json, signed_tensors
+from klfast.core import lock, signed_json, signed_tensors
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.core.io import folder_atomic
+from klfast.core.io import folder_atomic, remove_folder
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
@@ -117,6 +116,11 @@ class Kept:
 
 
 def forget(path: str | os.PathLike[str]) -> None:
-    """Remove a folder that a rounding kept its results in; one that something else made is left alone."""
+    """Remove a folder that a rounding kept its results in; one that something else made is left alone.
+
+    Raises:
+        InvalidInputError: another process is working on it.
+    """
     if (Path(path) / _SETTINGS).is_file():
-        shutil.rmtree(path)
+        with lock.held(path):
+            remove_folder(path)

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
+from klfast.core import lock
 from klfast.core.interrupts import interruptible
 from klfast.core.progress import Progress, reporter
 from klfast.models.batches import Batches
@@ -64,21 +65,26 @@ def round_model(
 
     Raises:
         InvalidInputError: the text is not valid, the model is not a chain, a weight or its input is not finite, or
-            ``resume`` belongs to a run with another model, text or specs.
+            ``resume`` belongs to a run with another model, text or specs, or another process is working on it.
     """
     windows = micro_batches(calibration, vocabulary(model), MOST_TOKENS)
-    kept = None
-    if resume is not None:
-        made_of = fingerprint(model)
-        settings: dict[str, object] = {
-            "model": [made_of.structure, *made_of.norms],
-            "specs": {name: str(spec) for name, spec in specs.items()},
-            "calibration": digest(windows),
-            "scale": scale,
-        }
-        kept = Kept(resume, settings)
-    with prepared(model, torch.float32):
+    settings = {} if resume is None else _settings(model, specs, windows, scale)
+    with prepared(model, torch.float32), lock.held(resume):
+        kept = None if resume is None else Kept(resume, settings)
         return _Walk(Chain(model), specs, windows, scale, kept).finish(progress)
+
+
+def _settings(
+    model: nn.Module, specs: Mapping[str, QuantSpec], windows: Sequence[torch.Tensor], scale: str
+) -> dict[str, object]:
+    """Return what the result depends on."""
+    made_of = fingerprint(model)
+    return {
+        "model": [made_of.structure, *made_of.norms],
+        "specs": {name: str(spec) for name, spec in specs.items()},
+        "calibration": digest(windows),
+        "scale": scale,
+    }
 
 
 class _Walk(Passes):

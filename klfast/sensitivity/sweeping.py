@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from klfast.core import lock
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress
 from klfast.models.adapters import refuse_adapters
@@ -17,7 +18,7 @@ from klfast.models.block_chain import Chain
 from klfast.models.selection import Patterns
 from klfast.models.sizes import warn_unquantizable
 from klfast.quant.spec import SCALES, QuantSpec
-from klfast.sensitivity import inputs, lock
+from klfast.sensitivity import inputs
 from klfast.sensitivity.adaptive import PARTS, Schedule
 from klfast.sensitivity.comparison import SAMPLED
 from klfast.sensitivity.measure import Engine
@@ -165,8 +166,7 @@ def sweep(
         state = State(order, [len(ids) for ids in windows], len(chain.blocks), schedule)
         outcome = Outcome(blank, settings, reported, measuring, state)
         with ExitStack() as stack:
-            if resume is not None:
-                stack.enter_context(lock.held(resume))
+            stack.enter_context(lock.held(resume))
             local = Measurer(measuring, order, windows)
             if engine == "ray":
                 stack.enter_context(connected())

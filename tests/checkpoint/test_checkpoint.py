@@ -10,15 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_folder
 import torch
 from compressed_tensors.compressors import ModelCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from full_disk import files_of_at_most
 from safetensors.torch import load_file
 from saved_models import quantized, refused
 from tiny_models import FAMILIES, HEADS, batch, tiny
 
 import klfast
 from klfast import Plan, QuantSpec, nn
+from klfast.checkpoint.save import save_tokenizer
 from klfast.core import errors
 from klfast.models.head import is_head_tied
 from klfast.models.linears import linears
@@ -264,6 +267,13 @@ def test_save_refuses(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         klfast.save_quantized(model, tmp_path / "model", Broken())
     assert {path.name for path in tmp_path.iterdir()} == {"file", "home"}
+
+
+def test_a_tokenizer_that_a_full_disk_stops_is_an_error_of_the_system(tmp_path):
+    tokenizer = tiny_folder.save_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "full").mkdir()
+    with files_of_at_most(5000), pytest.raises(OSError, match=r"File too large: '.*full'"):
+        save_tokenizer(tokenizer, tmp_path / "full")
 
 
 def test_load_refuses_other_dtypes_and_devices(saved):

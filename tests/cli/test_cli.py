@@ -20,7 +20,7 @@ import klfast
 from klfast import planning
 from klfast.checkpoint import by_name
 from klfast.cli import app, options
-from klfast.core import machine
+from klfast.core import lock, machine
 from klfast.core.progress import reporter
 from klfast.sensitivity import run as sweep_run
 from klfast.sensitivity.results import METRICS
@@ -175,6 +175,9 @@ def test_same_command_continues_from_the_partial_file(work, tmp_path, monkeypatc
         return starts[0]
 
     assert finish() > 0 and finish("--no-resume") == 0
+    with lock.held(partial):  # another process is working on it
+        assert "another process" in fails(*arguments, "--no-resume")
+    assert partial.read_text() == before
     partial.write_text(before[:-40])
     assert re.search(r"sens\.json\.partial is truncated or not valid JSON.*--no-resume", fails(*arguments))
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
+from full_disk import files_of_at_most
 
 from klfast.core import io as files
 from klfast.core import temporaries
-from klfast.core.io import folder_atomic, require_writable, write_atomic
+from klfast.core.io import file_atomic, folder_atomic, require_writable, write_atomic
 
 
 @pytest.mark.parametrize("content", ["text with an é\n", b"\x00bytes", ""])
@@ -317,6 +319,18 @@ def test_errors_name_the_target(tmp_path, act, name, kind):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
 
 
+def test_errors_without_a_number_name_the_target_too(tmp_path):
+    """NumPy's errors of a full disk have none."""
+
+    def write():
+        with file_atomic(tmp_path / "file") as beside, open(beside, "wb") as file:
+            np.zeros(1000).tofile(file)
+
+    with files_of_at_most(100), pytest.raises(OSError, match=r"1000 requested and \d+ written: '.*file'$"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_require_writable_leaves_no_trace(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
@@ -356,6 +370,26 @@ def test_umask_is_never_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda _: pytest.fail("another thread could create a file meanwhile"))
     write_atomic(tmp_path / "file", "x")
     build(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_that_was_removed_and_made_again_is_not_taken(tmp_path, old):
+    """Half of the files would be missing; libraries make folders that they miss."""
+    path = tmp_path / "folder"
+    if old:
+        build(path)
+
+    def lose():
+        with folder_atomic(path) as folder:
+            (folder / "first").write_text("x")
+            temporaries.remove(folder)
+            folder.mkdir()
+            (folder / "second").write_text("x")
+
+    with pytest.raises(FileNotFoundError, match=r"folder'$"):
+        lose()
+    assert read(path) == ({"new": "x"} if old else None)
+    assert [one.name for one in tmp_path.iterdir()] == ["folder"] * old
 
 
 def test_folder_behind_a_symlink(tmp_path):

@@ -9,6 +9,7 @@ from sweep_models import make, tokens
 
 import klfast
 from klfast import measured_front
+from klfast.core import lock
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.evaluation.front import Front, FrontPoint
 from klfast.planning.front import front_plans
@@ -71,6 +72,8 @@ def test_goes_on_where_it_was_stopped(model, swept, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measured(model, swept, resume=path, progress=stop)
     assert len(Front.from_json(path).points) == 2
+    with lock.held(path), pytest.raises(InvalidInputError, match=r"another process .* is working on"):
+        measured(model, swept, resume=path)
     quantize = measured_front.quantize_model
     monkeypatch.setattr(measured_front, "quantize_model", lambda *a, **k: quantized.append(1) or quantize(*a, **k))
     front = measured(model, swept, resume=path)

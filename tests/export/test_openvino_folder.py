@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from command_line import fails, klf
+from full_disk import files_of_at_most
 from openvino_runs import Run, ov
 from tiny_models import tiny
 
@@ -41,6 +42,13 @@ def test_writes_what_klfast_writes(tmp_path):
         ids = running(ids)[:, -1:].argmax(-1)
         found.append(int(ids))
     assert found == klfast.generate(model, prompt, max_new_tokens=30)[0, prompt.shape[1] :].tolist()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    model, said = tiny("mamba"), r"OpenVINO cannot write \(.*'.*ov/openvino_model\.xml'$"
+    with files_of_at_most(10_000), pytest.raises(OSError, match=said):
+        klfast.export_openvino(model, tmp_path / "ov")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sixteen_bits_are_float16(tmp_path):

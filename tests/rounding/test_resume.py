@@ -1,20 +1,22 @@
 """Rounding that was stopped goes on where it was, to the same bits."""
 
 import gc
+import os
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_of_at_most
+from killed import killed
 from tiny_models import batch, tiny
 
 import klfast
-from klfast.core import signed_json
+from klfast.core import lock, signed_json, temporaries
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Carry
 from klfast.models.matrices import matrices
 from klfast.rounding import carries, walk
-from klfast.rounding.rounded import forget
+from klfast.rounding.rounded import Kept, RoundedModel, forget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = klfast.QuantSpec(4, 32)
@@ -115,16 +117,50 @@ def test_a_kill_at_the_start_leaves_nothing_that_is_refused(tmp_path, monkeypatc
     same(rounded(model, ids, resume=tmp_path / "kept"), rounded(model, ids))
 
 
+def test_a_folder_that_a_kill_leaves_half_removed_is_no_obstacle(tmp_path, monkeypatch):
+    path = tmp_path / "kept"
+    Kept(path, {"scale": "absmax"}).write(0, ["a"], RoundedModel())
+
+    def forget_half(kill):
+        remove = os.unlink
+        monkeypatch.setattr(os, "unlink", lambda at, **how: (remove(at, **how), at == "rounding.json" and kill()))
+        forget(path)
+
+    killed(forget_half)
+    assert not path.exists() and any(tmp_path.iterdir())
+    with lock.held(path):
+        Kept(path, {"scale": "absmax"})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_process_at_a_time(tmp_path):
+    model, ids, path = tiny("llama"), batch(24, 16), tmp_path / "kept"
+    Kept(path, {})
+    with lock.held(path):
+        for act in (lambda: rounded(model, ids, resume=path), lambda: forget(path)):
+            with pytest.raises(InvalidInputError, match=r"another process .* is working on .*kept"):
+                act()
+    assert path.is_dir()
+
+
+def test_hidden_states_of_a_killed_process_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    states = [Carry(torch.zeros(8), (torch.zeros(8),))]
+    killed(lambda kill: (carries.Carries(states, room=0), kill()))
+    [left] = tmp_path.iterdir()
+    assert any(left.iterdir())
+    mine = carries.Carries(states, room=0)
+    [own] = tmp_path.iterdir()
+    assert own != left
+    del mine
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_one_line():
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     states = carries.Carries([Carry(torch.zeros(8), (torch.zeros(8),))], room=0)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
-    try:
-        with pytest.raises(OSError, match=r"File too large \(TMPDIR names another folder\): '.*0\.safetensors'"):
-            states[0] = Carry(torch.zeros(10**6))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = r"File too large \(TMPDIR names another folder\): '.*0\.safetensors'"
+    with files_of_at_most(10**6), pytest.raises(OSError, match=said):
+        states[0] = Carry(torch.zeros(10**6))
 
 
 def test_hidden_states_that_share_memory():
@@ -137,17 +173,15 @@ def test_hidden_states_on_disk_make_no_difference(monkeypatch):
     model, ids = tiny("zamba2", tied=True), batch(24, 16)
     monkeypatch.setattr(walk, "MOST_TOKENS", 6 * 16)
     truth = rounded(model, ids)
-    folders, make = [], tempfile.TemporaryDirectory
+    folders, make = [], temporaries.scratch_folder
 
-    def noted(**options):
-        folders.append(make(**options))
+    def noted(name):
+        folders.append(make(name))
         return folders[-1]
 
     monkeypatch.setattr(carries, "available_memory", lambda: 0)
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", noted)
+    monkeypatch.setattr(temporaries, "scratch_folder", noted)
     same(rounded(model, ids), truth)
     assert len(folders) == 2
-    names = [folder.name for folder in folders]
-    folders.clear()
     gc.collect()
-    assert not any(Path(name).exists() for name in names)
+    assert not any(folder.exists() for folder in folders)

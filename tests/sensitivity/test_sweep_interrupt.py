@@ -181,7 +181,9 @@ def test_one_process_at_a_time(tmp_path):
     try:
         while not path.exists():
             time.sleep(0.01)
-        with pytest.raises(InvalidInputError, match=r"another sweep is working on .*r\.json; wait for it"):
+        with pytest.raises(
+            InvalidInputError, match=rf"another process \({child.pid} on .*\) is working on .*r\.json; "
+        ):
             klfast.sweep(make("hymba"), tokens(8, 65), resume=path, max_batch_tokens=4 * 65)
     finally:
         child.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from klfast.checkpoint.save import require_target, save_settings
-from klfast.core.errors import InvalidInputError
+from klfast.checkpoint.save import require_target, save_settings, save_tokenizer
+from klfast.core.errors import InvalidInputError, one_line
 from klfast.core.io import folder_atomic
 
 if TYPE_CHECKING:
@@ -73,12 +74,15 @@ def export_openvino(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with folder_atomic(directory) as folder:
-        ov.save_model(graph.model, folder / MODEL, compress_to_fp16=False)
+        try:
+            ov.save_model(graph.model, folder / MODEL, compress_to_fp16=False)
+        except RuntimeError as error:  # the error of the system is not in it
+            raise OSError(errno.EIO, f"OpenVINO cannot write ({one_line(error)})", str(folder / MODEL)) from error
         save_settings(config, "config", folder)
         if described.generation_config is not None:
             save_settings(described.generation_config, "generation_config", folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
     dense = [name for name, kind in graph.kinds.items() if kind == "float16"]
     notes = [f"{name} is float16, since its groups do not divide its rows" for name in dense]
     return Written(dict(Counter(graph.kinds.values())), tuple(notes))

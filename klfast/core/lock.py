@@ -1,8 +1,9 @@
-"""Lock that lets only one sweep at a time use a resume file."""
+"""Lock that lets only one process at a time go on from a resume file or folder."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -15,24 +16,31 @@ except ImportError:  # not on Windows
 else:
     _HAS_LOCKS = True
 
+_LONGEST = 200  # bytes that a lock's file says
+
 
 @contextmanager
-def held(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of ``path``: a file beside it, removed afterwards. The lock ends with the process, even if killed.
+def held(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Hold the lock of ``path``: a file beside it that names this process, removed afterwards. None needs no lock.
+
+    The lock ends with the process, even if it is killed.
 
     Raises:
         InvalidInputError: another process holds it.
         OSError: the folder cannot be written.
     """
-    if not _HAS_LOCKS:
+    if path is None or not _HAS_LOCKS:
         yield
         return
     beside = f"{os.fspath(path)}.lock"
     handle = _take(beside, path)
     try:
+        with suppress(OSError):  # a full disk
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()} on {platform.node()}".encode()[:_LONGEST])
         yield
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a file that stays is taken over
             os.unlink(beside)  # while it is held: see _take
         os.close(handle)
 
@@ -48,13 +56,15 @@ def _take(beside: str, path: str | os.PathLike[str]) -> int:
             if _is_at(beside, handle):
                 return handle
         except BlockingIOError:
+            holder = os.read(handle, _LONGEST).decode(errors="replace")
             os.close(handle)
             raise InvalidInputError(
-                f"another sweep is working on {os.fspath(path)}; wait for it, stop it, or name another file"
+                f"another process{holder and f' ({holder})'} is working on {os.fspath(path)}; wait for it, stop it, or "
+                "name another file"
             ) from None
         except OSError:  # a file system without locks
             return handle
-        os.close(handle)  # the sweep that held it has just ended and removed the file
+        os.close(handle)  # the process that held it has just ended and removed the file
 
 
 def _is_at(path: str, handle: int) -> bool:
