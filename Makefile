@@ -2,12 +2,13 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test test-slow fuzz lint docs bench dist sanitize verify-xpu check-transformers clean
+.PHONY: help install demo test test-slow fuzz crash lint docs bench dist sanitize verify-xpu check-transformers clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests but the slow ones"
 	@echo "make test-slow run those: compilers, killed processes, whole sweeps, Triton's kernels in its interpreter"
 	@echo "make fuzz     feed damaged files to klfast's readers, for two minutes or for SECONDS=600"
+	@echo "make crash    kill klfast, fill its disk and so on while it writes, 20 times in each way or CASES=200"
 	@echo "make lint     check style, types, imports between layers, spelling"
 	@echo "make docs     build the documentation as a site in build/site, without the network"
 	@echo "make bench    time klfast against its peers (a minute's run: .venv/bin/klfast bench --quick), and show it in docs/"
@@ -49,6 +50,10 @@ fuzz: export OMP_NUM_THREADS := 1
 fuzz: SECONDS := 120
 fuzz: install
 	.venv/bin/python tests/fuzz --seconds $(SECONDS)
+
+crash: CASES := 20
+crash: install
+	.venv/bin/python tests/crash --cases $(CASES)
 
 # pre-commit runs the same commands before a commit: .venv/bin/pre-commit install
 lint: .venv/.lint
