@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 
+import other_process
 import pytest
 import torch
 from sweep_models import make, means, tokens
@@ -158,6 +160,50 @@ def test_a_cluster_that_goes_away_is_one_error_and_loses_nothing(cluster, tmp_pa
         patch.setattr(ray_measurer, "_measure", hang_at_the_last(ray_measurer._measure))
         with pytest.raises(ClusterError, match=r"^the Ray cluster is gone \(.*refused\); run the sweep again to go on"):
             sweep(engine="ray", resume=path, progress=lose)
+    assert Sensitivities.from_json(path).provenance["micro_batches"] == [2, 3]
+    assert text(sweep(resume=path)) == text(sweep())
+
+
+LOSING = """
+import os, signal, time
+from pathlib import Path
+import torch
+import klfast
+import sweep_models
+from klfast.core.errors import ClusterError
+from klfast.sensitivity import ray_connection, ray_measurer
+
+def kill_half_way(done, total, what):
+    if done * 2 >= total:
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text().strip() == os.environ["VICTIM"]:
+                os.kill(int(child), signal.SIGKILL)
+
+def hang_at_the_last(measure):
+    def measured(*args):
+        while args[-1][0].micro_batch == 2:
+            time.sleep(0.01)
+        return measure(*args)
+    return measured
+
+torch.set_num_threads(1)
+ray_connection._GONE_SECONDS = 1.0
+ray_measurer._measure = hang_at_the_last(ray_measurer._measure)
+model, ids = sweep_models.make("zamba", tied=True), sweep_models.tokens(6)
+options = dict(max_batch_tokens=4 * 2 * 17, engine="ray", workers=1)
+try:
+    klfast.sweep(model, ids, resume=os.environ["RESUME"], progress=kill_half_way, **options)
+except ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])  # the head's own process, and that of a node
+def test_a_killed_head_or_node_is_one_error_and_loses_nothing(tmp_path, victim):
+    path = tmp_path / "r.json"
+    said = other_process.run(LOSING, **SETTINGS, VICTIM=victim, RESUME=str(path))
+    assert re.fullmatch(r"the Ray cluster is gone \(.*refused\); run the sweep again to go on\n", said)
     assert Sensitivities.from_json(path).provenance["micro_batches"] == [2, 3]
     assert text(sweep(resume=path)) == text(sweep())
 
