@@ -82,11 +82,11 @@ bench: install
 
 # The kernel tests against an extension with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize.
 # Left out is what makes compiling much slower and finds little here: null pointers crash anyway, virtual calls there are none,
-# and AddressSanitizer knows the sizes of objects.
+# and AddressSanitizer knows the sizes of objects; and the tiers that this machine cannot run.
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,vptr,object-size -fno-sanitize-recover=all
 sanitize: export PYTHONDONTWRITEBYTECODE :=
 sanitize: install
-	KLFAST_AVXVNNI_TWIN=1 KLFAST_AMX_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
+	KLFAST_TIERS_HERE=1 KLFAST_AVXVNNI_TWIN=1 KLFAST_AMX_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive .venv/bin/pytest $(IN_PARALLEL) -q -p no:cacheprovider \

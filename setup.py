@@ -44,12 +44,15 @@ FEATURES = {
     "amx_bf16": (["-mamx-bf16"], ["tdpbf16ps %tmm0, %tmm1, %tmm2"]),
 }
 TWINS = [name for name in ("KLFAST_AVXVNNI_TWIN", "KLFAST_AMX_TWIN") if os.environ.get(name) == "1"]
+RUNS_WITH = {feature: (feature,) for feature in FEATURES}  # what a machine must have for it, by /proc/cpuinfo's names
 # For tests on a machine with AVX-512-VNNI but not AVX-VNNI: that tier with the same instructions in AVX-512's encoding.
 if "KLFAST_AVXVNNI_TWIN" in TWINS:
     FEATURES["avx_vnni"] = (["-mavx512vl", "-mavx512vnni"], ["vpdpbusd %ymm0, %ymm1, %ymm2{%k1}"])
+    RUNS_WITH["avx_vnni"] = ("avx512vl", "avx512_vnni")
 # Likewise where AVX-512-BF16 is there but not AMX: a model of the tiles (csrc/simd/amx_model.h) takes their place.
 if "KLFAST_AMX_TWIN" in TWINS:
     FEATURES |= dict.fromkeys(("amx_tile", "amx_int8", "amx_bf16"), ([], []))
+    RUNS_WITH |= dict.fromkeys(("amx_tile", "amx_int8", "amx_bf16"), ())
 # For the compiler and for the linker. Apple's clang has the pragmas but no runtime: that of Homebrew's libomp.
 OPENMP = (["-Xpreprocessor", "-fopenmp"], ["-lomp"]) if sys.platform == "darwin" else (["-fopenmp"], ["-fopenmp"])
 # -ffp-contract=off: a scalar tier and its vector twins round alike unless they ask for an FMA.
@@ -128,6 +131,9 @@ class BuildPerTier(build_ext):
 
     def built_tiers(self):
         known = FEATURES if platform.machine().lower() in ("x86_64", "amd64", "i686") else {}
+        if os.environ.get("KLFAST_TIERS_HERE") == "1":  # leave out what cannot run here
+            here = Path("/proc/cpuinfo").read_text().split()
+            known = [feature for feature in known if all(flag in here for flag in RUNS_WITH[feature])]
         found = {name: needs for name, needs in tiers().items() if set(needs) <= set(known)}
         return [name for name, needs in found.items() if not needs or self._builds(flags_of(needs), probes_of(needs))]
 

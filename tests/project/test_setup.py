@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from klfast.dispatch import pins
+
 SETUP = Path(__file__).parents[2] / "setup.py"
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(not SETUP.is_file() or COMPILER is None, reason="needs setup.py and g++")
@@ -79,6 +81,17 @@ def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
     assert tiers("vpdpbusd") == every[:2] and tiers("zmm") == every[:3] and tiers("vfmadd") == every[:1]
     twins = {"KLFAST_AVXVNNI_TWIN": "1", "KLFAST_AMX_TWIN": "1"}
     assert tiers("tdpbf16ps", r"\{vex\}", **twins) == every
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="Linux tells what a CPU has")
+def test_only_the_tiers_of_this_machine(tmp_path):
+    def tiers(**environment):
+        return python("print(json.dumps(command.built_tiers()))", tmp_path, **environment)
+
+    here = tiers(KLFAST_TIERS_HERE="1")
+    assert here == pins.available_tiers()
+    twins = tiers(KLFAST_TIERS_HERE="1", KLFAST_AVXVNNI_TWIN="1", KLFAST_AMX_TWIN="1")
+    assert ("avxvnni" in twins) == ("avx512vnni" in here) and ("amx" in twins) == ("avx512bf16" in here)
 
 
 def test_a_source_that_an_old_assembler_cannot_build_is_left_out_of_the_extension(tmp_path):
