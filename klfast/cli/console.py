@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 def emit(data: object, text: object, as_json: bool) -> None:
-    """Print a result: ``data`` as JSON, or ``text`` (a string, or one or several renderables of rich)."""
+    """Print a result: ``data`` as JSON, or ``text`` (a string, or one or several renderables of rich).
+
+    Strings are flushed, so that what follows on standard error stands below them.
+    """
     if as_json:
-        print(json.dumps(_finite(data), indent=1, allow_nan=False))
+        print(json.dumps(_finite(data), indent=1, allow_nan=False), flush=True)
     elif isinstance(text, str):
-        print(text)
+        print(text, flush=True)
     else:
         from rich.console import Console
 

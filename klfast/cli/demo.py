@@ -17,9 +17,7 @@ def demo(
     model: Annotated[
         str, typer.Option(help="A local folder, a hub id, or a bundled model: hymba, mamba, mamba2.")
     ] = "hymba",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Less text: a few seconds instead of about two minutes.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less text: a minute or two instead of several.")] = False,
     out: Annotated[Path | None, typer.Option(help="Save the mixed model here, not in a temporary folder.")] = None,
     results: Annotated[
         Path | None, typer.Option(help="Write the table as demo.md and demo.csv into this folder.")

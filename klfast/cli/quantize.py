@@ -93,6 +93,7 @@ def quantize(
     from klfast.cli.runtime import open_batches, prepare
     from klfast.core.errors import InvalidInputError
     from klfast.models.matrices import matrices
+    from klfast.models.sizes import total_bytes
     from klfast.rounding.rounded import forget
 
     prepare(threads)
@@ -121,11 +122,11 @@ def quantize(
     if partial is not None:
         with suppress(InvalidInputError):  # another process goes on from there, and removes it in the end
             forget(partial)
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    held, stored = total_bytes(network), sum(file.stat().st_size for file in out.glob("*.safetensors"))
     quantized, total = len(made.specs), len(matrices(network))
     emit(
-        {"out": str(out), "quantized_layers": quantized, "layers": total, "weight_file_bytes": size},
-        f"{quantized} of {total} linear layers are quantized; {megabytes(size)} of weights are in {out}.",
+        {"out": str(out), "quantized_layers": quantized, "layers": total, "bytes": held, "weight_file_bytes": stored},
+        f"{quantized} of {total} linear layers are quantized; {megabytes(held)} of weights are in {out}.",
         as_json,
     )
     say(

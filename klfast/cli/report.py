@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from klfast.cli import options
-from klfast.cli.console import emit
+from klfast.cli.console import emit, say
 
 
 def report(
@@ -78,5 +78,7 @@ def report(
             draw(found, plot, metric)
         except ImportError as error:  # matplotlib is optional
             raise InvalidInputError(str(error)) from None
+    if written := [str(path) for path in (out, page, plot) if path is not None]:
+        say(f"Written: {', '.join(written)}", as_json)
     if (out is None and page is None) or as_json:
         emit({"tables": [one.data() for one in tables]}, [one.rich() for one in tables], as_json)

@@ -205,7 +205,7 @@ def test_command(swept, plan, card, tmp_path):
     plan.to_json(folder / "plan.json")
     card.to_json(folder / "card.json")
     (folder / "other.json").write_text("[1]")
-    assert klf("report", folder, "--html", tmp_path / "page.html").stdout == ""
+    assert klf("report", folder, "--html", tmp_path / "page.html").stdout == f"Written: {tmp_path / 'page.html'}\n"
     page = (tmp_path / "page.html").read_text()
     assert page == html_page(swept, [plan], [card])
     assert "exists" in fails("report", folder, "--html", tmp_path / "page.html")
