@@ -121,11 +121,15 @@ $(XPU)/.installed: $(XPU)/.triton
 check-transformers: install
 	PYTHONPATH=tests/support .venv/bin/python tests/acceleration/check_transformers.py $(VERSIONS)
 
-# With one compiler and umask, a commit's wheel always has the same bytes: .ci/reproducible
+# The wheel is built from the sdist, in its folder, but with those of the extension's objects that are current (setup.py): the sdist
+# has the same sources. With one compiler and umask, a commit's wheel always has the same bytes: .ci/reproducible
 dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
-	.venv/bin/python -m build --outdir dist
+	rm -rf build/dist && mkdir -p build/dist dist
+	.venv/bin/python -m build --sdist --outdir build/dist
+	cd build/dist && tar -xf *.tar.gz --strip-components 1 && mv *.tar.gz ../../dist && mkdir build && cp -pr ../temp.* build && \
+	    ../../.venv/bin/python -m build --wheel --no-isolation --outdir ../../dist
 
 clean:
 	rm -rf .venv build dist *.egg-info klfast/_C*.so
