@@ -65,6 +65,11 @@ class Server:
     Args:
         folder: of the model.
         options: of the command.
+
+    Attributes:
+        model: what clients call the model.
+        address: its host and port.
+        process: the process's number.
     """
 
     def __init__(self, folder: Path, *options: str) -> None:
@@ -79,13 +84,13 @@ class Server:
         else:
             raise RuntimeError(f"klfast serve ended with status {process.wait()}")
         found = json.loads(said)
-        self._model, self._address = found["model"], found["url"].split("/")[2]
+        self.model, self.address, self.process = found["model"], found["url"].split("/")[2], process.pid
 
     def ask(self, prompt: str, new: int) -> Reply:
         """Send one request for this many tokens, greedy, and wait for all of them."""
-        body = {"model": self._model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
         body["stream_options"] = {"include_usage": True}
-        connection = http.client.HTTPConnection(self._address, timeout=_SECONDS)
+        connection = http.client.HTTPConnection(self.address, timeout=_SECONDS)
         try:
             asked = time.perf_counter()
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -93,9 +98,9 @@ class Server:
         finally:
             connection.close()
 
-    def ask_all(self, prompts: Sequence[str], new: int) -> list[Reply]:
-        """Send a request for each prompt at the same time."""
-        with ThreadPoolExecutor(len(prompts)) as clients:
+    def ask_all(self, prompts: Sequence[str], new: int, most: int | None = None) -> list[Reply]:
+        """Send a request for each prompt, at most so many at a time, by default all."""
+        with ThreadPoolExecutor(most or len(prompts)) as clients:
             return list(clients.map(self.ask, prompts, itertools.repeat(new)))
 
 
