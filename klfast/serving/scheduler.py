@@ -67,7 +67,7 @@ class Scheduler:
         self._waiting: deque[Answer] = deque()
         self._prefills: deque[Prefill] = deque()  # in the order of their turns
         self._parked: dict[Answer, Callable[[], None]] = {}  # and what lets each go on
-        self._requests = 0
+        self._most_parked, self._requests = 2 * sequences, 0
         self._changed = threading.Condition()
         self._is_open = self._finishes = True
         self._thread = threading.Thread(target=self._run, name="klfast scheduler")
@@ -144,7 +144,7 @@ class Scheduler:
             places = Counter(prefill.answer.request for prefill in self._prefills)
             places.update(answer.request for answer in self._batch.answers)
             is_full = places.total() == self._batch.most
-            if is_full and (len(self._parked) == self._batch.most or max(places.values()) == 1):
+            if is_full and (len(self._parked) == self._most_parked or max(places.values()) == 1):
                 return
             with self._changed:
                 answer = min((*self._parked, *self._waiting), key=lambda one: places[one.request])

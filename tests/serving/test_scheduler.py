@@ -349,7 +349,7 @@ def test_a_request_gives_up_places_beyond_its_share(start, family):
     assert ended[:3] == [*one, *few]
 
 
-def test_no_more_are_parked_than_are_written(start):
+def test_parked_answers_are_few(start):
     """Each has its state, so that a crowd of requests with many answers could fill the memory."""
     scheduler, parked = start(sequences=8), []
     requests = [[Asked(text, 40) for text in prompts(8, seed)] for seed in range(5)]
@@ -365,7 +365,7 @@ def test_no_more_are_parked_than_are_written(start):
     for request in requests:
         for asked in request:
             assert asked.done.wait(WAIT) and asked.finish == "length"
-    assert max(parked) == 8
+    assert 8 < max(parked) <= 16  # else requests that come after many answers have no place
 
 
 def test_the_queue_is_bounded(start):
