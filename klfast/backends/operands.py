@@ -73,7 +73,7 @@ class GroupedMatmulArgs(NamedTuple):
 
     x: torch.Tensor
     parts: list[torch.Tensor]
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     matrices: int
     weight: Stored
     activation: str
