@@ -21,6 +21,8 @@ def run(command: Callable[[], None]) -> None:
         command()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:  # before the command begins
+        code = 130
     except OSError as error:  # help that cannot be written
         code = _fail(f"cannot write to standard output: {error}")
     except Exception:  # noqa: BLE001 (the last resort)

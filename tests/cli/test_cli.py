@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import klfast
 from klfast import planning
 from klfast.checkpoint import by_name
-from klfast.cli import app, options
+from klfast.cli import app, options, output
 from klfast.core import lock, machine
 from klfast.core.progress import reporter
 from klfast.sensitivity import run as sweep_run
@@ -395,6 +395,15 @@ def test_command_in_another_process(work, tmp_path):
     failed = run("eval", tmp_path / "none")
     assert (failed.returncode, failed.stdout) == (1, "") and failed.stderr.count("\n") == 1
     assert run("eval").returncode == 2
+
+
+def test_ctrl_c_before_a_command_begins_has_the_same_exit_code():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        output.run(interrupted)
+    assert ended.value.code == 130
 
 
 def test_doctor_fails_if_a_check_fails(monkeypatch):
