@@ -191,6 +191,9 @@ def register_kernel(
 ) -> None:
     """Register a device's kernel of an op; ``klfast.using("reference")`` still bypasses it.
 
+    On the CPU it takes aliases of parameters: another thread that moves a module gives its parameters other memory, and
+    would free what the kernel reads.
+
     Args:
         name: the op.
         dispatch_key: the device.
@@ -211,6 +214,8 @@ def register_kernel(
         _see_addresses.add(at)
 
     def dispatched(*args: Any) -> Any:
+        if dispatch_key == "CPU":
+            args = tuple([a.detach() if type(a) is torch.nn.Parameter else a for a in args])  # see above
         given = check(args)
         if pins.pinned() is None and (formats_of is None or _kernel_formats[at].issuperset(formats_of(*given))):
             return run(kernel, args, given, sees_addresses)  # without the lookups below

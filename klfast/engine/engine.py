@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from klfast.core import forks
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 from klfast.engine.builder import Builder
@@ -34,7 +35,7 @@ class Engine:
         self._logits = self._memory(logits)
         self._corrected = builder.corrected
         self._correction = None if builder.correction is None else self._memory(builder.correction)
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
 
     def _memory(self, of: Columns) -> torch.Tensor:
         """Return a buffer of the program, float32 [rows, width]."""
@@ -90,9 +91,9 @@ class Engine:
         ids = self._checked(ids, state)
         if ids.numel() > (most := min(self._rows, MOST_SEQUENCES)):
             raise InvalidInputError(f"logits of each token are for at most {most} tokens, got {ids.numel()}")
-        state.reserve(int(state.seen.max()) + ids.shape[1])
         with self._lock:
-            self._program.run(*self._arguments(ids, state), True)
+            state.reserve(int(state.seen.max()) + ids.shape[1])
+            self._run(self._program.run, ids, state, True)
             return self._answers(ids.numel()).view(*ids.shape, -1)
 
     def _answers(self, rows: int) -> torch.Tensor:
@@ -107,9 +108,9 @@ class Engine:
         ids = self._checked(ids, state)
         if ids.numel() > self._rows:
             raise InvalidInputError(f"a run takes at most {self._rows} tokens, got {ids.numel()}")
-        state.reserve(int(state.seen.max()) + ids.shape[1])
         with self._lock:
-            seconds = self._program.profile(*self._arguments(ids, state))
+            state.reserve(int(state.seen.max()) + ids.shape[1])
+            seconds = self._run(self._program.profile, ids, state)
         return list(zip(self._program.names(), seconds, strict=True))
 
     def _feed(self, ids: torch.Tensor, state: State) -> None:
@@ -118,8 +119,7 @@ class Engine:
         # As long as one another: the last, were it a single token, would be taken for a decoding step.
         chunks = -(-ids.shape[1] // most)
         for part in ids.tensor_split(chunks, dim=1) if chunks > 1 else (ids,):
-            chunk = part.contiguous()  # which must live as long as the call
-            self._program.run(*self._arguments(chunk, state), False)
+            self._run(self._program.run, part.contiguous(), state, False)
 
     def _checked(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Return the ids, contiguous."""
@@ -139,6 +139,7 @@ class Engine:
             )
         return ids
 
-    def _arguments(self, ids: torch.Tensor, state: State) -> tuple[Any, ...]:
-        threads, limit = torch.get_num_threads(), pins.cpu_tier_limit()
-        return ids.data_ptr(), state.seen.data_ptr(), *ids.shape, state.native(), threads, limit
+    def _run(self, work: Callable[..., Any], ids: torch.Tensor, state: State, *how: bool) -> Any:
+        """Let the program's ``run`` or ``profile`` feed contiguous ids to a state that has room for them."""
+        native, threads, limit = state.native(), torch.get_num_threads(), pins.cpu_tier_limit()
+        return work(ids.data_ptr(), state.seen.data_ptr(), *ids.shape, native[0], threads, limit, *how)

@@ -63,7 +63,7 @@ class State:
 
     def __init__(self, specs: Sequence[StateSpec], tensors: Sequence[torch.Tensor], seen: torch.Tensor) -> None:
         self.specs, self.tensors, self.seen = specs, list(tensors), seen
-        self._native: Any = None
+        self._native: tuple[Any, list[torch.Tensor]] | None = None
         self._room = self._places()
 
     @classmethod
@@ -94,13 +94,15 @@ class State:
     def __len__(self) -> int:
         return self.seen.shape[0]  # len() of a tensor takes five times as long
 
-    def native(self) -> Any:
-        """Return the tensors as the extension takes them."""
-        if self._native is None:
+    def native(self) -> tuple[Any, list[torch.Tensor]]:
+        """Return the tensors as the extension takes them, and themselves: hold them as long as the extension runs."""
+        native = self._native
+        if native is None:
             from klfast import _C
 
-            self._native = _C.States([view(t) for t in self.tensors])
-        return self._native
+            tensors = self.tensors.copy()
+            native = self._native = _C.States([view(t) for t in tensors]), tensors
+        return native
 
     def copy(self) -> State:
         """Return a copy that shares nothing."""

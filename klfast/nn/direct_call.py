@@ -36,6 +36,7 @@ from klfast.quant.layouts import Layout
 
 if TYPE_CHECKING:
     from klfast.nn.linear import QuantLinear
+    from klfast.quant.spec import QuantSpec
 
 try:
     from klfast import _C
@@ -189,8 +190,8 @@ class PreparedLinear(Prepared):
         if plain(bias) and (bias is None or bias.shape == (self.n,)):
             if self._options is None:
                 self._prepare_dense(weight[0], bias)
-            elif layer.layout is Layout.PLAIN and layer.spec.format.name in _formats():
-                self._prepare_quantized(layer, weight, bias)
+            else:
+                self._prepare_quantized(*self._options, weight, bias)
         self._watch.tensors = ()
 
     def _prepare_dense(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
@@ -199,10 +200,17 @@ class PreparedLinear(Prepared):
             self.projection = _C.Projection.dense(view(weight), view(bias), self.n, self.k)
 
     def _prepare_quantized(
-        self, layer: QuantLinear, weight: Sequence[torch.Tensor | None], bias: torch.Tensor | None
+        self,
+        spec: QuantSpec,
+        activation: str,
+        layout: Layout,
+        weight: Sequence[torch.Tensor | None],
+        bias: torch.Tensor | None,
     ) -> None:
         packed, scale, zero_point = weight
-        spec, parts = layer.spec, [t for t in weight if t is not None]
+        parts = [t for t in weight if t is not None]
+        if layout is not Layout.PLAIN or spec.format.name not in _formats():
+            return
         if not plain(scale) or not all(map(_is_array, parts)):
             return
         try:
@@ -219,7 +227,7 @@ class PreparedLinear(Prepared):
             self.k,
             spec.bits,
             max(1, spec.group_length(self.k)),
-            layer.activation == "int8",
+            activation == "int8",
         )
 
     def hold(self, layer: nn.Module) -> list | None:

@@ -132,13 +132,14 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         return F.linear(x, self.quantized.dequantize(torch.float32).to(torch.float64), self.bias)
 
     def _apply(self, fn, recurse=True):
-        before = self.parts()
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[0].device)).dtype
-        for name, old in zip(self.part_names, before, strict=True):
-            new = self._buffers[name]
-            if new.dtype != old.dtype:  # the codes belong to the scale as stored
-                setattr(self, name, old.to(new.device))
+        parts = set(map(id, self.parts()))
+
+        def keep_codes(tensor):  # they belong to the scale as stored
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in parts and new.dtype != tensor.dtype else new
+
+        super()._apply(keep_codes, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_shape.device)).dtype
         self._set_layout(operands.preferred_layout(self.parts()[0].device, self.spec))
         return self
 

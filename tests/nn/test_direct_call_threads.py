@@ -1,17 +1,15 @@
-"""A layer whose tensors another thread replaces: a direct call uses old or new ones, never freed memory."""
+"""A layer that another thread changes: a call uses its old or its new tensors, never freed memory."""
 
-import threading
-import time
+import itertools
 
+import meanwhile
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from klfast import QuantLinear, QuantSpec
+from klfast import QuantLinear, QuantSpec, ops
 from klfast.nn import direct_call, mamba_step
-
-SECONDS = 1.5
 
 
 def replace(home, name, tensor):
@@ -23,35 +21,19 @@ def other_memory(home, name, tensor):
 
 
 def wrong_results(home, name, values, change, call):
-    """Return how many calls matched none of ``values`` while another thread changes them, and the number of calls."""
+    """Return how many calls matched none of ``values`` while another thread changes them."""
     expected = []
     for value in values:
         change(home, name, value.clone())
         expected.append(call())
-    stop, wrong, calls, changes = threading.Event(), 0, 0, 0
 
-    def keep_changing():
-        nonlocal changes
-        with torch.no_grad():
-            while not stop.is_set():
-                change(home, name, values[changes % len(values)].clone())
-                torch.full_like(values[0], -1)  # in the freed memory
-                changes += 1
+    def change_all(i):
+        change(home, name, values[i % len(values)].clone())
+        torch.full_like(values[0], -1)  # in the freed memory
 
-    thread = threading.Thread(target=keep_changing)
-    thread.start()
-    try:
-        end = time.monotonic() + SECONDS
-        while time.monotonic() < end:
-            found = call()
-            if found is not None:
-                calls += 1
-                wrong += not any(torch.equal(found, one) for one in expected)
-    finally:
-        stop.set()
-        thread.join()
-    assert changes > 10 and calls > 10
-    return wrong
+    found = [one for one in meanwhile.results(call, change_all) if one is not None]
+    assert len(found) > 10
+    return sum(not any(torch.equal(one, other) for other in expected) for one in found)
 
 
 @pytest.mark.parametrize("change", [replace, other_memory])
@@ -89,3 +71,42 @@ def test_mamba_step(part, one_thread):
     with torch.no_grad():
         values = [home[name].data, home[name].data * 0.5 + 0.25]
         assert not wrong_results(home, name, values, other_memory, call)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype"),
+    [
+        (lambda x, weight: ops.rms_norm(x, weight, eps=1e-5), (1 << 18,), torch.float32),
+        (ops.linear, (512, 1024), torch.bfloat16),
+    ],
+    ids=["rms_norm", "linear"],
+)
+def test_ops(op, shape, dtype, one_thread):
+    weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+    x, values = torch.randn(1, shape[-1], dtype=dtype), [torch.randn(shape, dtype=dtype) for _ in range(2)]
+    with torch.no_grad():
+        assert not wrong_results({"weight": weight}, "weight", values, other_memory, lambda: op(x, weight))
+
+
+def test_a_layer_whose_dtype_changes_keeps_its_codes(one_thread):
+    layer, x = QuantLinear.from_linear(nn.Linear(256, 256, bias=False), "int4-g32-sym"), torch.randn(1, 256)
+    layer.weight_scale = layer.weight_scale.float() * 1.001  # which bfloat16 cannot hold
+    with torch.no_grad():
+        expected = layer(x)
+        found = meanwhile.results(lambda: layer(x), lambda i: layer.to((torch.bfloat16, torch.float32)[i % 2]))
+        assert all(torch.equal(one, expected) for one in found)
+
+
+def test_a_call_has_one_activation_mode():
+    """Another thread changes the mode between any two looks at it."""
+
+    class Restless(QuantLinear):
+        modes = itertools.cycle(["exact", "int8"])
+        activation = property(lambda self: next(self.modes), lambda self, mode: None)
+
+    layer = Restless.from_linear(nn.Linear(256, 256), "int4-g32-sym")
+    x, steady = torch.randn(1, 256), QuantLinear(layer.quantized, layer.bias)
+    for _ in range(3):
+        found = direct_call.PreparedLinear(layer)
+        steady.activation = found._options[1]
+        assert torch.equal(found(x), steady(x))

@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 
+from klfast.core import forks  # noqa: F401 (forked processes run kernels on one thread)
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
 
