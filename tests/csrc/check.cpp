@@ -9,12 +9,13 @@
 #include <utility>
 
 #include "core/kernel_table.h"
+#include "core/team.h"
 
 namespace klfast::test {
 namespace {
 
 std::mt19937& generator() {
-    static std::mt19937 generator(1);
+    thread_local std::mt19937 generator(1);
     return generator;
 }
 
@@ -25,9 +26,11 @@ struct Worst {
 };
 
 std::map<std::pair<std::string, Tier>, Worst>& worst() {
-    static std::map<std::pair<std::string, Tier>, Worst> all;
+    thread_local std::map<std::pair<std::string, Tier>, Worst> all;
     return all;
 }
+
+thread_local bool in_team = false;
 
 // The error of float32 sums for float32 results; else half a unit in the last place, plus some of that error.
 double allowed(DType dtype) { return dtype == DType::f32 ? 2e-5 : dtype == DType::bf16 ? 0x1.1p-8 : 0x1.1p-11; }
@@ -66,6 +69,10 @@ void for_tiers(const std::string& op, const std::function<void(Tier)>& each) {
     for (std::size_t t = 0; t < kTiers; ++t)
         if (tiers[t] && why_not(static_cast<Tier>(t)).empty()) each(static_cast<Tier>(t));
 }
+
+void call(const std::function<void()>& op) { in_team ? run_together(kThreads, op) : op(); }
+
+void use_team() { in_team = true; }
 
 void compare(const std::string& op, Tier tier, const Tensor& got, const std::vector<double>& truth) {
     Worst& found = worst()[{op, tier}];

@@ -46,10 +46,16 @@ Int random_int(Int begin, Int end);
 // Calls each(tier) for the tiers that an op has kernels for and this machine can run.
 void for_tiers(const std::string& op, const std::function<void(Tier)>& each);
 
+// Calls an op that the engine has, too: from one thread or, after use_team() in the calling thread, as the engine does,
+// from a team of kThreads (core/team.h).
+void call(const std::function<void()>& op);
+void use_team();
+
 // Records a result's error, relative to the largest true value and to its dtype's tolerance.
 void compare(const std::string& op, Tier tier, const Tensor& got, const std::vector<double>& truth);
 
-// Prints a line for each op and tier; returns true if all results were within tolerance.
+// Prints a line for each op and tier that the calling thread has checked; returns true if all results were within
+// tolerance.
 bool report();
 
 double silu(double x);

@@ -53,7 +53,7 @@ void check(DType dtype, Int shared_by, Int keys, Int length, bool windowed, Int 
             .scale = 0.3f,
             .n_threads = kThreads,
         };
-        decode_attention(args, tier);
+        call([&] { decode_attention(args, tier); });
         compare("decode_attention", tier, out, truth);
     });
 }

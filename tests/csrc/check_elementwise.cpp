@@ -55,7 +55,7 @@ void check_weighted_sum(DType dtype, DType of_weights, Int each, Int width) {
             .width = width,
             .n_threads = kThreads,
         };
-        weighted_sum(args, tier);
+        call([&] { weighted_sum(args, tier); });
         compare("weighted_sum", tier, out, truth);
     });
 }
@@ -85,7 +85,7 @@ void check_combine() {
                         .factor = factor,
                         .n_threads = kThreads,
                     };
-                    combine(args, tier);
+                    call([&] { combine(args, tier); });
                     compare("combine", tier, out, truth);
                     compare("combine", tier, narrow, truth);
                 });

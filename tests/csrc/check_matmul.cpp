@@ -113,7 +113,7 @@ void check_quantized(DType dtype, Weight& w, Int m, bool int8_activation) {
     const std::vector<double> truth = product(x, m, w.k, w.value, w.n, bias);
     for_tiers("dequant_matmul", [&](Tier tier) {
         Tensor y(dtype, {m, w.n});
-        dequant_matmul({product_args(x, bias, y, m, w.n, w.k), weight_args(w, int8_activation)}, tier);
+        call([&] { dequant_matmul({product_args(x, bias, y, m, w.n, w.k), weight_args(w, int8_activation)}, tier); });
         compare("dequant_matmul", tier, y, truth);
     });
 }
@@ -172,7 +172,7 @@ void check_dense_matmul() {
                     product_args(x, bias, y, m, n, k),
                     {.weight = weight.data(), .weight_type = dtype, .weight_stride = k},
                 };
-                linear(args, tier);
+                call([&] { linear(args, tier); });
                 compare("linear", tier, y, truth);
             });
         }

@@ -48,7 +48,7 @@ void check_norm() {
                         .sigmoid_gate = is_sigmoid,
                         .n_threads = kThreads,
                     };
-                    rms_norm(args, tier);
+                    call([&] { rms_norm(args, tier); });
                     compare("rms_norm", tier, out, truth);
                 });
             }

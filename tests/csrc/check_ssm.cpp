@@ -81,7 +81,7 @@ void check_selective_scan(DType dtype, bool constant_b, bool constant_c) {
             .softplus = true,
             .n_threads = kThreads,
         };
-        selective_scan(args, tier);
+        call([&] { selective_scan(args, tier); });
         compare("selective_scan", tier, out, y);
         compare("selective_scan", tier, last, state);
     });
@@ -134,7 +134,7 @@ void check_state_update(DType dtype, Slots slots) {
             .a_is_log = false,
             .n_threads = kThreads,
         };
-        selective_state_update(args, tier);
+        call([&] { selective_state_update(args, tier); });
         compare("selective_state_update", tier, out, y);
         compare("selective_state_update", tier, after, state);
     });
@@ -187,7 +187,7 @@ void check_chunk_scan(DType dtype) {
             .dt_max = std::numeric_limits<float>::infinity(),
             .n_threads = kThreads,
         };
-        mamba_chunk_scan(args, tier);
+        call([&] { mamba_chunk_scan(args, tier); });
         compare("mamba_chunk_scan", tier, out, y);
         compare("mamba_chunk_scan", tier, last, state);
     });
@@ -226,7 +226,7 @@ void check_conv(DType dtype, Int channels, Int width) {
             .silu = true,
             .n_threads = kThreads,
         };
-        causal_conv1d(args, tier);
+        call([&] { causal_conv1d(args, tier); });
         compare("causal_conv1d", tier, out, y);
     });
 }
@@ -273,7 +273,7 @@ void check_conv_update(DType dtype, Int channels, Int length, bool rings) {
             .silu = false,
             .n_threads = kThreads,
         };
-        causal_conv1d(args, tier);
+        call([&] { causal_conv1d(args, tier); });
         compare("causal_conv1d_update", tier, out, y);
         compare("causal_conv1d_update", tier, after, state);
     });
@@ -332,7 +332,7 @@ void check_delta_rule(DType dtype, bool by_channel, Int value_dim) {
             .scale = 0.25f,
             .n_threads = kThreads,
         };
-        gated_delta_rule(args, tier);
+        call([&] { gated_delta_rule(args, tier); });
         compare("gated_delta_rule", tier, got, out);
         compare("gated_delta_rule", tier, after, state);
     });

@@ -1,13 +1,11 @@
 """The kernels without Python: csrc/ without csrc/python/ builds and is correct at every tier of this machine."""
 
-import fcntl
-import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import csrc_program
 import pytest
 
 from klfast import _C
@@ -31,41 +29,11 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file() or shutil.which("g++") is None, reason="needs a source tree and g++"
 )
 
-# Builds as setup.py does, in the same folder, so that only outdated objects are compiled.
-BUILD = """
-import json, runpy, setuptools
-from pathlib import Path
-given = {}
-setuptools.setup = given.update
-names = runpy.run_path("setup.py")
-[extension] = given["ext_modules"]
-extension.sources = [source for source in extension.sources if Path(source).parts[1] != "python"]
-extension.sources += sorted(str(path) for path in Path("tests/csrc").glob("*.cpp"))
-
-class Alone(names["BuildPerTier"]):
-    def build_extensions(self):
-        self.objects = self.build_objects(extension)
-        self.compiler.link_executable(
-            self.objects, "alone", output_dir=self.build_temp, target_lang="c++",
-            extra_postargs=["-fopenmp", *names["extra_flags"]()],
-        )
-
-command = Alone(setuptools.Distribution({"name": "alone", "ext_modules": [extension]}))
-command.ensure_finalized()
-command.run()
-print(json.dumps({"program": str(Path(command.build_temp, "alone").absolute()), "objects": command.objects}))
-"""
-
 
 @pytest.fixture(scope="module")
 def built():
     """Return the test program and its object files."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "alone.lock").open("w") as lock:  # only one test process builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return csrc_program.build("alone", "tests/csrc/*.cpp")
 
 
 @pytest.mark.slow
