@@ -1,4 +1,6 @@
 // dequant_matmul, alone and grouped, and linear against products in double.
+#include <numeric>
+
 #include "check.h"
 #include "matmul/dense/linear.h"
 #include "matmul/quantized/dequant_matmul.h"
@@ -52,13 +54,14 @@ struct Weight {
 
 // x W^T + bias, both by [rows, k].
 std::vector<double> product(const Tensor& x, Int m, Int k, const std::vector<double>& w, Int n, const Tensor& bias) {
-    std::vector<double> y(m * n);
-    for (Int i = 0; i < m; ++i)
+    std::vector<double> y(m * n), row(k);
+    for (Int i = 0; i < m; ++i) {
+        for (Int c = 0; c < k; ++c) row[c] = x[i * k + c];
         for (Int j = 0; j < n; ++j) {
-            double sum = bias[j];
-            for (Int c = 0; c < k; ++c) sum += x[i * k + c] * w[j * k + c];
-            y[i * n + j] = sum;
+            const double* const weight = w.data() + j * k;
+            y[i * n + j] = std::inner_product(row.begin(), row.end(), weight, bias[j]);
         }
+    }
     return y;
 }
 

@@ -23,5 +23,5 @@ def test_no_races():
         openmp=False,
         folder="build/threads",
     )
-    done = subprocess.run([built["program"]], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([built["program"]], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr[:10000]
