@@ -205,7 +205,8 @@ def test_a_killed_head_or_node_is_one_error_and_loses_nothing(tmp_path, victim):
     said = other_process.run(LOSING, **SETTINGS, VICTIM=victim, RESUME=str(path))
     gone = r"the Ray cluster is gone \(.*refused\); run the sweep again to go on"
     assert re.fullmatch(gone, said.splitlines()[-1])  # after what Ray itself has to say
-    assert Sensitivities.from_json(path).provenance["micro_batches"] == [2, 3]
+    done, of = Sensitivities.from_json(path).provenance["micro_batches"]
+    assert 1 <= done <= 2 and of == 3  # the node takes along what its workers were at
     assert text(sweep(resume=path)) == text(sweep())
 
 
