@@ -251,7 +251,7 @@ def _formats() -> frozenset[str]:
     return kernel_formats("dequant_matmul", "CPU")
 
 
-def options(layer: nn.Module) -> tuple | None:
+def options(layer: Any) -> tuple[QuantSpec, str, Layout] | None:
     """Return a QuantLinear's settings besides its tensors; None for an nn.Linear."""
     return None if type(layer) is nn.Linear else (layer.spec, layer.activation, layer.layout)
 
