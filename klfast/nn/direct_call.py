@@ -191,7 +191,8 @@ class PreparedLinear(Prepared):
             if self._options is None:
                 self._prepare_dense(weight[0], bias)
             else:
-                self._prepare_quantized(*self._options, weight, bias)
+                spec, activation, layout = self._options
+                self._prepare_quantized(spec, activation, layout, weight, bias)
         self._watch.tensors = ()
 
     def _prepare_dense(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
