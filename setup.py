@@ -8,7 +8,6 @@ anywhere.
 import functools
 import math
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -130,7 +129,7 @@ class BuildPerTier(build_ext):
             return list(pool.map(compile_one, units))
 
     def built_tiers(self):
-        known = FEATURES if platform.machine().lower() in ("x86_64", "amd64", "i686") else {}
+        known = FEATURES if re.search("x86_64|amd64", self.plat_name) else {}  # wheels may be cross-built
         if os.environ.get("KLFAST_TIERS_HERE") == "1":  # leave out what cannot run here
             here = Path("/proc/cpuinfo").read_text().split()
             known = [feature for feature in known if all(flag in here for flag in RUNS_WITH[feature])]

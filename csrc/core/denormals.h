@@ -1,8 +1,10 @@
 // Numbers too small for float32's full precision.
 #pragma once
 
-#ifdef __SSE2__
+#if defined(__SSE2__)
 #include <xmmintrin.h>
+#elif defined(__aarch64__)
+#include <cstdint>
 #endif
 
 namespace klfast {
@@ -12,20 +14,34 @@ namespace klfast {
 // them.
 class FlushedDenormals {
   public:
-#ifdef __SSE2__
-    FlushedDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushToZero | kDenormalsAreZero); }
-    ~FlushedDenormals() { _mm_setcsr(before_); }
-#else
-    FlushedDenormals() = default;
-#endif
+    FlushedDenormals() : before_(control()) { set_control(before_ | kFlush); }
+    ~FlushedDenormals() { set_control(before_); }
     FlushedDenormals(const FlushedDenormals&) = delete;
     FlushedDenormals& operator=(const FlushedDenormals&) = delete;
 
-#ifdef __SSE2__
   private:
-    static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;  // of MXCSR
-    const unsigned before_;
+#if defined(__SSE2__)
+    using Control = unsigned;
+    static constexpr Control kFlush = 0x8000 | 0x0040;  // MXCSR's flush-to-zero and denormals-are-zero
+    static Control control() { return _mm_getcsr(); }
+    static void set_control(Control value) { _mm_setcsr(value); }
+#elif defined(__aarch64__)
+    using Control = std::uint64_t;
+    static constexpr Control kFlush = 1u << 24;  // FPCR.FZ: operands and results
+    static Control control() {
+        Control value;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(value)::"memory");
+        return value;
+    }
+    static void set_control(Control value) { __asm__ volatile("msr fpcr, %0" ::"r"(value) : "memory"); }
+#else
+    using Control = int;
+    static constexpr Control kFlush = 0;
+    static Control control() { return 0; }
+    static void set_control(Control) {}
 #endif
+
+    const Control before_;
 };
 
 }  // namespace klfast

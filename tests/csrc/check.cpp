@@ -64,10 +64,17 @@ double silu(double x) { return x / (1 + std::exp(-x)); }
 
 double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
 
+std::set<std::string>& only_tiers() {
+    static std::set<std::string> tiers;
+    return tiers;
+}
+
 void for_tiers(const std::string& op, const std::function<void(Tier)>& each) {
     const TierSet& tiers = op_tiers().at(op);
     for (std::size_t t = 0; t < kTiers; ++t)
-        if (tiers[t] && why_not(static_cast<Tier>(t)).empty()) each(static_cast<Tier>(t));
+        if (tiers[t] && (only_tiers().empty() || only_tiers().contains(kTierNames[t])) &&
+            why_not(static_cast<Tier>(t)).empty())
+            each(static_cast<Tier>(t));
 }
 
 void call(const std::function<void()>& op) { in_team ? run_together(kThreads, op) : op(); }

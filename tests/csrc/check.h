@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -43,7 +44,10 @@ class Tensor {
 double random_normal();
 Int random_int(Int begin, Int end);
 
-// Calls each(tier) for the tiers that an op has kernels for and this machine can run.
+// The tiers to check; all where there are none.
+std::set<std::string>& only_tiers();
+
+// Calls each(tier) for those of these tiers that an op has kernels for and this machine can run.
 void for_tiers(const std::string& op, const std::function<void(Tier)>& each);
 
 // Calls an op that the engine has, too: from one thread or, after use_team() in the calling thread, as the engine does,

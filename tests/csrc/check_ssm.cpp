@@ -140,6 +140,39 @@ void check_state_update(DType dtype, Slots slots) {
     });
 }
 
+// A state that fades below float32's normal numbers ends at 0.
+void check_faded_state() {
+    Tensor before(DType::f32, {1, 1, 1, kStates}), zeros(DType::f32, {1, 1, kStates}), one(DType::f32, {1, 1, 1}),
+        a(DType::f32, {1, 1, kStates});
+    one.set(0, 1);
+    for (Int n = 0; n < kStates; ++n) before.set(n, 2e-38), zeros.set(n, 0), a.set(n, -1);
+    for_tiers("selective_state_update", [&](Tier tier) {
+        Tensor after = before, out(DType::f32, {1, 1, 1});
+        const StateUpdateArgs args{
+            .state = after.view(),
+            .x = zeros.view(),
+            .dt = one.view(),
+            .z = {},
+            .out = out.view(),
+            .a = a.view(),
+            .b = zeros.view(),
+            .c = zeros.view(),
+            .d = {},
+            .dt_bias = {},
+            .batch = 1,
+            .heads = 1,
+            .dim = 1,
+            .groups = 1,
+            .states = kStates,
+            .softplus = false,
+            .a_is_log = false,
+            .n_threads = 1,
+        };
+        selective_state_update(args, tier);
+        compare("selective_state_update", tier, after, std::vector<double>(kStates));
+    });
+}
+
 void check_chunk_scan(DType dtype) {
     Tensor x = Tensor::random(dtype, {kBatch, kLength, kHeads, kDim}),
            z = Tensor::random(dtype, {kBatch, kLength, kHeads, kDim}),
@@ -350,6 +383,7 @@ void check_conv() {
 }
 
 void check_scan() {
+    check_faded_state();
     for (const DType dtype : kTypes) {
         for (const bool constant_b : {false, true})
             for (const bool constant_c : {false, true}) check_selective_scan(dtype, constant_b, constant_c);

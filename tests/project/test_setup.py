@@ -83,6 +83,11 @@ def test_an_assembler_older_than_the_compiler_leaves_tiers_out(tmp_path):
     assert tiers("tdpbf16ps", r"\{vex\}", **twins) == every
 
 
+def test_the_tiers_are_those_of_the_machine_that_is_built_for(tmp_path):
+    tiers = python("print(json.dumps(command.built_tiers()))", tmp_path, _PYTHON_HOST_PLATFORM="linux-aarch64")
+    assert tiers == ["scalar"]
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="Linux tells what a CPU has")
 def test_only_the_tiers_of_this_machine(tmp_path):
     def tiers(**environment):
