@@ -22,7 +22,7 @@ from klfast.serving.prefill import Prefill
 from klfast.serving.prefix_cache import PrefixCache
 from klfast.serving.scheduler import ClosedError, QueueFullError, Scheduler
 
-WAIT = 3  # seconds
+WAIT = 20  # seconds
 
 
 class Asked:
