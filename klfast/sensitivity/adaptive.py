@@ -24,7 +24,7 @@ ALLOWED = 0.1  # of the work of an exhaustive sweep
 _BESIDE = 2  # passes of a part of the text through the network beside the candidates': of the teacher and its noise
 _OF_SMALLEST = (1.05, 1.2, 1.5)  # sizes of plans, if none is given, relative to the smallest
 _RATIO_ERROR = 0.15  # of the ratio of two specs' KLs by their weights' errors
-_TOKEN_ERROR = 2.4  # least error of a mean over tokens, as a share of it, times their square root
+_TOKEN_ERROR = 4.8  # least error of a mean over tokens, as a share of it, times their square root
 
 
 @dataclass(frozen=True)
