@@ -121,8 +121,8 @@ $(XPU)/.installed: $(XPU)/.triton
 check-transformers: install
 	PYTHONPATH=tests/support .venv/bin/python tests/acceleration/check_transformers.py $(VERSIONS)
 
-# The wheel is built from the sdist, in its folder, but with those of the extension's objects that are current (setup.py): the sdist
-# has the same sources. With one compiler and umask, a commit's wheel always has the same bytes: .ci/reproducible
+# Build the wheel in the unpacked sdist, which has the same sources, so setup.py compiles no object that is up to date.
+# With one compiler and umask, a commit's wheel always has the same bytes: .ci/reproducible
 dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build

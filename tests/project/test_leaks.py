@@ -65,7 +65,7 @@ def load(folder):
 
 @pytest.mark.parametrize("make", [generate, sweep, pytest.param(load, marks=pytest.mark.slow)])
 def test_nothing_is_left_of_a_call(make, folder, taken):
-    """What a first call keeps for the next ones is no leak: that would grow in every round."""
+    """Ignore what a first call keeps for later ones: a leak grows in every round."""
     call, read = make(folder), partial(load_file, folder / "model.safetensors")
 
     def grown(call):
