@@ -192,7 +192,8 @@ def register_kernel(
     """Register a device's kernel of an op; ``klfast.using("reference")`` still bypasses it.
 
     On the CPU it takes aliases of parameters: another thread that moves a module gives its parameters other memory, and
-    would free what the kernel reads.
+    would free what the kernel reads. ``data`` makes them under the GIL; ``detach()`` releases it, and copies a
+    reference that the other thread may be exchanging.
 
     Args:
         name: the op.
@@ -215,7 +216,7 @@ def register_kernel(
 
     def dispatched(*args: Any) -> Any:
         if dispatch_key == "CPU":
-            args = tuple([a.detach() if type(a) is torch.nn.Parameter else a for a in args])  # see above
+            args = tuple([a.data if type(a) is torch.nn.Parameter else a for a in args])  # see above
         given = check(args)
         if pins.pinned() is None and (formats_of is None or _kernel_formats[at].issuperset(formats_of(*given))):
             return run(kernel, args, given, sees_addresses)  # without the lookups below

@@ -92,7 +92,7 @@ class Watch:
             t = alias = home[name]
             facts: tuple[object, ...] = (None, None, None, None, None, None)
             if t is not None and _is_array(t):
-                alias = t.detach()  # another thread may give t other memory at any moment, but not the alias
+                alias = t.data  # keeps its memory; detach() would let other threads in (register_kernel says why)
                 storage = alias.untyped_storage()
                 facts = (id(t), StorageWeakRef(storage), storage._cdata, alias.data_ptr(), alias.shape, alias.dtype)
             self.tensors += (alias,)
