@@ -39,7 +39,8 @@ How it is timed:
 - Hymba has the released size and random weights. Each mixer and feed-forward part is checked separately, in a prefill,
   in a chunk that continues a cache and in a step. "mixed": x_proj, dt_proj, the head and the last block in 8 bits, the
   rest in 4, groups of 64. "reference": the same model on PyTorch's operations. memory_gb is the peak memory of the run
-  so far.
+  so far. The table joins two runs of one hour, prefill and decode; memory read 16 to 31 GB/s meanwhile, so parts of the
+  floor are rough.
 - llama.cpp is timed by its own llama-bench, in turns with klfast, on given GGUF files (`--gguf`) or on random weights
   of the same sizes in Q4_0 (the head in Q6_K, as llama-quantize has it); loading is not counted. Its decode also has a
   prompt of 8 tokens (-pg 8,32). Build llama-bench in llama.cpp's sources, which are in llama-cpp-python's source
