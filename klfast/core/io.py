@@ -234,7 +234,8 @@ def _flush(path: Path) -> None:
     # Not every folder can be opened or flushed.
     ignored = (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Windows flushes only what is open for writing.
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
