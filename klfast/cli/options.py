@@ -176,6 +176,10 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for trusted sources."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", help="Continue from OUT.partial, which a stopped run leaves, or discard it."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out.")]
 
 

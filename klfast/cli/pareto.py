@@ -37,12 +37,7 @@ def pareto(
     ] = None,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--no-resume", help="Continue from OUT.partial, which a stopped run leaves, or discard it."
-        ),
-    ] = True,
+    resume: options.Resume = True,
     force: options.Force = False,
     as_json: options.Json = False,
     *,
@@ -58,8 +53,7 @@ def pareto(
             options.require_free(path, force, option=option)
     import klfast
     from klfast.checkpoint.by_name import load_model
-    from klfast.cli.runtime import open_batches, prepare
-    from klfast.core import lock
+    from klfast.cli.runtime import discard, open_batches, prepare
     from klfast.core.errors import InvalidInputError
     from klfast.reporting.front_plot import plot_front
     from klfast.reporting.front_tables import front_table
@@ -78,8 +72,7 @@ def pareto(
     gptq = found.provenance.get("rounding") == "gptq"
     partial = out.with_name(f"{out.name}.partial")
     if not resume:
-        with lock.held(partial):
-            partial.unlink(missing_ok=True)
+        discard(partial)
     try:
         front = klfast.measure_front(
             network,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from klfast.checkpoint import by_name
-from klfast.core import machine
+from klfast.core import lock, machine
 from klfast.models.vocabulary import vocabulary_size
 from klfast.text import token_batches
 
@@ -27,6 +29,19 @@ def prepare(threads: int | None = None, device: str = "cpu") -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
+
+
+def discard(*partials: Path) -> None:
+    """Remove resume files, all or, where another process is working on one, none.
+
+    Raises:
+        InvalidInputError: another process is.
+    """
+    with ExitStack() as locks:
+        for path in partials:
+            locks.enter_context(lock.held(path))
+        for path in partials:
+            path.unlink(missing_ok=True)
 
 
 def open_batches(

@@ -40,6 +40,7 @@ def study(
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    resume: options.Resume = True,
     force: options.Force = False,
     as_json: options.Json = False,
     *,
@@ -74,12 +75,15 @@ def study(
             for one in (calibration, text)
         )
         partial = None if out is None else out.with_name(f"{out.name}.partial")
+        halves = [] if partial is None else [Path(f"{partial}.{half}") for half in range(1, 5)]
+        if not resume:
+            runtime.discard(*halves)
         found = klfast.study(network, metrics_text, perplexity_text, specs, layers=layers, resume=partial)
         found.provenance.update(model=source[0], calibration=calibration, held_out=text)
         if out is not None:
             found.to_json(out)
-            for half in range(1, 5):
-                out.with_name(f"{out.name}.partial.{half}").unlink(missing_ok=True)
+            for half in halves:
+                half.unlink(missing_ok=True)
             say(f"The study is in {out}; klfast study {out} shows it again.", as_json)
     tables = study_tables(found)
     if report is not None:

@@ -87,12 +87,7 @@ def sweep(
         typer.Option(help="With --engine ray: the most workers at a time; by default as many as have room.", min=1),
     ] = None,
     out: Annotated[Path, typer.Option(help="File for the sensitivities.")] = Path("sensitivities.json"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--no-resume", help="Continue from OUT.partial, which a stopped sweep leaves, or discard it."
-        ),
-    ] = True,
+    resume: options.Resume = True,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -109,8 +104,7 @@ def sweep(
     options.require_free(out, force)
     import klfast
     from klfast.checkpoint.by_name import as_dtype, load_model
-    from klfast.cli.runtime import count, open_batches, prepare
-    from klfast.core import lock
+    from klfast.cli.runtime import count, discard, open_batches, prepare
     from klfast.reporting.sweep_tables import ranking as rank
     from klfast.sensitivity.coverage import measured_note
 
@@ -120,8 +114,7 @@ def sweep(
     batches = open_batches(calibration, model, network, length=length, windows=windows, **loading)
     partial = out.with_name(out.name + ".partial")
     if not resume:
-        with lock.held(partial):
-            partial.unlink(missing_ok=True)
+        discard(partial)
     resumed = partial.exists()
     try:
         found = klfast.sweep(

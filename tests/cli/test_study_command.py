@@ -1,0 +1,24 @@
+"""klfast study on the command line: what an earlier run left."""
+
+import tiny_folder
+from command_line import TEXT, fails, klf
+
+from klfast.core import lock
+
+
+def test_no_resume_discards_what_is_left(tmp_path):
+    tiny_folder.save_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out" / "study.json"
+    out.parent.mkdir()
+    text = ("--calibration", tmp_path / "text.txt", "--windows", 2, "--length", 16)
+    command = ("study", tmp_path / "model", *text, "--layers", "lm_head", "--spec", "int4", "--out", out)
+    left = [out.with_name(f"study.json.partial.{half}") for half in (1, 4)]
+    for path in left:
+        path.write_text("{")
+    assert "start over delete it (--no-resume)" in fails(*command)
+    with lock.held(left[1]):
+        assert "another process" in fails(*command, "--no-resume")
+    assert all(path.exists() for path in left)
+    klf(*command, "--no-resume")
+    assert [path.name for path in out.parent.iterdir()] == ["study.json"]
