@@ -54,7 +54,7 @@ class Answer:
         asked: when it was asked for, in seconds of ``time.monotonic``.
         cached_tokens: tokens of the prompt that the prefix cache had.
         made: its tokens so far, the one that ends it included.
-        request: the number of the request that it belongs to, which the scheduler gives.
+        client, request: the client who asks for it, and the number of the request, which the scheduler gives.
         is_cancelled: set from any thread when nobody waits for it any more.
         is_done: whether its last piece has been delivered.
     """
@@ -72,6 +72,7 @@ class Answer:
     ) -> None:
         self.prompt, self.shared, self.asked = prompt, shared, time.monotonic()
         self.cached_tokens = self.made = self.request = 0
+        self.client = ""
         self.is_cancelled = self.is_done = False
         self._settings, self._top, self._deliver = settings, top_logprobs, deliver
         generator = torch.Generator()

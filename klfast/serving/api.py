@@ -59,6 +59,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             max_tokens=asked.max_tokens,
             default=_USUAL_COMPLETION,
             top_logprobs=asked.logprobs,
+            client=_client(request),
             mailbox=mailbox,
         )
         with_scores = asked.logprobs is not None
@@ -78,11 +79,17 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             max_tokens=asked.max_completion_tokens or asked.max_tokens,
             default=None,
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            client=_client(request),
             shared=shared,
             mailbox=mailbox,
         )
         exchange = Exchange(answers, 1, mailbox, form, asked.model, with_scores=bool(asked.logprobs))
         return await _reply(exchange, asked, request)
+
+
+def _client(request: Request) -> str:
+    """Return the address that a request comes from; whatever else it says of its sender could be made up."""
+    return request.client.host if request.client else ""
 
 
 async def _reply(exchange: Exchange, asked: ChatRequest | CompletionRequest, request: Request) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,6 +19,7 @@ from klfast.serving.batch import Batch
 from klfast.serving.metrics import Metrics
 from klfast.serving.prefill import Prefill
 from klfast.serving.prefix_cache import PrefixCache
+from klfast.serving.shares import Shares
 
 _BESIDE = 128  # tokens of a prompt between two tokens of running answers, which wait for it
 
@@ -32,15 +33,15 @@ class ClosedError(KlfastError):
 
 
 class Scheduler:
-    """Writes answers, several at a time, with an equal share of the places for each request.
+    """Writes answers, several at a time. Clients share the places equally, and a client's requests those of the client.
 
     A thread of its own alone touches the engine. It takes turns: one chunk of a prompt, then one token of each running
     answer, so that prompts delay no answer by more than a chunk. Prompts take turns, too, so that a short one does not
     wait for a long one; of those that begin alike, one goes ahead, and the others go on from what it left in the cache.
 
-    A free place goes to the request that has fewest, of several to the one that has waited longest. Where none is free
-    and a request has two more than one that waits, it gives one up: that answer is parked with its state, until a place
-    is free again.
+    A free place goes to the client that has fewest, among its requests to the one that has fewest, of several to the
+    one that has waited longest. Where none is free and a client has two more than one that waits, or a request two more
+    than another one of its client, it gives one up: that answer is parked with its state, until a place is free again.
 
     Args:
         engine: of the model.
@@ -78,8 +79,8 @@ class Scheduler:
         """Whether answers are still written."""
         return self._thread.is_alive()
 
-    def submit(self, answers: Sequence[Answer]) -> None:
-        """Queue the answers of a request, all or none.
+    def submit(self, answers: Sequence[Answer], client: str = "") -> None:
+        """Queue the answers of a client's request, all or none.
 
         Raises:
             QueueFullError: too many are waiting.
@@ -92,7 +93,7 @@ class Scheduler:
                 raise QueueFullError(f"{len(self._waiting)} answers are waiting already; try again later")
             self._requests += 1
             for answer in answers:
-                answer.request = self._requests
+                answer.client, answer.request = client, self._requests
             self._waiting.extend(answers)
             self._changed.notify()
 
@@ -139,16 +140,19 @@ class Scheduler:
         self._metrics.answers.labels("cancelled").inc(dropped)
 
     def _admit(self) -> None:
-        """Give places to the requests that have fewest: the free ones, then those that others have too many of."""
+        """Give places to those who have fewest: the free ones, then those that others have too many of."""
         while self._waiting or self._parked:
-            places = Counter(prefill.answer.request for prefill in self._prefills)
-            places.update(answer.request for answer in self._batch.answers)
-            is_full = places.total() == self._batch.most
-            if is_full and (len(self._parked) == self._most_parked or max(places.values()) == 1):
-                return
+            running = [*(prefill.answer for prefill in self._prefills), *self._batch.answers]
+            shares = Shares(running)
             with self._changed:
-                answer = min((*self._parked, *self._waiting), key=lambda one: places[one.request])
-            if is_full and not self._park(places, places[answer.request]):
+                wanting = [*self._parked, *self._waiting]
+            if len(running) < self._batch.most:
+                answer = shares.next(wanting)
+            elif len(self._parked) < self._most_parked and (exchange := shares.exchange(wanting)):
+                answer, giver = exchange
+                if not self._park(giver):
+                    return
+            else:
                 return
             if answer in self._parked:
                 self._go_on(answer)
@@ -157,11 +161,8 @@ class Scheduler:
                 with self._changed:
                     self._waiting.remove(answer)
 
-    def _park(self, places: Counter[int], fewest: int) -> bool:
-        """Take a place from the request that has most, if that is two more than ``fewest``; return whether it was."""
-        [(request, most)] = places.most_common(1)
-        if most - fewest < 2:
-            return False
+    def _park(self, request: int) -> bool:
+        """Take a place from a request; return False if its answer cannot be set aside."""
         if fed := [prefill for prefill in self._prefills if prefill.answer.request == request]:
             prefill = min(fed, key=lambda one: one.fed)
             self._prefills.remove(prefill)

@@ -106,6 +106,7 @@ class Service:
         max_tokens: int | None,
         default: int | None,
         top_logprobs: int | None,
+        client: str,
         shared: int = 0,
         mailbox: Mailbox,
     ) -> list[Answer]:
@@ -117,6 +118,7 @@ class Service:
             max_tokens: of each answer; None for ``default``, or what the context leaves if that is less.
             default: None for all that the context leaves.
             top_logprobs, shared: see ``Answer``.
+            client: who asks.
             mailbox: where pieces go.
 
         Raises:
@@ -164,5 +166,5 @@ class Service:
                         deliver=mailbox.slot(index),
                     )
                 )
-        self.scheduler.submit(answers)
+        self.scheduler.submit(answers, client)
         return answers

@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import sys
 import time
+from contextlib import ExitStack
 
 import httpx2
 import openai
@@ -61,6 +63,19 @@ def test_one_request_does_not_hold_up_the_others(serve):
     with server.client() as client, client.completions.create(**many):  # which nobody reads
         _until(server, "klfast_running_answers 16.0")
         assert client.completions.create(prompt="y", max_tokens=9, **ASK).usage.completion_tokens == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second address of this machine")
+def test_one_client_does_not_hold_up_the_others(serve):
+    server = serve(context=2 * LONG)
+    with ExitStack() as stack:
+        client = stack.enter_context(server.client())
+        for _ in range(17):
+            stack.enter_context(client.completions.create(prompt="x", max_tokens=LONG, stream=True, **ASK))
+        _until(server, "klfast_running_answers 16.0", "klfast_waiting_answers 1.0")
+        other = stack.enter_context(httpx2.Client(transport=httpx2.HTTPTransport(local_address="127.0.0.2")))
+        done = other.post(f"{server.url}/completions", json=dict(prompt="y", max_tokens=9, **ASK), timeout=20)
+        assert done.json()["usage"]["completion_tokens"] == 9
 
 
 def test_64_clients_some_of_whom_leave(serve):
