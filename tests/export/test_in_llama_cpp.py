@@ -1,4 +1,4 @@
-"""Exported files in llama.cpp itself, where its programs are: its log probabilities are the model's."""
+"""Exported files in llama.cpp itself, where its programs are: its log probabilities and greedy text are the model's."""
 
 import re
 
@@ -74,6 +74,19 @@ def test_kl_of_a_plan_is_what_klfast_measures(tmp_path):
     rows = re.findall(r"^ *\d+ +[0-9.]+ ± +[0-9.]+ +[-0-9.]+ ± +[0-9.]+ +([0-9.]+) ±", said, re.M)  # means so far
     found = float(rows[-1])
     assert found == pytest.approx(kl(expected, ours(model, ids)), rel=0.05)
+
+
+@pytest.mark.parametrize("spec", [None, "int4-g32-sym"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_greedy_text(tmp_path, name, spec):
+    model, tokenizer, prompt = klfast.load_model(name), klfast.load_tokenizer(name), "In the morning"
+    if spec is not None:
+        model = quantized(model, [spec])
+    export_gguf(model, tmp_path / "m.gguf", tokenizer)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    expected = tokenizer.decode(klfast.generate(model, ids, max_new_tokens=20)[0])
+    options = ["-n", 24, "-t", 2, "--temp", 0, "-no-cnv", "--no-warmup"]
+    assert expected in run("llama-completion", "-m", tmp_path / "m.gguf", "-p", prompt, *options)
 
 
 def test_llama_quantize_takes_the_types(tmp_path, tokenizer):
