@@ -14,6 +14,7 @@ namespace {
 constexpr int kMany = 32;  // queries of a key head, from which laying out its keys pays
 
 inline void run(const DecodeAttentionArgs& a) {
+    if (a.heads == 0) return;
     using Attend = void(const DecodeAttentionArgs&, std::int64_t, const Query*, const Rows&, const Rows&);
     constexpr Attend* kAttend[kHeads + 1] = {nullptr,   attend<1>, attend<2>, attend<3>, attend<4>,
                                              attend<5>, attend<6>, attend<7>, attend<8>};

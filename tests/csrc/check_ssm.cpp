@@ -226,6 +226,46 @@ void check_chunk_scan(DType dtype) {
     });
 }
 
+// A result beyond float32 has a head begin again, from the same state, though the last one replaces that.
+void check_chunk_scan_in_place() {
+    const auto filled = [](std::vector<Int> shape, double value) {
+        Tensor made(DType::f32, std::move(shape));
+        for (Int i = 0; i < made.size(); ++i) made.set(i, value);
+        return made;
+    };
+    Tensor x = filled({1, 1, 1, 1}, 1e38), dt = filled({1, 1, 1}, 0.5), a = filled({1}, -1),
+           b = filled({1, 1, 1, 1}, 1), c = filled({1, 1, 1, 1}, 0), d = filled({1, 1}, 10),
+           before = filled({1, 1, 1, 1}, 4e37);
+    for_tiers("mamba_chunk_scan", [&](Tier tier) {
+        Tensor out(DType::f32, {1, 1, 1, 1}), state = before;
+        const ChunkScanArgs args{
+            .x = x.view(),
+            .z = {},
+            .out = out.view(),
+            .dt = dt.view(),
+            .a = a.view(),
+            .dt_bias = {},
+            .b = b.view(),
+            .c = c.view(),
+            .d = d.view(),
+            .initial = state.view(),
+            .final = state.view(),
+            .batch = 1,
+            .length = 1,
+            .heads = 1,
+            .dim = 1,
+            .groups = 1,
+            .states = 1,
+            .softplus = false,
+            .dt_min = 0.0f,
+            .dt_max = 1.0f,
+            .n_threads = 1,
+        };
+        call([&] { mamba_chunk_scan(args, tier); });
+        compare("mamba_chunk_scan", tier, state, {std::exp(-0.5) * 4e37 + 0.5 * 1e38});
+    });
+}
+
 void check_conv(DType dtype, Int channels, Int width) {
     Tensor x = Tensor::random(dtype, {kBatch, channels, kLength}), weight = Tensor::random(dtype, {channels, width}),
            bias = Tensor::random(DType::f32, {channels}),
@@ -384,6 +424,7 @@ void check_conv() {
 
 void check_scan() {
     check_faded_state();
+    check_chunk_scan_in_place();
     for (const DType dtype : kTypes) {
         for (const bool constant_b : {false, true})
             for (const bool constant_c : {false, true}) check_selective_scan(dtype, constant_b, constant_c);

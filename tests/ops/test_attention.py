@@ -56,6 +56,10 @@ def test_any_strides_and_mixed_types(tier):
     torch.testing.assert_close(ops.decode_attention(q, k, v, 0.25).double(), truth(q, k, v, 0.25), rtol=1e-5, atol=2e-6)
 
 
+def test_no_heads(tier):
+    assert ops.decode_attention(*inputs(2, 0, 3, 5, 4, 8)).shape == (2, 0, 8)
+
+
 def test_keys_of_width_zero_weigh_the_same(tier):
     q, k, v = inputs(2, 4, 2, 5, 0, 8)
     torch.testing.assert_close(ops.decode_attention(q, k, v), v.mean(2).repeat_interleave(2, 1))

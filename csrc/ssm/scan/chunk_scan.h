@@ -164,9 +164,10 @@ inline bool scan_head(const ChunkScanArgs& s, const ChunkScratch& w, std::int64_
         store_tile(w.y, wide, s.out, batch * s.out.stride[0] + t0 * s.out.stride[1] + head * s.out.stride[2],
                    s.out.stride[3], s.out.stride[1], s.dim, n_t);
     }
-    if (s.final)
+    finite = finite && (!s.final || all_finite(w.state, n_states * wide));
+    if (s.final && (finite || plainly))  // else the head begins again from `initial`, which may lie there
         store_tile(w.state, wide, s.final, carried(s.final), s.final.stride[2], s.final.stride[3], s.dim, n_states);
-    return finite && (!s.final || all_finite(w.state, n_states * wide));
+    return finite;
 }
 
 inline void run(const ChunkScanArgs& s) {
