@@ -157,8 +157,8 @@ def _by_first_name(
 def _refuse_unfit(name: str, one: Matrix, spec: QuantSpec) -> None:
     if one.is_stack and spec.corrected:
         raise InvalidInputError(f"{name} holds experts, whose rows cannot be corrected; plan {spec.base} for it")
-    if spec.corrected > one.shape[0]:
-        raise InvalidInputError(f"{name}: {spec.corrected} rows cannot be corrected in a matrix of {one.shape[0]}")
+    if why := spec.why_unfit(one.shape[0]):
+        raise InvalidInputError(f"{name}: {why}")
     if isinstance(one.holder, QuantLinear):
         raise InvalidInputError(f"{name} is quantized already ({one.holder.spec}); load the full-precision model again")
     if one.tensor.is_meta:

@@ -97,7 +97,7 @@ def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
         raise InvalidInputError(not_transformers(model))
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
-        "write (its head is tied to the embedding or has corrected rows, its groups do not divide a row, or it has "
-        "experts or Conv1D); "
+        "write (its head is tied to the embedding, a layer has corrected rows, its groups do not divide a row, or it "
+        "has experts or Conv1D); "
         "use klfast.save_quantized(model, folder)"
     )

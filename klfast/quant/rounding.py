@@ -31,7 +31,7 @@ def quantize(
             nothing. float16 scales below 6e-5 are coarse and rounded up, so that no weight is clipped; the smallest is
             6e-8, so weights below 3e-8 become 0. Pass bfloat16 for matrices of such small weights.
 
-    Corrected rows are those with the largest squared error.
+    Corrected rows are those that the spec names, or else those with the largest squared error.
 
     Raises:
         InvalidInputError: wrong dtype or shape, a NaN or infinity, a scale beyond ``scale_dtype``'s range, or fewer
@@ -72,19 +72,21 @@ def _corrected(weight: torch.Tensor, spec: QuantSpec, scale: str, scale_dtype: t
     """Quantize a weight matrix, then what is left of the rows with the largest squared error."""
     base = quantize(weight, spec.base, scale=scale, scale_dtype=scale_dtype)
     error = weight.detach().float() - base.dequantize(torch.float32)
-    rows = costliest(error.square().sum(-1), spec.corrected)
+    rows = corrected_rows(error.square().sum(-1), spec)
     return QuantizedTensor.corrected(base, rows, quantize(error[rows], spec.base, scale=scale, scale_dtype=scale_dtype))
 
 
-def costliest(cost: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the rows of largest cost, int64 [count], in rising order, for float [N] costs.
+def corrected_rows(cost: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Return the rows that a spec corrects, int64 [R], in rising order: those that it names, or of largest cost [N].
 
     Raises:
         InvalidInputError: there are fewer.
     """
-    if count > len(cost):
-        raise InvalidInputError(f"{count} rows cannot be corrected in a matrix of {len(cost)}")
-    return cost.topk(count).indices.sort().values
+    if why := spec.why_unfit(len(cost)):
+        raise InvalidInputError(why)
+    if (first := spec.first_corrected) >= 0:
+        return torch.arange(first, first + spec.corrected, device=cost.device)
+    return cost.topk(spec.corrected).indices.sort().values
 
 
 def _rounded_tiles(

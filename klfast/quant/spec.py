@@ -13,7 +13,7 @@ from klfast.quant.formats import CORRECTED, FORMATS, QuantFormat
 
 SCALES = ("absmax", "mse")  # the ways to choose the scale of a group, see klfast.quantize
 ROUNDINGS = ("nearest", "gptq")  # the ways to choose the codes, see klfast.quantize_model
-_TEXT = r"([a-z]+[0-9]+)(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?(?:\+([1-9][0-9]{0,8}))?"
+_TEXT = r"([a-z]+[0-9]+)(?:-(channel|g[1-9][0-9]{0,8}))?(?:-(sym|asym))?(?:\+(?:([0-9]{1,9}):)?([1-9][0-9]{0,8}))?"
 SHAPE_BYTES = 16  # of the saved weight_shape, int64 [2], of each quantized layer
 
 
@@ -27,11 +27,13 @@ class QuantSpec:
             does not divide the number of input features, the last group is shorter.
         symmetric: True for w = q * scale; False for w = (q - zero_point) * scale.
         kind: with ``bits``, the format's name (``klfast.quant.formats``); "int" rounds to nearest on a uniform grid.
-        corrected: rows that have twice the bits, since a second matrix of the same format is added to them: those that
-            cost most. They suit a head, whose rows cost more the likelier their tokens are.
+        corrected: rows that have twice the bits, since a second matrix of the same format is added to them. They suit a
+            head, whose rows cost more the likelier their tokens are, and the rows of a fused layer that cost most.
+        first_corrected: the first of them, which follow one another; -1 for those that cost most. Only rounding reads
+            it: the rounded matrix itself knows its rows.
 
-    ``str(spec)`` is, for instance, ``"int4-g64-sym"``, or ``"int4-g64-sym+512"`` with 512 corrected rows;
-    ``QuantSpec.parse`` reads it back.
+    ``str(spec)`` is, for instance, ``"int4-g64-sym"``, ``"int4-g64-sym+512"`` with 512 corrected rows, or
+    ``"int4-g64-sym+1152:1160"`` with rows 1152 to 1159 corrected; ``QuantSpec.parse`` reads it back.
     """
 
     bits: int = 4
@@ -39,6 +41,7 @@ class QuantSpec:
     symmetric: bool = True
     kind: str = "int"
     corrected: int = 0
+    first_corrected: int = -1
 
     def __post_init__(self) -> None:
         known = [each.bits for each in FORMATS.values() if each.kind == self.kind]
@@ -58,6 +61,9 @@ class QuantSpec:
             raise InvalidInputError(f"symmetric must be True or False, got {self.symmetric!r}")
         if not isinstance(self.corrected, int) or isinstance(self.corrected, bool) or self.corrected < 0:
             raise InvalidInputError(f"corrected must be a number of rows, 0 or more, got {self.corrected!r}")
+        first = self.first_corrected
+        if not isinstance(first, int) or isinstance(first, bool) or first < -1 or (first >= 0 and not self.corrected):
+            raise InvalidInputError(f"first_corrected must be a corrected row, or -1, got {first!r}")
         if not (self.symmetric or self.format.has_zero_points):
             raise InvalidInputError(f"{self.format.name} has no zero points; symmetric must be True")
 
@@ -69,6 +75,8 @@ class QuantSpec:
         """The spec as text, such as "int4-g64-sym"."""
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         rows = f"+{self.corrected}" if self.corrected else ""
+        if (first := self.first_corrected) >= 0:
+            rows = f"+{first}:{first + self.corrected}"
         return f"{self.kind}{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{rows}"
 
     @classmethod
@@ -83,14 +91,15 @@ class QuantSpec:
                 f"a quantization spec must be a QuantSpec or text such as int4-g64-sym, got {type(text).__name__}"
             )
         match = re.fullmatch(_TEXT, text)
-        if match is None or match[1] not in FORMATS:
+        if match is None or match[1] not in FORMATS or (match[4] and int(match[4]) >= int(match[5])):
             raise InvalidInputError(
                 f"{text!r} is not a quantization spec (examples: int4-g64-sym, int8-channel-asym, int4-g64-sym+512; "
                 f"formats: {', '.join(FORMATS)})"
             )
-        name, group, symmetry, rows = match.groups()
+        name, group, symmetry, first, end = match.groups()
         size = cls.group_size if group is None else -1 if group == "channel" else int(group[1:])
-        return cls(FORMATS[name].bits, size, symmetry != "asym", FORMATS[name].kind, int(rows or 0))
+        rows = (int(end or 0),) if first is None else (int(end) - int(first), int(first))
+        return cls(FORMATS[name].bits, size, symmetry != "asym", FORMATS[name].kind, *rows)
 
     @classmethod
     def of(cls, spec: QuantSpec | str) -> QuantSpec:
@@ -117,7 +126,14 @@ class QuantSpec:
     @property
     def base(self) -> QuantSpec:
         """The spec without corrected rows."""
-        return replace(self, corrected=0) if self.corrected else self
+        return replace(self, corrected=0, first_corrected=-1) if self.corrected else self
+
+    def why_unfit(self, n: int) -> str:
+        """Return why a matrix of ``n`` rows cannot have such corrected rows, a clause; empty if it can."""
+        first = max(self.first_corrected, 0)
+        if first + self.corrected <= n:
+            return ""
+        return f"{self.corrected} rows{f' from {first} on' if first else ''} cannot be corrected in a matrix of {n}"
 
     @property
     def q_min(self) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
-from klfast.quant.rounding import costliest
+from klfast.quant.rounding import corrected_rows
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 from klfast.rounding.descent import descend
@@ -48,7 +48,7 @@ def second_order(
         ridge: float [N], what is added to the damping in each row, on the scale of the Hessian: for a row that is not
             only multiplied by y. Rows with similar ridges share their mean.
         cost: float [N], what each row's objective counts for where the spec corrects some rows: those of largest cost
-            are corrected. All alike by default.
+            are corrected, unless the spec names the rows. All alike by default.
         scale_dtype: of the stored scales.
         rounds: of coordinate descent.
 
@@ -88,7 +88,7 @@ def plain_and_corrected(
     plain = whole.encoded()
     if not spec.corrected:
         return plain, plain
-    rows = costliest(whole.errors if cost is None else whole.errors * cost, spec.corrected)
+    rows = corrected_rows(whole.errors if cost is None else whole.errors * cost, spec)
     # Nearest values on the whole range: those of GPTQ, and clipped ones, are further away and leave more to correct.
     target = whole.target[rows].T.contiguous()  # that of both matrices together, so what is left is the correction's
     grid = absmax(target, spec.base, scale_dtype)

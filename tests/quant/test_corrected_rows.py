@@ -6,6 +6,7 @@ import torch
 import klfast
 from klfast.core.errors import InvalidInputError
 from klfast.quant.layouts import Layout
+from klfast.quant.rounding import fake_quantize
 
 SPECS = ("int4-g32-sym+7", "int4-g64-asym+7", "int6-channel-sym+7", "int8-g32-asym+7")
 
@@ -19,11 +20,17 @@ def test_specs_as_text():
     assert (spec.corrected, spec.bits, spec.group_size, str(spec)) == (512, 4, 64, "int4-g64-sym+512")
     assert spec.base == klfast.QuantSpec(4, 64) == spec.base.base
     assert klfast.QuantSpec.parse("int4+3") == klfast.QuantSpec(corrected=3)
-    for text in ("int4+0", "int4+", "int4-sym-g64+3", "int4+3-sym", "int4+-3"):
+    for text in ("int4+0", "int4+", "int4-sym-g64+3", "int4+3-sym", "int4+-3", "int4+3:3", "int4+5:3", "int4+:3"):
         with pytest.raises(InvalidInputError, match="not a quantization spec"):
             klfast.QuantSpec.parse(text)
     with pytest.raises(InvalidInputError, match="corrected must be a number of rows"):
         klfast.QuantSpec(corrected=-1)
+    named = klfast.QuantSpec.parse("int4-g64-sym+0:3")
+    assert named == klfast.QuantSpec(4, 64, corrected=3, first_corrected=0) and named.base == klfast.QuantSpec(4, 64)
+    assert str(named) == "int4-g64-sym+0:3" and str(klfast.QuantSpec.parse("int4+9:12")) == "int4-g64-sym+9:12"
+    for first, rows in ((-2, 3), (0, 0), (True, 3), (1.0, 3)):
+        with pytest.raises(InvalidInputError, match="first_corrected must be a corrected row, or -1, got"):
+            klfast.QuantSpec(corrected=rows, first_corrected=first)
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -39,6 +46,18 @@ def test_the_rows_with_the_largest_error_become_finer(text):
     others = torch.ones(len(w), dtype=torch.bool).index_fill(0, rows, False)
     assert torch.equal(found[others], plain[others])
     assert qt.nbytes == spec.nbytes((45, 96)) == spec.base.nbytes((45, 96)) + spec.base.nbytes((7, 96)) + 4 * 7
+
+
+@pytest.mark.parametrize("first", [0, 3, 38])
+def test_named_rows_become_finer(first):
+    w, rows = weight(), slice(first, first + 7)
+    qt, plain = klfast.quantize(w, f"int4-g32-sym+{first}:{first + 7}"), klfast.quantize(w, "int4-g32-sym")
+    found, expected = qt.dequantize(torch.float32), plain.dequantize(torch.float32)
+    assert qt.halves[1].tolist() == list(range(first, first + 7)) and str(qt.spec) == "int4-g32-sym+7"
+    assert ((found - w).norm(dim=1) / (expected - w).norm(dim=1))[rows].max() < 2.5 / 2**4
+    expected[rows] = found[rows]
+    assert torch.equal(found, expected)
+    assert torch.equal(fake_quantize(w, f"int4-g32-sym+{first}:{first + 7}"), found)
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -79,6 +98,8 @@ def test_gradients_reach_x():
 def test_more_rows_than_there_are():
     with pytest.raises(InvalidInputError, match="46 rows cannot be corrected in a matrix of 45"):
         klfast.quantize(weight(), "int4-g32-sym+46")
+    with pytest.raises(InvalidInputError, match="7 rows from 39 on cannot be corrected in a matrix of 45"):
+        klfast.quantize(weight(), "int4-g32-sym+39:46")
 
 
 def test_experts_cannot_be_joined():
