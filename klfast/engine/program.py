@@ -72,7 +72,7 @@ class ProgramBase:
         self._parts = frozenset(self._names) - {model}
         self._buffers: dict[tuple[str, int, int, int], Columns] = {}
         self._projections: dict[nn.Module, Any] = {}
-        self._halves: dict[nn.Module, tuple[nn.Module, nn.Module]] = {}
+        self._halves: dict[nn.Module, tuple[nn.Module, torch.Tensor, nn.Module]] = {}
         self.checks: list[Callable[[], object]] = []
         self.kept: list[object] = []
         # Not the modules themselves: the model would be one of them, which its engine must not keep alive.

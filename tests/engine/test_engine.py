@@ -14,6 +14,7 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.generation.engine import engine_of, lower
+from klfast.models.linears import row_parts
 from klfast.models.matrices import matrices
 
 LOWERED = (
@@ -94,6 +95,42 @@ def test_a_head_with_corrected_rows(family, tied):
     assert engine.is_current()
     model.lm_head.weight_correction_scale = 2 * model.lm_head.weight_correction_scale
     assert not engine.is_current()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [("mamba2", "int8"), *((family, "exact") for family in ("mamba", "hymba", "qwen3_5", "lfm2"))],
+)
+def test_rows_of_fused_layers_that_are_corrected(family, activation):
+    model, ids = tiny(family), batch(2, 9)
+    specs = {"lm_head": QuantSpec(4, 16, corrected=5)}
+    for number, name in enumerate(matrices(model)):
+        for use, (first, end) in row_parts(model, name).items():
+            if use in ("dt", "k", "C"):
+                specs[name] = QuantSpec(4, 16, number % 2 == 0, corrected=end - first, first_corrected=first)
+    assert len(specs) > 1
+    klfast.quantize_model(model, Plan(specs, "uniform"), activation=activation)
+    layer = model.get_submodule(next(iter(specs.keys() - {"lm_head"})))
+    if layer.bias is None:
+        layer.bias = torch.nn.Parameter(torch.linspace(-1, 1, layer.out_features), requires_grad=False)
+    truth, engine = logits_of_each(model, ids), lower(model)
+    state = engine.state(2)
+    assert relative(engine.each(ids[:, :8], state), truth[:, :8]) < 1e-4
+    assert relative(engine(ids[:, 8:], state), truth[:, -1]) < 1e-4
+    assert engine.is_current()
+    layer.weight_correction_scale = 2 * layer.weight_correction_scale
+    assert not engine.is_current()
+
+
+def test_corrected_rows_here_and_there_are_left_to_the_model():
+    model, name = tiny("mamba2"), "backbone.layers.0.mixer.in_proj"
+    qt = klfast.quantize(model.get_submodule(name).weight, "int4-g16-sym")
+    rows = torch.tensor([3, 5])
+    some = klfast.quantize(torch.randn(2, qt.shape[1]), "int4-g16-sym")
+    model.set_submodule(name, klfast.QuantLinear(klfast.QuantizedTensor.corrected(qt, rows, some)))
+    with pytest.raises(CannotLowerError, match=r"0\.mixer\.in_proj has corrected rows that do not follow one another"):
+        lower(model)
 
 
 def positions(**parameters):

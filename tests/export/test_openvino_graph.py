@@ -10,6 +10,7 @@ import klfast
 from klfast.export.openvino.graph import graph_of
 from klfast.export.openvino.weights import common_group, quantized
 from klfast.generation.engine import lower
+from klfast.models.linears import row_parts
 from klfast.models.matrices import matrices
 
 SPECS = ("int4-g32-sym", "int8-channel-sym", "int4-g16-asym", "int6-g32-sym", "int8-g16-asym", "int4-channel-sym")
@@ -63,6 +64,15 @@ def test_tied_heads_with_corrected_rows(family):
     model, ids = tiny(family, tied=True), batch(2, 7)
     ids[0, 3] = 60
     klfast.quantize_model(model, klfast.Plan({"lm_head": "int4-g16-sym+30"}, "uniform"))
+    assert relative(Run(graph_of(model).model)(ids), of_engine(model, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_corrected_rows_of_fused_layers(family):
+    model, ids = tiny(family), batch(2, 7)
+    parts = {name: row_parts(model, name).get("dt") for name in matrices(model)}
+    plan = {name: f"int4-g16-sym+{rows[0]}:{rows[1]}" for name, rows in parts.items() if rows}
+    klfast.quantize_model(model, klfast.Plan(plan, "uniform"))
     assert relative(Run(graph_of(model).model)(ids), of_engine(model, ids)) < 1e-5
 
 

@@ -80,10 +80,13 @@ def test_groups_without_a_type(tmp_path):
 
 def test_corrected_rows(tmp_path):
     model = exportable("mamba2")
-    klfast.quantize_model(model, klfast.Plan({"lm_head": "int4-g32-sym+20"}, "uniform"))
-    refused(model, tmp_path, r"no type of GGUF holds lm_head \(corrected rows\); ")
+    plan = {"lm_head": "int4-g32-sym+20", "backbone.layers.0.mixer.in_proj": "int4-g32-sym+2:4"}
+    klfast.quantize_model(model, klfast.Plan(plan, "uniform"))
+    refused(model, tmp_path, r"holds .*0\.mixer\.in_proj \(corrected rows\), lm_head \(corrected rows\); ")
     written = export_gguf(model, tmp_path / "m.gguf", regroup=True)
-    assert written.notes[0] == "lm_head.weight with corrected rows is rounded anew to Q8_0"
+    assert "2 layers (backbone.layers.0.mixer.in_proj.weight ...) with corrected rows are rounded anew to Q8_0" in (
+        written.notes
+    )
 
 
 def test_rows_that_are_not_whole_blocks(tmp_path):

@@ -30,16 +30,27 @@ class MatrixInstructions(ProgramBase):
         if isinstance(embedding, QuantEmbedding):
             if embedding.scale is not None:
                 scale *= float(embedding.scale)
-            head, *correction = self._projections_of(embedding.head)
-            rows = [] if self.corrected is None else self.corrected.tolist()
-            self.program.embed_quantized(name, head, view(prefix), code, scale, out, rows, *correction)
+            head, rows, *correction = self._projections_of(embedding.head)
+            self.program.embed_quantized(name, head, view(prefix), code, scale, out, rows.tolist(), *correction)
             return
         [table] = self.parameters(embedding, "weight")
         self.program.embed(name, view(table), len(table), view(prefix), code, scale, out)
 
     def project(self, layer: nn.Module, x: Columns, out: Columns, *, weight_only: bool = False) -> None:
-        """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias."""
-        self.program.project(self.name(layer), self._projection(layer, not weight_only), x, out)
+        """Multiply by a linear layer's weight and add its bias; ``weight_only`` leaves out the bias.
+
+        Results of corrected rows, which must follow one another, are added to in place.
+        """
+        whole, rows, *correction = self._projections_of(layer)
+        self.program.project(self.name(layer), whole.weight_only() if weight_only else whole, x, out)
+        for projection in correction:
+            first, last = int(rows[0]), int(rows[-1])
+            if last - first >= len(rows):
+                raise CannotLowerError(f"{self.name(layer)} has corrected rows that do not follow one another")
+            added = self.buffer("corrected_rows", len(rows), torch.float32)
+            _, place, _ = out.split(first, len(rows), out.width - last - 1)
+            self.program.project(f"{self.name(layer)}.correction", projection, x, added)
+            self.program.combine("add", "add", 1.0, 1, place, added, place, None)
 
     def project_parameter(
         self,
@@ -59,32 +70,33 @@ class MatrixInstructions(ProgramBase):
 
     def project_last(self, layer: nn.Module, x: Columns, out: Columns) -> None:
         """Multiply each sequence's last token alone; a buffer of its own gets what corrects some rows of the layer."""
-        whole, *correction = self._projections_of(layer)
+        whole, rows, *correction = self._projections_of(layer)
         self.program.project_last(self.name(layer), whole, x, out)
         for projection in correction:
-            assert self.corrected is not None  # as there is a correction
-            buffer = self.buffer("correction", len(self.corrected), torch.float32, rows=MOST_SEQUENCES)
+            buffer = self.buffer("correction", len(rows), torch.float32, rows=MOST_SEQUENCES)
             self.program.project_last(f"{self.name(layer)}.correction", projection, x, buffer)
-            self.correction = buffer
+            self.corrected, self.correction = rows, buffer
 
     def _projections_of(self, layer: nn.Module) -> tuple[Any, ...]:
-        """Return the product with a layer, and if it has corrected rows, noted as the program's, that with theirs."""
+        """Return the product with a layer, its corrected rows, int32 [R], and if there are some, that with them."""
         if not (isinstance(layer, QuantLinear) and layer.spec.corrected):
-            return (self._projection(layer),)
+            return self._projection(layer), torch.empty(0, dtype=torch.int32)
         if layer not in self._halves:
             self.expect(layer, "QuantLinear")
             watch = Watch(*((layer._buffers, name) for name in layer.part_names), (layer._parameters, "bias"))
             watch.tensors = ()
             made_of = options(layer)
             self.checks.append(lambda: made_of == options(layer) and watch.hold())
-            whole, self.corrected, correction = layer.quantized.halves
+            whole, rows, correction = layer.quantized.halves
             self._halves[layer] = (
                 QuantLinear(whole, layer.bias, layer.activation, dtype=layer.dtype),
+                rows,
                 QuantLinear(correction, None, layer.activation, dtype=layer.dtype),
             )
-        return tuple(map(self._projection, self._halves[layer]))
+        first, rows, second = self._halves[layer]
+        return self._projection(first), rows, self._projection(second)
 
-    def _projection(self, layer: nn.Module, activations: bool = True) -> Any:
+    def _projection(self, layer: nn.Module) -> Any:
         if layer not in self._projections:  # several blocks may share it
             self.expect(layer, "Linear", "QuantLinear")
             prepared = PreparedLinear(layer)
@@ -93,8 +105,7 @@ class MatrixInstructions(ProgramBase):
             self.checks.append(lambda: prepared.hold(layer))
             self.kept.append(prepared.hold(layer))
             self._projections[layer] = prepared.projection
-        projection = self._projections[layer]
-        return projection if activations else projection.weight_only()
+        return self._projections[layer]
 
     def _matrix(self, module: nn.Module, name: str, dtype: torch.dtype | None = None, index: int | None = None) -> Any:
         """Return the product with a parameter [N, K], or with a stack [E, N, K], quantized or not, as [E N, K].
