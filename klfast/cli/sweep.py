@@ -43,6 +43,14 @@ def sweep(
     activations: Annotated[
         bool, typer.Option("--activations", help="Also measure int8 activations, for klfast plan --activation auto.")
     ] = False,
+    corrected: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="USE",
+            help='Also measure fused layers with the rows of one use at twice the bits, such as "dt" in Mamba-2\'s '
+            "in_proj, in each INT4; plans may choose it. Repeatable.",
+        ),
+    ] = None,
     vocabulary: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +134,7 @@ def sweep(
             exclude=exclude,
             rows=rows,
             activations=activations,
+            corrected=corrected or (),
             scale=scale,
             vocabulary=int(vocabulary) if vocabulary is not None and vocabulary.isdecimal() else vocabulary,
             budget=budget,

@@ -47,7 +47,9 @@ def is_adaptive(budget: str, max_bytes: int | None, beside: bool) -> bool:
         raise InvalidInputError(f'budget must be "exhaustive" or "adaptive", got {budget!r}')
     if budget == "adaptive":
         if beside:
-            raise InvalidInputError('rows and activations need budget="exhaustive"; an adaptive sweep measures weights')
+            raise InvalidInputError(
+                'rows, activations and corrected need budget="exhaustive"; an adaptive sweep measures whole weights'
+            )
         if max_bytes is not None and max_bytes <= 0:
             raise InvalidInputError(f"max_bytes must be positive, got {max_bytes}")
     elif max_bytes is not None:
@@ -107,6 +109,13 @@ def parse_specs(specs: QuantSpec | str | Sequence[QuantSpec | str]) -> list[Quan
     if wrong := [spec for spec in found if not isinstance(spec, QuantSpec)]:
         raise InvalidInputError(f"specs must be QuantSpecs or their names, got {type(wrong[0]).__name__}")
     return list(dict.fromkeys(found))
+
+
+def uses(corrected: str | Iterable[str]) -> list[str]:
+    """Return the names of the uses of rows to be corrected, without duplicates."""
+    if not isinstance(corrected, Iterable):
+        raise InvalidInputError(f"corrected must be names of uses of rows, got {type(corrected).__name__}")
+    return list(dict.fromkeys([corrected] if isinstance(corrected, str) else corrected))
 
 
 def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns | None) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
+from klfast.models.families.base import Rows
 from klfast.models.head import is_head_tied
 from klfast.models.linears import row_parts
 from klfast.models.matrices import named_matrices, sharers
@@ -48,26 +48,40 @@ class Step:
         return f"block {self.place}" if isinstance(self.place, int) else self.place
 
 
-def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: bool, activations: bool) -> list[Step]:
-    """Return the steps of one micro-batch: the noise floor, the candidates of each block, then those of the head."""
+def steps(
+    chain: Chain,
+    names: Sequence[str],
+    specs: Sequence[QuantSpec],
+    rows: bool,
+    activations: bool,
+    corrected: Sequence[str] = (),
+) -> list[Step]:
+    """Return the steps of one micro-batch: the noise floor, the candidates of each block, then those of the head.
+
+    Raises:
+        InvalidInputError: as ``klfast.sweep`` says, of layers, specs and ``corrected``.
+    """
     of_model = named_matrices(chain.model)
     groups = {group[0]: group for group in sharers(chain.model)}
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
+    uses = {name: row_parts(chain.model, name) for name in names}
+    coarse = [spec for spec in specs if spec.bits == 4 and not spec.corrected]
+    _require_uses(corrected, {name: of for name, of in uses.items() if not of_model[name].is_stack}, coarse)
     for name in names:
         layer = of_model[name]
         blocks = () if layer.holder is chain.head.module else _blocks(chain, groups[name])
         place = blocks[0] if blocks else "head"
-        # Corrected rows are a head's: tokens differ in how much they cost.
+        # Numbers of corrected rows are for a head: tokens differ in how much they cost.
         tried = [spec for spec in specs if layer.holder is chain.head.module or not spec.corrected]
-        if tried and max(spec.corrected for spec in tried) > layer.shape[0]:
-            most = max(tried, key=attrgetter("corrected"))
-            raise InvalidInputError(f"{name} has {layer.shape[0]} rows, fewer than {most} corrects; sweep another spec")
-        at[place] += [Candidate(name, layer, spec, blocks) for spec in tried]
+        if why := next(filter(None, (spec.why_unfit(layer.shape[0]) for spec in tried)), None):
+            raise InvalidInputError(f"{name}: {why}; sweep another spec")
+        finer = [_corrected(spec, uses[name][use]) for use in corrected if use in uses[name] for spec in coarse]
+        at[place] += [Candidate(name, layer, spec, blocks) for spec in dict.fromkeys((*tried, *finer))]
         if activations:
             holders = tuple(dict.fromkeys(of_model[same].holder for same in groups[name]))
             by_group = {spec.group_length(layer.shape[1]): spec for spec in tried}
             at[place] += [Candidate(name, layer, spec, blocks, inputs_of=holders) for spec in by_group.values()]
-        for use, part in row_parts(chain.model, name).items() if rows else ():
+        for use, part in uses[name].items() if rows else ():
             at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in tried]
     if not any(at.values()):
         raise InvalidInputError(f"{specs[0]} corrects rows of the head, which is not among `layers`; add it there")
@@ -80,6 +94,23 @@ def steps(chain: Chain, names: Sequence[str], specs: Sequence[QuantSpec], rows: 
         for some in chunks(candidates, 1 if place == "head" else COMPARED_TOGETHER):
             found.append(Step(place, tuple(some), found[-1].first + found[-1].rows, len(some) * each))
     return found
+
+
+def _require_uses(corrected: Sequence[str], uses: Mapping[str, Rows], coarse: Sequence[QuantSpec]) -> None:
+    """Raise InvalidInputError unless some layer has rows of each use, and there are specs to correct."""
+    if corrected and not coarse:
+        raise InvalidInputError("corrected is for specs of 4 bits, and there is none; add int4-g64-sym")
+    known = sorted({use for of in uses.values() for use in of})
+    if unknown := [use for use in corrected if use not in known]:
+        raise InvalidInputError(
+            f"none of the layers has rows for {unknown[0]!r} to be corrected (uses of their rows: "
+            f"{', '.join(known) or 'none, as no layer is fused'})"
+        )
+
+
+def _corrected(spec: QuantSpec, rows: tuple[int, int]) -> QuantSpec:
+    first, end = rows
+    return replace(spec, corrected=end - first, first_corrected=first)
 
 
 def _blocks(chain: Chain, names: Sequence[str]) -> tuple[int, ...]:

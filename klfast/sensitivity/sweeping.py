@@ -47,6 +47,7 @@ def sweep(
     exclude: Patterns | None = None,
     rows: bool = False,
     activations: bool = False,
+    corrected: str | Sequence[str] = (),
     scale: str = "absmax",
     vocabulary: str | int | None = None,
     budget: str = "exhaustive",
@@ -88,6 +89,9 @@ def sweep(
             leave those out, which are many). Plans do not need it; it shows what hurts.
         activations: also measure, into ``Sensitivities.activations``, each layer with its weight exact and its input
             rounded to int8, in the groups of each spec. ``klfast.plan(activation="auto")`` needs it.
+        corrected: uses of fused layers' rows, such as "dt" in Mamba-2's in_proj (``Sensitivities.rows`` has their
+            names). Layers that have such rows are also measured with them corrected (``QuantSpec.corrected``), in each
+            spec of 4 bits: one more choice for plans.
         scale: how scales are chosen, as in ``klfast.quantize``.
         vocabulary: "full" to compare all logits, or how many vocabulary entries a token to compare instead, half of
             them its likeliest, half drawn from the others; "sampled" for 128. Gives kl_teacher_student and delta_ce
@@ -125,7 +129,8 @@ def sweep(
     refuse_adapters(model)
     parsed = inputs.parse_specs(specs)
     inputs.check_engine(engine, workers)
-    is_adaptive = inputs.is_adaptive(budget, max_bytes, beside=rows or activations)
+    corrected = inputs.uses(corrected)
+    is_adaptive = inputs.is_adaptive(budget, max_bytes, beside=rows or activations or bool(corrected))
     if vocabulary is None:
         vocabulary = "sampled" if is_adaptive else "full"
     vocabulary_rows = inputs.vocabulary_rows(vocabulary, inputs.vocabulary(model))
@@ -156,8 +161,9 @@ def sweep(
             "dtype": str(chain.head.dtype),
             "budget": budget,
             "max_bytes": max_bytes,
+            "corrected": corrected,
         }
-        order = steps(chain, names, parsed, rows, activations)
+        order = steps(chain, names, parsed, rows, activations, corrected)
         measuring = Engine(chain, scale, max_batch_tokens, vocabulary_rows)
         schedule = None
         if is_adaptive:

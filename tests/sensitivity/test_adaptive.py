@@ -67,7 +67,7 @@ def test_error_names_a_layer_that_cannot_be_rounded():
     ("change", "message"),
     [
         (dict(budget="small"), 'budget must be "exhaustive" or "adaptive", got .small'),
-        (dict(rows=True), "rows and activations need"),
+        (dict(rows=True), "rows, activations and corrected need"),
         (dict(budget="exhaustive", max_bytes=5), 'max_bytes needs budget="adaptive"'),
         (dict(max_bytes=0), "max_bytes must be positive, got 0"),
         (dict(metrics="mse"), "mse needs .* and budget=.exhaustive.; others give kl_teacher_student and delta_ce"),
