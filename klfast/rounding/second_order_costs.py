@@ -2,7 +2,8 @@
 
 A small error E of a weight costs about a constant of the layer times tr(E H E^T), the squared error of its output
 (``klfast.rounding.objective``; of a head each row counts by its token, ``klfast.rounding.head_rows``). The sweep gives
-the constant: its cost of one spec over that error. So each layer is rounded by second order to each spec, on the inputs
+the constant: its cost of one spec over that error. Rows that it also measured corrected have a constant of their own:
+what was saved over their error. So each layer is rounded by second order to each spec, on the inputs
 of the full-precision model, and the divergence follows from the error of its output.
 """
 
@@ -23,7 +24,6 @@ from klfast.models.block_chain import Chain
 from klfast.models.fingerprint import require_match
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec, storable_spec
-from klfast.quant.tensor import QuantizedTensor
 from klfast.rounding.carries import Carries
 from klfast.rounding.head_rows import Clusters, Rows
 from klfast.rounding.moments import Moments
@@ -40,6 +40,7 @@ SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the head's rows that may be
 _ROUNDS = 1  # of coordinate descent: more of them make all specs better alike
 _QUADRATIC = ("kl_teacher_student", "kl_student_teacher", "jsd", "mse", "delta_ce")  # in a small error
 _DECIBELS = 10 / math.log(10)
+_LEAST = 1e-30  # of what is divided by
 
 
 def second_order_costs(
@@ -155,39 +156,64 @@ class _Costs(Passes):
         if rows is None:
             hessian = (moments.hessian / moments.tokens)[None]
             rows = Rows(Clusters(torch.zeros(len(weight), dtype=torch.int64, device=hessian.device), hessian, hessian))
-        errors_of = rows.errors
-
-        def errors(qt: QuantizedTensor) -> torch.Tensor:
-            return errors_of(qt.dequantize(torch.float32) - weight)
-
         with named(name), interruptible():
             usual = self._coarsest(name)
-            unit = errors(quantize(weight, usual, scale=self.scale)).sum().item()
-            if not unit > 0:
+            parts = [spec for spec in self.measured[name] if spec.first_corrected >= 0 and spec.base == usual]
+            unit = rows.errors(quantize(weight, usual, scale=self.scale).dequantize(torch.float32) - weight)
+            if not unit.sum() > 0:
                 return
+            constants = _by_row(unit, {spec: self._share(name, spec) for spec in parts})
+
+            def cost(values: torch.Tensor) -> torch.Tensor:
+                return rows.errors(values - weight) * constants
+
             self.found[name] = {}
             for spec in self.specs:
                 if not on_uniform_grid(spec):
                     continue
                 stored = storable_spec(spec, weight.shape[1])
-                for each, error in self._rounded(weight, stored, rows, errors):
-                    self.found[name][each] = _scaled(self.measured[name][usual], error / unit)
+                for each, ratio in self._rounded(weight, stored, rows, parts, cost):
+                    self.found[name][each] = _scaled(self.measured[name][usual], ratio)
+
+    def _share(self, name: str, spec: QuantSpec) -> float:
+        """Return the share of a layer's KL that is due to some rows: what the sweep found correcting them to save.
+
+        What is left of their squared error is less than a hundredth.
+        """
+        whole, without = (self.measured[name][each].mean["kl_teacher_student"] for each in (spec.base, spec))
+        return min(max(1 - without / whole, 0.0), 1.0) if whole > 0 else 0.0
 
     def _rounded(
-        self, weight: torch.Tensor, spec: QuantSpec, rows: Rows, errors: Callable[[QuantizedTensor], torch.Tensor]
+        self,
+        weight: torch.Tensor,
+        spec: QuantSpec,
+        rows: Rows,
+        parts: Sequence[QuantSpec],
+        cost: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[tuple[QuantSpec, float]]:
-        """Yield a spec and the error of the output in it; of a head also with some of its rows corrected."""
+        """Yield a spec and the cost of all rows in it; if it has 4 bits, also with rows corrected.
+
+        Of a head these are the costliest, of other layers those that ``parts`` name. ``cost`` is of each row.
+        """
         hessian, of_row = rows.clusters.hessian, rows.clusters.of_row
         counts = sorted({int(share * len(weight)) for share in self.corrected} - {0}) if rows.cost is not None else []
         if not counts or spec.bits != 4:
             plain = second_order(weight, spec, hessian, cluster=of_row, ridge=rows.ridge, rounds=_ROUNDS)
-            yield spec, errors(plain).sum().item()
+            values = plain.dequantize(torch.float32)
+            before = cost(values)
+            yield spec, before.sum().item()
+            for part in parts if spec.bits == 4 else ():
+                some = replace(spec, corrected=part.corrected)
+                better = second_order(weight[_rows(part)], some, hessian, cluster=of_row[_rows(part)], rounds=_ROUNDS)
+                finer = values.clone()
+                finer[_rows(part)] = better.dequantize(torch.float32)
+                yield replace(some, first_corrected=part.first_corrected), cost(finer).sum().item()
             return
         most = replace(spec, corrected=counts[-1])
         plain, whole = plain_and_corrected(
             weight, most, hessian, cluster=of_row, ridge=rows.ridge, cost=rows.cost, rounds=_ROUNDS
         )
-        before, after = errors(plain), errors(whole)
+        before, after = (cost(each.dequantize(torch.float32)) for each in (plain, whole))
         yield spec, before.sum().item()
         best = whole.halves[1].long()
         gains = (before - after)[best][before[best].argsort(descending=True)].cumsum(0)
@@ -195,10 +221,28 @@ class _Costs(Passes):
             yield replace(spec, corrected=count), (before.sum() - gains[count - 1]).item()
 
 
+def _rows(spec: QuantSpec) -> slice:
+    return slice(spec.first_corrected, spec.first_corrected + spec.corrected)
+
+
+def _by_row(unit: torch.Tensor, shares: Mapping[QuantSpec, float]) -> torch.Tensor:
+    """Return what each row's error counts for, float [N], so that ``unit``, errors [N], cost 1 together.
+
+    Rows whose share of this is known have their own factor, by the spec that corrects them; the others share the rest.
+    """
+    found, others = torch.zeros_like(unit), torch.ones_like(unit, dtype=torch.bool)
+    for spec, share in shares.items():
+        rows = _rows(spec)
+        found[rows], others[rows] = share / unit[rows].sum().clamp(min=_LEAST), False
+    found[others] = max(1 - sum(shares.values()), 0) / unit[others].sum().clamp(min=_LEAST)
+    whole = (found * unit).sum()
+    return found / whole if whole > 0 else torch.ones_like(unit) / unit.sum()
+
+
 def _scaled(measured: Measurement, ratio: float) -> Measurement:
     """Return what a layer costs whose output has ``ratio`` times the squared error."""
     mean = {metric: value * ratio for metric, value in measured.mean.items() if metric in _QUADRATIC}
     if "sqnr_db" in measured.mean:
-        mean["sqnr_db"] = measured.mean["sqnr_db"] - _DECIBELS * math.log(max(ratio, 1e-30))
+        mean["sqnr_db"] = measured.mean["sqnr_db"] - _DECIBELS * math.log(max(ratio, _LEAST))
     stderr = {metric: value * (ratio if metric in _QUADRATIC else 1.0) for metric, value in measured.stderr.items()}
     return replace(measured, mean=mean, stderr={metric: stderr[metric] for metric in mean if metric in stderr})

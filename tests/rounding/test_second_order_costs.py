@@ -10,6 +10,7 @@ from tiny_models import batch, tiny
 
 import klfast
 from klfast.core.errors import InvalidInputError, ModelMismatchError, UnknownLayerError
+from klfast.models.linears import row_parts
 from klfast.models.matrices import matrices, matrix
 from klfast.rounding import carries
 from klfast.rounding import second_order_costs as estimates
@@ -67,6 +68,28 @@ def test_corrected_heads_cost_less_the_more_rows_they_have():
     assert before.provenance.get("rounding") is None
     klfast.quantize_model(model, plan, rounding="gptq", calibration=ids, progress=False)
     assert model.lm_head.spec == plan.specs["lm_head"]
+
+
+@torch.no_grad()
+def test_rows_of_a_use_cost_what_correcting_them_saved():
+    """Large errors cost less than in proportion: unless the sweep says so, other rows would seem to cost nothing."""
+    model, ids = tiny("mamba2", tied=False), batch(48, 16)
+    name = "backbone.layers.0.mixer.in_proj"
+    first, end = row_parts(model, name)["dt"]
+    weight = model.get_submodule(name).weight
+    weight[first:end] *= 30
+    before = klfast.sweep(model, ids, "int4-g32-sym", "kl_teacher_student", corrected="dt", progress=False)
+    found = second_order_costs(model, before, ids, ("int4-g16-sym", "int8-g32-sym"), progress=False)
+    plain, finer = klfast.QuantSpec(4, 16), klfast.QuantSpec(4, 16, corrected=end - first, first_corrected=first)
+    assert {spec for layer, spec in found.measurements if layer == name} == {plain, finer, klfast.QuantSpec(8, 32)}
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    model(ids)
+    hook.remove()
+    hessian = seen[0].T @ seen[0] / len(seen[0])
+    for spec in (plain, finer):
+        truth = kl(model, ids, name, second_order(weight.clone(), spec, hessian).dequantize(torch.float32))
+        assert found.measurements[name, spec].mean["kl_teacher_student"] == pytest.approx(truth, rel=0.5)
 
 
 def test_metrics_follow_the_error():
