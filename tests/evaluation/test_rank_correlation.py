@@ -43,7 +43,7 @@ def test_intervals_are_percentiles_of_a_bootstrap(values):
     ranks = stats.rankdata(x), stats.rankdata(y)
     expected = stats.bootstrap(
         ranks, lambda a, b: stats.kendalltau(a, b).statistic, paired=True, vectorized=False, n_resamples=1000,
-        method="percentile", rng=1,
+        method="percentile", random_state=np.random.default_rng(1),
     ).confidence_interval  # fmt: skip
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.06)
 
