@@ -2,12 +2,13 @@
 PYTHON ?= python3
 SOURCES := $(shell find csrc setup.py pyproject.toml constraints.txt -type f)
 
-.PHONY: help install demo test test-slow fuzz crash lint docs bench dist sanitize verify-xpu check-transformers clean
+.PHONY: help install demo test test-slow fuzz fuzz-kernels crash lint docs bench dist sanitize verify-xpu check-transformers clean
 help:
 	@echo "make demo     sweep, plan, quantize, compare and generate on a bundled model"
 	@echo "make test     run the tests but the slow ones"
 	@echo "make test-slow run those: compilers, killed processes, whole sweeps, Triton's kernels in its interpreter"
 	@echo "make fuzz     feed damaged files to klfast's readers, for two minutes or for SECONDS=600"
+	@echo "make fuzz-kernels  call the C++ kernels as clang's libFuzzer suggests, for two minutes or for SECONDS=600"
 	@echo "make crash    kill klfast, fill its disk and so on while it writes, 20 times in each way or CASES=200"
 	@echo "make lint     check style, types, imports between layers, spelling"
 	@echo "make docs     build the documentation as a site in build/site, without the network"
@@ -47,9 +48,12 @@ test-slow: install
 	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(IN_PARALLEL) tests/backends/device
 
 fuzz: export OMP_NUM_THREADS := 1
-fuzz: SECONDS := 120
+fuzz fuzz-kernels: SECONDS := 120
 fuzz: install
 	.venv/bin/python tests/fuzz --seconds $(SECONDS)
+
+fuzz-kernels: install
+	.venv/bin/python tests/fuzz/csrc --seconds $(SECONDS)
 
 crash: CASES := 20
 crash: install
@@ -59,7 +63,7 @@ crash: install
 lint: .venv/.lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run --Werror $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $(shell find csrc tests/csrc tests/fuzz/csrc -name '*.h' -o -name '*.cpp')
 	.venv/bin/typos
 	.venv/bin/lint-imports
 	.venv/bin/mypy

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def build(
     program: str,
     *patterns: str,
     flags: str = "",
+    environment: Mapping[str, str] | None = None,
     tiers: Collection[str] | None = None,
     openmp: bool = True,
     folder: str | None = None,
@@ -56,6 +57,7 @@ def build(
         program: its name.
         patterns: of its other sources, from the repository's root.
         flags: more of them for compiler and linker.
+        environment: more variables for setup.py.
         tiers: which to build; all that can be by default.
         openmp: link the compiler's OpenMP library.
         folder: for the objects; setup.py's own by default.
@@ -67,7 +69,7 @@ def build(
         done = subprocess.run(
             [sys.executable, "-c", _BUILD, arguments],
             cwd=ROOT,
-            env={**os.environ, **({"KLFAST_CXXFLAGS": flags} if flags else {})},
+            env={**os.environ, **({"KLFAST_CXXFLAGS": flags} if flags else {}), **(environment or {})},
             capture_output=True,
             text=True,
         )
