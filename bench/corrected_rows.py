@@ -88,9 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=("mamba2", "mamba"))
-    parser.add_argument("--windows", type=int, default=64, help=f"calibration windows of {_LENGTH} tokens")
+    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {_LENGTH} tokens")
     parser.add_argument("--swept", type=int, default=16, help="calibration windows that are swept")
-    parser.add_argument("--held-out", type=int, default=64, help="evaluation windows")
+    parser.add_argument("--held-out", type=int, default=32, help="evaluation windows")
     asked = parser.parse_args()
     headings = (
         *("model", "rounding", "bytes", *CHOICES, "dt, relative", "each use, relative"),
