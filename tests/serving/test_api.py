@@ -7,7 +7,7 @@ import openai
 import pytest
 import served
 import torch
-from conftest import NAME
+from running_server import NAME
 
 GREEDY = dict(model=NAME, temperature=0)
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]

@@ -9,8 +9,8 @@ import time
 import httpx2
 import psutil
 import pytest
-from conftest import NAME, Running
 from pydantic import ValidationError
+from running_server import NAME, Running
 
 from klfast.serving.requests import ChatRequest, CompletionRequest
 

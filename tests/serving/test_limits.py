@@ -10,7 +10,7 @@ import httpx2
 import openai
 import pytest
 import served
-from conftest import NAME
+from running_server import NAME
 
 ASK = dict(model=NAME, temperature=0)
 LONG = 10**5  # tokens, which nobody waits for

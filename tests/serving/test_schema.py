@@ -2,7 +2,7 @@
 
 import hypothesis
 import pytest
-from conftest import NAME
+from running_server import NAME
 
 schemathesis = pytest.importorskip("schemathesis")
 
