@@ -99,10 +99,10 @@ def test_a_head_with_corrected_rows(family, tied):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("family", "activation"),
-    [("mamba2", "int8"), *((family, "exact") for family in ("mamba", "hymba", "qwen3_5", "lfm2"))],
+    ("family", "activation", "bound"),  # an input of int8 may be rounded to the next step
+    [("mamba2", "int8", 2e-2), *((one, "exact", 1e-4) for one in ("mamba", "mamba2", "hymba", "qwen3_5", "lfm2"))],
 )
-def test_rows_of_fused_layers_that_are_corrected(family, activation):
+def test_rows_of_fused_layers_that_are_corrected(family, activation, bound):
     model, ids = tiny(family), batch(2, 9)
     specs = {"lm_head": QuantSpec(4, 16, corrected=5)}
     for number, name in enumerate(matrices(model)):
@@ -111,13 +111,13 @@ def test_rows_of_fused_layers_that_are_corrected(family, activation):
                 specs[name] = QuantSpec(4, 16, number % 2 == 0, corrected=end - first, first_corrected=first)
     assert len(specs) > 1
     klfast.quantize_model(model, Plan(specs, "uniform"), activation=activation)
-    layer = model.get_submodule(next(iter(specs.keys() - {"lm_head"})))
+    layer = model.get_submodule(next(name for name in specs if name != "lm_head"))
     if layer.bias is None:
         layer.bias = torch.nn.Parameter(torch.linspace(-1, 1, layer.out_features), requires_grad=False)
     truth, engine = logits_of_each(model, ids), lower(model)
     state = engine.state(2)
-    assert relative(engine.each(ids[:, :8], state), truth[:, :8]) < 1e-4
-    assert relative(engine(ids[:, 8:], state), truth[:, -1]) < 1e-4
+    assert relative(engine.each(ids[:, :8], state), truth[:, :8]) < bound
+    assert relative(engine(ids[:, 8:], state), truth[:, -1]) < bound
     assert engine.is_current()
     layer.weight_correction_scale = 2 * layer.weight_correction_scale
     assert not engine.is_current()
