@@ -24,22 +24,16 @@ from klfast.models.linears import linears, row_parts
 from klfast.planning.plan_file import Plan
 from klfast.reporting.table import Cell, Table
 
+from .bundled import LENGTH, Bundled
+
 UNIFORM = "int4-g64-sym"
 SPECS = (UNIFORM, "int4-channel-sym", "int4-g32-sym", "int6-g64-sym", "int8-g64-sym")
 SIZES = (1.0, 1.02, 1.05, 1.2)  # of plans, relative to uniform INT4's
 CHOICES = ("whole layers", "and dt", "and each use")
-_LENGTH = 256
 
 
-class Bench:
-    """A bundled model with its texts."""
-
-    def __init__(self, name: str, windows: int, held_out: int) -> None:
-        self.name, tokenizer = name, klfast.load_tokenizer(name)
-        self.teacher = klfast.load_model(name, dtype="float32")
-        options: dict[str, Any] = {"vocab_size": self.teacher.config.vocab_size, "length": _LENGTH}
-        self.calibration = torch.cat(klfast.token_batches("calibration", tokenizer, windows=windows, **options))
-        self.text = klfast.token_batches("evaluation", tokenizer, windows=held_out, **options)
+class Bench(Bundled):
+    """Plans for a bundled model."""
 
     def rows(self, swept: int) -> Iterator[tuple[Cell, ...]]:
         """Yield the rows of the table, for ``swept`` calibration windows in the sweep."""
@@ -78,9 +72,7 @@ class Bench:
     def _kl(self, plan: Plan, rounding: str) -> float:
         how = {"rounding": rounding, "calibration": self.calibration} if rounding == "gptq" else {}
         student = klfast.quantize_model(copy.deepcopy(self.teacher), plan, progress=False, **how)
-        kl = klfast.evaluate(student, self.text, teacher=self.teacher, progress=False).kl
-        assert kl is not None  # there is a teacher
-        return kl
+        return self.kl_of(student)
 
 
 def main() -> None:
@@ -88,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=("mamba2", "mamba"))
-    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {_LENGTH} tokens")
+    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {LENGTH} tokens")
     parser.add_argument("--swept", type=int, default=16, help="calibration windows that are swept")
     parser.add_argument("--held-out", type=int, default=32, help="evaluation windows")
     asked = parser.parse_args()
@@ -98,10 +90,10 @@ def main() -> None:
     )
     conditions = (
         "KL divergence in nats a token from the model in full precision, on "
-        f"{asked.held_out * _LENGTH:,} tokens of the bundled evaluation text, of plans with as many bytes as uniform "
+        f"{asked.held_out * LENGTH:,} tokens of the bundled evaluation text, of plans with as many bytes as uniform "
         f'{UNIFORM} times the third column. They choose from {", ".join(SPECS)} for whole layers; "and dt": also from '
         'each INT4 with the rows of the time steps corrected; "and each use": with those of any one use. The sweep ran '
-        f"on {asked.swept * _LENGTH:,} tokens of the bundled calibration text, GPTQ on {asked.windows * _LENGTH:,}. "
+        f"on {asked.swept * LENGTH:,} tokens of the bundled calibration text, GPTQ on {asked.windows * LENGTH:,}. "
         f"`python -m klfast.bench.corrected_rows` on {cpu_name()}, klfast {klfast.__version__}, torch "
         f"{torch.__version__}."
     )

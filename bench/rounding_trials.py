@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -32,13 +32,14 @@ from klfast.rounding import walk
 from klfast.rounding.head_rows import Rows
 from klfast.rounding.moments import Moments
 
+from .bundled import LENGTH, Bundled
+
 SPEC = QuantSpec.of("int4-g64-sym")
 ROTATED = ("out_proj", "x_proj")  # layers whose input no norm or matrix can rotate for them
 ROWS = {  # of in_proj in the bundled models
     "mamba": {"x": 512, "z": 512},
     "mamba2": {"z": 512, "x": 512, "B": 64, "C": 64, "dt": 8},
 }
-_LENGTH = 256
 
 
 class Rotated(NamedTuple):
@@ -74,15 +75,8 @@ def rotating(usual: Callable[..., QuantizedTensor]) -> Callable[..., object]:
     return rounded
 
 
-class Trial:
-    """A bundled model with its texts."""
-
-    def __init__(self, name: str, windows: int, held_out: int) -> None:
-        self.name, tokenizer = name, klfast.load_tokenizer(name)
-        self.teacher = klfast.load_model(name, dtype="float32")
-        options: dict[str, Any] = {"vocab_size": self.teacher.config.vocab_size, "length": _LENGTH}
-        self.calibration = torch.cat(klfast.token_batches("calibration", tokenizer, windows=windows, **options))
-        self.text = klfast.token_batches("evaluation", tokenizer, windows=held_out, **options)
+class Trial(Bundled):
+    """What is tried with a bundled model."""
 
     def rotations(self) -> tuple[Cell, ...]:
         """Return the KL without and with rotated inputs, and the ratio."""
@@ -114,9 +108,7 @@ class Trial:
         layers = linears(student)
         for name, weight in weights.items():
             layers[name].weight.data.copy_(weight)
-        kl = klfast.evaluate(student, self.text, teacher=self.teacher, progress=False).kl
-        assert kl is not None  # there is a teacher
-        return kl
+        return self.kl_of(student)
 
 
 def main() -> None:
@@ -124,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=("mamba", "mamba2", "hymba"))
-    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {_LENGTH} tokens")
+    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {LENGTH} tokens")
     parser.add_argument("--held-out", type=int, default=32, help="evaluation windows")
     asked = parser.parse_args()
     rotated: list[tuple[Cell, ...]] = []
@@ -143,8 +135,8 @@ def main() -> None:
 
 def _page(tables: str, windows: int, held_out: int) -> str:
     conditions = (
-        f"KL divergence in nats a token from the model in full precision, of {SPEC}, on {held_out * _LENGTH:,} tokens "
-        f"of the bundled evaluation text; GPTQ is calibrated on {windows * _LENGTH:,} tokens of the bundled "
+        f"KL divergence in nats a token from the model in full precision, of {SPEC}, on {held_out * LENGTH:,} tokens "
+        f"of the bundled evaluation text; GPTQ is calibrated on {windows * LENGTH:,} tokens of the bundled "
         f"calibration text. `python -m klfast.bench.rounding_trials` on {cpu_name()}, klfast {klfast.__version__}, "
         f"torch {torch.__version__}."
     )

@@ -33,7 +33,7 @@ def test_a_free_place(running, wanting, got):
     [
         ("A1 A2 A3 A4", "B5", ("B5", 4)),  # from many requests of one client
         ("A1 A1 A2 B3", "B4 C5", ("C5", 1)),  # from its largest, to the client with fewest
-        ("A1 A2 B3", "B4", None),  # one more is no reason
+        ("A1 A2 B3", "B4", None),  # a lead of one place stays
         ("A1 A1 A1 A2", "A3", ("A3", 1)),  # between requests of one client
         ("A1 A2 A3 B4 B4 B4", "A5 B6", ("B6", 4)),  # A waits for its own; B need not wait for that
         ("A1 A2 A3", "A4", None),

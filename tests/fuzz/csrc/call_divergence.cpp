@@ -64,7 +64,7 @@ void call_logit_divergence(Input& input, How how) {
     for (Int token = 0; token < tokens; ++token) check(out.data(), tokens, token, vocab, fault[token]);
 }
 
-// The same by blocks of columns. Tokens whose whole rows are needed once more follow one by one.
+// The same by blocks of columns. Tokens that need their whole row again then have it, one at a time.
 void call_accumulate(Input& input, How how) {
     const Int vocab = input.size(5000, 1), tokens = input.size(6), block = 1 + vocab / (1 + input.index(9));
     const Operand teacher = Operand::read(input, {tokens, vocab}), student = Operand::read(input, {tokens, vocab});
