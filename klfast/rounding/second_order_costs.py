@@ -113,8 +113,8 @@ class _Costs(Passes):
         self.found = {name: dict(of_layer) for name, of_layer in measured.items()}
 
     def finish(self) -> dict[str, dict[QuantSpec, Measurement]]:
-        for _ in self.names[NOWHERE]:
-            self.advance(1)
+        for name in self.names[NOWHERE]:
+            self.advance(1, name)
         passages = self.enter(self.windows)
         carries = Carries([passage.entry for passage in passages])
         passages = without_entries(passages)
