@@ -129,5 +129,6 @@ def usage(answers: Sequence[Answer], prompts: int) -> Json:
 
 
 def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> Json:
-    """Return an error."""
-    return {"error": {"message": printable(message), "type": kind, "param": param, "code": code}}
+    """Return an error, about the parameter ``param`` of the request."""
+    about = None if param is None else printable(param)  # a key that a client made up
+    return {"error": {"message": printable(message), "type": kind, "param": about, "code": code}}

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import gguf_files
 import saved_models
-import served
 import sweep_models
 import tiny_folder
 import torch
+from http_bodies import post, write_bodies
 from tiny_models import tiny
 
 import klfast
@@ -134,33 +134,6 @@ def _write_gguf(folder: Path) -> None:
     gguf_files.write(folder / "file.gguf", "mamba", gguf_files.tiny("mamba"), {"*": "Q8_0"})
 
 
-def _write_requests(folder: Path) -> None:
-    options = dict(model="tiny", max_tokens=3, temperature=0.5, top_p=0.9, seed=1, stop=["x"], n=2, stream=False)
-    more = dict(presence_penalty=0.1, frequency_penalty=0.1, logit_bias={"5": 1.0}, logprobs=2, user="u")
-    chat = dict(messages=[dict(role="system", content="s"), dict(role="user", content="hello")], logprobs=True)
-    (folder / "completions").write_text(json.dumps(options | more | dict(prompt="hello")))
-    (folder / "completions_of_many").write_text(json.dumps(options | dict(prompt=[[1, 2], [3]], stream=True)))
-    (folder / "chat").write_text(json.dumps(options | chat | dict(top_logprobs=2)))
-
-
-def _post(folder: Path) -> object:
-    from fastapi.testclient import TestClient
-
-    from klfast.serving.api import make_app
-    from klfast.serving.service import Service
-
-    [path] = [path for path in folder.iterdir() if path.name.startswith("damaged-")]
-    route = "chat/completions" if "chat" in path.name else "completions"
-    app = make_app(Service(served.model(), served.words(), "tiny", context=64))
-    with TestClient(app) as client:  # whose end stops the service's thread
-        found = client.post(f"/v1/{route}", content=path.read_bytes(), headers={"Content-Type": "application/json"})
-    assert found.status_code < 500, f"status {found.status_code}: {found.text[:300]}"
-    if found.status_code != 200:
-        message = found.json()["error"]["message"]
-        assert message and message.isprintable() and len(message) <= 1000, f"not a line: {message[:300]!r}"
-    return found
-
-
 def _only(read: Callable[[Path], object]) -> Callable[[Path], object]:
     """Return a reader of the damaged file alone."""
     return lambda folder: read(next(path for path in folder.iterdir() if path.name.startswith("damaged-")))
@@ -182,5 +155,5 @@ READERS = {
     "tokenizer": Reader(_write_model, lambda folder: klfast.load_tokenizer(folder / "model"), ("model/*token*",)),
     "gguf": Reader(_write_gguf, lambda folder: klfast.load_model(folder / "file.gguf", gguf="exact"), ("file.gguf",)),
     "gguf_tokenizer": Reader(_write_gguf, lambda folder: klfast.load_tokenizer(folder / "file.gguf"), ("file.gguf",)),
-    "http": Reader(_write_requests, _post),
+    "http": Reader(write_bodies, _only(post)),
 }
