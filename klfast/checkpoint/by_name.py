@@ -18,7 +18,7 @@ from klfast.checkpoint.json_files import read_generation_config
 from klfast.checkpoint.loading_errors import one_line_errors
 from klfast.checkpoint.mamba_ssm_folder import load_mamba_ssm
 from klfast.checkpoint.manifest import MANIFEST, read_manifest
-from klfast.checkpoint.model_config import bounded, check_config
+from klfast.checkpoint.model_config import bounded, check_config, register_own
 from klfast.checkpoint.model_folder import (
     TOKENIZERS,
     check_explicit_file,
@@ -32,6 +32,7 @@ from klfast.checkpoint.rescaling import as_stored
 from klfast.checkpoint.sources import gguf_file, resolve
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
+from klfast.core.io import parse_json
 from klfast.core.placement import DTYPES, as_device, as_dtype
 from klfast.nn import QuantLinear
 
@@ -96,8 +97,7 @@ def load_model(
 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    import klfast.models.hymba  # noqa: F401  (registers it with AutoConfig)
-
+    register_own(config)
     if not (trust_remote_code and "auto_map" in config):
         require_known(config, source)
     check_explicit_file(config, folder)
@@ -135,8 +135,6 @@ def find_tokenizer(
     """Load a model's tokenizer as ``load_tokenizer`` does, but return None for a model without one."""
     from transformers import AutoTokenizer
 
-    import klfast.models.hymba  # noqa: F401  (AutoTokenizer may use AutoConfig)
-
     if (file := gguf_file(name_or_path, local_files_only=local_files_only)) is not None:
         with one_line_errors(str(file), "tokenizer"):
             return _usable(read_tokenizer(file), file)
@@ -148,6 +146,7 @@ def find_tokenizer(
     if (folder / MANIFEST).is_file():
         read_manifest(folder, verify=True, weights=False)
     with one_line_errors(str(folder), "tokenizer"):
+        register_own(parse_json((folder / "config.json").read_bytes()))  # AutoTokenizer may use AutoConfig
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,14 @@ from torch import nn
 from klfast.acceleration.patch import accelerate_or_warn
 from klfast.checkpoint import expert_files
 from klfast.checkpoint.compressed_tensors import read_specs, with_corrected
-from klfast.checkpoint.manifest import read_corrected, read_layer_facts, read_manifest, read_projections, read_roundings
+from klfast.checkpoint.manifest import (
+    read_corrected,
+    read_layer_facts,
+    read_manifest,
+    read_projections,
+    read_roundings,
+    verified,
+)
 from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initialise_buffers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.dtypes import dtype_name
@@ -66,14 +74,15 @@ def load_quantized(
     place = as_device(device)
     folder = Path(directory)
     recover(folder)
-    manifest = read_manifest(folder, verify)
-    facts, roundings = read_layer_facts(folder, manifest), read_roundings(folder, manifest)
-    tensors = Tensors.of_files(
-        folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
-    )
-    specs = expert_files.join(tensors, read_specs(folder), read_projections(folder, manifest))
-    specs = with_corrected(specs, read_corrected(folder, manifest))
-    model = empty_model(folder, dtype, len(tensors.names()))
+    manifest = read_manifest(folder, verify=False)
+    with verified(folder, manifest) if verify else nullcontext():  # much of the time, transformers is imported
+        facts, roundings = read_layer_facts(folder, manifest), read_roundings(folder, manifest)
+        tensors = Tensors.of_files(
+            folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
+        )
+        specs = expert_files.join(tensors, read_specs(folder), read_projections(folder, manifest))
+        specs = with_corrected(specs, read_corrected(folder, manifest))
+        model = empty_model(folder, dtype, len(tensors.names()))
     filled(model, tensors, place, specs, facts)
     for name in specs:
         layer: Any = model.get_submodule(name)

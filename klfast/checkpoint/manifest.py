@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -86,10 +89,42 @@ def _check_file(folder: Path, name: str, fact: object, verify: bool, weights: bo
         )
     if size != fact["bytes"]:
         raise CheckpointError(f"{path} has {size} bytes, but {fact['bytes']} were saved; copy it again")
-    if verify and _sha256(path) != fact["sha256"]:
+    if verify:
+        _check_digest(path, fact, _sha256(path))
+
+
+def _check_digest(path: Path, fact: Mapping[str, object], digest: str) -> None:
+    if digest != fact["sha256"]:
         raise CheckpointError(
             f"{path} is not as it was saved (its SHA-256 differs); copy it again, or save the model again"
         )
+
+
+@contextmanager
+def verified(folder: Path, manifest: Mapping[str, Any]) -> Iterator[None]:
+    """Compare the digests of all files that klfast.json lists, in threads beside the block's work.
+
+    Raises:
+        CheckpointError: a file differs from the saved one; also in the place of an error that the block raises.
+    """
+    facts: Mapping[str, Mapping[str, object]] = manifest["files"]
+    stop = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        digests = {name: pool.submit(_sha256, folder / name, stop) for name in facts}
+
+        def compare() -> None:
+            for name, digest in digests.items():
+                _check_digest(folder / name, facts[name], digest.result())
+
+        try:
+            try:
+                yield
+            except Exception:
+                compare()
+                raise
+            compare()
+        finally:
+            stop.set()  # after an error or Ctrl-C, the rest is not read
 
 
 def read_layer_facts(folder: Path, manifest: Mapping[str, object]) -> dict[str, tuple[torch.dtype, str]]:
@@ -159,9 +194,9 @@ def read_projections(folder: Path, manifest: Mapping[str, object]) -> dict[str, 
     return found
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, stop: threading.Event | None = None) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while (block := file.read(1 << 20)) and not (stop and stop.is_set()):
             digest.update(block)
     return digest.hexdigest()

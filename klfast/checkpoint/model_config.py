@@ -39,6 +39,12 @@ def check_config(config: Mapping[str, Any], path: Path, stored: int) -> None:
             raise _too_large(path, stored)
 
 
+def register_own(config: object) -> None:
+    """Register the model of a config.json with transformers' Auto classes if it is one of klfast's own."""
+    if isinstance(config, Mapping) and config.get("model_type") == "hymba":
+        import klfast.models.hymba  # noqa: F401  (registers it)
+
+
 @contextmanager
 def bounded(path: Path, stored: int) -> Iterator[None]:
     """Stop the construction of a model with far more parameters than the ``stored`` tensors could fill."""

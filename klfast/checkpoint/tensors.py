@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from klfast.checkpoint.json_files import read_generation_config, read_json
-from klfast.checkpoint.model_config import bounded, check_config
+from klfast.checkpoint.model_config import bounded, check_config, register_own
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.matrices import Matrix, named_matrices, replacements
@@ -130,10 +130,10 @@ def empty_model(folder: Path, dtype: torch.dtype | None, stored: int) -> nn.Modu
     """
     from transformers import AutoConfig
 
-    import klfast.models.hymba  # noqa: F401  (registers it with AutoConfig)
-
     path = folder / "config.json"
-    check_config(read_json(path), path, stored)
+    content = read_json(path)
+    check_config(content, path, stored)
+    register_own(content)
     with buildable(path):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):  # it describes the files, not the model in memory

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usag
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated, Any
@@ -92,6 +93,11 @@ def _klfast(
         # programs. Decoding, which has only short waits, and timings keep OpenMP's default. Set before torch is
         # imported, which reads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if ctx.invoked_subcommand in ("generate", "serve"):
+        # To import torch and transformers makes a million objects that stay, among which there is no garbage to find.
+        # The command goes on collecting after it has loaded its model (runtime.resume_collections).
+        gc.disable()
+        ctx.call_on_close(gc.enable)
 
 
 from klfast.cli import (  # noqa: E402

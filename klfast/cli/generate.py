@@ -157,7 +157,7 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="Stop at the token that completes this text; repeatable.")
     ] = None,
     dtype: options.Dtype = "float32",
-    gguf: options.Gguf = "int8-g32-asym",
+    gguf: options.Gguf = options.USUAL_GGUF,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -207,6 +207,7 @@ def generate(
         eos_token_id=ends_of(network, tokenizer),
         generator=torch.Generator(device).manual_seed(seed),
     )
+    runtime.resume_collections()
     request = texts.Request(model, network, tokenizer, device, settings, Transcript(logprobs), chat, as_json)
     if prompts_file is None and num_return_sequences == 1:
         texts.write_one(request, given[0], encoded[0])

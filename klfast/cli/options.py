@@ -51,9 +51,12 @@ def parse_keep(texts: Iterable[str] | None) -> dict[str, QuantSpec | None] | Non
     return found or None
 
 
+USUAL_GGUF = "int8-g32-asym"
+
+
 def parse_gguf(text: str) -> str:
     """Check the option --gguf; anything but exact, dense or a spec is wrong usage."""
-    if text not in ("exact", "dense"):
+    if text not in ("exact", "dense", USUAL_GGUF):  # to parse a spec takes torch
         parse_spec(text)
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -29,6 +30,12 @@ def prepare(threads: int | None = None, device: str = "cpu") -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
+
+
+def resume_collections() -> None:
+    """Go on collecting garbage, but never look through what there is now: nearly all of it stays."""
+    gc.freeze()
+    gc.enable()
 
 
 def discard(*partials: Path) -> None:

@@ -53,7 +53,7 @@ def serve(
         ),
     ] = "1GiB",  # type: ignore[assignment]
     dtype: options.Dtype = "float32",
-    gguf: options.Gguf = "int8-g32-asym",
+    gguf: options.Gguf = options.USUAL_GGUF,
     threads: options.Threads = None,
     as_json: options.Json = False,
     *,
@@ -80,8 +80,8 @@ def serve(
         print("klfast: warning: whoever reaches this address can use the server; set an --api-key", file=sys.stderr)
     name = name or Path(model).name or model
     service = Service(network, tokenizer, name, context=context, waiting=queue, cache_bytes=prefix_cache)
-    gc.collect()
-    gc.freeze()  # or else each full collection, some of them in the middle of a request, looks at all of this again
+    gc.collect()  # a server would keep garbage for long
+    runtime.resume_collections()
     try:
         _run(service, listener, api_key, request_bytes, as_json)
     finally:

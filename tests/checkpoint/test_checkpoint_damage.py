@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import quantized, refused, sign
 
 import klfast
+from klfast.checkpoint.manifest import verified
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "klfast.json"])
@@ -55,6 +57,16 @@ def test_a_flipped_bit(damaged):
     path.write_bytes(data)
     refused(damaged, r"model\.safetensors is not as it was saved \(its SHA-256 differs\)")
     assert klfast.load_quantized(damaged, verify=False) is not None
+
+
+def test_an_interrupt_leaves_files_unread(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("hashlib.sha256", lambda: SimpleNamespace(update=lambda block: read.append(len(block))))
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 32)  # without blocks on the disk
+    with pytest.raises(KeyboardInterrupt), verified(tmp_path, {"files": {"large": {"sha256": ""}}}):
+        raise KeyboardInterrupt
+    assert sum(read) < 1 << 32
 
 
 @pytest.mark.parametrize(

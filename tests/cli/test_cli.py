@@ -371,19 +371,29 @@ def test_help_of_every_command(command):
     assert f" {command} " in klf("--help").stdout
 
 
-HELP = """
+IMPORTED = """
 import runpy, sys
-sys.argv = ["klfast", "--help"]
+sys.argv[0] = "klfast"
 try:
     runpy.run_module("klfast", run_name="__main__")
-except SystemExit:
-    pass
-assert "torch" not in sys.modules
+finally:
+    print([name for name in ("torch", "klfast.models.hymba") if name in sys.modules])
 """
 
 
-def test_help_does_not_import_torch():
-    assert subprocess.run([sys.executable, "-c", HELP], capture_output=True).returncode == 0
+@pytest.mark.parametrize(
+    ("arguments", "code", "imported"),
+    [
+        (["--help"], 0, []),
+        (["generate", "mamba"], 2, []),  # without a prompt
+        (["generate", "mamba", "A", "--max-new-tokens", "1"], 0, ["torch"]),
+    ],
+    ids=["help", "wrong usage", "generate"],
+)
+def test_what_commands_import(arguments, code, imported):
+    """What they do not need, of all that takes long to import, waits."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, str(imported)), done.stderr
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """NVIDIA's Hymba: parallel attention and Mamba in each layer, with memory tokens and shared keys and values.
 
 Importing this package registers Hymba with transformers: AutoConfig and AutoModelForCausalLM then read a folder or hub
-id with the released config.json and safetensors, without remote code. klfast's own loading functions import it.
+id with the released config.json and safetensors, without remote code. klfast's own loading functions import it when
+they find one.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

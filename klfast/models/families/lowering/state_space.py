@@ -74,4 +74,4 @@ def mamba2(
 
 def rate(A_log: torch.Tensor) -> torch.Tensor:
     """Return A, float32."""
-    return -torch.exp(A_log.float())
+    return torch.exp(A_log.float()).neg_()
