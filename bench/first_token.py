@@ -1,7 +1,8 @@
 """How soon ``klfast generate`` shows its first token, and in how much memory, with Mamba-1.4B in INT4 (random weights).
 
-Each run is a process of its own: Python's start, imports, loading, lowering, the prompt. What goes beyond the prompt is
-the command's own; memory is what the process takes at most after its imports, beside the weights' and the state's size.
+Each run is a process of its own, timed to its first output: Python's start, imports, loading, lowering, the prompt.
+What goes beyond the prompt cannot fall below the time to import torch and the model's class, which is measured between
+the runs; memory is what the process takes at most after its imports, beside the weights' and the state's size.
 
     python -m klfast.bench.first_token --out bench/results/first_token.md
 """
@@ -30,7 +31,8 @@ from klfast.reporting.table import Table
 from . import models
 
 PROMPT = "The sea was calm that morning, and the boats lay still. " * 4
-HEADINGS = ("seconds in all", "of them the prompt", "beyond it", "peak MB", "weights + state, MB", "ratio")
+SECONDS = ("seconds in all", "of them the prompt", "beyond it", "to import torch", "and the model's class")
+HEADINGS = (*SECONDS, "peak MB", "weights + state, MB", "ratio")
 MEMORY = """
 import json, sys
 import torch, klfast, klfast.engine.engine, transformers.models.mamba.modeling_mamba
@@ -45,21 +47,39 @@ print(json.dumps({"peak": peak() - before, "held": weights + engine_of(model).st
 """
 
 
-def save(folder: Path, name: str) -> None:
-    """Save a model of bench/models.py in INT4, with a bundled tokenizer."""
+def save(folder: Path, name: str) -> str:
+    """Save a model of bench/models.py in INT4, with a bundled tokenizer; return the module of its class."""
     torch.set_default_dtype(torch.bfloat16)  # half the memory
     model = models.plain(name)
     torch.set_default_dtype(torch.float32)
     klfast.quantize_model(model, Plan(dict.fromkeys(linears(model), QuantSpec(4, 64)), "uniform"))
     klfast.save_quantized(model, folder, klfast.load_tokenizer("mamba"))
+    return type(model).__module__
 
 
 def first_token(folder: Path) -> tuple[float, float]:
     """Return the seconds of a command that writes one token, and those of its prompt."""
-    command = [sys.executable, "-m", "klfast", "generate", str(folder), PROMPT, "--max-new-tokens", "1", "--json"]
+    command = ["-m", "klfast", "generate", str(folder), PROMPT, "--max-new-tokens", "1", "--json"]
+    seconds, output = first_output(*command)
+    return seconds, json.loads(output)["speed"]["prompt_seconds"]
+
+
+def importing(*modules: str) -> float:
+    """Return the seconds that Python takes to start and import modules."""
+    return first_output("-c", f"import {', '.join(modules)}; print()")[0]
+
+
+def first_output(*arguments: str) -> tuple[float, str]:
+    """Run Python; return the seconds until it writes something, and all that it writes."""
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - begin, json.loads(done.stdout)["speed"]["prompt_seconds"]
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - begin
+        output = first + process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return seconds, output
 
 
 def memory(folder: Path) -> tuple[int, int]:
@@ -78,13 +98,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "model"
-        save(folder, arguments.model)
+        module = save(folder, arguments.model)
         first_token(folder)
-        seconds, prompt = map(
-            statistics.median, zip(*(first_token(folder) for _ in range(arguments.runs)), strict=True)
-        )
+        runs = [(*first_token(folder), importing("torch"), importing("torch", module)) for _ in range(arguments.runs)]
+        seconds, prompt, torchs, classes = map(statistics.median, zip(*runs, strict=True))
         peak, held = memory(folder)
-    row = seconds, prompt, seconds - prompt, peak / 1e6, held / 1e6, peak / held
+    row = seconds, prompt, seconds - prompt, torchs, classes, peak / 1e6, held / 1e6, peak / held
     table = Table(f"{arguments.model}, INT4, prompt of some 60 tokens", HEADINGS, (row,))
     conditions = (
         f"`python -m klfast.bench.first_token` on {cpu_name()}, {torch.get_num_threads()} threads, klfast "
