@@ -39,6 +39,20 @@ inline Ints dot(Ints sum, const DotOperand<4>& w, const Ints* x) {
                      _mm256_add_epi16(_mm256_maddubs_epi16(w.first, x[0].v), _mm256_maddubs_epi16(w.second, x[1].v)));
 }
 
+#define KLFAST_DOT_PLANES
+
+// For plane_lines.h: -2^15, 2^7 and 1 times the products with three pairs of quads of x, and the vector behind these.
+// Pairs are at most 2 * 15 * 128 = 3840, two such are added, and the factors are int16.
+inline Ints dot_planes(const Nibbles& w, const std::int32_t* x) {
+    const auto plane = [&](int i, std::int16_t factor) {
+        const __m256i even = _mm256_maddubs_epi16(w.even.v, read(x + 16 * i).v),
+                      odd = _mm256_maddubs_epi16(w.odd.v, read(x + 16 * i + 8).v);
+        return _mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(factor));
+    };
+    return {_mm256_add_epi32(_mm256_add_epi32(plane(0, -0x8000), plane(1, 0x80)),
+                             _mm256_add_epi32(plane(2, 1), read(x + 48).v))};
+}
+
 template <>
 struct DotOperand<6> {
     static constexpr int quads = 1, offset = 0;

@@ -13,6 +13,14 @@ namespace {
 
 constexpr int kDotRows = 6, kDotVectors = 2, kFewDotRows = 2;  // accumulators, of 16 registers
 
+inline __m256i add_dot(__m256i sum, __m256i w, __m256i x) {
+#ifdef KLFAST_AVXVNNI_TWIN
+    return _mm256_dpbusd_epi32(sum, w, x);
+#else
+    return _mm256_dpbusd_avx_epi32(sum, w, x);
+#endif
+}
+
 // Quads of bytes, as stored, for dot products with quads of x; `offset` is what they lack.
 template <int Bits>
 struct DotOperand {
@@ -24,11 +32,19 @@ struct DotOperand {
 
 template <int Bits>
 Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
-#ifdef KLFAST_AVXVNNI_TWIN
-    return {_mm256_dpbusd_epi32(sum.v, w.stored, x->v)};
-#else
-    return {_mm256_dpbusd_avx_epi32(sum.v, w.stored, x->v)};
-#endif
+    return {add_dot(sum.v, w.stored, x->v)};
+}
+
+#define KLFAST_DOT_PLANES
+
+// For plane_lines.h: -2^15, 2^7 and 1 times the products with three pairs of quads of x, and the vector behind these.
+inline Ints dot_planes(const Nibbles& w, const std::int32_t* x) {
+    const auto plane = [&](__m256i sum, int i) {
+        return add_dot(add_dot(sum, w.even.v, read(x + 16 * i).v), w.odd.v, read(x + 16 * i + 8).v);
+    };
+    const __m256i zero = _mm256_setzero_si256();
+    return {_mm256_sub_epi32(_mm256_add_epi32(plane(read(x + 48).v, 2), _mm256_slli_epi32(plane(zero, 1), 7)),
+                             _mm256_slli_epi32(plane(zero, 0), 15))};
 }
 
 }  // namespace

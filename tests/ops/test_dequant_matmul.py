@@ -109,6 +109,30 @@ def test_every_number_of_rows_up_to_two_tiles(tier, m):
         check_exact(x, qt, bias, dequant_matmul(x, qt, bias))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_outliers_of_one_row_that_meet_zero_weights(tier, group):
+    """What is rounded in proportion to an outlier would be wrong for all values beside it."""
+    columns = [3, 130, 699]
+    weight = torch.randn(50, 700)
+    weight[:, columns] = 0
+    qt = quantize(weight, QuantSpec(4, group), scale_dtype=torch.float32)
+    for outlier in (30.0, 3e3, 3e8):
+        x = torch.randn(1, 700)
+        x[:, columns] = outlier
+        check_exact(x, qt, None, dequant_matmul(x, qt))
+
+
+def test_largest_sums_of_one_row(tier):
+    """Products of the largest integers, all of one sign: nothing saturates or wraps around."""
+    signs = torch.tensor([1.0, -1.0, 0.96875]).repeat_interleave(64)
+    for value in (1.0, 4177919.0, 4177920.0, 2.0**22 - 1):
+        x = (value * 2.0**-10 * signs)[None]
+        for q in (0, 15):
+            packed = torch.full((20, 24), q * 0x11111111 - (1 << 32 if q > 7 else 0)).int()
+            qt = QuantizedTensor([packed, torch.ones(20, 3)], (20, 192), QuantSpec(4, 64))
+            check_exact(x, qt, None, dequant_matmul(x, qt))
+
+
 @pytest.mark.parametrize("x_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", FLOAT_DTYPES)
 def test_dtypes(tier, x_dtype, scale_dtype):

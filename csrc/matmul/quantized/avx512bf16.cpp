@@ -30,9 +30,10 @@ inline __m512i digit_table(int middle, int factor) {
 template <int Bits>
 struct PairLines {
     static constexpr int kBits = Bits == 4 ? 4 : 8, steps = 16 / kBits;  // of a value in its word
+    static constexpr bool kUnits = false;
     __m512i low = digit_table(Bits == 4 ? 8 : 0, 1), high = digit_table(Bits == 6 ? 2 : 8, 16);
 
-    void arrange(const float* x, std::int32_t* out) const {
+    float arrange(const float* x, std::int32_t* out) const {
         for (int i = 0; i < kLanes; ++i)
             for (int j = 0; j < steps; ++j) {
                 const auto bits = [&](int k) {  // exact: x was bf16
@@ -40,6 +41,7 @@ struct PairLines {
                 };
                 out[j * kLanes + i] = static_cast<std::int32_t>(bits(j) | bits(j + steps) << 16);
             }
+        return 1.0f;
     }
 
     static __m512 dot(Vec sum, __m512i table, __m512i index, __m512bh x) {
@@ -47,7 +49,7 @@ struct PairLines {
     }
 
     template <int R, int M>
-    [[gnu::always_inline]] void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch,
+    [[gnu::always_inline]] void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, float,
                                     Vec (&acc)[M][R]) const {
         unrolled<steps>([&](int j) KLFAST_INLINE {
             __m512bh pair[M];

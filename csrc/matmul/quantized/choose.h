@@ -6,9 +6,21 @@
 #include "matmul/quantized/int8_few_rows.h"
 #include "matmul/quantized/int8_many_rows.h"
 #include "matmul/quantized/exact_several_rows.h"
+#ifdef KLFAST_DOT_PLANES
+#include "matmul/quantized/plane_lines.h"
+#endif
 
 namespace klfast {
 namespace {
+
+template <int Bits>
+void run_exact_few(const DequantMatmulArgs& args) {
+#ifdef KLFAST_DOT_PLANES
+    if constexpr (Bits == 4)
+        if (args.m == 1) return ExactFewRows<PlaneLines, Bits>(args).run();
+#endif
+    ExactFewRows<FloatLines, Bits>(args).run();
+}
 
 template <int Bits>
 void run_bits(const DequantMatmulArgs& args) {
@@ -19,7 +31,7 @@ void run_bits(const DequantMatmulArgs& args) {
     else if (args.int8_activation)
         run_int8<Bits>(args, segments);
     else if (args.m < kSeveralRows && words_within_groups<Bits>(args) && !is_narrow(args))
-        ExactFewRows<FloatLines, Bits>(args).run();
+        run_exact_few<Bits>(args);
     else if (args.m < kManyRows && words_within_groups<Bits>(args))
         SeveralRows<PanelBits>(args, segments).run();
     else
