@@ -260,8 +260,8 @@ struct FloatLines {
     }
 
     template <int R, int M>
-    [[gnu::always_inline]] void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch,
-                                    float, Vec (&acc)[M][R]) const {
+    [[gnu::always_inline]] void add(const Ints (&words)[R], const std::int32_t* x, std::int64_t x_pitch, float,
+                                    Vec (&acc)[M][R]) const {
         Ints high[R];
         unrolled<R>([&](int r) KLFAST_INLINE { high[r] = shift_right(words[r], D::upper); });
         unrolled<steps>([&](int j) KLFAST_INLINE {

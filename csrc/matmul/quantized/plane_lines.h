@@ -1,9 +1,9 @@
-// activation "exact" with one row of x and int4 weights, by integer dot products: exact_few_rows.h's lines in the tiers that
-// have dot_planes. Included by these only.
+// activation "exact" with one row of x and int4 weights, by integer dot products: exact_few_rows.h's lines in the tiers
+// that have dot_planes. Included by these only.
 //
-// The values of x that meet a line become integers of 23 bits and a sign in one unit, a power of two, and these three
-// bytes each, the planes: x = unit (2^15 a + 2^7 b + c), with -127 <= -a <= 127, -128 <= b < 128, -64 <= c < 64. An x is
-// rounded by at most 2^-22 of the line's largest, which is at most 32 times the mean magnitude: so a sum has at most
+// The values of x that meet a line become integers of 22 bits and a sign in one unit, a power of two, and these three
+// bytes each, the planes: x = unit (2^15 a + 2^7 b + c), with -128 <= -a < 128, -128 <= b < 128, -64 <= c < 64. An x
+// is rounded by at most 2^-22 of the line's largest, which is at most 32 times the mean magnitude: so a sum has at most
 // the error of 2^-17 of that mean times the weights' magnitudes, and mostly a hundredth of it, which is what float32
 // sums have. Other lines are multiplied as floats: with outliers, infinities or NaNs in x, or with tiny x.
 #pragma once
@@ -23,7 +23,8 @@ struct PlaneLines {
     static constexpr bool kUnits = true;
     FloatLines<Bits> floats;
 
-    // The quads of -a, b and c that meet a word's even and odd values in turn, then -8 times the sum of each word's integers.
+    // The quads of -a, b and c that meet a word's even and odd values in turn, then -8 times the sum of each word's
+    // integers.
     float arrange(const float* x, std::int32_t* out) const {
         const float unit = unit_of(x);
         if (unit == 1.0f) return floats.arrange(x, out);
