@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
+#include <utility>
 
 #include "core/parallel.h"
 
@@ -105,6 +107,33 @@ void find_maxima(State& state, const float* a, const float* b, int n, const Scan
     }
 }
 
+// What rounding takes from the weights of the likeliest entries that lie in this block; see token_state.h. The
+// operations are those of vector_loops.h: `wide` as in add_sums.
+void find_rounding(State& state, const float* a, const float* b, int n, std::int64_t first_column, bool wide) {
+    const auto anchor = static_cast<float>(state.anchor), reference = static_cast<float>(state.reference);
+    const auto fma_log2e = [](float x, float c) { return static_cast<float>(static_cast<double>(x) * kLog2e + c); };
+    // Of entry i, log H, and x as E has it.
+    const auto rounded = [&](std::int64_t i) -> std::pair<double, double> {
+        const float x = (b[i] - a[i]) - anchor, of_a = fma_log2e(a[i], -reference);
+        if (state.is_far) {
+            const float scaled = x * kLog2e;
+            return {(of_a + std::max(scaled, 0.0f)) * std::numbers::ln2, scaled * std::numbers::ln2};
+        }
+        const float larger =
+            wide ? std::max(of_a, fma_log2e(b[i], -(reference + anchor * kLog2e))) : fma_log2e(std::max(x, 0.0f), of_a);
+        return {larger * std::numbers::ln2, x};
+    };
+    const double log_reference = state.reference / kLog2e;
+    if (const auto i = state.argmax_a - first_column; 0 <= i && i < n) {
+        const auto [larger, x] = rounded(i);
+        state.rounding_a = a[i] - log_reference - (larger - std::max(x, 0.0));
+    }
+    if (const auto i = state.argmax_b - first_column; 0 <= i && i < n) {
+        const auto [larger, x] = rounded(i);
+        state.rounding_b = b[i] - state.anchor - log_reference - (larger + std::min(x, 0.0));
+    }
+}
+
 // An anchor from a row's first columns: the difference at the likeliest token, then what that yields for all of them.
 void find_anchor(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column,
                  const Kernels& kernels) {
@@ -146,6 +175,7 @@ void add(State& state, const float* a, const float* b, int n, std::int64_t first
     }
     if (state.phase == kPlain) {
         set_reference(state, scan);
+        find_rounding(state, a, b, n, first_column, false);
         if (state.is_far)
             state.powers = state.powers + block_powers(state, a, b, n, kernels);
         else
@@ -170,9 +200,11 @@ bool shift(const State& state, const float* a, const float* b, int n, float* to_
 }
 
 // As add, of logits relative to the bases.
-void add_shifted(State& state, const float* a, const float* b, int n, const Kernels& kernels) {
+void add_shifted(State& state, const float* a, const float* b, int n, std::int64_t first_column,
+                 const Kernels& kernels) {
     Scan scan;
     kernels.scan(a, b, n, scan);
+    find_rounding(state, a, b, n, first_column, largest_x(state, scan) > kWide);
     state.sums = state.sums + block_sums(state, a, b, n, scan, kernels);
     state.columns += n;
 }
@@ -187,7 +219,7 @@ void add_row(State& state, const BlockArgs& args, std::int64_t token, const Kern
         if (state.phase != kShifted) {
             add(state, a, b, n, args.first_column + start, kernels);
         } else if (shift(state, a, b, n, a_buffer, b_buffer)) {
-            add_shifted(state, a_buffer, b_buffer, n, kernels);
+            add_shifted(state, a_buffer, b_buffer, n, args.first_column + start, kernels);
         } else {
             state.fault = -find_fault(a_buffer, b_buffer, n, args.first_column + start);
         }

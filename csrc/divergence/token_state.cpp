@@ -228,7 +228,8 @@ bool metrics(const State& state, std::int64_t vocab, float* out, std::int64_t st
     const Found found = state.is_far ? from_powers(state) : from_sums(state);
     if (!found.is_accurate && state.runs < kMaxRuns) return false;
 
-    const double log_za = state.reference / kLog2e + std::log(found.za), log_zb = log_za + state.anchor + found.delta;
+    const double log_z = state.reference / kLog2e + std::log(found.za), log_za = log_z + state.rounding_a,
+                 log_zb = log_z + state.anchor + found.delta + state.rounding_b;
     const double target_a = state.target_a - state.base_a, target_b = state.target_b - state.base_b;
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const double values[8] = {
