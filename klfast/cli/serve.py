@@ -94,12 +94,16 @@ def _run(service: Service, listener: socket.socket, key: str | None, most_bytes:
 
     app = make_app(service, key=key, most_bytes=most_bytes)
     server = http_server(app, most_connections=_allow_connections(MOST_CONNECTIONS))
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn has its own while it runs, then raises it again
+        signal.signal(number, stop)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     emit({"model": service.name, "url": url}, f"klfast serves {service.name} at {url}", as_json)
     sys.stdout.flush()
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again after the shutdown, which is over then
-        signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
 
 

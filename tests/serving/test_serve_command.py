@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 import served
 from command_line import fails
 from tiny_models import tiny
+
+from klfast.cli import serve
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,21 @@ def curl(url, *arguments, key="secret"):
     done = subprocess.run([*words, *arguments, url], capture_output=True, text=True, timeout=60, check=True)
     body, status = done.stdout.rsplit("\n", 1)
     return body, int(status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_before_the_server_runs(monkeypatch, number):
+    server = SimpleNamespace(should_exit=False, run=lambda sockets: os.kill(os.getpid(), number))
+    monkeypatch.setattr("klfast.serving.api.make_app", lambda *_, **__: None)
+    monkeypatch.setattr("klfast.serving.connection.http_server", lambda *_, **__: server)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serve._run(SimpleNamespace(name="mine"), listener, None, 1, True)
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert server.should_exit
 
 
 @pytest.mark.slow
