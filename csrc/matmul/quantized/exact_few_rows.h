@@ -132,15 +132,16 @@ struct ExactFewRows {
         unrolled<M>([&](int i) KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { total[i][r] = set(0.0f); }); });
         for (std::int64_t b = 0; b < groups.blocks; ++b) {
             const auto block = groups.block[b];
-            const std::int64_t count = smaller(kLanes, n_groups - block.group);
             Vec scale[R], zero[R];
             unrolled<R>([&](int r) KLFAST_INLINE {
-                const std::int64_t of = smaller(n + r, end - 1);
-                __builtin_prefetch(scales + (of * n_groups + block.group) * scale_size, 0, 3);
-                scale[r] = load(a.scale, of * n_groups + block.group, a.scale_type, static_cast<int>(count));
+                const std::int64_t of = smaller(n + r, end - 1), first = of * n_groups + block.group;
+                __builtin_prefetch(scales + first * scale_size, 0, 3);
+                // No lane picks those of the next row; to load fewer than there are takes longer.
+                scale[r] =
+                    load(a.scale, first, a.scale_type, static_cast<int>(smaller(kLanes, a.n * n_groups - first)));
                 if constexpr (Zeros)
-                    zero[r] =
-                        to_float(stored_zeros(a, of, block.group, count)) - set(static_cast<float>(1 << (Bits - 1)));
+                    zero[r] = to_float(stored_zeros(a, of, block.group, smaller(kLanes, n_groups - block.group))) -
+                              set(static_cast<float>(1 << (Bits - 1)));
             });
             alignas(64) float line_scale[R][kLanes];
             if constexpr (Whole) {
