@@ -2,7 +2,8 @@
 
 Each candidate has a cost that is known to some error. Costs are drawn within their errors again and again, and the best
 plan of each draw is found; what is picked now and then is contested, and worth more tokens. A plan takes for each layer
-the option that minimizes cost + price * bytes, with the least price that keeps it within the limit.
+the option that minimizes cost + price * bytes, with the least price that keeps it within the limit, and spends what is
+left.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _DRAWS = 32
 _SETTLED = 0.01  # the plan's cost above the best plan's, mean over draws, that is good enough
 _CONTESTED = 0.08, 0.92  # picked in more than and in less than this share of the draws
 _BISECTIONS = 60
+_REFILLS = 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,22 @@ def contested(field: Field, limits: Sequence[float]) -> torch.Tensor:
 
 
 def best(costs: torch.Tensor, nbytes: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return options, int64 [S, L]: plans of costs [S, L, O] within ``limit`` bytes, or else the smallest ones."""
-    low = torch.full((len(costs), 1, 1), -60.0, dtype=torch.float64)  # logarithms of the price of a byte
+    """Return options, int64 [S, L]: plans of costs [S, L, O] within ``limit`` bytes, or else the smallest ones.
+
+    With one price for all layers, a plan ends where the next step does not fit, though that may be that of a large
+    head. So what is left of the limit is spent in the same way, without the options that do not fit.
+    """
+    picks = _at_one_price(costs, nbytes, limit)
+    for _ in range(_REFILLS):
+        held = nbytes.expand(len(picks), -1, -1).gather(-1, picks.unsqueeze(-1))
+        left = (limit - held.sum(1, keepdim=True)).clamp(min=0)
+        picks = _at_one_price(costs.masked_fill(nbytes > held + left, torch.inf), nbytes, limit)
+    return picks
+
+
+def _at_one_price(costs: torch.Tensor, nbytes: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return options, int64 [S, L], with the least price of a byte that keeps all layers within the limit."""
+    low = torch.full((len(costs), 1, 1), -60.0, dtype=torch.float64)  # logarithms of the price
     high = torch.full_like(low, 20.0)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -98,3 +98,10 @@ def test_the_best_plan_is_found():
 def test_only_what_the_plan_hesitates_about_is_contested():
     assert not racing.contested(field(0.01), [16, 24]).any()
     assert racing.contested(field(0.3), [20]).tolist() == [[False, True, True]] * 2 + [[False] * 3]
+
+
+def test_a_step_too_large_does_not_end_the_plan():
+    costs = torch.tensor([[0.0, 1.0, 400.0], [0.0, 0.01, 1.0], [0.0, 0.01, 2.0], [0.0, 0.01, 3.0]], dtype=torch.float64)
+    nbytes = torch.tensor([[800.0, 400.0, 200.0]] + [[16.0, 8.0, 4.0]] * 3, dtype=torch.float64)
+    picks = [racing.best(costs.unsqueeze(0), nbytes, limit).tolist() for limit in (212, 217, 221, 412)]
+    assert picks == [[[2, 2, 2, 2]], [[2, 2, 2, 1]], [[2, 2, 1, 1]], [[1, 2, 2, 2]]]
