@@ -47,7 +47,7 @@ class Input {
         return high << 8 | byte();
     }
 
-    static constexpr Int kWork = 1 << 17;
+    static constexpr Int kWork = 1 << 14;
 
     const std::uint8_t* data_;
     std::size_t left_;
