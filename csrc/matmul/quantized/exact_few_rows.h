@@ -134,11 +134,9 @@ struct ExactFewRows {
             const auto block = groups.block[b];
             Vec scale[R], zero[R];
             unrolled<R>([&](int r) KLFAST_INLINE {
-                const std::int64_t of = smaller(n + r, end - 1), first = of * n_groups + block.group;
-                __builtin_prefetch(scales + first * scale_size, 0, 3);
-                // No lane picks those of the next row; to load fewer than there are takes longer.
-                scale[r] =
-                    load(a.scale, first, a.scale_type, static_cast<int>(smaller(kLanes, a.n * n_groups - first)));
+                const std::int64_t of = smaller(n + r, end - 1);
+                __builtin_prefetch(scales + (of * n_groups + block.group) * scale_size, 0, 3);
+                scale[r] = load_scales(a, n_groups, of, block.group);
                 if constexpr (Zeros)
                     zero[r] = to_float(stored_zeros(a, of, block.group, smaller(kLanes, n_groups - block.group))) -
                               set(static_cast<float>(1 << (Bits - 1)));

@@ -107,6 +107,13 @@ inline Ints stored_zeros(const DequantMatmulArgs& a, std::int64_t n, std::int64_
     return zeros & set_int((1 << a.bits) - 1);
 }
 
+// Scales of row n from group g on, of `groups`. Behind the row's last are those of the next row: to load fewer takes
+// longer.
+inline Vec load_scales(const DequantMatmulArgs& a, std::int64_t groups, std::int64_t n, std::int64_t g) {
+    const std::int64_t first = n * groups + g, left = a.n * groups - first;
+    return load(a.scale, first, a.scale_type, static_cast<int>(smaller(kLanes, left)));
+}
+
 // Scales and zero points (as stored: q - q_min) of a panel as floats [group][lane].
 struct PanelGrid {
     Buffer<float> scale, zero;
@@ -128,18 +135,17 @@ struct PanelGrid {
             return store(scale.data, load(a.scale, first, a.scale_type, count));
         }
         for (std::int64_t g = 0; g < groups; g += kLanes) {
-            const int count = static_cast<int>(smaller(kLanes, groups - g));
             Ints rows[kLanes];
             for (int lane = 0; lane < kLanes; ++lane) {
                 const std::int64_t n = smaller(n0 + lane, a.n - 1);
                 __builtin_prefetch(ahead + (n * groups + g) * size, 0, 3);
-                rows[lane] = bits_of(load(a.scale, n * groups + g, a.scale_type, count));
+                rows[lane] = bits_of(load_scales(a, groups, n, g));
             }
             transpose_to(rows, scale.data + g * kLanes);
             if (a.zero_point == nullptr) continue;
             for (int lane = 0; lane < kLanes; ++lane) {
                 const std::int64_t n = smaller(n0 + lane, a.n - 1);
-                rows[lane] = bits_of(to_float(stored_zeros(a, n, g, count)));
+                rows[lane] = bits_of(to_float(stored_zeros(a, n, g, smaller(kLanes, groups - g))));
             }
             transpose_to(rows, zero.data + g * kLanes);
         }
