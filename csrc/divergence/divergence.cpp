@@ -107,7 +107,7 @@ void find_maxima(State& state, const float* a, const float* b, int n, const Scan
     }
 }
 
-// What rounding takes from the weights of the likeliest entries that lie in this block; see token_state.h. The
+// Notes the rounding error of the likeliest entries' weights, if they are in this block; see token_state.h. The
 // operations are those of vector_loops.h: `wide` as in add_sums.
 void find_rounding(State& state, const float* a, const float* b, int n, std::int64_t first_column, bool wide) {
     const auto anchor = static_cast<float>(state.anchor), reference = static_cast<float>(state.reference);

@@ -107,8 +107,8 @@ inline Ints stored_zeros(const DequantMatmulArgs& a, std::int64_t n, std::int64_
     return zeros & set_int((1 << a.bits) - 1);
 }
 
-// Scales of row n from group g on, of `groups`. Behind the row's last are those of the next row: to load fewer takes
-// longer.
+// Scales of row n from group g on, of `groups`. Lanes past the row's end hold the next row's: a full load is faster
+// than a partial one.
 inline Vec load_scales(const DequantMatmulArgs& a, std::int64_t groups, std::int64_t n, std::int64_t g) {
     const std::int64_t first = n * groups + g, left = a.n * groups - first;
     return load(a.scale, first, a.scale_type, static_cast<int>(smaller(kLanes, left)));
