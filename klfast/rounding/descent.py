@@ -25,18 +25,39 @@ def descend(
         dtype: of the stored scales.
     """
     codes, grid, hessian = codes.clone(), replace(grid, step=grid.step.clone()), objective.hessian
+    slope = hessian @ (target - grid.values(codes))  # minus half the gradient by the values
+    panel = grid.length * max(1, BLOCK // grid.length)
     for _ in range(rounds):
-        slope = hessian @ (target - grid.values(codes))  # minus half the gradient by the values
-        for group in range(len(grid.step)):
-            end = min((group + 1) * grid.length, len(codes))
-            members = slice(group * grid.length, end)
-            moved = _refit_scale(codes[members], slope[members], hessian[members, members], grid, group, dtype)
+        for start in range(0, len(codes), panel):
+            members = slice(start, min(start + panel, len(codes)))
+            own, group = hessian[members, members], start // grid.length
+            moved = _descend_panel(codes[members], slope[members].clone(), own, grid, group, dtype)
             slope.addmm_(hessian[:, members], moved, alpha=-1)
-            for start in range(members.start, end, BLOCK):
-                block = slice(start, min(start + BLOCK, end))
-                moved = _move_codes(codes[block], slope[block], hessian[block, block], grid, group)
-                slope.addmm_(hessian[:, block], moved, alpha=-1)
     return codes, grid
+
+
+def _descend_panel(
+    codes: torch.Tensor, slope: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Move scales and codes of whole groups, from ``group`` on, in place; return how the values move.
+
+    The slope is overwritten; only its and the Hessian's part for these features is needed.
+    """
+    moved = torch.zeros_like(slope)
+
+    def move(features: slice, by: torch.Tensor) -> None:
+        moved[features] += by
+        slope.addmm_(hessian[:, features], by, alpha=-1)
+
+    for first in range(0, len(codes), grid.length):
+        of_group = slice(first, min(first + grid.length, len(codes)))
+        own = hessian[of_group, of_group]
+        move(of_group, _refit_scale(codes[of_group], slope[of_group], own, grid, group, dtype))
+        for start in range(first, of_group.stop, BLOCK):
+            block = slice(start, min(start + BLOCK, of_group.stop))
+            move(block, _move_codes(codes[block], slope[block], hessian[block, block], grid, group))
+        group += 1
+    return moved
 
 
 def _refit_scale(
@@ -57,10 +78,12 @@ def _move_codes(
     codes: torch.Tensor, slope: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int
 ) -> torch.Tensor:
     """Move each code of a block of a group, in turn and in place; return how the values move."""
-    step, moved = grid.step[group], torch.zeros_like(slope)
-    for i, curvature in enumerate(hessian.diagonal().tolist()):
-        pull = slope[i] - hessian[i, :i] @ moved[:i]
-        best = grid.codes(codes[i] * step + pull / curvature, group)
-        moved[i] = (best - codes[i]) * step
-        codes[i] = best
-    return moved
+    step, low, high = grid.step[group], grid.low[group], grid.high[group]
+    pulls, moved = slope / step, torch.empty_like(slope)  # in steps, as the codes are
+    each = zip(hessian.diagonal().tolist(), codes.unbind(), pulls.unbind(), moved.unbind(), strict=True)
+    for i, (curvature, code, pull, by) in enumerate(each):
+        left = torch.addmv(pull, moved[:i].T, hessian[i, :i], alpha=-1)
+        best = torch.add(code, left, alpha=1 / curvature).round_().clamp_(low, high)
+        torch.sub(best, code, out=by)
+    codes += moved
+    return moved.mul_(step)

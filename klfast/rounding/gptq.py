@@ -24,8 +24,9 @@ def gptq(target: torch.Tensor, objective: Objective, grid: Grid) -> torch.Tensor
         end = min(start + BLOCK, len(target))
         wanted = target[objective.order[start:end]] + feedback[:start, start:end].T @ errors[:start]
         for place, feature in enumerate(features[start:end], start):
-            value = wanted[place - start] + feedback[start:place, place] @ errors[start:place]
+            value = torch.addmv(wanted[place - start], errors[start:place].T, feedback[start:place, place])
             group = feature // grid.length
-            codes[feature] = grid.codes(value, group)
-            errors[place] = target[feature] - codes[feature] * grid.step[group]
+            code = grid.codes(value, group)
+            codes[feature] = code
+            torch.addcmul(target[feature], code, grid.step[group], value=-1, out=errors[place])
     return codes

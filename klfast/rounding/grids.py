@@ -13,6 +13,7 @@ from klfast.quant.spec import QuantSpec
 
 _WIDEST, _RATIOS = 1.05, 20  # of the range that a grid spans; its narrowest follows from the bits
 _REFITS = 2
+_TILE = 1 << 17  # weights that are searched together: few enough for the caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,13 @@ def search(matrix: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, dtyp
         spec: of integers.
         dtype: of the scales.
     """
+    columns = matrix.split(max(1, _TILE // len(matrix)), 1)
+    parts = [_search(some.contiguous(), importance, spec, dtype) for some in columns]
+    step, low, high = (torch.cat(each, 1) for each in zip(*((p.step, p.low, p.high) for p in parts), strict=True))
+    return Grid(step, low, high, parts[0].length)
+
+
+def _search(matrix: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, dtype: torch.dtype) -> Grid:
     length = spec.group_length(len(matrix))
     groups, weights = _grouped(matrix, length), _grouped(importance[:, None], length)
     best = absmax(matrix, spec, dtype)
