@@ -26,7 +26,7 @@
 // They give Za, Zb and both KLs, and the JSD, whatever delta, since x log x is nearly a polynomial in E (from_powers in
 // token_state.cpp).
 //
-// Vector loops add float32 over kColumns entries; what crosses blocks is double.
+// Vector loops add float32 over at most kColumns entries; what crosses their runs is double.
 //
 // x and the exponents of the weights are float32, so wrong by 2^-24 of their size, which moves log Za and log Zb. A
 // cross-entropy is small only where one entry outweighs all others. So the state keeps the rounding error of each

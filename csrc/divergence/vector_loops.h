@@ -14,14 +14,6 @@
 namespace klfast::divergence {
 namespace {
 
-inline double total(Vec v) {
-    float lane[kLanes];
-    store(lane, v);
-    double sum = 0;
-    for (float x : lane) sum += x;
-    return sum;
-}
-
 inline float extreme(Vec v, bool largest) {
     float lane[kLanes];
     store(lane, v);
@@ -46,17 +38,20 @@ inline void for_each(const float* a, const float* b, int n, float a_fill, float 
          valid, true);
 }
 
-// loop(a, b, n) in runs so short that adding float32 in one lane loses no digits that matter.
-template <class Loop>
+// loop(a, b, n) in runs so short that a lane adds at most `Terms` numbers in float32. Equal ones are all rounded the
+// same way: their sum comes to be off by Terms 2^-25 of itself.
+template <int Terms, class Loop>
 inline void in_runs(const float* a, const float* b, int n, Loop&& loop) {
-    constexpr int kRun = std::min(kColumns, 256 * kLanes);
+    constexpr int kRun = std::min(kColumns, Terms * kLanes);
     for (int start = 0; start < n; start += kRun) loop(a + start, b + start, std::min(kRun, n - start));
 }
+
+constexpr int kWeights = kLanes == 1 ? 32 : 128;  // a run: their sums cancel in part
 
 void scan(const float* a, const float* b, int n, Scan& out) {
     const float d = b[0] - a[0];
     out = {.max_a = a[0], .max_b = b[0], .min_d = d, .max_d = d, .sum_a2 = 0, .sum_d2 = 0};
-    in_runs(a, b, n, [&](const float* from_a, const float* from_b, int count) {
+    in_runs<256>(a, b, n, [&](const float* from_a, const float* from_b, int count) {
         Vec max_a = set(out.max_a), max_b = set(out.max_b), min_d = set(out.min_d), max_d = set(out.max_d);
         Vec sum_a2 = set(0), sum_d2 = set(0);
         for_each(from_a, from_b, count, from_a[0], from_b[0], [&](Vec u, Vec v, Vec valid, bool tail) {
@@ -70,8 +65,8 @@ void scan(const float* a, const float* b, int n, Scan& out) {
             .max_b = extreme(max_b, true),
             .min_d = extreme(min_d, false),
             .max_d = extreme(max_d, true),
-            .sum_a2 = out.sum_a2 + total(sum_a2),
-            .sum_d2 = out.sum_d2 + total(sum_d2),
+            .sum_a2 = out.sum_a2 + sum(sum_a2),
+            .sum_d2 = out.sum_d2 + sum(sum_d2),
         };
     });
 }
@@ -115,7 +110,7 @@ void add_moments(const float* a, const float* b, int n, float anchor, float refe
             if (k + 2 < Count) odd = odd * x2;
         }
     });
-    for (int k = 0; k < Count; ++k) out.m[k] += total(moment[k]);
+    for (int k = 0; k < Count; ++k) out.m[k] += sum(moment[k]);
 }
 
 void moments(const float* a, const float* b, int n, float anchor, float reference, float largest_x, Moments& out) {
@@ -123,7 +118,8 @@ void moments(const float* a, const float* b, int n, float anchor, float referenc
                      : largest_x <= kMedium ? add_moments<7>
                                             : add_moments<kMoments>;
     out = {};
-    in_runs(a, b, n, [&](const float* u, const float* v, int count) { add(u, v, count, anchor, reference, out); });
+    in_runs<kWeights>(a, b, n,
+                      [&](const float* u, const float* v, int count) { add(u, v, count, anchor, reference, out); });
 }
 
 // With y = |x|, E = e^-y and t = tanh(y / 2) = (1 - E) / (1 + E) >= 0, the larger of A and B is H = 2^((a + max(x, 0))
@@ -186,23 +182,24 @@ void add_sums(const float* a, const float* b, int n, float anchor, float referen
             if (k + 2 < kMoments) odd = odd * t2;
         }
     });
-    for (int k = 0; k < kMoments; ++k) out.mu[k] += total(mu[k]);
+    for (int k = 0; k < kMoments; ++k) out.mu[k] += sum(mu[k]);
     constexpr double scale = Wide ? kUnit : 1;
-    out.k1 += total(k1) * scale, out.k2 += total(k2) * scale, out.j += total(j), out.q += total(q) * scale / 2;
+    out.k1 += sum(k1) * scale, out.k2 += sum(k2) * scale, out.j += sum(j), out.q += sum(q) * scale / 2;
 }
 
 template <bool Wide>
 void sums(const float* a, const float* b, int n, float anchor, float reference, Sums& out) {
     out = {};
-    in_runs(a, b, n,
-            [&](const float* u, const float* v, int count) { add_sums<Wide>(u, v, count, anchor, reference, out); });
+    in_runs<kWeights>(a, b, n, [&](const float* u, const float* v, int count) {
+        add_sums<Wide>(u, v, count, anchor, reference, out);
+    });
 }
 
 void powers(const float* a, const float* b, int n, float anchor, float reference, Powers& out) {
     const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference);
     const float likely = reference / kLog2e;
     out = {};
-    in_runs(a, b, n, [&](const float* from_a, const float* from_b, int count) {
+    in_runs<kWeights>(a, b, n, [&](const float* from_a, const float* from_b, int count) {
         Ahead ahead(from_a, from_b);
         Vec h[kPowers], signed_h[kPowers], y[2], signed_y[2];  // y in units of -log 2
         for (int k = 0; k < kPowers; ++k) h[k] = signed_h[k] = set(0);
@@ -223,8 +220,9 @@ void powers(const float* a, const float* b, int n, float anchor, float reference
             y[0] = fma(minus_y, larger, y[0]), signed_y[0] = fma(minus_y, with_sign, signed_y[0]);
             y[1] = fma(ey, larger, y[1]), signed_y[1] = fma(ey, with_sign, signed_y[1]);
         });
-        for (int k = 0; k < kPowers; ++k) out.h[k] += total(h[k]), out.signed_h[k] += total(signed_h[k]);
-        for (int k = 0; k < 2; ++k) out.y[k] -= total(y[k]) / kLog2e, out.signed_y[k] -= total(signed_y[k]) / kLog2e;
+        for (int k = 0; k < kPowers; ++k) out.h[k] += sum(h[k]), out.signed_h[k] += sum(signed_h[k]);
+        for (int k = 0; k < 2; ++k)
+            out.y[k] -= sum(y[k]) / double{kLog2e}, out.signed_y[k] -= sum(signed_y[k]) / double{kLog2e};
     });
 }
 

@@ -121,6 +121,14 @@ def test_unrelated_first_columns_of_close_distributions(tier):
         )
 
 
+@pytest.mark.parametrize("vocab", [225, 2048])
+def test_models_of_equal_logits(tier, vocab):
+    """Where all weights are equal, float32 rounds each of their sums the same way."""
+    equal, other = torch.linspace(0, 2, 100)[:, None].expand(100, vocab), 0.5 * torch.randn(vocab).expand(100, vocab)
+    for teacher, student in ((equal, other), (other, equal)):
+        assert_matches(klfast.logit_divergence(teacher, student), truth(teacher, student), rtol=1.7e-5)
+
+
 def test_equal_rows_are_exactly_zero(tier):
     teacher = 5 * torch.randn(4, 3001)
     found = klfast.logit_divergence(teacher, teacher.clone())
