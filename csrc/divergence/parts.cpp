@@ -25,7 +25,19 @@ bool is_finite(const Part& p) {
     return std::isfinite(sum);
 }
 
-// Adds all parts of a row to a fresh state; false if they cannot be used.
+// Notes the rounding error of the target's weights as find_rounding in divergence.cpp does, with the kernels'
+// operations: where the target is a model's likeliest entry, in this part. Of another, only one logit is known here.
+void find_rounding(State& state, const Part& part) {
+    const auto a = static_cast<float>(state.target_a), b = static_cast<float>(state.target_b),
+               anchor = static_cast<float>(state.anchor);
+    const double x = (b - a) - anchor, larger = std::max(a - part.reference, (b - anchor) - part.reference);
+    if (state.target_a == state.max_a && part.max_a == state.max_a)
+        state.rounding_a = state.target_a - part.reference - (larger - std::max(x, 0.0));
+    if (state.target_b == state.max_b && part.max_b == state.max_b)
+        state.rounding_b = state.target_b - state.anchor - part.reference - (larger + std::min(x, 0.0));
+}
+
+// Adds all parts of a row to a state that has seen none; false if they cannot be used.
 bool add_parts(State& state, const Part* parts, const PartIndex* index, std::int64_t n_parts) {
     double reference = parts[0].reference;
     state.max_a = parts[0].max_a, state.max_b = parts[0].max_b;
@@ -42,6 +54,7 @@ bool add_parts(State& state, const Part* parts, const PartIndex* index, std::int
         state.sum_a2 += parts[i].sum_a2, state.sum_d2 += parts[i].sum_d2;
         if (parts[i].max_a == state.max_a) state.argmax_a = index[i].argmax_a;
         if (parts[i].max_b == state.max_b) state.argmax_b = index[i].argmax_b;
+        find_rounding(state, parts[i]);
     }
     return true;
 }
@@ -49,12 +62,12 @@ bool add_parts(State& state, const Part* parts, const PartIndex* index, std::int
 Verdict measure(const PartsArgs& args, std::int64_t token, float* out) {
     State state{};
     state.anchor = args.anchor[token], state.runs = args.runs[token];
-    if (!add_parts(state, args.parts + token * args.n_parts, args.index + token * args.n_parts, args.n_parts))
-        return Verdict::wide;
     if (args.targets != nullptr) {
         state.target_a = args.targets[2 * token], state.target_b = args.targets[2 * token + 1];
         state.has_target = !std::isnan(state.target_a);
     }
+    if (!add_parts(state, args.parts + token * args.n_parts, args.index + token * args.n_parts, args.n_parts))
+        return Verdict::wide;
     const bool is_near = std::abs(state.anchor) <= kWide;
     if (is_near && metrics(state, args.vocab, out + token, args.tokens)) return Verdict::done;
     if (!is_near) state.sums.mu[1] = state.sums.mu[0];  // such sums ask for the difference of the maxima as the anchor

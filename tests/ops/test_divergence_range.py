@@ -157,12 +157,8 @@ def test_random_magnitudes(seed):
             )
 
 
-@pytest.mark.parametrize("vocab", [1, 60])
-@pytest.mark.parametrize("noise", [0.1, 2.0, 8.0])
-@pytest.mark.parametrize("apart", [20.0, 50.0, 300.0])
-@pytest.mark.parametrize("are_both_sure", [True, False])
-def test_cross_entropies_of_sure_models(tier, vocab, noise, apart, are_both_sure):
-    """Differences of large logits lose digits in float32; a small cross-entropy must not show that."""
+def sure_models(vocab, noise, apart, are_both_sure):
+    """Return logits of a student, and perhaps of a teacher, who are sure of the targets, and these."""
     teacher = 3 * torch.randn(12, vocab) + apart * torch.randn(12, 1)
     student = teacher + noise * torch.randn(12, vocab) + apart * torch.randn(12, 1)
     targets = torch.randint(vocab, (12,))
@@ -170,7 +166,17 @@ def test_cross_entropies_of_sure_models(tier, vocab, noise, apart, are_both_sure
     student[rows, targets] = student.amax(-1) + 12
     if are_both_sure:
         teacher[rows, targets] = teacher.amax(-1) + 12
-    found, expected = klfast.logit_divergence(teacher, student, targets), truth(teacher, student, targets)
+    return teacher, student, targets
+
+
+@pytest.mark.parametrize("vocab", [1, 60])
+@pytest.mark.parametrize("noise", [0.1, 2.0, 8.0])
+@pytest.mark.parametrize("apart", [20.0, 50.0, 300.0])
+@pytest.mark.parametrize("are_both_sure", [True, False])
+def test_cross_entropies_of_sure_models(tier, vocab, noise, apart, are_both_sure):
+    """Differences of large logits lose digits in float32; a small cross-entropy must not show that."""
+    models = sure_models(vocab, noise, apart, are_both_sure)
+    found, expected = klfast.logit_divergence(*models), truth(*models)
     assert expected["ce_student"].max() < 1e-4
     for name in ("ce_teacher", "ce_student"):
         torch.testing.assert_close(getattr(found, name).double(), expected[name], rtol=3e-6, atol=6e-7)

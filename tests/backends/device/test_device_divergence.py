@@ -129,6 +129,12 @@ def test_the_extension_reads_what_the_kernels_store():
     assert _C.divergence_part_floats == divergence_terms.N_SUMS
 
 
+@pytest.mark.parametrize("are_both_sure", [True, False])
+def test_cross_entropies_of_sure_models(are_both_sure):
+    models = ranges.sure_models(60, 2.0, 20.0, are_both_sure)
+    cases.assert_matches(klfast.logit_divergence(*models), cases.truth(*models))
+
+
 def test_split_over_the_vocabulary(monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda _: 100)
     teacher = 3 * torch.randn(3, 20_000)
