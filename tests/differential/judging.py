@@ -11,8 +11,9 @@ import torch
 from calls import CALLS, Call
 from drawing import LARGEST, Draw
 from float64 import results, rounded_before, truth
+from ties import agreement_is_possible
 
-from klfast import KlfastError, ops, using
+from klfast import KlfastError, QuantizedTensor, ops, using
 from klfast.dispatch import pins
 
 _NEARBY = 2.0**-18  # how far float32 may move an operand: 64 roundings
@@ -107,18 +108,21 @@ def _not_near(call: Call, every: list[tuple[torch.Tensor, torch.Tensor, Any]], w
             torch.maximum(effect, (one - exact).abs().nan_to_num(0.0, 0.0), out=effect)
     effects[0] += _of_offsets(call)
     flushed = truth(rounded_before(_copied(_flushed(call))))
+    is_divergence = call.function in (ops.logit_divergence, ops.linear_divergence)
+    one_by_one = 0.0 if is_divergence else LARGEST * 2.0**-24  # equal terms are all rounded the same way
+    if is_divergence:
+        effects[-1].zero_()  # agreement: what is largest in float32 is so in float64
     for i in wrong:
         found, exact, rounding = every[i]
-        right = _close(found, exact, rounding, effects[i] + LARGEST * 2.0**-24 * exact.abs())  # equal terms, one by one
+        right = _close(found, exact, rounding, effects[i] + one_by_one * exact.abs())
         right |= _close(found, flushed[i], rounding, effects[i])
         # What overflows in float32 alone, and in which order, is not promised.
         right |= (~plain[i].isfinite() & exact.isfinite()) | (~found.isfinite() & (plain[i].abs() > 1e37))
-        if call.function in (ops.logit_divergence, ops.linear_divergence):
-            if i == _SQNR:  # squares below float32's range: no dB
-                of_noise = (exact > 300) | (every[_MSE][1] < 1e-37)
-                right |= ((found == math.inf) & of_noise) | ((found == -math.inf) & (exact < -300))
-            if i == len(every) - 1:  # which of a head's equal rows is largest is up to rounding
-                right |= found == plain[i]
+        if is_divergence and i == _SQNR:  # squares below float32's range: no dB
+            of_noise = (exact > 300) | (every[_MSE][1] < 1e-37)
+            right |= ((found == math.inf) & of_noise) | ((found == -math.inf) & (exact < -300))
+        if call.function is ops.linear_divergence and i == len(every) - 1:
+            right |= agreement_is_possible(found.bool(), call, _NEARBY)
         if "delta" in call.function.__name__ or "kda" in call.function.__name__:  # has q k^T, not S, times infinite v
             right |= ~found.isfinite() & ~exact.isfinite()
         if call.function is ops.mamba_chunk_scan_combined and not (call.arguments["A"] <= 0).all():
@@ -154,6 +158,8 @@ def _moved(call: Call) -> Call:
     """Return the call with each float operand in float32, changed by some roundings of it."""
 
     def moved(t: Any) -> Any:
+        if isinstance(t, QuantizedTensor) and call.function is ops.linear_divergence:
+            t = t.dequantize(torch.float32)
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
             return t
         return t.float() * (1 + _NEARBY * torch.randn(t.shape))

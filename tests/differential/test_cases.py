@@ -24,6 +24,18 @@ def test_random_calls(first, one_thread, proven_tiers):
     assert not faults, "\n".join(faults[:5])
 
 
+# A head's equal rows; logits of millions from quantized heads; equal logits.
+ONCE_WRONG = (514622, 976204, 831393, 929216, 899633, 949581)
+
+
+def test_what_was_wrong_once(one_thread, proven_tiers):
+    assert [judging.fault(number) for number in ONCE_WRONG] == [None] * len(ONCE_WRONG)
+
+
+def complaints(op):
+    return sum(judging.fault(number, op) is not None for number in range(10))
+
+
 def test_wrong_results_are_found(one_thread, monkeypatch):
     """The judge itself: float32 results that are off by 0.01 %, and an operand that is written to."""
     results = judging.results
@@ -33,7 +45,8 @@ def test_wrong_results_are_found(one_thread, monkeypatch):
 
     assert not judging.fault(3, "rms_norm")
     monkeypatch.setattr(judging, "results", a_little_off)
-    assert sum(judging.fault(number, "gathered_logits") is not None for number in range(10)) > 5
+    for op in ("gathered_logits", "logit_divergence", "linear_divergence"):
+        assert complaints(op) > 5
 
     def written_to(call):
         x = call.arguments["x"]
@@ -42,3 +55,15 @@ def test_wrong_results_are_found(one_thread, monkeypatch):
 
     monkeypatch.setattr(judging, "results", written_to)
     assert "was written to" in judging.fault(3, "rms_norm")
+
+
+@pytest.mark.parametrize("op", ["logit_divergence", "linear_divergence"])
+def test_wrong_agreement_is_found(one_thread, monkeypatch, op):
+    results = judging.results
+
+    def opposite(call):
+        *others, agree = results(call)
+        return [*others, 1 - agree]
+
+    monkeypatch.setattr(judging, "results", opposite)
+    assert complaints(op) > 5
