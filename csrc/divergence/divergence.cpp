@@ -107,7 +107,7 @@ void find_maxima(State& state, const float* a, const float* b, int n, const Scan
     }
 }
 
-// Notes the rounding error of the likeliest entries' weights, if they are in this block; see token_state.h. The
+// Notes the rounding error of the most likely entries' weights, if they are in this block; see token_state.h. The
 // operations are those of vector_loops.h: `wide` as in add_sums.
 void find_rounding(State& state, const float* a, const float* b, int n, std::int64_t first_column, bool wide) {
     const auto anchor = static_cast<float>(state.anchor), reference = static_cast<float>(state.reference);
@@ -134,7 +134,7 @@ void find_rounding(State& state, const float* a, const float* b, int n, std::int
     }
 }
 
-// An anchor from a row's first columns: the difference at the likeliest token, then what that yields for all of them.
+// An anchor from a row's first columns: the difference at the most likely token, then what that yields for all of them.
 void find_anchor(State& state, const float* a, const float* b, int n, const Scan& scan, std::int64_t first_column,
                  const Kernels& kernels) {
     const auto top = state.argmax_a - first_column;

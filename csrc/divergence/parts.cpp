@@ -26,7 +26,7 @@ bool is_finite(const Part& p) {
 }
 
 // Notes the rounding error of the target's weights as find_rounding in divergence.cpp does, with the kernels'
-// operations: where the target is a model's likeliest entry, in this part. Of another, only one logit is known here.
+// operations, where the target is a model's most likely entry and in this part: of others, one logit is unknown here.
 void find_rounding(State& state, const Part& part) {
     const auto a = static_cast<float>(state.target_a), b = static_cast<float>(state.target_b),
                anchor = static_cast<float>(state.anchor);

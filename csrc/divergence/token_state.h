@@ -30,7 +30,7 @@
 //
 // x and the exponents of the weights are float32, so wrong by 2^-24 of their size, which moves log Za and log Zb. A
 // cross-entropy is small only where one entry outweighs all others. So the state keeps the rounding error of each
-// model's likeliest entry (find_rounding in divergence.cpp), and the cross-entropies are corrected by it.
+// model's most likely entry (find_rounding in divergence.cpp), and the cross-entropies are corrected by it.
 //
 // Float32 differences of large logits carry no digits of the weights. A row in which some |x| exceeds kWide, or whose
 // logits are too large for M, is `wide`: its first run only finds maxima and sums of squares; the next ones take
@@ -78,7 +78,7 @@ struct State {
     double base_a, base_b;     // 0 unless kShifted
     double sum_a2, sum_d2;     // over a^2 and (b - a)^2
     double max_a, max_b;
-    double rounding_a, rounding_b;    // exact minus rounded log A of the teacher's likeliest entry; the same of B
+    double rounding_a, rounding_b;    // exact minus rounded log A of the teacher's most likely entry; of B
     std::int64_t argmax_a, argmax_b;  // the lowest index among equals
     double target_a, target_b;        // logits of the target; see has_target
     std::int64_t columns;             // seen so far

@@ -130,7 +130,7 @@ void moments(const float* a, const float* b, int n, float anchor, float referenc
 //     2 B (x / 4 - log cosh(x / 2) / 2) = W (1 + u) (J + (x - t y) / 4).
 //
 // Wide: where |x| may be as large as float32 allows, B comes from b itself, and what grows with x is added in units of
-// kUnit, lest sums overflow. This takes logits near 0 wherever they have weight.
+// kUnit, so that sums do not overflow. This takes logits near 0 wherever they have weight.
 template <bool Wide>
 void add_sums(const float* a, const float* b, int n, float anchor, float reference, Sums& out) {
     const Vec c = set(anchor), log2e = set(kLog2e), minus_m = set(-reference), one = set(1.0f), half = set(0.5f),

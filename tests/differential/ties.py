@@ -1,4 +1,4 @@
-"""Which vocabulary entries float32 may take for a model's likeliest: those whose logits differ by rounding alone."""
+"""Ties between vocabulary entries: which of them rounding may make a model's most likely one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def agreement_is_possible(found: torch.Tensor, call: Call, rounding: float) -> t
     """Return where the agreement of a ``linear_divergence`` that was found is a possible one, bool [S * T].
 
     Args:
-        found: both models have the same likeliest entry, bool [S * T].
+        found: both models have the same most likely entry, bool [S * T].
         call: what found it.
         rounding: of a product and of each addition, relative to the operands' sizes.
     """
