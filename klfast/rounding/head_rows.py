@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from klfast.models.head import Readout
 from klfast.rounding.moments import Moments
@@ -27,20 +28,6 @@ _MOST_LOGITS = 2**24  # at once
 _LEAST_SPREAD = 1e-9
 _CLUSTERS, _ITERATIONS = 16, 15
 _SHARED = 0.05  # of a cluster's H, taken from that of all rows
-
-
-def spreads(readout: Readout, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return s of each row of a head, float32 [V], for logits that are scaled.
-
-    Args:
-        readout: the head in full precision.
-        hidden: what enters it on the calibration text, [B, T, H] each.
-    """
-    states = _some(hidden)
-    spread = torch.zeros(readout.weight.shape[0], device=states.device)
-    for uncertain, _ in _uncertainties(readout, states, states):
-        spread += uncertain.sum(0)
-    return (spread / len(states)).clamp_(min=_LEAST_SPREAD) * readout.rule.scale**2
 
 
 def ridges(spread: torch.Tensor, ids: Sequence[torch.Tensor], cost: float) -> torch.Tensor:
@@ -64,11 +51,13 @@ class Clusters:
         of_row: int64 [V], the number of each row's cluster.
         hessian: float32 [C, K, K], H of each cluster; of the inputs y in the partly rounded model.
         cross: float32 [C, K, K], the same of y^T x with the inputs x in the full-precision model.
+        spread: s of each row, float32 [V], for logits that are scaled; None where all rows count alike.
     """
 
     of_row: torch.Tensor
     hessian: torch.Tensor
     cross: torch.Tensor
+    spread: torch.Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -77,12 +66,15 @@ class Rows(NamedTuple):
     Attributes:
         clusters: their Hessians.
         ridge: r of each row, float32 [V]; None if all are 0.
-        cost: what each row's objective counts for, float32 [V]; None if all are 1.
     """
 
     clusters: Clusters
     ridge: torch.Tensor | None = None
-    cost: torch.Tensor | None = None
+
+    @property
+    def cost(self) -> torch.Tensor | None:
+        """What each row's objective counts for, float32 [V]; None if all are 1."""
+        return self.clusters.spread
 
     def errors(self, error: torch.Tensor) -> torch.Tensor:
         """Return what an error of the weight, float32 [V, K], costs by row, float32 [V]."""
@@ -112,8 +104,10 @@ def clusters(
     of_row = _k_means(readout.weight.float())
     found = torch.zeros(2, int(of_row.max()) + 1, *hessian.shape, device=x.device)
     sums = torch.zeros(found.shape[1], device=x.device)
-    for uncertain, places in _uncertainties(readout, x, torch.arange(len(x), device=x.device)):
-        weights = torch.zeros(len(places), found.shape[1], device=x.device).index_add_(1, of_row, uncertain)
+    spread = torch.zeros(len(of_row), device=x.device)
+    for uncertain, places in _uncertainties(readout, x):
+        spread += uncertain.sum(0)
+        weights = torch.zeros(len(uncertain), found.shape[1], device=x.device).index_add_(1, of_row, uncertain)
         for each, weight in enumerate(weights.T):
             weighted = y[places].T * weight
             found[0, each].addmm_(weighted, y[places])
@@ -124,7 +118,8 @@ def clusters(
     shared = torch.stack([hessian, cross])[:, None]
     own.lerp_(shared * size[:, None, None], _SHARED)
     hessians, crosses = torch.where(sums[:, None, None] > _LEAST_SPREAD, own, shared)
-    return Clusters(of_row, hessians, crosses)
+    spread = (spread / len(x)).clamp_(min=_LEAST_SPREAD) * readout.rule.scale**2
+    return Clusters(of_row, hessians, crosses, spread)
 
 
 def _some(hidden: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -133,14 +128,13 @@ def _some(hidden: Sequence[torch.Tensor]) -> torch.Tensor:
     return states[:: -(-len(states) // _MOST_TOKENS)]
 
 
-def _uncertainties(
-    readout: Readout, states: torch.Tensor, beside: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield p (1 - p), float32 [t, V], for parts of the hidden states [T, H], and the same parts of ``beside``."""
+def _uncertainties(readout: Readout, states: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Yield p (1 - p), float32 [t, V], for parts of the hidden states [T, H], and which parts."""
     length = max(1, _MOST_LOGITS // readout.weight.shape[0])
-    for some, along in zip(states.split(length), beside.split(length), strict=True):
-        p = readout.logits(some).softmax(-1)
-        yield p - p.square(), along
+    for start in range(0, len(states), length):
+        places = slice(start, start + length)
+        p = readout.logits(states[places]).softmax(-1)
+        yield p - p.square(), places
 
 
 def _k_means(points: torch.Tensor) -> torch.Tensor:
@@ -149,7 +143,7 @@ def _k_means(points: torch.Tensor) -> torch.Tensor:
     centres = points[first.to(points.device)]
     for _ in range(_ITERATIONS):
         nearest = torch.cdist(points, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        counts = nearest.bincount(minlength=len(centres))[:, None]
+        members = F.one_hot(nearest, len(centres)).to(points.dtype)
+        sums, counts = members.T @ points, members.sum(0)[:, None]
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return nearest

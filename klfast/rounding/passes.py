@@ -17,7 +17,7 @@ from klfast.models.matrices import matrix, named_matrices, sharers
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
-from klfast.rounding.head_rows import Clusters, clusters, ridges, spreads
+from klfast.rounding.head_rows import Clusters, clusters, ridges
 from klfast.rounding.moments import Moments
 
 TIED, HEAD, NOWHERE = "tied head", "head", "nowhere"  # places beside the blocks
@@ -98,26 +98,22 @@ class Passes:
             moments.add(*batch)
         return moments
 
-    def spreads(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return what an error of each of the head's rows counts for (``head_rows.spreads``), float32 [V]."""
-        with interruptible():
-            return spreads(self.chain.head.readout(), hidden)
-
     def clusters(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], moments: Moments) -> Clusters:
         """Return clusters of the head's rows, for what enters the head (``head_rows.clusters``)."""
         with interruptible():
             return clusters(self.chain.head.readout(), student, teacher, moments)
 
-    def ridges(self, name: str, spec: QuantSpec, hidden: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    def ridges(self, name: str, spec: QuantSpec, hidden: torch.Tensor, clusters: Clusters) -> torch.Tensor:
         """Return what the rows of a tied head have beside their use as output weights, float32 [V].
 
         Args:
             name: the head.
             spec: to round it to for a measurement.
             hidden: what enters it in the first micro-batch.
-            spread: from ``spreads``.
+            clusters: of its rows.
         """
-        return ridges(spread, self.windows, self._embedding_cost(name, spec, hidden))
+        assert clusters.spread is not None  # as of every head
+        return ridges(clusters.spread, self.windows, self._embedding_cost(name, spec, hidden))
 
     def _embedding_cost(self, name: str, spec: QuantSpec, hidden: torch.Tensor) -> float:
         """Return the divergence in the first micro-batch by a squared error of 1 in each embedding, in nats a token.

@@ -135,12 +135,11 @@ class _Costs(Passes):
     def _estimate_head(self, hidden: Sequence[torch.Tensor]) -> None:
         for place in (TIED, HEAD):
             for name in self.names[place]:
-                spread = self.spreads(hidden)
-                ridge = None
-                if place == TIED:
-                    ridge = self.ridges(name, self._coarsest(name).base, hidden[0], spread)
                 moments = self.head_moments(hidden, hidden)
-                self._estimate(name, moments, Rows(self.clusters(hidden, hidden, moments), ridge, spread))
+                clusters, ridge = self.clusters(hidden, hidden, moments), None
+                if place == TIED:
+                    ridge = self.ridges(name, self._coarsest(name).base, hidden[0], clusters)
+                self._estimate(name, moments, Rows(clusters, ridge))
                 self.advance(1, name)
 
     def _coarsest(self, name: str) -> QuantSpec:

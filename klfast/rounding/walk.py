@@ -239,14 +239,14 @@ class _Walk(Passes):
 
     def _round_head(self, name: str, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> None:
         moments = self.head_moments(student, teacher)
-        rows = Rows(self.clusters(student, teacher, moments), None, self.spreads(teacher))
-        self._round_linear(name, moments, rows)
+        self._round_linear(name, moments, Rows(self.clusters(student, teacher, moments)))
 
     def _round_tied_head(self, name: str, passages: Sequence[Passage]) -> None:
         hidden = self.run(passages)
-        spread, moments = self.spreads(hidden), self.head_moments(hidden, hidden)
-        ridge = self.ridges(name, self.specs[name].base, hidden[0], spread)
-        self._round_linear(name, moments, Rows(self.clusters(hidden, hidden, moments), ridge, spread))
+        moments = self.head_moments(hidden, hidden)
+        clusters = self.clusters(hidden, hidden, moments)
+        ridge = self.ridges(name, self.specs[name].base, hidden[0], clusters)
+        self._round_linear(name, moments, Rows(clusters, ridge))
 
     def _why_nearest(self, spec: QuantSpec, moments: Moments) -> str:
         """Return why a matrix has to be rounded to nearest, a clause; empty if it has not."""

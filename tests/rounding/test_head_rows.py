@@ -8,17 +8,24 @@ from tiny_models import VOCABULARY, batch, in_float64, tiny
 
 from klfast.models.families.base import LogitRule
 from klfast.models.head import Readout
-from klfast.rounding.head_rows import clusters, ridges, spreads
+from klfast.rounding.head_rows import clusters, ridges
 from klfast.rounding.moments import Moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def spread_of(readout, hidden):
+    moments = Moments(hidden[0].shape[-1], hidden[0].device)
+    for each in hidden:
+        moments.add(each, each)
+    return clusters(readout, hidden, hidden, moments).spread
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_ridges_against_float64(scale):
     weight, hidden = torch.randn(30, 16), [torch.randn(2, 9, 16), torch.randn(1, 7, 16)]
     ids = [torch.randint(0, 25, (2, 9)), torch.randint(0, 25, (1, 7))]
-    found = ridges(spreads(Readout(weight, rule=LogitRule(scale)), hidden), ids, 0.7)
+    found = ridges(spread_of(Readout(weight, rule=LogitRule(scale)), hidden), ids, 0.7)
     states = torch.cat([each.flatten(0, 1) for each in hidden]).double()
     p = (scale * states @ weight.double().T).softmax(-1)
     counts = torch.zeros(30, dtype=torch.float64)
@@ -87,7 +94,7 @@ def test_the_ridge_weighs_both_uses_by_what_they_cost():
     hidden = model.model(ids)[0]
     k = embedded / error[ids].square().sum(-1).mean().item()
     states = hidden.flatten(0, 1).double()
-    ridge = ridges(spreads(Readout(model.lm_head.weight), [hidden]), [ids], k).double()
+    ridge = ridges(spread_of(Readout(model.lm_head.weight), [hidden]), [ids], k).double()
     hessian = states.T @ states / len(states)
     share = (ridge * error.square().sum(1) * _spread(states, model)).sum() / 2
     other = (torch.einsum("vk,kl,vl->v", error, hessian, error) * _spread(states, model)).sum() / 2
