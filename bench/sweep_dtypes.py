@@ -1,6 +1,8 @@
 """What a sweep in bfloat16 can tell apart: its noise floor beside the KL of single layers, against float32.
 
-python -m klfast.bench.sweep_dtypes --out bench/results/sweep_dtypes.md
+The bundled models are swept in each dtype, on the same text.
+
+    python -m klfast.bench.sweep_dtypes --out bench/results/sweep_dtypes.md
 """
 
 from __future__ import annotations
