@@ -5,7 +5,7 @@ stopped goes on where it was. The table is written after each model.
 
     python -m klfast.bench.adaptive --out bench/results/adaptive.md
     python -m klfast.bench.smollm2 SMOLLM2
-    python -m klfast.bench.adaptive --models SMOLLM2 --length 32 --held-out 128 --out FILE.md
+    python -m klfast.bench.adaptive --models SMOLLM2 --length 64 --held-out 128 --out FILE.md
 """
 
 from __future__ import annotations
