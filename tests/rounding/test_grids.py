@@ -5,6 +5,7 @@ import torch
 
 from klfast import QuantSpec, quantize
 from klfast.core.dtypes import FLOAT_DTYPES
+from klfast.rounding import grids as module
 from klfast.rounding.grids import absmax, search, stored
 
 SPECS = [
@@ -40,6 +41,16 @@ def test_the_search_is_never_worse_than_absmax_in_any_group(spec, dtype):
     if spec.bits == 4:
         assert found.sum() < 0.85 * plain.sum()
     assert torch.equal(grids[1].step, grids[1].step.to(dtype).float()), "as it is stored"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_search_in_tiles_is_that_of_the_whole(symmetric, monkeypatch):
+    spec, matrix, importance = QuantSpec(4, 32, symmetric), torch.randn(70, 25), torch.rand(70)
+    whole = search(matrix, importance, spec, torch.float16)
+    monkeypatch.setattr(module, "_TILE", 280)  # 4 columns
+    tiled = search(matrix, importance, spec, torch.float16)
+    for name in ("step", "low", "high"):
+        assert torch.equal(getattr(tiled, name), getattr(whole, name))
 
 
 def test_the_largest_weight_may_fall_on_the_smallest_code():

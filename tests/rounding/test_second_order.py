@@ -47,8 +47,8 @@ def test_gptq_with_a_diagonal_hessian_rounds_to_nearest(spec):
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, 16), QuantSpec(4, -1), QuantSpec(4, 9, False)], ids=str)
 def test_no_single_code_or_scale_improves_after_the_descent(spec):
-    y, target = inputs(200, 40), torch.randn(40, 6)
-    objective = Objective.of(y.T @ y / 200)
+    y, target = inputs(300, 100), torch.randn(100, 6)  # more than a panel
+    objective = Objective.of(y.T @ y / 300)
     start = search(target, objective.hessian.diagonal(), spec, torch.float16)
     codes, grid = descend(target, objective, start.nearest(target), start, 40, torch.float16)
     hessian = objective.hessian.double()
@@ -59,11 +59,11 @@ def test_no_single_code_or_scale_improves_after_the_descent(spec):
 
     least = errors(codes, grid) * (1 - 1e-5)
     assert (least < errors(start.nearest(target), start)).all()
-    for k in range(40):
+    for k in range(100):
         for change in (-1, 1):
             other = codes.clone()
             other[k] += change
-            allowed = (other >= grid.by_feature(grid.low, 40)) & (other <= grid.by_feature(grid.high, 40))
+            allowed = (other >= grid.by_feature(grid.low, 100)) & (other <= grid.by_feature(grid.high, 100))
             assert ((errors(other, grid) >= least) | ~allowed[k]).all()
     for group in range(len(grid.step)):
         for change in (-1, 1):
