@@ -94,7 +94,7 @@ def _klfast(
         # imported, which reads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if ctx.invoked_subcommand in ("generate", "serve"):
-        # Importing torch and transformers creates a million objects that all stay: there is no garbage to collect.
+        # Imports of torch and transformers leave a million objects and no garbage; collections would only look at them.
         # The command goes on collecting after it has loaded its model (runtime.resume_collections).
         gc.disable()
         ctx.call_on_close(gc.enable)

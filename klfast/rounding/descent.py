@@ -41,7 +41,7 @@ def _descend_panel(
 ) -> torch.Tensor:
     """Move scales and codes of whole groups, from ``group`` on, in place; return how the values move.
 
-    The slope is overwritten; only its and the Hessian's part for these features is needed.
+    Codes and slope are [k, N], the Hessian [k, k], of the k features of these groups; the slope is overwritten.
     """
     moved = torch.zeros_like(slope)
 

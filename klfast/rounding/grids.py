@@ -95,14 +95,17 @@ def search(matrix: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, dtyp
         spec: of integers.
         dtype: of the scales.
     """
-    columns = matrix.split(max(1, _TILE // len(matrix)), 1)
-    parts = [_search(some.contiguous(), importance, spec, dtype) for some in columns]
-    step, low, high = (torch.cat(each, 1) for each in zip(*((p.step, p.low, p.high) for p in parts), strict=True))
-    return Grid(step, low, high, parts[0].length)
-
-
-def _search(matrix: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, dtype: torch.dtype) -> Grid:
     length = spec.group_length(len(matrix))
+    columns = matrix.split(max(1, _TILE // len(matrix)), 1)
+    found = [_search(some.contiguous(), importance, spec, dtype, length) for some in columns]
+    step, zero = (torch.cat(each, 1) for each in zip(*found, strict=True))
+    return Grid.of(step, zero, spec, length)
+
+
+def _search(
+    matrix: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, dtype: torch.dtype, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best scales and zero points, float32 [G, N]."""
     groups, weights = _grouped(matrix, length), _grouped(importance[:, None], length)
     best = absmax(matrix, spec, dtype)
     step, zero = best.step, spec.q_min - best.low
@@ -121,7 +124,7 @@ def _search(matrix: torch.Tensor, importance: torch.Tensor, spec: QuantSpec, dty
         codes = _codes(groups, step, zero, spec)
         fit = (codes * groups * weights).sum(1) / (codes.square() * weights).sum(1)
         keep_better(stored(fit, dtype), zero)
-    return Grid.of(step, zero, spec, length)
+    return step, zero
 
 
 def _candidates(

@@ -71,11 +71,6 @@ class Rows(NamedTuple):
     clusters: Clusters
     ridge: torch.Tensor | None = None
 
-    @property
-    def cost(self) -> torch.Tensor | None:
-        """What each row's objective counts for, float32 [V]; None if all are 1."""
-        return self.clusters.spread
-
     def errors(self, error: torch.Tensor) -> torch.Tensor:
         """Return what an error of the weight, float32 [V, K], costs by row, float32 [V]."""
         found = torch.empty(len(error), device=error.device)
@@ -84,7 +79,7 @@ class Rows(NamedTuple):
             found[members] = (some * (some @ hessian)).sum(-1)
         if self.ridge is not None:
             found += self.ridge * error.square().sum(-1)
-        return found if self.cost is None else found * self.cost
+        return found if self.clusters.spread is None else found * self.clusters.spread
 
 
 def clusters(

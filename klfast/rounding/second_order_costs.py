@@ -194,8 +194,8 @@ class _Costs(Passes):
 
         Of a head these are the costliest, of other layers those that ``parts`` name. ``cost`` is of each row.
         """
-        hessian, of_row = rows.clusters.hessian, rows.clusters.of_row
-        counts = sorted({int(share * len(weight)) for share in self.corrected} - {0}) if rows.cost is not None else []
+        hessian, of_row, spread = rows.clusters.hessian, rows.clusters.of_row, rows.clusters.spread
+        counts = sorted({int(share * len(weight)) for share in self.corrected} - {0}) if spread is not None else []
         if not counts or spec.bits != 4:
             plain = second_order(weight, spec, hessian, cluster=of_row, ridge=rows.ridge, rounds=_ROUNDS)
             values = plain.dequantize(torch.float32)
@@ -210,7 +210,7 @@ class _Costs(Passes):
             return
         most = replace(spec, corrected=counts[-1])
         plain, whole = plain_and_corrected(
-            weight, most, hessian, cluster=of_row, ridge=rows.ridge, cost=rows.cost, rounds=_ROUNDS
+            weight, most, hessian, cluster=of_row, ridge=rows.ridge, cost=spread, rounds=_ROUNDS
         )
         before, after = (cost(each.dequantize(torch.float32)) for each in (plain, whole))
         yield spec, before.sum().item()

@@ -273,4 +273,4 @@ class _Walk(Passes):
             if rows is None:
                 return second_order(weight, spec, moments.hessian / moments.tokens, moments.cross / moments.tokens)
             of = rows.clusters
-            return second_order(weight, spec, of.hessian, of.cross, cluster=of.of_row, ridge=rows.ridge, cost=rows.cost)
+            return second_order(weight, spec, of.hessian, of.cross, cluster=of.of_row, ridge=rows.ridge, cost=of.spread)
