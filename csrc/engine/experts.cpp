@@ -1,5 +1,6 @@
 #include <cstddef>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "core/parallel.h"
@@ -42,15 +43,17 @@ Work gather(Routes routes, Columns in, Columns out) {
     };
 }
 
-Work project_gathered(Projection stack, Routes routes, Columns in, Columns out) {
-    return [=](const Input& input, const Buffers& buffers) {
+Work project_gathered(Projection stack, Routes routes, Columns in, Columns out, std::vector<std::int64_t> slots) {
+    return [=, slots = std::move(slots)](const Input& input, const Buffers& buffers) {
         const View x = buffers[in], y = buffers[out];
         const Groups groups = by_expert(input, buffers, routes);
-        for (std::int64_t i = 0; i < routes.experts; ++i)
-            if (const std::int64_t rows = groups.size(i); rows > 0)
-                stack.rows(i * out.width, out.width)(row_of(x, groups.first[i]), x.dtype, x.stride[0],
-                                                     row_of(y, groups.first[i]), y.dtype, rows, input.n_threads,
-                                                     input.limit);
+        for (std::int64_t i = 0; i < routes.experts; ++i) {
+            const std::int64_t slot = slots.empty() ? i : slots[static_cast<std::size_t>(i)];
+            if (const std::int64_t rows = groups.size(i); rows > 0 && slot >= 0)
+                stack.rows(slot * out.width, out.width)(row_of(x, groups.first[i]), x.dtype, x.stride[0],
+                                                        row_of(y, groups.first[i]), y.dtype, rows, input.n_threads,
+                                                        input.limit);
+        }
     };
 }
 

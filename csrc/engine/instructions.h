@@ -120,8 +120,10 @@ struct Routes {
 };
 // out = in's rows, one a route, in the order of their experts. The next two take and give such rows.
 Work gather(Routes routes, Columns in, Columns out);
-// Each row by the matrix of its expert in a stack of matrices with out's columns; no other matrix is read.
-Work project_gathered(Projection stack, Routes routes, Columns in, Columns out);
+// Each row by the matrix of its expert in a stack of matrices with out's columns; no other matrix is read. `slots` has
+// the place of each expert's matrix in the stack, negative if it has none: its rows of out are left alone. Empty: each
+// expert's matrix is at its number.
+Work project_gathered(Projection stack, Routes routes, Columns in, Columns out, std::vector<std::int64_t> slots);
 // out = the weighted sum of each token's rows.
 Work sum_gathered(Routes routes, Columns weights, Columns in, Columns out);
 

@@ -232,7 +232,9 @@ void bind_engine(py::module_& m) {
                           Columns out) { p.add(std::move(name), engine::gather({index, experts}, in, out)); })
         .def("project_gathered",
              [](Program& p, std::string name, const Projection& stack, Int experts, Columns index, Columns in,
-                Columns out) { p.add(std::move(name), engine::project_gathered(stack, {index, experts}, in, out)); })
+                Columns out, std::vector<Int> slots) {
+                 p.add(std::move(name), engine::project_gathered(stack, {index, experts}, in, out, std::move(slots)));
+             })
         .def("sum_gathered",
              [](Program& p, std::string name, Int experts, Columns index, Columns weights, Columns in, Columns out) {
                  p.add(std::move(name), engine::sum_gathered({index, experts}, weights, in, out));

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
-from klfast.nn.dense_product import dense_product
 from klfast.nn.linear import QuantLinear
-from klfast.ops.matmul import grouped_dequant_matmul_op
-from klfast.reference import by_group
+from klfast.nn.split_stack import SplitStack
+from klfast.nn.stack_product import stack_product
 
 
 class QuantExperts(nn.Module):
@@ -21,8 +19,8 @@ class QuantExperts(nn.Module):
 
     Their matrices are stacked, under the names that they have in transformers: "gate_up_proj" (an expert's gate above
     its up), or "up_proj" without a gate, and "down_proj". A quantized stack is a
-    QuantLinear with the rows of all experts, one expert after another; any other is a parameter [E, N, K]. Only the
-    matrices of experts that tokens are routed to are read.
+    QuantLinear with the rows of all experts, one expert after another, or a SplitStack, whose experts have different
+    precisions; any other is a parameter [E, N, K]. Only the matrices of experts that tokens are routed to are read.
 
     Computes what ``batched_mm_experts_forward`` does (transformers 5.23.0, integrations/moe.py). The input gets
     gradients, quantized stacks are frozen.
@@ -35,7 +33,7 @@ class QuantExperts(nn.Module):
     num_experts: int
     act_fn: Callable[[torch.Tensor], torch.Tensor]
 
-    def __init__(self, experts: nn.Module, quantized: Mapping[str, QuantLinear]) -> None:
+    def __init__(self, experts: nn.Module, quantized: Mapping[str, QuantLinear | SplitStack]) -> None:
         super().__init__()
         of: Any = experts
         self.stack_names = stack_names(experts)
@@ -70,34 +68,14 @@ class QuantExperts(nn.Module):
     def _product(self, name: str, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Multiply each row of x [M, K] by the matrices of a stack that index [M, S] names: [M, S, N]."""
         stack: Any = getattr(self, name)
+        if isinstance(stack, SplitStack):
+            return stack.product(x, index)
         if not isinstance(stack, (QuantLinear, torch.Tensor)):
             raise InvalidInputError(
                 f"{name} of quantized experts has become a {type(stack).__name__}, which knows no experts; "
                 "leave them out of the modules that adapters wrap (target_modules of peft)"
             )
-        if isinstance(stack, torch.Tensor):
-            return by_group(lambda i, rows: dense_product(rows, stack[i]), x, index, len(stack), stack.shape[1])
-        n = stack.out_features // self.num_experts
-        if x.dtype not in FLOAT_DTYPES or (torch.is_grad_enabled() and x.requires_grad):
-            qt = stack.quantized
-
-            def product(i: int, rows: torch.Tensor) -> torch.Tensor:
-                matrix = qt.block(i * n, (i + 1) * n)
-                y: torch.Tensor = QuantLinear(matrix, activation=stack.activation, dtype=stack.dtype)(rows)
-                return y
-
-            return by_group(product, x, index, self.num_experts, n)
-        return grouped_dequant_matmul_op(
-            x,
-            stack.parts(),
-            index,
-            self.num_experts,
-            stack.out_features,
-            stack.in_features,
-            stack.spec.text,
-            stack.layout.value,
-            stack.activation,
-        )
+        return stack_product(stack, self.num_experts, x, index)
 
     def extra_repr(self) -> str:
         """Return the number of experts and the sizes of stacks in full precision."""

@@ -9,6 +9,7 @@ from klfast.backends.cpu.extension import DTYPE_CODES, view
 from klfast.engine.columns import Columns
 from klfast.engine.instructions.matrices import MatrixInstructions
 from klfast.engine.routing import Routes, Routing
+from klfast.nn.split_stack import SplitStack
 
 
 class ExpertInstructions(MatrixInstructions):
@@ -42,9 +43,19 @@ class ExpertInstructions(MatrixInstructions):
         self.program.gather(name, routes.experts, routes.chosen, x, out)
 
     def project_gathered(self, experts: nn.Module, stack: str, routes: Routes, x: Columns, out: Columns) -> None:
-        """Multiply each of such rows by its expert's matrix in a stack."""
-        name, matrices = f"{self.name(experts)}.{stack}", self._matrix(experts, stack)
-        self.program.project_gathered(name, matrices, routes.experts, routes.chosen, x, out)
+        """Multiply each of such rows by its expert's matrix in a stack; one product for each part of a SplitStack."""
+        name, held = f"{self.name(experts)}.{stack}", experts._modules.get(stack)
+        if not isinstance(held, SplitStack):
+            matrices = self._matrix(experts, stack)
+            self.program.project_gathered(name, matrices, routes.experts, routes.chosen, x, out, [])
+            return
+        self.expect(held, "SplitStack")
+        parts = [self._projection(part) for part in held.parts]
+        if held.dense is not None:
+            parts.append(self._matrix(held, "dense"))
+        for number, part in enumerate(parts):
+            slots = held.slots(number)
+            self.program.project_gathered(name, part, routes.experts, routes.chosen, x, out, slots)
 
     def sum_gathered(self, name: str, routes: Routes, x: Columns, out: Columns) -> None:
         """Add up such rows of each token, weighted."""

@@ -14,6 +14,7 @@ from klfast.engine.routing import Routes, Routing
 from klfast.models.families import lowering
 from klfast.nn.experts import stack_names
 from klfast.nn.linear import QuantLinear
+from klfast.nn.split_stack import SplitStack
 
 
 def routes(build: Builder, router: Any, x: Columns, routing: Routing, bias: torch.Tensor | None = None) -> Routes:
@@ -71,7 +72,7 @@ def mixture(build: Builder, experts: Any, routes: Routes, x: Columns, out: Colum
         raise CannotLowerError(f"{name} are experts of another kind")
     first, last = names
     down = getattr(experts, last)
-    size = down.in_features if isinstance(down, QuantLinear) else down.shape[-1]
+    size = down.in_features if isinstance(down, (QuantLinear, SplitStack)) else down.shape[-1]
     each = routes.chosen.width
     rows, projected, inner = (
         build.buffer(f"experts.{part}", width, rows=build.rows * each)

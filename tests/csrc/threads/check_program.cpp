@@ -233,9 +233,9 @@ class Model {
         };
         program_.add("route", engine::route(routing, scores, routes.index, weights));
         program_.add("gather", engine::gather(routes, in, gathered));
-        program_.add("up", engine::project_gathered(quantized(experts * inner, kWidth), routes, gathered, inside));
+        program_.add("up", engine::project_gathered(quantized(experts * inner, kWidth), routes, gathered, inside, {}));
         program_.add("gate", engine::combine_two(Combination::silu_gate, 1.0f, each, inside, inside, inside, {}));
-        program_.add("down", engine::project_gathered(dense(experts * kWidth, inner), routes, inside, back));
+        program_.add("down", engine::project_gathered(dense(experts * kWidth, inner), routes, inside, back, {}));
         program_.add("sum", engine::sum_gathered(routes, weights, back, y));
         add_to_stream(y);
     }
