@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from klfast.checkpoint.plan_choices import choices
 from klfast.checkpoint.transformers_view import description, set_own, ties_left
 from klfast.core.arguments import ACTIVATIONS
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress
 from klfast.models.adapters import refuse_wrapper
 from klfast.models.batches import Batches
+from klfast.models.expert_names import expert_in, expert_name
 from klfast.models.fingerprint import require_match
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import refuse_moving_weights
-from klfast.models.matrices import Matrix, matrix, named_matrices, replacements, sharers
+from klfast.models.matrices import Matrix, named_matrices, replacements, sharers, with_experts
 from klfast.models.sizes import warn_unquantizable
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
@@ -51,7 +53,11 @@ def quantize_model(
     a folder that transformers loads; where that is impossible, save_pretrained raises. A warning tells if a large part
     of the model is in classes that klfast does not know (gpt-oss's experts) and stays as it is.
 
-    Either everything is replaced or nothing, even if interrupted. Biases and other parameters stay the same objects.
+    A plan may name a stack of experts, or single ones of it, "...experts.gate_up_proj.17" for expert 17, each with a
+    spec of its own; experts that it does not name keep full precision.
+
+    Either everything is replaced or nothing, even if interrupted. Biases and other parameters stay the same objects,
+    except what is left of a stack in full precision.
 
     Args:
         model: a transformers causal language model, or one of the package mamba_ssm (MambaLMHeadModel), with its
@@ -78,9 +84,10 @@ def quantize_model(
         UnknownLayerError: the plan names a linear layer that the model does not have.
         InvalidInputError: a layer is already quantized, or its weight is not finite or not in memory; a quantized head
             is tied to an embedding that does more than look up rows and scale them; there are different specs or
-            activations for one shared weight; the model is an RWKV with ``rescale_every`` or in peft's wrapper; an
-            argument is invalid, ``scale`` differs from the plan's, or "auto" finds no activations in the plan; rounding
-            is "gptq" and there is no calibration text, or the model is not a chain.
+            activations for one shared weight, or for a stack and one of its experts; the model is an RWKV with
+            ``rescale_every`` or in peft's wrapper; an argument is invalid, ``scale`` differs from the plan's, or "auto"
+            finds no activations in the plan; rounding is "gptq" and there is no calibration text, or the model is not a
+            chain.
     """
     if not isinstance(plan, Plan):
         raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
@@ -91,11 +98,12 @@ def quantize_model(
     refuse_moving_weights(model)
     groups = {names[0]: names for names in sharers(model)}
     known = named_matrices(model)
+    known |= with_experts(known)
     for name in (name for name in plan.specs if name in known):
         _refuse_unfit(name, known[name], plan.specs[name])
     if plan.fingerprint is not None:
         require_match(plan.fingerprint, model, "the plan")
-    chosen = _by_first_name(model, plan, activations, groups)
+    chosen = choices(model, plan, activations)
     with_embedding = bool(chosen) and is_head_tied(model) and head_name(model) in chosen
     embedded_times = embedding_scale(model) if with_embedding else None
 
@@ -106,7 +114,7 @@ def quantize_model(
         _tell(rounded)
     layers: dict[str, QuantLinear] = {}
     for name, (spec, mode) in chosen.items():
-        same = {each: known[each] for each in groups[name]}
+        same = {each: known[each] for each in _names(name, groups)}
         if (qt := rounded.tensors.get(name)) is None:
             qt = _to_nearest(name, known[name], spec, scale)
         layers |= _quantized(same, qt, mode, "nearest" if name in rounded.nearest else rounding)
@@ -138,29 +146,23 @@ def _tell(rounded: RoundedModel) -> None:
         warnings.warn(f"quantize_model: rounded to nearest: {listed}", stacklevel=3)
 
 
-def _by_first_name(
-    model: nn.Module, plan: Plan, activations: Mapping[str, str], groups: Mapping[str, list[str]]
-) -> dict[str, tuple[QuantSpec, str]]:
-    """Return the spec and activation of each layer; those that share a weight appear once, under their first name."""
-    first = {name: names[0] for names in groups.values() for name in names}
-    chosen: dict[str, tuple[QuantSpec, str]] = {}
-    for name, choice in ((name, (spec, activations[name])) for name, spec in plan.specs.items()):
-        if name not in first:
-            matrix(model, name)  # raises, naming the closest
-        for one, other in zip(chosen.setdefault(first[name], choice), choice, strict=True):
-            if one != other:
-                both = f"{other} for one and {one} for the other"
-                raise InvalidInputError(f"{name} shares its weight with {first[name]}, but the plan has {both}")
-    return chosen
+def _names(first: str, groups: Mapping[str, list[str]]) -> list[str]:
+    """Return all names of the matrix, or of the single expert's, that has this one first."""
+    if first in groups:
+        return groups[first]
+    of = expert_in(first)
+    assert of is not None
+    return [expert_name(stack, of[1]) for stack in groups[of[0]]]
 
 
 def _refuse_unfit(name: str, one: Matrix, spec: QuantSpec) -> None:
-    if one.is_stack and spec.corrected:
+    if one.is_of_experts and spec.corrected:
         raise InvalidInputError(f"{name} holds experts, whose rows cannot be corrected; plan {spec.base} for it")
     if why := spec.why_unfit(one.shape[0]):
         raise InvalidInputError(f"{name}: {why}")
-    if isinstance(one.holder, QuantLinear):
-        raise InvalidInputError(f"{name} is quantized already ({one.holder.spec}); load the full-precision model again")
+    if one.is_quantized:
+        how = one.holder.spec if isinstance(one.holder, QuantLinear) else "its experts in several precisions"
+        raise InvalidInputError(f"{name} is quantized already ({how}); load the full-precision model again")
     if one.tensor.is_meta:
         raise InvalidInputError(
             f"{name} has no weight in memory (it is on the meta device); load the model without offloading it"

@@ -14,7 +14,9 @@ from torch import nn
 
 from klfast.checkpoint.json_files import read_json
 from klfast.core.errors import CheckpointError, InvalidInputError, shortened
+from klfast.models.expert_names import expert_name
 from klfast.models.linears import linear_names
+from klfast.models.matrices import split_stacks
 from klfast.nn import QuantLinear
 from klfast.quant.spec import QuantSpec, storable_spec
 
@@ -66,8 +68,13 @@ def model_quantization_config(model: nn.Module, targets: Mapping[str, str] | Non
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """Return a model's QuantLinear layers, under each of their names; raise InvalidInputError if there are none."""
+    """Return a model's QuantLinear layers, under each of their names; raise InvalidInputError if there are none.
+
+    Those of a SplitStack are its quantized experts, each a layer of its own.
+    """
     layers = {name: module for name, module in linear_names(model).items() if isinstance(module, QuantLinear)}
+    for stack, held in split_stacks(model).items():
+        layers |= {expert_name(stack, expert): layer for expert, layer in held.layers()}
     if not layers:
         raise InvalidInputError(
             "no layer of the model is quantized; use klfast.quantize_model first, or the model's own save_pretrained"

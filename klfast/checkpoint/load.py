@@ -29,6 +29,8 @@ from klfast.core.dtypes import dtype_name
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import recover
 from klfast.core.placement import as_device
+from klfast.models.expert_names import expert_in
+from klfast.models.matrices import split_stacks
 from klfast.quant.spec import QuantSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -84,9 +86,13 @@ def load_quantized(
         specs = with_corrected(specs, read_corrected(folder, manifest))
         model = empty_model(folder, dtype, len(tensors.names()))
     filled(model, tensors, place, specs, facts)
+    split = split_stacks(model)
     for name in specs:
-        layer: Any = model.get_submodule(name)
-        layer.rounding = roundings[name]
+        if (of := expert_in(name)) and of[0] in split:
+            split[of[0]].roundings[of[1]] = roundings[name]
+        else:
+            layer: Any = model.get_submodule(name)
+            layer.rounding = roundings[name]
     return model
 
 

@@ -65,7 +65,8 @@ def save_quantized(
 
     Experts are stored matrix by matrix (``experts.0.gate_proj`` ...), as in published checkpoints. Without klfast,
     transformers reads them, into dense weights, if all experts of the model have symmetric specs of as many bits. Those
-    of Granite-4.0-H, whose checkpoints hold them stacked, are stored so, which only klfast reads.
+    of Granite-4.0-H, whose checkpoints hold them stacked, are stored so, which only klfast reads; where the experts of
+    a stack have different precisions, only klfast reads them, and with ``load_quantized`` alone.
 
     Args:
         model: from ``klfast.quantize_model`` or ``klfast.load_quantized``.
@@ -87,9 +88,10 @@ def save_quantized(
     if not describes_transformers(described.config):
         raise InvalidInputError(not_transformers(model))
     config: Any = copy.deepcopy(described.config)
-    split_as = {stack: names for stack, names in expert_files.projections(model).items() if stack in layers}
-    targets = {stack: expert_files.target(stack, names) for stack, names in split_as.items()}
-    config.quantization_config = model_quantization_config(model, targets)
+    split_as = expert_files.saved_as(model, layers)
+    described_as: Any = model_quantization_config(model, expert_files.targets(model, layers, split_as))
+    described_as["ignore"] += expert_files.ignored(model, split_as)
+    config.quantization_config = described_as
     config.architectures = [type(model).__name__]
     config.update(as_stored(config.to_dict()))
     config.dtype = dtype_name(described.dtype)
@@ -98,7 +100,7 @@ def save_quantized(
     with folder_atomic(target) as folder:
         save_settings(config, "config", folder)
         stored = _readable_state(model, layers, folder)
-        _write_tensors(expert_files.split(model, stored, split_as), folder, max_shard_size)
+        _write_tensors(expert_files.split(model, stored, layers, split_as), folder, max_shard_size)
         generation_config: _Saves | None = getattr(model, "generation_config", None)
         if generation_config is not None:
             save_settings(generation_config, "generation_config", folder)
@@ -166,7 +168,7 @@ def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder:
     Raises:
         InvalidInputError: ``load_quantized`` could not rebuild this model.
     """
-    state = model.state_dict()
+    state = expert_files.one_by_one(model, model.state_dict(), layers)
     try:
         built = empty_model(folder, None, len(state))
         stored = _without_tied(state, tied_places(built), layers)
@@ -179,8 +181,9 @@ def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder:
         raise InvalidInputError(
             f"the saved model could not be loaded, since its configuration does not describe it ({reason})"
         ) from error
+    modules: dict[str, Any] = dict(built.named_modules(remove_duplicate=False))
     for name, module in layers.items():
-        if built.get_submodule(name).activation != module.activation:
+        if name in modules and modules[name].activation != module.activation:
             raise InvalidInputError(
                 f"{name} shares its weight with a layer whose activation differs; give both the same"
             )

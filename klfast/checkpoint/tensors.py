@@ -15,11 +15,13 @@ from torch import nn
 from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config, register_own
 from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.models.expert_names import expert_name
 from klfast.models.head import head_name, is_head_tied
-from klfast.models.matrices import Matrix, named_matrices, replacements
+from klfast.models.matrices import Matrix, named_matrices, replacements, with_experts
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import quantized_class
+from klfast.nn.split_stack import SplitStack
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
@@ -98,6 +100,10 @@ class Tensors:
         parts = {part.name: tensor for part, tensor in zip(qt.stored.parts, qt.parts, strict=True)}
         for part, tensor in (parts | {"shape": torch.tensor(qt.shape, device="cpu")}).items():
             self._readers[f"{name}.weight_{part}"] = partial(torch.Tensor.detach, tensor)
+
+    def put(self, name: str, read: Callable[[], torch.Tensor]) -> None:
+        """Add a tensor, as if it had been stored, that a function reads."""
+        self._readers[name] = read
 
     def take_float(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Read a tensor of the shape of ``like``, as stored or, if a dtype was asked for, in the dtype of ``like``."""
@@ -181,6 +187,7 @@ def fill(model: nn.Module, tensors: Tensors, specs: Mapping[str, QuantSpec], fac
     tied = is_head_tied(model)
     for name, module in replacements(model, read_quantized_layers(model, tensors, specs, facts)).items():
         model.set_submodule(name, module)
+    _join_dense(model, tensors)
     if tied and (head := head_name(model)) in specs and f"{embedding_name(model)}.weight" not in tensors.names():
         embedding = QuantEmbedding(cast(QuantLinear, model.get_submodule(head)), embedding_scale(model))
         model.set_submodule(embedding_name(model), embedding)
@@ -206,20 +213,22 @@ def read_quantized_layers(
         CheckpointError: a tensor is missing or not of the matrix's shape, or the model lacks a matrix.
     """
     folder, known = tensors.folder, named_matrices(model)
+    if any(name not in known for name in specs):
+        known |= with_experts(known)
     if unknown := [name for name in specs if name not in known or name not in facts]:
         raise CheckpointError(
             f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; {tensors.remedy}"
         )
-    made: dict[int, tuple[Matrix, QuantLinear]] = {}  # by tensor, which layers of the empty model may share
+    made: dict[object, tuple[Matrix, QuantLinear]] = {}  # by tensor, which layers of the empty model may share
     layers: dict[str, QuantLinear] = {}
     for name, spec in specs.items():
         one = known[name]
-        first = made.get(id(one.tensor))
+        first = made.get(one.key)
         if first is not None and part_names(name, spec, one.shape)[0] not in tensors.names():
             layers[name] = _same_weight(*first, one, tensors, name)
             continue
         layers[name] = _quantized_layer(one, tensors, name, spec, facts[name])
-        made.setdefault(id(one.tensor), (one, layers[name]))
+        made.setdefault(one.key, (one, layers[name]))
     return layers
 
 
@@ -231,6 +240,20 @@ def _quantized_layer(
     bias = None if one.bias is None else tensors.take_float(f"{name}.bias", one.bias)
     dtype = weight_dtype if tensors.dtype is None else one.tensor.dtype
     return quantized_class(one.holder)(qt, bias, activation, dtype=dtype)
+
+
+def _join_dense(model: nn.Module, tensors: Tensors) -> None:
+    """Put the matrices of experts that keep full precision in the place of single ones, for each SplitStack."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SplitStack) and module.full:
+            each = [f"{expert_name(name, expert)}.weight" for expert in module.full]
+            if not tensors.names().isdisjoint(each):
+                tensors.put(f"{name}.dense", partial(_stacked, tensors, each))
+
+
+def _stacked(tensors: Tensors, names: list[str]) -> torch.Tensor:
+    first = tensors.take(names[0])
+    return torch.stack([first, *(tensors.take(name, tuple(first.shape)) for name in names[1:])])
 
 
 def part_names(layer: str, spec: QuantSpec, shape: tuple[int, int]) -> list[str]:

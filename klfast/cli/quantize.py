@@ -123,7 +123,8 @@ def quantize(
         with suppress(InvalidInputError):  # another process goes on from there, and removes it in the end
             forget(partial)
     held, stored = total_bytes(network), sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    quantized, total = len(made.specs), len(matrices(network))
+    each = matrices(network).values()
+    quantized, total = sum(one.is_quantized for one in each), len(each)
     emit(
         {"out": str(out), "quantized_layers": quantized, "layers": total, "bytes": held, "weight_file_bytes": stored},
         f"{quantized} of {total} linear layers are quantized; {megabytes(held)} of weights are in {out}.",

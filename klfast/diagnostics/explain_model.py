@@ -15,6 +15,7 @@ from klfast.models.families import mixer_of, norm_of
 from klfast.models.linears import linears
 from klfast.nn.experts import QuantExperts
 from klfast.nn.linear import QuantLinear
+from klfast.nn.split_stack import SplitStack
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,6 @@ def _with(module: nn.Module, otherwise: str) -> str:
 
 def _rounding(module: nn.Module | None) -> str:
     """Return a clause on the inputs that a layer rounds, or any stack of experts; empty if none."""
-    layers = module.children() if isinstance(module, QuantExperts) else [module]
+    layers = module.modules() if isinstance(module, (QuantExperts, SplitStack)) else [module]
     rounds = any(isinstance(layer, QuantLinear) and layer.activation == "int8" for layer in layers)
     return ", int8 activations" if rounds else ""

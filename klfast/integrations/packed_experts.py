@@ -36,12 +36,18 @@ def join(model: nn.Module, tensors: Tensors, schemes: Schemes) -> dict[str, Quan
     The first expert of a stack tells the spec of all: tensors of another one have other shapes or names.
 
     Raises:
-        KernelUnavailableError: a stack's matrices have several specs, or one that klfast has no kernels for.
+        KernelUnavailableError: a stack's matrices have several specs, or one that klfast has no kernels for; or its
+            experts have different precisions, which ``klfast.load_quantized`` reads.
         CheckpointError: a tensor is missing, or the tensors do not fit together.
     """
     stored, linear = tensors.names(), nn.Linear(1, 1, device="meta")  # what a single matrix is to compressed-tensors
     projections, specs = expert_files.projections(model), {}
     for stack in (name for name, one in named_matrices(model).items() if one.is_stack):
+        names = projections.get(stack, (stack.rpartition(".")[2],))
+        if any(expert_files.experts_in(each, stack, names) for each in schemes.targets):
+            raise KernelUnavailableError(
+                f"the experts of {stack} have different precisions, which klfast.load_quantized reads."
+            )
         first = [f"{expert_files.experts_of(stack)}.0.{name}" for name in projections.get(stack, ())]
         singly = any(f"{name}.weight_packed" in stored for name in first)
         if not singly and f"{stack}.weight_packed" not in stored:
@@ -90,7 +96,8 @@ def require_readable(files: Collection[str], config: QuantizationConfig) -> None
         and any(target.startswith("re:") and "experts" in target for target in group.targets)
     }
     singly = all(re.search(r"\.experts\.\d+\.\w+\.weight_packed$", name) for name in packed)
-    if packed and (len(kinds) > 1 or not singly):
+    some_only = any(re.search(r"\.experts\.\d+\.\w+\.weight$", name) for name in stored)
+    if packed and (len(kinds) > 1 or some_only or not singly):
         raise CheckpointError(
             f"{folder} holds experts of several precisions, stacked, or with zero points, which transformers cannot "
             "read; load it with klfast.load_quantized"

@@ -26,6 +26,11 @@ class Schemes:
         self._ignored, self._format = config.ignore or (), config.format
         self._groups = {target: group for group in config.config_groups.values() for target in group.targets}
 
+    @property
+    def targets(self) -> list[str]:
+        """The names and patterns of the layers in the groups."""
+        return list(self._groups)
+
     def spec(self, name: str, module: nn.Module) -> QuantSpec | None:
         """Return the spec of a module's weight; None if it is not quantized.
 

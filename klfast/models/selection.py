@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from klfast.core.errors import InvalidInputError, UnknownLayerError
+from klfast.models.expert_names import stack_in
 
 Patterns = str | Iterable[str]
 
@@ -18,7 +19,8 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     Args:
         pattern: a layer's name ("lm_head", "backbone.layers.0.mixer.in_proj"), its last parts ("in_proj"), either with
             shell wildcards, where ``*`` crosses dots ("layers.0.*", "*_proj"), or "re:" and a regular expression that
-            matches from the start of the name, as in compressed-tensors ("re:.*layers\.[0-3]\.").
+            matches from the start of the name, as in compressed-tensors ("re:.*layers\.[0-3]\."). What selects a stack
+            of experts selects each of its experts: "experts.down_proj" also "...experts.down_proj.17".
         names: module names.
 
     Raises:
@@ -33,9 +35,14 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
             regex = re.compile(pattern[3:])
         except re.error as error:
             raise InvalidInputError(f"{pattern!r} is not a regular expression: {error}") from None
-        found = [name for name in names if regex.match(name)]
+        found = [name for name in names if regex.match(name) or regex.match(stack_in(name))]
     else:
-        found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+        either = (pattern, f"*.{pattern}")
+        found = [
+            name
+            for name in names
+            if any(fnmatchcase(each, glob) for each in dict.fromkeys((name, stack_in(name))) for glob in either)
+        ]
     if not found:
         endings = {name.rpartition(".")[2] for name in names}
         close = difflib.get_close_matches(pattern, [*names, *sorted(endings)], 1)

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from klfast.models.matrices import Matrix, is_linear, matrices
+from klfast.nn.split_stack import SplitStack
 from klfast.quant.spec import SHAPE_BYTES
 
 
 def weight_bytes(of: Matrix) -> int:
     """Return a matrix's bytes as saved: those of its floats, or of packed values, scales, zeros and shape."""
-    return of.nbytes + SHAPE_BYTES * of.is_quantized
+    shapes = len(of.holder.roundings) if isinstance(of.holder, SplitStack) else int(of.is_quantized)
+    return of.nbytes + SHAPE_BYTES * shapes
 
 
 def other_bytes(model: nn.Module) -> int:
@@ -25,7 +27,7 @@ def other_bytes(model: nn.Module) -> int:
         id(tensor)
         for one in matrices(model).values()
         for name, tensor in _own_tensors(one.holder)
-        if name.startswith(one.attribute)
+        if name.startswith(one.attribute) or isinstance(one.holder, SplitStack)
     }
     state = {
         id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)
@@ -47,7 +49,7 @@ def unquantizable(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     seen = {id(one.tensor) for one in matrices(model).values() if not one.is_quantized}
     for module in model.modules():
-        if is_linear(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        if is_linear(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, SplitStack)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             stacked = parameter.dim() > 2 and min(parameter.shape[-2:]) > 1
@@ -77,4 +79,5 @@ def warn_unquantizable(model: nn.Module, what: str) -> None:
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    inside = isinstance(module, SplitStack)
+    return [*module.named_parameters(recurse=inside), *module.named_buffers(recurse=inside)]

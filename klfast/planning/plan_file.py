@@ -25,7 +25,8 @@ class Plan:
     """A precision for each linear layer.
 
     Attributes:
-        specs: layer name -> spec (a QuantSpec, or its text). Layers not named keep full precision.
+        specs: layer name -> spec (a QuantSpec, or its text). Layers not named keep full precision. A stack of experts
+            is named as a whole, "...experts.gate_up_proj", or its experts one by one, "...experts.gate_up_proj.17".
         method: "optimal", "greedy" or "uniform".
         fingerprint: the model that the plan was made for; None if made from published files.
         predicted: the plan's expected cost, as far as known: "bytes" of all tensors of the saved model (its files add

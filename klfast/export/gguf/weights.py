@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from klfast.core.errors import InvalidInputError
+from klfast.models.matrices import split_stacks
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.experts import QuantExperts
 from klfast.quant.layouts import Layout
@@ -20,7 +22,15 @@ def weights(model: nn.Module) -> dict[str, Weight]:
     """Return a model's tensors under the names that they have in full precision; tied ones, one object, under each.
 
     A quantized stack of experts is one matrix, of all their rows; ``shapes`` tells them apart.
+
+    Raises:
+        InvalidInputError: the experts of a stack have different precisions.
     """
+    if split := next(iter(split_stacks(model)), None):
+        raise InvalidInputError(
+            f"the experts of {split} have different precisions, but a GGUF file has one type for all; plan one for the "
+            "whole stack (klfast plan --servable, or a sweep without --experts)"
+        )
     modules = dict(model.named_modules())
     found: dict[str, Weight] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

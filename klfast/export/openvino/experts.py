@@ -9,6 +9,7 @@ import torch
 from openvino import opset13 as op
 from torch import nn
 
+from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
 from klfast.engine.routing import Routes, Routing
 from klfast.export.openvino import weights
@@ -16,6 +17,7 @@ from klfast.export.openvino.matrices import GraphMatrices
 from klfast.export.openvino.nodes import constant, integers, reshaped, size
 from klfast.nn.experts import stack_names
 from klfast.nn.linear import QuantLinear
+from klfast.nn.split_stack import SplitStack
 
 
 class GraphExperts(GraphMatrices):
@@ -83,6 +85,11 @@ class GraphExperts(GraphMatrices):
     def _stack(self, name: str, experts: nn.Module, stack: str, count: int, first: int, end: int) -> Any:
         """Return rows [first, end) of each expert's matrix, [E, end - first, K]."""
         layer = experts._modules.get(stack)
+        if isinstance(layer, SplitStack):
+            raise CannotLowerError(
+                f"the experts of {name} have different precisions, and OpenVINO's products of experts one; plan one "
+                "for the whole stack (klfast plan --servable, or a sweep without --experts)"
+            )
         if not isinstance(layer, QuantLinear):
             [held] = self.parameters(experts, stack)
             return weights.dense(held[:, first:end], name)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.matrices import named_matrices
+from klfast.models.matrices import named_matrices, split_stacks
 from klfast.nn.linear import QuantLinear
 
 _Arguments = tuple[tuple[str, object], ...]
@@ -23,9 +23,14 @@ def scopes(model: nn.Module) -> str:
     has one scale a row in 8 bits.
 
     Raises:
-        InvalidInputError: no layer is quantized.
+        InvalidInputError: no layer is quantized, or the experts of a stack have different precisions.
     """
     held = named_matrices(model)
+    if split := next(iter(split_stacks(model)), None):
+        raise InvalidInputError(
+            f"the experts of {split} have different precisions, which NNCF cannot be told; plan one for the whole "
+            "stack (klfast plan --servable, or a sweep without --experts)"
+        )
     names: dict[_Arguments, list[str]] = {}
     for name, matrix in held.items():
         if isinstance(matrix.holder, QuantLinear):
