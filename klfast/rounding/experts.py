@@ -20,7 +20,7 @@ def expert_moments(stack: Matrix, expert: int, batches: Sequence[tuple[Routed, R
     expert's last matrix is computed from its first in full precision.
 
     Args:
-        stack: in full precision.
+        stack: in full precision, or the expert's matrix in it.
         expert: its number.
         batches: what enters the experts in the partly rounded and in the full-precision model, for each batch.
     """

@@ -12,8 +12,9 @@ import torch
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
+from klfast.models.expert_names import stack_in
 from klfast.models.head import divergence, is_head_tied
-from klfast.models.matrices import matrix, named_matrices, sharers
+from klfast.models.matrices import Matrix, matrix, named_matrices, sharers, with_experts
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
@@ -40,18 +41,24 @@ class Passes:
         self.chain = chain
         self.windows = [ids.to(chain.head.device) for ids in windows]
         known = named_matrices(chain.model)
+        if any(name not in known for name in names):
+            known |= with_experts(known)
         for name in names:
             if name not in known:
                 matrix(chain.model, name)  # raises, naming the closest
         self.matrices = {name: known[name] for name in names}
         self.names: defaultdict[int | str, list[str]] = defaultdict(list)
+        experts: defaultdict[str, list[str]] = defaultdict(list)
+        for name, one in self.matrices.items():
+            if one.expert is not None:
+                experts[stack_in(name)].append(name)
         for same in sharers(chain.model):
-            if same[0] in self.matrices:
-                self.names[self._place(same)].append(same[0])
+            if chosen := [*([same[0]] if same[0] in self.matrices else []), *experts.get(same[0], ())]:
+                self.names[self._place(same, self.matrices[chosen[0]])] += chosen
 
-    def _place(self, names: Sequence[str]) -> int | str:
+    def _place(self, names: Sequence[str], one: Matrix) -> int | str:
         """Return the block of a matrix with these names, or where else it is."""
-        if self.matrices[names[0]].holder is self.chain.head.module:
+        if one.holder is self.chain.head.module:
             return TIED if is_head_tied(self.chain.model) else HEAD
         blocks = {self.chain.block_of(name) for name in names}
         (block, *others) = blocks
@@ -83,9 +90,16 @@ class Passes:
         before = []
         try:
             for name, qt in rounded.items():
-                tensor = self.matrices[name].tensor
-                before.append((tensor, tensor.data))
-                tensor.data = qt.dequantize(torch.float32).to(tensor.dtype).view_as(tensor)
+                one = self.matrices[name]
+                tensor = one.held
+                if one.expert is None:
+                    before.append((tensor, tensor.data))
+                    tensor.data = qt.dequantize(torch.float32).to(tensor.dtype).view_as(tensor)
+                    continue
+                if not any(tensor is other for other, _ in before):  # the first expert of a stack
+                    before.append((tensor, tensor.data))
+                    tensor.data = tensor.data.clone()
+                tensor.data[one.expert] = qt.dequantize(torch.float32).to(tensor.dtype)
             yield
         finally:
             for tensor, data in before:

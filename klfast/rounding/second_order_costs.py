@@ -54,7 +54,7 @@ def second_order_costs(
 ) -> Sensitivities:
     """Return what each layer costs in each spec if it is rounded with ``rounding="gptq"``, for ``klfast.plan``.
 
-    Stacks of experts, layers that several blocks share and whatever the sweep did not measure keep what the sweep says.
+    Experts, layers that several blocks share and whatever the sweep did not measure keep what the sweep says.
 
     Args:
         model: the full-precision model of the sweep; left as it was.
@@ -119,7 +119,7 @@ class _Costs(Passes):
         carries = Carries([passage.entry for passage in passages])
         passages = without_entries(passages)
         for index in range(len(self.chain.blocks)):
-            linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_stack}
+            linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_of_experts}
             moments: dict[str, Moments] = {}
             for batch, passage in enumerate(passages):
                 with watched(linear) as seen:

@@ -163,7 +163,7 @@ class _Walk(Passes):
 
         Only the first micro-batch is looked at.
         """
-        linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_stack}
+        linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_of_experts}
         with watched(linear) as seen:
             self.step(index, self.teacher[0], passage)
         found: defaultdict[object, dict[str, int]] = defaultdict(dict)
@@ -189,9 +189,9 @@ class _Walk(Passes):
             uses: how often the matrices are used: the rest of the block is not run. Empty: all of it is.
             teacher, student: by micro-batch.
         """
-        stacks = [name for name in names if self.matrices[name].is_stack]
-        linear = {name: self.matrices[name] for name in names if name not in stacks}
-        experts = {self.matrices[name].holder for name in stacks}
+        routed_to = [name for name in names if self.matrices[name].is_of_experts]
+        linear = {name: self.matrices[name] for name in names if name not in routed_to}
+        experts = {self.matrices[name].holder for name in routed_to}
         moments: dict[str, Moments] = {}
         routed: list[tuple[Mapping[nn.Module, Routed], Mapping[nn.Module, Routed]]] = []
         for batch, passages in enumerate(zip(teacher, student, strict=True)):
@@ -203,9 +203,9 @@ class _Walk(Passes):
             routed.append((of_student.routed, of_teacher.routed))
         for name in linear:
             self._round_linear(name, moments.get(name))
-        for name in stacks:
+        for name in routed_to:
             holder = self.matrices[name].holder
-            self._round_stack(name, [(y[holder], x[holder]) for y, x in routed if holder in y])
+            self._round_experts(name, [(y[holder], x[holder]) for y, x in routed if holder in y])
 
     def _pass_block(self, index: int, student: Sequence[Passage]) -> None:
         """Move the student past a block whose matrices are rounded."""
@@ -221,18 +221,20 @@ class _Walk(Passes):
         else:
             self._keep(name, self._second_order(name, self.matrices[name].weight, moments, rows))
 
-    def _round_stack(self, name: str, batches: Sequence[tuple[Routed, Routed]]) -> None:
-        stack, spec = self.matrices[name], self.specs[name]
+    def _round_experts(self, name: str, batches: Sequence[tuple[Routed, Routed]]) -> None:
+        """Round all experts' matrices of a stack, or a single one."""
+        one, spec = self.matrices[name], self.specs[name]
         parts, reasons = [], []
-        for expert, weight in enumerate(stack.tensor):
-            moments = expert_moments(stack, expert, batches)
+        for expert in range(len(one.held)) if one.expert is None else [one.expert]:
+            moments, weight = expert_moments(one, expert, batches), one.held[expert]
             if reason := self._why_nearest(spec, moments):
                 reasons.append(reason)
                 parts.append(self._nearest(name, weight))
             else:
                 parts.append(self._second_order(name, weight, moments))
         if reasons:
-            self.found.notes[name] = f"{len(reasons)} of its {len(parts)} experts; {reasons[0]}"
+            of_stack = f"{len(reasons)} of its {len(parts)} experts; " if one.is_stack else ""
+            self.found.notes[name] = of_stack + reasons[0]
         if len(reasons) == len(parts):
             self.found.nearest.add(name)
         self._keep(name, QuantizedTensor.joined(parts))

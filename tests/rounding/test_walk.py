@@ -1,6 +1,7 @@
 """Second-order rounding of whole models: which inputs it sees, what it compares, what it leaves to nearest."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from tiny_models import SOME_TIED, VOCABULARY, batch, tiny
 
 import klfast
 from klfast.core.errors import InvalidInputError
+from klfast.models.expert_names import expert_in, expert_name
 from klfast.models.head import Readout, head_name
 from klfast.models.linears import linears
-from klfast.models.matrices import matrices, matrix
+from klfast.models.matrices import matrices, matrix, split_stacks, with_experts
 from klfast.rounding import walk
 from klfast.rounding.head_rows import clusters
 from klfast.rounding.moments import Moments
@@ -161,6 +163,64 @@ def test_experts_are_rounded_by_their_own_tokens(family):
         truth = klfast.quantize(weight, SPEC) if few else second_order(weight, SPEC, moment, moment)
         assert agreement(found.tensors[name].block(expert * n, (expert + 1) * n), truth) > 0.98
         assert few or name not in found.nearest
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+@pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
+def test_single_experts_are_rounded_each_in_its_spec(family, tmp_path):
+    """As in a stack of that spec; what is kept of them is read again."""
+    model, ids = tiny(family), text(64)
+    stacks = [name for name, one in matrices(model).items() if one.is_stack][:2]  # of one block
+    finer = klfast.QuantSpec(8, 16)
+    whole = {spec: round_model(model, dict.fromkeys(stacks, spec), ids, progress=False) for spec in (SPEC, finer)}
+    specs = {expert_name(stack, i): (SPEC, finer)[i % 2] for stack in stacks for i in (0, 1, 3)}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = round_model(model, specs, ids, resume=tmp_path / "kept", progress=False)
+    again = round_model(model, specs, ids, resume=tmp_path / "kept", progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert found.tensors.keys() == specs.keys() == again.tensors.keys()
+    for name, spec in specs.items():
+        stack, expert = expert_in(name)
+        n = matrix(model, name).shape[0]
+        expected = whole[spec].tensors[stack].block(expert * n, (expert + 1) * n)
+        assert torch.equal(found.tensors[name].dequantize(), expected.dequantize()), name
+        assert torch.equal(again.tensors[name].dequantize(), expected.dequantize()), name
+        assert (name in found.notes) == (name in found.nearest)
+    assert found.notes == again.notes
+
+
+@torch.no_grad()
+def test_later_layers_see_single_experts_rounded():
+    """Named one by one, all experts of a block change what enters the next as the stack does."""
+    model, ids = tiny("lfm2_moe"), text(64)
+    stacks = [name for name, one in matrices(model).items() if one.is_stack]
+    later = {name: SPEC for name, one in matrices(model).items() if ".layers.2." in name and not one.is_stack}
+    experts = {name: SPEC for name in with_experts(matrices(model)) if name.rpartition(".")[0] in stacks}
+    one, each = (
+        round_model(model, specs | later, ids, progress=False) for specs in (dict.fromkeys(stacks, SPEC), experts)
+    )
+    alone = round_model(model, later, ids, progress=False)
+    assert len(experts) == 4 * len(stacks) and len(later) == 2
+    for name in later:
+        assert torch.equal(one.tensors[name].dequantize(), each.tensors[name].dequantize())
+    assert any(not torch.equal(alone.tensors[name].dequantize(), each.tensors[name].dequantize()) for name in later)
+
+
+@torch.no_grad()
+def test_quantize_model_rounds_single_experts():
+    model, ids = tiny("lfm2_moe"), text(64)
+    specs = {name: SPEC for name in with_experts(matrices(model)) if ".experts." in name and not name.endswith(".1")}
+    rounded = round_model(model, specs, ids, progress=False)
+    student = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        klfast.quantize_model(student, klfast.Plan(specs, "uniform"), rounding="gptq", calibration=ids, progress=False)
+    for stack, held in split_stacks(student).items():
+        assert held.full == [1]
+        for expert, layer in held.layers():
+            name = expert_name(stack, expert)
+            assert torch.equal(layer.quantized.dequantize(), rounded.tensors[name].dequantize())
+            assert layer.rounding == ("nearest" if name in rounded.nearest else "gptq")
 
 
 @pytest.mark.slow
