@@ -37,6 +37,12 @@ def sweep(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Leave out these layers, chosen in the same way; repeatable."),
     ] = None,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts", help="Measure each expert of a mixture by itself, so that plans choose a precision for each."
+        ),
+    ] = False,
     rows: Annotated[
         bool, typer.Option("--rows", help="Also measure each use of a fused layer's rows, and each expert.")
     ] = False,
@@ -132,6 +138,7 @@ def sweep(
             resume=partial,
             layers=layers,
             exclude=exclude,
+            experts=experts,
             rows=rows,
             activations=activations,
             corrected=corrected or (),

@@ -18,8 +18,8 @@ from klfast.quant.spec import QuantSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _TAKEN = re.compile(r"\.dt_proj$|\.(mixer|mamba)\.out_proj$")
-_STACKED = re.compile(r"\.block_sparse_moe\.experts\.\w+$")
-_EXPERTS = re.compile(r"\.experts\.\w+$")
+_STACKED = re.compile(r"\.block_sparse_moe\.experts\.\w+(\.\d+)?$")
+_EXPERTS = re.compile(r"\.experts\.\w+(\.\d+)?$")  # stacks, or single experts of these
 _BITS, _GROUPS = (4, 8), (-1, 32, 64, 128)
 SERVED = (
     "choose INT4 or INT8 by row or in groups of 32, 64 or 128, with zero points only INT4 and not in experts, or no "

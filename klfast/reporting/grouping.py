@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from klfast.core.errors import InvalidInputError
+from klfast.models.expert_names import stack_in
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.coverage import require_measurements
 from klfast.sensitivity.results import METRICS, Measurement, Sensitivities
@@ -13,9 +14,10 @@ BETTER_HIGH = ("sqnr_db", "top1_agree")
 def kind(name: str) -> str:
     """Return a layer's name within its block: "x_proj" for "backbone.layers.3.mixer.x_proj".
 
-    A stack of experts keeps "experts." before its own, since a dense or shared MLP may have a layer of that name.
+    A stack of experts keeps "experts." before its own, since a dense or shared MLP may have a layer of that name; its
+    experts, one by one, are of its kind.
     """
-    parts = name.split(".")
+    parts = stack_in(name).split(".")
     if parts[-2:-1] == ["experts"]:
         return ".".join(parts[-2:])
     return next((part for part in reversed(parts) if not part.isdigit()), name)

@@ -29,7 +29,8 @@ class Candidate:
     """A named matrix and the spec to quantize it to; only its ``rows`` (first, end), if it has a ``use``.
 
     With ``inputs_of``, the modules that hold it, their input is rounded to int8 in the spec's groups, not the weight.
-    ``blocks`` are the indices of all blocks that use its weight, in order; empty for the head.
+    ``blocks`` are the indices of all blocks that use its weight, in order; empty for the head. For a single ``expert``
+    the matrix is its stack, and the rows are its own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidate:
     use: str | None = None
     rows: tuple[int, int] | None = None
     inputs_of: tuple[nn.Module, ...] = ()
+    expert: int | None = None
 
     def __str__(self) -> str:
         if self.inputs_of:
@@ -51,19 +53,28 @@ class Candidate:
         Raises:
             InvalidInputError: it cannot be, with the candidate's name.
         """
-        weight = self.matrix.weight.detach()
-        first, end = self.rows or (0, len(weight))
-        try:
-            with interruptible():
-                found = fake_quantize(weight[first:end], self.spec, scale=scale).to(weight.dtype)
-        except InvalidInputError as error:
-            raise InvalidInputError(f"{self}: {error}") from error
-        return torch.cat((weight[:first], found, weight[end:])) if self.rows else found
+        weight, found = self.matrix.weight.detach(), self._rounded_rows(scale)
+        if self.rows is None:
+            return found
+        first, end = self.rows
+        return torch.cat((weight[:first], found, weight[end:]))
 
     def squared_error(self, scale: str) -> float:
         """Return the sum of the squared errors of the rounded weight."""
-        error = self.rounded(scale).sub_(self.matrix.weight.detach())
+        error = self._rounded_rows(scale).sub_(self._own_rows)
         return float(torch.linalg.vector_norm(error, dtype=torch.float32)) ** 2
+
+    @property
+    def _own_rows(self) -> torch.Tensor:
+        return self.matrix.weight.detach()[slice(*(self.rows or (None,)))]
+
+    def _rounded_rows(self, scale: str) -> torch.Tensor:
+        weight = self._own_rows
+        try:
+            with interruptible():
+                return fake_quantize(weight, self.spec, scale=scale).to(weight.dtype)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{self}: {error}") from error
 
 
 def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:

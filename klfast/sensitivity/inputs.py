@@ -12,7 +12,7 @@ from torch import nn
 from klfast.core.errors import InvalidInputError
 from klfast.models import batches
 from klfast.models.batches import Batches
-from klfast.models.matrices import matrices
+from klfast.models.matrices import matrices, with_experts
 from klfast.models.selection import Patterns, select
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
@@ -118,8 +118,10 @@ def uses(corrected: str | Iterable[str]) -> list[str]:
     return list(dict.fromkeys([corrected] if isinstance(corrected, str) else corrected))
 
 
-def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns | None) -> list[str]:
-    """Return the names of the linear layers to sweep, in module order.
+def choose_layers(
+    model: nn.Module, layers: Patterns | None, exclude: Patterns | None, experts: bool = False
+) -> list[str]:
+    """Return the names of the linear layers to sweep, in module order; with ``experts``, those of single experts.
 
     ``klfast.models.selection.matching`` explains the patterns.
     """
@@ -133,7 +135,7 @@ def choose_layers(model: nn.Module, layers: Patterns | None, exclude: Patterns |
         layers = list(layers)
         if not layers:
             raise InvalidInputError("layers is empty; name at least one linear layer, or pass None for all")
-    return select(found, layers, exclude)
+    return select(with_experts(found) if experts else found, layers, exclude)
 
 
 def choose_metrics(metrics: Iterable[str] | None, available: Sequence[str]) -> list[str]:
@@ -158,7 +160,10 @@ def choose_metrics(metrics: Iterable[str] | None, available: Sequence[str]) -> l
 
 
 def refuse_damaged(names: Iterable[str], norms: Iterable[float]) -> None:
-    """Raise if the norm of a linear layer's weight is not finite: neither a sweep nor its files support that."""
+    """Raise if the norm of a weight is not finite: neither a sweep nor its files support that.
+
+    ``names`` are those of linear layers and of whole stacks of experts.
+    """
     for name, norm in zip(names, norms, strict=True):
         if not math.isfinite(norm):
             raise InvalidInputError(

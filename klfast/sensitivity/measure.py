@@ -166,7 +166,7 @@ class Engine:
     def _swapped(self, candidate: Candidate) -> Iterator[None]:
         """Round the weight, or its input; restore its storage afterwards. A tied embedding shares the weight."""
         if candidate.inputs_of:
-            with int8_inputs(candidate.inputs_of, candidate.matrix.attribute, candidate.spec):
+            with int8_inputs(candidate.inputs_of, candidate.matrix.attribute, candidate.spec, candidate.expert):
                 yield
             return
         with self.stages.timed("quantize"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from klfast.core.errors import InvalidInputError, ModelMismatchError
+from klfast.models.expert_names import stacked
 from klfast.sensitivity import kl_ssm_quant
 from klfast.sensitivity.results import Sensitivities
 
@@ -15,7 +16,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     """Return the contents of all ``paths``: sweeps of one model with different specs or layers, or its published files.
 
     Raises:
-        InvalidInputError: no path, one candidate measured in two files, or sweeps with different scales or roundings.
+        InvalidInputError: no path, one candidate measured in two files, sweeps with different scales or roundings, or
+            one with and one without ``experts``.
         ModelMismatchError: files for different models.
         CheckpointError: a file is missing or damaged.
     """
@@ -34,6 +36,11 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
     for path in paths[1:]:
         other = Sensitivities.from_json(path)
         is_known = other.fingerprint is not None and other.fingerprint.matches(found.fingerprint)
+        if is_known and stacked(other.layers) == stacked(found.layers) and other.layers.keys() != found.layers.keys():
+            raise InvalidInputError(
+                f"one of {os.fspath(path)} and {os.fspath(paths[0])} has measured experts one by one, the other all of "
+                "a layer together; give files of one kind"
+            )
         if not is_known or (other.layers, other.other_bytes) != (found.layers, found.other_bytes):
             raise ModelMismatchError(
                 f"{os.fspath(path)} and {os.fspath(paths[0])} are for different models; give files for one model"

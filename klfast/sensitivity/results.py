@@ -15,8 +15,9 @@ from klfast.core import signed_json
 from klfast.core.errors import CheckpointError
 from klfast.core.signed_json import is_a, number, whole
 from klfast.models import fingerprint
+from klfast.models.expert_names import stacked
 from klfast.models.fingerprint import Fingerprint
-from klfast.models.matrices import matrices
+from klfast.models.matrices import matrices, with_experts
 from klfast.models.sizes import other_bytes, weight_bytes
 from klfast.quant.spec import QuantSpec
 
@@ -31,7 +32,8 @@ _MOST = torch.finfo(torch.float32).max  # measurements per token are float32
 class LayerInfo:
     """A linear layer as plans see it: (out_features, in_features), and the bytes of its weight at full precision.
 
-    The experts of a mixture that lie in one tensor [E, N, K] are one layer of shape (E * N, K).
+    The experts of a mixture that lie in one tensor [E, N, K] are one layer of shape (E * N, K), or in sweeps with
+    ``experts`` each a layer of shape (N, K), "...experts.gate_up_proj.17".
     """
 
     shape: tuple[int, int]
@@ -82,9 +84,13 @@ class Sensitivities:
     activations: dict[tuple[str, int], Measurement] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Sensitivities:
-        """Return sensitivities of ``model`` without measurements: its fingerprint, layers and bytes."""
-        found = {name: LayerInfo(one.shape, weight_bytes(one)) for name, one in matrices(model).items()}
+    def of(cls, model: nn.Module, experts: bool = False) -> Sensitivities:
+        """Return sensitivities of ``model`` without measurements: its fingerprint, layers and bytes.
+
+        With ``experts``, each expert's matrix is a layer, not the stack of all.
+        """
+        held = with_experts(matrices(model)) if experts else matrices(model)
+        found = {name: LayerInfo(one.shape, weight_bytes(one)) for name, one in held.items()}
         return cls(fingerprint.fingerprint(model), found, other_bytes(model))
 
     def int8_activations(self, name: str, spec: QuantSpec) -> Measurement | None:
@@ -162,7 +168,7 @@ class Sensitivities:
         with signed_json.parsed(origin, remedy):
             layers = {name: _layer(name, info) for name, info in is_a(dict, entries["layers"], "layers").items()}
             found = cls(
-                _fingerprint(entries["fingerprint"], len(layers)),
+                _fingerprint(entries["fingerprint"], layers),
                 layers,
                 whole(entries["other_bytes"], "other_bytes"),
                 {
@@ -207,12 +213,14 @@ def _entry(m: Measurement) -> dict[str, object]:
     }
 
 
-def _fingerprint(data: Any, layers: int) -> Fingerprint | None:
+def _fingerprint(data: Any, layers: Mapping[str, LayerInfo]) -> Fingerprint | None:
+    """Return a fingerprint, which has a norm for each layer, but one for all experts of a stack."""
     if data is None:
         return None
     norms = tuple(number(norm, "a norm") for norm in data["norms"])
-    if len(norms) != layers:
-        raise ValueError(f"it has {len(norms)} norms for {layers} layers")
+    expected = len(stacked(layers))
+    if len(norms) not in (expected, len(layers)):  # the latter of linear layers that merely bear such names
+        raise ValueError(f"it has {len(norms)} norms for {expected} layers")
     return Fingerprint(is_a(str, data["structure"], "structure"), norms)
 
 

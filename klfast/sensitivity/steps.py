@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.block_chain import Chain
+from klfast.models.expert_names import expert_in
 from klfast.models.families.base import Rows
 from klfast.models.head import is_head_tied
 from klfast.models.linears import row_parts
@@ -64,24 +65,33 @@ def steps(
     of_model = named_matrices(chain.model)
     groups = {group[0]: group for group in sharers(chain.model)}
     at: dict[int | str, list[Candidate]] = {index: [] for index in range(len(chain.blocks))} | {"head": []}
-    uses = {name: row_parts(chain.model, name) for name in names}
+    uses = {name: row_parts(chain.model, name) for name in names if name in of_model}
     coarse = [spec for spec in specs if spec.bits == 4 and not spec.corrected]
     _require_uses(corrected, {name: of for name, of in uses.items() if not of_model[name].is_stack}, coarse)
+    experts = {name: of for name in names if name not in of_model and (of := expert_in(name))}
+    blocks_of = {
+        name: () if of_model[name].holder is chain.head.module else _blocks(chain, groups[name])
+        for name in dict.fromkeys(experts[name][0] if name in experts else name for name in names)
+    }
     for name in names:
-        layer = of_model[name]
-        blocks = () if layer.holder is chain.head.module else _blocks(chain, groups[name])
+        stack, expert = experts.get(name, (name, None))
+        layer, blocks, same = of_model[stack], blocks_of[stack], groups[stack]
+        own = None if expert is None else row_parts(chain.model, stack)[f"expert {expert}"]
         place = blocks[0] if blocks else "head"
         # Numbers of corrected rows are for a head: tokens differ in how much they cost.
         tried = [spec for spec in specs if layer.holder is chain.head.module or not spec.corrected]
-        if why := next(filter(None, (spec.why_unfit(layer.shape[0]) for spec in tried)), None):
+        height = layer.shape[0] if own is None else own[1] - own[0]
+        if why := next(filter(None, (spec.why_unfit(height) for spec in tried)), None):
             raise InvalidInputError(f"{name}: {why}; sweep another spec")
-        finer = [_corrected(spec, uses[name][use]) for use in corrected if use in uses[name] for spec in coarse]
-        at[place] += [Candidate(name, layer, spec, blocks) for spec in dict.fromkeys((*tried, *finer))]
+        of_rows = uses.get(name, {})
+        finer = [_corrected(spec, of_rows[use]) for use in corrected if use in of_rows for spec in coarse]
+        whole = Candidate(name, layer, specs[0], blocks, rows=own, expert=expert)
+        at[place] += [replace(whole, spec=spec) for spec in dict.fromkeys((*tried, *finer))]
         if activations:
-            holders = tuple(dict.fromkeys(of_model[same].holder for same in groups[name]))
+            holders = tuple(dict.fromkeys(of_model[each].holder for each in same))
             by_group = {spec.group_length(layer.shape[1]): spec for spec in tried}
-            at[place] += [Candidate(name, layer, spec, blocks, inputs_of=holders) for spec in by_group.values()]
-        for use, part in uses[name].items() if rows else ():
+            at[place] += [replace(whole, spec=spec, inputs_of=holders) for spec in by_group.values()]
+        for use, part in of_rows.items() if rows else ():
             at[place] += [Candidate(name, layer, spec, blocks, use, part) for spec in tried]
     if not any(at.values()):
         raise InvalidInputError(f"{specs[0]} corrects rows of the head, which is not among `layers`; add it there")

@@ -15,6 +15,7 @@ from klfast.core.progress import Progress
 from klfast.models.adapters import refuse_adapters
 from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain
+from klfast.models.matrices import matrices
 from klfast.models.selection import Patterns
 from klfast.models.sizes import warn_unquantizable
 from klfast.quant.spec import SCALES, QuantSpec
@@ -45,6 +46,7 @@ def sweep(
     *,
     layers: Patterns | None = None,
     exclude: Patterns | None = None,
+    experts: bool = False,
     rows: bool = False,
     activations: bool = False,
     corrected: str | Sequence[str] = (),
@@ -84,6 +86,9 @@ def sweep(
             ("in_proj"), a glob ("layers.0.*") or "re:" and a regular expression. If the head is tied to the embedding,
             quantizing it changes the embedding, too.
         exclude: layers to leave out, chosen in the same way.
+        experts: measure each expert of a mixture by itself, "...experts.gate_up_proj.17", not all of a layer as one, so
+            that plans choose a precision for each. There are many: it takes as many times longer as a layer has
+            experts, unless ``layers`` leaves some out. A pattern that names the stack names all of its experts.
         rows: also measure, into ``Sensitivities.rows``, each use that the rows of a fused layer are split between, such
             as the gate, input, B, C and step size in Mamba-2's in_proj, and each expert of a mixture (``layers`` can
             leave those out, which are many). Plans do not need it; it shows what hurts.
@@ -138,10 +143,10 @@ def sweep(
     reported = inputs.choose_metrics(metrics, SAMPLED if is_partial else METRICS)
     if scale not in SCALES:
         raise InvalidInputError(f'scale must be "absmax" or "mse", got {scale!r}')
-    blank = Sensitivities.of(model)  # before ``prepared`` changes dtypes, and with them the bytes
-    names = inputs.choose_layers(model, layers, exclude)
+    blank = Sensitivities.of(model, experts)  # before ``prepared`` changes dtypes, and with them the bytes
+    names = inputs.choose_layers(model, layers, exclude, experts)
     assert blank.fingerprint is not None  # ``of`` makes one
-    inputs.refuse_damaged(blank.layers, blank.fingerprint.norms)
+    inputs.refuse_damaged(matrices(model), blank.fingerprint.norms)
     if layers is None:
         warn_unquantizable(model, "sweep")
     parts = PARTS if is_adaptive else 1

@@ -177,6 +177,22 @@ def test_several_plans_are_numbered(swept, plan):
     assert {"The plan 1", "The plan 2"} <= {text for _, text in found.all("h2")}
 
 
+def test_experts_of_a_layer_share_a_cell():
+    stack = "model.layers.0.mlp.experts.down_proj"
+    names = [f"{stack}.{i}" for i in range(5)]
+    measurements = {(name, INT4): Measurement({"kl_teacher_student": 1e-3}, {}, 1000) for name in names}
+    layers = {name: LayerInfo((64, 64), 8192) for name in names}
+    swept = Sensitivities(Fingerprint("x", (1.0,)), layers, 100, measurements, {}, {})
+    for specs, text, said in (
+        ({names[0]: INT4, names[1]: INT8, names[2]: INT8, names[3]: INT4, names[4]: INT4}, "4 to 8", "int4-g32-sym x3"),
+        ({names[0]: INT4, names[1]: INT8}, "4 to full", "full precision x3"),
+        (dict.fromkeys(names, INT8), "8 g32", "int8-g32-sym x5"),
+    ):
+        found = html_page(swept, [klfast.Plan(specs, "uniform")])
+        assert f">{text}<" in found and f"{stack} {said}" in found
+        assert f"{stack}: kl_teacher_student 0.001" in found
+
+
 def test_axes():
     log = Axis.of([0.0, 2e-4, 3e-2])
     assert (log.low, log.high, log.is_logarithmic) == (pytest.approx(1e-4), pytest.approx(0.1), True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from klfast.evaluation.comparison import KLD, Comparison
 from klfast.evaluation.windowed import Estimate
+from klfast.models.expert_names import stack_in, stacked
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import QuantSpec
 from klfast.reporting.comparison_tables import comparison_tables
@@ -38,7 +40,9 @@ def sensitivity_maps(sensitivities: Sensitivities, metric: str) -> Markup:
             return None
         value = math.fsum(m.mean[metric] for m in held) / len(held)
         worst = math.fsum(harm(metric, m) for m in held) / len(held)
-        return Square(number(factor * value), f"{', '.join(names)}: {metric} {value:.4g}", axes[spec].share(worst))
+        return Square(
+            number(factor * value), f"{', '.join(stacked(names))}: {metric} {value:.4g}", axes[spec].share(worst)
+        )
 
     maps = [
         tag(
@@ -81,10 +85,13 @@ def plan_section(plan: Plan, sensitivities: Sensitivities, metric: str, index: i
 
     def square(names: Sequence[str]) -> Square:
         specs = [plan.specs.get(name) for name in names]
-        spec = min(specs, key=lambda one: _FULL_BITS if one is None else one.bits)
-        width = _FULL_BITS if spec is None else spec.bits
-        text = "full" if spec is None else str(spec.bits) + ("" if spec.group_size < 0 else f" g{spec.group_size}")
-        said = ", ".join(f"{name} {FULL if one is None else one}" for name, one in zip(names, specs, strict=True))
+        widths = [_FULL_BITS if one is None else one.bits for one in specs]
+        width, spec = min(widths), specs[widths.index(min(widths))]
+        text = "full" if spec is None else str(width) + ("" if spec.group_size < 0 else f" g{spec.group_size}")
+        if max(widths) > width:  # experts of a layer, of which each has a precision
+            text = f"{width} to {'full' if None in specs else max(widths)}"
+        counts = Counter((stack_in(name), str(one or FULL)) for name, one in zip(names, specs, strict=True))
+        said = ", ".join(f"{name} {one}{f' x{n}' if n > 1 else ''}" for (name, one), n in counts.items())
         return Square(text, said, (width - lowest) / max(_FULL_BITS - lowest, 1))
 
     by_layer = plan_by_layer(plan, sensitivities, metric)
