@@ -32,6 +32,7 @@ from klfast.planning.problem import Problem
 Option = tuple[float, float]  # value, weight
 
 _MAX_PARTIAL_PLANS = 300_000
+_ROUNDING = 1e-9  # of a sum, far more than what adding up a million weights in turn rounds off
 
 
 @dataclass(frozen=True)
@@ -118,26 +119,38 @@ def _rate(layer: Sequence[Option], a: int, b: int) -> float:
 
 def _greedy(options: Sequence[Sequence[Option]], fronts: list[list[int]], limit: float) -> tuple[list[int], float]:
     """Return a good solution, and the price of weight in value at the first step that does not fit (0 if all fit)."""
-    picks = [front[0] for front in fronts]
-    steps = []
+    room = _Room(options, [front[0] for front in fronts], limit)
+    picks, steps = room.picks, []
     for n, (layer, front) in enumerate(zip(options, fronts, strict=True)):
         hull = _hull(layer, front)
         steps += [(-_rate(layer, a, b), n, a, b) for a, b in pairwise(hull)]
     price = 0.0
     for rate, n, a, b in sorted(steps):
-        if picks[n] == a and _fits(options, picks, n, b, limit):
-            picks[n] = b
-        else:
+        if not (picks[n] == a and room.take(n, b)):
             price = price or -rate
     for n, front in enumerate(fronts):  # fill the remaining room
         for i in front[front.index(picks[n]) + 1 :]:
-            if _fits(options, picks, n, i, limit):
-                picks[n] = i
+            room.take(n, i)
     return picks, price
 
 
-def _fits(options: Sequence[Sequence[Option]], picks: list[int], n: int, i: int, limit: float) -> bool:
-    return _total(options, [*picks[:n], i, *picks[n + 1 :]], 1) <= limit
+class _Room:
+    """Picks whose summed weight, exactly, is within a limit. It is only added up again where rounding could matter."""
+
+    def __init__(self, options: Sequence[Sequence[Option]], picks: list[int], limit: float) -> None:
+        self.options, self.picks, self.limit = options, picks, limit
+        self._weight = _total(options, picks, 1)
+
+    def take(self, n: int, i: int) -> bool:
+        """Pick option i of layer n if it fits; return whether it does."""
+        weight = self._weight - self.options[n][self.picks[n]][1] + self.options[n][i][1]
+        if abs(weight - self.limit) > _ROUNDING * max(weight, abs(self.limit)):
+            fits = weight <= self.limit
+        else:
+            fits = _total(self.options, [*self.picks[:n], i, *self.picks[n + 1 :]], 1) <= self.limit
+        if fits:
+            self.picks[n], self._weight = i, weight
+        return fits
 
 
 def _reduce(

@@ -99,6 +99,14 @@ def test_solver_is_exact_where_greedy_is_not():
     assert solution.picks == [0, 1, 1] and solution.gap == 0
 
 
+def test_the_limit_is_exact_where_running_sums_are_not():
+    """0.1 added ten times in turn is the number before 1; exactly, it is more than 1."""
+    options, whole = [[(1.0, 0.0), (0.0, 0.1)]] * 10, math.fsum([0.1] * 10)
+    assert whole == 1.0
+    assert optimal.solve(options, whole).picks == [1] * 10
+    assert sum(optimal.solve(options, math.nextafter(whole, 0)).picks) == 9
+
+
 def test_many_layers_of_equal_size_are_solved_exactly():
     """200 layers, as in a 1.4B model; the optimum is known by construction: the worst layers get 8 bits."""
     kl = [(1e-6 * (n + 1), 1e-4 * (n + 1)) for n in range(200)]
