@@ -9,10 +9,10 @@
 namespace klfast::test {
 namespace {
 
-// W [n, k] as integers of 4 or 8 bits in groups that share a scale and, if present, a zero point.
+// W [n, k] as integers of 4, 6 or 8 bits in groups that share a scale and, if present, a zero point.
 struct Weight {
     Int n, k, group, groups;
-    int bits, count;  // count: values per word
+    int bits;
     std::vector<std::int32_t> packed, zero_point;
     Tensor scale;
     std::vector<double> value;  // [n, k]
@@ -23,7 +23,6 @@ struct Weight {
           group(group_size),
           groups((k + group - 1) / group),
           bits(width),
-          count(32 / width),
           packed(n * words(k)),
           zero_point(symmetric ? 0 : words(n) * groups),
           scale(Tensor::random(DType::f32, {n, groups}, 0.1)),
@@ -31,24 +30,28 @@ struct Weight {
         for (Int r = 0; r < n; ++r)
             for (Int c = 0; c < k; ++c) {
                 const Int q = random_int(0, Int{1} << bits);
-                put(packed[r * words(k) + c / count], c, q);
+                put(packed.data() + r * words(k), 1, c, q);
                 value[r * k + c] = static_cast<double>(q);
             }
         for (Int r = 0; r < n; ++r)
             for (Int g = 0; g < groups; ++g) {
                 const Int z = symmetric ? Int{1} << (bits - 1) : random_int(0, Int{1} << bits);
-                if (!symmetric) put(zero_point[r / count * groups + g], r, z);
+                if (!symmetric) put(zero_point.data() + g, groups, r, z);
                 for (Int c = g * group; c < k && c < (g + 1) * group; ++c)
                     value[r * k + c] = (value[r * k + c] - static_cast<double>(z)) * scale[r * groups + g];
             }
     }
 
-    Int words(Int values) const { return (values + count - 1) / count; }
+    Int words(Int values) const { return (values * bits + 31) / 32; }
 
   private:
-    void put(std::int32_t& word, Int i, Int q) const {
-        word = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) | static_cast<std::uint32_t>(q)
-                                                                                << (i % count * bits));
+    // Value i of those whose words lie `pitch` apart; it may cross from one word into the next.
+    void put(std::int32_t* to, Int pitch, Int i, Int q) const {
+        const Int bit = i * bits;
+        const std::uint64_t moved = static_cast<std::uint64_t>(q) << bit % 32;
+        std::int32_t& word = to[bit / 32 * pitch];
+        word = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) | static_cast<std::uint32_t>(moved));
+        if (bit % 32 + bits > 32) to[(bit / 32 + 1) * pitch] |= static_cast<std::int32_t>(moved >> 32);
     }
 };
 
@@ -146,7 +149,7 @@ void check_grouped(DType dtype, Weight& w, Int count, Int m, Int each) {
 }  // namespace
 
 void check_quantized_matmul() {
-    for (const int bits : {4, 8})
+    for (const int bits : {4, 6, 8})
         for (const Int group : {Int{20}, Int{32}, Int{128}, Int{601}})
             for (const bool symmetric : {true, false}) {
                 Weight w(37, 601, bits, group, symmetric);
