@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -76,8 +77,9 @@ class BuildPerTier(build_ext):
     def finalize_options(self):
         super().finalize_options()
         if self.editable_mode:  # by default a new folder each time, in which there is nothing that could be current
-            plat = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
-            self.build_temp = str(Path("build", plat))
+            anew = build(self.distribution)  # its folder is that of other builds; free-threaded Python has its own
+            anew.ensure_finalized()
+            self.build_temp = anew.build_temp
 
     def build_extension(self, ext):
         self._check_tools()

@@ -176,6 +176,21 @@ print(json.dumps([os.stat(f"temp/{name}.o").st_mtime_ns for name in "ab"]))
     assert build("-DOTHER=1")[1] > fourth[1]
 
 
+def test_editable_builds_have_the_folder_of_others_and_free_threaded_python_has_its_own(tmp_path):
+    def folder(free_threaded, editable):
+        code = """
+import sysconfig
+sysconfig.get_config_vars()["Py_GIL_DISABLED"] = {free_threaded}
+command = names["BuildPerTier"](Distribution({{"name": "tiny"}}))
+command.editable_mode = {editable}
+command.ensure_finalized()
+print(json.dumps(command.build_temp))"""
+        return python(code.format(free_threaded=free_threaded, editable=editable), tmp_path)
+
+    assert folder(0, True) == folder(0, False)
+    assert folder(1, True) == folder(1, False) == folder(0, True) + "t"
+
+
 def test_jobs(tmp_path):
     def jobs(**environment):
         return python("print(json.dumps(names['jobs']()))", tmp_path, **environment)
