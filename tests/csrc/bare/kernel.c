@@ -3,6 +3,7 @@
 #include <elf.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/syscall.h>
 
 typedef uint64_t Word;
 
@@ -18,6 +19,8 @@ enum {
     kInvalid = -22,
     kNoTerminal = -25,
     kNotImplemented = -38,
+    kSetFs = 0x1002,       // ARCH_SET_FS
+    kAllowTiles = 0x1023,  // ARCH_REQ_XCOMP_PERM
 };
 
 extern const char program[];
@@ -101,42 +104,42 @@ static Word grow_heap(Word asked) {
 
 int64_t system_call(const struct Registers* r) {
     switch (r->rax) {
-        case 1: return (int64_t)write_bytes((const char*)r->rsi, r->rdx);
-        case 20: return (int64_t)write_vectors((const struct Vector*)r->rsi, r->rdx);
-        case 9: return map(r->rsi);  // never given back
-        case 12: return (int64_t)grow_heap(r->rdi);
-        case 25: return kNoMemory;  // mremap: the C library copies
-        case 10:                    // mprotect
-        case 11:                    // munmap
-        case 13:                    // rt_sigaction
-        case 14:                    // rt_sigprocmask
-        case 24:                    // sched_yield
-        case 28:                    // madvise
-        case 202: return 0;         // futex
-        case 39:                    // getpid
-        case 186:                   // gettid
-        case 218: return 1;         // set_tid_address
-        case 16: return kNoTerminal;
-        case 158:                            // arch_prctl
-            if (r->rdi == 0x1023) return 0;  // ARCH_REQ_XCOMP_PERM: tiles are on
-            if (r->rdi != 0x1002) return kInvalid;
-            set_register(0xC0000100, r->rsi);  // ARCH_SET_FS
+        case SYS_write: return (int64_t)write_bytes((const char*)r->rsi, r->rdx);
+        case SYS_writev: return (int64_t)write_vectors((const struct Vector*)r->rsi, r->rdx);
+        case SYS_mmap: return map(r->rsi);  // never given back
+        case SYS_brk: return (int64_t)grow_heap(r->rdi);
+        case SYS_mremap: return kNoMemory;  // the C library copies
+        case SYS_mprotect:
+        case SYS_munmap:
+        case SYS_madvise:
+        case SYS_rt_sigaction:
+        case SYS_rt_sigprocmask:
+        case SYS_sched_yield:
+        case SYS_futex: return 0;
+        case SYS_getpid:
+        case SYS_gettid:
+        case SYS_set_tid_address: return 1;
+        case SYS_ioctl: return kNoTerminal;
+        case SYS_arch_prctl:
+            if (r->rdi == kAllowTiles) return 0;  // they are on
+            if (r->rdi != kSetFs) return kInvalid;
+            set_register(0xC0000100, r->rsi);  // FS_BASE
             return 0;
-        case 204: *(Word*)r->rdx = 1; return sizeof(Word);                   // sched_getaffinity
-        case 228: memset((void*)r->rsi, 0, 2 * sizeof(Word)); return 0;      // clock_gettime
-        case 318: memset((void*)r->rdi, 1, r->rsi); return (int64_t)r->rsi;  // getrandom
-        case 60:
-        case 231:
+        case SYS_sched_getaffinity: *(Word*)r->rdx = 1; return sizeof(Word);
+        case SYS_clock_gettime: memset((void*)r->rsi, 0, 2 * sizeof(Word)); return 0;
+        case SYS_getrandom: memset((void*)r->rdi, 1, r->rsi); return (int64_t)r->rsi;
+        case SYS_exit:
+        case SYS_exit_group:
             write_text("\nEXIT ");
             write_number(r->rdi);
             turn_off();
-        case 2:                           // open
-        case 21:                          // access
-        case 89:                          // readlink
-        case 257:                         // openat
-        case 262:                         // newfstatat
-        case 267: return kNotFound;       // readlinkat
-        case 5: return kBadFile;          // fstat
+        case SYS_open:
+        case SYS_openat:
+        case SYS_access:
+        case SYS_newfstatat:
+        case SYS_readlink:
+        case SYS_readlinkat: return kNotFound;
+        case SYS_fstat: return kBadFile;
         default: return kNotImplemented;  // the C library does without, also without clone: no threads
     }
 }
