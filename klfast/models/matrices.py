@@ -2,7 +2,7 @@
 
 The experts of a mixture hold one tensor [E, N, K] for a layer of all of them, a stack. Here, and in sweeps, plans and
 files, it is one matrix [E * N, K], the experts' rows one after another; or each expert's [N, K] is a matrix by itself
-(``expert_matrices``).
+(``with_experts``).
 """
 
 from __future__ import annotations

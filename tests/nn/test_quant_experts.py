@@ -50,6 +50,17 @@ def assert_close(found, truth, x, index, weights, rtol):
     assert (found.double() - expected).abs().max() <= rtol * expected.abs().max()
 
 
+def check_batches(module, truth, experts, dtype, rtol):
+    """Compare quantized experts of a dtype with float64 ones, on 0, 1 and more tokens."""
+    for tokens in (0, 1, 7, 40):
+        x, index, weights = routed(experts, tokens, dtype=dtype)
+        y = module(x, index, weights)
+        if tokens:
+            assert_close(y, truth, x, index, weights, rtol)
+        else:
+            assert y.shape == x.shape
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*float64:klfast.SlowPathWarning")
@@ -59,13 +70,7 @@ def test_computes_what_transformers_does(family, dtype, rtol):
     names = stack_names(experts)
     for chosen in (names, names[:1], names[1:]):
         module, truth = quantized(copy.deepcopy(experts), chosen)
-        for tokens in (0, 1, 7, 40):
-            x, index, weights = routed(experts, tokens, dtype=dtype)
-            y = module.to(dtype)(x, index, weights)
-            if tokens:
-                assert_close(y, truth, x, index, weights, rtol)
-            else:
-                assert y.shape == x.shape
+        check_batches(module.to(dtype), truth, experts, dtype, rtol)
 
 
 @torch.no_grad()

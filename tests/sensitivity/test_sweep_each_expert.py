@@ -1,4 +1,4 @@
-"""Sweeps of each expert by itself, and plans with a precision for each: against float64, and from sweep to folder."""
+"""Sweeps that measure experts one by one, and the plans made from them: against float64, and from sweep to folder."""
 
 import copy
 
