@@ -85,15 +85,9 @@ bench: install
 	.venv/bin/python -m bench.document
 
 # The kernel tests against an extension with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize.
-# Left out is what makes compiling much slower and finds little here: null pointers crash anyway, virtual calls there are none,
-# and AddressSanitizer knows the sizes of objects; and the tiers that this machine cannot run.
-SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,vptr,object-size -fno-sanitize-recover=all
 sanitize: export PYTHONDONTWRITEBYTECODE :=
 sanitize: install
-	KLFAST_TIERS_HERE=1 KLFAST_AVXVNNI_TWIN=1 KLFAST_AMX_TWIN=1 KLFAST_CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py -q build \
-	    --build-base build/sanitize --build-lib build/sanitize/lib
-	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive .venv/bin/pytest $(IN_PARALLEL) -q -p no:cacheprovider \
+	.venv/bin/python tests/support/sanitizers.py $(IN_PARALLEL) -q -p no:cacheprovider \
 	    tests/ops/test_dequant_matmul.py tests/ops/test_grouped_dequant_matmul.py tests/ops/test_linear.py \
 	    tests/ops/test_divergence.py tests/ops/test_gathered_logits.py tests/ops/test_ssm_*.py \
 	    tests/ops/test_delta_rule.py tests/ops/test_norm.py tests/ops/test_attention.py tests/nn/test_mamba_step.py tests/engine

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).parents[2] / "support"))
 
 import kernels_fuzzer
+import sanitizers
 
 
 def main() -> int:
@@ -19,7 +20,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, default=kernels_fuzzer.FOLDER / "corpus", help="a folder to go on from")
     parser.add_argument("--input", type=Path, help="this input alone")
     a = parser.parse_args()
-    if complaint := kernels_fuzzer.why_not():
+    if complaint := sanitizers.why_no_clang():
         sys.exit(f"tests/fuzz/csrc {complaint}")
     program = kernels_fuzzer.build()
     if a.input:

@@ -6,6 +6,7 @@ from pathlib import Path
 import csrc_program
 import kernels_fuzzer
 import pytest
+import sanitizers
 
 from klfast import _C
 
@@ -16,7 +17,7 @@ CALLED_BY = {"linear_divergence": "accumulate"}
 def program():
     if not (csrc_program.ROOT / "setup.py").is_file():
         pytest.skip("needs a source tree")
-    if complaint := kernels_fuzzer.why_not():
+    if complaint := sanitizers.why_no_clang():
         pytest.skip(complaint)
     return kernels_fuzzer.build()
 
