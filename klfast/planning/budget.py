@@ -82,6 +82,10 @@ class Budget:
         """Return the bytes or seconds of some choices that count against the budget."""
         return (math.fsum if self.in_seconds else sum)(map(self.size, picks.values()))
 
+    def counted(self, choice: Choice) -> float:
+        """Return what of a choice counts against the budget: its size or its cost."""
+        return self.size(choice) if self.limits_size else choice.cost
+
     def used(self, picks: Picks) -> float:
         """Return the sum of sizes or of costs that counts against the budget."""
         return self.sizes(picks) if self.limits_size else summed_cost(picks)

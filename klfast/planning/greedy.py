@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget, summed_cost
@@ -22,12 +23,19 @@ from klfast.planning.problem import Problem
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:
     """Return a plan without evaluation: candidates in order until the bytes meet the budget, or while the KL does."""
     picks = problem.start
+
+    def used(chosen: Picks) -> Fraction:  # exactly, since differences are added up
+        return sum(map(Fraction, map(budget.counted, chosen.values())), Fraction())
+
+    total = used(picks)
     for candidate in _candidates(problem):
-        if budget.limits_size and budget.met(picks):
+        if budget.limits_size and total <= budget.limit:
             break
-        trial = {**picks, **candidate}
-        if _is_smaller(candidate, picks) and (budget.limits_size or budget.met(trial)):
-            picks = trial
+        before = {name: picks[name] for name in candidate}
+        after = total - used(before) + used(candidate)
+        if _bytes(candidate) < _bytes(before) and (budget.limits_size or after <= budget.limit):
+            picks |= candidate
+            total = after
     budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits")
     return problem.plan(picks, "greedy")
 
@@ -55,7 +63,7 @@ def plan_greedy_evaluated(
     for candidate in _candidates(problem):
         if budget is not None and budget.met(picks):
             break
-        if not _is_smaller(candidate, picks):
+        if _bytes(candidate) >= _bytes({name: picks[name] for name in candidate}):
             continue
         trial = {**picks, **candidate}
         result = _perplexity(evaluate, problem.plan(trial, "greedy"))
@@ -83,10 +91,6 @@ def _candidates(problem: Problem) -> list[Picks]:
     """Return the units' choices by rising cost; on ties, more bytes first, then in module order."""
     found = [picks for unit in problem.units for picks in unit[1:]]
     return sorted(found, key=lambda picks: (summed_cost(picks), -_bytes(picks)))
-
-
-def _is_smaller(candidate: Picks, picks: Picks) -> bool:
-    return _bytes(candidate) < _bytes({name: picks[name] for name in candidate})
 
 
 def _bytes(picks: Picks) -> int:
