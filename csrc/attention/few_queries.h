@@ -10,8 +10,8 @@
 namespace klfast {
 namespace {
 
-constexpr int kHeads = 8;                // that go together at most
-constexpr std::int64_t kKeys = 1 << 16;  // whose scores are held at a time
+constexpr int kHeads = 8;            // that go together at most
+constexpr std::int64_t kKeys = 256;  // added up at a time, so that a long sum's rounding does not grow with it
 
 // One key head's rows, or those of its values: `first` is the index of the first element, `stride` from row to row.
 struct Rows {

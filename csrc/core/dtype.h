@@ -60,4 +60,11 @@ inline void store_float(void* p, std::int64_t i, DType t, float v) {
         static_cast<std::uint16_t*>(p)[i] = t == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
 }
 
+// A number as a tensor stores it.
+inline float rounded(float v, DType type) {
+    std::uint32_t stored;
+    store_float(&stored, 0, type, v);
+    return load_float(&stored, 0, type);
+}
+
 }  // namespace klfast

@@ -8,7 +8,7 @@ namespace {
 // Phi(-|x|) = t p(t) e^(-x^2 / 2) with t = 1 / (1 + c |x|), and Phi(x) = 1 - Phi(-x): Abramowitz and Stegun 1964,
 // 26.2.17, whose error is below 7.5e-8, about that of a float's rounding.
 inline Vec gelu(Vec x) {
-    const Vec t = quotient(set(1.0f), fma(set(-0.23164189f), negative_abs(x), set(1.0f)));
+    const Vec t = wide_quotient(set(1.0f), fma(set(-0.23164189f), negative_abs(x), set(1.0f)));
     Vec p = set(0.530702715f);
     p = fma(p, t, set(-0.726576014f));
     p = fma(p, t, set(0.710706871f));

@@ -5,7 +5,6 @@
 #include "attention/decode_attention.h"
 #include "core/parallel.h"
 #include "engine/instructions.h"
-#include "engine/rounding.h"
 
 namespace klfast::engine {
 namespace {

@@ -3,7 +3,6 @@
 
 #include "core/parallel.h"
 #include "engine/instructions.h"
-#include "engine/rounding.h"
 #include "matmul/quantized/rows.h"
 
 namespace klfast::engine {

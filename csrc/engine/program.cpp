@@ -2,6 +2,8 @@
 
 #include <chrono>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "core/team.h"
 
@@ -23,7 +25,10 @@ int Buffers::add(std::int64_t width, DType type, std::int64_t rows) {
 }
 
 View Buffers::operator[](const Columns& columns) const {
-    const One& buffer = all_[columns.buffer];
+    const One& buffer = all_.at(columns.buffer);
+    if (columns.first < 0 || columns.width < 0 || columns.first > buffer.width - columns.width)
+        throw std::out_of_range("a buffer of " + std::to_string(buffer.width) + " columns has no " +
+                                std::to_string(columns.width) + " from " + std::to_string(columns.first) + " on");
     return {
         .data = buffer.memory.get() + columns.first * size_of(buffer.type),
         .dtype = buffer.type,

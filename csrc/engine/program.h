@@ -40,7 +40,7 @@ struct Columns {
 class Buffers {
   public:
     int add(std::int64_t width, DType type, std::int64_t rows);
-    // [rows, width]
+    // [rows, width]; std::out_of_range where the buffer ends sooner.
     View operator[](const Columns& columns) const;
     // The same as [sequences, length, width].
     View by_sequence(const Columns& columns, std::int64_t length) const;

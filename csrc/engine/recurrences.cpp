@@ -1,3 +1,4 @@
+#include <limits>
 #include <utility>
 
 #include "engine/instructions.h"
@@ -126,7 +127,9 @@ Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Colu
         const bool constant = dt.width == 0;
         const View steps = constant ? with_strides(layer.dt_bias, 0, 0, 1) : buffers.by_sequence(dt, input.length);
         const View bias = constant ? View{} : layer.dt_bias;
-        // Steps have limits in prompts alone, be it of one token: transformers' decoding step knows none.
+        // Steps have limits in prompts alone, be it of one token: transformers' decoding step knows none. Where each
+        // token's logits are wanted, tokens are guesses of what is decoded.
+        const bool unlimited = input.each_token;
         if (input.length > 1 || input.seen[0] == 0) {
             const ChunkScanArgs args{
                 .x = heads(x),
@@ -147,8 +150,8 @@ Work head_scan(HeadScan layer, Columns x, Columns dt, Columns b, Columns c, Colu
                 .groups = layer.groups,
                 .states = layer.states,
                 .softplus = !constant,
-                .dt_min = layer.dt_min,
-                .dt_max = layer.dt_max,
+                .dt_min = unlimited ? 0.0f : layer.dt_min,
+                .dt_max = unlimited ? std::numeric_limits<float>::infinity() : layer.dt_max,
                 .n_threads = input.n_threads,
             };
             return mamba_chunk_scan(args, input.limit);

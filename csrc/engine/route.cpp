@@ -4,7 +4,6 @@
 
 #include "core/parallel.h"
 #include "engine/instructions.h"
-#include "engine/rounding.h"
 
 namespace klfast::engine {
 namespace {

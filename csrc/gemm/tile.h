@@ -12,10 +12,7 @@ constexpr int kPair = 2 * kLanes;  // columns computed together
 template <int R>
 void tile_product(const float* x, const float* weights, std::int64_t depth, float* sums) {
     Vec left[R], right[R];
-    for (int r = 0; r < R; ++r) {
-        left[r] = load(sums + r * kPair);
-        right[r] = load(sums + r * kPair + kLanes);
-    }
+    for (int r = 0; r < R; ++r) left[r] = right[r] = set(0.0f);
     for (std::int64_t k = 0; k < depth; ++k) {
         const Vec w0 = load(weights + k * kPair), w1 = load(weights + k * kPair + kLanes);
         for (int r = 0; r < R; ++r) {
@@ -24,9 +21,10 @@ void tile_product(const float* x, const float* weights, std::int64_t depth, floa
             right[r] = fma(v, w1, right[r]);
         }
     }
-    for (int r = 0; r < R; ++r) {
-        store(sums + r * kPair, left[r]);
-        store(sums + r * kPair + kLanes, right[r]);
+    for (int r = 0; r < R; ++r) {  // added last: a part's terms do not vanish beside a long sum
+        float* const at = sums + r * kPair;
+        store(at, load(at) + left[r]);
+        store(at + kLanes, load(at + kLanes) + right[r]);
     }
 }
 

@@ -35,6 +35,7 @@ inline Vec negative_abs(Vec a) { return {-std::fabs(a.v)}; }
 inline Vec copysign(Vec size, Vec sign) { return {std::copysign(size.v, sign.v)}; }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes : no; }
 inline Vec quotient(Vec a, Vec b) { return a / b; }
+inline Vec wide_quotient(Vec a, Vec b) { return a / b; }
 inline float sum(Vec a) { return a.v; }
 
 inline Vec exp(Vec x) { return {std::exp(x.v)}; }

@@ -1,7 +1,8 @@
 // Elementary functions over Vec, included by simd/floats_avx2.h and simd/floats_avx512.h.
 //
 // exp:      e^x = 2^n e^r, n = round(x log2 e), |r| <= ln 2 / 2; e^r by a minimax polynomial of degree 6 with p(0) = 1,
-//           relative error 4e-9. Below 2 ulp in all where the result is a normal number (tests/ops/test_simd_math.py).
+//           relative error 4e-9. Below 2 ulp in all where the result is a normal number (tests/ops/test_simd_math.py);
+//           from 2^127.5 on it may be infinite, as that of exp2.
 // expm1:    for x <= 0 only: 2^n (e^r - 1) + (2^n - 1), with e^r - 1 = r + r^2 q(r), q of degree 3:
 //           relative error 5e-7.
 // exp2:     likewise without the reduction by ln 2, degree 5, 2^0 = 1 exactly, relative error 1.1e-7 and a rounding.

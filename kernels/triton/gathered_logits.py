@@ -52,9 +52,11 @@ def gathered_logits(
     acc = tl.zeros((BJ, BS), dtype=tl.float32)
     for first in range(0, K, BK):
         m_k = first + o_k < K
-        b_w = tl.load(p_w + first * head_k, mask=(m_j & is_row)[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(p_x + first * hidden_k, mask=m_s[None, :] & m_k[:, None], other=0.0)
+        b_w = tl.load(p_w, mask=(m_j & is_row)[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(p_x, mask=m_s[None, :] & m_k[:, None], other=0.0)
         acc = float_product(b_x, b_w, acc, UPCAST, IN_PARTS)
+        p_w += BK * head_k
+        p_x += BK * hidden_k
     acc = tl.where(is_row[:, None], acc, float("nan"))
     p_y = y_ptr + i_t * y_t + o_s[None, :] * y_s + o_j[:, None] * y_j
     tl.store(p_y, acc, mask=m_j[:, None] & m_s[None, :])

@@ -32,6 +32,7 @@ def quantize_rows(
         b_x = tl.load(p_x + i * CHUNK).to(tl.float32)
         bits = tl.maximum(bits, tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full((BM,), 127.0, tl.float32))
+    scale = tl.where(bits >= 0x7F800000, float("nan"), scale)  # also for infinities: minimum and maximum lose NaNs
     smallest: tl.constexpr = 1.1754943508222875e-38
     inverse = tl.where(scale >= smallest, tl.div_rn(tl.full((BM,), 1.0, tl.float32), tl.maximum(scale, smallest)), 0.0)
     tl.store(s_ptr + o_m.to(tl.int64) * G + i_group, scale, mask=o_m < M)

@@ -59,6 +59,10 @@ def rms_norm(
     if gate_activation not in ("silu", "sigmoid"):
         raise InvalidInputError(f'rms_norm: gate_activation must be "silu" or "sigmoid", got {gate_activation!r}')
     shape = x.shape
+    if gate is not None and gate.shape != shape:
+        raise InvalidInputError(f"rms_norm: gate must be like x, {list(shape)}, got {list(gate.shape)}")
+    if shape[-1:] == (0,):
+        raise InvalidInputError(f"rms_norm: x must have channels, got {list(shape)}")
     if x.dim() != 3:
         x = x.reshape(-1, 1, shape[-1]) if x.dim() else x
         gate = None if gate is None else gate.reshape(-1, 1, gate.shape[-1])

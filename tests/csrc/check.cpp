@@ -85,9 +85,10 @@ void compare(const std::string& op, Tier tier, const Tensor& got, const std::vec
     Worst& found = worst()[{op, tier}];
     ++found.cases;
     double largest = std::numeric_limits<double>::min(), error = 0;
-    for (const double value : truth) largest = std::max(largest, std::abs(value));
+    for (const double value : truth)
+        if (std::isfinite(value)) largest = std::max(largest, std::abs(value));
     for (Int i = 0; i < got.size(); ++i) {
-        const double off = std::abs(got[i] - truth[i]);
+        const double off = got[i] == truth[i] ? 0 : std::abs(got[i] - truth[i]);
         error = off <= error ? error : off;  // keeps a NaN
         if (std::isnan(off)) error = std::numeric_limits<double>::infinity();
     }

@@ -8,6 +8,7 @@ from test_engine import relative
 from tiny_models import VOCABULARY, batch, tiny
 
 import klfast
+from klfast import _C
 from klfast.generation.engine import engine_of, lower
 
 FAMILIES = ("mamba", "qwen3_5")
@@ -104,3 +105,21 @@ def test_ctrl_c_leaves_a_state_that_knows_how_far_it_is(family, moment, fed):
     engine._program = program
     assert state.seen.tolist() == [fed]
     assert relative(engine(ids[:, fed:], state), right.double()) < 1e-5
+
+
+@pytest.mark.parametrize("columns", [(0, -1, 3), (0, 6, 3), (0, 0, -1), (0, 2**63 - 1, 2**63 - 1), (1, 0, 3)])
+def test_columns_outside_a_buffer_are_refused(columns):
+    program = _C.Program()
+    whole = (program.buffer(8, 0, 1), 0, 8)
+    program.combine("add", "add", 1.0, 1, columns, whole, whole, None)
+    with pytest.raises(IndexError):
+        program.run(
+            torch.zeros(1, dtype=torch.int64).data_ptr(),
+            torch.zeros(1, dtype=torch.int64).data_ptr(),
+            1,
+            1,
+            _C.States([]),
+            1,
+            0,
+            False,
+        )

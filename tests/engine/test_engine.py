@@ -68,6 +68,17 @@ def test_equals_the_model_in_float64(model):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("activation", ["exact", "int8"])
+@pytest.mark.parametrize("spec", ["int4-g16-sym", "int8-g16-asym", "int6-g16-sym"])
+def test_logits_of_bfloat16_are_rounded_for_any_number_of_rows(spec, activation):
+    model = quantized(tiny("mamba2", dtype=torch.bfloat16), spec, activation)
+    engine = lower(model)
+    for rows in (1, 2, 3, 5, 16):
+        logits = engine(batch(rows, 1), engine.state(rows))
+        assert torch.equal(logits.float(), logits.bfloat16().float()), rows
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("spec", ["int4-g16-sym", "int8-g16-asym"])
 @pytest.mark.filterwarnings("ignore:quantize_model")  # Zamba's x_proj stays as it is
 def test_quantized_with_a_tied_head(spec):

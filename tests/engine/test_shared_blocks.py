@@ -101,6 +101,22 @@ def test_steps_have_limits_in_prompts_alone(family, tokens):
         assert relative(engine(following, state), step(following).double()) < 1e-4
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["zamba2", "nemotron_h", "mamba2"])
+def test_guessed_tokens_are_decoded_ones(family):
+    """Several at once, as speculation verifies them, have the logits of one after another: no limits, either."""
+    model, ids, following = tiny(family), batch(2, 5), torch.tensor([[3, 8, 4], [5, 2, 4]])
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (2.5, 3.0)
+    engine = lower(model)
+    state, same = engine.state(2), engine.state(2)
+    engine(ids, state), engine(ids, same)
+    found = engine.each(following, state)
+    for t in range(3):
+        assert relative(found[:, t], engine(following[:, t : t + 1], same).double()) < 1e-4
+
+
 def test_says_what_it_cannot_lower():
     model = tiny("zamba", tied=True)
     model.model.layers[1].shared_transf.feed_forward.act_fn = nn.GELU()  # which may be the approximation

@@ -72,6 +72,15 @@ def test_large_scores_stay_finite(tier):
     )
 
 
+def test_equal_terms_of_a_long_sum(tier):
+    """Each rounds the same way; the first key outweighs them, so that they do not cancel in the division."""
+    q, v, k = torch.ones(1, 2, 8), torch.ones(1, 1, 20000, 8), torch.zeros(1, 1, 20000, 8)
+    k[..., 0, :] = 1.25
+    of_torch = 1e-3  # its own products add up in float32 all the way
+    found = ops.decode_attention(q, k, v, 1.0)
+    torch.testing.assert_close(found, torch.ones(1, 2, 8), rtol=0, atol=of_torch if tier == "reference" else 5e-6)
+
+
 def test_a_nan_shows(tier):
     q, k, v = inputs(1, 2, 2, 20, 16, 16)
     k[0, 1, 7, 3] = torch.nan

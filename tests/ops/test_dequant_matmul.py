@@ -195,6 +195,15 @@ def test_not_finite_x_stays_in_its_row(tier, activation, m, x_dtype):
         assert torch.equal(got[1:], dequant_matmul(x, qt, activation=activation)[1:])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9, 40])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_equal_terms_of_long_sums(bits, rows, tier):
+    x, weight = torch.full((rows, 16384), 0.7), quantize(torch.full((20, 16384), 1.3), QuantSpec(bits, 64))
+    truth = x.double() @ weight.dequantize(torch.float32).double().T
+    allowed = 1e-3 if tier in ("reference", "scalar") else 1e-5  # those add up one after another
+    torch.testing.assert_close(dequant_matmul(x, weight).double(), truth, rtol=allowed, atol=0)
+
+
 @pytest.mark.parametrize("activation", CHECKS)
 def test_x_of_tiny_or_zero_magnitude(tier, activation):
     _, qt, bias = operands(1, 40, 200, QuantSpec(4, 64))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from guarded_memory import guarded
 
 from klfast import ops, using
+from klfast.backends.cpu.matmul import why_torch_multiplies
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch import pins
@@ -107,6 +108,19 @@ def test_any_number_of_threads_gives_the_same_bits(isa):
                 assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_equal_terms_of_long_sums(rows, tier):
+    x, weight = torch.full((rows, 16400), 0.7), torch.full((20, 16400), 1.3)  # terms that round the same way
+    allowed = 1e-3 if tier in ("reference", "scalar") else 1e-5  # those add up one after another
+    torch.testing.assert_close(ops.linear(x, weight).double(), x.double() @ weight.double().T, rtol=allowed, atol=0)
+
+
+def test_torch_does_not_round_a_bias_of_another_dtype(monkeypatch):
+    monkeypatch.setattr(pins, "why_not", lambda tier: "")
+    x, weight, bias = operands(9, 5, 64, torch.bfloat16)
+    assert why_torch_multiplies(x, weight, bias.bfloat16()) and not why_torch_multiplies(x, weight, bias)
 
 
 def test_not_finite_x_stays_in_its_row(tier):

@@ -67,6 +67,9 @@ def test_opcheck():
         (lambda: ops.rms_norm(torch.ones(2, 9), torch.ones(9), group_size=4), "group_size"),
         (lambda: ops.rms_norm(torch.ones(2, 9), torch.ones(())), r"weight must be \[9\]"),
         (lambda: ops.rms_norm(torch.ones(9), torch.ones(9), gate_activation="relu"), '"silu" or "sigmoid", got .relu'),
+        (lambda: ops.rms_norm(torch.ones(6, 4), torch.ones(4), torch.ones(2, 3, 4)), r"gate must be like x, \[6, 4\]"),
+        (lambda: ops.rms_norm(torch.ones(4), torch.ones(4), torch.ones(())), r"gate must be like x, \[4\], got \[\]"),
+        (lambda: ops.rms_norm(torch.ones(2, 0), torch.ones(0)), "must have channels"),
     ],
 )
 def test_bad_input(call, message):

@@ -147,7 +147,8 @@ def test_conv_of_packed_sequences(width, dtype, tier):
         for row in range(2):
             for index in seq_idx[row].unique().tolist():
                 steps = seq_idx[row] == index
-                past = None if initial is None or not steps[0] else initial[row : row + 1]
+                begins = index == seq_idx[row][seq_idx[row] >= 0][0]  # the row, though padding may come before it
+                past = initial[row : row + 1] if initial is not None and begins else None
                 if index >= 0:
                     expected[row, :, steps] = true_conv(x[row : row + 1, :, steps], weight, bias, past, True)[0][0]
         out = ops.causal_conv1d_fn(x, weight, bias, seq_idx.to(dtype_of_index), initial, activation="silu")

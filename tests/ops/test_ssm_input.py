@@ -143,6 +143,7 @@ def scan_of(batch=2, **options):
         (lambda: scan_of(1, cu_seqlens=torch.tensor([])), "cu_seqlens must be int32 or int64"),
         (lambda: scan_of(1, cu_seqlens=torch.tensor([0, 5, 9]), seq_idx=RISING[:1]), "mark the same sequences"),
         (lambda: scan_of(seq_idx=torch.zeros(2)), "seq_idx must be int32 or int64"),
+        (lambda: scan_of(dt_limit=(1,)), r"dt_limit must be \(low, high\).* got \(1,\)"),
         (lambda: scan_of(seq_idx=BACK), "seq_idx must rise"),
         (lambda: scan_of(seq_idx=RISING.to("meta")), "one device"),
         (lambda: scan_of(return_varlen_states=True), "return_varlen_states needs cu_seqlens"),

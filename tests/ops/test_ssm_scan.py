@@ -296,10 +296,10 @@ def test_chunk_scan_of_packed_sequences(dtype, tier):
             *operands, **options, seq_idx=RUNS, initial_states=initial, return_final_states=True
         )
         for row in range(2):
-            _, counts = RUNS[row].unique_consecutive(return_counts=True)
-            ends = counts.cumsum(0).tolist()
-            for first, end in zip([0, *ends[:-1]], ends, strict=True):
-                first_state = initial[row] if initial is not None and first == 0 else None
+            numbers, counts = RUNS[row].unique_consecutive(return_counts=True)
+            ends, begins = counts.cumsum(0).tolist(), RUNS[row][RUNS[row] >= 0][0]
+            for number, first, end in zip(numbers, [0, *ends[:-1]], ends, strict=True):
+                first_state = initial[row] if initial is not None and number == begins else None
                 expected, state = scan_alone(operands, options, row, first, end, first_state)
                 close(y[row : row + 1, first:end], expected, dtype, factor=2)
             close(final[row : row + 1], state, factor=FACTOR_OF_STATES)

@@ -64,7 +64,8 @@ struct ExactFewRows {
     const std::int64_t pitch;                       // of a row of x
     Buffer<std::int32_t> x;                         // [m, lines, steps, kLanes], the bits of whatever Lines takes
     Buffer<float> unit;                             // [lines + kLanes], ones behind them, where lines have units
-    Buffer<float> sums;  // [m, lines, kLanes]: sums of a word's values of x in the line's unit, for zero points
+    Buffer<float> sums;    // [m, lines, kLanes]: sums of a word's values of x in the line's unit, for zero points
+    Buffer<bool> has_nan;  // [m]: whether the row of x does, and so all of its results are NaNs
     const Lines<Bits> digits{};
 
     explicit ExactFewRows(const DequantMatmulArgs& args)
@@ -76,14 +77,22 @@ struct ExactFewRows {
           pitch(groups.lines * Lines<Bits>::steps * kLanes),
           x(a.m * pitch),
           unit(Lines<Bits>::kUnits ? groups.lines + kLanes : 0),
-          sums(a.zero_point ? a.m * groups.lines * kLanes : 0) {
+          sums(a.zero_point ? a.m * groups.lines * kLanes : 0),
+          has_nan(a.m) {
         constexpr int count = kWordValues<Bits>;
         Buffer<float> row(groups.lines * kLanes * count + kLanes);
         for (std::int64_t m = 0; m < a.m; ++m) {
-            for (std::int64_t k = 0; k < groups.lines * kLanes * count; k += kLanes)
-                store(row.data + k,
-                      k < a.k ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k)))
-                              : set(0.0f));
+            Vec nothing = set(0.0f);  // unless a value is infinite or a NaN
+            for (std::int64_t k = 0; k < groups.lines * kLanes * count; k += kLanes) {
+                const Vec v = k < a.k
+                                  ? load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k)))
+                                  : set(0.0f);
+                store(row.data + k, v);
+                nothing = fma(v, set(0.0f), nothing);
+            }
+            has_nan[m] = false;
+            if (sum(nothing) != 0.0f)
+                for (std::int64_t k = 0; k < a.k; ++k) has_nan[m] = has_nan[m] || row[k] != row[k];
             for (std::int64_t line = 0; line < groups.lines; ++line) {
                 const float* const from = row.data + line * kLanes * count;
                 const float u = digits.arrange(from, x.data + m * pitch + line * Lines<Bits>::steps * kLanes);
@@ -188,13 +197,14 @@ struct ExactFewRows {
     }
 
     void finish(std::int64_t m, std::int64_t n, float y) const {
-        if (y != y) y = in_order(m, n);
+        if (y != y && !has_nan[m]) y = in_order(m, n);
         if (a.bias) y += load_float(a.bias, n, a.bias_type);
+        if (a.y_type != a.rounded_to) y = rounded(y, a.rounded_to);
         store_float(a.y, m * a.n + n, a.y_type, y);
     }
 
-    // One result digit by digit. Where x is infinite, parts of an integer or of its zero point may give infinities of
-    // both signs, and so a NaN, though the whole has one sign.
+    // One result value by value, a hundred times slower. Where x is infinite, parts of an integer or of its zero point
+    // may give infinities of both signs, and so a NaN, though the whole has one sign.
     [[gnu::cold, gnu::noinline]] float in_order(std::int64_t m, std::int64_t n) const {
         const std::int32_t* const row = a.packed + n * a.stored_words();
         float total = 0.0f;

@@ -76,7 +76,7 @@ struct PlaneLines {
         if (!(count * largest <= 32.0f * sum(all) && 0x1p-40f <= largest && largest < 0x1p100f)) return 1.0f;
         const float below = __builtin_bit_cast(float, __builtin_bit_cast(std::int32_t, largest) & 0x7f800000);
         const float unit = below * 0x1p-21f;
-        return largest > 4177919.0f * unit ? 2.0f * unit : unit;  // beyond 127 2^15 + 127 2^7 + 63
+        return largest > 4177919.0f * unit ? 2.0f * unit : unit;  // beyond 127 2^15 + 127 2^7 + 127
     }
 };
 

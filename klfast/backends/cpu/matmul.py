@@ -67,6 +67,8 @@ def why_torch_multiplies(
         return "torch's own product is faster in float32."
     if x.numel() <= FEW_ROWS * x.shape[-1:].numel():
         return ""
+    if bias is not None and bias.dtype != x.dtype:
+        return ""  # torch would round it first
     if not pins.why_not("amx"):
         return "torch's own product is faster for many rows where the CPU has AMX."
     if x.dtype == torch.bfloat16 == (dtype or x.dtype) and not pins.why_not("avx512bf16"):

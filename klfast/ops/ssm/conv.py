@@ -114,11 +114,15 @@ def _packed(a: CausalConv1d, seq_idx: torch.Tensor) -> torch.Tensor:
     same_device(op, a.x, seq_idx)
     out = _fake_conv(a)
     in_time, out_in_time = a.x.transpose(1, 2), out.transpose(1, 2)
+    begun = -1
     for sequence in packed.by_index(op, seq_idx, a.x.shape[0], a.x.shape[2]):
         if sequence.number < 0:
             sequence.of(out_in_time).zero_()
             continue
-        past = None if a.initial_states is None or sequence.first else a.initial_states[sequence.row : sequence.row + 1]
+        past = None
+        if sequence.row != begun:
+            begun, past = sequence.row, a.initial_states
+            past = None if past is None else past[begun : begun + 1]
         piece = a._replace(x=sequence.of(in_time).transpose(1, 2), initial_states=past)
         sequence.of(out_in_time).copy_(causal_conv1d_op(*piece).transpose(1, 2))
     return out

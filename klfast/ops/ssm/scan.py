@@ -265,7 +265,12 @@ def mamba_chunk_scan_combined(
     """
     if D is not None and D.dim() == 1 and x.dim() == 4:
         D = D[:, None].expand(-1, x.shape[-1])
-    low, high = map(float, dt_limit)
+    try:
+        low, high = map(float, dt_limit)
+    except (TypeError, ValueError):
+        raise InvalidInputError(
+            f"mamba_chunk_scan_combined: dt_limit must be (low, high) with low <= high, got {dt_limit!r}"
+        ) from None
     args = MambaChunkScan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, low, high, return_final_states)
     if seq_idx is None and cu_seqlens is None and not return_varlen_states:
         out, final_states = mamba_chunk_scan_op(*args)
@@ -288,10 +293,12 @@ def _packed(
     states = a.x.new_zeros(batch, heads, dim, a.B.shape[-1], dtype=torch.float32)
     if a.initial_states is not None:
         states.copy_(a.initial_states)
-    found, row = [], -1
+    found, begun = [], -1
     for sequence in sequences:
-        begins_row, row = sequence.row != row, sequence.row
-        state = states[row : row + 1]
+        here = slice(sequence.row, sequence.row + 1)
+        initial = None
+        if sequence.row != begun and sequence.number >= 0:
+            begun, initial = sequence.row, None if a.initial_states is None else a.initial_states[here]
         x, dt, B, C = map(sequence.of, (a.x, a.dt, a.B, a.C))
         piece = a._replace(
             x=x,
@@ -299,12 +306,12 @@ def _packed(
             B=B,
             C=C,
             z=None if a.z is None else sequence.of(a.z),
-            initial_states=state if begins_row else None,
+            initial_states=initial,
             return_final_states=True,
         )
         y, last = mamba_chunk_scan_op(*piece)
         sequence.of(out).copy_(y)
-        state.copy_(last)
+        states[here].copy_(last)
         found.append(last)
     return out, states, torch.cat(found) if of_each else states
 
