@@ -58,6 +58,7 @@ def compare(
     found = replace(found, provenance={**named, **found.provenance})
     if out is not None:
         found.to_json(out)
+        say(f"The figures are in {out}.", as_json)
     emit(found.to_data(), [one.rich() for one in comparison_tables(found)], as_json)
     if found.windows == 1:
         say("Intervals need several windows: give a longer text or a smaller --length.", as_json)

@@ -165,9 +165,14 @@ def plan(
         "activations": dict(Counter(made.activations.values())),
     }
     emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
+    if not made.specs:
+        say("The limit leaves room for full precision: nothing will be quantized.", as_json)
     if alone := unserved(list(found.layers), made.specs):
-        more = f" and {len(alone) - 1} more" if alone[1:] else ""
-        say(f"klfast alone loads {alone[0]}{more} so; --servable plans for vLLM and transformers, too.", as_json)
+        say(
+            f"Of {len(found.layers)} layers klfast alone can read {len(alone)}, such as {alone[0]}; "
+            "--servable plans what vLLM and transformers read, too.",
+            as_json,
+        )
     rounding = ("--rounding", "gptq") if _is_for_gptq(found) else ()
     say(
         f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, *rounding, '--out', 'FOLDER')}",

@@ -260,7 +260,7 @@ def test_servable_plans_leave_the_head_alone(work, tmp_path):
     assert HEAD not in made.specs and made.specs
     out = ("--out", tmp_path / "plan.json", "--force")
     assert "klfast alone" not in klf("plan", work / "sens.json", "--mean-bits", 20, "--servable", *out).stdout
-    assert "klfast alone loads" in klf("plan", work / "sens.json", "--mean-bits", 6, *out).stdout
+    assert "klfast alone can read" in klf("plan", work / "sens.json", "--mean-bits", 6, *out).stdout
 
 
 def test_plans_by_seconds(work, tmp_path, monkeypatch):
