@@ -6,6 +6,7 @@ import copy
 import os
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,8 +49,8 @@ def measure_front(
 ) -> Front:
     """Make plans of about ``count`` sizes, and measure the models that they make.
 
-    The uniform plan in each measured spec and full precision are measured beside them. Speed is that of
-    ``klfast.generate``: the median of five runs, each of 32 tokens after a prompt of 8.
+    The uniform plan in each spec that was measured on every layer and full precision are measured beside them. Speed is
+    that of ``klfast.generate``: the median of five runs, each of 32 tokens after a prompt of 8.
 
     Args:
         model: in full precision, in the dtype that it is to run in; left as it is. Each plan is applied to a copy.
@@ -60,7 +61,7 @@ def measure_front(
         calibration: likewise.
         resume: a file that keeps what is measured. If it exists, the rest is measured.
         progress: as for ``klfast.sweep``.
-        choices: further arguments of ``klfast.plan``: layers, exclude, keep, activation, servable.
+        choices: further arguments of ``klfast.plan``: metric, layers, exclude, keep, activation, servable, timings.
 
     Raises:
         InvalidInputError: the resume file belongs to other arguments or another machine, or another process is working
@@ -97,7 +98,8 @@ def measure_front(
                 if resume is not None:
                     _front(found.values(), provenance).to_json(resume)
                 advance(1, point.label)
-        return _front((found[_key(planned)] for planned in plans), provenance)
+        points = (replace(found[_key(planned)], plan=planned[2]) for planned in plans)  # predictions may be newer
+        return _front(points, provenance)
 
 
 def _plans(sensitivities: Sensitivities, count: int, **choices: object) -> list[Planned]:
@@ -105,12 +107,13 @@ def _plans(sensitivities: Sensitivities, count: int, **choices: object) -> list[
     uniform: list[Planned] = [
         ("uniform", spec, plan) for spec, plan in uniform_plans(sensitivities, **choices).items() if plan.specs
     ]
-    return [*planned, *uniform, ("full", None, full_precision(sensitivities))]
+    return [*planned, *uniform, ("full", None, full_precision(sensitivities, **choices))]
 
 
 def _key(planned: Planned) -> str:
     kind, spec, plan = planned
-    return repr((kind, spec, {name: str(each) for name, each in plan.specs.items()}, dict(plan.activations)))
+    specs = {name: str(each) for name, each in plan.specs.items()}
+    return repr((kind, spec, specs, dict(plan.activations), plan.scale))
 
 
 def _front(points: Iterable[FrontPoint], provenance: dict[str, object]) -> Front:
