@@ -7,16 +7,14 @@ from collections.abc import Callable
 
 from klfast.core.errors import InvalidInputError
 from klfast.models.selection import Patterns
-from klfast.planning.activation import CHOICES
 from klfast.planning.budget import Budget
-from klfast.planning.constraints import Keep, settled
+from klfast.planning.constraints import Keep
 from klfast.planning.greedy import plan_greedy, plan_greedy_evaluated
 from klfast.planning.numbers_given import require_number
 from klfast.planning.optimal import plan_optimal
 from klfast.planning.plan_file import Plan
 from klfast.planning.problem import Problem
 from klfast.planning.refine import refine as refined
-from klfast.planning.servable import unread
 from klfast.planning.timings import Timings
 from klfast.planning.uniform import plan_uniform
 from klfast.quant.spec import QuantSpec
@@ -118,8 +116,6 @@ def plan(
         UnknownLayerError: a pattern selects no layer.
         InfeasibleBudgetError: no plan meets the budget; the message names the smallest reachable bytes or KL.
     """
-    if not isinstance(sensitivities, Sensitivities):
-        raise InvalidInputError(f"plan takes Sensitivities (from klfast.sweep), got {type(sensitivities).__name__}")
     if method not in METHODS:
         raise InvalidInputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if evaluate is not None and method != "greedy":
@@ -133,18 +129,20 @@ def plan(
     spec = None if spec is None else QuantSpec.of(spec)
     if time_limit != math.inf:
         time_limit = require_number("time_limit", time_limit, 0.0)
-    if activation not in CHOICES:
-        raise InvalidInputError(
-            f'activation must be "exact" or "auto", got {activation!r}; quantize_model takes "int8" for all layers'
-        )
     if refine is not None and (not callable(refine) or evaluate is not None or method == "uniform"):
         raise InvalidInputError("refine must be a function from a plan to a KL, for an optimal or greedy plan by costs")
     if objective not in OBJECTIVES:
         raise InvalidInputError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
-    fixed = settled(sensitivities.layers, layers, exclude, keep)
-    if servable:
-        fixed = {**dict.fromkeys(unread(sensitivities.layers)), **fixed}
-    problem = Problem(sensitivities, metric, fixed, activation, servable, timings)
+    problem = Problem.of(
+        sensitivities,
+        metric=metric,
+        layers=layers,
+        exclude=exclude,
+        keep=keep,
+        activation=activation,
+        servable=servable,
+        timings=timings,
+    )
     limits = {"max_bytes": max_bytes, "mean_bits": mean_bits, "max_seconds": max_seconds, "max_kl": max_kl}
     budget = Budget.of(problem, objective, **limits)
     if method == "uniform":

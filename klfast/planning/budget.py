@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
-from klfast.planning.choices import Choice, Picks
+from klfast.planning.choices import Choice, Picks, bytes_of
 from klfast.planning.numbers_given import require_number
 from klfast.planning.problem import KL_METRICS, Problem
 
@@ -94,12 +94,12 @@ class Budget:
         """Return True if the choices are within the budget."""
         return self.used(picks) <= self.limit
 
-    def require(self, problem: Problem, smallest: Picks, remedy: str) -> None:
-        """Raise InfeasibleBudgetError unless ``smallest``, the method's smallest plan, meets the budget."""
+    def require(self, problem: Problem, smallest: Picks, remedy: str, kind: str = "plan") -> None:
+        """Raise InfeasibleBudgetError unless ``smallest``, the smallest plan of its kind, meets the budget."""
         if self.met(smallest):
             return
         used = self.used(smallest)
-        total = sum(choice.nbytes for choice in smallest.values()) + problem.other_bytes
+        total = bytes_of(smallest) + problem.other_bytes
         if self.name == "max_bytes":
             what, least = f"{math.floor(self.value):,} bytes", f"{total:,} bytes"
         elif self.name == "mean_bits":
@@ -108,8 +108,10 @@ class Budget:
             what, least = f"{self.value:g} seconds a token", f"{used:.6g}"
         else:
             what, least = f"a KL of {self.value:g} nats per token", f"{used:.6g}"
-        if problem.settled:
+        if problem.servable:
+            least, remedy = f"{least} in a servable plan", f"{remedy}, or do without servable"
+        if problem.asked:
             least, remedy = f"{least} under these patterns", f"{remedy}, or leave the planner more layers"
         if problem.n_left_out:
             remedy += f" ({problem.n_left_out} measurements are left out: {problem.metric} is not finite)"
-        raise InfeasibleBudgetError(f"no plan meets {what}: the smallest reachable is {least}; {remedy}")
+        raise InfeasibleBudgetError(f"no {kind} meets {what}: the smallest reachable is {least}; {remedy}")

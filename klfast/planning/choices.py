@@ -44,6 +44,11 @@ class Choice:
 Picks = dict[str, Choice]  # a choice for each of some layers
 
 
+def bytes_of(picks: Picks) -> int:
+    """Return the bytes of some choices together, as saved."""
+    return sum(choice.nbytes for choice in picks.values())
+
+
 def cost_of(metric: str, mean: float) -> float:
     """Return the additive cost of one measurement."""
     if metric == "sqnr_db":  # noise power relative to the signal's

@@ -14,29 +14,29 @@ from fractions import Fraction
 
 from klfast.core.errors import InvalidInputError
 from klfast.planning.budget import Budget, summed_cost
-from klfast.planning.choices import Picks
+from klfast.planning.choices import Picks, bytes_of
 from klfast.planning.numbers_given import require_number
 from klfast.planning.plan_file import Plan
 from klfast.planning.problem import Problem
 
 
 def plan_greedy(problem: Problem, budget: Budget) -> Plan:
-    """Return a plan without evaluation: candidates in order until the bytes meet the budget, or while the KL does."""
+    """Return a plan without evaluation: candidates in order until the sizes meet the budget, or while the KL does."""
     picks = problem.start
 
     def used(chosen: Picks) -> Fraction:  # exactly, since differences are added up
         return sum(map(Fraction, map(budget.counted, chosen.values())), Fraction())
 
     total = used(picks)
-    for candidate in _candidates(problem):
+    for candidate in _candidates(problem, budget.sizes):
         if budget.limits_size and total <= budget.limit:
             break
         before = {name: picks[name] for name in candidate}
         after = total - used(before) + used(candidate)
-        if _bytes(candidate) < _bytes(before) and (budget.limits_size or after <= budget.limit):
+        if budget.sizes(candidate) < budget.sizes(before) and (budget.limits_size or after <= budget.limit):
             picks |= candidate
             total = after
-    budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits")
+    budget.require(problem, picks, "raise the budget, or sweep specs with fewer bits", "greedy plan")
     return problem.plan(picks, "greedy")
 
 
@@ -60,10 +60,11 @@ def plan_greedy_evaluated(
                 f"the layers in keep raise the perplexity to {perplexity:.4f}, above gamma times that of full precision"
             )
     accepted = tried = 0
-    for candidate in _candidates(problem):
+    sizes = bytes_of if budget is None else budget.sizes
+    for candidate in _candidates(problem, sizes):
         if budget is not None and budget.met(picks):
             break
-        if _bytes(candidate) >= _bytes({name: picks[name] for name in candidate}):
+        if sizes(candidate) >= sizes({name: picks[name] for name in candidate}):
             continue
         trial = {**picks, **candidate}
         result = _perplexity(evaluate, problem.plan(trial, "greedy"))
@@ -71,7 +72,7 @@ def plan_greedy_evaluated(
         if result <= gamma * baseline:  # rejects NaN, too
             picks, perplexity, accepted = trial, result, accepted + 1
     if budget is not None:
-        budget.require(problem, picks, f"raise {budget.name} or gamma")
+        budget.require(problem, picks, f"raise {budget.name} or gamma", f"greedy plan within gamma={gamma:g}")
     notes.append(
         f"accepted {accepted} of {tried} candidates tried; "
         f"perplexity {baseline:.4f} in full precision, {perplexity:.4f} planned"
@@ -87,11 +88,7 @@ def _perplexity(evaluate: Callable[[Plan], float], plan: Plan) -> float:
         raise InvalidInputError(f"evaluate must return a perplexity, got {type(found).__name__}") from None
 
 
-def _candidates(problem: Problem) -> list[Picks]:
-    """Return the units' choices by rising cost; on ties, more bytes first, then in module order."""
+def _candidates(problem: Problem, sizes: Callable[[Picks], float]) -> list[Picks]:
+    """Return the units' choices by rising cost; on ties, the larger first, then in module order."""
     found = [picks for unit in problem.units for picks in unit[1:]]
-    return sorted(found, key=lambda picks: (summed_cost(picks), -_bytes(picks)))
-
-
-def _bytes(picks: Picks) -> int:
-    return sum(choice.nbytes for choice in picks.values())
+    return sorted(found, key=lambda picks: (summed_cost(picks), -sizes(picks)))

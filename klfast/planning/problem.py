@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from klfast.core.errors import InvalidInputError
-from klfast.planning.activation import with_int8
-from klfast.planning.choices import TOO_LARGE, Choice, Picks, cost_of, counted, unique
+from klfast.models.selection import Patterns
+from klfast.planning import notes
+from klfast.planning.activation import CHOICES, with_int8
+from klfast.planning.choices import TOO_LARGE, Choice, Picks, bytes_of, cost_of, counted, unique
+from klfast.planning.constraints import Keep, settled
 from klfast.planning.numbers_given import require_sizes
 from klfast.planning.plan_file import Plan
-from klfast.planning.servable import SERVED, fused, is_served
+from klfast.planning.servable import SERVED, fused, is_served, unread
 from klfast.planning.timings import Product, Timings
 from klfast.quant.spec import SCALES, QuantSpec, storable_spec
-from klfast.sensitivity.coverage import not_finite_note, unfinished_note, unmeasured
 from klfast.sensitivity.results import METRICS, Sensitivities
 
 KL_METRICS = ("kl_teacher_student", "kl_student_teacher")
@@ -29,7 +30,9 @@ class Problem:
         units: what is decided at once: the possible choices of one layer, or of layers with one precision, by name.
         servable: the plan is one that other engines load.
         layers: name -> choices. Full precision first, then by falling bytes; a single choice where the user fixed one.
-        settled: name -> the spec (None: full precision) that the user fixed; the other layers are free.
+        asked: name -> the spec (None: full precision) that the user fixed.
+        settled: the same, and what ``servable`` fixes.
+        free: layers whose precision the planner may choose: neither settled nor fused with one that is.
         n_weights: the number of weights in all linear layers.
         metric: the metric that costs are derived from.
         notes: findings about the measurements.
@@ -42,14 +45,15 @@ class Problem:
         self,
         sensitivities: Sensitivities,
         metric: str | None,
-        settled: Mapping[str, QuantSpec | None] | None = None,
+        asked: Mapping[str, QuantSpec | None] | None = None,
         activation: str = "exact",
         servable: bool = False,
         timings: Timings | None = None,
     ) -> None:
         self.sensitivities = sensitivities
         self.timings = timings
-        self.settled = dict(settled or {})
+        self.asked = dict(asked or {})
+        self.settled = {**dict.fromkeys(unread(sensitivities.layers) if servable else ()), **self.asked}
         self.servable = servable
         self.activation = activation
         self.notes: list[str] = []
@@ -88,23 +92,43 @@ class Problem:
         self.n_left_out = len(broken)
         if broken and not any(found.values()):
             raise InvalidInputError(
-                f"{self.metric} is not finite in any measurement ({_some(broken)}); pass another metric or sweep again"
+                f"{self.metric} is not finite in any measurement ({notes.some(broken)}); pass another metric "
+                "or sweep again"
             )
         self.layers = {name: self._choices(name, choices) for name, choices in found.items()}
         groups = fused(list(self.layers)) if servable else [[name] for name in self.layers]
         self.units = [self._unit(names) for names in groups]
-        self._note_layers()
-        self._note_measurements(negative, noise, broken)
+        held = {name for names in groups if self.settled.keys() & set(names) for name in names}
+        self.free = [name for name in self.layers if name not in held]
+        self.notes += notes.of_measurements(sensitivities, self.metric, negative, noise, broken)
+
+    @classmethod
+    def of(
+        cls,
+        sensitivities: Sensitivities,
+        *,
+        metric: str | None = None,
+        layers: Patterns | None = None,
+        exclude: Patterns | None = None,
+        keep: Keep | None = None,
+        activation: str = "exact",
+        servable: bool = False,
+        timings: Timings | None = None,
+    ) -> Problem:
+        """Return the problem that these arguments of ``klfast.plan`` pose; the errors are those."""
+        if not isinstance(sensitivities, Sensitivities):
+            raise InvalidInputError(f"plan takes Sensitivities (from klfast.sweep), got {type(sensitivities).__name__}")
+        if activation not in CHOICES:
+            raise InvalidInputError(
+                f'activation must be "exact" or "auto", got {activation!r}; quantize_model takes "int8" for all layers'
+            )
+        asked = settled(sensitivities.layers, layers, exclude, keep)
+        return cls(sensitivities, metric, asked, activation, servable, timings)
 
     def seconds(self, name: str, spec: QuantSpec | None, activation: str = "exact") -> float | None:
         """Return the seconds of a layer's product with a token; None without timings."""
         shape = self.sensitivities.layers[name].shape
         return None if self.timings is None else self.timings.of(Product(shape, spec, activation))
-
-    @property
-    def free(self) -> list[str]:
-        """Layers whose precision the planner may choose."""
-        return [name for name in self.full if name not in self.settled]
 
     def _unit(self, names: Sequence[str]) -> list[Picks]:
         """Return the choices that layers have in common; those of the first say in which order."""
@@ -182,59 +206,26 @@ class Problem:
                 )
         return asked
 
-    def _note_layers(self) -> None:
-        """Note which layers the user fixed, and which the planner cannot quantize."""
-        for note in (unfinished_note(self.sensitivities), not_finite_note(self.sensitivities)):
-            if note:
-                self.notes.append(note)
-        if self.sensitivities.provenance.get("rounding") == "gptq":
-            self.notes.append('costs are those of second-order rounding: quantize with rounding="gptq"')
-        by_spec: dict[QuantSpec | None, list[str]] = {}
-        for name, spec in self.settled.items():
-            by_spec.setdefault(spec, []).append(name)
-        self.notes += [
-            f"{_some(names)} kept in {spec or 'full precision'}, as asked" for spec, names in by_spec.items()
-        ]
-        single = [name for name in self.free if len(self.layers[name]) == 1]
-        missing = set(unmeasured(self.sensitivities)) if single else set()
-        known = "measured spec that other engines run" if self.servable else "measured spec"
-        for why, names in (
-            ("not measured", [name for name in single if name in missing]),
-            (f"no {known} makes it smaller", [name for name in single if name not in missing]),
-        ):
-            if names:
-                self.notes.append(f"{_some(names)} keeping full precision: {why}")
-
-    def _note_measurements(self, negative: int, noise: int, broken: list[str]) -> None:
-        if negative:
-            self.notes.append(f"{negative} negative measurements of {self.metric} were taken as 0")
-        if noise:
-            self.notes.append(
-                f"{noise} measurements lie below the noise floor: their order is random, their size an upper bound"
-            )
-        if broken:
-            self.notes.append(f"{_some(broken)} left out: {self.metric} is not finite")
-
     @property
     def other_bytes(self) -> int:
         """Bytes of everything that is never quantized."""
         return int(self.sensitivities.other_bytes)
 
     def plan(
-        self, picks: Picks, method: str, notes: Sequence[str] = (), measured: Mapping[str, float] = MappingProxyType({})
+        self, picks: Picks, method: str, added: Sequence[str] = (), measured: Mapping[str, float] = MappingProxyType({})
     ) -> Plan:
         """Return the Plan of these choices with its predicted cost, and what was measured of it."""
         specs = {name: choice.spec for name, choice in picks.items() if choice.spec is not None}
         modes = {name: picks[name].activation for name in specs} if self.activation == "auto" else {}
-        notes = (*self.notes, *self._note_groups(picks), *_note_modes(modes), *notes)
+        said = (*self.notes, *notes.of_layers(self, picks), *notes.of_groups(self, picks), *notes.of_modes(modes))
         scale = self.sensitivities.provenance.get("scale")
         known_scale = next((known for known in SCALES if scale == known), None)
         predicted = {**self._predicted(picks), **measured}
-        return Plan(specs, method, self.sensitivities.fingerprint, predicted, notes, known_scale, modes)
+        return Plan(specs, method, self.sensitivities.fingerprint, predicted, (*said, *added), known_scale, modes)
 
     def _predicted(self, picks: Picks) -> dict[str, float]:
         predicted: dict[str, float] = {
-            "bytes": sum(choice.nbytes for choice in picks.values()) + self.other_bytes,
+            "bytes": bytes_of(picks) + self.other_bytes,
             "mean_bits": 8 * sum(choice.weight_bytes for choice in picks.values()) / self.n_weights,
         }
         kl = [choice.kl for choice in picks.values() if choice.kl is not None]
@@ -251,18 +242,6 @@ class Problem:
                 predicted["perplexity"] = math.exp(min(nll, 700.0))
         return predicted
 
-    def _note_groups(self, picks: Picks) -> list[str]:
-        changed: Counter[tuple[QuantSpec, QuantSpec, int]] = Counter()
-        for name, choice in picks.items():
-            k = self.sensitivities.layers[name].shape[1]
-            spec, measured = choice.spec, choice.measured
-            if spec is not None and measured is not None and spec.group_length(k) != measured.group_length(k):
-                changed[measured, spec, k] += 1
-        return [
-            f"{asked} became {spec} on {count} layers with {k} inputs: a saved group size must divide the inputs"
-            for (asked, spec, k), count in changed.items()
-        ]
-
 
 def _sum(values: Sequence[float]) -> float:
     """Return the exactly rounded sum; NaN if undefined (infinities of both signs) or out of the range of floats."""
@@ -270,14 +249,3 @@ def _sum(values: Sequence[float]) -> float:
         return math.fsum(values)
     except (OverflowError, ValueError):
         return math.nan
-
-
-def _note_modes(modes: Mapping[str, str]) -> list[str]:
-    """Note how many layers round their input."""
-    int8 = sum(mode == "int8" for mode in modes.values())
-    below = "where they cost less than a tenth of what the weights do"
-    return [f"int8 activations in {int8} of {len(modes)} quantized layers, {below}"] if modes else []
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -20,36 +20,73 @@ def plan_uniform(problem: Problem, budget: Budget | None, spec: QuantSpec | None
     That is the one of least cost under a budget of sizes, or of least size under a KL budget.
     """
     if spec is not None:
-        picks = _everywhere(problem, spec)
-        for name, choice in picks.items():
-            if problem.servable and choice.spec is not None and not is_served(choice.spec, name):
-                raise InvalidInputError(f"no other engine runs {choice.spec} on {name}; {SERVED}")
-        if budget is not None:
-            if not budget.limits_size and any(c.kl is None for c in picks.values()):
-                raise InvalidInputError(
-                    f"{spec} was not measured on every layer, so its KL is not known; sweep it, or give max_bytes"
-                )
-            budget.require(problem, picks, "raise the budget or choose another spec")
-        return _plan(problem, picks)
+        return _plan_in(problem, budget, spec)
     if budget is None:
         raise InvalidInputError(
             "a uniform plan needs spec=, or a budget to choose one: max_bytes, mean_bits, max_seconds or max_kl"
         )
-    trials = uniform_picks(problem)
+    trials = uniform_trials(problem)
     if not trials:
-        raise InvalidInputError("no spec was measured on every layer; pass spec=, or finish the sweep")
-    least = min(trials, key=budget.used)
-    budget.require(problem, least, "raise the budget, or use method='optimal'")
-    fitting = [picks for picks in trials if budget.met(picks)]
-    return _plan(problem, min(fitting, key=lambda picks: _order(picks, budget)))
+        engines = "that other engines run " if problem.servable else ""
+        raise InvalidInputError(f"no spec {engines}was measured on every layer; pass spec=, or finish the sweep")
+    least = min(trials.values(), key=budget.used)
+    budget.require(problem, least, "raise the budget, or use method='optimal'", "uniform plan")
+    fitting = {each: picks for each, picks in trials.items() if budget.met(picks)}
+    best = min(fitting, key=lambda each: _order(fitting[each], budget))
+    return as_plan(problem, fitting[best], best)
 
 
 def uniform_picks(problem: Problem) -> list[Picks]:
-    """Return the uniform plans whose cost is known, one for each spec that was measured on every layer."""
+    """Return the uniform plans whose cost is known."""
+    return list(uniform_trials(problem).values())
+
+
+def uniform_trials(problem: Problem) -> dict[QuantSpec | None, Picks]:
+    """Return the uniform plans whose cost is known: for each spec that was measured on every layer, by spec.
+
+    If no layer is free there is one, under None.
+    """
     specs = sorted({measured for _, measured in problem.sensitivities.measurements})
-    trials = [_everywhere(problem, spec) for spec in specs] if problem.free else [problem.start]
-    trials = [picks for picks in trials if all(c.kl is not None for c in picks.values()) or problem.kl_metric is None]
-    return [picks for picks in trials if all(math.isfinite(c.cost) for c in picks.values())]
+    trials: dict[QuantSpec | None, Picks] = {None: problem.start}
+    if problem.free:
+        trials = {spec: _everywhere(problem, spec) for spec in specs}
+    return {spec: picks for spec, picks in trials.items() if all(_is_known(problem, c) for c in picks.values())}
+
+
+def as_plan(problem: Problem, picks: Picks, spec: QuantSpec | None) -> Plan:
+    """Return the Plan of the choices for ``spec``; it notes why other layers than those that have no choice lack it."""
+    full = [name for unit in problem.units if len(unit) > 1 for name in unit[0] if picks[name].spec is None]
+    useless = [name for name in full if spec is not None and _choice(problem, name, spec).spec is None]
+    notes = [
+        f"{len(names)} layers keep full precision, since {why}: {', '.join(names)}"
+        for why, names in (
+            ("the spec saves nothing", useless),
+            ("not all layers fused with them can have the spec", [name for name in full if name not in set(useless)]),
+        )
+        if names
+    ]
+    return problem.plan(picks, "uniform", notes)
+
+
+def _plan_in(problem: Problem, budget: Budget | None, spec: QuantSpec) -> Plan:
+    picks = _everywhere(problem, spec)
+    for name, choice in picks.items():
+        if problem.servable and choice.spec is not None and not is_served(choice.spec, name):
+            raise InvalidInputError(f"no other engine runs {choice.spec} on {name}; {SERVED}")
+        if choice.spec is not None and (why := choice.spec.why_unfit(problem.sensitivities.layers[name].shape[0])):
+            raise InvalidInputError(f"{name} cannot be {choice.spec}: {why}; choose another spec, or exclude the layer")
+    if budget is not None:
+        if not budget.limits_size and any(c.kl is None for c in picks.values()):
+            raise InvalidInputError(
+                f"{spec} was not measured on every layer, so its KL is not known; sweep it, or give max_bytes"
+            )
+        budget.require(problem, picks, "raise the budget or choose another spec", f"uniform plan in {spec}")
+    return as_plan(problem, picks, spec)
+
+
+def _is_known(problem: Problem, choice: Choice) -> bool:
+    """Return True if the cost of a choice was measured, and its KL, if that of others was."""
+    return math.isfinite(choice.cost) and (choice.kl is not None or problem.kl_metric is None)
 
 
 def _everywhere(problem: Problem, spec: QuantSpec) -> Picks:
@@ -83,9 +120,3 @@ def _choice(problem: Problem, name: str, spec: QuantSpec) -> Choice:
 def _order(picks: Picks, budget: Budget) -> tuple[float, float]:
     size, cost = budget.sizes(picks), math.fsum(c.cost for c in picks.values())
     return (cost, size) if budget.limits_size else (size, cost)
-
-
-def _plan(problem: Problem, picks: Picks) -> Plan:
-    full = [name for name, choice in picks.items() if choice.spec is None and len(problem.layers[name]) > 1]
-    notes = [f"{len(full)} layers keep full precision, since the spec saves nothing: {', '.join(full)}"] if full else []
-    return problem.plan(picks, "uniform", notes)
