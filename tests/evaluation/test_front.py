@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from planning_problems import sensitivities
@@ -82,6 +83,40 @@ def test_goes_on_where_it_was_stopped(model, swept, tmp_path, monkeypatch):
         klfast.measure_front(model, swept, tokens(2), COUNT, resume=path, progress=False)
     with klfast.using("scalar"), pytest.raises(InvalidInputError, match="a front with other tier"):
         measured(model, swept, resume=path)
+
+
+def test_a_resumed_front_holds_figures_of_its_own_plans(model, swept, tmp_path, monkeypatch):
+    """Scales change the model; measurements that leave the plans as they are change what is predicted of them."""
+    path, quantized = tmp_path / "front.json", []
+    measured(model, swept, resume=path)
+    finer = replace(swept, provenance={**swept.provenance, "scale": "mse"})
+    again = measured(model, finer, resume=path)
+    measure = klfast.measured_kl(model, tokens(3, seed=2))
+    for point in again.points:
+        assert point.plan.scale == "mse" and point.kl == pytest.approx(measure(point.plan), rel=1e-6, abs=1e-7)
+    monkeypatch.setattr(measured_front, "quantize_model", lambda *a, **k: quantized.append(a))
+    doubled = {
+        key: replace(one, mean={name: 2 * value for name, value in one.mean.items()})
+        for key, one in finer.measurements.items()
+    }
+    third = measured(model, replace(finer, measurements=doubled), resume=path)
+    assert not quantized and [point.kl for point in third.points] == [point.kl for point in again.points]
+    for new, old in zip(third.points, again.points, strict=True):
+        assert new.plan.predicted["kl"] == pytest.approx(2 * old.plan.predicted["kl"])
+
+
+def test_fronts_of_sweeps_with_rows_of_one_layer_and_specs_that_no_other_engine_runs(model, swept):
+    """Only what fits every layer is measured as a uniform plan; plans go by any metric."""
+    found = dict(swept.measurements)
+    largest = max(swept.layers, key=lambda name: swept.layers[name].shape[0])
+    rows = swept.layers[largest].shape[0]
+    for spec in ("int6-g32-sym", f"int4-g32-sym+{rows - 4}:{rows}", "int4-g32-sym+8"):
+        found[largest, klfast.QuantSpec.parse(spec)] = found[largest, klfast.QuantSpec.parse("int8-g32-sym")]
+    for choices in ({"metric": "sqnr_db"}, {"servable": True}):
+        front = klfast.measure_front(model, replace(swept, measurements=found), tokens(2), 2, progress=False, **choices)
+        uniform = {point.spec for point in front.points if point.kind == "uniform"}
+        assert uniform == {"int4-g32-sym", "int8-g32-sym"}
+        assert {point.kind for point in front.points} == {"planned", "uniform", "full"}
 
 
 def test_plans_of_a_front_differ_and_grow():

@@ -67,6 +67,24 @@ def test_other_methods_keep_the_limit():
     assert refined.predicted["kl_measured"] == refined.predicted["kl"] and refined.predicted["seconds"] <= 4e-3
 
 
+@pytest.mark.parametrize("evaluate", [None, lambda plan: 1.0])
+def test_greedy_counts_the_seconds_that_its_budget_limits(evaluate):
+    """Here INT4 is smaller than INT8 but slower: a layer in it cannot return."""
+    swept = sensitivities([(0.001, 0.002), (0.01, 0.02)], [(64, 64), (128, 64)])
+    fastest = 3e-4 + 2e-4
+    asked = {"method": "greedy", "timings": timings({None: 9e-4, INT8: 3e-4, INT4: 5e-4})}
+    made = klfast.plan(swept, max_seconds=fastest * 1.1, evaluate=evaluate, **asked)
+    assert made.predicted["seconds"] == pytest.approx(fastest) and set(made.specs.values()) == {INT8}
+    kind = "greedy plan within gamma=1.1" if evaluate else "greedy plan"
+    with pytest.raises(InfeasibleBudgetError, match=f"no {kind} meets 0.0004 seconds .* smallest reachable is 0.0005"):
+        klfast.plan(swept, max_seconds=4e-4, evaluate=evaluate, **asked)
+    if evaluate is None:
+        made = klfast.plan(swept, max_kl=1.0, objective="latency", **asked)
+        assert made.predicted["seconds"] == pytest.approx(fastest) and set(made.specs.values()) == {INT8}
+        small = klfast.plan(swept, max_kl=1.0, **asked)
+        assert set(small.specs.values()) == {INT4}, "unless bytes are asked for"
+
+
 def test_any_plan_predicts_seconds():
     made = klfast.plan(found(), mean_bits=7, timings=timings())
     of_layers = [Product(info.shape, made.specs.get(name)) for name, info in found().layers.items()]

@@ -198,7 +198,9 @@ def test_infeasible_budgets_name_the_smallest_reachable():
     smallest = OTHER_BYTES + sum(INT4.nbytes(info.shape) + SHAPE for info in found.layers.values())
     assert plan(found, max_bytes=smallest).specs == dict.fromkeys(found.layers, INT4)
     for method in ("optimal", "greedy", "uniform"):
-        with pytest.raises(InfeasibleBudgetError, match=f"smallest reachable is {smallest:,} bytes"):
+        kind = "plan" if method == "optimal" else f"{method} plan"
+        said = f"no {kind} meets {smallest - 1:,} bytes: the smallest reachable is {smallest:,} bytes; raise"
+        with pytest.raises(InfeasibleBudgetError, match=said):
             plan(found, max_bytes=smallest - 1, method=method)
         with pytest.raises(InfeasibleBudgetError, match=r"smallest reachable is 4\.5000"):
             plan(found, mean_bits=4.49, method=method)
@@ -222,7 +224,10 @@ def test_uniform():
     assert plan(found, max_kl=3.0, method="uniform").specs == dict.fromkeys(found.layers, INT4)
     assert plan(found, max_kl=2.9, method="uniform").specs == dict.fromkeys(found.layers, INT8)
     assert plan(found, mean_bits=9, method="uniform").specs == dict.fromkeys(found.layers, INT8)
+    partly = plan(sensitivities([(0.1, 1.0), (None, None)]), method="uniform", spec=INT4)
+    assert len(partly.specs) == 2 and partly.notes == (), "no layer keeps full precision"
     unmeasured = plan(found, method="uniform", spec=QuantSpec(4, 16, False))
+    assert unmeasured.notes == ()
     assert "kl" not in unmeasured.predicted and unmeasured.predicted["mean_bits"] == 4 + 16 / 16 + 4 / 16
 
 
@@ -313,6 +318,10 @@ def test_predicted_perplexity():
         ({"max_bytes": 10**6, "evaluate": len}, "evaluate belongs to method='greedy'"),
         ({"method": "uniform"}, "needs spec="),
         ({"method": "uniform", "spec": QuantSpec(4, 16), "max_kl": 1.0}, "int4-g16-sym was not measured"),
+        (
+            {"method": "uniform", "spec": "int4-g32-sym+64:68"},
+            r"layers.0.proj cannot be .* 4 rows from 64 on cannot be",
+        ),
         ({"method": "greedy"}, "give a budget"),
         ({"method": "greedy", "evaluate": lambda _: 1.0, "max_kl": 1.0}, "not max_kl"),
         ({"method": "greedy", "evaluate": lambda _: 1.0, "gamma": 0.9}, "gamma must be"),

@@ -7,7 +7,7 @@ import pytest
 from planning_problems import INT4, INT8, sensitivities
 
 import klfast
-from klfast.core.errors import InvalidInputError
+from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
 from klfast.planning.servable import fused, unserved
 from klfast.sensitivity.results import Measurement
 
@@ -114,6 +114,57 @@ def test_specs_that_are_asked_for_but_no_other_engine_runs(spec):
         klfast.plan(swept, method="uniform", spec=spec, servable=True)
     with pytest.raises(InvalidInputError, match=f"keep asks for .* on {NAMES[3]}, which no other engine runs"):
         klfast.plan(swept, 1e9, servable=True, keep={"o_proj": spec})
+
+
+def test_notes_tell_what_was_asked_from_what_serving_takes():
+    attention, fixed = NAMES[0].removesuffix("q_proj"), f"{NAMES[13]} and 2 more keeping full precision"
+    serving = f"{fixed}: not quantized in servable plans"
+    assert klfast.plan(found(), 1e9, servable=True).notes == (serving,)
+    for method, spec in (("optimal", None), ("uniform", INT4)):
+        made = klfast.plan(found(), 1e9, method=method, spec=spec, servable=True, keep={"q_proj": "full"})
+        assert made.notes == (
+            f"{attention}q_proj kept in full precision, as asked",
+            f"{attention}k_proj and 1 more kept in full precision, as asked of layers fused with them",
+            serving,
+        )
+    made = klfast.plan(found(), 1e9, servable=True, keep={"q_proj": INT8}, exclude="lm_head")
+    assert made.notes == (
+        f"{attention}q_proj kept in int8-g32-sym, as asked",
+        "lm_head kept in full precision, as asked",
+        f"{attention}k_proj and 1 more kept in int8-g32-sym, as asked of layers fused with them",
+        f"{NAMES[13]} and 1 more keeping full precision: not quantized in servable plans",
+    )
+
+
+def test_notes_on_fused_layers_without_a_precision_in_common():
+    swept = found()
+    del swept.measurements[NAMES[0], INT4], swept.measurements[NAMES[1], INT8]
+    said = f"{NAMES[0]} and 2 more keeping full precision: no spec that other engines run was measured on all layers"
+    [_, note] = klfast.plan(swept, 1e9, servable=True).notes
+    assert note.startswith(said)
+    assert len(klfast.plan(swept, method="uniform", spec=INT8, servable=True).notes) == 1, "that needs no measurement"
+    swept = sensitivities([(0.1, 0.2)] * 3, [(1, 16), (64, 16), (64, 16)])  # in INT8 the first saves nothing
+    names = dict(zip(swept.layers, NAMES[:3], strict=True))
+    swept.layers = {names[name]: info for name, info in swept.layers.items()}
+    swept.measurements = {(names[name], spec): one for (name, spec), one in swept.measurements.items()}
+    assert klfast.plan(swept, method="uniform", spec=INT8, servable=True).notes == (
+        f"1 layers keep full precision, since the spec saves nothing: {NAMES[0]}",
+        f"2 layers keep full precision, since not all layers fused with them can have the spec: {NAMES[1]}, {NAMES[2]}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({}, r"bytes in a servable plan; raise the budget, or .*, or do without servable$"),
+        ({"exclude": "o_proj"}, r"bytes in a servable plan under these patterns; .* leave the planner more layers$"),
+    ],
+)
+def test_budgets_that_no_servable_plan_meets(patterns, message):
+    with pytest.raises(InfeasibleBudgetError, match=message):
+        klfast.plan(found(), 1, servable=True, **patterns)
+    with pytest.raises(InvalidInputError, match="no spec that other engines run was measured on every layer"):
+        klfast.plan(found([klfast.QuantSpec(6, 32)]), 1e9, method="uniform", servable=True)
 
 
 def test_contradictions_and_names():
