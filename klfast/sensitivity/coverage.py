@@ -33,6 +33,12 @@ def unfinished_note(sensitivities: Sensitivities) -> str | None:
     return f"the sweep is unfinished: {found}; run it again to go on"
 
 
+def share_measured(sensitivities: Sensitivities) -> float:
+    """Return the share of the calibration text that a sweep has measured, 1 if that is not known."""
+    done, total = _progress(sensitivities)
+    return done / total if total > 0 else 1.0
+
+
 def measured_note(sensitivities: Sensitivities) -> str | None:
     """Return a sentence on what a sweep did not measure in full; None if it did."""
     found, vocabulary = sensitivities.measurements, sensitivities.provenance.get("vocabulary", "full")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.expert_names import stacked
 from klfast.sensitivity import kl_ssm_quant
+from klfast.sensitivity.coverage import share_measured
 from klfast.sensitivity.results import Sensitivities
 
 
@@ -46,18 +47,22 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
                 f"{os.fspath(path)} and {os.fspath(paths[0])} are for different models; give files for one model"
             )
         if twice := [
-            *(other.measurements.keys() & merged.measurements.keys()),
-            *(other.rows.keys() & merged.rows.keys()),
+            *((name, spec) for name, spec in sorted(other.measurements.keys() & merged.measurements.keys())),
+            *((f"{name} ({use})", spec) for name, use, spec in sorted(other.rows.keys() & merged.rows.keys())),
         ]:
-            name, *_, spec = min(twice)
+            name, spec = twice[0]
             raise InvalidInputError(f"{os.fspath(path)} measures {name} as {spec} again; leave one of the files out")
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
         merged.activations.update(other.activations)  # the same for all specs with such groups
         if broken := [*_broken(merged), *_broken(other)]:
             merged.provenance["not_finite"] = broken
-        if other.provenance.get("calibration_sha256") != found.provenance.get("calibration_sha256"):
+        is_one_text = other.provenance.get("calibration_sha256") == found.provenance.get("calibration_sha256")
+        if not is_one_text or share_measured(other) != share_measured(merged):
             merged.provenance.pop("ce_teacher", None)  # no single text to predict a perplexity for
+        if share_measured(other) < share_measured(merged):
+            merged.provenance["micro_batches"] = other.provenance["micro_batches"]
+        _add_work(merged, other)
         if other.provenance.get("vocabulary", "full") != merged.provenance.get("vocabulary", "full"):
             merged.provenance["vocabulary"] = "mixed"  # each measurement's standard error has that of its own sample
         roundings = [one.provenance.get("rounding", "nearest") for one in (other, found)]
@@ -71,6 +76,18 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
             both = f"{os.fspath(path)} was swept with scale {scales[1]}, {os.fspath(paths[0])} with {scales[0]}"
             raise InvalidInputError(f"{both}; a plan needs one of them")
     return merged
+
+
+def _add_work(merged: Sensitivities, other: Sensitivities) -> None:
+    """Add to what the merged sweeps took what another one did, where both say it."""
+    seconds, more = merged.provenance.get("seconds"), other.provenance.get("seconds")
+    if isinstance(seconds, dict) and isinstance(more, dict):
+        stages = dict.fromkeys((*seconds, *more))
+        merged.provenance["seconds"] = {stage: seconds.get(stage, 0) + more.get(stage, 0) for stage in stages}
+    for entry in ("token_forwards", "compared_in_full"):
+        count, added = merged.provenance.get(entry), other.provenance.get(entry)
+        if isinstance(count, int) and isinstance(added, int):
+            merged.provenance[entry] = count + added
 
 
 def _broken(of: Sensitivities) -> list[object]:

@@ -1,6 +1,7 @@
 """Merging several sensitivities files: which ones fit together."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -8,7 +9,7 @@ from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.fingerprint import Fingerprint
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity import merge
-from klfast.sensitivity.coverage import measured_note
+from klfast.sensitivity.coverage import measured_note, unfinished_note
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 KL = "kl_teacher_student"
@@ -41,8 +42,40 @@ def test_one_candidate_in_two_files(tmp_path):
     with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
         read(tmp_path, made(INT4), made(INT4))
     row = {("a", "gate", INT4): Measurement({KL: 0.1}, {KL: 0.01}, 64)}
-    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
+    with pytest.raises(InvalidInputError, match=r"measures a \(gate\) as int4-g64-sym again"):
         read(tmp_path, replace(made(INT4), rows=row), replace(made(INT8), rows=row))
+    with pytest.raises(InvalidInputError, match="measures a as int4-g64-sym again"):
+        read(tmp_path, replace(made(INT4), rows=row), replace(made(INT4), rows=row))
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_the_least_complete_sweep_counts(tmp_path, order):
+    parts = (
+        made(INT4, micro_batches=[8, 8], ce_teacher=3.0),
+        made(INT8, micro_batches=[1, 8], ce_teacher=2.0),
+        made(QuantSpec(6), micro_batches=[6, 8], ce_teacher=2.5),
+    )
+    for part in parts:
+        part.measurements |= {("b", spec): one for (_, spec), one in part.measurements.items()}
+    merged = read(tmp_path, *(parts[i] for i in order))
+    assert "measured 1 of 8 parts" in unfinished_note(merged)
+    assert "ce_teacher" not in merged.provenance  # that of no one text
+
+
+def test_a_sweep_that_does_not_say_its_progress_counts_as_complete(tmp_path):
+    ended = read(tmp_path, made(INT4), made(INT8, micro_batches=[8, 8], ce_teacher=3.0))
+    assert unfinished_note(ended) is None
+    for order in (0, 1), (1, 0):
+        parts = made(INT4), made(INT8, micro_batches=[2, 8])
+        assert unfinished_note(read(tmp_path, *(parts[i] for i in order)))
+
+
+def test_what_the_sweeps_took_is_added_up(tmp_path):
+    one = {"seconds": {"teacher": 1.0, "blocks": 4.0}, "token_forwards": 100, "compared_in_full": 2}
+    two = {"seconds": {"blocks": 3.0, "head": 2.0}, "token_forwards": 50, "compared_in_full": 1}
+    merged = read(tmp_path, made(INT4, **one), made(INT8, **two)).provenance
+    assert merged["seconds"] == {"teacher": 1.0, "blocks": 7.0, "head": 2.0}
+    assert (merged["token_forwards"], merged["compared_in_full"]) == (150, 3)
 
 
 def test_scales_must_agree(tmp_path):
