@@ -41,6 +41,8 @@ class Alone:
 class Agreement:
     """How a metric's ranking of the layers agrees with that by measured perplexity; intervals are over layers.
 
+    A figure is None, too, where there is no ranking: of one layer, or where all layers tie.
+
     Attributes:
         metric: its name, or "perplexity" for the measurement against itself.
         tau: Kendall's tau-b, None for "perplexity".
@@ -77,10 +79,10 @@ class Study:
         for name, halves in alone.metrics.items():
             values = halves.mean(0)
             tau = kendall(values, truth, weights)
-            gain = None if first is None else estimate(tau - first)
+            gain = None if first is None else _known(tau - first)
             first = tau if first is None else first
-            rho = estimate(spearman(values, truth, weights))
-            found.append(Agreement(name, estimate(tau), rho, gain, _between_halves(halves)))
+            rho = _known(spearman(values, truth, weights))
+            found.append(Agreement(name, _known(tau), rho, gain, _between_halves(halves)))
         return [*found, Agreement("perplexity", None, None, None, _between_halves(alone.perplexity))]
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -111,8 +113,16 @@ class Study:
             return cls(specs, dict(is_a(dict, data["provenance"], "provenance")))
 
 
+def _known(statistics: Values) -> Estimate | None:
+    """Return the estimate of a correlation; None if it is NaN."""
+    return None if np.isnan(statistics[0]) else estimate(statistics)
+
+
 def _between_halves(values: Values) -> float | None:
-    return float(kendall(values[0], values[1], np.ones((1, values.shape[1])))[0]) if len(values) == 2 else None
+    if len(values) != 2:
+        return None
+    tau = _known(kendall(values[0], values[1], np.ones((1, values.shape[1]))))
+    return None if tau is None else tau.value
 
 
 def _rounded(values: Values) -> list[list[float]]:

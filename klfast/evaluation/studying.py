@@ -18,6 +18,7 @@ from klfast.models.batches import Batches, read
 from klfast.models.head import linear_head
 from klfast.models.selection import Patterns
 from klfast.quant.spec import QuantSpec
+from klfast.sensitivity.coverage import broken_candidates, left_out_note
 from klfast.sensitivity.results import METRICS, Sensitivities
 from klfast.sensitivity.sweeping import sweep
 
@@ -50,8 +51,12 @@ def study(
         resume: a path; four files beside it, PATH.1 to PATH.4, keep the state of a study, which goes on from there.
         progress: as for ``klfast.sweep``.
 
+    Returns:
+        The study. A candidate that makes a NaN or an infinity on any of the four halves is left out of all;
+        "not_finite" in the provenance names it.
+
     Raises:
-        InvalidInputError: as ``klfast.sweep``, or a text of one window.
+        InvalidInputError: as ``klfast.sweep``, a text of one window, or no candidate that is finite everywhere.
     """
     halves = [*_halves(calibration, model, "calibration"), *_halves(held_out, model, "held_out")]
     found = [
@@ -69,7 +74,15 @@ def study(
     provenance = {**found[0].provenance, "tokens": tokens, "klfast": __version__}
     for entry in ("windows", "micro_batches", "seconds", "token_forwards", "calibration_sha256", "ce_teacher"):
         provenance.pop(entry, None)  # of a half alone
-    return Study({str(spec): _alone(found, spec) for spec in _specs(found[0])}, provenance)
+    if broken := list(dict.fromkeys(name for one in found for name in broken_candidates(one.provenance))):
+        provenance["not_finite"] = broken
+    alone = {str(spec): _alone(found, spec) for spec in _specs(found[0])}
+    alone = {spec: one for spec, one in alone.items() if one.layers}
+    if not alone:
+        raise InvalidInputError(
+            f"there is nothing to compare: {left_out_note(provenance)}; study other layers or precisions"
+        )
+    return Study(alone, provenance)
 
 
 def published(sensitivities: Sensitivities) -> Study:
@@ -102,7 +115,7 @@ def _halves(batches: Batches, model: nn.Module, name: str) -> tuple[list[torch.T
 def _alone(found: Sequence[Sensitivities], spec: QuantSpec) -> Alone:
     """Return what one spec does, from the sweeps of both halves of either text."""
     calibration, held_out = found[:2], found[2:]
-    layers = tuple(name for name in found[0].layers if (name, spec) in found[0].measurements)
+    layers = tuple(name for name in found[0].layers if all((name, spec) in one.measurements for one in found))
     metrics = {name: _harms(calibration, layers, spec, name) for name in METRICS}
     metrics[WEIGHTS] = _weights(found[0], layers)
     return Alone(layers, metrics, _harms(held_out, layers, spec, _PERPLEXITY))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean, median
 
 from klfast.evaluation.study_results import Agreement, Alone, Study
 from klfast.evaluation.windowed import Estimate
 from klfast.reporting.grouping import depth, kind
 from klfast.reporting.table import Cell, Table
+from klfast.sensitivity.coverage import left_out_note
 
 
 def study_tables(study: Study, top: int = 10) -> list[Table]:
-    """Return how each metric agrees with measured perplexity, and which layers, kinds and blocks cost most of it."""
+    """Return how each metric agrees with measured perplexity, and which layers, kinds and blocks cost most of it.
+
+    Before these comes a table of notes, if there is anything to note.
+    """
+    notes: tuple[tuple[Cell, ...], ...] = tuple((note,) for note in _notes(study))
     rows = [_row(spec, one) for spec in study.specs for one in study.agreements(spec)]
     headings = ("spec", "metric", "Kendall's tau", "Spearman's rho", "tau less KL's", "tau between halves")
     return [
+        *([Table("How it was measured", ("note",), notes)] if notes else []),
         Table("Agreement with measured perplexity, over all layers", headings, tuple(rows)),
         Table(
             "ln(perplexity) that one layer adds: the most",
@@ -25,6 +31,14 @@ def study_tables(study: Study, top: int = 10) -> list[Table]:
         _by("kind", study.specs, kind),
         _by("block", study.specs, depth),
     ]
+
+
+def _notes(study: Study) -> Iterator[str]:
+    if note := left_out_note(study.provenance):
+        yield note
+    for spec, alone in study.specs.items():
+        if len(alone.layers) == 1:
+            yield f"{spec} was measured on {alone.layers[0]} alone; a ranking needs two layers or more"
 
 
 def _row(spec: str, one: Agreement) -> tuple[Cell, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from klfast.core.errors import InvalidInputError
 from klfast.sensitivity.results import Sensitivities
 
@@ -56,8 +58,19 @@ def measured_note(sensitivities: Sensitivities) -> str | None:
 
 def not_finite_note(sensitivities: Sensitivities) -> str | None:
     """Return a sentence on the candidates that made a NaN or an infinity; None if none did."""
-    broken = sensitivities.provenance.get("not_finite")
-    if not isinstance(broken, list) or not broken:
+    return left_out_note(sensitivities.provenance)
+
+
+def broken_candidates(provenance: Mapping[str, object]) -> list[object]:
+    """Return the candidates that made a NaN or an infinity, as a sweep names them."""
+    found = provenance.get("not_finite")
+    return found if isinstance(found, list) else []
+
+
+def left_out_note(provenance: Mapping[str, object]) -> str | None:
+    """Return the same of the provenance of sensitivities, or of what was made of them."""
+    broken = broken_candidates(provenance)
+    if not broken:
         return None
     more = f" and {len(broken) - 1} more" if broken[1:] else ""
     return f"{broken[0]}{more} left out: the model's outputs become NaN or infinite"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from klfast.core.errors import InvalidInputError, ModelMismatchError
 from klfast.models.expert_names import stacked
 from klfast.sensitivity import kl_ssm_quant
-from klfast.sensitivity.coverage import share_measured
+from klfast.sensitivity.coverage import broken_candidates, share_measured
 from klfast.sensitivity.results import Sensitivities
 
 
@@ -55,7 +55,7 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
         merged.measurements.update(other.measurements)
         merged.rows.update(other.rows)
         merged.activations.update(other.activations)  # the same for all specs with such groups
-        if broken := [*_broken(merged), *_broken(other)]:
+        if broken := [one for each in (merged, other) for one in broken_candidates(each.provenance)]:
             merged.provenance["not_finite"] = broken
         is_one_text = other.provenance.get("calibration_sha256") == found.provenance.get("calibration_sha256")
         if not is_one_text or share_measured(other) != share_measured(merged):
@@ -88,8 +88,3 @@ def _add_work(merged: Sensitivities, other: Sensitivities) -> None:
         count, added = merged.provenance.get(entry), other.provenance.get(entry)
         if isinstance(count, int) and isinstance(added, int):
             merged.provenance[entry] = count + added
-
-
-def _broken(of: Sensitivities) -> list[object]:
-    found = of.provenance.get("not_finite")
-    return found if isinstance(found, list) else []

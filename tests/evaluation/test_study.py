@@ -1,5 +1,6 @@
 """``study``: what it measures, and how it judges metrics."""
 
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ from tiny_models import batch, tiny
 import klfast
 from klfast import Plan, Study
 from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.evaluation import studying
 from klfast.evaluation.study_results import Alone
 from klfast.evaluation.studying import published
 from klfast.models.linears import linears
@@ -50,6 +52,62 @@ def test_an_interrupted_study_goes_on(found, tmp_path):
     (tmp_path / "study.4").unlink()
     again = klfast.study(tiny("mamba"), *texts, **options)
     assert (again.specs["int4-g16-sym"].perplexity == study.specs["int4-g16-sym"].perplexity).all()
+
+
+def overflowing(monkeypatch, *broken):
+    """Let candidates, (sweep of the four, layer) each, make NaN."""
+    numbers, whole = itertools.count(), studying.sweep
+
+    def sweep(*args, **kwargs):
+        made, number = whole(*args, **kwargs), next(numbers)
+        for layer in (layer for half, layer in broken if half == number):
+            spec = next(spec for name, spec in made.measurements if name == layer)
+            del made.measurements[layer, spec]
+            made.provenance.setdefault("not_finite", []).append(f"{layer} as {spec}")
+        return made
+
+    monkeypatch.setattr(studying, "sweep", sweep)
+
+
+@pytest.mark.parametrize("half", range(4))
+def test_what_breaks_on_one_half_is_left_out_and_named(monkeypatch, half):
+    overflowing(monkeypatch, (half, OTHER))
+    study = klfast.study(tiny("mamba"), batch(2, 8), batch(2, 8), ["int4-g16-sym"], layers=[LAYER, OTHER])
+    alone = study.specs["int4-g16-sym"]
+    assert alone.layers == (LAYER,)
+    assert {values.shape[1] for values in (alone.perplexity, *alone.metrics.values())} == {1}
+    assert study.provenance["not_finite"] == [f"{OTHER} as int4-g16-sym"]
+    said = [row[0] for row in study_tables(study)[0].rows]
+    assert said[0] == f"{OTHER} as int4-g16-sym left out: the model's outputs become NaN or infinite"
+
+
+def test_a_precision_in_which_every_layer_breaks(monkeypatch):
+    texts = batch(2, 8), batch(2, 8)
+    overflowing(monkeypatch, (0, LAYER), (3, OTHER))
+    with pytest.raises(InvalidInputError, match=r"nothing to compare: .*x_proj as int4-g16-sym and 1 more left out"):
+        klfast.study(tiny("mamba"), *texts, ["int4-g16-sym"], layers=[LAYER, OTHER])
+    monkeypatch.undo()
+    overflowing(monkeypatch, *((half, LAYER) for half in range(4)))
+    study = klfast.study(tiny("mamba"), *texts, ["int4-g16-sym", "int8-g16-sym"], layers=[LAYER])
+    assert list(study.specs) == ["int8-g16-sym"]
+
+
+def test_one_layer_has_no_ranking():
+    halves = np.array([[1.0], [2.0]])
+    study = Study({"int4-g16-sym": Alone((LAYER,), {"kl_teacher_student": halves, "mse": halves}, halves)})
+    for one in study.agreements("int4-g16-sym"):
+        assert (one.tau, one.rho, one.gain, one.halves) == (None, None, None, None)
+    notes, agreement, *_ = study_tables(study)
+    assert notes.rows == ((f"int4-g16-sym was measured on {LAYER} alone; a ranking needs two layers or more",),)
+    assert {row[2:] for row in agreement.rows} == {(None, None, None, None)}
+    assert "nan" not in json.dumps(agreement.data())
+
+
+def test_ties_have_no_ranking(made):
+    alone = made.specs["int4-channel-sym"]
+    tied = Study({"a": Alone(alone.layers, {"kl_teacher_student": 0 * alone.perplexity}, alone.perplexity)})
+    first, last = tied.agreements("a")
+    assert (first.tau, first.rho, first.halves) == (None, None, None) and last.halves > 0.5
 
 
 @pytest.fixture
