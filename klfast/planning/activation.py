@@ -10,6 +10,7 @@ import numpy as np
 
 from klfast.core.errors import InvalidInputError
 from klfast.quant.spec import QuantSpec
+from klfast.sensitivity.coverage import broken_candidates
 from klfast.sensitivity.results import Measurement, Sensitivities
 
 CHOICES = ("exact", "auto")
@@ -27,6 +28,8 @@ def with_int8(
 ) -> dict[tuple[str, QuantSpec], Measurement]:
     """Return the candidates that take int8 activations, with the cost of both roundings together, as if additive.
 
+    Layers whose int8 activations make a NaN or an infinity, which the sweep names, do not.
+
     Args:
         sensitivities: of a sweep with ``activations=True``.
         weights: all candidates, with the measurements of their rounded weights.
@@ -37,8 +40,11 @@ def with_int8(
         InvalidInputError: int8 activations were not measured for a candidate, or not by these metrics.
     """
     found, missing = {}, []
+    broken = broken_candidates(sensitivities.provenance)
     for (name, spec), weight in weights.items():
         inputs = sensitivities.int8_activations(name, spec)
+        if inputs is None and f"{name} with int8 activations" in broken:
+            continue
         if inputs is None or not {kl, metric} <= inputs.mean.keys() & weight.mean.keys():
             missing.append(f"{name} in the groups of {spec}")
         elif takes_int8(weight, inputs, kl):

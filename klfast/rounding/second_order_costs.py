@@ -26,6 +26,7 @@ from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec, storable_spec
 from klfast.rounding.carries import Carries
 from klfast.rounding.head_rows import Clusters, Rows
+from klfast.rounding.int8_costs import error_ratios
 from klfast.rounding.moments import Moments
 from klfast.rounding.passes import HEAD, NOWHERE, TIED, Passes, add_inputs, named, without_entries
 from klfast.rounding.second_order import on_uniform_grid, plain_and_corrected, second_order
@@ -54,7 +55,8 @@ def second_order_costs(
 ) -> Sensitivities:
     """Return what each layer costs in each spec if it is rounded with ``rounding="gptq"``, for ``klfast.plan``.
 
-    Experts, layers that several blocks share and whatever the sweep did not measure keep what the sweep says.
+    Experts, layers that several blocks share and whatever the sweep did not measure keep what the sweep says. If it
+    measured int8 activations, their costs in the groups of the specs are estimated, too.
 
     Args:
         model: the full-precision model of the sweep; left as it was.
@@ -84,23 +86,32 @@ def second_order_costs(
     for (name, spec), one in sensitivities.measurements.items():
         measured.setdefault(name, {})[spec] = one
     scale = str(sensitivities.provenance.get("scale", "absmax"))
+    inputs: dict[str, dict[int, Measurement]] = {}
+    for (name, group), one in sensitivities.activations.items():
+        inputs.setdefault(name, {})[group] = one
     with prepared(model, torch.float32), reporter(progress, "round", len(measured)) as advance:
-        found = _Costs(Chain(model), measured, windows, parsed, shares, scale, advance).finish()
+        costs = _Costs(Chain(model), measured, inputs, windows, parsed, shares, scale, advance)
+        found = costs.finish()
     return replace(
         sensitivities,
         measurements={(name, spec): one for name in measured for spec, one in found[name].items()},
+        activations={(name, group): one for name, groups in inputs.items() for group, one in groups.items()},
         provenance={**sensitivities.provenance, "rounding": "gptq"},
         rows={},
     )
 
 
 class _Costs(Passes):
-    """One pass of the full-precision model, in which each layer is rounded to all specs."""
+    """One pass of the full-precision model, in which each layer is rounded to all specs.
+
+    Costs of int8 activations are added to ``inputs``, by layer and group length.
+    """
 
     def __init__(
         self,
         chain: Chain,
         measured: Mapping[str, Mapping[QuantSpec, Measurement]],
+        inputs: Mapping[str, dict[int, Measurement]],
         windows: Sequence[torch.Tensor],
         specs: Sequence[QuantSpec],
         corrected: Sequence[float],
@@ -108,7 +119,7 @@ class _Costs(Passes):
         advance: Callable[..., None],
     ) -> None:
         super().__init__(chain, measured.keys(), windows)
-        self.measured, self.specs, self.corrected = measured, specs, corrected
+        self.measured, self.inputs, self.specs, self.corrected = measured, inputs, specs, corrected
         self.scale, self.advance = scale, advance
         self.found = {name: dict(of_layer) for name, of_layer in measured.items()}
 
@@ -125,6 +136,8 @@ class _Costs(Passes):
                 with watched(linear) as seen:
                     carries[batch] = self.step(index, carries[batch], passage)
                 add_inputs(moments, seen.inputs, seen.inputs)
+                if batch == 0:
+                    self._estimate_inputs(seen.inputs)
             for name in self.names[index]:
                 if name in moments:
                     self._estimate(name, moments[name])
@@ -136,11 +149,20 @@ class _Costs(Passes):
         for place in (TIED, HEAD):
             for name in self.names[place]:
                 moments = self.head_moments(hidden, hidden)
+                self._estimate_inputs({name: hidden[0]})
                 clusters, ridge = self.clusters(hidden, hidden, moments), None
                 if place == TIED:
                     ridge = self.ridges(name, self._coarsest(name).base, hidden[0], clusters)
                 self._estimate(name, moments, Rows(clusters, ridge))
                 self.advance(1, name)
+
+    def _estimate_inputs(self, seen: Mapping[str, torch.Tensor]) -> None:
+        """Add the costs of int8 activations in all groups of the specs, from the inputs of the first micro-batch."""
+        for name, x in seen.items():
+            if known := self.inputs.get(name):
+                with interruptible():
+                    ratios = error_ratios(self.matrices[name], x, self.specs, known)
+                known |= {group: _scaled(known[max(known)], ratio) for group, ratio in ratios.items()}
 
     def _coarsest(self, name: str) -> QuantSpec:
         """Return the spec of fewest bits, then of fewest groups, in which the sweep measured a layer."""

@@ -82,6 +82,15 @@ def test_says_what_was_not_measured():
         klfast.plan(found, mean_bits=5.0, activation="auto", metric="jsd")
 
 
+def test_a_layer_whose_activations_break_keeps_exact_ones():
+    found = with_activations([0.0, 0.0])
+    del found.activations["layers.1.proj", 32]
+    found.provenance["not_finite"] = ["layers.1.proj with int8 activations"]
+    plan = klfast.plan(found, method="uniform", spec=INT4, activation="auto")
+    assert plan.activations == {"layers.0.proj": "int8", "layers.1.proj": "exact"}
+    assert any(note.startswith("layers.1.proj with int8 activations left out") for note in plan.notes)
+
+
 def test_int8_everywhere_is_not_a_plans_choice():
     with pytest.raises(InvalidInputError, match='must be "exact" or "auto", got \'int8\'; quantize_model takes "int8"'):
         klfast.plan(with_activations([0.0]), mean_bits=5.0, activation="int8")

@@ -92,6 +92,24 @@ def test_rows_of_a_use_cost_what_correcting_them_saved():
         assert found.measurements[name, spec].mean["kl_teacher_student"] == pytest.approx(truth, rel=0.5)
 
 
+@pytest.mark.parametrize("family", ["mamba2", "llama"])
+def test_int8_activations_in_groups_that_the_sweep_did_not_measure(family):
+    model, ids = tiny(family, tied=False), batch(48, 16)
+    swept = klfast.sweep(model, ids, ["int4-g32-sym"], activations=True, progress=False)
+    found = second_order_costs(model, swept, ids, SPECS, progress=False)
+    assert swept.activations.items() <= found.activations.items()
+    truth = klfast.sweep(model, ids, SPECS, activations=True, progress=False)
+    assert truth.activations.keys() <= found.activations.keys()
+    estimated = truth.activations.keys() - swept.activations.keys()
+    assert estimated
+    for key in estimated:
+        one, measured = found.activations[key].mean, truth.activations[key].mean
+        assert one["kl_teacher_student"] == pytest.approx(measured["kl_teacher_student"], rel=0.5, abs=1e-9), key
+        assert one["sqnr_db"] == pytest.approx(measured["sqnr_db"], abs=2), key
+    plan = klfast.plan(found, mean_bits=8, activation="auto")
+    assert plan.activations.keys() == plan.specs.keys()
+
+
 def test_metrics_follow_the_error():
     model, ids = tiny("llama", tied=False), batch(48, 16)
     before, found = costs(model, ids, ("int8-g32-sym",))
