@@ -110,22 +110,36 @@ def _picks(problem: Problem, plan: Plan) -> Picks:
 def _swaps(problem: Problem, budget: Budget, picks: Picks) -> Iterator[Picks]:
     """Yield plans within the budget, each with one unit larger, those of least predicted cost first."""
     used, savings = budget.sizes(picks), _cheapest_savings(problem, budget, picks)
-    found: list[tuple[float, int, Picks]] = []
+    parts = _exact_sum([choice.cost for choice in picks.values()])
+    found: list[tuple[float, int, Picks, int]] = []  # cost, unit, its choices, number of savings
     for number, unit in enumerate(problem.units):
         held = {name: picks[name] for name in unit[0]}
         if (larger := _next_larger(unit, held, budget)) is None:
             continue
-        trial, size = {**picks, **larger}, used + budget.sizes(larger) - budget.sizes(held)
-        for other, saved, smaller in savings:
-            if size <= budget.limit:
-                break
-            if other != number:
-                size -= saved
-                trial |= smaller
+        size, taken = used + budget.sizes(larger) - budget.sizes(held), 0
+        while size > budget.limit and taken < len(savings):
+            other, saved, _ = savings[taken]
+            size -= saved if other != number else 0
+            taken += 1
         if size <= budget.limit:
-            found.append((summed_cost(trial), len(found), trial))
-    for _, _, trial in sorted(found, key=lambda each: each[:2]):
-        yield trial
+            changed = _changes(number, larger, savings[:taken])
+            costs = (cost for name, choice in changed.items() for cost in (choice.cost, -picks[name].cost))
+            found.append((math.fsum((*parts, *costs)), number, larger, taken))
+    for _, number, larger, taken in sorted(found, key=lambda each: each[:2]):
+        yield {**picks, **_changes(number, larger, savings[:taken])}
+
+
+def _exact_sum(values: list[float]) -> list[float]:
+    """Return a few numbers whose sum is exactly that of the values, so that sums with others round alike."""
+    parts: list[float] = []
+    while rest := math.fsum((*values, *(-part for part in parts))):
+        parts.append(rest)
+    return parts
+
+
+def _changes(number: int, larger: Picks, savings: list[tuple[int, float, Picks]]) -> Picks:
+    """Return the choices of a unit, and those of the savings of others."""
+    return larger | {name: choice for other, _, some in savings if other != number for name, choice in some.items()}
 
 
 def _next_larger(unit: list[Picks], held: Picks, budget: Budget) -> Picks | None:

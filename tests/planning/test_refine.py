@@ -1,12 +1,17 @@
 """plan(refine=...): whole plans are measured, and the best of them is kept."""
 
 import math
+import tracemalloc
+from random import Random
 
 import pytest
 from planning_problems import INT4, INT8, sensitivities
 
 import klfast
 from klfast.core.errors import InvalidInputError
+from klfast.planning.budget import Budget
+from klfast.planning.problem import Problem
+from klfast.planning.refine import _swaps
 
 COSTS = [(0.01, 1.0), (0.01, 0.8), (0.01, 0.7), (0.01, 0.5)]  # in INT8, in INT4
 
@@ -44,6 +49,36 @@ def test_swaps_find_what_the_sums_do_not_tell():
     assert all(plan.predicted["bytes"] <= budget(1) for plan in measure.calls)
     assert klfast.Plan.from_json(after.to_json()) == after
     assert any("refined" in note for note in after.notes)
+
+
+def many(layers):
+    """Return a problem, a budget, and a plan just within it of layers with costs of very different sizes."""
+    random = Random(0)
+    costs = [(cost / 100, cost) for cost in (10 ** random.uniform(-30, 3) for _ in range(layers))]
+    problem = Problem(sensitivities(costs, [(64, 64 * random.randint(1, 3)) for _ in range(layers)]), None)
+    picks = {name: random.choice(choices) for name, choices in problem.layers.items()}
+    size = sum(choice.nbytes for choice in picks.values())
+    return problem, Budget("max_bytes", size, size), picks
+
+
+def test_swaps_come_by_their_predicted_cost():
+    problem, limit, picks = many(200)
+    found = list(_swaps(problem, limit, picks))
+    costs = [math.fsum(choice.cost for choice in each.values()) for each in found]
+    assert costs == sorted(costs) and len(found) > 100
+    for each in found:
+        assert list(each) == list(picks) and limit.met(each)
+        assert sum(each[name].nbytes > picks[name].nbytes for name in picks) == 1
+
+
+def test_swaps_of_many_layers_take_little_memory():
+    """A plan of all layers for each swap would take more than a megabyte."""
+    problem, limit, picks = many(300)
+    tracemalloc.start()
+    next(_swaps(problem, limit, picks))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 500_000
 
 
 def test_never_worse_than_uniform():
