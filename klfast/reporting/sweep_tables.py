@@ -64,16 +64,15 @@ def by_depth(sensitivities: Sensitivities, metric: str) -> Table:
 
 def by_use(sensitivities: Sensitivities, metric: str) -> Table:
     """Return means over layers of which only the rows of one use were quantized: a row per kind and use."""
-    found = {key: m.mean[metric] for key, m in sensitivities.rows.items() if metric in m.mean}
-    specs = sorted({spec for *_, spec in found})
-    rows: list[tuple[Cell, ...]] = []
-    for label in dict.fromkeys((kind(name), use) for name, use, _ in found):
-        groups = [
-            [value for (name, use, s), value in found.items() if (kind(name), use) == label and s == spec]
-            for spec in specs
-        ]
-        rows.append((*label, *map(_mean, groups)))
-    return Table(f"By use of a layer's rows: mean {metric}", ("kind", "rows", *map(str, specs)), tuple(rows))
+    found: dict[tuple[str, str], dict[QuantSpec, list[float]]] = {}
+    for (name, use, spec), m in sensitivities.rows.items():
+        if metric in m.mean:
+            found.setdefault((kind(name), use), {}).setdefault(spec, []).append(m.mean[metric])
+    specs = sorted({spec for groups in found.values() for spec in groups})
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (*label, *(_mean(groups.get(spec, ())) for spec in specs)) for label, groups in found.items()
+    )
+    return Table(f"By use of a layer's rows: mean {metric}", ("kind", "rows", *map(str, specs)), rows)
 
 
 def by_kind_and_depth(sensitivities: Sensitivities, metric: str, spec: QuantSpec, parts: int = 3) -> Table:
@@ -135,15 +134,17 @@ def _means(
     sensitivities: Sensitivities, metric: str, title: str, heading: str, key: Callable[[str], str | int | None]
 ) -> Table:
     found = by_spec(sensitivities)
-    keys = [k for k in dict.fromkeys(map(key, sensitivities.layers)) if k is not None]
-    rows: list[tuple[Cell, ...]] = []
-    for k in keys:
-        groups = [
-            [m.mean[metric] for name, m in measurements.items() if key(name) == k] for measurements in found.values()
-        ]
-        if any(groups):
-            rows.append((str(k), *map(_mean, groups)))
-    return Table(f"{title}: mean {metric}", (heading, *map(str, found)), tuple(rows))
+    groups: dict[str | int, dict[QuantSpec, list[float]]] = {}
+    for name in sensitivities.layers:
+        if (of := key(name)) is not None:
+            values = groups.setdefault(of, {})
+            for spec, measurements in found.items():
+                if name in measurements:
+                    values.setdefault(spec, []).append(measurements[name].mean[metric])
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (str(of), *(_mean(values.get(spec, ())) for spec in found)) for of, values in groups.items() if values
+    )
+    return Table(f"{title}: mean {metric}", (heading, *map(str, found)), rows)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -12,9 +12,11 @@ from klfast.models.fingerprint import Fingerprint
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import QuantSpec
 from klfast.reporting import plot, table
+from klfast.reporting import sweep_tables as sweep_module
 from klfast.reporting.activation_table import activation_costs
+from klfast.reporting.grouping import kind
 from klfast.reporting.plan_tables import plan_by_layer, plan_tables
-from klfast.reporting.sweep_tables import agreement, by_kind, by_kind_and_depth, ranking, sweep_tables
+from klfast.reporting.sweep_tables import agreement, by_kind, by_kind_and_depth, by_use, ranking, sweep_tables
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
@@ -91,6 +93,33 @@ def test_metrics_where_more_is_better_are_ranked_ascending(found):
         sweep_tables(found, "jsd")
     with pytest.raises(InvalidInputError, match="no measurements"):
         sweep_tables(Sensitivities(None, {}, 0))
+
+
+def test_rows_are_grouped_once(found, monkeypatch):
+    """Of experts one by one there are thousands: a look at all rows for each kind, use and spec takes minutes."""
+    asked = []
+    monkeypatch.setattr(sweep_module, "kind", lambda name: asked.append(name) or kind(name))
+    rows = {
+        (name, use, spec): Measurement({"kl_teacher_student": 10 * n + len(use) + spec.bits / 100}, {}, 10)
+        for n, name in enumerate(NAMES)
+        for use in ("dt", "gate")
+        for spec in (INT8, INT4)
+        if (use, spec) != ("gate", INT8)
+    }
+    found.rows = rows
+    made = by_use(found, "kl_teacher_student")
+    assert made.headings == ("kind", "rows", "int4-g32-sym", "int8-g32-sym")
+    assert len(asked) == len(rows)
+    for label, use, *means in made.rows:
+        for spec, mean in zip((INT4, INT8), means, strict=True):
+            some = [
+                rows[key].mean["kl_teacher_student"] for key in rows if (kind(key[0]), *key[1:]) == (label, use, spec)
+            ]
+            assert mean == (pytest.approx(sum(some) / len(some)) if some else None)
+    assert [row[:2] for row in made.rows[:2]] == [("in_proj", "dt"), ("in_proj", "gate")] and len(made.rows) == 6
+    asked.clear()
+    by_kind(found, "kl_teacher_student")
+    assert len(asked) == len(NAMES)
 
 
 def test_unfinished_sweeps_leave_cells_empty(found):
