@@ -163,6 +163,11 @@ def _merge(a: Sensitivities, b: Sensitivities, path: Path) -> Sensitivities:
     )
 
 
+def is_published(data: object) -> bool:
+    """Return True if parsed JSON has the layers of one of the two models, as the published files do."""
+    return isinstance(data, dict) and any(data.keys() == model.shapes().keys() for model in _MODELS)
+
+
 def _model(data: dict[str, object]) -> _Mamba:
     """Return the model whose layers these are."""
     for model in _MODELS:

@@ -13,7 +13,8 @@ from scipy.stats import kendalltau
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.planning import plan
 from klfast.quant.spec import QuantSpec
-from klfast.sensitivity import kl_ssm_quant
+from klfast.reporting.results_folder import ResultFiles
+from klfast.sensitivity import kl_ssm_quant, merge
 from klfast.sensitivity.results import Sensitivities
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "published"
@@ -99,6 +100,18 @@ def test_unknown_and_damaged_files(damage, message, tmp_path):
         kl_ssm_quant.read_files([file])
     with pytest.raises(CheckpointError, match=f"results_4bits.json: .*{message}"):
         Sensitivities.from_json(file)
+
+
+def test_a_folder_of_published_files_is_recognized(tmp_path):
+    named = [tmp_path / f"mamba130m_sensitivity_results_{bits}bits.json" for bits in (4, 8)]
+    for file, sqnr in zip(named, (30.0, 50.0), strict=True):
+        file.write_text(json.dumps(rows(sqnr)))
+    (tmp_path / "other.json").write_text(json.dumps({"a": row()}))
+    assert ResultFiles.of([tmp_path]).sensitivities == named
+    merged = merge.read(ResultFiles.of([tmp_path]).sensitivities)
+    assert {spec for _, spec in merged.measurements} == {INT4, INT8}
+    merged.to_json(tmp_path / "swept.json")  # a file of klfast comes first
+    assert ResultFiles.of([tmp_path]).sensitivities == [tmp_path / "swept.json"]
 
 
 def test_files_that_do_not_go_together(tmp_path):
