@@ -19,7 +19,7 @@ from klfast.evaluation.windowed import Estimate, Values, Windows
 from klfast.models.batches import Batches
 
 _QUANTILES = {"Median KLD": 0.5, "90.0% KLD": 0.9, "99.0% KLD": 0.99, "99.9% KLD": 0.999}
-Metrics = dict[str, Values]
+Metrics = dict[str, npt.NDArray[np.float32]]
 Integers = npt.NDArray[np.integer]
 _OF_PARTS = (KLD, SAME_TOP, LOG_PPL_RATIO)
 
@@ -28,8 +28,8 @@ def compare(teacher: nn.Module, model: nn.Module, batches: Batches, *, progress:
     """Measure how a model's next-token predictions differ from a teacher's: the KL card of any two models.
 
     Both read the text side by side, a few rows at a time. Full logits are never made: memory scales with a batch's
-    hidden states, [B, T, H], and by 36 bytes for each token of the text, from which exact quantiles are taken. A long
-    window is read as a whole.
+    hidden states, [B, T, H], and by 36 bytes for each token of the text, from which exact quantiles are taken, at the
+    end about 90. A long window is read as a whole.
 
     llama-perplexity, whose names the figures have, counts only the second half of each window; here all tokens count.
 
@@ -51,32 +51,40 @@ class _Tokens:
     """The metrics of all tokens so far, with the window, position and id of each."""
 
     def __init__(self) -> None:
-        self._metrics: list[torch.Tensor] = []  # float32 [6, n]
-        self._places: list[torch.Tensor] = []  # int32 [3, n]: window, tokens before, id
+        self._metrics: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in METRICS}
+        self._places: dict[str, list[Integers]] = {"window": [], "position": [], "id": []}  # int32
         self._windows = 0
 
     def take(self, ids: torch.Tensor, metrics: torch.Tensor) -> None:
         rows, length = metrics.shape[1:]
-        window = torch.arange(self._windows, self._windows + rows).unsqueeze(1).expand(rows, length)
-        position = torch.arange(1, length + 1).expand(rows, length)
-        self._metrics.append(metrics.float().flatten(1))
-        self._places.append(torch.stack((window, position, ids[:, 1:].cpu())).int().flatten(1))
+        window = np.arange(self._windows, self._windows + rows, dtype=np.int32)
+        self._places["window"].append(window.repeat(length))
+        self._places["position"].append(np.tile(np.arange(1, length + 1, dtype=np.int32), rows))
+        self._places["id"].append(ids[:, 1:].cpu().int().flatten().numpy())
+        for name, values in zip(METRICS, metrics, strict=True):
+            self._metrics[name].append(values.float().flatten().numpy())
         self._windows += rows
 
     def comparison(self) -> Comparison:
-        metrics = dict(zip(METRICS, torch.cat(self._metrics, 1).double().numpy(), strict=True))
+        """Return the figures. The tokens are given up, so that none is in memory twice."""
+        metrics = {name: np.concatenate(self._metrics.pop(name)) for name in METRICS}
         require_finite(all(np.isfinite(values).all() for values in metrics.values()))
-        window, position, ids = torch.cat(self._places, 1).numpy()
-        _, kind, counts = np.unique(ids, return_inverse=True, return_counts=True)
-
+        occurrences = _occurrences(np.concatenate(self._places.pop("id")))
+        window, position = (np.concatenate(self._places.pop(name)) for name in ("window", "position"))
         return Comparison(
             len(window),
             self._windows,
             _figures(metrics, Windows(window)),
             _parts(metrics, window, position, _ends(64, 2, int(position.max()))),
-            _parts(metrics, window, counts[kind], _ends(1, 4, 1024)),
+            _parts(metrics, window, occurrences, _ends(1, 4, 1024)),
             {"klfast": __version__, "torch": torch.__version__},
         )
+
+
+def _occurrences(ids: Integers) -> Integers:
+    """Return how often the id of each of them is there, int32."""
+    _, kind, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    return counts.astype(np.int32)[kind]
 
 
 def _ends(first: int, factor: int, most: int) -> list[int]:
@@ -99,7 +107,7 @@ def _parts(metrics: Metrics, window: Integers, numbers: Integers, ends: Sequence
 
 
 def _figures(metrics: Metrics, windows: Windows) -> dict[str, Estimate]:
-    kl, means = metrics["kl"], _means(metrics, windows)
+    means, kl = _means(metrics, windows), metrics["kl"].astype(np.float64)
     return {
         KLD: means.pop(KLD),
         **{name: windows.quantile(kl, share) for name, share in _QUANTILES.items()},
@@ -109,13 +117,19 @@ def _figures(metrics: Metrics, windows: Windows) -> dict[str, Estimate]:
 
 
 def _means(metrics: Metrics, windows: Windows) -> dict[str, Estimate]:
-    nll, base = metrics["nll"], metrics["teacher_nll"]
+    def exact(name: str) -> Values:
+        return metrics[name].astype(np.float64)  # one at a time: that of all takes more memory than all else
+
+    divergences = {
+        KLD: windows.mean(exact("kl"), least=0),
+        "Mean reverse KLD": windows.mean(exact("kl_student_teacher"), least=0),
+        "Mean JSD": windows.mean(exact("jsd"), least=0, most=math.log(2)),
+        SAME_TOP: windows.mean(exact("top1"), least=0, most=1),
+    }
+    nll, base = exact("nll"), exact("teacher_nll")
     change = np.exp(-nll) - np.exp(-base)
     return {
-        KLD: windows.mean(metrics["kl"], least=0),
-        "Mean reverse KLD": windows.mean(metrics["kl_student_teacher"], least=0),
-        "Mean JSD": windows.mean(metrics["jsd"], least=0, most=math.log(2)),
-        SAME_TOP: windows.mean(metrics["top1"], least=0, most=1),
+        **divergences,
         "Mean Δp": windows.mean(change, least=-1, most=1),
         "RMS Δp": windows.mean(change**2, least=0, most=1).through(math.sqrt),
         "Mean PPL(Q)": windows.mean(nll, least=0).through(perplexity),

@@ -1,6 +1,7 @@
 """``compare`` against float64 softmaxes of full logits."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import VOCABULARY, batch, tiny
 import klfast
 from klfast import Comparison, Plan, QuantSpec
 from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.evaluation.comparing import _Tokens
 from klfast.evaluation.windowed import Estimate
 from klfast.models.linears import linears
 
@@ -113,6 +115,19 @@ def test_agrees_with_evaluate(card, models, text):
     assert figures["Mean PPL(Q)"].value == pytest.approx(found.perplexity, rel=1e-6)
     assert figures["Mean reverse KLD"].value == pytest.approx(found.kl_student_teacher, rel=1e-6)
     assert figures["Mean KLD"].high - figures["Mean KLD"].value == pytest.approx(2.7764 * found.kl_stderr, rel=1e-4)
+
+
+def test_the_memory_that_a_token_takes():
+    """36 bytes of what is kept, then copies of a metric or two in float64, not of all six."""
+    tokens, random = _Tokens(), torch.Generator().manual_seed(0)
+    for _ in range(25):
+        ids = torch.randint(0, 5000, (4, 1001), generator=random)
+        tokens.take(ids, torch.rand(6, 4, 1000, generator=random, dtype=torch.float64))
+    tracemalloc.start()
+    found = tokens.comparison()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tokens == 100_000 and peak / found.tokens < 95
 
 
 def test_one_window_has_no_intervals(models, text):
