@@ -43,6 +43,10 @@ class WindowStats:
         """Return the number of tokens added to a candidate."""
         return int(self._parts["counts"][candidate, 0])
 
+    def windows(self, candidate: int) -> int:
+        """Return the number of windows added to a candidate."""
+        return int(self._parts["counts"][candidate, 1])
+
     def is_broken(self, candidate: int) -> bool:
         """Return True if a metric was NaN in any window."""
         return bool(self._parts["sum"][candidate].isnan().any())

@@ -37,6 +37,13 @@ class Estimate:
         return Estimate(function(self.value), function(self.low), function(self.high))
 
 
+def half_width(stderr: float, windows: int) -> float | None:
+    """Return half the width of the interval of a mean over windows, by its standard error; None for fewer than two."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(windows - 1, (1 + CONFIDENCE) / 2)) * stderr if windows > 1 else None
+
+
 class Windows:
     """The windows that some tokens belong to.
 
@@ -66,11 +73,9 @@ class Windows:
 
     def _half(self, values: Values, mean: float) -> float | None:
         """Return half the width of the mean's interval; None with a single window. As ``WindowStats.stderr``."""
-        from scipy.special import stdtrit
-
         windows = len(self._counts)
         if windows < 2:
             return None
         residuals = np.bincount(self._of_token, values, windows) - self._counts * mean
         stderr = math.sqrt(windows / (windows - 1) * float(residuals @ residuals)) / len(values)
-        return float(stdtrit(windows - 1, (1 + CONFIDENCE) / 2)) * stderr
+        return half_width(stderr, windows)

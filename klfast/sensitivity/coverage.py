@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from klfast.core.errors import InvalidInputError
-from klfast.sensitivity.results import Sensitivities
+from klfast.sensitivity.results import Measurement, Sensitivities
 
 
 def require_measurements(sensitivities: Sensitivities) -> None:
@@ -39,6 +39,16 @@ def share_measured(sensitivities: Sensitivities) -> float:
     """Return the share of the calibration text that a sweep has measured, 1 if that is not known."""
     done, total = _progress(sensitivities)
     return done / total if total > 0 else 1.0
+
+
+def windows_of(sensitivities: Sensitivities, measurement: Measurement) -> int:
+    """Return how many windows a measurement is a mean over, 0 if that is not known.
+
+    Older files say only how many the whole text has.
+    """
+    whole = sensitivities.provenance.get("windows")
+    known = round(whole * share_measured(sensitivities)) if isinstance(whole, int) else 0
+    return measurement.windows or known
 
 
 def measured_note(sensitivities: Sensitivities) -> str | None:

@@ -75,7 +75,8 @@ class Outcome:
         tally, found = self.state.tally, {}
         for row in range(NOISE + 1, self.state.rows):
             if (tokens := tally.tokens(row)) and not tally.is_broken(row):
-                found[row] = Measurement(self._metrics(tally.mean(row)), self._metrics(tally.stderr(row)), tokens)
+                mean, stderr = self._metrics(tally.mean(row)), self._metrics(tally.stderr(row))
+                found[row] = Measurement(mean, stderr, tokens, windows=tally.windows(row))
         if self.state.schedule is not None:
             found |= self.state.schedule.derived(found, tally)
         return {

@@ -46,7 +46,8 @@ class Measurement:
 
     The standard error is that of a mean over windows, since the tokens of a window are correlated; NaN with a single
     window. ``below_noise``: the KL is too close to the noise floor to rank anything. ``is_derived``: an adaptive sweep
-    took it from that of another spec of the layer, by the squared errors of the weights.
+    took it from that of another spec of the layer, by the squared errors of the weights. ``windows``: that hold the
+    tokens, 0 if that is not known.
     """
 
     mean: dict[str, float]
@@ -54,6 +55,7 @@ class Measurement:
     tokens: int
     below_noise: bool = False
     is_derived: bool = False
+    windows: int = 0
 
 
 @dataclass
@@ -210,6 +212,7 @@ def _entry(m: Measurement) -> dict[str, object]:
         "mean": numbers_to_json(m.mean),
         "stderr": numbers_to_json(m.stderr),
         **({"is_derived": True} if m.is_derived else {}),
+        **({"windows": m.windows} if m.windows else {}),
     }
 
 
@@ -241,6 +244,7 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
         whole(entry["tokens"], "tokens", 1),
         is_a(bool, entry["below_noise"], "below_noise"),
         is_a(bool, entry.get("is_derived", False), "is_derived"),  # files of before have none
+        whole(entry.get("windows", 0), "windows"),
     )
 
 

@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from command_line import fails, klf
+from scipy import stats
 
 import klfast
 from klfast.core.bundled import ASSETS
@@ -19,9 +21,10 @@ from klfast.evaluation.windowed import Estimate
 from klfast.models.fingerprint import Fingerprint
 from klfast.quant.spec import QuantSpec
 from klfast.reporting.page import colors
-from klfast.reporting.page.axis import Axis
+from klfast.reporting.page.axis import Axis, number
 from klfast.reporting.page.document import html_page
 from klfast.reporting.page.markup import Markup, tag
+from klfast.sensitivity.coverage import measured_note
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
 INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
@@ -170,6 +173,30 @@ def test_without_plans_cards_or_kl(swept):
     ]
     with pytest.raises(InvalidInputError, match="no measurements"):
         html_page(Sensitivities(None, {}, 0))
+
+
+@pytest.mark.parametrize("windows", [2, 4, 33])
+def test_intervals_are_students(swept, windows):
+    """As those of ``klfast compare``: with few windows, 1.96 standard errors are far too short."""
+    each = {key: replace(m, windows=windows) for key, m in swept.measurements.items()}
+    from_text = {**swept.provenance, "windows": windows}
+    half = stats.t.ppf(0.975, windows - 1) * 1e-3 / 50
+    for found in (replace(swept, measurements=each), replace(swept, provenance=from_text)):
+        page = html_page(found, top=1)
+        assert f'<td class="number">{number(7e-3 - half)} to {number(7e-3 + half)}</td>' in page
+    stopped = replace(swept, provenance={**from_text, "windows": 2 * windows, "micro_batches": [1, 2]})
+    assert f"{number(7e-3 - half)} to {number(7e-3 + half)}<" in html_page(stopped, top=1)
+    assert '<td class="number">none</td>' in html_page(swept, top=1)  # of how many windows is not known
+
+
+def test_notes_name_what_was_not_measured_in_full(swept):
+    derived = {key: replace(m, is_derived=key[1] == INT8) for key, m in swept.measurements.items()}
+    provenance = {**swept.provenance, "vocabulary": 128, "not_finite": ["lm_head as int4-g16-sym"]}
+    outline = Outline(html_page(replace(swept, measurements=derived, provenance=provenance)))
+    [note] = [text for attributes, text in outline.all("p") if attributes.get("class") == "note"]
+    assert note == measured_note(replace(swept, measurements=derived, provenance=provenance))
+    assert "7 of 14 measurements follow from another spec of the layer" in note
+    assert "KL from a sample of the vocabulary" in note and "lm_head as int4-g16-sym left out" in note
 
 
 def test_several_plans_are_numbered(swept, plan):

@@ -35,7 +35,7 @@ def sensitivities():
         },
         noise_floor={"kl_teacher_student": 3e-12},
         provenance={"model": "tiny", "windows": 2},
-        activations={("lm_head", 5): Measurement(mean, stderr, 510)},
+        activations={("lm_head", 5): Measurement(mean, stderr, 510, windows=2)},
     )
 
 

@@ -15,7 +15,7 @@ from klfast.reporting.page.axis import number
 from klfast.reporting.page.front import front, measured_section, points
 from klfast.reporting.page.markup import Markup, joined, tag
 from klfast.reporting.page.sections import card_section, cost, plan_section, ranking, sensitivity_maps
-from klfast.sensitivity.coverage import not_finite_note, unfinished_note
+from klfast.sensitivity.coverage import measured_note, unfinished_note
 from klfast.sensitivity.results import Sensitivities
 
 _T = TypeVar("_T")
@@ -53,7 +53,7 @@ def html_page(
         cost(sensitivities),
     ]
     name = str(sensitivities.provenance.get("model", "a model"))
-    notes = filter(None, (unfinished_note(sensitivities), not_finite_note(sensitivities)))
+    notes = filter(None, (unfinished_note(sensitivities), measured_note(sensitivities)))
     body = [
         tag("a", "Skip to the content", href="#content", class_="skip"),
         tag("header", tag("h1", f"klfast: {name}"), _themes()),

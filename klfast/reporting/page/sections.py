@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from klfast.evaluation.comparison import KLD, Comparison
-from klfast.evaluation.windowed import Estimate
+from klfast.evaluation.windowed import Estimate, half_width
 from klfast.models.expert_names import stack_in, stacked
 from klfast.planning.plan_file import Plan
 from klfast.quant.spec import QuantSpec
@@ -22,9 +22,9 @@ from klfast.reporting.page.markup import Markup, data_table, numbers, section, t
 from klfast.reporting.plan_tables import FULL, plan_by_layer, plan_tables
 from klfast.reporting.sweep_tables import by_kind
 from klfast.reporting.table import Table
+from klfast.sensitivity.coverage import windows_of
 from klfast.sensitivity.results import Sensitivities
 
-_NORMAL = 1.96  # standard errors to each side; a sweep keeps those of many windows
 _FULL_BITS = 16
 
 
@@ -70,8 +70,9 @@ def ranking(sensitivities: Sensitivities, metric: str, top: int) -> Markup:
     worst = sorted(measurements.items(), key=lambda item: harm(metric, item[1]), reverse=True)[:top]
     rows = []
     for name, m in worst:
-        value, half = m.mean[metric], _NORMAL * m.stderr.get(metric, math.nan)
-        limits = () if math.isnan(half) else (value - half, value + half)
+        value, stderr = m.mean[metric], m.stderr.get(metric, math.nan)
+        half = None if math.isnan(stderr) else half_width(stderr, windows_of(sensitivities, m))
+        limits = () if half is None else (value - half, value + half)
         rows.append(Row(_short(name), Estimate(value, *limits), name))
     return section(
         "Most sensitive layers", "ranking", interval_table(f"{metric} of one layer in {spec}", "layer", rows)
