@@ -21,6 +21,7 @@ from klfast.models.batches import Batches
 _QUANTILES = {"Median KLD": 0.5, "90.0% KLD": 0.9, "99.0% KLD": 0.99, "99.9% KLD": 0.999}
 Metrics = dict[str, npt.NDArray[np.float32]]
 Integers = npt.NDArray[np.integer]
+_ALL = slice(None)
 _OF_PARTS = (KLD, SAME_TOP, LOG_PPL_RATIO)
 
 
@@ -60,9 +61,9 @@ class _Tokens:
         window = np.arange(self._windows, self._windows + rows, dtype=np.int32)
         self._places["window"].append(window.repeat(length))
         self._places["position"].append(np.tile(np.arange(1, length + 1, dtype=np.int32), rows))
-        self._places["id"].append(ids[:, 1:].cpu().int().flatten().numpy())
+        self._places["id"].append(ids[:, 1:].cpu().flatten().numpy().astype(np.int32))
         for name, values in zip(METRICS, metrics, strict=True):
-            self._metrics[name].append(values.float().flatten().numpy())
+            self._metrics[name].append(values.flatten().numpy().astype(np.float32))
         self._windows += rows
 
     def comparison(self) -> Comparison:
@@ -101,7 +102,7 @@ def _parts(metrics: Metrics, window: Integers, numbers: Integers, ends: Sequence
     for first, last in zip([0, *ends], [*ends, None], strict=True):
         chosen = (numbers > first) & (numbers <= (math.inf if last is None else last))
         if chosen.any():
-            figures = _means({name: values[chosen] for name, values in metrics.items()}, Windows(window[chosen]))
+            figures = _means(metrics, Windows(window[chosen]), chosen)
             found.append(Part(first + 1, last, int(chosen.sum()), {name: figures[name] for name in _OF_PARTS}))
     return tuple(found)
 
@@ -116,9 +117,9 @@ def _figures(metrics: Metrics, windows: Windows) -> dict[str, Estimate]:
     }
 
 
-def _means(metrics: Metrics, windows: Windows) -> dict[str, Estimate]:
+def _means(metrics: Metrics, windows: Windows, chosen: npt.NDArray[np.bool_] | slice = _ALL) -> dict[str, Estimate]:
     def exact(name: str) -> Values:
-        return metrics[name].astype(np.float64)  # one at a time: that of all takes more memory than all else
+        return metrics[name][chosen].astype(np.float64)  # one at a time: all six would take more memory than all else
 
     divergences = {
         KLD: windows.mean(exact("kl"), least=0),
