@@ -22,6 +22,7 @@ from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import quantized_class
 from klfast.nn.split_stack import SplitStack
+from klfast.quant.formats import check_rows
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # For each quantized layer the dtype that its weight had, and its activation.
 Facts = Mapping[str, tuple[torch.dtype, str]]
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Tensors:
@@ -85,13 +88,25 @@ class Tensors:
         return tensor
 
     def take_quantized(self, name: str, spec: QuantSpec, shape: tuple[int, int] | None = None) -> QuantizedTensor:
-        """Read a quantized weight; raise CheckpointError if a tensor is missing, damaged or of another shape."""
-        stored = tuple(self.take(f"{name}.weight_shape", (2,)).tolist())
+        """Read a quantized weight.
+
+        Raises:
+            CheckpointError: a tensor is missing, damaged or of another shape or dtype, or corrected rows are none of N.
+        """
+        sizes = self.take(f"{name}.weight_shape", (2,))
+        if sizes.dtype not in _INTEGERS:
+            raise CheckpointError(
+                f"{self.folder}: {name}.weight_shape must hold integers, got {sizes.dtype}; {self.remedy}"
+            )
+        stored = tuple(sizes.tolist())
         if shape not in (None, stored):
             raise CheckpointError(f"{self.folder}: {name}.weight_shape is not {list(shape)}; {self.remedy}")
         parts = [self.take(part) for part in part_names(name, spec, stored)]
         try:
-            return QuantizedTensor(parts, stored, spec)
+            qt = QuantizedTensor(parts, stored, spec)
+            if spec.corrected:  # on a GPU, too
+                check_rows(qt.halves[1], stored[0])
+            return qt
         except InvalidInputError as error:
             raise CheckpointError(f"{self.folder}: the tensors of {name} do not fit: {error}; {self.remedy}") from None
 

@@ -13,8 +13,8 @@ class Columns(NamedTuple):
     width: int
 
     def split(self, *widths: int) -> tuple[Columns, ...]:
-        """Return consecutive columns of these widths, which must add up to all."""
-        if sum(widths) != self.width:
+        """Return consecutive columns of these widths, at least 0, which must add up to all."""
+        if sum(widths) != self.width or any(width < 0 for width in widths):
             raise ValueError(f"{self.width} columns cannot be split into {widths}")
         parts, first = [], self.first
         for width in widths:

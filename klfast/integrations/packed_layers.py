@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from klfast.checkpoint.compressed_tensors import with_corrected
-from klfast.checkpoint.manifest import MANIFEST, read_corrected, read_layer_facts, read_manifest
+from klfast.checkpoint.manifest import MANIFEST, read_corrected, read_layer_facts, read_manifest, read_roundings
 from klfast.checkpoint.tensors import Facts, Tensors, read_quantized_layers
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError
@@ -23,6 +23,7 @@ from klfast.models.matrices import is_linear, named_matrices, replacements
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import is_conv1d
+from klfast.quant.formats import ROWS, check_rows
 from klfast.quant.spec import QuantSpec
 
 _REMEDY = "fetch or save it again"
@@ -57,23 +58,30 @@ def put_in(
     if not files or not all(file.endswith(".safetensors") for file in files):
         raise KernelUnavailableError("klfast reads packed weights from safetensors files only.")
     folder = Path(next(iter(files))).parent
-    schemes, facts = Schemes(config), _layer_facts(folder)
+    manifest = _manifest(folder)
+    facts = None if manifest is None else read_layer_facts(folder, manifest)
+    roundings = {} if manifest is None else read_roundings(folder, manifest)
+    schemes = Schemes(config)
     specs = _linear_specs(model, schemes)
     try:
         tensors = _without_values(folder, files, model)
         specs |= packed_experts.join(model, tensors, schemes)
-        specs = with_corrected(specs, _corrected(folder))
+        if manifest is not None:
+            specs = with_corrected(specs, read_corrected(folder, manifest))
         _require_kernels({spec.base.format.name for spec in specs.values()}, _device_types(device_map))
         stored = tensors.names()
         _require_places(folder, stored, specs)
         shared = _shared(model, specs, stored)
         own = {name: spec for name, spec in specs.items() if name not in shared}
         layers = read_quantized_layers(model, tensors, own, facts or _usual_facts(model, specs))
+        _check_rows(folder, files, layers)
         embeddings = _tied_embeddings(model, layers, stored)
     except (CheckpointError, InvalidInputError) as error:
         if facts is not None:
             raise
         raise KernelUnavailableError(f"{str(error).removesuffix(f'; {_REMEDY}')}.") from error
+    for name in layers.keys() & roundings:
+        layers[name].rounding = roundings[name]
     emptied = {name: nn.Identity() for name in shared}
     for name, module in {**replacements(model, layers), **embeddings, **emptied}.items():
         model.set_submodule(name, module)
@@ -132,14 +140,9 @@ def _require_kernels(formats: Collection[str], devices: Collection[str]) -> None
 # What the files hold -----------------------------------------------------------------------------------------------
 
 
-def _layer_facts(folder: Path) -> Facts | None:
-    """Return what klfast.json says, after a check of all files; None if klfast did not write the folder."""
-    return read_layer_facts(folder, read_manifest(folder, verify=True)) if (folder / MANIFEST).is_file() else None
-
-
-def _corrected(folder: Path) -> dict[str, int]:
-    manifest = folder / MANIFEST
-    return read_corrected(folder, read_manifest(folder, verify=False)) if manifest.is_file() else {}
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return klfast.json, after a check of all files; None if klfast did not write the folder."""
+    return read_manifest(folder, verify=True) if (folder / MANIFEST).is_file() else None
 
 
 def _usual_facts(model: nn.Module, specs: Collection[str]) -> Facts:
@@ -164,6 +167,17 @@ def _without_values(folder: Path, files: Collection[str], model: PreTrainedModel
         )
     names = _names_in(model, readers)
     return Tensors(folder, {names[name]: read for name, read in readers.items()}, model.dtype, _REMEDY)
+
+
+def _check_rows(folder: Path, files: Collection[str], layers: Mapping[str, QuantLinear]) -> None:
+    """Raise CheckpointError if corrected rows in the files are none of their layer's."""
+    real = Tensors.of_files(folder, list(files), torch.device("cpu"), None)
+    for name, layer in layers.items():
+        if layer.spec.corrected:
+            try:
+                check_rows(real.take(f"{name}.weight_{ROWS}"), layer.out_features)
+            except InvalidInputError as error:
+                raise CheckpointError(f"{folder}: the tensors of {name} do not fit: {error}; {_REMEDY}") from None
 
 
 def _names_in(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:

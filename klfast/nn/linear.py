@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from klfast.dispatch import pins
 from klfast.nn import direct_call
 from klfast.nn.lazy_weight import LazyWeight, ReadOnlyWeight
 from klfast.ops.matmul import call_dequant_matmul, dequant_matmul, differentiable_dequant_matmul
+from klfast.quant.formats import ROWS, check_rows
 from klfast.quant.layouts import Layout
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
@@ -144,8 +146,10 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
         return self
 
     def _set_layout(self, layout: Layout) -> None:
-        if layout is not self.layout:
-            for name, tensor in _buffers(self.quantized.to_layout(layout)).items():
+        if layout is not self.layout:  # without self.quantized, whose values may still have to be loaded
+            shape = (self.out_features, self.in_features)
+            parts = self.spec.format.convert(self.parts(), shape, self.spec, self.layout, layout)
+            for name, tensor in zip(self.part_names, parts, strict=True):
                 setattr(self, name, tensor)
             self.layout = layout
 
@@ -156,18 +160,28 @@ class QuantLinear(ReadOnlyWeight, nn.Linear):
             destination.update((prefix + name, tensor) for name, tensor in plain.items())
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        shape = state_dict.get(prefix + "weight_shape")
-        if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
+        if reason := self._misfit(state_dict, prefix):
             *_, errors = args
-            errors.append(
-                f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is "
-                f"{[self.out_features, self.in_features]}"
-            )
+            errors.append(reason)
             return
         layout = self.layout
         self._set_layout(Layout.PLAIN)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._set_layout(layout)
+
+    def _misfit(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> str:
+        """Return why values of a state dict are not of this layer; empty if they may be."""
+        shape, rows = (state_dict.get(f"{prefix}weight_{part}") for part in ("shape", ROWS))
+        own = [self.out_features, self.in_features]
+        if shape is not None and not shape.is_meta and shape.tolist() != own:
+            return f"{prefix}weight_shape is {shape.tolist()}, but the layer's weight is {own}"
+        if rows is None or rows.shape != (self.spec.corrected,):  # torch names the wrong number
+            return ""
+        try:
+            check_rows(rows.to(torch.int32), self.out_features)
+        except InvalidInputError as error:
+            return f"{prefix}weight_{ROWS}: {error}"
+        return ""
 
     def extra_repr(self) -> str:
         """Return the sizes, the spec and the activation mode."""

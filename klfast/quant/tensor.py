@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from klfast.core.errors import InvalidInputError
-from klfast.quant.formats import Part, check_parts
+from klfast.quant.formats import ROWS, Part, check_parts
 from klfast.quant.layouts import Layout
 from klfast.quant.spec import QuantSpec
 
@@ -81,6 +81,9 @@ class QuantizedTensor:
         shape: N, K.
         spec: how it is quantized.
         layout: of its values in memory.
+
+    Raises:
+        InvalidInputError: the tensors are not these parts, or corrected rows, in the CPU's memory, are none of N.
     """
 
     parts: Sequence[torch.Tensor]
@@ -100,11 +103,15 @@ class QuantizedTensor:
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str = "meta",
     ) -> QuantizedTensor:
-        """Return a plain tensor to be filled in; parts that can have ``scale_dtype`` have it."""
-        parts = [
-            torch.empty(part.shape, dtype=scale_dtype if scale_dtype in part.dtypes else part.dtypes[0], device=device)
-            for part in spec.format.parts(shape, spec)
-        ]
+        """Return a plain tensor to be filled in; parts that can have ``scale_dtype`` have it.
+
+        Corrected rows are the first ones.
+        """
+        parts = []
+        for name, sizes, dtypes in spec.format.parts(shape, spec):
+            dtype = scale_dtype if scale_dtype in dtypes else dtypes[0]
+            make = partial(torch.arange, *sizes) if name == ROWS else partial(torch.empty, sizes)
+            parts.append(make(dtype=dtype, device=device))
         return cls(parts, shape, spec)
 
     @classmethod
@@ -122,7 +129,11 @@ class QuantizedTensor:
 
     @classmethod
     def corrected(cls, base: QuantizedTensor, rows: torch.Tensor, correction: QuantizedTensor) -> QuantizedTensor:
-        """Return the tensor that is ``base``, with ``correction`` [R, K] added to ``rows``, int [R], rising."""
+        """Return the tensor that is ``base``, with ``correction`` [R, K] added to ``rows``, int [R].
+
+        Raises:
+            InvalidInputError: the rows do not rise strictly within those of ``base``, or the tensors do not fit.
+        """
         spec = replace(base.spec, corrected=len(rows))
         return cls([*base.parts, rows.to(torch.int32), *correction.parts], base.shape, spec, base.layout)
 

@@ -75,6 +75,8 @@ def test_an_interrupt_leaves_files_unread(tmp_path, monkeypatch):
         ("lm_head.weight_packed", lambda t: None, "lacks the tensor lm_head.weight_packed"),
         ("lm_head.weight_scale", lambda t: t[:-1].clone(), "tensors of lm_head do not fit: scale must have shape"),
         ("lm_head.weight_packed", lambda t: t.float(), "tensors of lm_head do not fit: packed must be torch.int32"),
+        ("lm_head.weight_shape", lambda t: t.float(), r"lm_head\.weight_shape must hold integers, got torch\.float32"),
+        ("lm_head.weight_shape", lambda t: t.bool(), r"lm_head\.weight_shape must hold integers, got torch\.bool"),
         ("lm_head.weight_shape", lambda t: t + 1, r"lm_head\.weight_shape is not \[61, 64\]"),
         ("backbone.layers.1.mixer.in_proj.bias", lambda t: t[1:].clone(), r"in_proj\.bias must have shape"),
         ("backbone.norm_f.weight", lambda t: None, r"lacks the tensor backbone\.norm_f\.weight"),

@@ -1,9 +1,12 @@
 """Heads with corrected rows: in plans, models, files and transformers' own loader."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from saved_models import sign
 from tiny_models import batch, tiny
 from transformers import AutoModelForCausalLM
 
@@ -104,3 +107,69 @@ def test_evaluation_sees_the_corrected_rows():
     p, q = (each(ids).logits[:, :-1].double().log_softmax(-1) for each in (teacher, model))
     truth = (p.exp() * (p - q)).sum(-1).mean().item()
     assert klfast.evaluate(model, ids, teacher=teacher, progress=False).kl == pytest.approx(truth, rel=1e-3)
+
+
+BAD_ROWS = ([-1, 0], [5, 3], [3, 3], [323, 324], [-(2**31), 2])
+
+
+@pytest.fixture(scope="module")
+def corrected_folder(tmp_path_factory):
+    """Save a model with two corrected rows in its head and two in a layer with 324 rows."""
+    folder, spec = tmp_path_factory.mktemp("corrected") / "model", "int4-g32-sym+2:4"
+    plan = klfast.Plan({"backbone.layers.0.mixer.in_proj": spec, "lm_head": spec}, "uniform")
+    klfast.save_quantized(klfast.quantize_model(tiny("mamba2"), plan), folder)
+    return folder
+
+
+@pytest.mark.parametrize("rows", BAD_ROWS)
+@pytest.mark.parametrize("layer", ["backbone.layers.0.mixer.in_proj", "lm_head"])
+@pytest.mark.parametrize("load", [klfast.load_quantized, AutoModelForCausalLM.from_pretrained])
+def test_rows_outside_the_layer_are_refused(load, layer, rows, corrected_folder, tmp_path):
+    folder = shutil.copytree(corrected_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{layer}.weight_correction_rows"] = torch.tensor(rows, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sign(folder)
+    with pytest.raises(CheckpointError, match=rf"the tensors of {layer} do not fit: correction_rows must rise") as told:
+        load(folder)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("rows", BAD_ROWS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_rows_outside_the_layer_in_a_state_dict(rows, assign):
+    layer = klfast.QuantLinear(klfast.quantize(torch.randn(324, 32), "int4-g32-sym+2"))
+    before = layer.quantized.dequantize()
+    state = layer.state_dict() | {"weight_correction_rows": torch.tensor(rows, dtype=torch.int32)}
+    with pytest.raises(
+        RuntimeError, match="weight_correction_rows: correction_rows must rise strictly within 0 to 323"
+    ):
+        layer.load_state_dict(state, assign=assign)
+    assert torch.equal(layer.quantized.dequantize(), before)
+
+
+@pytest.mark.parametrize("rows", BAD_ROWS)
+def test_rows_outside_the_layer_in_memory(rows):
+    qt, bad = klfast.quantize(torch.randn(324, 32), "int4-g32-sym+2"), torch.tensor(rows, dtype=torch.int32)
+    base, _, correction = qt.halves
+    for make in (
+        lambda: klfast.QuantizedTensor.corrected(base, bad, correction),
+        lambda: klfast.QuantizedTensor([*base.parts, bad, *correction.parts], qt.shape, qt.spec),
+    ):
+        with pytest.raises(InvalidInputError, match="correction_rows must rise strictly within 0 to 323"):
+            make()
+    model = quantized(tied=False)
+    rows_of_head = model.lm_head.weight_correction_rows
+    rows_of_head[0] = 61
+    with pytest.raises(InvalidInputError, match="correction_rows must rise strictly within 0 to 60"):
+        klfast.generate(model, batch(1, 4), max_new_tokens=2)
+
+
+def test_layers_to_be_filled_have_rows_of_their_own(tmp_path):
+    layer = klfast.QuantLinear(klfast.quantize(torch.randn(45, 96), "int4-g32-sym+7"))
+    for empty in (
+        klfast.QuantLinear.empty((45, 96), layer.spec, device="cpu"),
+        klfast.QuantLinear.empty((45, 96), layer.spec).to_empty(device="cpu"),
+    ):
+        empty.load_state_dict(layer.state_dict())
+        assert torch.equal(empty.quantized.dequantize(), layer.quantized.dequantize())

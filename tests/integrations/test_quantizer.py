@@ -99,6 +99,20 @@ def test_a_model_loaded_and_saved_again_is_the_same(llama, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (llama / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_how_layers_were_rounded_is_kept(family, tmp_path):
+    model = quantized(family, tied=True, specs=(klfast.QuantSpec(4, 16),))
+    for layer in [module for module in model.modules() if isinstance(module, QuantLinear)][::2]:
+        layer.rounding = "gptq"
+    klfast.save_quantized(model, tmp_path / "first")
+    klfast.save_quantized(load(tmp_path / "first"), tmp_path / "second")
+    first, second = (
+        json.loads((tmp_path / name / "klfast.json").read_text())["layers"] for name in ("first", "second")
+    )
+    assert second == first
+    assert {fact["rounding"] for fact in first.values()} == {"gptq", "nearest"}
+
+
 def test_a_folder_named_from_the_current_one(llama, monkeypatch):
     monkeypatch.chdir(llama.parent)
     assert packed(load(llama.name)) == packed(load(llama)) > 0

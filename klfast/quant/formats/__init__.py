@@ -4,7 +4,7 @@
 """
 
 from klfast.quant.formats.base import Grouping, Part, QuantFormat, Rounded, check_parts
-from klfast.quant.formats.corrected_rows import CorrectedRows
+from klfast.quant.formats.corrected_rows import ROWS, CorrectedRows, check_rows
 from klfast.quant.formats.packed_integers import INT4, INT6, INT8, PackedIntegers
 
 FORMATS: dict[str, QuantFormat] = {each.name: each for each in (INT4, INT6, INT8)}
@@ -13,6 +13,7 @@ CORRECTED = {name: CorrectedRows(each) for name, each in FORMATS.items()}
 __all__ = [
     "CORRECTED",
     "FORMATS",
+    "ROWS",
     "CorrectedRows",
     "Grouping",
     "PackedIntegers",
@@ -20,4 +21,5 @@ __all__ = [
     "QuantFormat",
     "Rounded",
     "check_parts",
+    "check_rows",
 ]

@@ -58,6 +58,13 @@ class CorrectedRows(QuantFormat):
             *(part._replace(name=PREFIX + part.name) for part in of_correction),
         )
 
+    def check(self, parts: Sequence[torch.Tensor], shape: Shape, spec: Grouping, layout: Layout = Layout.PLAIN) -> None:
+        """Raise InvalidInputError unless these are the parts; rows that are not in the CPU's memory are not read."""
+        super().check(parts, shape, spec, layout)
+        rows = self.halves(parts).rows
+        if not torch.compiler.is_compiling() and type(rows) is torch.Tensor and rows.is_cpu:
+            check_rows(rows, shape[0])
+
     def halves(self, parts: Sequence[torch.Tensor]) -> Halves:
         """Return the parts of B, the rows, and the parts of C."""
         middle = len(parts) // 2
@@ -119,3 +126,15 @@ class CorrectedRows(QuantFormat):
     def from_compressed_tensors(self, group: Mapping[str, Any]) -> tuple[int, bool] | None:
         """Return None: the base format reads it."""
         return None
+
+
+def check_rows(rows: torch.Tensor, n: int) -> None:
+    """Raise InvalidInputError unless rows, int32 [R], rise strictly within 0 to n - 1; a GPU is waited for.
+
+    Kernels read and write at these rows unchecked. On the meta device they have no values.
+    """
+    if rows.is_meta:
+        return
+    found = rows.cpu().numpy()  # whose operations cost a third of torch's at this size
+    if len(found) and not (found[0] >= 0 and found[-1] < n and (found[1:] > found[:-1]).all()):
+        raise InvalidInputError(f"{ROWS} must rise strictly within 0 to {n - 1}")
