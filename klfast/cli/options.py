@@ -220,6 +220,14 @@ def require_free(out: Path, force: bool, *, folder: bool = False, option: str = 
     require_writable(out, folder=folder)
 
 
+def goes_with(context: typer.Context, what: str, *names: str) -> None:
+    """Raise BadParameter if one of these parameters was given, which would say nothing without ``what``."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"{'/'.join([*parameter.opts, *parameter.secondary_opts])} goes with {what}")
+
+
 def exactly_one(**options: object) -> None:
     """Raise BadParameter unless exactly one of the options is given."""
     if sum(value is not None for value in options.values()) != 1:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @options.loads_models
 def quantize(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[Path, typer.Option(help="The folder to create.")],
     plan: Annotated[
@@ -85,7 +86,11 @@ def quantize(
         raise typer.BadParameter("--layers and --exclude go with --uniform; with a plan, give them to klfast plan")
     if uniform is not None and activation == "auto":
         raise typer.BadParameter("--activation auto goes with a plan; with --uniform, give int8 or exact")
+    if rounding != "gptq":
+        options.goes_with(context, "--rounding gptq", "calibration", "windows", "length", "resume")
     options.require_free(out, force, folder=True)
+    whole = out.resolve()
+    partial = whole.with_name(f"{whole.name}.partial") if rounding == "gptq" else None
     import klfast
     from klfast.checkpoint.apply_plan import plan_activations, plan_scale
     from klfast.checkpoint.by_name import find_tokenizer, load_model
@@ -109,10 +114,9 @@ def quantize(
     if spec is not None:
         made = _uniform(network, spec, layers, exclude, scale)
     assert made is not None  # there is a plan or a spec
-    text, partial = None, None
-    if rounding == "gptq":
+    text = None
+    if partial is not None:
         text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
-        partial = out.with_name(out.name + ".partial")
         if not resume:
             forget(partial)
     klfast.quantize_model(

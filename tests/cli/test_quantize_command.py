@@ -108,6 +108,29 @@ def test_gptq_writes_a_model_that_is_nearer(model, tmp_path):
     assert sizes[small] == sizes[plain]
 
 
+def test_gptq_replaces_the_current_folder(model, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    monkeypatch.chdir(tmp_path / "small")
+    result = quantize(model, "--out", ".", "--force", "--rounding", "gptq", "--length", 16, "--windows", 4)
+    assert result.exit_code == 0, result.output
+    assert klfast.load_quantized(tmp_path / "small") is not None and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("--calibration", "calibration"), "--calibration"),
+        (("--windows", "64"), "--windows"),
+        (("--length", "512"), "--length"),
+        (("--resume",), "--resume/--no-resume"),
+        (("--no-resume",), "--resume/--no-resume"),
+    ],
+)
+def test_options_of_gptq_are_refused_without_it(model, untouched, given, named):
+    result = quantize(model, "--out", untouched / "small", *given)
+    assert result.exit_code == 2 and f"{named} goes with --rounding gptq" in " ".join(result.stderr.split())
+
+
 def test_an_unknown_rounding_is_wrong_usage(model, tmp_path):
     result = quantize(model, "--out", tmp_path / "small", "--rounding", "up")
     assert result.exit_code == 2 and "nearest, gptq" in result.stderr
