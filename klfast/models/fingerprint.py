@@ -44,6 +44,16 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return Fingerprint(structure, tuple(_norm(one) for one in found.values()))
 
 
+def state_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of all that a model's state dict has: names, dtypes, shapes and every value."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):  # else what a module of another library adds
+            sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
 def require_match(expected: Fingerprint, model: nn.Module, what: str) -> None:
     """Raise ModelMismatchError unless ``what``, with the fingerprint ``expected``, was made for ``model``."""
     found = fingerprint(model)

@@ -59,13 +59,13 @@ class QuantExperts(nn.Module):
             InvalidInputError: there is no such expert.
         """
         first, last = self.stack_names
-        y = self._product(first, hidden_states, top_k_index)
+        y = self.product(first, hidden_states, top_k_index)
         y = activated(self, y)
-        y = self._product(last, y.flatten(0, 1), top_k_index.reshape(-1, 1))
+        y = self.product(last, y.flatten(0, 1), top_k_index.reshape(-1, 1))
         y = y.view(*top_k_index.shape, y.shape[-1]) * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
 
-    def _product(self, name: str, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def product(self, name: str, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Multiply each row of x [M, K] by the matrices of a stack that index [M, S] names: [M, S, N]."""
         stack: Any = getattr(self, name)
         if isinstance(stack, SplitStack):

@@ -12,11 +12,12 @@ class Moments:
         hessian: [K, K], y^T y of the inputs y in the partly rounded model.
         cross: [K, K], y^T x with the inputs x in the full-precision model.
         tokens: their number.
+        are_paired: False once inputs were left out since those of the two models are not of the same tokens.
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
         self.hessian, self.cross = (torch.zeros(k, k, device=device) for _ in range(2))
-        self.tokens = 0
+        self.tokens, self.are_paired = 0, True
 
     def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
         """Add the inputs of more tokens, [..., K] each."""
@@ -27,6 +28,8 @@ class Moments:
 
     def why_useless(self) -> str:
         """Return why they say too little to round by, a clause; empty if they say enough."""
+        if not self.are_paired:
+            return "only some of the tokens reach it"
         needed = len(self.hessian)
         if self.tokens < needed:
             return f"only {self.tokens} of the {needed} tokens that are needed reach it"

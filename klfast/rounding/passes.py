@@ -161,17 +161,35 @@ def named(name: str) -> Iterator[None]:
 
 
 def add_inputs(
-    moments: dict[str, Moments], student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]
+    moments: dict[str, Moments], student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], tokens: int
 ) -> None:
-    """Add a batch's inputs by name. Layers with one input (q, k and v) share their moments, which are added once."""
+    """Add a batch's inputs by name. Layers with one input (q, k and v) share their moments, which are added once.
+
+    Which of a layer's inputs in the two models are of one token is known only if all ``tokens`` of the batch reach it,
+    once or several times; of the linear layers of experts they do not.
+    """
     seen: dict[object, Moments] = {}
-    for name, y in student.items():
-        key = input_key(y)
-        if key in seen:
-            moments.setdefault(name, seen[key])
-        else:
-            seen[key] = moments.setdefault(name, Moments(y.shape[-1], y.device))
-            seen[key].add(y, teacher[name])
+    added: set[Moments] = set()
+    for name in dict.fromkeys((*student, *teacher)):
+        y, x = student.get(name), teacher.get(name)
+        if name not in moments:
+            either = teacher[name] if y is None else y
+            shared = None if y is None else seen.get(input_key(y))
+            moments[name] = shared or Moments(either.shape[-1], either.device)
+        of_layer = moments[name]
+        if y is not None:
+            seen[input_key(y)] = of_layer
+        if y is None or x is None or y.shape != x.shape or not _reach(y, tokens):
+            of_layer.are_paired = False
+        elif of_layer not in added:
+            added.add(of_layer)
+            of_layer.add(y, x)
+
+
+def _reach(inputs: torch.Tensor, tokens: int) -> bool:
+    """Return True if inputs [..., K] can be those of all tokens of a batch."""
+    rows = inputs.shape[:-1].numel()
+    return rows > 0 and rows % tokens == 0
 
 
 def input_key(x: torch.Tensor) -> object:

@@ -133,9 +133,10 @@ class _Costs(Passes):
             linear = {name: one for name in self.names[index] if not (one := self.matrices[name]).is_of_experts}
             moments: dict[str, Moments] = {}
             for batch, passage in enumerate(passages):
+                carry = carries[batch]
                 with watched(linear) as seen:
-                    carries[batch] = self.step(index, carries[batch], passage)
-                add_inputs(moments, seen.inputs, seen.inputs)
+                    carries[batch] = self.step(index, carry, passage)
+                add_inputs(moments, seen.inputs, seen.inputs, carry.hidden.shape[:-1].numel())
                 if batch == 0:
                     self._estimate_inputs(seen.inputs)
             for name in self.names[index]:

@@ -16,12 +16,13 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
+from klfast import __version__
 from klfast.core import lock
 from klfast.core.interrupts import interruptible
 from klfast.core.progress import Progress, reporter
 from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain, Passage
-from klfast.models.fingerprint import fingerprint
+from klfast.models.fingerprint import state_digest
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
@@ -65,7 +66,7 @@ def round_model(
 
     Raises:
         InvalidInputError: the text is not valid, the model is not a chain, a weight or its input is not finite, or
-            ``resume`` belongs to a run with another model, text or specs, or another process is working on it.
+            ``resume`` belongs to a run with another model, text, specs or klfast, or another process is working on it.
     """
     windows = micro_batches(calibration, vocabulary(model), MOST_TOKENS)
     settings = {} if resume is None else _settings(model, specs, windows, scale)
@@ -78,9 +79,9 @@ def _settings(
     model: nn.Module, specs: Mapping[str, QuantSpec], windows: Sequence[torch.Tensor], scale: str
 ) -> dict[str, object]:
     """Return what the result depends on."""
-    made_of = fingerprint(model)
     return {
-        "model": [made_of.structure, *made_of.norms],
+        "version of klfast": __version__,
+        "model": state_digest(model),
         "specs": {name: str(spec) for name, spec in specs.items()},
         "calibration": digest(windows),
         "scale": scale,
@@ -195,11 +196,12 @@ class _Walk(Passes):
         moments: dict[str, Moments] = {}
         routed: list[tuple[Mapping[nn.Module, Routed], Mapping[nn.Module, Routed]]] = []
         for batch, passages in enumerate(zip(teacher, student, strict=True)):
+            carry = self.teacher[batch]
             with watched(linear, experts, uses) as of_teacher:
-                self.step(index, self.teacher[batch], passages[0])
+                self.step(index, carry, passages[0])
             with self._rounded([*done, *self.names[NOWHERE]]), watched(linear, experts, uses) as of_student:
                 self.step(index, self.student[batch], passages[1])
-            add_inputs(moments, of_student.inputs, of_teacher.inputs)
+            add_inputs(moments, of_student.inputs, of_teacher.inputs, carry.hidden.shape[:-1].numel())
             routed.append((of_student.routed, of_teacher.routed))
         for name in linear:
             self._round_linear(name, moments.get(name))

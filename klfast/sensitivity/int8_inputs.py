@@ -44,10 +44,10 @@ class _RoundingExperts(QuantExperts):
         super().__init__(experts, {})
         self._stack, self._spec, self._expert = stack, spec, expert
 
-    def _product(self, name: str, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def product(self, name: str, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         if name != self._stack:
-            return super()._product(name, x, index)
-        y = super()._product(name, rounded(x, self._spec), index)
+            return super().product(name, x, index)
+        y = super().product(name, rounded(x, self._spec), index)
         if self._expert is None:
             return y
-        return torch.where((index == self._expert).unsqueeze(-1), y, super()._product(name, x, index))
+        return torch.where((index == self._expert).unsqueeze(-1), y, super().product(name, x, index))

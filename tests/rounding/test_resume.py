@@ -79,6 +79,28 @@ def test_a_damaged_file_is_rounded_again(tmp_path):
         same(rounded(model, ids, resume=tmp_path / "kept"), truth)
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["backbone.embeddings.weight", "layers.0.norm.weight", "conv1d.weight", "A_log", "dt_bias", "in_proj.weight"],
+)
+@torch.no_grad()
+def test_another_model_is_refused_whatever_differs(part, tmp_path):
+    model, ids = tiny("mamba2", tied=False), batch(4, 8)
+    rounded(model, ids, resume=tmp_path / "kept")
+    rounded(tiny("mamba2", tied=False), ids, resume=tmp_path / "kept")
+    next(value for name, value in model.named_parameters() if part in name).flatten()[1] += 1e-3
+    with pytest.raises(InvalidInputError, match="of a rounding with other model; to start over delete the folder"):
+        rounded(model, ids, resume=tmp_path / "kept")
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    model, ids = tiny("llama"), batch(4, 8)
+    rounded(model, ids, resume=tmp_path / "kept")
+    monkeypatch.setattr(walk, "__version__", "0.0.1")
+    with pytest.raises(InvalidInputError, match="of a rounding with other version of klfast"):
+        rounded(model, ids, resume=tmp_path / "kept")
+
+
 def test_other_runs_and_folders_are_refused(tmp_path):
     model, ids = tiny("llama"), batch(24, 16)
     rounded(model, ids, resume=tmp_path / "kept")

@@ -17,6 +17,7 @@ from klfast.models.matrices import matrices, matrix, split_stacks, with_experts
 from klfast.rounding import walk
 from klfast.rounding.head_rows import clusters
 from klfast.rounding.moments import Moments
+from klfast.rounding.passes import add_inputs
 from klfast.rounding.second_order import second_order
 from klfast.rounding.walk import round_model
 
@@ -233,6 +234,68 @@ def test_models_with_experts_come_closer(family):
     assert kl(model, with_weights(model, found.tensors), ids) < 0.8 * kl(
         model, with_weights(model, nearest(model)), ids
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("specs", [(SPEC,), (SPEC, None)], ids=["stack", "some"])
+def test_experts_are_rounded_behind_a_quantized_first_matrix(specs):
+    model = tiny("qwen3_next")
+    for name, one in matrices(model).items():
+        if one.is_stack and name.endswith("gate_up_proj"):
+            chosen = {expert_name(name, i): specs[i % len(specs)] for i in range(len(one.tensor))}
+            plan = {each: spec for each, spec in chosen.items() if spec} if len(specs) > 1 else {name: SPEC}
+            klfast.quantize_model(model, klfast.Plan(plan, "uniform"))
+    dense = tiny("qwen3_next")
+    for name, one in matrices(dense).items():
+        one.weight.copy_(matrix(model, name).weight)
+    names = [name for name, one in matrices(dense).items() if one.is_stack and name.endswith("down_proj")]
+    found, truth = (round_model(each, dict.fromkeys(names, SPEC), text(96)) for each in (model, dense))
+    assert names and found.notes == truth.notes
+    for name in names:
+        codes, want = (each.tensors[name].dequantize(torch.float32) for each in (found, truth))
+        assert (codes != want).float().mean() < 0.01  # products differ in their last bits
+        assert not torch.equal(codes, nearest(dense)[name].dequantize(torch.float32))
+
+
+class RoutedMLP(torch.nn.Module):
+    """An MLP that only the tokens whose first feature is positive pass, with or without a third of the batch."""
+
+    def __init__(self, mlp, fixed):
+        super().__init__()
+        self.mlp, self.fixed = mlp, fixed
+
+    def forward(self, x):
+        chosen = x[..., 0] > 0
+        if self.fixed:
+            chosen = torch.zeros_like(chosen)
+            chosen[:, ::3] = True
+        y = torch.zeros_like(x)
+        if chosen.any():
+            y[chosen] = self.mlp(x[chosen])
+        return y
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["routed", "fixed"])
+def test_linear_layers_that_some_tokens_reach_are_rounded_to_nearest(fixed):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp = RoutedMLP(layer.mlp, fixed)
+    found = round_model(model, specs_of(model), text(96))
+    routed = {name for name in specs_of(model) if ".mlp." in name}
+    assert found.nearest == routed and set(found.notes.values()) == {"only some of the tokens reach it"}
+    for name in routed:
+        assert all(map(torch.equal, found.tensors[name].parts, nearest(model)[name].parts))
+
+
+def test_inputs_of_other_tokens_are_not_paired():
+    y, moments = torch.randn(6, 4), {}
+    add_inputs(moments, {"a": y, "b": y, "gone": y[:0], "one": y.clone()}, {"a": y, "b": y, "lost": y, "one": y}, 6)
+    assert moments["a"] is moments["b"] and moments["a"].tokens == 6 and moments["one"].tokens == 6
+    assert {name for name, one in moments.items() if one.why_useless().startswith("only some")} == {"gone", "lost"}
+    z = y.clone()
+    add_inputs(moments, {"a": z, "b": z, "one": z[:3]}, {"a": y, "b": y, "one": y[:3]}, 6)
+    assert moments["a"].tokens == 12 and not moments["one"].are_paired
+    torch.testing.assert_close(moments["a"].hessian, 2 * y.T @ y)
 
 
 @torch.no_grad()
