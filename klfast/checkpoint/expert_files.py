@@ -80,7 +80,7 @@ def experts_in(text: str, stack: str, names: Sequence[str]) -> list[int]:
     """Return the experts in a target that ``target`` made of some of a stack's; none for any other target."""
     first, last = target(stack, names, [0]).rsplit("(0)", 1)
     numbers = text.removeprefix(first).removesuffix(last)
-    if f"{first}{numbers}{last}" != text or not re.fullmatch(r"\(\d+(\|\d+)*\)", numbers):
+    if f"{first}{numbers}{last}" != text or not re.fullmatch(r"\(\d{1,9}(\|\d{1,9})*\)", numbers):
         return []
     return [int(number) for number in numbers[1:-1].split("|")]
 

@@ -83,8 +83,9 @@ def not_transformers(model: nn.Module) -> str:
 
 def _is_only_klfasts(module: nn.Module) -> bool:
     """Return True if no quantization_config describes a module as it is."""
-    is_corrected = isinstance(module, QuantLinear) and module.spec.corrected > 0
-    return is_corrected or isinstance(module, (QuantEmbedding, QuantConv1D, QuantExperts))
+    if isinstance(module, QuantLinear) and (module.spec.corrected or module.activation != "exact"):
+        return True
+    return isinstance(module, (QuantEmbedding, QuantConv1D, QuantExperts))
 
 
 def describes_transformers(config: object) -> bool:
@@ -97,7 +98,7 @@ def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
         raise InvalidInputError(not_transformers(model))
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
-        "write (its head is tied to the embedding, a layer has corrected rows, its groups do not divide a row, or it "
-        "has experts or Conv1D); "
+        "write (its head is tied to the embedding, a layer has corrected rows, a layer rounds its input to "
+        "int8, its groups do not divide a row, or it has experts or Conv1D); "
         "use klfast.save_quantized(model, folder)"
     )

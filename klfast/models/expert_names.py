@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_EXPERT = re.compile(r"((?:.*\.)?experts\.\w+)\.(\d+)")
+_EXPERT = re.compile(r"((?:.*\.)?experts\.\w+)\.(\d{1,9})")
 
 
 def expert_name(stack: str, expert: int) -> str:

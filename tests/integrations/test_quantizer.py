@@ -129,6 +129,14 @@ def test_save_pretrained(llama, tmp_path):
     assert packed(again) == packed(model) and torch.equal(again(batch()).logits, model(batch()).logits)
 
 
+def test_save_pretrained_would_lose_int8_activations(tmp_path):
+    klfast.save_quantized(quantized("llama", activation="int8"), tmp_path / "model")
+    for model in (quantized("llama", activation="int8"), load(tmp_path / "model")):
+        with pytest.raises(errors.InvalidInputError, match=r"rounds its input to int8.* use klfast\.save_quantized"):
+            model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 @torch.no_grad()
 def test_activations_and_kernels_are_the_saved_ones(llama):
     model = load(llama)
