@@ -1,9 +1,10 @@
 """What GGUF cannot hold: one line that says so, and no file."""
 
+import gguf
 import pytest
 import tiny_models
 import torch
-from exported_models import exportable, quantized
+from exported_models import FAMILIES, exportable, quantized
 
 import klfast
 from klfast.export.gguf.tensor_types import tensor_types
@@ -61,6 +62,20 @@ def test_routers_that_llama_cpp_lacks(tmp_path, family, change, match):
     refused(model, tmp_path, match)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_that_llama_cpp_does_not_compute(tmp_path, family):
+    model = exportable(family)
+    settings = [name for name in ("hidden_act", "mamba_hidden_act", "mlp_hidden_act") if hasattr(model.config, name)]
+    assert settings or family.startswith("lfm2")  # which has no choice
+    for setting in settings:
+        right = getattr(model.config, setting)
+        setattr(model.config, setting, "gelu")
+        refused(model, tmp_path, f"computes {right} for {setting}, this model gelu; nothing is written")
+        setattr(model.config, setting, right)
+    model.config.hidden_act = "swish" if "hidden_act" in settings else "gelu"  # silu's other name; nobody reads it
+    export_gguf(model, tmp_path / "m.gguf")
+
+
 def test_rotary_embeddings(tmp_path):
     model = exportable("qwen3")
     model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
@@ -95,6 +110,58 @@ def test_rows_that_are_not_whole_blocks(tmp_path):
     written = export_gguf(model, tmp_path / "m.gguf")
     assert written.kinds["F16"] == 1
     assert written.notes[0] == "backbone.layers.0.mixer.dt_proj.weight with groups of 4 is F16"
+
+
+@pytest.mark.parametrize("spec", ["int4-g32-sym", "int4-g32-asym", "int8-g32-asym"])
+def test_rows_whose_last_group_is_shorter_than_a_block(tmp_path, spec):
+    model = exportable("granite_hybrid")
+    layer = "model.layers.0.shared_mlp.output_linear"
+    assert model.get_submodule(layer).weight.shape[1] == 48
+    klfast.quantize_model(model, klfast.Plan({layer: spec}, "uniform"))
+    written = export_gguf(model, tmp_path / "m.gguf")
+    assert written.kinds["F16"] == 1 and any(f"{layer}.weight with" in note for note in written.notes)
+    one = next(one for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors if one.name == "blk.0.ffn_down.weight")
+    assert torch.equal(torch.from_numpy(one.data.copy()), model.get_submodule(layer).quantized.dequantize().half())
+    assert r"^blk\.0\.ffn_down\.weight$=f16" in tensor_types(model).splitlines()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [3e-5, 1e-12, 1e-24])
+def test_scales_below_float16(tmp_path, scale_dtype, size):
+    model, layer = exportable("llama"), "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(layer).weight.detach()
+    weight[3] *= size  # one row suffices
+    qt = klfast.quantize(weight, "int8-g32-sym", scale_dtype=scale_dtype)
+    model.set_submodule(layer, klfast.QuantLinear(qt))
+    refused(model, tmp_path, rf"{layer}\.weight: scales of a row are too small for float16")
+
+
+def test_scales_that_float16_holds_as_well_as_any(tmp_path):
+    model, layer = exportable("llama"), "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(layer).weight.detach()
+    weight[3] = 0
+    weight[5, :32] *= 1e-5  # of no weight beside the row's others
+    qt = klfast.quantize(weight, "int8-g32-sym", scale_dtype=torch.float32)
+    model.set_submodule(layer, klfast.QuantLinear(qt))
+    written = export_gguf(model, tmp_path / "m.gguf")
+    one = next(one for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors if one.name == "blk.0.ffn_up.weight")
+    assert not any("scales" in note for note in written.notes)
+    error = torch.from_numpy(gguf.quants.dequantize(one.data, one.tensor_type).copy()) - qt.dequantize(torch.float32)
+    assert error.abs().max() > 0 and (error.norm(dim=1) <= 2**-10 * weight.norm(dim=1)).all()
+
+
+def test_scales_that_float16_holds_coarsely(tmp_path):
+    model, layer = exportable("llama"), "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(layer).weight.detach()
+    weight[3] *= 1e-2
+    model.set_submodule(layer, klfast.QuantLinear(klfast.quantize(weight, "int8-g32-sym", scale_dtype=torch.float32)))
+    [note] = [note for note in export_gguf(model, tmp_path / "m.gguf").notes if "scales" in note]
+    qt = model.get_submodule(layer).quantized
+    codes = (qt.dequantize(torch.float32) / qt.scale.repeat_interleave(32, 1))[3].view(-1, 32).abs().amax(1).round()
+    scale = qt.scale[3].double()
+    loss = ((scale.half() - scale) * codes).norm() / (scale * codes).norm()
+    said = f"scales are below float16's normal numbers, which changes a row by up to {loss:.2g} of its norm"
+    assert 2**-11 < loss < 2**-4 and note == f"{layer}.weight: {said}"
 
 
 def test_a_scale_beyond_float16(tmp_path):

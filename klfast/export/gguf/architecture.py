@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _NO_CHANGE = Change()
+SILU = ("silu", "swish")
 _HEAD = {"lm_head.weight": "output.weight"}  # which the package gguf leaves out of LFM2's, since the released are tied
 
 
@@ -58,6 +59,8 @@ class Architecture:
         misfit: function from the configuration to what llama.cpp cannot say of it; None if it can say all.
         remark: function from the configuration to what llama.cpp computes a little differently; None for nothing.
         extra: function from the configuration to tensors that the file has beside the model's.
+        activations: the settings of the configuration that name an activation, each with transformers' names of the one
+            that llama.cpp computes.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Architecture:
     misfit: Callable[[Any], str | None] = _none
     remark: Callable[[Any], str | None] = _none
     extra: Callable[[Any], Mapping[str, torch.Tensor]] = _nothing
+    activations: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"hidden_act": SILU})
 
     @property
     def name(self) -> str:
@@ -82,7 +86,7 @@ class Architecture:
         Raises:
             InvalidInputError: llama.cpp has no place for one of them, or something else that it cannot say.
         """
-        if (reason := self.misfit(config)) is not None:
+        if (reason := self._other_activation(config) or self.misfit(config)) is not None:
             raise InvalidInputError(f"llama.cpp's architecture {self.name} {reason}; nothing is written")
         changes = self.changes(config)
         return [
@@ -90,6 +94,12 @@ class Architecture:
             for source in shapes
             for name, part, parts in self._names(config, source)
         ]
+
+    def _other_activation(self, config: Any) -> str | None:
+        for setting, known in self.activations.items():
+            if (given := getattr(config, setting)) not in known:
+                return f"computes {known[0]} for {setting}, this model {given}"
+        return None
 
     def _names(self, config: Any, source: str) -> Iterator[tuple[str, int, int]]:
         """Yield each name in the file of a model's tensor, with its place among them and their number."""

@@ -1,7 +1,8 @@
 """Quantized matrices as blocks of GGUF, without rounding a code again.
 
 A block has 32 weights of a row (ggml-common.h of llama.cpp, block_q4_0, block_q4_1, block_q8_0), so a group of klfast's
-that is some blocks long gives its scale to each. Scales, and minima of Q4_1, are float16.
+that is some blocks long gives its scale to each. Scales, and minima of Q4_1, are float16: those of other dtypes are
+rounded to it, and refused where that loses them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
 BLOCK = 32
+ROUNDING = 2**-11  # of normal numbers to float16, at most, relative
+_LOST = 2**-4
 # By bits and symmetry. Six bits, less their zero points, fit into eight.
 _KINDS = {(4, True): "Q4_0", (4, False): "Q4_1", (6, True): "Q8_0", (6, False): "Q8_0", (8, True): "Q8_0"}
 
@@ -38,6 +41,8 @@ def misfit(spec: QuantSpec, k: int, change: Change) -> str | None:
         return f"zero points of {spec.bits} bits"
     if (length := spec.group_length(k)) % BLOCK:
         return f"groups of {length}"
+    if k % BLOCK:
+        return f"rows of {k}"
     return None if change.columns is None or _moves_blocks(change.columns) else "columns reordered within groups"
 
 
@@ -50,7 +55,8 @@ def encoded(qt: QuantizedTensor, change: Change) -> np.ndarray:
     """Return a matrix as bytes, uint8 [N, bytes of a row], after a change.
 
     Raises:
-        InvalidInputError: a scale is beyond float16.
+        InvalidInputError: a scale is beyond float16, or a row's are so far below its normal numbers that they are lost:
+            rounding them would change the row by more than 2^-4 of its norm.
     """
     is_shifted = exact_kind(qt.spec) == "Q4_1"  # zero points stay zero points only there
     codes = _codes(qt)
@@ -65,12 +71,37 @@ def encoded(qt: QuantizedTensor, change: Change) -> np.ndarray:
     halves = [each.half() for each in (scale, *(-scale * each for each in zero))]
     if not all(each.isfinite().all() for each in halves):
         raise InvalidInputError("a scale is beyond float16, in which GGUF holds scales")
+    if scale_loss(qt, change) > _LOST:
+        raise InvalidInputError(
+            "scales of a row are too small for float16, in which GGUF holds scales; keep this layer in full precision"
+        )
     codes = codes.view(*scale.shape, BLOCK)
     if qt.spec.bits == 4:
         bytes_ = _nibbles((codes + (zero[0].unsqueeze(-1) if zero else 8)).to(torch.uint8))
     else:
         bytes_ = codes.to(torch.int8).view(torch.uint8)
     return torch.cat([*(each.unsqueeze(-1).view(torch.uint8) for each in halves), bytes_], -1).flatten(1).numpy()
+
+
+def scale_loss(qt: QuantizedTensor, change: Change) -> float:
+    """Return by how much of its norm float16 scales change a row, at most, counting each block's largest code.
+
+    It is 0 if all scales are normal numbers, 6e-5 or more, which change by no more than 2^-11 of themselves.
+    """
+    stored = _part(qt, "scale")
+    if stored.dtype is torch.float16 and change.factor is None:
+        return 0.0
+    scale = _by_block(qt, stored.float())
+    scale = scale if change.rows is None else scale[change.rows]
+    scale = scale * change.row_factor(scale)
+    exact = scale.double()  # in which the squares of the smallest numbers are not 0
+    errors = exact - scale.half()
+    if (errors.abs() <= ROUNDING * exact.abs()).all():
+        return 0.0
+    largest = _codes(qt).abs().unflatten(1, (-1, BLOCK)).amax(-1)  # 0 in blocks of zeros, whose scales are the smallest
+    largest = largest if change.rows is None else largest[change.rows]
+    norms = (exact * largest).norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(((errors * largest).norm(dim=-1) / norms).max())
 
 
 def _codes(qt: QuantizedTensor) -> torch.Tensor:

@@ -55,6 +55,13 @@ class Content:
         )
         return _encoded(self.change.of(dense).reshape(self.shape).contiguous(), self.kind)
 
+    @property
+    def scale_loss(self) -> float:
+        """By how much of its norm float16 scales change a row, at most; see ``blocks.scale_loss``."""
+        if isinstance(self.weight, QuantizedTensor) and self.anew is None:
+            return blocks.scale_loss(self.weight, self.change)
+        return 0.0
+
 
 def architecture_of(model: nn.Module) -> Architecture:
     """Return what llama.cpp calls a model's family.

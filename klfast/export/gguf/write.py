@@ -13,6 +13,7 @@ from torch import nn
 from klfast import __version__
 from klfast.core.errors import InvalidInputError
 from klfast.core.io import file_atomic
+from klfast.export.gguf.blocks import ROUNDING
 from klfast.export.gguf.contents import Content, architecture_of, contents
 from klfast.export.gguf.tokenizer import write_tokenizer
 
@@ -125,7 +126,7 @@ def _file_type(found: list[Content]) -> int:
 
 
 def _notes(found: list[Content]) -> list[str]:
-    """Say which layers have other numbers, or more bits, than the plan's."""
+    """Say which layers have other numbers, or more bits, than the plan's, and whose scales are coarser."""
     groups: dict[tuple[str, str], list[str]] = {}
     for one in found:
         if one.anew:
@@ -134,6 +135,17 @@ def _notes(found: list[Content]) -> list[str]:
         f"{_counted(layers)} with {why} {'is' if len(layers) == 1 else 'are'} "
         + (kind if kind == "F16" else f"rounded anew to {kind}")
         for (why, kind), layers in groups.items()
+    ] + _notes_of_scales(found)
+
+
+def _notes_of_scales(found: list[Content]) -> list[str]:
+    losses = {one.layer: one.scale_loss for one in found}
+    coarser = {layer: loss for layer, loss in losses.items() if loss > ROUNDING}
+    if not coarser:
+        return []
+    most = f"{max(coarser.values()):.2g} of its norm"
+    return [
+        f"{_counted(list(coarser))}: scales are below float16's normal numbers, which changes a row by up to {most}"
     ]
 
 

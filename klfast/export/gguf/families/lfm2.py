@@ -41,7 +41,9 @@ def _experts_misfit(config: Any) -> str | None:
     return common.rope_misfit(config)
 
 
-LFM2 = Architecture("LFM2", _describe, _changes, misfit=common.rope_misfit)
+_NO_SETTING: dict[str, tuple[str, ...]] = {}  # it is silu whatever the configuration says (modeling_lfm2.py)
+
+LFM2 = Architecture("LFM2", _describe, _changes, misfit=common.rope_misfit, activations=_NO_SETTING)
 LFM2_MOE = Architecture(
     "LFM2MOE",
     _describe_experts,
@@ -49,4 +51,5 @@ LFM2_MOE = Architecture(
     common.GATE_AND_UP | {r"expert_bias": ("expert_bias.bias",)},
     ("exp_probs_b",),
     _experts_misfit,
+    activations=_NO_SETTING,
 )

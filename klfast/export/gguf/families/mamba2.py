@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from klfast.export.gguf.architecture import Architecture, Shape
+from klfast.export.gguf.architecture import SILU, Architecture, Shape
 from klfast.export.gguf.change import COLUMN, COLUMN_OF_NEGATED_EXP, DEPTHWISE, Change, in_groups
 from klfast.export.gguf.families import common
 
@@ -232,6 +232,7 @@ NEMOTRON_H = Architecture(
     _BIASES,
     _nemotron_misfit,
     _nemotron_remark,
+    activations={"mamba_hidden_act": SILU, "mlp_hidden_act": ("relu2",)},
 )
 NEMOTRON_H_MOE = replace(
     NEMOTRON_H,
