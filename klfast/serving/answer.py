@@ -57,6 +57,7 @@ class Answer:
         client, request: the client who asks for it, and the number of the request, which the scheduler gives.
         is_cancelled: set from any thread when nobody waits for it any more.
         is_done: whether its last piece has been delivered.
+        has_failed: whether that one was an error, in place of a token.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Answer:
         self.prompt, self.shared, self.asked = prompt, shared, time.monotonic()
         self.cached_tokens = self.made = self.request = 0
         self.client = ""
-        self.is_cancelled = self.is_done = False
+        self.is_cancelled = self.is_done = self.has_failed = False
         self._settings, self._top, self._deliver = settings, top_logprobs, deliver
         generator = torch.Generator()
         if seed is None:
@@ -117,6 +118,7 @@ class Answer:
 
     def fail(self, error: str | BaseException) -> None:
         """End with an error."""
+        self.has_failed = True
         self._give(Piece(finish="error", error=error if isinstance(error, str) else one_line(error)))
 
     def _give(self, piece: Piece) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from klfast.core.errors import KlfastError
+from klfast.core.errors import InvalidInputError, KlfastError
 from klfast.engine.engine import Engine
 from klfast.engine.program import MOST_SEQUENCES
 from klfast.generation.engine import ROWS
@@ -25,7 +25,7 @@ _BESIDE = 128  # tokens of a prompt between two tokens of running answers, which
 
 
 class QueueFullError(KlfastError):
-    """More answers are waiting than the queue takes."""
+    """The queue has no room for all answers of a request now."""
 
 
 class ClosedError(KlfastError):
@@ -48,7 +48,7 @@ class Scheduler:
         cache: states of earlier texts.
         metrics: counts what happens.
         sequences: most answers at a time.
-        waiting: most answers in the queue.
+        waiting: most answers in the queue, beside those that have a place.
         chunk: most tokens of a prompt at a time, while no answer is running.
     """
 
@@ -69,6 +69,7 @@ class Scheduler:
         self._prefills: deque[Prefill] = deque()  # in the order of their turns
         self._parked: dict[Answer, Callable[[], None]] = {}  # and what lets each go on
         self._most_parked, self._requests = 2 * sequences, 0
+        self._free = sequences  # places that neither running nor parked answers need
         self._changed = threading.Condition()
         self._is_open = self._finishes = True
         self._thread = threading.Thread(target=self._run, name="klfast scheduler")
@@ -83,14 +84,23 @@ class Scheduler:
         """Queue the answers of a client's request, all or none.
 
         Raises:
+            InvalidInputError: there are more than places and queue take together.
             QueueFullError: too many are waiting.
             ClosedError: ``close`` was called.
         """
+        most = self._batch.most + self._most_waiting
+        if len(answers) > most:
+            raise InvalidInputError(
+                f"{len(answers)} answers (n times the prompts) are more than the {most} that this server takes at once"
+            )
         with self._changed:
             if not self._is_open:
                 raise ClosedError("the server is shutting down")
-            if len(self._waiting) + len(answers) > self._most_waiting:
-                raise QueueFullError(f"{len(self._waiting)} answers are waiting already; try again later")
+            room = self._most_waiting + max(0, self._free) - len(self._waiting)
+            if len(answers) > room:
+                raise QueueFullError(
+                    f"{len(answers)} more answers are too many; there is room for {max(0, room)} now, try again later"
+                )
             self._requests += 1
             for answer in answers:
                 answer.client, answer.request = client, self._requests
@@ -116,7 +126,9 @@ class Scheduler:
         """Wait for work; return False if there will be none."""
         with self._changed:
             self._metrics.waiting.set(len(self._waiting) + len(self._parked))
-            self._metrics.running.set(len(self._batch) + len(self._prefills))
+            running = len(self._batch) + len(self._prefills)
+            self._metrics.running.set(running)
+            self._free = self._batch.most - running - len(self._parked)
             self._metrics.cache_bytes.set(self._cache.nbytes)
             self._changed.wait_for(lambda: self._has_work or not self._is_open)
             return self._finishes and self._has_work
@@ -160,6 +172,7 @@ class Scheduler:
                 self._prefills.append(Prefill(self._engine, self._start, answer, self._cache))
                 with self._changed:
                     self._waiting.remove(answer)
+                    self._free -= 1
 
     def _park(self, request: int) -> bool:
         """Take a place from a request; return False if its answer cannot be set aside."""
@@ -197,8 +210,10 @@ class Scheduler:
                 self._prefills.append(prefill)
                 return
             self._metrics.cached_tokens.inc(answer.cached_tokens)
-            self._metrics.first_token.observe(time.monotonic() - answer.asked)
+            waited = time.monotonic() - answer.asked
             self._take(answer, prefill.logits)
+            if answer.made:
+                self._metrics.first_token.observe(waited)
             if not answer.is_done:
                 self._batch.add(answer, prefill.state)
         except Exception as error:  # noqa: BLE001 (memory, say: this answer's end, not the server's)
@@ -215,7 +230,8 @@ class Scheduler:
                 answer, own = self._batch.answers[row], logits[row : row + 1]
                 self._take(answer, own)
                 if answer.is_done:
-                    self._cache.put(answer.tokens[:-1], self._batch.state, row, own)
+                    if not answer.has_failed:  # else no token follows those of the state
+                        self._cache.put(answer.tokens[:-1], self._batch.state, row, own)
                     self._batch.remove(row)
         except Exception as error:  # noqa: BLE001 (as above; what the step left is unknown)
             self._fail(self._batch.answers, error)
@@ -225,9 +241,10 @@ class Scheduler:
 
     def _take(self, answer: Answer, logits: torch.Tensor) -> None:
         answer.take(logits)
-        self._metrics.answer_tokens.inc()
+        if not answer.has_failed:
+            self._metrics.answer_tokens.inc()
         if answer.is_done:
-            self._metrics.answers.labels("finished").inc()
+            self._metrics.answers.labels("failed" if answer.has_failed else "finished").inc()
 
     def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
         for answer in answers:

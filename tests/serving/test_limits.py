@@ -42,13 +42,16 @@ def test_a_full_queue(serve):
     server = serve(waiting=3, context=2 * LONG)
     with server.client() as client:
         ask = dict(prompt="x", max_tokens=LONG, stream=True, **ASK)
-        with pytest.raises(openai.RateLimitError, match="0 answers are waiting already"):  # all or none
-            client.completions.create(n=4, **ask)
+        with pytest.raises(openai.BadRequestError, match="are more than the 19 that this server takes"):
+            client.completions.create(n=10, **(ask | {"prompt": ["x", "y"]}))
+        with client.completions.create(n=16, **ask):  # there are places, though it is more than may wait
+            _until(server, "klfast_running_answers 16.0")
+        _idle(server)
         streams = []
         for i in range(19):  # 16 are written, 3 wait
             streams.append(client.completions.create(**ask))
             _until(server, f"klfast_running_answers {min(i + 1, 16)}.0")
-        with pytest.raises(openai.RateLimitError, match="3 answers are waiting already; try again later") as caught:
+        with pytest.raises(openai.RateLimitError, match="room for 0 now, try again later") as caught:
             client.completions.create(**ask)
         assert caught.value.response.headers["Retry-After"] == "1"
         for stream in streams:
