@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -33,7 +34,7 @@ def http_server(
         most_connections: at a time; more are refused with status 503.
     """
     made = functools.partial(Connection, patience=patience, most_connections=most_connections)
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             app,
             port=port,
@@ -44,6 +45,15 @@ def http_server(
             access_log=False,
         )
     )
+
+
+class _Server(uvicorn.Server):
+    """Waits for running answers after the first signal, not after a second one; uvicorn's takes only Ctrl-C for one."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
 
 
 class Connection(H11Protocol):

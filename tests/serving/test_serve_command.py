@@ -107,7 +107,12 @@ def test_serves_until_it_is_stopped(command):
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_ends_at_once(command):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)],
+    ids=lambda number: number.name,
+)
+def test_a_second_signal_ends_at_once(command, first, second):
     process, said = command()
     url, seen = said["url"], threading.Event()
     assert said["model"] == "tiny-hybrid"
@@ -125,10 +130,10 @@ def test_a_second_interrupt_ends_at_once(command):
     reader = threading.Thread(target=read)
     reader.start()
     assert seen.wait(60)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(second)
     process.wait(20)
     reader.join()
 
