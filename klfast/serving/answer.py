@@ -28,12 +28,14 @@ class Piece:
     Attributes:
         text: what is settled by it, which may be empty.
         scores: if they were asked for; None for end tokens.
+        offset: characters of the answer in front of the token's, with scores.
         finish: why the answer ends with it; "error" if it cannot go on.
         error: what went wrong.
     """
 
     text: str = ""
     scores: TokenScores | None = None
+    offset: int = 0
     finish: Literal["stop", "length", "error"] | None = None
     error: str = ""
 
@@ -108,13 +110,22 @@ class Answer:
         token = int(chosen)
         ends = token in self._settings.ends
         scores = None if self._top is None or ends else token_scores(logits[0], token, self._top)
-        text = "" if ends else self._stops.push(self._text.push(token))
+        offset = 0 if scores is None else self._text.written
+        text = "" if ends else self._written(token)
         is_last = ends or self.made == self._settings.max_new_tokens
         if is_last and not self._stops.found:
             text += self._stops.push(self._text.end())
             text += self._stops.end()
         stopped = ends or self._stops.found
-        self._give(Piece(text, scores, "stop" if stopped else "length" if is_last else None))
+        self._give(Piece(text, scores, offset, "stop" if stopped else "length" if is_last else None))
+
+    def _written(self, token: int) -> str:
+        """Return the text that a token settles; a special one has none, but stop strings may spell it."""
+        special = self._text.special(token) if self._settings.strings else ""
+        if not special:
+            return self._stops.push(self._text.push(token))
+        text = self._stops.push(self._text.end())
+        return text if self._stops.found else text + self._stops.push(special, shown=False)
 
     def fail(self, error: str | BaseException) -> None:
         """End with an error."""

@@ -6,12 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from klfast.core.errors import InvalidInputError
+from klfast.core.errors import InvalidInputError, KlfastError
 from klfast.serving.exchange import Exchange
 from klfast.serving.guard import Guard
 from klfast.serving.mailbox import Mailbox
@@ -23,6 +23,10 @@ from klfast.serving.service import Service
 _USUAL_COMPLETION = 16  # tokens, OpenAI's default
 _RETRY_SECONDS = "1"
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+
+
+class _UnknownModelError(KlfastError):
+    """A request for a model that is not here."""
 
 
 def make_app(service: Service, *, key: str | None = None, most_bytes: int = 2**20) -> FastAPI:
@@ -52,7 +56,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         _require_model(service, asked.model)
         prompts = [await service.encode(one) if isinstance(one, str) else one for one in asked.prompts]
-        form, mailbox = Completions(service.spelled), Mailbox()
+        form, mailbox = Completions(service.spelling), Mailbox()
         answers = service.start(
             asked,
             prompts,
@@ -72,7 +76,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         if asked.top_logprobs is not None and not asked.logprobs:
             raise InvalidInputError("top_logprobs needs logprobs: true")
         prompt, shared = await service.encode_chat(asked.chat)
-        form, mailbox = Chats(service.spelled), Mailbox()
+        form, mailbox = Chats(service.spelling), Mailbox()
         answers = service.start(
             asked,
             [prompt],
@@ -122,7 +126,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
 def _require_model(service: Service, name: str) -> None:
     if name != service.name:
-        raise HTTPException(404, f"no model {name!r} here; this server has {service.name!r}")
+        raise _UnknownModelError(f"no model {name!r} here; this server has {service.name!r}")
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -138,6 +142,10 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: InvalidInputError) -> Response:
         return _error(400, str(error))
 
+    @app.exception_handler(_UnknownModelError)
+    async def unknown(_: Request, error: _UnknownModelError) -> Response:
+        return _error(404, str(error), code="model_not_found", param="model")
+
     @app.exception_handler(QueueFullError)
     async def full(_: Request, error: QueueFullError) -> Response:
         return _error(429, str(error), "rate_limit_error", "queue_full", headers={"Retry-After": _RETRY_SECONDS})
@@ -149,8 +157,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def other(_: Request, error: StarletteHTTPException) -> Response:
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        code = "model_not_found" if error.status_code == 404 else None
-        return _error(error.status_code, str(error.detail), kind, code, headers=dict(error.headers or {}))
+        return _error(error.status_code, str(error.detail), kind, headers=dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

@@ -11,10 +11,9 @@ from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from klfast.generation.scores import TokenScores
 from klfast.serving.answer import Answer, Piece
 from klfast.serving.mailbox import Mailbox
-from klfast.serving.replies import Envelope, Form, Json, failure, usage
+from klfast.serving.replies import Envelope, Form, Json, Scored, failure, usage
 
 _CLIENT_GONE = 499  # nginx's status; nobody reads it, but it is counted
 
@@ -55,13 +54,13 @@ class Exchange:
 
     async def _whole(self) -> Json:
         texts = ["" for _ in self._answers]
-        scores: list[list[TokenScores]] = [[] for _ in self._answers]
+        scores: list[list[Scored]] = [[] for _ in self._answers]
         finishes = ["" for _ in self._answers]
         async for index, piece in self._mailbox.pieces(len(self._answers)):
             if piece.finish == "error":
                 raise HTTPException(500, piece.error)
             texts[index] += piece.text
-            scores[index] += [] if piece.scores is None else [piece.scores]
+            scores[index] += _scored(piece)
             finishes[index] = piece.finish or ""
         choices = [
             self._form.whole(index, text, scores[index] if self._with_scores else None, finishes[index])
@@ -88,8 +87,11 @@ class Exchange:
         yield "data: [DONE]\n\n"
 
     def _part(self, index: int, piece: Piece) -> Json:
-        scores = None if piece.scores is None else [piece.scores]
-        return self._form.part(index, piece.text, scores, piece.finish)
+        return self._form.part(index, piece.text, _scored(piece) or None, piece.finish)
+
+
+def _scored(piece: Piece) -> list[Scored]:
+    return [] if piece.scores is None else [Scored(piece.scores, piece.offset)]
 
 
 class _Stream(StreamingResponse):

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from klfast.core.errors import printable
 from klfast.generation.scores import TokenScores
+from klfast.generation.spelling import Spelling
 from klfast.serving.answer import Answer
 
 Json = dict[str, Any]
+
+
+class Scored(NamedTuple):
+    """A token's scores, and the number of characters in front of it in the answer."""
+
+    scores: TokenScores
+    offset: int
 
 
 class Completions:
     """The form of /v1/completions.
 
     Args:
-        spelled: the text of a token.
+        spelling: of the tokens.
     """
 
     kind = part_kind = "text_completion"
 
-    def __init__(self, spelled: Callable[[int], str]) -> None:
-        self._spelled, self._offsets = spelled, dict[int, int]()
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
 
-    def whole(self, index: int, text: str, scores: Sequence[TokenScores] | None, finish: str | None) -> Json:
+    def whole(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json:
         """Return a choice, with its log probabilities in lists."""
-        found = None if scores is None else self._scores(index, scores)
+        found = None if scores is None else self._scores(scores)
         return {"index": index, "text": text, "logprobs": found, "finish_reason": finish}
 
     part = whole
@@ -36,38 +44,40 @@ class Completions:
     def first(self, index: int) -> None:
         """Return None: a text begins with its first letters."""
 
-    def _scores(self, index: int, scores: Sequence[TokenScores]) -> Json:
-        tokens = [self._spelled(one.token) for one in scores]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token)
+    def _scores(self, scored: Sequence[Scored]) -> Json:
         return {
-            "tokens": tokens,
-            "token_logprobs": [one.logprob for one in scores],
-            "top_logprobs": [{self._spelled(token): logprob for token, logprob in one.top} for one in scores],
-            "text_offset": offsets,
+            "tokens": [self._spelling.text(one.scores.token) for one in scored],
+            "token_logprobs": [one.scores.logprob for one in scored],
+            "top_logprobs": [self._top(one.scores) for one in scored],
+            "text_offset": [one.offset for one in scored],
         }
+
+    def _top(self, scores: TokenScores) -> dict[str, float]:
+        """Return the best log probability of each text among the most likely tokens; several may have the same."""
+        found: dict[str, float] = {}
+        for token, logprob in scores.top:
+            found.setdefault(self._spelling.text(token), logprob)
+        return found
 
 
 class Chats:
     """The form of /v1/chat/completions.
 
     Args:
-        spelled: the text of a token.
+        spelling: of the tokens.
     """
 
     kind, part_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, spelled: Callable[[int], str]) -> None:
-        self._spelled = spelled
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
 
-    def whole(self, index: int, text: str, scores: Sequence[TokenScores] | None, finish: str | None) -> Json:
+    def whole(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json:
         """Return a choice with a message."""
         message = {"role": "assistant", "content": text, "refusal": None}
         return self._choice(index, "message", message, scores, finish)
 
-    def part(self, index: int, text: str, scores: Sequence[TokenScores] | None, finish: str | None) -> Json:
+    def part(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json:
         """Return a choice with what is new in the message."""
         return self._choice(index, "delta", {"content": text} if text else {}, scores, finish)
 
@@ -76,9 +86,9 @@ class Chats:
         return self._choice(index, "delta", {"role": "assistant", "content": ""}, None, None)
 
     def _choice(
-        self, index: int, name: str, message: Json, scores: Sequence[TokenScores] | None, finish: str | None
+        self, index: int, name: str, message: Json, scores: Sequence[Scored] | None, finish: str | None
     ) -> Json:
-        found = None if scores is None else {"content": [self._scores(one) for one in scores], "refusal": None}
+        found = None if scores is None else {"content": [self._scores(one.scores) for one in scores], "refusal": None}
         return {"index": index, name: message, "logprobs": found, "finish_reason": finish}
 
     def _scores(self, scores: TokenScores) -> Json:
@@ -86,8 +96,8 @@ class Chats:
         return {**self._score(scores.token, scores.logprob), "top_logprobs": top}
 
     def _score(self, token: int, logprob: float) -> Json:
-        text = self._spelled(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        raw = self._spelling.utf8(token)
+        return {"token": self._spelling.text(token), "logprob": logprob, "bytes": None if raw is None else list(raw)}
 
 
 Form = Completions | Chats

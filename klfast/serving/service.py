@@ -15,6 +15,7 @@ from klfast.core.errors import CannotLowerError, InvalidInputError
 from klfast.generation.chat import chat_text, system_part
 from klfast.generation.engine import engine_of
 from klfast.generation.settings import settle
+from klfast.generation.spelling import Spelling
 from klfast.generation.stopping import ends_of
 from klfast.models.calling import check_ids
 from klfast.models.families import text_config
@@ -45,6 +46,7 @@ class Service:
         name: as given.
         metrics: of the server.
         scheduler: writes the answers.
+        spelling: of the tokenizer's tokens.
 
     Raises:
         InvalidInputError: the engine does not run the model.
@@ -66,16 +68,11 @@ class Service:
             raise InvalidInputError(f"klfast serves models that its native engine runs, but {error}") from None
         self.name, self.metrics = name, Metrics()
         self._model, self._tokenizer = model, tokenizer
+        self.spelling = Spelling(tokenizer)
         self._encoder, self._encoding = copy.deepcopy(tokenizer), asyncio.Lock()
         self._ends, self._vocabulary = ends_of(model, tokenizer), vocabulary_size(model)
         self._context = min(context, getattr(text_config(model), "max_position_embeddings", None) or context)
         self.scheduler = Scheduler(engine, PrefixCache(cache_bytes), self.metrics, waiting=waiting)
-
-    def spelled(self, token: int) -> str:
-        """Return the text of a token on its own."""
-        text = self._tokenizer.decode([token])
-        assert isinstance(text, str)
-        return text
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return a text's tokens, with those that the tokenizer puts around it if ``special``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 
 class StopText:
@@ -20,21 +21,26 @@ class StopText:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings, self._held, self.found = strings, "", False
+        self._is_shown: list[bool] = []  # of each letter that is held back
 
-    def push(self, piece: str) -> str:
-        """Return the text that this piece settles."""
-        text = self._held + piece
+    def push(self, piece: str, *, shown: bool = True) -> str:
+        """Return the text that this piece settles; without ``shown`` it counts for stop strings alone."""
+        text, is_shown = self._held + piece, self._is_shown + [shown] * len(piece)
         hits = [(begin + len(s), begin) for s in self._strings if (begin := text.find(s)) >= 0]
         if hits:
             self.found, self._held = True, ""
-            return text[: min(hits)[1]]
-        held = max((_overlap(text, s) for s in self._strings), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            return _visible(text[: min(hits)[1]], is_shown)
+        settled = len(text) - max((_overlap(text, s) for s in self._strings), default=0)
+        self._held, self._is_shown = text[settled:], is_shown[settled:]
+        return _visible(text[:settled], is_shown)
 
     def end(self) -> str:
         """Return what was held back."""
-        return self._held
+        return _visible(self._held, self._is_shown)
+
+
+def _visible(text: str, is_shown: Sequence[bool]) -> str:
+    return "".join(compress(text, is_shown))
 
 
 def _overlap(text: str, string: str) -> int:

@@ -28,6 +28,22 @@ def test_equals_a_search_of_the_whole(pieces, strings):
     assert (shown + ("" if stops.found else stops.end()), stops.found) == (expected, found)
 
 
+@given(
+    pieces=st.lists(st.tuples(LETTERS, st.booleans()), max_size=8),
+    strings=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3),
+)
+def test_what_is_not_shown_counts_for_stop_strings(pieces, strings):
+    stops, shown = StopText(strings), ""
+    for piece, is_shown in pieces:
+        shown += stops.push(piece, shown=is_shown)
+        if stops.found:
+            break
+    before, found = truth("".join(piece for piece, _ in pieces), strings)
+    flags = [is_shown for piece, is_shown in pieces for _ in piece]
+    expected = "".join(letter for letter, is_shown in zip(before, flags, strict=False) if is_shown)
+    assert (shown + ("" if stops.found else stops.end()), stops.found) == (expected, found)
+
+
 @pytest.mark.parametrize(("pieces", "shown"), [(["a", "b"], ["a", "b"]), (["x", "y", "z"], ["", "", "xyz"])])
 def test_holds_back_only_what_may_be_a_stop_string(pieces, shown):
     stops = StopText(["xyy"])
