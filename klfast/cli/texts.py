@@ -105,7 +105,8 @@ def write_several(request: Request, texts: list[str], encoded: list[list[int]], 
         )
         for i, row in enumerate(made[:, ids.shape[1] :].tolist()):
             which = begin + i // copies
-            own, text = _trimmed(request, row, encoded[which], pad)
+            own = row[: request.transcript.lengths[len(found)]]
+            text = _text(request, own, encoded[which])
             one: dict[str, object] = {"prompt": texts[which], "text": text, "token_ids": own}
             scores = _logprobs(request, request.transcript.scores[len(found)]) if request.transcript.has_scores else []
             found.append(one | ({"logprobs": scores} if request.transcript.has_scores else {}))
@@ -127,28 +128,22 @@ def _padded(encoded: list[list[int]], device: str) -> tuple[torch.Tensor, torch.
     return ids, torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in encoded], device=device)
 
 
-def _trimmed(request: Request, row: list[int], before: list[int], pad: int) -> tuple[list[int], str]:
-    """Return a row's tokens without the padding after its end, and their text."""
+def _text(request: Request, tokens: list[int], before: list[int]) -> str:
+    """Return the text of tokens after a prompt's."""
     from klfast.generation.text_stream import TextStream
 
-    ends, stops = request.settings["eos_token_id"], request.settings["stop_strings"] or ()
-    end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-    row = row[:end]
     stream = TextStream(request.tokenizer, before)
-    text = ""
-    for i, token in enumerate(row):
-        if token == pad and set(row[i:]) == {pad} and any(stop in text + stream.end() for stop in stops):
-            row = row[:i]
-            break
-        text += stream.push(token)
-    return row, text + stream.end()
+    return "".join(map(stream.push, tokens)) + stream.end()
 
 
 def _logprobs(request: Request, scores: list[TokenScores]) -> list[dict[str, Any]]:
     """Return log probabilities with the tokens' texts, as JSON has them."""
+    from klfast.generation.spelling import Spelling
+
+    spelling = Spelling(request.tokenizer)
 
     def named(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": request.tokenizer.decode([token]), "logprob": logprob}
+        return {"token": spelling.text(token), "logprob": logprob}
 
     return [{**named(one.token, one.logprob), "top": [named(*each) for each in one.top]} for one in scores]
 

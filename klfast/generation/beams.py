@@ -122,7 +122,7 @@ def search(
         settings: without sampling.
         beams: options of the search.
         stopping: says which texts are finished before they have all tokens.
-        transcript: notes the times.
+        transcript: notes the times and lengths.
         returned: texts of each prompt, at most ``beams.count``.
 
     Raises:
@@ -161,7 +161,9 @@ def search(
         chosen = tokens.gather(1, running).flatten()
         text.append(chosen)
         fed = chosen.unsqueeze(1)
-    texts = [torch.tensor(tokens, device=ids.device) for own in finished for _, tokens in own.texts[:returned]]
+    best = [tokens for own in finished for _, tokens in own.texts[:returned]]
+    transcript.end([len(tokens) for tokens in best])
+    texts = [torch.tensor(tokens, device=ids.device) for tokens in best]
     filler = 0 if settings.pad is None else settings.pad  # without one all have the same length
     return pad_sequence(texts, batch_first=True, padding_value=filler)
 

@@ -149,7 +149,7 @@ def generate(
         choose = Chooser(settings.sampling, settings.penalties, ids.shape[1], generator)
         write = partial(_continue, step, rows, settings.max_new_tokens, choose, stopping, callback, streamer, notes)
     with _streaming(streamer, rows.ids), evaluation_mode(model):
-        notes.begin(rows.tokens, len(rows.ids))
+        notes.begin(rows.tokens, len(ids) * returned)
         made = write()
     with torch.inference_mode(False):  # so that the caller can write to the result
         return torch.cat([ids.repeat_interleave(returned, 0), made], dim=1)

@@ -22,6 +22,7 @@ class Transcript:
         scores: for each row of the results, the ``TokenScores`` of its new tokens: natural logarithms of probabilities
             by the model's logits in full precision, before penalties, temperature and limits. Empty without
             ``logprobs``.
+        lengths: for each row of the results, the number of its new tokens, without the padding behind them.
         prompt_tokens: number of tokens in the prompts.
         prompt_seconds: from the start until the first tokens were there.
         new_tokens: number of new tokens in all rows, without padding.
@@ -36,10 +37,12 @@ class Transcript:
     def __init__(self, logprobs: int | None = None) -> None:
         self._top = None if logprobs is None else integer("logprobs", logprobs, 0)
         self.scores: list[list[TokenScores]] = []
+        self.lengths: list[int] = []
         self.prompt_tokens = self.new_tokens = self.draft_tokens = self.accepted_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
         self._later_tokens = 0  # those after the first of their rows
         self._rows: list[list[TokenScores]] = []  # the last entries of scores, of this call's rows
+        self._first_row = 0  # of this call's in lengths
         self._since, self._is_reading = 0.0, True
 
     @property
@@ -63,10 +66,12 @@ class Transcript:
         return self._top is not None
 
     def begin(self, prompt_tokens: int, rows: int) -> None:
-        """Start the clock for a call of so many rows."""
+        """Start the clock for a call whose result has so many rows."""
         self.prompt_tokens += prompt_tokens
         self._rows = [[] for _ in range(rows)] if self.has_scores else []
         self.scores += self._rows
+        self._first_row = len(self.lengths)
+        self.lengths += [0] * rows
         self._since, self._is_reading = perf_counter(), True
 
     def count(self, tokens: int) -> None:
@@ -80,10 +85,16 @@ class Transcript:
             self.decode_seconds += self._since - begun
             self._later_tokens += tokens
 
+    def end(self, lengths: list[int]) -> None:
+        """Note the new tokens of the call's rows, where they are not known before."""
+        self.lengths[self._first_row :] = lengths
+
     def add(self, token: torch.Tensor, logits: torch.Tensor, running: torch.Tensor) -> None:
         """Note a step's tokens, int64 [B], by float32 logits [B, V], of the rows that were ``running``, bool [B]."""
         rows = running.nonzero().flatten().tolist()
         self.count(len(rows))
+        for row in rows:
+            self.lengths[self._first_row + row] += 1
         if self._top is not None:
             for row in rows:
                 self._rows[row].append(token_scores(logits[row], int(token[row]), self._top))

@@ -139,6 +139,32 @@ def test_rows_of_a_batch_end_independently(folders, tmp_path):
     assert len({len(one["token_ids"]) for one in found}) > 1
 
 
+def test_padding_is_left_out_where_a_stop_string_began_in_the_prompt(folders, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The sea was calm\nBirds")
+    words = loaded(folders / "plain")[1]
+    command = (folders / "plain", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 9)
+    free = [one["token_ids"] for one in said(*command)["results"]]
+    found = said(*command, "--stop", "calm" + words.decode(free[0][:1]))["results"]
+    assert [one["token_ids"] for one in found] == [free[0][:1], free[1]]
+    assert [one["text"] for one in found] == [words.decode(one["token_ids"]) for one in found]
+
+
+def test_padding_is_left_out_after_a_special_token_that_stops(folders, tmp_path):
+    model, words = loaded(folders / "plain")
+    (tmp_path / "prompts.txt").write_text("The sea was calm\nBirds")
+    free = expected(folders / "plain", "The sea was calm", 9)
+    head = model.lm_head.weight
+    with torch.no_grad():  # "<s>" takes the place of the third token
+        head[words.bos_token_id], head[free[2]] = head[free[2]].clone(), 0
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    command = (tmp_path, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 9)
+    with_specials = [one["token_ids"] for one in said(*command)["results"]]
+    found = said(*command, "--stop", "<s>")["results"]
+    cut = [row[: row.index(words.bos_token_id) + 1] if words.bos_token_id in row else row for row in with_specials]
+    assert [one["token_ids"] for one in found] == cut and len(set(map(len, cut))) > 1
+
+
 def test_several_texts_of_a_prompt(folders):
     limits = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--max-new-tokens", 6)
     command = (folders / "plain", "The sea", "--num-return-sequences", 3, *limits)

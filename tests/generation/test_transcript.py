@@ -41,6 +41,7 @@ def test_padding_is_not_noted():
     made = [row[: row.index(end) + 1] if end in row else row for row in found[:, 9:].tolist()]
     assert [[one.token for one in row] for row in notes.scores] == made and len(set(map(len, made))) > 1
     assert notes.prompt_tokens == int(mask.sum()) and notes.new_tokens == sum(map(len, made))
+    assert notes.lengths == [len(row) for row in made]
     assert all(one.top == [] for row in notes.scores for one in row)
 
 
@@ -63,6 +64,24 @@ def test_times_add_up(monkeypatch):
     klfast.generate(model, batch(2, 5), 3, transcript=notes)
     assert (notes.prompt_tokens, notes.new_tokens, notes.prompt_seconds, notes.decode_seconds) == (18, 9, 3.0, 7.5)
     assert notes.tokens_per_second == 6 / 7.5 and notes.scores == []
+
+
+def test_lengths_of_beams_and_of_several_calls():
+    notes, made, ends = klfast.Transcript(), [], list(range(0, 60, 6))
+    for prompts in (3, 2):
+        found = klfast.generate(
+            tiny("llama"),
+            batch(prompts, 5),
+            12,
+            num_beams=3,
+            num_return_sequences=2,
+            eos_token_id=ends,
+            pad_token_id=60,
+            transcript=notes,
+        )
+        made += found[:, 5:].tolist()
+    firsts = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in made]
+    assert notes.lengths == firsts and len(set(firsts)) > 1
 
 
 def test_samples_of_one_prompt_count_it_once():
