@@ -66,6 +66,7 @@ class Batch:
     def _reserve(self, tokens: int) -> None:
         """Make room in all rows: a part of the state that grew on its own would no longer be a part of it."""
         if tokens > self._room:
-            self._room = max(tokens, 2 * self._room, _LEAST_ROOM)
-            self.state.reserve(self._room)
-            self._view = None
+            room = max(tokens, 2 * self._room, _LEAST_ROOM)
+            self._view = None  # also if some tensors grow and then the memory ends
+            self.state.reserve(room)
+            self._room = room
