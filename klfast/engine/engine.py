@@ -29,6 +29,7 @@ class Engine:
     def __init__(self, builder: Builder, logits: Columns, scale: float = 1.0, softcap: float | None = None) -> None:
         # Not the builder, which knows the model: an engine does not keep that alive.
         self._program, self._rows, self._states = builder.program, builder.rows, builder.states
+        self._most = min(builder.rows, MOST_SEQUENCES)
         self._prefix = builder.prefix
         self._checks, self._kept = builder.checks, builder.kept
         self._scale, self._softcap = scale, softcap
@@ -59,8 +60,7 @@ class Engine:
 
     def state(self, sequences: int = 1) -> State:
         """Return the state of sequences without tokens."""
-        if not 0 < sequences <= MOST_SEQUENCES:
-            raise InvalidInputError(f"an engine runs 1 to {MOST_SEQUENCES} sequences, got {sequences}")
+        self._require_room(sequences)
         state = State.empty(self._states, sequences)
         if self._prefix:
             first = self._program.vocabulary
@@ -68,6 +68,10 @@ class Engine:
             with self._lock:
                 self._feed(ids, state)
         return state
+
+    def _require_room(self, sequences: int) -> None:
+        if not 0 < sequences <= self._most:
+            raise InvalidInputError(f"an engine runs 1 to {self._most} sequences, got {sequences}")
 
     def __call__(self, ids: torch.Tensor, state: State) -> torch.Tensor:
         """Feed int64 [B, T] tokens; return the logits after the last ones, float32 [B, V].
@@ -89,8 +93,8 @@ class Engine:
             InvalidInputError: too many tokens, or as for a call.
         """
         ids = self._checked(ids, state)
-        if ids.numel() > (most := min(self._rows, MOST_SEQUENCES)):
-            raise InvalidInputError(f"logits of each token are for at most {most} tokens, got {ids.numel()}")
+        if ids.numel() > self._most:
+            raise InvalidInputError(f"logits of each token are for at most {self._most} tokens, got {ids.numel()}")
         with self._lock:
             state.reserve(int(state.seen.max()) + ids.shape[1])
             self._run(self._program.run, ids, state, True)
@@ -130,6 +134,7 @@ class Engine:
             )
         if len(ids) != len(state):
             raise InvalidInputError(f"ids have {len(ids)} rows, but the state has {len(state)} sequences")
+        self._require_room(len(state))
         if state.specs is not self._states and state.specs != self._states:
             raise InvalidInputError("the state belongs to another model's engine; make one with engine.state()")
         ids = ids.contiguous()

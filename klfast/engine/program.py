@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from klfast.backends.cpu.extension import DTYPE_CODES
 from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
+from klfast.engine.stamps import stamp
 from klfast.engine.state import StateSpec
 from klfast.nn.direct_call import Place, Watch, has, plain
 from klfast.nn.norm import Norm
@@ -23,6 +25,11 @@ NormReader = Callable[[Any], Norm]  # from a module
 def _are(found: Collection[object], expected: Collection[object]) -> bool:
     """Return whether two collections hold the same objects in the same order."""
     return len(found) == len(expected) and all(map(operator.is_, found, expected))
+
+
+def _stamp(home: Mapping[str, torch.Tensor | None], name: str) -> object:
+    found = home[name]
+    return None if found is None else stamp(found)
 
 
 MOST_SEQUENCES = 16
@@ -46,11 +53,13 @@ class ProgramBase:
         prefix: number of learned inputs before a sequence's tokens, the program's tokens beyond the vocabulary.
         corrected: the head's corrected rows, int32 [R], if it has any.
         correction: the buffer of what is added to their logits.
+        kind: what the names of the model's classes begin with.
         kept: what must live as long as the program.
         checks: each returns False or None once a part of the model is no longer what the program has.
 
     Raises:
-        CannotLowerError: klfast's extension is missing, or cannot take a part.
+        CannotLowerError: klfast's extension is missing, or cannot take a part; or a module has hooks or a forward of
+            its own.
     """
 
     def __init__(
@@ -68,16 +77,19 @@ class ProgramBase:
         self.prefix = 0
         self.corrected: torch.Tensor | None = None
         self.correction: Columns | None = None
-        self._names = {module: name for name, module in model.named_modules()}
-        self._parts = frozenset(self._names) - {model}
+        self.kind = type(model).__name__.removesuffix("ForCausalLM")
+        self._names = {module: name or "the model" for name, module in model.named_modules()}
+        self._places: dict[int, Place] = {}  # of the tensors in ``kept``, by their id
+        self._copied: set[tuple[int, str]] = set()  # places whose values are watched
         self._buffers: dict[tuple[str, int, int, int], Columns] = {}
         self._projections: dict[nn.Module, Any] = {}
         self._halves: dict[nn.Module, tuple[nn.Module, torch.Tensor, nn.Module]] = {}
         self.checks: list[Callable[[], object]] = []
         self.kept: list[object] = []
-        # Not the modules themselves: the model would be one of them, which its engine must not keep alive.
-        children = [(module._modules, tuple(module._modules.values())) for module in model.modules()]
+        # Not the model itself, which its engine must not keep alive.
+        children = [(module._modules, tuple(module._modules.values())) for module in self._names]
         self.checks.append(lambda: all(_are(places.values(), found) for places, found in children))
+        self._require_untouched(model)
 
     # Memory -------------------------------------------------------------------------------------------------------
 
@@ -86,7 +98,12 @@ class ProgramBase:
         code, rows = DTYPE_CODES[dtype or self.dtype], rows or self.rows
         key = name, width, code, rows
         if key not in self._buffers:
-            self._buffers[key] = Columns(self.program.buffer(width, code, rows), 0, width)
+            try:
+                self._buffers[key] = Columns(self.program.buffer(width, code, rows), 0, width)
+            except MemoryError:
+                raise MemoryError(
+                    f"no memory for runs of {self.rows} tokens; lower the model with fewer rows"
+                ) from None
         return self._buffers[key]
 
     def state(self, *shape: int, dtype: torch.dtype, growing: int | None = None) -> int:
@@ -101,14 +118,18 @@ class ProgramBase:
         return self._names.get(module, type(module).__name__)
 
     def expect(self, module: nn.Module, *classes: str) -> None:
-        """Require a module of one of these classes, or of any if none is given, that does what its class does."""
-        name = self.name(module)
-        if classes and type(module).__name__ not in classes:
-            raise CannotLowerError(f"{name} is a {type(module).__name__}")
-        if reason := why_touched(module):
-            raise CannotLowerError(f"{name} {reason}")
-        if module in self._parts:
-            self.checks.append(lambda: not why_touched(module))
+        """Require a module of one of these classes."""
+        if type(module).__name__ not in classes:
+            raise CannotLowerError(f"{self.name(module)} is a {type(module).__name__}")
+
+    def _require_untouched(self, model: nn.Module) -> None:
+        """Require that each module does what its class does, from now on: also those that no instruction names."""
+        for module, name in self._names.items():
+            if reason := why_touched(module):
+                raise CannotLowerError(f"{name} {reason}")
+        whole, parts = weakref.ref(model), [module for module in self._names if module is not model]
+        self.checks.append(lambda: not any(map(why_touched, parts)))
+        self.checks.append(lambda: (found := whole()) is None or not why_touched(found))
 
     def tensors(self, *places: Place) -> list[Any]:
         """Return tensors, or None, by their places in modules' parameters or buffers, watched from now on."""
@@ -120,11 +141,25 @@ class ProgramBase:
             raise CannotLowerError("a parameter is not a plain tensor of floats on the CPU")
         self.checks.append(watch.hold)
         self.kept.append(found)
+        self._places.update((id(t), place) for t, place in zip(found, places, strict=True) if t is not None)
         return found
 
     def parameters(self, module: nn.Module, *names: str) -> list[Any]:
         """Return parameters of a module, tensors or None, watched from now on."""
         return self.tensors(*((module._parameters, name) for name in names))
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that ``tensors`` found, whose values a caller copies: they are watched, too, from now on."""
+        self.watch_values(*self._places[id(tensor)])
+        return tensor
+
+    def watch_values(self, home: Mapping[str, torch.Tensor | None], name: str) -> None:
+        """Watch the values of a tensor that is watched at its place, of whose values a caller makes something."""
+        if (id(home), name) in self._copied:  # by another instruction, too
+            return
+        self._copied.add((id(home), name))
+        before = _stamp(home, name)
+        self.checks.append(lambda: _stamp(home, name) == before)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep a tensor made for the program."""

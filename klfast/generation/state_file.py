@@ -14,13 +14,14 @@ from torch import nn
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import write_atomic
 from klfast.engine.engine import Engine
+from klfast.engine.stamps import stamp
 from klfast.engine.state import State
 from klfast.generation.engine import engine_of
 from klfast.models.fingerprint import Fingerprint, fingerprint, require_match
 
 _FORMAT = "klfast state 1"
 
-_fingerprints: weakref.WeakKeyDictionary[Engine, Fingerprint] = weakref.WeakKeyDictionary()
+_fingerprints: weakref.WeakKeyDictionary[Engine, tuple[object, Fingerprint]] = weakref.WeakKeyDictionary()
 
 
 def save_state(path: str | os.PathLike[str], state: State, model: nn.Module) -> None:
@@ -87,7 +88,8 @@ def _fitted(name: str, tensors: dict[str, torch.Tensor], engine: Engine) -> Stat
 
 
 def _fingerprint(model: nn.Module, engine: Engine) -> Fingerprint:
-    """Return the model's fingerprint, which is dear, computed once for its engine."""
-    if engine not in _fingerprints:
-        _fingerprints[engine] = fingerprint(model)
-    return _fingerprints[engine]
+    """Return the model's fingerprint, which is dear, computed once until tensors are written to."""
+    stamps = [stamp(t) for t in (*model.parameters(), *model.buffers()) if t.is_cpu]
+    if (known := _fingerprints.get(engine)) is None or known[0] != stamps:
+        known = _fingerprints[engine] = stamps, fingerprint(model)
+    return known[1]

@@ -74,6 +74,43 @@ def test_a_damaged_weight_is_named_and_the_engine_goes_on_once_it_is_mended(fami
     assert torch.equal(klfast.generate(model, ids, 8), right) and engine_of(model) is engine
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        *((wrong, f"^rows must be an integer, 1 or more, got {wrong!r}$") for wrong in (0, -1, "a", 2.5, True, None)),
+        (2**20 + 1, "^rows must be at most 1048576, got 1048577$"),
+        (2**40, "^rows must be at most 1048576, got 1099511627776$"),
+        (2**64, "^rows must fit into 64 bits, got 18446744073709551616$"),
+    ],
+)
+def test_numbers_of_rows(rows, message):
+    with pytest.raises(klfast.InvalidInputError, match=message):
+        klfast.lower(tiny("mamba"), rows=rows)
+
+
+def test_more_sequences_than_rows():
+    engine, ids = lower(tiny("mamba"), rows=8), batch(16, 2)
+    with pytest.raises(klfast.InvalidInputError, match=r"^an engine runs 1 to 8 sequences, got 16$"):
+        engine.state(16)
+    other = lower(tiny("mamba")).state(16)
+    for call in (engine, engine.each, engine.profile):
+        with pytest.raises(klfast.InvalidInputError, match=r"^an engine runs 1 to 8 sequences, got 16$"):
+            call(ids, other)
+    assert engine(ids[:8], engine.state(8)).isfinite().all()
+
+
+def test_says_that_the_rows_take_too_much_memory(monkeypatch):
+    def fails(*_):
+        raise MemoryError("std::bad_alloc")
+
+    class Full(_C.Program):
+        buffer = fails
+
+    monkeypatch.setattr(_C, "Program", Full)
+    with pytest.raises(MemoryError, match=r"^no memory for runs of 99 tokens; lower the model with fewer rows$"):
+        lower(tiny("mamba"), rows=99)
+
+
 class Interrupted:
     """A program during whose third run the user presses Ctrl-C."""
 

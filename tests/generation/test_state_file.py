@@ -47,6 +47,20 @@ def test_refuses_states_of_other_models(saved):
         klfast.load_state(path, tiny("phi"))
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba"])  # engines without and with copies of weights
+def test_is_for_the_weights_as_they_are(family, tmp_path):
+    model, path = tiny(family), tmp_path / "state"
+    klfast.save_state(path, klfast.lower(model).state(), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, -1.0)
+    for fused in (False, True):
+        torch.optim.SGD(model.parameters(), lr=1.0, fused=fused).step()
+        with pytest.raises(klfast.ModelMismatchError, match="was made for other weights"):
+            klfast.load_state(path, model)
+        klfast.save_state(path, klfast.lower(model).state(), model)
+        assert int(klfast.load_state(path, model).seen) == 0
+
+
 def test_refuses_damaged_files(saved):
     model, path = saved
     whole = path.read_bytes()

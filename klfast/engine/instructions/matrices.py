@@ -87,6 +87,7 @@ class MatrixInstructions(ProgramBase):
             watch.tensors = ()
             made_of = options(layer)
             self.checks.append(lambda: made_of == options(layer) and watch.hold())
+            self.watch_values(layer._buffers, "weight_correction_rows")  # they are columns of instructions
             whole, rows, correction = layer.quantized.halves
             self._halves[layer] = (
                 QuantLinear(whole, layer.bias, layer.activation, dtype=layer.dtype),
@@ -118,8 +119,8 @@ class MatrixInstructions(ProgramBase):
         from klfast import _C
 
         [weight] = self.parameters(module, name)
-        if weight is not None and dtype is not None:
-            weight = self.keep(weight.to(dtype))
+        if weight is not None and dtype not in (None, weight.dtype):
+            weight = self.keep(self.copied(weight).to(dtype))
         if weight is None or weight.dtype is not (dtype or self.dtype):
             raise CannotLowerError(f"{self.name(module)}.{name} is not a tensor of {self.dtype}")
         rows = weight.flatten(0, -2) if index is None else weight[index]

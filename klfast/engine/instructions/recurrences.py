@@ -17,7 +17,7 @@ class RecurrenceInstructions(VectorInstructions):
         """Apply a causal depthwise nn.Conv1d, its channels from ``first`` on; the state has the last inputs."""
         self.expect(conv, "Conv1d")
         weight, bias = self.parameters(conv, "weight", "bias")
-        weight = weight[first : first + x.width]
+        weight = self.copied(weight)[first : first + x.width]
         bias = None if bias is None else bias[first : first + x.width]
         channels, _, width = weight.shape
         state = self.state(width - 1, channels, dtype=self.dtype)  # steps first, as vectors of channels take them
@@ -102,11 +102,11 @@ class RecurrenceInstructions(VectorInstructions):
         """Apply the gated delta rule.
 
         For each head g = -exp(A_log) softplus(a + dt_bias) and beta = largest_beta sigmoid(b). ``a`` and ``dt_bias``
-        have one value a head, or one a channel of its keys.
+        have one value a head, or one a channel of its keys. ``A_log`` is a tensor that ``tensors`` found.
         """
         heads = A_log.numel()
         g, beta = (self.buffer(f"delta.{part}", c.width, torch.float32) for part, c in (("g", a), ("beta", b)))
-        rate = -torch.exp(A_log.float().flatten()).repeat_interleave(a.width // heads)
+        rate = -torch.exp(self.copied(A_log).float().flatten()).repeat_interleave(a.width // heads)
         self.combine_row("add", a, dt_bias, g)
         self.combine_row("softplus_gate", g, rate, g)
         self.combine_row("sigmoid_gate", b, largest_beta, beta)

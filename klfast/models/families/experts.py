@@ -66,7 +66,6 @@ def mixture(build: Builder, experts: Any, routes: Routes, x: Columns, out: Colum
         x, out: columns of the hidden size.
     """
     name = build.name(experts)
-    build.expect(experts, type(experts).__name__)
     names = stack_names(experts)
     if not names:
         raise CannotLowerError(f"{name} are experts of another kind")

@@ -31,7 +31,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    return lowering.recurrent(build, model, "FalconMambaBlock", _mixer)
+    return lowering.recurrent(build, model, "FalconMamba", _mixer)
 
 
 def _mixer(build: Builder, mixer: Any, x: Columns, out: Columns) -> None:

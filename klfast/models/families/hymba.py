@@ -25,10 +25,13 @@ def _rows(mixer: _Mixer) -> Mapping[str, Rows]:
 
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "HymbaForCausalLM")
-    base, config = model.model, model.config
+    base, config = lowering.base_of(build, model), model.config
     x, normed, update = (build.buffer(name, config.hidden_size) for name in ("residual", "normed", "update"))
-    memory = None if base.memory_tokens is None else build.parameters(base, "memory_tokens")[0].to(build.dtype)
-    build.embed(base.embed_tokens, x, prefix=None if memory is None else build.keep(memory))
+    memory = None
+    if base.memory_tokens is not None:
+        [tokens] = build.parameters(base, "memory_tokens")
+        memory = build.keep(build.copied(tokens).to(build.dtype))
+    build.embed(base.embed_tokens, x, prefix=memory)
     angles = None
     if config.rope:
         angles = build.buffer("angles", config.key_dim, torch.float32)
@@ -105,7 +108,7 @@ def _state_space(build: Builder, mixer: Any, x: Columns, z: Columns, out: Column
     A_log, D, bias = build.tensors(
         (mixer.A_log._parameters, "0"), (mixer.D._parameters, "0"), (mixer.dt_proj[0]._parameters, "bias")
     )
-    build.selective_scan(f"{build.name(mixer)}.scan", lowering.rate(A_log), D, bias, u, dt, B, C, z, out)
+    build.selective_scan(f"{build.name(mixer)}.scan", lowering.rate(build, A_log), D, bias, u, dt, B, C, z, out)
 
 
 FAMILY = Family(

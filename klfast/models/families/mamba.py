@@ -17,7 +17,7 @@ def _step(mixer: Any) -> Parts:
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    return lowering.recurrent(build, model, "MambaBlock", lowering.mamba1)
+    return lowering.recurrent(build, model, "Mamba", lowering.mamba1)
 
 
 FAMILY = Family(

@@ -11,7 +11,7 @@ from klfast.models.families.base import Blocks, Family, Mixer, plain
 
 
 def _lower(build: Builder, model: Any) -> Columns:
-    return lowering.recurrent(build, model, "Mamba2Block", lowering.mamba2)
+    return lowering.recurrent(build, model, "Mamba2", lowering.mamba2)
 
 
 FAMILY = Family(

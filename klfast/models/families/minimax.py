@@ -24,7 +24,7 @@ from klfast.models.families.base import Blocks, Family, plain
 
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "MiniMaxForCausalLM")
-    base, hidden = model.model, model.config.hidden_size
+    base, hidden = lowering.base_of(build, model), model.config.hidden_size
     x, update = build.buffer("residual", hidden), build.buffer("update", hidden)
     angles = lowering.rotary(build, base.rotary_emb)
     build.embed(base.embed_tokens, x)
@@ -66,10 +66,8 @@ def _lightning_attention(build: Builder, module: Any, x: Columns, out: Columns) 
     for index, part in enumerate((q, k, v)):
         build.pick_heads(heads, index * dim, qkv, part)
     [slope] = build.tensors((module._buffers, "slope_rate"))
-    steps = build.keep(torch.ones(heads))
-    build.head_scan(
-        build.name(module), -slope.float().flatten(), None, steps, dim, heads, (0.0, math.inf), v, None, k, q, y
-    )
+    steps, A = build.keep(torch.ones(heads)), -build.copied(slope).float().flatten()
+    build.head_scan(build.name(module), A, None, steps, dim, heads, (0.0, math.inf), v, None, k, q, y)
     build.normalise(module.norm, y, y)
     build.project(module.output_gate, x, gate)
     build.combine("sigmoid_gate", gate, y, y)

@@ -19,12 +19,12 @@ def decoder(build: Builder, model: Any, shared: str, mamba: Lower, attention: Lo
 
     Args:
         build: the program's builder.
-        model: whose classes' names begin like its own.
+        model: of such blocks.
         shared: the name that a shared block has in the blocks that run it.
         mamba: lowers the mixer of a block.
         attention, mlp: lower those of a shared block, given the block that runs it.
     """
-    kind, hidden = type(model).__name__.removesuffix("ForCausalLM"), model.config.hidden_size
+    kind, hidden = build.kind, model.config.hidden_size
     both, mixed = build.buffer("shared.both", 2 * hidden), build.buffer("shared.mixed", hidden)
     normed = build.buffer("shared.normed", 2 * hidden)
     stream, embedding = both.split(hidden, hidden)

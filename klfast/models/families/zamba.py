@@ -45,7 +45,7 @@ def _mamba(build: Builder, block: Any, x: Columns, out: Columns) -> None:
     build.pick_heads(inner, 1, xz, z)
     build.convolve(mixer.conv1d, True, x_part, u)
     A_log, D, dt_bias = build.parameters(mixer, "A_log", "D", "dt_proj_bias")
-    A, name = lowering.rate(A_log), build.name(mixer)
+    A, name = lowering.rate(build, A_log), build.name(mixer)
     for head, columns in enumerate(zip(*(each.split(*heads * [width]) for each in (u, z, y)), strict=True)):
         own_u, own_z, own_y = columns
         build.project_parameter(mixer, "x_proj_weight", own_u, parts, index=head)

@@ -1,7 +1,7 @@
 """Lowerings that several families share: chains of blocks, mixers, attention, feed-forward networks, heads."""
 
 from klfast.models.families.lowering.activations import activation_gate, require_silu, require_squared_relu
-from klfast.models.families.lowering.blocks import Lower, Sublayer, decoder, head, recurrent
+from klfast.models.families.lowering.blocks import Lower, Sublayer, base_of, decoder, head, recurrent
 from klfast.models.families.lowering.delta_nets import DeltaNames, delta_heads, delta_net, delta_qkv
 from klfast.models.families.lowering.feed_forward import fused_mlp, gated_mlp, mlp
 from klfast.models.families.lowering.projections import project_adapted, project_twice
@@ -16,6 +16,7 @@ __all__ = [
     "Sublayer",
     "activation_gate",
     "attention",
+    "base_of",
     "decoder",
     "delta_heads",
     "delta_net",

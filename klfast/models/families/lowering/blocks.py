@@ -51,7 +51,7 @@ def decoder(
         residual_scale: multiplies what is added.
         residual: dtype of the stream; None for that of activations.
     """
-    base, hidden = model.base_model, model.config.hidden_size
+    base, hidden = base_of(build, model), model.config.hidden_size
     stream = build.buffer("residual", hidden, residual)
     # What layers read: the stream, or a copy of it in the dtype of activations.
     x = stream if residual in (None, build.dtype) else build.buffer("narrow", hidden)
@@ -73,6 +73,12 @@ def decoder(
     return head(build, model.lm_head, normed)
 
 
+def base_of(build: Builder, model: Any) -> Any:
+    """Return a model's base model, which must be of the class that transformers gives it."""
+    build.expect(model.base_model, f"{build.kind}Model", f"{build.kind}TextModel")
+    return model.base_model
+
+
 def head(build: Builder, layer: nn.Linear, x: Columns) -> Columns:
     """Lower a head; returns the columns of its logits."""
     logits = build.buffer("logits", layer.out_features, torch.float32, rows=MOST_SEQUENCES)
@@ -80,8 +86,9 @@ def head(build: Builder, layer: nn.Linear, x: Columns) -> Columns:
     return logits
 
 
-def recurrent(build: Builder, model: Any, block_class: str, mixer: Lower) -> Columns:
-    """Lower a model of blocks x + mixer(norm(x)), as Mamba and Mamba-2 are."""
-    blocks = {block_class: [Sublayer(lambda build, block, x, out: mixer(build, block.mixer, x, out), "norm")]}
+def recurrent(build: Builder, model: Any, name: str, mixer: Lower) -> Columns:
+    """Lower a model of blocks x + mixer(norm(x)), such as Mamba; its classes' names begin with ``name``."""
+    build.expect(model, f"{name}ForCausalLM")
+    blocks = {f"{name}Block": [Sublayer(lambda build, block, x, out: mixer(build, block.mixer, x, out), "norm")]}
     residual = torch.float32 if model.config.residual_in_fp32 else None
     return decoder(build, model, blocks, embedding="embeddings", last_norm="norm_f", residual=residual)

@@ -23,6 +23,7 @@ def rotary(
     its own for each type of layer. The types whose frequencies follow the text's length have no lowering
     (dynamic_rope_update in modeling_rope_utils.py, 5.24.0).
     """
+    build.expect(module, f"{build.kind}RotaryEmbedding", f"{build.kind}TextRotaryEmbedding")
     kind = getattr(module, "rope_type", "default") if layer_type is None else module.rope_type[layer_type]
     prefix = "" if layer_type is None else f"{layer_type}_"
     if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
@@ -30,7 +31,7 @@ def rotary(
     [frequencies] = build.tensors((module._buffers, f"{prefix}inv_freq"))
     angles = build.buffer(f"{prefix}angles", 2 * len(frequencies), torch.float32)
     factor = float(getattr(module, f"{prefix}attention_scaling"))
-    build.angles(build.name(module), frequencies.float(), factor, angles, rounded_to)
+    build.angles(build.name(module), build.copied(frequencies).float(), factor, angles, rounded_to)
     return angles
 
 

@@ -41,7 +41,7 @@ def mamba1(
     build.project(mixer.dt_proj, step, dt, weight_only=True)
     A_log, D = build.parameters(mixer, "A_log", "D")
     [dt_bias] = build.parameters(mixer.dt_proj, "bias")
-    build.selective_scan(build.name(mixer), rate(A_log), D, dt_bias, u, dt, B, C, z, y)
+    build.selective_scan(build.name(mixer), rate(build, A_log), D, dt_bias, u, dt, B, C, z, y)
     build.project(mixer.out_proj, y, out)
 
 
@@ -66,12 +66,12 @@ def mamba2(
     A_log, D, dt_bias = build.parameters(mixer, "A_log", "D", "dt_bias")
     name, limit = build.name(mixer), mixer.time_step_limit
     gate = z if isinstance(mixer.norm, nn.Identity) else None
-    build.head_scan(name, rate(A_log), D, dt_bias, mixer.head_dim, mixer.n_groups, limit, u, dt, B, C, y, gate)
+    build.head_scan(name, rate(build, A_log), D, dt_bias, mixer.head_dim, mixer.n_groups, limit, u, dt, B, C, y, gate)
     if gate is None:
         build.normalise(mixer.norm, y, y, z)
     build.project(mixer.out_proj, y, out)
 
 
-def rate(A_log: torch.Tensor) -> torch.Tensor:
-    """Return A, float32."""
-    return torch.exp(A_log.float()).neg_()
+def rate(build: Builder, A_log: torch.Tensor) -> torch.Tensor:
+    """Return A, float32, of a tensor that ``build`` found."""
+    return torch.exp(build.copied(A_log).float()).neg_()
