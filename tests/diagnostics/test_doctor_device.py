@@ -346,6 +346,7 @@ def test_report_with_a_bench(monkeypatch):
 
 def test_bench_gives_no_figure_for_wrong_or_failing_contenders(monkeypatch):
     monkeypatch.setattr(device_bench, "PATIENCE", 1000)  # for busy machines
+
     def contender(error):
         return lambda: Contender([lambda: None], lambda: error, 1e-3)
 
