@@ -14,7 +14,7 @@ from torch import nn
 
 from klfast.checkpoint.json_files import read_generation_config, read_json
 from klfast.checkpoint.model_config import bounded, check_config, register_own
-from klfast.core.errors import CheckpointError, InvalidInputError
+from klfast.core.errors import CheckpointError, InvalidInputError, shortened
 from klfast.models.expert_names import expert_name
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.matrices import Matrix, named_matrices, replacements, with_experts
@@ -231,8 +231,9 @@ def read_quantized_layers(
     if any(name not in known for name in specs):
         known |= with_experts(known)
     if unknown := [name for name in specs if name not in known or name not in facts]:
+        name = shortened(unknown[0], 200)
         raise CheckpointError(
-            f"{folder}: config.json quantizes {unknown[0]}, which the model does not have; {tensors.remedy}"
+            f"{folder}: config.json quantizes {name}, which the model does not have; {tensors.remedy}"
         )
     made: dict[object, tuple[Matrix, QuantLinear]] = {}  # by tensor, which layers of the empty model may share
     layers: dict[str, QuantLinear] = {}
