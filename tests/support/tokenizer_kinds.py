@@ -46,12 +46,11 @@ def _sentencepiece_bpe():
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    return (
-        made,
-        trainers.BpeTrainer(vocab_size=SIZE, special_tokens=special, limit_alphabet=60, show_progress=False),
-        {},
-    )
+    letters = sorted({letter for text in TEXT for letter in text if letter.isascii()} - {" "} | set("▁éв。"))
+    options = {"initial_alphabet": letters, "limit_alphabet": len(letters)}  # of equally frequent ones it keeps any
+    return made, trainers.BpeTrainer(vocab_size=SIZE, special_tokens=special, show_progress=False, **options), {}
 
 
 def _unigram():
