@@ -166,7 +166,7 @@ def plan(
     }
     emit({"out": str(out), **facts}, [one.rich() for one in plan_tables(made, found)], as_json)
     if not made.specs:
-        say("The limit leaves room for full precision: nothing will be quantized.", as_json)
+        say("The plan leaves every layer in full precision.", as_json)
     if alone := unserved(list(found.layers), made.specs):
         say(
             f"Of {len(found.layers)} layers klfast alone can read {len(alone)}, such as {alone[0]}; "

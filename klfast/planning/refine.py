@@ -130,7 +130,7 @@ def _swaps(problem: Problem, budget: Budget, picks: Picks) -> Iterator[Picks]:
 
 
 def _exact_sum(values: list[float]) -> list[float]:
-    """Return a few numbers whose sum is exactly that of the values, so that sums with others round alike."""
+    """Return a few floats that add up to exactly the sum of the values, and so can stand for them in math.fsum."""
     parts: list[float] = []
     while rest := math.fsum((*values, *(-part for part in parts))):
         parts.append(rest)
@@ -138,7 +138,7 @@ def _exact_sum(values: list[float]) -> list[float]:
 
 
 def _changes(number: int, larger: Picks, savings: list[tuple[int, float, Picks]]) -> Picks:
-    """Return the choices of a unit, and those of the savings of others."""
+    """Return the choices that a swap changes: those of the larger unit, and the savings in other units."""
     return larger | {name: choice for other, _, some in savings if other != number for name, choice in some.items()}
 
 

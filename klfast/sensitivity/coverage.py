@@ -78,7 +78,7 @@ def broken_candidates(provenance: Mapping[str, object]) -> list[object]:
 
 
 def left_out_note(provenance: Mapping[str, object]) -> str | None:
-    """Return the same of the provenance of sensitivities, or of what was made of them."""
+    """Return ``not_finite_note`` by the provenance alone, which studies have, too."""
     broken = broken_candidates(provenance)
     if not broken:
         return None

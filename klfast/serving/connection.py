@@ -48,7 +48,7 @@ def http_server(
 
 
 class _Server(uvicorn.Server):
-    """Waits for running answers after the first signal, not after a second one; uvicorn's takes only Ctrl-C for one."""
+    """Ends at once on any second signal; uvicorn's own server does so on a second Ctrl-C only."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal."""

@@ -230,7 +230,7 @@ class Scheduler:
                 answer, own = self._batch.answers[row], logits[row : row + 1]
                 self._take(answer, own)
                 if answer.is_done:
-                    if not answer.has_failed:  # else no token follows those of the state
+                    if not answer.has_failed:  # which has no last token: the key would be one too short
                         self._cache.put(answer.tokens[:-1], self._batch.state, row, own)
                     self._batch.remove(row)
         except Exception as error:  # noqa: BLE001 (as above; what the step left is unknown)

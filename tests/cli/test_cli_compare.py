@@ -35,6 +35,7 @@ def test_card_as_text_json_and_file(work, tmp_path):
     )
     assert teacher["kl"] == pytest.approx(data["figures"]["Mean KLD"]["value"], rel=1e-5)
     assert "exists" in fails(*command, "--out", tmp_path / "card.json")
+    assert f"The figures are in {tmp_path / 'again.json'}." in klf(*command, "--out", tmp_path / "again.json").stdout
 
 
 def test_one_window_says_that_it_has_no_intervals(work):

@@ -263,6 +263,12 @@ def test_servable_plans_leave_the_head_alone(work, tmp_path):
     assert "klfast alone can read" in klf("plan", work / "sens.json", "--mean-bits", 6, *out).stdout
 
 
+def test_says_that_a_plan_quantizes_nothing(work, tmp_path):
+    out, said = ("--out", tmp_path / "plan.json"), "The plan leaves every layer in full precision."
+    assert said not in klf("plan", work / "sens.json", "--mean-bits", 6, *out).stdout
+    assert said in klf("plan", work / "sens.json", "--max-bytes", "3GB", *out, "--force").stdout
+
+
 def test_plans_by_seconds(work, tmp_path, monkeypatch):
     monkeypatch.setattr("klfast.benchkit.product_times._SECONDS", 0.0)
     timed = ("--timings", tmp_path / "timings.json", "--threads", 1)
