@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it to _PUBLI
     from klfast.integrations.quantizer import register_quantizer as register_quantizer
     from klfast.integrations.quantizer import unregister_quantizer as unregister_quantizer
     from klfast.measured_front import measure_front as measure_front
-    from klfast.measured_kl import measured_kl as measured_kl
+    from klfast.measured_plan import measured_kl as measured_kl
     from klfast.nn import QuantLinear as QuantLinear
     from klfast.ops import causal_conv1d_fn as causal_conv1d_fn
     from klfast.ops import causal_conv1d_update as causal_conv1d_update
@@ -103,7 +103,7 @@ _PUBLIC = {
     "save_quantized": "checkpoint.save",
     "export_gguf": "export.gguf.write",
     "export_openvino": "export.openvino.write",
-    "measured_kl": "measured_kl",
+    "measured_kl": "measured_plan",
     "Front": "evaluation.front",
     "measure_front": "measured_front",
     "dequant_matmul": "ops",

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ def test_pyproject_lists_every_package():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "klfast").rglob("__init__.py")}
     assert set(project["packages"]) == found | {"klfast.bench", "klfast.kernels"}
     assert project["package-dir"] == {"klfast": "klfast", "klfast.bench": "bench", "klfast.kernels": "kernels/triton"}
+
+
+def test_no_module_has_the_name_of_something_public():
+    """Its import would put it in that one's place."""
+    assert not {module.name for module in pkgutil.iter_modules(klfast.__path__)} & {*klfast.__all__}
 
 
 def test_type_checkers_see_the_public_names():
