@@ -15,6 +15,7 @@ from klfast.core.loading_options import LoadingOptions
 
 @options.loads_models
 def pareto(
+    context: typer.Context,
     model: options.Model,
     sensitivities: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="Files from sweep of this model; several are merged.")
@@ -67,9 +68,11 @@ def pareto(
             raise InvalidInputError(str(error)) from None
     prepare(threads)
     found = merge.read(sensitivities)
+    gptq = found.provenance.get("rounding") == "gptq"
+    if not gptq:
+        options.goes_with(context, "costs from klfast sweep --rounding gptq", "calibration")
     network = load_model(model, dtype, gguf="dense", **loading)
     held_out = open_batches(text, model, network, length=length, windows=windows, **loading)
-    gptq = found.provenance.get("rounding") == "gptq"
     partial = out.with_name(f"{out.name}.partial")
     if not resume:
         discard(partial)

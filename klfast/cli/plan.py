@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 @options.loads_models
 def plan(
+    context: typer.Context,
     sensitivities: Annotated[
         list[Path],
         typer.Argument(
@@ -123,6 +124,11 @@ def plan(
     options.exactly_one(max_bytes=max_bytes, mean_bits=mean_bits, max_seconds=max_seconds, max_kl=max_kl)
     if objective == "latency" and max_kl is None and max_seconds is None:
         raise typer.BadParameter("--objective latency goes with --max-kl or --max-seconds")
+    in_seconds = timings is not None or max_seconds is not None or objective == "latency"
+    if refine is None:
+        options.goes_with(context, "--refine", "calibration", "windows", "length", "tries")
+    if not in_seconds:
+        options.goes_with(context, "--timings, --max-seconds or --objective latency", "dtype")
     kept = options.parse_keep(keep)
     options.require_free(out, force)
     import klfast
@@ -133,7 +139,6 @@ def plan(
 
     prepare(threads, "cpu")
     found = merge.read(sensitivities)
-    in_seconds = timings is not None or max_seconds is not None or objective == "latency"
     timed = _timings(found, timings, dtype) if in_seconds else None
     measure = None if refine is None else _measure(found, refine, calibration, windows, length, **loading)
     made = klfast.plan(

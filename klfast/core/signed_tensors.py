@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from klfast.core.dtypes import as_bytes
 from klfast.core.io import write_atomic
 
 
@@ -44,5 +45,5 @@ def _digest(facts: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) ->
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+        sha.update(as_bytes(tensor).numpy().data)
     return sha.hexdigest()

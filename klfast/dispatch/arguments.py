@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -21,11 +21,14 @@ def schema(name: str, arguments: type, returns: str) -> str:
     return f"{name}({', '.join(f'{_in_schema(hint)} {field}' for field, hint in hints.items())}) -> {returns}"
 
 
+def union_members(hint: object) -> tuple[Any, ...]:
+    """Return the members of a union: ``A | B``, or ``Optional[A]``, as Python 3.10 reads hints of what may be None."""
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else ()
+
+
 def _in_schema(hint: object) -> str:
-    kinds = (
-        typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else ()
-    )
-    if kinds:
+    if kinds := union_members(hint):
         [kind] = [each for each in kinds if each is not type(None)]
         return f"{_in_schema(kind)}?"
     if typing.get_origin(hint) is Annotated:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
@@ -13,6 +12,7 @@ import torch
 
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
+from klfast.dispatch.arguments import union_members
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -45,7 +45,7 @@ def _complaint(function: Callable[..., object], args: Sequence[object], kwargs: 
     for name, value in {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}.items():
         if name not in hints:
             continue
-        kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        kinds = union_members(hints[name]) or (hints[name],)
         if any(typing.get_origin(kind) is not None for kind in kinds):
             continue
         allowed = (*kinds, int) if float in kinds else kinds

@@ -31,11 +31,12 @@ def fixed_cache(cache: object, capacity: int) -> Any:
 def _fixed(layer: Any, capacity: int) -> Any:
     from transformers import cache_utils as kinds
 
+    still = {kinds.LinearAttentionLayer, getattr(kinds, "DummyLayer", None)}  # the latter from transformers 5.23 on
     static: dict[type, Any] = {
         kinds.DynamicLayer: kinds.StaticLayer,
         kinds.LinearAttentionAndFullAttentionLayer: kinds.LinearAttentionAndStaticFullAttentionLayer,
     }
-    if type(layer) in (kinds.LinearAttentionLayer, kinds.DummyLayer):
+    if type(layer) in still:
         return copy.deepcopy(layer)
     if type(layer) not in static:
         raise CannotLowerError(f"a {type(layer).__name__} grows, or keeps numbers in Python")

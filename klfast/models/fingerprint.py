@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from klfast.core.dtypes import as_bytes
 from klfast.core.errors import ModelMismatchError
 from klfast.models.matrices import Matrix, matrices
 
@@ -50,7 +51,7 @@ def state_digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):  # else what a module of another library adds
             sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(as_bytes(tensor.cpu()).numpy().data)
     return sha.hexdigest()
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from klfast.core.dtypes import as_bytes
+
 
 def packed_words(count: int, bits: int) -> int:
     """Return how many int32 words hold ``count`` values."""
@@ -32,7 +34,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the first ``count`` values, uint8 [..., count], of int32 [..., at least packed_words(count, bits)]."""
     *leading, columns = words.shape
-    values = words.reshape(-1).view(torch.uint8).view(*leading, 4 * columns)
+    values = as_bytes(words).view(*leading, 4 * columns)
     if bits == 4:
         values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
     elif bits == 6:

@@ -283,6 +283,21 @@ def test_plans_by_seconds(work, tmp_path, monkeypatch):
     assert not (tmp_path / "other.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--calibration", "calibration"), "--calibration goes with --refine"),
+        (("--windows", "32"), "--windows goes with --refine"),
+        (("--length", "512"), "--length goes with --refine"),
+        (("--tries", "12"), "--tries goes with --refine"),
+        (("--dtype", "float32"), "--dtype goes with --timings, --max-seconds or --objective latency"),
+    ],
+)
+def test_options_without_a_use_are_refused(work, tmp_path, given, said):
+    command = ("plan", work / "sens.json", "--mean-bits", 6, "--out", tmp_path / "plan.json", *given)
+    assert said in " ".join(fails(*command, code=2).split()) and not any(tmp_path.iterdir())
+
+
 def test_pareto_measures_plans_of_many_sizes(work, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("klfast.measured_front._NEW_TOKENS", 3)
@@ -290,6 +305,8 @@ def test_pareto_measures_plans_of_many_sizes(work, tmp_path, monkeypatch):
     arguments = ("--text", work / "text.txt", *FEW, "--plans", 3, "--threads", 1, "--out", out)
     command = ("pareto", work / "model", work / "sens.json", *arguments)
     assert "written as .png, .svg or .pdf" in fails(*command, "--plot", tmp_path / "front.gif") and not out.exists()
+    said = fails(*command, "--calibration", work / "text.txt", code=2)
+    assert "--calibration goes with costs from klfast sweep --rounding gptq" in " ".join(said.split())
     data = json.loads(klf(*command, "--plot", picture, "--json").stdout)
     front = klfast.Front.from_json(out)
     assert len(data["points"]["rows"]) == len(front.points) == 3 + 2 + 1

@@ -3,6 +3,8 @@
 Some run in a separate process, since these once crashed it.
 """
 
+from typing import Optional
+
 import other_process
 import pytest
 import torch
@@ -10,7 +12,7 @@ from op_calls import calls, dispatched
 
 from klfast import ops, using
 from klfast.core.errors import InvalidInputError
-from klfast.dispatch import pins
+from klfast.dispatch import checks, pins
 
 IMPLEMENTATIONS = ["reference", *pins.available_tiers()]
 BEGIN = """
@@ -72,6 +74,15 @@ from klfast import ops
 refused(lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8), eps="x"), "eps", "eps must be a float, got str")
 """
     )
+
+
+def test_hints_as_python_3_10_reads_them():
+    @checks.public
+    def function(bias: Optional[torch.Tensor] = None):  # noqa: UP045 (3.10 makes this of "torch.Tensor | None = None")
+        return bias + 1
+
+    with pytest.raises(InvalidInputError, match="function: bias must be a tensor or None, got str"):
+        function("text")
 
 
 def test_errors_of_other_causes_pass_through():

@@ -99,6 +99,17 @@ def test_int6_is_packed_as_compressed_tensors_packs_it(rows, count, random):
     assert torch.equal(packing.unpack(pack_to_int32(signed, 6), 6, count), stored)
 
 
+@pytest.mark.parametrize(
+    ("size", "stride"), [((1, 1), (6, 6)), ((2, 1), (6, 1)), ((1, 2), (1, 7)), ((2, 3), (1, 2)), ((3, 2), (0, 1))]
+)
+def test_words_of_any_strides_are_unpacked(size, stride):
+    words = torch.arange(40, dtype=torch.int32).as_strided(size, stride)
+    for bits in (4, 6, 8):
+        count = size[1] * 32 // bits
+        expected = packing.unpack(torch.tensor(words.tolist(), dtype=torch.int32), bits, count)
+        assert torch.equal(packing.unpack(words, bits, count), expected)
+
+
 def test_where_a_value_lies():
     words = packing.pack(torch.arange(16, dtype=torch.uint8)[None] + 40, 6)[0]
     number = sum((int(word) & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
