@@ -165,8 +165,9 @@ def product(b_x, packed, zero, acc, HALF: tl.constexpr, BITS: tl.constexpr, UPCA
         DTYPE: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
         b_w = centred(packed, zero, HALF, DTYPE, BITS, PTX)
         high = top_bits(b_x)
-        middle = top_bits(b_x - high)
-        acc = multiply(b_w, (b_x - high - middle).to(DTYPE), acc)
+        rest = tl.where(b_x == high, 0.0, b_x - high)  # an infinity has no rest
+        middle = top_bits(rest)
+        acc = multiply(b_w, (rest - middle).to(DTYPE), acc)
         return multiply(b_w, high.to(DTYPE), multiply(b_w, middle.to(DTYPE), acc))
     else:
         DTYPE: tl.constexpr = tl.float32 if UPCAST and b_x.dtype == tl.bfloat16 else b_x.dtype

@@ -64,8 +64,8 @@ def dequant_gemv(
     tl.store(y_ptr + i_part.to(tl.int64) * N + o_n, y.to(y_ptr.dtype.element_ty), mask=o_n < N)
 
 
-@triton.jit
-def split_sum(part_ptr, bias_ptr, y_ptr, M, N, PARTS: tl.constexpr, BN: tl.constexpr):
+@triton.jit(do_not_specialize=["PARTS"])  # which follows from M: one program serves prompts of all lengths
+def split_sum(part_ptr, bias_ptr, y_ptr, M, N, PARTS, BN: tl.constexpr):
     """Write bias [N] (or None) plus the sum of float32 [PARTS, M, N], in order, to y [M, N]."""
     i_m = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -28,7 +28,10 @@ BAND = 8
 
 @dataclass(frozen=True)
 class Config:
-    """A tile for up to ``rows`` rows of x: BM of them by BN of the weight; K split for ``per_core`` programs a core."""
+    """A tile for up to ``rows`` rows of x: BM of them by BN of the weight; K split for ``per_core`` programs a core.
+
+    ``shared``: bytes of shared memory a program that the device must have.
+    """
 
     rows: int
     BM: int
@@ -37,15 +40,18 @@ class Config:
     num_stages: int = 1
     per_core: int = 4
     grf_mode: str | None = None
+    shared: int = 0
 
 
 MANY = 1 << 62
 GEMV = {"nvidia": Config(1, 1, 64, 4, per_core=8), "intel": Config(1, 1, 16, 4)}
 _SMALL = (Config(8, 8, 128, 4, 3), Config(16, 16, 64, 2, 3), Config(32, 32, 64, 2, 3), Config(64, 64, 64, 4, 3, 2))
+# An A100 and an H100 have more than 160 KB, GeForce RTX 30 to 50 and L4 have 99.
+_LARGEST = (Config(MANY, 128, 128, 8, 4, shared=152 << 10), Config(MANY, 128, 128, 8, 3))
 _INTEL = (Config(16, 16, 32, 4, grf_mode="256"), Config(MANY, 32, 64, 8, grf_mode="256"))
 GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 has its own scales
-    ("nvidia", torch.float16): (*_SMALL, Config(MANY, 128, 128, 8, 4)),
-    ("nvidia", torch.bfloat16): (*_SMALL, Config(MANY, 128, 128, 8, 4)),
+    ("nvidia", torch.float16): (*_SMALL, *_LARGEST),
+    ("nvidia", torch.bfloat16): (*_SMALL, *_LARGEST),
     ("nvidia", torch.float32): (*_SMALL[:2], Config(32, 32, 64, 4, 3), Config(MANY, 64, 64, 4, 3)),
     ("nvidia", torch.int8): (*_SMALL[:3], Config(64, 64, 64, 2, 3, 1), Config(MANY, 128, 64, 4, 3)),
     ("intel", torch.float16): _INTEL,
@@ -55,9 +61,9 @@ GEMM = {  # family, dtype of x: float32 takes three times the registers, int8 ha
 }
 
 
-def pick(configs: tuple[Config, ...], m: int) -> Config:
-    """Return the first configuration for at least m rows of x."""
-    return next(config for config in configs if m <= config.rows)
+def pick(configs: tuple[Config, ...], m: int, shared: int) -> Config:
+    """Return the first configuration for at least m rows of x that needs no more shared memory."""
+    return next(config for config in configs if m <= config.rows and config.shared <= shared)
 
 
 def parts_of(programs: int, n_tiles: int, wanted: int) -> tuple[int, int]:
@@ -84,7 +90,15 @@ class Weight:
 
 
 def plan(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, y: torch.Tensor, *, int8: bool, family: str, cores: int
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    int8: bool,
+    family: str,
+    cores: int,
+    shared: int = MANY,
 ) -> list[Launch]:
     """Plan the launches that compute y [M, N].
 
@@ -96,6 +110,7 @@ def plan(
         int8: round x to int8 first.
         family: "nvidia" or "intel".
         cores: of the device.
+        shared: bytes of shared memory that a program may have there.
     """
     scale, bits, tiling = weight.scale, weight.spec.bits, weight.tiling
     (m, width), (_, n) = x.shape, scale.shape
@@ -107,7 +122,7 @@ def plan(
         launches.append(plan_rounding(x, rounded, x_scale, tiling))
         x = rounded
     gemv = m == 1 and not int8 and not (family == "nvidia" and x.dtype != torch.float32)
-    config = GEMV[family] if gemv else pick(GEMM[family, x.dtype], m)
+    config = GEMV[family] if gemv else pick(GEMM[family, x.dtype], m, shared)
     programs = cdiv(n, config.BN) * cdiv(m, config.BM)
     parts, tiles = parts_of(programs, tiling.turns, config.per_core * cores)
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=x.device)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from klfast.core.errors import KernelUnavailableError
+
 # The interpreter (TRITON_INTERPRET=1) computes in NumPy, which has no bfloat16: kernels widen to float32 there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,7 +38,9 @@ class Launch:
     def run(self) -> None:
         """Launch the kernel, unless the grid is empty."""
         if all(self.grid):
-            with _device_of(next(value for value in self.args.values() if isinstance(value, torch.Tensor))):
+            first = next(value for value in self.args.values() if isinstance(value, torch.Tensor))
+            _require_capability(first.device)
+            with _device_of(first):
                 self.kernel[self.grid](**self.args, **self.options, **FUSED)
 
 
@@ -80,6 +84,25 @@ def cores(device: torch.device) -> int:
         properties = torch.xpu.get_device_properties(device)
         return getattr(properties, "gpu_subslice_count", 0) or max(1, properties.max_compute_units // 8)
     return 1
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have on an NVIDIA GPU; elsewhere no limit is known."""
+    if device.type != "cuda":
+        return 1 << 62
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
+def _require_capability(device: torch.device) -> None:
+    """Raise KernelUnavailableError for an NVIDIA GPU for which the kernels do not compile, or only with huge stacks."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        raise KernelUnavailableError(
+            f"klfast's kernels need an NVIDIA GPU of compute capability 8.0 or newer, and "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}; "
+            'with klfast.using("reference") plain torch computes instead'
+        )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from klfast.core.errors import CannotLowerError
 
 _CLASSES = {"cuda": "CUDAGraph", "xpu": "XPUGraph"}
 _READ_BY_THE_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_READING: set[Any] = set()  # klfast's own ops that do so: within one no mode sees torch's operations
 _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 
 
@@ -57,6 +58,11 @@ def recorder_of(device: torch.device) -> Recorder | None:
     return None if graph_class is None else Recorder(device, graph_class)
 
 
+def declare_host_reads(op: Any) -> None:
+    """Say of an op that the host reads values in it."""
+    _READING.add(op)
+
+
 class NoHostReads(TorchDispatchMode):
     """Makes operations errors whose result the host reads, or whose size depends on data: no graph repeats them.
 
@@ -67,14 +73,25 @@ class NoHostReads(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation of torch, unless it is one of those."""
-        if _is_read(func, args):
+        kwargs = kwargs or {}
+        if _is_read(func, args, kwargs):
             raise CannotLowerError(f"the host reads what {func} computes")
         with self:  # operations composed of others arrive whole in inference mode
-            found = func.decompose(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+            found = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if found is NotImplemented else found
 
 
-def _is_read(func: Any, args: tuple[Any, ...]) -> bool:
+def _is_read(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    if func in _READING or _crosses_devices(func, args, kwargs):
+        return True
     if func.overloadpacket in _INDEXING:  # by a mask, whose ones are counted; not by numbers
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return not _READ_BY_THE_HOST.isdisjoint(func.tags)
+
+
+def _crosses_devices(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return True for a copy between the host and the GPU, as ``cpu()`` and ``tolist()`` are."""
+    if func.overloadpacket is torch.ops.aten._to_copy:
+        target = kwargs.get("device")
+        return target is not None and torch.device(target).type != args[0].device.type
+    return func.overloadpacket is torch.ops.aten.copy_ and args[0].device.type != args[1].device.type

@@ -40,6 +40,8 @@ def _fixed(layer: Any, capacity: int) -> Any:
         return copy.deepcopy(layer)
     if type(layer) not in static:
         raise CannotLowerError(f"a {type(layer).__name__} grows, or keeps numbers in Python")
+    if layer.keys is None:
+        raise CannotLowerError(f"a {type(layer).__name__} has no keys")
     fixed = static[type(layer)](max_cache_len=capacity)
     states = {name: value for name, value in vars(layer).items() if name not in ("keys", "values", "is_initialized")}
     vars(fixed).update(copy.deepcopy(states))

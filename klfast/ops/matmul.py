@@ -9,6 +9,7 @@ import torch
 from klfast import reference
 from klfast.backends.operands import GroupedMatmulArgs, MatmulArgs
 from klfast.core.arguments import ACTIVATIONS, check_activation
+from klfast.core.device_graphs import declare_host_reads
 from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from klfast.core.errors import InvalidInputError
 from klfast.dispatch.arguments import Linear, schema
@@ -119,6 +120,7 @@ grouped_dequant_matmul_op = define(
     arguments=GroupedMatmulArgs.of,
     formats=attrgetter("weight.formats"),
 )
+declare_host_reads(grouped_dequant_matmul_op)  # how many rows go to each matrix
 
 
 @public

@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+from klfast.kernels.launch import FUSED
+from triton.backends.compiler import GPUTarget
 from triton_aot import compile_for_hopper, source
-from triton_launches import attention, launches
+from triton_launches import OTHER_SPECS, SPECS, attention, dequant, launches
 
+AMPERE = GPUTarget("cuda", 86, 32)
 SHARED_LIMIT = 227 * 1024
 LAUNCHES = {name: (launch, matrix) for name, launch, matrix in launches("nvidia")}
 
@@ -30,6 +35,15 @@ def test_compiles_for_hopper(name):
     if "gemv" in name:
         assert compiled.count("LDG.E.128"), "the weight comes in pieces of 16 bytes"
         assert compiled.count("BAR") <= 1, "threads meet once, at the end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [*SPECS, *OTHER_SPECS], ids=str)
+def test_fits_the_shared_memory_of_smaller_gpus(spec):
+    """A GeForce RTX 30, 40 or 50, an A10 and an L4 have 99 KB a program."""
+    for dtype in (torch.float32, torch.bfloat16):
+        *_, one = dequant("nvidia", 4096, spec, dtype, shared=99 << 10)
+        assert triton.compile(source(one), target=AMPERE, options=one.options | FUSED).metadata.shared <= 99 << 10
 
 
 @pytest.mark.parametrize("family", ["nvidia", "intel"])

@@ -74,6 +74,13 @@ def test_klfast_s_ops_in_a_graph(family, generate):
     assert torch.equal(found, own)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "granite_hybrid_moe", "lfm2_moe"])
+def test_experts_are_chosen_by_the_host(family, generate):
+    model = tiny(family)
+    klfast.quantize_model(model, Plan(dict.fromkeys(matrices(model), QuantSpec(8, 16)), "uniform"))
+    refused(generate, klfast.accelerate(model), "the host reads what klfast.grouped_dequant_matmul", batch(1, 1))
+
+
 def test_what_chooses_tokens_is_not_in_the_graph(generate):
     own, found, calls = generate(tiny("mamba"), batch(2, 5), temperature=1.5, top_k=20, repetition_penalty=1.3)
     assert torch.equal(found, own) and calls == CALLS

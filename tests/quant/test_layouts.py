@@ -10,6 +10,7 @@ from klfast.backends import operands
 from klfast.core.errors import InvalidInputError, SlowPathWarning
 from klfast.nn import QuantEmbedding
 from klfast.quant import layouts
+from klfast.quant.formats import packed_integers
 
 
 def quantized(n, k, spec):
@@ -37,6 +38,15 @@ def test_to_tiled_and_back(n, k, bits, group, symmetric):
     index = torch.randint(n, (7,))
     assert torch.equal(tiled.rows(index), qt.dequantize(torch.float32)[index])
     assert torch.equal(qt.rows(index), qt.dequantize(torch.float32)[index])
+
+
+@pytest.mark.parametrize("spec", ["int4-g64-asym", "int6-g32-sym", "int8-channel-asym"])
+@pytest.mark.parametrize("rows_at_once", [1, 7, 29, 30])
+def test_large_matrices_are_converted_in_pieces(spec, rows_at_once, monkeypatch):
+    qt = quantized(29, 150, QuantSpec.parse(spec))
+    tiled = qt.to_layout(Layout.TILED)
+    monkeypatch.setattr(packed_integers, "_AT_ONCE", 150 * rows_at_once + 149)
+    assert same(qt.to_layout(Layout.TILED), tiled) and same(tiled.to_layout(Layout.PLAIN), qt)
 
 
 @pytest.mark.parametrize(

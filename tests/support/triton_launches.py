@@ -49,7 +49,14 @@ def quantized(n: int, k: int, spec: QuantSpec) -> dequant_matmul.Weight:
 
 
 def dequant(
-    family: str, m: int, spec: QuantSpec, dtype: torch.dtype, activation: str = "exact", n: int = 8192, k: int = 8192
+    family: str,
+    m: int,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    activation: str = "exact",
+    n: int = 8192,
+    k: int = 8192,
+    shared: int = dequant_matmul.MANY,
 ) -> list[Launch]:
     weight = quantized(n, k, spec)
     return dequant_matmul.plan(
@@ -60,6 +67,7 @@ def dequant(
         int8=activation == "int8",
         family=family,
         cores=CORES[family],
+        shared=shared,
     )
 
 
@@ -96,7 +104,7 @@ def launches(family: str) -> Iterator[tuple[str, Launch, str | None]]:
             dtype = FLOATS.get(x, torch.float16)
             configurations = dequant_matmul.GEMM[family, torch.int8 if x == "int8" else dtype]
             for config in configurations if spec is SPECS[0] else configurations[-1:]:
-                for one in dequant(family, min(config.rows, 4096), spec, dtype, activation):
+                for one in dequant(family, min(config.rows, 4096), spec, dtype, activation, shared=config.shared):
                     if one.kernel.__name__ == "dequant_gemm":
                         yield (
                             f"dequant_gemm {x} {spec} {config.BM}x{config.BN}",

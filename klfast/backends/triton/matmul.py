@@ -60,14 +60,15 @@ def dequant_product(
 ) -> None:
     """Write x [M, K] times a weight's parts in ``Layout.TILED`` to y [M, N], of any float dtype; neither is empty."""
     from klfast.kernels import dequant_matmul as kernel
-    from klfast.kernels.launch import cores, family
+    from klfast.kernels.launch import cores, family, shared_memory
 
     rows = fill_blocks(x, spec.bits, spec.group_size)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     weight = kernel.Weight(*(part.detach().contiguous() for part in parts), k=k, spec=spec)
     bias = None if bias is None else bias.detach().contiguous()
-    for launch in kernel.plan(rows, weight, bias, y, int8=int8, family=family(x.device), cores=cores(x.device)):
+    device = dict(family=family(x.device), cores=cores(x.device), shared=shared_memory(x.device))
+    for launch in kernel.plan(rows, weight, bias, y, int8=int8, **device):
         launch.run()
 
 

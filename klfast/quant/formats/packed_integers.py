@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from klfast.quant.grid import round_to_grid
 from klfast.quant.layouts import Layout, Tiling
 
 _STRATEGIES = ("channel", "group")
+_AT_ONCE = 1 << 22  # values to convert between layouts
 _SCALE_DTYPES = (torch.float16, *(dtype for dtype in FLOAT_DTYPES if dtype is not torch.float16))
 
 
@@ -135,13 +136,20 @@ class PackedIntegers(QuantFormat):
         (n, k), (packed, scale, *zero_point) = shape, parts
         scale = scale.T.contiguous()
         if target is Layout.PLAIN:
-            values = layouts.from_tiles(packed, k, self.bits, spec.group_size)
             zeros = [packing.pack(part, self.bits).T.contiguous() for part in zero_point]
-            return [packing.pack(values, self.bits), scale, *zeros]
+
+            def plain(rows: slice) -> torch.Tensor:
+                return packing.pack(layouts.from_tiles(packed[:, rows], k, self.bits, spec.group_size), self.bits)
+
+            return [_by_rows(plain, n, k, 0), scale, *zeros]
         zeros = [packing.unpack(part.T, self.bits, n).contiguous() for part in zero_point]
         filler = zeros[0] if zeros else torch.full_like(scale, -self.range[0], dtype=torch.uint8)
-        values = packing.unpack(packed, self.bits, k)
-        return [layouts.to_tiles(values, filler, self.bits, spec.group_size), scale, *zeros]
+
+        def tiled(rows: slice) -> torch.Tensor:
+            values = packing.unpack(packed[rows], self.bits, k)
+            return layouts.to_tiles(values, filler[:, rows], self.bits, spec.group_size)
+
+        return [_by_rows(tiled, n, k, 1), scale, *zeros]
 
     def storable_group(self, group_size: int, in_features: int) -> int:
         """Return the largest divisor of the features up to ``group_size``: the format has no shorter last group.
@@ -187,3 +195,17 @@ class PackedIntegers(QuantFormat):
 
 
 INT4, INT6, INT8 = (PackedIntegers(bits) for bits in (4, 6, 8))
+
+
+def _by_rows(convert: Callable[[slice], torch.Tensor], n: int, k: int, dim: int) -> torch.Tensor:
+    """Return ``convert(slice(n))``, whose rows lie along ``dim``, in pieces: it needs 8 bytes a value beside."""
+    step = max(_AT_ONCE // max(k, 1), 1)
+    first = convert(slice(0, min(step, n)))
+    if n <= step:
+        return first
+    whole = first.new_empty([n if i == dim else size for i, size in enumerate(first.shape)])
+    whole.narrow(dim, 0, step).copy_(first)
+    for begin in range(step, n, step):
+        rows = slice(begin, min(begin + step, n))
+        whole.narrow(dim, begin, rows.stop - begin).copy_(convert(rows))
+    return whole

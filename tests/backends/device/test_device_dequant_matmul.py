@@ -72,12 +72,13 @@ def test_dtypes(device, x_dtype, scale_dtype, activation):
 
 @EXACT_INT8
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16])
-def test_every_configuration(device, family, x_dtype, activation):
+def test_every_configuration(device, family, x_dtype, activation, monkeypatch):
     """Each at sizes that leave its last tiles ragged, on more than one tile in each direction."""
     dtype = torch.int8 if activation == "int8" else x_dtype
     for config in (kernel.GEMV[family], *kernel.GEMM[family, dtype]):
-        m = min(config.rows, config.BM + 3)
-        assert config is kernel.GEMV[family] or kernel.pick(kernel.GEMM[family, dtype], m) is config
+        m, shared = min(config.rows, config.BM + 3), config.shared
+        monkeypatch.setattr(launch, "shared_memory", lambda _, shared=shared: shared)
+        assert config is kernel.GEMV[family] or kernel.pick(kernel.GEMM[family, dtype], m, shared) is config
         for spec in (QuantSpec(4, 32, False), QuantSpec(6, 32), QuantSpec(8, 64)):
             check(device, m, config.BN + 5, 160, spec, activation, x_dtype=x_dtype)
 
@@ -136,6 +137,10 @@ def test_not_finite_x_stays_in_its_row(device, activation, m):
             bad[0, column] = value
             got = run(device, bad, qt, None, activation)
             assert torch.isfinite(got[0]).any() == (value == 1e-42)
+            # The last of an odd number of blocks meets weights of 0, too: infinities there become NaN.
+            if activation == "exact" and column == 70 and value in (torch.inf, -torch.inf):
+                expected = bad[0] @ qt.dequantize(torch.float32).T
+                torch.testing.assert_close(got[0].cpu(), expected, equal_nan=True)
             assert torch.equal(got[1:], want[1:])
 
 
