@@ -9,6 +9,7 @@ import typer
 
 from klfast.cli import options
 from klfast.cli.console import emit, say
+from klfast.core.io import require_suffix
 from klfast.core.loading_options import LoadingOptions
 
 _NAMES = "a local folder, a GGUF file, a hub id or a bundled model"
@@ -39,6 +40,7 @@ def compare(
     """
     if out is not None:
         options.require_free(out, force)
+        require_suffix(out, "a KL card", (".json",))
     from dataclasses import replace
 
     import torch

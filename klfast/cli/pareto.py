@@ -54,18 +54,13 @@ def pareto(
             options.require_free(path, force, option=option)
     import klfast
     from klfast.checkpoint.by_name import load_model
-    from klfast.cli.runtime import discard, open_batches, prepare
-    from klfast.core.errors import InvalidInputError
+    from klfast.cli.runtime import discard, open_batches, prepare, require_plot
     from klfast.reporting.front_plot import plot_front
     from klfast.reporting.front_tables import front_table
-    from klfast.reporting.plot import require_plot
     from klfast.sensitivity import merge
 
     if plot is not None:
-        try:
-            require_plot(plot)
-        except ImportError as error:  # matplotlib is optional
-            raise InvalidInputError(str(error)) from None
+        require_plot(plot)
     prepare(threads)
     found = merge.read(sensitivities)
     gptq = found.provenance.get("rounding") == "gptq"

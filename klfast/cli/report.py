@@ -49,16 +49,20 @@ def report(
         if path is not None:
             options.require_free(path, force, option=option)
     import klfast
-    from klfast.core.errors import InvalidInputError
-    from klfast.core.io import write_atomic
+    from klfast.cli.runtime import require_plot
+    from klfast.core.io import require_suffix, write_atomic
     from klfast.reporting.page.document import html_page
     from klfast.reporting.plan_tables import plan_by_layer, plan_tables
     from klfast.reporting.plot import plot as draw
     from klfast.reporting.results_folder import ResultFiles
     from klfast.reporting.sweep_tables import sweep_tables
-    from klfast.reporting.table import write
+    from klfast.reporting.table import REPORT_SUFFIXES, write
     from klfast.sensitivity import merge
 
+    if out is not None:
+        require_suffix(out, "a report", REPORT_SUFFIXES)
+    if plot is not None:
+        require_plot(plot)
     files = ResultFiles.of(sensitivities)
     found = merge.read(files.sensitivities)
     if plan is None:
@@ -74,10 +78,7 @@ def report(
     if out is not None:
         write(out, tables)
     if plot is not None:
-        try:
-            draw(found, plot, metric)
-        except ImportError as error:  # matplotlib is optional
-            raise InvalidInputError(str(error)) from None
+        draw(found, plot, metric)
     if written := [str(path) for path in (out, page, plot) if path is not None]:
         say(f"Written: {', '.join(written)}", as_json)
     if (out is None and page is None) or as_json:

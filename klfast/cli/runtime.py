@@ -15,6 +15,7 @@ from torch import nn
 
 from klfast.checkpoint import by_name
 from klfast.core import lock, machine
+from klfast.core.errors import InvalidInputError
 from klfast.models.vocabulary import vocabulary_size
 from klfast.text import token_batches
 
@@ -30,6 +31,16 @@ def prepare(threads: int | None = None, device: str = "cpu") -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     warnings.showwarning = lambda message, *_, **__: print(f"klfast: warning: {message}", file=sys.stderr)
+
+
+def require_plot(path: Path) -> None:
+    """Raise, before the work begins, if no plot can be written to a file of that name; matplotlib is optional."""
+    from klfast.reporting import plot
+
+    try:
+        plot.require_plot(path)
+    except ImportError as error:
+        raise InvalidInputError(str(error)) from None
 
 
 def resume_collections() -> None:

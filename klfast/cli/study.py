@@ -9,7 +9,9 @@ import typer
 
 from klfast.cli import options
 from klfast.cli.console import emit, say
+from klfast.core.io import require_suffix
 from klfast.core.loading_options import LoadingOptions
+from klfast.reporting.table import REPORT_SUFFIXES, write
 
 if TYPE_CHECKING:
     from klfast.evaluation.study_results import Study
@@ -54,9 +56,12 @@ def study(
     for path, option in ((out, "--out"), (report, "--report")):
         if path is not None:
             options.require_free(path, force, option=option)
+    if out is not None:
+        require_suffix(out, "a study", (".json",))  # by which klfast study FILE knows it
+    if report is not None:
+        require_suffix(report, "a report", REPORT_SUFFIXES)
     from klfast.cli import runtime
     from klfast.reporting.study_tables import study_tables
-    from klfast.reporting.table import write
 
     runtime.prepare(threads, device)
     if all(one.endswith(".json") for one in source):

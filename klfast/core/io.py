@@ -8,11 +8,12 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from klfast.core import temporaries
+from klfast.core.errors import InvalidInputError
 
 # Errors of renameat2 where exchanging is unsupported; EPERM comes from sandboxes that filter system calls.
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -144,6 +145,17 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> N
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(beside)
+
+
+def require_suffix(path: str | os.PathLike[str], what: str, suffixes: Sequence[str]) -> None:
+    """Raise InvalidInputError unless the file's name ends in one of the suffixes; ``what`` names what is written."""
+    suffix = Path(path).suffix
+    if suffix not in suffixes:
+        *most, last = suffixes
+        wanted = f"{', '.join(most)} or {last}" if most else last
+        raise InvalidInputError(
+            f"{what} is written as {wanted}, not {suffix or 'without a suffix'!r}; rename {os.fspath(path)}"
+        )
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

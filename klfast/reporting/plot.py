@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klfast.core.errors import InvalidInputError
-from klfast.core.io import write_atomic
+from klfast.core.io import require_suffix, write_atomic
 from klfast.reporting.grouping import BETTER_HIGH, by_spec, depth, kind, settle_metric
 from klfast.sensitivity.results import Sensitivities
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def plot(sensitivities: Sensitivities, path: str | os.PathLike[str], metric: str | None = None) -> None:
@@ -43,11 +44,7 @@ def require_plot(path: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed: ``pip install klfast[plot]``.
         InvalidInputError: its suffix is not .png, .svg or .pdf.
     """
-    suffix = Path(path).suffix
-    if suffix not in (".png", ".svg", ".pdf"):
-        raise InvalidInputError(
-            f"a plot is written as .png, .svg or .pdf, not {suffix or 'without a suffix'!r}; rename {path}"
-        )
+    require_suffix(path, "a plot", PLOT_SUFFIXES)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

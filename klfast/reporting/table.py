@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klfast.core.errors import InvalidInputError
-from klfast.core.io import write_atomic
+from klfast.core.io import require_suffix, write_atomic
 
 if TYPE_CHECKING:
     import rich.table
 
 
 Cell = str | int | float | None
+REPORT_SUFFIXES = (".md", ".json")
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,11 @@ class Table:
 
 def write(path: str | os.PathLike[str], tables: Iterable[Table]) -> None:
     """Write tables as Markdown (.md) or JSON (.json), atomically."""
-    suffix = Path(path).suffix
-    if suffix == ".md":
+    require_suffix(path, "a report", REPORT_SUFFIXES)
+    if Path(path).suffix == ".md":
         write_atomic(path, "\n".join(table.markdown() for table in tables))
-    elif suffix == ".json":
-        write_atomic(path, json.dumps([table.data() for table in tables], indent=1, allow_nan=False) + "\n")
     else:
-        raise InvalidInputError(
-            f"a report is written as .md or .json, not {suffix or 'without a suffix'!r}; rename {path}"
-        )
+        write_atomic(path, json.dumps([table.data() for table in tables], indent=1, allow_nan=False) + "\n")
 
 
 def shown(cell: Cell) -> str:

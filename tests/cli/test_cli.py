@@ -109,6 +109,15 @@ def test_report_of_a_sweep_and_of_a_plan(work, tmp_path):
     assert "| lm_head |" in (tmp_path / "report.md").read_text() and (tmp_path / "plot.svg").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [("--out", "t.txt", "a report is written as .md or .json"), ("--plot", "p.gif", "a plot is written as .png, .svg")],
+)
+def test_a_report_of_another_suffix_leaves_no_page(work, tmp_path, option, name, message):
+    line = fails("report", work / "sens.json", "--html", tmp_path / "page.html", option, tmp_path / name)
+    assert message in line and not any(tmp_path.iterdir())
+
+
 def test_several_files_are_merged(work, tmp_path):
     whole = klfast.Sensitivities.from_json(work / "sens.json")
     for bits in (4, 8):

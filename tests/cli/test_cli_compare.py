@@ -9,6 +9,7 @@ from command_line import FEW, TEXT, fails, klf
 from tokenizer_kinds import tokenizer
 
 import klfast
+from klfast.checkpoint import by_name
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,9 @@ def test_other_tokenizers_and_vocabularies_are_refused(work, tmp_path):
     assert "one vocabulary" in fails("compare", work / "model", tmp_path / "larger", "--text", work / "text.txt", *FEW)
     np.save(tmp_path / "ids.npy", np.arange(200) % 250)  # which needs no tokenizer
     klf("compare", work / "model", tmp_path / "other", "--text", tmp_path / "ids.npy", *FEW)
+
+
+def test_a_card_is_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    line = fails("compare", "mamba2", "mamba2", "--out", tmp_path / "card.md")
+    assert f"a KL card is written as .json, not '.md'; rename {tmp_path / 'card.md'}" in line

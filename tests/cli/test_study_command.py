@@ -1,8 +1,10 @@
-"""klfast study on the command line: what an earlier run left."""
+"""klfast study on the command line: what an earlier run left, and what is refused before the work."""
 
+import pytest
 import tiny_folder
 from command_line import TEXT, fails, klf
 
+from klfast.checkpoint import by_name
 from klfast.core import lock
 
 
@@ -22,3 +24,17 @@ def test_no_resume_discards_what_is_left(tmp_path):
     assert all(path.exists() for path in left)
     klf(*command, "--no-resume")
     assert [path.name for path in out.parent.iterdir()] == ["study.json"]
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--report", "tables.txt", "a report is written as .md or .json, not '.txt'; rename {path}"),
+        ("--out", "study.txt", "a study is written as .json, not '.txt'; rename {path}"),
+    ],
+)
+def test_other_suffixes_are_refused_before_the_work(tmp_path, monkeypatch, option, name, message):
+    monkeypatch.setattr(by_name, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    path = tmp_path / name
+    assert message.format(path=path) in fails("study", "mamba2", option, path)
+    assert not any(tmp_path.iterdir())
