@@ -25,7 +25,8 @@ def emit(data: object, text: object, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        # Texts are shown as they are: brackets and colons in a path are no markup.
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
         for part in text if isinstance(text, list) else [text]:
             console.print(part)
 
