@@ -20,10 +20,18 @@ from klfast.cli.console import emit
 from klfast.core.errors import KlfastError
 
 # "python -m pytest" would import a pytest.py of the current folder. Without that folder, klfast's must be on the path.
-_PYTEST = (
-    "import sys; own = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; "
-    "own in sys.path or sys.path.insert(0, own); import pytest; sys.exit(pytest.main())"
-)
+_PYTEST = """
+import sys
+try:
+    own = sys.argv.pop(1)
+    sys.path[:] = [p for p in sys.path if p]
+    own in sys.path or sys.path.insert(0, own)
+    import pytest
+    code = pytest.main()
+except KeyboardInterrupt:  # before the first test; later pytest says so itself
+    code = 130
+sys.exit(code)
+"""
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
 
 
@@ -151,10 +159,9 @@ def bench(
         "-c",
         _PYTEST,
         str(Path(klfast.__file__).parent.parent),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-quiet",
+        # Neither settings nor a conftest.py of a project around it.
+        *("-c", os.devnull, "--rootdir", str(folder()), "--confcutdir", str(folder())),
+        *("-q", "-ra", "-p", "no:cacheprovider", "--benchmark-quiet"),
     ]
     command += [str(folder() / f"test_{suite}.py") for suite in SUITES if suite in chosen]
     command += ["--out", str(out), "--device", device]
@@ -173,19 +180,19 @@ def bench(
     for path in gguf or ():
         command += ["--gguf", str(path)]
     command += ["--quick"] if quick else []
-    environment = os.environ | {"KLFAST_STRICT": "1"} | ({} if torch_isa is None else {"ONEDNN_MAX_CPU_ISA": torch_isa})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"KLFAST_STRICT": "1"} | ({} if torch_isa is None else {"ONEDNN_MAX_CPU_ISA": torch_isa})
+    tables = {suite: out / f"{suite}.csv" for suite in SUITES if suite in chosen}
+    earlier = {suite: _version(path) for suite, path in tables.items()}
     done = subprocess.run(command, env=environment, stdout=2 if as_json else None, check=False)
+    if done.returncode == 130:
+        raise typer.Exit(130)
     if done.returncode:
         raise KlfastError(f"part of the suite failed (pytest's exit code {done.returncode}); see its output above")
     if as_json:
-        emit(
-            {
-                "out": str(out),
-                "rows": [row for suite in SUITES if suite in chosen for row in _rows(out / f"{suite}.csv")],
-            },
-            "",
-            as_json,
-        )
+        # A suite that has none of --models writes no table.
+        written = [path for suite, path in tables.items() if _version(path) not in (None, earlier[suite])]
+        emit({"out": str(out), "rows": [row for path in written for row in _rows(path)]}, "", as_json)
 
 
 def _check_sizes(name: str, text: str | None, numbers: int) -> None:
@@ -196,6 +203,14 @@ def _check_sizes(name: str, text: str | None, numbers: int) -> None:
         raise typer.BadParameter(
             f"--{name} must be like {'768x3072,1536x80' if numbers == 2 else '1,16'}, got {text!r}"
         )
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written anew; None if there is none."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

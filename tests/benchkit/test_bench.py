@@ -29,7 +29,6 @@ def ran(tmp_path_factory):
     settings = ("--shapes", "64x96", "--rows", "3", "--threads", 1, "--device", "cpu", "--isa", "scalar")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")
-        patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would not time
         run = klf("bench", "linear", "--quick", *settings, "--out", out, "--json")
     assert run.exit_code == 0, run.output
     return out, json.loads(run.stdout)

@@ -1,5 +1,6 @@
 """What all commands do: unwritable output, closed streams, errors, help, completion, printed commands."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -177,6 +178,19 @@ def pytest_addoption(parser):
 """
 
 
+SCAN = """
+import pathlib
+
+import klfast
+
+def test_it(request):
+    print(klfast.__version__)
+    table = pathlib.Path(request.config.getoption("--out")) / "scan.csv"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text("run\\nthis one\\n")
+"""
+
+
 BENCH = """
 import sys
 sys.path[:] = [p for p in sys.path if p]
@@ -189,26 +203,63 @@ main()
 """
 
 
-def test_bench_ignores_modules_of_the_current_folder(tmp_path):
-    suite, here = tmp_path / "suite", tmp_path / "here"
-    suite.mkdir()
-    here.mkdir()
-    for name in ("pytest", "csv", "klfast", "conftest", "torch"):
-        (here / f"{name}.py").write_text("print('from the current folder'); raise SystemExit(0)")
-    (suite / "conftest.py").write_text(OPTIONS)
-    (suite / "test_scan.py").write_text("import klfast\n\ndef test_it():\n    print(klfast.__version__)\n")
+@pytest.fixture
+def suite(tmp_path):
+    """Create a bench suite of two tests; the first writes its table, the second none."""
+    made = tmp_path / "suite"
+    made.mkdir()
+    (made / "conftest.py").write_text(OPTIONS)
+    (made / "test_scan.py").write_text(SCAN)
+    (made / "test_decode.py").write_text("def test_it():\n    pass\n")
+    return made
+
+
+def bench(suite, *arguments, **more):
+    """Run klfast bench on a suite, in another process."""
     own = str(Path(klfast.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", BENCH, own, str(suite), "bench", "scan", "--quick"],
-        cwd=here,
+    kept = {name: value for name, value in environment(**more).items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", BENCH, own, str(suite), "bench", "--quick", *map(str, arguments)],
+        cwd=suite.parent,
         capture_output=True,
         text=True,
         timeout=120,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        env=kept,
     )
+
+
+def test_bench_ignores_modules_of_the_current_folder(suite):
+    for name in ("pytest", "csv", "klfast", "conftest", "torch"):
+        (suite.parent / f"{name}.py").write_text("print('from the current folder'); raise SystemExit(0)")
+    done = bench(suite, "scan")
     output = done.stdout + done.stderr
     assert done.returncode == 0 and "1 passed" in output, output
     assert "from the current folder" not in output and "Warning" not in output, output
+
+
+def test_bench_ignores_settings_of_pytest(suite):
+    for folder in (suite, suite.parent):
+        (folder / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "--no-such-option"\n')
+    done = bench(suite, "scan", PYTEST_ADDOPTS="--none-such", PYTEST_PLUGINS="no_such_plugin")
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_bench_shows_the_tables_of_this_run(suite, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("scan", "decode"):
+        (out / f"{name}.csv").write_text("run\nan earlier one\n")
+    done = bench(suite, "scan", "decode", "--json", "--out", out)
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"] == [{"run": "this one"}], done.stderr
+    (out / "decode.csv").unlink()
+    done = bench(suite, "scan", "decode", "--json", "--out", out)
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"] == [{"run": "this one"}], done.stderr
+
+
+def test_bench_interrupted_before_its_first_test(suite):
+    (suite / "conftest.py").write_text("raise KeyboardInterrupt\n")
+    done = bench(suite, "scan")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_printed_commands_are_quoted():
