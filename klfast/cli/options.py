@@ -178,7 +178,8 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for trusted sources."),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1)]
+# No machine has more hardware threads; far more than that are too many for torch's counter.
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch decides by default.", min=1, max=4096)]
 Resume = Annotated[
     bool,
     typer.Option("--resume/--no-resume", help="Continue from OUT.partial, which a stopped run leaves, or discard it."),

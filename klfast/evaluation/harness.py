@@ -25,10 +25,12 @@ class HarnessTasks:
             not read.
 
     Raises:
-        InvalidInputError: lm-eval is not installed, there is no such task, or its data cannot be loaded.
+        InvalidInputError: lm-eval is not installed, no task is named, there is no such task, or its data cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
+        if not names:
+            raise InvalidInputError("name at least one task; `lm-eval ls tasks` lists them")
         try:
             import lm_eval.models.huggingface  # noqa: F401
         except ImportError as error:

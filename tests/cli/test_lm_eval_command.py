@@ -145,6 +145,7 @@ def test_what_is_wrong_is_said_in_one_line_before_the_model_is_loaded(work, tmp_
     (tmp_path / "lost.yaml").write_text(COLOURS.format(folder=tmp_path).replace("task: colours", "task: lost"))
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: nothing_known\n")
     assert "cannot load the data of task 'colours'" in (line := fails(*command, "colours")) and "network once" in line
+    assert "name at least one task" in fails(*command, ",")
     assert "cannot load the data of task 'lost'" in fails(*command, "lost")
     assert "cannot load the task 'bad'" in fails(*command, "bad")
     monkeypatch.setattr("lm_eval.tasks.manager.Path", lambda _: tmp_path)  # in place of the package's own tasks
