@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +53,7 @@ def pareto(
             options.require_free(path, force, option=option)
     import klfast
     from klfast.checkpoint.by_name import load_model
-    from klfast.cli.runtime import discard, open_batches, prepare, require_plot
+    from klfast.cli.runtime import discard, open_batches, prepare, require_plot, stoppable
     from klfast.reporting.front_plot import plot_front
     from klfast.reporting.front_tables import front_table
     from klfast.sensitivity import merge
@@ -71,7 +70,7 @@ def pareto(
     partial = out.with_name(f"{out.name}.partial")
     if not resume:
         discard(partial)
-    try:
+    with stoppable(partial, resume=resume):
         front = klfast.measure_front(
             network,
             found,
@@ -86,10 +85,6 @@ def pareto(
             exclude=exclude,
             keep=kept,
         )
-    except KeyboardInterrupt:
-        again = f"{partial} keeps what is measured, and the same command continues from there"
-        print(f"klfast: stopped; {again if partial.exists() else 'nothing was measured yet'}.", file=sys.stderr)
-        raise typer.Exit(130) from None
     front.provenance["model"] = model
     front.provenance["text"] = text
     front.to_json(out)

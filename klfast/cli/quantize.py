@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,7 +95,7 @@ def quantize(
     from klfast.checkpoint.apply_plan import plan_activations, plan_scale
     from klfast.checkpoint.by_name import find_tokenizer, load_model
     from klfast.checkpoint.save import require_target
-    from klfast.cli.runtime import open_batches, prepare
+    from klfast.cli.runtime import open_batches, prepare, stoppable
     from klfast.core.errors import InvalidInputError
     from klfast.models.matrices import matrices
     from klfast.models.sizes import total_bytes
@@ -119,9 +119,10 @@ def quantize(
         text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
         if not resume:
             forget(partial)
-    klfast.quantize_model(
-        network, made, scale=scale, activation=activation, rounding=rounding, calibration=text, resume=partial
-    )
+    with nullcontext() if partial is None else stoppable(partial, resume=resume):
+        klfast.quantize_model(
+            network, made, scale=scale, activation=activation, rounding=rounding, calibration=text, resume=partial
+        )
     klfast.save_quantized(network, out, tokenizer, overwrite=force)
     if partial is not None:
         with suppress(InvalidInputError):  # another process goes on from there, and removes it in the end

@@ -6,11 +6,13 @@ import gc
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import typer
 from torch import nn
 
 from klfast.checkpoint import by_name
@@ -60,6 +62,25 @@ def discard(*partials: Path) -> None:
             locks.enter_context(lock.held(path))
         for path in partials:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def stoppable(what: Path, *partials: Path, resume: bool) -> Iterator[None]:
+    """End an interrupted command with exit code 130 and a line that says how to go on.
+
+    Args:
+        what: what the line calls the resume files, which stay.
+        partials: the resume files or folders; none for ``what`` itself.
+        resume: False if the command was given --no-resume, which would discard them.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = "the same command" if resume else "the same command without --no-resume"
+        kept = f"{what} keeps what is done, and {again} continues from there"
+        found = any(path.exists() for path in partials or [what])
+        print(f"klfast: stopped; {kept if found else 'nothing is kept yet'}.", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def open_batches(

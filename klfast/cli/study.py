@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,7 +84,12 @@ def study(
         halves = [] if partial is None else [Path(f"{partial}.{half}") for half in range(1, 5)]
         if not resume:
             runtime.discard(*halves)
-        found = klfast.study(network, metrics_text, perplexity_text, specs, layers=layers, resume=partial)
+        with (
+            nullcontext()
+            if partial is None
+            else runtime.stoppable(partial.with_name(f"{partial.name}.*"), *halves, resume=resume)
+        ):
+            found = klfast.study(network, metrics_text, perplexity_text, specs, layers=layers, resume=partial)
         found.provenance.update(model=source[0], calibration=calibration, held_out=text)
         if out is not None:
             found.to_json(out)

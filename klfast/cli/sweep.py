@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -118,7 +117,7 @@ def sweep(
     options.require_free(out, force)
     import klfast
     from klfast.checkpoint.by_name import as_dtype, load_model
-    from klfast.cli.runtime import count, discard, open_batches, prepare
+    from klfast.cli.runtime import count, discard, open_batches, prepare, stoppable
     from klfast.reporting.sweep_tables import ranking as rank
     from klfast.sensitivity.coverage import measured_note
 
@@ -130,7 +129,7 @@ def sweep(
     if not resume:
         discard(partial)
     resumed = partial.exists()
-    try:
+    with stoppable(partial, resume=resume):
         found = klfast.sweep(
             network,
             batches,
@@ -154,11 +153,6 @@ def sweep(
             found = klfast.second_order_costs(network, found, batches)
         found.provenance.update(model=model, calibration=calibration)
         found.to_json(out)
-    except KeyboardInterrupt:
-        again = "the same command" if resume else "the same command without --no-resume"
-        kept = f"{partial} keeps the measurements, and {again} continues from there"
-        print(f"klfast: stopped; {kept if partial.exists() else 'nothing was measured yet'}.", file=sys.stderr)
-        raise typer.Exit(130) from None
     partial.unlink(missing_ok=True)
     ranking = rank(found, "kl_teacher_student", 5)
     data = {

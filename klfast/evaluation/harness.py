@@ -25,7 +25,8 @@ class HarnessTasks:
             not read.
 
     Raises:
-        InvalidInputError: lm-eval is not installed, no task is named, there is no such task, or its data cannot be loaded.
+        InvalidInputError: lm-eval is not installed, no task is named, there is no such task, or its data cannot be
+            loaded.
     """
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:

@@ -314,3 +314,18 @@ def test_pareto_measures_plans_of_many_sizes(work, tmp_path, monkeypatch):
     assert not (tmp_path / "front.json.partial").exists()
     klf("report", work / "sens.json", out, "--html", page)
     assert "Measured plans" in page.read_text() and "tokens/s" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "again"), [((), "the same command"), (("--no-resume",), "the same command without --no-resume")]
+)
+def test_ctrl_c_in_pareto_says_how_to_continue(work, tmp_path, monkeypatch, flag, again):
+    def interrupted(*_, resume, **__):
+        resume.write_text("kept")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(klfast, "measure_front", interrupted)
+    out = tmp_path / "front.json"
+    command = ("pareto", work / "model", work / "sens.json", "--text", work / "text.txt", *FEW, "--out", out, *flag)
+    kept = f"{out}.partial keeps what is done, and {again} continues from there"
+    assert klf(*command, code=130).stderr == f"klfast: stopped; {kept}.\n"

@@ -72,7 +72,7 @@ def test_ctrl_c_says_how_to_continue(work, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Chain, "step", interrupting)
     stopped = klf(*arguments, code=130)
-    message = f"stopped; {out}.partial keeps the measurements, and the same command continues from there."
+    message = f"stopped; {out}.partial keeps what is done, and the same command continues from there."
     assert (stopped.stdout, stopped.stderr) == ("", f"klfast: {message}\n")
     monkeypatch.setattr(Chain, "step", step)
     assert json.loads(klf(*arguments, "--json").stdout)["resumed"]
@@ -82,4 +82,4 @@ def test_ctrl_c_says_how_to_continue(work, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(klfast, "sweep", at_once)
-    assert klf(*arguments, "--force", code=130).stderr == "klfast: stopped; nothing was measured yet.\n"
+    assert klf(*arguments, "--force", code=130).stderr == "klfast: stopped; nothing is kept yet.\n"

@@ -11,6 +11,7 @@ import klfast
 from klfast.checkpoint import by_name
 from klfast.cli import app
 from klfast.models.linears import linears
+from klfast.rounding.rounded import Kept
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,21 @@ def test_options_of_gptq_are_refused_without_it(model, untouched, given, named):
 def test_an_unknown_rounding_is_wrong_usage(model, tmp_path):
     result = quantize(model, "--out", tmp_path / "small", "--rounding", "up")
     assert result.exit_code == 2 and "nearest, gptq" in result.stderr
+
+
+def test_ctrl_c_while_gptq_rounds_says_how_to_continue(model, tmp_path, monkeypatch):
+    write = Kept.write
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Kept, "write", interrupted)
+    command = ("--out", tmp_path / "small", "--rounding", "gptq", "--length", 16, "--windows", 4)
+    for flag, again in (([], "the same command"), (["--no-resume"], "the same command without --no-resume")):
+        stopped = quantize(model, *command, *flag)
+        kept = f"{tmp_path / 'small.partial'} keeps what is done, and {again} continues from there"
+        assert (stopped.exit_code, stopped.stderr) == (130, f"klfast: stopped; {kept}.\n")
+    monkeypatch.undo()
+    assert quantize(model, *command).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]

@@ -4,6 +4,7 @@ import pytest
 import tiny_folder
 from command_line import TEXT, fails, klf
 
+import klfast
 from klfast.checkpoint import by_name
 from klfast.core import lock
 
@@ -38,3 +39,23 @@ def test_other_suffixes_are_refused_before_the_work(tmp_path, monkeypatch, optio
     path = tmp_path / name
     assert message.format(path=path) in fails("study", "mamba2", option, path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", [(), ("--no-resume",)])
+def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, flag):
+    tiny_folder.save_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "study.json"
+    text = ("--calibration", tmp_path / "text.txt", "--windows", 2, "--length", 16)
+    command = ("study", tmp_path / "model", *text, "--layers", "lm_head", "--spec", "int4")
+    to_json = klfast.Sensitivities.to_json
+
+    def interrupted(self, path=None, **rest):
+        to_json(self, path, **rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(klfast.Sensitivities, "to_json", interrupted)
+    again = "the same command without --no-resume" if flag else "the same command"
+    message = f"klfast: stopped; {out}.partial.* keeps what is done, and {again} continues from there.\n"
+    assert klf(*command, *flag, "--out", out, code=130).stderr == message
+    assert out.with_name("study.json.partial.1").exists()
