@@ -20,7 +20,8 @@ def measured_kl(
 
     Args:
         model: in full precision; left as it is. Each call copies it.
-        text: token ids to measure on, as for ``klfast.evaluate``; other text than the evaluation's.
+        text: token ids to measure on, as for ``klfast.evaluate``; other text than the evaluation's, and than
+            ``calibration``, which flatters GPTQ.
         rounding: as for ``klfast.quantize_model``.
         calibration: likewise.
 

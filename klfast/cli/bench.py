@@ -32,6 +32,11 @@ except KeyboardInterrupt:  # before the first test; later pytest says so itself
     code = 130
 sys.exit(code)
 """
+_OF_OPENVINO = ("devices", "prompt_tokens", "new_tokens")
+_OF_SUITES = (
+    *("quick", "compare", "device", "isa", "torch_isa", "working_set", "seconds", "shapes", "rows", "models"),
+    *("llama_cpp", "gguf"),
+)
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
 
 
@@ -55,6 +60,7 @@ def folder() -> Path:
 
 
 def bench(
+    context: typer.Context,
     suites: Annotated[
         list[str] | None,
         typer.Argument(
@@ -97,6 +103,7 @@ def bench(
         int | None,
         typer.Option(
             parser=options.parse_bytes,
+            callback=options.in_range("working-set", lambda size: size >= 1, "1 byte or more"),
             metavar="SIZE",
             help="Memory that each contender's weights rotate through: 1GB; 64MB with --quick.",
         ),
@@ -145,8 +152,10 @@ def bench(
     klfast bench openvino FOLDER ... times folders of klfast export --format openvino on OpenVINO's devices.
     """
     if suites and suites[0] == "openvino":
+        options.goes_with(context, "the other suites, not with openvino", *_OF_SUITES)
         bench_openvino(suites[1:], devices, prompt_tokens, new_tokens, threads, out, as_json)
         return
+    options.goes_with(context, "openvino", *_OF_OPENVINO)
     if unknown := [name for name in suites or () if name not in SUITES]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SUITES)}")
     _check_sizes("shapes", shapes, 2)

@@ -53,7 +53,9 @@ def compare(
 
     runtime.prepare(threads, device)
     reader = model if runtime.is_token_file(text) else with_tokenizer(base, model, **loading)
-    teacher, student = (load_model(name, dtype, device=device, gguf=gguf, **loading) for name in (base, model))
+    teacher, student = (
+        load_model(name, dtype, device=device, gguf=how, **loading) for name, how in ((base, "exact"), (model, gguf))
+    )
     rows = torch.cat(runtime.open_batches(text, reader, student, length=length, windows=windows, **loading))
     found = klfast.compare(teacher, student, rows, progress=None)
     named = {"base": base, "model": model, "text": text, "length": rows.shape[1], "dtype": dtype}

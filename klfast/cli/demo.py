@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Run the pipeline on a small bundled model, offline: sweep, plan, quantize, compare, save, load, generate."""
     if out is not None:
-        options.require_free(out, force=False, folder=True)
+        options.require_free(out, force=None, folder=True)
     if results is not None:
         for name in ("demo.md", "demo.csv"):
             options.require_free(results / name, force=True, option="--results")

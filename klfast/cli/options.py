@@ -117,6 +117,16 @@ HeldOut = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 _WINDOWS = "Windows of the text, from its start, or all."
 Windows = Annotated[int | None, typer.Option(parser=window_count, metavar="N|all", help=_WINDOWS)]
+GPTQ_WINDOWS = 64  # to round on, unless others are asked for
+GptqWindows = Annotated[
+    int | None,
+    typer.Option(
+        parser=window_count,
+        metavar="N|all",
+        help=f"{_WINDOWS} By GPTQ, windows to round on.",
+        show_default=f"32; {GPTQ_WINDOWS} for GPTQ",
+    ),
+]
 AllWindows = Annotated[
     int | None, typer.Option(parser=window_count, metavar="N|all", help=_WINDOWS, show_default="all")
 ]
@@ -204,10 +214,14 @@ def loads_models(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def require_free(out: Path, force: bool, *, folder: bool = False, option: str = "--out") -> None:
-    """Raise, before the work begins, if the file (or folder) ``out`` must not be replaced or cannot be written."""
+def require_free(out: Path, force: bool | None, *, folder: bool = False, option: str = "--out") -> None:
+    """Raise, before the work begins, if the file (or folder) ``out`` must not be replaced or cannot be written.
+
+    ``force`` is None for commands without --force.
+    """
     if out.exists() and not force:
-        raise InvalidInputError(f"{out} exists; name another {option} or pass --force to replace it")
+        remedy = "" if force is None else " or pass --force to replace it"
+        raise InvalidInputError(f"{out} exists; name another {option}{remedy}")
     if not out.absolute().parent.is_dir():
         raise InvalidInputError(
             f"the folder {out.absolute().parent} does not exist; create it or name another {option}"
@@ -221,11 +235,16 @@ def require_free(out: Path, force: bool, *, folder: bool = False, option: str = 
     require_writable(out, folder=folder)
 
 
+def given(context: typer.Context, name: str) -> bool:
+    """Return True if a parameter was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def goes_with(context: typer.Context, what: str, *names: str) -> None:
     """Raise BadParameter if one of these parameters was given, which would say nothing without ``what``."""
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in names and given(context, parameter.name):
             raise typer.BadParameter(f"{'/'.join([*parameter.opts, *parameter.secondary_opts])} goes with {what}")
 
 

@@ -21,7 +21,7 @@ def pareto(
     ],
     plans: Annotated[int, typer.Option(help="Plans to make, from the smallest to the largest.", min=2)] = 20,
     text: options.HeldOut = "evaluation",
-    windows: options.Windows = 32,
+    windows: options.GptqWindows = 32,
     length: options.Length = 512,
     calibration: Annotated[
         str, typer.Option(help='For costs of GPTQ, the text to round on: a file, or "calibration", the bundled text.')
@@ -70,6 +70,10 @@ def pareto(
     partial = out.with_name(f"{out.name}.partial")
     if not resume:
         discard(partial)
+    rounded_on = None
+    if gptq:
+        count = windows if options.given(context, "windows") else options.GPTQ_WINDOWS
+        rounded_on = open_batches(calibration, model, network, length=length, windows=count, **loading)
     with stoppable(partial, resume=resume):
         front = klfast.measure_front(
             network,
@@ -77,9 +81,7 @@ def pareto(
             held_out,
             plans,
             rounding="gptq" if gptq else "nearest",
-            calibration=open_batches(calibration, model, network, length=length, windows=windows, **loading)
-            if gptq
-            else None,
+            calibration=rounded_on,
             resume=partial,
             layers=layers,
             exclude=exclude,

@@ -11,6 +11,7 @@ import typer
 
 from klfast.cli import options
 from klfast.cli.console import command, emit, say
+from klfast.core.errors import InvalidInputError
 from klfast.core.loading_options import LoadingOptions
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from klfast.planning.plan_file import Plan
     from klfast.planning.timings import Timings
     from klfast.sensitivity.results import Sensitivities
+
+
+_OF_REFINE = ("calibration", "windows", "length", "tries", "local_files_only", "trust_remote_code")
 
 
 @options.loads_models
@@ -95,14 +99,14 @@ def plan(
             metavar="MODEL",
             show_default=False,
             help="Measure whole plans on this model: the plan, uniform ones of as many bytes and the best swaps; the "
-            "best is the plan. By GPTQ if the sweep was for it.",
+            "best is the plan. By GPTQ if the sweep was for it, measured on the windows after those to round on.",
         ),
     ] = None,
     calibration: Annotated[
         str,
         typer.Option(help='For --refine: a text file, a token file (.npy, .json), or "calibration", the bundled text.'),
     ] = "calibration",
-    windows: options.Windows = 32,
+    windows: options.GptqWindows = 32,
     length: options.Length = 512,
     tries: Annotated[int, typer.Option(min=0, help="For --refine: most swaps to measure.")] = 12,
     dtype: Annotated[
@@ -126,7 +130,7 @@ def plan(
         raise typer.BadParameter("--objective latency goes with --max-kl or --max-seconds")
     in_seconds = timings is not None or max_seconds is not None or objective == "latency"
     if refine is None:
-        options.goes_with(context, "--refine", "calibration", "windows", "length", "tries")
+        options.goes_with(context, "--refine", *_OF_REFINE)
     if not in_seconds:
         options.goes_with(context, "--timings, --max-seconds or --objective latency", "dtype")
     kept = options.parse_keep(keep)
@@ -140,7 +144,14 @@ def plan(
     prepare(threads, "cpu")
     found = merge.read(sensitivities)
     timed = _timings(found, timings, dtype) if in_seconds else None
-    measure = None if refine is None else _measure(found, refine, calibration, windows, length, **loading)
+    gptq = found.provenance.get("rounding") == "gptq"
+    measure = None
+    if refine is not None and not gptq:
+        measure = _measure(refine, calibration, windows, length, **loading)
+    elif refine is not None:
+        count = windows if options.given(context, "windows") else options.GPTQ_WINDOWS
+        measure, note = _measure_rounded(refine, calibration, count, length, **loading)
+        say(note, as_json)
     made = klfast.plan(
         found,
         max_bytes,
@@ -178,11 +189,13 @@ def plan(
             "--servable plans what vLLM and transformers read, too.",
             as_json,
         )
-    rounding = ("--rounding", "gptq") if _is_for_gptq(found) else ()
-    say(
-        f"The plan is in {out}. Next: {command('klfast', 'quantize', 'MODEL', out, *rounding, '--out', 'FOLDER')}",
-        as_json,
-    )
+    following = ["klfast", "quantize", "MODEL", out]
+    if gptq:
+        following += ["--rounding", "gptq"]
+        rounded_on = {"calibration": calibration, "windows": windows, "length": length}
+        for name, value in rounded_on.items():
+            following += [f"--{name}", value] if options.given(context, name) else []
+    say(f"The plan is in {out}. Next: {command(*following, '--out', 'FOLDER')}", as_json)
 
 
 def _timings(found: Sensitivities, path: Path | None, dtype: str) -> Timings:
@@ -198,25 +211,41 @@ def _timings(found: Sensitivities, path: Path | None, dtype: str) -> Timings:
     return timings_in(path, found, dtype=getattr(torch, dtype))
 
 
-def _is_for_gptq(found: Sensitivities) -> bool:
-    """Return True if costs are those of second-order rounding."""
-    return found.provenance.get("rounding") == "gptq"
-
-
 def _measure(
-    found: Sensitivities,
-    model: str,
-    calibration: str,
-    windows: int | None,
-    length: int,
-    **loading: Unpack[LoadingOptions],
+    model: str, text: str, windows: int | None, length: int, **loading: Unpack[LoadingOptions]
 ) -> Callable[[Plan], float]:
-    """Return what measures the KL of a whole plan on a model, rounded as the sweep's costs are meant."""
+    """Return what measures the KL of a whole plan on a model, rounded to nearest."""
     import klfast
     from klfast.checkpoint.by_name import load_model
     from klfast.cli.runtime import open_batches
 
     network = load_model(model, "float32", gguf="dense", **loading)
-    text = open_batches(calibration, model, network, length=length, windows=windows, **loading)
-    gptq = _is_for_gptq(found)
-    return klfast.measured_kl(network, text, rounding="gptq" if gptq else "nearest", calibration=text if gptq else None)
+    return klfast.measured_kl(network, open_batches(text, model, network, length=length, windows=windows, **loading))
+
+
+def _measure_rounded(
+    model: str, text: str, windows: int | None, length: int, **loading: Unpack[LoadingOptions]
+) -> tuple[Callable[[Plan], float], str]:
+    """Return what measures the KL of a whole plan that GPTQ rounds on some windows, on as many after them; and a note.
+
+    Raises:
+        InvalidInputError: less than an eighth as many are left.
+    """
+    import torch
+
+    import klfast
+    from klfast.checkpoint.by_name import load_model
+    from klfast.cli.runtime import open_batches
+
+    network = load_model(model, "float32", gguf="dense", **loading)
+    both = None if windows is None else 2 * windows
+    rows = torch.cat(open_batches(text, model, network, length=length, windows=both, **loading))
+    count = min(len(rows), len(rows) if windows is None else windows)
+    left = len(rows) - count
+    if 8 * left < count:
+        raise InvalidInputError(
+            f"{text} has {len(rows)} windows of {rows.shape[1]} tokens: if GPTQ rounds on {count}, only {left} are "
+            f"left to measure plans on; lower --windows (to {len(rows) // 2}), or give a longer --calibration"
+        )
+    measure = klfast.measured_kl(network, rows[count:].split(4), rounding="gptq", calibration=rows[:count].split(4))
+    return measure, f"GPTQ rounds on {count} windows of {text}; plans are measured on the {left} after them."

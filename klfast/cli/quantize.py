@@ -56,7 +56,7 @@ def quantize(
     calibration: Annotated[
         str, typer.Option(help='For gptq: a text file, a token file (.npy, .json), or "calibration", the bundled text.')
     ] = "calibration",
-    windows: options.Windows = 64,
+    windows: options.Windows = options.GPTQ_WINDOWS,
     length: options.Length = 512,
     threads: options.Threads = None,
     dtype: Annotated[

@@ -12,6 +12,7 @@ from klfast.cli.console import emit, say
 
 
 def report(
+    context: typer.Context,
     sensitivities: Annotated[
         list[Path],
         typer.Argument(
@@ -48,6 +49,8 @@ def report(
     for path, option in ((out, "--out"), (page, "--html"), (plot, "--plot")):
         if path is not None:
             options.require_free(path, force, option=option)
+    if plan is not None and page is None:
+        options.goes_with(context, "a sweep's report or --html, not with --plan alone", "top")
     import klfast
     from klfast.cli.runtime import require_plot
     from klfast.core.io import require_suffix, write_atomic

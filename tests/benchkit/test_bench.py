@@ -80,7 +80,14 @@ def test_committed_page_matches_the_committed_results():
 
 @pytest.mark.parametrize(
     "wrong",
-    [["foo"], ["--shapes", "64"], ["--rows", "1;2"], ["--isa", "sse"], ["--device", "tpu"], ["--working-set", "much"]],
+    [
+        *(["foo"], ["--shapes", "64"], ["--rows", "1;2"], ["--isa", "sse"], ["--device", "tpu"]),
+        *(["--working-set", "much"], ["--working-set", "0"]),
+        *(["linear", "--devices", "NPU"], ["linear", "--prompt-tokens", "5"], ["linear", "--new-tokens", "5"]),
+        *(["openvino", "folder", "--quick"], ["openvino", "folder", "--rows", "3"]),
+        *(["openvino", "folder", "--seconds", "1"], ["openvino", "folder", "--isa", "scalar"]),
+    ],
+    ids=" ".join,
 )
 def test_wrong_usage(wrong):
     assert klf("bench", *wrong).exit_code == 2

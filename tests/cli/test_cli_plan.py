@@ -1,5 +1,6 @@
 """klfast plan, quantize and report: patterns, scales, unfinished sweeps, and unwritable --out."""
 
+import copy
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import tiny_folder
+import torch
 from command_line import FEW, TEXT, fails, klf
 from typer.testing import CliRunner
 
@@ -229,6 +231,7 @@ def test_foreign_folders_are_refused_before_the_work(work, tmp_path, monkeypatch
     assert "mine holds something that save_quantized did not write" in fails(*command, tmp_path / "mine")
     (tmp_path / "r" / "demo.csv").mkdir(parents=True)
     assert "a folder; name a file with --results" in fails("demo", "--results", tmp_path / "r")
+    assert fails("demo", "--out", tmp_path / "mine") == f"klfast: {tmp_path / 'mine'} exists; name another --out"
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "text"
 
 
@@ -248,11 +251,24 @@ def test_plans_for_second_order_rounding_are_measured_whole(work, tmp_path):
     out = tmp_path / "plan.json"
     done = klf("plan", sens, "--mean-bits", 5, "--refine", model, "--tries", 1, *text, "--out", out)
     assert "--rounding gptq" in done.output.replace("\n", " ")
+    said = " ".join(done.output.split())
+    assert f"GPTQ rounds on 4 windows of {work / 'text.txt'}; plans are measured on the 4 after them." in said
+    assert shlex.join(["--rounding", "gptq", *map(str, text)]) in said
     made = klfast.Plan.from_json(out)
-    assert made.predicted["kl_measured"] >= 0 and any("refined" in note for note in made.notes)
+    network = klfast.load_model(model)
+    rows = torch.cat(klfast.token_batches(text[1], klfast.load_tokenizer(model), vocab_size=257, length=64))
+    rounded = klfast.quantize_model(copy.deepcopy(network), made, rounding="gptq", calibration=[rows[:4]])
+    own = klfast.evaluate(rounded, [rows[4:8]], network).kl
+    assert made.predicted["kl_measured"] == pytest.approx(own, rel=1e-3) and any(
+        "refined" in note for note in made.notes
+    )
     klf("quantize", model, out, "--rounding", "gptq", *text, "--out", tmp_path / "small")
     assert klfast.load_quantized(tmp_path / "small").lm_head.spec == made.specs[HEAD]
     assert not (tmp_path / "small.partial").exists()
+    again = ("plan", sens, "--mean-bits", 5, "--refine", model, "--calibration", work / "text.txt", "--length", 64)
+    for windows, left in (("all", 0), (14, 1)):
+        line = fails(*again, "--windows", windows, "--out", tmp_path / "none.json")
+        assert re.search(f"has 15 windows of 64 tokens: if GPTQ rounds on {15 - left}, only {left} are left", line)
 
 
 def test_servable_plans_leave_the_head_alone(work, tmp_path):
@@ -290,12 +306,20 @@ def test_plans_by_seconds(work, tmp_path, monkeypatch):
         (("--windows", "32"), "--windows goes with --refine"),
         (("--length", "512"), "--length goes with --refine"),
         (("--tries", "12"), "--tries goes with --refine"),
+        (("--local-files-only",), "--local-files-only goes with --refine"),
+        (("--trust-remote-code",), "--trust-remote-code goes with --refine"),
         (("--dtype", "float32"), "--dtype goes with --timings, --max-seconds or --objective latency"),
     ],
 )
 def test_options_without_a_use_are_refused(work, tmp_path, given, said):
     command = ("plan", work / "sens.json", "--mean-bits", 6, "--out", tmp_path / "plan.json", *given)
     assert said in " ".join(fails(*command, code=2).split()) and not any(tmp_path.iterdir())
+
+
+def test_top_says_nothing_about_a_plan(work, tmp_path):
+    command = ("report", work / "sens.json", "--plan", work / "plan.json", "--top", 3)
+    assert "--top goes with a sweep's report or --html" in " ".join(fails(*command, code=2).split())
+    klf(*command, "--html", tmp_path / "page.html")
 
 
 def test_pareto_measures_plans_of_many_sizes(work, tmp_path, monkeypatch):

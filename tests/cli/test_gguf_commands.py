@@ -38,6 +38,8 @@ def test_weights_that_stay_quantized(path):
     result = klf("eval", path, "--gguf", "int8-g32-asym", "--teacher", path, "--text", text, *FEW, "--json")
     assert "quantized anew to int8-g32-asym: 2 Q4_1 " in result.stderr
     assert 0 < json.loads(result.stdout)["kl"] < 1e-3
+    card = json.loads(klf("compare", path, path, "--gguf", "int8-g32-asym", "--text", text, *FEW, "--json").stdout)
+    assert card["figures"]["Mean KLD"]["value"] == pytest.approx(json.loads(result.stdout)["kl"], rel=1e-3)
     assert klf("generate", path, "the sea", "--max-new-tokens", "2").stdout.startswith("the sea")
 
 

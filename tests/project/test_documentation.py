@@ -86,7 +86,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 def run(words):
     """Run a command, klfast's in this process and on less text."""
     if words[0] == "klfast":
-        reads_text = words[1] != "quantize" or "gptq" in words
+        reads_text = {"quantize": "gptq" in words, "plan": "--refine" in words}.get(words[1], True)
         has = options_of(words[1]) if reads_text else set()
         klf(*words[1:], *(word for option, value in LESS.items() if option in has for word in (option, value)))
     else:
