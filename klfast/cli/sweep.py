@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,15 @@ from klfast.cli.console import command, emit, say
 from klfast.core.loading_options import LoadingOptions
 
 _SPECS = ["int4-g64-sym", "int8-g64-sym"]
+
+
+def _vocabulary(text: str) -> str | int:
+    """Parse a number of vocabulary entries, "full" or "sampled"."""
+    if text.isdecimal():
+        return int(text)
+    if text not in ("full", "sampled"):
+        raise typer.BadParameter(f"{text!r} is neither full, sampled nor a number")
+    return text
 
 
 @options.loads_models
@@ -57,8 +66,9 @@ def sweep(
         ),
     ] = None,
     vocabulary: Annotated[
-        str | None,
+        Any,
         typer.Option(
+            parser=_vocabulary,
             metavar="full|sampled|N",
             help="Compare all logits, or only KL and cross-entropy, from 128 (N) vocabulary entries a token: the "
             "likeliest and a random sample. Saves the more the larger the vocabulary is.",
@@ -67,6 +77,7 @@ def sweep(
     budget: Annotated[
         str,
         typer.Option(
+            parser=options.one_of("exhaustive", "adaptive"),
             metavar="exhaustive|adaptive",
             help="Measure everything on all of the text, or what plans depend on at a tenth of the cost (with "
             "--vocabulary sampled by default).",
@@ -90,6 +101,7 @@ def sweep(
     engine: Annotated[
         str,
         typer.Option(
+            parser=options.one_of("local", "ray"),
             metavar="local|ray",
             help="Measure in this process, or on the Ray cluster at RAY_ADDRESS (without it, on one that "
             "starts here), whose workers have --threads threads each.",
@@ -142,7 +154,7 @@ def sweep(
             activations=activations,
             corrected=corrected or (),
             scale=scale,
-            vocabulary=int(vocabulary) if vocabulary is not None and vocabulary.isdecimal() else vocabulary,
+            vocabulary=vocabulary,
             budget=budget,
             max_bytes=max_bytes,
             dtype=None if computed == "auto" else computed,
