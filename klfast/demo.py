@@ -7,9 +7,11 @@ import io
 import math
 import os
 import platform
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -146,30 +148,45 @@ def run(
     tables, findings = _sensitive(swept)
     plans = _plans(swept, say)
     say(f"Compare on {_tokens(evaluation)} tokens of other text.")
-    saved = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="klfast-demo-"), "mixed")
     rows = []
     teacher = model.float()
-    for variant, plan in plans.items():
-        network: nn.Module = _load(name, **loading)
-        if plan is not None:
-            klfast.quantize_model(network, plan)
-        if variant == MIXED:
-            klfast.save_quantized(network, saved, tokenizer)
-            network = klfast.load_quantized(saved)
-        rows.append(_measure(variant, network, teacher, evaluation, swept))
-        if plan is not None:
-            say(f"{variant}: KL {plan.predicted['kl']:.5f} predicted by the layers' sum, {rows[-1].kl:.5f} measured.")
-    say(f"The KL-planned model is in {saved}; its row was measured on the model as loaded back from there.")
-    return DemoResult(
-        name,
-        tables,
-        findings,
-        tuple(rows),
-        str(saved),
-        PROMPT,
-        _continuation(saved, tokenizer, effort.new_tokens),
-        _conditions(effort, calibration, evaluation, dtype),
-    )
+    with _place(out) as saved:
+        for variant, plan in plans.items():
+            network: nn.Module = _load(name, **loading)
+            if plan is not None:
+                klfast.quantize_model(network, plan)
+            if variant == MIXED:
+                klfast.save_quantized(network, saved, tokenizer)
+                network = klfast.load_quantized(saved)
+            rows.append(_measure(variant, network, teacher, evaluation, swept))
+            if plan is not None:
+                predicted = f"KL {plan.predicted['kl']:.5f} predicted by the layers' sum"
+                say(f"{variant}: {predicted}, {rows[-1].kl:.5f} measured.")
+        say(f"The KL-planned model is in {saved}; its row was measured on the model as loaded back from there.")
+        return DemoResult(
+            name,
+            tables,
+            findings,
+            tuple(rows),
+            str(saved),
+            PROMPT,
+            _continuation(saved, tokenizer, effort.new_tokens),
+            _conditions(effort, calibration, evaluation, dtype),
+        )
+
+
+@contextmanager
+def _place(out: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Yield the folder to save in; None for one in a new temporary folder, which an error or Ctrl-C removes."""
+    if out is not None:
+        yield Path(out)
+        return
+    made = tempfile.mkdtemp(prefix="klfast-demo-")
+    try:
+        yield Path(made, "mixed")
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def _load(name: str, **loading: Unpack[LoadingOptions]) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,5 +97,22 @@ def test_command(ran, tmp_path, monkeypatch):
     assert data["sensitivities"] == tables and data["findings"]
     assert (tmp_path / "demo.md").exists()
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 1 and "exists" in again.stderr
+    assert again.exit_code == 1 and again.stderr == f"klfast: {tmp_path / 'mixed'} exists; name another --out\n"
     assert klfast.load_quantized(tmp_path / "mixed") is not None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_temporary_folder_stays_only_if_the_demo_ends_well(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with demo._place(None) as saved:
+        saved.mkdir()
+    assert saved.is_dir() and saved.parent.parent == tmp_path
+
+    def stopped():
+        with demo._place(None) as left:
+            left.mkdir()
+            raise error
+
+    with pytest.raises(error):
+        stopped()
+    assert list(tmp_path.iterdir()) == [saved.parent]
