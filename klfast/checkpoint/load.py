@@ -27,7 +27,7 @@ from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initial
 from klfast.checkpoint.transformers_view import tell_transformers
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import InvalidInputError
-from klfast.core.io import recover
+from klfast.core.io import recover, require_utf8
 from klfast.core.placement import as_device
 from klfast.models.expert_names import expert_in
 from klfast.models.matrices import split_stacks
@@ -75,6 +75,7 @@ def load_quantized(
         )
     place = as_device(device)
     folder = Path(directory)
+    require_utf8(folder)
     recover(folder)
     manifest = read_manifest(folder, verify=False)
     with verified(folder, manifest) if verify else nullcontext():  # much of the time, transformers is imported

@@ -26,7 +26,7 @@ from klfast.checkpoint.tensors import Tensors, empty_model, fill, initialise_buf
 from klfast.checkpoint.transformers_view import describes_transformers, not_transformers
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.core.io import folder_atomic, recover, require_writable, write_atomic
+from klfast.core.io import folder_atomic, recover, require_utf8, require_writable, write_atomic
 from klfast.models.head import is_head_tied
 from klfast.nn import QuantLinear
 
@@ -272,6 +272,7 @@ def require_target(
         InvalidInputError, OSError: as for ``save_quantized``.
     """
     target = Path(directory).resolve()
+    require_utf8(target)
     if not target.parent.is_dir():
         raise InvalidInputError(f"there is no folder {target.parent} to save into; create it first")
     if target.exists() and not target.is_dir():

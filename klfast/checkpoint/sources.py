@@ -20,7 +20,7 @@ from klfast.checkpoint.model_folder import (
 )
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError, InvalidInputError
-from klfast.core.io import recover
+from klfast.core.io import recover, require_utf8
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 
@@ -41,6 +41,7 @@ def resolve(
     path = Path(os.path.expanduser(name))
     recover(path)
     if path.is_dir():
+        require_utf8(path)
         require_model(path)
         return path
     if path.exists():

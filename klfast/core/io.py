@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,6 +157,21 @@ def require_suffix(path: str | os.PathLike[str], what: str, suffixes: Sequence[s
         raise InvalidInputError(
             f"{what} is written as {wanted}, not {suffix or 'without a suffix'!r}; rename {os.fspath(path)}"
         )
+
+
+def require_utf8(path: str | os.PathLike[str]) -> None:
+    """Raise InvalidInputError if a path is not UTF-8, in which safetensors and tokenizers open files."""
+    name = os.fspath(path)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        remedy = (
+            "rename it"
+            if encoding == "utf-8"
+            else f"Python takes paths for {encoding}: set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8"
+        )
+        raise InvalidInputError(f"the name of {name} is not UTF-8, as models' files need; {remedy}") from None
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

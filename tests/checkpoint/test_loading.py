@@ -1,13 +1,18 @@
 """Loading models and tokenizers by name, and the error messages."""
 
 import json
+import shutil
+import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS
 
+import klfast
 from klfast.checkpoint.by_name import bundled_models, load_model, load_tokenizer
+from klfast.checkpoint.save import require_target
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
@@ -250,3 +255,15 @@ def test_the_device_of_a_model(original, tmp_path, monkeypatch):
     for folder in (original, tmp_path / "quantized"):
         with pytest.raises(KernelUnavailableError, match="cuda device"):
             load_model(folder, device="cuda:1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8(original, tmp_path, monkeypatch):
+    odd = tmp_path / "m\udcff"
+    shutil.copytree(original, odd)
+    for use in (load_model, load_tokenizer, klfast.load_quantized, partial(require_target, overwrite=True)):
+        with pytest.raises(InvalidInputError, match=r"is not UTF-8, as models' files need; rename it$"):
+            use(odd)
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(InvalidInputError, match="Python takes paths for ascii: set PYTHONUTF8=1, or a UTF-8 locale"):
+        load_model(odd)
