@@ -49,6 +49,8 @@ def compare(
     from klfast.checkpoint.by_name import load_model
     from klfast.checkpoint.one_tokenizer import with_tokenizer
     from klfast.cli import runtime
+    from klfast.models.fingerprint import fingerprint
+    from klfast.models.precisions import digest, precisions
     from klfast.reporting.comparison_tables import comparison_tables
 
     runtime.prepare(threads, device)
@@ -59,7 +61,8 @@ def compare(
     rows = torch.cat(runtime.open_batches(text, reader, student, length=length, windows=windows, **loading))
     found = klfast.compare(teacher, student, rows, progress=None)
     named = {"base": base, "model": model, "text": text, "length": rows.shape[1], "dtype": dtype}
-    found = replace(found, provenance={**named, **found.provenance})
+    of = {"fingerprint": fingerprint(teacher).to_data(), "precisions_sha256": digest(precisions(student))}
+    found = replace(found, provenance={**named, **of, **found.provenance})
     if out is not None:
         found.to_json(out)
         say(f"The figures are in {out}.", as_json)

@@ -11,6 +11,7 @@ from torch import nn
 
 from klfast.core.dtypes import as_bytes
 from klfast.core.errors import ModelMismatchError
+from klfast.core.signed_json import is_a, number
 from klfast.models.matrices import Matrix, matrices
 
 
@@ -35,6 +36,17 @@ class Fingerprint:
         if self.structure != other.structure or len(self.norms) != len(other.norms):
             return False
         return all(abs(a - b) <= 0.01 * max(a, b) for a, b in zip(self.norms, other.norms, strict=True))
+
+    def to_data(self) -> dict[str, object]:
+        """Return the fingerprint as values that JSON can hold."""
+        return {"structure": self.structure, "norms": list(self.norms)}
+
+    @classmethod
+    def from_data(cls, data: object) -> Fingerprint:
+        """Return the fingerprint that ``to_data`` described; raise KeyError or ValueError if ``data`` is damaged."""
+        fields = is_a(dict, data, "fingerprint")
+        norms = tuple(number(norm, "a norm") for norm in is_a(list, fields["norms"], "norms"))
+        return cls(is_a(str, fields["structure"], "structure"), norms)
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:

@@ -88,7 +88,7 @@ def write(plan: Plan, path: str | os.PathLike[str] | None) -> str:
     data = {
         "schema": SCHEMA,
         "method": plan.method,
-        "fingerprint": made_for and {"structure": made_for.structure, "norms": list(made_for.norms)},
+        "fingerprint": made_for and made_for.to_data(),
         "specs": {name: str(spec) for name, spec in plan.specs.items()},
         "predicted": dict(plan.predicted),
         "notes": list(plan.notes),
@@ -144,24 +144,16 @@ def _plan(data: dict[str, object]) -> Plan:
     specs = {name: QuantSpec.of(text) for name, text in texts.items()}
     predicted = {name: _finite(value, name) for name, value in is_a(dict, data["predicted"], "predicted").items()}
     notes = tuple(is_a(str, note, "a note") for note in is_a(list, data["notes"], "notes"))
-    scale = data.get("scale")
+    scale, made_for = data.get("scale"), data["fingerprint"]
     return Plan(
         specs,
         is_a(str, data["method"], "method"),
-        _fingerprint(data["fingerprint"]),
+        None if made_for is None else Fingerprint.from_data(made_for),
         predicted,
         notes,
         None if scale is None else is_a(str, scale, "scale"),
         is_a(dict, data.get("activations", {}), "activations"),
     )
-
-
-def _fingerprint(data: object) -> Fingerprint | None:
-    if data is None:
-        return None
-    fields = is_a(dict, data, "fingerprint")
-    norms = tuple(number(norm, "a norm") for norm in is_a(list, fields["norms"], "norms"))
-    return Fingerprint(is_a(str, fields["structure"], "structure"), norms)
 
 
 def _finite(value: object, what: str) -> float:

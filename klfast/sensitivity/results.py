@@ -104,13 +104,9 @@ class Sensitivities:
 
         ``extra`` adds top-level entries that ``from_json`` ignores: the state of an unfinished sweep.
         """
-        fingerprint = self.fingerprint and {
-            "structure": self.fingerprint.structure,
-            "norms": list(self.fingerprint.norms),
-        }
         data = {
             "schema": SCHEMA,
-            "fingerprint": fingerprint,
+            "fingerprint": self.fingerprint and self.fingerprint.to_data(),
             "layers": {
                 name: {"shape": list(info.shape), "float_bytes": info.float_bytes} for name, info in self.layers.items()
             },
@@ -220,11 +216,10 @@ def _fingerprint(data: Any, layers: Mapping[str, LayerInfo]) -> Fingerprint | No
     """Return a fingerprint, which has a norm for each layer, but one for all experts of a stack."""
     if data is None:
         return None
-    norms = tuple(number(norm, "a norm") for norm in data["norms"])
-    expected = len(stacked(layers))
-    if len(norms) not in (expected, len(layers)):  # the latter of linear layers that merely bear such names
-        raise ValueError(f"it has {len(norms)} norms for {expected} layers")
-    return Fingerprint(is_a(str, data["structure"], "structure"), norms)
+    found, expected = Fingerprint.from_data(data), len(stacked(layers))
+    if len(found.norms) not in (expected, len(layers)):  # the latter of linear layers that merely bear such names
+        raise ValueError(f"it has {len(found.norms)} norms for {expected} layers")
+    return found
 
 
 def _layer(name: str, info: Mapping[str, Any]) -> LayerInfo:

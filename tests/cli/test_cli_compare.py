@@ -39,6 +39,21 @@ def test_card_as_text_json_and_file(work, tmp_path):
     assert f"The figures are in {tmp_path / 'again.json'}." in klf(*command, "--out", tmp_path / "again.json").stdout
 
 
+def test_a_card_records_whose_it_is(work, tmp_path):
+    """A report shows a plan's measured KL only if the card is of the plan's own model."""
+    klf("sweep", work / "model", "--calibration", work / "text.txt", *FEW, "--out", tmp_path / "sens.json")
+    plans = [tmp_path / "plan.json", tmp_path / "other.json"]
+    for path, bits in zip(plans, (6, 5), strict=True):
+        klf("plan", tmp_path / "sens.json", "--mean-bits", bits, "--out", path)
+    klf("quantize", work / "model", plans[0], "--out", tmp_path / "small")
+    pair = (work / "model", tmp_path / "small", "--text", work / "text.txt", *FEW)
+    klf("compare", *pair, "--out", tmp_path / "card.json")
+    for path, is_measured in zip(plans, (True, False), strict=True):
+        klf("report", tmp_path / "sens.json", path, tmp_path / "card.json", "--html", tmp_path / "page.html", "--force")
+        page = (tmp_path / "page.html").read_text()
+        assert ("the plan, measured" in page, "KL measured" in page) == (is_measured, is_measured)
+
+
 def test_one_window_says_that_it_has_no_intervals(work):
     command = ("compare", work / "small", work / "model", "--text", work / "text.txt", "--windows", 1, "--length", 64)
     assert "Intervals need several windows" in klf(*command).stdout

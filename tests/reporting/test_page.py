@@ -19,6 +19,7 @@ from klfast.core.errors import InvalidInputError
 from klfast.evaluation.comparison import Comparison, Part
 from klfast.evaluation.windowed import Estimate
 from klfast.models.fingerprint import Fingerprint
+from klfast.models.precisions import digest
 from klfast.quant.spec import QuantSpec
 from klfast.reporting.page import colors
 from klfast.reporting.page.axis import Axis, number
@@ -55,11 +56,13 @@ def plan(swept):
 
 
 @pytest.fixture(scope="module")
-def card():
+def card(plan):
+    """Of the plan's model, as ``klfast compare`` records it."""
     figures = {"Mean KLD": Estimate(0.02, 0.018, 0.022), "Maximum KLD": Estimate(1.5)}
     part = {"Mean KLD": Estimate(0.0123, 0.01, 0.03), "Same top p": Estimate(0.9)}
     parts = (Part(1, 64, 640, part), Part(65, 128, 640, part))
-    return Comparison(1280, 10, figures, parts, parts, {"base": "a", "model": "b", "text": "c"})
+    of = {"fingerprint": plan.fingerprint.to_data(), "precisions_sha256": digest(plan.specs)}
+    return Comparison(1280, 10, figures, parts, parts, {"base": "a", "model": "b", "text": "c", **of})
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +205,28 @@ def test_notes_name_what_was_not_measured_in_full(swept):
 def test_several_plans_are_numbered(swept, plan):
     found = Outline(html_page(swept, [plan, klfast.plan(swept, mean_bits=9)]))
     assert {"The plan 1", "The plan 2"} <= {text for _, text in found.all("h2")}
+
+
+def measured(page):
+    """Return the measured points in a page's table, and the measured KL among its facts, as text."""
+    outline = Outline(page)
+    facts = dict(zip([t for _, t in outline.all("dt")], [t for _, t in outline.all("dd")], strict=True))
+    texts = [text for _, text in outline.all("tr")]
+    return [text for text in texts if "plan" in text and "measured" in text], facts.get("KL measured")
+
+
+def test_only_cards_of_a_plans_model_are_its_measured_kl(swept, plan, card):
+    size = f"{plan.predicted['bytes'] / 1e6:.4g}"
+    assert measured(html_page(swept, [plan], [card])) == ([f"the plan, measured{size}0.02"], "0.02")
+    assert measured(html_page(swept, (), [card])) == ([], "0.02")
+    other = klfast.plan(swept, mean_bits=9)
+    assert measured(html_page(swept, [other], [card])) == ([], None)
+    assert measured(html_page(swept, [other, plan], [card])) == ([f"plan 2, measured{size}0.02"], None)
+    both = [replace(card, figures={"Mean KLD": Estimate(0.03)}, provenance={}), card]
+    assert measured(html_page(swept, [plan], both)) == ([f"the plan, measured{size}0.02"], "0.02")
+    for base in (None, [], {"structure": "x"}, Fingerprint("x", (2.0,) * len(NAMES)).to_data()):
+        of_another = replace(card, provenance={**card.provenance, "fingerprint": base})
+        assert measured(html_page(swept, [plan], [of_another])) == ([], None)
 
 
 def test_experts_of_a_layer_share_a_cell():

@@ -14,6 +14,7 @@ from klfast.reporting.grouping import settle_metric
 from klfast.reporting.page.axis import number
 from klfast.reporting.page.front import front, measured_section, points
 from klfast.reporting.page.markup import Markup, joined, tag
+from klfast.reporting.page.matching import cards_of
 from klfast.reporting.page.sections import card_section, cost, plan_section, ranking, sensitivity_maps
 from klfast.sensitivity.coverage import measured_note, unfinished_note
 from klfast.sensitivity.results import Sensitivities
@@ -42,11 +43,12 @@ def html_page(
         ModelMismatchError: a plan was made for another model.
     """
     metric = settle_metric(sensitivities, metric)
-    measured = comparisons[0].figures[KLD].value if len(comparisons) == 1 else None
+    cards = [cards_of(plan, comparisons, sensitivities.layers) for plan in plans]
+    shown = cards[0] if len(plans) == 1 else () if plans else comparisons
     sections = [
         sensitivity_maps(sensitivities, metric),
         ranking(sensitivities, metric, top),
-        front(points(sensitivities, plans, measured)),
+        front(points(sensitivities, list(zip(plans, cards, strict=True)))),
         *(measured_section(one, index) for index, one in _numbered(fronts)),
         *(plan_section(one, sensitivities, metric, index) for index, one in _numbered(plans)),
         *(card_section(one, index) for index, one in _numbered(comparisons)),
@@ -60,7 +62,7 @@ def html_page(
         tag(
             "main",
             *(tag("p", note, class_="note") for note in notes),
-            _facts(sensitivities, plans, comparisons),
+            _facts(sensitivities, plans, shown),
             *sections,
             id="content",
         ),
@@ -90,8 +92,8 @@ def _themes() -> Markup:
     return tag("fieldset", tag("legend", "Colours", class_="unseen"), *choices, class_="choice")
 
 
-def _facts(sensitivities: Sensitivities, plans: Sequence[Plan], comparisons: Sequence[Comparison]) -> Markup:
-    """Return the few figures that matter most."""
+def _facts(sensitivities: Sensitivities, plans: Sequence[Plan], cards: Sequence[Comparison]) -> Markup:
+    """Return the few figures that matter most; a measured KL if there is one card."""
     found: list[tuple[str, str]] = [
         ("layers", f"{len(sensitivities.layers)}"),
         ("measurements", f"{len(sensitivities.measurements)}"),
@@ -100,8 +102,8 @@ def _facts(sensitivities: Sensitivities, plans: Sequence[Plan], comparisons: Seq
     if len(plans) == 1:
         predicted = plans[0].predicted
         found += [(what, show(predicted[key])) for key, (what, show) in _PREDICTED.items() if key in predicted]
-    if len(comparisons) == 1:
-        found.append(("KL measured", number(comparisons[0].figures[KLD].value)))
+    if len(cards) == 1:
+        found.append(("KL measured", number(cards[0].figures[KLD].value)))
     return tag("dl", joined(tag("div", tag("dt", what), tag("dd", value)) for what, value in found), class_="facts")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from klfast.evaluation.comparison import KLD, Comparison
 from klfast.evaluation.front import Front
 from klfast.planning.front import front_plans, uniform_plans
 from klfast.planning.plan_file import Plan
@@ -30,13 +31,12 @@ class Point:
     kl: float
 
 
-def points(sensitivities: Sensitivities, plans: Sequence[Plan], measured: float | None) -> list[Point]:
+def points(sensitivities: Sensitivities, plans: Sequence[tuple[Plan, Sequence[Comparison]]]) -> list[Point]:
     """Return plans of about twenty sizes, uniform ones of each spec, and those given; nothing if no KL was swept.
 
     Args:
         sensitivities: of a sweep.
-        plans: to be marked among the others.
-        measured: the KL of the only plan's model, if known.
+        plans: to be marked among the others, each with the comparisons of its model.
     """
     measurements = sensitivities.measurements.values()
     if not any(all(name in m.mean for m in measurements) for name in KL_METRICS):
@@ -46,10 +46,11 @@ def points(sensitivities: Sensitivities, plans: Sequence[Plan], measured: float 
         found += _point("planned", f"planned, {made.predicted['mean_bits']:.2f} bits a weight", made)
     for spec, made in uniform_plans(sensitivities).items():
         found += _point("uniform", f"uniform {spec}", made)
-    for index, one in enumerate(plans, 1):
-        found += _point("plan", "the plan" if len(plans) == 1 else f"plan {index}", one)
-    if measured is not None and len(plans) == 1 and found and found[-1].kind == "plan":
-        found.append(Point("measured", "the plan, measured", found[-1].megabytes, measured))
+    for index, (plan, cards) in enumerate(plans, 1):
+        label = "the plan" if len(plans) == 1 else f"plan {index}"
+        if own := _point("plan", label, plan):
+            measured = (one.figures[KLD].value for one in cards)
+            found += [*own, *(Point("measured", f"{label}, measured", own[0].megabytes, kl) for kl in measured)]
     return list(dict.fromkeys(found))
 
 
