@@ -107,8 +107,3 @@ def open_batches(
 def is_token_file(source: str) -> bool:
     """Return True if the source of a text is a file of token ids, which needs no tokenizer."""
     return os.path.splitext(source)[1] in (".npy", ".json")
-
-
-def count(batches: list[torch.Tensor]) -> int:
-    """Return the number of tokens in all batches."""
-    return sum(batch.numel() for batch in batches)

@@ -129,9 +129,9 @@ def sweep(
     options.require_free(out, force)
     import klfast
     from klfast.checkpoint.by_name import as_dtype, load_model
-    from klfast.cli.runtime import count, discard, open_batches, prepare, stoppable
+    from klfast.cli.runtime import discard, open_batches, prepare, stoppable
     from klfast.reporting.sweep_tables import ranking as rank
-    from klfast.sensitivity.coverage import measured_note
+    from klfast.sensitivity.coverage import measured_note, tokens_of, tokens_text
 
     prepare(threads, device)
     computed = as_dtype(dtype)
@@ -167,11 +167,13 @@ def sweep(
         found.to_json(out)
     partial.unlink(missing_ok=True)
     ranking = rank(found, "kl_teacher_student", 5)
+    least, most = tokens_of(found)
     data = {
         "out": str(out),
         "layers": len(found.layers),
         "candidates": len(found.measurements),
-        "tokens": count(batches),
+        "tokens": most,
+        "least_tokens": least,
         "resumed": resumed,
         "noise_floor": found.noise_floor,
         "ranking": ranking.data(),
@@ -183,4 +185,4 @@ def sweep(
     if resumed:
         say(f"The sweep continued from {partial}; --no-resume would have started from scratch.", as_json)
     following = command("klfast", "plan", out, "--max-bytes", "SIZE")
-    say(f"{len(found.measurements)} measurements on {count(batches)} tokens are in {out}. Next: {following}", as_json)
+    say(f"{len(found.measurements)} measurements on {tokens_text(found)} are in {out}. Next: {following}", as_json)

@@ -51,11 +51,26 @@ def windows_of(sensitivities: Sensitivities, measurement: Measurement) -> int:
     return measurement.windows or known
 
 
+def tokens_text(sensitivities: Sensitivities) -> str:
+    """Return on how many tokens the measurements are: "1,024 tokens", or "31 to 248 tokens" where they differ."""
+    least, most = tokens_of(sensitivities)
+    return f"{most:,} tokens" if least == most else f"{least:,} to {most:,} tokens"
+
+
+def tokens_of(sensitivities: Sensitivities) -> tuple[int, int]:
+    """Return the fewest and the most tokens that a measurement is on, 0 without measurements."""
+    tokens = [one.tokens for one in sensitivities.measurements.values()]
+    return min(tokens, default=0), max(tokens, default=0)
+
+
 def measured_note(sensitivities: Sensitivities) -> str | None:
     """Return a sentence on what a sweep did not measure in full; None if it did."""
     found, vocabulary = sensitivities.measurements, sensitivities.provenance.get("vocabulary", "full")
     derived = sum(one.is_derived for one in found.values())
+    least, most = tokens_of(sensitivities)
     parts = []
+    if least < most:
+        parts.append(f"each on {tokens_text(sensitivities)}")
     if vocabulary != "full":
         entries = "in part" if vocabulary == "mixed" else f"{vocabulary} entries a token"
         parts.append(f"KL from a sample of the vocabulary ({entries})")

@@ -47,7 +47,20 @@ def test_all_windows(work, tmp_path):
     assert tokens("--windows", 2) == 30
     text = ("--calibration", work / "text.txt", "--windows", "all", "--length", 16)
     found = klf("sweep", work / "model", *text, "--layers", "lm_head", "--out", tmp_path / "s.json", "--json")
-    assert json.loads(found.stdout)["tokens"] == everything // 15 * 16
+    assert json.loads(found.stdout)["tokens"] == everything, "predicted ones, as eval's"
+
+
+def test_an_adaptive_sweep_says_on_how_many_tokens(work, tmp_path):
+    text = ("--calibration", work / "text.txt", "--windows", 32, "--length", 16)
+    command = ("sweep", work / "model", *text, "--budget", "adaptive", "--out", tmp_path / "s.json", "--force")
+    said = klf(*command).stdout
+    each = [one.tokens for one in klfast.Sensitivities.from_json(tmp_path / "s.json").measurements.values()]
+    assert min(each) < max(each)
+    span = f"{min(each)} to {max(each)} tokens"
+    assert f"{len(each)} measurements on {span} are in" in said and f"Not measured in full: each on {span}; " in said
+    data = json.loads(klf(*command, "--json").stdout)
+    assert (data["least_tokens"], data["tokens"]) == (min(each), max(each)) and span in data["measured"]
+    assert f"each on {span}; " in klf("report", tmp_path / "s.json").stdout.replace("\n", " ")
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "some", "1.5"])
