@@ -17,6 +17,7 @@ from klfast.evaluation.windowed import Estimate, Values
 
 SCHEMA = "klfast-study/1"
 WEIGHTS = "weights"  # the number of a layer's weights: a ranking that measures nothing
+_TIE = 1e-6  # relative difference up to which values tie
 _REMEDY = "make the study again"
 
 
@@ -73,11 +74,11 @@ class Study:
     def agreements(self, spec: str) -> list[Agreement]:
         """Return the agreement of each metric, and last how far perplexity agrees with itself."""
         alone = self.specs[spec]
-        truth, weights = alone.perplexity.mean(0), resampled(len(alone.layers))
+        truth, weights = _levels(alone.perplexity.mean(0)), resampled(len(alone.layers))
         found: list[Agreement] = []
         first: Values | None = None
         for name, halves in alone.metrics.items():
-            values = halves.mean(0)
+            values = _levels(halves.mean(0))
             tau = kendall(values, truth, weights)
             gain = None if first is None else _known(tau - first)
             first = tau if first is None else first
@@ -90,8 +91,8 @@ class Study:
         specs = {
             spec: {
                 "layers": list(alone.layers),
-                "metrics": {name: _rounded(values) for name, values in alone.metrics.items()},
-                "perplexity": _rounded(alone.perplexity),
+                "metrics": {name: values.tolist() for name, values in alone.metrics.items()},
+                "perplexity": alone.perplexity.tolist(),
             }
             for spec, alone in self.specs.items()
         }
@@ -121,13 +122,22 @@ def _known(statistics: Values) -> Estimate | None:
 def _between_halves(values: Values) -> float | None:
     if len(values) != 2:
         return None
-    tau = _known(kendall(values[0], values[1], np.ones((1, values.shape[1]))))
+    tau = _known(kendall(_levels(values[0]), _levels(values[1]), np.ones((1, values.shape[1]))))
     return None if tau is None else tau.value
 
 
-def _rounded(values: Values) -> list[list[float]]:
-    """Return values with seven digits, which is more than float32 measurements have."""
-    return [[float(f"{value:.7g}") for value in row] for row in values.tolist()]
+def _levels(values: Values) -> Values:
+    """Return numbers in the order of float64 [n], the same for neighbours that differ by rounding alone.
+
+    Two layers that change as many predictions tie, however the shares of both halves were summed and, in files of
+    klfast 0.1.0, rounded to seven digits.
+    """
+    order = values.argsort()
+    ascending = values[order]
+    is_next = ~np.isclose(ascending[1:], ascending[:-1], rtol=_TIE, atol=0)
+    levels = np.zeros(len(values))
+    levels[order[1:]] = is_next.cumsum()
+    return levels
 
 
 def _alone(data: Mapping[str, Any]) -> Alone:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from klfast.models.linears import linears
 from klfast.reporting.study_tables import study_tables
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
 
+STUDIES = Path(__file__).parents[2] / "bench" / "results" / "study"
 LAYER, OTHER = "backbone.layers.1.mixer.x_proj", "lm_head"
 
 
@@ -163,6 +166,29 @@ def test_json(made, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=match):
             Study.from_json(broken)
+
+
+def test_layers_that_change_as_many_predictions_tie():
+    """Shares of halves sum up differently from layer to layer, and older files round them to seven digits."""
+    generator = np.random.default_rng(1)
+    counts, truth = generator.integers(1500, 2040, (2, 60)), generator.normal(size=(2, 60))
+    counts[1] = 3400 + counts[0] % 7 - counts[0]
+    of_sums = stats.kendalltau(counts.sum(0), truth.mean(0)), stats.spearmanr(counts.sum(0), truth.mean(0))
+    made = Study({"a": Alone(tuple(map(str, range(60))), {"top1_agree": counts / 2040}, truth)})
+    assert len(set(made.specs["a"].metrics["top1_agree"].mean(0))) > len(set(counts.sum(0))), "split by rounding"
+    rounded = {"top1_agree": np.round(counts / 2040, 7)}
+    again = Study.from_json(made.to_json())
+    for study in (made, again, Study({"a": replace(made.specs["a"], metrics=rounded)})):
+        first, _ = study.agreements("a")
+        assert (first.tau.value, first.rho.value) == pytest.approx([one.statistic for one in of_sums], abs=1e-12)
+        assert study.agreements("a") == made.agreements("a")
+    assert (again.specs["a"].perplexity == truth).all()
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_studies_show_their_committed_tables(path):
+    tables = study_tables(Study.from_json(path))
+    assert "\n".join(one.markdown() for one in tables) == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_published_results():
