@@ -24,6 +24,7 @@ from klfast.quant.spec import QuantSpec
 from klfast.reporting.page import colors
 from klfast.reporting.page.axis import Axis, number
 from klfast.reporting.page.document import html_page
+from klfast.reporting.page.intervals import Row, interval_table
 from klfast.reporting.page.markup import Markup, tag
 from klfast.sensitivity.coverage import measured_note
 from klfast.sensitivity.results import LayerInfo, Measurement, Sensitivities
@@ -190,6 +191,34 @@ def test_intervals_are_students(swept, windows):
     stopped = replace(swept, provenance={**from_text, "windows": 2 * windows, "micro_batches": [1, 2]})
     assert f"{number(7e-3 - half)} to {number(7e-3 + half)}<" in html_page(stopped, top=1)
     assert '<td class="number">none</td>' in html_page(swept, top=1)  # of how many windows is not known
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "interval"),
+    [
+        *((name, 0.01, "0 to 2.6") for name in ("kl_teacher_student", "kl_student_teacher", "mse")),
+        ("jsd", 0.01, "0 to 0.69"),
+        ("top1_agree", 0.8, "0 to 1"),
+        ("delta_ce", 0.01, "-2.5 to 2.6"),
+        ("sqnr_db", 0.01, "-2.5 to 2.6"),
+    ],
+)
+def test_intervals_end_where_the_metric_does(swept, metric, value, interval):
+    """Two windows: half an interval is 12.7 standard errors."""
+    each = {key: Measurement({metric: value}, {metric: 0.2}, 10, windows=2) for key in swept.measurements}
+    page = html_page(replace(swept, measurements=each), top=1)
+    assert f'<td class="number">{interval}</td>' in page
+
+
+def test_intervals_are_drawn_whole_on_a_linear_axis():
+    def bars(*figures):
+        page = interval_table("c", "h", [Row(str(i), one) for i, one in enumerate(figures)])
+        return [(float(left), float(width)) for left, width in re.findall(r"left:([\d.]+)%;width:([\d.]+)%", page)]
+
+    [(left, width), _] = bars(Estimate(0.01, -0.02, 0.04), Estimate(0.02, 0.01, 0.03))
+    assert left > 1 and left + width < 99
+    [(left, width), (other, _)] = bars(Estimate(0.01, 0.0, 0.2), Estimate(1.0, 0.5, 1.5))
+    assert left == 0 and width > 30 and other > 50, "logarithmic, where 0 is its end"
 
 
 def test_notes_name_what_was_not_measured_in_full(swept):

@@ -19,7 +19,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Iterable[float | None], *, linear: bool = False) -> Axis:
-        """Return an axis that holds all finite values, logarithmic if they span more than a decade.
+        """Return an axis that holds all finite values, logarithmic if the largest is over 20 times the smallest one.
 
         On a logarithmic axis, values of zero or less lie at its lower end.
         """

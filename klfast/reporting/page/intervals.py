@@ -21,9 +21,7 @@ class Row:
 
 def interval_table(caption: str, heading: str, rows: Sequence[Row]) -> Markup:
     """Return the table; its last column draws a dot at each figure and a bar over its interval."""
-    axis = Axis.of(
-        value for row in rows for value in (row.figure.value, row.figure.high, *_drawn_low(row.figure)) if value != 0
-    )
+    axis = _axis([row.figure for row in rows])
     ticks = [tag("span", number(tick), style=f"left:{axis.share(tick):.2%}") for tick in axis.ticks()]
     head = tag(
         "tr",
@@ -41,9 +39,12 @@ def interval_table(caption: str, heading: str, rows: Sequence[Row]) -> Markup:
     return wide(caption, tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), class_="drawn"))
 
 
-def _drawn_low(figure: Estimate) -> tuple[float, ...]:
-    """Return the interval's lower end if a logarithmic axis can show it."""
-    return () if figure.low is None or figure.low <= 0 < figure.value else (figure.low,)
+def _axis(figures: Sequence[Estimate]) -> Axis:
+    """Return an axis that holds figures and intervals; on a logarithmic one, those that reach 0 start at its end."""
+    held = [(one.value, one.high, one.low) for one in figures]
+    drawn = [value for one in held for value in one if value and (value > 0 or one[0] <= 0)]
+    axis = Axis.of(drawn)
+    return axis if axis.is_logarithmic else Axis.of(value for one in held for value in one)
 
 
 def _row(row: Row, axis: Axis) -> Markup:

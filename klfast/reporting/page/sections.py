@@ -26,6 +26,11 @@ from klfast.sensitivity.coverage import windows_of
 from klfast.sensitivity.results import Sensitivities
 
 _FULL_BITS = 16
+_BOUNDS = {  # of metrics that have any
+    **dict.fromkeys(("kl_teacher_student", "kl_student_teacher", "mse"), (0.0, math.inf)),
+    "jsd": (0.0, math.log(2)),
+    "top1_agree": (0.0, 1.0),
+}
 
 
 def sensitivity_maps(sensitivities: Sensitivities, metric: str) -> Markup:
@@ -72,11 +77,18 @@ def ranking(sensitivities: Sensitivities, metric: str, top: int) -> Markup:
     for name, m in worst:
         value, stderr = m.mean[metric], m.stderr.get(metric, math.nan)
         half = None if math.isnan(stderr) else half_width(stderr, windows_of(sensitivities, m))
-        limits = () if half is None else (value - half, value + half)
-        rows.append(Row(_short(name), Estimate(value, *limits), name))
+        rows.append(Row(_short(name), _bounded(metric, value, half), name))
     return section(
         "Most sensitive layers", "ranking", interval_table(f"{metric} of one layer in {spec}", "layer", rows)
     )
+
+
+def _bounded(metric: str, value: float, half: float | None) -> Estimate:
+    """Return a metric with its interval, which ends where the metric does; no interval if ``half`` is None."""
+    if half is None:
+        return Estimate(value)
+    least, most = _BOUNDS.get(metric, (-math.inf, math.inf))
+    return Estimate(value, min(value, max(value - half, least)), max(value, min(value + half, most)))
 
 
 def plan_section(plan: Plan, sensitivities: Sensitivities, metric: str, index: int | None) -> Markup:
