@@ -1,5 +1,6 @@
 """``klfast report --html``: what is on the page, that it asks for nothing, and what a browser makes of it."""
 
+import json
 import math
 import re
 import shutil
@@ -17,6 +18,7 @@ import klfast
 from klfast.core.bundled import ASSETS
 from klfast.core.errors import InvalidInputError
 from klfast.evaluation.comparison import Comparison, Part
+from klfast.evaluation.front import Front, FrontPoint
 from klfast.evaluation.windowed import Estimate
 from klfast.models.fingerprint import Fingerprint
 from klfast.models.precisions import digest
@@ -292,6 +294,52 @@ def test_markup_is_escaped():
         tag("p", "a < b & c", Markup("<b>d</b>"), None, title='"') == '<p title="&quot;">a &lt; b &amp; c<b>d</b></p>'
     )
     assert tag("input", checked=True, class_=None, id=False) == "<input checked>"
+
+
+def test_names_that_are_no_text(swept, card, tmp_path):
+    """Linux lets a file's name be any bytes, which Python holds as lone surrogates."""
+    named = replace(card, provenance={**card.provenance, "text": "t\udcff.txt"})
+    named.to_json(tmp_path / "card.json")
+    replace(swept, provenance={**swept.provenance, "model": "m\udcff"}).to_json(tmp_path / "sens.json")
+    klf("report", tmp_path, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert r"on t\udcff.txt.</p>" in page and r"<h1>klfast: m\udcff</h1>" in page
+    assert tag("p", title="\udcff") == r'<p title="\udcff"></p>'
+
+
+def test_tokens_of_an_adaptive_sweep(swept):
+    """Of 14 candidates, 7 are on 1,000 tokens and 7 on 200: 4 s, 0.476 s for each and 1,000 tokens."""
+    each = {key: replace(m, tokens=200 if key[1] == INT8 else 1000) for key, m in swept.measurements.items()}
+    assert "<td>200 to 1,000</td>" in (page := html_page(replace(swept, measurements=each)))
+    assert re.search(r"1,000 tokens</th><td[^>]*>0.4762</td>", page) and "each on 200 to 1,000 tokens" in page
+    assert re.search(r"of each</th><td[^>]*>1,000</td>", html_page(swept))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seconds": {"teacher": None}}, "the seconds of teacher is None, not a finite number"),
+        ({"seconds": {"teacher": "1"}}, "the seconds of teacher is '1', not a finite number"),
+        ({"token_forwards": [5]}, "token_forwards is [5], not an integer"),
+    ],
+)
+def test_edited_costs_are_refused_in_one_line(swept, tmp_path, changed, said):
+    swept.to_json(tmp_path / "sens.json")
+    data = json.loads((tmp_path / "sens.json").read_text())
+    del data["sha256"]
+    data["provenance"].update(changed)
+    (tmp_path / "sens.json").write_text(json.dumps(data))
+    line = fails("report", tmp_path / "sens.json", "--html", tmp_path / "page.html")
+    assert f"what the sweep took is damaged ({said}" in line and "\n" not in line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_front_without_its_machine(swept, plan):
+    front = Front((FrontPoint("planned", plan, None, 0.01, 0.001, 60.0, 100.0),), {"tokens": 1000})
+    [caption] = [text for _, text in Outline(html_page(swept, fronts=[front])).all("figcaption") if "whole" in text]
+    assert caption == "KL of whole models, measured on 1000 tokens. Lower left is better."
+    of = replace(front, provenance={**front.provenance, "machine": "a CPU", "tier": "avx2"})
+    assert "better. Tokens per second: a CPU, avx2.</figcaption>" in html_page(swept, fronts=[of])
 
 
 def test_command(swept, plan, card, tmp_path):

@@ -76,9 +76,10 @@ def measured_section(front: Front, index: int | None) -> Markup:
     suffix = "" if index is None else f" {index}"
     of = [str(front.provenance[name]) for name in ("machine", "tier", "dtype") if name in front.provenance]
     note = f"KL of whole models, measured on {front.provenance.get('tokens', 'some')} tokens. Lower left is better."
+    note += f" Tokens per second: {', '.join(of)}." if of else ""
     table = front_table(front)
     title, identity = f"Measured plans{suffix}", f"measured{suffix.strip()}"
-    return _section(title, identity, found, _KINDS, f"{note} Tokens per second: {', '.join(of)}.", table)
+    return _section(title, identity, found, _KINDS, note, table)
 
 
 def _section(

@@ -35,15 +35,18 @@ def tag(element: str, /, *children: Child, **attributes: object) -> Markup:
 def joined(children: Iterable[Child]) -> Markup:
     """Return children side by side."""
     return Markup(
-        "".join(
-            one if isinstance(one, Markup) else html.escape(one, quote=False) for one in children if one is not None
-        )
+        "".join(one if isinstance(one, Markup) else _escaped(one, quote=False) for one in children if one is not None)
     )
 
 
 def _attribute(key: str, value: object) -> str:
     name = key.rstrip("_").replace("_", "-")
-    return f" {name}" if value is True else f' {name}="{html.escape(str(value))}"'
+    return f" {name}" if value is True else f' {name}="{_escaped(str(value))}"'
+
+
+def _escaped(text: str, *, quote: bool = True) -> str:
+    """Return text as HTML; bytes of a file's name that are not UTF-8 appear as escapes."""
+    return html.escape(text.encode("utf-8", "backslashreplace").decode("utf-8"), quote)
 
 
 def section(title: str, identity: str, *children: Child) -> Markup:

@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
+from klfast.core import signed_json
 from klfast.evaluation.comparison import KLD, Comparison
 from klfast.evaluation.windowed import Estimate, half_width
 from klfast.models.expert_names import stack_in, stacked
@@ -22,7 +24,7 @@ from klfast.reporting.page.markup import Markup, data_table, numbers, section, t
 from klfast.reporting.plan_tables import FULL, plan_by_layer, plan_tables
 from klfast.reporting.sweep_tables import by_kind
 from klfast.reporting.table import Table
-from klfast.sensitivity.coverage import windows_of
+from klfast.sensitivity.coverage import tokens_of, windows_of
 from klfast.sensitivity.results import Sensitivities
 
 _FULL_BITS = 16
@@ -144,20 +146,28 @@ def card_section(comparison: Comparison, index: int | None) -> Markup:
 
 
 def cost(sensitivities: Sensitivities) -> Markup | None:
-    """Return what the sweep took; None for published files, which do not say."""
+    """Return what the sweep took; None for published files, which do not say.
+
+    Raises:
+        CheckpointError: times or counts in an edited file are not numbers.
+    """
     given: dict[str, Any] = sensitivities.provenance
-    seconds = given.get("seconds")
+    seconds, forwards = given.get("seconds"), given.get("token_forwards")
     if not isinstance(seconds, dict):
         return None
+    with signed_json.parsed("what the sweep took", "run the sweep again"):
+        seconds = {stage: signed_json.number(value, f"the seconds of {stage}") for stage, value in seconds.items()}
+        forwards = None if forwards is None else signed_json.whole(forwards, "token_forwards")
     total = math.fsum(seconds.values())
     candidates = len(sensitivities.measurements) + len(sensitivities.rows) + len(sensitivities.activations)
-    tokens = max((m.tokens for m in sensitivities.measurements.values()), default=0)
+    least, most = tokens_of(sensitivities)
+    tokens = fmean(m.tokens for m in sensitivities.measurements.values())
     facts = (
         ("seconds", total),
         ("candidates", candidates),
-        ("tokens measured of each", tokens),
-        ("seconds a candidate and 1,000 tokens", total / candidates / tokens * 1000 if candidates and tokens else None),
-        ("tokens through the whole network", given.get("token_forwards")),
+        ("tokens measured of each", most if least == most else f"{least:,} to {most:,}"),
+        ("seconds a candidate and 1,000 tokens", total / candidates / tokens * 1000),
+        ("tokens through the whole network", forwards),
         ("computed in", str(given.get("dtype", ""))),
     )
     rows = tuple((stage.replace("_", " "), value, value / total if total else 0.0) for stage, value in seconds.items())
