@@ -28,7 +28,7 @@ def emit(data: object, text: object, as_json: bool) -> None:
         # Texts are shown as they are: brackets and colons in a path are no markup.
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
         for part in text if isinstance(text, list) else [text]:
-            console.print(part)
+            console.print(part, crop=False)  # a table cannot be narrower than its numbers
 
 
 def say(message: str, as_json: bool = False) -> None:

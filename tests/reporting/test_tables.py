@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import pytest
 
@@ -242,6 +243,38 @@ def test_renderings(found, tmp_path):
     json.dumps(ranking(found, "sqnr_db", 1).data(), allow_nan=False)  # a NaN standard error is null
     with pytest.raises(InvalidInputError, match=r"written as .md or .json"):
         table.write(tmp_path / "report.html", tables)
+
+
+def printed(one, width):
+    """Return the lines of a table on a console, and the text of each of its cells, with folded parts joined."""
+    from rich.console import Console
+
+    console = Console(width=width, file=io.StringIO())
+    console.print(one.rich(), crop=False)
+    lines = console.file.getvalue().splitlines()
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[:1] in "│┃"]
+    return lines, ["".join(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 300])
+def test_narrow_consoles_fold_names_and_cut_no_number(width):
+    name = "backbone.layers.23.mixer.in_proj"
+    rows = (("int4-g32-sym", name, 0.00001234, 1.235e-06, 123456789, None),)
+    made = table.Table("A title", ("spec", "layer", "kl_teacher_student", "standard error", "tokens", "note"), rows)
+    lines, columns = printed(made, width)
+    assert columns == ["specint4-g32-sym", f"layer{name}", "kl_teacher_student1.234e-05", *columns[3:5], "note"]
+    assert columns[3].replace(" ", "") == "standarderror1.235e-06" and columns[4] == "tokens123,456,789"
+    widest = max(map(len, lines))
+    assert widest <= max(width, 76) and sum("1.234e-05" in line for line in lines) == 1
+    assert all(any(number in line for line in lines) for number in ("1.235e-06", "123,456,789"))
+    if width == 300:
+        assert len(lines) == 6 and widest == 3 * 6 + 1 + 12 + 32 + 18 + 14 + 11 + 4
+
+
+def test_words_of_at_most_eight_letters_stay_whole_on_a_narrow_console():
+    made = table.Table("", ("spec", "tau"), (("int4-channel-sym", "0.25 (0.00 to 0.46)"),))
+    lines, _ = printed(made, 24)
+    assert max(map(len, lines)) <= 24 and all(any(w in line for line in lines) for w in ("0.25", "(0.00", "0.46)"))
 
 
 def test_plot(found, tmp_path):
