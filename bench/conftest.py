@@ -8,6 +8,7 @@ import torch
 import klfast
 from klfast.benchkit.runner import Benchmark, Contender, Group, Race, Times, UnavailableError
 from klfast.benchkit.settings import Settings, add_options
+from klfast.core.io import write_atomic
 
 from . import llama_cpp, machine, models, results, roofline
 
@@ -86,7 +87,7 @@ class Run:
             floor = contender.nbytes / self._read_gbps / 1e9
             columns |= {
                 "read_mb": contender.nbytes / 1e6,
-                "rotated_mb": round(contender.nbytes * len(contender.calls) / 1e6),
+                "rotated_mb": round(contender.rotated_nbytes / 1e6),
                 "floor_s": floor,
                 "share_of_floor": round(floor / times.median, 4),
             }
@@ -128,11 +129,11 @@ def pytest_terminal_summary(terminalreporter, config):
         except ImportError as missing:
             terminalreporter.write_line(f"No roofline: {missing}; pip install 'klfast[bench]'")
     terminalreporter.section("klfast bench")
-    terminalreporter.write_line(results.conditions(rows[0]))
+    terminalreporter.write_line(results.conditions(rows))
     for line in results.summary(rows):
         terminalreporter.write_line(line)
     if run.earlier is not None:
         text = results.compare(run.earlier, rows)
-        (settings.out / "compare.md").write_text(text, encoding="utf-8")
+        write_atomic(settings.out / "compare.md", text)
         terminalreporter.write_line(text)
     terminalreporter.write_line(f"Written to {settings.out}: {', '.join(path.name for path in written)}")

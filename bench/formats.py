@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import klfast
+from klfast.core.io import write_atomic
 from klfast.models.linears import linears
 from klfast.quant.formats import FORMATS, Grouping, PackedIntegers, Rounded
 from klfast.quant.rounding import fake_quantize
@@ -108,7 +109,7 @@ def main() -> None:
     register()
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "klfast": klfast.__version__}
     found = {name: study(name, arguments.windows, arguments.held_out) for name in arguments.models}
-    arguments.out.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
+    write_atomic(arguments.out, json.dumps({"machine": machine, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,11 +99,12 @@ def memory_peak(run: Callable[[], object], device: str) -> float:
             file.write("5")  # resets the high-water mark to the resident size
         before = _status("VmRSS")
         run()
-        return (_status("VmHWM") - before) / 1e3
+        return (_status("VmHWM") - before) / 1e6
     except OSError:
         return float("nan")
 
 
 def _status(key: str) -> int:
+    """Return a field of this process's memory in bytes; Linux counts in units of 1,024."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(key))

@@ -151,7 +151,10 @@ def own_prefill(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
 
 
 def shares(model: nn.Module, prompt: torch.Tensor, seconds: float) -> dict[str, float]:
-    """Split the ``seconds`` of klfast's prefill into linear layers, SSM op, and rest."""
+    """Return the seconds in linear layers and SSM op by a profiled run, and the rest of the ``seconds`` of others.
+
+    There is no rest if the profiled run was so much slower.
+    """
     layers = linears(model)
     try:
         engine = engine_of(model)
@@ -161,7 +164,9 @@ def shares(model: nn.Module, prompt: torch.Tensor, seconds: float) -> dict[str, 
         taken = engine.profile(prompt, engine.state())
         mixers = {name for name, module in model.named_modules() if mixer_of(type(module))}
         gemm_s, scan_s = (sum(s for name, s in taken if name in parts) for parts in (layers, mixers))
-    return {"gemm_s": round(gemm_s, 5), "scan_s": round(scan_s, 5), "rest_s": round(seconds - gemm_s - scan_s, 5)}
+    rest_s = seconds - gemm_s - scan_s
+    found = {"gemm_s": gemm_s, "scan_s": scan_s} | ({"rest_s": rest_s} if rest_s >= 0 else {})
+    return {name: round(value, 5) for name, value in found.items()}
 
 
 def _gemm_seconds(model: nn.Module, layers: Mapping[str, nn.Module], prompt: torch.Tensor) -> float:

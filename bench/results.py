@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from klfast.benchkit.runner import is_ours
@@ -115,8 +116,9 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
-def conditions(row: dict[str, object]) -> str:
-    """Return a sentence on the machine, the threads and the versions of a run."""
+def conditions(rows: Sequence[dict[str, object]]) -> str:
+    """Return sentences on a run: machine, threads, versions, what its calls rotate through, and the machine's peaks."""
+    row = rows[0]
     versions = ", ".join(
         f"{name} {row[name]}"
         for name in ("klfast", "torch", "triton", "driver", "transformers", "openvino", "python")
@@ -128,9 +130,15 @@ def conditions(row: dict[str, object]) -> str:
     )
     return (
         f"{row['machine']}, {row['device']}, tier {row['tier']}, {row['threads']} threads{limit}; {versions}; "
-        f"{row['time']}. Weights rotate through up to {row['working_set_mb']} MB. "
-        f"Fastest large products of torch, in TFLOP/s: {tops}."
+        f"{row['time']}. {_rotation(rows)}Fastest large products of torch, in TFLOP/s: {tops}."
     )
+
+
+def _rotation(rows: Sequence[dict[str, object]]) -> str:
+    """Return a sentence on the copies that calls rotate through; empty if there is one of each, as of whole models."""
+    turning = [row for row in rows if number(row.get("rotated_mb")) > 1 + number(row.get("read_mb"))]
+    what = " and ".join(dict.fromkeys("states" if row["suite"] == "scan" else "weights" for row in turning))
+    return f"{what.capitalize()} rotate through up to {turning[0]['working_set_mb']} MB. " if turning else ""
 
 
 def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
@@ -146,7 +154,7 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
         *extra,
         *(f"vs {name.removeprefix(RATIO)}" for name in peers),
     ]
-    lines = [f"{'#' * level} {suite}", "", conditions(rows[0]), ""]
+    lines = [f"{'#' * level} {suite}", "", conditions(rows), ""]
     lines += ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]
     last = None
     for row in rows:
@@ -159,7 +167,7 @@ def markdown(suite: str, rows: list[dict[str, object]], level: int = 1) -> str:
                 _cell(row.get("tflops"), ".3f"),
                 _cell(row.get("share_of_peak"), ".2f"),
             ]
-        cells += [_cell(row.get(name), ".4g") for name in extra]
+        cells += [_cell(row.get(name), ".4g") if number(row.get(name)) >= 0 else "" for name in extra]
         cells += [_cell(row.get(name), ".2f") for name in peers]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

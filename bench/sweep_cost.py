@@ -120,9 +120,9 @@ def main() -> None:
 
 
 def _mb(field: str) -> float:
-    """Return a field of this process's memory."""
+    """Return a field of this process's memory in megabytes; Linux counts in units of 1,024."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 if __name__ == "__main__":

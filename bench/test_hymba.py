@@ -100,14 +100,14 @@ def _contender(
             return call()
 
     def facts(seconds: float) -> dict[str, float]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
         return {
             "tok_s": round(tokens / seconds, 2),
             "weights_mb": round(models.read_bytes(model) / 1e6),
             "memory_gb": round(peak, 2),
         }
 
-    return Contender([run], lambda: error, TOLERANCE, nbytes, facts=facts)
+    return Contender([run], lambda: error, TOLERANCE, nbytes, facts=facts, copy_nbytes=models.read_bytes(model))
 
 
 def test_hymba(group, name, run, benchmark):

@@ -240,7 +240,7 @@ def _contender(
     single = all(t.dtype != torch.bfloat16 for t in args if isinstance(t, torch.Tensor))
     others = [(*args[:-1], args[-1].clone()) for _ in range(states - 1)]
     calls = [functools.partial(call, *each, **more) for each in (args, *others)]
-    return Contender(calls, error, 1e-3 if single else 5e-2, bytes_moved)
+    return Contender(calls, error, 1e-3 if single else 5e-2, bytes_moved, copy_nbytes=args[-1].nbytes if others else 0)
 
 
 def test_scan(group, name, run, benchmark):

@@ -151,13 +151,19 @@ def _decode(
         TOLERANCE,
         models.read_bytes(model) * new,
         facts=rate(new * sequences),
+        copy_nbytes=models.read_bytes(model),
     )
 
 
 def _plain_decode(name: str, new: int, settings: Settings, dtype: torch.dtype) -> Contender:
     model, prompt = _plain_model(name, "decode", settings.device, dtype), _prompt(DECODE_PROMPT)
     return Contender(
-        [lambda: models.generate(model, prompt, new)], lambda: 0.0, 0.0, models.read_bytes(model) * new, facts=rate(new)
+        [lambda: models.generate(model, prompt, new)],
+        lambda: 0.0,
+        0.0,
+        models.read_bytes(model) * new,
+        facts=rate(new),
+        copy_nbytes=models.read_bytes(model),
     )
 
 

@@ -52,6 +52,7 @@ class Contender:
             a program that does not show its results.
         tolerance: the largest acceptable distance.
         nbytes: the least memory that a call reads, or reads and writes back.
+        copy_nbytes: the memory of each copy that ``calls`` rotate through; 0 for ``nbytes``: a call reads its copy once.
         peak: the dtype of its products, for their share of the machine's peak; empty where that is not informative.
         own_threads: True if it has its own thread pool, not torch's.
         own_clock: True if a call returns the seconds that count: a program that starts again each time.
@@ -66,11 +67,17 @@ class Contender:
     own_threads: bool = False
     own_clock: bool = False
     facts: Callable[[float], dict[str, object]] | None = None
+    copy_nbytes: int = 0
     measured_error: float = field(init=False, default=float("nan"))
     _turn: itertools.cycle[Callable[[], Any]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._turn = itertools.cycle(self.calls)
+
+    @property
+    def rotated_nbytes(self) -> int:
+        """The memory of all copies."""
+        return (self.copy_nbytes or self.nbytes) * len(self.calls)
 
     def __call__(self) -> Any:
         """Make the next call in turn."""
