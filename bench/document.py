@@ -22,16 +22,23 @@ options: suites, shapes, threads, a pinned tier, an earlier run to compare with.
 How it is timed:
 
 - Each result is first checked against the plain PyTorch reference. Wrong results are not timed.
-- Each contender's weights rotate through more memory than the caches hold.
+- The weights of linear rotate through more memory than the caches hold (OpenVINO's small ones through less: it gets 128
+  copies at most). The other suites have one copy of what they read. Whole models, logits and heads are larger than most
+  caches; scan's inputs and states are not.
 - Before each call of a peer, klfast's contenders are called and timed, so that every ratio ("vs", how many times as
   fast klfast is) is one of medians of alternating calls. Each timed call follows an untimed one of the same contender.
 - The floor is the time in which all threads together can read the weights (or logits), at a bandwidth measured beside
-  each group: sums over the whole working set. TFLOP/s count two operations per weight and row.
+  each group: sums over the whole working set. TFLOP/s count two operations per weight and row. A share of the floor
+  above 1 says that caches held a part, or that the memory was faster than when its bandwidth was measured, once, as the
+  group began. Decode's floor is that of the weights alone. States come on top: for each token 2.4 MB of Mamba-130M's
+  and 18.9 MB of Mamba2-130M's, read and written in float32, beside 68 MB of weights in INT4.
 - torch's int4pack and int8pack take bfloat16 activations, as klfast's contenders do. OpenVINO runs the graph that
   NNCF's INT4_SYM compression writes, with the same rounded weights; by default it rounds activations to 8 bits.
 - "int8" after klfast's weights: activations rounded to 8 bits; "exact": not rounded. What that costs in KL is in
   [FORMATS.md](FORMATS.md#int8-activations).
 - Decode is 32 tokens after a prompt of 8, including the prompt's time.
+- gemm_s and scan_s are the seconds in linear layers and SSM ops in one profiled run, rest_s is what the median has
+  beyond them. It is empty where the profiled run was slower than that.
 - serve: a server in a process of its own, with random weights in INT4 and 16 bits, and clients that stream, on the same
   cores. Each asks once for 32 tokens after a prompt of 32 to 128; the median is the time of all of them together.
   first, between: milliseconds to the first token and from token to token as clients see them, 50th and 99th percentile

@@ -52,7 +52,7 @@ class Contender:
             a program that does not show its results.
         tolerance: the largest acceptable distance.
         nbytes: the least memory that a call reads, or reads and writes back.
-        copy_nbytes: the memory of each copy that ``calls`` rotate through; 0 for ``nbytes``: a call reads its copy once.
+        copy_nbytes: the memory of each copy that ``calls`` rotate through; 0 for ``nbytes``: a call reads a copy once.
         peak: the dtype of its products, for their share of the machine's peak; empty where that is not informative.
         own_threads: True if it has its own thread pool, not torch's.
         own_clock: True if a call returns the seconds that count: a program that starts again each time.

@@ -3,6 +3,9 @@
 import csv
 import itertools
 import json
+import math
+import resource
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +14,20 @@ import torch
 from typer.testing import CliRunner
 
 import klfast
-from bench import document, machine, models, results, test_decode, test_families, test_linear, test_sweep
+from bench import (
+    conftest,
+    document,
+    machine,
+    models,
+    results,
+    sweep_cost,
+    test_decode,
+    test_families,
+    test_hymba,
+    test_linear,
+    test_scan,
+    test_sweep,
+)
 from klfast.benchkit import peers, runner
 from klfast.benchkit.runner import Contender, Group, Race, UnavailableError
 from klfast.benchkit.settings import Settings
@@ -76,6 +92,54 @@ def test_page_shows_the_rows_of_a_run(ran):
 
 def test_committed_page_matches_the_committed_results():
     assert document.DOCUMENT.read_text() == document.render(document.RESULTS), "run python -m bench.document"
+
+
+def test_no_table_shows_negative_seconds_or_weights_that_do_not_rotate():
+    facts = {"machine": "a CPU", "device": "cpu", "tier": "avx2", "threads": 2, "time": "now", "working_set_mb": 1000}
+    row = {"suite": "decode", "group": "g", "contender": "klfast", "median_s": 1.0, "rest_s": -0.1231, **facts}
+    rows = [row | {"read_mb": 8209.2, "rotated_mb": 257}, row | {"rest_s": 0.5, "read_mb": 0.6, "rotated_mb": 1}]
+    table = results.markdown("decode", rows)
+    assert "-0.1" not in table and "| 0.5 |" in table and "rotate" not in table
+    turning = row | {"suite": "linear", "read_mb": 8.4, "rotated_mb": 1000}
+    assert "now. Weights rotate through up to 1000 MB. Fastest" in results.conditions([row, turning])
+    assert "States rotate" in results.conditions([turning | {"suite": "scan"}])
+    assert document.DOCUMENT.read_text().count("Weights rotate") == 1, "only linear's"
+
+
+@torch.no_grad()
+def test_copies_of_a_whole_model_count_once():
+    """Of 4 tokens, each call reads all of the weights 4 times."""
+    for group in test_decode.groups(Settings(quick=True, models=("mamba-tiny",))):
+        if group.facts["stage"] == "decode":
+            made = [build() for name, build in group.contenders.items() if "llama" not in name]
+            assert [one.nbytes for one in made] == [4 * one.rotated_nbytes for one in made] and made[0].nbytes
+    run = SimpleNamespace(_read_gbps=10.0, facts={})
+    columns = conftest.Run._columns(run, group, made[0], runner.Times([1.0]))
+    assert columns["rotated_mb"] == round(made[0].nbytes / 4e6)
+    [step] = [one for one in test_scan.groups(Settings(quick=True, working_set=9_000_000)) if "L=1 fp32" in one.name]
+    assert step.contenders["klfast"]().rotated_nbytes == 3 * 32 * 128 * 128 * 4
+
+
+@torch.no_grad()
+def test_a_profile_slower_than_the_run_leaves_no_rest():
+    model, prompt = models.ours("mamba-tiny", (), "exact"), torch.randint(0, 512, (1, 16))
+    assert models.shares(model, prompt, 0.0).keys() == {"gemm_s", "scan_s"}
+    found = models.shares(model, prompt, 100.0)
+    assert sum(found.values()) == pytest.approx(100, abs=1e-4) and found["rest_s"] > 90
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_megabytes_are_a_million_bytes():
+    peak = machine.memory_peak(lambda: torch.ones(100_000_000), "cpu")
+    assert math.isnan(peak) or peak == pytest.approx(400, rel=0.01)
+    known = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert sweep_cost._mb("VmPeak") > sweep_cost._mb("VmRSS")
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    assert sweep_cost._mb("VmRSS") == pytest.approx(pages * resource.getpagesize() / 1e6, rel=0.01)
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    facts = test_hymba._contender(layer, lambda: None, None, 0.0, 1).facts(1.0)
+    assert facts["memory_gb"] == pytest.approx(known / 1e9, abs=0.011)
 
 
 @pytest.mark.parametrize(
