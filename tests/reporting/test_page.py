@@ -289,6 +289,27 @@ def test_axes():
     assert Axis.spanning([2.0, 2.0]).share(2.0) == 1 and not Axis.spanning([-3.0, 3.0]).is_logarithmic
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        (5e-324, 1e-300),
+        (1e-322, 1e-200),
+        (5e-324, 1.7e308),
+        (1e308, -1e308),
+        (1.7e308,),
+        (-1.7e308, 0.0),
+        (5e-324,),
+        (0.0,),
+    ],
+)
+@pytest.mark.parametrize("linear", [False, True])
+def test_axes_of_extreme_values(values, linear):
+    for axis in (Axis.of(values, linear=linear), Axis.spanning(values)):
+        assert all(0 <= axis.share(value) <= 1 for value in values)
+        assert axis.share(max(values)) >= axis.share(min(values))
+    assert 1 <= len(Axis.of(values, linear=linear).ticks()) <= 12 and all(map(number, Axis.of(values).ticks()))
+
+
 def test_markup_is_escaped():
     assert (
         tag("p", "a < b & c", Markup("<b>d</b>"), None, title='"') == '<p title="&quot;">a &lt; b &amp; c<b>d</b></p>'

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _LOGARITHMIC_FROM = 20.0  # largest over smallest value
+_FIRST, _LAST = -307, 308  # powers of ten that float64 has with all digits
+_MOST = 1e300  # magnitude of a linear axis' ends, so that it has a finite length
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Axis:
         held = [value for value in values if value is not None and math.isfinite(value)]
         positive = [value for value in held if value > 0]
         if not linear and positive and min(held) >= 0 and max(positive) > _LOGARITHMIC_FROM * min(positive):
-            return cls(10 ** math.floor(math.log10(min(positive))), 10 ** math.ceil(math.log10(max(positive))), True)
-        low, high = (min(held), max(held)) if held else (0.0, 1.0)
+            first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+            return cls(10.0 ** max(first, _FIRST), 10.0 ** min(max(last, _FIRST + 1), _LAST), True)
+        low, high = (_held(min(held)), _held(max(held))) if held else (0.0, 1.0)
         room = (high - low) / 20 or abs(high) / 20 or 1.0
         return cls(max(low - room, 0.0) if low >= 0 else low - room, high + room)
 
@@ -35,8 +38,8 @@ class Axis:
     def spanning(cls, values: Iterable[float]) -> Axis:
         """Return an axis from the smallest value to the largest one, logarithmic if all are positive."""
         held = [value for value in values if math.isfinite(value)] or [0.0]
-        low, high = min(held), max(held)
-        return cls(low, high, low > 0) if low < high else cls(low - 1, high)
+        low, high = _held(min(held)), _held(max(held))
+        return cls(low, high, low > 0) if low < high else cls(low - max(abs(low), 1.0), high)
 
     def share(self, value: float) -> float:
         """Return where a value lies, 0 at the lower and 1 at the upper end."""
@@ -45,7 +48,8 @@ class Axis:
         elif value <= 0:
             place = 0.0
         else:
-            place = math.log10(value / self.low) / math.log10(self.high / self.low)
+            low, high = math.log10(self.low), math.log10(self.high)
+            place = (math.log10(value) - low) / (high - low)
         return min(max(place, 0.0), 1.0)
 
     def ticks(self, most: int = 5) -> list[float]:
@@ -58,6 +62,10 @@ class Axis:
         unit = 10 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
         return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def _held(value: float) -> float:
+    return min(max(value, -_MOST), _MOST)
 
 
 def number(value: float) -> str:
