@@ -27,6 +27,7 @@ from klfast.models.families import mixer_of, norm_of
 from klfast.models.families.base import Mixer
 from klfast.nn import direct_call, mamba_step
 from klfast.nn.dense_product import dense_product
+from klfast.nn.untouched import has_its_own_forward
 
 _Native = Callable[..., Any]
 _Maker = Callable[[type[nn.Module], _Native], _Native]
@@ -133,12 +134,6 @@ def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argumen
         return made
 
     return decorate
-
-
-def has_its_own_forward(module_class: type[nn.Module]) -> bool:
-    """Return True if the class has its author's forward, False if another library has replaced it."""
-    own: bool = inspect.unwrap(module_class.forward).__module__ == module_class.__module__
-    return own
 
 
 # The mixers -------------------------------------------------------------------------------------------------------

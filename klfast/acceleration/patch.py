@@ -19,6 +19,7 @@ from klfast.dispatch import pins, registry
 from klfast.models.families import family_of, mixer_of, norm_of
 from klfast.models.recurrent import recurrent_classes
 from klfast.nn import direct_call
+from klfast.nn.untouched import has_its_own_forward
 
 _lock = threading.Lock()
 
@@ -200,7 +201,7 @@ def _warn_about_slow_parts(model: nn.Module, wanted: dict[nn.Module, forwards.Fo
             _OWN,
         )
     classes = {type(module) for module, forward in wanted.items() if forward is not forwards.mixer_forward}
-    if patched := sorted(c.__name__ for c in classes if not forwards.has_its_own_forward(c)):
+    if patched := sorted(c.__name__ for c in classes if not has_its_own_forward(c)):
         pins.slow_path(
             "accelerate", kind, f"another library has replaced the forward of the classes {', '.join(patched)}.", _OWN
         )

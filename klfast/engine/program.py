@@ -13,11 +13,12 @@ from torch import nn
 from klfast.backends.cpu.extension import DTYPE_CODES
 from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
+from klfast.engine.settings import hold, module_settings, plain_settings
 from klfast.engine.stamps import stamp
 from klfast.engine.state import StateSpec
 from klfast.nn.direct_call import Place, Watch, has, plain
 from klfast.nn.norm import Norm
-from klfast.nn.untouched import why_touched
+from klfast.nn.untouched import why_foreign, why_touched
 
 NormReader = Callable[[Any], Norm]  # from a module
 
@@ -90,6 +91,7 @@ class ProgramBase:
         children = [(module._modules, tuple(module._modules.values())) for module in self._names]
         self.checks.append(lambda: all(_are(places.values(), found) for places, found in children))
         self._require_untouched(model)
+        self._watch_settings(model)
 
     # Memory -------------------------------------------------------------------------------------------------------
 
@@ -123,13 +125,32 @@ class ProgramBase:
             raise CannotLowerError(f"{self.name(module)} is a {type(module).__name__}")
 
     def _require_untouched(self, model: nn.Module) -> None:
-        """Require that each module does what its class does, from now on: also those that no instruction names."""
+        """Require that each module does what its class's author wrote, from now on: also those that nothing names."""
+        kinds = {type(module) for module in self._names}
+        foreign = {kind: why_foreign(kind) for kind in kinds}
         for module, name in self._names.items():
-            if reason := why_touched(module):
+            if reason := why_touched(module) or foreign[type(module)]:
                 raise CannotLowerError(f"{name} {reason}")
         whole, parts = weakref.ref(model), [module for module in self._names if module is not model]
-        self.checks.append(lambda: not any(map(why_touched, parts)))
-        self.checks.append(lambda: (found := whole()) is None or not why_touched(found))
+        whole_kind, part_kinds = type(model), list(map(type, parts))
+        forwards = [(kind, kind.forward) for kind in kinds]
+        self.checks += (
+            lambda: not any(map(why_touched, parts)) and _are(list(map(type, parts)), part_kinds),
+            lambda: (found := whole()) is None or (not why_touched(found) and type(found) is whole_kind),
+            lambda: all(kind.forward is forward for kind, forward in forwards),
+        )
+
+    def _watch_settings(self, model: nn.Module) -> None:
+        """Watch the settings of all modules and configurations, which lowerings read, from now on."""
+        whole, settings = weakref.ref(model), module_settings(vars(model))
+        parts = [(module_settings(vars(module)), vars(module)) for module in self._names if module is not model]
+        configs = {id(config): config for found, _ in ((settings, None), *parts) if (config := found.get("config"))}
+        written = [(config, plain_settings(vars(config))) for config in configs.values()]
+        self.checks += (
+            lambda: all(hold(found, attributes) for found, attributes in parts),
+            lambda: (found := whole()) is None or hold(settings, vars(found)),
+            lambda: all(plain_settings(vars(config)) == found for config, found in written),
+        )
 
     def tensors(self, *places: Place) -> list[Any]:
         """Return tensors, or None, by their places in modules' parameters or buffers, watched from now on."""

@@ -99,7 +99,8 @@ class MatrixInstructions(ProgramBase):
 
     def _projection(self, layer: nn.Module) -> Any:
         if layer not in self._projections:  # several blocks may share it
-            self.expect(layer, "Linear", "QuantLinear")
+            if type(layer) not in (nn.Linear, QuantLinear):
+                raise CannotLowerError(f"{self.name(layer)} is a {type(layer).__name__} of {type(layer).__module__}")
             prepared = PreparedLinear(layer)
             if prepared.projection is None or prepared.hold(layer) is None or not prepared.takes(self.dtype):
                 raise CannotLowerError(f"{self.name(layer)} has a weight that no kernel takes")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Protocol
 
+from klfast.core.errors import CannotLowerError
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families import common, lowering
@@ -38,6 +39,8 @@ def _logits(config: _Config) -> LogitRule:
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "FalconH1ForCausalLM")
     base = model.model
+    if base.lm_head_multiplier != model.config.lm_head_multiplier:
+        raise CannotLowerError("lm_head_multiplier is not its configuration's")
     mixers = functools.partial(_mixers, lowering.rotary(build, base.rotary_emb))
     blocks = {"FalconH1DecoderLayer": [Sublayer(mixers, "input_layernorm"), Sublayer(_mlp, "pre_ff_layernorm")]}
     scale = base.embedding_multiplier

@@ -35,15 +35,15 @@ def _mlp_rows(mlp: _MLP) -> Mapping[str, Rows]:
 
 def _lower(build: Builder, model: Any) -> Columns:
     build.expect(model, "GraniteMoeHybridForCausalLM")
-    config, positions = model.config, model.model.rotary_emb
+    positions = model.model.rotary_emb
     mixer = functools.partial(_mixer, None if positions is None else lowering.rotary(build, positions))
     sublayers = [Sublayer(mixer, "input_layernorm"), Sublayer(_mlp, "post_attention_layernorm")]
     return lowering.decoder(
         build,
         model,
         {"GraniteMoeHybridDecoderLayer": sublayers},
-        embedding_scale=config.embedding_multiplier,
-        residual_scale=config.residual_multiplier,
+        embedding_scale=model.model.embedding_multiplier,
+        residual_scale="residual_multiplier",
     )
 
 

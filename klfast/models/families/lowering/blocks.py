@@ -37,7 +37,7 @@ def decoder(
     embedding: str = "embed_tokens",
     last_norm: str = "norm",
     embedding_scale: float = 1.0,
-    residual_scale: float = 1.0,
+    residual_scale: str | None = None,
     residual: torch.dtype | None = None,
 ) -> Columns:
     """Lower a model of blocks that add to a residual stream; returns the columns of its logits.
@@ -48,7 +48,7 @@ def decoder(
         blocks: what a block of each class adds, one after another.
         embedding, last_norm: names in the base model.
         embedding_scale: multiplies embeddings.
-        residual_scale: multiplies what is added.
+        residual_scale: name of a block's number that multiplies what it adds; None for 1.
         residual: dtype of the stream; None for that of activations.
     """
     base, hidden = base_of(build, model), model.config.hidden_size
@@ -60,6 +60,7 @@ def decoder(
     source = stream  # as good as its copy, which is not there yet
     for block in base.layers:
         build.expect(block, *blocks)
+        scale = 1.0 if residual_scale is None else float(getattr(block, residual_scale))
         for lower, before, after in blocks[type(block).__name__]:
             if before is not None:
                 build.normalise(getattr(block, before), source, normed)
@@ -67,7 +68,7 @@ def decoder(
             if after is not None:
                 build.normalise(getattr(block, after), update, update)
             narrow = None if x is stream else x
-            build.combine("add", stream, update, stream, factor=residual_scale, narrow=narrow)
+            build.combine("add", stream, update, stream, factor=scale, narrow=narrow)
             source = x
     build.normalise(getattr(base, last_norm), x, normed)
     return head(build, model.lm_head, normed)
