@@ -21,6 +21,7 @@ from torch import nn
 from klfast import ops
 from klfast.acceleration.left_weight import StandIn
 from klfast.acceleration.transformers_functions import REPLACEMENTS, SILU
+from klfast.core.dtypes import FLOAT_DTYPES, FLOAT_NAMES, dtype_name
 from klfast.core.errors import KernelUnavailableError
 from klfast.dispatch import pins, registry
 from klfast.models.families import mixer_of, norm_of
@@ -119,6 +120,8 @@ def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argumen
                     return original(self, x, *args, **kwargs)
                 if not all(registry.has_kernel(op, device.upper()) for op in ops_needed):
                     reason = registry.why_no_kernel(device)
+            if x.dtype not in FLOAT_DTYPES:
+                reason = f"klfast's kernels take {FLOAT_NAMES}, not {dtype_name(x.dtype)}."
             if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
                 reason = pins.NO_GRADIENTS
             if reason:

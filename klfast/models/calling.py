@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from klfast.core.errors import InvalidInputError
-from klfast.models.families import family_of
+from klfast.models.families import family_of, mixer_of
 
 # What the cache is called in forwards and their outputs: in transformers since 5.24; before, and before in families
 # without attention; in RWKV.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+_BEFORE_CONVOLUTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")  # names of projections begin so
 
 
 @contextmanager
@@ -87,7 +88,19 @@ def returned_cache(output: object) -> object | None:
 
 def reads_padding(model: nn.Module) -> bool:
     """Return True if padding changes the model's results, whatever the mask."""
-    return family_of(model).reads_padding or "attention_mask" not in inspect.signature(model.forward).parameters
+    return (
+        family_of(model).reads_padding
+        or "attention_mask" not in inspect.signature(model.forward).parameters
+        or any(map(_fills_padding, model.modules()))
+    )
+
+
+def _fills_padding(module: nn.Module) -> bool:
+    """Return True for a recurrent layer with biases before its convolution: it masks what these fill again."""
+    if mixer_of(type(module)) is None:
+        return False
+    before = [layer for name, layer in module.named_children() if name.startswith(_BEFORE_CONVOLUTIONS)]
+    return any(getattr(layer, "bias", None) is not None for layer in before)
 
 
 def mixes_rows(model: nn.Module) -> bool:

@@ -41,6 +41,11 @@ def has_its_own_forward(module_class: type[nn.Module]) -> bool:
     return _module_of(forward) == home.__module__
 
 
+def is_known(function: object) -> bool:
+    """Return True for a function of torch, transformers or klfast."""
+    return _is_authors(_module_of(function))
+
+
 def _module_of(function: Any) -> str:
     """Return the name of the module with a function's code, whatever its ``__module__`` says; empty if it has none."""
     name: str = getattr(function, "__globals__", {}).get("__name__", "")

@@ -60,6 +60,24 @@ def test_logits_in_float32(model_and_pins):
                 assert_no_further(logits(model, x), expected, truth)
 
 
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "zamba", "granite_hybrid", "qwen3_5", "lfm2"])
+@pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
+@torch.inference_mode()
+def test_float64_runs_the_models_own_forward(family):
+    model, x = tiny(family, dtype=torch.float64), ids(2, 9)
+    expected, text = model(x, use_cache=False).logits, klfast.generate(model, x, 4)
+    klfast.accelerate(model)
+    assert torch.equal(model(x, use_cache=False).logits, expected)
+    assert torch.equal(klfast.generate(model, x, 4), text)
+
+
+def test_float64_warns():
+    model = klfast.accelerate(tiny("mamba", dtype=torch.float64))
+    message = "own forward: klfast's kernels take float32, bfloat16 or float16, not float64"
+    with pytest.warns(klfast.SlowPathWarning, match=message), torch.inference_mode():
+        model(ids(1, 3))
+
+
 def typical(errors, model):
     """Return the root mean square; of a mixture the median, since rounding may let a token meet other experts."""
     has_experts = any(map(stack_names, model.modules()))

@@ -193,6 +193,42 @@ def test_optional_parts_of_lfm3(parts):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("smollm3", dict(use_sliding_window=False, layer_types=["sliding_attention", "full_attention"] * 2)),
+        ("smollm3", dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"] * 2)),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 2)),
+        ("hymba", dict(sliding_window=0)),
+        ("hymba", dict(sliding_window=None)),
+    ],
+    ids=str,
+)
+def test_windows(family, changes):
+    config = CONFIGS[family]().to_dict() | changes
+    config["num_hidden_layers"] = len(config.get("layer_types") or []) or config["num_hidden_layers"]
+    config.pop("no_rope_layers", None)
+    model, ids = made(type(CONFIGS[family]())(**config), family), batch(2, 14)
+    engine = lower(model)
+    assert relative(engine(ids, engine.state(2)), logits_of_each(model, ids)[:, -1]) < 1e-4
+
+
+@torch.inference_mode()
+def test_what_positions_cannot_turn():
+    config = CONFIGS["llama"]()
+    config.head_dim = 1
+    with pytest.raises(CannotLowerError, match=r"^heads of 1 channels are turned by 1 frequencies$"):
+        lower(made(config, "llama"))
+
+
+def test_embeddings_that_are_scaled_as_they_are_read():
+    model = tiny("llama")
+    model.model.embed_tokens.max_norm = 0.5
+    with pytest.raises(CannotLowerError, match=r"^model\.embed_tokens has a max_norm$"):
+        lower(model)
+
+
+@torch.inference_mode()
 @pytest.mark.skipif("lfm3" not in VARIANTS, reason="transformers has it since 5.23")
 def test_positions_of_a_type_of_layers_that_follow_the_text():
     config = CONFIGS["lfm3"]()

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from tiny_models import FAMILIES, VARIANTS, batch, tiny
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import klfast
 from klfast.core.errors import CannotLowerError
@@ -87,3 +88,43 @@ def test_the_forwards_of_authors_are_their_own():
     for family in (*FAMILIES, *VARIANTS):
         for kind in {type(module) for module in tiny(family).modules()}:
             assert has_its_own_forward(kind), kind
+
+
+def squared(module, query, key, value, attention_mask, scaling, **_):
+    """Attend with squared scores, causally, for prompts alone."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2) * scaling).square()
+    return (scores.tril() @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_attention_functions_of_others(family, monkeypatch):
+    model, ids = tiny(family), batch(1, 8)
+    engine, usual = engine_of(model), model.config._attn_implementation
+    for how in (usual, "squared"):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, how, squared)
+        model.set_attn_implementation(how)
+        assert not engine.is_current()
+        with pytest.raises(CannotLowerError, match=rf"self_attn calls the attention function '{how}', which is not"):
+            engine_of(model)
+        found, expected = klfast.generate(model, ids, 1), greedy(model, ids, 1)
+        assert torch.equal(found, expected)
+        monkeypatch.undo()
+    for how in ("eager", usual):
+        model.set_attn_implementation(how)
+        assert engine_of(model).is_current()
+    assert engine.is_current()
+
+
+@pytest.mark.parametrize("family", ["llama", "bamba", "kimi_linear"])
+def test_attention_that_is_not_causal(family):
+    model, ids = tiny(family), batch(1, 8)
+    engine, before = engine_of(model), greedy(model, ids, 1)
+    model.config.is_causal = False
+    assert not engine.is_current()
+    with pytest.raises(CannotLowerError, match=r"^model\.layers\.\d\.self_attn is not causal$"):
+        engine_of(model)
+    assert torch.equal(klfast.generate(model, ids, 1), greedy(model, ids, 1))
+    del model.config.is_causal
+    assert engine.is_current() and torch.equal(klfast.generate(model, ids, 1), before)

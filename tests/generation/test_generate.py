@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import FAMILIES, OTHERS, VARIANTS, VOCABULARY, batch, left_padded, tiny
+from tiny_models import CONFIGS, FAMILIES, OTHERS, VARIANTS, VOCABULARY, batch, left_padded, made, tiny
 
 import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
+from klfast.generation import stepper
 from klfast.models.linears import linears
 
 BY_ROW = {"rwkv": "RwkvForCausalLM mixes rows", "minimax": "padding changes what", "xlstm": "padding changes what"}
@@ -42,6 +43,35 @@ def test_greedy_equals_transformers_in_other_families(family, one_thread):
         assert torch.equal(klfast.generate(model, ids, 7, attention_mask=mask), unpadded)
     assert torch.equal(klfast.generate(model, ids, 7, attention_mask=padded), expected(ids, padded))
     assert torch.equal(klfast.generate(model, ids[:, :1], 7), expected(ids[:, :1], full[:, :1]))
+
+
+BIASED = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "nemotron_h"), "use_bias"),
+    **dict.fromkeys(("granite_hybrid", "falcon_h1", "bamba", "jamba", "zamba", "hymba"), "mamba_proj_bias"),
+    **dict.fromkeys(("lfm2", *(name for name in VARIANTS if name == "lfm3")), "conv_bias"),
+    "zamba2": "add_bias_linear",
+}
+
+
+@pytest.mark.parametrize("family", BIASED)
+@pytest.mark.filterwarnings("ignore::klfast.SlowPathWarning")
+@torch.no_grad()
+def test_padding_where_projections_have_biases(family, monkeypatch, one_thread):
+    """The biases would fill what the mask has emptied; without the engine, as with more rows than it takes."""
+    config = CONFIGS[family]()
+    model = made(type(config)(**config.to_dict() | {BIASED[family]: True}), family)
+    for name, parameter in model.named_parameters():
+        if name.endswith("in_proj.bias"):
+            parameter.copy_(torch.linspace(-2, 2, len(parameter)))
+    ids = batch(3, 9)
+    mask = torch.tensor([[0] * pads + [1] * (9 - pads) for pads in (0, 5, 7)])
+    monkeypatch.setattr(stepper, "MOST_SEQUENCES", 2)
+    found = klfast.generate(model, ids, 6, attention_mask=mask)
+    for row, prompt, real in zip(found, ids, mask, strict=True):
+        text = prompt[real != 0].unsqueeze(0)
+        for _ in range(6):
+            text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert row[9:].tolist() == text[0, -6:].tolist()
 
 
 @pytest.mark.parametrize("length", [1, 9, 20])

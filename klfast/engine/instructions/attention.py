@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from klfast.backends.cpu.extension import DTYPE_CODES, view
+from klfast.core.errors import CannotLowerError
 from klfast.engine.columns import Columns
 from klfast.engine.program import ProgramBase
 
@@ -24,6 +25,8 @@ class AttentionInstructions(ProgramBase):
 
     def rotate(self, heads: int, angles: Columns, x: Columns) -> None:
         """Apply rotary angles to the first channels of each head of x, in place."""
+        if angles.width > (dim := x.width // heads):
+            raise CannotLowerError(f"heads of {dim} channels are turned by {angles.width // 2} frequencies")
         self.program.rotate("rotate", heads, angles, x)
 
     def remember(self, name: str, groups: int, k: Columns, v: Columns) -> tuple[int, int]:

@@ -26,6 +26,8 @@ class MatrixInstructions(ProgramBase):
         """
         self.expect(embedding, "Embedding", "QuantEmbedding")
         name, code = self.name(embedding), DTYPE_CODES[self.dtype]
+        if getattr(embedding, "max_norm", None) is not None:
+            raise CannotLowerError(f"{name} has a max_norm")
         self.prefix = 0 if prefix is None else len(prefix)
         if isinstance(embedding, QuantEmbedding):
             if embedding.scale is not None:

@@ -84,9 +84,8 @@ def _mixer(
     if angles is not None:
         build.rotate(mixer.heads, angles, parts["q"])
     attended, scanned = build.buffer("hymba.attended", inner), build.buffer("hymba.scanned", inner)
-    build.attend(
-        name, mixer.heads, mixer.key_dim**-0.5, parts["q"], cache, attended, window=window, sinks=sinks if window else 0
-    )
+    sinks = 0 if window is None else sinks
+    build.attend(name, mixer.heads, mixer.key_dim**-0.5, parts["q"], cache, attended, window=window, sinks=sinks)
     _state_space(build, mixer, parts["x"], parts["z"], scanned)
     _norm(build, mixer.pre_avg_layernorm1, attended, attended)
     _norm(build, mixer.pre_avg_layernorm2, scanned, scanned)

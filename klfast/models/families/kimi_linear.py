@@ -55,6 +55,7 @@ def _latent_attention(build: Builder, module: Any, x: Columns, out: Columns) -> 
     Of a key, a part is common to all heads. The cache has keys and values whole: they are made once, where transformers
     makes them from the cached latents again for each token.
     """
+    lowering.require_usual_attention(build, module)
     heads, rank, value = module.num_heads, module.kv_lora_rank, module.v_head_dim
     own, common_part = module.qk_nope_head_dim, module.qk_rope_head_dim
     q, k = (build.buffer(f"latent.{name}", heads * (own + common_part)) for name in "qk")

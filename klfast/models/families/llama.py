@@ -29,7 +29,10 @@ def _lower(name: str, build: Builder, model: Any) -> Columns:
 def _attention(name: str, angles: Columns, build: Builder, block: Any, x: Columns, out: Columns) -> None:
     module = block.self_attn
     build.expect(module, f"{name}Attention")
-    window = module.config.sliding_window if name == "Mistral" else getattr(module, "sliding_window", None)
+    window = None
+    # As the masks have it, whatever else the attention says (create_sliding_window_causal_mask, 5.24.0).
+    if name == "Mistral" or (name != "Llama" and module.config.layer_types[module.layer_idx] == "sliding_attention"):
+        window = module.config.sliding_window
     names = AttentionNames(q_norm="q_norm", k_norm="k_norm") if name == "Qwen3" else AttentionNames()
     turned = angles if getattr(module, "use_rope", True) else None
     lowering.attention(build, module, x, out, turned, names=names, window=window)

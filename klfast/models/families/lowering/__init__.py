@@ -5,7 +5,7 @@ from klfast.models.families.lowering.blocks import Lower, Sublayer, base_of, dec
 from klfast.models.families.lowering.delta_nets import DeltaNames, delta_heads, delta_net, delta_qkv
 from klfast.models.families.lowering.feed_forward import fused_mlp, gated_mlp, mlp
 from klfast.models.families.lowering.projections import project_adapted, project_twice
-from klfast.models.families.lowering.self_attention import AttentionNames, attention, rotary
+from klfast.models.families.lowering.self_attention import AttentionNames, attention, require_usual_attention, rotary
 from klfast.models.families.lowering.short_convolution import short_convolution
 from klfast.models.families.lowering.state_space import mamba1, mamba2, rate
 
@@ -33,6 +33,7 @@ __all__ = [
     "recurrent",
     "require_silu",
     "require_squared_relu",
+    "require_usual_attention",
     "rotary",
     "short_convolution",
 ]

@@ -12,6 +12,7 @@ from klfast.core.errors import CannotLowerError
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.models.families.lowering.projections import project_adapted
+from klfast.nn.untouched import is_known
 
 
 def rotary(
@@ -33,6 +34,19 @@ def rotary(
     factor = float(getattr(module, f"{prefix}attention_scaling"))
     build.angles(build.name(module), build.copied(frequencies).float(), factor, angles, rounded_to)
     return angles
+
+
+def require_usual_attention(build: Builder, module: Any) -> None:
+    """Require of an attention of transformers that it is causal, and computed by a function of transformers."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name, how = build.name(module), module.config._attn_implementation
+    if not getattr(module.config, "is_causal", True) or not getattr(module, "is_causal", True):
+        raise CannotLowerError(f"{name} is not causal")
+    function = ALL_ATTENTION_FUNCTIONS.get(how)  # None: the eager one of the model's own file
+    if function is not None and not is_known(function):
+        raise CannotLowerError(f"{name} calls the attention function {how!r}, which is not transformers' own")
+    build.checks.append(lambda: ALL_ATTENTION_FUNCTIONS.get(how) is function)
 
 
 class AttentionNames(NamedTuple):
@@ -74,6 +88,7 @@ def attention(
         window: number of tokens that a token sees, itself included; None for all before it.
         adapters: of q_proj, k_proj and v_proj, as ``project_adapted`` takes them.
     """
+    require_usual_attention(build, module)
     layer_q, layer_k, layer_v, layer_out = (getattr(module, name) for name in names[:4])
     adapter_q, adapter_k, adapter_v = adapters
     dim = module.head_dim
