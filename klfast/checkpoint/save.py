@@ -27,6 +27,7 @@ from klfast.checkpoint.transformers_view import describes_transformers, not_tran
 from klfast.core.dtypes import dtype_name
 from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.core.io import folder_atomic, recover, require_utf8, require_writable, write_atomic
+from klfast.models.families import text_config
 from klfast.models.head import is_head_tied
 from klfast.nn import QuantLinear
 
@@ -177,6 +178,11 @@ def _readable_state(model: nn.Module, layers: Mapping[str, QuantLinear], folder:
         fill(built, Tensors(folder, {name: _shadow(name, tensor) for name, tensor in stored.items()}), specs, dtypes)
         initialise_buffers(built, torch.device("cpu"))
     except CheckpointError as error:
+        if text_config(model) is not model.config:
+            raise InvalidInputError(
+                f"{type(model).__name__} is more than a language model, and folders hold quantized only that; quantize "
+                "and save the one that klfast.load_model reads from the same folder"
+            ) from error
         reason = str(error).removesuffix("; save the model again").replace(str(folder), folder.name.split(".")[1])
         raise InvalidInputError(
             f"the saved model could not be loaded, since its configuration does not describe it ({reason})"

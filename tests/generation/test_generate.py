@@ -12,6 +12,7 @@ import klfast
 from klfast import Plan, QuantSpec
 from klfast.core import errors
 from klfast.generation import stepper
+from klfast.models.calling import reads_padding
 from klfast.models.linears import linears
 
 BY_ROW = {"rwkv": "RwkvForCausalLM mixes rows", "minimax": "padding changes what", "xlstm": "padding changes what"}
@@ -60,6 +61,7 @@ def test_padding_where_projections_have_biases(family, monkeypatch, one_thread):
     """The biases would fill what the mask has emptied; without the engine, as with more rows than it takes."""
     config = CONFIGS[family]()
     model = made(type(config)(**config.to_dict() | {BIASED[family]: True}), family)
+    assert reads_padding(model) == (family != "hymba") and not reads_padding(tiny(family))
     for name, parameter in model.named_parameters():
         if name.endswith("in_proj.bias"):
             parameter.copy_(torch.linspace(-2, 2, len(parameter)))
