@@ -50,12 +50,13 @@ def test_changed_settings_are_followed(family, name, setting, value):
     [
         ("mamba2", f"{LAYER}.mixer", "activation", "gelu", "an activation is gelu"),
         ("falcon_h1", "", "lm_head_multiplier", 3.0, "lm_head_multiplier is not its configuration's"),
+        ("llama", "config", "num_hidden_layers", 1, "its configuration has fewer layers than the model"),
     ],
 )
 def test_changes_to_what_the_engine_does_not_compute(family, name, setting, value, message):
     model = tiny(family)
     engine_of(model)
-    setattr(model.base_model.get_submodule(name), setting, value)
+    setattr(model.config if name == "config" else model.base_model.get_submodule(name), setting, value)
     with pytest.raises(CannotLowerError, match=f"^{message}$"):
         engine_of(model)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from klfast.core.errors import CannotLowerError
 from klfast.engine.builder import Builder
 from klfast.engine.columns import Columns
 from klfast.engine.program import MOST_SEQUENCES
@@ -75,8 +76,10 @@ def decoder(
 
 
 def base_of(build: Builder, model: Any) -> Any:
-    """Return a model's base model, which must be of the class that transformers gives it."""
+    """Return a model's base model, which must be of the class that transformers gives it, and run all its layers."""
     build.expect(model.base_model, f"{build.kind}Model", f"{build.kind}TextModel")
+    if len(model.base_model.layers) > model.config.num_hidden_layers:
+        raise CannotLowerError("its configuration has fewer layers than the model")
     return model.base_model
 
 
