@@ -44,8 +44,8 @@ def lower(model: nn.Module, rows: int = ROWS) -> Engine:
     ``engine(ids, state)`` feeds tokens, int64 [B, T], and returns the logits after the last ones, float32 [B, V];
     ``state = engine.state(B)`` is what it carries, which can be copied (``state.copy()``: a way back) and saved
     (``klfast.save_state``). The engine reads the model's weights where they lie and keeps them alive. It is for the
-    weights as they are now: after a layer was replaced or moved, or a small tensor of which the engine has a copy (such
-    as ``A_log``, or a convolution's weight) was written to, ``engine.is_current()`` is False.
+    weights as they are now: after a layer was replaced or moved, a setting was changed, or a small tensor of which the
+    engine has a copy (such as ``A_log``, or a convolution's weight) was written to, ``engine.is_current()`` is False.
 
     Args:
         model: on the CPU, float32, bfloat16 or float16, with quantized layers or not.
