@@ -30,7 +30,7 @@ class PromptRows(NamedTuple):
         """Return the rows of prompts, int64 [B, T], with a mask of int or bool [B, T].
 
         Raises:
-            InvalidInputError: the mask has another shape, or padding elsewhere than on the left.
+            InvalidInputError: the mask has another shape, padding elsewhere than on the left, or a row without tokens.
         """
         rows = ids.repeat_interleave(copies, 0)
         if mask is None:
@@ -49,6 +49,10 @@ def _checked(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise InvalidInputError(f"attention_mask must have the shape of ids, {list(ids.shape)}, got {found}")
     mask = (mask != 0).long()
+    if empty := (mask.sum(1) == 0).nonzero().flatten().tolist():
+        raise InvalidInputError(
+            f"row {empty[0]} of ids has no tokens: its attention_mask is all zeros; give a begin token, or leave it out"
+        )
     if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
         raise InvalidInputError("padding must be on the left of each row; set the tokenizer's padding_side to left")
     return mask

@@ -20,6 +20,8 @@ from klfast.models.vocabulary import vocabulary_size
 _NOT_FOLLOWED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
     "min_length": (0,),
     "min_new_tokens": (0,),
     "bad_words_ids": (),
@@ -34,6 +36,7 @@ _NOT_FOLLOWED: dict[str, tuple[object, ...]] = {
     "watermarking_config": (),
     "max_time": (),
     "typical_p": (1,),
+    "top_h": (),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
 }
@@ -115,10 +118,8 @@ def _sampling(
     limits = given
     if do_sample or temperature:
         limits = {name: own(value, name) for name, value in given.items()}
-        if limits["top_k"] == 0 and given["top_k"] is None:  # transformers' value for no limit
-            limits["top_k"] = None
     k, p, least = limits["top_k"], limits["top_p"], limits["min_p"]
-    top_k = None if k is None else integer("top_k", k, 1)
+    top_k = None if k is None else integer("top_k", k, 0) or None  # 0 is transformers' value for no limit
     top_p = None if p is None else number("top_p", p, lambda p: 0 < p <= 1, "above 0 and at most 1")
     min_p = None if least is None else number("min_p", least, lambda p: 0 <= p <= 1, "between 0 and 1")
     if do_sample or temperature:

@@ -194,12 +194,14 @@ def test_sampling():
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask must have the shape"),
         ({"attention_mask": 1 - left_padded(batch(2, 12))}, "padding must be on the left"),
         ({"attention_mask": left_padded(batch(2, 12)).flip(1)}, "padding must be on the left"),
+        ({"attention_mask": torch.ones(2, 12).tril(-1)}, "row 0 of ids has no tokens: its attention_mask is all zeros"),
+        ({"attention_mask": torch.ones(2, 12) * torch.tensor([[1], [0]])}, "row 1 of ids has no tokens"),
     ],
 )
 def test_refuses_arguments(changes, match):

@@ -236,9 +236,17 @@ def test_generation_config_applies_to_sampling(model):
     assert not torch.equal(klfast.generate(model, ids, 9), expected)  # sampling must be requested
     model.generation_config = GenerationConfig(top_k=0)
     klfast.generate(model, ids, 2, temperature=1.0)  # transformers' value for no limit
+    model.generation_config = GenerationConfig(top_k=1)
+    greedy = klfast.generate(model, ids, 9)
+    assert torch.equal(klfast.generate(model, ids, 9, temperature=9.0), greedy)
+    assert not torch.equal(klfast.generate(model, ids, 9, temperature=9.0, top_k=0), greedy)
     model.generation_config = GenerationConfig(no_repeat_ngram_size=2, num_beams=3)
     with pytest.warns(UserWarning, match="ignores num_beams, no_repeat_ngram_size"):
         klfast.generate(model, ids, 2)
+    for name, value in (("encoder_repetition_penalty", 1.5), ("encoder_no_repeat_ngram_size", 2), ("top_h", 0.5)):
+        model.generation_config = GenerationConfig(**{name: value})
+        with pytest.warns(UserWarning, match=f"ignores {name} in the generation_config"):
+            klfast.generate(model, ids, 2)
 
 
 def test_warns_about_sampling_limits_without_sampling(model):
@@ -251,7 +259,7 @@ def test_warns_about_sampling_limits_without_sampling(model):
     [
         ("max_new_tokens", [True, -1, 1.5, float("nan"), "3", 10**30]),
         ("temperature", [True, -0.1, float("nan"), float("inf"), "1", 10**400]),
-        ("top_k", [True, 0, -3, 2.0, float("nan"), 10**30]),
+        ("top_k", [True, -1, -3, 2.0, float("nan"), 10**30]),
         ("top_p", [True, 0, -0.5, 1.1, float("nan"), "0.5"]),
         ("min_p", [True, -0.1, 1.1, float("nan")]),
         ("repetition_penalty", [True, 0, -1, float("nan"), float("inf"), 1e-300]),
