@@ -174,10 +174,7 @@ def load_tokenizer(
     """
     tokenizer = find_tokenizer(name_or_path, local_files_only=local_files_only, trust_remote_code=trust_remote_code)
     if tokenizer is None:
-        name = os.fspath(name_or_path)
-        raise CheckpointError(
-            f"{name} has no tokenizer; copy the model's tokenizer files into it or give token ids in a file"
-        )
+        raise CheckpointError(f"{os.fspath(name_or_path)} has no tokenizer; copy the model's tokenizer files into it")
     return tokenizer
 
 

@@ -49,7 +49,10 @@ def one_line_errors(source: str, what: str, quantized_by: str | None = None) -> 
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # tokenizers' Rust code
             raise
-        raise CheckpointError(f"cannot load the {what} of {source}: {_reason(error, source, quantized_by)}") from error
+        reason = _reason(error, source, quantized_by)
+        if not os.path.exists(source):  # perhaps what was meant, though it looks like a hub id
+            reason = f"there is no such file or folder here; as a hub id: {reason}"
+        raise CheckpointError(f"cannot load the {what} of {source}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -17,7 +17,7 @@ from torch import nn
 
 from klfast.checkpoint import by_name
 from klfast.core import lock, machine
-from klfast.core.errors import InvalidInputError
+from klfast.core.errors import CheckpointError, InvalidInputError
 from klfast.models.vocabulary import vocabulary_size
 from klfast.text import token_batches
 
@@ -94,13 +94,15 @@ def open_batches(
     **loading: Unpack[LoadingOptions],
 ) -> list[torch.Tensor]:
     """Return batches of a text or token file; the latter needs no tokenizer."""
+    if is_token_file(source):
+        tokenizer = None
+    elif (tokenizer := by_name.find_tokenizer(model_name, **loading)) is None:
+        raise CheckpointError(
+            f"{model_name} has no tokenizer for {source}; copy the model's tokenizer files into it or give token ids "
+            "in a file"
+        )
     return token_batches(
-        source,
-        None if is_token_file(source) else by_name.load_tokenizer(model_name, **loading),
-        vocab_size=vocabulary_size(model),
-        length=length,
-        windows=windows,
-        batch_size=batch_size,
+        source, tokenizer, vocab_size=vocabulary_size(model), length=length, windows=windows, batch_size=batch_size
     )
 
 

@@ -203,7 +203,7 @@ def test_hub_id_that_is_not_in_the_cache(monkeypatch, tmp_path):
 def test_no_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(KlfastError, match="no tokenizer"):
+    with pytest.raises(KlfastError, match=r"has no tokenizer; copy the model's tokenizer files into it$"):
         load_tokenizer(folder)
 
 

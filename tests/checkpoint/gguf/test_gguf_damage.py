@@ -88,7 +88,7 @@ def test_a_type_that_gguf_cannot_read(tmp_path):
 
 def test_without_a_tokenizer(tmp_path):
     path = changed(tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": None})
-    refused(path, r"m\.gguf has no tokenizer; copy|give token ids", klfast.load_tokenizer)
+    refused(path, r"m\.gguf has no tokenizer; copy", klfast.load_tokenizer)
 
 
 def test_without_the_package(path, monkeypatch):
