@@ -39,6 +39,12 @@ def generate(
         ),
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help="With --chat: variables of the template, such as '{\"enable_thinking\": false}'."
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -64,7 +70,8 @@ def generate(
         ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Sample among this many most likely tokens.", min=1, rich_help_panel=_TOKENS)
+        int | None,
+        typer.Option(help="Sample among this many most likely tokens; 0: all.", min=0, rich_help_panel=_TOKENS),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -168,6 +175,9 @@ def generate(
     options.exactly_one(PROMPT=prompt, prompts=prompts_file)
     if system is not None and not chat:
         raise typer.BadParameter("--system goes with --chat")
+    if chat_template_kwargs is not None and not chat:
+        raise typer.BadParameter("--chat-template-kwargs goes with --chat")
+    of_template = None if chat_template_kwargs is None else prompts.parse_object(chat_template_kwargs)
     import torch
 
     from klfast.checkpoint.by_name import load_model, load_tokenizer
@@ -180,7 +190,10 @@ def generate(
     if prompt is not None:
         given = [prompts.require_unicode(prompt)]
     tokenizer = load_tokenizer(model, **loading)
-    encoded = [prompts.encode(tokenizer, text, model, chat=chat, system=system) for text in given]
+    encoded = [
+        prompts.encode_chat(tokenizer, text, model, system, of_template) if chat else prompts.encode(tokenizer, text)
+        for text in given
+    ]
     if not chat and getattr(tokenizer, "chat_template", None):
         print(
             "klfast: the model has a chat template; with --chat it answers the prompt instead of continuing it",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from klfast.core.errors import InvalidInputError
+from klfast.core.io import parse_json
 from klfast.generation.chat import chat_text
 
 if TYPE_CHECKING:
@@ -35,22 +39,33 @@ def require_unicode(text: str) -> str:
     return text
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, model: str, *, chat: bool = False, system: str | None = None
-) -> list[int]:
-    """Return the token ids of a prompt, or of a chat message in the template of the model named ``model``."""
-    if chat:
-        text = _chat(tokenizer, text, model, system)
-    # A template writes its special tokens itself.
-    found: list[int] = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+def parse_object(text: str) -> dict[str, Any]:
+    """Return the object that a text of JSON holds; anything else is wrong usage."""
+    try:
+        found = parse_json(text.encode())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(
+            f"--chat-template-kwargs takes an object of JSON, such as '{{\"enable_thinking\": false}}', got {text!r}"
+        )
+    return found
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Return the token ids of a prompt, with those that the tokenizer puts around it if ``special``."""
+    found: list[int] = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     if not found:
         raise InvalidInputError("the prompt has no tokens; give some text")
     return found
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, text: str, model: str, system: str | None) -> str:
-    """Return the prompt as the model's chat template writes it."""
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, text: str, model: str, system: str | None, options: Mapping[str, Any] | None
+) -> list[int]:
+    """Return the token ids of a chat message in the template, with its ``options``, of the model named ``model``."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError(f"{model} has no chat template; leave --chat out to continue the prompt as text")
     messages = [] if system is None else [{"role": "system", "content": require_unicode(system)}]
-    return chat_text(tokenizer, [*messages, {"role": "user", "content": text}], model)
+    chat = chat_text(tokenizer, [*messages, {"role": "user", "content": text}], model, options)
+    return encode(tokenizer, chat, special=False)  # a template writes its special tokens itself

@@ -171,7 +171,7 @@ def _speed(transcript: Transcript) -> dict[str, object]:
 
 def _say_speed(transcript: Transcript, *, is_one: bool) -> None:
     """Print the times in one line on standard error, where they do not get into the text."""
-    parts = [f"first token after {transcript.prompt_seconds:.2f} s"] if is_one else []
+    parts = [f"first token after {_duration(transcript.prompt_seconds)}"] if is_one else []
     for count, kind, speed in (
         (transcript.prompt_tokens, "prompt", transcript.prompt_tokens_per_second),
         (transcript.new_tokens, "new", transcript.tokens_per_second),
@@ -180,3 +180,8 @@ def _say_speed(transcript: Transcript, *, is_one: bool) -> None:
     if transcript.draft_tokens:
         parts.append(f"{transcript.accepted_tokens} of {transcript.draft_tokens} draft tokens accepted")
     print(f"klfast: {', '.join(parts)}", file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time with two or three digits, below a second in milliseconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from klfast.core.errors import InvalidInputError, one_line
 
@@ -12,19 +13,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], model: str) -> str:
+_OWN = frozenset({"self", "messages", "conversations"})  # that templates get beside the method's parameters
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    model: str,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     """Return the prompt for the answer to messages ("role", "content"); it holds the special tokens already.
 
     Args:
         tokenizer: one with a chat template.
         messages: the chat so far.
         model: a name for errors.
+        options: variables of the template, such as ``enable_thinking``; it ignores those that it does not know.
 
     Raises:
-        InvalidInputError: the template refuses the messages.
+        InvalidInputError: the template refuses the messages, or an option has the name of what klfast gives itself.
     """
+    options = options or {}
+    if options and (taken := options.keys() & {*_OWN, *inspect.signature(tokenizer.apply_chat_template).parameters}):
+        raise InvalidInputError(f"chat_template_kwargs cannot set {min(taken)}, which klfast sets itself; leave it out")
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
+        assert isinstance(text, str)
+        text.encode()  # halves of surrogate pairs in the options
+        return text
     except Exception as error:  # noqa: BLE001 (a template is code that comes with the model)
         raise InvalidInputError(f"the chat template of {model} refuses these messages: {one_line(error)}") from None
 

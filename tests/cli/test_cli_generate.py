@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from writing_model import writing_model
 
 from klfast.checkpoint import by_name
+from klfast.cli import texts
 
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role == 'system' and m.content == 'bad' %}{{ raise_exception('no such system') }}{% endif %}"
     "<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% if enable_thinking %}<think>{% endif %}"
 )
 
 
@@ -72,11 +74,28 @@ def test_chat_uses_the_template_of_the_model(folders):
     assert shown.stdout == found["text"] + "\n" and silent(shown.stderr)  # only the answer
 
 
+def test_variables_of_the_chat_template(folders):
+    command = (folders / "chat", "Hello", "--chat", "--max-new-tokens", 6)
+    for given, shown in ((False, ""), (True, "<think>")):
+        found = said(*command, "--chat-template-kwargs", json.dumps({"enable_thinking": given, "unknown": 1}))
+        prompt = f"<s>user: Hello\nassistant:{shown}"
+        assert found["token_ids"] == expected(folders / "chat", prompt, 6, special=False)
+
+
 def test_impossible_chats(folders):
     assert "plain has no chat template; leave --chat out" in fails("generate", folders / "plain", "Hello", "--chat")
     assert re.search(
         "chat template of .* refuses these messages: .*no such system",
         fails("generate", folders / "chat", "Hello", "--chat", "--system", "bad"),
+    )
+    assert "--chat-template-kwargs goes with --chat" in fails(
+        "generate", folders / "chat", "Hello", "--chat-template-kwargs", "{}", code=2
+    )
+    for text in ("", "[]", "{", "3", "{'a': 1}", "[" * 10**5):
+        found = fails("generate", folders / "chat", "Hello", "--chat", "--chat-template-kwargs", text, code=2)
+        assert "takes an object of JSON" in found
+    assert "cannot set tokenize, which klfast sets itself" in fails(
+        "generate", folders / "chat", "Hello", "--chat", "--chat-template-kwargs", '{"tokenize": true}'
     )
     assert "--system goes with --chat" in fails("generate", folders / "chat", "Hello", "--system", "x", code=2)
     hint, speed = klf("generate", folders / "chat", "Hello", "--max-new-tokens", 2).stderr.splitlines(keepends=True)
@@ -181,10 +200,29 @@ def test_speed_is_shown_apart_from_the_text(folders):
     shown = klf("generate", *command).stderr
     number = r"\d+\.\d+"
     counts = rf"{tokens} prompt tokens at {number}/s, 5 new tokens at {number}/s"
-    assert re.fullmatch(rf"klfast: first token after {number} s, {counts}\n", shown)
+    assert re.fullmatch(rf"klfast: first token after ({number} s|{number} ms|\d+ ms), {counts}\n", shown)
     speed = said(*command)["speed"]
     assert (speed["prompt_tokens"], speed["new_tokens"]) == (tokens, 5)
     assert speed["prompt_tokens_per_second"] == pytest.approx(tokens / speed["prompt_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.00042, "0.4 ms"), (0.0042, "4.2 ms"), (0.0421, "42 ms"), (0.42, "420 ms"), (4.2, "4.20 s")],
+)
+def test_times_of_first_tokens(seconds, shown):
+    assert texts._duration(seconds) == shown
+
+
+def test_without_tokenizer(tmp_path):
+    folder = tiny_folder.save_model(tmp_path / "m")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    copy = "copy the model's tokenizer files into it"
+    for command in (("generate", folder, "x"), ("serve", folder, "--port", 0)):
+        assert fails(*command).endswith(f"m has no tokenizer; {copy}")
+    found = fails("eval", folder, "--text", "my.txt")
+    assert found.endswith(f"m has no tokenizer for my.txt; {copy} or give token ids in a file")
 
 
 def test_logprobs_beside_the_tokens(folders, tmp_path):
