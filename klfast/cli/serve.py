@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import re
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from klfast.serving.service import Service
 
 _OTHER_FILES = 128  # than connections
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^A-Z/?#@\s]+")  # in small letters, as browsers send it
 
 
 @options.loads_models
@@ -52,6 +55,15 @@ def serve(
             help="Memory for the states of earlier texts, from which longer ones go on; 0 for none.",
         ),
     ] = "1GiB",  # type: ignore[assignment]
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help='Let web pages of this origin ("https://example.org", or "*") ask; repeatable.'
+        ),
+    ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Write a line for each request on standard error, without texts.")
+    ] = False,
     dtype: options.Dtype = "float32",
     gguf: options.Gguf = options.USUAL_GGUF,
     threads: options.Threads = None,
@@ -62,6 +74,7 @@ def serve(
     """Serve a model by OpenAI's HTTP interface until Ctrl-C: /v1/completions, /v1/chat/completions."""
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise typer.BadParameter("an API key has printable ASCII characters, at least one")
+    _check_origins(cors or ())
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -83,16 +96,25 @@ def serve(
     gc.collect()  # a server would keep garbage for long
     runtime.resume_collections()
     try:
-        _run(service, listener, api_key, request_bytes, as_json)
+        _run(
+            service,
+            listener,
+            as_json,
+            key=api_key,
+            most_bytes=request_bytes,
+            origins=cors or (),
+            logs_requests=log_requests,
+        )
     finally:
         service.scheduler.close(finish=False)  # does nothing after an orderly end
 
 
-def _run(service: Service, listener: socket.socket, key: str | None, most_bytes: int, as_json: bool) -> None:
+def _run(service: Service, listener: socket.socket, as_json: bool, **of_app: Any) -> None:
+    """Serve until a signal; ``of_app`` are options of ``make_app``."""
     from klfast.serving.api import make_app
     from klfast.serving.connection import MOST_CONNECTIONS, http_server
 
-    app = make_app(service, key=key, most_bytes=most_bytes)
+    app = make_app(service, **of_app)
     server = http_server(app, most_connections=_allow_connections(MOST_CONNECTIONS))
 
     def stop(*_: object) -> None:
@@ -105,6 +127,15 @@ def _run(service: Service, listener: socket.socket, key: str | None, most_bytes:
     emit({"model": service.name, "url": url}, f"klfast serves {service.name} at {url}", as_json)
     sys.stdout.flush()
     server.run(sockets=[listener])
+
+
+def _check_origins(origins: Iterable[str]) -> None:
+    """Refuse what no browser sends as its page's origin."""
+    for origin in origins:
+        if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+            raise typer.BadParameter(
+                f"--cors takes an origin such as https://example.org:8080, without a path, or *; got {origin!r}"
+            )
 
 
 def _listen(host: str, port: int) -> socket.socket:

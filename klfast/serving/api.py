@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from klfast.core.errors import InvalidInputError, KlfastError
 from klfast.serving.exchange import Exchange
 from klfast.serving.guard import Guard
 from klfast.serving.mailbox import Mailbox
+from klfast.serving.malformed import complaint
 from klfast.serving.replies import Chats, Completions, Json, failure
+from klfast.serving.request_log import RequestLog
 from klfast.serving.requests import ChatRequest, CompletionRequest
 from klfast.serving.scheduler import ClosedError, QueueFullError
 from klfast.serving.service import Service
@@ -29,13 +32,22 @@ class _UnknownModelError(KlfastError):
     """A request for a model that is not here."""
 
 
-def make_app(service: Service, *, key: str | None = None, most_bytes: int = 2**20) -> FastAPI:
+def make_app(
+    service: Service,
+    *,
+    key: str | None = None,
+    most_bytes: int = 2**20,
+    origins: Sequence[str] = (),
+    logs_requests: bool = False,
+) -> FastAPI:
     """Return the application; when it shuts down, what was accepted is finished first.
 
     Args:
         service: answers the requests.
         key: the API key; None lets everybody in.
         most_bytes: of a request's body.
+        origins: of web pages whose scripts may read replies ("https://example.org"); "*" for all.
+        logs_requests: whether to write a line on standard error for each request.
     """
 
     @asynccontextmanager
@@ -45,6 +57,16 @@ def make_app(service: Service, *, key: str | None = None, most_bytes: int = 2**2
 
     app = FastAPI(title="klfast", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key=key, most_bytes=most_bytes, paths=_PATHS, metrics=service.metrics)
+    if origins:  # before the guard: browsers ask without a key whether they may send one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    if logs_requests:
+        app.add_middleware(RequestLog)
     _add_errors(app)
     _add_generation(app, service)
     _add_information(app, service)
@@ -75,7 +97,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         _require_model(service, asked.model)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise InvalidInputError("top_logprobs needs logprobs: true")
-        prompt, shared = await service.encode_chat(asked.chat)
+        prompt, shared = await service.encode_chat(asked.chat, asked.chat_template_kwargs or {})
         form, mailbox = Chats(service.spelling), Mailbox()
         answers = service.start(
             asked,
@@ -97,6 +119,7 @@ def _client(request: Request) -> str:
 
 
 async def _reply(exchange: Exchange, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
+    request.state.usage = exchange.usage
     if asked.stream:
         options = asked.stream_options
         return exchange.stream(with_usage=bool(options and options.include_usage))
@@ -116,6 +139,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return model
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         return Response(status_code=200 if service.scheduler.is_alive else 503)
 
@@ -132,11 +156,8 @@ def _require_model(service: Service, name: str) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return _error(400, f"the body is not JSON: {first['ctx']['error']}")
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return _error(400, f"{place or 'the body'}: {first['msg'].removeprefix('Value error, ')}", param=place or None)
+        message, param = complaint(error.errors()[0])
+        return _error(400, message, param=param)
 
     @app.exception_handler(InvalidInputError)
     async def refused(_: Request, error: InvalidInputError) -> Response:

@@ -36,6 +36,10 @@ class Exchange:
         self._answers, self._prompts, self._mailbox = answers, prompts, mailbox
         self._form, self._envelope, self._with_scores = form, Envelope(model, form), with_scores
 
+    def usage(self) -> Json:
+        """Return the tokens of the prompts and of what is written so far."""
+        return usage(self._answers, self._prompts)
+
     def cancel(self) -> None:
         """Stop writing."""
         for answer in self._answers:
@@ -66,7 +70,7 @@ class Exchange:
             self._form.whole(index, text, scores[index] if self._with_scores else None, finishes[index])
             for index, text in enumerate(texts)
         ]
-        return self._envelope.whole(choices, usage(self._answers, self._prompts))
+        return self._envelope.whole(choices, self.usage())
 
     def stream(self, *, with_usage: bool) -> Response:
         """Return the reply as server-sent events."""
@@ -83,7 +87,7 @@ class Exchange:
             if piece.text or piece.scores or piece.finish:
                 yield _event(self._envelope.part([self._part(index, piece)]))
         if with_usage:
-            yield _event(self._envelope.part([], usage(self._answers, self._prompts)))
+            yield _event(self._envelope.part([], self.usage()))
         yield "data: [DONE]\n\n"
 
     def _part(self, index: int, piece: Piece) -> Json:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -80,20 +80,33 @@ class Service:
             found = await asyncio.to_thread(self._encoder, text, add_special_tokens=special)
         return list(found["input_ids"])
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], int]:
+    async def encode_chat(
+        self, messages: Sequence[dict[str, str]], options: Mapping[str, Any]
+    ) -> tuple[list[int], int]:
         """Return the tokens of a chat up to the answer, and how many of them are those of its system messages.
 
+        Args:
+            messages: the chat so far.
+            options: for the template.
+
         Raises:
-            InvalidInputError: there is no template, or it refuses the messages.
+            InvalidInputError: there is no template, or it refuses the messages or an option.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidInputError(f"{self.name} has no chat template; use /v1/completions")
         async with self._encoding:
-            text = await asyncio.to_thread(chat_text, self._encoder, messages, self.name)
+            text = await asyncio.to_thread(chat_text, self._encoder, messages, self.name, options)
         prompt = await self.encode(text, special=False)  # a template writes its special tokens itself
         system = await self.encode(system_part(text, messages), special=False)
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, system, strict=False))
         return prompt, len(list(alike))  # a token may reach beyond the end
+
+    def _ends_for(self, asked: Asked) -> list[int]:
+        """Return the tokens that end the answers to a request."""
+        more = asked.stop_token_ids or []
+        if more and max(more) >= self._vocabulary:
+            raise InvalidInputError(f"stop_token_ids must lie in 0..{self._vocabulary - 1}, got {max(more)}")
+        return [*([] if asked.ignore_eos else self._ends), *more]
 
     def start(
         self,
@@ -123,6 +136,7 @@ class Service:
             QueueFullError: too many answers are waiting.
         """
         answers: list[Answer] = []
+        ends = self._ends_for(asked)
         for prompt in prompts:
             if not prompt:
                 raise InvalidInputError("the prompt has no tokens; give some text")
@@ -140,13 +154,13 @@ class Service:
                 max_new_tokens=max_tokens or min(default or room, room),
                 do_sample=True if asked.temperature is None else None,
                 temperature=asked.temperature,
-                top_k=None if is_greedy else asked.top_k,
+                top_k=None if is_greedy else asked.most_likely,
                 top_p=None if is_greedy else asked.top_p,
                 min_p=None if is_greedy else asked.min_p,
                 repetition_penalty=asked.repetition_penalty,
                 presence_penalty=asked.presence_penalty,
                 frequency_penalty=asked.frequency_penalty,
-                eos_token_id=self._ends,
+                eos_token_id=ends,
                 stop_strings=asked.stops or None,
                 pad_token_id=None,
             )

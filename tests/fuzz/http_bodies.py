@@ -23,13 +23,15 @@ def write_bodies(folder: Path) -> None:
     penalties = dict(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1)
     sampling = dict(temperature=0.5, top_k=9, top_p=0.9, min_p=0.01, seed=1, n=2)
     common = dict(model="tiny", max_tokens=3, stop=["xyz", "é"], user="u", logit_bias={}) | penalties | sampling
+    common |= dict(stop_token_ids=[3], ignore_eos=True, service_tier="auto")
     events = dict(stream=True, stream_options=dict(include_usage=True))
     said = [dict(role="system", content="s"), dict(role="user", content=[dict(type="text", text="hello")])]
     bodies = {
         "completions": common | dict(prompt="hello", logprobs=2, echo=False, best_of=1),
         "completions_of_many": dict(model="tiny", prompt=[[1, 2], [3]], temperature=0, stop="e") | events,
         "chat": common | dict(messages=said, logprobs=True, top_logprobs=2, max_completion_tokens=2) | events,
-        "chat_at_once": dict(model="tiny", messages=said, max_completion_tokens=2, tools=[], store=False),
+        "chat_at_once": dict(model="tiny", messages=said, max_completion_tokens=2, store=False)
+        | dict(tools=[{"type": "function"}], tool_choice="none", chat_template_kwargs=dict(mood="calm")),
     }
     for name, body in bodies.items():
         (folder / name).write_text(json.dumps(body))

@@ -188,6 +188,8 @@ BAD = [
     (dict(prompt="The sea", max_tokens=0), "max_tokens: "),
     (dict(prompt="The sea", temperature=-1), "temperature: "),
     (dict(prompt="The sea", top_p=0), "top_p: "),
+    (dict(prompt="The sea", extra_body={"top_k": -2}), "top_k: "),
+    (dict(prompt="The sea", extra_body={"stop_token_ids": [10**6]}), "stop_token_ids must lie in 0.*, got 1000000"),
     (dict(prompt="The sea", n=17), "n: "),
     (dict(prompt="The sea", stop=[""]), "stop"),
     (dict(prompt="The sea", echo=True), "echo: is not supported; leave it out"),
@@ -204,12 +206,23 @@ def test_bad_completions(client, options, message):
     assert caught.value.body["type"] == "invalid_request_error" and "\n" not in caught.value.body["message"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
 BAD_CHATS = [
     (dict(messages=[]), "messages: "),
     (dict(messages=[{"role": "user", "content": "bad"}]), "chat template of tiny refuses these messages: .*no such"),
     (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages.0"),
     (dict(messages=CHAT, top_logprobs=2), "top_logprobs needs logprobs"),
-    (dict(messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]), "tools: is not supported"),
+    (dict(messages=CHAT, service_tier="flex"), "service_tier: is not supported"),
+    (dict(messages=CHAT, tools=TOOLS), 'tools: is not supported; leave it out, or send tool_choice "none"'),
+    (dict(messages=CHAT, tools=TOOLS, tool_choice="auto"), "tools: is not supported"),
+    (dict(messages=CHAT, tools=TOOLS, tool_choice="required"), "tool_choice: is not supported"),
+    (dict(messages=[*CHAT, CALL]), r"messages\.2\.tool_calls: is not supported; leave it out"),
+    (dict(messages=[*CHAT, CALL, {"role": "tool", "tool_call_id": "a", "content": "4"}]), r"messages\.2\.tool_calls: "),
     (dict(messages=CHAT, response_format={"type": "json_object"}), "response_format: is not supported"),
 ]
 
@@ -224,6 +237,80 @@ def test_what_says_nothing_is_taken(client):
     client.chat.completions.create(
         messages=CHAT, max_tokens=1, user="me", store=False, presence_penalty=0, logit_bias={}, **GREEDY
     )
+    client.chat.completions.create(messages=CHAT, max_tokens=1, service_tier="auto", tool_choice="none", **GREEDY)
+
+
+def test_tools_that_must_not_be_called(client):
+    ask = dict(messages=CHAT, max_tokens=9, **GREEDY)
+    text = expected(CHAT_TEXT, 9, special=False)[2]
+    assert client.chat.completions.create(tools=TOOLS, tool_choice="none", **ask).choices[0].message.content == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "messages",
+        "conversation",
+        "conversations",
+        "chat_template",
+        "tokenize",
+        "self",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_tensors",
+        "return_dict",
+        "tools",
+        "documents",
+    ],
+)
+def test_what_klfast_gives_the_chat_template_itself(client, name):
+    with pytest.raises(openai.BadRequestError, match=f"chat_template_kwargs cannot set {name}, which klfast sets"):
+        client.chat.completions.create(
+            messages=CHAT, extra_body={"chat_template_kwargs": {"mood": "", name: True}}, **GREEDY
+        )
+
+
+def test_variables_of_the_chat_template(client):
+    """They reach the template, and the prefix cache tells chats with other ones apart."""
+    for mood in ("calm", "angry", "", "angry"):
+        options = dict(extra_body={"chat_template_kwargs": {"mood": mood, "unknown": [1, {}]}})
+        found = client.chat.completions.create(messages=CHAT, max_tokens=9, **options, **GREEDY)
+        prompt, _, text = expected(CHAT_TEXT + mood, 9, special=False)
+        assert (found.choices[0].message.content, found.usage.prompt_tokens) == (text, len(prompt))
+
+
+def test_limits_that_are_off(client):
+    """They are stronger than the model's own."""
+    config = served.model().generation_config
+    config.top_k = 1
+    try:
+        ask = dict(model=NAME, prompt="The sea", max_tokens=12, temperature=1, seed=5)
+        limited = client.completions.create(**ask).choices[0].text
+        free = [client.completions.create(**ask, extra_body={"top_k": k}).choices[0].text for k in (0, -1)]
+    finally:
+        config.top_k = None
+    assert (
+        limited == expected("The sea", 12)[2] != free[0] == free[1] == client.completions.create(**ask).choices[0].text
+    )
+
+
+def test_stop_tokens(client):
+    prompt, made, _ = expected("The sea", 40)
+    end, at = made[20], made.index(made[20])
+    ask = dict(prompt="The sea", max_tokens=40, **GREEDY)
+    found = client.completions.create(extra_body={"stop_token_ids": [end]}, **ask)
+    assert found.choices[0].text == served.text_after(prompt, made[:at]) and found.choices[0].finish_reason == "stop"
+    assert found.usage.completion_tokens == at + 1
+
+
+def test_end_tokens_that_are_ignored(server, client, monkeypatch):
+    prompt, made, text = expected("The sea", 40)
+    at = made.index(made[20])
+    monkeypatch.setattr(server.service, "_ends", [made[20]])
+    ask = dict(prompt="The sea", max_tokens=40, **GREEDY)
+    assert client.completions.create(**ask).choices[0].text == served.text_after(prompt, made[:at])
+    found = client.completions.create(extra_body={"ignore_eos": True}, **ask).choices[0]
+    assert (found.text, found.finish_reason) == (text, "length")
 
 
 def test_unknown_models_and_paths(server, client):
@@ -254,9 +341,18 @@ def test_broken_bodies(server, body, message):
     assert found.status_code == 400 and message in found.json()["error"]["message"]
 
 
+def test_bodies_that_are_not_declared_to_be_json(server):
+    body = json.dumps(dict(prompt="The sea", **GREEDY))
+    for kind in ("application/x-www-form-urlencoded", "text/plain", None):  # the first is what curl -d sends
+        headers = {"Content-Type": kind} if kind else {}
+        found = httpx2.post(f"{server.url}/completions", content=body, headers=headers)
+        assert found.status_code == 400 and "send Content-Type: application/json" in found.json()["error"]["message"]
+
+
 def test_health_and_metrics(server, client):
     client.completions.create(prompt="Count me", max_tokens=5, **GREEDY)
     assert httpx2.get(f"{server.root}/health").status_code == 200
+    assert httpx2.head(f"{server.root}/health").status_code == 200
 
     def metrics():
         lines = httpx2.get(f"{server.root}/metrics").text.splitlines()

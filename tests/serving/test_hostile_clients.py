@@ -231,7 +231,7 @@ def test_too_many_connections(serve):
 @pytest.mark.slow
 def test_a_thousand_connections_and_hundreds_of_megabytes(serve):
     """The memory of the process hardly grows, and one client among them has its answers."""
-    server, process = serve(context=100, most_bytes=2**20), psutil.Process()
+    server, process = serve(context=100), psutil.Process()
     ask = dict(url=f"{server.url}/completions", json=json.loads(ASK), timeout=60)
     chunk, limit, begin = b"a" * 2**20, 64 * 2**20, []
 

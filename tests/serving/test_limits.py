@@ -17,7 +17,7 @@ LONG = 10**5  # tokens, which nobody waits for
 
 
 def test_api_keys(serve):
-    server = serve(key="right")
+    server = serve(of_app={"key": "right"})
     with server.client("right") as client:
         assert client.completions.create(prompt="x", max_tokens=2, **ASK).usage.completion_tokens == 2
     for key in ("wrong", "righ", "right1"):
@@ -30,7 +30,7 @@ def test_api_keys(serve):
 
 
 def test_too_large_requests(serve):
-    server = serve(most_bytes=1000)
+    server = serve(of_app={"most_bytes": 1000})
     body = b'{"model": "tiny", "prompt": "' + b"a" * 2000 + b'"}'
     headers = {"Content-Type": "application/json"}
     for content in (body, iter([body[:900], body[900:]])):  # with a length, and in chunks

@@ -66,7 +66,7 @@ def test_a_signal_before_the_server_runs(monkeypatch, number):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            serve._run(SimpleNamespace(name="mine"), listener, None, 1, True)
+            serve._run(SimpleNamespace(name="mine"), listener, as_json=True)
     finally:
         for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(each, handler)
@@ -150,6 +150,9 @@ def test_what_cannot_be_served(folder, tmp_path):
     assert "cannot listen on no.such.host.invalid" in fails("serve", folder, "--host", "no.such.host.invalid")
     assert "printable ASCII" in fails("serve", folder, "--api-key", "", code=2)
     assert "is not a size" in fails("serve", folder, "--prefix-cache", "much", code=2)
+    for origin in ("https://example.org/", "example.org", "HTTPS://example.org", "://", ""):
+        said = fails("serve", folder, "--cors", "http://localhost:3000", "--cors", origin, code=2)
+        assert "--cors takes an origin such as https://example.org:8080" in said
 
 
 def test_says_which_package_is_missing(folder, monkeypatch):

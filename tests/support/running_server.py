@@ -16,9 +16,9 @@ NAME = "tiny"
 class Running:
     """A server in a thread, on a free port."""
 
-    def __init__(self, key=None, most_bytes=2**20, patience=PATIENCE, most_connections=MOST_CONNECTIONS, **options):
+    def __init__(self, patience=PATIENCE, most_connections=MOST_CONNECTIONS, of_app=None, **options):
         self.service = Service(served.model(), served.words(), NAME, **options)
-        app = make_app(self.service, key=key, most_bytes=most_bytes)
+        app = make_app(self.service, **of_app or {})
         self.server = http_server(app, patience=patience, most_connections=most_connections)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
