@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 import served
-from command_line import fails
+from command_line import fails, klf
 from tiny_models import tiny
 
 from klfast.cli import serve
@@ -136,6 +136,15 @@ def test_a_second_signal_ends_at_once(command, first, second):
     process.send_signal(second)
     process.wait(20)
     reader.join()
+
+
+def test_options_reach_the_application(folder, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(serve, "_run", lambda *_, **options: seen.update(options))
+    klf("serve", folder, "--port", 0, "--cors", "https://example.org:8080", "--cors", "*", "--log-requests")
+    assert seen["origins"] == ["https://example.org:8080", "*"] and seen["logs_requests"]
+    klf("serve", folder, "--port", 0, "--api-key", "secret", "--request-bytes", "1kB")
+    assert seen == {"key": "secret", "most_bytes": 1000, "origins": (), "logs_requests": False}
 
 
 def test_what_cannot_be_served(folder, tmp_path):
