@@ -32,6 +32,7 @@ from klfast.core.torch_internals import (
 )
 from klfast.dispatch import pins
 from klfast.dispatch.registry import handed_over, kernel_formats
+from klfast.nn.lazy_weight import ReadOnlyWeight
 from klfast.quant.layouts import Layout
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def forget(module: nn.Module) -> None:
 
 
 class PreparedLinear(Prepared):
-    """An nn.Linear or a QuantLinear, prepared for the extension.
+    """An nn.Linear or a QuantLinear, prepared for the extension, which takes no other class of layers.
 
     Attributes:
         n, k: features out and in.
@@ -178,6 +179,8 @@ class PreparedLinear(Prepared):
         layer = cast("QuantLinear", layer)  # or an nn.Linear, which has only the features and the bias
         self.n, self.k = layer.out_features, layer.in_features
         self.projection, self.dtype, self._options = None, None, options(layer)
+        if self._options == ():
+            return
         names = ("weight", "bias") if self._options is None else (*_INTEGER_PARTS, "bias")
         homes: list[Mapping[str, torch.Tensor | None]] = [
             layer._buffers if name in layer._buffers else layer._parameters for name in names
@@ -190,7 +193,7 @@ class PreparedLinear(Prepared):
         if plain(bias) and (bias is None or bias.shape == (self.n,)):
             if self._options is None:
                 self._prepare_dense(weight[0], bias)
-            else:
+            elif self._options:
                 spec, activation, layout = self._options
                 self._prepare_quantized(spec, activation, layout, weight, bias)
         self._watch.tensors = ()
@@ -252,9 +255,12 @@ def _formats() -> frozenset[str]:
     return kernel_formats("dequant_matmul", "CPU")
 
 
-def options(layer: Any) -> tuple[QuantSpec, str, Layout] | None:
-    """Return a QuantLinear's settings besides its tensors; None for an nn.Linear."""
-    return None if type(layer) is nn.Linear else (layer.spec, layer.activation, layer.layout)
+def options(layer: Any) -> tuple[QuantSpec, str, Layout] | tuple[()] | None:
+    """Return a QuantLinear's settings besides its tensors; None for an nn.Linear, () for any other class of layers."""
+    if type(layer) is nn.Linear:
+        return None
+    is_own = isinstance(layer, ReadOnlyWeight)
+    return (layer.spec, layer.activation, layer.layout) if is_own else ()
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

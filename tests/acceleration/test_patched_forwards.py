@@ -81,6 +81,21 @@ def test_a_norm_whose_class_was_patched_runs_the_patch(when, monkeypatch):
     assert norm.calls == 1
 
 
+def test_an_accelerated_layer_of_another_class_runs_that_class():
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            return 1.3 * super().forward(x)
+
+    def changed(model):
+        mixers(model)[0].in_proj.__class__ = Linear
+        return model
+
+    expected = logits(changed(tiny("mamba2")), batch())
+    torch.testing.assert_close(
+        logits(changed(klfast.accelerate(tiny("mamba2"))), batch()), expected, rtol=2e-5, atol=2e-5
+    )
+
+
 def test_functions_that_are_patched_later_are_seen(monkeypatch):
     """The copied forward shares the original's globals."""
     model = tiny("mamba2")

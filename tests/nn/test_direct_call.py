@@ -197,6 +197,20 @@ def test_bias_that_is_not_a_parameter_goes_to_the_op(make):
     assert not is_taken(layer, x)
 
 
+def test_layers_of_other_classes_are_left_to_their_own_forward():
+    class Linear(nn.Linear):
+        """A class that klfast does not know, by a name that it does."""
+
+    class Adapted(nn.Module):
+        """As peft's layers: beside nn.Linear, with its features."""
+
+        in_features, out_features = 100, 21
+
+    for layer in (Linear(100, 21), Adapted()):
+        assert not is_taken(layer, torch.randn(1, 100))
+        assert direct_call.PreparedLinear(layer).projection is None
+
+
 def test_damaged_buffers_are_refused():
     layer, x = quantized(), torch.randn(1, 100)
     layer(x)
