@@ -15,7 +15,7 @@ from klfast.checkpoint.transformers_view import description, set_own, ties_left
 from klfast.core.arguments import ACTIVATIONS
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress
-from klfast.models.adapters import refuse_wrapper
+from klfast.models.adapters import refuse_wrapper, uncompiled
 from klfast.models.batches import Batches
 from klfast.models.expert_names import expert_in, expert_name
 from klfast.models.fingerprint import require_match
@@ -94,6 +94,7 @@ def quantize_model(
     activations = plan_activations(plan, activation)
     _check_rounding(rounding, calibration, resume)
     scale = plan_scale(plan, scale)
+    given, model = model, uncompiled(model)
     refuse_wrapper(model)
     refuse_moving_weights(model)
     groups = {names[0]: names for names in sharers(model)}
@@ -125,7 +126,7 @@ def quantize_model(
     if chosen:
         warn_unquantizable(model, "quantize_model")
     _swap(model, modules)
-    return model
+    return given
 
 
 def _check_rounding(rounding: str, calibration: Batches | None, resume: object) -> None:

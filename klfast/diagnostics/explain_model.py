@@ -11,6 +11,7 @@ from klfast.acceleration.forwards import is_own
 from klfast.core.errors import CannotLowerError
 from klfast.generation.engine import lower
 from klfast.generation.graph_stepper import how_steps_ran
+from klfast.models.adapters import unwrapped
 from klfast.models.families import mixer_of, norm_of
 from klfast.models.linears import linears
 from klfast.nn.experts import QuantExperts
@@ -43,6 +44,7 @@ class ModelExplanation:
 
 def explain_model(model: nn.Module) -> ModelExplanation:
     """Return how ``generate`` would run a causal language model now."""
+    model = unwrapped(model)
     try:
         names = lower(model).names
     except CannotLowerError as error:

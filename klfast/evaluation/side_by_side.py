@@ -10,7 +10,7 @@ from torch import nn
 from klfast.core.errors import InvalidInputError
 from klfast.core.interrupts import deferred, interruptible
 from klfast.core.progress import Progress, reporter
-from klfast.models.adapters import refuse_wrapper
+from klfast.models.adapters import unwrapped
 from klfast.models.batches import Batches, is_single, read
 from klfast.models.calling import evaluation_mode, last_hidden
 from klfast.models.head import Head, divergence, find_head, linear_head
@@ -39,9 +39,7 @@ def measure(
     Raises:
         InvalidInputError: as ``klfast.evaluate``.
     """
-    for one in (model, teacher):
-        if one is not None:
-            refuse_wrapper(one)
+    model, teacher = unwrapped(model), None if teacher is None else unwrapped(teacher)
     vocabulary = linear_head(model).out_features
     teacher_vocabulary = vocabulary if teacher is None else linear_head(teacher).out_features
     if teacher_vocabulary != vocabulary:

@@ -13,6 +13,7 @@ from klfast.core.torch_internals import has_global_hooks
 from klfast.dispatch import pins
 from klfast.engine.builder import Builder
 from klfast.engine.engine import Engine
+from klfast.models.adapters import unwrapped
 from klfast.models.families import family_of, norm_of, text_config
 from klfast.models.families.base import plain
 
@@ -30,6 +31,7 @@ def engine_of(model: nn.Module) -> Engine:
     """
     if pins.pinned() in ("reference", "triton"):
         raise CannotLowerError(f"klfast.using pins the {pins.pinned()} implementations")
+    model = unwrapped(model)
     engine = _engines.get(model)
     if engine is None or has_global_hooks() or not engine.is_current():
         _engines.pop(model, None)
@@ -59,6 +61,7 @@ def lower(model: nn.Module, rows: int = ROWS) -> Engine:
     """
     if (rows := integer("rows", rows, 1)) > _MOST_ROWS:
         raise InvalidInputError(f"rows must be at most {_MOST_ROWS}, got {rows}")
+    model = unwrapped(model)
     family = family_of(model)
     if family.lower is None:
         kind = getattr(text_config(model), "model_type", type(model).__name__)

@@ -21,6 +21,7 @@ from klfast.generation.speculation import speculative_stepper
 from klfast.generation.stepper import stepper
 from klfast.generation.stopping import Stopping
 from klfast.generation.transcript import Transcript
+from klfast.models.adapters import unwrapped
 from klfast.models.calling import check_ids, evaluation_mode
 from klfast.models.vocabulary import vocabulary_size
 
@@ -65,7 +66,8 @@ def generate(
     and meanings follow transformers' GenerationConfig; where an argument is None, ``model.generation_config`` applies.
 
     Args:
-        model: a causal language model (transformers) with a cache: the SSM families, Llama-like ones, hybrids.
+        model: a causal language model (transformers) with a cache: the SSM families, Llama-like ones, hybrids. Of
+            what torch.compile or peft wrapped, the model inside runs, with its adapters.
         ids: int64 [B, T] prompts, on the model's device.
         max_new_tokens: most tokens to add.
         attention_mask: int or bool [B, T], 0 for padding, which must be on the left; None if there is none.
@@ -108,6 +110,7 @@ def generate(
         InvalidInputError: an argument out of range, arguments that contradict each other, ids beyond the vocabulary,
             padding on the right, a NaN logit.
     """
+    model = unwrapped(model)
     _require_head(model)
     check_ids(ids, vocabulary_size(model), minimum=1)
     settings = settle(

@@ -17,6 +17,7 @@ from klfast.engine.engine import Engine
 from klfast.engine.stamps import stamp
 from klfast.engine.state import State
 from klfast.generation.engine import engine_of
+from klfast.models.adapters import unwrapped
 from klfast.models.fingerprint import Fingerprint, fingerprint, require_match
 
 _FORMAT = "klfast state 1"
@@ -32,6 +33,7 @@ def save_state(path: str | os.PathLike[str], state: State, model: nn.Module) -> 
         InvalidInputError: the state is another model's.
         OSError: as for ``klfast.core.io.write_atomic``.
     """
+    model = unwrapped(model)
     engine, used = engine_of(model), int(state.seen.max())
     if state.specs != engine.state().specs:
         raise InvalidInputError("the state belongs to another model's engine; give the model that made it")
@@ -52,6 +54,7 @@ def load_state(path: str | os.PathLike[str], model: nn.Module) -> State:
         ModelMismatchError: it is the state of another model.
         OSError: the file cannot be read.
     """
+    model = unwrapped(model)
     engine, name = engine_of(model), os.fspath(path)
     try:
         with safe_open(name, "pt") as file:

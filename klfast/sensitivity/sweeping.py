@@ -12,7 +12,7 @@ from torch import nn
 from klfast.core import lock
 from klfast.core.errors import InvalidInputError
 from klfast.core.progress import Progress
-from klfast.models.adapters import refuse_adapters
+from klfast.models.adapters import refuse_adapters, uncompiled
 from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain
 from klfast.models.matrices import matrices
@@ -131,6 +131,7 @@ def sweep(
         CheckpointError: the resume file is damaged or not a resume file.
         ClusterError: there is no Ray cluster at RAY_ADDRESS, or it went away; the resume file keeps what was measured.
     """
+    model = uncompiled(model)
     refuse_adapters(model)
     parsed = inputs.parse_specs(specs)
     inputs.check_engine(engine, workers)
