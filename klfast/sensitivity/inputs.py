@@ -14,15 +14,21 @@ from klfast.models import batches
 from klfast.models.batches import Batches
 from klfast.models.matrices import matrices, with_experts
 from klfast.models.selection import Patterns, select
+from klfast.models.vocabulary import embedding_name
+from klfast.nn import QuantEmbedding
 from klfast.quant.spec import QuantSpec
 from klfast.sensitivity.results import METRICS
 from klfast.sensitivity.sampled_vocabulary import FEWEST_ROWS, ROWS
+
+_QUANTIZED = "is quantized already; sweep the full-precision model"
 
 
 def vocabulary(model: nn.Module) -> int:
     """Return the number of token ids that the model embeds."""
     get_embedding: Callable[[], object] | None = getattr(model, "get_input_embeddings", None)
     embedding = None if get_embedding is None else get_embedding()
+    if isinstance(embedding, QuantEmbedding):
+        raise InvalidInputError(f"{embedding_name(model)} {_QUANTIZED}")
     if not isinstance(embedding, nn.Embedding):
         raise InvalidInputError(f"{type(model).__name__} has no input embedding; klfast sweeps causal language models")
     return embedding.num_embeddings
@@ -127,7 +133,7 @@ def choose_layers(
     """
     found = matrices(model)
     if quantized := [name for name, one in found.items() if one.is_quantized]:
-        raise InvalidInputError(f"{quantized[0]} is quantized already; sweep the full-precision model")
+        raise InvalidInputError(f"{quantized[0]} {_QUANTIZED}")
     for name, patterns in (("layers", layers), ("exclude", exclude)):
         if patterns is not None and not isinstance(patterns, Iterable):
             raise InvalidInputError(f"{name} must be names or patterns, got {type(patterns).__name__}")

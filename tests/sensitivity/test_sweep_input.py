@@ -102,6 +102,13 @@ def test_corrected_rows_are_a_heads():
         klfast.sweep(make(), tokens(1), specs[1], layers="in_proj")
 
 
+def test_a_quantized_model_is_refused_by_name():
+    model = make("mamba2", tied=True)
+    klfast.quantize_model(model, klfast.Plan({"lm_head": "int8-g16-sym"}, "uniform"))
+    with pytest.raises(InvalidInputError, match=r"backbone\.embeddings is quantized already; sweep the full-precision"):
+        klfast.sweep(model, tokens(1))
+
+
 def test_adapters_are_refused():
     """Adapters built as peft does, which the tests do not depend on."""
 
