@@ -47,7 +47,7 @@ _PACKED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".weight.quant_ma
 
 def load_model(
     name_or_path: str | os.PathLike[str],
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     *,
     device: torch.device | str = "cpu",
     local_files_only: bool = False,
@@ -62,8 +62,8 @@ def load_model(
             ``klfast.save_quantized`` gives the quantized model, and so does one in the format ``pack-quantized`` of
             compressed-tensors (W4A16, W8A16; it takes that package). Mamba and Mamba-2 may be in the format of the
             package mamba_ssm.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the stored one (of a quantized GGUF file: float32). The
-            unquantized tensors of a quantized folder are cast likewise.
+        dtype: "float32", "bfloat16", "float16", also as torch's dtypes, or "auto" for the stored one (of a quantized
+            GGUF file: float32). The unquantized tensors of a quantized folder are cast likewise.
         device: the model's device, such as "cpu", "cuda" or "xpu".
         local_files_only: look up a hub id only in the local cache.
         trust_remote_code: run Python code that comes with the model. Only for sources that you trust.

@@ -25,22 +25,19 @@ from klfast.checkpoint.manifest import (
 )
 from klfast.checkpoint.tensors import Facts, Tensors, empty_model, fill, initialise_buffers
 from klfast.checkpoint.transformers_view import tell_transformers
-from klfast.core.dtypes import dtype_name
-from klfast.core.errors import InvalidInputError
 from klfast.core.io import recover, require_utf8
-from klfast.core.placement import as_device
+from klfast.core.placement import as_device, as_dtype
 from klfast.models.expert_names import expert_in
 from klfast.models.matrices import split_stacks
 from klfast.quant.spec import QuantSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_LOADED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_quantized(
     directory: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     verify: bool = True,
 ) -> nn.Module:
@@ -55,8 +52,8 @@ def load_quantized(
     Args:
         directory: the folder.
         device: the tensors' device.
-        dtype: float32, bfloat16 or float16 for unquantized tensors (scales stay as they are); None for the saved
-            model's.
+        dtype: float32, bfloat16 or float16 for unquantized tensors (scales stay as they are), by name or as torch's
+            dtypes; None or "auto" for the saved model's.
         verify: compare each file's SHA-256 with the saved one.
 
     Returns:
@@ -69,10 +66,8 @@ def load_quantized(
         CheckpointError: a file or tensor is missing, superfluous, truncated or altered, or ``save_quantized`` did not
             write the folder.
     """
-    if dtype is not None and dtype not in _LOADED_DTYPES:
-        raise InvalidInputError(
-            f"dtype must be {', '.join(dtype_name(d) for d in _LOADED_DTYPES)} or None, got {dtype!r}"
-        )
+    asked = as_dtype("auto" if dtype is None else dtype)
+    target = None if asked == "auto" else asked
     place = as_device(device)
     folder = Path(directory)
     require_utf8(folder)
@@ -81,11 +76,11 @@ def load_quantized(
     with verified(folder, manifest) if verify else nullcontext():  # much of the time, transformers is imported
         facts, roundings = read_layer_facts(folder, manifest), read_roundings(folder, manifest)
         tensors = Tensors.of_files(
-            folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, dtype
+            folder, [name for name in manifest["files"] if name.endswith(".safetensors")], place, target
         )
         specs = expert_files.join(tensors, read_specs(folder), read_projections(folder, manifest))
         specs = with_corrected(specs, read_corrected(folder, manifest))
-        model = empty_model(folder, dtype, len(tensors.names()))
+        model = empty_model(folder, target, len(tensors.names()))
     filled(model, tensors, place, specs, facts)
     split = split_stacks(model)
     for name in specs:

@@ -17,11 +17,17 @@ DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
 }
 
 
-def as_dtype(name: str) -> torch.dtype | Literal["auto"]:
-    """Return the torch dtype of that name; "auto" stays "auto"."""
-    if not isinstance(name, str) or name not in DTYPES:
-        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+def as_dtype(given: str | torch.dtype) -> torch.dtype | Literal["auto"]:
+    """Return the torch dtype that is given, itself or by name; "auto" stays "auto".
+
+    Raises:
+        InvalidInputError: another dtype than float32, bfloat16 and float16.
+    """
+    if isinstance(given, torch.dtype) and given in DTYPES.values():
+        return given
+    if not isinstance(given, str) or given not in DTYPES:
+        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {given!r}")
+    return DTYPES[given]
 
 
 def as_device(name: torch.device | str) -> torch.device:

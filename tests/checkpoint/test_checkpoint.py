@@ -196,6 +196,13 @@ def test_dtype_changes_everything_except_the_scales(saved):
     assert loaded(batch()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("load", [klfast.load_quantized, klfast.load_model])
+def test_dtypes_are_given_by_name_or_as_torchs(saved, load):
+    for dtype in (torch.bfloat16, "bfloat16"):
+        assert {p.dtype for p in load(saved, dtype=dtype).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(saved, dtype="auto").parameters()} == {torch.float32}
+
+
 MEMORY = """
 import resource, sys
 import klfast, transformers.models.llama.modeling_llama
@@ -277,8 +284,8 @@ def test_a_tokenizer_that_a_full_disk_stops_is_an_error_of_the_system(tmp_path):
 
 
 def test_load_refuses_other_dtypes_and_devices(saved):
-    for dtype in (torch.float64, torch.int8, "float32"):
-        with pytest.raises(errors.InvalidInputError, match="dtype must be float32, bfloat16, float16 or None"):
+    for dtype in (torch.float64, torch.int8, "float64"):
+        with pytest.raises(errors.InvalidInputError, match="dtype must be one of float32, bfloat16, float16, auto"):
             klfast.load_quantized(saved, dtype=dtype)
     with pytest.raises(errors.InvalidInputError, match="unknown device 'tpu'"):
         klfast.load_quantized(saved, "tpu")
