@@ -26,6 +26,7 @@ from klfast.models.sizes import warn_unquantizable
 from klfast.models.vocabulary import embedding_name, embedding_scale
 from klfast.nn import QuantEmbedding, QuantLinear
 from klfast.nn.conv1d import quantized_class
+from klfast.planning.everywhere import plan_everywhere
 from klfast.planning.plan_file import Plan
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import ROUNDINGS, SCALES, QuantSpec
@@ -36,7 +37,7 @@ from klfast.rounding.walk import round_model
 
 def quantize_model(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | QuantSpec | str,
     *,
     scale: str | None = None,
     activation: str | None = None,
@@ -62,7 +63,8 @@ def quantize_model(
     Args:
         model: a transformers causal language model, or one of the package mamba_ssm (MambaLMHeadModel), with its
             weights on any device.
-        plan: a spec for each layer to quantize; the others are left alone.
+        plan: a spec for each layer to quantize; the others are left alone. Or one spec for every layer, the head and
+            experts included, such as "int4-g64-sym".
         scale: "absmax" or "mse", as in ``klfast.quantize``. By default as in the sweep that the plan was made from, or
             "absmax" if the plan does not record it.
         activation: "exact" or "int8" in every layer, as in ``klfast.dequant_matmul``, or "auto": in each what the plan
@@ -89,13 +91,17 @@ def quantize_model(
             finds no activations in the plan; rounding is "gptq" and there is no calibration text, or the model is not a
             chain.
     """
+    given, model = model, uncompiled(model)
+    refuse_wrapper(model)
+    if isinstance(plan, (QuantSpec, str)):
+        plan = plan_everywhere(model, QuantSpec.of(plan))
     if not isinstance(plan, Plan):
-        raise InvalidInputError(f"quantize_model takes a Plan (see klfast.plan), got {type(plan).__name__}")
+        raise InvalidInputError(
+            f"quantize_model takes a Plan (see klfast.plan) or a spec for all layers, got {type(plan).__name__}"
+        )
     activations = plan_activations(plan, activation)
     _check_rounding(rounding, calibration, resume)
     scale = plan_scale(plan, scale)
-    given, model = model, uncompiled(model)
-    refuse_wrapper(model)
     refuse_moving_weights(model)
     groups = {names[0]: names for names in sharers(model)}
     known = named_matrices(model)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from klfast.cli import options
 from klfast.cli.console import command, emit, megabytes, say
 from klfast.core.loading_options import LoadingOptions
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from klfast.planning.plan_file import Plan
-    from klfast.quant.spec import QuantSpec
 
 
 @options.loads_models
@@ -99,6 +93,7 @@ def quantize(
     from klfast.core.errors import InvalidInputError
     from klfast.models.matrices import matrices
     from klfast.models.sizes import total_bytes
+    from klfast.planning.everywhere import plan_everywhere
     from klfast.rounding.rounded import forget
 
     prepare(threads)
@@ -112,7 +107,7 @@ def quantize(
         say(f"{model} holds no tokenizer, so {out} gets none.", as_json)
     network = load_model(model, dtype, gguf="dense", **loading)
     if spec is not None:
-        made = _uniform(network, spec, layers, exclude, scale)
+        made = plan_everywhere(network, spec, layers, exclude, scale)
     assert made is not None  # there is a plan or a spec
     text = None
     if partial is not None:
@@ -139,17 +134,3 @@ def quantize(
         f"Next: {command('klfast', 'eval', out, '--teacher', model)}, {command('klfast', 'generate', out, 'PROMPT')}",
         as_json,
     )
-
-
-def _uniform(
-    network: nn.Module, spec: QuantSpec, layers: list[str] | None, exclude: list[str] | None, scale: str | None
-) -> Plan:
-    """Return the plan with ``spec`` on all selected layers."""
-    from klfast.models.matrices import matrices
-    from klfast.models.selection import select
-    from klfast.planning.plan_file import Plan
-    from klfast.quant.spec import storable_spec
-
-    found = matrices(network)
-    specs = {name: storable_spec(spec, found[name].shape[1]) for name in select(found, layers, exclude)}
-    return Plan(specs, "uniform", scale=scale)

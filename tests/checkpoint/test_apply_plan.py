@@ -14,8 +14,10 @@ from klfast.core import errors
 from klfast.models.fingerprint import fingerprint
 from klfast.models.head import head_name, is_head_tied
 from klfast.models.linears import linears
+from klfast.models.matrices import named_matrices
 from klfast.nn.lazy_weight import LazyWeight
 from klfast.quant.formats import PackedIntegers
+from klfast.quant.spec import storable_spec
 from klfast.rounding.walk import round_model
 
 SPECS = (QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(4, 24, symmetric=False), QuantSpec(8, 32, symmetric=False))
@@ -49,6 +51,26 @@ def test_logits_equal_those_with_rounded_weights(family, tied):
     assert all(parameter.requires_grad for parameter in model.parameters()), "as it was"
     assert is_head_tied(model) == tied and isinstance(model.get_input_embeddings(), nn.QuantEmbedding) == tied
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "granite_hybrid_moe", "jamba_moe"])
+@pytest.mark.parametrize("spec", [QuantSpec(4, 24, symmetric=False), "int4-g24-asym"], ids=["spec", "text"])
+@torch.no_grad()
+def test_one_spec_for_all_layers(family, spec):
+    """In groups that a folder can hold, as ``klfast quantize --uniform``."""
+    model, ids = tiny(family), batch()
+    shapes = {name: one.shape for name, one in named_matrices(model).items()}
+    stored = {name: storable_spec(QuantSpec(4, 24, symmetric=False), shape[1]) for name, shape in shapes.items()}
+    assert set(stored.values()) != {QuantSpec(4, 24, symmetric=False)}, "24 does not divide some rows"
+    wanted = klfast.quantize_model(tiny(family), Plan(stored, "uniform"))(ids).logits
+    assert klfast.quantize_model(model, spec) is model
+    assert all(one.is_quantized for one in named_matrices(model).values())
+    assert torch.equal(model(ids).logits, wanted)
+
+
+def test_text_that_is_not_a_spec():
+    with pytest.raises(errors.InvalidInputError, match=r"'plan\.json' is not a quantization spec"):
+        klfast.quantize_model(tiny("mamba2"), "plan.json")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
