@@ -123,7 +123,7 @@ def _with_own_path(needed: Callable[[type[nn.Module]], tuple[str, ...]], argumen
             if x.dtype not in FLOAT_DTYPES:
                 reason = f"klfast's kernels take {FLOAT_NAMES}, not {dtype_name(x.dtype)}."
             if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-                reason = pins.NO_GRADIENTS
+                reason = f"{pins.NO_GRADIENTS} Training has to; klfast.unaccelerate(model) silences this."
             if reason:
                 pins.slow_path(module_class.__name__, list(x.shape), reason, how="the model's own forward")
                 return original(self, x, *args, **kwargs)
