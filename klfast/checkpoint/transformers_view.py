@@ -66,7 +66,7 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
         found = model_quantization_config(model)
     except InvalidInputError:  # groups that do not divide a row
         found = None
-    readable = found is not None and not any(map(_is_only_klfasts, model.modules()))
+    readable = found is not None and not _only_klfasts(model)
     return [
         (config, "quantization_config", found),
         (model, "save_pretrained", None if readable else partial(_refuse_saving, model)),
@@ -81,11 +81,22 @@ def not_transformers(model: nn.Module) -> str:
     )
 
 
-def _is_only_klfasts(module: nn.Module) -> bool:
-    """Return True if no quantization_config describes a module as it is."""
-    if isinstance(module, QuantLinear) and (module.spec.corrected or module.activation != "exact"):
-        return True
-    return isinstance(module, (QuantEmbedding, QuantConv1D, QuantExperts))
+def _only_klfasts(model: nn.Module) -> str:
+    """Return which module no quantization_config describes as it is, and why, a clause; empty if each has one."""
+    found = ((name, _why_only_klfasts(module)) for name, module in model.named_modules())
+    return next((f"{name} {why}" for name, why in found if why), "")
+
+
+def _why_only_klfasts(module: nn.Module) -> str:
+    if isinstance(module, QuantEmbedding):
+        return "is tied to the quantized head"
+    if isinstance(module, QuantExperts):
+        return "holds quantized experts"
+    if isinstance(module, QuantConv1D):
+        return "is a Conv1D"
+    if not isinstance(module, QuantLinear) or not (module.spec.corrected or module.activation != "exact"):
+        return ""
+    return "has corrected rows" if module.spec.corrected else "rounds its input to int8"
 
 
 def describes_transformers(config: object) -> bool:
@@ -96,9 +107,9 @@ def describes_transformers(config: object) -> bool:
 def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:
     if not describes_transformers(model.config):
         raise InvalidInputError(not_transformers(model))
+    if not (why := _only_klfasts(model)):
+        model_quantization_config(model)  # raises: groups do not divide a row
     raise InvalidInputError(
         f"transformers could not load this quantized {type(model).__name__} from the folder that save_pretrained would "
-        "write (its head is tied to the embedding, a layer has corrected rows, a layer rounds its input to "
-        "int8, its groups do not divide a row, or it has experts or Conv1D); "
-        "use klfast.save_quantized(model, folder)"
+        f"write, since {why}; use klfast.save_quantized(model, folder)"
     )

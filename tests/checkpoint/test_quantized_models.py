@@ -99,10 +99,19 @@ def test_save_pretrained_writes_a_folder_that_transformers_loads(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tied", "spec"), [(True, QuantSpec(8, -1)), (False, QuantSpec(4, 7))])
-def test_save_pretrained_refuses_where_transformers_could_not_load(tied, spec, tmp_path):
-    model = pickle.loads(pickle.dumps(klfast.quantize_model(tiny("llama", tied), Plan({"lm_head": spec}, "uniform"))))
-    with pytest.raises(errors.InvalidInputError, match=r"use klfast\.save_quantized"):
+@pytest.mark.parametrize(
+    ("family", "tied", "layer", "spec", "activation", "why"),
+    [
+        ("llama", True, "lm_head", "int8-channel-sym", "exact", r"model\.embed_tokens is tied to the quantized head"),
+        ("llama", False, "lm_head", "int8-channel-sym", "int8", "since lm_head rounds its input to int8"),
+        ("gpt2", False, "transformer.h.1.mlp.c_fc", "int8-channel-sym", "exact", r"h\.1\.mlp\.c_fc is a Conv1D"),
+        ("llama", False, "lm_head", "int4-g7-sym", "exact", "^lm_head: the file format has no shorter last group"),
+    ],
+)
+def test_save_pretrained_says_why_transformers_could_not_load(family, tied, layer, spec, activation, why, tmp_path):
+    model = klfast.quantize_model(tiny(family, tied), Plan({layer: spec}, "uniform"), activation=activation)
+    model = pickle.loads(pickle.dumps(model))
+    with pytest.raises(errors.InvalidInputError, match=why):
         model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
