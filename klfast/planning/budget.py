@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from klfast.core.errors import InfeasibleBudgetError, InvalidInputError
 from klfast.planning.choices import Choice, Picks, bytes_of
+from klfast.planning.notes import some
 from klfast.planning.numbers_given import require_number
 from klfast.planning.problem import KL_METRICS, Problem
 
@@ -110,6 +111,8 @@ class Budget:
             what, least = f"a KL of {self.value:g} nats per token", f"{used:.6g}"
         if problem.servable:
             least, remedy = f"{least} in a servable plan", f"{remedy}, or do without servable"
+            if whole := [name for name in problem.settled if name not in problem.asked]:
+                least += f", which leaves {some(whole)} in full precision"
         if problem.asked:
             least, remedy = f"{least} under these patterns", f"{remedy}, or leave the planner more layers"
         if problem.n_left_out:

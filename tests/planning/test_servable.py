@@ -156,8 +156,9 @@ def test_notes_on_fused_layers_without_a_precision_in_common():
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({}, r"bytes in a servable plan; raise the budget, or .*, or do without servable$"),
-        ({"exclude": "o_proj"}, r"bytes in a servable plan under these patterns; .* leave the planner more layers$"),
+        ({}, r"bytes in a servable plan, which leaves .* and 2 more in full precision; raise .* do without servable$"),
+        ({"exclude": "o_proj"}, r"in full precision under these patterns; .* leave the planner more layers$"),
+        ({"exclude": ["dt_proj", "mamba.out_proj", "lm_head"]}, r"bytes in a servable plan under these patterns; "),
     ],
 )
 def test_budgets_that_no_servable_plan_meets(patterns, message):
