@@ -30,6 +30,7 @@ from klfast.checkpoint.model_folder import (
 from klfast.checkpoint.packed_folder import packed_or_refused
 from klfast.checkpoint.rescaling import as_stored
 from klfast.checkpoint.sources import gguf_file, resolve
+from klfast.checkpoint.tokenizer_size import warn_beyond
 from klfast.core.bundled import ASSETS, bundled_models
 from klfast.core.errors import CheckpointError
 from klfast.core.io import parse_json
@@ -146,11 +147,15 @@ def find_tokenizer(
     if (folder / MANIFEST).is_file():
         read_manifest(folder, verify=True, weights=False)
     with one_line_errors(str(folder), "tokenizer"):
-        register_own(parse_json((folder / "config.json").read_bytes()))  # AutoTokenizer may use AutoConfig
+        config: Any = parse_json((folder / "config.json").read_bytes())
+        register_own(config)  # AutoTokenizer may use AutoConfig
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=local_files_only, trust_remote_code=trust_remote_code
         )
-        return _usable(tokenizer, folder / "tokenizer_config.json")
+        found = _usable(tokenizer, folder / "tokenizer_config.json")
+    if found is not None:
+        warn_beyond(found, config, folder)
+    return found
 
 
 def _usable(tokenizer: PreTrainedTokenizerBase | None, path: Path) -> PreTrainedTokenizerBase | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import CONFIGS
 import klfast
 from klfast.checkpoint.by_name import bundled_models, load_model, load_tokenizer
 from klfast.checkpoint.save import require_target
+from klfast.checkpoint.tokenizer_size import warn_beyond
 from klfast.core.errors import CheckpointError, InvalidInputError, KernelUnavailableError, KlfastError
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
@@ -68,6 +70,36 @@ def test_the_tokenizer_of_a_quantized_folder_is_checked(original, tmp_path, file
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{file} is missing|has no config.json"):
         load_tokenizer(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("config", "embedded"),
+    [
+        ({"vocab_size": 300}, None),
+        ({"vocab_size": 20}, 20),
+        ({"vocab_size": 300, "text_config": {"vocab_size": 20}}, 20),
+        ({"vocab_size": 20, "pad_vocab_size_multiple": 16}, 32),
+        ({"vocab_size": 20, "pad_vocab_size_multiple": 300}, None),
+        ({}, None),
+    ],
+)
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(folder, config, embedded):
+    tokenizer = load_tokenizer(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_beyond(tokenizer, config, folder)
+    told = f"the tokenizer has {len(tokenizer)} tokens, the model {embedded} embeddings"
+    assert len(tokenizer) > 32 and [told in str(one.message) for one in caught] == [True] * (embedded is not None)
+
+
+def test_the_tokenizer_of_a_smaller_model_is_told(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tokenizer(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 20}))
+    with pytest.warns(UserWarning, match="tokens, the model 20 embeddings"):
+        load_tokenizer(folder)
 
 
 def test_a_loaded_model_is_accelerated(original):
