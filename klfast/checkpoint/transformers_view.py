@@ -54,7 +54,7 @@ def ties_left(model: nn.Module, quantized: Set[nn.Module]) -> list[tuple[nn.Modu
 
 
 def description(model: nn.Module) -> list[tuple[object, str, object]]:
-    """Return attributes that make transformers' save_pretrained write a loadable folder, or raise.
+    """Return attributes that make transformers' save_pretrained write a loadable folder, or raise; so for resizing.
 
     Each is (owner, attribute, value).
     """
@@ -66,10 +66,12 @@ def description(model: nn.Module) -> list[tuple[object, str, object]]:
         found = model_quantization_config(model)
     except InvalidInputError:  # groups that do not divide a row
         found = None
+    tied = any(isinstance(module, QuantEmbedding) for module in model.modules())
     readable = found is not None and not _only_klfasts(model)
     return [
         (config, "quantization_config", found),
         (model, "save_pretrained", None if readable else partial(_refuse_saving, model)),
+        (model, "resize_token_embeddings", partial(_refuse_resizing, model) if tied else None),
     ]
 
 
@@ -102,6 +104,13 @@ def _why_only_klfasts(module: nn.Module) -> str:
 def describes_transformers(config: object) -> bool:
     """Return True for a transformers configuration; mamba_ssm's models have one of their own."""
     return hasattr(config, "save_pretrained")
+
+
+def _refuse_resizing(model: nn.Module, *args: object, **kwargs: object) -> None:
+    raise InvalidInputError(
+        f"the embedding of this {type(model).__name__} reads its rows from the quantized head, whose size is fixed; "
+        "resize the full-precision model and quantize it again"
+    )
 
 
 def _refuse_saving(model: nn.Module, *args: object, **kwargs: object) -> None:

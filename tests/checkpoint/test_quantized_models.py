@@ -116,6 +116,14 @@ def test_save_pretrained_says_why_transformers_could_not_load(family, tied, laye
     assert not (tmp_path / "folder").exists()
 
 
+def test_resizing_an_embedding_that_reads_a_quantized_head_is_refused(tmp_path):
+    model = klfast.quantize_model(tiny("llama", tied=True), Plan({"lm_head": "int8-channel-sym"}, "uniform"))
+    klfast.save_quantized(model, tmp_path / "model")
+    for each in (model, pickle.loads(pickle.dumps(model)), klfast.load_quantized(tmp_path / "model")):
+        with pytest.raises(errors.InvalidInputError, match="resize the full-precision model and quantize it again"):
+            each.resize_token_embeddings(70)
+
+
 @pytest.mark.parametrize("family", ["mamba", "hymba", "llama"])
 @torch.no_grad()
 def test_tie_weights_leaves_a_tied_quantized_head_alone(family):
