@@ -120,7 +120,7 @@ def test_a_folder_named_from_the_current_one(llama, monkeypatch):
 
 @torch.no_grad()
 def test_save_pretrained(llama, tmp_path):
-    with pytest.raises(errors.InvalidInputError, match=r"its head is tied .* use klfast\.save_quantized"):
+    with pytest.raises(errors.InvalidInputError, match="embed_tokens is tied to the quantized head; use klfast"):
         load(llama).save_pretrained(tmp_path / "tied")
     klfast.save_quantized(quantized("llama"), tmp_path / "model")
     model = load(tmp_path / "model")
