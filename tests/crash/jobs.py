@@ -40,13 +40,13 @@ def make_inputs(folder: Path) -> None:
     sensitivities.to_json(folder / "sensitivities.json")
 
 
-def _command(name: str, *more: str, model: str = "model", calibrated: bool = True) -> Callable[[Path, Path], None]:
+def _command(name: str, *more: str, model: str = "model", text: str = "--calibration") -> Callable[[Path, Path], None]:
     def run(inputs: Path, out: Path) -> None:
         resume_file._SAVE_SECONDS = -1.0  # save wherever it can
-        text = ("--calibration", str(inputs / "text.txt"), *_TEXT) if calibrated else ()
+        given = (text, str(inputs / "text.txt"), *_TEXT) if text else ()
         files = [str(inputs / one) for one in more if one.endswith(".json")]
         options = [one for one in more if not one.endswith(".json")]
-        arguments = [name, str(inputs / model), *files, "--out", str(out), "--force", *text, *options]
+        arguments = [name, str(inputs / model), *files, "--out", str(out), "--force", *given, *options]
         output.run(lambda: app(arguments, prog_name="klfast"))
 
     return run
@@ -69,9 +69,9 @@ JOBS = {
     "sweep": Job("found.json", _command("sweep", *_SPECS)),
     "adaptive": Job("found.json", _command("sweep", *_SPECS, "--budget", "adaptive", "--windows", "12")),
     "study": Job("study.json", _command("study", "--spec", "int4-g32-sym")),
-    "pareto": Job("front.json", _command("pareto", "sensitivities.json", "--plans", "3")),
+    "pareto": Job("front.json", _command("pareto", "sensitivities.json", "--plans", "3", text="--text")),
     "quantize": Job("mixed", _command("quantize", "--uniform", "int4-g32-sym", "--rounding", "gptq")),
     "save": Job("saved", _save),
-    "gguf": Job("model.gguf", _command("export", "--no-tokenizer", calibrated=False)),
-    "openvino": Job("graph", _command("export", "--format", "openvino", calibrated=False)),
+    "gguf": Job("model.gguf", _command("export", "--no-tokenizer", text="")),
+    "openvino": Job("graph", _command("export", "--format", "openvino", text="")),
 }
