@@ -17,7 +17,7 @@ import torch
 from klfast.kernels.dequant_common import BLOCK_EACH, ROW, TILE
 from klfast.kernels.dequant_gemm import dequant_gemm
 from klfast.kernels.dequant_gemv import dequant_gemv, split_sum
-from klfast.kernels.launch import INTERPRETED, Launch, cdiv, options, speaks_ptx
+from klfast.kernels.launch import INTERPRETED, MANY, Launch, cdiv, options, speaks_ptx
 from klfast.kernels.quantize_rows import quantize_rows
 
 from klfast.quant.layouts import Tiling
@@ -43,7 +43,6 @@ class Config:
     shared: int = 0
 
 
-MANY = 1 << 62
 GEMV = {"nvidia": Config(1, 1, 64, 4, per_core=8), "intel": Config(1, 1, 16, 4)}
 _SMALL = (Config(8, 8, 128, 4, 3), Config(16, 16, 64, 2, 3), Config(32, 32, 64, 2, 3), Config(64, 64, 64, 4, 3, 2))
 # An A100 and an H100 have more than 160 KB, GeForce RTX 30 to 50 and L4 have 99.

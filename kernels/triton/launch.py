@@ -18,6 +18,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # For every kernel: products are fused with sums. Triton 3.9 warns without this option, and 3.10 will not fuse.
 FUSED = {"enable_fp_fusion": True}
 
+MANY = 1 << 62  # more than anything has
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -90,7 +92,7 @@ def cores(device: torch.device) -> int:
 def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a program may have on an NVIDIA GPU; elsewhere no limit is known."""
     if device.type != "cuda":
-        return 1 << 62
+        return MANY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 

@@ -215,7 +215,7 @@ def _check_sizes(name: str, text: str | None, numbers: int) -> None:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Return what changes when a file is written anew; None if there is none."""
+    """Return the inode and time of a file, which tell whether a run has replaced it; None if there is no file."""
     if not path.exists():
         return None
     found = path.stat()

@@ -241,6 +241,11 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def gptq_windows(context: typer.Context, windows: int | None) -> int | None:
+    """Return how many windows GPTQ rounds on: those asked for by ``GptqWindows``, else 64; None for all."""
+    return windows if given(context, "windows") else GPTQ_WINDOWS
+
+
 def goes_with(context: typer.Context, what: str, *names: str) -> None:
     """Raise BadParameter if one of these parameters was given, which would say nothing without ``what``."""
     for parameter in context.command.params:

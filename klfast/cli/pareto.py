@@ -72,7 +72,7 @@ def pareto(
         discard(partial)
     rounded_on = None
     if gptq:
-        count = windows if options.given(context, "windows") else options.GPTQ_WINDOWS
+        count = options.gptq_windows(context, windows)
         rounded_on = open_batches(calibration, model, network, length=length, windows=count, **loading)
     with stoppable(partial, resume=resume):
         front = klfast.measure_front(

@@ -149,7 +149,7 @@ def plan(
     if refine is not None and not gptq:
         measure = _measure(refine, calibration, windows, length, **loading)
     elif refine is not None:
-        count = windows if options.given(context, "windows") else options.GPTQ_WINDOWS
+        count = options.gptq_windows(context, windows)
         measure, note = _measure_rounded(refine, calibration, count, length, **loading)
         say(note, as_json)
     made = klfast.plan(
