@@ -1,11 +1,21 @@
 #include "core/team.h"
 
+#include <algorithm>
+#include <chrono>
 #include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace klfast {
 namespace {
 
-constexpr int kSpins = 4000, kYields = 50;  // some 50 us; then whoever else wants the core may have it
+using Clock = std::chrono::steady_clock;
+
+constexpr int kSpins = 250;                                // some 3 us, between two looks at the clock
+constexpr auto kTurn = std::chrono::microseconds(250);     // then another program's turn may come, once
+constexpr auto kPatience = std::chrono::milliseconds(10);  // two or three such turns on a member's core; then sleep
 
 thread_local Membership current;
 
@@ -15,31 +25,66 @@ void relax() {
 #endif
 }
 
+int current_core() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return Team::kUnknown;
+#endif
+}
+
 }  // namespace
 
 const Membership& membership() { return current; }
 
 void team_detail::join(const Membership& as) { current = as; }
 
+Team::Team(int threads) : size(threads), cores_(threads) {}
+
 void Team::wait() {
-    const unsigned round = round_.load(std::memory_order_relaxed);
+    const unsigned round = round_.load(std::memory_order_acquire);
+    cores_[current.rank].number.store(current_core(), std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         next_round();
-        return;
-    }
-    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    const int spins = size <= cores ? kSpins : 0;
-    for (int turn = 0; round_.load(std::memory_order_acquire) == round; ++turn) {
-        if (abandoned_.load(std::memory_order_acquire)) throw Abandoned();
-        if (turn < spins)
-            relax();
-        else if (turn < spins + kYields)
-            std::this_thread::yield();
-        else
-            round_.wait(round, std::memory_order_acquire);
+    } else {
+        await_end_of(round);
     }
     if (abandoned_.load(std::memory_order_acquire)) throw Abandoned();
+}
+
+// Where another program has the core of a member that is late, the member comes back after some milliseconds. Who
+// sleeps or yields until then may find its own core taken for just as long, and the two hardly ever meet: so wait
+// awake. But a member on the same core comes sooner if asked to, and members that always miss each other get out of
+// step by a yield now and then.
+void Team::await_end_of(unsigned round) {
+    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+    const int spins = size <= cores ? kSpins : 1;
+    const auto is_over = [&] {
+        for (int i = 0; i < spins; ++i) {
+            if (round_.load(std::memory_order_acquire) != round || abandoned_.load(std::memory_order_acquire))
+                return true;
+            relax();
+        }
+        return false;
+    };
+    if (is_over()) return;
+    const Clock::time_point begin = Clock::now();
+    for (Clock::time_point yielded = begin; !is_over();) {
+        const Clock::time_point now = Clock::now();
+        if (now - begin > kPatience) return round_.wait(round, std::memory_order_acquire);
+        if (size <= cores && !shares_core() && now - yielded < kTurn) continue;
+        std::this_thread::yield();
+        yielded = Clock::now();
+    }
+}
+
+bool Team::shares_core() {
+    const int own = current_core();
+    cores_[current.rank].number.store(own, std::memory_order_relaxed);
+    return own != kUnknown && std::count_if(cores_.begin(), cores_.end(), [&](const Core& core) {
+                                  return core.number.load(std::memory_order_relaxed) == own;
+                              }) > 1;
 }
 
 void Team::abandon() {

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <exception>
+#include <vector>
 
 #include <omp.h>
 
@@ -18,7 +19,7 @@ class Team {
         const char* what() const noexcept override { return "another thread of the team failed"; }
     };
 
-    explicit Team(int threads) : size(threads) {}
+    explicit Team(int threads);
 
     const int size;
 
@@ -28,9 +29,18 @@ class Team {
     // Lets the others go, with Abandoned.
     void abandon();
 
-  private:
-    void next_round();
+    static constexpr int kUnknown = -1;
 
+  private:
+    struct alignas(64) Core {
+        std::atomic<int> number = kUnknown;  // the one that a member was seen on last
+    };
+
+    void next_round();
+    void await_end_of(unsigned round);
+    bool shares_core();
+
+    std::vector<Core> cores_;  // by rank
     std::atomic<bool> abandoned_ = false;
     alignas(64) std::atomic<int> arrived_ = 0;
     alignas(64) std::atomic<unsigned> round_ = 0;

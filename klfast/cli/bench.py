@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -193,15 +194,36 @@ def bench(
     environment |= {"KLFAST_STRICT": "1"} | ({} if torch_isa is None else {"ONEDNN_MAX_CPU_ISA": torch_isa})
     tables = {suite: out / f"{suite}.csv" for suite in SUITES if suite in chosen}
     earlier = {suite: _version(path) for suite, path in tables.items()}
-    done = subprocess.run(command, env=environment, stdout=2 if as_json else None, check=False)
-    if done.returncode == 130:
-        raise typer.Exit(130)
-    if done.returncode:
-        raise KlfastError(f"part of the suite failed (pytest's exit code {done.returncode}); see its output above")
+    code = _ended(command, env=environment, stdout=2 if as_json else None)
+    if code in (130, 143):
+        raise typer.Exit(code)
+    if code:
+        raise KlfastError(f"part of the suite failed (pytest's exit code {code}); see its output above")
     if as_json:
         # A suite that has none of --models writes no table.
         written = [path for suite, path in tables.items() if _version(path) not in (None, earlier[suite])]
         emit({"out": str(out), "rows": [row for path in written for row in _rows(path)]}, "", as_json)
+
+
+def _ended(command: list[str], **how: Any) -> int:
+    """Run a command and return its exit code, 143 if this process was told to end: it goes no further alone."""
+    process = subprocess.Popen(command, **how)
+    told: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        told.append(number)
+        process.send_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.wait()
+    return 143 if told else code
 
 
 def _check_sizes(name: str, text: str | None, numbers: int) -> None:

@@ -4,8 +4,13 @@ import csv
 import itertools
 import json
 import math
+import os
 import resource
+import signal
+import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -32,6 +37,7 @@ from klfast.benchkit import peers, runner
 from klfast.benchkit.runner import Contender, Group, Race, UnavailableError
 from klfast.benchkit.settings import Settings
 from klfast.cli import app
+from klfast.cli import bench as bench_command
 
 
 def klf(*arguments):
@@ -273,3 +279,20 @@ def test_memory_of_a_gpu(monkeypatch):
     )
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     assert machine.memory_peak(lambda: None, "xpu") == 25.0
+
+
+def test_a_bench_that_is_told_to_end_takes_its_process_along(tmp_path):
+    ready = tmp_path / "ready"
+    sleeping = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+
+    def end():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=end).start()
+    begin = time.monotonic()
+    assert bench_command._ended([sys.executable, "-c", sleeping], stderr=subprocess.DEVNULL) == 143
+    assert time.monotonic() - begin < 50
+    assert signal.getsignal(signal.SIGTERM) is before

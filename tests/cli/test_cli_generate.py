@@ -1,6 +1,7 @@
 """klfast generate."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -212,6 +213,14 @@ def test_speed_is_shown_apart_from_the_text(folders):
 )
 def test_times_of_first_tokens(seconds, shown):
     assert texts._duration(seconds) == shown
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}])
+def test_idle_threads_spin_briefly_unless_told_otherwise(monkeypatch, own):
+    """Otherwise they hold cores against each other beside busy programs."""
+    monkeypatch.setattr(os, "environ", {**own})
+    fails("generate", "no-such-folder", "a")
+    assert os.environ == (own or {"GOMP_SPINCOUNT": "10000"})
 
 
 def test_without_tokenizer(tmp_path):
