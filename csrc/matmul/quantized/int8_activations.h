@@ -15,7 +15,7 @@ namespace {
 
 // The quads of bytes in each lane's word, in the order in which q has them.
 template <int Bits>
-void split(Ints word, Ints* quad) {
+[[gnu::always_inline]] inline void split(Ints word, Ints* quad) {
     if constexpr (Bits != 4) {
         quad[0] = word;
     } else {

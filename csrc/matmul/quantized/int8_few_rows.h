@@ -69,36 +69,42 @@ struct Int8FewRows {
     // `out` on.
     template <int M>
     void dot_rows(std::int64_t n, std::int64_t m, std::int32_t* out) const {
-        constexpr std::int64_t bytes = kLineBytes<Bits>;
-        const std::int64_t step_bytes = lines_a_step * bytes;
+        if (lines_a_step == 1) return dot_rows<M, 1>(n, m, out);
+        dot_rows<M, 0>(n, m, out);
+    }
+
+    // For steps of that many lines, 0: of any number. All addresses follow from a line's number, so few registers do.
+    template <int M, int Lines>
+    void dot_rows(std::int64_t n, std::int64_t m, std::int32_t* out) const {
+        constexpr std::int64_t bytes = kLineBytes<Bits>, line_x = Q::quads * kLanes;
+        const std::int64_t lines = Lines > 0 ? Lines : lines_a_step;
         const std::uint8_t* row[kFoldRows];
         for (int r = 0; r < kFoldRows; ++r) row[r] = stored_row(a, 0) + smaller(n + r, a.n - 1) * row_bytes;
-        const std::uint8_t* ahead = row[0] + kAhead;  // in the order in which lines lie: docs/KERNEL_NOTES.md
-        const std::int32_t* line_x = x.data + m * pitch;
-        const auto add_step = [&](const auto& line_of) KLFAST_INLINE {
+        const std::uint8_t* const ahead = row[0] + kAhead;  // in the order in which lines lie: docs/KERNEL_NOTES.md
+        const std::int32_t* const first_x = x.data + m * pitch;
+        const auto do_step = [&](std::int64_t step, const auto& line_of) KLFAST_INLINE {
             Ints sum[M][kFoldRows];
             unrolled<M>([&](int i) KLFAST_INLINE {
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE { sum[i][r] = set_int(0); });
             });
-            for (std::int64_t line = 0; line < lines_a_step; ++line, line_x += Q::quads * kLanes)
+            for (std::int64_t line = step * lines; line < (step + 1) * lines; ++line)
                 unrolled<kFoldRows>([&](int r) KLFAST_INLINE {
                     Ints quad[Q::quads];
                     split<Bits>(as_words<Bits>(line_of(r, line * bytes)), quad);
-                    unrolled<M>([&](int i) KLFAST_INLINE { sum[i][r] = add(sum[i][r], quad, line_x + i * pitch); });
+                    unrolled<M>([&](int i) KLFAST_INLINE {
+                        sum[i][r] = add(sum[i][r], quad, first_x + line * line_x + i * pitch);
+                    });
                 });
-            unrolled<M>([&](int i) KLFAST_INLINE { write(out + i * kFolds * kLanes, fold(sum[i])); });
-            out += M * kFolds * kLanes;
+            unrolled<M>([&](int i) KLFAST_INLINE { write(out + (step * M + i) * kFolds * kLanes, fold(sum[i])); });
         };
-        std::int64_t first = 0;
-        for (std::int64_t step = 0; step < whole_steps; ++step, first += step_bytes)
-            add_step([&](int r, std::int64_t i) KLFAST_INLINE {
-                __builtin_prefetch(ahead, 0, 3);
-                ahead += bytes;
-                return read_line<Bits>(row[r] + first + i);
+        for (std::int64_t step = 0; step < whole_steps; ++step)
+            do_step(step, [&](int r, std::int64_t at) KLFAST_INLINE {
+                if (r % larger(64 / bytes, 1) == 0) __builtin_prefetch(ahead + at * kFoldRows + r * bytes, 0, 3);
+                return read_line<Bits>(row[r] + at);
             });
-        for (std::int64_t step = whole_steps; step < steps; ++step, first += step_bytes)
-            add_step([&](int r, std::int64_t i) KLFAST_INLINE {
-                return read_line<Bits>(row[r] + smaller(first + i, row_bytes), row_bytes - first - i);
+        for (std::int64_t step = whole_steps; step < steps; ++step)
+            do_step(step, [&](int r, std::int64_t at) KLFAST_INLINE {
+                return read_line<Bits>(row[r] + smaller(at, row_bytes), row_bytes - at);
             });
     }
 
@@ -117,21 +123,29 @@ struct Int8FewRows {
     void tile(const PanelGrid& grid, std::int32_t* folded, std::int64_t m, std::int64_t n0) const {
         for (int f = 0; f < kFolds; ++f) dot_rows<M>(n0 + f * kFoldRows, m, folded + f * kLanes);
         const Vec offset = set(static_cast<float>(DotOperand<Bits>::offset));
+        const Segment* segment = segments.list.data;
+        const float *x_sum = quantized.sum.data + m, *const x_scale = quantized.scale.data + m;
+        const float *const zeros = grid.zero.data, *const scales = grid.scale.data;
+        const std::int64_t of_x = a.m, whole = segments.count / S;
         Vec total[M];
-        for (int i = 0; i < M; ++i) total[i] = set(0.0f);
-        for (std::int64_t step = 0; step < steps; ++step)
-            for (int i = 0; i < M; ++i) {
-                Ints sum[S];
-                sums_of_rows<S>(folded + (step * M + i) * kFolds * kLanes, sum);
-                for (std::int64_t j = 0; j < S && step * S + j < segments.count; ++j) {
-                    const std::int64_t s = step * S + j, group = segments.list[s].group;
-                    const Vec zero = load(grid.zero.data + group * kLanes) - offset,
-                              scale = load(grid.scale.data + group * kLanes);
-                    const Vec exact =
-                        fma(zero, set(-quantized.sum[s * a.m + m + i]), to_float(sum[j]));  // integers below 2^24
-                    total[i] = total[i] + exact * (scale * set(quantized.scale[group * a.m + m + i]));
-                }
-            }
+        unrolled<M>([&](int i) KLFAST_INLINE { total[i] = set(0.0f); });
+        const auto add_segments = [&](int count) KLFAST_INLINE {
+            Ints sum[M][S];
+            unrolled<M>([&](int i) KLFAST_INLINE { sums_of_rows<S>(folded + i * kFolds * kLanes, sum[i]); });
+            unrolled<S>([&](int j) KLFAST_INLINE {
+                if (j >= count) return;
+                const std::int64_t group = segment->group;
+                const Vec zero = load(zeros + group * kLanes) - offset, scale = load(scales + group * kLanes);
+                unrolled<M>([&](int i) KLFAST_INLINE {
+                    const Vec exact = fma(zero, set(-x_sum[i]), to_float(sum[i][j]));  // integers below 2^24
+                    total[i] = total[i] + exact * (scale * set(x_scale[group * of_x + i]));
+                });
+                ++segment, x_sum += of_x;
+            });
+            folded += M * kFolds * kLanes;
+        };
+        for (std::int64_t step = 0; step < whole; ++step) add_segments(S);
+        if (segments.count > whole * S) add_segments(static_cast<int>(segments.count - whole * S));
         for (int i = 0; i < M; ++i) store_panel(a, m + i, n0, total[i]);
     }
 

@@ -134,13 +134,18 @@ struct PanelGrid {
             const auto count = static_cast<int>(smaller(kLanes, a.n - first));
             return store(scale.data, load(a.scale, first, a.scale_type, count));
         }
+        const bool inside = (n0 + kLanes - 1) * groups + round_up(groups, kLanes) <= a.n * groups;  // no partial load
         for (std::int64_t g = 0; g < groups; g += kLanes) {
             Ints rows[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) {
-                const std::int64_t n = smaller(n0 + lane, a.n - 1);
-                __builtin_prefetch(ahead + (n * groups + g) * size, 0, 3);
-                rows[lane] = bits_of(load_scales(a, groups, n, g));
-            }
+            if (inside)
+                unrolled<kLanes>([&](int lane) KLFAST_INLINE {
+                    const std::int64_t first = (n0 + lane) * groups + g;
+                    __builtin_prefetch(ahead + first * size, 0, 3);
+                    rows[lane] = bits_of(load(a.scale, first, a.scale_type, kLanes));
+                });
+            else
+                for (int lane = 0; lane < kLanes; ++lane)
+                    rows[lane] = bits_of(load_scales(a, groups, smaller(n0 + lane, a.n - 1), g));
             transpose_to(rows, scale.data + g * kLanes);
             if (a.zero_point == nullptr) continue;
             for (int lane = 0; lane < kLanes; ++lane) {
