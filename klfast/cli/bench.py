@@ -38,6 +38,13 @@ _OF_SUITES = (
     *("quick", "compare", "device", "isa", "torch_isa", "working_set", "seconds", "shapes", "rows", "models"),
     *("llama_cpp", "gguf"),
 )
+_OF_ONE_SUITE = {
+    "shapes": ("linear",),
+    "rows": ("linear",),
+    "models": ("decode", "families", "serve"),
+    "llama_cpp": ("decode", "families"),
+    "gguf": ("decode", "families"),
+}
 _device = options.one_of("auto", "cpu", "cuda", "xpu")
 
 
@@ -159,11 +166,14 @@ def bench(
     options.goes_with(context, "openvino", *_OF_OPENVINO)
     if unknown := [name for name in suites or () if name not in SUITES]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SUITES)}")
+    chosen = suites or SUITES
+    for name, its in _OF_ONE_SUITE.items():
+        if not set(its) & set(chosen):
+            options.goes_with(context, f"the suite {' or '.join(its)}", name)
     _check_sizes("shapes", shapes, 2)
     _check_sizes("rows", rows, 1)
     if missing := [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]:
         raise KlfastError(f"bench needs {missing[0]}; pip install 'klfast[bench]'")
-    chosen = suites or SUITES
     command = [
         sys.executable,
         "-c",

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import fails
 from typer.testing import CliRunner
 
 import klfast
@@ -296,3 +297,16 @@ def test_a_bench_that_is_told_to_end_takes_its_process_along(tmp_path):
     assert bench_command._ended([sys.executable, "-c", sleeping], stderr=subprocess.DEVNULL) == 143
     assert time.monotonic() - begin < 50
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("suite", "option", "message"),
+    [
+        ("linear", ("--models", "mamba"), "--models goes with the suite decode or families or serve"),
+        ("decode", ("--shapes", "64x96"), "--shapes goes with the suite linear"),
+        ("scan", ("--rows", "1"), "--rows goes with the suite linear"),
+        ("sweep", ("--llama-cpp", "."), "--llama-cpp goes with the suite decode or families"),
+    ],
+)
+def test_options_of_other_suites(suite, option, message):
+    assert message in fails("bench", suite, *option, code=2)
