@@ -13,9 +13,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kSpins = 250;                                // some 3 us, between two looks at the clock
-constexpr auto kTurn = std::chrono::microseconds(250);     // then another program's turn may come, once
-constexpr auto kPatience = std::chrono::milliseconds(10);  // two or three such turns on a member's core; then sleep
+constexpr int kSpins = 250;                                      // 3 to 10 us, between two looks at the clock
+constexpr auto kBetweenYields = std::chrono::microseconds(250);  // where no member is on the same core
+constexpr auto kPatience = std::chrono::milliseconds(10);        // two or three turns of another program; then sleep
 
 thread_local Membership current;
 
@@ -41,9 +41,13 @@ void team_detail::join(const Membership& as) { current = as; }
 
 Team::Team(int threads) : size(threads), cores_(threads) {}
 
+void Team::Core::note(int now) {
+    if (number.load(std::memory_order_relaxed) != now) number.store(now, std::memory_order_relaxed);
+}
+
 void Team::wait() {
     const unsigned round = round_.load(std::memory_order_acquire);
-    cores_[current.rank].number.store(current_core(), std::memory_order_relaxed);
+    cores_[current.rank].note(current_core());
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         next_round();
@@ -73,7 +77,7 @@ void Team::await_end_of(unsigned round) {
     for (Clock::time_point yielded = begin; !is_over();) {
         const Clock::time_point now = Clock::now();
         if (now - begin > kPatience) return round_.wait(round, std::memory_order_acquire);
-        if (size <= cores && !shares_core() && now - yielded < kTurn) continue;
+        if (size <= cores && !shares_core() && now - yielded < kBetweenYields) continue;
         std::this_thread::yield();
         yielded = Clock::now();
     }
@@ -81,7 +85,7 @@ void Team::await_end_of(unsigned round) {
 
 bool Team::shares_core() {
     const int own = current_core();
-    cores_[current.rank].number.store(own, std::memory_order_relaxed);
+    cores_[current.rank].note(own);
     return own != kUnknown && std::count_if(cores_.begin(), cores_.end(), [&](const Core& core) {
                                   return core.number.load(std::memory_order_relaxed) == own;
                               }) > 1;

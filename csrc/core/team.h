@@ -34,6 +34,7 @@ class Team {
   private:
     struct alignas(64) Core {
         std::atomic<int> number = kUnknown;  // the one that a member was seen on last
+        void note(int now);                  // writes only what changes: others read it all the time
     };
 
     void next_round();

@@ -1,6 +1,6 @@
 """The command line ``klfast``. Commands import what they need when they run, so that ``--help`` is fast.
 
-Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong usage, 130 interrupted, 143 told to end.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def _version(wanted: bool) -> None:
 def _wait(**how: str) -> None:
     """Let OpenMP's idle threads sleep, not spin as long as by default: it matters beside other busy programs.
 
-    A sweep is several times as fast if they sleep at once. Between tokens, which come soon, they spin for some 0.2 ms
-    instead of several. Timings (bench) keep the default. OpenMP reads this when torch is imported; whoever has set it
-    knows better.
+    A sweep is several times as fast if they sleep at once. Between tokens, which come soon, they spin for a thirtieth
+    of the default's time. Timings (bench) keep the default. OpenMP reads this when torch is imported; whoever has set
+    it knows better.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ.update(how)

@@ -22,8 +22,10 @@ from klfast.core.errors import KlfastError
 
 # "python -m pytest" would import a pytest.py of the current folder. Without that folder, klfast's must be on the path.
 _PYTEST = """
+import signal
 import sys
 try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let programs in the background ignore it
     own = sys.argv.pop(1)
     sys.path[:] = [p for p in sys.path if p]
     own in sys.path or sys.path.insert(0, own)
@@ -216,23 +218,28 @@ def bench(
 
 
 def _ended(command: list[str], **how: Any) -> int:
-    """Run a command and return its exit code, 143 if this process was told to end: it goes no further alone."""
-    process = subprocess.Popen(command, **how)
+    """Run a command and return its exit code, or 143 if this process was told to end (SIGTERM), which ends both."""
+    process: subprocess.Popen[bytes] | None = None
     told: list[int] = []
 
     def end(number: int, _frame: object) -> None:
+        if process is not None:
+            process.send_signal(signal.SIGKILL if told else signal.SIGINT)
         told.append(number)
-        process.send_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
+        process = subprocess.Popen(command, **how)
+        if told:
+            process.kill()
         code = process.wait()
     except BaseException:
-        process.kill()
+        if process is not None:
+            process.kill()
+            process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        process.wait()
     return 143 if told else code
 
 

@@ -284,7 +284,10 @@ def test_memory_of_a_gpu(monkeypatch):
 
 def test_a_bench_that_is_told_to_end_takes_its_process_along(tmp_path):
     ready = tmp_path / "ready"
-    sleeping = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+    sleeping = f"""import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+pathlib.Path({str(ready)!r}).touch()
+time.sleep(60)"""
 
     def end():
         while not ready.exists():

@@ -11,7 +11,7 @@ TIERS = [tier for tier in ("scalar", "avx2") if tier in pins.available_tiers()]
 
 @pytest.fixture
 def proven_tiers(monkeypatch):
-    """Leave out tiers on which the judge itself has not been tried; python tests/differential runs them, too."""
+    """Leave out tiers on which the judge has been tried in few cases; python tests/differential runs them."""
     monkeypatch.setattr(pins, "available_tiers", lambda: TIERS)
     with judging.using(TIERS[-1]):
         yield
