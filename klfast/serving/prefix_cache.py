@@ -85,7 +85,10 @@ class PrefixCache:
         return found
 
     def put(self, tokens: Sequence[int], state: State, row: int, logits: torch.Tensor) -> None:
-        """Keep a copy of a sequence's state after ``tokens``, and of the next token's logits, float32 [1, V]."""
+        """Keep a copy of a sequence's state after ``tokens``, and of the next token's logits, float32 [1, V].
+
+        Nothing is kept if it would take more than all may, or if there is no memory for it.
+        """
         key, parent = self._search(tokens)
         if parent is not None and parent.key == key:
             self._touch(parent)
@@ -94,8 +97,11 @@ class PrefixCache:
         views = state.since(row, begin)
         if logits.nbytes + sum(view.nbytes for view in views) > self._most:
             return
-        copies = [view.clone() for view in views]
-        prefix = Prefix(len(tokens), key, parent, begin, int(state.seen[row]), copies, logits.clone())
+        try:
+            copies, own = [view.clone() for view in views], logits.clone()
+        except RuntimeError:  # torch's, of memory: no reason for the answers that run to end
+            return
+        prefix = Prefix(len(tokens), key, parent, begin, int(state.seen[row]), copies, own)
         self._prefixes[key] = prefix
         self._lengths[prefix.tokens] += 1
         self.nbytes += prefix.nbytes

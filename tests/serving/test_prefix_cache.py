@@ -132,3 +132,13 @@ def test_keeps_nothing_larger_than_itself(engine):
         cache = PrefixCache(most)
         kept(cache, engine, [1, 2, 3])
         assert len(cache) == cache.nbytes == 0 and cache.longest([1, 2, 3]) is None
+
+
+@torch.inference_mode()
+def test_without_memory_for_a_copy_the_text_is_not_kept(engine):
+    cache = PrefixCache(2**62)
+    logits = torch.zeros(1, 1).expand(1, 2**45)  # a copy is of 128 TiB
+    cache.put([1, 2, 3], engine.state(), 0, logits)
+    assert len(cache) == cache.nbytes == 0 and cache.longest([1, 2, 3]) is None
+    kept(cache, engine, [1, 2, 3])
+    assert cache.longest([1, 2, 3]).tokens == 3
