@@ -24,7 +24,9 @@ ALLOWED = 0.1  # of the work of an exhaustive sweep
 _BESIDE = 2  # passes of a part of the text through the network beside the candidates': of the teacher and its noise
 _OF_SMALLEST = (1.05, 1.2, 1.5)  # sizes of plans, if none is given, relative to the smallest
 _RATIO_ERROR = 0.15  # of the ratio of two specs' KLs by their weights' errors
-_TOKEN_ERROR = 4.8  # least error of a mean over tokens, as a share of it, times their square root
+_TOKEN_ERROR = 4.8  # assumed of a mean over tokens, as a share of it, times their square root
+_ASSUMED_DEGREES = 4  # of freedom, for which this assumption counts beside what windows show
+_COMMON_DEGREES = 4  # for which what all layers show counts beside what one shows
 
 
 @dataclass(frozen=True)
@@ -139,24 +141,45 @@ class Schedule:
         costs, errors = (torch.zeros(len(self.by_layer), options, dtype=torch.float64) for _ in range(2))
         nbytes = torch.full_like(costs, torch.inf)
         nbytes[:, 0] = torch.tensor(self.float_bytes)
+        common = self._common_variance(tally)
         for layer, some in enumerate(layers):
             if not some:
                 continue
-            base, base_error = self._known(tally, some[0])
+            base, base_error = _known(tally, some[0], common)
             for option, entrant in enumerate(some, 1):
                 nbytes[layer, option] = entrant.nbytes
                 if had.get(entrant.row):
-                    costs[layer, option], errors[layer, option] = self._known(tally, entrant)
+                    costs[layer, option], errors[layer, option] = _known(tally, entrant, common)
                 else:
                     costs[layer, option] = base * _ratio(entrant, some[0])
                     errors[layer, option] = (base_error**2 + _RATIO_ERROR**2) ** 0.5
         return Field(costs, errors, nbytes)
 
-    def _known(self, tally: WindowStats, entrant: _Entrant) -> tuple[float, float]:
-        """Return a measured KL and its error as a share of it, which few windows show too small or not at all."""
-        mean, stderr = tally.mean(entrant.row)[0], tally.stderr(entrant.row)[0]
-        share = stderr / mean if mean > 0 and math.isfinite(stderr) else 0.0
-        return mean, max(share, _TOKEN_ERROR / tally.tokens(entrant.row) ** 0.5)
+    def _common_variance(self, tally: WindowStats) -> float:
+        """Return the square of a mean's error after one token, as a share of it: of all candidates together.
+
+        They have read the same windows, so they show it no better than the one with the most windows.
+        """
+        known = [(own, tally.windows(e.row) - 1) for e in self.entrants if (own := _variance(tally, e.row)) is not None]
+        if not known:
+            return _TOKEN_ERROR**2
+        mean = sum(own * degrees for own, degrees in known) / sum(degrees for _, degrees in known)
+        degrees = max(degrees for _, degrees in known)
+        return (_ASSUMED_DEGREES * _TOKEN_ERROR**2 + degrees * mean) / (_ASSUMED_DEGREES + degrees)
+
+
+def _variance(tally: WindowStats, row: int) -> float | None:
+    """Return the square of a row's error after one token, as a share of its mean KL; None if it has too few windows."""
+    mean, stderr = tally.mean(row)[0], tally.stderr(row)[0]
+    return (stderr / mean) ** 2 * tally.tokens(row) if mean > 0 and math.isfinite(stderr) else None
+
+
+def _known(tally: WindowStats, entrant: _Entrant, common: float) -> tuple[float, float]:
+    """Return a measured KL and its error as a share of it, for which few windows say less than all layers together."""
+    own, row = _variance(tally, entrant.row), entrant.row
+    degrees = 0 if own is None else tally.windows(row) - 1
+    variance = (_COMMON_DEGREES * common + degrees * (own or 0.0)) / (_COMMON_DEGREES + degrees)
+    return tally.mean(row)[0], (variance / tally.tokens(row)) ** 0.5
 
 
 def parts_due(had: Mapping[int, int], goals: Mapping[int, int]) -> int:

@@ -6,8 +6,12 @@ from sweep_models import KL, make, means, tokens
 
 import klfast
 from klfast.core.errors import InvalidInputError
+from klfast.core.window_stats import WindowStats
+from klfast.models.block_chain import Chain
 from klfast.sensitivity import adaptive, racing
+from klfast.sensitivity.adaptive import Schedule
 from klfast.sensitivity.results import Sensitivities
+from klfast.sensitivity.steps import steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPECS = ("int4-g32-sym", "int8-g32-sym")
@@ -77,6 +81,32 @@ def test_bad_input(change, message):
     with pytest.raises(InvalidInputError, match=message) as caught:
         swept(**change)
     assert "\n" not in str(caught.value)
+
+
+# Which candidates need more text ------------------------------------------------------------------------------------
+
+
+def asked_for_after(windows, length, spread):
+    """Return how many rows a schedule wants more of once each reference has windows whose KLs spread so far, as a share."""
+    model = make()
+    blank, chain = Sensitivities.of(model), Chain(model)
+    order = steps(chain, list(blank.layers), [klfast.QuantSpec.parse(spec) for spec in SPECS], False, False)
+    schedule = Schedule(order, blank.layers, blank.other_bytes, None, len(chain.blocks), 1000, "absmax")
+    tally, had = WindowStats(order[-1].first + order[-1].rows, 1), dict.fromkeys(schedule.first(), windows)
+    for place, row in enumerate(had):
+        kl = 1.15**place * (1 + spread * (-1.0) ** torch.arange(windows, dtype=torch.float64))
+        tally.add(row, length * kl.view(1, 1, -1), length)
+    return len(schedule.following(tally, had, windows))
+
+
+def test_windows_that_agree_settle_the_plan_sooner():
+    assert asked_for_after(8, 50, 0.01) == 0
+    assert asked_for_after(8, 50, 0.9) > 0
+    assert asked_for_after(64, 50, 0.9) == 0
+
+
+def test_two_windows_that_agree_are_not_believed_yet():
+    assert asked_for_after(2, 50, 0.01) > 0
 
 
 # The race ---------------------------------------------------------------------------------------------------------
