@@ -180,10 +180,6 @@ def _add_errors(app: FastAPI) -> None:
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
         return _error(error.status_code, str(error.detail), kind, headers=dict(error.headers or {}))
 
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return _error(500, f"internal error: {type(error).__name__}", "server_error")
-
 
 def _error(
     status: int,

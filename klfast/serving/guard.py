@@ -1,4 +1,4 @@
-"""What every request passes first: its length, once, its limit, and the key."""
+"""What every request passes first: its length, once, its limit, and the key; and what a fault in the server says."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _OPEN = ("/health",)  # without a key
 
 class Guard:
     """ASGI middleware that refuses requests without the key, with too many bytes or two lengths, and counts replies.
+
+    An exception becomes a reply of status 500, and goes on to the log.
 
     Args:
         app: what the others reach.
@@ -38,10 +40,12 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self._paths else "other"
-        headers, size = dict(scope["headers"]), 0
+        headers, size, has_begun = dict(scope["headers"]), 0, False
 
         async def counted(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 self._metrics.replies.labels(path, str(message["status"])).inc()
             await send(message)
 
@@ -65,7 +69,13 @@ class Guard:
         if {b"content-length", b"transfer-encoding"} <= headers.keys():  # a proxy may have read the other than h11 does
             error = failure("a request has a Content-Length or a Transfer-Encoding, not both", "invalid_request_error")
             refusal = JSONResponse(error, 400, {"Connection": "close"})
-        await (refusal or self._app)(scope, bounded, counted)
+        try:
+            await (refusal or self._app)(scope, bounded, counted)
+        except Exception as error:
+            if not has_begun:
+                reply = JSONResponse(failure(f"internal error: {type(error).__name__}", "server_error"), 500)
+                await reply(scope, bounded, counted)
+            raise
 
     @property
     def _too_large(self) -> str:

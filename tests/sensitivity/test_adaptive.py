@@ -87,7 +87,7 @@ def test_bad_input(change, message):
 
 
 def asked_for_after(windows, length, spread):
-    """Return how many rows a schedule wants more of once each reference has windows whose KLs spread so far, as a share."""
+    """Return how many rows a schedule wants more of after windows whose KLs spread so far, as a share of their mean."""
     model = make()
     blank, chain = Sensitivities.of(model), Chain(model)
     order = steps(chain, list(blank.layers), [klfast.QuantSpec.parse(spec) for spec in SPECS], False, False)

@@ -39,6 +39,20 @@ def test_pages_of_origins_that_are_not_let_in(serve, server):
     assert preflight(server, ORIGIN).status_code == 405
 
 
+def test_a_fault_in_the_server_is_a_reply_that_pages_may_read_and_metrics_count(serve, monkeypatch, capfd):
+    server = serve(of_app={"origins": [ORIGIN]})
+    monkeypatch.setattr(server.service, "start", lambda *_, **__: 1 // 0)
+    found = httpx2.post(f"{server.url}/completions", json=BODY, headers={"Origin": ORIGIN})
+    assert (found.status_code, found.headers["Access-Control-Allow-Origin"]) == (500, ORIGIN)
+    error = dict(message="internal error: ZeroDivisionError", type="server_error", param=None, code=None)
+    assert found.json() == {"error": error}
+    counted = 'klfast_replies_total{path="/v1/completions",status="500"} 1.0'
+    assert counted in httpx2.get(f"{server.root}/metrics").text
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert httpx2.post(f"{server.url}/completions", json=BODY).status_code == 200
+
+
 def test_a_line_for_each_request(serve, capfd):
     server = serve(of_app={"key": "right", "logs_requests": True, "most_bytes": 1000})
     tokens = httpx2.post(f"{server.url}/completions", json=BODY, headers=KEY).json()["usage"]
