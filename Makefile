@@ -96,8 +96,9 @@ sanitize: install
 # Intel's OpenCL runtime for CPUs runs what it makes, where it installs; its own .icd file names another folder. Machine code
 # is made by the ocloc on the PATH, or by a newer one: make verify-xpu OCLOC=/path/to/ocloc
 XPU := build/xpu
+XPU_CACHE ?= $(abspath $(XPU))/cache
 verify-xpu: $(XPU)/.installed
-	PYTHONPATH=.:tests/support:tests/ops TRITON_CACHE_DIR=$(abspath $(XPU))/cache \
+	PYTHONPATH=.:tests/support:tests/ops TRITON_CACHE_DIR=$(XPU_CACHE) \
 	    OCL_ICD_VENDORS=$(abspath $(XPU))/lib/libintelocl.so OCLOC=$(OCLOC) $(XPU)/bin/python tests/backends/verify_xpu.py
 
 $(XPU)/.made: .venv/.installed

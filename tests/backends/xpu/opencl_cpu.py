@@ -7,6 +7,9 @@ memory), so that operands may overlap and have any strides, as on the GPU.
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
+import os
 import warnings
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from klfast.kernels.launch import Launch
 from triton_aot import is_compiled_in
 
-from xpu.lunar_lake import compile_for_lunar_lake
+from xpu.lunar_lake import Compiled, compile_for_lunar_lake
 from xpu.spirv import for_cpu
 
 
@@ -42,24 +45,17 @@ class OpenCLCPU:
         self.device = devices[0]
         self._context = cl.Context([self.device])
         self._queue = cl.CommandQueue(self._context)
-        self._builtins = cl.Program(self._context, (Path(__file__).parent / "builtins.cl").read_text())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about programs that are not cached
-            self._builtins.compile(options=["-cl-std=CL3.0"])
-        self._linked: dict[bytes, cl.Kernel] = {}
+        self._source = (Path(__file__).parent / "builtins.cl").read_text()
+        self._kernels: dict[bytes, cl.Kernel] = {}
         self.ran: dict[bytes, str] = {}
 
     def run(self, launch: Launch) -> None:
         if not all(launch.grid):
             return
         compiled = compile_for_lunar_lake(launch)
-        if compiled.spirv not in self._linked:
-            program = cl.Program(self._context, for_cpu(compiled.spirv))
-            program.compile()
-            self._linked[compiled.spirv] = cl.Kernel(
-                cl.link_program(self._context, [program, self._builtins] if compiled.dpas else [program]), compiled.name
-            )
-        kernel = self._linked[compiled.spirv]
+        if compiled.spirv not in self._kernels:
+            self._kernels[compiled.spirv] = cl.Kernel(self._program(compiled), compiled.name)
+        kernel = self._kernels[compiled.spirv]
         args = [
             _argument(launch.args[p.name]) for p in launch.kernel.params if not is_compiled_in(p, launch.args[p.name])
         ]
@@ -71,6 +67,35 @@ class OpenCLCPU:
             self._queue, kernel, (grid[0] * compiled.threads, *grid[1:]), (compiled.threads, 1, 1)
         ).wait()
         self.ran[compiled.spirv] = compiled.name
+
+    def _program(self, compiled: Compiled) -> cl.Program:
+        """Return what the runtime made of a module, kept beside Triton's own cache: compiling takes it seconds."""
+        spirv, source = for_cpu(compiled.spirv), self._source if compiled.dpas else ""
+        options = os.environ["CL_CONFIG_LLVM_OPTIONS"]
+        made_of = repr((self.device.name, self.device.driver_version, options, source, spirv))
+        kept = Path(os.environ["TRITON_CACHE_DIR"], "opencl", hashlib.sha256(made_of.encode()).hexdigest())
+        if kept.is_file():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about a log that says nothing
+                return cl.Program(self._context, [self.device], [kept.read_bytes()]).build()
+        programs = [cl.Program(self._context, spirv)]
+        programs[0].compile()
+        if compiled.dpas:
+            programs.append(self._builtins)
+        linked = cl.link_program(self._context, programs)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_bytes(linked.get_info(cl.program_info.BINARIES)[0])
+        new.replace(kept)
+        return linked
+
+    @functools.cached_property
+    def _builtins(self) -> cl.Program:
+        program = cl.Program(self._context, self._source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about programs that are not cached
+            program.compile(options=["-cl-std=CL3.0"])
+        return program
 
 
 def _argument(value):
