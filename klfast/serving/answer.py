@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ from klfast.generation.scores import TokenScores, token_scores
 from klfast.generation.settings import Settings
 from klfast.generation.text_stream import TextStream
 from klfast.generation.token_buffer import TokenBuffer
+from klfast.serving.constraint import Constraint
 from klfast.serving.stop_text import StopText
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Answer:
         seed: of its own source of random numbers; None for any.
         top_logprobs: the number of most likely tokens to report with each; None for no scores at all.
         shared: tokens at the beginning of the prompt that other prompts are likely to share.
+        spelled: names of special tokens that are part of the text.
+        constraint: its own; None if it may say anything.
         deliver: called with each piece, in the scheduler's thread; the last one has a ``finish``.
 
     Attributes:
@@ -71,13 +74,16 @@ class Answer:
         seed: int | None = None,
         top_logprobs: int | None = None,
         shared: int = 0,
+        spelled: Collection[str] = (),
+        constraint: Constraint | None = None,
         deliver: Callable[[Piece], object],
     ) -> None:
         self.prompt, self.shared, self.asked = prompt, shared, time.monotonic()
         self.cached_tokens = self.made = self.request = 0
         self.client = ""
         self.is_cancelled = self.is_done = self.has_failed = False
-        self._settings, self._top, self._deliver = settings, top_logprobs, deliver
+        self._settings, self._top, self._spelled, self._deliver = settings, top_logprobs, spelled, deliver
+        self._constraint = constraint
         generator = torch.Generator()
         if seed is None:
             generator.seed()
@@ -101,8 +107,8 @@ class Answer:
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next token from float32 logits [1, V], and deliver what it adds."""
         try:
-            chosen = self._choose(logits, self._tokens.tokens)
-        except InvalidInputError as error:  # the model's numbers
+            chosen, is_complete = self._next(logits)
+        except InvalidInputError as error:  # the model's numbers, or a schema beyond limits
             self.fail(str(error))
             return
         self._tokens.append(chosen)
@@ -112,20 +118,28 @@ class Answer:
         scores = None if self._top is None or ends else token_scores(logits[0], token, self._top)
         offset = 0 if scores is None else self._text.written
         text = "" if ends else self._written(token)
-        is_last = ends or self.made == self._settings.max_new_tokens
+        is_last = ends or is_complete or self.made == self._settings.max_new_tokens
         if is_last and not self._stops.found:
             text += self._stops.push(self._text.end())
             text += self._stops.end()
-        stopped = ends or self._stops.found
+        stopped = ends or is_complete or self._stops.found
         self._give(Piece(text, scores, offset, "stop" if stopped else "length" if is_last else None))
 
+    def _next(self, logits: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Return the next token, int64 [1], and whether a constraint allows no more after it."""
+        if self._constraint is None:
+            return self._choose(logits, self._tokens.tokens), False
+        chosen = self._choose(self._constraint.limit(logits), self._tokens.tokens)
+        self._constraint.take(int(chosen))
+        return chosen, self._constraint.is_complete
+
     def _written(self, token: int) -> str:
-        """Return the text that a token settles; a special one has none, but stop strings may spell it."""
-        special = self._text.special(token) if self._settings.strings else ""
+        """Return the text that a token settles; most special ones have none, but stop strings may spell them."""
+        special = self._text.special(token) if self._settings.strings or self._spelled else ""
         if not special:
             return self._stops.push(self._text.push(token))
         text = self._stops.push(self._text.end())
-        return text if self._stops.found else text + self._stops.push(special, shown=False)
+        return text if self._stops.found else text + self._stops.push(special, shown=special in self._spelled)
 
     def fail(self, error: str | BaseException) -> None:
         """End with an error."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +23,7 @@ from klfast.serving.request_log import RequestLog
 from klfast.serving.requests import ChatRequest, CompletionRequest
 from klfast.serving.scheduler import ClosedError, QueueFullError
 from klfast.serving.service import Service
+from klfast.serving.tool_calls import MARKS, ToolCallReader
 
 _USUAL_COMPLETION = 16  # tokens, OpenAI's default
 _RETRY_SECONDS = "1"
@@ -97,8 +99,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         _require_model(service, asked.model)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise InvalidInputError("top_logprobs needs logprobs: true")
-        prompt, shared = await service.encode_chat(asked.chat, asked.chat_template_kwargs or {})
-        form, mailbox = Chats(service.spelling), Mailbox()
+        tools, schema = asked.callable_tools, asked.schema_of_answers
+        if tools and schema is not None:
+            raise InvalidInputError(
+                'response_format is not supported beside tools; leave it out, or send tool_choice "none"'
+            )
+        constraint = await service.constraint(schema)
+        prompt, shared = await service.encode_chat(asked.chat, asked.chat_template_kwargs or {}, tools)
+        marks = service.tool_marks(tools)
+        form, mailbox = _chats(service, asked, marks), Mailbox()
         answers = service.start(
             asked,
             [prompt],
@@ -107,10 +116,20 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             client=_client(request),
             shared=shared,
+            spelled={name for mark in marks for name in (mark, MARKS[mark])},
+            constraint=constraint,
             mailbox=mailbox,
         )
         exchange = Exchange(answers, 1, mailbox, form, asked.model, with_scores=bool(asked.logprobs))
         return await _reply(exchange, asked, request)
+
+
+def _chats(service: Service, asked: ChatRequest, marks: Sequence[str]) -> Chats:
+    """Return the form of an answer in which calls of tools begin with these marks."""
+    if not marks:
+        return Chats(service.spelling)
+    reader = partial(ToolCallReader, marks, asked.tool_parameters)
+    return Chats(service.spelling, reader, 1 if asked.parallel_tool_calls is False else None)
 
 
 def _client(request: Request) -> str:

@@ -84,13 +84,15 @@ class Exchange:
             if piece.finish == "error":
                 yield _event(failure(piece.error, "server_error"))
                 return
-            if piece.text or piece.scores or piece.finish:
-                yield _event(self._envelope.part([self._part(index, piece)]))
+            if (choice := self._part(index, piece)) is not None:
+                yield _event(self._envelope.part([choice]))
         if with_usage:
             yield _event(self._envelope.part([], self.usage()))
         yield "data: [DONE]\n\n"
 
-    def _part(self, index: int, piece: Piece) -> Json:
+    def _part(self, index: int, piece: Piece) -> Json | None:
+        if not (piece.text or piece.scores or piece.finish):
+            return None
         return self._form.part(index, piece.text, _scored(piece) or None, piece.finish)
 
 

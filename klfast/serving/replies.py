@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from klfast.core.errors import printable
 from klfast.generation.scores import TokenScores
 from klfast.generation.spelling import Spelling
 from klfast.serving.answer import Answer
+from klfast.serving.tool_calls import Call, ToolCallReader
 
 Json = dict[str, Any]
 
@@ -65,25 +67,52 @@ class Chats:
 
     Args:
         spelling: of the tokens.
+        reader: makes what takes calls of tools out of an answer; None where the model may call none.
+        most_calls: in an answer; those beyond are left out.
     """
 
     kind, part_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, spelling: Spelling) -> None:
-        self._spelling = spelling
+    def __init__(
+        self, spelling: Spelling, reader: Callable[[], ToolCallReader] | None = None, most_calls: int | None = None
+    ) -> None:
+        self._spelling, self._most_calls = spelling, most_calls
+        self._readers = None if reader is None else defaultdict[int, ToolCallReader](reader)
 
     def whole(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json:
         """Return a choice with a message."""
-        message = {"role": "assistant", "content": text, "refusal": None}
+        content, calls, finish = self._read(index, text, finish)
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         return self._choice(index, "message", message, scores, finish)
 
-    def part(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json:
-        """Return a choice with what is new in the message."""
-        return self._choice(index, "delta", {"content": text} if text else {}, scores, finish)
+    def part(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json | None:
+        """Return a choice with what is new in the message; None if nothing is."""
+        content, calls, finish = self._read(index, text, finish)
+        new: Json = {"content": content} if content else {}
+        if calls:
+            new["tool_calls"] = calls
+        return self._choice(index, "delta", new, scores, finish) if new or scores or finish else None
 
     def first(self, index: int) -> Json:
         """Return the choice that says who speaks."""
         return self._choice(index, "delta", {"role": "assistant", "content": ""}, None, None)
+
+    def _read(self, index: int, text: str, finish: str | None) -> tuple[str, list[Json], str | None]:
+        """Return what a piece of an answer adds to its content and to its calls, and why it ends."""
+        if self._readers is None:
+            return text, [], finish
+        reader = self._readers[index]
+        before = reader.count
+        content, found = reader.push(text)
+        if finish:
+            content += reader.end()
+        calls = [_call(number, call) for number, call in enumerate(found, before)][: self._left(before)]
+        return content, calls, "tool_calls" if finish == "stop" and reader.count else finish
+
+    def _left(self, made: int) -> int | None:
+        return None if self._most_calls is None else max(0, self._most_calls - made)
 
     def _choice(
         self, index: int, name: str, message: Json, scores: Sequence[Scored] | None, finish: str | None
@@ -98,6 +127,11 @@ class Chats:
     def _score(self, token: int, logprob: float) -> Json:
         raw = self._spelling.utf8(token)
         return {"token": self._spelling.text(token), "logprob": logprob, "bytes": None if raw is None else list(raw)}
+
+
+def _call(number: int, call: Call) -> Json:
+    """Return an answer's call of this number, which clients of a stream need."""
+    return {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}
 
 
 Form = Completions | Chats

@@ -7,6 +7,7 @@ OpenAI's API reference (completions, chat completions); ``top_k``, ``min_p``, ``
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -85,7 +86,8 @@ class _Body(BaseModel):
     def _keep_one_unknown(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        unknown = {key for key in given if key not in cls.model_fields}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = {key for key in given if key not in known}
         one = next((key for key in given if key in unknown), None)
         return {key: value for key, value in given.items() if key == one or key not in unknown}
 
@@ -157,17 +159,119 @@ class _TextPart(_Body):
     text: _Text
 
 
+class _CalledFunction(_Body):
+    name: _Text
+    arguments: _Text
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, arguments: str) -> str:
+        try:
+            is_object = isinstance(json.loads(arguments), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise ValueError("Input should be an object in JSON, as a text")
+        return arguments
+
+
+class _ToolCall(_Body):
+    id: _Text
+    type: Literal["function"]
+    function: _CalledFunction
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The call as chat templates take it."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+_Content = Annotated[
+    Annotated[_Text, Tag(_TEXT)] | Annotated[list[_TextPart], Field(fail_fast=True), Tag(_TEXTS)],
+    Discriminator(_text_or_list, "form", "Input should be a text or a list of text parts"),
+]
+
+
 class _Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    tool_calls: Annotated[Any, _only([])] = None  # before the content, which may be null beside them
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: _Text | None = None
     function_call: Annotated[Any, _only()] = None
     audio: Annotated[Any, _only()] = None
-    content: Annotated[
-        Annotated[_Text, Tag(_TEXT)] | Annotated[list[_TextPart], Field(fail_fast=True), Tag(_TEXTS)],
-        Discriminator(_text_or_list, "form", "Input should be a text or a list of text parts"),
-    ]
+    content: _Content | None = Field(None, validate_default=True)
     name: _Ignored = None
     refusal: Annotated[Any, _only()] = None
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _calls_of_the_assistant(cls, calls: list[_ToolCall] | None, info: ValidationInfo) -> list[_ToolCall] | None:
+        if calls and info.data.get("role", "assistant") != "assistant":
+            raise ValueError("only the assistant calls tools")
+        return calls
+
+    @field_validator("content")
+    @classmethod
+    def _something(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and "tool_calls" in info.data and not info.data["tool_calls"]:
+            raise ValueError("Field required, unless there are tool_calls")
+        return content
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            found["tool_calls"] = [call.chat for call in self.tool_calls]
+        if self.role == "tool" and self.tool_call_id is not None:
+            found["tool_call_id"] = self.tool_call_id
+        return found
+
+
+class _Function(_Body):
+    name: Annotated[_Text, Field(min_length=1)]
+    description: _Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: _Ignored = None
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """The JSON schemas of the parameters; whatever is none is left out."""
+        found = (self.parameters or {}).get("properties")
+        return {key: one for key, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
+
+
+class _Tool(_Body):
+    type: Literal["function"]
+    function: _Function
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The tool as chat templates take it."""
+        return {"type": self.type, "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class _JsonSchema(_Body):
+    name: _Ignored = None
+    description: _Ignored = None
+    strict: _Ignored = None  # it is followed anyway
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class _ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[_JsonSchema | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _where_it_counts(cls, schema: _JsonSchema | None, info: ValidationInfo) -> _JsonSchema | None:
+        if info.data.get("type") == "json_schema" and schema is None:
+            raise ValueError("Field required")
+        if info.data.get("type") in ("text", "json_object") and schema is not None:
+            raise ValueError('needs type "json_schema"')
+        return schema
 
 
 class ChatRequest(Asked):
@@ -179,29 +283,32 @@ class ChatRequest(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     store: Annotated[Any, _only(False)] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
-    tools: Any = None
-    parallel_tool_calls: _Ignored = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[list[_Tool], Field(fail_fast=True)] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: _ResponseFormat | None = None
     modalities: Annotated[Any, _only(["text"])] = None
     reasoning_effort: Annotated[Any, _only("none")] = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    @field_validator("tools")
-    @classmethod
-    def _call_none(cls, tools: object, info: ValidationInfo) -> object:
-        if tools and info.data.get("tool_choice") != "none":
-            raise ValueError('is not supported; leave it out, or send tool_choice "none"')
-        return tools
+    @property
+    def chat(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them."""
+        return [message.chat for message in self.messages]
 
     @property
-    def chat(self) -> list[dict[str, str]]:
-        """The messages as chat templates take them."""
-        return [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.content
-                if isinstance(message.content, str)
-                else "".join(part.text for part in message.content),
-            }
-            for message in self.messages
-        ]
+    def schema_of_answers(self) -> dict[str, Any] | None:
+        """The JSON schema that answers must fit; None if they may be any text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.content
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates take them."""
+        return [] if self.tool_choice == "none" else [tool.chat for tool in self.tools or []]
+
+    @property
+    def tool_parameters(self) -> dict[str, dict[str, Any]]:
+        """The JSON schemas of the tools' parameters by their names."""
+        return {tool.function.name: tool.function.properties for tool in self.tools or []}

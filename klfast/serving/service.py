@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,13 @@ from klfast.models.calling import check_ids
 from klfast.models.families import text_config
 from klfast.models.vocabulary import vocabulary_size
 from klfast.serving.answer import Answer
+from klfast.serving.constraint import Constraint, Constraints
 from klfast.serving.mailbox import Mailbox
 from klfast.serving.metrics import Metrics
 from klfast.serving.prefix_cache import PrefixCache
 from klfast.serving.requests import Asked
 from klfast.serving.scheduler import Scheduler
+from klfast.serving.tool_calls import MARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +73,7 @@ class Service:
         self.spelling = Spelling(tokenizer)
         self._encoder, self._encoding = copy.deepcopy(tokenizer), asyncio.Lock()
         self._ends, self._vocabulary = ends_of(model, tokenizer), vocabulary_size(model)
+        self._constraints = Constraints(self._encoder, self._vocabulary, self._ends)
         self._context = min(context, getattr(text_config(model), "max_position_embeddings", None) or context)
         self.scheduler = Scheduler(engine, PrefixCache(cache_bytes), self.metrics, waiting=waiting)
 
@@ -81,25 +84,51 @@ class Service:
         return list(found["input_ids"])
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, str]], options: Mapping[str, Any]
+        self, messages: Sequence[dict[str, Any]], options: Mapping[str, Any], tools: Sequence[dict[str, Any]] = ()
     ) -> tuple[list[int], int]:
         """Return the tokens of a chat up to the answer, and how many of them are those of its system messages.
 
         Args:
             messages: the chat so far.
             options: for the template.
+            tools: that the model may call.
 
         Raises:
-            InvalidInputError: there is no template, or it refuses the messages or an option.
+            InvalidInputError: there is no template, or it refuses the messages, an option or the tools.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidInputError(f"{self.name} has no chat template; use /v1/completions")
         async with self._encoding:
-            text = await asyncio.to_thread(chat_text, self._encoder, messages, self.name, options)
+            text = await asyncio.to_thread(chat_text, self._encoder, messages, self.name, options, tools)
         prompt = await self.encode(text, special=False)  # a template writes its special tokens itself
         system = await self.encode(system_part(text, messages), special=False)
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, system, strict=False))
         return prompt, len(list(alike))  # a token may reach beyond the end
+
+    def tool_marks(self, tools: Sequence[dict[str, Any]]) -> list[str]:
+        """Return those of MARKS that the chat template for some tools, or else the tokenizer, knows; none for no tools.
+
+        Raises:
+            InvalidInputError: there is none.
+        """
+        if not tools:
+            return []
+        template, added = str(self._tokenizer.get_chat_template(tools=list(tools))), self._tokenizer.get_added_vocab()
+        marks = [mark for mark in MARKS if mark in template] or [mark for mark in MARKS if mark in added]
+        if not marks:
+            raise InvalidInputError(f"klfast does not know how {self.name} calls tools; leave them out")
+        return marks
+
+    async def constraint(self, schema: dict[str, Any] | None) -> Constraint | None:
+        """Return what holds answers to a JSON schema; None for None.
+
+        Raises:
+            InvalidInputError: see ``Constraints``.
+        """
+        if schema is None:
+            return None
+        async with self._encoding:
+            return await asyncio.to_thread(self._constraints.json, schema)
 
     def _ends_for(self, asked: Asked) -> list[int]:
         """Return the tokens that end the answers to a request."""
@@ -118,6 +147,8 @@ class Service:
         top_logprobs: int | None,
         client: str,
         shared: int = 0,
+        spelled: Collection[str] = (),
+        constraint: Constraint | None = None,
         mailbox: Mailbox,
     ) -> list[Answer]:
         """Queue ``asked.n`` answers to each prompt, which deliver to the mailbox's slots in this order.
@@ -127,8 +158,9 @@ class Service:
             prompts: token ids.
             max_tokens: of each answer; None for ``default``, or what the context leaves if that is less.
             default: None for all that the context leaves.
-            top_logprobs, shared: see ``Answer``.
+            top_logprobs, shared, spelled: see ``Answer``.
             client: who asks.
+            constraint: before the first token of each answer.
             mailbox: where pieces go.
 
         Raises:
@@ -174,6 +206,8 @@ class Service:
                         seed=None if asked.seed is None else asked.seed + index,
                         top_logprobs=top_logprobs,
                         shared=shared,
+                        spelled=spelled,
+                        constraint=constraint and constraint.copy(),
                         deliver=mailbox.slot(index),
                     )
                 )

@@ -14,12 +14,12 @@ from klfast.serving.replies import Chats, Completions, Scored
 FALLBACK, LEVEL = "BPE with byte fallback", "byte-level BPE"
 
 
-def written(kind, ids, *, strings=(), top=None):
+def written(kind, ids, *, strings=(), top=None, spelled=()):
     """Return the pieces of an answer with the first of these tokens, after "The sea"."""
     words, pieces = tokenizer(kind), []
     settings = Settings(len(ids), None, Penalties(), [], list(strings), None)
     prompt = words("The sea", add_special_tokens=False)["input_ids"]
-    answer = Answer(prompt, settings, words, top_logprobs=top, deliver=pieces.append)
+    answer = Answer(prompt, settings, words, top_logprobs=top, spelled=spelled, deliver=pieces.append)
     for token in ids:
         if not answer.is_done:
             answer.take(torch.eye(len(words))[token : token + 1] * 9)
@@ -54,6 +54,14 @@ def test_stop_strings_may_spell_special_tokens(stop, text, finish):
     first, second = (words(part, add_special_tokens=False)["input_ids"] for part in (" boat", " and"))
     pieces = written(LEVEL, [*first, words.bos_token_id, *second], strings=[stop])
     assert (text_of(pieces), pieces[-1].finish) == (text, finish)
+
+
+def test_special_tokens_that_are_part_of_the_text():
+    words = tokenizer(LEVEL)
+    first, second = (words(part, add_special_tokens=False)["input_ids"] for part in (" boat", " and"))
+    ids = [*first, words.bos_token_id, words.eos_token_id, *second]
+    assert text_of(written(LEVEL, ids, spelled=["<s>"])) == " boat<s> and"
+    assert text_of(written(LEVEL, ids, spelled=["<s>"], strings=["</s> a"])) == " boat<s>"
 
 
 def test_a_special_token_settles_what_is_in_front_of_a_stop_string():

@@ -212,18 +212,24 @@ CALL = {
     "content": None,
     "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
 }
+BAD_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
 BAD_CHATS = [
     (dict(messages=[]), "messages: "),
     (dict(messages=[{"role": "user", "content": "bad"}]), "chat template of tiny refuses these messages: .*no such"),
     (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages.0"),
     (dict(messages=CHAT, top_logprobs=2), "top_logprobs needs logprobs"),
     (dict(messages=CHAT, service_tier="flex"), "service_tier: is not supported"),
-    (dict(messages=CHAT, tools=TOOLS), 'tools: is not supported; leave it out, or send tool_choice "none"'),
-    (dict(messages=CHAT, tools=TOOLS, tool_choice="auto"), "tools: is not supported"),
+    (dict(messages=CHAT, tools=TOOLS), "chat template of tiny does not tell the model of tools; leave them out"),
     (dict(messages=CHAT, tools=TOOLS, tool_choice="required"), "tool_choice: is not supported"),
-    (dict(messages=[*CHAT, CALL]), r"messages\.2\.tool_calls: is not supported; leave it out"),
-    (dict(messages=[*CHAT, CALL, {"role": "tool", "tool_call_id": "a", "content": "4"}]), r"messages\.2\.tool_calls: "),
-    (dict(messages=CHAT, response_format={"type": "json_object"}), "response_format: is not supported"),
+    (dict(messages=CHAT, tools=[{"type": "function"}]), r"tools\.0\.function: Field required"),
+    (dict(messages=CHAT, tools=[{"type": "web_search"}]), r"tools\.0\.type: "),
+    (dict(messages=[{"role": "user"}]), r"messages\.0\.content: Field required"),
+    (dict(messages=[CALL | {"tool_calls": []}]), r"messages\.0\.content: Field required"),
+    (dict(messages=[CALL | {"role": "user"}]), r"messages\.0\.tool_calls: only the assistant calls tools"),
+    (
+        dict(messages=[CALL | {"tool_calls": [BAD_CALL]}]),
+        r"messages\.0\.tool_calls\.0\.function\.arguments: Input should be an object in JSON, as a text",
+    ),
 ]
 
 

@@ -1,0 +1,111 @@
+"""Answers that fit a JSON schema, by a real model, which without it writes no JSON at all."""
+
+import copy
+import json
+
+import openai
+import pytest
+import served
+from running_server import NAME
+
+from klfast.core.errors import InvalidInputError
+from klfast.serving.constraint import Constraints
+
+CHAT = [{"role": "user", "content": "The sea"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "colour": {"enum": ["red", "gr\u00fcn"]},
+        "size": {"type": "integer", "minimum": 3, "maximum": 70},
+        "parts": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "colour", "size", "parts"],
+    "additionalProperties": False,
+}
+
+
+def of(schema, **more):
+    return {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, **more}}
+
+
+def check(text):
+    found = json.loads(text)
+    assert list(found) == SCHEMA["required"]
+    assert len(found["name"]) <= 8 and found["colour"] in ("red", "gr\u00fcn") and found["size"] in range(3, 71)
+    assert len(found["parts"]) in (1, 2) and {*found["parts"]} <= {True, False}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_answers_fit_a_schema(client, temperature):
+    ask = dict(model=NAME, messages=CHAT, temperature=temperature, seed=1, n=3, max_tokens=250)
+    made = client.chat.completions.create(response_format=of(SCHEMA, strict=True), **ask)
+    events = list(client.chat.completions.create(response_format=of(SCHEMA), stream=True, **ask))
+    for choice in made.choices:
+        assert choice.finish_reason == "stop"
+        check(choice.message.content)
+        parts = [one for event in events for one in event.choices if one.index == choice.index]
+        assert "".join(one.delta.content or "" for one in parts) == choice.message.content
+        assert parts[-1].finish_reason == "stop"
+
+
+def test_an_answer_ends_with_its_last_letter(client):
+    """No token is spent on the end."""
+    ask = dict(model=NAME, messages=CHAT, temperature=0, max_tokens=50)
+    made = client.chat.completions.create(response_format=of({"const": "sea"}), **ask)
+    assert made.choices[0].message.content == '"sea"' and made.choices[0].finish_reason == "stop"
+    assert made.usage.completion_tokens == len(served.words()('"sea"', add_special_tokens=False)["input_ids"])
+    made = client.chat.completions.create(response_format=of({"const": "sea"}), **ask | {"max_tokens": 1})
+    assert made.choices[0].finish_reason == "length"
+
+
+def test_an_object_of_any_form(client):
+    ask = dict(model=NAME, messages=CHAT, temperature=0, max_tokens=60, response_format={"type": "json_object"})
+    made = client.chat.completions.create(logprobs=True, **ask).choices[0]
+    assert made.message.content.lstrip().startswith("{") and made.logprobs.content
+    again = client.chat.completions.create(model=NAME, messages=CHAT, temperature=0, max_tokens=60)
+    assert not again.choices[0].message.content.lstrip().startswith("{")
+    text = client.chat.completions.create(**ask | {"response_format": {"type": "text"}})
+    assert text.choices[0].message.content == again.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"type": "xml"}, "response_format.type: "),
+        ({"type": "json_schema"}, "response_format.json_schema: Field required"),
+        ({"type": "json_object", "json_schema": {"schema": {}}}, "response_format.json_schema: needs type"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema: Field required"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {}, "content": {}}},
+            "response_format.json_schema.content: Extra inputs are not permitted",
+        ),
+        (of({"type": "nope"}), "the JSON schema cannot be followed: Invalid type: nope"),
+        (of({"not": {}}), r'the JSON schema cannot be followed: Unimplemented keys: \["not"\]'),
+        (of({"type": "string", "pattern": "("}), "the JSON schema cannot be followed: regex parse error"),
+        (of({"$ref": "http://127.0.0.1:9/x"}), "the JSON schema cannot be followed: "),
+    ],
+)
+def test_bad_formats(client, form, message):
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.chat.completions.create(model=NAME, messages=CHAT, response_format=form)
+    assert "\n" not in caught.value.body["message"]
+
+
+def test_a_tokenizer_of_python_code():
+    class Words:
+        eos_token_id = 1
+
+    with pytest.raises(InvalidInputError, match="the JSON schema cannot be followed: Only fast tokenizers"):
+        Constraints(Words(), 9, [1]).json(SCHEMA)
+
+
+def test_copies_are_independent():
+    words = copy.deepcopy(served.words())
+    one = Constraints(words, len(words), [words.eos_token_id]).json({"const": 1})
+    other = one.copy()
+    [token] = words("1", add_special_tokens=False)["input_ids"]
+    one.take(token)
+    assert one.is_complete and not other.is_complete
+    with pytest.raises(InvalidInputError, match="cannot be followed"):
+        other.take(words.eos_token_id)

@@ -1,0 +1,237 @@
+"""Calls of tools: read from what models write, and in the API, through OpenAI's client."""
+
+import copy
+import json
+
+import openai
+import pytest
+import served
+import torch
+from running_server import NAME
+
+from klfast.serving.answer import Answer
+from klfast.serving.tool_calls import ToolCallReader
+
+SCHEMAS = {
+    "weather": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "when": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "parts": {"type": "array"},
+    }
+}
+CALL = '{"name": "weather", "arguments": {"city": "Tromsø", "days": 2}}'
+OSLO = ("weather", {"city": "Tromsø", "days": 2})
+TAGS = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nTromsø\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+PYTHON = "<|tool_call_start|>[weather(city='Tromsø', days=2), a.b(c=[1, {'d': true}], e=None)]<|tool_call_end|>"
+READ = {
+    "JSON": (f"<tool_call>\n{CALL}\n</tool_call>", "", [OSLO]),
+    "text before and between": (
+        f"I look.\n\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\n",
+        "I look.",
+        [OSLO] * 2,
+    ),
+    "text behind": (f"<tool_call>{CALL}</tool_call> Done.", " Done.", [OSLO]),
+    "a list": (f"<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>", "", [OSLO] * 2),
+    "Jamba's": (f"<tool_calls>[\n  {CALL}\n]</tool_calls>", "", [OSLO]),
+    "arguments as a text": (
+        '<tool_call>{"name": "weather", "arguments": "{\\"days\\": 1}"}</tool_call>',
+        "",
+        [("weather", {"days": 1})],
+    ),
+    "no arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
+    "tags": (TAGS, "", [OSLO]),
+    "tags by their schemas": (
+        (
+            "<tool_call><function=weather><parameter=city>\n12\n</parameter><parameter=days>many</parameter>"
+            '<parameter=when>null</parameter><parameter=parts>\n["a",\n 1]\n</parameter><parameter=other>1</parameter>'
+            "</function></tool_call>"
+        ),
+        "",
+        [("weather", {"city": "12", "days": "many", "when": None, "parts": ["a", 1], "other": "1"})],
+    ),
+    "a text of several lines in tags": (
+        "<tool_call><function=weather><parameter=city>\n\n a\nb \n</parameter></function></tool_call>",
+        "",
+        [("weather", {"city": "\n a\nb "})],
+    ),
+    "Python": (PYTHON, "", [OSLO, ("a.b", {"c": [1, {"d": True}], "e": None})]),
+    "no call": ("a < b, <tool", "a < b, <tool", []),
+    "white space alone": (" \n", " \n", []),
+    "one without end": (f"so <tool_call>{CALL}", f"so <tool_call>{CALL}", []),
+}
+UNREADABLE = [
+    "",
+    "{",
+    "[]",
+    "1",
+    '{"arguments": {}}',
+    '{"name": 1, "arguments": {}}',
+    '{"name": "f", "arguments": [1]}',
+    '{"name": "f", "arguments": {"x": NaN}}',
+    "[" * 100_000,
+    "(" * 5_000,
+    "weather('Oslo')",
+    "weather(**{'a': 1})",
+    "weather(a=open('x'))",
+    "weather(a=1j)",
+    "weather(a=x)",
+    "__import__('os')",
+    "<function=weather>",
+]
+
+
+def read(text, size, marks=("<tool_call>", "<tool_calls>", "<TOOLCALL>", "<|tool_call_start|>")):
+    """Return the text and the calls of a text that comes in pieces of this size."""
+    reader, texts, calls = ToolCallReader(marks, SCHEMAS), [], []
+    for at in range(0, len(text), size):
+        found, more = reader.push(text[at : at + size])
+        texts.append(found)
+        calls += more
+    assert reader.count == len(calls)
+    return "".join([*texts, reader.end()]), [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_calls_are_read_however_the_text_is_cut(name):
+    text, rest, calls = READ[name]
+    for size in {*range(1, 30), len(text)}:
+        assert read(text, size) == (rest, calls), size
+
+
+@pytest.mark.parametrize("body", UNREADABLE, ids=lambda body: body[:30])
+def test_what_cannot_be_read_is_text(body):
+    text = f"so: <tool_call>{body}</tool_call>"
+    assert read(text + TAGS, len(text)) == (text, [OSLO])
+
+
+def test_text_is_held_back_only_where_a_call_may_begin():
+    reader = ToolCallReader(["<tool_call>"], {})
+    assert [reader.push(piece)[0] for piece in ("a", " b\n", "<to", "p>", " <tool_call>x")] == [
+        "a",
+        " b",
+        "",
+        "\n<top>",
+        "",
+    ]
+
+
+def test_arguments_keep_their_letters():
+    assert '"Tromsø"' in ToolCallReader(["<tool_call>"], {}).push(READ["JSON"][0])[1][0].arguments
+
+
+TEMPLATE = (
+    "{% if tools %}<s>{{ tools | tojson }} <tool_call>{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.city }}{% endfor %}"
+    "{{ m.tool_call_id }}\n{% endfor %}<s>assistant: "
+)
+CHAT = [{"role": "user", "content": "Will it rain?"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "tells the weather",
+            "parameters": {"type": "object", "properties": SCHEMAS["weather"]},
+        },
+    }
+]
+SAID = f"I look.\n<tool_call>\n{CALL}\n</tool_call>\n{TAGS}"
+ASK = dict(model=NAME, messages=CHAT, temperature=0)
+
+
+@pytest.fixture
+def told(serve, monkeypatch):
+    """Return what starts a server whose model is told what to write, and returns a client."""
+
+    def start(text, template=TEMPLATE):
+        words = copy.deepcopy(served.words())
+        words.chat_template = template
+        script = [*words(text, add_special_tokens=False)["input_ids"], words.eos_token_id]
+        choose = Answer.take
+
+        def take(answer, logits):
+            token = script[min(answer.made, len(script) - 1)]
+            choose(answer, torch.eye(logits.shape[1])[token : token + 1] * 99)
+
+        served.model()
+        monkeypatch.setattr(served, "words", lambda: words)
+        monkeypatch.setattr(Answer, "take", take)
+        return serve(context=2000).client()
+
+    return start
+
+
+def test_a_whole_answer(told):
+    [choice] = told(SAID).chat.completions.create(tools=TOOLS, **ASK).choices
+    assert (choice.message.content, choice.finish_reason) == ("I look.", "tool_calls")
+    calls = choice.message.tool_calls
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [OSLO] * 2
+    assert len({call.id for call in calls}) == 2 and {call.type for call in calls} == {"function"}
+
+
+def test_a_stream(told):
+    events = list(told(SAID).chat.completions.create(tools=TOOLS, stream=True, n=2, **ASK))
+    for index in (0, 1):
+        choices = [choice for event in events for choice in event.choices if choice.index == index]
+        assert "".join(choice.delta.content or "" for choice in choices) == "I look."
+        calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        assert [call.index for call in calls] == [0, 1] and len({call.id for call in calls}) == 2
+        assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [OSLO] * 2
+        assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["tool_calls"]
+        assert all(choice.delta.content or choice.delta.tool_calls or choice.finish_reason for choice in choices[1:])
+
+
+def test_one_call_at_most(told):
+    client = told(SAID)
+    ask = dict(tools=TOOLS, parallel_tool_calls=False, **ASK)
+    assert len(client.chat.completions.create(**ask).choices[0].message.tool_calls) == 1
+    events = client.chat.completions.create(stream=True, **ask)
+    assert sum(len(choice.delta.tool_calls or ()) for event in events for choice in event.choices) == 1
+
+
+def test_an_answer_without_a_call(told):
+    client = told("It rains.\n")
+    for more in ({"tools": TOOLS}, {}):
+        [choice] = client.chat.completions.create(**more, **ASK).choices
+        found = choice.message.content, choice.message.tool_calls, choice.finish_reason
+        assert found == ("It rains.\n", None, "stop")
+
+
+def test_a_call_that_the_limit_cuts_is_text(told):
+    [choice] = told(SAID).chat.completions.create(tools=TOOLS, max_tokens=20, **ASK).choices
+    assert choice.finish_reason == "length" and choice.message.tool_calls is None
+    assert SAID.startswith(choice.message.content) and len(choice.message.content) > 10
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": TOOLS, "tool_choice": "none"}])
+def test_calls_that_nobody_asked_for_are_text(told, more):
+    [choice] = told(SAID).chat.completions.create(**more, **ASK).choices
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (SAID, None, "stop")
+
+
+def test_calls_and_results_reach_the_template(told):
+    client = told("It rains.")
+    call = {"id": "a1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    chat = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a1", "content": "4"}]
+    made = client.chat.completions.create(tools=TOOLS, **(ASK | {"messages": chat}))
+    tools = json.dumps([{"type": "function", "function": TOOLS[0]["function"]}])
+    text = f"<s>{tools} <tool_call><s>user: Will it rain?\n<s>assistant: weatherOslo\n<s>tool: 4a1\n<s>assistant: "
+    assert made.usage.prompt_tokens == len(served.words()(text, add_special_tokens=False)["input_ids"])
+    assert made.choices[0].message.content == "It rains."
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (served.TEMPLATE, "chat template of tiny does not tell the model of tools; leave them out"),
+        (TEMPLATE.replace("<tool_call>", ""), "klfast does not know how tiny calls tools; leave them out"),
+    ],
+)
+def test_models_that_call_no_tools(told, template, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        told("", template).chat.completions.create(tools=TOOLS, **ASK)
