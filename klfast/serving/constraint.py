@@ -72,10 +72,14 @@ class Constraints:
         """Return a constraint to JSON that fits a schema.
 
         Raises:
-            InvalidInputError: llguidance cannot follow the schema, or knows no tokenizer of this kind.
+            InvalidInputError: llguidance cannot follow the schema, knows no such tokenizer, or is not installed.
         """
-        from llguidance import LLMatcher
-
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise InvalidInputError(
+                "response_format needs the package llguidance: pip install 'klfast[serve]'"
+            ) from None
         try:
             matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(schema, _FORM))
         except (ValueError, RecursionError) as error:

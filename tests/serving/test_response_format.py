@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import openai
 import pytest
@@ -90,6 +91,14 @@ def test_bad_formats(client, form, message):
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         client.chat.completions.create(model=NAME, messages=CHAT, response_format=form)
     assert "\n" not in caught.value.body["message"]
+
+
+def test_without_llguidance(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(
+        openai.BadRequestError, match=r"response_format needs the package llguidance: pip install 'klfast"
+    ):
+        client.chat.completions.create(model=NAME, messages=CHAT, response_format={"type": "json_object"})
 
 
 def test_a_tokenizer_of_python_code():
