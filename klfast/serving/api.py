@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -23,7 +23,7 @@ from klfast.serving.request_log import RequestLog
 from klfast.serving.requests import ChatRequest, CompletionRequest
 from klfast.serving.scheduler import ClosedError, QueueFullError
 from klfast.serving.service import Service
-from klfast.serving.tool_calls import MARKS, ToolCallReader
+from klfast.serving.tool_calls import MARKS, ForcedCallReader, Reader, ToolCallReader
 
 _USUAL_COMPLETION = 16  # tokens, OpenAI's default
 _RETRY_SECONDS = "1"
@@ -99,15 +99,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         _require_model(service, asked.model)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise InvalidInputError("top_logprobs needs logprobs: true")
-        tools, schema = asked.callable_tools, asked.schema_of_answers
-        if tools and schema is not None:
-            raise InvalidInputError(
-                'response_format is not supported beside tools; leave it out, or send tool_choice "none"'
-            )
-        constraint = await service.constraint(schema)
+        tools, constraint = asked.callable_tools, await service.constraint(asked.schema_of_answers)
         prompt, shared = await service.encode_chat(asked.chat, asked.chat_template_kwargs or {}, tools)
-        marks = service.tool_marks(tools)
-        form, mailbox = _chats(service, asked, marks), Mailbox()
+        marks = [] if asked.must_call else service.tool_marks(tools)
+        form, mailbox = Chats(service.spelling, _reader(asked, marks), asked.most_calls), Mailbox()
         answers = service.start(
             asked,
             [prompt],
@@ -124,12 +119,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return await _reply(exchange, asked, request)
 
 
-def _chats(service: Service, asked: ChatRequest, marks: Sequence[str]) -> Chats:
-    """Return the form of an answer in which calls of tools begin with these marks."""
-    if not marks:
-        return Chats(service.spelling)
-    reader = partial(ToolCallReader, marks, asked.tool_parameters)
-    return Chats(service.spelling, reader, 1 if asked.parallel_tool_calls is False else None)
+def _reader(asked: ChatRequest, marks: Sequence[str]) -> Callable[[], Reader] | None:
+    """Return what makes readers of answers in which calls of tools begin with these marks."""
+    if asked.must_call:
+        return ForcedCallReader
+    return partial(ToolCallReader, marks, asked.tool_parameters) if marks else None
 
 
 def _client(request: Request) -> str:

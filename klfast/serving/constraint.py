@@ -78,7 +78,7 @@ class Constraints:
             from llguidance import LLMatcher
         except ImportError:
             raise InvalidInputError(
-                "response_format needs the package llguidance: pip install 'klfast[serve]'"
+                "following a JSON schema needs the package llguidance: pip install 'klfast[serve]'"
             ) from None
         try:
             matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(schema, _FORM))

@@ -12,7 +12,7 @@ from klfast.core.errors import printable
 from klfast.generation.scores import TokenScores
 from klfast.generation.spelling import Spelling
 from klfast.serving.answer import Answer
-from klfast.serving.tool_calls import Call, ToolCallReader
+from klfast.serving.tool_calls import Call, Reader
 
 Json = dict[str, Any]
 
@@ -74,10 +74,10 @@ class Chats:
     kind, part_kind = "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, spelling: Spelling, reader: Callable[[], ToolCallReader] | None = None, most_calls: int | None = None
+        self, spelling: Spelling, reader: Callable[[], Reader] | None = None, most_calls: int | None = None
     ) -> None:
         self._spelling, self._most_calls = spelling, most_calls
-        self._readers = None if reader is None else defaultdict[int, ToolCallReader](reader)
+        self._readers = None if reader is None else defaultdict[int, Reader](reader)
 
     def whole(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json:
         """Return a choice with a message."""
@@ -105,9 +105,7 @@ class Chats:
             return text, [], finish
         reader = self._readers[index]
         before = reader.count
-        content, found = reader.push(text)
-        if finish:
-            content += reader.end()
+        content, found = reader.read(text, is_last=finish is not None)
         calls = [_call(number, call) for number, call in enumerate(found, before)][: self._left(before)]
         return content, calls, "tool_calls" if finish == "stop" and reader.count else finish
 

@@ -23,12 +23,20 @@ from pydantic import (
     model_validator,
 )
 
+from klfast.serving.tool_calls import schema_of_calls
+
 _MOST_CHOICES, _MOST_STOPS, _LONGEST_STOP = 16, 16, 256
 
 
 HALF = "has half of a surrogate pair; send whole characters"
 # Forms of a value that may have several: pydantic puts them into the places of errors, where they help nobody.
-FORMS = _TEXT, _TEXTS, _TOKENS, _TOKEN_LISTS = ("a text", "texts", "token ids", "lists of token ids")
+FORMS = _TEXT, _TEXTS, _TOKENS, _TOKEN_LISTS, _OBJECT = (
+    "a text",
+    "texts",
+    "token ids",
+    "lists of token ids",
+    "an object",
+)
 
 
 def _form(value: object) -> str | None:
@@ -44,6 +52,10 @@ def _form(value: object) -> str | None:
 def _text_or_list(value: object) -> str | None:
     """Return the form of a value that is a text or a list of whatever the list's own check allows."""
     return _form(value) and (_TEXT if isinstance(value, str) else _TEXTS)
+
+
+def _text_or_object(value: object) -> str | None:
+    return _TEXT if isinstance(value, str) else _OBJECT if isinstance(value, dict) else None
 
 
 def _only(*neutral: object) -> BeforeValidator:
@@ -253,6 +265,21 @@ class _Tool(_Body):
         return {"type": self.type, "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
+class _Name(_Body):
+    name: _Text
+
+
+class _NamedTool(_Body):
+    type: Literal["function"]
+    function: _Name
+
+
+_ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag(_TEXT)] | Annotated[_NamedTool, Tag(_OBJECT)],
+    Discriminator(_text_or_object, "form", 'Input should be "none", "auto", "required" or a function'),
+]
+
+
 class _JsonSchema(_Body):
     name: _Ignored = None
     description: _Ignored = None
@@ -282,13 +309,35 @@ class ChatRequest(Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     store: Annotated[Any, _only(False)] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
     tools: Annotated[list[_Tool], Field(fail_fast=True)] | None = None
+    tool_choice: _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: _ResponseFormat | None = None
     modalities: Annotated[Any, _only(["text"])] = None
     reasoning_effort: Annotated[Any, _only("none")] = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _of_the_tools(cls, choice: _ToolChoice | None, info: ValidationInfo) -> _ToolChoice | None:
+        names = [tool.function.name for tool in info.data.get("tools") or ()]
+        if "tools" in info.data and choice == "required" and not names:
+            raise ValueError("needs tools")
+        if "tools" in info.data and isinstance(choice, _NamedTool) and choice.function.name not in names:
+            raise ValueError(f"there is no tool {choice.function.name!r}")
+        return choice
+
+    @field_validator("response_format")
+    @classmethod
+    def _not_beside_tools(cls, form: _ResponseFormat | None, info: ValidationInfo) -> _ResponseFormat | None:
+        if (
+            form is not None
+            and form.type != "text"
+            and info.data.get("tools")
+            and info.data.get("tool_choice") != "none"
+        ):
+            raise ValueError('is not supported beside tools; leave it out, or send tool_choice "none"')
+        return form
 
     @property
     def chat(self) -> list[dict[str, Any]]:
@@ -296,17 +345,32 @@ class ChatRequest(Asked):
         return [message.chat for message in self.messages]
 
     @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates take them."""
+        return [] if self.tool_choice == "none" else [tool.chat for tool in self.tools or []]
+
+    @property
+    def most_calls(self) -> int | None:
+        """The most calls of tools in an answer, if it is limited."""
+        return 1 if self.parallel_tool_calls is False or isinstance(self.tool_choice, _NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether an answer must consist of calls."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, _NamedTool)
+
+    @property
     def schema_of_answers(self) -> dict[str, Any] | None:
         """The JSON schema that answers must fit; None if they may be any text."""
+        if self.must_call:
+            choice = self.tool_choice
+            named = choice.function.name if isinstance(choice, _NamedTool) else None
+            tools = [tool for tool in self.callable_tools if named in (None, tool["function"]["name"])]
+            return schema_of_calls(tools, self.most_calls)
         form = self.response_format
         if form is None or form.type == "text":
             return None
         return {"type": "object"} if form.json_schema is None else form.json_schema.content
-
-    @property
-    def callable_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model may call, as chat templates take them."""
-        return [] if self.tool_choice == "none" else [tool.chat for tool in self.tools or []]
 
     @property
     def tool_parameters(self) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 MARKS = {
@@ -37,8 +37,8 @@ Parameters = Mapping[str, Mapping[str, Any]]  # of each function: JSON schemas b
 class ToolCallReader:
     """Takes calls out of a text that arrives in pieces.
 
-    What may be the beginning of a call is held back, and white space in front of it, which belongs to the call. What
-    stands between marks but cannot be read is text.
+    What may be the beginning of a call is held back, and white space in front of it, which belongs to the call, as does
+    white space alone behind one. What stands between marks but cannot be read is text.
 
     Args:
         marks: those in MARKS with which the model's calls begin.
@@ -52,7 +52,7 @@ class ToolCallReader:
         self._marks, self._parameters, self._held, self.count = tuple(marks), parameters, "", 0
         self._begin, self._longest = re.compile("|".join(map(re.escape, self._marks))), max(map(len, self._marks))
 
-    def push(self, piece: str) -> tuple[str, list[Call]]:
+    def read(self, piece: str, *, is_last: bool) -> tuple[str, list[Call]]:
         """Return the text and the calls that this piece settles."""
         self._held += piece
         text, calls = "", list[Call]()
@@ -66,21 +66,72 @@ class ToolCallReader:
             text += self._held[:end] if found is None else self._held[: begin.start()].rstrip()
             calls += found or []
             self._held = self._held[end:]
-        settled = self._held[: self._open() if begin is None else begin.start()].rstrip()
-        text, self._held = text + settled, self._held[len(settled) :]
         self.count += len(calls)
-        return text, calls
-
-    def end(self) -> str:
-        """Return the text that was held back; white space behind a call is none."""
-        rest, self._held = self._held, ""
-        return "" if self.count and rest.isspace() else rest
+        if is_last:
+            return text + ("" if self.count and self._held.isspace() else self._held), calls
+        settled = self._held[: self._open() if begin is None else begin.start()].rstrip()
+        self._held = self._held[len(settled) :]
+        return text + settled, calls
 
     def _open(self) -> int:
         """Return where what is held ends in the beginning of a mark; its length if it does not."""
         held = self._held
         places = range(max(0, len(held) - self._longest + 1), len(held))
         return next((at for at in places if any(mark.startswith(held[at:]) for mark in self._marks)), len(held))
+
+
+class ForcedCallReader:
+    """Takes calls out of a text that is nothing but a list of them in JSON, if it is complete.
+
+    Attributes:
+        count: the calls so far.
+    """
+
+    def __init__(self) -> None:
+        self._held, self.count = "", 0
+
+    def read(self, piece: str, *, is_last: bool) -> tuple[str, list[Call]]:
+        """Return the text and the calls that this piece settles."""
+        self._held += piece
+        if not is_last:
+            return "", []
+        calls = _calls(self._held, {}) or []
+        self.count = len(calls)
+        return "" if calls else self._held, calls
+
+
+def schema_of_calls(tools: Sequence[Mapping[str, Any]], most: int | None) -> dict[str, Any]:
+    """Return the JSON schema of lists of one to ``most`` calls of these tools, in the form of OpenAI's API."""
+    calls = [_schema(tool["function"], f"#/items/anyOf/{i}/properties/arguments") for i, tool in enumerate(tools)]
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1} | ({} if most is None else {"maxItems": most})
+
+
+def _schema(function: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the schema of calls of a function whose parameters' schema will lie at a place, a JSON pointer."""
+    arguments = {"type": "object", **_moved(function.get("parameters", {}), place)}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema whose references to its own parts find them at a place."""
+    if isinstance(schema, list):
+        return [_moved(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: f"{place}{value[1:]}"
+        if key == "$ref" and isinstance(value, str) and value[:1] == "#"
+        else _moved(value, place)
+        for key, value in schema.items()
+    }
+
+
+Reader = ToolCallReader | ForcedCallReader
 
 
 def _calls(body: str, parameters: Parameters) -> list[Call] | None:

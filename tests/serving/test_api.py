@@ -220,7 +220,20 @@ BAD_CHATS = [
     (dict(messages=CHAT, top_logprobs=2), "top_logprobs needs logprobs"),
     (dict(messages=CHAT, service_tier="flex"), "service_tier: is not supported"),
     (dict(messages=CHAT, tools=TOOLS), "chat template of tiny does not tell the model of tools; leave them out"),
-    (dict(messages=CHAT, tools=TOOLS, tool_choice="required"), "tool_choice: is not supported"),
+    (dict(messages=CHAT, tool_choice="required"), "tool_choice: needs tools"),
+    (dict(messages=CHAT, tools=TOOLS, tool_choice="any"), "tool_choice: Input should be 'none', 'auto' or 'required'"),
+    (
+        dict(messages=CHAT, tools=TOOLS, tool_choice=["f"]),
+        'tool_choice: Input should be "none", "auto", "required" or a',
+    ),
+    (
+        dict(messages=CHAT, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "g"}}),
+        "tool_choice: there is no tool 'g'",
+    ),
+    (
+        dict(messages=CHAT, tools=TOOLS, response_format={"type": "json_object"}),
+        "response_format: is not supported beside tools",
+    ),
     (dict(messages=CHAT, tools=[{"type": "function"}]), r"tools\.0\.function: Field required"),
     (dict(messages=CHAT, tools=[{"type": "web_search"}]), r"tools\.0\.type: "),
     (dict(messages=[{"role": "user"}]), r"messages\.0\.content: Field required"),

@@ -96,7 +96,7 @@ def test_bad_formats(client, form, message):
 def test_without_llguidance(client, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(
-        openai.BadRequestError, match=r"response_format needs the package llguidance: pip install 'klfast"
+        openai.BadRequestError, match=r"following a JSON schema needs the package llguidance: pip install 'klfast"
     ):
         client.chat.completions.create(model=NAME, messages=CHAT, response_format={"type": "json_object"})
 

@@ -88,11 +88,11 @@ def read(text, size, marks=("<tool_call>", "<tool_calls>", "<TOOLCALL>", "<|tool
     """Return the text and the calls of a text that comes in pieces of this size."""
     reader, texts, calls = ToolCallReader(marks, SCHEMAS), [], []
     for at in range(0, len(text), size):
-        found, more = reader.push(text[at : at + size])
+        found, more = reader.read(text[at : at + size], is_last=at + size >= len(text))
         texts.append(found)
         calls += more
     assert reader.count == len(calls)
-    return "".join([*texts, reader.end()]), [(call.name, json.loads(call.arguments)) for call in calls]
+    return "".join(texts), [(call.name, json.loads(call.arguments)) for call in calls]
 
 
 @pytest.mark.parametrize("name", READ)
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_text(body):
 
 def test_text_is_held_back_only_where_a_call_may_begin():
     reader = ToolCallReader(["<tool_call>"], {})
-    assert [reader.push(piece)[0] for piece in ("a", " b\n", "<to", "p>", " <tool_call>x")] == [
+    assert [reader.read(piece, is_last=False)[0] for piece in ("a", " b\n", "<to", "p>", " <tool_call>x")] == [
         "a",
         " b",
         "",
@@ -120,7 +120,7 @@ def test_text_is_held_back_only_where_a_call_may_begin():
 
 
 def test_arguments_keep_their_letters():
-    assert '"Tromsø"' in ToolCallReader(["<tool_call>"], {}).push(READ["JSON"][0])[1][0].arguments
+    assert '"Tromsø"' in ToolCallReader(["<tool_call>"], {}).read(READ["JSON"][0], is_last=True)[1][0].arguments
 
 
 TEMPLATE = (
@@ -235,3 +235,74 @@ def test_calls_and_results_reach_the_template(told):
 def test_models_that_call_no_tools(told, template, message):
     with pytest.raises(openai.BadRequestError, match=message):
         told("", template).chat.completions.create(tools=TOOLS, **ASK)
+
+
+PLACE = {
+    "type": "object",
+    "properties": {"at": {"$ref": "#/$defs/place"}, "n": {"enum": [1, 2]}},
+    "required": ["at", "n"],
+    "additionalProperties": False,
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {
+                "town": {"enum": ["Oslo", "Bergen"]},
+                "in": {"anyOf": [{"$ref": "#/$defs/place"}, {"const": 0}]},
+            },
+            "required": ["town", "in"],
+            "additionalProperties": False,
+        }
+    },
+}
+FORCED = [*TOOLS, {"type": "function", "function": {"name": "go", "parameters": PLACE}}]
+
+
+@pytest.fixture
+def real(serve, monkeypatch):
+    """Return a client of a server whose model says what it likes, which are no calls, and is told of tools."""
+    words = copy.deepcopy(served.words())
+    words.chat_template = TEMPLATE
+    served.model()
+    monkeypatch.setattr(served, "words", lambda: words)
+    return serve(context=3000).client()
+
+
+def check_place(place):
+    assert list(place) == ["town", "in"] and place["town"] in ("Oslo", "Bergen")
+    if place["in"] != 0:
+        check_place(place["in"])
+
+
+def test_a_call_that_must_be_made(real):
+    choice = {"type": "function", "function": {"name": "go"}}
+    ask = dict(tools=FORCED, tool_choice=choice, n=3, max_tokens=600, seed=2, **ASK | {"temperature": 1})
+    made = real.chat.completions.create(**ask)
+    events = list(real.chat.completions.create(stream=True, **ask))
+    for one in made.choices:
+        [call] = one.message.tool_calls
+        assert (call.function.name, one.message.content, one.finish_reason) == ("go", None, "tool_calls")
+        arguments = json.loads(call.function.arguments)
+        assert list(arguments) == ["at", "n"] and arguments["n"] in (1, 2)
+        check_place(arguments["at"])
+        parts = [part for event in events for part in event.choices if part.index == one.index]
+        [streamed] = [found for part in parts for found in part.delta.tool_calls or ()]
+        assert (streamed.index, streamed.function.name) == (0, "go")
+        assert streamed.function.arguments == call.function.arguments and parts[-1].finish_reason == "tool_calls"
+        assert not any(part.delta.content for part in parts)
+
+
+@pytest.mark.parametrize("parallel", [None, False])
+def test_some_call_that_must_be_made(real, parallel):
+    more = {} if parallel is None else {"parallel_tool_calls": parallel}
+    ask = dict(tools=FORCED[1:], tool_choice="required", max_tokens=1500, **ASK)
+    [choice] = real.chat.completions.create(**ask, **more).choices
+    if choice.finish_reason == "length":  # the model's lists go on for long
+        assert parallel is None and choice.message.content.startswith("[") and choice.message.tool_calls is None
+    else:
+        calls = choice.message.tool_calls
+        assert {call.function.name for call in calls} == {"go"} and (parallel is None or len(calls) == 1)
+
+
+def test_a_forced_call_that_the_limit_cuts_is_text(real):
+    [choice] = real.chat.completions.create(tools=FORCED, tool_choice="required", max_tokens=5, **ASK).choices
+    assert choice.finish_reason == "length" and choice.message.tool_calls is None and choice.message.content
