@@ -120,12 +120,13 @@ $(XPU)/.installed: $(XPU)/.triton
 check-transformers: install
 	PYTHONPATH=tests/support .venv/bin/python tests/acceleration/check_transformers.py $(VERSIONS)
 
-# Build the wheel in the unpacked sdist, which has the same sources, so setup.py compiles no object that is up to date.
+# Build the wheel in the unpacked sdist, which has the same sources, so setup.py compiles no object that is up to date. With ccache the
+# objects' lists of headers have paths from here, so .venv is there, too.
 # With one compiler and umask, a commit's wheel always has the same bytes: .ci/reproducible
 dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)
 dist: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
-	rm -rf build/dist && mkdir -p build/dist dist
+	rm -rf build/dist && mkdir -p build/dist dist && ln -s ../../.venv build/dist
 	.venv/bin/python -m build --sdist --outdir build/dist
 	cd build/dist && tar -xf *.tar.gz --strip-components 1 && mv *.tar.gz ../../dist && mkdir build && cp -pr ../temp.* build && \
 	    ../../.venv/bin/python -m build --wheel --no-isolation --outdir ../../dist
