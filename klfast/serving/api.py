@@ -123,7 +123,7 @@ def _reader(asked: ChatRequest, marks: Sequence[str]) -> Callable[[], Reader] | 
     """Return what makes readers of answers in which calls of tools begin with these marks."""
     if asked.must_call:
         return ForcedCallReader
-    return partial(ToolCallReader, marks, asked.tool_parameters) if marks else None
+    return partial(ToolCallReader, marks, asked.tool_schemas) if marks else None
 
 
 def _client(request: Request) -> str:

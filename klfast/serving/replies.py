@@ -84,7 +84,7 @@ class Chats:
         content, calls, finish = self._read(index, text, finish)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
-            message |= {"content": content or None, "tool_calls": calls}
+            message |= {"content": content or None, "tool_calls": [call for _, call in calls]}
         return self._choice(index, "message", message, scores, finish)
 
     def part(self, index: int, text: str, scores: Sequence[Scored] | None, finish: str | None) -> Json | None:
@@ -92,21 +92,21 @@ class Chats:
         content, calls, finish = self._read(index, text, finish)
         new: Json = {"content": content} if content else {}
         if calls:
-            new["tool_calls"] = calls
+            new["tool_calls"] = [{"index": number, **call} for number, call in calls]
         return self._choice(index, "delta", new, scores, finish) if new or scores or finish else None
 
     def first(self, index: int) -> Json:
         """Return the choice that says who speaks."""
         return self._choice(index, "delta", {"role": "assistant", "content": ""}, None, None)
 
-    def _read(self, index: int, text: str, finish: str | None) -> tuple[str, list[Json], str | None]:
-        """Return what a piece of an answer adds to its content and to its calls, and why it ends."""
+    def _read(self, index: int, text: str, finish: str | None) -> tuple[str, list[tuple[int, Json]], str | None]:
+        """Return what a piece of an answer adds to its content and to its numbered calls, and why it ends."""
         if self._readers is None:
             return text, [], finish
         reader = self._readers[index]
         before = reader.count
-        content, found = reader.read(text, is_last=finish is not None)
-        calls = [_call(number, call) for number, call in enumerate(found, before)][: self._left(before)]
+        content, found = reader.read(text, finish)
+        calls = list(enumerate(map(_call, found), before))[: self._left(before)]
         return content, calls, "tool_calls" if finish == "stop" and reader.count else finish
 
     def _left(self, made: int) -> int | None:
@@ -127,9 +127,8 @@ class Chats:
         return {"token": self._spelling.text(token), "logprob": logprob, "bytes": None if raw is None else list(raw)}
 
 
-def _call(number: int, call: Call) -> Json:
-    """Return an answer's call of this number, which clients of a stream need."""
-    return {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}
+def _call(call: Call) -> Json:
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}
 
 
 Form = Completions | Chats

@@ -174,29 +174,28 @@ class _TextPart(_Body):
 class _CalledFunction(_Body):
     name: _Text
     arguments: _Text
+    parsed_arguments: _Ignored = None  # which OpenAI's client adds to an answer
 
-    @field_validator("arguments")
-    @classmethod
-    def _object(cls, arguments: str) -> str:
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The function as chat templates take it: with an object; with a text where a model wrote none."""
         try:
-            is_object = isinstance(json.loads(arguments), dict)
+            given = json.loads(self.arguments) if self.arguments.strip() else {}
         except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
-            raise ValueError("Input should be an object in JSON, as a text")
-        return arguments
+            given = self.arguments
+        return {"name": self.name, "arguments": given if isinstance(given, dict) else self.arguments}
 
 
 class _ToolCall(_Body):
     id: _Text
     type: Literal["function"]
     function: _CalledFunction
+    index: _Ignored = None  # in streams
 
     @property
     def chat(self) -> dict[str, Any]:
         """The call as chat templates take it."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
-        return {"id": self.id, "type": self.type, "function": function}
+        return {"id": self.id, "type": self.type, "function": self.function.chat}
 
 
 _Content = Annotated[
@@ -212,7 +211,10 @@ class _Message(_Body):
     function_call: Annotated[Any, _only()] = None
     audio: Annotated[Any, _only()] = None
     content: _Content | None = Field(None, validate_default=True)
-    name: _Ignored = None
+    name: Any = None
+    annotations: Annotated[Any, _only([])] = None
+    parsed: _Ignored = None  # which OpenAI's client adds to an answer
+    reasoning_content: _Text | None = None
     refusal: Annotated[Any, _only()] = None
 
     @field_validator("tool_calls")
@@ -235,10 +237,12 @@ class _Message(_Body):
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.reasoning_content:
+            found["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
             found["tool_calls"] = [call.chat for call in self.tool_calls]
-        if self.role == "tool" and self.tool_call_id is not None:
-            found["tool_call_id"] = self.tool_call_id
+        if self.role == "tool":
+            found |= {key: one for key, one in (("tool_call_id", self.tool_call_id), ("name", self.name)) if one}
         return found
 
 
@@ -247,12 +251,6 @@ class _Function(_Body):
     description: _Text | None = None
     parameters: dict[str, Any] | None = None
     strict: _Ignored = None
-
-    @property
-    def properties(self) -> dict[str, Any]:
-        """The JSON schemas of the parameters; whatever is none is left out."""
-        found = (self.parameters or {}).get("properties")
-        return {key: one for key, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
 
 
 class _Tool(_Body):
@@ -373,6 +371,6 @@ class ChatRequest(Asked):
         return {"type": "object"} if form.json_schema is None else form.json_schema.content
 
     @property
-    def tool_parameters(self) -> dict[str, dict[str, Any]]:
-        """The JSON schemas of the tools' parameters by their names."""
-        return {tool.function.name: tool.function.properties for tool in self.tools or []}
+    def tool_schemas(self) -> dict[str, dict[str, Any]]:
+        """The JSON schemas of the tools' parameters by the tools' names."""
+        return {tool.function.name: tool.function.parameters or {} for tool in self.tools or []}

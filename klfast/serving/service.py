@@ -128,7 +128,10 @@ class Service:
         if schema is None:
             return None
         async with self._encoding:
-            return await asyncio.to_thread(self._constraints.json, schema)
+            await asyncio.to_thread(lambda: self._constraints.tokenizer)  # seconds, but once
+        return await asyncio.get_running_loop().run_in_executor(
+            self._constraints.thread, self._constraints.json, schema
+        )
 
     def _ends_for(self, asked: Asked) -> list[int]:
         """Return the tokens that end the answers to a request."""

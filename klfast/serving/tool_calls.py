@@ -19,9 +19,10 @@ MARKS = {
     "<TOOLCALL>": "</TOOLCALL>",
     "<|tool_call_start|>": "<|tool_call_end|>",
 }
-_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_JSON_NAMES = {"true": True, "false": False, "null": None}  # which models write in Python, too
+_NAME = re.compile(r"[\w.-]+")
+_DEEPEST = 8  # references of a parameter's schema
+
+Schemas = Mapping[str, Mapping[str, Any]]  # of functions' parameters, by the functions' names
 
 
 class Call(NamedTuple):
@@ -29,9 +30,6 @@ class Call(NamedTuple):
 
     name: str
     arguments: str
-
-
-Parameters = Mapping[str, Mapping[str, Any]]  # of each function: JSON schemas by the parameters' names
 
 
 class ToolCallReader:
@@ -42,32 +40,37 @@ class ToolCallReader:
 
     Args:
         marks: those in MARKS with which the model's calls begin.
-        parameters: of the functions, which say what the texts in tags are.
+        schemas: of the functions that it may call.
 
     Attributes:
         count: the calls so far.
     """
 
-    def __init__(self, marks: Iterable[str], parameters: Parameters) -> None:
-        self._marks, self._parameters, self._held, self.count = tuple(marks), parameters, "", 0
+    def __init__(self, marks: Iterable[str], schemas: Schemas) -> None:
+        self._marks, self._schemas, self._held, self.count = tuple(marks), schemas, "", 0
         self._begin, self._longest = re.compile("|".join(map(re.escape, self._marks))), max(map(len, self._marks))
 
-    def read(self, piece: str, *, is_last: bool) -> tuple[str, list[Call]]:
-        """Return the text and the calls that this piece settles."""
+    def read(self, piece: str, finish: str | None) -> tuple[str, list[Call]]:
+        """Return the text and the calls that this piece settles, after which the text may end: see ``Piece``."""
         self._held += piece
         text, calls = "", list[Call]()
         while begin := self._begin.search(self._held):
             end_mark = MARKS[begin[0]]
             end = self._held.find(end_mark, begin.end())
-            if end < 0:
+            if end < 0 and finish != "stop":
                 break
-            found = _calls(self._held[begin.end() : end], self._parameters)
+            if end < 0:  # a stop string or an end token may stand for it
+                end = len(self._held)
+            [*_, last] = self._begin.finditer(self._held, begin.start(), end)  # the model may have named marks before
+            found = _calls(self._held[begin.end() : end], self._schemas)
+            if found is None and last.start() > begin.start():
+                begin, found = last, _calls(self._held[last.end() : end], self._schemas)
             end += len(end_mark)
             text += self._held[:end] if found is None else self._held[: begin.start()].rstrip()
             calls += found or []
             self._held = self._held[end:]
         self.count += len(calls)
-        if is_last:
+        if finish is not None:
             return text + ("" if self.count and self._held.isspace() else self._held), calls
         settled = self._held[: self._open() if begin is None else begin.start()].rstrip()
         self._held = self._held[len(settled) :]
@@ -90,14 +93,17 @@ class ForcedCallReader:
     def __init__(self) -> None:
         self._held, self.count = "", 0
 
-    def read(self, piece: str, *, is_last: bool) -> tuple[str, list[Call]]:
-        """Return the text and the calls that this piece settles."""
+    def read(self, piece: str, finish: str | None) -> tuple[str, list[Call]]:
+        """Return the text and the calls that this piece settles, after which the text may end: see ``Piece``."""
         self._held += piece
-        if not is_last:
+        if finish is None:
             return "", []
         calls = _calls(self._held, {}) or []
         self.count = len(calls)
         return "" if calls else self._held, calls
+
+
+Reader = ToolCallReader | ForcedCallReader
 
 
 def schema_of_calls(tools: Sequence[Mapping[str, Any]], most: int | None) -> dict[str, Any]:
@@ -124,77 +130,131 @@ def _moved(schema: Any, place: str) -> Any:
     if not isinstance(schema, dict):
         return schema
     return {
-        key: f"{place}{value[1:]}"
-        if key == "$ref" and isinstance(value, str) and value[:1] == "#"
-        else _moved(value, place)
-        for key, value in schema.items()
+        key: f"{place}{one[1:]}" if key == "$ref" and isinstance(one, str) and one[:1] == "#" else _moved(one, place)
+        for key, one in schema.items()
     }
 
 
-Reader = ToolCallReader | ForcedCallReader
-
-
-def _calls(body: str, parameters: Parameters) -> list[Call] | None:
+def _calls(body: str, schemas: Schemas) -> list[Call] | None:
     """Return the calls between two marks; None if it is none that klfast can read."""
-    read: tuple[Callable[[str], list[tuple[str, Any]]], ...] = (
-        lambda text: _in_tags(text, parameters),
-        _in_json,
-        _in_python,
-    )
-    for one in read:
+    forms: tuple[Callable[[str, Schemas], list[tuple[Any, Any]]], ...] = (_in_tags, _in_json, _in_python)
+    for read in forms:
         try:
-            return [_call(name, arguments) for name, arguments in one(body.strip())] or None
+            return [_call(name, arguments) for name, arguments in read(body.strip(), schemas)] or None
         except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
             continue
     return None
 
 
-def _call(name: object, arguments: object) -> Call:
-    if isinstance(arguments, str):
+def _call(name: Any, arguments: Any) -> Call:
+    if isinstance(arguments, str) and arguments.strip():
         arguments = json.loads(arguments)
-    if not (isinstance(name, str) and name and isinstance(arguments, dict)):
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(arguments or {}, dict)):
         raise ValueError
-    return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)
+    text.encode()  # no halves of surrogate pairs
+    return Call(name, text)
 
 
-def _in_json(text: str) -> list[tuple[str, Any]]:
-    found = json.loads(text)
-    return [(one["name"], one.get("arguments", {})) for one in (found if isinstance(found, list) else [found])]
+def _in_json(text: str, _: Schemas) -> list[tuple[Any, Any]]:
+    """Read objects one after the other, or lists of them."""
+    found, at, read = [], 0, json.JSONDecoder().raw_decode
+    while at < len(text):
+        one, at = read(text, at)
+        found += one if isinstance(one, list) else [one]
+        at += len(text[at:]) - len(text[at:].lstrip())
+    return [(one["name"], one["arguments"] if "arguments" in one else one.get("parameters")) for one in found]
 
 
-def _in_tags(text: str, parameters: Parameters) -> list[tuple[str, Any]]:
+def _in_tags(text: str, schemas: Schemas) -> list[tuple[Any, Any]]:
     if not text.startswith("<function="):
         raise ValueError
-    return [
-        (name, {key: _value(value, parameters.get(name, {}).get(key, {})) for key, value in _PARAMETER.findall(inside)})
-        for name, inside in _FUNCTION.findall(text)
-    ]
+    found = []
+    for function in text.split("<function=")[1:]:
+        name, _, inside = function.partition(">")
+        schema, arguments = schemas.get(name, {}), {}
+        for parameter in inside.rsplit("</function>", 1)[0].split("<parameter=")[1:]:
+            key, _, value = parameter.partition(">")
+            value = value.rsplit("</parameter>", 1)[0].removeprefix("\n").removesuffix("\n")
+            arguments[key] = _value(value, _kinds(_properties(schema).get(key, {}), schema))
+        found.append((name, arguments))
+    return found
 
 
-def _value(text: str, schema: Mapping[str, Any]) -> Any:
-    """Return what a text in tags stands for: itself if the schema wants a text or says nothing, else JSON."""
-    if schema.get("type", "string") == "string" and not schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"}:
+def _value(text: str, kinds: set[str]) -> Any:
+    """Return what a text in tags stands for: itself where texts are allowed, else JSON, or Python's spelling of it."""
+    word = text.strip()
+    if "null" in kinds and word in ("null", "None"):
+        return None
+    if not kinds or "string" in kinds:
         return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(word)
+            json.dumps(value, allow_nan=False)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        return value
+    return text
 
 
-def _in_python(text: str) -> list[tuple[str, Any]]:
-    tree = ast.parse(text, mode="eval").body
-    return [_python_call(one) for one in (tree.elts if isinstance(tree, ast.List) else [tree])]
+def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = schema.get("properties")
+    return found if isinstance(found, dict) else {}
 
 
-def _python_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    if not isinstance(node, ast.Call) or node.args or any(one.arg is None for one in node.keywords):
-        raise ValueError
-    return ast.unparse(node.func), {str(one.arg): _literal(one.value) for one in node.keywords}
+def _kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
+    """Return the types that a JSON schema, which is part of ``root``, allows; none if it does not say."""
+    if not isinstance(schema, dict) or depth > _DEEPEST:
+        return set()
+    kinds = schema.get("type", [])
+    found = {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
+    values = [*_list(schema, "enum"), *([schema["const"]] if "const" in schema else [])]
+    if not found and values:
+        found = {"string"} if any(isinstance(value, str) for value in values) else {"number"}
+    parts = [part for key in ("anyOf", "oneOf", "allOf") for part in _list(schema, key)]
+    if isinstance(place := schema.get("$ref"), str) and place.startswith("#"):
+        target = root
+        for key in place.split("/")[1:]:
+            target = target.get(key) if isinstance(target, dict) else None
+        parts.append(target)
+    return found.union(*(_kinds(part, root, depth + 1) for part in parts))
 
 
-def _literal(node: ast.expr) -> Any:
-    class Names(ast.NodeTransformer):
-        def visit_Name(self, name: ast.Name) -> ast.expr:
-            return ast.Constant(_JSON_NAMES[name.id])
+def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
+    found = schema.get(key)
+    return found if isinstance(found, list) else []
 
-    return ast.literal_eval(Names().visit(node))
+
+def _in_python(text: str, schemas: Schemas) -> list[tuple[Any, Any]]:
+    """Read a list of calls, or calls one after the other; tools may have names that Python's functions cannot have."""
+    own = {f"tool_{i}_": name for i, name in enumerate(schemas) if not name.isidentifier()}
+    for stand_in, name in own.items():
+        text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?=\()", stand_in, text)
+    found, values = [], _Values(own)
+    for line in ast.parse(text).body:
+        if not isinstance(line, ast.Expr):
+            raise ValueError
+        for node in line.value.elts if isinstance(line.value, ast.List) else [line.value]:
+            if not isinstance(node, ast.Call) or node.args or any(one.arg is None for one in node.keywords):
+                raise ValueError
+            called = ast.unparse(node.func)
+            arguments = {one.arg: ast.literal_eval(values.visit(one.value)) for one in node.keywords}
+            found.append((own.get(called, called), arguments))
+    return found
+
+
+class _Values(ast.NodeTransformer):
+    """Takes JSON's names of constants for Python's, which models mix, and puts tools' names back into texts."""
+
+    def __init__(self, own: Mapping[str, str]) -> None:
+        self._own = own
+
+    def visit_Name(self, name: ast.Name) -> ast.expr:
+        return ast.Constant({"true": True, "false": False, "null": None}[name.id])
+
+    def visit_Constant(self, constant: ast.Constant) -> ast.expr:
+        if isinstance(constant.value, str):
+            for stand_in, name in self._own.items():
+                constant.value = constant.value.replace(stand_in, name)
+        return constant

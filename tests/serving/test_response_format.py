@@ -3,6 +3,8 @@
 import copy
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -10,6 +12,7 @@ import served
 from running_server import NAME
 
 from klfast.core.errors import InvalidInputError
+from klfast.serving import constraint
 from klfast.serving.constraint import Constraints
 
 CHAT = [{"role": "user", "content": "The sea"}]
@@ -84,21 +87,29 @@ def test_an_object_of_any_form(client):
         (of({"type": "nope"}), "the JSON schema cannot be followed: Invalid type: nope"),
         (of({"not": {}}), r'the JSON schema cannot be followed: Unimplemented keys: \["not"\]'),
         (of({"type": "string", "pattern": "("}), "the JSON schema cannot be followed: regex parse error"),
+        (
+            of({"type": "integer", "multipleOf": 999983}),
+            "the JSON schema cannot be followed: preparing it takes more than 2 s",
+        ),
+        (
+            of({"type": "object", "properties": {f"k{i}": {} for i in range(800)}, "additionalProperties": False}),
+            "the JSON schema cannot be followed: ",
+        ),
         (of({"$ref": "http://127.0.0.1:9/x"}), "the JSON schema cannot be followed: "),
     ],
 )
-def test_bad_formats(client, form, message):
+def test_bad_formats(client, monkeypatch, form, message):
+    monkeypatch.setattr(constraint, "_LONGEST_TRY", 2.0)
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         client.chat.completions.create(model=NAME, messages=CHAT, response_format=form)
     assert "\n" not in caught.value.body["message"]
 
 
-def test_without_llguidance(client, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(
-        openai.BadRequestError, match=r"following a JSON schema needs the package llguidance: pip install 'klfast"
-    ):
-        client.chat.completions.create(model=NAME, messages=CHAT, response_format={"type": "json_object"})
+def test_without_llguidance(serve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    message = r"following a JSON schema needs the package llguidance: pip install 'klfast\[serve"
+    with pytest.raises(openai.BadRequestError, match=message):
+        serve().client().chat.completions.create(model=NAME, messages=CHAT, response_format={"type": "json_object"})
 
 
 def test_a_tokenizer_of_python_code():
@@ -118,3 +129,14 @@ def test_copies_are_independent():
     assert one.is_complete and not other.is_complete
     with pytest.raises(InvalidInputError, match="cannot be followed"):
         other.take(words.eos_token_id)
+
+
+def test_a_schema_that_takes_long_holds_nobody_up(client, server):
+    ask = dict(model=NAME, messages=CHAT, temperature=0)
+    with ThreadPoolExecutor() as pool:
+        bad = pool.submit(
+            client.chat.completions.create, response_format=of({"type": "integer", "multipleOf": 999983}), **ask
+        )
+        time.sleep(0.5)
+        assert client.chat.completions.create(max_tokens=3, **ask).choices and not bad.done()
+        assert isinstance(bad.exception(), openai.BadRequestError)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import openai
 import pytest
@@ -12,14 +13,21 @@ from running_server import NAME
 from klfast.serving.answer import Answer
 from klfast.serving.tool_calls import ToolCallReader
 
-SCHEMAS = {
-    "weather": {
+WEATHER = {
+    "type": "object",
+    "properties": {
         "city": {"type": "string"},
         "days": {"type": "integer"},
         "when": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "code": {"type": ["string", "null"]},
         "parts": {"type": "array"},
-    }
+        "is_sure": {"type": "boolean"},
+        "unit": {"$ref": "#/$defs/unit"},
+        "share": {"type": "number"},
+    },
+    "$defs": {"unit": {"enum": ["1", "2"]}},
 }
+SCHEMAS = {"weather": WEATHER, "get-tide": {}}
 CALL = '{"name": "weather", "arguments": {"city": "Tromsø", "days": 2}}'
 OSLO = ("weather", {"city": "Tromsø", "days": 2})
 TAGS = (
@@ -53,15 +61,56 @@ READ = {
         "",
         [("weather", {"city": "12", "days": "many", "when": None, "parts": ["a", 1], "other": "1"})],
     ),
+    "texts that look like something else": (
+        (
+            "<tool_call><function=weather><parameter=when>0123</parameter><parameter=code>true</parameter>"
+            "<parameter=unit>1</parameter></function></tool_call>"
+        ),
+        "",
+        [("weather", {"when": "0123", "code": "true", "unit": "1"})],
+    ),
+    "Python's spelling, and what no JSON is": (
+        (
+            "<tool_call><function=weather><parameter=is_sure>False</parameter><parameter=parts>('a', None)</parameter>"
+            "<parameter=share>NaN</parameter><parameter=days>{1}</parameter></function></tool_call>"
+        ),
+        "",
+        [("weather", {"is_sure": False, "parts": ["a", None], "share": "NaN", "days": "{1}"})],
+    ),
+    "tags without ends, and an end in a text": (
+        "<tool_call><function=weather><parameter=days>1<parameter=city>a </parameter> b</parameter></tool_call>",
+        "",
+        [("weather", {"days": 1, "city": "a </parameter> b"})],
+    ),
+    "several functions in tags": (
+        "<tool_call><function=a><parameter=x>1</parameter></function>\n<function=b></function></tool_call>",
+        "",
+        [("a", {"x": "1"}), ("b", {})],
+    ),
     "a text of several lines in tags": (
         "<tool_call><function=weather><parameter=city>\n\n a\nb \n</parameter></function></tool_call>",
         "",
         [("weather", {"city": "\n a\nb "})],
     ),
     "Python": (PYTHON, "", [OSLO, ("a.b", {"c": [1, {"d": True}], "e": None})]),
+    "Python's lines, and names that Python lacks": (
+        "<|tool_call_start|>get-tide(at='get-tide(x)')\nnow()<|tool_call_end|>",
+        "",
+        [("get-tide", {"at": "get-tide(x)"}), ("now", {})],
+    ),
+    "objects on lines": (f"<tool_call>{CALL}\n{CALL}\n</tool_call>", "", [OSLO] * 2),
+    "parameters": ('<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>', "", [("f", {"a": 1})]),
+    "nothing for arguments": (
+        '<tool_call>[{"name": "f", "arguments": null}, {"name": "f", "arguments": ""}]</tool_call>',
+        "",
+        [("f", {})] * 2,
+    ),
+    "a mark in the text": (f"I use <tool_call> tags. <tool_call>{CALL}</tool_call>", "I use <tool_call> tags.", [OSLO]),
+    "two marks": (f"<tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "<tool_call>", [OSLO]),
     "no call": ("a < b, <tool", "a < b, <tool", []),
     "white space alone": (" \n", " \n", []),
-    "one without end": (f"so <tool_call>{CALL}", f"so <tool_call>{CALL}", []),
+    "one without end": (f"so <tool_call>{CALL}", "so", [OSLO]),
+    "a part of one": (f"so <tool_call>{CALL[:-1]}", f"so <tool_call>{CALL[:-1]}", []),
 }
 UNREADABLE = [
     "",
@@ -80,7 +129,13 @@ UNREADABLE = [
     "weather(a=1j)",
     "weather(a=x)",
     "__import__('os')",
-    "<function=weather>",
+    "(lambda: 1)(a=1)",
+    "f(x)(a=1)",
+    "x = f()",
+    "<function=>",
+    '{"name": "f", "arguments": {"x": "\\ud800"}}',
+    '{"name": "\\ud800"}',
+    "f(a='\\ud800')",
 ]
 
 
@@ -88,7 +143,7 @@ def read(text, size, marks=("<tool_call>", "<tool_calls>", "<TOOLCALL>", "<|tool
     """Return the text and the calls of a text that comes in pieces of this size."""
     reader, texts, calls = ToolCallReader(marks, SCHEMAS), [], []
     for at in range(0, len(text), size):
-        found, more = reader.read(text[at : at + size], is_last=at + size >= len(text))
+        found, more = reader.read(text[at : at + size], "stop" if at + size >= len(text) else None)
         texts.append(found)
         calls += more
     assert reader.count == len(calls)
@@ -110,7 +165,7 @@ def test_what_cannot_be_read_is_text(body):
 
 def test_text_is_held_back_only_where_a_call_may_begin():
     reader = ToolCallReader(["<tool_call>"], {})
-    assert [reader.read(piece, is_last=False)[0] for piece in ("a", " b\n", "<to", "p>", " <tool_call>x")] == [
+    assert [reader.read(piece, None)[0] for piece in ("a", " b\n", "<to", "p>", " <tool_call>x")] == [
         "a",
         " b",
         "",
@@ -119,8 +174,26 @@ def test_text_is_held_back_only_where_a_call_may_begin():
     ]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<function=f>" + "<parameter=a>" * 20_000,
+        "<function=a>" * 20_000,
+        f"f({', '.join(f'a{i}=null' for i in range(5000))})",
+        f"f(a=[{'null,' * 20_000}])",
+        "{" * 100_000,
+        '{"name": "f"}\n' * 10_000,
+    ],
+    ids=lambda body: body[:20],
+)
+def test_long_bodies_are_read_at_once(body):
+    start = time.thread_time()
+    read(f"<tool_call>{body}</tool_call>", 10**6)
+    assert time.thread_time() - start < 3
+
+
 def test_arguments_keep_their_letters():
-    assert '"Tromsø"' in ToolCallReader(["<tool_call>"], {}).read(READ["JSON"][0], is_last=True)[1][0].arguments
+    assert '"Tromsø"' in ToolCallReader(["<tool_call>"], {}).read(READ["JSON"][0], "stop")[1][0].arguments
 
 
 TEMPLATE = (
@@ -131,14 +204,7 @@ TEMPLATE = (
 )
 CHAT = [{"role": "user", "content": "Will it rain?"}]
 TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "tells the weather",
-            "parameters": {"type": "object", "properties": SCHEMAS["weather"]},
-        },
-    }
+    {"type": "function", "function": {"name": "weather", "description": "tells the weather", "parameters": WEATHER}}
 ]
 SAID = f"I look.\n<tool_call>\n{CALL}\n</tool_call>\n{TAGS}"
 ASK = dict(model=NAME, messages=CHAT, temperature=0)
@@ -219,10 +285,40 @@ def test_calls_and_results_reach_the_template(told):
     call = {"id": "a1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     chat = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a1", "content": "4"}]
     made = client.chat.completions.create(tools=TOOLS, **(ASK | {"messages": chat}))
-    tools = json.dumps([{"type": "function", "function": TOOLS[0]["function"]}])
+    tools = json.dumps(TOOLS)
     text = f"<s>{tools} <tool_call><s>user: Will it rain?\n<s>assistant: weatherOslo\n<s>tool: 4a1\n<s>assistant: "
     assert made.usage.prompt_tokens == len(served.words()(text, add_special_tokens=False)["input_ids"])
     assert made.choices[0].message.content == "It rains."
+
+
+def test_the_loop_of_the_client(told):
+    """What the server says, and what the client makes of it, goes back as it is."""
+    client, server = told(SAID), {"tools": TOOLS, **ASK}
+    whole = client.chat.completions.create(**server).choices[0].message
+    with client.chat.completions.stream(**server) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    deltas = [call.model_dump() for event in client.chat.completions.create(stream=True, **server)
+              for choice in event.choices for call in choice.delta.tool_calls or ()]  # fmt: skip
+    counts = set()
+    for said in (
+        whole,
+        whole.model_dump(),
+        streamed,
+        streamed.model_dump(),
+        whole.model_dump() | {"tool_calls": deltas},
+    ):
+        calls = said["tool_calls"] if isinstance(said, dict) else [call.model_dump() for call in said.tool_calls]
+        results = [{"role": "tool", "tool_call_id": "a", "content": "4"} for _ in calls]
+        chat = [*CHAT, said, *results]
+        counts.add(client.chat.completions.create(**server | {"messages": chat, "max_tokens": 1}).usage.prompt_tokens)
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize(("arguments", "city"), [("", ""), ("no JSON", "")])
+def test_arguments_that_are_no_object(told, arguments, city):
+    call = {"id": "a1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    chat = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a1", "content": "4"}]
+    assert told("It rains.").chat.completions.create(tools=TOOLS, **(ASK | {"messages": chat})).usage.prompt_tokens
 
 
 @pytest.mark.parametrize(
