@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from klfast.core.errors import InvalidInputError, KlfastError
+from klfast.serving.errors import ClosedError, QueueFullError
 from klfast.serving.exchange import Exchange
 from klfast.serving.guard import Guard
 from klfast.serving.mailbox import Mailbox
@@ -21,7 +22,6 @@ from klfast.serving.malformed import complaint
 from klfast.serving.replies import Chats, Completions, Json, failure
 from klfast.serving.request_log import RequestLog
 from klfast.serving.requests import ChatRequest, CompletionRequest
-from klfast.serving.scheduler import ClosedError, QueueFullError
 from klfast.serving.service import Service
 from klfast.serving.tool_calls import MARKS, ForcedCallReader, Reader, ToolCallReader
 
@@ -55,7 +55,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.scheduler.close()
+        service.close()
 
     app = FastAPI(title="klfast", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key=key, most_bytes=most_bytes, paths=_PATHS, metrics=service.metrics)

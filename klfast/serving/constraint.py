@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import torch
 
-from klfast.core.errors import InvalidInputError, shortened
+from klfast.core.errors import InvalidInputError, one_line, shortened
+from klfast.serving.errors import QueueFullError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 _FORM: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{0,40}"}  # some models would write nothing else
-_KEPT = 64  # schemas
+_KEPT, _WAITING = 64, 16  # schemas
+_TRIED_TOKENS = 16
 _LONGEST_TRY, _LONGEST_TOKEN = 5.0, 1.0  # seconds
 # Small schemas can take hours and all memory, and a thread cannot be ended: so first in a process, on bytes for tokens.
 _TRY = """
@@ -32,10 +36,11 @@ sys.path[:] = json.loads(sys.argv[1])
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+    resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
 except (ImportError, ValueError):
     pass
 from llguidance import LLMatcher, LLTokenizer
-LLMatcher(LLTokenizer("byte"), sys.stdin.read(), log_level=0).compute_bitmask()
+LLMatcher(LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0).compute_bitmask()
 """
 
 
@@ -71,19 +76,23 @@ class Constraint:
         if not self._matcher.consume_token(token):
             raise _refused(self._matcher.get_error())
 
-    def try_a_token(self, vocabulary: int) -> None:
-        """Go on to one that may come next.
+    def try_tokens(self, vocabulary: int) -> None:
+        """Go on to tokens that must come next, or else may.
 
         Raises:
             InvalidInputError: the schema is beyond llguidance's limits, or takes too long.
         """
-        start = time.thread_time()
-        self.take(int(self._allowed(vocabulary).argmax()))
-        self._allowed(vocabulary)
-        if self._matcher.is_error():
-            raise _refused(self._matcher.get_error())
-        if time.thread_time() - start > _LONGEST_TOKEN:
-            raise _refused(f"it takes more than {_LONGEST_TOKEN:g} s a token")
+        for _ in range(_TRIED_TOKENS):
+            if self.is_complete:
+                break
+            start = time.thread_time()
+            for token in self._matcher.compute_ff_tokens() or [int(self._allowed(vocabulary).argmax())]:
+                self.take(token)
+            self._allowed(vocabulary)
+            if self._matcher.is_error():
+                raise _refused(self._matcher.get_error())
+            if time.thread_time() - start > _LONGEST_TOKEN:
+                raise _refused(f"it takes more than {_LONGEST_TOKEN:g} s a token")
 
     def _allowed(self, vocabulary: int) -> numpy.ndarray[Any, numpy.dtype[numpy.bool_]]:
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
@@ -97,15 +106,16 @@ class Constraints:
         tokenizer: the model's.
         vocabulary: the model's number of logits.
         ends: the tokens that end an answer.
-
-    Attributes:
-        thread: where to call ``json``, which may take seconds.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int]) -> None:
         self._given, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
-        self.thread = ThreadPoolExecutor(1, "klfast-schemas")
-        self._kept = lru_cache(_KEPT)(self._made)
+        self._thread, self._waiting = ThreadPoolExecutor(1, "klfast-schemas"), 0
+        self._kept: OrderedDict[str, Constraint | InvalidInputError] = OrderedDict()
+
+    def close(self) -> None:
+        """Prepare no more schemas."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
@@ -125,37 +135,70 @@ class Constraints:
         except ValueError as error:
             raise _refused(str(error)) from None
 
-    def json(self, schema: dict[str, Any]) -> Constraint:
+    async def json(self, schema: dict[str, Any]) -> Constraint:
         """Return a constraint to JSON that fits a schema.
 
         Raises:
             InvalidInputError: llguidance cannot follow the schema, or not in time; or see ``tokenizer``.
+            QueueFullError: too many schemas wait.
         """
         try:
-            return self._kept(json.dumps(schema)).copy()
-        except InvalidInputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise _refused(str(error)) from None
+            text = json.dumps(schema)
+        except RecursionError:
+            raise _refused("it is nested too deeply") from None
+        if text not in self._kept:
+            if self._waiting == _WAITING:
+                raise QueueFullError(f"{_WAITING} JSON schemas are being prepared; try again later")
+            self._waiting += 1
+            try:
+                made = await asyncio.get_running_loop().run_in_executor(self._thread, self._made, text)
+            finally:
+                self._waiting -= 1
+            self._kept[text] = made
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        found = self._kept[text]
+        self._kept.move_to_end(text)
+        if isinstance(found, InvalidInputError):
+            raise InvalidInputError(str(found))
+        return found.copy()
 
-    def _made(self, schema: str) -> Constraint:
+    def _made(self, schema: str) -> Constraint | InvalidInputError:
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, _FORM)
         try:
-            path = json.dumps(sys.path)
-            command = [sys.executable, "-I", "-c", _TRY, path]
-            subprocess.run(command, input=grammar, text=True, capture_output=True, timeout=_LONGEST_TRY, check=True)
-        except subprocess.TimeoutExpired:
-            raise _refused(f"preparing it takes more than {_LONGEST_TRY:g} s") from None
-        except subprocess.CalledProcessError:
-            raise _refused("preparing it takes too much memory") from None
-        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise _refused(matcher.get_error())
-        made = Constraint(matcher)
-        made.copy().try_a_token(self._vocabulary)
+            grammar = LLMatcher.grammar_from_json_schema(schema, _FORM)
+            _try(grammar)
+            matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+            if matcher.is_error():
+                return _refused(matcher.get_error())
+            made = Constraint(matcher)
+            made.copy().try_tokens(self._vocabulary)
+        except InvalidInputError as error:
+            return error
+        except (ValueError, RecursionError) as error:
+            return _refused(str(error))
         return made
+
+
+def _try(grammar: str) -> None:
+    """Prepare a grammar in a process that can be ended.
+
+    Raises:
+        InvalidInputError: that takes too long or too much memory, or there is no such process.
+    """
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise _refused("klfast needs Python's own program to try it")
+    command = [sys.executable, "-I", "-c", _TRY, json.dumps([str(path) for path in sys.path])]
+    try:
+        done = subprocess.run(command, input=grammar.encode(), capture_output=True, timeout=_LONGEST_TRY)
+    except subprocess.TimeoutExpired:
+        raise _refused(f"preparing it takes more than {_LONGEST_TRY:g} s") from None
+    except OSError as error:
+        raise _refused(f"no process to try it: {one_line(error)}") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise _refused(f"preparing it failed: {said[-1]}")
 
 
 def _refused(reason: str) -> InvalidInputError:

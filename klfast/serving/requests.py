@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from klfast.serving.tool_calls import schema_of_calls
+from klfast.serving.tool_calls import NAME, schema_of_calls
 
 _MOST_CHOICES, _MOST_STOPS, _LONGEST_STOP = 16, 16, 256
 
@@ -211,7 +211,7 @@ class _Message(_Body):
     function_call: Annotated[Any, _only()] = None
     audio: Annotated[Any, _only()] = None
     content: _Content | None = Field(None, validate_default=True)
-    name: Any = None
+    name: _Text | None = None
     annotations: Annotated[Any, _only([])] = None
     parsed: _Ignored = None  # which OpenAI's client adds to an answer
     reasoning_content: _Text | None = None
@@ -228,7 +228,8 @@ class _Message(_Body):
     @classmethod
     def _something(cls, content: Any, info: ValidationInfo) -> Any:
         if content is None and "tool_calls" in info.data and not info.data["tool_calls"]:
-            raise ValueError("Field required, unless there are tool_calls")
+            beside = ", unless there are tool_calls" if info.data.get("role") == "assistant" else ""
+            raise ValueError(f"Field required{beside}")
         return content
 
     @property
@@ -247,7 +248,7 @@ class _Message(_Body):
 
 
 class _Function(_Body):
-    name: Annotated[_Text, Field(min_length=1)]
+    name: Annotated[_Text, Field(pattern=NAME)]
     description: _Text | None = None
     parameters: dict[str, Any] | None = None
     strict: _Ignored = None
@@ -314,6 +315,13 @@ class ChatRequest(Asked):
     modalities: Annotated[Any, _only(["text"])] = None
     reasoning_effort: Annotated[Any, _only("none")] = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _told_apart(cls, tools: list[_Tool] | None) -> list[_Tool] | None:
+        if tools and len({tool.function.name for tool in tools}) < len(tools):
+            raise ValueError("several have one name")
+        return tools
 
     @field_validator("tool_choice")
     @classmethod

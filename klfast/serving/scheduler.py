@@ -10,26 +10,19 @@ from functools import partial
 
 import torch
 
-from klfast.core.errors import InvalidInputError, KlfastError
+from klfast.core.errors import InvalidInputError
 from klfast.engine.engine import Engine
 from klfast.engine.program import MOST_SEQUENCES
 from klfast.generation.engine import ROWS
 from klfast.serving.answer import Answer
 from klfast.serving.batch import Batch
+from klfast.serving.errors import ClosedError, QueueFullError
 from klfast.serving.metrics import Metrics
 from klfast.serving.prefill import Prefill
 from klfast.serving.prefix_cache import PrefixCache
 from klfast.serving.shares import Shares
 
 _BESIDE = 128  # tokens of a prompt between two tokens of running answers, which wait for it
-
-
-class QueueFullError(KlfastError):
-    """The queue has no room for all answers of a request now."""
-
-
-class ClosedError(KlfastError):
-    """The server takes no more requests."""
 
 
 class Scheduler:

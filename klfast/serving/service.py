@@ -123,15 +123,18 @@ class Service:
         """Return what holds answers to a JSON schema; None for None.
 
         Raises:
-            InvalidInputError: see ``Constraints``.
+            InvalidInputError, QueueFullError: see ``Constraints``.
         """
         if schema is None:
             return None
         async with self._encoding:
             await asyncio.to_thread(lambda: self._constraints.tokenizer)  # seconds, but once
-        return await asyncio.get_running_loop().run_in_executor(
-            self._constraints.thread, self._constraints.json, schema
-        )
+        return await self._constraints.json(schema)
+
+    def close(self) -> None:
+        """Take no more requests, and finish those that were accepted."""
+        self._constraints.close()
+        self.scheduler.close()
 
     def _ends_for(self, asked: Asked) -> list[int]:
         """Return the tokens that end the answers to a request."""

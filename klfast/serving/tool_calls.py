@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from klfast.core.errors import InvalidInputError
 
 MARKS = {
     "<tool_call>": "</tool_call>",
@@ -19,8 +22,13 @@ MARKS = {
     "<TOOLCALL>": "</TOOLCALL>",
     "<|tool_call_start|>": "<|tool_call_end|>",
 }
-_NAME = re.compile(r"[\w.-]+")
-_DEEPEST = 8  # references of a parameter's schema
+NAME = r"^[\w.-]+$"  # of tools
+_MOST_ENDS = 4  # of which one may end a call, since texts in it may hold marks
+_FUNCTION = re.compile(r"(?:^|(?<=</function>))\s*<function=")
+_PARAMETER = re.compile(r"(?:(?<=\n)|(?<=</parameter>))\s*<parameter=")
+_NOT_NAMES = re.compile(rf"(?<![\w.-])(?:[\w.-]+(?=\()|(?:{'|'.join(keyword.kwlist)})(?=\s*=[^=]))")
+_TOLD_BY = {"properties": "object", "items": "array", "nullable": "null"}
+_VALUES = ("const", "enum", "default", "examples")  # of a schema, no schemas themselves
 
 Schemas = Mapping[str, Mapping[str, Any]]  # of functions' parameters, by the functions' names
 
@@ -49,32 +57,51 @@ class ToolCallReader:
     def __init__(self, marks: Iterable[str], schemas: Schemas) -> None:
         self._marks, self._schemas, self._held, self.count = tuple(marks), schemas, "", 0
         self._begin, self._longest = re.compile("|".join(map(re.escape, self._marks))), max(map(len, self._marks))
+        self._tried, self._is_behind_call = 0, False  # ends of what is held; whether there is only white space since
 
     def read(self, piece: str, finish: str | None) -> tuple[str, list[Call]]:
         """Return the text and the calls that this piece settles, after which the text may end: see ``Piece``."""
         self._held += piece
-        text, calls = "", list[Call]()
+        texts, calls = [""], list[Call]()
         while begin := self._begin.search(self._held):
-            end_mark = MARKS[begin[0]]
-            end = self._held.find(end_mark, begin.end())
-            if end < 0 and finish != "stop":
+            mark = MARKS[begin[0]]
+            ends = min(self._held.count(mark, begin.end()), _MOST_ENDS)
+            if finish is None and ends == self._tried:
                 break
-            if end < 0:  # a stop string or an end token may stand for it
-                end = len(self._held)
-            [*_, last] = self._begin.finditer(self._held, begin.start(), end)  # the model may have named marks before
-            found = _calls(self._held[begin.end() : end], self._schemas)
-            if found is None and last.start() > begin.start():
-                begin, found = last, _calls(self._held[last.end() : end], self._schemas)
-            end += len(end_mark)
-            text += self._held[:end] if found is None else self._held[: begin.start()].rstrip()
+            found, first, end = self._first_call(begin, ends, finish)
+            if found is None and finish is None and ends < _MOST_ENDS:
+                self._tried = ends
+                break
+            if found is None and not ends:
+                break
+            texts.append(self._held[:end] if found is None else self._held[:first].rstrip())
             calls += found or []
-            self._held = self._held[end:]
+            self._held, self._tried, self._is_behind_call = self._held[end:], 0, found is not None
         self.count += len(calls)
-        if finish is not None:
-            return text + ("" if self.count and self._held.isspace() else self._held), calls
-        settled = self._held[: self._open() if begin is None else begin.start()].rstrip()
-        self._held = self._held[len(settled) :]
-        return text + settled, calls
+        if finish is None:
+            rest = self._held[: self._open() if begin is None else begin.start()].rstrip()
+        else:
+            rest = "" if self._is_behind_call and self._held.isspace() else self._held
+        self._is_behind_call &= not rest
+        self._held = self._held[len(rest) :]
+        return "".join([*texts, rest]), calls
+
+    def _first_call(self, begin: re.Match[str], ends: int, finish: str | None) -> tuple[list[Call] | None, int, int]:
+        """Return the calls behind a mark, where they begin and end; None, and the first end, if none can be read."""
+        mark, at, places = MARKS[begin[0]], begin.end(), []
+        for _ in range(ends):
+            places.append(self._held.index(mark, at))
+            at = places[-1] + len(mark)
+        if finish == "stop" and not places:
+            places.append(len(self._held))  # an end token or a stop string may stand for the mark
+        for end in places:
+            [*_, last] = self._begin.finditer(self._held, begin.start(), end)  # a model may name marks before it calls
+            for one in (begin, last):
+                if (found := _calls(self._held[one.end() : end], self._schemas)) is not None:
+                    return found, one.start(), end + len(mark)
+        if finish is not None and ends and (found := _open_tags(self._held[begin.end() : places[0]], self._schemas)):
+            return found, begin.start(), places[0] + len(mark)
+        return None, begin.start(), places[0] + len(mark) if places else 0
 
     def _open(self) -> int:
         """Return where what is held ends in the beginning of a mark; its length if it does not."""
@@ -107,17 +134,27 @@ Reader = ToolCallReader | ForcedCallReader
 
 
 def schema_of_calls(tools: Sequence[Mapping[str, Any]], most: int | None) -> dict[str, Any]:
-    """Return the JSON schema of lists of one to ``most`` calls of these tools, in the form of OpenAI's API."""
-    calls = [_schema(tool["function"], f"#/items/anyOf/{i}/properties/arguments") for i, tool in enumerate(tools)]
+    """Return the JSON schema of lists of one to ``most`` calls of these tools, in the form of OpenAI's API.
+
+    Raises:
+        InvalidInputError: a schema is too deep.
+    """
+    try:
+        calls = [_schema(tool["function"], f"#/items/anyOf/{i}/properties/arguments") for i, tool in enumerate(tools)]
+    except RecursionError:
+        raise InvalidInputError("the tools' parameters are nested too deeply") from None
     return {"type": "array", "items": {"anyOf": calls}, "minItems": 1} | ({} if most is None else {"maxItems": most})
 
 
 def _schema(function: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return the schema of calls of a function whose parameters' schema will lie at a place, a JSON pointer."""
-    arguments = {"type": "object", **_moved(function.get("parameters", {}), place)}
+    arguments = {key: one for key, one in function.get("parameters", {}).items() if key != "$id"}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+        "properties": {
+            "name": {"const": function["name"]},
+            "arguments": {**_moved(arguments, place), "type": "object"},
+        },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
@@ -129,27 +166,34 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(one, place) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: f"{place}{one[1:]}" if key == "$ref" and isinstance(one, str) and one[:1] == "#" else _moved(one, place)
-        for key, one in schema.items()
-    }
+    found = {key: one if key in _VALUES else _moved(one, place) for key, one in schema.items()}
+    target = found.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        found["$ref"] = place + target[1:]
+    return found
 
 
 def _calls(body: str, schemas: Schemas) -> list[Call] | None:
     """Return the calls between two marks; None if it is none that klfast can read."""
-    forms: tuple[Callable[[str, Schemas], list[tuple[Any, Any]]], ...] = (_in_tags, _in_json, _in_python)
-    for read in forms:
-        try:
-            return [_call(name, arguments) for name, arguments in read(body.strip(), schemas)] or None
-        except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-            continue
-    return None
+    return next((found for read in (_in_tags, _in_json, _in_python) if (found := _read(read, body, schemas))), None)
+
+
+def _open_tags(body: str, schemas: Schemas) -> list[Call] | None:
+    """Return the calls in tags between two marks even if the last end tag is missing."""
+    return _read(_in_tags, f"{body}</function>", schemas)
+
+
+def _read(read: Callable[[str, Schemas], list[tuple[Any, Any]]], body: str, schemas: Schemas) -> list[Call] | None:
+    try:
+        return [_call(name, arguments) for name, arguments in read(body.strip(), schemas)] or None
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+        return None
 
 
 def _call(name: Any, arguments: Any) -> Call:
     if isinstance(arguments, str) and arguments.strip():
         arguments = json.loads(arguments)
-    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(arguments or {}, dict)):
+    if not (isinstance(name, str) and re.match(NAME, name) and isinstance(arguments or {}, dict)):
         raise ValueError
     text = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)
     text.encode()  # no halves of surrogate pairs
@@ -158,7 +202,7 @@ def _call(name: Any, arguments: Any) -> Call:
 
 def _in_json(text: str, _: Schemas) -> list[tuple[Any, Any]]:
     """Read objects one after the other, or lists of them."""
-    found, at, read = [], 0, json.JSONDecoder().raw_decode
+    found, at, read = [], 0, json.JSONDecoder(strict=False).raw_decode
     while at < len(text):
         one, at = read(text, at)
         found += one if isinstance(one, list) else [one]
@@ -167,16 +211,16 @@ def _in_json(text: str, _: Schemas) -> list[tuple[Any, Any]]:
 
 
 def _in_tags(text: str, schemas: Schemas) -> list[tuple[Any, Any]]:
-    if not text.startswith("<function="):
+    if not (text.startswith("<function=") and text.endswith("</function>")):
         raise ValueError
     found = []
-    for function in text.split("<function=")[1:]:
-        name, _, inside = function.partition(">")
+    for function in _FUNCTION.split(text)[1:]:
+        name, _, inside = function.rstrip().removesuffix("</function>").partition(">")
         schema, arguments = schemas.get(name, {}), {}
-        for parameter in inside.rsplit("</function>", 1)[0].split("<parameter=")[1:]:
+        for parameter in _PARAMETER.split(f"\n{inside}")[1:]:
             key, _, value = parameter.partition(">")
             value = value.rsplit("</parameter>", 1)[0].removeprefix("\n").removesuffix("\n")
-            arguments[key] = _value(value, _kinds(_properties(schema).get(key, {}), schema))
+            arguments[key] = _value(value, _kinds(_properties(schema).get(key), schema, set()))
         found.append((name, arguments))
     return found
 
@@ -203,22 +247,24 @@ def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
+def _kinds(schema: Any, root: Any, seen: set[str]) -> set[str]:
     """Return the types that a JSON schema, which is part of ``root``, allows; none if it does not say."""
-    if not isinstance(schema, dict) or depth > _DEEPEST:
+    if not isinstance(schema, dict):
         return set()
     kinds = schema.get("type", [])
-    found = {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
-    values = [*_list(schema, "enum"), *([schema["const"]] if "const" in schema else [])]
-    if not found and values:
-        found = {"string"} if any(isinstance(value, str) for value in values) else {"number"}
+    found = {kinds} if isinstance(kinds, str) else {kind for kind in _list(schema, "type") if isinstance(kind, str)}
+    for value in (*_list(schema, "enum"), *([schema["const"]] if "const" in schema else [])):
+        found.add("string" if isinstance(value, str) else "null" if value is None else "number")
+    found |= {kind for key, kind in _TOLD_BY.items() if schema.get(key)}
     parts = [part for key in ("anyOf", "oneOf", "allOf") for part in _list(schema, key)]
-    if isinstance(place := schema.get("$ref"), str) and place.startswith("#"):
+    place = schema.get("$ref")
+    if isinstance(place, str) and place.startswith("#") and place not in seen:
+        seen.add(place)
         target = root
         for key in place.split("/")[1:]:
             target = target.get(key) if isinstance(target, dict) else None
         parts.append(target)
-    return found.union(*(_kinds(part, root, depth + 1) for part in parts))
+    return found.union(*(_kinds(part, root, seen) for part in parts))
 
 
 def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
@@ -227,12 +273,24 @@ def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _in_python(text: str, schemas: Schemas) -> list[tuple[Any, Any]]:
-    """Read a list of calls, or calls one after the other; tools may have names that Python's functions cannot have."""
-    own = {f"tool_{i}_": name for i, name in enumerate(schemas) if not name.isidentifier()}
-    for stand_in, name in own.items():
-        text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?=\()", stand_in, text)
-    found, values = [], _Values(own)
-    for line in ast.parse(text).body:
+    """Read a list of calls, or calls one after the other; names that Python forbids are changed while it reads."""
+    prefix = "name_"
+    while prefix in text:
+        prefix += "_"
+    own: dict[str, str] = {}
+
+    def stand_in(found: re.Match[str]) -> str:
+        name = found[0]
+        if not keyword.iskeyword(name) and (name.isidentifier() or name not in schemas):
+            return name
+        own.setdefault(name, f"{prefix}{len(own)}_")
+        return own[name]
+
+    tree = ast.parse(_NOT_NAMES.sub(stand_in, text))
+    names = {new: old for old, new in own.items()}
+    values = _Values(re.compile(rf"{prefix}\d+_"), names)
+    found = []
+    for line in tree.body:
         if not isinstance(line, ast.Expr):
             raise ValueError
         for node in line.value.elts if isinstance(line.value, ast.List) else [line.value]:
@@ -240,21 +298,20 @@ def _in_python(text: str, schemas: Schemas) -> list[tuple[Any, Any]]:
                 raise ValueError
             called = ast.unparse(node.func)
             arguments = {one.arg: ast.literal_eval(values.visit(one.value)) for one in node.keywords}
-            found.append((own.get(called, called), arguments))
+            found.append((names.get(called, called), {names.get(str(key), key): one for key, one in arguments.items()}))
     return found
 
 
 class _Values(ast.NodeTransformer):
-    """Takes JSON's names of constants for Python's, which models mix, and puts tools' names back into texts."""
+    """Takes JSON's names of constants for Python's, which models mix, and puts changed names back into texts."""
 
-    def __init__(self, own: Mapping[str, str]) -> None:
-        self._own = own
+    def __init__(self, changed: re.Pattern[str], names: Mapping[str, str]) -> None:
+        self._changed, self._names = changed, names
 
     def visit_Name(self, name: ast.Name) -> ast.expr:
         return ast.Constant({"true": True, "false": False, "null": None}[name.id])
 
     def visit_Constant(self, constant: ast.Constant) -> ast.expr:
-        if isinstance(constant.value, str):
-            for stand_in, name in self._own.items():
-                constant.value = constant.value.replace(stand_in, name)
+        if self._names and isinstance(constant.value, str):
+            constant.value = self._changed.sub(lambda found: self._names[found[0]], constant.value)
         return constant

@@ -26,12 +26,17 @@ def write_bodies(folder: Path) -> None:
     common |= dict(stop_token_ids=[3], ignore_eos=True, service_tier="auto")
     events = dict(stream=True, stream_options=dict(include_usage=True))
     said = [dict(role="system", content="s"), dict(role="user", content=[dict(type="text", text="hello")])]
+    call = dict(id="a", type="function", function=dict(name="f", arguments='{"x": 1}'))
+    called = [dict(role="assistant", tool_calls=[call]), dict(role="tool", tool_call_id="a", content="4")]
+    tool = dict(type="function", function=dict(name="f", parameters=dict(type="object")))
     bodies = {
         "completions": common | dict(prompt="hello", logprobs=2, echo=False, best_of=1),
         "completions_of_many": dict(model="tiny", prompt=[[1, 2], [3]], temperature=0, stop="e") | events,
         "chat": common | dict(messages=said, logprobs=True, top_logprobs=2, max_completion_tokens=2) | events,
         "chat_at_once": dict(model="tiny", messages=said, max_completion_tokens=2, store=False)
-        | dict(tools=[{"type": "function"}], tool_choice="none", chat_template_kwargs=dict(mood="calm")),
+        | dict(tools=[tool], tool_choice="none", chat_template_kwargs=dict(mood="calm")),
+        "chat_in_json": dict(model="tiny", messages=called, max_tokens=2)
+        | dict(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}),
     }
     for name, body in bodies.items():
         (folder / name).write_text(json.dumps(body))

@@ -235,6 +235,11 @@ BAD_CHATS = [
     ),
     (dict(messages=CHAT, tools=[{"type": "function"}]), r"tools\.0\.function: Field required"),
     (dict(messages=CHAT, tools=[{"type": "web_search"}]), r"tools\.0\.type: "),
+    (
+        dict(messages=CHAT, tools=[{"type": "function", "function": {"name": "a b"}}]),
+        r"tools\.0\.function\.name: String should",
+    ),
+    (dict(messages=CHAT, tools=TOOLS * 2), "tools: several have one name"),
     (dict(messages=[{"role": "user"}]), r"messages\.0\.content: Field required"),
     (dict(messages=[CALL | {"tool_calls": []}]), r"messages\.0\.content: Field required"),
     (dict(messages=[CALL | {"role": "user"}]), r"messages\.0\.tool_calls: only the assistant calls tools"),

@@ -35,6 +35,7 @@ CHATS = [
     ([SAID, 5], "messages.1", "Input should be an object"),
     ([SAID, {"role": "assistant", "content": None}], "messages.1.content", NO_CONTENT),
     ([SAID, {"role": "assistant"}], "messages.1.content", NO_CONTENT),
+    ([{"role": "user"}], "messages.0.content", "Field required"),
     ([{"role": "user", "content": {}}], "messages.0.content", CONTENT),
     ([{"role": "user", "content": "\ud800"}], "messages.0.content", HALF),
     ([{"role": "user", "content": ["x"]}], "messages.0.content.0", "Input should be an object"),

@@ -1,10 +1,12 @@
 """Answers that fit a JSON schema, by a real model, which without it writes no JSON at all."""
 
+import asyncio
 import copy
 import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import openai
 import pytest
@@ -117,12 +119,12 @@ def test_a_tokenizer_of_python_code():
         eos_token_id = 1
 
     with pytest.raises(InvalidInputError, match="the JSON schema cannot be followed: Only fast tokenizers"):
-        Constraints(Words(), 9, [1]).json(SCHEMA)
+        asyncio.run(Constraints(Words(), 9, [1]).json(SCHEMA))
 
 
 def test_copies_are_independent():
     words = copy.deepcopy(served.words())
-    one = Constraints(words, len(words), [words.eos_token_id]).json({"const": 1})
+    one = asyncio.run(Constraints(words, len(words), [words.eos_token_id]).json({"const": 1}))
     other = one.copy()
     [token] = words("1", add_special_tokens=False)["input_ids"]
     one.take(token)
@@ -135,8 +137,35 @@ def test_a_schema_that_takes_long_holds_nobody_up(client, server):
     ask = dict(model=NAME, messages=CHAT, temperature=0)
     with ThreadPoolExecutor() as pool:
         bad = pool.submit(
-            client.chat.completions.create, response_format=of({"type": "integer", "multipleOf": 999983}), **ask
+            client.chat.completions.create, response_format=of({"type": "integer", "multipleOf": 999979}), **ask
         )
         time.sleep(0.5)
         assert client.chat.completions.create(max_tokens=3, **ask).choices and not bad.done()
         assert isinstance(bad.exception(), openai.BadRequestError)
+
+
+def test_a_schema_is_prepared_once_refused_or_not(client, monkeypatch):
+    tried = []
+    monkeypatch.setattr(constraint, "_try", lambda grammar, real=constraint._try: [tried.append(1), real(grammar)])
+    for schema in ({"const": "a new one"}, {"type": "another"}):
+        for _ in range(2):
+            with suppress(openai.BadRequestError):
+                client.chat.completions.create(model=NAME, messages=CHAT, max_tokens=1, response_format=of(schema))
+    assert len(tried) == 2
+
+
+def test_too_many_new_schemas(client, monkeypatch):
+    monkeypatch.setattr(constraint, "_WAITING", 0)
+    with pytest.raises(openai.RateLimitError, match="0 JSON schemas are being prepared; try again later"):
+        client.chat.completions.create(model=NAME, messages=CHAT, response_format=of({"const": "one more"}))
+
+
+@pytest.mark.parametrize(
+    ("executable", "message"),
+    [(None, "klfast needs Python's own program"), ("/no/python", "no process to try it: FileNotFoundError"),
+     ("/bin/false", "preparing it failed: exit status 1")],
+)  # fmt: skip
+def test_without_a_process(client, monkeypatch, executable, message):
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(openai.BadRequestError, match=f"the JSON schema cannot be followed: {message}"):
+        client.chat.completions.create(model=NAME, messages=CHAT, response_format=of({"const": str(executable)}))

@@ -9,7 +9,7 @@ from asked import WAIT, Asked, prompts, until
 
 from klfast.core.errors import InvalidInputError
 from klfast.generation.engine import lower
-from klfast.serving.scheduler import ClosedError, QueueFullError
+from klfast.serving.errors import ClosedError, QueueFullError
 
 
 class Damaging:

@@ -10,8 +10,9 @@ import served
 import torch
 from running_server import NAME
 
+from klfast.core.errors import InvalidInputError
 from klfast.serving.answer import Answer
-from klfast.serving.tool_calls import ToolCallReader
+from klfast.serving.tool_calls import ToolCallReader, schema_of_calls
 
 WEATHER = {
     "type": "object",
@@ -78,10 +79,33 @@ READ = {
         [("weather", {"is_sure": False, "parts": ["a", None], "share": "NaN", "days": "{1}"})],
     ),
     "tags without ends, and an end in a text": (
-        "<tool_call><function=weather><parameter=days>1<parameter=city>a </parameter> b</parameter></tool_call>",
+        "<tool_call><function=weather>\n<parameter=days>1\n<parameter=city>a </parameter> b</parameter></tool_call>",
         "",
         [("weather", {"days": 1, "city": "a </parameter> b"})],
     ),
+    "marks and tags in texts": (
+        "<tool_call><function=f><parameter=x></tool_call> <parameter=c><function=d></parameter></function></tool_call>",
+        "",
+        [("f", {"x": "</tool_call> <parameter=c><function=d>"})],
+    ),
+    "a mark in JSON": (
+        '<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>',
+        "",
+        [("f", {"x": "</tool_call>"})],
+    ),
+    "line breaks in JSON": (
+        '<tool_call>{"name": "f", "arguments": {"x": "a\nb"}}</tool_call>',
+        "",
+        [("f", {"x": "a\nb"})],
+    ),
+    "tags that are cut": (
+        "<tool_call>\n<function=f>\n<parameter=a>\n1",
+        "<tool_call>\n<function=f>\n<parameter=a>\n1",
+        [],
+    ),
+    "tags that lack a mark": ("<tool_call>\n<function=f>\n<parameter=a>\n1</function>\n", "", [("f", {"a": "1"})]),
+    "white space behind text": (f"<tool_call>{CALL}</tool_call> hi \n", " hi \n", [OSLO]),
+    "five ends": ("<tool_call>" + "x</tool_call>" * 5, "<tool_call>" + "x</tool_call>" * 5, []),
     "several functions in tags": (
         "<tool_call><function=a><parameter=x>1</parameter></function>\n<function=b></function></tool_call>",
         "",
@@ -97,6 +121,11 @@ READ = {
         "<|tool_call_start|>get-tide(at='get-tide(x)')\nnow()<|tool_call_end|>",
         "",
         [("get-tide", {"at": "get-tide(x)"}), ("now", {})],
+    ),
+    "Python's own words, and a text like a stand-in": (
+        "<|tool_call_start|>[get-tide(from='name_0_', class='from=1'), f(to='get-tide(from=2)')]<|tool_call_end|>",
+        "",
+        [("get-tide", {"from": "name_0_", "class": "from=1"}), ("f", {"to": "get-tide(from=2)"})],
     ),
     "objects on lines": (f"<tool_call>{CALL}\n{CALL}\n</tool_call>", "", [OSLO] * 2),
     "parameters": ('<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>', "", [("f", {"a": 1})]),
@@ -190,6 +219,29 @@ def test_long_bodies_are_read_at_once(body):
     start = time.thread_time()
     read(f"<tool_call>{body}</tool_call>", 10**6)
     assert time.thread_time() - start < 3
+
+
+def test_references_are_followed_once():
+    """However many ways lead to them."""
+    properties = {"x": {"$ref": "#/$defs/a"}, "y": {"$ref": "#/$defs/b"}}
+    parts = {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 300}, "b": {"anyOf": [{"$ref": "#/no"}, {"enum": [1, None]}]}}
+    reader = ToolCallReader(["<tool_call>"], {"f": {"properties": properties, "$defs": parts}})
+    text = "<tool_call><function=f><parameter=x>1</parameter><parameter=y>null</parameter></function></tool_call>"
+    assert json.loads(reader.read(text, "stop")[1][0].arguments) == {"x": "1", "y": None}
+
+
+def test_the_schema_of_calls():
+    own = {"$id": "x", "type": "string", "properties": {"a": {"$ref": "#/$defs/b"}, "c": {"const": {"$ref": "#/d"}}}}
+    schema = schema_of_calls([{"function": {"name": "f"}}, {"function": {"name": "g", "parameters": own}}], 1)
+    place = "#/items/anyOf/1/properties/arguments/$defs/b"
+    found = schema["items"]["anyOf"][1]["properties"]["arguments"]
+    assert found == {"type": "object", "properties": {"a": {"$ref": place}, "c": {"const": {"$ref": "#/d"}}}}
+    assert schema["maxItems"] == 1 and "maxItems" not in schema_of_calls([], None)
+    deep = {}
+    for _ in range(2000):
+        deep = {"properties": {"a": deep}}
+    with pytest.raises(InvalidInputError, match="the tools' parameters are nested too deeply"):
+        schema_of_calls([{"function": {"name": "f", "parameters": deep}}], None)
 
 
 def test_arguments_keep_their_letters():
