@@ -40,6 +40,7 @@ inline Ints dot(Ints sum, const DotOperand<4>& w, const Ints* x) {
 }
 
 #define KLFAST_DOT_PLANES
+constexpr int kTopPlane = -1;  // -2^15 is an int16, 2^15 is none
 
 // For plane_lines.h: -2^15, 2^7 and 1 times the products with three pairs of quads of x, and the vector behind these.
 // Pairs are at most 2 * 15 * 128 = 3840, two such are added, and the factors are int16.

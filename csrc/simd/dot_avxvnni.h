@@ -36,15 +36,15 @@ Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
 }
 
 #define KLFAST_DOT_PLANES
+constexpr int kTopPlane = 1;
 
-// For plane_lines.h: -2^15, 2^7 and 1 times the products with three pairs of quads of x, and the vector behind these.
+// For plane_lines.h: 2^15, 2^7 and 1 times the products with three pairs of quads of x, and the vector behind these.
 inline Ints dot_planes(const Nibbles& w, const std::int32_t* x) {
     const auto plane = [&](__m256i sum, int i) {
         return add_dot(add_dot(sum, w.even.v, read(x + 16 * i).v), w.odd.v, read(x + 16 * i + 8).v);
     };
-    const __m256i zero = _mm256_setzero_si256();
-    return {_mm256_sub_epi32(_mm256_add_epi32(plane(read(x + 48).v, 2), _mm256_slli_epi32(plane(zero, 1), 7)),
-                             _mm256_slli_epi32(plane(zero, 0), 15))};
+    const __m256i top = _mm256_slli_epi32(plane(_mm256_setzero_si256(), 0), 8);
+    return {plane(_mm256_add_epi32(_mm256_slli_epi32(plane(top, 1), 7), read(x + 48).v), 2)};
 }
 
 }  // namespace

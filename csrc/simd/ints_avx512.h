@@ -104,6 +104,19 @@ Ints dot(Ints sum, const DotOperand<Bits>& w, const Ints* x) {
     return {_mm512_dpbusd_epi32(sum.v, w.stored, x->v)};
 }
 
+#define KLFAST_DOT_PLANES
+constexpr int kTopPlane = 1;
+
+// For plane_lines.h: 2^15, 2^7 and 1 times the products with three pairs of quads of x, and the vector behind these.
+inline Ints dot_planes(const Nibbles& w, const std::int32_t* x) {
+    const auto plane = [&](__m512i sum, int i) {
+        return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.even.v, read(x + 32 * i).v), w.odd.v,
+                                   read(x + 32 * i + 16).v);
+    };
+    const __m512i top = _mm512_slli_epi32(plane(_mm512_setzero_si512(), 0), 8);
+    return {plane(_mm512_add_epi32(_mm512_slli_epi32(plane(top, 1), 7), read(x + 96).v), 2)};
+}
+
 constexpr int kFoldRows = 4;
 
 // Four lanes each: those of row i in lane i of each run of four.

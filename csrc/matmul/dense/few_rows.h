@@ -14,6 +14,8 @@
 namespace klfast {
 namespace {
 
+constexpr std::int64_t kStepsOfPart = 256;  // are added up before they join the whole sum: a long one rounds more
+
 template <class Terms>
 struct DenseFewRows {
     const LinearArgs& a;
@@ -37,21 +39,33 @@ struct DenseFewRows {
         const std::int64_t next_row = stride == a.k ? Terms::values : stride,
                            next_step = stride == a.k ? R * Terms::values : Terms::values;
         const std::int32_t* const row_x = x.data;
-        Vec total[M][R];
-        unrolled<M>([&](int m) KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { total[m][r] = set(0.0f); }); });
-        const auto add = [&](std::int64_t s, int valid) KLFAST_INLINE {
+        using Sums = Vec[M][R];
+        const auto clear = [](Sums& sums) KLFAST_INLINE {
+            unrolled<M>([&](int m) KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { sums[m][r] = set(0.0f); }); });
+        };
+        const auto add = [&](Sums& sums, std::int64_t s, int valid) KLFAST_INLINE {
             unrolled<R>([&](int r) KLFAST_INLINE {
                 const auto w = Terms::read(weight, base + r * stride + s * Terms::values, valid);
                 unrolled<M>([&](int m) KLFAST_INLINE {
-                    total[m][r] = Terms::add(total[m][r], w, row_x + m * x_pitch + s * kLanes);
+                    sums[m][r] = Terms::add(sums[m][r], w, row_x + m * x_pitch + s * kLanes);
                 });
             });
         };
-        for (std::int64_t s = 0; s < whole; ++s) {
-            for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + (r * next_row + s * next_step) * Terms::size, 0, 3);
-            add(s, Terms::values);
+        Sums total;
+        clear(total);
+        for (std::int64_t begin = 0; begin < whole; begin += kStepsOfPart) {
+            Sums part;
+            clear(part);
+            for (std::int64_t s = begin; s < smaller(begin + kStepsOfPart, whole); ++s) {
+                for (int r = 0; r < R; ++r)
+                    __builtin_prefetch(ahead + (r * next_row + s * next_step) * Terms::size, 0, 3);
+                add(part, s, Terms::values);
+            }
+            unrolled<M>([&](int m) KLFAST_INLINE {
+                unrolled<R>([&](int r) KLFAST_INLINE { total[m][r] = total[m][r] + part[m][r]; });
+            });
         }
-        if (whole < steps) add(whole, static_cast<int>(a.k - whole * Terms::values));
+        if (whole < steps) add(total, whole, static_cast<int>(a.k - whole * Terms::values));
         unrolled<M>([&](int m) KLFAST_INLINE {
             unrolled<R>([&](int r) KLFAST_INLINE { store_columns(a, m, n + r, 1, set(sum(total[m][r]))); });
         });

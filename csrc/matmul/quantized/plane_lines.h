@@ -2,7 +2,7 @@
 // that have dot_planes. Included by these only.
 //
 // The values of x that meet a line become integers of 22 bits and a sign in one unit, a power of two, and these three
-// bytes each, the planes: x = unit (2^15 a + 2^7 b + c), with -128 <= -a < 128, -128 <= b < 128, -64 <= c < 64. An x
+// bytes each, the planes: x = unit (2^15 a + 2^7 b + c), with -127 <= a <= 127, -128 <= b < 128, -64 <= c < 64. An x
 // is rounded by at most 2^-22 of the line's largest, which is at most 32 times the mean magnitude: so a sum has at most
 // the error of 2^-17 of that mean times the weights' magnitudes, and mostly a hundredth of it, which is what float32
 // sums have. Other lines are multiplied as floats: with outliers, infinities or NaNs in x, or with tiny x.
@@ -23,7 +23,7 @@ struct PlaneLines {
     static constexpr bool kUnits = true;
     FloatLines<Bits> floats;
 
-    // The quads of -a, b and c that meet a word's even and odd values in turn, then -8 times the sum of each word's
+    // The quads of kTopPlane a, b and c that meet a word's even and odd values in turn, then -8 times the sum of each word's
     // integers.
     float arrange(const float* x, std::int32_t* out) const {
         const float unit = unit_of(x);
@@ -40,7 +40,7 @@ struct PlaneLines {
             for (int i = 0; i < count / 2; ++i) {
                 const std::int32_t q = integer[odd][i], c = ((q + 64) & 127) - 64, rest = (q - c) >> 7,
                                    b = ((rest + 128) & 255) - 128;
-                byte[0][i] = static_cast<std::int8_t>(-((rest - b) >> 8));
+                byte[0][i] = static_cast<std::int8_t>(kTopPlane * ((rest - b) >> 8));
                 byte[1][i] = static_cast<std::int8_t>(b);
                 byte[2][i] = static_cast<std::int8_t>(c);
             }
@@ -76,7 +76,7 @@ struct PlaneLines {
         if (!(count * largest <= 32.0f * sum(all) && 0x1p-40f <= largest && largest < 0x1p100f)) return 1.0f;
         const float below = __builtin_bit_cast(float, __builtin_bit_cast(std::int32_t, largest) & 0x7f800000);
         const float unit = below * 0x1p-21f;
-        return largest > 4177919.0f * unit ? 2.0f * unit : unit;  // beyond 127 2^15 + 127 2^7 + 127
+        return largest > 4177855.0f * unit ? 2.0f * unit : unit;  // beyond 127 2^15 + 127 2^7 + 63
     }
 };
 
