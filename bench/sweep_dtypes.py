@@ -1,6 +1,6 @@
-"""What a sweep in bfloat16 can tell apart: its noise floor beside the KL of single layers, against float32.
+"""What sweeps in cheaper arithmetic can tell apart: noise floor and KL of single layers, against float32.
 
-The bundled models are swept in each dtype, on the same text.
+The bundled models are swept in bfloat16 and with suffixes by differences in int8, which take small layers, too, here.
 
     python -m klfast.bench.sweep_dtypes --out bench/results/sweep_dtypes.md
 """
@@ -19,28 +19,38 @@ from klfast.core.dtypes import dtype_name
 from klfast.core.io import write_atomic
 from klfast.core.machine import cpu_name
 from klfast.reporting.table import Cell, Table
+from klfast.sensitivity import differences
 
 MODELS, SPECS, KL = ("mamba2", "mamba", "hymba"), ("int4-g64-sym", "int8-g64-sym"), "kl_teacher_student"
-DTYPES, LENGTH = (torch.float32, torch.bfloat16), 256
-HEADINGS = ("model", "computed in", "noise floor", "of layers in", "least KL", "median", "median error of KL, %")
+WAYS = {
+    "float32": (torch.float32, "exact"),
+    "bfloat16": (torch.bfloat16, "exact"),
+    "float32, suffix in int8": (torch.float32, "int8"),
+}
+LENGTH = 256
+HEADINGS = (
+    *("model", "computed in", "noise floor", "of layers in", "least KL", "median"),
+    *("median error of KL, %", "largest, %"),
+)
 
 
 def measure(name: str, windows: int) -> Iterator[tuple[Cell, ...]]:
-    """Yield rows of the table: a bundled model's layers in each spec, swept in each dtype."""
+    """Yield rows of the table: a bundled model's layers in each spec, swept in each way."""
     tokenizer, truth = klfast.load_tokenizer(name), {}
-    for dtype in DTYPES:
+    for way, (dtype, suffix) in WAYS.items():
         model = klfast.load_model(name, dtype=dtype_name(dtype))
         text = klfast.token_batches(
             "calibration", tokenizer, vocab_size=model.config.vocab_size, windows=windows, length=LENGTH
         )
-        found = klfast.sweep(model, text, SPECS, KL, vocabulary="sampled", dtype=dtype)
+        found = klfast.sweep(model, text, SPECS, KL, vocabulary="sampled", dtype=dtype, suffix=suffix)
         kl = {key: one.mean[KL] for key, one in found.measurements.items()}
         truth = truth or kl
         for spec in SPECS:
             keys = [key for key in kl if str(key[1]) == spec]
-            error = median(abs(kl[key] / truth[key] - 1) for key in keys)
+            errors = [100 * abs(kl[key] / truth[key] - 1) for key in keys]
             of_spec = [kl[key] for key in keys]
-            yield (name, dtype_name(dtype), found.noise_floor[KL], spec, min(of_spec), median(of_spec), 100 * error)
+            least, middle = min(of_spec), median(of_spec)
+            yield (name, way, found.noise_floor[KL], spec, least, middle, median(errors), max(errors))
 
 
 def main() -> None:
@@ -49,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=2, help=f"calibration windows of {LENGTH} tokens")
     asked = parser.parse_args()
+    differences.LEAST_SIDE = 1
     rows = [row for name in MODELS for row in measure(name, asked.windows)]
     conditions = (
         f"KL divergence in nats a token, of one layer at a time, on {asked.windows * LENGTH} tokens of the bundled "
@@ -56,7 +67,7 @@ def main() -> None:
         f"{torch.__version__}."
     )
     table = Table("KL of single layers", HEADINGS, tuple(rows))
-    write_atomic(asked.out, f"# Sweeps in bfloat16\n\n{conditions}\n\n{table.markdown()}")
+    write_atomic(asked.out, f"# Arithmetic of sweeps\n\n{conditions}\n\n{table.markdown()}")
 
 
 if __name__ == "__main__":

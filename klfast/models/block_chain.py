@@ -45,6 +45,10 @@ class Carry:
         parts = zip(*(part.split(rows) for part in (self.hidden, *self.extra)), strict=True)
         return [Carry(hidden, tuple(extra)) for hidden, *extra in parts]
 
+    def without(self, rows: int) -> Carry:
+        """Return all but the first ``rows`` rows."""
+        return Carry(self.hidden[rows:], tuple(part[rows:] for part in self.extra))
+
 
 @dataclass(frozen=True)
 class Passage:

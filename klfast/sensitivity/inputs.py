@@ -12,11 +12,13 @@ from torch import nn
 from klfast.core.errors import InvalidInputError
 from klfast.models import batches
 from klfast.models.batches import Batches
+from klfast.models.head import linear_head
 from klfast.models.matrices import matrices, with_experts
 from klfast.models.selection import Patterns, select
 from klfast.models.vocabulary import embedding_name
 from klfast.nn import QuantEmbedding
 from klfast.quant.spec import QuantSpec
+from klfast.sensitivity.differences import why_not
 from klfast.sensitivity.results import METRICS
 from klfast.sensitivity.sampled_vocabulary import FEWEST_ROWS, ROWS
 
@@ -45,6 +47,18 @@ def vocabulary_rows(given: str | int, vocab: int) -> int | None:
             f'vocabulary must be "full", "sampled" or a number of entries from {FEWEST_ROWS} on, got {given!r}'
         )
     return rows if rows < vocab else None
+
+
+def suffix(given: str | None, model: nn.Module, dtype: torch.dtype | None, *, is_sampled: bool) -> str:
+    """Return "exact" or "int8", as a sweep's ``suffix`` says or by what the model and this CPU allow."""
+    if given not in (None, "exact", "int8"):
+        raise InvalidInputError(f'suffix must be "exact" or "int8", got {given!r}')
+    weight = linear_head(model).weight
+    computed = weight.dtype if dtype is None or weight.dtype.itemsize >= dtype.itemsize else dtype
+    reason = why_not(weight.device, computed)
+    if given == "int8" and reason:
+        raise InvalidInputError(f'suffix="int8" would save no time: {reason}')
+    return given or ("int8" if is_sampled and not reason else "exact")
 
 
 def is_adaptive(budget: str, max_bytes: int | None, beside: bool) -> bool:

@@ -1,8 +1,9 @@
 """Measurement of one micro-batch of a sweep: how each candidate changes the model's next-token distributions.
 
 The teacher runs once and leaves the carry at every block boundary; a candidate re-runs its own block from there, and
-all candidates of a block go through the rest of the network as one larger batch. Only through a block that uses a
-candidate's weight again (Zamba's shared blocks) they go one by one, each with its own weight.
+all candidates of a block go through the rest of the network as one larger batch: its suffix, if wanted by differences
+from the teacher. Only through a block that uses a candidate's weight again (Zamba's shared blocks) they go one by one,
+each with its own weight.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
 from klfast.sensitivity.candidates import Candidate, chunks
 from klfast.sensitivity.comparison import Comparison, Teacher
+from klfast.sensitivity.differences import FEWEST, Differences
 from klfast.sensitivity.int8_inputs import int8_inputs, rounded
 from klfast.sensitivity.stages import Stages
 from klfast.sensitivity.unfinished import Unfinished
@@ -31,13 +33,22 @@ class Engine:
     Attributes:
         stages: wall time spent so far.
         comparison: of candidates with the teacher.
+        differences: how products of suffixes are taken; None for as those of the own block.
         block_tokens: tokens that went through a block so far, counted once for each block.
         pause: called after each block that candidates went through, with the state needed to continue from there.
     """
 
-    def __init__(self, chain: Chain, scale: str, max_batch_tokens: int, vocabulary_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        scale: str,
+        max_batch_tokens: int,
+        vocabulary_rows: int | None = None,
+        differences: Differences | None = None,
+    ) -> None:
         self.chain = chain
         self.scale = scale
+        self.differences = differences
         self.max_batch_tokens = max_batch_tokens
         self.stages = Stages()
         self.comparison = Comparison(chain.head, vocabulary_rows, self.stages)
@@ -80,7 +91,7 @@ class Engine:
             else:
                 carry, start, unfinished = unfinished.carry, unfinished.block, None
             with self.stages.timed("suffix"):
-                hidden = self._run(teacher.passage, carry, start, finals, part)
+                hidden = self._run(teacher.passage, carry, start, finals, part, teacher.carries)
             finals += hidden.split(windows)
         hidden = self.comparison.scored(torch.cat(finals), len(candidates))
         return self.comparison.under_full_head(teacher, hidden)
@@ -121,17 +132,21 @@ class Engine:
         start: int,
         finals: list[torch.Tensor],
         candidates: Sequence[Candidate] = (),
+        of_teacher: Sequence[Carry] = (),
     ) -> torch.Tensor:
         """Run C passes from the input of block ``start``; return the head's input, [C * B, T, H].
 
         Each of the ``candidates`` changes its weight in one of the passes; without any, the weights stay as they are.
-        ``finals`` are the results of the candidates before them, for ``pause``.
+        ``finals`` are the results of the candidates before them, for ``pause``, and ``of_teacher`` the inputs of the
+        teacher's blocks.
         """
         copies = len(carry.hidden) // len(passage.input_ids)
         together = self._repeated(passage, copies)
         for index in range(start, len(self.chain.blocks)):
             if any(index in candidate.blocks for candidate in candidates):
                 carry = self._one_by_one(index, carry, passage, candidates)
+            elif self.differences is not None and of_teacher and copies >= FEWEST:
+                carry = self._beside_teacher(index, carry, of_teacher[index], passage, self.differences)
             else:
                 carry = self._step(index, carry, together)
             self.pause(Unfinished(list(finals), carry, index + 1))
@@ -156,6 +171,16 @@ class Engine:
                 self._own_block(index, one, passage, candidate) if changed else self._step(index, one, passage)
             )
         return Carry.stack(found)
+
+    def _beside_teacher(
+        self, index: int, carry: Carry, of_teacher: Carry, passage: Passage, differences: Differences
+    ) -> Carry:
+        """Run a block on a stack of candidates and on the teacher's, from which their products differ."""
+        windows = len(passage.input_ids)
+        both = Carry.stack([of_teacher, carry])
+        with differences.products(index, windows):
+            both = self._step(index, both, self._repeated(passage, len(both.hidden) // windows))
+        return both.without(windows)
 
     def _step(self, index: int, carry: Carry, passage: Passage) -> Carry:
         self.block_tokens += passage.input_ids.numel()

@@ -65,6 +65,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> Sensitivities:
         _add_work(merged, other)
         if other.provenance.get("vocabulary", "full") != merged.provenance.get("vocabulary", "full"):
             merged.provenance["vocabulary"] = "mixed"  # each measurement's standard error has that of its own sample
+        if other.provenance.get("suffix", "exact") != merged.provenance.get("suffix", "exact"):
+            merged.provenance["suffix"] = "mixed"
         roundings = [one.provenance.get("rounding", "nearest") for one in (other, found)]
         if roundings[0] != roundings[1]:
             both = f"{os.fspath(path)} has costs of {roundings[0]}, {os.fspath(paths[0])} of {roundings[1]}"

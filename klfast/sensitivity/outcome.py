@@ -100,6 +100,7 @@ class Outcome:
             "budget": settings["budget"],
             "compared_in_full": engine.comparison.in_full,  # candidates, once for each micro-batch
             "dtype": settings["dtype"],
+            "suffix": settings["suffix"],
             "klfast": __version__,
             "torch": torch.__version__,
             # Seconds by stage, and the work done, in tokens through the whole network (without the head).

@@ -17,7 +17,14 @@ from klfast.sensitivity.results import Sensitivities
 _SAVE_SECONDS = 10.0
 _SAVES_ARE = 2.0  # a save that takes 5 s is made every 100 s: at most a twentieth of the time
 # Settings of sweeps whose resume files do not name them yet.
-_BEFORE = {"activations": False, "vocabulary": "full", "budget": "exhaustive", "max_bytes": None, "corrected": []}
+_BEFORE = {
+    "activations": False,
+    "vocabulary": "full",
+    "budget": "exhaustive",
+    "max_bytes": None,
+    "corrected": [],
+    "suffix": "exact",
+}
 
 
 class ResumeFile:

@@ -22,6 +22,7 @@ from klfast.quant.spec import SCALES, QuantSpec
 from klfast.sensitivity import inputs
 from klfast.sensitivity.adaptive import PARTS, Schedule
 from klfast.sensitivity.comparison import SAMPLED
+from klfast.sensitivity.differences import Differences
 from klfast.sensitivity.measure import Engine
 from klfast.sensitivity.measurer import Measurer
 from klfast.sensitivity.measuring_mode import prepared
@@ -35,6 +36,7 @@ from klfast.sensitivity.state import State
 from klfast.sensitivity.steps import steps
 
 _STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several candidates run as one batch
+_STACKED_BESIDE_TEACHER = 8  # with suffix="int8", where the teacher joins each batch
 
 
 def sweep(
@@ -56,6 +58,7 @@ def sweep(
     max_bytes: int | None = None,
     max_batch_tokens: int = 8192,
     dtype: torch.dtype | None = torch.float32,
+    suffix: str | None = None,
     engine: str = "local",
     workers: int | None = None,
     progress: Progress = None,
@@ -113,6 +116,10 @@ def sweep(
         max_batch_tokens: most tokens that go through a block at a time (but at least one window).
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
+        suffix: how candidates go through the blocks behind their own. "exact" as the teacher does, or "int8": large
+            linear layers multiply what differs from the teacher in int8, and add it to the teacher's result, which
+            leaves the KL within 0.2 % and takes less time on CPUs with AVX-VNNI, AVX-512-VNNI or AMX. By default
+            "int8" there if the vocabulary is sampled, else "exact".
         engine: "local" to measure in this process, or "ray" on a Ray cluster (``pip install 'klfast[ray]'``): the one
             that this process is connected to, else that at RAY_ADDRESS, else one that starts here. Each worker computes
             with as many threads as this process would; results are the same for any number of workers, and those of
@@ -151,7 +158,9 @@ def sweep(
     if layers is None:
         warn_unquantizable(model, "sweep")
     parts = PARTS if is_adaptive else 1
-    windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // _STACKED, parts)
+    suffix = inputs.suffix(suffix, model, dtype, is_sampled=vocabulary_rows is not None)
+    stacked = _STACKED_BESIDE_TEACHER if suffix == "int8" and not is_adaptive else _STACKED
+    windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // stacked, parts)
 
     with prepared(model, dtype):
         chain = Chain(model)
@@ -165,12 +174,14 @@ def sweep(
             "vocabulary": vocabulary_rows or "full",
             "max_batch_tokens": max_batch_tokens,
             "dtype": str(chain.head.dtype),
+            "suffix": suffix,
             "budget": budget,
             "max_bytes": max_bytes,
             "corrected": corrected,
         }
         order = steps(chain, names, parsed, rows, activations, corrected)
-        measuring = Engine(chain, scale, max_batch_tokens, vocabulary_rows)
+        differences = Differences(chain.blocks) if suffix == "int8" else None
+        measuring = Engine(chain, scale, max_batch_tokens, vocabulary_rows, differences)
         schedule = None
         if is_adaptive:
             sizes = blank.layers, blank.other_bytes, max_bytes, len(chain.blocks)

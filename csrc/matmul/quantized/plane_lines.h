@@ -23,8 +23,8 @@ struct PlaneLines {
     static constexpr bool kUnits = true;
     FloatLines<Bits> floats;
 
-    // The quads of kTopPlane a, b and c that meet a word's even and odd values in turn, then -8 times the sum of each word's
-    // integers.
+    // The quads of kTopPlane a, b and c that meet a word's even and odd values in turn, then -8 times the sum of each
+    // word's integers.
     float arrange(const float* x, std::int32_t* out) const {
         const float unit = unit_of(x);
         if (unit == 1.0f) return floats.arrange(x, out);
