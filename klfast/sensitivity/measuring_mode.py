@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from klfast.acceleration.patch import accelerate_or_warn, is_accelerated, unaccelerate
+from klfast.core import heap
 from klfast.core.interrupts import deferred
 from klfast.models.calling import evaluation_mode
 from klfast.nn.conv1d import as_linear, is_conv1d
@@ -18,9 +19,10 @@ from klfast.nn.conv1d import as_linear, is_conv1d
 def prepared(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Put the model in evaluation mode, without gradients and accelerated, computing in ``dtype`` (None: its own).
 
-    Afterwards it is as it was.
+    Afterwards it is as it was. The process keeps its memory meanwhile.
     """
     with ExitStack() as stack:
+        stack.enter_context(heap.kept())
         stack.enter_context(deferred())  # so that Ctrl-C leaves nothing half restored
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(model))

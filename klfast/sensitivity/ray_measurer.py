@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from klfast import __version__
+from klfast.core import heap
 from klfast.core.errors import ClusterError, InvalidInputError, KlfastError, one_line
 from klfast.core.interrupts import interruptible
 from klfast.sensitivity.measurer import Measurer
@@ -161,7 +162,7 @@ def _measure(model: Sequence[Any], threads: int, versions: Mapping[str, str], jo
     measurer = _unpacked(model[0])
     engine = measurer.engine
     engine.reset_costs()
-    with torch.no_grad():
+    with torch.no_grad(), heap.kept():
         sums = [found for _, found in measurer.measured(jobs)]
     return _Found(sums, dict(engine.stages.seconds), engine.block_tokens, engine.comparison.in_full)
 
