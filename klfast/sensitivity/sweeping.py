@@ -15,6 +15,7 @@ from klfast.core.progress import Progress
 from klfast.models.adapters import refuse_adapters, uncompiled
 from klfast.models.batches import Batches
 from klfast.models.block_chain import Chain
+from klfast.models.head import linear_head
 from klfast.models.matrices import matrices
 from klfast.models.selection import Patterns
 from klfast.models.sizes import warn_unquantizable
@@ -37,6 +38,7 @@ from klfast.sensitivity.steps import steps
 
 _STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several candidates run as one batch
 _STACKED_BESIDE_TEACHER = 8  # with suffix="int8", where the teacher joins each batch
+_BATCH_TOKENS, _FEWER = 8192, 4096  # the latter where they take as long: exhaustive and exact, on CPUs
 
 
 def sweep(
@@ -56,7 +58,7 @@ def sweep(
     vocabulary: str | int | None = None,
     budget: str = "exhaustive",
     max_bytes: int | None = None,
-    max_batch_tokens: int = 8192,
+    max_batch_tokens: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     suffix: str | None = None,
     engine: str = "local",
@@ -113,7 +115,8 @@ def sweep(
             measured.
         max_bytes: of the plan that an adaptive sweep is for, as in ``klfast.plan``; by default plans of 1.05, 1.2 and
             1.5 times the smallest size.
-        max_batch_tokens: most tokens that go through a block at a time (but at least one window).
+        max_batch_tokens: most tokens that go through a block at a time (but at least one window). By default 8192, or
+            4096 for exhaustive sweeps with exact suffixes on the CPU.
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
         suffix: how candidates go through the blocks behind their own. "exact" as the teacher does, or "int8": large
@@ -159,6 +162,9 @@ def sweep(
         warn_unquantizable(model, "sweep")
     parts = PARTS if is_adaptive else 1
     suffix = inputs.suffix(suffix, model, dtype, is_sampled=vocabulary_rows is not None)
+    if max_batch_tokens is None:
+        takes_fewer = suffix == "exact" and not is_adaptive and linear_head(model).weight.device.type == "cpu"
+        max_batch_tokens = _FEWER if takes_fewer else _BATCH_TOKENS
     stacked = _STACKED_BESIDE_TEACHER if suffix == "int8" and not is_adaptive else _STACKED
     windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // stacked, parts)
 
