@@ -135,7 +135,7 @@ def test_unfinished_sweeps_are_noted(work, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return text
 
-    (tmp_path / "text.txt").write_text(TEXT * 5)  # four windows of 1,024 tokens make two parts
+    (tmp_path / "text.txt").write_text(TEXT * 5)  # each window of 1,024 tokens is a part
     arguments = ["sweep", work / "model", "--calibration", tmp_path / "text.txt", "--windows", 4, "--length", 1024]
     arguments += ["--out", tmp_path / "sens.json"]
     monkeypatch.setattr(klfast.Sensitivities, "to_json", interrupted)
@@ -151,7 +151,7 @@ def test_unfinished_sweeps_are_noted(work, tmp_path, monkeypatch):
         assert message in json.loads(klf(*command, "--json").stdout)["notes"][0]
         return message in " ".join(klf(*command).stdout.replace("│", " ").split())
 
-    assert said("the sweep is unfinished: it has measured 1 of 2 parts of the calibration text")
+    assert said("the sweep is unfinished: it has measured 1 of 4 parts of the calibration text")
     found.provenance["micro_batches"][0] = 0  # as after a block of the first part
     found.measurements = {key: m for key, m in found.measurements.items() if "layers.0." in key[0]}
     found.to_json(partial)

@@ -41,7 +41,8 @@ struct DenseFewRows {
         const std::int32_t* const row_x = x.data;
         using Sums = Vec[M][R];
         const auto clear = [](Sums& sums) KLFAST_INLINE {
-            unrolled<M>([&](int m) KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { sums[m][r] = set(0.0f); }); });
+            unrolled<M>([&](int m)
+                            KLFAST_INLINE { unrolled<R>([&](int r) KLFAST_INLINE { sums[m][r] = set(0.0f); }); });
         };
         const auto add = [&](Sums& sums, std::int64_t s, int valid) KLFAST_INLINE {
             unrolled<R>([&](int r) KLFAST_INLINE {
