@@ -38,6 +38,8 @@ def measure(name: str, windows: int) -> Iterator[tuple[Cell, ...]]:
     """Yield rows of the table: a bundled model's layers in each spec, swept in each way."""
     tokenizer, truth = klfast.load_tokenizer(name), {}
     for way, (dtype, suffix) in WAYS.items():
+        if suffix == "int8" and differences.why_not(torch.device("cpu"), dtype):
+            continue
         model = klfast.load_model(name, dtype=dtype_name(dtype))
         text = klfast.token_batches(
             "calibration", tokenizer, vocab_size=model.config.vocab_size, windows=windows, length=LENGTH

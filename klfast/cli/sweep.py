@@ -104,7 +104,7 @@ def sweep(
             parser=options.one_of("exact", "int8"),
             metavar="exact|int8",
             help="Behind a layer's own block, multiply as the model does, or what differs from it in int8: the KL "
-            "within 0.2 %, in less time with AVX-VNNI, AVX-512-VNNI or AMX; there the default with --vocabulary "
+            "within some 0.2 %, in less time with AVX-VNNI, AVX-512-VNNI or AMX; there the default with --vocabulary "
             "sampled.",
         ),
     ] = None,

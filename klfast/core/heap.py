@@ -16,8 +16,9 @@ _USUAL = 2**25  # where glibc's thresholds end up by themselves in processes wit
 def kept() -> Iterator[None]:
     """Keep freed memory until the end, where the C library is glibc; elsewhere do nothing.
 
-    Blocks of 32 MiB and more would go back to the system each time, which clears every page of the next one: a fifth of
-    a sweep's time. At the end what is free goes back, and thresholds are what they mostly are before.
+    Otherwise blocks of 32 MiB and more go back to the system each time, which clears every page of the next one: a
+    fifth of the time of a sweep's suffixes (docs/KERNEL_NOTES.md). At the end free memory goes back to the system, and
+    the thresholds are set to where glibc mostly has them by then.
     """
     libc = _glibc()
     if libc is None:

@@ -6,7 +6,7 @@ the teacher's x_0,
     W x = W x_0 + W (x - x_0)
 
 has a first term in full precision, which all candidates of a stack share, and a second one whose errors are a share of
-the difference, however small that is: with W and x - x_0 in int8, KLs stay within 0.2 %
+the difference, however small that is: with W and x - x_0 in int8, KLs of the bundled models' layers stay within 0.2 %
 (bench/results/sweep_dtypes.md). Norms, scans and attention meet whole values in full precision.
 """
 
@@ -48,7 +48,11 @@ class Differences:
         self._weights: dict[nn.Module, QuantizedTensor] = {}
 
     def products(self, index: int, windows: int) -> AbstractContextManager[None]:
-        """Multiply so in block ``index``; ``windows`` are the teacher's, of a multiple as many in the stack."""
+        """Have large linear layers of block ``index`` multiply so for a while.
+
+        Their input is float32 [C * B, T, K], of which the first B = ``windows`` are the teacher's; others than of three
+        dimensions are multiplied as usual.
+        """
         layers = [layer for layer in self._blocks[index].modules() if _is_large(layer)]
         return replaced_forwards(layers, lambda number: self._product(layers[number], windows))
 
