@@ -13,12 +13,16 @@ struct Product {
     const void* x;  // [m, k], last dimension contiguous
     DType x_type;
     std::int64_t x_stride;  // elements from row to row
-    const void* bias;       // [n]; nullptr without
+    const void* bias;       // [bias_rows, n], row i for row i % bias_rows of y; nullptr without
     DType bias_type;
+    std::int64_t bias_rows = 1;
     void* y;  // [m, n], contiguous; values are rounded to rounded_to and then stored as y_type, at least as wide
     DType y_type, rounded_to;
     std::int64_t m, n, k;
     int n_threads;
+
+    // Where the bias of row m of y begins.
+    std::int64_t bias_from(std::int64_t m) const { return bias_rows == 1 ? 0 : m % bias_rows * n; }
 };
 
 }  // namespace klfast

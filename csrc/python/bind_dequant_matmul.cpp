@@ -45,6 +45,16 @@ void bind(py::module_& m, DequantMatmulArgs (*make)(Of...)) {
         "dequant_matmul", [make](Of... of, int limit) { dequant_matmul(make(of...), static_cast<Tier>(limit)); },
         py::call_guard<py::gil_scoped_release>(), "x [rows, k] to y [rows, n].");
     m.def(
+        "difference_matmul",
+        [make](Address known_x, Int known_rows, Of... of, int limit) {
+            DequantMatmulArgs args = make(of...);
+            args.known_x = pointer<const float>(known_x);
+            args.bias_rows = known_rows;
+            dequant_matmul(args, static_cast<Tier>(limit));
+        },
+        py::call_guard<py::gil_scoped_release>(),
+        "x [rows, k], less known x [known_rows, k] again and again, to y [rows, n], plus the bias [known_rows, n].");
+    m.def(
         "grouped_dequant_matmul",
         [make](Address index, Int each, Int count, Of... of, int limit) {
             const GroupedDequantMatmulArgs args{

@@ -77,15 +77,15 @@ inline void store_tile(const float* tile, std::int64_t pitch, const View& to, st
             store(to.data, base + c * stride_c + t * stride_t, to.dtype, 1, set(tile[t * pitch + c]));
 }
 
-// Asks for the tile that load_tile would read, where it lies in runs along c or t.
+// Asks for a part of the tile that load_tile would read, where that lies in runs along c or t.
 inline void prefetch(const View& from, std::int64_t base, std::int64_t stride_c, std::int64_t stride_t,
-                     std::int64_t n_c, std::int64_t n_t) {
+                     std::int64_t n_c, std::int64_t n_t, std::int64_t part = 0, std::int64_t parts = 1) {
     if (stride_c != 1 && stride_t != 1) return;
     const std::int64_t size = size_of(from.dtype), runs = stride_c == 1 ? n_t : n_c,
                        run = (stride_c == 1 ? n_c : n_t) * size;
     const std::int64_t stride = (stride_c == 1 ? stride_t : stride_c) * size;
     const char* const data = static_cast<const char*>(from.data) + base * size;
-    for (std::int64_t r = 0; r < runs; ++r)
+    for (std::int64_t r = runs * part / parts; r < runs * (part + 1) / parts; ++r)
         for (std::int64_t i = 0; i < run; i += 64) __builtin_prefetch(data + r * stride + i);
 }
 

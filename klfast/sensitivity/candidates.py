@@ -47,6 +47,10 @@ class Candidate:
             return f"{self.name} with int8 activations"
         return f"{self.name}{f' ({self.use} rows)' if self.use else ''} as {self.spec}"
 
+    def changes(self, layer: nn.Module) -> bool:
+        """Return True for a linear layer that has this weight, or whose input is rounded."""
+        return layer in self.inputs_of or layer.get_parameter("weight") is self.matrix.tensor
+
     def rounded(self, scale: str) -> torch.Tensor:
         """Return the whole weight [N, K] in its dtype, rounded, with scales that are chosen as in ``klfast.quantize``.
 

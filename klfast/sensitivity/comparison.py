@@ -15,6 +15,7 @@ from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Passage
 from klfast.models.head import Head, Readout, divergence
 from klfast.sensitivity import sampled_vocabulary
+from klfast.sensitivity.differences import Products
 from klfast.sensitivity.results import METRICS
 from klfast.sensitivity.sampled_vocabulary import Sample
 from klfast.sensitivity.stages import Stages
@@ -33,6 +34,7 @@ class Teacher:
     Attributes:
         passage: the micro-batch.
         carries: the input of each block, in order.
+        products: of each block's large linear layers, for suffixes by differences; empty without these.
         hidden: input of the head, [B * (T - 1), H]; a window's last token has no next one to be compared at.
         targets: the next tokens, int64 [B * (T - 1)].
         sample: the part of the vocabulary that stands for all of it; None to compare all of it.
@@ -40,6 +42,7 @@ class Teacher:
 
     passage: Passage
     carries: list[Carry]
+    products: list[Products]
     hidden: torch.Tensor
     targets: torch.Tensor
     sample: Sample | None
@@ -63,12 +66,14 @@ class Comparison:
         self.in_full = 0
         self._dtype, self._stages = head.dtype, stages
 
-    def teacher(self, passage: Passage, carries: list[Carry], hidden: torch.Tensor) -> Teacher:
+    def teacher(
+        self, passage: Passage, carries: list[Carry], products: list[Products], hidden: torch.Tensor
+    ) -> Teacher:
         """Return a micro-batch's teacher, whose head has the input [B, T, H]."""
         compared, ids = self.scored(hidden)[0], passage.input_ids
         rows = self.vocabulary_rows
         sample = None if rows is None else sampled_vocabulary.draw(self.full_head, compared, ids, rows)
-        return Teacher(passage, carries, compared, ids[:, 1:].flatten(), sample)
+        return Teacher(passage, carries, products, compared, ids[:, 1:].flatten(), sample)
 
     def scored(self, hidden: torch.Tensor, candidates: int = 1) -> torch.Tensor:
         """Return [C * B, T, H] without each window's last token, in the head's dtype: [C, B * (T - 1), H]."""

@@ -5,29 +5,32 @@ the teacher's x_0,
 
     W x = W x_0 + W (x - x_0)
 
-has a first term in full precision, which all candidates of a stack share, and a second one whose errors are a share of
-the difference, however small that is: with W and x - x_0 in int8, KLs of the bundled models' layers stay within 0.2 %
-(bench/results/sweep_dtypes.md). Norms, scans and attention meet whole values in full precision.
+has a first term in full precision, which the teacher's own pass has left for all candidates, and a second one whose
+errors are a share of the difference, however small that is: with W and x - x_0 in int8, KLs of the bundled models'
+layers stay within 0.3 % (bench/results/sweep_dtypes.md). Norms, scans and attention meet whole values in full
+precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from klfast import ops
+from klfast.backends.cpu.matmul import difference_matmul
 from klfast.dispatch.pins import may_run
 from klfast.models.block_chain import replaced_forwards
 from klfast.quant.rounding import quantize
 from klfast.quant.spec import QuantSpec
 from klfast.quant.tensor import QuantizedTensor
 
-FEWEST = 4  # candidates of a stack: for fewer, the teacher's pass beside them costs more than int8 saves
 LEAST_SIDE = 512  # of a weight: smaller products take no longer than differences, rounding and additions
-_GROUPS = (128, 64, 32)
+_GROUPS = (256, 128, 64, 32)
 _TIERS = ("avxvnni", "avx512vnni")  # the first that multiply int8 at several times the speed of float32
 
 
@@ -40,38 +43,51 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
     return "" if any(map(may_run, _TIERS)) else "this CPU has no fast int8 products (AVX-VNNI, AVX-512-VNNI, AMX)"
 
 
+@dataclass(frozen=True)
+class Product:
+    """A linear layer's input [B, T, K] and result [B, T, N], float32, of the teacher."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+Products = dict[nn.Module, Product]  # of a block's large linear layers
+
+
 class Differences:
-    """Linear layers of a network's blocks, for stacks whose first windows are the teacher's."""
+    """Large linear layers of a network's blocks, first in the teacher's pass, then in those of candidates."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks = blocks
         self._weights: dict[nn.Module, QuantizedTensor] = {}
 
-    def products(self, index: int, windows: int) -> AbstractContextManager[None]:
-        """Have large linear layers of block ``index`` multiply so for a while.
-
-        Their input is float32 [C * B, T, K], of which the first B = ``windows`` are the teacher's; others than of three
-        dimensions are multiplied as usual.
-        """
+    @contextmanager
+    def noted(self, index: int) -> Iterator[Products]:
+        """Note what block ``index`` multiplies for a while: of layers that it calls once, with [B, T, K]."""
         layers = [layer for layer in self._blocks[index].modules() if _is_large(layer)]
-        return replaced_forwards(layers, lambda number: self._product(layers[number], windows))
+        calls: list[_Call] = []
+        found: Products = {}
+        with replaced_forwards(layers, lambda number: _noting(layers[number], calls)):
+            yield found
+        times = Counter(call.layer for call in calls)
+        found.update((call.layer, call.product) for call in calls if times[call.layer] == 1 and call.input.ndim == 3)
 
-    def _product(self, layer: nn.Module, windows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def products(self, teacher: Products) -> AbstractContextManager[None]:
+        """Have the layers of which the ``teacher`` has products multiply differences for a while.
+
+        Their input is float32 [C * B, T, K], for stacks of C candidates; others are multiplied as usual.
+        """
+        layers = list(teacher)
+        return replaced_forwards(layers, lambda number: self._product(layers[number], teacher[layers[number]]))
+
+    def _product(self, layer: nn.Module, teacher: Product) -> Callable[[torch.Tensor], torch.Tensor]:
         forward = layer.forward
 
         def product(input: torch.Tensor) -> torch.Tensor:
-            if input.ndim != 3 or len(input) % windows:  # tokens of a mixture's expert
+            if input.shape[1:] != teacher.input.shape[1:] or len(input) % len(teacher.input):
                 found: torch.Tensor = forward(input)
                 return found
-            teacher, *candidates = input.split(windows)
-            y = input.new_empty(*input.shape[:-1], len(layer.get_parameter("weight")))
-            of_teacher, *others = y.split(windows)
-            of_teacher.copy_(forward(teacher))
-            weight = self._weight(layer)
-            for candidate, other in zip(candidates, others, strict=True):
-                of_difference = ops.dequant_matmul(candidate - teacher, weight, activation="int8")
-                torch.add(of_difference, of_teacher, out=other)
-            return y
+            return difference_matmul(input, teacher.input, teacher.output, self._weight(layer))
 
         return product
 
@@ -90,3 +106,26 @@ def _is_large(layer: nn.Module) -> bool:
         and min(layer.weight.shape) >= LEAST_SIDE
         and layer.in_features % _GROUPS[-1] == 0
     )
+
+
+class _Call(NamedTuple):
+    layer: nn.Module
+    input: torch.Tensor
+    product: Product  # of copies, as the block may change its own tensors
+
+
+def _noting(layer: nn.Module, calls: list[_Call]) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward = layer.forward
+
+    def product(input: torch.Tensor) -> torch.Tensor:
+        same = (call.product.input for call in calls if call.input is input)  # of q, k and v
+        copy = next((copy for copy in same if torch.equal(copy, input)), None)
+        y: torch.Tensor = forward(input)
+        calls.append(_Call(layer, input, Product(_copied(input) if copy is None else copy, _copied(y))))
+        return y
+
+    return product
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,15 +1,15 @@
 """Measurement of one micro-batch of a sweep: how each candidate changes the model's next-token distributions.
 
 The teacher runs once and leaves the carry at every block boundary; a candidate re-runs its own block from there, and
-all candidates of a block go through the rest of the network as one larger batch: its suffix, if wanted by differences
-from the teacher. Only through a block that uses a candidate's weight again (Zamba's shared blocks) they go one by one,
-each with its own weight.
+all candidates of a block go through the rest of the network as one larger batch: its suffix. Products other than with
+the candidate's own weight are taken as they are, or by differences from the teacher's. Only through a block that uses a
+candidate's weight again (Zamba's shared blocks) they go one by one, each with its own weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -18,7 +18,7 @@ from klfast.core.interrupts import interruptible
 from klfast.models.block_chain import Carry, Chain, Passage
 from klfast.sensitivity.candidates import Candidate, chunks
 from klfast.sensitivity.comparison import Comparison, Teacher
-from klfast.sensitivity.differences import FEWEST, Differences
+from klfast.sensitivity.differences import Differences, Products
 from klfast.sensitivity.int8_inputs import int8_inputs, rounded
 from klfast.sensitivity.stages import Stages
 from klfast.sensitivity.unfinished import Unfinished
@@ -33,7 +33,7 @@ class Engine:
     Attributes:
         stages: wall time spent so far.
         comparison: of candidates with the teacher.
-        differences: how products of suffixes are taken; None for as those of the own block.
+        differences: how products of candidates are taken; None for as they are.
         block_tokens: tokens that went through a block so far, counted once for each block.
         pause: called after each block that candidates went through, with the state needed to continue from there.
     """
@@ -66,13 +66,15 @@ class Engine:
         """Run the full-precision model on a micro-batch, int64 [B, T]."""
         with self.stages.timed("teacher"):
             passage = self.chain.enter(input_ids)
-            carries = [passage.entry]
+            carries, products = [passage.entry], []
             for index in range(len(self.chain.blocks)):
-                carries.append(self._step(index, carries[-1], passage))
+                with self._noted(index) as of_block:
+                    carries.append(self._step(index, carries[-1], passage))
+                products.append(of_block)
             hidden = self.chain.finish(carries[-1], passage)
             if not torch.isfinite(hidden).all():
                 self._blame_block(carries)
-            return self.comparison.teacher(passage, carries[:-1], hidden)
+            return self.comparison.teacher(passage, carries[:-1], products, hidden)
 
     def measure_block(
         self, teacher: Teacher, index: int, candidates: Sequence[Candidate], unfinished: Unfinished | None = None
@@ -83,15 +85,14 @@ class Engine:
         finals = [] if unfinished is None else list(unfinished.finals)
         for part in chunks(candidates, width)[len(finals) // width :]:
             if unfinished is None:
-                carry, start = (
-                    Carry.stack([self._own_block(index, teacher.carries[index], teacher.passage, one) for one in part]),
-                    index + 1,
-                )
+                at, known = (teacher.carries[index], teacher.passage), teacher.products[index]
+                carry = Carry.stack([self._own_block(index, *at, one, known) for one in part])
+                start = index + 1
                 self.pause(Unfinished(list(finals), carry, start))
             else:
                 carry, start, unfinished = unfinished.carry, unfinished.block, None
             with self.stages.timed("suffix"):
-                hidden = self._run(teacher.passage, carry, start, finals, part, teacher.carries)
+                hidden = self._run(teacher.passage, carry, start, finals, part, teacher.products)
             finals += hidden.split(windows)
         hidden = self.comparison.scored(torch.cat(finals), len(candidates))
         return self.comparison.under_full_head(teacher, hidden)
@@ -106,7 +107,8 @@ class Engine:
             if tied:
                 with self.stages.timed("suffix"):
                     passage = self.chain.enter(teacher.passage.input_ids)
-                    hidden = self.comparison.scored(self._run(passage, *_start(unfinished, passage.entry)))
+                    start = _start(unfinished, passage.entry)
+                    hidden = self.comparison.scored(self._run(passage, *start, products=teacher.products))
             else:
                 hidden = teacher.hidden.unsqueeze(0)
             return self.comparison.in_full_under(self.chain.head.readout(), teacher, hidden)
@@ -121,9 +123,12 @@ class Engine:
             hidden = self._run(teacher.passage, *_start(unfinished, Carry(nudged, teacher.carries[0].extra)))
         return self.comparison.under_full_head(teacher, self.comparison.scored(hidden))
 
-    def _own_block(self, index: int, carry: Carry, passage: Passage, candidate: Candidate) -> Carry:
+    def _own_block(
+        self, index: int, carry: Carry, passage: Passage, candidate: Candidate, products: Products | None = None
+    ) -> Carry:
+        known = {layer: one for layer, one in (products or {}).items() if not candidate.changes(layer)}
         with self._swapped(candidate), self.stages.timed("own_block"):
-            return self._step(index, carry, passage)
+            return self._step(index, carry, passage, known)
 
     def _run(
         self,
@@ -132,23 +137,21 @@ class Engine:
         start: int,
         finals: list[torch.Tensor],
         candidates: Sequence[Candidate] = (),
-        of_teacher: Sequence[Carry] = (),
+        products: Sequence[Products] = (),
     ) -> torch.Tensor:
         """Run C passes from the input of block ``start``; return the head's input, [C * B, T, H].
 
         Each of the ``candidates`` changes its weight in one of the passes; without any, the weights stay as they are.
-        ``finals`` are the results of the candidates before them, for ``pause``, and ``of_teacher`` the inputs of the
-        teacher's blocks.
+        ``finals`` are the results of the candidates before them, for ``pause``, and ``products`` those of the teacher,
+        by block; without any, all are taken as they are.
         """
         copies = len(carry.hidden) // len(passage.input_ids)
         together = self._repeated(passage, copies)
         for index in range(start, len(self.chain.blocks)):
             if any(index in candidate.blocks for candidate in candidates):
                 carry = self._one_by_one(index, carry, passage, candidates)
-            elif self.differences is not None and of_teacher and copies >= FEWEST:
-                carry = self._beside_teacher(index, carry, of_teacher[index], passage, self.differences)
             else:
-                carry = self._step(index, carry, together)
+                carry = self._step(index, carry, together, products[index] if products else None)
             self.pause(Unfinished(list(finals), carry, index + 1))
         return self.chain.finish(carry, together)
 
@@ -172,20 +175,17 @@ class Engine:
             )
         return Carry.stack(found)
 
-    def _beside_teacher(
-        self, index: int, carry: Carry, of_teacher: Carry, passage: Passage, differences: Differences
-    ) -> Carry:
-        """Run a block on a stack of candidates and on the teacher's, from which their products differ."""
-        windows = len(passage.input_ids)
-        both = Carry.stack([of_teacher, carry])
-        with differences.products(index, windows):
-            both = self._step(index, both, self._repeated(passage, len(both.hidden) // windows))
-        return both.without(windows)
+    def _noted(self, index: int) -> AbstractContextManager[Products]:
+        return nullcontext({}) if self.differences is None else self.differences.noted(index)
 
-    def _step(self, index: int, carry: Carry, passage: Passage) -> Carry:
+    def _step(self, index: int, carry: Carry, passage: Passage, known: Products | None = None) -> Carry:
+        """Run a block; products of which the teacher's are ``known``, by differences from them."""
         self.block_tokens += passage.input_ids.numel()
-        with interruptible():
+        with interruptible(), self._by_differences(known):
             return self.chain.step(index, carry, passage)
+
+    def _by_differences(self, known: Products | None) -> AbstractContextManager[None]:
+        return self.differences.products(known) if self.differences is not None and known else nullcontext()
 
     @contextmanager
     def _swapped(self, candidate: Candidate) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 
@@ -31,12 +33,12 @@ class Measurer:
 
         The first goes on from ``unfinished``, if that is given. The teacher runs once a micro-batch.
         """
-        teacher, of = None, None
-        for job in jobs:
-            if teacher is None or job.micro_batch != of:
-                teacher, of = self._teach(job.micro_batch), job.micro_batch
-            yield job, self._measure(teacher, job, unfinished)
-            unfinished = None
+        for micro_batch, of_one in groupby(jobs, attrgetter("micro_batch")):
+            teacher = self._teach(micro_batch)
+            for job in of_one:
+                yield job, self._measure(teacher, job, unfinished)
+                unfinished = None
+            del teacher  # before the next one takes memory
 
     def _teach(self, micro_batch: int) -> Teacher:
         return self.engine.teach(self._windows[micro_batch].to(self.engine.chain.head.device))

@@ -36,9 +36,8 @@ from klfast.sensitivity.run import Run
 from klfast.sensitivity.state import State
 from klfast.sensitivity.steps import steps
 
-_STACKED = 4  # micro-batches that fit into max_batch_tokens, so that several candidates run as one batch
-_STACKED_BESIDE_TEACHER = 8  # with suffix="int8", where the teacher joins each batch
-_BATCH_TOKENS, _FEWER = 8192, 4096  # the latter where they take as long: exhaustive and exact, on CPUs
+_STACKED = {"exact": 4, "int8": 8}  # micro-batches that fit into max_batch_tokens: candidates that run as one batch
+_BATCH_TOKENS, _FEWER = 8192, 4096  # the latter where they take as long
 
 
 def sweep(
@@ -116,13 +115,14 @@ def sweep(
         max_bytes: of the plan that an adaptive sweep is for, as in ``klfast.plan``; by default plans of 1.05, 1.2 and
             1.5 times the smallest size.
         max_batch_tokens: most tokens that go through a block at a time (but at least one window). By default 8192, or
-            4096 for exhaustive sweeps with exact suffixes on the CPU.
+            4096 for suffixes in int8 and for exhaustive sweeps on the CPU.
         dtype: the dtype to compute in if the model's floating-point weights are smaller. None for the model's own,
             which takes less memory but raises the noise floor, at 8 bits mostly above the signal.
         suffix: how candidates go through the blocks behind their own. "exact" as the teacher does, or "int8": large
             linear layers multiply what differs from the teacher in int8, and add it to the teacher's result, which
-            changed KLs of the bundled models by 0.2 % at most, and takes less time on CPUs with AVX-VNNI, AVX-512-VNNI
-            or AMX. By default "int8" there if the vocabulary is sampled, else "exact".
+            changed KLs of the bundled models by 0.3 % at most, and takes less time on CPUs with AVX-VNNI, AVX-512-VNNI
+            or AMX, but memory for the teacher's results. By default "int8" there if the vocabulary is sampled, else
+            "exact".
         engine: "local" to measure in this process, or "ray" on a Ray cluster (``pip install 'klfast[ray]'``): the one
             that this process is connected to, else that at RAY_ADDRESS, else one that starts here. Each worker computes
             with as many threads as this process would; results are the same for any number of workers, and those of
@@ -163,10 +163,10 @@ def sweep(
     parts = PARTS if is_adaptive else 1
     suffix = inputs.suffix(suffix, model, dtype, is_sampled=vocabulary_rows is not None)
     if max_batch_tokens is None:
-        takes_fewer = suffix == "exact" and not is_adaptive and linear_head(model).weight.device.type == "cpu"
+        takes_fewer = suffix == "int8" or (not is_adaptive and linear_head(model).weight.device.type == "cpu")
         max_batch_tokens = _FEWER if takes_fewer else _BATCH_TOKENS
-    stacked = _STACKED_BESIDE_TEACHER if suffix == "int8" and not is_adaptive else _STACKED
-    windows = inputs.micro_batches(batches, inputs.vocabulary(model), max_batch_tokens // stacked, parts)
+    most_tokens = max_batch_tokens // _STACKED[suffix]
+    windows = inputs.micro_batches(batches, inputs.vocabulary(model), most_tokens, parts)
 
     with prepared(model, dtype):
         chain = Chain(model)

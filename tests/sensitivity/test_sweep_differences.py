@@ -57,17 +57,36 @@ def test_each_kind_of_layer(family, wanted):
 def test_products_are_the_teacher_s_and_those_of_differences(wanted):
     torch.manual_seed(0)
     layer = nn.Linear(96, 40)
-    of = Differences([nn.Sequential(layer)])
-    teacher = torch.randn(2, 5, 96)
-    x = torch.cat([teacher, teacher + 1e-4 * torch.randn(2, 5, 96), teacher * 1.01])
-    expected, forward = layer(x).double(), layer.forward
-    with of.products(0, windows=2):
-        y = layer(x)
-        assert torch.equal(layer(x[:, 0]), forward(x[:, 0]))  # of two dimensions: as it is
-    assert torch.equal(y[:2], layer(teacher))
+    of, teacher = Differences([nn.Sequential(layer)]), torch.randn(2, 5, 96)
+    with of.noted(0) as products:
+        noted = layer(teacher)
+        expected = noted.clone()
+        noted.zero_()
+    moved = torch.cat([teacher, teacher + 1e-4 * torch.randn(2, 5, 96), teacher * 1.01])
+    exact, forward = layer(moved).double(), layer.forward
+    with of.products(products):
+        y = layer(moved)
+        for other in (moved[:, 0], moved[:, :4], moved[:3]):  # not what the teacher met: as they are
+            assert torch.equal(layer(other), forward(other))
+    assert torch.equal(y[:2], expected)
     for part in (slice(2, 4), slice(4, 6)):
-        change = (expected[part] - expected[:2]).norm()
-        assert 0 < (y[part] - expected[part]).norm() < 0.02 * change
+        change = (exact[part] - exact[:2]).norm()
+        assert 0 < (y[part] - exact[part]).norm() < 0.02 * change
+
+
+@torch.no_grad()
+def test_what_a_block_multiplies_twice_or_by_experts_is_not_noted(wanted):
+    first, twice, flat = (nn.Linear(64, 64) for _ in range(3))
+    x = torch.randn(2, 5, 64)
+    with Differences([nn.ModuleList([first, twice, flat])]).noted(0) as products:
+        first(x), twice(x), twice(x + 1), flat(x[0])
+    assert products.keys() == {first}
+    with Differences([nn.ModuleList([first, flat])]).noted(0) as products:
+        first(x), flat(x)
+    assert products[first].input is products[flat].input is not x
+    with Differences([nn.ModuleList([first, flat])]).noted(0) as products:
+        first(x), flat(x.mul_(2))
+    assert torch.equal(2 * products[first].input, products[flat].input)
 
 
 def test_a_killed_sweep_resumes_bit_for_bit(wanted, tmp_path, monkeypatch):

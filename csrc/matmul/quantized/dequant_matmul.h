@@ -24,6 +24,9 @@ struct QuantizedWeight {
 };
 
 struct DequantMatmulArgs : Product, QuantizedWeight {
+    // [bias_rows, k]; nullptr without. Taken off x, row i % bias_rows off row i, before that is rounded to int8.
+    const float* known_x = nullptr;
+
     std::int64_t groups() const { return (k + group - 1) / group; }
     std::int64_t words() const { return bits == 4 ? (k + 7) / 8 : (k + 3) / 4; }  // of a row, as kernels take them
     std::int64_t stored_words() const { return (k * bits + 31) / 32; }            // of a row, in memory

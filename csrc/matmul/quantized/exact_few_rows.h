@@ -198,7 +198,7 @@ struct ExactFewRows {
 
     void finish(std::int64_t m, std::int64_t n, float y) const {
         if (y != y && !has_nan[m]) y = in_order(m, n);
-        if (a.bias) y += load_float(a.bias, n, a.bias_type);
+        if (a.bias) y += load_float(a.bias, a.bias_from(m) + n, a.bias_type);
         if (a.y_type != a.rounded_to) y = rounded(y, a.rounded_to);
         store_float(a.y, m * a.n + n, a.y_type, y);
     }

@@ -58,8 +58,12 @@ struct QuantizedX {
     void fill(std::int64_t m, const Row& scratch, std::int32_t* q) const {
         float* const row = scratch.values.data;
         std::int8_t* const rounded = scratch.rounded.data;
-        for (std::int64_t k = 0; k < a.k; k += kLanes)
-            store(row + k, load(a.x, m * a.x_stride + k, a.x_type, static_cast<int>(smaller(kLanes, a.k - k))));
+        const float* const known = a.known_x ? a.known_x + m % a.bias_rows * a.k : nullptr;
+        for (std::int64_t k = 0; k < a.k; k += kLanes) {
+            const int valid = static_cast<int>(smaller(kLanes, a.k - k));
+            const Vec x = load(a.x, m * a.x_stride + k, a.x_type, valid);
+            store(row + k, known ? x - load(known, k, DType::f32, valid) : x);
+        }
         for (std::int64_t g = 0; g < a.groups(); ++g) {
             const std::int64_t begin = g * a.group, end = smaller(begin + a.group, a.k);
             scale[g * a.m + m] = round_group(row, begin, end, rounded);

@@ -146,7 +146,7 @@ struct Int8FewRows {
         };
         for (std::int64_t step = 0; step < whole; ++step) add_segments(S);
         if (segments.count > whole * S) add_segments(static_cast<int>(segments.count - whole * S));
-        for (int i = 0; i < M; ++i) store_panel(a, m + i, n0, total[i]);
+        for (int i = 0; i < M; ++i) store_panel(a, m + i, n0, total[i], a.bias_from(m + i));
     }
 
     template <int S, int M = kFewDotRows>

@@ -1,6 +1,7 @@
 // Selective scan over Vec: one lane a channel, so that all of a step but C . h is elementwise and C . h is a chain of
-// FMAs without horizontal sums. Time goes in tiles of floats (dt, dt u, y) that stay in L1, and the states are taken
-// kStates at a time through a whole tile with h and A in registers.
+// FMAs without horizontal sums. Time goes in tiles of floats (dt, dt u, z, y) of many channels, so that memory is read
+// in long runs; the states are taken kStates at a time through a vector of a tile's channels, with h and A in
+// registers.
 //
 // Operations per channel, step and state: 1 multiply (dt A log2 e), exp2 (5 FMAs, round, subtract, scale), 1 multiply
 // (dt u B), 2 FMAs (h, y).
@@ -16,7 +17,8 @@
 namespace klfast {
 namespace {
 
-constexpr int kTime = 32;
+constexpr int kTime = 16, kBlockChannels = 256;  // of a tile
+constexpr int kPitch = kBlockChannels + kLanes;  // not a power of two: a column of such rows has few places in L1
 
 // B or C of K states: [time, pitch], of all channels, or constant in time: [K, kLanes].
 template <int K, bool kConstant>
@@ -38,7 +40,8 @@ struct Coefficients {
     }
 };
 
-// K states through a tile. a, h: [K, kLanes]; b, c: Coefficients from the first state on; dt, du, y: [time, kLanes].
+// K states through kLanes channels of a tile. a, h: [K, kLanes]; b, c: Coefficients from the first state on; dt, du, y:
+// [time, kPitch].
 template <int K, bool kConstantB, bool kConstantC>
 void advance(const float* a, float* h, const float* b, const float* c, std::int64_t pitch, const float* dt,
              const float* du, float* y, std::int64_t n_t) {
@@ -47,13 +50,14 @@ void advance(const float* a, float* h, const float* b, const float* c, std::int6
     Vec state[K], rate[K];
     for (int k = 0; k < K; ++k) state[k] = load(h + k * kLanes), rate[k] = load(a + k * kLanes);
     for (std::int64_t t = 0; t < n_t; ++t) {
-        const Vec step = load(dt + t * kLanes), input = load(du + t * kLanes);
-        Vec sum = load(y + t * kLanes);
+        const std::int64_t at = t * kPitch;
+        const Vec step = load(dt + at), input = load(du + at);
+        Vec sum = load(y + at);
         for (int k = 0; k < K; ++k) {
             state[k] = fma(exp2(step * rate[k]), state[k], input * in.at(t, k));
             sum = fma(state[k], out.at(t, k), sum);
         }
-        store(y + t * kLanes, sum);
+        store(y + at, sum);
     }
     for (int k = 0; k < K; ++k) store(h + k * kLanes, state[k]);
 }
@@ -64,11 +68,10 @@ struct Block {
     std::int64_t batch, group, c0, n;
 };
 
-constexpr int kBlockChannels = 128;
-
 struct ScanScratch {
     float *a, *h, *d, *bias;  // [block / kLanes, states, kLanes] (a times log2 e) twice, [block] twice
     float *b, *c;             // [time, state pitch], or as a if constant
+    float *dt, *u, *z, *y;    // [time, kPitch]
 };
 
 // All states of kLanes channels from c on through a tile.
@@ -89,15 +92,11 @@ void advance_all(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t 
         advance<1, kConstantB, kConstantC>(a + k * kLanes, h + k * kLanes, b_from(k), c_from(k), pitch, dt, du, y, n_t);
 }
 
-// kLanes channels from c on, n_t steps from t0 on.
-inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t batch, std::int64_t c0,
-                      std::int64_t c, std::int64_t n, std::int64_t t0, std::int64_t n_t) {
-    alignas(64) float dt[kTime * kLanes], u[kTime * kLanes], y[kTime * kLanes];
-    const auto at = [&](const View& v) { return batch * v.stride[0] + (c0 + c) * v.stride[1] + t0 * v.stride[2]; };
-    load_tile(u, kLanes, s.u, at(s.u), s.u.stride[1], s.u.stride[2], n, n_t);
-    load_tile(dt, kLanes, s.delta, at(s.delta), s.delta.stride[1], s.delta.stride[2], n, n_t);
+// kLanes channels from c on of a tile, n_t steps; leaves y.
+inline void scan_vector(const SelectiveScanArgs& s, const ScanScratch& w, std::int64_t c, std::int64_t n_t) {
+    float *const dt = w.dt + c, *const u = w.u + c, *const y = w.y + c;
     const Vec bias = load(w.bias + c), d = load(w.d + c);
-    for (std::int64_t i = 0; i < n_t * kLanes; i += kLanes) {
+    for (std::int64_t i = 0; i < n_t * kPitch; i += kPitch) {
         Vec step = load(dt + i) + bias;
         if (s.softplus) step = softplus(step);
         const Vec input = load(u + i);
@@ -108,11 +107,8 @@ inline void scan_tile(const SelectiveScanArgs& s, const ScanScratch& w, std::int
     const auto all = s.constant_b ? (s.constant_c ? advance_all<true, true> : advance_all<true, false>)
                                   : (s.constant_c ? advance_all<false, true> : advance_all<false, false>);
     all(s, w, c, dt, u, y, n_t);
-    if (s.z) {
-        load_tile(u, kLanes, s.z, at(s.z), s.z.stride[1], s.z.stride[2], n, n_t);
-        for (std::int64_t i = 0; i < n_t * kLanes; i += kLanes) store(y + i, load(y + i) * silu(load(u + i)));
-    }
-    store_tile(y, kLanes, s.out, at(s.out), s.out.stride[1], s.out.stride[2], n, n_t);
+    if (s.z)
+        for (std::int64_t i = 0; i < n_t * kPitch; i += kPitch) store(y + i, load(y + i) * silu(load(w.z + c + i)));
 }
 
 inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const Block& block) {
@@ -150,14 +146,23 @@ inline void scan_block(const SelectiveScanArgs& s, const ScanScratch& w, const B
         };
         if (!s.constant_b) states(w.b, s.b);
         if (!s.constant_c) states(w.c, s.c);
+        const auto at = [&](const View& v) {
+            return block.batch * v.stride[0] + block.c0 * v.stride[1] + t0 * v.stride[2];
+        };
+        const auto channels = [&](float* tile, const View& v) {
+            load_tile(tile, kPitch, v, at(v), v.stride[1], v.stride[2], block.n, steps(t0));
+        };
+        channels(w.u, s.u), channels(w.dt, s.delta);
+        if (s.z) channels(w.z, s.z);
         for (std::int64_t c = 0; c < block.n; c += kLanes) {
-            for (const View* v : {&s.u, &s.delta, &s.z})  // the next tile, while this one is worked on
-                if (*v && t0 + kTime < s.length)
-                    prefetch(*v,
-                             block.batch * v->stride[0] + (block.c0 + c) * v->stride[1] + (t0 + kTime) * v->stride[2],
-                             v->stride[1], v->stride[2], used(c), steps(t0 + kTime));
-            scan_tile(s, w, block.batch, block.c0, c, used(c), t0, steps(t0));
+            const std::int64_t half = round_up(block.n, 2 * kLanes) / 2;
+            for (const View* v : {&s.u, &s.delta, &s.z})  // in the first half of a tile, bit by bit the next one
+                if (*v && c < half && t0 + kTime < s.length)
+                    prefetch(*v, at(*v) + kTime * v->stride[2], v->stride[1], v->stride[2], block.n, steps(t0 + kTime),
+                             c / kLanes, half / kLanes);
+            scan_vector(s, w, c, steps(t0));
         }
+        store_tile(w.y, kPitch, s.out, at(s.out), s.out.stride[1], s.out.stride[2], block.n, steps(t0));
     }
     for (std::int64_t c = 0; c < block.n; c += kLanes)
         store_tile(w.h + c * n_states, kLanes, s.state, carried(s.state, c), s.state.stride[1], s.state.stride[2],
@@ -174,11 +179,13 @@ inline void run(const SelectiveScanArgs& s) {
     parallel_for(s.batch * s.groups * blocks, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         const auto coefficients = [&](bool constant) { return constant ? n_states * kBlockChannels : kTime * pitch; };
         const Buffer<float> scratch(2 * (n_states + 1) * kBlockChannels + coefficients(s.constant_b) +
-                                    coefficients(s.constant_c));
+                                    coefficients(s.constant_c) + 4 * kTime * kPitch);
         ScanScratch w;
         w.a = scratch.data, w.h = w.a + n_states * kBlockChannels, w.d = w.h + n_states * kBlockChannels,
         w.bias = w.d + kBlockChannels;
         w.b = w.bias + kBlockChannels, w.c = w.b + coefficients(s.constant_b);
+        w.dt = w.c + coefficients(s.constant_c), w.u = w.dt + kTime * kPitch, w.z = w.u + kTime * kPitch,
+        w.y = w.z + kTime * kPitch;
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t g = item / blocks % s.groups, first = item % blocks * size;
             const Block block{

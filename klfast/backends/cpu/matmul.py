@@ -14,7 +14,7 @@ from klfast.backends.operands import FEW_ROWS, GroupedMatmulArgs, MatmulArgs
 from klfast.dispatch import pins
 from klfast.dispatch.arguments import Linear
 from klfast.quant.layouts import Layout
-from klfast.quant.tensor import Stored
+from klfast.quant.tensor import QuantizedTensor, Stored, stored
 from klfast.reference import out_of_range
 
 # The formats that csrc/matmul/quantized multiplies: packed integers of this many bits.
@@ -101,6 +101,29 @@ def dequant_matmul_into(
     rows, stride = _rows(x, k)
     parts, bias = _contiguous(parts), None if bias is None else bias.contiguous()  # they must outlive the call
     _C.dequant_matmul(*_arguments(rows, stride, parts, bias, y, y.numel() // max(n, 1), n, weight, activation))
+
+
+def difference_matmul(
+    x: torch.Tensor, known_x: torch.Tensor, known_y: torch.Tensor, weight: QuantizedTensor
+) -> torch.Tensor:
+    """Return ``known_y + dequant_matmul(x - known_x, weight, activation="int8")``, without the intermediates.
+
+    Args:
+        x: float32 [C * R, ..., K].
+        known_x: float32 [R, ..., K], contiguous, which meets each of x's C parts.
+        known_y: float32 [R, ..., N], contiguous.
+        weight: packed integers [N, K], in the plain layout.
+
+    Returns:
+        float32 [C * R, ..., N].
+    """
+    n, k = weight.shape
+    rows, stride = _rows(x, k)
+    y = x.new_empty(*x.shape[:-1], n)
+    meaning = stored(n, k, weight.spec.text, weight.layout.value)
+    product = _arguments(rows, stride, weight.parts, known_y, y, y.numel() // n, n, meaning, "int8")
+    _C.difference_matmul(address(known_x), known_x.numel() // k, *product)
+    return y
 
 
 def _contiguous(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
