@@ -1,10 +1,10 @@
 """What a sweep of a Mamba-130M-sized model costs: the reference's procedure, plain forward passes, and klfast's ways.
 
-The weights are random. An adaptive sweep is run as a whole. All else is measured on a part and extrapolated: three
-candidates on one window by whole forward passes; by klfast those of the middle block, which go through half of the
-network, on a few windows. Peaks of memory are Linux's.
+The weights are random. An adaptive sweep is run as a whole, and with --whole the fastest exhaustive one. All else is
+measured on a part and extrapolated: three candidates on one window by whole forward passes; by klfast those of the
+middle block, which go through half of the network, on a few windows. Peaks of memory are Linux's.
 
-    python -m klfast.bench.sweep_cost --out bench/results/sweep_cost.md
+    python -m klfast.bench.sweep_cost --whole --out bench/results/sweep_cost.md
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def by_whole_forwards(model: torch.nn.Module, text: torch.Tensor, is_cached: boo
 
 
 def by_klfast(model: torch.nn.Module, text: torch.Tensor, vocabulary: str, suffix: str) -> float:
-    """Return the seconds of a candidate of the middle block on one window: those of the teacher count for nothing."""
+    """Return the seconds of a candidate of the middle block on one window, with its share of the teacher's."""
     names = list(linears(model))
     blocks = [name.rpartition(".")[0] for name in (names[len(names) // 2], names[-2])]  # the last name is the head's
     how: dict[str, Any] = {"vocabulary": vocabulary, "suffix": suffix, "progress": False}
@@ -69,7 +69,8 @@ def by_klfast(model: torch.nn.Module, text: torch.Tensor, vocabulary: str, suffi
     seconds, candidates = middle.provenance["seconds"], len(middle.measurements)
     noise = last.provenance["seconds"]["suffix"]  # nearly all: behind the last block candidates meet a norm alone
     each = (seconds["quantize"] + seconds["own_block"] + seconds["suffix"] - noise) / candidates
-    return (each + seconds["divergence"] / (candidates + 1)) / _PIECE  # the noise floor is compared, too
+    shared = (seconds["teacher"] + noise) / (len(names) * len(SPECS))
+    return (each + shared + seconds["divergence"] / (candidates + 1)) / _PIECE  # the noise floor is compared, too
 
 
 def main() -> None:
@@ -79,6 +80,9 @@ def main() -> None:
     parser.add_argument("--model", default="mamba-130m", choices=models.NAMES)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument(
+        "--whole", action="store_true", help="run the fastest exhaustive sweep as a whole, half an hour"
+    )
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
     model = models.plain(asked.model)
@@ -92,17 +96,20 @@ def main() -> None:
         found.append((way, how, seconds, _mb("VmHWM") - before))
         print(*found[-1], flush=True)
 
-    def adaptive() -> float:
+    def whole(**how: Any) -> float:
         start = time.perf_counter()
-        klfast.sweep(model, text, SPECS, budget="adaptive")
+        klfast.sweep(model, text, SPECS, **how)
         return (time.perf_counter() - start) / (candidates * len(text))
 
-    measure("klfast, adaptive", "as a whole", adaptive)
+    measure("klfast, adaptive", "as a whole", functools.partial(whole, budget="adaptive"))
     fast = [] if why_not(torch.device("cpu"), torch.float32) else [("sampled", "int8")]
     for vocabulary, suffix in (*fast, ("sampled", "exact"), ("full", "exact")):
         how = f"{_PIECE} windows, the middle block, extrapolated"
         way = f"klfast, exhaustive, {vocabulary} vocabulary, suffix {suffix}"
-        measure(way, how, functools.partial(by_klfast, model, text, vocabulary, suffix))
+        if asked.whole and not found[1:]:
+            measure(way, "as a whole", functools.partial(whole, vocabulary=vocabulary, suffix=suffix))
+        else:
+            measure(way, how, functools.partial(by_klfast, model, text, vocabulary, suffix))
     for is_cached, way in ((True, "plain forward, teacher cached"), (False, "reference: two plain forwards")):
         how = "3 candidates, 1 window, extrapolated"
         measure(way, how, functools.partial(by_whole_forwards, model, text, is_cached))
@@ -110,8 +117,8 @@ def main() -> None:
     rows = [(way, s, s * candidates / 60, reference / s, mb, how) for way, how, s, mb in found]
     conditions = (
         f"{asked.model}-sized, random weights in float32, {asked.windows} x {asked.length} tokens, {candidates} "
-        "candidates (INT4 and INT8). A candidate's seconds are for all of the text; for the adaptive sweep they are "
-        f"its whole time by {candidates}. `python -m klfast.bench.sweep_cost` on {cpu_name()}, "
+        "candidates (INT4 and INT8). A candidate's seconds are for all of the text; of sweeps as a whole they are "
+        f"their time by {candidates}. `python -m klfast.bench.sweep_cost` on {cpu_name()}, "
         f"{torch.get_num_threads()} threads, klfast {klfast.__version__}, torch {torch.__version__}."
     )
     write_atomic(asked.out, f"# Cost of a sweep\n\n{conditions}\n\n{Table('Ways', HEADINGS, tuple(rows)).markdown()}")

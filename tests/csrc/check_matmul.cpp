@@ -55,14 +55,15 @@ struct Weight {
     }
 };
 
-// x W^T + bias, both by [rows, k].
-std::vector<double> product(const Tensor& x, Int m, Int k, const std::vector<double>& w, Int n, const Tensor& bias) {
+// x W^T + bias, both by [rows, k]; the bias has any number of rows, which repeat.
+std::vector<double> product(const Tensor& x, Int m, Int k, const std::vector<double>& w, Int n, const Tensor& bias,
+                            Int bias_rows = 1) {
     std::vector<double> y(m * n), row(k);
     for (Int i = 0; i < m; ++i) {
         for (Int c = 0; c < k; ++c) row[c] = x[i * k + c];
         for (Int j = 0; j < n; ++j) {
             const double* const weight = w.data() + j * k;
-            y[i * n + j] = std::inner_product(row.begin(), row.end(), weight, bias[j]);
+            y[i * n + j] = std::inner_product(row.begin(), row.end(), weight, bias[i % bias_rows * n + j]);
         }
     }
     return y;
@@ -115,11 +116,33 @@ QuantizedWeight weight_args(Weight& w, bool int8_activation) {
 
 void check_quantized(DType dtype, Weight& w, Int m, bool int8_activation) {
     Tensor x = int8_activation ? whole_steps(dtype, m, w.k, w.group) : Tensor::random(dtype, {m, w.k});
-    Tensor bias = Tensor::random(DType::f32, {w.n});
-    const std::vector<double> truth = product(x, m, w.k, w.value, w.n, bias);
+    for (const Int bias_rows : {1, 3}) {
+        Tensor bias = Tensor::random(DType::f32, {bias_rows, w.n});
+        const std::vector<double> truth = product(x, m, w.k, w.value, w.n, bias, bias_rows);
+        for_tiers("dequant_matmul", [&](Tier tier) {
+            Tensor y(dtype, {m, w.n});
+            DequantMatmulArgs args{product_args(x, bias, y, m, w.n, w.k), weight_args(w, int8_activation)};
+            args.bias_rows = bias_rows;
+            call([&] { dequant_matmul(args, tier); });
+            compare("dequant_matmul", tier, y, truth);
+        });
+    }
+}
+
+// Rows that differ from two known ones by what does not round.
+void check_difference(Weight& w, Int m) {
+    constexpr Int known_rows = 2;
+    const Tensor difference = whole_steps(DType::f32, m, w.k, w.group);
+    Tensor known(DType::f32, {known_rows, w.k}), x(DType::f32, {m, w.k});
+    for (Int i = 0; i < known_rows * w.k; ++i) known.set(i, static_cast<double>(random_int(-999, 1000)) / 64);
+    for (Int i = 0; i < m * w.k; ++i) x.set(i, known[i / w.k % known_rows * w.k + i % w.k] + difference[i]);
+    Tensor bias = Tensor::random(DType::f32, {known_rows, w.n});
+    const std::vector<double> truth = product(difference, m, w.k, w.value, w.n, bias, known_rows);
     for_tiers("dequant_matmul", [&](Tier tier) {
-        Tensor y(dtype, {m, w.n});
-        call([&] { dequant_matmul({product_args(x, bias, y, m, w.n, w.k), weight_args(w, int8_activation)}, tier); });
+        Tensor y(DType::f32, {m, w.n});
+        DequantMatmulArgs args{product_args(x, bias, y, m, w.n, w.k), weight_args(w, true)};
+        args.bias_rows = known_rows, args.known_x = static_cast<const float*>(known.data());
+        call([&] { dequant_matmul(args, tier); });
         compare("dequant_matmul", tier, y, truth);
     });
 }
@@ -156,6 +179,7 @@ void check_quantized_matmul() {
                 for (const DType dtype : kTypes)
                     for (const Int m : {1, 3, 7, 19, 35})
                         for (const bool int8_activation : {false, true}) check_quantized(dtype, w, m, int8_activation);
+                for (const Int m : {2, 19, 34}) check_difference(w, m);
                 Weight stack(3 * 37, 601, bits, group, symmetric);
                 for (const DType dtype : kTypes)
                     for (const Int m : {1, 7, 35})

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klfast import QuantizedTensor, QuantSpec, dequant_matmul, quantize, reference, using
+from klfast.backends.cpu.matmul import difference_matmul
 from klfast.backends.operands import MatmulArgs
 from klfast.core.dtypes import FLOAT_DTYPES
 from klfast.core.errors import InvalidInputError
@@ -83,6 +84,20 @@ def test_against_float64(tier, spec):
         for x_dtype, activation in product([torch.float32, torch.bfloat16], CHECKS):
             y = dequant_matmul(x.to(x_dtype), qt, bias, activation=activation)
             CHECKS[activation](x.to(x_dtype), qt, bias, y)
+
+
+@pytest.mark.parametrize("spec", SPECS[::2], ids=str)
+def test_differences_from_known_rows(tier, spec):
+    for copies, known_rows, n, k in [(1, 1, 48, 100), (2, 2, 17, 515), (3, 7, 132, 160), (4, 9, 50, 603)]:
+        x, qt, _ = operands(copies * known_rows, n, k, spec)
+        known_x, known_y = torch.randn(known_rows, k), torch.randn(known_rows, n)
+        difference = x.view(copies, known_rows, k) - known_x
+        check_int8(difference, qt, known_y, difference_matmul(x.view(copies, known_rows, k), known_x, known_y, qt))
+        strided = torch.stack((x, x), 1)[:, 0]
+        check_int8(
+            difference.flatten(0, 1), qt, known_y.repeat(copies, 1), difference_matmul(strided, known_x, known_y, qt)
+        )
+        assert torch.equal(difference_matmul(known_x, known_x, known_y, qt), known_y)
 
 
 @pytest.mark.parametrize("spec", SPECS[::2], ids=str)

@@ -54,12 +54,12 @@ class Weight {
     std::vector<std::int32_t> packed_, zero_point_;
 };
 
-// x [m, k], bias [n] and y [each m, n].
+// x [m, k], bias [bias_rows, n] and y [each m, n].
 class Rows {
   public:
-    Rows(Input& input, Int m, Int n, Int k, Int each = 1)
+    Rows(Input& input, Int m, Int n, Int k, Int each = 1, Int bias_rows = 1)
         : x_(Operand::read(input, {m, k}, Strides::rows)),
-          bias_(Operand::read(input, {n}, Strides::dense)),
+          bias_(Operand::read(input, {bias_rows, n}, Strides::dense)),
           rounded_to_(Operand::draw_dtype(input)),
           y_(Operand::written(input, {m, each, n}, input.flag() ? DType::f32 : rounded_to_, Strides::dense)),
           product_{
@@ -68,6 +68,7 @@ class Rows {
               .x_stride = x_.view().stride[0],
               .bias = bias_.maybe(input).data,
               .bias_type = bias_.dtype(),
+              .bias_rows = bias_rows,
               .y = y_.data(),
               .y_type = y_.dtype(),
               .rounded_to = rounded_to_,
@@ -95,8 +96,12 @@ class Rows {
 void call_dequant_matmul(Input& input, How how) {
     const Int k = input.size(600), n = input.size(80), m = input.size(40);
     const Weight weight(input, n, k);
-    const Rows rows(input, m, n, k);
-    dequant_matmul({rows.args(how), weight.args()}, how.limit);
+    const Int bias_rows = 1 + input.index(3);
+    const Rows rows(input, m, n, k, 1, bias_rows);
+    const Operand known = Operand::read(input, {bias_rows, k}, DType::f32, Strides::dense);
+    DequantMatmulArgs args{rows.args(how), weight.args()};
+    if (args.int8_activation && input.flag()) args.known_x = static_cast<const float*>(known.data());
+    dequant_matmul(args, how.limit);
 }
 
 void call_grouped_dequant_matmul(Input& input, How how) {
